@@ -1,0 +1,85 @@
+"""Group statistics: what GRPO's advantage and ETR's elastic bounds are made of.
+
+For group g with rewards R_i in a declared range [r_min, r_max]:
+
+    mu_g = mean(R)    sigma_g = population std(R)    v_g = 4 sigma_g^2 / (r_max - r_min)^2  in [0, 1]
+    A_i  = (R_i - mu_g) / (sigma_g + delta)
+
+For 0/1 rewards v_g = 4 p (1 - p), p the pass rate. Statistics come from the whole group, by group id, before any filtering or
+splitting; uneven groups are each normalised within themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Per-sample view of the statistics of each sample's group; all tensors float64 [N], in the order of the samples.
+
+    mean, std: of the rewards that are trained on. variance: v_g, of the verifier's rewards, normalised by the declared range.
+    advantage: A_i; exactly 0 in a group whose rewards are all equal, groups of one included.
+    """
+
+    mean: Tensor
+    std: Tensor
+    variance: Tensor
+    advantage: Tensor
+
+
+def _per_group(values: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std of every group, spread back over its samples; std is exactly 0 where all values are equal."""
+    zeros = torch.zeros(len(size), dtype=torch.float64)
+    mean = zeros.index_add(0, index, values) / size
+    deviation = values - mean[index]
+    std = (zeros.index_add(0, index, deviation**2) / size).sqrt()
+    # Rounding of the mean leaves 1e-17 where all rewards are equal; delta alone would turn that into a visible advantage.
+    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, index, values, "amin")
+    high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, index, values, "amax")
+    std = torch.where(low == high, 0.0, std)
+    return mean[index], std[index]
+
+
+def group_statistics(
+    rewards: Sequence[float],
+    group_ids: Sequence[str],
+    *,
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    delta: float = 1e-6,
+    verifier_rewards: Sequence[float] | None = None,
+) -> GroupStatistics:
+    """Statistics of N samples that belong to groups.
+
+    rewards: [N], what is trained on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
+    verifier_rewards: [N], the verifier's own reward in `reward_range`, where it differs from `rewards`; v_g comes from it.
+    Raises ValueError for lengths that differ, a non-finite reward (naming the sample) or a verifier's reward outside its range.
+    """
+    verifier = rewards if verifier_rewards is None else verifier_rewards
+    if not len(rewards) == len(group_ids) == len(verifier):
+        raise ValueError(f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(verifier)} verifier rewards")
+    trained = torch.tensor(list(rewards), dtype=torch.float64)
+    verified = torch.tensor(list(verifier), dtype=torch.float64)
+    low, high = reward_range
+    for name, values in (("reward", trained), ("verifier reward", verified)):
+        if not bool(torch.isfinite(values).all()):
+            at = int((~torch.isfinite(values)).nonzero()[0])
+            raise ValueError(f"{name} of sample {at} in group {group_ids[at]!r} is {values[at].item()}")
+    outside = (verified < low) | (verified > high)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"reward {verified[at].item()} of sample {at} in group {group_ids[at]!r} is outside of the declared range "
+            f"[{low}, {high}]; set reward.range_min and reward.range_max"
+        )
+    order: dict[str, int] = {}
+    index = torch.tensor([order.setdefault(name, len(order)) for name in group_ids], dtype=torch.long)
+    size = torch.bincount(index, minlength=len(order)).double()
+    mean, std = _per_group(trained, index, size)
+    _, verified_std = _per_group(verified, index, size)
+    advantage = torch.where(std > 0, (trained - mean) / (std + delta), 0.0)
+    return GroupStatistics(mean, std, 4 * verified_std**2 / (high - low) ** 2, advantage)

@@ -1,0 +1,22 @@
+"""Per-token estimators of KL(pi || pi_ref) from samples of pi (Schulman, "Approximating KL divergence", 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, bound: float = 20.0) -> Tensor:
+    """KL per token, shape of `logp` [R].
+
+    k1: -log r, unbiased, may be negative. k2: (log r)^2 / 2. k3: r - 1 - log r, unbiased and non-negative; with
+    log r = log pi_ref - log pi, bounded by `bound` before exp(). Raises ValueError for another name.
+    """
+    log_ratio = ref_logp - logp
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        bounded = log_ratio.clamp(-bound, bound)
+        return bounded.exp() - 1 - bounded
+    raise ValueError(f"objective.kl_estimator is {kind!r}; known: k1, k2, k3")

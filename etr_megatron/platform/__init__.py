@@ -1,0 +1,47 @@
+"""CUDA or CPU: the device, the collective backend, and what megatron.core needs before it is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def uses_cuda() -> bool:
+    """Whether this process trains on a GPU; `ETR_PLATFORM=cpu|cuda` (set from `run.platform`) overrides detection."""
+    wanted = os.environ.get("ETR_PLATFORM", "auto")
+    return torch.cuda.is_available() if wanted == "auto" else wanted == "cuda"
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of the policy's groups."""
+    return "nccl" if uses_cuda() else "gloo"
+
+
+_prepared = False
+
+
+def prepare_megatron() -> None:
+    """Make `import megatron.core` safe on this platform. Idempotent; must come before the first such import.
+
+    Raises RuntimeError when megatron.core was imported before it on a machine without CUDA.
+    """
+    global _prepared
+    if _prepared:
+        return
+    if not uses_cuda():
+        from etr_megatron.platform import cpu_shim
+
+        cpu_shim.install()
+    from etr_megatron.platform import megatron_fixes
+
+    megatron_fixes.apply()
+    _prepared = True
+
+
+__all__ = ["backend", "device", "prepare_megatron", "uses_cuda"]

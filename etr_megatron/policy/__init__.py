@@ -1,0 +1,14 @@
+"""Everything that touches megatron.core: layout, model, packing, forward and backward, optimizer.
+
+Importing this package prepares megatron.core for the platform first.
+"""
+
+from etr_megatron import platform
+
+platform.prepare_megatron()
+
+from etr_megatron.policy.batch import PolicyBatch  # noqa: E402
+from etr_megatron.policy.parallel import Layout, init_layout, init_world  # noqa: E402
+from etr_megatron.policy.policy import Policy, TokenLogprobs, Update  # noqa: E402
+
+__all__ = ["Layout", "Policy", "PolicyBatch", "TokenLogprobs", "Update", "init_layout", "init_world"]

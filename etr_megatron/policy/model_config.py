@@ -1,0 +1,110 @@
+"""From a HuggingFace architecture and a layout to Megatron's TransformerConfig, layer spec and rotary frequencies."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from etr_megatron import platform
+from etr_megatron.policy.local_layers import LocalRMSNorm, PackedAttention
+from etr_megatron.weights import Architecture
+
+
+def uses_transformer_engine() -> bool:
+    """TE layers on CUDA, where the package is installed; megatron-core's local ones otherwise."""
+    return platform.uses_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(
+    arch: Architecture, *, tp: int, pp: int, sequence_parallel: bool, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's config of the policy.
+
+    `calculate_per_token_loss` is on: the loss is divided once, by our own denominator, and Megatron divides nothing.
+    `variable_seq_lengths` is on for pipelines: packed microbatches differ in length.
+    """
+    fused = uses_transformer_engine()
+    recompute_options: dict[str, Any] = {
+        "none": {},
+        "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    }[recompute]
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights come from a checkpoint right after: initialisation need not be the same on every layout.
+        use_cpu_initialization=not platform.uses_cuda(),
+        calculate_per_token_loss=True,
+        variable_seq_lengths=pp > 1,
+        # megatron-core asks for it with variable_seq_lengths, for dense models too
+        moe_token_dispatcher_type="alltoall",
+        persist_layer_norm=fused,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=fused,
+        gradient_accumulation_fusion=fused,
+        **recompute_options,
+    )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Layer spec of this rank's pipeline stage: TE's on CUDA, else the local one with packed attention and our RMSNorm."""
+    if uses_transformer_engine():
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LocalRMSNorm)
+
+
+def rotary_frequencies(arch: Architecture) -> torch.Tensor:
+    """Inverse frequencies, fp32 [head_dim / 2], as transformers computes them (Llama 3.1's scaling included)."""
+    if arch.rope["rope_type"] == "default":
+        exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+        return 1.0 / (arch.rope["rope_theta"] ** exponent)
+    config = LlamaConfig(
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.heads,
+        head_dim=arch.head_dim,
+        max_position_embeddings=arch.max_positions,
+        rope_parameters=dict(arch.rope),
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[arch.rope["rope_type"]](config, torch.device("cpu"))
+    if factor != 1.0:
+        raise ValueError(f"rope_type {arch.rope['rope_type']} scales attention by {factor}, which the policy does not apply")
+    return frequencies

@@ -1,0 +1,71 @@
+"""Process groups of the policy: one torch.distributed world, cut by Megatron into TP x PP x DP."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from etr_megatron import platform
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place. `stage` counts pipeline stages; sizes are of the groups."""
+
+    rank: int
+    world: int
+    tp: int
+    tp_rank: int
+    pp: int
+    stage: int
+    dp: int
+    dp_rank: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the LM head and computes the loss."""
+        return self.stage == self.pp - 1
+
+    @property
+    def is_reporter(self) -> bool:
+        """One rank per data-parallel replica that holds losses: last stage, first tensor-parallel rank."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def init_world(timeout_s: float) -> None:
+    """Join the world that torchrun describes in the environment; `timeout_s` is the deadline of every collective."""
+    if platform.uses_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        dist.init_process_group(platform.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def init_layout(tp: int, pp: int, seed: int, timeout_s: float = 1800.0) -> Layout:
+    """Cut the world into model-parallel groups and seed the ranks. Groups of an earlier layout are given up first.
+
+    Raises RuntimeError (from Megatron) when TP x PP does not divide the world.
+    """
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Layout(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp=tp,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp=pp,
+        stage=mpu.get_pipeline_model_parallel_rank(),
+        dp=mpu.get_data_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+    )

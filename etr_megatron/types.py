@@ -1,0 +1,74 @@
+"""The only currency between rooms: a `Problem` is asked, a `Group` of `Sample`s comes back.
+
+Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+RewardStatus = Literal["ok", "timeout", "error"]
+
+
+@dataclass(slots=True)
+class Problem:
+    """One prompt with its verifiable answer.
+
+    id: stable name of the row in its source (`<file>:<row>` unless the data has an id column).
+    prompt: the user's text, before the chat template.
+    answer: the reference answer as the verifier wants it.
+    prompt_ids: token ids of the templated prompt, what the engine is given.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    prompt_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response to a prompt.
+
+    index: position in its group; together with the group it seeds the sampling.
+    response_ids: generated token ids, the end-of-sequence token included when `finish_reason` is "stop".
+    rollout_logprobs: natural-log probability of each response token under the engine's *tempered* distribution (before
+        top-p/top-k), same length as `response_ids`.
+    weight_version: version of the weights that generated it.
+    """
+
+    index: int
+    response_ids: list[int]
+    rollout_logprobs: list[float]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str = ""
+    reward: float | None = None
+    reward_status: RewardStatus | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """All responses to one prompt: what group statistics (mean, deviation, variance) are taken over.
+
+    id: unique within a run, `<problem id>@<step>`: the same problem met again later is another group.
+    """
+
+    id: str
+    problem: Problem
+    samples: list[Sample]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for json, inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Group:
+        """Inverse of `to_json`."""
+        return cls(
+            id=row["id"],
+            problem=Problem(**row["problem"]),
+            samples=[Sample(**sample) for sample in row["samples"]],
+        )

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from tests.gang import Gang
+
+
+@pytest.fixture(scope="session")
+def gangs():
+    """`gangs(n)` is the gang of n ranks; a gang that a failed test killed is started anew."""
+    running: dict[int, Gang] = {}
+
+    def get(world: int) -> Gang:
+        if world not in running or not running[world].alive:
+            running[world] = Gang(world)
+        return running[world]
+
+    yield get
+    for gang in running.values():
+        gang.stop()
+
+
+@pytest.fixture(scope="session")
+def hf_models(tmp_path_factory):
+    """family -> directory of a small random HuggingFace checkpoint; every dimension is distinct."""
+    from tests.hf_models import FAMILIES, write_model
+
+    root = tmp_path_factory.mktemp("hf")
+    return {name: write_model(name, root / name) for name in FAMILIES}

@@ -1,0 +1,79 @@
+"""Small random HuggingFace checkpoints of every family; hidden, intermediate, heads x head_dim and vocab are all distinct."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 301
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    initializer_range=0.1,
+)
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**_COMMON, head_dim=16, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False)),
+    "qwen3_tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def write_model(name: str, path: Path) -> str:
+    """Write the family's model with norms and biases away from their initial ones and zeros."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = FAMILIES[name]().float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return str(path)
+
+
+def rewrite_config_as_published(path: str | Path) -> None:
+    """Turn `rope_parameters` of transformers 5 into the `rope_theta` and `rope_scaling` that published checkpoints have."""
+    file = Path(path) / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    file.write_text(json.dumps(config))
+
+
+def random_sequences(count: int = 7, seed: int = 0, vocab: int = VOCAB) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) pairs of many lengths, some of one token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        size = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, vocab, (size,), generator=generator).tolist()
+
+    pairs = [(tokens(1, 19), tokens(1, 31)) for _ in range(count - 1)]
+    return [*pairs, (tokens(40, 60), tokens(1, 2))]

@@ -1,0 +1,69 @@
+"""What gang ranks run for the policy's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from etr_megatron.config import Config, load_config, resolve
+from etr_megatron.policy import Policy, PolicyBatch, init_layout
+from etr_megatron.weights import read_architecture
+
+
+def build(model: str, overrides: list[str]) -> Policy:
+    config = resolve(load_config(None, [f"model.path={model}", *overrides]), dist.get_world_size(), cuda=False)
+    layout = init_layout(config.parallel.tp, config.parallel.pp, config.run.seed)
+    return Policy(read_architecture(model), model, config, layout)
+
+
+def logprobs(model: str, sequences: list, overrides: list[str]) -> tuple[list, list]:
+    """Per sample log-probs and entropies as lists."""
+    found = build(model, overrides).logprobs(sequences)
+    return [x.tolist() for x in found.logp], [x.tolist() for x in found.entropy]
+
+
+def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
+    """Advantages, bounds and old log-probs such that both bounds are active somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(sequences)
+    tokens = sum(len(response) for _, response in sequences)
+
+    def rows() -> tuple[torch.Tensor, ...]:
+        return tuple(-4.0 + 2 * torch.randn(len(response), generator=generator) for _, response in sequences)
+
+    return PolicyBatch(
+        names=tuple(f"g{i // 2}/{i % 2}" for i in range(count)),
+        sequences=tuple(sequences),
+        advantage=torch.randn(count, generator=generator),
+        clip_low=0.1 + 0.2 * torch.rand(count, generator=generator),
+        clip_high=0.1 + 0.2 * torch.rand(count, generator=generator),
+        weight=torch.full((count,), 1 / tokens),
+        rollout_logp=rows(),
+        old_logp=rows(),
+    )
+
+
+def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -> dict[str, Any]:
+    """Loss, grad norm and metric sums of some updates on one batch, then all weights by HF name."""
+    policy = build(model, overrides)
+    batch = make_batch(sequences)
+    old = policy.logprobs(batch.sequences)
+    # Old log-probs near the policy's own, so that ratios straddle the bounds.
+    noise = [0.3 * (x - x.mean()) for x in batch.old_logp]
+    from dataclasses import replace
+
+    batch = replace(batch, old_logp=tuple(a + torch.nan_to_num(b) for a, b in zip(old.logp, noise, strict=True)))
+    if policy.reference is not None:
+        batch = replace(batch, ref_logp=policy.logprobs(batch.sequences, reference=True).logp)
+    steps = [policy.update(batch) for _ in range(updates)]
+    return {
+        "loss": [step.loss for step in steps],
+        "grad_norm": [step.grad_norm for step in steps],
+        "sums": [step.sums for step in steps],
+        "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+__all__ = ["Config", "build", "logprobs", "make_batch", "train"]

@@ -1,0 +1,64 @@
+"""The policy's log-probs against transformers, in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.hf_models import random_sequences, rewrite_config_as_published
+
+LAYOUTS = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "dp2": (2, ["parallel.tp=1"]),
+}
+
+
+def reference(model: str, sequences: list, temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probs and entropies by transformers, one unpadded sequence at a time."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    logps, entropies = [], []
+    for prompt, response in sequences:
+        with torch.no_grad():
+            logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        log_p = torch.log_softmax(logits.double(), -1)
+        logps.append(log_p.gather(1, torch.tensor(response)[:, None])[:, 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return logps, entropies
+
+
+def assert_close(found: list, wanted: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(torch.tensor(a).double(), b, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_tied"])
+def test_logprobs_and_entropy_equal_transformers(gangs, hf_models, family, layout):
+    world, overrides = LAYOUTS[layout]
+    sequences = random_sequences()
+    wanted = reference(hf_models[family], sequences, temperature=0.7)
+    # A small budget makes several microbatches of different lengths.
+    overrides = [*overrides, "rollout.temperature=0.7", "train.tokens_per_microbatch=64", "train.head_chunk_rows=5"]
+    for logp, entropy in gangs(world).run(
+        "tests.policy_jobs:logprobs", model=hf_models[family], sequences=sequences, overrides=overrides
+    ):
+        assert_close(logp, wanted[0])
+        assert_close(entropy, wanted[1])
+
+
+def test_config_as_published_reads_like_transformers_5_writes_it(gangs, hf_models, tmp_path):
+    import shutil
+
+    from etr_megatron.weights import read_architecture
+
+    copy = tmp_path / "llama"
+    shutil.copytree(hf_models["llama"], copy)
+    rewrite_config_as_published(copy)
+    before, after = read_architecture(hf_models["llama"]), read_architecture(copy)
+    assert after == before
+    assert after.rope["rope_theta"] == 500000.0 and after.rope["factor"] == 8.0

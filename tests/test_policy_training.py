@@ -1,0 +1,79 @@
+"""Loss, gradients and updated weights do not depend on the layout or on how samples are split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.hf_models import random_sequences
+
+# With an epsilon of 1, Adam's step is g / (|g| + 1) times the learning rate, about the gradient itself: weights after an update
+# compare gradients one to one, where the usual epsilon would blow rounding up to a full step wherever a gradient is zero.
+BASE = ["train.lr=1", "train.adam_eps=1", "train.clip_grad=0.5", "rollout.temperature=0.8"]
+SPLITS = {
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "dp2": (2, ["parallel.tp=1"]),
+    "dp2_distributed_optimizer": (2, ["parallel.tp=1", "train.distributed_optimizer=true"]),
+    "tp1_small_microbatches": (1, ["parallel.tp=1", "train.tokens_per_microbatch=40"]),
+    "tp2_sp_full_recompute": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "train.recompute=full"]),
+    "tp1_selective_recompute": (1, ["parallel.tp=1", "train.recompute=selective"]),
+    "tp2_pp2_sp": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    "tp2_dp2_distributed_optimizer": (4, ["parallel.tp=2", "train.distributed_optimizer=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def single(gangs, hf_models):
+    """The TP1 single-process run of a family, one microbatch."""
+    done = {}
+
+    def get(family: str, extra: tuple[str, ...] = ()) -> dict:
+        if (family, extra) not in done:
+            done[family, extra] = run(gangs, hf_models[family], 1, ["parallel.tp=1", *extra])[0]
+        return done[family, extra]
+
+    return get
+
+
+def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
+    # Uneven lengths and 7 samples: data-parallel ranks get different numbers of tokens and of samples.
+    return gangs(world).run(
+        "tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides]
+    )
+
+
+def assert_same_run(found: dict, wanted: dict) -> None:
+    assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    for a, b in zip(found["sums"], wanted["sums"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for name, tensor in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models, single, family, split):
+    world, overrides = SPLITS[split]
+    wanted = single(family)
+    assert wanted["sums"][0]["clip_upper"] > 0 and wanted["sums"][0]["clip_lower"] > 0
+    for found in run(gangs, hf_models[family], world, overrides):
+        assert_same_run(found, wanted)
+
+
+def test_kl_to_the_reference_starts_at_zero_and_grows(gangs, hf_models, single):
+    found = single("llama", ("objective.kl_coef=0.1",))
+    assert found["sums"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert found["sums"][1]["kl"] > 1e-6
+
+
+def test_more_ranks_than_samples_changes_nothing(gangs, hf_models):
+    sequences = random_sequences(3)
+    wanted = gangs(1).run("tests.policy_jobs:train", model=hf_models["llama"], sequences=sequences, overrides=BASE)[0]
+    for found in gangs(4).run(
+        "tests.policy_jobs:train", model=hf_models["llama"], sequences=sequences, overrides=[*BASE, "parallel.tp=1"]
+    ):
+        assert_same_run(found, wanted)
