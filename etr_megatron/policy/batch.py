@@ -15,7 +15,8 @@ class PolicyBatch:
 
     names: how an error calls a sample. sequences: (prompt ids, response ids) of each.
     advantage, clip_low, clip_high, weight: float32 [N]; `weight` is the aggregation weight of each of a sample's tokens, its
-    denominator taken over this whole batch. rollout_logp, old_logp, ref_logp: per sample float32 [response tokens].
+    denominator taken over this whole batch. rollout_logp, old_logp, old_entropy, ref_logp: per
+    sample float32 [response tokens].
     """
 
     names: tuple[str, ...]
@@ -26,6 +27,7 @@ class PolicyBatch:
     weight: Tensor
     rollout_logp: tuple[Tensor, ...]
     old_logp: tuple[Tensor, ...] | None = None
+    old_entropy: tuple[Tensor, ...] | None = None
     ref_logp: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
@@ -53,5 +55,6 @@ class PolicyBatch:
             weight=weight,
             rollout_logp=pick(self.rollout_logp),
             old_logp=pick(self.old_logp),
+            old_entropy=pick(self.old_entropy),
             ref_logp=pick(self.ref_logp),
         )

@@ -1,0 +1,181 @@
+"""The whole run's state on disk: model, optimizer, schedule, RNG, and what the trainer has in hand.
+
+`<checkpoints>/step_000025/` is complete or not there: it is written under a temporary name and renamed last, so a killed save
+never damages an older one. Optimizer state is stored so that another TP, PP or DP layout can load it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
+
+from etr_megatron.checkpoint.saving import TorchDistSave
+from etr_megatron.errors import UserError
+from etr_megatron.policy import Policy
+
+_NAME = re.compile(r"step_(\d{6,})$")
+TRAINER_FILE = "trainer.json"
+"""Written last into a checkpoint: what is not tensors, and the layout it was made with."""
+
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def latest_step(checkpoints: Path) -> int | None:
+    """Step of the newest complete checkpoint, None when there is none."""
+    steps = _steps(checkpoints)
+    return steps[-1] if steps else None
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    if not checkpoints.is_dir():
+        return []
+    found = (_NAME.match(entry.name) for entry in checkpoints.iterdir() if (entry / TRAINER_FILE).is_file())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _path(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:06d}"
+
+
+def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
+    """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
+
+    trainer: JSON-able state of the trainer; rank 0's is written. Raises UserError, naming the path, when the disk is full;
+    what was written so far is removed and older checkpoints stay as they are.
+    """
+    final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
+    rank0 = dist.get_rank() == 0
+    try:
+        if rank0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
+        if rank0:
+            state = {"step": step, "world": policy.layout.world, "tp": policy.layout.tp, "pp": policy.layout.pp, **trainer}
+            _write_synced(temporary / TRAINER_FILE, json.dumps(state))
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync(checkpoints)
+            for old in _steps(checkpoints)[:-keep]:
+                shutil.rmtree(_path(checkpoints, old))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if not _disk_is_full(error, checkpoints):
+            raise
+        if rank0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"no space left on the device of {checkpoints} while saving step {step}; free some and start again with the "
+            "same command: the last complete checkpoint is untouched"
+        ) from error
+    dist.barrier()
+
+
+def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
+    """Bring the policy to the state of `step` (in place) and return the trainer's state. A collective.
+
+    The layout may differ from the one that saved; RNG states are then left as seeded. Raises UserError for a checkpoint that
+    does not fit the model.
+    """
+    path = _path(checkpoints, step)
+    trainer = json.loads((path / TRAINER_FILE).read_text())
+    layout = policy.layout
+    same_layout = (trainer["world"], trainer["tp"], trainer["pp"]) == (layout.world, layout.tp, layout.pp)
+    wanted = _sharded_state(policy, loading=True, rng=same_layout)
+    try:
+        state = dist_checkpointing.load(wanted, str(path))
+    except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        raise UserError(
+            f"{path} does not fit this model ({str(error).splitlines()[0]}); restore the settings it was made with, or start "
+            "under another run.name"
+        ) from error
+    policy.model.load_state_dict(state["model"], strict=False)
+    policy.optimizer.load_state_dict(state["optimizer"])
+    policy.scheduler.load_state_dict(state["scheduler"])
+    if same_layout:
+        _restore_rng(state["rng"])
+    return trainer
+
+
+def _sharded_state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
+    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them."""
+    model = policy.model.sharded_state_dict()
+    if policy.config.train.distributed_optimizer:
+        _create_adam_state(policy.optimizer)
+    state = {
+        "model": model,
+        "optimizer": policy.optimizer.sharded_state_dict({"model": model}, is_loading=loading, metadata=_OPTIMIZER_METADATA),
+        "scheduler": policy.scheduler.state_dict(),
+    }
+    if rng:
+        layout = policy.layout
+        state["rng"] = ShardedObject("rng", _rng_state(), (layout.world,), (layout.rank,), replica_id=0)
+    return state
+
+
+def _create_adam_state(optimizer: Any) -> None:
+    """The distributed optimizer reads torch Adam's state before the first step would create it."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = one.optimizer
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if isinstance(inner, torch.optim.Adam) and not inner.state[parameter]:
+                inner.state[parameter].update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(parameter.data),
+                    exp_avg_sq=torch.zeros_like(parameter.data),
+                )
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether `error` is a full disk: torch hides the errno behind exceptions of its own, text behind tracebacks."""
+    causes: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        causes += [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                return True
+            cause = cause.__cause__ or cause.__context__
+    # torch.save reports a failed write as "PytorchStreamWriter failed"; then the disk itself has to say.
+    return "PytorchStreamWriter" in str(error) and shutil.disk_usage(folder).free < 1 << 20

@@ -1,0 +1,40 @@
+"""megatron's torch_dist format, written by torch's own distributed-checkpoint writer.
+
+megatron-core's writer forks one process per file and hands results back through a spawned manager: a writer that dies (a full
+disk) leaves the parent waiting forever in `count_queue.join()`. torch's writer works in threads, raises on every rank what went
+wrong on any, and produces the same files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+
+
+class TorchDistSave(SaveShardedStrategy):
+    """Synchronous save strategy for `dist_checkpointing.save`; `dist_checkpointing.load` reads the result as ever."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """ShardedObjects go through the same writer as tensors."""
+        return True
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Write all shards; a collective. Raises torch's CheckpointException on every rank, with the failures by rank."""
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )

@@ -1,0 +1,53 @@
+"""Configuration: a typed schema, YAML plus `section.key=value` overrides, and constraints. Importable without torch.
+
+config = load_config("configs/cpu_tiny.yaml", ["train.lr=1e-5"])    # UserError lists everything that is wrong
+config = resolve(config, world_size=2, cuda=False)                  # no `auto` left
+print(dump_yaml(config))
+"""
+
+from __future__ import annotations
+
+from etr_megatron.config.dump import dump_yaml, to_dict
+from etr_megatron.config.load import load_config
+from etr_megatron.config.resolve import resolve
+from etr_megatron.config.schema import (
+    PRESETS,
+    ArithmeticConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ObserveConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TinyConfig,
+    TrainConfig,
+)
+from etr_megatron.config.validate import validate
+
+__all__ = [
+    "PRESETS",
+    "ArithmeticConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ObserveConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TinyConfig",
+    "TrainConfig",
+    "dump_yaml",
+    "load_config",
+    "resolve",
+    "to_dict",
+    "validate",
+]

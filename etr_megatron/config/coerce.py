@@ -1,0 +1,98 @@
+"""From a YAML node to a value of an annotated type, or a sentence about what was expected.
+
+Works on nodes rather than on loaded values because YAML 1.1 guesses types the user did not mean (`1e-3` is text, `yes`
+is a bool, `12:30` is a number): here the annotation decides, and the text is what was written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+_FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INT = re.compile(r"[+-]?\d[\d_]*")
+
+
+class Mismatch(ValueError):
+    """The node is not of the wanted type."""
+
+
+def describe(hint: Any) -> str:
+    """The annotation in words: `int | Literal["auto"]` is `a whole number or "auto"`."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        names = ", ".join(f'"{option}"' for option in get_args(hint))
+        return names if len(get_args(hint)) == 1 else f"one of {names}"
+    if get_origin(hint) is tuple:
+        return "a list of texts, such as [a, b]"
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
+
+
+def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
+    """The value of `node` as `hint` wants it.
+
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], or a union of these with None.
+    verbatim: the text of a command-line override; text fields take it as it stands unless it is quoted, so that
+        `data.prompt_template=Q: {prompt}` needs no YAML quoting.
+    Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
+    """
+    if get_origin(hint) not in (Union, UnionType):
+        return _coerce_one(node, hint, verbatim)
+    options = get_args(hint)
+    if NoneType in options and _is_null(node):
+        return None
+    for option in options:
+        if option is NoneType:
+            continue
+        try:
+            return _coerce_one(node, option, verbatim)
+        except Mismatch:
+            continue
+    raise Mismatch(describe(hint))
+
+
+def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
+    if get_origin(hint) is tuple:
+        if not isinstance(node, yaml.SequenceNode):
+            raise Mismatch(describe(hint))
+        return tuple(_text(child, None) for child in node.value)
+    if get_origin(hint) is Literal:
+        text = _text(node, verbatim)
+        if text not in get_args(hint):
+            raise Mismatch(describe(hint))
+        return text
+    if hint is str:
+        return _text(node, verbatim)
+    return _scalar(node, hint)
+
+
+def _scalar(node: yaml.Node, hint: Any) -> bool | int | float:
+    """A plain (unquoted) scalar as bool, int or finite float."""
+    if not isinstance(node, yaml.ScalarNode) or node.style in ("'", '"', "|", ">"):
+        raise Mismatch(describe(hint))
+    text = node.value
+    if hint is bool and node.tag == "tag:yaml.org,2002:bool":
+        return text.lower() in ("true", "yes", "on")
+    if hint is int and _INT.fullmatch(text):
+        return int(text)
+    if hint is float and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    raise Mismatch(describe(hint))
+
+
+def _text(node: yaml.Node, verbatim: str | None) -> str:
+    quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    if verbatim is not None and not quoted and not _is_null(node):
+        return verbatim
+    if not isinstance(node, yaml.ScalarNode) or _is_null(node):
+        raise Mismatch(describe(str))
+    return node.value
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"

@@ -1,0 +1,27 @@
+"""Values that a config leaves open and that other values decide: the preset's, and `parallel.tp: auto`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from etr_megatron.config.schema import PRESETS, ObjectiveConfig, ParallelConfig
+
+
+def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """`objective` with every null field that its preset names set to the preset's value.
+
+    `constant_length` is no preset's business and stays as it is.
+    """
+    preset = PRESETS[objective.preset]
+    missing: dict[str, Any] = {
+        f.name: preset[f.name] for f in fields(objective) if f.name in preset and getattr(objective, f.name) is None
+    }
+    return replace(objective, **missing)
+
+
+def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:
+    """Ranks that share a layer; `auto` is two where the world has two to spare for every pipeline stage, else one."""
+    if parallel.tp != "auto":
+        return parallel.tp
+    return min(2, max(1, world_size // max(1, parallel.pp)))

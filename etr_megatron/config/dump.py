@@ -1,0 +1,23 @@
+"""A `Config` as plain data and as YAML, the inverse of loading."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from etr_megatron.config.schema import Config
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Section -> key -> plain value (tuples become lists), ready for YAML or JSON."""
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in asdict(config).items()
+    }
+
+
+def dump_yaml(config: Config) -> str:
+    """YAML text from which `load_config` makes an equal `Config`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,42 @@
+"""Turn what a user may leave open (`auto`, null) into values, once the machine is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from etr_megatron.config.defaults import fill_objective, tensor_parallel
+from etr_megatron.config.schema import Config
+from etr_megatron.config.validate import validate
+from etr_megatron.errors import UserError
+
+LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Mean gap between rollout and trainer log-probs (nats per token) above which the first step is refused."""
+
+
+def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
+    """A config without open ends: no `auto`, and null only where null is a meaning ("none", "off").
+
+    world_size: ranks in the job, at least 1. cuda: whether this machine has a CUDA device.
+    Raises UserError that lists every violated constraint, those of the layout on `world_size` ranks included, and
+    `run.platform: cuda` asked for without a device.
+    """
+    problems = validate(config, world_size)
+    if config.run.platform == "cuda" and not cuda:
+        problems.append('run.platform = "cuda": this machine has no CUDA device; set run.platform=cpu')
+    if problems:
+        raise UserError("\n".join([f"invalid configuration on {world_size} ranks:", *(f"  - {p}" for p in problems)]))
+
+    platform = ("cuda" if cuda else "cpu") if config.run.platform == "auto" else config.run.platform
+    dtype = ("bfloat16" if platform == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
+    objective = fill_objective(config.objective)
+    if objective.constant_length is None:
+        objective = replace(objective, constant_length=config.rollout.max_response_tokens)
+    gap = config.rollout.max_logprob_gap
+    return replace(
+        config,
+        run=replace(config.run, platform=platform),
+        model=replace(config.model, dtype=dtype),
+        parallel=replace(config.parallel, tp=tensor_parallel(config.parallel, world_size)),
+        objective=objective,
+        rollout=replace(config.rollout, max_logprob_gap=LOGPROB_GAP_LIMIT[dtype] if gap is None else gap),
+    )

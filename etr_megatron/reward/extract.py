@@ -1,0 +1,94 @@
+r"""Find the answer in a response: `\boxed{}`, after `####`, or the last number. Plain regular expressions, linear time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+MAX_ANSWER_CHARS = 500
+"""A longer "answer" is no answer: it counts as wrong rather than being fed to a parser."""
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+_HASH = re.compile(r"####[ \t]*([^\n]*)")
+_UNSIGNED = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
+_NUMBER_AND_UNIT = re.compile(r"(\$?[-−]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+[A-Za-z][A-Za-z .]+")
+# A sign counts unless something stands before it that it subtracts from: "10-5" ends with 5, "= -5" with -5.
+_SIGN = r"(?:(?<![\w)\]}.])[-−+])?"
+_LAST_NUMBER = re.compile(
+    rf"{_SIGN}(?:\\[dt]?frac\{{[-−]?[0-9]+\}}\{{[0-9]+\}}|(?:{_UNSIGNED})(?:/[0-9]+(?![0-9/]|\.[0-9]))?)(?:\s?\\?%)?"
+)
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{...}` (or `\fbox`), braces inside it balanced; `\boxed 5` is 5."""
+    found: str | None = None
+    position = 0
+    while (match := _BOXED.search(text, position)) is not None:
+        position = match.end()
+        if text.startswith("{", position):
+            end = _closing_brace(text, position)
+            if end is not None:
+                content = text[position + 1 : end].strip()
+                found = (boxed(content) if _BOXED.match(content) else content) or found
+                position = end + 1
+        elif match.group()[-1].isspace():
+            found = re.split(r"[\s$.,]", text[position : position + MAX_ANSWER_CHARS], maxsplit=1)[0] or found
+    return found
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Index of the brace that closes the one at `start`; escaped braces do not count."""
+    depth = 0
+    # Nothing beyond the limit can be an answer; the bound keeps many unclosed boxes from costing quadratic time.
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start, start + MAX_ANSWER_CHARS * 4):
+        if match.group() == "{":
+            depth += 1
+        elif match.group() == "}":
+            depth -= 1
+            if depth == 0:
+                return match.start()
+    return None
+
+
+def after_hash(text: str) -> str | None:
+    """The rest of the line after the last `####`, without a full stop at its end.
+
+    Of a number with a unit in words ("72 dollars") the number, as GSM8K's own evaluation takes it.
+    """
+    matches = _HASH.findall(text)
+    answer = matches[-1].strip().strip("*").rstrip(".").strip() if matches else ""
+    with_unit = _NUMBER_AND_UNIT.fullmatch(answer[:MAX_ANSWER_CHARS])
+    return (with_unit.group(1) if with_unit else answer) or None
+
+
+def last_number(text: str) -> str | None:
+    r"""The last number as written: sign, thousands separators, decimals, `a/b` or `\frac{a}{b}`, exponent, percent."""
+    last: re.Match[str] | None = None
+    for match in _LAST_NUMBER.finditer(text):
+        last = match
+    return last.group().strip() if last is not None else None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {"boxed": boxed, "hash": after_hash, "last_number": last_number}
+
+
+def extract_answer(text: str, order: Sequence[str]) -> str | None:
+    """The first hit of the extractors named in `order` (`boxed`, `hash`, `last_number`), or None.
+
+    Raises KeyError for an unknown name.
+    """
+    for name in order:
+        answer = EXTRACTORS[name](text)
+        if answer is not None:
+            return answer
+    return None
+
+
+def reference_answer(text: str, order: Sequence[str]) -> str:
+    r"""The reference answer itself: data such as GSM8K's keeps it behind a worked solution and `####`, others in `\boxed`.
+
+    A text without a marker is the answer. Where it has both markers, `order` decides.
+    """
+    markers = [name for name in order if name != "last_number"]
+    markers += [name for name in ("hash", "boxed") if name not in markers]
+    return extract_answer(text, markers) or text.strip()

@@ -1,0 +1,31 @@
+"""What is graded and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from etr_megatron.types import RewardStatus
+
+
+@dataclass(frozen=True, slots=True)
+class GradeRequest:
+    """One response to be graded. answer: the reference answer, as the data has it."""
+
+    prompt: str
+    response: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The verdict on one response.
+
+    reward: within `reward.range_min` and `reward.range_max`; the minimum where the status is not "ok".
+    status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), or "error" (the
+        reward function failed, left its range, or crashed its process twice).
+    detail: what was compared, or what went wrong; for people.
+    """
+
+    reward: float
+    status: RewardStatus
+    detail: str

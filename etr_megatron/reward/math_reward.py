@@ -1,0 +1,58 @@
+"""The `math` reward: is the answer found in the response equal to the reference answer?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from etr_megatron.config import RewardConfig
+from etr_megatron.reward.exact import plain_number, same_number, tidy
+from etr_megatron.reward.extract import MAX_ANSWER_CHARS, extract_answer, reference_answer
+
+
+class UnusableReferenceError(ValueError):
+    """The data's reference answer is nothing a response can be compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """correct: whether the answers are equal. detail: what was compared, for people."""
+
+    correct: bool
+    detail: str
+
+
+def judge(response: str, answer: str, config: RewardConfig) -> Verdict:
+    """Extract, then compare as text, as rational numbers, and only then symbolically.
+
+    answer: the reference, with or without a worked solution before `####` or `\\boxed{}`.
+    Raises UnusableReferenceError for a reference that is empty or too long to be an answer.
+    """
+    reference = reference_answer(answer, config.extract)
+    if not reference:
+        raise UnusableReferenceError("the reference answer is empty")
+    if len(reference) > MAX_ANSWER_CHARS:
+        raise UnusableReferenceError(
+            f"the reference answer has {len(reference)} characters; at most {MAX_ANSWER_CHARS} are compared"
+        )
+    candidate = extract_answer(response, config.extract)
+    if candidate is None:
+        return Verdict(False, f"no answer found; reference {reference}")
+    if len(candidate) > MAX_ANSWER_CHARS:
+        return Verdict(False, f"answer of {len(candidate)} characters; at most {MAX_ANSWER_CHARS} are compared")
+    return Verdict(equal(reference, candidate), f"answer {candidate}; reference {reference}")
+
+
+def equal(reference: str, candidate: str) -> bool:
+    """Whether two answers mean the same. Two plain numbers are decided exactly; math-verify sees everything else."""
+    reference, candidate = tidy(reference), tidy(candidate)
+    if reference == candidate:
+        return True
+    number, candidate_number = plain_number(reference), plain_number(candidate)
+    if number is not None and candidate_number is not None:
+        return same_number(number, candidate_number)
+    if not candidate:
+        return False
+    # Here and not above: it changes SymPy for the whole process, which only a grader may afford.
+    from etr_megatron.reward.symbolic import symbolically_equal
+
+    return symbolically_equal(reference, candidate)

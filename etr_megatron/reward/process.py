@@ -1,0 +1,158 @@
+"""One grader process as the pool sees it: non-blocking pipes, requests in flight, and the clock of the first of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.config import RewardConfig
+from etr_megatron.reward.grade import GradeRequest
+
+_READ_BYTES = 1 << 16
+_CLOSE_GRACE_S = 1.0
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on its way. index: its position among those graded together. crashes: processes it has cost."""
+
+    index: int
+    line: bytes
+    crashes: int = 0
+
+
+def encode(request: GradeRequest) -> bytes:
+    """One line of the worker's protocol."""
+    return json.dumps(asdict(request)).encode() + b"\n"
+
+
+class GraderProcess:
+    """A started worker. Not thread-safe; the pool's caller drives it.
+
+    inflight: jobs written or queued for writing, in the order in which replies come.
+    head_since: `time.monotonic()` at which the worker could begin with `inflight[0]`: when the previous reply came, or
+        when the request was sent. None while it starts up: importing costs nobody's time limit.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        # Not at the top: the worker imports this package as well, and `platform` imports torch.
+        from etr_megatron.platform.lifetime import popen_from_lasting_thread
+
+        self._process: subprocess.Popen[bytes] = popen_from_lasting_thread(
+            [sys.executable, "-m", "etr_megatron.reward.worker", str(os.getpid()), json.dumps(asdict(config))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=False,
+            env=_environment(),
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        for stream in (self._stdin, self._stdout):
+            os.set_blocking(stream.fileno(), False)
+        self.pid = self._process.pid
+        self.started = time.monotonic()
+        self.ready = False
+        self.inflight: deque[Job] = deque()
+        self.head_since: float | None = None
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+
+    @property
+    def read_fd(self) -> int:
+        """Descriptor that becomes readable with replies and at the worker's end."""
+        return self._stdout.fileno()
+
+    @property
+    def write_fd(self) -> int:
+        """Descriptor that takes requests."""
+        return self._stdin.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether queued requests did not fit the pipe yet."""
+        return bool(self._outgoing)
+
+    def send(self, job: Job) -> None:
+        """Queue a request and write what the pipe takes."""
+        if not self.inflight:
+            self.head_since = time.monotonic()
+        self.inflight.append(job)
+        self._outgoing += job.line
+        self.flush()
+
+    def flush(self) -> None:
+        """Write queued requests until the pipe is full. A worker that is gone is noticed where its output ends."""
+        try:
+            while self._outgoing:
+                written = os.write(self.write_fd, self._outgoing)
+                del self._outgoing[:written]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._outgoing.clear()
+
+    def receive(self) -> tuple[list[dict[str, Any]], bool]:
+        """(complete messages, whether the worker's output has ended). Reads what is there, without waiting."""
+        ended = False
+        while True:
+            try:
+                chunk = os.read(self.read_fd, _READ_BYTES)
+            except BlockingIOError:
+                break
+            if not chunk:
+                ended = True
+                break
+            self._incoming += chunk
+        *lines, rest = bytes(self._incoming).split(b"\n")
+        self._incoming = bytearray(rest)
+        return [json.loads(line) for line in lines], ended
+
+    def finish_head(self) -> Job:
+        """The job whose reply came; the clock of the next one starts."""
+        job = self.inflight.popleft()
+        self.head_since = time.monotonic() if self.inflight else None
+        return job
+
+    def kill(self) -> str:
+        """SIGKILL the worker if it still runs, reap it, close its pipes; returns how it ended."""
+        self._process.kill()
+        code = self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def close(self, deadline: float) -> None:
+        """Let an idle worker end by itself (end of input) until `deadline` (`time.monotonic()`), then kill it."""
+        self._stdin.close()
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stdout.close()
+
+
+def close_all(processes: list[GraderProcess]) -> None:
+    """End processes side by side; those that do not go within a second are killed."""
+    deadline = time.monotonic() + _CLOSE_GRACE_S
+    for process in processes:
+        if process.inflight or not process.ready:
+            process.kill()
+        else:
+            process.close(deadline)
+
+
+def _environment() -> dict[str, str]:
+    """The parent's environment; the user's module is found from the working directory, ours from wherever it lies."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [os.getcwd(), package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,86 @@
+"""A grader process: `python -m etr_megatron.reward.worker PARENT_PID CONFIG_JSON`, started by the pool only.
+
+Requests and replies are JSON, one object a line, on the pipes it was started with: first `{"ready": true}` or
+`{"fatal": "..."}`, then one `{"reward", "status", "detail"}` per `{"prompt", "response", "answer"}`, in order. End of
+input ends it. It sets no time limits: the parent kills it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+from etr_megatron.config import RewardConfig
+from etr_megatron.reward.functions import LoadError, load_grader
+from etr_megatron.reward.grade import GradeRequest
+
+MATH_MEMORY_BYTES = 2 * 2**30
+"""Address space of a `math` grader: an answer such as 10^{10^{10}} must not take the machine's memory."""
+
+
+def main() -> int:
+    """Serve until end of input; returns the exit code."""
+    parent_pid, config = int(sys.argv[1]), _config(sys.argv[2])
+    _die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
+    requests, replies = _take_pipes()
+    if config.function == "math":
+        _limit_memory()
+    try:
+        grade = load_grader(config)
+    except LoadError as error:
+        _send(replies, {"fatal": str(error)})
+        return 1
+    _send(replies, {"ready": True})
+    for line in requests:
+        _send(replies, asdict(grade(GradeRequest(**json.loads(line)))))
+    return 0
+
+
+def _config(text: str) -> RewardConfig:
+    values = json.loads(text)
+    return RewardConfig(**{**values, "extract": tuple(values["extract"])})
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """`platform.lifetime.die_with_parent`, loaded by file: its package imports torch, which a grader has no use for."""
+    path = Path(__file__).parents[1] / "platform" / "lifetime.py"
+    spec = importlib.util.spec_from_file_location("etr_megatron_lifetime", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {path}")
+    lifetime = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lifetime)
+    lifetime.die_with_parent(parent_pid)
+
+
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """The protocol's streams, out of reach of a reward function that prints or reads input."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _limit_memory() -> None:
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = MATH_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MATH_MEMORY_BYTES)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _send(replies: BinaryIO, message: dict[str, object]) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The engine without servers: a transformers replica in every rank, prompts spread over all of them.
+
+It is fed through the same by-name update that a server gets, returns the same fields, and is the default without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from etr_megatron.rollout.engine import Sampling, sample_seed
+from etr_megatron.rollout.sampling import draw
+from etr_megatron.types import Problem, Sample
+
+
+class EmbeddedEngine:
+    """A replica of the policy in HF format, decoding batches of at most `batch_samples` responses.
+
+    Batches are cut before they are spread over the ranks, so that what a response is computed together with does not depend on
+    the layout: the same weights give the same samples on any number of ranks.
+    """
+
+    def __init__(
+        self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, batch_samples: int, stop_ids: Iterable[int]
+    ) -> None:
+        self.weight_version = 0
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval().requires_grad_(False)
+        self._device, self._batch_samples = device, batch_samples
+        self._stop_ids = frozenset(stop_ids)
+
+    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
+        """See `RolloutEngine.generate`."""
+        jobs = [(number, index) for number in range(len(problems)) for index in range(sampling.samples)]
+        batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
+        mine = []
+        for batch in batches[dist.get_rank() :: dist.get_world_size()]:
+            mine.extend(zip(batch, self._decode([(problems[n], i) for n, i in batch], sampling), strict=True))
+        shares: list[list[tuple[tuple[int, int], Sample]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, mine)
+        found = {job: sample for share in shares for job, sample in share}
+        return [[found[number, index] for index in range(sampling.samples)] for number in range(len(problems))]
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the tensors into the replica (in place; the replica owns its parameters). See `RolloutEngine.update_weights`."""
+        wanted = dict(self._model.named_parameters())
+        problems = []
+        for name, tensor in tensors:  # to the end even when something is wrong: the export is a collective
+            parameter = wanted.pop(name, None)
+            if parameter is None:
+                problems.append(f"{name} is unknown to the engine or came twice")
+            elif parameter.shape != tensor.shape:
+                problems.append(f"{name} is {tuple(tensor.shape)}, the engine has {tuple(parameter.shape)}")
+            else:
+                parameter.copy_(tensor)
+        problems += [f"{name} is missing" for name in wanted]
+        if problems:
+            raise ValueError(f"weight update {version}: " + "; ".join(problems))
+        self.weight_version = version
+
+    def close(self) -> None:
+        """Drop the replica."""
+        del self._model
+
+    @torch.no_grad()
+    def _decode(self, jobs: list[tuple[Problem, int]], sampling: Sampling) -> list[Sample]:
+        """Responses of one batch, by a KV cache over prompts padded on the left; rows leave the batch when they are done."""
+        state = _Batch(jobs, sampling, self._device)
+        cache = DynamicCache(config=self._model.config)
+        tokens, mask = state.prompts()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows = torch.arange(len(jobs), device=self._device)
+        for step in range(sampling.max_tokens):
+            out = self._model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            drawn, logp = draw(
+                out.logits[:, -1],
+                state.uniform[rows, step],
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            )
+            alive = state.append(rows.tolist(), drawn.tolist(), logp.tolist(), self._stop_ids)
+            if not alive:
+                break
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive, device=self._device)
+                cache.batch_select_indices(keep)
+                rows, drawn, mask, positions = rows[keep], drawn[keep], mask[keep], positions[keep]
+            tokens = drawn[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        return state.samples(self.weight_version)
+
+
+class _Batch:
+    """What has been drawn so far for the rows of one batch."""
+
+    def __init__(self, jobs: list[tuple[Problem, int]], sampling: Sampling, device: torch.device) -> None:
+        self._jobs, self._device = jobs, device
+        self._ids: list[list[int]] = [[] for _ in jobs]
+        self._logprobs: list[list[float]] = [[] for _ in jobs]
+        self._stopped = [False] * len(jobs)
+        generator = torch.Generator()
+        rows = []
+        for problem, index in jobs:
+            generator.manual_seed(sample_seed(sampling, problem, index))
+            rows.append(torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64))
+        self.uniform = torch.stack(rows).to(device)
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, int64 [B, longest prompt], padded on the left."""
+        longest = max(len(problem.prompt_ids) for problem, _ in self._jobs)
+        tokens = torch.zeros(len(self._jobs), longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, (problem, _) in enumerate(self._jobs):
+            size = len(problem.prompt_ids)
+            tokens[row, longest - size :] = torch.tensor(problem.prompt_ids)
+            mask[row, longest - size :] = 1
+        return tokens.to(self._device), mask.to(self._device)
+
+    def append(self, rows: list[int], tokens: list[int], logprobs: list[float], stop_ids: frozenset[int]) -> list[int]:
+        """Note a token for each row still alive; places in `rows` of those that go on."""
+        alive = []
+        for place, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
+            self._ids[row].append(token)
+            self._logprobs[row].append(logprob)
+            if token in stop_ids:
+                self._stopped[row] = True
+            else:
+                alive.append(place)
+        return alive
+
+    def samples(self, weight_version: int) -> list[Sample]:
+        """The finished rows."""
+        return [
+            Sample(index, ids, logprobs, "stop" if stopped else "length", weight_version)
+            for (_, index), ids, logprobs, stopped in zip(self._jobs, self._ids, self._logprobs, self._stopped, strict=True)
+        ]

@@ -1,0 +1,107 @@
+"""The entry point of a rank: `torchrun -m etr_megatron.train [--config CONFIG] [key=value ...]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from etr_megatron import platform
+from etr_megatron.checks import check_inputs
+from etr_megatron.cli import parse_args
+from etr_megatron.config import Config, load_config, resolve
+from etr_megatron.data import PromptCursor, build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.errors import UserError
+from etr_megatron.observe import Recorder, RunDirectory
+from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.reward import GraderPool
+from etr_megatron.status import exit_code_of
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one rank to the end; exits with code 2 after a user's mistake, which is reported in one sentence."""
+    die_with_parent()
+    code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: leaving through torch.distributed's clean-up would wait for ranks that are in a collective.
+        os._exit(code)
+
+
+def _run(argv: list[str]) -> None:
+    path, overrides = parse_args(argv)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(path, overrides)
+    os.environ["ETR_PLATFORM"] = config.run.platform
+    config = resolve(config, world, cuda=platform.uses_cuda())
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_inputs(config, world)
+    model_dir = _model_dir(config)
+    with ExitStack() as stack:
+        # Graders are forked before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
+        grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
+        _train(config, model_dir, grader, stack)
+
+
+def _model_dir(config: Config) -> Path:
+    if config.model.path != "tiny":
+        return Path(config.model.path)
+    quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress and not quiet)
+
+
+def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
+    from etr_megatron.policy import Policy, init_layout, init_world
+    from etr_megatron.policy.policy import DTYPES
+    from etr_megatron.rollout import EmbeddedEngine
+    from etr_megatron.trainer import Trainer
+    from etr_megatron.weights import check_checkpoint
+
+    init_world(config.run.phase_timeout_s)
+    layout = init_layout(config.parallel.tp, config.parallel.pp, config.run.seed, config.run.phase_timeout_s)
+    tokenizer = load_tokenizer(model_dir)
+    problems = open_problems(config.data, config.arithmetic, "train", tokenizer)
+    held_out = []
+    if config.data.eval is not None:
+        found = open_problems(config.data, config.arithmetic, "eval", tokenizer)
+        held_out = [found[i] for i in range(min(len(found), config.eval.problems))]
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if layout.rank == 0:
+        directory.prepare(config)
+    trainer = Trainer(
+        config,
+        policy=Policy(check_checkpoint(model_dir), model_dir, config, layout),
+        engine=EmbeddedEngine(
+            model_dir,
+            dtype=DTYPES[config.model.dtype],
+            device=platform.device(),
+            batch_samples=config.rollout.batch_samples,
+            stop_ids=_stop_ids(model_dir, tokenizer.eos_token_id),
+        ),
+        cursor=PromptCursor(problems, config.run.seed, config.data.shuffle),
+        held_out=held_out,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        directory=directory,
+        grader=pool.grade if pool is not None else None,
+        recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
+    )
+    trainer.run()
+
+
+def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
+    """End-of-sequence ids of generation_config.json (a chat model may have several) and of the tokenizer."""
+    stops = {tokenizer_eos} if tokenizer_eos is not None else set()
+    file = model_dir / "generation_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text()).get("eos_token_id")
+        stops |= set(named) if isinstance(named, list) else {named} - {None}
+    if not stops:
+        raise UserError(f"{model_dir} names no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
+    return stops
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Constraints between values, the layout, and what `resolve` fills in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from etr_megatron.config import PRESETS, Config, load_config, resolve, validate
+from etr_megatron.config.reference import render_reference
+from etr_megatron.errors import UserError
+
+
+def config_with(**values: Any) -> Config:
+    """`section__key=value` over the defaults, without any check."""
+    config = Config()
+    for path, value in values.items():
+        section, key = path.split("__")
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+    return config
+
+
+def test_defaults_and_every_preset_are_valid():
+    for preset in PRESETS:
+        assert validate(config_with(objective__preset=preset), 2) == []
+
+
+def numeric_keys() -> list[str]:
+    found = []
+    for section, cls in get_type_hints(Config).items():
+        for name, hint in get_type_hints(cls).items():
+            if {int, float} & ({hint} | set(getattr(hint, "__args__", ()))):
+                found.append(f"{section}.{name}")
+    return [key for key in found if key not in ("reward.range_min", "reward.range_max")]
+
+
+@pytest.mark.parametrize("key", numeric_keys())
+def test_no_number_may_be_minus_one(key):
+    assert any(f"{key} = -1" in problem for problem in validate(config_with(**{key.replace(".", "__"): -1}), 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        (dict(run__name="a/b"), ["run.name"]),
+        (dict(run__name=".."), ["run.name"]),
+        (dict(run__name=""), ["run.name"]),
+        (dict(run__name="a "), ["run.name"]),
+        (dict(run__seed=2**32), ["run.seed"]),
+        (dict(tiny__heads=3), ["tiny.heads"]),
+        (dict(tiny__head_dim=15), ["tiny.head_dim"]),
+        (dict(tiny__layers=1, parallel__pp=2, parallel__tp=1), ["parallel.pp", "tiny.layers"]),
+        (dict(arithmetic__min_digits=4), ["arithmetic.min_digits", "arithmetic.max_digits"]),
+        (dict(arithmetic__operators=("+", "/")), ["arithmetic.operators"]),
+        (dict(arithmetic__operators=()), ["arithmetic.operators"]),
+        (dict(arithmetic__operators=("+", "+")), ["arithmetic.operators"]),
+        (dict(arithmetic__min_digits=1, arithmetic__max_digits=1), ["arithmetic.train_problems"]),
+        (dict(data__prompt_template="Q:"), ["data.prompt_template"]),
+        (dict(data__eval=""), ["data.eval"]),
+        (dict(reward__function="mine"), ["reward.function"]),
+        (dict(reward__function="mine:"), ["reward.function"]),
+        (dict(reward__function="my file.py:f"), ["reward.function"]),
+        (dict(reward__extract=("boxed", "xml")), ["reward.extract"]),
+        (dict(reward__extract=()), ["reward.extract"]),
+        (dict(reward__range_min=1.0), ["reward.range_min", "reward.range_max"]),
+        (dict(rollout__samples_per_prompt=1), ["rollout.samples_per_prompt"]),
+        (dict(rollout__temperature=0.0), ["rollout.temperature"]),
+        (dict(rollout__top_p=0.0), ["rollout.top_p"]),
+        (dict(rollout__top_p=1.1), ["rollout.top_p"]),
+        (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.updates_per_rollout"]),
+        (dict(objective__eps_max=1.0), ["objective.eps_max"]),
+        (dict(objective__eps_min=0.5), ["objective.eps_min", "objective.eps_max"]),
+        (dict(objective__eps_high=0.5), ["objective.eps_high"]),
+        (dict(objective__alpha=1.5), ["objective.alpha"]),
+        (dict(objective__gamma=1.5), ["objective.gamma"]),
+        (dict(objective__log_ratio_bound=100.0), ["objective.log_ratio_bound"]),
+        (dict(train__min_lr=1.0), ["train.min_lr", "train.lr"]),
+        (dict(train__adam_beta2=1.0), ["train.adam_beta2"]),
+        (dict(train__lr_warmup_updates=400), ["train.lr_warmup_updates", "run.steps"]),
+        (dict(parallel__tp=1, parallel__sequence_parallel=True), ["parallel.sequence_parallel", "parallel.tp"]),
+    ],
+)
+def test_violated_constraint_names_its_keys(values, keys):
+    problems = validate(config_with(**values), None)
+    assert len(problems) == 1
+    assert all(f"{key} = " in problems[0] for key in keys)
+
+
+@pytest.mark.parametrize("function", ["math", "reward:f", "my.rewards.math:Grader.score"])
+def test_reward_function_forms(function):
+    assert validate(config_with(reward__function=function), None) == []
+
+
+def test_minibatches_need_not_be_divisible_by_data_parallel_ranks():
+    assert validate(config_with(rollout__prompts_per_step=4, parallel__tp=1), 8) == []
+
+
+def test_world_size_that_the_layout_does_not_divide_names_all_numbers():
+    (problem,) = validate(config_with(parallel__tp=2, parallel__pp=3), 8)
+    assert "world size 8" in problem
+    assert "2 x 3 = 6" in problem
+    assert "multiple of 6 ranks" in problem
+
+
+@pytest.mark.parametrize(("world", "pp", "tp"), [(1, 1, 1), (2, 1, 2), (4, 1, 2), (2, 2, 1), (4, 2, 2)])
+def test_auto_tensor_parallel(world, pp, tp):
+    assert resolve(config_with(parallel__pp=pp), world, cuda=False).parallel.tp == tp
+
+
+def test_sequence_parallel_on_one_rank_is_refused_once_the_world_is_known():
+    config = config_with(parallel__sequence_parallel=True)
+    assert validate(config, None) == validate(config, 2) == []
+    assert "needs tp > 1" in validate(config, 1)[0]
+
+
+def test_tiny_key_value_heads_must_be_divisible_by_tp():
+    assert "key/value heads" in validate(config_with(parallel__tp=4), 4)[0]
+    assert validate(config_with(parallel__tp=4, model__path="elsewhere"), 4) == []
+
+
+def test_resolve_leaves_nothing_open_on_cpu():
+    config = resolve(Config(), 2, cuda=False)
+    assert (config.run.platform, config.model.dtype, config.parallel.tp) == ("cpu", "float32", 2)
+    assert config.rollout.max_logprob_gap == 1e-4
+    assert config.objective.constant_length == config.rollout.max_response_tokens
+    assert None not in vars(config.objective).values()
+    assert (config.objective.micro, config.objective.eps_max) == ("tanh", 0.4)
+
+
+def test_resolve_on_cuda_takes_bfloat16_and_keeps_what_was_set():
+    config = resolve(config_with(objective__alpha=0.25, objective__preset="dapo"), 1, cuda=True)
+    assert (config.run.platform, config.model.dtype, config.rollout.max_logprob_gap) == ("cuda", "bfloat16", 5e-2)
+    assert (config.objective.alpha, config.objective.eps_high) == (0.25, 0.28)
+    assert resolve(config_with(run__platform="cpu"), 1, cuda=True).model.dtype == "float32"
+
+
+def test_resolve_is_idempotent():
+    once = resolve(Config(), 2, cuda=False)
+    assert resolve(once, 2, cuda=False) == once
+
+
+def test_resolve_lists_every_violation():
+    with pytest.raises(UserError) as caught:
+        resolve(config_with(run__platform="cuda", run__steps=0, parallel__tp=2), 3, cuda=False)
+    text = str(caught.value)
+    assert all(part in text for part in ("run.steps = 0", "world size 3", "no CUDA device"))
+
+
+def test_reference_is_current_and_documents_every_key():
+    docs = Path(__file__).parents[1] / "docs" / "config.md"
+    assert docs.read_text() == render_reference(), "run: python -m etr_megatron.config > docs/config.md"
+    for line in docs.read_text().splitlines():
+        assert not line.rstrip().endswith("|  |"), f"a key without a docstring: {line}"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_config_is_valid(path):
+    load_config(path)

@@ -1,0 +1,187 @@
+"""YAML and overrides become a Config; every problem is told at once, with its source."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import Config, ObjectiveConfig, dump_yaml, load_config, resolve, to_dict
+from etr_megatron.errors import UserError
+
+
+def message(path: str | Path | None, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_the_defaults_hold():
+    assert load_config(None, []) == Config()
+
+
+def test_file_then_overrides_and_the_last_override_wins(tmp_path):
+    path = write(tmp_path, "train:\n  lr: 2e-5\n  clip_grad: 3\nrun:\n  steps: 7\nobserve:\n")
+    config = load_config(path, ["run.steps=8", "run.steps=9"])
+    assert (config.train.lr, config.train.clip_grad, config.run.steps) == (2e-5, 3.0, 9)
+    assert isinstance(config.train.clip_grad, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("train.lr=1e-3", "train", "lr", 1e-3),
+        ("train.lr=1", "train", "lr", 1.0),
+        ("train.lr=.5", "train", "lr", 0.5),
+        ("parallel.tp=auto", "parallel", "tp", "auto"),
+        ("parallel.tp=4", "parallel", "tp", 4),
+        ("data.eval=null", "data", "eval", None),
+        ("data.eval=", "data", "eval", None),
+        ("data.eval='null'", "data", "eval", "null"),
+        ("rollout.max_logprob_gap=1e-2", "rollout", "max_logprob_gap", 1e-2),
+        ("objective.micro=none", "objective", "micro", "none"),
+        ("objective.micro=null", "objective", "micro", None),
+        ("checkpoint.resume=off", "checkpoint", "resume", False),
+        ("reward.extract=[boxed, hash]", "reward", "extract", ("boxed", "hash")),
+        ("arithmetic.operators=['+', \"-\"]", "arithmetic", "operators", ("+", "-")),
+        ("run.name=2024", "run", "name", "2024"),
+        ("run.name=yes", "run", "name", "yes"),
+        ("data.train=a=b.jsonl", "data", "train", "a=b.jsonl"),
+        ("data.prompt_template=Q: {prompt}", "data", "prompt_template", "Q: {prompt}"),
+        ("data.prompt_template={prompt}: x", "data", "prompt_template", "{prompt}: x"),
+        ('data.prompt_template="{prompt}\\nA:"', "data", "prompt_template", "{prompt}\nA:"),
+    ],
+)
+def test_override_is_coerced_to_the_annotation(override, section, name, value):
+    found = getattr(getattr(load_config(None, [override]), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=true", "whole number"),
+        ("run.steps=1.5", "whole number"),
+        ("run.steps=1e3", "whole number"),
+        ("run.steps=", "whole number"),
+        ("run.steps='5'", "whole number"),
+        ("train.lr=false", "a finite number"),
+        ("train.lr=.nan", "a finite number"),
+        ("train.lr=1e999", "a finite number"),
+        ("train.lr=[1", "a finite number"),
+        ("checkpoint.resume=1", "true or false"),
+        ("parallel.tp=two", 'a whole number or "auto"'),
+        ("parallel.tp=true", 'a whole number or "auto"'),
+        ("objective.preset=ppo", 'one of "etr", "grpo", "dapo"'),
+        ("objective.micro=cube", 'one of "tanh", "linear", "none" or null'),
+        ("reward.extract=boxed", "a list of texts"),
+        ("model.path=", "text"),
+    ],
+)
+def test_wrong_type_names_key_value_and_expectation(override, expected):
+    text = message(None, override)
+    key, _, value = override.partition("=")
+    assert f"{key} = {value or 'null'} (command line): must be " in text
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("rollout.temprature=1", "rollout.temperature"),
+        ("rollout.promts=1", "rollout.prompts_per_step"),
+        ("rollout.lr=1", "train.lr"),
+        ("rolout.top_p=1", "rollout.top_p"),
+        ("optim.lr=1", "train.lr"),
+        ("lr=1", "train.lr"),
+        ("trian=1", "train"),
+        ("train.every=1", "eval.every or checkpoint.every"),
+    ],
+)
+def test_unknown_key_suggests_the_nearest(override, suggestion):
+    assert f"did you mean {suggestion}?" in message(None, override)
+
+
+def test_five_mistakes_are_told_in_one_message_with_their_sources(tmp_path):
+    path = write(
+        tmp_path,
+        "run:\n  steps: many\nrollout:\n  prompts_per_step: 10\n  temprature: 1\ntrain:\n  lr: 1e-3\n  min_lr: 5e-3\n",
+    )
+    text = message(path, "rollout.top_p=1.5")
+    lines = text.splitlines()
+    assert lines[0] == "invalid configuration, 5 problems:"
+    assert len(lines) == 6
+    assert f"run.steps = many ({path}:2): must be a whole number" in text
+    assert f"rollout.temprature ({path}:5): unknown key; did you mean rollout.temperature?" in text
+    assert f"rollout.prompts_per_step = 10 ({path}:4), train.updates_per_rollout = 4 (default): " in text
+    assert f"train.min_lr = 0.005 ({path}:8), train.lr = 0.001 ({path}:7): " in text
+    assert "rollout.top_p = 1.5 (command line): " in text
+
+
+def test_a_value_from_the_preset_is_named_as_such():
+    assert "objective.eps_max = 0.4 (preset etr)" in message(None, "objective.eps_high=0.5")
+
+
+def test_an_override_mends_a_bad_value_of_the_file(tmp_path):
+    assert load_config(write(tmp_path, "run:\n  steps: many\n"), ["run.steps=3"]).run.steps == 3
+
+
+def test_a_key_of_wrong_type_causes_no_second_complaint_about_its_default(tmp_path):
+    text = message(write(tmp_path, "train:\n  lr: fast\n  min_lr: 1.0\n"))
+    assert text.splitlines()[0] == "invalid configuration, 1 problem:"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run:\n  steps: 1\n bad: [\n", ":3: not valid YAML"),
+        ("run:\n\tsteps: 1\n", ":2: not valid YAML"),
+        ("- a\n- b\n", ":1: must be a mapping of sections"),
+        ("run: 5\n", "run ("),
+        ("run:\n  steps: 1\n  steps: 2\n", "run.steps ("),
+        ("modell:\n  path: x\n", "did you mean model?"),
+    ],
+)
+def test_broken_file_is_told_with_its_line(tmp_path, text, expected):
+    path = write(tmp_path, text)
+    found = message(path)
+    assert str(path) in found
+    assert expected in found
+
+
+def test_key_given_twice_names_both_lines(tmp_path):
+    path = write(tmp_path, "run:\n  steps: 1\n  steps: 2\n")
+    assert f"run.steps ({path}:3): given twice, first at {path}:2" in message(path)
+
+
+def test_missing_file_directory_and_binary_are_user_errors(tmp_path):
+    assert "No such file" in message(tmp_path / "none.yaml")
+    assert "directory" in message(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in message(tmp_path / "binary.yaml")
+
+
+def test_dumped_yaml_loads_to_an_equal_config(tmp_path):
+    config = replace(
+        resolve(Config(), 2, cuda=False),
+        objective=ObjectiveConfig(preset="etr_second_order", micro="none", kl_coef=1e-7),
+        data=replace(Config().data, prompt_template='Q: "{prompt}"\nA: ✓', eval=None),
+        run=replace(Config().run, name="null", dir="2024"),
+    )
+    assert load_config(write(tmp_path, dump_yaml(config))) == config
+    assert to_dict(config)["reward"]["extract"] == ["boxed", "hash", "last_number"]
+
+
+def test_config_is_importable_without_torch():
+    code = "import sys, etr_megatron.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
