@@ -39,9 +39,7 @@ def single(gangs, hf_models):
 
 def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
     # Uneven lengths and 7 samples: data-parallel ranks get different numbers of tokens and of samples.
-    return gangs(world).run(
-        "tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides]
-    )
+    return gangs(world).run("tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides])
 
 
 def assert_same_run(found: dict, wanted: dict) -> None:

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
+
+from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
+from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.data.arithmetic import Exercise, worked_solution
+from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
+from etr_megatron.errors import UserError
+
+ARITHMETIC = ArithmeticConfig(min_digits=1, max_digits=1, train_problems=20, eval_problems=5)
+SMALL = TinyConfig(
+    hidden_size=40,
+    layers=2,
+    heads=4,
+    head_dim=12,
+    intermediate_size=72,
+    warm_start_steps=4,
+    warm_start_batch=8,
+)
+TEXTS = ["What is 47+385?", "Größe \\frac{1}{2} — 東京 🙂\n\n  two  spaces", "a\tb\r\nI've 1,234.50 $", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path_factory.mktemp("cache"))), ARITHMETIC, progress=False)
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def test_the_policy_loads_as_qwen3_with_distinct_dimensions(policy):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    layer = "model.layers.1."
+    assert model.config.model_type == "qwen3"
+    assert shapes[layer + "self_attn.q_proj.weight"] == (48, 40)
+    assert shapes[layer + "self_attn.k_proj.weight"] == (24, 40)
+    assert shapes[layer + "self_attn.q_norm.weight"] == (12,)
+    assert shapes[layer + "mlp.down_proj.weight"] == (40, 72)
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (len(AutoTokenizer.from_pretrained(policy)), 40)
+    assert not model.config.tie_word_embeddings
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_survives_the_reloaded_tokenizer(policy, text):
+    tokenizer = load_tokenizer(policy)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_encodes_alike_when_rebuilt_as_qwen2_tokenizer(policy, text):
+    saved = json.loads((policy / "tokenizer.json").read_text())["model"]
+    rebuilt = Qwen2Tokenizer(vocab=saved["vocab"], merges=[tuple(pair) for pair in saved["merges"]], eos_token="<|im_end|>")
+    assert rebuilt.encode(text) == AutoTokenizer.from_pretrained(policy).encode(text)
+
+
+def test_digits_are_single_tokens_and_special_tokens_agree_with_the_model(policy):
+    tokenizer = load_tokenizer(policy)
+    assert len(tokenizer.encode("9876543210")) == 10
+    config = AutoModelForCausalLM.from_pretrained(policy).config
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_prompts_of_the_run_are_templated_with_the_chat_template(policy):
+    tokenizer = load_tokenizer(policy)
+    problem = open_problems(DataConfig(system_prompt="Add."), ARITHMETIC, "train", tokenizer)[0]
+    assert tokenizer.decode(problem.prompt_ids) == (
+        f"<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{problem.prompt}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_warm_start_learns_to_end_a_boxed_solution():
+    tiny = replace(SMALL, warm_start_steps=120, warm_start_batch=16, forgotten_carry=0.0, wrong_digit=0.0)
+    tokenizer = train_tokenizer(tiny, ARITHMETIC)
+    torch.manual_seed(0)
+    model = new_model(tiny, tokenizer)
+    solution = tokenizer.encode(worked_solution(Exercise(3, "+", 4)) + "<|im_end|>")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 3+4?"}], add_generation_prompt=True, return_dict=False
+    )
+
+    def solution_loss() -> float:
+        labels = torch.tensor([[-100] * len(prompt) + solution])
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([prompt + solution]), labels=labels).loss.item()
+
+    before = solution_loss()
+    warm_start(model, tokenizer, tiny, ARITHMETIC, progress=False)
+    assert before > 4.0
+    assert solution_loss() < 1.0
+
+
+def test_the_same_settings_give_the_same_weights_and_leave_the_caller_as_he_was(tmp_path, policy):
+    torch.set_num_threads(2)
+    torch.manual_seed(11)
+    expected_draw = torch.rand(3)
+    torch.manual_seed(11)
+    again = build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path)), ARITHMETIC, progress=False)
+    assert torch.equal(torch.rand(3), expected_draw)
+    assert torch.get_num_threads() == 2
+    first, second = state_of(policy), state_of(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (again / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+
+
+def test_a_finished_build_is_reused_and_other_settings_build_another(policy):
+    tiny = replace(SMALL, cache_dir=str(policy.parent))
+    stamp = (policy / "model.safetensors").stat().st_mtime_ns
+    assert build_tiny_policy(tiny, ARITHMETIC, progress=False) == policy
+    assert build_tiny_policy(tiny, replace(ARITHMETIC, train_problems=7, seed=5), progress=False) == policy
+    assert (policy / "model.safetensors").stat().st_mtime_ns == stamp
+    assert build_tiny_policy(replace(tiny, warm_start_steps=1), ARITHMETIC, progress=False) != policy
+    assert build_tiny_policy(tiny, replace(ARITHMETIC, operators=("-",)), progress=False) != policy
+
+
+BUILD = """
+import sys
+from dataclasses import replace
+from etr_megatron.data import build_tiny_policy, tiny
+from TESTS import ARITHMETIC, SMALL
+
+def counted(*args, **kwargs):
+    print("warm start")
+    return warm_start(*args, **kwargs)
+
+warm_start, tiny.warm_start = tiny.warm_start, counted
+settings = replace(SMALL, cache_dir=sys.argv[1], warm_start_steps=int(sys.argv[2]))
+print(build_tiny_policy(settings, ARITHMETIC, progress=False))
+"""
+
+
+def start_build(cache: Path, steps: int) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD.replace("TESTS", __name__), str(cache), str(steps)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_that_build_at_once_build_once(tmp_path):
+    both = [start_build(tmp_path, 60) for _ in range(2)]
+    printed = [process.communicate(timeout=300)[0].split("\n")[:-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(map(len, printed)) == [1, 2]  # one of them says "warm start" first
+    finished = Path(printed[0][-1])
+    assert printed[1][-1] == str(finished)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [finished.name, finished.name + ".lock"]
+
+
+def test_a_killed_build_is_not_taken_for_a_finished_one(tmp_path):
+    killed = start_build(tmp_path, 100_000)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (partial,) = tmp_path.glob("*.partial")
+    assert not partial.with_suffix("").exists()
+    tiny = replace(SMALL, cache_dir=str(tmp_path))
+    finished = build_tiny_policy(tiny, ARITHMETIC, progress=False, timeout_s=5)
+    assert state_of(finished)
+
+
+def test_what_a_killed_build_of_the_same_settings_left_is_replaced(tmp_path, policy):
+    left = tmp_path / f"{policy.name}.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (left / "stray").write_text("")
+    finished = build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path)), ARITHMETIC, progress=False)
+    assert finished.name == policy.name
+    assert not left.exists()
+    assert not (finished / "stray").exists()
+    assert state_of(finished)
+
+
+def test_waiting_for_another_builder_ends_with_a_sentence(tmp_path, policy):
+    with (tmp_path / f"{policy.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"for more than 0\.5 s \(it holds .*{policy.name}\.lock\).*tiny\.cache_dir"):
+            build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path)), ARITHMETIC, progress=False, timeout_s=0.5)
+
+
+def test_a_cache_that_cannot_be_made_is_refused_by_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"tiny\.cache_dir .*cannot hold the tiny policy \(Not a directory\)"):
+        build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path / "file" / "cache")), ARITHMETIC, progress=False)

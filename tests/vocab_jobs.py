@@ -1,0 +1,28 @@
+"""What gang ranks run for the vocabulary's tests."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob
+
+
+def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.Tensor]:
+    """This rank's results over shards of 128 rows (or what a padded multiple of 128 leaves each rank)."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    vocab = weight.shape[0]
+    size = 128 * -(-vocab // (128 * world))
+    own = torch.full((size, weight.shape[1]), 7.0)
+    real = weight[rank * size : (rank + 1) * size]
+    own[: len(real)] = real
+    shard = VocabShard(size, vocab, dist.group.WORLD)
+    results = {}
+    for reduce in (False, True):
+        h, w = hidden.clone().requires_grad_(), own.clone().requires_grad_()
+        logp, entropy = vocab_parallel_logprob(
+            h, w, targets, shard=shard, temperature=temperature, chunk_rows=3, reduce_hidden_grad=reduce
+        )
+        (upstream[0] * logp + upstream[1] * entropy).sum().backward()
+        results["hidden_grad" if reduce else "partial_hidden_grad"] = h.grad
+    return {**results, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
