@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,6 @@ def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -
     old = policy.logprobs(batch.sequences)
     # Old log-probs near the policy's own, so that ratios straddle the bounds.
     noise = [0.3 * (x - x.mean()) for x in batch.old_logp]
-    from dataclasses import replace
-
     batch = replace(batch, old_logp=tuple(a + torch.nan_to_num(b) for a, b in zip(old.logp, noise, strict=True)))
     if policy.reference is not None:
         batch = replace(batch, ref_logp=policy.logprobs(batch.sequences, reference=True).logp)
@@ -66,4 +65,9 @@ def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -
     }
 
 
-__all__ = ["Config", "build", "logprobs", "make_batch", "train"]
+def export(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """All weights by HF name."""
+    return {name: tensor.clone() for name, tensor in build(model, overrides).export()}
+
+
+__all__ = ["Config", "build", "export", "logprobs", "make_batch", "train"]

@@ -70,14 +70,14 @@ class TinyConfig:
 
 @dataclass(frozen=True)
 class ArithmeticConfig:
-    """Generated arithmetic (`data.train: arithmetic`): addition and multiplication with short worked solutions."""
+    """Generated arithmetic (`data.train: arithmetic`): what the tiny policy is warm-started on and then trained on by RL."""
 
     min_digits: int = 3
     """Fewest digits of an operand."""
     max_digits: int = 3
     """Most digits of an operand."""
     operators: tuple[str, ...] = ("+",)
-    """Which of `+`, `-`, `*` occur."""
+    """Which of `+`, `-`, `*` occur; differences are never negative, and `*` has a one-digit second operand."""
     train_problems: int = 4096
     """Problems for RL."""
     eval_problems: int = 128

@@ -3,9 +3,13 @@
 Importing this package prepares megatron.core for the platform first.
 """
 
+import logging
+
 from etr_megatron import platform
 
 platform.prepare_megatron()
+# It warns that it exists; its reports of bad results come as exceptions.
+logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 from etr_megatron.policy.batch import PolicyBatch  # noqa: E402
 from etr_megatron.policy.parallel import Layout, init_layout, init_world  # noqa: E402

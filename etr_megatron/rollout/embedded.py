@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from etr_megatron.rollout.engine import Sampling, sample_seed
 from etr_megatron.rollout.sampling import draw
@@ -29,6 +30,7 @@ class EmbeddedEngine:
         self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, batch_samples: int, stop_ids: Iterable[int]
     ) -> None:
         self.weight_version = 0
+        transformers_logging.disable_progress_bar()  # a bar per rank, under the run's own
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval().requires_grad_(False)
         self._device, self._batch_samples = device, batch_samples
         self._stop_ids = frozenset(stop_ids)

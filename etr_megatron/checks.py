@@ -1,0 +1,104 @@
+"""What can be wrong with a job's inputs, found in one process before any rank is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from etr_megatron.config import Config, DataConfig
+from etr_megatron.config.defaults import tensor_parallel
+from etr_megatron.errors import UserError
+from etr_megatron.observe.run_directory import RunDirectory
+from etr_megatron.observe.writers import require_wandb
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these makes a directory's tokenizer loadable."""
+
+
+def check_inputs(config: Config, world_size: int) -> None:
+    """Look at the model, the data, the reward function and the run directory that `config` names.
+
+    Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
+    """
+    problems: list[str] = []
+    checks: tuple[Callable[[], None], ...] = (
+        lambda: check_model(config, world_size),
+        lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
+        lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
+        lambda: check_reward(config),
+        lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_used(config.checkpoint.resume),
+        lambda: require_wandb(config),
+    )
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))  # data.train and data.eval may share a problem
+
+
+def check_model(config: Config, world_size: int) -> None:
+    """The checkpoint is complete, of a supported architecture, and can be split over the layout."""
+    name = config.model.path
+    tp, pp = tensor_parallel(config.parallel, world_size), config.parallel.pp
+    if name == "tiny":
+        tiny = config.tiny
+        check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp)
+        return
+    if not Path(name).is_dir():
+        raise UserError(
+            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
+            "Qwen3), or tiny"
+        )
+    from etr_megatron.weights import check_checkpoint, read_architecture
+
+    architecture = read_architecture(name)
+    check_layout(f"the model in {name}", architecture.heads, architecture.kv_heads, architecture.layers, tp, pp)
+    check_checkpoint(name)
+    if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
+
+
+def check_layout(model: str, heads: int, kv_heads: int, layers: int, tp: int, pp: int) -> None:
+    """Attention splits over `tp` and layers over `pp`; the vocabulary needs no check, it is padded."""
+    if heads % tp:
+        raise UserError(
+            f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
+            f"divides {heads}"
+        )
+    if kv_heads < tp:
+        raise UserError(
+            f"{model} has {kv_heads} key/value heads, fewer than parallel.tp={tp}, which is not supported yet; choose "
+            f"parallel.tp <= {kv_heads}"
+        )
+    if kv_heads % tp:
+        raise UserError(
+            f"{model} has {kv_heads} key/value heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
+            f"divides {kv_heads}"
+        )
+    if layers < pp or layers % pp:
+        raise UserError(
+            f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+        )
+
+
+def check_source(key: str, source: str | None, split: str, data: DataConfig) -> None:
+    """Every row of `source` can be used, or left out as `data.on_bad_row` says; a hub dataset is fetched, once for all."""
+    if source is None or source == "arithmetic":
+        return
+    from etr_megatron.data.rows import read_rows
+
+    read_rows(source, split, data, key)
+
+
+def check_reward(config: Config) -> None:
+    """A reward function of the user's own can be imported."""
+    if config.reward.function == "math":
+        return
+    from etr_megatron.reward.functions import LoadError, load_grader
+
+    try:
+        load_grader(config.reward)
+    except LoadError as error:
+        raise UserError(f"reward.function is {config.reward.function!r}: {error}") from error

@@ -1,0 +1,76 @@
+"""The command line that the launcher and the ranks share: `[--config CONFIG | CONFIG] [key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from etr_megatron.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The shipped configs, beside the package in a checkout."""
+
+CPU_CONFIG = "cpu_tiny.yaml"
+"""What runs when nothing is named and there is no GPU."""
+
+USAGE = """[CONFIG] [key=value ...]
+
+  CONFIG       a YAML file, such as configs/cpu_tiny.yaml (which is taken when there is no GPU and none is named)
+  key=value    overrides of the config, such as run.name=first train.lr=1e-5"""
+
+
+def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
+    """The config file and the overrides that a command line names; without a config `default_config` decides.
+
+    Raises `UserError` for an unknown option or a second config.
+    """
+    config: str | None = None
+    overrides: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            named = next(arguments, None)
+            if named is None:
+                raise UserError("--config is the last argument; it must be followed by a config file")
+        elif argument.startswith("--config="):
+            named = argument.removeprefix("--config=")
+        elif argument.startswith("-"):
+            raise UserError(f"unknown option {argument}; usage: {USAGE}")
+        elif "=" in argument:
+            overrides.append(argument)
+            continue
+        else:
+            named = argument
+        if config is not None:
+            raise UserError(f"two configs are named, {config} and {named}; give one, and overrides as key=value")
+        config = named
+    if config is not None:
+        return Path(config), overrides
+    return default_config(cuda=_runs_on_cuda(overrides)), overrides
+
+
+def default_config(cuda: bool) -> Path:
+    """The config of a command line that names none: the CPU one; on CUDA there is no sensible default.
+
+    Raises `UserError` listing the shipped configs when `cuda`, or when the CPU config is not there.
+    """
+    if cuda:
+        listing = "\n".join(f"  {path}  {_first_comment(path)}" for path in sorted(CONFIGS.glob("*.yaml")))
+        raise UserError(f"no CONFIG is named and this machine has a GPU; name one of\n{listing}")
+    path = CONFIGS / CPU_CONFIG
+    if not path.is_file():
+        raise UserError(f"no CONFIG is named and the default {path} does not exist; name a config file")
+    return path
+
+
+def _runs_on_cuda(overrides: list[str]) -> bool:
+    platforms = [override.partition("=")[2] for override in overrides if override.startswith("run.platform=")]
+    if platforms and platforms[-1] == "cpu":
+        return False
+    import torch  # slow to import, and needed only when no config is named
+
+    return torch.cuda.is_available()
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text().partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""

@@ -1,0 +1,8 @@
+"""Prompts with verifiable answers: sources, templates, the resumable cursor; and the tiny policy with its arithmetic."""
+
+from etr_megatron.data.cursor import PromptCursor
+from etr_megatron.data.problems import ProblemSet, Split, open_problems
+from etr_megatron.data.prompts import load_tokenizer
+from etr_megatron.data.tiny import build_tiny_policy
+
+__all__ = ["ProblemSet", "PromptCursor", "Split", "build_tiny_policy", "load_tokenizer", "open_problems"]

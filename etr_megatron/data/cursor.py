@@ -1,0 +1,98 @@
+"""Which problems come next: a position in an endless, reproducible order that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from etr_megatron.data.problems import ProblemSet
+from etr_megatron.errors import UserError
+from etr_megatron.types import Problem
+
+
+class PromptCursor:
+    """Deals out problems epoch by epoch.
+
+        cursor = PromptCursor(problems, seed=1, shuffle=True)
+        step = cursor.next(16)
+
+    Every problem comes once per epoch; the order of an epoch is a function of (seed, epoch). Nothing is dropped at the end of
+    an epoch: a step takes what is left and goes on in the next one. The problems of one `next` are distinct (a group's
+    id is `<problem id>@<step>`): those that a step has already taken when the new epoch begins go to that epoch's end.
+    """
+
+    def __init__(self, problems: ProblemSet, seed: int, shuffle: bool) -> None:
+        self._problems = problems
+        self._seed = seed
+        self._shuffle = shuffle
+        self._start_epoch(0, deferred=[])
+
+    def next(self, n: int) -> list[Problem]:
+        """The next `n` problems, all different.
+
+        Raises:
+            UserError: there are fewer than `n` problems.
+        """
+        if n > len(self._problems):
+            raise UserError(
+                f"a step asks for {n} prompts, but there are only {len(self._problems)} problems: lower "
+                "rollout.prompts_per_step or give more data"
+            )
+        taken = self._order[self._position : self._position + n]
+        self._position += len(taken)
+        if len(taken) < n:
+            self._start_epoch(self._epoch + 1, deferred=sorted(taken))
+            self._position = n - len(taken)
+            taken += self._order[: self._position]
+        return [self._problems[index] for index in taken]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs dealt out so far, with the fraction of the current one."""
+        return self._epoch + self._position / len(self._problems)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text (json): where the cursor stands, and what it stands in."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "deferred": list(self._deferred),
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            UserError: the state belongs to other problems, or to another order of them; the cursor is left as it was.
+        """
+        names = {
+            "problems": "the number of problems",
+            "fingerprint": "the problems' fingerprint (text, answers, templates and tokenizer)",
+            "seed": "run.seed",
+            "shuffle": "data.shuffle",
+        }
+        for key, value in self._identity().items():
+            if state[key] != value:
+                raise UserError(
+                    f"the checkpoint's data position does not fit this run: {names[key]} was {state[key]} and is {value}; "
+                    "restore the data and settings it was made with, or start under another run.name"
+                )
+        self._start_epoch(state["epoch"], deferred=state["deferred"])
+        self._position = state["position"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "problems": len(self._problems),
+            "fingerprint": self._problems.fingerprint,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+        }
+
+    def _start_epoch(self, epoch: int, deferred: list[int]) -> None:
+        order = list(range(len(self._problems)))
+        if self._shuffle:
+            random.Random(f"{self._seed}:{epoch}").shuffle(order)
+        late = set(deferred)
+        self._order = [i for i in order if i not in late] + [i for i in order if i in late]
+        self._epoch, self._position, self._deferred = epoch, 0, list(deferred)

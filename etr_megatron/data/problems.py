@@ -1,0 +1,90 @@
+"""The problems of a run: rows that can be used, templated and tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from etr_megatron.config.schema import ArithmeticConfig, DataConfig
+from etr_megatron.data.prompts import tokenize_prompts, user_message
+from etr_megatron.data.rows import arithmetic_rows, read_rows
+from etr_megatron.errors import UserError
+from etr_megatron.types import Problem
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class ProblemSet(Sequence[Problem]):
+    """A list of problems in the order of their source, and what was left out of it.
+
+    problems: each with `prompt` (the user's message), `answer`, an id unique in the set, and `prompt_ids`.
+    skipped_too_long: prompts of more than `data.max_prompt_tokens` tokens.
+    skipped_broken: rows left out under `data.on_bad_row: skip`.
+    """
+
+    problems: list[Problem]
+    skipped_too_long: int = 0
+    skipped_broken: int = 0
+
+    def __len__(self) -> int:
+        """Number of problems."""
+        return len(self.problems)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        """The problem at `index`, or a list of them."""
+        return self.problems[index]
+
+    def __iter__(self) -> Iterator[Problem]:
+        """The problems in order."""
+        return iter(self.problems)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over every problem's id, text, answer and token ids, in order."""
+        digest = hashlib.sha256()
+        for problem in self.problems:
+            digest.update(json.dumps([problem.id, problem.prompt, problem.answer, problem.prompt_ids]).encode())
+        return digest.hexdigest()[:16]
+
+
+def open_problems(
+    config: DataConfig, arithmetic: ArithmeticConfig, split: Split, tokenizer: PreTrainedTokenizerBase
+) -> ProblemSet:
+    """Read `data.train` or `data.eval`, apply the templates, tokenise, and leave out what is broken or too long.
+
+    Raises:
+        UserError: whatever `read_rows` and `tokenize_prompts` refuse, or nothing is left.
+        ValueError: `split` is eval and `data.eval` is null.
+    """
+    key = f"data.{split}"
+    source = config.train if split == "train" else config.eval
+    if source is None:
+        raise ValueError("data.eval is null: there are no held-out problems to open")
+    if source == "arithmetic":
+        rows = arithmetic_rows(arithmetic, split)
+    else:
+        rows = read_rows(source, config.train_split if split == "train" else config.eval_split, config, key)
+    messages = [user_message(row.prompt, config) for row in rows.good]
+    problems, too_long = [], 0
+    for row, message, ids in zip(rows.good, messages, tokenize_prompts(messages, config, tokenizer), strict=True):
+        if len(ids) > config.max_prompt_tokens:
+            too_long += 1
+            continue
+        problems.append(Problem(id=row.id, prompt=message, answer=row.answer, prompt_ids=list(ids)))
+    if not problems:
+        raise UserError(
+            f"{key}: all {too_long} prompts of {source!r} are longer than data.max_prompt_tokens={config.max_prompt_tokens}; "
+            "raise it"
+        )
+    return ProblemSet(problems, skipped_too_long=too_long, skipped_broken=rows.broken)

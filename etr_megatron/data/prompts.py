@@ -1,0 +1,88 @@
+"""From a prompt's text to the token ids that the engine is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from etr_megatron.config.schema import DataConfig
+from etr_megatron.errors import UserError
+
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
+_PLACEHOLDER = "{prompt}"
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a HuggingFace directory; never asks the network.
+
+    Raises:
+        UserError: no such directory, no tokenizer in it, or one that encodes text to nothing.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"model.path: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
+    # Without its files transformers 5 makes an empty tokenizer of the class that config.json suggests, and says nothing.
+    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        raise UserError(
+            f"model.path: {str(path)!r} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the model's "
+            "tokenizer files there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # damaged files surface as OSError, ValueError, KeyError or tokenizers' bare Exception
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"model.path: the tokenizer in {str(path)!r} cannot be loaded ({type(error).__name__}: {reason}); copy the "
+            "model's tokenizer files anew"
+        ) from error
+    if not tokenizer.encode("12 + 7", add_special_tokens=False):
+        raise UserError(
+            f"model.path: the tokenizer in {str(path)!r} loads as {type(tokenizer).__name__} and encodes text to nothing; its "
+            "files do not fit the model type in config.json"
+        )
+    return tokenizer
+
+
+def user_message(prompt: str, config: DataConfig) -> str:
+    """`prompt` in `data.prompt_template`; other braces of the template (`\\boxed{}`) are kept.
+
+    Raises:
+        UserError: the template lacks `{prompt}`.
+    """
+    if _PLACEHOLDER not in config.prompt_template:
+        raise UserError(f"data.prompt_template {config.prompt_template!r} lacks {_PLACEHOLDER}; add it where the problem goes")
+    return config.prompt_template.replace(_PLACEHOLDER, prompt)
+
+
+def tokenize_prompts(messages: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each user message, in one batch: 7,000 prompts take about a second.
+
+    With the tokenizer's chat template (and `data.chat_template`) they end where the assistant's turn begins; without it they
+    are the message with the tokenizer's own special tokens.
+
+    Raises:
+        UserError: the chat template refuses the messages, or `data.system_prompt` is set with no template to put it in.
+    """
+    if not messages:
+        return []
+    if not (config.chat_template and tokenizer.chat_template):
+        if config.system_prompt is not None:
+            raise UserError(
+                "data.system_prompt is set but no chat template takes it (data.chat_template is off, or the tokenizer has "
+                "none): put it into data.prompt_template"
+            )
+        return tokenizer(list(messages))["input_ids"]
+    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+    conversations = [[*system, {"role": "user", "content": message}] for message in messages]
+    try:
+        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or set "
+            "data.chat_template=false"
+        ) from error
+    # The template has written the special tokens itself.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

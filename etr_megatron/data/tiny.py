@@ -1,0 +1,134 @@
+"""`model.path: tiny`: the warm-started policy, built once per set of settings and kept in a cache.
+
+How it stays whole when several ranks ask at once and any of them may be killed:
+
+1. A finished build is the directory `tiny-<hash of the settings>`, and only a rename makes it appear: complete or absent.
+2. Who builds holds `tiny-<hash>.lock` (flock: the kernel frees it when its holder dies) and writes to `tiny-<hash>.partial`.
+3. Who waits looks again, with a deadline, for the lock or the finished directory. Whoever gets the lock after a builder
+   died finds no finished directory, deletes what was left, and builds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from etr_megatron.config.schema import ArithmeticConfig, TinyConfig
+from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
+from etr_megatron.errors import UserError
+
+_RECIPE = 1
+"""Raise when a change of this code would build another policy from the same settings."""
+_POLL_S = 0.2
+
+
+def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progress: bool, timeout_s: float = 1800.0) -> Path:
+    """The directory (HuggingFace format: weights, config, tokenizer) of the tiny policy, built if the cache lacks it.
+
+    The build takes a minute or two on one CPU thread and is the same bit for bit for the same settings and machine; the
+    caller's torch thread count and random state are as before. Safe to call from every rank at once: one builds, the
+    others wait.
+
+    Args:
+        tiny: architecture, warm start, and `cache_dir`.
+        arithmetic: digits and operators of the warm start; its counts and seed play no part.
+        progress: show a bar while building.
+        timeout_s: how long to wait, in seconds, for another process that builds the same policy.
+
+    Raises:
+        UserError: the cache cannot be written, or another process is still building after `timeout_s`.
+    """
+    finished = Path(tiny.cache_dir) / f"tiny-{_settings_hash(tiny, arithmetic)}"
+    if finished.is_dir():
+        return finished
+    try:
+        finished.parent.mkdir(parents=True, exist_ok=True)
+        with _only_builder(finished, timeout_s) as build:
+            if build:
+                _build(finished, tiny, arithmetic, progress=progress)
+    except OSError as error:
+        raise UserError(
+            f"tiny.cache_dir {tiny.cache_dir!r} cannot hold the tiny policy ({error.strerror or error}): free space there or "
+            "name another directory"
+        ) from error
+    return finished
+
+
+def _settings_hash(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> str:
+    """12 hex digits over everything that shapes the policy."""
+    return hashlib.sha256(json.dumps(_settings(tiny, arithmetic), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _settings(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> dict[str, Any]:
+    settings = {f"tiny.{name}": value for name, value in dataclasses.asdict(tiny).items() if name != "cache_dir"}
+    for name in ("min_digits", "max_digits", "operators"):
+        settings[f"arithmetic.{name}"] = getattr(arithmetic, name)
+    return settings | {"recipe": _RECIPE}
+
+
+@contextmanager
+def _only_builder(finished: Path, timeout_s: float) -> Iterator[bool]:
+    """Yields True while holding the build lock, or False once another process has finished the build."""
+    lock_path = finished.with_name(finished.name + ".lock")
+    deadline = time.monotonic() + timeout_s
+    with lock_path.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process has been building the tiny policy for more than {timeout_s:g} s (it holds "
+                        f"{lock_path}): wait for it, end it, or set another tiny.cache_dir"
+                    ) from None
+                time.sleep(_POLL_S)
+        yield not finished.is_dir()  # closing the file frees the lock
+
+
+def _build(finished: Path, tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progress: bool) -> None:
+    """Build into the partial directory and rename it; the caller holds the lock."""
+    partial = finished.with_name(finished.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tiny.warm_start_seed)
+        tokenizer = train_tokenizer(tiny, arithmetic)
+        model = new_model(tiny, tokenizer)
+        loss = warm_start(model, tokenizer, tiny, arithmetic, progress=progress)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    made_from = {"settings": _settings(tiny, arithmetic), "last_loss_nats_per_token": loss}
+    (partial / "warm_start.json").write_text(json.dumps(made_from, indent=2) + "\n")
+    _flush_to_disk(partial)
+    os.rename(partial, finished)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread inside, so that the sums, hence the weights, do not depend on the machine's core count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _flush_to_disk(directory: Path) -> None:
+    """Without it a power cut could leave a renamed directory with empty files."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,150 @@
+"""The tiny policy itself: its tokenizer, its architecture, and the supervised warm start on careless demonstrations."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
+from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
+from etr_megatron.data.prompts import tokenize_prompts
+
+PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_TOKENIZER_EXERCISES = 2000
+_WARMUP_SHARE = 0.05
+_CONTEXT_LENGTH = 4096
+
+# transformers maps `model_type: qwen3` to Qwen2Tokenizer, which rebuilds normaliser and pre-tokeniser by itself and keeps
+# only vocabulary and merges. With Qwen2's own rules (every digit on its own, then bytes) both ways of loading agree.
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTrainedTokenizerBase:
+    """A byte-level BPE (any text encodes), one token per digit, merges learnt from prompts and solutions of the warm start."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=tiny.vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in (PAD_TOKEN, TURN_START, TURN_END)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sources = itertools.islice(warm_start_exercises(arithmetic, tiny.warm_start_seed), _TOKENIZER_EXERCISES)
+    rng = random.Random(tiny.warm_start_seed)
+    texts = (f"{exercise.question}\nassistant\n{demonstration(exercise, Slips(), rng)}" for exercise in sources)
+    tokenizer.train_from_iterator((f"system\nuser\n{text}" for text in texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=PAD_TOKEN,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=_CONTEXT_LENGTH,
+    )
+
+
+def new_model(tiny: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights from torch's global generator: qk-norm, grouped-query attention, untied embeddings, fp32."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=tiny.hidden_size,
+            intermediate_size=tiny.intermediate_size,
+            num_hidden_layers=tiny.layers,
+            num_attention_heads=tiny.heads,
+            num_key_value_heads=tiny.heads // 2,
+            head_dim=tiny.head_dim,
+            max_position_embeddings=_CONTEXT_LENGTH,
+            initializer_range=tiny.hidden_size**-0.5,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+
+
+def warm_start(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tiny: TinyConfig,
+    arithmetic: ArithmeticConfig,
+    *,
+    progress: bool,
+) -> float:
+    """Supervised training on demonstrations, in place: AdamW, linear warm-up then cosine to zero, loss on the solution only.
+
+    Returns the mean loss (nats per solution token) of the last step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.warm_start_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=tiny.warm_start_lr,
+        total_steps=tiny.warm_start_steps,
+        pct_start=_WARMUP_SHARE,
+        cycle_momentum=False,
+        final_div_factor=1e4,
+    )
+    demonstrations = _demonstrations(tiny, arithmetic)
+    loss_value = float("nan")
+    model.train()
+    with tqdm(total=tiny.warm_start_steps, desc="warm start of the tiny policy", disable=not progress) as bar:
+        for _ in range(tiny.warm_start_steps):
+            input_ids, labels = _batch(list(itertools.islice(demonstrations, tiny.warm_start_batch)), tokenizer)
+            # Padding is on the right, so causal attention alone keeps it away from every position that counts.
+            loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss_value = loss.item()
+            bar.set_postfix(loss=f"{loss_value:.3f}", refresh=False)
+            bar.update()
+    model.eval()
+    return loss_value
+
+
+def _demonstrations(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Iterator[tuple[str, str]]:
+    """Endless (question, solution)."""
+    rng = random.Random(tiny.warm_start_seed)
+    slips = Slips(forgotten_carry=tiny.forgotten_carry, wrong_digit=tiny.wrong_digit)
+    for exercise in warm_start_exercises(arithmetic, tiny.warm_start_seed):
+        yield exercise.question, demonstration(exercise, slips, rng)
+
+
+def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded (input_ids, labels), int64 [pairs, longest]; labels are -100 on prompt and padding.
+
+    Prompts are templated as RL will template them; a solution ends with the end of the turn.
+    """
+    prompts = tokenize_prompts([question for question, _ in pairs], DataConfig(), tokenizer)
+    solutions = tokenizer([solution + TURN_END for _, solution in pairs], add_special_tokens=False)["input_ids"]
+    longest = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
+    input_ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(pairs), longest), -100)
+    for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+        end = len(prompt) + len(solution)
+        input_ids[row, :end] = torch.tensor(prompt + solution)
+        labels[row, len(prompt) : end] = torch.tensor(solution)
+    return input_ids, labels

@@ -1,0 +1,136 @@
+"""`python -m etr_megatron.launch [--nproc N] [CONFIG] [key=value ...]`: check everything, then start the ranks of one node.
+
+What `bash examples/run_etr.sh` runs. The exit code is 0, 2 for a user's mistake (with one message and no traceback), 1 for
+a defect (with the rank's traceback), 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from etr_megatron.checks import check_inputs
+from etr_megatron.cli import USAGE, parse_args
+from etr_megatron.config import Config, load_config, resolve
+from etr_megatron.errors import UserError
+from etr_megatron.status import STATUS_VARIABLE, USER_ERROR_EXIT, read_status
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, start, watch; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N    processes to start on this machine")
+        return 0
+    try:
+        nproc, config_path, overrides = prepare(arguments)
+    except UserError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return start_ranks(nproc, ["-m", "etr_megatron.train", "--config", str(config_path), *overrides])
+
+
+def prepare(argv: list[str]) -> tuple[int, Path, list[str]]:
+    """Processes to start, config file and overrides, after every check that is possible without starting them.
+
+    Raises `UserError` with all problems of the first kind found: command line, config, layout, inputs.
+    """
+    asked, rest = _split_nproc(argv)
+    config_path, overrides = parse_args(rest)
+    config = load_config(config_path, overrides)
+
+    import torch  # after the config: it takes seconds, and a wrong key should not
+
+    gpus = torch.cuda.device_count() if config.run.platform != "cpu" else 0
+    nproc = asked if asked is not None else default_nproc(config, gpus)
+    if gpus and nproc > gpus:
+        raise UserError(f"--nproc {nproc}: this machine has {gpus} GPUs, and every process needs one of its own")
+    check_inputs(resolve(config, nproc, cuda=gpus > 0), nproc)
+    return nproc, config_path, overrides
+
+
+def default_nproc(config: Config, gpus: int) -> int:
+    """One process per GPU; on CPU what the layout asks for, and two for `parallel.tp: auto` where there are two cores."""
+    if gpus:
+        return gpus
+    if config.parallel.tp == "auto":
+        return max(config.parallel.pp, min(2, os.cpu_count() or 1))
+    return config.parallel.tp * config.parallel.pp
+
+
+def start_ranks(nproc: int, command: list[str]) -> int:
+    """Run `command` (arguments of torchrun: a script or `-m module`, and its own) in `nproc` processes; the exit code.
+
+    Installs torchrun's signal handlers, so it must be called from the main thread.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Ranks of one machine share its cores. (torchrun would say so at length, and take 1.)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # This process only watches. What torchrun logs about a failed rank would bury that rank's own words.
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="etr_") as folder:
+        status_file = Path(folder) / "status.json"
+        os.environ[STATUS_VARIABLE] = str(status_file)
+        try:
+            torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(nproc), "--log-dir", folder, *command]))
+        except ChildFailedError as failed:
+            message = read_status(status_file)
+            if message is not None:
+                return _refuse(message)
+            return _report_crash(failed)
+        except SignalException as received:
+            return 128 + received.sigval
+    return 0
+
+
+def _report_crash(failed: ChildFailedError) -> int:
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode == USER_ERROR_EXIT:  # the rank had no room for the status file and has printed the message
+        return USER_ERROR_EXIT
+    if failure.exitcode < 0:
+        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        how += " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+    else:
+        how = f"ended with exit code {failure.exitcode}; its traceback is above"
+    print(f"rank {rank} (pid {failure.pid}) {how}", file=sys.stderr)
+    return 1
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR_EXIT
+
+
+def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
+    """Take `--nproc N` or `--nproc=N` out of the arguments."""
+    rest: list[str] = []
+    nproc: str | None = None
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--nproc":
+            nproc = next(arguments, "")
+        elif argument.startswith("--nproc="):
+            nproc = argument.removeprefix("--nproc=")
+        else:
+            rest.append(argument)
+    if nproc is None:
+        return None, rest
+    if not nproc.isdecimal() or int(nproc) < 1:
+        raise UserError(f"--nproc {nproc}: must be a whole number of processes, at least 1")
+    return int(nproc), rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

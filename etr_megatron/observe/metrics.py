@@ -1,0 +1,167 @@
+"""`metrics.jsonl`: one JSON object per step, the source of truth for every curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from etr_megatron.errors import UserError
+from etr_megatron.observe.files import disk_errors, sync_directory, write_atomically
+
+
+class StepMetrics(TypedDict):
+    """What every row has. Means over tokens are over the response tokens of the step, all ranks together."""
+
+    step: int  # rollout step, counted from 1
+    weight_version: int  # of the weights that generated the step's rollouts
+    reward_mean: float  # over samples
+    accuracy: float  # share of samples with the highest reward
+    entropy: float  # nats per token
+    loss: float
+    grad_norm: float  # before clipping, mean over the step's updates
+    lr: float  # of the step's last update
+    ratio_mean: float  # importance ratio
+    clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped
+    clip_frac_lower: float  # share of tokens whose gradient the lower bound stopped
+    clip_radius_mean: float
+    kl: float  # to the reference model, nats per token; 0 without one
+    logprob_gap_mean: float  # abs(engine - trainer), nats per token
+    logprob_gap_max: float
+    zero_variance_groups: int  # groups whose rewards are all equal: no gradient from them
+    truncated: int  # samples cut at rollout.max_response_tokens
+    reward_timeouts: int  # graders killed at reward.timeout_s; not counted as wrong answers
+    response_tokens_mean: float  # tokens per sample
+    tokens_per_s: float  # response tokens of the step / time_step
+    time_rollout: float  # seconds, as all times
+    time_reward: float
+    time_train: float
+    time_sync: float
+    time_step: float
+
+
+class MetricsRow(StepMetrics, total=False):
+    """A row; the keys below are there only on some steps."""
+
+    eval_accuracy: float  # on held-out problems, after the step's updates
+    eval_accuracy_start: float  # on held-out problems, before any update: in the first row only
+
+
+METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)
+"""The keys of every row, in their order in the file."""
+OPTIONAL_METRIC_KEYS: tuple[str, ...] = tuple(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS)
+"""The keys that only some rows have."""
+
+
+class MetricsLog:
+    """The rows of one run.
+
+        log = MetricsLog(run / "metrics.jsonl")
+        log.append(row)         # on disk when it returns
+        log.cut_back(step=25)   # on resume: forget what came after the checkpoint
+
+    A NaN or an infinity is written as `null`: strict JSON has no other word for it, and refusing the row would lose the
+    very step at which a run went wrong. Readers take `null` for "was not finite".
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last_step: int | None = None  # None: the file has not been looked at yet
+
+    def append(self, row: MetricsRow) -> None:
+        """Add the row of the next step and wait until it is on disk.
+
+        Raises `ValueError` for missing or unknown keys and for a step that is not after the last one, `TypeError` for a
+        value that is no number, `UserError` when the disk is full (the file then ends with the last whole row).
+        """
+        line = (json.dumps(_checked(row), allow_nan=False) + "\n").encode()
+        if self._last_step is None:
+            self._last_step = self._drop_torn_line()
+        if row["step"] <= self._last_step:
+            raise ValueError(f"metrics row of step {row['step']} after that of step {self._last_step}")
+        with disk_errors(self.path):
+            is_new = not self.path.exists()
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                _append_whole(descriptor, line)
+            finally:
+                os.close(descriptor)
+            if is_new:
+                sync_directory(self.path.parent)
+        self._last_step = row["step"]
+
+    def rows(self) -> list[MetricsRow]:
+        """All whole rows, oldest first; a last line without its newline (a kill in mid-write) does not count."""
+        return [row for _, row in self._lines()]
+
+    def cut_back(self, step: int) -> int:
+        """Keep the rows up to and including `step`, byte for byte, and return how many were dropped."""
+        lines = self._lines()
+        kept = [line for line, row in lines if row["step"] <= step]
+        if self.path.exists():
+            write_atomically(self.path, b"".join(kept))
+        self._last_step = None
+        return len(lines) - len(kept)
+
+    def _lines(self) -> list[tuple[bytes, MetricsRow]]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        return [(line, self._parsed(line, number)) for number, line in enumerate(lines, start=1)]
+
+    def _parsed(self, line: bytes, number: int) -> MetricsRow:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.path}, line {number}: not JSON ({error}); mend or remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{self.path}, line {number}: not a metrics row with a whole `step`; mend or remove the line")
+        return cast(MetricsRow, row)
+
+    def _drop_torn_line(self) -> int:
+        """Make the file end with a whole row, so that the next does not stick to a torn one; the last step or -1."""
+        lines = self._lines()
+        whole = sum(len(line) for line, _ in lines)
+        if self.path.exists() and self.path.stat().st_size != whole:
+            os.truncate(self.path, whole)
+        return lines[-1][1]["step"] if lines else -1
+
+
+def _append_whole(descriptor: int, line: bytes) -> None:
+    """Write all of `line` and sync it, or leave the file as it was."""
+    before = os.fstat(descriptor).st_size
+    try:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise
+
+
+def _checked(row: MetricsRow) -> dict[str, Any]:
+    """The row in the file's key order, numbers only, what is not finite as None."""
+    given: dict[str, Any] = dict(row)
+    missing = [key for key in METRIC_KEYS if key not in given]
+    unknown = [key for key in given if key not in METRIC_KEYS and key not in OPTIONAL_METRIC_KEYS]
+    if missing or unknown:
+        raise ValueError(
+            f"metrics row of step {given.get('step')}: missing keys {missing}, unknown keys {unknown}; the list of keys "
+            "is etr_megatron.observe.metrics.MetricsRow"
+        )
+    checked: dict[str, Any] = {}
+    for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS):
+        if key not in given:
+            continue
+        value = given[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"metrics row: {key} is {value!r} ({type(value).__name__}), not an int or a float")
+        checked[key] = value if math.isfinite(value) else None
+    if not isinstance(given["step"], int):
+        raise TypeError(f"metrics row: step is {given['step']!r}, not an int")
+    return checked

@@ -1,0 +1,108 @@
+"""A finished (or running) run in a dozen lines, and its curves as one picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.observe.files import disk_errors
+from etr_megatron.observe.metrics import MetricsRow
+from etr_megatron.observe.progress import format_seconds
+from etr_megatron.observe.run_directory import RunDirectory
+
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reward", ("reward_mean",)),
+    ("held-out accuracy", ("eval_accuracy",)),
+    ("clipped tokens", ("clip_frac_upper", "clip_frac_lower")),
+    ("entropy (nats)", ("entropy",)),
+    ("engine/trainer gap (nats)", ("logprob_gap_mean",)),
+    ("seconds per step", ("time_rollout", "time_reward", "time_train", "time_sync")),
+)
+
+
+def load_rows(run: Path) -> list[MetricsRow]:
+    """The rows of the run directory `run`; raises `UserError` when there are none."""
+    path = RunDirectory(run).metrics.path
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the directory of a run, such as runs/<run.name>")
+    rows = RunDirectory(run).metrics.rows()
+    if not rows:
+        raise UserError(f"{path} has no rows yet; wait for the first step")
+    return rows
+
+
+def summary(rows: list[MetricsRow]) -> str:
+    """The report's text; a tenth is at least one step, means leave out values that were not finite."""
+    tenth = max(1, len(rows) // 10)
+    first = _mean(row["reward_mean"] for row in rows[:tenth])
+    last = _mean(row["reward_mean"] for row in rows[-tenth:])
+    upper, lower = _mean(row["clip_frac_upper"] for row in rows), _mean(row["clip_frac_lower"] for row in rows)
+    tokens = sum((row["tokens_per_s"] or 0) * (row["time_step"] or 0) for row in rows)
+    lines = [
+        f"steps             {rows[0]['step']} to {rows[-1]['step']} ({len(rows)} rows)",
+        f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
+        f"eval accuracy     {_evaluations(rows)}",
+        f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower",
+        f"response tokens   {tokens:,.0f}",
+        f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
+        f"truncated         {sum(row['truncated'] for row in rows)} samples",
+        f"zero variance     {sum(row['zero_variance_groups'] for row in rows)} groups",
+        f"reward timeouts   {sum(row['reward_timeouts'] for row in rows)}",
+    ]
+    return "\n".join(lines)
+
+
+def plot(rows: list[MetricsRow], path: Path) -> None:
+    """Draw the curves to the PNG file `path`; raises `UserError` when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--png needs matplotlib, which is not installed; `pip install matplotlib` into .venv")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        for key in keys:
+            points = _points(rows, key)
+            axes.plot([step for step, _ in points], [value for _, value in points], label=key)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        if len(keys) > 1:
+            axes.legend(fontsize="small")
+    with disk_errors(path):
+        figure.savefig(path, dpi=120, format="png")
+
+
+def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
+    points: list[tuple[int, float]] = []
+    for row in rows:
+        values: dict[str, Any] = dict(row)
+        if key == "eval_accuracy" and values.get("eval_accuracy_start") is not None:
+            points.append((row["step"] - 1, values["eval_accuracy_start"]))
+        if values.get(key) is not None:
+            points.append((row["step"], values[key]))
+    return points
+
+
+def _evaluations(rows: list[MetricsRow]) -> str:
+    points = _points(rows, "eval_accuracy")
+    if not points:
+        return "not evaluated"
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    return f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2%}"

@@ -1,0 +1,57 @@
+"""`rollouts/step_000012.jsonl`: what the policy wrote at a step, one sample per line, for people to read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.observe.files import disk_errors, write_atomically
+from etr_megatron.types import Group, Sample
+
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+def rollouts_path(directory: Path, step: int) -> Path:
+    """The file of a step; names sort like steps."""
+    return directory / f"step_{step:06d}.jsonl"
+
+
+def save_rollouts(directory: Path, step: int, groups: Iterable[Group]) -> Path:
+    """Write the samples of `groups` as the step's file, replacing one that is there; raises `UserError` on a full disk."""
+    lines = [json.dumps(_readable(step, group, sample), ensure_ascii=False) for group in groups for sample in group.samples]
+    path = rollouts_path(directory, step)
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    return path
+
+
+def cut_back_rollouts(directory: Path, step: int) -> int:
+    """Remove the files of steps after `step` and return how many there were."""
+    later = [
+        path for path in directory.glob("step_*.jsonl") if (match := _STEP_FILE.fullmatch(path.name)) and int(match[1]) > step
+    ]
+    with disk_errors(directory):
+        for path in later:
+            path.unlink()
+    return len(later)
+
+
+def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
+    logprobs = sample.rollout_logprobs
+    return {
+        "step": step,
+        "group": group.id,
+        "problem": group.problem.id,
+        "sample": sample.index,
+        "prompt": group.problem.prompt,
+        "response": sample.text,
+        "answer": group.problem.answer,
+        "reward": sample.reward,
+        "status": sample.reward_status,
+        "finish_reason": sample.finish_reason,
+        "weight_version": sample.weight_version,
+        "tokens": len(sample.response_ids),
+        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+    }

@@ -1,0 +1,140 @@
+"""`runs/<name>/`: where everything that a run writes lives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from etr_megatron.config import Config, dump_yaml, to_dict
+from etr_megatron.errors import UserError
+from etr_megatron.observe.files import disk_errors, write_atomically
+from etr_megatron.observe.metrics import MetricsLog
+from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
+from etr_megatron.types import Group
+
+logger = logging.getLogger(__name__)
+
+RunState = Literal["running", "finished", "failed"]
+
+FREE_TO_CHANGE: tuple[str, ...] = (
+    "run.name",
+    "run.dir",
+    "run.steps",
+    "run.phase_timeout_s",
+    "reward.workers",
+    "eval.",
+    "checkpoint.",
+    "observe.",
+)
+"""Keys (or, ending in a dot, sections) whose change between start and resume does not make it another experiment."""
+
+
+class RunDirectory:
+    """The files of one run; one process (rank 0) writes them.
+
+        directory = RunDirectory(Path(config.run.dir) / config.run.name)
+        directory.prepare(config)
+        directory.cut_back(step=25)     # on resume
+
+    config.yaml       the resolved configuration
+    metrics.jsonl     one object per step (`MetricsLog`)
+    rollouts/         samples to read, one file per saved step
+    checkpoints/      belongs to the checkpoint room
+    tensorboard/      event files, made from the same rows as metrics.jsonl
+    status.json       what became of the run: running, finished or failed, and at which step
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_file = root / "config.yaml"
+        self.metrics = MetricsLog(root / "metrics.jsonl")
+        self.rollouts = root / "rollouts"
+        self.checkpoints = root / "checkpoints"
+        self.tensorboard = root / "tensorboard"
+        self.status_file = root / "status.json"
+
+    def is_used(self) -> bool:
+        """Whether a run got as far as writing results here."""
+        metrics = self.metrics.path
+        if metrics.exists() and metrics.stat().st_size > 0:
+            return True
+        return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
+
+    def refuse_if_used(self, resume: bool) -> None:
+        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own."""
+        if not resume and self.is_used():
+            raise UserError(
+                f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
+                "directory, or set checkpoint.resume=true to continue it"
+            )
+
+    def prepare(self, config: Config) -> list[str]:
+        """Make the directories and config.yaml; return the keys in which `config` differs from the run's start.
+
+        On a resume config.yaml is written again only when nothing that matters has changed (see `FREE_TO_CHANGE`). Else
+        it keeps the settings that the run was started with, and a warning lists the keys that differ.
+        Raises `UserError` when the directory is used and resuming is off, cannot be written, or the disk is full.
+        """
+        self.refuse_if_used(config.checkpoint.resume)
+        for folder in (self.root, self.rollouts, self.checkpoints):
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        is_resumed = self.is_used() and self.config_file.exists()
+        changes = _changed_keys(self._started_with(), to_dict(config)) if is_resumed else []
+        if changes:
+            logger.warning("%s: resumed with settings that differ from its start: %s", self.root, "; ".join(changes))
+        else:
+            write_atomically(self.config_file, dump_yaml(config).encode())
+        return [change.split(" ", 1)[0] for change in changes]
+
+    def save_rollouts(self, step: int, groups: Iterable[Group]) -> Path:
+        """Write the samples of `groups` to `rollouts/step_<step>.jsonl` and return its path."""
+        return save_rollouts(self.rollouts, step, groups)
+
+    def cut_back(self, step: int) -> None:
+        """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew)."""
+        self.metrics.cut_back(step)
+        cut_back_rollouts(self.rollouts, step)
+
+    def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
+        """Replace status.json: the state, the last finished step of `steps`, and for "failed" why."""
+        status = {"state": state, "step": step, "steps": steps, "message": message, "pid": os.getpid()}
+        status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
+
+    def _started_with(self) -> dict[str, Any]:
+        try:
+            loaded = yaml.safe_load(self.config_file.read_text())
+        except yaml.YAMLError as error:
+            place = " ".join(str(error).split())
+            raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"{self.config_file}: not a configuration; restore it or remove it")
+        return loaded
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key (old -> new)` of every key that matters and differs; keys that only one side knows are of another version."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key} ({old[key]!r} -> {new[key]!r})"
+        for key in new
+        if key in old and old[key] != new[key] and not key.startswith(FREE_TO_CHANGE)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

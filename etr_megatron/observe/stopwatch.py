@@ -1,0 +1,65 @@
+"""Where a step's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypedDict, get_args
+
+Phase = Literal["rollout", "reward", "train", "sync"]
+
+
+class StepTimes(TypedDict):
+    """Seconds; what `time_step` has beyond the phases is evaluation, checkpoints and bookkeeping."""
+
+    time_rollout: float
+    time_reward: float
+    time_train: float
+    time_sync: float
+    time_step: float
+
+
+class Stopwatch:
+    """Wall-clock time of this process, per phase.
+
+        watch = Stopwatch()
+        with watch.phase("rollout"):
+            ...
+        times = watch.lap()     # {"time_rollout": 1.2, ..., "time_step": 3.4}; the next step starts here
+
+    Work that CUDA still has in its queue when a block ends counts where the host waits for it: a phase should end with
+    something that synchronises (all four do: they return Python numbers or wait for other ranks).
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
+        self._running: Phase | None = None
+        self._step_started = clock()
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Add the block's duration to `name`, also when it raises; phases do not nest (`RuntimeError`)."""
+        if self._running is not None:
+            raise RuntimeError(f"phase {name!r} inside phase {self._running!r}: its time would count twice")
+        self._running = name
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[name] += self._clock() - started
+            self._running = None
+
+    def lap(self) -> StepTimes:
+        """The times since the last lap, and start again at zero."""
+        now = self._clock()
+        seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)
+        step, self._step_started = now - self._step_started, now
+        return StepTimes(
+            time_rollout=seconds["rollout"],
+            time_reward=seconds["reward"],
+            time_train=seconds["train"],
+            time_sync=seconds["sync"],
+            time_step=step,
+        )

@@ -1,0 +1,59 @@
+"""What gang ranks run for the rollout's tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from etr_megatron.rollout import EmbeddedEngine, Sampling
+from etr_megatron.types import Problem, Sample
+from tests.policy_jobs import build, make_batch
+
+
+def _engine(model: str, stop_ids: list[int]) -> EmbeddedEngine:
+    return EmbeddedEngine(model, dtype=torch.float32, device=torch.device("cpu"), batch_samples=4, stop_ids=stop_ids)
+
+
+def _problems(prompts: list[list[int]]) -> list[Problem]:
+    return [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
+
+
+def generate(model, prompts, temperature, samples, max_tokens, stop_ids=()) -> list[list[dict]]:
+    sampling = Sampling(samples, max_tokens, temperature, seed=3, step=2)
+    groups = _engine(model, list(stop_ids)).generate(_problems(prompts), sampling)
+    return [[asdict(sample) for sample in group] for group in groups]
+
+
+def gap_after_update(model, prompts, overrides) -> tuple[float, float, float]:
+    """Largest engine/trainer gap before and after an update went to the engine, and how far the update moved log-probs."""
+    policy = build(model, [*overrides, "train.lr=0.01", "rollout.temperature=0.9"])
+    engine = _engine(model, [])
+    problems = _problems(prompts)
+
+    def gap(step: int) -> tuple[float, list[Sample]]:
+        groups = engine.generate(problems, Sampling(2, 8, 0.9, seed=1, step=step))
+        samples = [sample for group in groups for sample in group]
+        assert all(sample.weight_version == step for sample in samples)
+        sequences = [(prompts[i // 2], sample.response_ids) for i, sample in enumerate(samples)]
+        trainer = policy.logprobs(sequences).logp
+        engine_logp = [torch.tensor(sample.rollout_logprobs) for sample in samples]
+        return max((a - b).abs().max().item() for a, b in zip(trainer, engine_logp, strict=True)), sequences
+
+    before, sequences = gap(0)
+    old = policy.logprobs(sequences).logp
+    policy.update(replace(make_batch(sequences), old_logp=old))
+    changed = max((a - b).abs().max().item() for a, b in zip(policy.logprobs(sequences).logp, old, strict=True))
+    engine.update_weights(policy.export(), version=1)
+    return before, gap(1)[0], changed
+
+
+def bad_update(model) -> tuple[str, int]:
+    """The refusal, and the version that the engine still has."""
+    engine = _engine(model, [])
+    tensors = [("model.norm.weight", torch.zeros(47)), ("nonsense", torch.zeros(1))]
+    try:
+        engine.update_weights(tensors, version=1)
+    except ValueError as error:
+        return str(error), engine.weight_version
+    return "", engine.weight_version

@@ -1,0 +1,151 @@
+"""Inputs that cannot work are refused before anything is started, with key, numbers and the way out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.checks import check_inputs, check_layout
+from etr_megatron.config import Config, DataConfig, ModelConfig, ObserveConfig, ParallelConfig, RewardConfig, RunConfig
+from etr_megatron.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(run=RunConfig(dir=str(tmp_path / "runs")))
+
+
+def refusal(config: Config, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        check_inputs(config, world_size)
+    return str(caught.value)
+
+
+def with_model(config: Config, path: Path) -> Config:
+    return replace(config, model=ModelConfig(path=str(path)))
+
+
+def test_the_default_job_passes(config: Config) -> None:
+    check_inputs(config, 2)
+
+
+def test_a_complete_checkpoint_passes(config: Config, hf_models: dict[str, str], tmp_path: Path) -> None:
+    for model in map(Path, hf_models.values()):
+        copy = tmp_path / model.name
+        copy.mkdir()
+        for file in model.iterdir():
+            (copy / file.name).symlink_to(file)
+        (copy / "tokenizer.json").write_text("{}")
+        check_inputs(with_model(config, copy), 1)
+
+
+def test_a_missing_model_directory_is_named(config: Config, tmp_path: Path) -> None:
+    message = refusal(with_model(config, tmp_path / "nowhere"))
+    assert message.startswith(f"model.path: {tmp_path}/nowhere is not a directory")
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
+    assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    message = refusal(with_model(config, tmp_path))
+    assert "GPT2LMHeadModel" in message
+    assert all(name in message for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"))
+
+
+def test_a_config_that_does_not_fit_its_weights_is_refused(config: Config, hf_models: dict[str, str], tmp_path: Path) -> None:
+    model = Path(hf_models["qwen3"])
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    broken = json.loads((model / "config.json").read_text())
+    broken["intermediate_size"] += 8
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(broken))
+    assert "does not fit the weights" in refusal(with_model(config, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "layers", "tp", "pp", "sentence"),
+    [
+        (14, 2, 6, 4, 1, "m has 14 attention heads, which parallel.tp=4 does not divide; choose a parallel.tp that"),
+        (16, 2, 6, 4, 1, "m has 2 key/value heads, fewer than parallel.tp=4, which is not supported yet; choose"),
+        (12, 6, 6, 4, 1, "m has 6 key/value heads, which parallel.tp=4 does not divide; choose a parallel.tp that"),
+        (16, 4, 6, 4, 4, "m has 6 layers, which parallel.pp=4 does not divide; choose a parallel.pp that divides 6"),
+        (16, 4, 2, 1, 4, "m has 2 layers, which parallel.pp=4 does not divide; choose a parallel.pp that divides 2"),
+    ],
+)
+def test_a_model_that_the_layout_cannot_split_is_refused(
+    heads: int, kv_heads: int, layers: int, tp: int, pp: int, sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_layout("m", heads, kv_heads, layers, tp, pp)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_layout_that_splits_evenly_passes() -> None:
+    check_layout("m", heads=14, kv_heads=2, layers=24, tp=2, pp=3)
+
+
+def test_tp_auto_is_checked_at_the_size_it_will_have(config: Config) -> None:
+    odd = replace(config, tiny=replace(config.tiny, heads=2))  # 1 key/value head
+    check_inputs(odd, 1)
+    assert "the tiny model has 1 key/value heads, fewer than parallel.tp=2" in refusal(odd, world_size=2)
+    check_inputs(replace(odd, parallel=ParallelConfig(tp=1)), 2)
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_missing_data_file_is_named_with_its_key(config: Config, tmp_path: Path, key: str) -> None:
+    message = refusal(replace(config, data=DataConfig(**{key: str(tmp_path / "no.jsonl")})))
+    assert message.startswith(f"data.{key}: ") and "no.jsonl" in message
+
+
+def test_an_empty_data_file_is_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "empty.jsonl" in refusal(replace(config, data=DataConfig(train=str(tmp_path / "empty.jsonl"))))
+
+
+def test_a_missing_column_is_named_with_the_columns_there_are(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"problem": "6*7", "answer": "42"}\n')
+    message = refusal(replace(config, data=DataConfig(train=str(tmp_path / "train.jsonl"))))
+    assert "data.prompt_column" in message and "question" in message and "problem" in message
+
+
+def test_a_broken_row_is_named_with_its_line(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "6*7", "answer": "42"}\n{"question"\n')
+    data = DataConfig(train=str(tmp_path / "train.jsonl"))
+    message = refusal(replace(config, data=data))
+    assert "train.jsonl" in message and "2" in message
+    check_inputs(replace(config, data=replace(data, on_bad_row="skip")), 1)
+
+
+def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) -> None:
+    message = refusal(replace(config, reward=RewardConfig(function="no_such_module_here:grade")))
+    assert message.startswith("reward.function is 'no_such_module_here:grade'")
+    assert "no_such_module_here" in message.partition(": ")[2]
+    assert "floor_lamp" in refusal(replace(config, reward=RewardConfig(function="math:floor_lamp")))
+    check_inputs(replace(config, reward=RewardConfig(function="math:fsum")), 1)
+
+
+def test_a_used_run_directory_is_refused_without_resume(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    check_inputs(config, 1)
+    message = refusal(replace(config, checkpoint=replace(config.checkpoint, resume=False)))
+    assert message.startswith(f"{run} holds an earlier run")
+
+
+def test_every_problem_is_told_at_once(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    broken = replace(
+        with_model(config, tmp_path / "nowhere"),
+        data=DataConfig(train=str(tmp_path / "no.jsonl"), eval=None),
+        observe=ObserveConfig(wandb_project="etr"),
+    )
+    model, data, wandb = refusal(broken).splitlines()
+    assert model.startswith("model.path") and data.startswith("data.train") and "pip install wandb" in wandb

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from etr_megatron.config.schema import ArithmeticConfig, DataConfig
+from etr_megatron.data import load_tokenizer, open_problems
+from etr_megatron.errors import UserError
+
+ARITHMETIC = ArithmeticConfig(train_problems=50, eval_problems=20)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per byte, so that lengths are known without the code under test."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=chat_template)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def write_jsonl(path: Path, lines: list[object]) -> str:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+def opened(source: str, tokenizer: PreTrainedTokenizerFast, **settings: object):
+    return open_problems(replace(DataConfig(train=source), **settings), ARITHMETIC, "train", tokenizer)
+
+
+GOOD = {"question": "1+1?", "answer": "2"}
+
+
+def test_jsonl_rows_keep_order_ids_and_answers(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "", {"question": "Größe? \\frac{1}{2}", "answer": 7, "x": [1]}])
+    problems = opened(source, tokenizer)
+    assert [(p.id, p.prompt, p.answer) for p in problems] == [
+        ("a.jsonl:1", "1+1?", "2"),
+        ("a.jsonl:3", "Größe? \\frac{1}{2}", "7"),
+    ]
+    assert [tokenizer.decode(p.prompt_ids) for p in problems] == [p.prompt for p in problems]
+    assert (problems.skipped_broken, problems.skipped_too_long) == (0, 0)
+
+
+BROKEN_LINES = [
+    ('{"question": "1+1?", "answer": ', "not JSON"),
+    ('["a list"]', "a JSON list, not an object"),
+    ('{"question": null, "answer": "2"}', "column 'question' is null"),
+    ('{"answer": "2"}', "column 'question' is missing"),
+    ('{"question": 5, "answer": "2"}', "column 'question' is int, not text"),
+    ('{"question": "  ", "answer": "2"}', "column 'question' is empty"),
+    ('{"question": "1+1?"}', "column 'answer' is missing"),
+    ('{"question": "1+1?", "answer": ["2"]}', "column 'answer' is list, not text or a number"),
+    ('{"question": "1+1?", "answer": true}', "column 'answer' is bool, not text or a number"),
+    ('{"question": "1+1?", "answer": NaN}', "not a finite number"),
+    ('{"question": "1+1?", "answer": ""}', "column 'answer' is empty"),
+    ("[" * 100_000, "not readable JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN_LINES)
+def test_a_broken_line_is_fatal_with_its_file_and_line_or_skipped_and_counted(tmp_path, tokenizer, line, reason):
+    source = write_jsonl(tmp_path / "b.jsonl", [GOOD, GOOD, line, GOOD])
+    with pytest.raises(UserError, match=r"b\.jsonl:3 .*on_bad_row=skip") as caught:
+        opened(source, tokenizer)
+    assert reason in str(caught.value)
+    problems = opened(source, tokenizer, on_bad_row="skip")
+    assert [p.id for p in problems] == ["b.jsonl:1", "b.jsonl:2", "b.jsonl:4"]
+    assert problems.skipped_broken == 1
+
+
+def test_a_line_that_is_not_utf8_is_reported_by_line(tmp_path, tokenizer):
+    (tmp_path / "u.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"question": "\xff", "answer": "2"}\n')
+    with pytest.raises(UserError, match=r"u\.jsonl:2 .*not UTF-8 at byte 15"):
+        opened(str(tmp_path / "u.jsonl"), tokenizer)
+
+
+def test_a_byte_order_mark_is_no_broken_line(tmp_path, tokenizer):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(opened(str(tmp_path / "bom.jsonl"), tokenizer)) == 1
+
+
+def test_a_missing_column_is_reported_with_the_available_ones(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "c.jsonl", [{"problem": "1+1?", "answer": "2"}])
+    with pytest.raises(UserError, match=r"no column 'question' \(data\.prompt_column\); its columns are 'problem', 'answer'"):
+        opened(source, tokenizer, on_bad_row="skip")
+    assert opened(source, tokenizer, prompt_column="problem")[0].prompt == "1+1?"
+    with pytest.raises(UserError, match=r"no column 'uid' \(data\.id_column\)"):
+        opened(source, tokenizer, prompt_column="problem", id_column="uid")
+
+
+def test_ids_of_the_id_column_must_be_unique(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "i.jsonl", [GOOD | {"uid": 4}, GOOD | {"uid": "5"}, GOOD | {"uid": 4}])
+    with pytest.raises(UserError, match=r"i\.jsonl:3 .*id '4' is that of i\.jsonl:1 already"):
+        opened(source, tokenizer, id_column="uid")
+    assert [p.id for p in opened(source, tokenizer, id_column="uid", on_bad_row="skip")] == ["4", "5"]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_refused(tmp_path, tokenizer, content):
+    (tmp_path / "e.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"data\.train: .*e\.jsonl' holds no rows"):
+        opened(str(tmp_path / "e.jsonl"), tokenizer)
+
+
+def test_a_file_with_only_broken_rows_is_refused(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "n.jsonl", ["{", "{"])
+    with pytest.raises(UserError, match=r"none of the 2 rows"):
+        opened(source, tokenizer, on_bad_row="skip")
+
+
+def test_long_prompts_are_skipped_and_counted_and_a_limit_that_leaves_none_is_refused(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "l.jsonl", [GOOD | {"question": "x" * length} for length in (9, 10, 11, 30)])
+    problems = opened(source, tokenizer, max_prompt_tokens=10)
+    assert [len(p.prompt_ids) for p in problems] == [9, 10]
+    assert problems.skipped_too_long == 2
+    with pytest.raises(UserError, match=r"all 4 prompts .* data\.max_prompt_tokens=8"):
+        opened(source, tokenizer, max_prompt_tokens=8)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
+def test_a_missing_file_is_refused_by_name(tmp_path, tokenizer, name):
+    with pytest.raises(UserError, match=rf"data\.train: there is no file .*{name}"):
+        opened(str(tmp_path / name), tokenizer)
+
+
+def test_other_file_types_are_not_taken_for_hub_names(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
+        opened(str(tmp_path / "a.csv"), tokenizer)
+
+
+def write_parquet(path: Path, **columns: list[object]) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_parquet_is_read_without_a_copy_in_the_cache(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = write_parquet(tmp_path / "p.parquet", question=["1+1?", "2+2?"], answer=[2, 4])
+    assert [(p.id, p.prompt, p.answer) for p in opened(source, tokenizer)] == [
+        ("p.parquet:1", "1+1?", "2"),
+        ("p.parquet:2", "2+2?", "4"),
+    ]
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+
+
+def test_bad_parquet_is_refused(tmp_path, tokenizer):
+    source = write_parquet(tmp_path / "q.parquet", question=["1+1?", None], answer=["2", "4"])
+    with pytest.raises(UserError, match=r"q\.parquet:2 .*column 'question' is null"):
+        opened(source, tokenizer)
+    with pytest.raises(UserError, match=r"no column 'prompt' .*'question', 'answer'"):
+        opened(source, tokenizer, prompt_column="prompt")
+    (tmp_path / "r.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match=r"r\.parquet' cannot be read as parquet"):
+        opened(str(tmp_path / "r.parquet"), tokenizer)
+    empty = write_parquet(tmp_path / "s.parquet", question=pa.array([], pa.string()), answer=pa.array([], pa.string()))
+    with pytest.raises(UserError, match=r"holds no rows"):
+        opened(empty, tokenizer)
+
+
+def test_a_hub_dataset_is_loaded_by_name_config_and_split(tokenizer, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, *, split):
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_dict({"question": ["1+1?"], "answer": ["2"]})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    config = DataConfig(train="owner/set:main", eval="owner/set", train_split="tr", eval_split="te")
+    assert [p.id for p in open_problems(config, ARITHMETIC, "train", tokenizer)] == ["owner/set:main:tr:1"]
+    open_problems(config, ARITHMETIC, "eval", tokenizer)
+    assert asked == [("owner/set", "main", "tr"), ("owner/set", None, "te")]
+
+
+def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"data\.train: dataset 'owner/no-such-set' \(split 'train'\) could not be loaded"
+    ) as caught:
+        opened("owner/no-such-set", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):
+    config = DataConfig()
+    train, held_out = (open_problems(config, ARITHMETIC, split, tokenizer) for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (50, 20)
+    for problem in [*train, *held_out]:
+        expression = problem.prompt.removeprefix("What is ").removesuffix("?")
+        assert problem.id == f"arithmetic:{expression}"
+        assert eval(expression) == int(problem.answer)
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out}
+
+
+def test_eval_that_is_null_is_a_defect_of_the_caller(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.eval is null"):
+        open_problems(DataConfig(eval=None), ARITHMETIC, "eval", tokenizer)
+
+
+def test_chat_template_holds_system_prompt_and_wrapped_prompt_and_opens_the_answer(tmp_path):
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    source = write_jsonl(tmp_path / "t.jsonl", [GOOD])
+    wrapped = opened(source, tokenizer, system_prompt="Be brief.", prompt_template="{prompt} Use \\boxed{}.")[0]
+    assert wrapped.prompt == "1+1? Use \\boxed{}."
+    assert tokenizer.decode(wrapped.prompt_ids) == "<system>Be brief.<user>1+1? Use \\boxed{}.<assistant>"
+    plain = opened(source, tokenizer, chat_template=False)[0]
+    assert tokenizer.decode(plain.prompt_ids) == "1+1?"
+
+
+def test_settings_that_cannot_be_applied_are_refused(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "s.jsonl", [GOOD])
+    with pytest.raises(UserError, match=r"data\.system_prompt is set but no chat template"):
+        opened(source, tokenizer, system_prompt="Be brief.")
+    with pytest.raises(UserError, match=r"data\.prompt_template 'no place' lacks \{prompt\}"):
+        opened(source, tokenizer, prompt_template="no place")
+    refusing = byte_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
+    with pytest.raises(UserError, match=r"chat template refuses the prompts \(no system role\)"):
+        opened(source, refusing, system_prompt="Be brief.")
+
+
+def test_load_tokenizer_refuses_what_holds_none(tmp_path):
+    with pytest.raises(UserError, match=r"model\.path: there is no directory"):
+        load_tokenizer(tmp_path / "gone")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(UserError, match=r"holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_refuses_one_that_encodes_to_nothing(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"hello": 0, "<eos>": 1}, unk_token=None))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError, match=r"encodes text to nothing"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_round_trips_text(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("Größe: 12 + 7")) == "Größe: 12 + 7"

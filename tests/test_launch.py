@@ -1,0 +1,318 @@
+"""The launcher: what it refuses before it starts anything, what comes back from the ranks, and that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from etr_megatron import cli, status
+from etr_megatron.cli import default_config, parse_args
+from etr_megatron.config import Config, ParallelConfig
+from etr_megatron.errors import UserError
+from etr_megatron.launch import default_nproc, main, prepare
+from etr_megatron.status import exit_code_of, read_status, report_user_error
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+# The command line
+
+
+def test_config_and_overrides_come_in_any_order() -> None:
+    expected = (Path("a.yaml"), ["run.seed=3", "data.train=x=y.jsonl"])
+    for line in (
+        "a.yaml run.seed=3 data.train=x=y.jsonl",
+        "run.seed=3 a.yaml data.train=x=y.jsonl",
+        "--config a.yaml run.seed=3 data.train=x=y.jsonl",
+        "run.seed=3 data.train=x=y.jsonl --config=a.yaml",
+    ):
+        assert parse_args(line.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("a.yaml b.yaml", "two configs are named, a.yaml and b.yaml"),
+        ("--config a.yaml b.yaml", "two configs are named"),
+        ("a.yaml --fast", "unknown option --fast"),
+        ("--config", "--config is the last argument"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_args(line.split())
+    assert part in str(caught.value)
+
+
+def shipped_configs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "cpu_tiny.yaml").write_text("# A small job.\nrun:\n  seed: 1\n")
+    (folder / "big.yaml").write_text("# A big job.\n")
+    monkeypatch.setattr(cli, "CONFIGS", folder)
+
+
+def test_without_a_config_cpu_runs_the_small_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped_configs(monkeypatch, tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert parse_args(["run.seed=3"]) == (tmp_path / "cpu_tiny.yaml", ["run.seed=3"])
+
+
+def test_without_a_config_cuda_stops_and_lists_the_shipped_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped_configs(monkeypatch, tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError) as caught:
+        parse_args(["run.seed=3"])
+    assert [" ".join(line.split()) for line in str(caught.value).splitlines()[1:]] == [
+        f"{tmp_path}/big.yaml A big job.",
+        f"{tmp_path}/cpu_tiny.yaml A small job.",
+    ]
+    assert parse_args(["run.platform=cpu"]) == (tmp_path / "cpu_tiny.yaml", ["run.platform=cpu"])
+
+
+def test_a_default_config_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "CONFIGS", tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}/cpu_tiny.yaml does not exist"):
+        default_config(cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cores", "gpus", "nproc"),
+    [
+        (ParallelConfig(), 16, 0, 2),
+        (ParallelConfig(), 1, 0, 1),
+        (ParallelConfig(pp=3), 16, 0, 3),
+        (ParallelConfig(tp=1), 16, 0, 1),
+        (ParallelConfig(tp=2, pp=3), 1, 0, 6),
+        (ParallelConfig(tp=2), 16, 8, 8),
+    ],
+)
+def test_default_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, cores: int, gpus: int, nproc: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert default_nproc(Config(parallel=parallel), gpus) == nproc
+
+
+# What is refused before anything is started
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"run: {{platform: cpu, dir: {tmp_path}/runs}}\n")
+    return str(path)
+
+
+def test_prepare_returns_what_to_start(small: str) -> None:
+    assert prepare(["--nproc", "2", small, "run.seed=3"]) == (2, Path(small), ["run.seed=3"])
+    assert prepare([small, "parallel.tp=1"]) == (1, Path(small), ["parallel.tp=1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train.learning_rate=1"], ["train.learning_rate"]),
+        (["model.path=/no/such/model"], ["model.path", "/no/such/model", "is not a directory"]),
+        (["--nproc", "3", "parallel.tp=2"], ["parallel.tp", "3", "2"]),
+        (["--nproc=0"], ["--nproc 0: must be a whole number"]),
+        (["--nproc"], ["--nproc"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    small: str, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+) -> None:
+    assert main([small, *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("error: ")
+    assert [part for part in parts if part not in told.err] == []
+
+
+def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match="--nproc 8: this machine has 4 GPUs"):
+        prepare(["--nproc", "8", small, "run.platform=auto"])
+
+
+# How a mistake that a rank meets is reported
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("ETR_STATUS_FILE", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_the_first_report_wins_and_stays_off_the_terminal(
+    no_launcher: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ETR_STATUS_FILE", str(tmp_path / "status.json"))
+    assert read_status(tmp_path / "status.json") is None
+    report_user_error(UserError("the disk is full"))
+    report_user_error(UserError("a later one"))
+    assert read_status(tmp_path / "status.json") == "the disk is full"
+    assert capsys.readouterr() == ("", "") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_under_plain_torchrun_only_the_first_rank_prints(
+    no_launcher: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        report_user_error(UserError("the disk is full"))
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_without_torchrun_the_sentence_is_printed(no_launcher: None, capsys: pytest.CaptureFixture[str]) -> None:
+    report_user_error(UserError("the disk is full"))
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_the_sentence_is_printed_when_even_the_status_file_has_no_room(
+    no_launcher: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("ETR_STATUS_FILE", str(tmp_path / "status.json"))
+    monkeypatch.setattr(status.os, "link", no_room)
+    report_user_error(UserError("the disk is full"))
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_errors_in_the_wake_of_a_reported_mistake_are_quiet_others_are_not(
+    no_launcher: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def peer_left() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    def mistake() -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setenv("ETR_STATUS_FILE", str(tmp_path / "status.json"))
+    assert exit_code_of(lambda: None) == 0
+    with pytest.raises(RuntimeError):
+        exit_code_of(peer_left)
+    assert exit_code_of(mistake) == 2
+    assert exit_code_of(peer_left) == 2
+
+
+# Real ranks: small scripts in the place of etr_megatron.train
+
+RANK_SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from etr_megatron.errors import UserError
+from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.status import exit_code_of, user_error_reported
+
+die_with_parent()
+rank, what, folder = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
+
+def body():
+    if what == "mistake" and rank == 1:
+        raise UserError("rank 1: the disk is full")
+    if what == "mistake":
+        while not user_error_reported():
+            time.sleep(0.01)
+        raise RuntimeError("connection closed by peer")
+    if what == "crash" and rank == 1:
+        raise ZeroDivisionError("a defect")
+    if what == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "wait":
+        (folder / f"pid{rank}").write_text(str(os.getpid()))
+    if what in ("wait", "crash", "killed"):
+        time.sleep(300)
+
+sys.exit(exit_code_of(body))
+"""
+
+LAUNCHER = "import sys; from etr_megatron.launch import start_ranks; sys.exit(start_ranks(2, sys.argv[1:]))"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[[str], list[str]]:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    return lambda what: [str(script), what, str(tmp_path)]
+
+
+def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", LAUNCHER, *arguments], capture_output=True, text=True, cwd=REPO, timeout=120)
+
+
+def test_ranks_that_finish_give_exit_code_0(command: Callable[[str], list[str]]) -> None:
+    done = launch(command("nothing"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_mistake_met_by_one_rank_is_one_sentence_and_exit_code_2(command: Callable[[str], list[str]]) -> None:
+    done = launch(command("mistake"))
+    assert (done.returncode, done.stderr) == (2, "error: rank 1: the disk is full\n")
+
+
+def test_a_crash_in_a_rank_shows_its_traceback_and_exits_1(command: Callable[[str], list[str]]) -> None:
+    done = launch(command("crash"))
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and "ZeroDivisionError: a defect" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rank 1 (pid ")
+    assert "torch/distributed/elastic" not in done.stderr
+
+
+def test_a_rank_killed_by_the_system_is_named(command: Callable[[str], list[str]]) -> None:
+    done = launch(command("killed"))
+    assert done.returncode == 1 and "was killed by SIGKILL (out of memory?)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_under_plain_torchrun_the_sentence_comes_once(command: Callable[[str], list[str]]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "ETR_STATUS_FILE"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, *command("mistake")], capture_output=True, text=True, cwd=REPO, env=environment, timeout=120
+    )
+    assert done.returncode != 0 and done.stderr.count("error: rank 1: the disk is full") == 1
+    assert "connection closed by peer" not in done.stderr
+
+
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_launcher_leaves_no_process(
+    command: Callable[[str], list[str]], tmp_path: Path, signal_number: int, exit_code: int
+) -> None:
+    with open(tmp_path / "stderr", "w") as stderr:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, *command("wait")], stderr=stderr, cwd=REPO, start_new_session=True
+        )
+    try:
+        files = [tmp_path / f"pid{rank}" for rank in range(2)]
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        ranks = [psutil.Process(int(file.read_text())) for file in files]
+        launcher.send_signal(signal_number)
+        assert launcher.wait(30) == exit_code
+        wait_until(lambda: not any(is_alive(rank) for rank in ranks), 20)
+    finally:
+        launcher.kill()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    # A zombie has ended: whoever adopted it has only not asked yet.
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
+        time.sleep(0.05)

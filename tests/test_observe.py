@@ -1,0 +1,334 @@
+"""The run directory: metrics, rollouts, config.yaml, status, and what a full disk or a kill -9 does to them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
+from etr_megatron.errors import UserError
+from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory, Stopwatch, disk_errors
+from etr_megatron.types import Group, Problem, Sample
+
+# Written out once more, from the specification: the code's own list is what is under test.
+SPECIFIED_KEYS = [
+    "step",
+    "weight_version",
+    "reward_mean",
+    "accuracy",
+    "entropy",
+    "loss",
+    "grad_norm",
+    "lr",
+    "ratio_mean",
+    "clip_frac_upper",
+    "clip_frac_lower",
+    "clip_radius_mean",
+    "kl",
+    "logprob_gap_mean",
+    "logprob_gap_max",
+    "zero_variance_groups",
+    "truncated",
+    "reward_timeouts",
+    "response_tokens_mean",
+    "tokens_per_s",
+    "time_rollout",
+    "time_reward",
+    "time_train",
+    "time_sync",
+    "time_step",
+]
+
+
+def make_row(step: int, **values: float) -> MetricsRow:
+    row = {key: 0.25 for key in SPECIFIED_KEYS} | {"step": step, "weight_version": step - 1}
+    return MetricsRow(**(row | {"zero_variance_groups": 1, "truncated": 2, "reward_timeouts": 0} | values))
+
+
+def full_disk(*_args: object, **_kwargs: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_metric_keys_are_those_of_the_specification() -> None:
+    assert list(METRIC_KEYS) == SPECIFIED_KEYS
+
+
+def test_rows_come_back_in_the_files_key_order(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    shuffled = dict(reversed(make_row(1, eval_accuracy=0.5).items()))
+    log.append(MetricsRow(**shuffled))
+    log.append(make_row(2))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert list(json.loads(lines[0])) == [*SPECIFIED_KEYS, "eval_accuracy"]
+    assert log.rows() == [make_row(1, eval_accuracy=0.5), make_row(2)]
+
+
+@pytest.mark.parametrize("key", SPECIFIED_KEYS)
+def test_a_row_without_one_of_its_keys_is_refused(tmp_path: Path, key: str) -> None:
+    row = dict(make_row(1))
+    del row[key]
+    with pytest.raises(ValueError, match=f"missing keys \\['{key}'\\]"):
+        MetricsLog(tmp_path / "metrics.jsonl").append(row)  # type: ignore[arg-type]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_unknown_keys_and_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="unknown keys \\['rewards_mean'\\]"):
+        log.append(make_row(1, rewards_mean=1.0))
+    with pytest.raises(TypeError, match="loss is None"):
+        log.append(make_row(1, loss=None))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"step is 1\.0"):
+        log.append(make_row(1) | {"step": 1.0})  # type: ignore[arg-type]
+
+
+def test_values_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(make_row(1, loss=math.nan, grad_norm=math.inf))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row["loss"] is None and row["grad_norm"] is None and row["kl"] == 0.25
+
+
+def test_a_step_cannot_be_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).append(make_row(3))
+    with pytest.raises(ValueError, match="step 3 after that of step 3"):
+        MetricsLog(path).append(make_row(3))
+
+
+def test_cut_back_keeps_rows_up_to_the_step_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 4):
+        log.append(make_row(step, loss=step / 3))
+    kept = path.read_bytes()
+    for step in range(4, 7):
+        log.append(make_row(step))
+    assert log.cut_back(3) == 3
+    assert path.read_bytes() == kept
+    log.append(make_row(4))
+    assert [row["step"] for row in log.rows()] == [1, 2, 3, 4]
+    assert log.cut_back(0) == 4 and log.rows() == []
+
+
+def test_a_torn_last_line_does_not_count_and_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).append(make_row(1))
+    whole = path.read_bytes()
+    torn = json.dumps(make_row(2)).encode()  # complete JSON, but the newline never came
+    path.write_bytes(whole + torn)
+    assert [row["step"] for row in MetricsLog(path).rows()] == [1]
+    MetricsLog(path).append(make_row(2))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    path.write_bytes(whole + torn[:40])
+    MetricsLog(path).cut_back(5)
+    assert path.read_bytes() == whole
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+        MetricsLog(path).rows()
+
+
+def test_rows_survive_kill_9_of_the_writer(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from etr_megatron.observe.metrics import MetricsLog\n"
+        "from tests.test_observe import make_row\n"
+        "log = MetricsLog(Path(sys.argv[1]))\n"
+        "for step in range(1, 10**6):\n    log.append(make_row(step)); print(step, flush=True)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    steps = [row["step"] for row in MetricsLog(path).rows()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= acknowledged[-1]
+
+
+def test_a_full_disk_is_a_user_error_and_leaves_the_last_whole_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append(make_row(1))
+    before = path.read_bytes()
+    real_write = os.write
+    calls: list[int] = []
+
+    def half_then_full(descriptor: int, data: memoryview) -> int:
+        calls.append(len(data))
+        return real_write(descriptor, data[:30]) if len(calls) == 1 else full_disk()
+
+    monkeypatch.setattr(os, "write", half_then_full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no space left"):
+        log.append(make_row(2))
+    monkeypatch.undo()
+    assert len(calls) == 2 and path.read_bytes() == before
+    log.append(make_row(2))
+    assert [row["step"] for row in log.rows()] == [1, 2]
+
+
+def test_a_really_full_disk_is_a_user_error() -> None:
+    with (
+        pytest.raises(UserError, match=r"curves\.png: no space left"),
+        disk_errors(Path("curves.png")),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x")
+
+
+def test_an_atomic_write_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.write_status("running", step=3, steps=9)
+    before = directory.status_file.read_bytes()
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=r"status\.json: no space left"):
+        directory.write_status("finished", step=9, steps=9)
+    assert directory.status_file.read_bytes() == before
+    assert not list(directory.root.glob(".*"))
+
+
+def test_a_run_directory_has_its_parts(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "runs" / "first")
+    assert directory.prepare(Config(run=RunConfig(seed=7), arithmetic=ArithmeticConfig(operators=("+", "-")))) == []
+    directory.write_status("running", step=0, steps=100)
+    assert {path.name for path in directory.root.iterdir()} == {
+        "config.yaml",
+        "rollouts",
+        "checkpoints",
+        "status.json",
+    }
+    written = yaml.safe_load(directory.config_file.read_text())
+    assert written["run"]["seed"] == 7 and written["arithmetic"]["operators"] == ["+", "-"]
+    assert json.loads(directory.status_file.read_text())["state"] == "running"
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written"):
+        RunDirectory(tmp_path / "file" / "run").prepare(Config())
+
+
+def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
+    config = Config(checkpoint=CheckpointConfig(resume=False))
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(config)
+    directory.prepare(config)  # a start that came to nothing has left nothing to protect
+    directory.metrics.append(make_row(1))
+    with pytest.raises(UserError, match=r"checkpoint\.resume is false"):
+        directory.prepare(config)
+    directory.prepare(Config())
+
+
+def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    before = directory.config_file.read_bytes()
+    changed = Config(objective=ObjectiveConfig(preset="grpo", kl_coef=0.1), run=RunConfig(steps=200))
+    with caplog.at_level("WARNING"):
+        assert directory.prepare(changed) == ["objective.preset", "objective.kl_coef"]
+    assert "objective.preset ('etr' -> 'grpo')" in caplog.text and "run.steps" not in caplog.text
+    assert directory.config_file.read_bytes() == before
+
+
+def test_resuming_for_more_steps_writes_the_config_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    with caplog.at_level("WARNING"):
+        assert directory.prepare(Config(run=RunConfig(steps=200))) == []
+    assert caplog.text == "" and yaml.safe_load(directory.config_file.read_text())["run"]["steps"] == 200
+
+
+def make_group() -> Group:
+    samples = [
+        Sample(0, [5, 6, 7], [-0.5, -1.0, -0.75], "stop", 4, "es sind \\boxed{42} €", 1.0, "ok"),
+        Sample(1, [], [], "length", 4, "", 0.0, "timeout"),
+    ]
+    return Group("train.jsonl:3@12", Problem("train.jsonl:3", "6 times 7?", "42", [1, 2]), samples)
+
+
+def test_saved_rollouts_are_readable_one_sample_per_line(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    path = directory.save_rollouts(12, [make_group()])
+    assert path == directory.rollouts / "step_000012.jsonl"
+    assert "€" in path.read_text()  # not \u20ac: people read it
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {
+        "step": 12,
+        "group": "train.jsonl:3@12",
+        "problem": "train.jsonl:3",
+        "sample": 0,
+        "prompt": "6 times 7?",
+        "response": "es sind \\boxed{42} €",
+        "answer": "42",
+        "reward": 1.0,
+        "status": "ok",
+        "finish_reason": "stop",
+        "weight_version": 4,
+        "tokens": 3,
+        "mean_logprob": -0.75,
+    }
+    assert second["mean_logprob"] is None and second["status"] == "timeout" and second["finish_reason"] == "length"
+
+
+def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    for step in (1, 2, 3, 1_000_000):
+        directory.metrics.append(make_row(step))
+        directory.save_rollouts(step, [make_group()])
+    (directory.rollouts / "notes.txt").write_text("mine")
+    directory.cut_back(2)
+    assert {path.name for path in directory.rollouts.iterdir()} == {
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+        "notes.txt",
+    }
+    assert [row["step"] for row in directory.metrics.rows()] == [1, 2]
+
+
+def test_stopwatch_adds_up_phases_and_restarts_at_each_lap() -> None:
+    now = [100.0]
+    watch = Stopwatch(clock=lambda: now[0])
+    for phase, seconds in (("rollout", 3.0), ("reward", 1.5), ("rollout", 0.25), ("sync", 2.0)):
+        with watch.phase(phase):  # type: ignore[arg-type]
+            now[0] += seconds
+        now[0] += 0.5
+    expected = {"time_rollout": 3.25, "time_reward": 1.5, "time_train": 0.0, "time_sync": 2.0, "time_step": 8.75}
+    assert watch.lap() == expected
+    now[0] += 4.0
+    assert watch.lap() == dict.fromkeys(expected, 0.0) | {"time_step": 4.0}
+
+
+def test_stopwatch_phases_do_not_nest_and_count_when_they_raise() -> None:
+    now = [0.0]
+    watch = Stopwatch(clock=lambda: now[0])
+    with pytest.raises(RuntimeError, match="'reward' inside phase 'train'"), watch.phase("train"):
+        now[0] += 2.0
+        with watch.phase("reward"):
+            pass
+    assert watch.lap()["time_train"] == 2.0

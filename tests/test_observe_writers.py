@@ -1,0 +1,204 @@
+"""Curves, the progress line and the report, all from the same rows."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from etr_megatron.config import Config, ObserveConfig, RunConfig, to_dict
+from etr_megatron.errors import UserError
+from etr_megatron.observe import Progress, Recorder, RunDirectory, TensorBoardWriter, WandbWriter
+from etr_megatron.observe.__main__ import main as report
+from tests.test_observe import full_disk, make_row
+
+
+def curve(directory: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_curves_are_cut_back_on_resume(tmp_path: Path) -> None:
+    first = TensorBoardWriter(tmp_path, resumed_at=0)
+    for step in range(1, 6):
+        first.write(make_row(step, reward_mean=step / 8))
+    # No close: the process was killed.
+    second = TensorBoardWriter(tmp_path, resumed_at=3)
+    second.write(make_row(4, reward_mean=4.0))
+    second.close()
+    assert curve(tmp_path, "reward_mean") == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 4.0)]
+    assert curve(tmp_path, "time/train") == [(step, 0.25) for step in range(1, 5)]
+    first.close()
+
+
+def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path, resumed_at=0)
+    writer.write(make_row(1, loss=float("nan")))
+    writer.write(make_row(2, loss=0.5))
+    writer.close()
+    assert curve(tmp_path, "loss") == [(2, 0.5)]
+
+
+def test_a_full_disk_under_tensorboard_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TensorBoardWriter(tmp_path, resumed_at=0)
+    monkeypatch.setattr(writer._writer, "flush", full_disk)
+    with pytest.raises(UserError, match=f"{tmp_path}: no space left"):
+        writer.write(make_row(1))
+    writer.close()
+
+
+class FakeWandb(types.ModuleType):
+    """Records what is asked of W&B; a module because it is imported."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = types.SimpleNamespace(name="wandb")  # type: ignore[assignment]
+        self.inits: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.step_metric: str | None = None
+        self.errors = types.SimpleNamespace(Error=ConnectionError)
+
+    def init(self, **settings: Any) -> FakeWandb:
+        self.inits.append(settings)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert name == "*"
+        self.step_metric = step_metric
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_a_resumed_wandb_run_keeps_its_id_and_draws_over_our_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(run=RunConfig(name="first"), observe=ObserveConfig(wandb_project="etr"))
+    for step in (1, 2):
+        writer = WandbWriter(config, RunDirectory(tmp_path))
+        writer.write(make_row(step, loss=float("nan")))
+        writer.close()
+    before, after = fake.inits
+    assert before == after and before["project"] == "etr" and before["name"] == "first" and before["resume"] == "allow"
+    assert before["id"] and before["config"] == to_dict(config)
+    assert fake.step_metric == "step" and [row["step"] for row in fake.rows] == [1, 2]
+    assert "loss" not in fake.rows[0] and fake.rows[0]["time/step"] == 0.25
+
+
+def test_a_wandb_that_refuses_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+
+    def refuse(**_settings: Any) -> FakeWandb:
+        raise ConnectionError("api_key not configured")
+
+    monkeypatch.setattr(fake, "init", refuse)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"api_key not configured.*WANDB_MODE=offline"):
+        WandbWriter(Config(observe=ObserveConfig(wandb_project="etr")), RunDirectory(tmp_path))
+
+
+def test_missing_wandb_is_a_user_error_that_names_key_and_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = Config(observe=ObserveConfig(wandb_project="etr"))
+    with pytest.raises(UserError, match=r"observe\.wandb_project is 'etr'.*pip install wandb"):
+        Recorder(config, RunDirectory(tmp_path))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_one_plain_line_per_step_off_a_terminal() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = Progress(total=100, done=20, stream=stream, clock=lambda: now[0])
+    now[0] = 10.0
+    progress.update(make_row(21, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4))
+    now[0] = 30.0
+    progress.update(make_row(22, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4, eval_accuracy=0.75))
+    progress.close()
+    # 10 s for 1 step, 79 to go; then 15 s per step, 78 to go.
+    assert stream.getvalue().splitlines() == [
+        "step 21/100: reward 0.500, entropy 1.250, 1,234 tokens/s, 13m 10s left",
+        "step 22/100: reward 0.500, entropy 1.250, 1,234 tokens/s, eval accuracy 0.750, 19m 30s left",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    progress = Progress(total=4, done=1, stream=stream)
+    for step in (2, 3, 4):
+        progress.update(make_row(step, reward_mean=0.5))
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert "4/4" in last and "reward 0.500" in last and stream.getvalue().count("\n") == 1
+
+
+def test_recorder_writes_the_row_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    with Recorder(Config(), directory) as recorder:
+        recorder.record(make_row(1, reward_mean=0.5))
+    assert [row["reward_mean"] for row in directory.metrics.rows()] == [0.5]
+    assert curve(directory.tensorboard, "reward_mean") == [(1, 0.5)]
+    assert capsys.readouterr().err.startswith("step 1/100: reward 0.500")
+
+
+def make_run(root: Path) -> Path:
+    directory = RunDirectory(root / "run")
+    directory.prepare(Config())
+    for step in range(1, 31):
+        extra = {"eval_accuracy_start": 0.125} if step == 1 else {"eval_accuracy": step / 40} if step % 10 == 0 else {}
+        row = make_row(step, reward_mean=step / 64, clip_frac_upper=0.02, clip_frac_lower=0.01, **extra)
+        row["tokens_per_s"], row["time_step"] = 100.0, 3.0
+        directory.metrics.append(row)
+    return directory.root
+
+
+def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report([str(make_run(tmp_path))]) == 0
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {
+        "reward first tenth 0.031, last tenth 0.453",  # means of steps 1..3 and 28..30 over 64
+        "eval accuracy 0.125 (step 0) to 0.750 (step 30)",
+        "clipped tokens 2.00% at the upper bound, 1.00% at the lower",
+        "response tokens 9,000",
+        "time 1m 30s",
+        "truncated 60 samples",
+        "zero variance 30 groups",
+    } <= lines
+
+
+def test_report_works_as_a_module_and_names_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "etr_megatron.observe", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'none'}/metrics.jsonl does not exist")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_report_picture_needs_matplotlib_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert report([str(run), "--png", str(tmp_path / "curves.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_report_draws_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert report([str(make_run(tmp_path)), "--png", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,104 @@
+"""The embedded engine: its log-probs, its seeds, its independence of the layout, its weight updates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from etr_megatron.rollout.sampling import draw, keep_top
+from tests.test_policy_logprobs import reference
+
+PROMPTS = [[5, 6, 7], [9], [100, 3, 250, 17, 60, 2], [44, 44], [8, 1, 300]]
+
+
+def generate(gangs, model, world, **options):
+    return gangs(world).run("tests.rollout_jobs:generate", model=model, prompts=PROMPTS, **options)
+
+
+def test_samples_do_not_depend_on_the_number_of_ranks_and_all_ranks_hold_the_same(gangs, hf_models):
+    options = dict(temperature=0.9, samples=3, max_tokens=12)
+    alone = generate(gangs, hf_models["qwen3"], 1, **options)[0]
+    for replies in (generate(gangs, hf_models["qwen3"], world, **options) for world in (2, 4)):
+        assert all(reply == alone for reply in replies)
+
+
+def test_logprobs_equal_transformers_at_the_sampling_temperature(gangs, hf_models):
+    groups = generate(gangs, hf_models["llama"], 1, temperature=0.8, samples=2, max_tokens=9)[0]
+    samples = [(PROMPTS[n], sample) for n, group in enumerate(groups) for sample in group]
+    wanted, _ = reference(hf_models["llama"], [(p, s["response_ids"]) for p, s in samples], temperature=0.8)
+    for (_, sample), logp in zip(samples, wanted, strict=True):
+        torch.testing.assert_close(torch.tensor(sample["rollout_logprobs"]).double(), logp, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_takes_the_most_likely_token(gangs, hf_models):
+    groups = generate(gangs, hf_models["qwen2"], 1, temperature=0.0, samples=1, max_tokens=5)[0]
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(hf_models["qwen2"], dtype=torch.float32).eval()
+    for prompt, (sample,) in zip(PROMPTS, groups, strict=True):
+        ids = list(prompt)
+        for token in sample["response_ids"]:
+            assert token == hf(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(token)
+
+
+def test_a_stop_token_ends_a_response_and_is_part_of_it(gangs, hf_models):
+    free = generate(gangs, hf_models["qwen3"], 1, temperature=1.0, samples=2, max_tokens=10)[0]
+    stop = free[0][1]["response_ids"][4]
+    stopped = generate(gangs, hf_models["qwen3"], 1, temperature=1.0, samples=2, max_tokens=10, stop_ids=[stop])[0]
+    flat = [[sample for group in groups for sample in group] for groups in (free, stopped)]
+    for before, after in zip(*flat, strict=True):
+        ids = before["response_ids"]
+        cut = ids.index(stop) + 1 if stop in ids else len(ids)
+        assert after["response_ids"] == ids[:cut]
+        assert after["finish_reason"] == ("stop" if stop in ids else "length")
+
+
+def test_seeds_differ_by_run_step_prompt_and_sample():
+    from etr_megatron.rollout import Sampling, sample_seed
+    from etr_megatron.types import Problem
+
+    seeds = {
+        sample_seed(Sampling(1, 1, 1.0, seed, step), Problem(name, "", ""), index)
+        for seed in (0, 1)
+        for step in (0, 1)
+        for name in ("a", "b")
+        for index in (0, 1)
+    }
+    assert len(seeds) == 16
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, []), (2, ["parallel.tp=2"]), (2, ["parallel.tp=1", "parallel.pp=2"])])
+def test_after_a_weight_update_the_engine_agrees_with_the_trainer(gangs, hf_models, world, layout):
+    for before, after, changed in gangs(world).run(
+        "tests.rollout_jobs:gap_after_update", model=hf_models["qwen3_tied"], prompts=PROMPTS, overrides=layout
+    ):
+        assert before < 1e-5 and after < 1e-5
+        assert changed > 1e-3  # the update did move the policy
+
+
+def test_an_incomplete_or_misshapen_weight_update_is_refused_by_name(gangs, hf_models):
+    message, version = gangs(1).run("tests.rollout_jobs:bad_update", model=hf_models["qwen3"])[0]
+    assert "model.norm.weight is (47,), the engine has (48,)" in message
+    assert "lm_head.weight is missing" in message and "nonsense is unknown" in message
+    assert version == 0
+
+
+def test_uniform_numbers_reproduce_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    tokens, logp = draw(logits.expand(20000, 4), grid, temperature=0.5)
+    wanted = torch.softmax(logits[0].double() / 0.5, -1)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=4) / 20000, wanted, atol=1e-4, rtol=0, check_dtype=False)
+    assert logp[0].item() == pytest.approx(math.log(wanted[tokens[0]]), abs=1e-6)
+
+
+def test_top_p_and_top_k_cut_the_draw_and_leave_the_logprob_alone():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert (keep_top(logits.exp().double(), 0.7, 0) > 0).tolist() == [[True, True, False, False]]
+    assert (keep_top(logits.exp().double(), 1.0, 1) > 0).tolist() == [[True, False, False, False]]
+    tokens, logp = draw(logits.expand(2, 4), torch.tensor([0.1, 0.999999]).double(), temperature=1.0, top_p=0.7)
+    assert tokens.tolist() == [0, 1]
+    assert logp.exp().tolist() == [pytest.approx(0.5), pytest.approx(0.3)]

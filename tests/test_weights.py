@@ -1,0 +1,124 @@
+"""The weight map: round trips on every layout without processes, refusals by name, an independent exporter as oracle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights import (
+    SafetensorsDir,
+    check_checkpoint,
+    join_shards,
+    padded_vocab_size,
+    read_architecture,
+    read_shard,
+    shard_shape,
+    weights_of,
+)
+from tests.hf_models import FAMILIES
+
+
+def tensors_of(model: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{model}/model.safetensors")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_and_join_give_every_tensor_back_bit_for_bit(hf_models, family, tp):
+    arch, checkpoint = read_architecture(hf_models[family]), SafetensorsDir(hf_models[family])
+    found = {}
+    for weight in weights_of(arch):
+        shards = [read_shard(weight, arch, tp, rank, checkpoint.read) for rank in range(tp)]
+        assert all(tuple(shard.shape) == shard_shape(weight, arch, tp) for shard in shards)
+        found.update(join_shards(weight, arch, shards))
+    wanted = tensors_of(hf_models[family])
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_shard_reads_only_its_own_ranges(hf_models):
+    arch, checkpoint = read_architecture(hf_models["qwen3"]), SafetensorsDir(hf_models["qwen3"])
+    seen: list[int] = []
+
+    def read(name: str, dim: int, begin: int, end: int) -> torch.Tensor:
+        piece = checkpoint.read(name, dim, begin, end)
+        seen.append(piece.numel())
+        return piece
+
+    for weight in weights_of(arch):
+        seen.clear()
+        read_shard(weight, arch, 2, 1, read)
+        whole = sum(torch.Size(shape).numel() for shape in weight.shapes)
+        limit = whole if weight.split == "replicated" else whole / 2
+        assert sum(seen) <= limit
+
+
+def test_padded_vocabulary_of_qwen3_32b():
+    assert [padded_vocab_size(151936, tp) for tp in (1, 4, 8)] == [151936, 152064, 152576]
+
+
+def edited(hf_models, tmp_path, *, config=None, tensors=None) -> str:
+    copy = tmp_path / "model"
+    shutil.copytree(hf_models["qwen3"], copy)
+    if config:
+        content = json.loads((copy / "config.json").read_text()) | config
+        (copy / "config.json").write_text(json.dumps(content))
+    if tensors:
+        content = tensors_of(str(copy))
+        tensors(content)
+        save_file(content, copy / "model.safetensors")
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"intermediate_size": 96}, r"mlp\.gate_proj\.weight has shape \[80, 48\] where config.json says \[96, 48\]"),
+        ({"num_hidden_layers": 5}, r"11 tensors are missing, first model\.layers\.4\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 3}, r"11 tensors are unknown .* first model\.layers\.3\."),
+        ({"vocab_size": 302}, r"embed_tokens\.weight has shape \[301, 48\]"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"architectures is \['GPT2LMHeadModel'\]; supported are"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused_by_field(hf_models, tmp_path, config, message):
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(edited(hf_models, tmp_path, config=config))
+
+
+def test_missing_and_transposed_tensors_are_refused_by_name(hf_models, tmp_path):
+    def spoil(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].t().contiguous()
+
+    with pytest.raises(UserError, match=r"first model\.norm\.weight; model\.layers\.1\.mlp\.down_proj\.weight has shape"):
+        check_checkpoint(edited(hf_models, tmp_path, tensors=spoil))
+
+
+def test_a_cut_off_file_and_an_empty_directory_are_refused_by_path(hf_models, tmp_path):
+    copy = edited(hf_models, tmp_path)
+    file = f"{copy}/model.safetensors"
+    with open(file, "rb+") as handle:
+        handle.truncate(1000)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file"):
+        check_checkpoint(copy)
+    with pytest.raises(UserError, match=r"empty/config\.json does not exist"):
+        check_checkpoint(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):
+    tp, pp = layout
+    wanted = tensors_of(hf_models[family])
+    for found in gangs(tp * pp).run(
+        "tests.policy_jobs:export", model=hf_models[family], overrides=[f"parallel.tp={tp}", f"parallel.pp={pp}"]
+    ):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

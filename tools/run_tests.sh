@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up .venv if needed, then lints and runs the tests.
+#
+#   bash tools/run_tests.sh [--fast] [pytest arguments]     --fast leaves out the tests marked slow
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/tools/setup_env.sh"
+cd "$root"
+selection=()
+if [ "${1:-}" = --fast ]; then
+    selection=(-m "not slow")
+    shift
+fi
+# Tests start several processes each; more threads than cores would only slow them down.
+export OMP_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest "${selection[@]}" "$@"

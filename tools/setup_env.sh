@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Makes .venv and installs this checkout with its test extra; does nothing when that has been done already.
+#
+#   bash tools/setup_env.sh            set up if needed
+#   bash tools/setup_env.sh --check    exit code 0 if nothing is to be done, 1 if there is
+#
+# pip's own settings (index, proxy, cache, constraints) are honoured. ETR_TORCH_SPEC replaces the torch requirement, for
+# example ETR_TORCH_SPEC='torch==2.11.*'. The log is .venv/setup.log. The exit code is 2 when the set-up fails.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+stamp=$venv/.etr_setup_stamp
+log=$venv/setup.log
+default_torch='torch==2.13.*'
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# First line of the stamp: what the installed set depends on. The checkout's path is part of it because the package is
+# installed in place: a copied tree would go on importing the original.
+fingerprint() {
+    "$venv/bin/python" - "$root" <<'PYTHON'
+import hashlib, pathlib, platform, sys
+root = sys.argv[1]
+project = pathlib.Path(root, "pyproject.toml").read_bytes()
+print(hashlib.sha256(project).hexdigest(), platform.python_version(), root)
+PYTHON
+}
+
+# A torch that somebody chose stays until somebody chooses another: without ETR_TORCH_SPEC the second line is not compared.
+is_set_up() {
+    [ -x "$venv/bin/python" ] && [ -f "$stamp" ] || return 1
+    [ "$(sed -n 1p "$stamp")" = "$(fingerprint)" ] || return 1
+    [ -z "${ETR_TORCH_SPEC:-}" ] || [ "$(sed -n 2p "$stamp")" = "$ETR_TORCH_SPEC" ]
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+install() {
+    local python=$1 torch=$2
+    # A .venv that works is kept: packages added by hand (wandb, matplotlib) survive a change of pyproject.toml.
+    if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        "$python" -m venv "$venv"
+    fi
+    # torch first and alone, so that this build is the one the rest is resolved against.
+    "$venv/bin/python" -m pip install "$torch"
+    "$venv/bin/python" -m pip install -e "$root[test]"
+}
+
+if [ "${1:-}" = --check ]; then
+    is_set_up
+    exit
+fi
+is_set_up && exit 0
+
+python=$(find_python) || fail "no Python >= 3.11 is on the PATH; install one (python3.11 or newer) and start again"
+command -v flock >/dev/null || fail "the command flock is missing; install util-linux"
+mkdir -p "$venv"
+exec 9>>"$venv/.setup_lock"
+flock 9                 # two jobs started at once: the second waits here,
+is_set_up && exit 0     # and then finds the work done
+
+torch=${ETR_TORCH_SPEC:-$default_torch}
+echo "setting up .venv with $python (a few minutes; log: $log)" >&2
+rm -f "$stamp"
+# As a process of its own, because `set -e` does not reach into a function called from `if`.
+export -f install
+export venv root
+if ! bash -euo pipefail -c 'install "$@"' install "$python" "$torch" >"$log" 2>&1 9>&-; then
+    tail -n 20 "$log" >&2
+    fail "the set-up failed; the whole log is $log. Mend its cause and start the same command again"
+fi
+{ fingerprint; echo "$torch"; } >"$stamp.new"
+mv "$stamp.new" "$stamp"
+echo "set-up done" >&2
