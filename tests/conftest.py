@@ -32,3 +32,16 @@ def hf_models(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("hf")
     return {name: write_model(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def _tiny_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny_cache")
+
+
+@pytest.fixture
+def runs(tmp_path, _tiny_cache):
+    """Real runs of a small job in the test's own directory."""
+    from tests.runs import Runs
+
+    return Runs(tmp_path, _tiny_cache)

@@ -69,6 +69,7 @@ BROKEN_LINES = [
     ('{"question": "1+1?", "answer": true}', "column 'answer' is bool, not text or a number"),
     ('{"question": "1+1?", "answer": NaN}', "not a finite number"),
     ('{"question": "1+1?", "answer": ""}', "column 'answer' is empty"),
+    ('{"question": "1+\\ud83d?", "answer": "2"}', "column 'question' holds half a surrogate pair at character 3"),
     ("[" * 100_000, "not readable JSON"),
 ]
 

@@ -74,7 +74,9 @@ def test_the_tokenizer_encodes_alike_when_rebuilt_as_qwen2_tokenizer(policy, tex
 def test_digits_are_single_tokens_and_special_tokens_agree_with_the_model(policy):
     tokenizer = load_tokenizer(policy)
     assert len(tokenizer.encode("9876543210")) == 10
-    config = AutoModelForCausalLM.from_pretrained(policy).config
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    config = model.config
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
@@ -149,12 +151,13 @@ print(build_tiny_policy(settings, ARITHMETIC, progress=False))
 """
 
 
-def start_build(cache: Path, steps: int) -> subprocess.Popen[str]:
+def start_build(cache: Path, steps: int, prelude: str = "") -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     return subprocess.Popen(
-        [sys.executable, "-c", BUILD.replace("TESTS", __name__), str(cache), str(steps)],
+        [sys.executable, "-c", prelude + BUILD.replace("TESTS", __name__), str(cache), str(steps)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -206,3 +209,13 @@ def test_a_cache_that_cannot_be_made_is_refused_by_key(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"tiny\.cache_dir .*cannot hold the tiny policy \(Not a directory\)"):
         build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path / "file" / "cache")), ARITHMETIC, progress=False)
+
+
+def test_a_disk_without_room_for_the_weights_is_refused_by_key_and_leaves_no_policy(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+    failed = start_build(tmp_path, 1, prelude=limit)
+    _, complaint = failed.communicate(timeout=120)
+    assert failed.returncode == 1
+    assert "etr_megatron.errors.UserError: tiny.cache_dir" in complaint
+    assert "cannot hold the tiny policy" in complaint
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".partial", ".lock"}

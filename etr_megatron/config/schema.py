@@ -51,16 +51,16 @@ class TinyConfig:
     """Width of the gated MLP."""
     vocab_size: int = 320
     """Largest size of the byte-level BPE vocabulary (special tokens and 256 bytes included)."""
-    warm_start_steps: int = 600
+    warm_start_steps: int = 700
     """Supervised optimizer steps on generated problems; fewer leave more for RL to do."""
     warm_start_batch: int = 64
     """Sequences in a supervised step."""
     warm_start_lr: float = 3e-3
     """Peak learning rate of the warm start (cosine to zero)."""
-    forgotten_carry: float = 0.7
+    forgotten_carry: float = 0.65
     """Share of carries and borrows that the demonstrations forget: a mistake that the warm start teaches and RL has to
     mend; above 0.5 greedy decoding makes it too."""
-    wrong_digit: float = 0.03
+    wrong_digit: float = 0.0
     """Share of columns whose result the demonstrations write one off."""
     warm_start_seed: int = 0
     """Apart from `run.seed`, so that several RL seeds share one start."""

@@ -23,7 +23,7 @@ from etr_megatron.errors import UserError
 ArithmeticSplit = Literal["train", "eval", "warm_start"]
 
 _SPLIT_OF_TENTH: tuple[ArithmeticSplit, ...] = ("eval",) + ("train",) * 6 + ("warm_start",) * 3
-_EQUALS = ("=", " is ")
+_EQUALS = ("=", "=", " is ")  # uneven, so that greedy decoding of a forgotten carry is not split over two wordings
 _SEPARATORS = ("\n", ", ", "; ")
 _DRAWS_PER_PROBLEM = 60
 """Draws allowed per wanted exercise before the space counts as exhausted; a tenth of all draws fall into `eval`."""

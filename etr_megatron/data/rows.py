@@ -143,6 +143,10 @@ def _text(raw: Mapping[str, Any], column: str, *, numbers: bool) -> str:
         raise _BrokenRow(f"column {column!r} is {type(value).__name__}, not text{' or a number' if numbers else ''}")
     if not value.strip():
         raise _BrokenRow(f"column {column!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise _BrokenRow(f"column {column!r} holds half a surrogate pair at character {error.start + 1}") from None
     return value
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from etr_megatron.config.schema import ArithmeticConfig, TinyConfig
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
@@ -57,10 +59,10 @@ def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progres
         with _only_builder(finished, timeout_s) as build:
             if build:
                 _build(finished, tiny, arithmetic, progress=progress)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"tiny.cache_dir {tiny.cache_dir!r} cannot hold the tiny policy ({error.strerror or error}): free space there or "
-            "name another directory"
+            f"tiny.cache_dir {tiny.cache_dir!r} cannot hold the tiny policy ({getattr(error, 'strerror', None) or error}): "
+            "free space there or name another directory"
         ) from error
     return finished
 
@@ -108,7 +110,10 @@ def _build(finished: Path, tiny: TinyConfig, arithmetic: ArithmeticConfig, *, pr
         tokenizer = train_tokenizer(tiny, arithmetic)
         model = new_model(tiny, tokenizer)
         loss = warm_start(model, tokenizer, tiny, arithmetic, progress=progress)
-    model.save_pretrained(partial)
+    save_file(model.state_dict(), partial / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(partial)
+    model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     made_from = {"settings": _settings(tiny, arithmetic), "last_loss_nats_per_token": loss}
     (partial / "warm_start.json").write_text(json.dumps(made_from, indent=2) + "\n")

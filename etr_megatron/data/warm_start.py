@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 
@@ -91,22 +92,15 @@ def warm_start(
     arithmetic: ArithmeticConfig,
     *,
     progress: bool,
-) -> float:
+) -> float | None:
     """Supervised training on demonstrations, in place: AdamW, linear warm-up then cosine to zero, loss on the solution only.
 
-    Returns the mean loss (nats per solution token) of the last step.
+    Returns the mean loss (nats per solution token) of the last step, None without steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.warm_start_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=tiny.warm_start_lr,
-        total_steps=tiny.warm_start_steps,
-        pct_start=_WARMUP_SHARE,
-        cycle_momentum=False,
-        final_div_factor=1e4,
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, tiny.warm_start_steps))
     demonstrations = _demonstrations(tiny, arithmetic)
-    loss_value = float("nan")
+    loss_value = None
     model.train()
     with tqdm(total=tiny.warm_start_steps, desc="warm start of the tiny policy", disable=not progress) as bar:
         for _ in range(tiny.warm_start_steps):
@@ -123,6 +117,14 @@ def warm_start(
             bar.update()
     model.eval()
     return loss_value
+
+
+def _lr_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step` of `steps`."""
+    warmup = max(1, round(_WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _demonstrations(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -37,6 +38,8 @@ def prepare_megatron() -> None:
     if not uses_cuda():
         from etr_megatron.platform import cpu_shim
 
+        # megatron-core warns, module by module, that TE and apex are not there and that CUDA settings are not made.
+        warnings.filterwarnings("ignore", module=r"megatron\.core")
         cpu_shim.install()
     from etr_megatron.platform import megatron_fixes
 

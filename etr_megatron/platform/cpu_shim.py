@@ -1,8 +1,9 @@
 """megatron.core on a machine without CUDA.
 
-megatron.core 0.16.1 names CUDA in four ways: `torch.cuda.f(...)`, the strings "cuda" and "torch.cuda.FloatTensor", `tensor.cuda()`
-and `pin_memory=True`. On CPU an import hook rewrites exactly these in the syntax tree of each megatron.core module, so that
-torch itself stays untouched, no list of modules or lines has to be kept and the order of imports does not matter:
+megatron.core 0.16.1 names CUDA in four ways: `torch.cuda.f(...)`, the strings "cuda" and "torch.cuda.FloatTensor",
+`tensor.cuda()` and `pin_memory=True`. On CPU an import hook rewrites exactly these in the syntax tree of each megatron.core
+module, so that torch itself stays untouched, no list of modules or lines has to be kept and the order of imports does not
+matter:
 
     torch.cuda.f(...)            ->  _CpuCuda.f(...)
     "cuda", "torch.cuda.XTensor" ->  "cpu", "torch.XTensor"

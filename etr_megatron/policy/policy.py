@@ -200,7 +200,7 @@ class Policy:
         )
 
     def _loss(self, batch: PolicyBatch, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss of a microbatch, divided by the denominator of the batch already; the token count is for Megatron's interface only."""
+        """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count."""
         logp, entropy = self._head(self._ddp, hidden, micro)
         finite = torch.isfinite(logp) & torch.isfinite(entropy)
         if not bool(finite.all()):

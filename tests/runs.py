@@ -1,0 +1,72 @@
+"""Starting real runs of the product from tests: small, quick, in a directory of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s")
+
+SMALL = """
+run: {name: small, steps: 6}
+tiny: {hidden_size: 32, layers: 2, heads: 4, head_dim: 12, intermediate_size: 72, warm_start_steps: 40}
+rollout: {prompts_per_step: 6, samples_per_prompt: 4, max_response_tokens: 24, batch_samples: 8}
+train: {updates_per_rollout: 3, lr: 1.0e-3, tokens_per_microbatch: 256}
+reward: {timeout_s: 60, function: "tests.rewards:digit_sum_is_even"}
+eval: {every: 3, problems: 8}
+checkpoint: {every: 3}
+observe: {tensorboard: false}
+"""
+
+
+class Runs:
+    """Runs of the small config under `folder`, sharing one warm-started policy."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        self.config = folder / "small.yaml"
+        self.config.write_text(SMALL)
+        self._common = [f"run.dir={folder / 'runs'}", f"tiny.cache_dir={cache}"]
+
+    def command(self, *overrides: str) -> list[str]:
+        return [sys.executable, "-m", "etr_megatron.launch", str(self.config), *self._common, *overrides]
+
+    def start(self, *overrides: str, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*prefix, *self.command(*overrides)], cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True, **options
+        )
+
+    def finish(self, *overrides: str, deadline_s: float = 240.0, **options: Any) -> tuple[int, str]:
+        """Exit code and everything printed."""
+        process = self.start(*overrides, **options)
+        try:
+            out, err = process.communicate(timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return process.returncode, out + err
+
+    def directory(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def rows(self, name: str, *, times: bool = False) -> list[dict[str, Any]]:
+        file = self.directory(name) / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return rows if times else [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+
+def wait_for(condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("the condition did not come true in time")
+        time.sleep(0.02)

@@ -1,0 +1,112 @@
+"""The whole loop through the launcher: what a run leaves behind, resume bit for bit, kills, a full disk."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import psutil
+import pytest
+
+from etr_megatron.observe import METRIC_KEYS
+from tests.runs import wait_for
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def assert_nobody_is_left(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_leaves_config_metrics_rollouts_and_checkpoints(runs):
+    code, printed = runs.finish("run.name=whole", "observe.tensorboard=true", "checkpoint.keep=1")
+    assert code == 0, printed
+    assert "step 6/6: reward" in printed and "Warning" not in printed
+    rows, folder = runs.rows("whole", times=True), runs.directory("whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["weight_version"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert all(set(METRIC_KEYS) <= row.keys() for row in rows)
+    assert all(row["logprob_gap_max"] < 1e-4 and row["time_train"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [3, 6]
+    assert "eval_accuracy_start" in rows[0]
+    assert max(row["clip_frac_upper"] + row["clip_frac_lower"] for row in rows) > 0
+    assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
+    assert [entry.name for entry in (folder / "checkpoints").iterdir()] == ["step_000006"]
+    sample = json.loads((folder / "rollouts" / "step_000006.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "answer", "reward"} <= sample.keys()
+
+
+def test_kill_9_and_the_same_command_give_the_same_run_bit_for_bit(runs):
+    assert runs.finish("run.name=straight")[0] == 0
+    process = runs.start("run.name=killed")
+    wait_for(lambda: len(runs.rows("killed")) >= 4)
+    members = family(process.pid)
+    process.kill()
+    process.wait()
+    assert_nobody_is_left(members)
+    before = runs.rows("killed")
+    # A save that was cut short is not a checkpoint.
+    (runs.directory("killed") / "checkpoints" / ".step_000005.unfinished").mkdir()
+    code, printed = runs.finish("run.name=killed")
+    assert code == 0, printed
+    straight, resumed = runs.rows("straight"), runs.rows("killed")
+    assert straight == resumed
+    assert all(row["reward_timeouts"] == 0 for row in straight)
+    assert before[:4] == straight[:4]
+
+
+def test_a_checkpoint_of_one_layout_resumes_in_another(runs):
+    pytest.importorskip("torch")
+    assert runs.finish("run.name=moved", "run.steps=3", "parallel.tp=2")[0] == 0
+    code, printed = runs.finish("run.name=moved", "run.steps=4", "parallel.tp=1", "parallel.pp=2")
+    assert code == 0, printed
+    straight = runs.finish("run.name=unmoved", "run.steps=4", "parallel.tp=2")
+    assert straight[0] == 0
+    moved, unmoved = runs.rows("moved")[-1], runs.rows("unmoved")[-1]
+    assert moved["step"] == 4
+    for key in ("reward_mean", "entropy", "loss", "grad_norm"):
+        assert moved[key] == pytest.approx(unmoved[key], abs=2e-4), key
+
+
+def test_a_distributed_optimizer_resumes_exactly(runs):
+    options = ("parallel.tp=1", "train.distributed_optimizer=true")
+    assert runs.finish("run.name=a", "--nproc", "2", *options)[0] == 0
+    assert runs.finish("run.name=b", "--nproc", "2", "run.steps=3", *options)[0] == 0
+    assert runs.finish("run.name=b", "--nproc", "2", "run.steps=6", *options)[0] == 0
+    # The second and third steps after the resume are the ones where a shared Adam step count would show.
+    assert runs.rows("a")[:3] == [{k: v for k, v in row.items()} for row in runs.rows("b")[:3]]
+    assert runs.rows("a")[3:] == runs.rows("b")[3:]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_leaves_no_process(runs, how):
+    process = runs.start("run.name=stopped", "run.steps=500")
+    wait_for(lambda: len(runs.rows("stopped")) >= 1)
+    members = family(process.pid)
+    assert len(members) >= 5  # launcher, two ranks, two graders
+    process.send_signal(how)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + how
+    assert "Traceback" not in printed
+    assert_nobody_is_left(members)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes a small disk in a mount namespace of its own")
+def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoint(runs):
+    disk = runs.folder / "runs"
+    disk.mkdir()
+    # The disk is the test's own: it exists only for the launcher and its children, so results are listed from inside.
+    script = (
+        f'mount -t tmpfs -o size=1400k tmpfs "{disk}"; "$@"; code=$?; '
+        f'ls -A "{disk}/full/checkpoints" "{disk}/full/checkpoints/step_000001"; exit $code'
+    )
+    prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
+    code, printed = runs.finish("run.name=full", "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
+    assert code == 2, printed
+    assert "no space left on the device of" in printed and "step 2" in printed
+    assert "Traceback" not in printed
+    assert "step_000001" in printed and "trainer.json" in printed and "unfinished" not in printed
