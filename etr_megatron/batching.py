@@ -38,10 +38,10 @@ def build_batch(groups: Sequence[Group], config: Config) -> PolicyBatch:
 
 
 def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> list[PolicyBatch]:
-    """The step's batch as `train.updates_per_rollout` batches of whole groups, each with its own denominator."""
+    """The step's batch as `train.minibatches` batches of whole groups, each with its own denominator."""
     ends = torch.tensor([len(group.samples) for group in groups]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
-    per_update = len(groups) // config.train.updates_per_rollout
+    per_update = len(groups) // config.train.minibatches
     parts = []
     for first in range(0, len(groups), per_update):
         numbers = range(starts[first], ends[min(first + per_update, len(groups)) - 1])

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from etr_megatron.config import Config, DataConfig
-from etr_megatron.config.defaults import tensor_parallel
+from etr_megatron.config import Config, DataConfig, tensor_parallel
 from etr_megatron.errors import UserError
-from etr_megatron.observe.run_directory import RunDirectory
-from etr_megatron.observe.writers import require_wandb
+from etr_megatron.observe import RunDirectory, require_wandb
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a directory's tokenizer loadable."""
@@ -87,7 +85,7 @@ def check_source(key: str, source: str | None, split: str, data: DataConfig) -> 
     """Every row of `source` can be used, or left out as `data.on_bad_row` says; a hub dataset is fetched, once for all."""
     if source is None or source == "arithmetic":
         return
-    from etr_megatron.data.rows import read_rows
+    from etr_megatron.data import read_rows
 
     read_rows(source, split, data, key)
 
@@ -96,7 +94,7 @@ def check_reward(config: Config) -> None:
     """A reward function of the user's own can be imported."""
     if config.reward.function == "math":
         return
-    from etr_megatron.reward.functions import LoadError, load_grader
+    from etr_megatron.reward import LoadError, load_grader
 
     try:
         load_grader(config.reward)

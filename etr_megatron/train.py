@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from etr_megatron import platform
 from etr_megatron.checks import check_inputs
 from etr_megatron.cli import parse_args
 from etr_megatron.config import Config, load_config, resolve
-from etr_megatron.data import PromptCursor, build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import exit_code_of
+from etr_megatron.types import Problem
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +44,7 @@ def _run(argv: list[str]) -> None:
         check_inputs(config, world)
     model_dir = _model_dir(config)
     with ExitStack() as stack:
-        # Graders are forked before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
+        # Graders are started before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
         grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
         _train(config, model_dir, grader, stack)
 
@@ -63,14 +66,14 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     init_world(config.run.phase_timeout_s)
     layout = init_layout(config.parallel.tp, config.parallel.pp, config.run.seed, config.run.phase_timeout_s)
     tokenizer = load_tokenizer(model_dir)
-    problems = open_problems(config.data, config.arithmetic, "train", tokenizer)
-    held_out = []
+    problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
+    held_out: list[Problem] = []
     if config.data.eval is not None:
-        found = open_problems(config.data, config.arithmetic, "eval", tokenizer)
-        held_out = [found[i] for i in range(min(len(found), config.eval.problems))]
+        held_out = _problems(config, "eval", tokenizer, report=layout.rank == 0)[: config.eval.problems]
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if layout.rank == 0:
         directory.prepare(config)
+        directory.write_status("running", 0, config.run.steps)
     trainer = Trainer(
         config,
         policy=Policy(check_checkpoint(model_dir), model_dir, config, layout),
@@ -88,7 +91,28 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         grader=pool.grade if pool is not None else None,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
     )
-    trainer.run()
+    try:
+        trainer.run()
+    except Exception as error:
+        if layout.rank == 0:
+            # On a full disk the note may not fit either; the error itself is what has to be heard.
+            with suppress(UserError):
+                directory.write_status("failed", trainer.step, config.run.steps, str(error))
+        raise
+    if layout.rank == 0:
+        directory.write_status("finished", trainer.step, config.run.steps)
+
+
+def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
+    """The problems of a split; says how many rows were left out and why."""
+    found = open_problems(config.data, config.arithmetic, split, tokenizer)
+    if report and (found.skipped_too_long or found.skipped_broken):
+        print(
+            f"data.{split}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} and {found.skipped_broken} broken rows",
+            file=sys.stderr,
+        )
+    return found
 
 
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:

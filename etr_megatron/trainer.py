@@ -95,7 +95,8 @@ class Trainer:
                 check_logprob_gap(batch, self.config)
             if self.policy.reference is not None:
                 batch = replace(batch, ref_logp=self.policy.logprobs(batch.sequences, reference=True).logp)
-            return batch, [self.policy.update(part) for part in minibatches(batch, groups, self.config)]
+            parts = minibatches(batch, groups, self.config)
+            return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
 
     def _sync(self) -> None:
         with self._watch.phase("sync"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from etr_megatron.config import Config, load_config, resolve
+from etr_megatron.config import load_config, resolve
 from etr_megatron.policy import Policy, PolicyBatch, init_layout
 from etr_megatron.weights import read_architecture
 
@@ -70,4 +70,48 @@ def export(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in build(model, overrides).export()}
 
 
-__all__ = ["Config", "build", "export", "logprobs", "make_batch", "train"]
+def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> torch.Tensor | None:
+    """Logits [B, S, V] of a batch [B, S] padded on the right, through the pipeline; None on other than the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func  # only after etr_megatron.policy has prepared it
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+    )
+
+    policy = build(model, overrides)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    def forward(iterator, stage):
+        return stage(next(iterator), positions, None), lambda hidden, non_loss_data: hidden
+
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter([tokens]),
+            model=[policy.model],
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not policy.layout.is_last_stage:
+            return None
+        hidden = found[0]
+        if policy.config.parallel.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        logits = gather_from_tensor_model_parallel_region(hidden @ policy.model.head_weight().t())
+    return logits.transpose(0, 1)[..., : policy.arch.vocab_size]
+
+
+def nan_error(model: str, sequences: list) -> str:
+    """The error of an update after the last sample's weights went bad: a NaN in its own token's embedding."""
+    policy = build(model, ["parallel.tp=1"])
+    batch = make_batch(sequences)
+    with torch.no_grad():
+        policy.model.embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
+    try:
+        policy.update(batch)
+    except FloatingPointError as error:
+        return str(error)
+    return ""

@@ -18,7 +18,7 @@ SMALL = """
 run: {name: small, steps: 6}
 tiny: {hidden_size: 32, layers: 2, heads: 4, head_dim: 12, intermediate_size: 72, warm_start_steps: 40}
 rollout: {prompts_per_step: 6, samples_per_prompt: 4, max_response_tokens: 24, batch_samples: 8}
-train: {updates_per_rollout: 3, lr: 1.0e-3, tokens_per_microbatch: 256}
+train: {minibatches: 3, lr: 1.0e-3, tokens_per_microbatch: 256}
 reward: {timeout_s: 60, function: "tests.rewards:digit_sum_is_even"}
 eval: {every: 3, problems: 8}
 checkpoint: {every: 3}

@@ -69,7 +69,7 @@ def test_no_number_may_be_minus_one(key):
         (dict(rollout__temperature=0.0), ["rollout.temperature"]),
         (dict(rollout__top_p=0.0), ["rollout.top_p"]),
         (dict(rollout__top_p=1.1), ["rollout.top_p"]),
-        (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.updates_per_rollout"]),
+        (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),
         (dict(objective__eps_max=1.0), ["objective.eps_max"]),
         (dict(objective__eps_min=0.5), ["objective.eps_min", "objective.eps_max"]),
         (dict(objective__eps_high=0.5), ["objective.eps_high"]),

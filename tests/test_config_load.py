@@ -123,7 +123,7 @@ def test_five_mistakes_are_told_in_one_message_with_their_sources(tmp_path):
     assert len(lines) == 6
     assert f"run.steps = many ({path}:2): must be a whole number" in text
     assert f"rollout.temprature ({path}:5): unknown key; did you mean rollout.temperature?" in text
-    assert f"rollout.prompts_per_step = 10 ({path}:4), train.updates_per_rollout = 4 (default): " in text
+    assert f"rollout.prompts_per_step = 10 ({path}:4), train.minibatches = 4 (default): " in text
     assert f"train.min_lr = 0.005 ({path}:8), train.lr = 0.001 ({path}:7): " in text
     assert "rollout.top_p = 1.5 (command line): " in text
 

@@ -62,3 +62,26 @@ def test_config_as_published_reads_like_transformers_5_writes_it(gangs, hf_model
     before, after = read_architecture(hf_models["llama"]), read_architecture(copy)
     assert after == before
     assert after.rope["rope_theta"] == 500000.0 and after.rope["factor"] == 8.0
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
+    world, overrides = LAYOUTS[layout]
+    lengths = [14, 9, 3]
+    tokens = torch.randint(1, 301, (3, 14), generator=torch.Generator().manual_seed(1))
+    hf = AutoModelForCausalLM.from_pretrained(hf_models[family], dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = [hf(tokens[i : i + 1, :size]).logits[0] for i, size in enumerate(lengths)]
+    replies = gangs(world).run("tests.policy_jobs:padded_logits", model=hf_models[family], tokens=tokens, overrides=overrides)
+    found = [reply for reply in replies if reply is not None]
+    assert found
+    for logits in found:
+        for row, expected in zip(logits, wanted, strict=True):
+            torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_nan_at_an_active_token_names_sample_and_rank(gangs, hf_models):
+    sequences = [([5, 6], [7, 8]), ([9, 10], [11]), ([299, 12], [13, 14])]
+    message = gangs(1).run("tests.policy_jobs:nan_error", model=hf_models["qwen3"], sequences=sequences)[0]
+    assert message == "log-prob nan at an active token of sample g1/0 on rank 0"

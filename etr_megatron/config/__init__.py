@@ -7,6 +7,7 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
+from etr_megatron.config.defaults import tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.load import load_config
 from etr_megatron.config.resolve import resolve
@@ -48,6 +49,7 @@ __all__ = [
     "dump_yaml",
     "load_config",
     "resolve",
+    "tensor_parallel",
     "to_dict",
     "validate",
 ]

@@ -17,7 +17,7 @@ class RunConfig:
     seed: int = 1
     """Seeds data order, sampling and initialisation."""
     steps: int = 100
-    """Rollout steps; each holds `train.updates_per_rollout` optimizer steps."""
+    """Rollout steps; each holds `train.epochs * train.minibatches` optimizer steps."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a device."""
     phase_timeout_s: float = 1800.0
@@ -204,8 +204,10 @@ class ObjectiveConfig:
 class TrainConfig:
     """Optimisation of the policy."""
 
-    updates_per_rollout: int = 4
-    """Optimizer steps per rollout; `rollout.prompts_per_step` is split into that many minibatches of whole groups."""
+    minibatches: int = 4
+    """Minibatches of whole groups that `rollout.prompts_per_step` is split into; each is one optimizer step."""
+    epochs: int = 1
+    """Passes over a rollout; a rollout gives `epochs * minibatches` optimizer steps."""
     tokens_per_microbatch: int = 4096
     """Token budget of one packed microbatch; a longer sample gets one of its own."""
     lr: float = 1e-6

@@ -38,7 +38,8 @@ AT_LEAST: dict[str, int] = {
     "rollout.max_response_tokens": 1,
     "rollout.top_k": 0,
     "rollout.batch_samples": 1,
-    "train.updates_per_rollout": 1,
+    "train.minibatches": 1,
+    "train.epochs": 1,
     "train.tokens_per_microbatch": 1,
     "train.lr_warmup_updates": 0,
     "train.head_chunk_rows": 1,
@@ -227,11 +228,11 @@ def _rollout(config: Config) -> Iterator[Violation]:
         yield Violation(("rollout.top_p",), "must be greater than 0 and at most 1")
     if rollout.max_logprob_gap is not None and rollout.max_logprob_gap <= 0:
         yield Violation(("rollout.max_logprob_gap",), "must be greater than 0; null takes the default of the dtype")
-    updates = config.train.updates_per_rollout
+    updates = config.train.minibatches
     if updates >= 1 and rollout.prompts_per_step % updates:
         yield Violation(
-            ("rollout.prompts_per_step", "train.updates_per_rollout"),
-            "prompts_per_step must be divisible by updates_per_rollout, as minibatches are made of whole groups",
+            ("rollout.prompts_per_step", "train.minibatches"),
+            "prompts_per_step must be divisible by minibatches, as minibatches are made of whole groups",
         )
 
 
@@ -260,11 +261,11 @@ def _train(config: Config) -> Iterator[Violation]:
     train = config.train
     if train.min_lr > train.lr:
         yield Violation(("train.min_lr", "train.lr"), "min_lr must not exceed lr")
-    if train.updates_per_rollout >= 1 and config.run.steps >= 1:
-        updates = config.run.steps * train.updates_per_rollout
+    if min(train.minibatches, train.epochs, config.run.steps) >= 1:
+        updates = config.run.steps * train.epochs * train.minibatches
         if train.lr_warmup_updates >= updates:
             yield Violation(
-                ("train.lr_warmup_updates", "run.steps", "train.updates_per_rollout"),
+                ("train.lr_warmup_updates", "run.steps", "train.epochs", "train.minibatches"),
                 f"the warm-up must end before the run does, which has {updates} optimizer steps",
             )
 

@@ -9,7 +9,7 @@ from etr_megatron.observe.recorder import Recorder
 from etr_megatron.observe.rollouts import save_rollouts
 from etr_megatron.observe.run_directory import RunDirectory
 from etr_megatron.observe.stopwatch import StepTimes, Stopwatch
-from etr_megatron.observe.writers import TensorBoardWriter, WandbWriter
+from etr_megatron.observe.writers import TensorBoardWriter, WandbWriter, require_wandb
 
 __all__ = [
     "METRIC_KEYS",
@@ -25,6 +25,7 @@ __all__ = [
     "TensorBoardWriter",
     "WandbWriter",
     "disk_errors",
+    "require_wandb",
     "save_rollouts",
     "write_atomically",
 ]

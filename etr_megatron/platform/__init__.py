@@ -1,21 +1,30 @@
-"""CUDA or CPU: the device, the collective backend, and what megatron.core needs before it is imported."""
+"""CUDA or CPU: the device, the collective backend, and what megatron.core needs before it is imported.
+
+torch is imported on first use: grader processes take `lifetime` from here and have no use for it.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def uses_cuda() -> bool:
     """Whether this process trains on a GPU; `ETR_PLATFORM=cpu|cuda` (set from `run.platform`) overrides detection."""
+    import torch
+
     wanted = os.environ.get("ETR_PLATFORM", "auto")
     return torch.cuda.is_available() if wanted == "auto" else wanted == "cuda"
 
 
 def device() -> torch.device:
     """The device of this rank."""
+    import torch
+
     return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
 
 
@@ -35,6 +44,8 @@ def prepare_megatron() -> None:
     global _prepared
     if _prepared:
         return
+    # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not uses_cuda():
         from etr_megatron.platform import cpu_shim
 

@@ -269,7 +269,7 @@ def _scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:
         max_lr=train.lr,
         min_lr=train.min_lr,
         lr_warmup_steps=train.lr_warmup_updates,
-        lr_decay_steps=config.run.steps * train.updates_per_rollout,
+        lr_decay_steps=config.run.steps * train.epochs * train.minibatches,
         lr_decay_style=train.lr_decay,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,9 @@ def load_grader(config: RewardConfig) -> Grader:
 
 def _import_function(path: str) -> Callable[..., Any]:
     module_name, _, attributes = path.partition(":")
+    # A rank that torchrun started as a script has the script's folder on its path, not the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way; it is his to read about

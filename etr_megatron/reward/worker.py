@@ -7,16 +7,15 @@ input ends it. It sets no time limits: the parent kills it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import BinaryIO
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.reward.functions import LoadError, load_grader
 from etr_megatron.reward.grade import GradeRequest
 
@@ -27,7 +26,7 @@ MATH_MEMORY_BYTES = 2 * 2**30
 def main() -> int:
     """Serve until end of input; returns the exit code."""
     parent_pid, config = int(sys.argv[1]), _config(sys.argv[2])
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
     requests, replies = _take_pipes()
     if config.function == "math":
@@ -46,17 +45,6 @@ def main() -> int:
 def _config(text: str) -> RewardConfig:
     values = json.loads(text)
     return RewardConfig(**{**values, "extract": tuple(values["extract"])})
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """`platform.lifetime.die_with_parent`, loaded by file: its package imports torch, which a grader has no use for."""
-    path = Path(__file__).parents[1] / "platform" / "lifetime.py"
-    spec = importlib.util.spec_from_file_location("etr_megatron_lifetime", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {path}")
-    lifetime = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lifetime)
-    lifetime.die_with_parent(parent_pid)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -1,0 +1,57 @@
+"""The CPU platform of megatron.core, and deadlines that name who is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.gang import ROOT
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr
+
+
+def test_torch_itself_stays_untouched():
+    printed = python(
+        "import torch; before = (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
+        "from etr_megatron import platform; platform.prepare_megatron()\n"
+        "import megatron.core.pipeline_parallel.schedules as s\n"
+        "assert s.torch is torch\n"
+        "assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.cuda, torch.get_rng_state)\n"
+        "print('untouched')"
+    )
+    assert printed.strip().endswith("untouched")
+
+
+def test_megatron_imported_before_the_platform_is_ready_is_an_error_not_a_surprise():
+    printed = python("import megatron.core; from etr_megatron import platform; platform.prepare_megatron()")
+    assert "RuntimeError: megatron.core was imported before" in printed
+
+
+def test_no_cuda_name_is_left_in_a_rewritten_module():
+    printed = python(
+        "import ast, pathlib, megatron; from etr_megatron.platform.cpu_shim import _Rewrite, _is_torch_cuda\n"
+        "root = pathlib.Path(list(megatron.__path__)[0]) / 'core'\n"
+        "seen = left = 0\n"
+        "for file in root.rglob('*.py'):\n"
+        "    source = file.read_text()\n"
+        "    seen += sum(_is_torch_cuda(n) for n in ast.walk(ast.parse(source)))\n"
+        "    left += sum(_is_torch_cuda(n) for n in ast.walk(_Rewrite().visit(ast.parse(source))))\n"
+        "print(seen > 100, left)"
+    )
+    assert printed.strip() == "True 0"
+
+
+def test_a_missing_rank_is_named_with_the_phase(gangs):
+    replies = gangs(2).run("tests.platform_jobs:meet_without", missing=1)
+    assert replies[0] == "rank 0 waited 2 s at the rollout of step 7 for rank 1"
+    assert replies[1] == "absent"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_that_all_arrive_go_on(gangs, world):
+    assert gangs(world).run("tests.platform_jobs:meet_without", missing=-1) == ["met"] * world

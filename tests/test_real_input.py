@@ -1,0 +1,78 @@
+"""Problems from a file and a policy from a directory, through both ways of starting a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from etr_megatron.config import load_config
+from etr_megatron.data import build_tiny_policy
+from tests.runs import REPO
+
+ROWS = [
+    {"question": f"A box holds {n} apples and {n} pears. How many pieces of fruit are in {n} boxes?",
+     "answer": f"Each holds {n}+{n}=<<{n}+{n}={2 * n}>>{2 * n} pieces.\n#### {2 * n * n}"}
+    for n in range(2, 14)
+]  # fmt: skip
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A GSM8K-like file with a row that is no JSON and one whose prompt is too long."""
+    lines = [json.dumps(row) for row in ROWS]
+    lines.insert(3, "{not json")
+    lines.insert(5, json.dumps({"question": "long " * 900, "answer": "#### 1"}))
+    file = tmp_path / "problems.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def model(runs, tmp_path):
+    """A HuggingFace directory that knows nothing of `tiny`: the small policy, copied elsewhere."""
+    config = load_config(runs.config, runs.command()[4:])
+    copy = tmp_path / "model"
+    shutil.copytree(build_tiny_policy(config.tiny, config.arithmetic, progress=False), copy)
+    return copy
+
+
+def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, model):
+    gsm8k = REPO / "configs" / "gsm8k.yaml"
+    command = [sys.executable, "-m", "etr_megatron.launch", str(gsm8k), f"data.train={problems}", f"model.path={model}"]
+    command += [f"run.dir={runs.folder / 'runs'}", "run.steps=2", "data.on_bad_row=skip", "rollout.prompts_per_step=4"]
+    command += ["rollout.max_response_tokens=16", f"data.eval={problems}", "eval.problems=5"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "data.train: 12 problems; left out 1 over data.max_prompt_tokens=512 and 1 broken rows" in done.stderr
+    rows = runs.rows("gsm8k")
+    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["eval_accuracy"] == 0.0
+    sample = json.loads((runs.directory("gsm8k") / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert "apples" in sample["prompt"] and "\\boxed{}" in sample["prompt"] and "####" in sample["answer"]
+
+
+def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):
+    code, printed = runs.finish(f"data.train={problems}", f"model.path={model}")
+    assert code == 2 and "Traceback" not in printed
+    assert f"problems.jsonl:4 of '{problems}'" in printed and "data.on_bad_row=skip" in printed
+
+
+def test_plain_torchrun_runs_the_script_on_one_process(runs):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command = [*torchrun, "examples/run_etr.sh", *runs.command("run.steps=2", "run.name=plain", "eval.every=0")[3:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in runs.rows("plain")] == [1, 2]
+
+
+def test_plain_torchrun_prints_a_mistake_once_and_fails(runs):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, "examples/run_etr.sh", *runs.command("parallel.tp=2")[3:]]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1 and "parallel.tp" in done.stderr
