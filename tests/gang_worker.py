@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import os
 import pickle
@@ -35,6 +36,7 @@ def main() -> None:
             reply = (True, getattr(importlib.import_module(module), name)(**arguments))
         except BaseException:
             reply = (False, traceback.format_exc())
+        gc.collect()  # models hold process groups in reference cycles, and every gloo group holds threads
         body = pickle.dumps(reply)
         replies.write(struct.pack("<Q", len(body)) + body)
         replies.flush()

@@ -47,17 +47,17 @@ def init_world(timeout_s: float) -> None:
 
 
 def init_layout(tp: int, pp: int, seed: int, timeout_s: float = 1800.0) -> Layout:
-    """Cut the world into model-parallel groups and seed the ranks. Groups of an earlier layout are given up first.
+    """Cut the world into model-parallel groups and seed the ranks. The groups of another, earlier layout are destroyed.
 
     Raises RuntimeError (from Megatron) when TP x PP does not divide the world.
     """
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
-    )
+    if not _is_laid_out(tp, pp):
+        _destroy_layout()
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
         rank=dist.get_rank(),
@@ -69,3 +69,19 @@ def init_layout(tp: int, pp: int, seed: int, timeout_s: float = 1800.0) -> Layou
         dp=mpu.get_data_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
     )
+
+
+def _is_laid_out(tp: int, pp: int) -> bool:
+    return mpu.model_parallel_is_initialized() and (
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+    ) == (tp, pp)
+
+
+def _destroy_layout() -> None:
+    """Megatron's own clean-up only forgets its groups; a forgotten gloo group keeps three threads, one of them polling."""
+    values = [value if isinstance(value, list) else [value] for value in vars(mpu).values()]
+    groups = {group for some in values for group in some if isinstance(group, dist.ProcessGroup)} - {dist.group.WORLD}
+    for group in groups:
+        dist.destroy_process_group(group)
+    mpu.destroy_model_parallel()
