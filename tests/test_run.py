@@ -12,6 +12,8 @@ import pytest
 from etr_megatron.observe import METRIC_KEYS
 from tests.runs import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def family(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -60,7 +62,6 @@ def test_kill_9_and_the_same_command_give_the_same_run_bit_for_bit(runs):
 
 
 def test_a_checkpoint_of_one_layout_resumes_in_another(runs):
-    pytest.importorskip("torch")
     assert runs.finish("run.name=moved", "run.steps=3", "parallel.tp=2")[0] == 0
     code, printed = runs.finish("run.name=moved", "run.steps=4", "parallel.tp=1", "parallel.pp=2")
     assert code == 0, printed
