@@ -54,6 +54,13 @@ def check_model(config: Config, world_size: int) -> None:
     architecture = read_architecture(name)
     check_layout(f"the model in {name}", architecture.heads, architecture.kv_heads, architecture.layers, tp, pp)
     check_checkpoint(name)
+    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if architecture.max_positions < wanted:
+        raise UserError(
+            f"{name} has a context of {architecture.max_positions} tokens (max_position_embeddings), fewer than "
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} plus rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens}; lower one of them"
+        )
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
 

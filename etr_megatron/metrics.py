@@ -66,5 +66,6 @@ def step_metrics(
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
+        "reward_errors": sum(sample.reward_status == "error" for sample in samples),
         "response_tokens_mean": mean([len(sample.response_ids) for sample in samples]),
     }

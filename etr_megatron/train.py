@@ -73,7 +73,6 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if layout.rank == 0:
         directory.prepare(config)
-        directory.write_status("running", 0, config.run.steps)
     trainer = Trainer(
         config,
         policy=Policy(check_checkpoint(model_dir), model_dir, config, layout),
@@ -97,7 +96,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         if layout.rank == 0:
             # On a full disk the note may not fit either; the error itself is what has to be heard.
             with suppress(UserError):
-                directory.write_status("failed", trainer.step, config.run.steps, str(error))
+                directory.write_status("failed", max(0, trainer.step - 1), config.run.steps, str(error))
         raise
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)

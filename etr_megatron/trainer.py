@@ -49,9 +49,9 @@ class Trainer:
         self._resume()
         self.engine.update_weights(self.policy.export(), version=self.step)
         first, start = self.step, self._evaluate() if self.step == 0 else {}
+        self._watch.lap()
         while self.step < config.run.steps:
             self.step += 1
-            self._watch.lap()
             groups = self._roll_out()
             batch, updates = self._train(groups, gate=self.step == first + 1)
             self._sync()
@@ -126,6 +126,7 @@ class Trainer:
             return
         tokens = sum(len(sample.response_ids) for group in groups for sample in group.samples)
         self._recorder.record({**row, **times, "tokens_per_s": tokens / times["time_step"]})
+        self._directory.write_status("running", self.step, self.config.run.steps)
         observe = self.config.observe
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
             self._directory.save_rollouts(self.step, groups[: observe.rollouts_groups])
@@ -145,4 +146,5 @@ class Trainer:
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
+            self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)

@@ -39,7 +39,7 @@ FAMILIES = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**_COMMON, head_dim=16, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)
     ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False)),
     "qwen3_tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
 }

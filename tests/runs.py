@@ -64,9 +64,9 @@ class Runs:
         return rows if times else [{key: row[key] for key in row if key not in TIMES} for row in rows]
 
 
-def wait_for(condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], deadline_s: float = 120.0, poll_s: float = 0.02) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
             raise AssertionError("the condition did not come true in time")
-        time.sleep(0.02)
+        time.sleep(poll_s)

@@ -39,6 +39,7 @@ SPECIFIED_KEYS = [
     "zero_variance_groups",
     "truncated",
     "reward_timeouts",
+    "reward_errors",  # not in the specification: see MetricsRow
     "response_tokens_mean",
     "tokens_per_s",
     "time_rollout",
@@ -51,7 +52,7 @@ SPECIFIED_KEYS = [
 
 def make_row(step: int, **values: float) -> MetricsRow:
     row = {key: 0.25 for key in SPECIFIED_KEYS} | {"step": step, "weight_version": step - 1}
-    return MetricsRow(**(row | {"zero_variance_groups": 1, "truncated": 2, "reward_timeouts": 0} | values))
+    return MetricsRow(**(row | {"zero_variance_groups": 1, "truncated": 2, "reward_timeouts": 0, "reward_errors": 0} | values))
 
 
 def full_disk(*_args: object, **_kwargs: object) -> int:

@@ -83,6 +83,44 @@ def test_a_distributed_optimizer_resumes_exactly(runs):
     assert runs.rows("a")[3:] == runs.rows("b")[3:]
 
 
+def test_kill_9_during_a_save_loses_nothing_and_leaves_no_rest(runs):
+    assert runs.finish("run.name=straight", "checkpoint.every=1")[0] == 0
+    process = runs.start("run.name=cut", "checkpoint.every=1")
+    saves = runs.directory("cut") / "checkpoints"
+    wait_for(lambda: len(runs.rows("cut")) >= 2 and any(saves.glob(".step_*.unfinished/*")), poll_s=0.002)
+    process.kill()
+    process.wait()
+    code, printed = runs.finish("run.name=cut", "checkpoint.every=1")
+    assert code == 0, printed
+    assert runs.rows("cut") == runs.rows("straight")
+    assert not list(saves.glob(".step_*"))
+
+
+def test_more_steps_than_planned_stretch_the_learning_rate_decay(runs):
+    decay = ("train.lr_decay=linear", "eval.every=0")
+    assert runs.finish("run.name=long", *decay)[0] == 0
+    assert runs.finish("run.name=stretched", "run.steps=3", *decay)[0] == 0
+    assert runs.finish("run.name=stretched", "run.steps=6", *decay)[0] == 0
+    long, stretched = ([row["lr"] for row in runs.rows(name)] for name in ("long", "stretched"))
+    assert stretched[3:] == pytest.approx(long[3:]) and long[4] > 0
+    assert stretched[2] < long[2]  # the shorter plan had come nearer to its end
+
+
+def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs):
+    code, printed = runs.finish("run.name=failing", "reward.function=tests.rewards:always_fails", "eval.every=0")
+    assert code == 2 and "Traceback" not in printed
+    assert "24 of 24 answers could not be graded" in printed and "KeyError" in printed
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over(runs):
+    options = ("run.name=once", "run.steps=1", "checkpoint.every=0", "eval.every=0")
+    assert runs.finish(*options)[0] == 0
+    before = runs.rows("once", times=True)
+    code, printed = runs.finish(*options)
+    assert code == 2 and "holds a finished run without a checkpoint" in printed
+    assert runs.rows("once", times=True) == before
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_leaves_no_process(runs, how):
     process = runs.start("run.name=stopped", "run.steps=500")

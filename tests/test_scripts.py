@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import py_compile
 import runpy
@@ -112,6 +113,29 @@ def test_bad_input_through_bash_is_one_message_and_exit_code_2(
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert [part for part in parts if part not in done.stderr] == []
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tp=4", "--nproc", "4"], ["2 key/value heads", "parallel.tp=4"]),
+        (["rollout.max_response_tokens=500"], ["context of 512 tokens", "rollout.max_response_tokens=500"]),
+        (["spoil"], ["config.json does not fit the weights", "gate_proj.weight", "[96, 48]"]),
+    ],
+    ids=["heads", "context", "config against weights"],
+)
+def test_a_model_that_cannot_be_run_is_refused_through_bash(
+    is_set_up: None, hf_models: dict[str, str], tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(hf_models["qwen3"], model)
+    if overrides == ["spoil"]:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    arguments = [f"model.path={model}", "data.max_prompt_tokens=100", *(o for o in overrides if o != "spoil")]
+    done = run(["bash", str(RUN), *arguments])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
 
 
 def test_help_through_bash(is_set_up: None) -> None:

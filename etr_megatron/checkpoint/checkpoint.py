@@ -59,7 +59,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
     rank0 = dist.get_rank() == 0
     try:
         if rank0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in checkpoints.glob(".step_*.unfinished"):  # of saves that were killed
+                shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
@@ -103,7 +104,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
         ) from error
     policy.model.load_state_dict(state["model"], strict=False)
     policy.optimizer.load_state_dict(state["optimizer"])
-    policy.scheduler.load_state_dict(state["scheduler"])
+    policy.load_schedule(state["scheduler"])
     if same_layout:
         _restore_rng(state["rng"])
     return trainer

@@ -21,7 +21,8 @@ class RunConfig:
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a device."""
     phase_timeout_s: float = 1800.0
-    """Deadline, in seconds, of every collective and of every phase; its error names the rank that is missing."""
+    """Deadline, in seconds, of every collective and of every rank's arrival at a phase; the latter's error names who is
+    missing."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class TrainConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_updates: int = 0
-    """Linear warm-up, in optimizer steps."""
+    """Linear warm-up from zero, in optimizer steps; the first one's learning rate is 0."""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up, over the whole run."""
     weight_decay: float = 0.0

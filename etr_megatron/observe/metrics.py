@@ -32,7 +32,8 @@ class StepMetrics(TypedDict):
     logprob_gap_max: float
     zero_variance_groups: int  # groups whose rewards are all equal: no gradient from them
     truncated: int  # samples cut at rollout.max_response_tokens
-    reward_timeouts: int  # graders killed at reward.timeout_s; not counted as wrong answers
+    reward_timeouts: int  # graders killed at reward.timeout_s; their answers get the lowest reward
+    reward_errors: int  # answers that the reward function failed on; they get the lowest reward
     response_tokens_mean: float  # tokens per sample
     tokens_per_s: float  # response tokens of the step / time_step
     time_rollout: float  # seconds, as all times

@@ -74,6 +74,11 @@ class RunDirectory:
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
                 "directory, or set checkpoint.resume=true to continue it"
             )
+        if self._is_finished() and not any(self.checkpoints.glob("step_*")):
+            raise UserError(
+                f"{self.root} holds a finished run without a checkpoint to continue from; choose another run.name or remove "
+                "the directory"
+            )
 
     def prepare(self, config: Config) -> list[str]:
         """Make the directories and config.yaml; return the keys in which `config` differs from the run's start.
@@ -108,6 +113,9 @@ class RunDirectory:
         status = {"state": state, "step": step, "steps": steps, "message": message, "pid": os.getpid()}
         status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
+
+    def _is_finished(self) -> bool:
+        return self.status_file.exists() and json.loads(self.status_file.read_text())["state"] == "finished"
 
     def _started_with(self) -> dict[str, Any]:
         try:

@@ -142,6 +142,15 @@ class Policy:
                 totals[name] = totals.get(name, 0.0) + value
         return Update(totals.pop("loss"), totals, float(grad_norm), lr)
 
+    def load_schedule(self, state: dict[str, Any]) -> None:
+        """Continue the learning-rate schedule where `scheduler.state_dict()` was taken, on the config of now.
+
+        Only the count of updates comes from the checkpoint; the shape follows `run.steps` and `train` as they are now.
+        """
+        for group in self.optimizer.param_groups:  # the optimizer's state brought the old run's limits along
+            group["max_lr"], group["min_lr"] = self.config.train.lr, self.config.train.min_lr
+        self.scheduler.load_state_dict(state)
+
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Full HF tensors by name, see `export_hf_weights`."""
         return export_hf_weights(self.model)
@@ -202,13 +211,6 @@ class Policy:
     def _loss(self, batch: PolicyBatch, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count."""
         logp, entropy = self._head(self._ddp, hidden, micro)
-        finite = torch.isfinite(logp) & torch.isfinite(entropy)
-        if not bool(finite.all()):
-            at = int((~finite).nonzero()[0])
-            name = batch.names[int(micro.row_sample[at])]
-            raise FloatingPointError(
-                f"log-prob {logp[at].item()} at an active token of sample {name} on rank {self.layout.rank}"
-            )
         device, objective = logp.device, self.config.objective
 
         def per_token(values: Sequence[Tensor]) -> Tensor:
@@ -217,25 +219,35 @@ class Policy:
         def per_sample(values: Tensor) -> Tensor:
             return values.to(device)[micro.row_sample]
 
-        result = get_loss("clipped")(
-            LossInputs(
-                logp=logp,
-                entropy=entropy,
-                old_logp=per_token(batch.old_logp),
-                rollout_logp=per_token(batch.rollout_logp),
-                ref_logp=None if batch.ref_logp is None else per_token(batch.ref_logp),
-                advantage=per_sample(batch.advantage),
-                clip_low=per_sample(batch.clip_low),
-                clip_high=per_sample(batch.clip_high),
-                weight=per_sample(batch.weight),
-                log_ratio_bound=objective.log_ratio_bound,
-                kl_coef=objective.kl_coef,
-                kl_estimator=objective.kl_estimator,
-                entropy_coef=objective.entropy_coef,
-            )
+        inputs = LossInputs(
+            logp=logp,
+            entropy=entropy,
+            old_logp=per_token(batch.old_logp),
+            rollout_logp=per_token(batch.rollout_logp),
+            ref_logp=None if batch.ref_logp is None else per_token(batch.ref_logp),
+            advantage=per_sample(batch.advantage),
+            clip_low=per_sample(batch.clip_low),
+            clip_high=per_sample(batch.clip_high),
+            weight=per_sample(batch.weight),
+            log_ratio_bound=objective.log_ratio_bound,
+            kl_coef=objective.kl_coef,
+            kl_estimator=objective.kl_estimator,
+            entropy_coef=objective.entropy_coef,
         )
+        self._refuse_not_finite(inputs, batch, micro)
+        result = get_loss("clipped")(inputs)
         sums = {"loss": result.loss.item(), **{name: value.item() for name, value in result.sums.items()}}
         return result.loss, torch.tensor(len(micro.targets), dtype=torch.int, device=device), sums
+
+    def _refuse_not_finite(self, inputs: LossInputs, batch: PolicyBatch, micro: Microbatch) -> None:
+        """Raise FloatingPointError naming sample and rank when a row of any input is NaN or infinite."""
+        for name, rows in vars(inputs).items():
+            if isinstance(rows, Tensor) and not bool(torch.isfinite(rows).all()):
+                at = int((~torch.isfinite(rows)).nonzero()[0])
+                sample = batch.names[int(micro.row_sample[at])]
+                raise FloatingPointError(
+                    f"{name} is {rows[at].item()} at an active token of sample {sample} on rank {self.layout.rank}"
+                )
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
@@ -275,4 +287,6 @@ def _scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:
         end_wd=train.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout.engine import RolloutEngine, Sampling
 from etr_megatron.types import Group, Problem
+
+logger = logging.getLogger(__name__)
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 Decode = Callable[[list[int]], str]
@@ -25,11 +29,27 @@ def generate_groups(engine: RolloutEngine, problems: Sequence[Problem], sampling
 
 
 def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
-    """Fill in rewards and their status (in place; the caller owns the groups). `grader` is given on rank 0, None elsewhere."""
+    """Fill in rewards and their status (in place; the caller owns the groups). `grader` is given on rank 0, None elsewhere.
+
+    Answers that cannot be graded are reported with the first one's reason. Raises UserError when none can be: a reward
+    function that always fails must not look like a policy that is always wrong.
+    """
     samples = [(group.problem, sample) for group in groups for sample in group.samples]
     box: list[list[Grade] | None] = [None]
     if grader is not None:
         box[0] = grader([GradeRequest(problem.prompt, sample.text, problem.answer) for problem, sample in samples])
+        _report_errors(box[0], [problem.id for problem, _ in samples])
     dist.broadcast_object_list(box, src=0)
     for (_, sample), grade in zip(samples, box[0], strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
+
+
+def _report_errors(grades: Sequence[Grade], problem_ids: Sequence[str]) -> None:
+    failed = [(grade, name) for grade, name in zip(grades, problem_ids, strict=True) if grade.status == "error"]
+    if not failed:
+        return
+    grade, name = failed[0]
+    what = f"{len(failed)} of {len(grades)} answers could not be graded; the first, to problem {name}: {grade.detail}"
+    if len(failed) == len(grades):
+        raise UserError(f"{what}; mend reward.function or the reference answers")
+    logger.warning("%s", what)
