@@ -5,8 +5,8 @@ Plain Python on purpose: these objects cross process boundaries (ranks, graders,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "error"]
@@ -59,16 +59,3 @@ class Group:
     id: str
     problem: Problem
     samples: list[Sample]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict for json, inverse of `from_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Group:
-        """Inverse of `to_json`."""
-        return cls(
-            id=row["id"],
-            problem=Problem(**row["problem"]),
-            samples=[Sample(**sample) for sample in row["samples"]],
-        )

@@ -16,7 +16,8 @@ import yaml
 
 from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
 from etr_megatron.errors import UserError
-from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory, Stopwatch, disk_errors
+from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory, Stopwatch
+from etr_megatron.platform.files import disk_errors
 from etr_megatron.types import Group, Problem, Sample
 
 # Written out once more, from the specification: the code's own list is what is under test.

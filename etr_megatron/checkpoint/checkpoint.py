@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron.checkpoint.saving import TorchDistSave
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import sync_directory
 from etr_megatron.policy import Policy
 
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -69,7 +70,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             _write_synced(temporary / TRAINER_FILE, json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            _sync(checkpoints)
+            sync_directory(checkpoints)
             for old in _steps(checkpoints)[:-keep]:
                 shutil.rmtree(_path(checkpoints, old))
     except (OSError, RuntimeError, CheckpointException) as error:
@@ -158,14 +159,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk_is_full(error: BaseException, folder: Path) -> bool:

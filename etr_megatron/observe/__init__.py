@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from etr_megatron.observe.files import disk_errors, write_atomically
 from etr_megatron.observe.metrics import METRIC_KEYS, OPTIONAL_METRIC_KEYS, MetricsLog, MetricsRow, StepMetrics
 from etr_megatron.observe.progress import Progress
 from etr_megatron.observe.recorder import Recorder
@@ -24,8 +23,6 @@ __all__ = [
     "Stopwatch",
     "TensorBoardWriter",
     "WandbWriter",
-    "disk_errors",
     "require_wandb",
     "save_rollouts",
-    "write_atomically",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.files import disk_errors, sync_directory, write_atomically
+from etr_megatron.platform.files import disk_errors, sync_directory, write_atomically
 
 
 class StepMetrics(TypedDict):

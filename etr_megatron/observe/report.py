@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.files import disk_errors
 from etr_megatron.observe.metrics import MetricsRow
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
+from etr_megatron.platform.files import disk_errors
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward_mean",)),

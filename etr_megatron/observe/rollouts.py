@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.observe.files import disk_errors, write_atomically
+from etr_megatron.platform.files import disk_errors, write_atomically
 from etr_megatron.types import Group, Sample
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")

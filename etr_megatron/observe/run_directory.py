@@ -14,9 +14,9 @@ import yaml
 
 from etr_megatron.config import Config, dump_yaml, to_dict
 from etr_megatron.errors import UserError
-from etr_megatron.observe.files import disk_errors, write_atomically
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
+from etr_megatron.platform.files import disk_errors, write_atomically
 from etr_megatron.types import Group
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from etr_megatron.config import Config, to_dict
 from etr_megatron.errors import UserError
-from etr_megatron.observe.files import disk_errors, write_atomically
 from etr_megatron.observe.metrics import MetricsRow
 from etr_megatron.observe.run_directory import RunDirectory
+from etr_megatron.platform.files import disk_errors, write_atomically
 
 
 class Writer(Protocol):

@@ -33,11 +33,6 @@ class PolicyBatch:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample, prompt and response."""
-        return [len(prompt) + len(response) for prompt, response in self.sequences]
-
     def select(self, numbers: Sequence[int], weight: Tensor) -> PolicyBatch:
         """The samples `numbers` as a batch of its own; `weight` [len(numbers)] has that batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
