@@ -6,7 +6,6 @@ never damages an older one. Optimizer state is stored so that another TP, PP or 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
-from etr_megatron.checkpoint.saving import TorchDistSave
+from etr_megatron.checkpoint.saving import TorchDistSave, is_disk_full
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import sync_directory
 from etr_megatron.policy import Policy
@@ -74,7 +73,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             for old in _steps(checkpoints)[:-keep]:
                 shutil.rmtree(_path(checkpoints, old))
     except (OSError, RuntimeError, CheckpointException) as error:
-        if not _disk_is_full(error, checkpoints):
+        if not is_disk_full(error):
             raise
         if rank0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -159,17 +158,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _disk_is_full(error: BaseException, folder: Path) -> bool:
-    """Whether `error` is a full disk: torch hides the errno behind exceptions of its own, text behind tracebacks."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        causes += [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                return True
-            cause = cause.__cause__ or cause.__context__
-    # torch.save reports a failed write as "PytorchStreamWriter failed"; then the disk itself has to say.
-    return "PytorchStreamWriter" in str(error) and shutil.disk_usage(folder).free < 1 << 20

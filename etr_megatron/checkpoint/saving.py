@@ -7,6 +7,7 @@ wrong on any, and produces the same files.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,41 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.api import CheckpointException
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, whose failures keep their errno.
+
+    torch.save reports a write that failed as "unexpected pos" or "PytorchStreamWriter failed", with the OSError as its context;
+    contexts are lost when torch gathers the failures of all ranks.
+    """
+
+    def write_data(self, *args: Any) -> Any:
+        """Raises OSError for a full disk, whatever it was dressed in."""
+        try:
+            return super().write_data(*args)
+        except Exception as error:
+            full = _disk_full_behind(error)
+            if full is None or full is error:
+                raise
+            raise OSError(full.errno, full.strerror) from error
+
+
+def _disk_full_behind(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, what caused it, or a failure that it gathered from another rank, is a full disk."""
+    failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
+    return any(_disk_full_behind(one) is not None for one in (error, *failures))
 
 
 class TorchDistSave(SaveShardedStrategy):
@@ -35,6 +71,6 @@ class TorchDistSave(SaveShardedStrategy):
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=_Writer(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
