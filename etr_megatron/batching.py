@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from etr_megatron.config import Config
-from etr_megatron.objective import ElasticBounds, group_statistics, token_weights
+from etr_megatron.objective import ElasticBounds, control_radii, group_statistics, token_weights
 from etr_megatron.policy import PolicyBatch
 from etr_megatron.types import Group
 
 
-def build_batch(groups: Sequence[Group], config: Config) -> PolicyBatch:
-    """All samples of the step with their advantages and clip ranges; aggregation weights are for the step as one batch.
+def build_batch(groups: Sequence[Group], config: Config, step: int) -> PolicyBatch:
+    """All samples of a step with their advantages and clip ranges; aggregation weights are for the step as one batch.
 
-    The groups must be rewarded. Raises ValueError for a reward outside of the declared range.
+    The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control.
+    Raises ValueError for a reward outside of the declared range.
     """
     pairs = [(group, sample) for group in groups for sample in group.samples]
     statistics = group_statistics(
@@ -26,6 +27,14 @@ def build_batch(groups: Sequence[Group], config: Config) -> PolicyBatch:
     )
     low, high = _bounds(config)(statistics.advantage, statistics.variance)
     lengths = [len(sample.response_ids) for _, sample in pairs]
+    low, high = control_radii(
+        low,
+        high,
+        how=config.objective.control,
+        advantage=statistics.advantage,
+        tokens=lengths,
+        seed=config.run.seed * 1_000_003 + step,
+    )
     return PolicyBatch(
         names=tuple(f"{group.id}/{sample.index}" for group, sample in pairs),
         sequences=tuple((group.problem.prompt_ids, sample.response_ids) for group, sample in pairs),

@@ -88,7 +88,7 @@ class Trainer:
         """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
-            batch = build_batch(groups, self.config)
+            batch = build_batch(groups, self.config, self.step)
             old = self.policy.logprobs(batch.sequences)
             batch = replace(batch, old_logp=old.logp, old_entropy=old.entropy)
             if gate:

@@ -37,7 +37,7 @@ def groups() -> list[Group]:
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
 def test_minibatches_are_whole_groups_with_their_own_denominator(how):
     settings = config(f"objective.aggregation={how}", "objective.constant_length=10")
-    batch = build_batch(groups(), settings)
+    batch = build_batch(groups(), settings, 1)
     parts = minibatches(batch, groups(), settings)
     assert [part.names for part in parts] == [batch.names[:5], batch.names[5:]]
     for part, lengths in zip(
@@ -53,7 +53,7 @@ def test_minibatches_are_whole_groups_with_their_own_denominator(how):
 
 
 def test_advantages_and_ranges_come_from_each_samples_own_group():
-    batch = build_batch(groups(), config())
+    batch = build_batch(groups(), config(), 1)
     assert batch.advantage[:2].tolist() == pytest.approx([1.0, -1.0], abs=1e-4)
     assert batch.advantage[2:5].tolist() == pytest.approx([0.7071, 0.7071, -1.4142], abs=1e-3)
     assert batch.advantage[5:7].tolist() == [0.0, 0.0]
@@ -64,7 +64,7 @@ def test_advantages_and_ranges_come_from_each_samples_own_group():
 
 
 def with_old(gap: float):
-    batch = build_batch(groups(), config())
+    batch = build_batch(groups(), config(), 1)
     old = tuple(logp + gap for logp in batch.rollout_logp)
     return replace(batch, old_logp=old, old_entropy=tuple(torch.ones_like(logp) for logp in old))
 
@@ -90,3 +90,34 @@ def test_metrics_are_means_over_all_tokens_of_all_updates():
     assert row["zero_variance_groups"] == 1 and row["truncated"] == 4 and row["weight_version"] == 7
     assert row["reward_mean"] == pytest.approx(4 / 11) and row["response_tokens_mean"] == pytest.approx(33 / 11)
     assert row["logprob_gap_mean"] == pytest.approx(1e-2, abs=1e-6) and row["entropy"] == 1.0
+
+
+def radii(preset: str, step: int = 1):
+    batch = build_batch(groups(), config(f"objective.preset={preset}"), step)
+    return batch.clip_low, batch.advantage != 0
+
+
+def test_the_matched_control_is_fixed_at_etrs_mean_radius_over_the_tokens_that_learn():
+    etr, active = radii("etr")
+    matched, _ = radii("etr_matched")
+    tokens = torch.tensor(functools.reduce(operator.iadd, LENGTHS, [])).float()
+    assert len(set(matched.tolist())) == 1
+    assert matched[0].item() == pytest.approx((etr * tokens)[active].sum().item() / tokens[active].sum().item())
+
+
+def test_the_shuffled_control_deals_out_the_same_radii_to_other_samples():
+    etr, active = radii("etr")
+    dealt = [radii("etr_shuffled", step)[0] for step in (1, 2, 1)]
+    for found in dealt:
+        assert sorted(found[active].tolist()) == sorted(etr[active].tolist())
+        assert torch.equal(found[~active], etr[~active])
+    assert not torch.equal(dealt[0], etr) and not torch.equal(dealt[0], dealt[1])
+    assert torch.equal(dealt[0], dealt[2])
+
+
+def test_the_inverted_control_gives_less_where_the_variance_is_highest():
+    etr, _ = radii("etr")
+    inverted, _ = radii("etr_inverted_macro")
+    # Group 0 passes 1 in 2 (v = 1), group 3 passes 1 in 4 (v = 3/4).
+    assert etr[0].item() == pytest.approx(0.2, abs=1e-5) and inverted[0].item() == pytest.approx(0.1, abs=1e-5)
+    assert (inverted[7] / etr[7]).item() == pytest.approx((1 - 0.5 * 0.75) / (1 - 0.5 + 0.5 * 0.75), abs=1e-5)

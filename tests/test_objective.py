@@ -41,6 +41,7 @@ def numpy_bounds(advantage: np.ndarray, variance: np.ndarray, preset: dict) -> t
     }[preset["micro"]]
     macro = {
         "variance": 1 - preset["gamma"] + preset["gamma"] * variance,
+        "inverse_variance": 1 - preset["gamma"] * variance,
         "std": np.sqrt(variance),
         "none": np.ones_like(variance),
     }[preset["macro"]]
@@ -55,6 +56,10 @@ def numpy_loss(logp, old, advantage, low, high, weight) -> tuple[float, np.ndarr
     active = ratio * advantage <= clipped * advantage
     loss = -(weight * np.minimum(ratio * advantage, clipped * advantage)).sum()
     return loss, np.where(active, -weight * ratio * advantage, 0.0)
+
+
+def elastic_bounds(control: str = "none", **values) -> ElasticBounds:
+    return ElasticBounds(**values)
 
 
 def random_case(seed: int) -> tuple[np.ndarray, list[str]]:
@@ -74,7 +79,7 @@ def test_statistics_bounds_and_loss_equal_the_numpy_reference(preset, seed):
     np.testing.assert_allclose(statistics.advantage.numpy(), wanted_advantage, atol=1e-12)
     np.testing.assert_allclose(statistics.variance.numpy(), wanted_variance, atol=1e-12)
 
-    low, high = ElasticBounds(**values)(statistics.advantage, statistics.variance)
+    low, high = elastic_bounds(**values)(statistics.advantage, statistics.variance)
     wanted_low, wanted_high = numpy_bounds(wanted_advantage, wanted_variance, values)
     np.testing.assert_allclose(low.numpy(), wanted_low, atol=1e-12)
     np.testing.assert_allclose(high.numpy(), wanted_high, atol=1e-12)
@@ -120,8 +125,8 @@ def test_radii_of_known_pass_rates(k, size, form):
 def test_etr_without_elasticity_is_grpo_bit_for_bit():
     rewards, ids = random_case(3)
     statistics = group_statistics(rewards.tolist(), ids)
-    flat = ElasticBounds(**{**PRESETS["etr"], "alpha": 0.0, "gamma": 0.0})
-    grpo = ElasticBounds(**PRESETS["grpo"])
+    flat = elastic_bounds(**{**PRESETS["etr"], "alpha": 0.0, "gamma": 0.0})
+    grpo = elastic_bounds(**PRESETS["grpo"])
     for a, b in zip(
         flat(statistics.advantage, statistics.variance), grpo(statistics.advantage, statistics.variance), strict=True
     ):
@@ -129,7 +134,7 @@ def test_etr_without_elasticity_is_grpo_bit_for_bit():
 
 
 def test_dapo_raises_the_upper_bound_alone():
-    low, high = ElasticBounds(**PRESETS["dapo"])(torch.tensor([1.5, -0.5]), torch.tensor([0.3, 0.3]))
+    low, high = elastic_bounds(**PRESETS["dapo"])(torch.tensor([1.5, -0.5]), torch.tensor([0.3, 0.3]))
     assert low.tolist() == [pytest.approx(0.2)] * 2 and high.tolist() == [pytest.approx(0.28)] * 2
 
 
@@ -137,7 +142,7 @@ def test_dapo_raises_the_upper_bound_alone():
 def test_groups_without_variance_give_zero_advantage_and_no_nan(rewards):
     statistics = group_statistics(rewards, ["g"] * len(rewards))
     assert statistics.advantage.tolist() == [0.0] * len(rewards)
-    low, high = ElasticBounds(**PRESETS["etr_second_order"])(statistics.advantage, statistics.variance)
+    low, high = elastic_bounds(**PRESETS["etr_second_order"])(statistics.advantage, statistics.variance)
     assert torch.isfinite(low).all() and torch.isfinite(high).all()
 
 
@@ -174,7 +179,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
     values = PRESETS[preset]
     statistics = group_statistics(rewards, ids)
     assert torch.isfinite(statistics.advantage).all()
-    low, high = ElasticBounds(**values)(statistics.advantage, statistics.variance)
+    low, high = elastic_bounds(**values)(statistics.advantage, statistics.variance)
     for radius in (low, high):
         assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all() and values["eps_max"] < 1
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -167,12 +167,24 @@ class RolloutConfig:
 class ObjectiveConfig:
     """The clipped objective. Fields left at null take the preset's value."""
 
-    preset: Literal["etr", "grpo", "dapo", "etr_micro", "etr_macro", "etr_second_order"] = "etr"
+    preset: Literal[
+        "etr",
+        "grpo",
+        "dapo",
+        "etr_micro",
+        "etr_macro",
+        "etr_second_order",
+        "etr_matched",
+        "etr_shuffled",
+        "etr_inverted_macro",
+    ] = "etr"
     """Named set of the fields below."""
     micro: Literal["tanh", "linear", "none"] | None = None
     """How the radius follows the advantage's magnitude."""
-    macro: Literal["variance", "std", "none"] | None = None
+    macro: Literal["variance", "inverse_variance", "std", "none"] | None = None
     """How the radius follows the group's variance."""
+    control: Literal["none", "matched", "shuffled"] | None = None
+    """Replaces the radii by a control's: their mean on the same batch, or the same radii dealt out to other samples."""
     alpha: float | None = None
     """Strength of micro `tanh`."""
     gamma: float | None = None
@@ -308,16 +320,21 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
+_FIXED: dict[str, float | str] = dict(
+    micro="none", macro="none", control="none", alpha=0.0, gamma=0.0, eps_low=0.2, eps_high=0.2, eps_min=0.0, eps_max=0.99
+)
+_ETR: dict[str, float | str] = dict(
+    micro="tanh", macro="variance", control="none", alpha=0.5, gamma=0.5, eps_low=0.2, eps_high=0.2, eps_min=0.05, eps_max=0.4
+)
 PRESETS: dict[str, dict[str, float | str]] = {
-    "etr": dict(micro="tanh", macro="variance", alpha=0.5, gamma=0.5, eps_low=0.2, eps_high=0.2, eps_min=0.05, eps_max=0.4),
-    "grpo": dict(micro="none", macro="none", alpha=0.0, gamma=0.0, eps_low=0.2, eps_high=0.2, eps_min=0.0, eps_max=0.99),
-    "dapo": dict(micro="none", macro="none", alpha=0.0, gamma=0.0, eps_low=0.2, eps_high=0.28, eps_min=0.0, eps_max=0.99),
-    "etr_micro": dict(micro="tanh", macro="none", alpha=0.5, gamma=0.0, eps_low=0.2, eps_high=0.2, eps_min=0.05, eps_max=0.4),
-    "etr_macro": dict(
-        micro="none", macro="variance", alpha=0.0, gamma=0.5, eps_low=0.2, eps_high=0.2, eps_min=0.05, eps_max=0.4
-    ),
-    "etr_second_order": dict(
-        micro="linear", macro="std", alpha=0.0, gamma=0.0, eps_low=0.2, eps_high=0.2, eps_min=0.0, eps_max=0.4
-    ),
+    "etr": _ETR,
+    "grpo": _FIXED,
+    "dapo": {**_FIXED, "eps_high": 0.28},
+    "etr_micro": {**_ETR, "macro": "none", "gamma": 0.0},
+    "etr_macro": {**_ETR, "micro": "none", "alpha": 0.0},
+    "etr_second_order": {**_ETR, "micro": "linear", "macro": "std", "alpha": 0.0, "gamma": 0.0, "eps_min": 0.0},
+    "etr_matched": {**_ETR, "control": "matched"},
+    "etr_shuffled": {**_ETR, "control": "shuffled"},
+    "etr_inverted_macro": {**_ETR, "macro": "inverse_variance"},
 }
 """Values that a preset gives to the fields of `ObjectiveConfig` left at null."""

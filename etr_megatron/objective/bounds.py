@@ -20,7 +20,7 @@ class ElasticBounds:
     """The knobs; alpha = gamma = 0 (or both forms `none`) is GRPO, bit for bit.
 
     micro: `tanh` 1 + alpha * tanh(|A| - 1), `linear` |A|, `none` 1.
-    macro: `variance` 1 - gamma + gamma * v, `std` sqrt(v), `none` 1.
+    macro: `variance` 1 - gamma + gamma * v, `inverse_variance` 1 - gamma * v (a control), `std` sqrt(v), `none` 1.
     """
 
     micro: str
@@ -55,8 +55,10 @@ class ElasticBounds:
     def _macro(self, variance: Tensor) -> Tensor:
         if self.macro == "variance":
             return 1 - self.gamma + self.gamma * variance
+        if self.macro == "inverse_variance":
+            return 1 - self.gamma * variance
         if self.macro == "std":
             return variance.sqrt()
         if self.macro == "none":
             return torch.ones_like(variance)
-        raise ValueError(f"objective.macro is {self.macro!r}; known: variance, std, none")
+        raise ValueError(f"objective.macro is {self.macro!r}; known: variance, inverse_variance, std, none")

@@ -1,0 +1,34 @@
+"""Controls that a claim about elastic ranges has to beat: the same budget, without its allocation.
+
+`matched`: every sample gets ETR's mean radius on the same batch. `shuffled`: ETR's own radii, dealt out to other samples. Both
+look at the samples whose advantage is not zero: nothing is ever clipped in the others, whose radii would only shift the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def control_radii(
+    low: Tensor, high: Tensor, *, how: str, advantage: Tensor, tokens: Sequence[int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """The radii [N] that the control `how` (`none`, `matched`, `shuffled`) puts in the place of ETR's `low` and `high` [N].
+
+    advantage: [N]. tokens: response tokens of each sample, the weights of the mean, since clipping acts on tokens. seed: of the
+    permutation. Raises ValueError for another name.
+    """
+    if how == "none":
+        return low, high
+    active = (advantage != 0).nonzero()[:, 0]
+    if how == "matched":
+        weights = torch.tensor(list(tokens), dtype=low.dtype)[active]
+        if not bool(weights.sum() > 0):
+            return low, high
+        return tuple(torch.full_like(radii, (radii[active] @ weights / weights.sum()).item()) for radii in (low, high))
+    if how == "shuffled":
+        dealt = active[torch.randperm(len(active), generator=torch.Generator().manual_seed(seed))]
+        return low.index_copy(0, active, low[dealt]), high.index_copy(0, active, high[dealt])
+    raise ValueError(f"objective.control is {how!r}; known: none, matched, shuffled")
