@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob
+from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob, vocab_parallel_loss
+from tests.vocab_cases import Case
 
 
 def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.Tensor]:
@@ -26,3 +27,34 @@ def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.T
         (upstream[0] * logp + upstream[1] * entropy).sum().backward()
         results["hidden_grad" if reduce else "partial_hidden_grad"] = h.grad
     return {**results, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
+
+
+def single_pass(case: Case, already: float, reduce: bool) -> dict[str, torch.Tensor]:
+    """This rank's share of the single-pass loss, its gradient added to a buffer that holds `already` everywhere."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    vocab = case.weight.shape[0]
+    size = 128 * -(-vocab // (128 * world))
+    weight = torch.full((size, case.weight.shape[1]), 7.0)
+    real = case.weight[rank * size : (rank + 1) * size]
+    weight[: len(real)] = real
+    weight.requires_grad_()
+    weight.main_grad = torch.full_like(weight, already)
+    hidden = case.hidden.clone().requires_grad_()
+    loss, logp, entropy = vocab_parallel_loss(
+        hidden,
+        weight,
+        case.targets,
+        case.token_loss,
+        shard=VocabShard(size, vocab, dist.group.WORLD),
+        temperature=case.temperature,
+        chunk_rows=3,
+        reduce_hidden_grad=reduce,
+    )
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        "logp": logp,
+        "entropy": entropy,
+        "hidden_grad": hidden.grad,
+        "weight_grad": weight.main_grad - already,
+    }

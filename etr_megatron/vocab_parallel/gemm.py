@@ -1,0 +1,56 @@
+"""The head's three matrix products, all with an fp32 result.
+
+fp32 operands: one library call each, into place. bf16 on CUDA: the same, cuBLAS writes fp32. bf16 on CPU: torch has no product
+of bf16 operands with an fp32 result, so each product is rounded to bf16 once before it is added in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 20
+"""Elements of the bf16 product that `add_weight_grad` makes at a time on CPU."""
+
+
+def _writes_fp32(operand: Tensor) -> bool:
+    return operand.is_cuda and operand.dtype != torch.float32
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
+    if hidden.dtype == torch.float32:
+        return torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
+    if _writes_fp32(hidden):
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(hidden @ weight.t())
+    return out if scale == 1 else out.mul_(scale)
+
+
+def hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """out [rows, H] fp32 = grad [rows, real] @ weight [real, H]."""
+    if grad.dtype == torch.float32:
+        torch.mm(grad, weight, out=out)
+    elif _writes_fp32(grad):
+        torch.mm(grad, weight, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(grad @ weight)
+
+
+def weight_grad_block(hidden_size: int) -> int:
+    """Rows of the weight whose bf16 gradient `add_weight_grad` makes at a time on CPU."""
+    return max(1, _BLOCK_ELEMENTS // hidden_size)
+
+
+def add_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total [real, H] fp32 += grad [rows, real]^T @ hidden [rows, H], in place; `total` is the caller's."""
+    if grad.dtype == torch.float32:
+        total.addmm_(grad.t(), hidden)
+    elif _writes_fp32(grad):
+        torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
+    else:
+        step = weight_grad_block(hidden.shape[1])
+        for begin in range(0, grad.shape[1], step):
+            block = slice(begin, begin + step)
+            total[block] += grad[:, block].t() @ hidden

@@ -1,0 +1,162 @@
+"""A token-local loss and its gradients in one pass over the vocabulary shard.
+
+When a row's loss depends on that row's log-prob and entropy alone, its derivative is known as soon as they are: everything
+else (bounds, advantages, old log-probs, the global denominator) is known before the forward pass. So a chunk's logits turn into
+their own gradient and are used up at once: 3 matrix products, nothing of size R x V ever exists, nothing is computed twice.
+
+Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c rows a chunk and v = real columns of the shard:
+
+    4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
+    + 4 c v (TP > 1: 8)    logits, which become their own gradient
+    + 8 b v                two temporaries of b rows: all c of a chunk on CUDA, on CPU what makes 2^17 elements
+    + 2 c v in bf16        the gradient as an operand (on CPU before that the product before it is widened)
+    + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
+
+`single_pass_bytes` is that sum. Autograd's zero gradient of the weight comes after it, in backward, when the chunks are gone;
+on CPU its pages are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr_megatron.vocab_parallel import gemm, torch_rows
+from etr_megatron.vocab_parallel.logprob import check_shapes, vocab_parallel_logprob
+from etr_megatron.vocab_parallel.shard import VocabShard
+from etr_megatron.vocab_parallel.sweep import Head, add_gradients, sweep
+from etr_megatron.vocab_parallel.weight_grad import WeightGrad, has_main_grad, weight_grad
+
+TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
+"""(rows, logp fp32 [rows], entropy fp32 [rows]) -> scalar: the summed loss of those rows, divided by the denominator."""
+
+
+def _derivatives(token_loss: TokenLoss, rows: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of the rows and its derivatives with respect to log-prob and entropy (None where it does not occur), [rows] each."""
+    with torch.enable_grad():
+        logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss = token_loss(rows, logp, entropy)
+        if not loss.requires_grad:
+            return loss, torch.zeros_like(logp), None
+        g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+    return loss.detach(), torch.zeros_like(logp) if g_logp is None else g_logp, g_entropy
+
+
+class _SinglePass(torch.autograd.Function):
+    """Forward forms all gradients; backward only hands them out, after checking the scale they were formed with."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_loss: TokenLoss,
+        head: Head,
+        backward_scale: float,
+        sink: WeightGrad,
+        reduce_hidden_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        group = head.shard.group
+        rows_out = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        reductions = []
+        for chunk in sweep(head, hidden, weight, targets):
+            rows = chunk.rows
+            rows_out[0, rows], rows_out[1, rows] = chunk.logp, chunk.entropy
+            loss, g_logp, g_entropy = _derivatives(token_loss, rows, chunk.logp, chunk.entropy)
+            total += loss
+            add_gradients(
+                head,
+                chunk,
+                g_logp * backward_scale,
+                None if g_entropy is None else g_entropy * backward_scale,
+                hidden=hidden,
+                weight=weight,
+                grad_hidden=grad_hidden,
+                grad_weight=sink.total,
+            )
+            if reduce_hidden_grad and group is not None:
+                reductions.append(dist.all_reduce(grad_hidden[rows], group=group, async_op=True))
+        for reduction in reductions:
+            reduction.wait()
+        ctx.grad_hidden, ctx.dtype, ctx.sink, ctx.scale = grad_hidden, hidden.dtype, sink, backward_scale
+        logp, entropy = rows_out
+        ctx.mark_non_differentiable(logp, entropy)
+        return total, logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grad_hidden is None:
+            raise RuntimeError("the single-pass loss went backward twice; its gradients were formed once, in forward")
+        _check_scale(grad_loss, ctx.scale)
+        grad_hidden, ctx.grad_hidden = ctx.grad_hidden.to(ctx.dtype), None
+        return grad_hidden, ctx.sink.handed_to_autograd(), *[None] * 6
+
+
+def _check_scale(found: Tensor, expected: float) -> None:
+    message = "the single-pass loss received another gradient than the backward_scale its gradients were formed with"
+    if found.is_cuda:  # without waiting for the device
+        torch._assert_async(found == expected, message)
+    elif found.item() != expected:
+        raise RuntimeError(f"{message}: {found.item()} instead of {expected}")
+
+
+def vocab_parallel_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    *,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    backward_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token-local loss of log-probs and entropies: (loss scalar, log-prob [R], entropy [R]), fp32, the loss differentiable.
+
+    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad: as in `vocab_parallel_logprob`.
+    token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
+    backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there.
+
+    The weight's gradient is added to `weight.main_grad` DURING FORWARD (DDP owns it), so a call with gradients enabled must be
+    followed by exactly one backward. Without an fp32 `main_grad` log-probs go through `vocab_parallel_logprob` (4 matrix
+    products) and `token_loss` is called once, with all rows. Without gradients nothing but the values is computed.
+    """
+    check_shapes(hidden, weight, targets, shard)
+    every_row = slice(0, len(hidden))
+    if not (torch.is_grad_enabled() and weight.requires_grad and has_main_grad(weight)):
+        logp, entropy = vocab_parallel_logprob(
+            hidden,
+            weight,
+            targets,
+            shard=shard,
+            temperature=temperature,
+            chunk_rows=chunk_rows,
+            reduce_hidden_grad=reduce_hidden_grad,
+        )
+        return token_loss(every_row, logp, entropy), logp.detach(), entropy.detach()
+    head = Head(shard, temperature, chunk_rows)
+    sink = weight_grad(weight)
+    return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink, reduce_hidden_grad)
+
+
+def single_pass_bytes(
+    rows: int, hidden_size: int, shard: VocabShard, *, dtype: torch.dtype, device: torch.device, chunk_rows: int | None = None
+) -> int:
+    """Peak bytes of `vocab_parallel_loss` beyond its inputs and the weight's fp32 gradient; the formula at the top."""
+    head, real = Head(shard, 1.0, chunk_rows), shard.real
+    chunk = head.rows_of_chunk(rows, device)
+    needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers * chunk * real
+    scratch = 8 * torch_rows.block_rows(chunk, real, device) * real
+    if dtype == torch.float32:
+        return needed + scratch
+    product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
+    # The scratch is gone when the weight's product is made.
+    return needed + 2 * chunk * real + max(scratch, product)

@@ -1,0 +1,168 @@
+"""The chunk loop that all ways through the head share: logits of a few rows at a time, never more.
+
+One packed all-gather per chunk (16 bytes a row and rank); it travels while the next chunk's logits are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr_megatron.vocab_parallel import gemm, torch_rows
+from etr_megatron.vocab_parallel.shard import VocabShard
+
+_CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+"""Rows of a chunk where nobody says otherwise. Every chunk reads and writes the whole weight gradient once, so what it costs
+beyond its products falls with its rows, whatever the size of the shard."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device and shard."""
+
+    shard: VocabShard
+    temperature: float
+    chunk_rows: int | None
+
+    def rows_of_chunk(self, rows: int, device: torch.device) -> int:
+        """Rows of a chunk when there are `rows` in all: equal chunks, the last may be smaller; the same on every rank."""
+        limit = self.chunk_rows or _CHUNK_ROWS[device.type]
+        chunks = max(1, -(-rows // limit))
+        return max(1, -(-rows // chunks))
+
+    @property
+    def buffers(self) -> int:
+        """Chunks of logits that are alive at a time: two when one's statistics travel while the next is computed."""
+        return 1 if self.shard.group is None else 2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows with their results, fp32 [rows] each.
+
+    logits: fp32 [rows, real], divided by the temperature; the consumer may overwrite them until it takes the next chunk.
+    columns: int64 [rows], see `VocabShard.columns`.
+    """
+
+    rows: slice
+    logits: Tensor
+    columns: Tensor
+    logp: Tensor
+    entropy: Tensor
+    log_sum: Tensor
+
+
+def row_backend(device: torch.device) -> ModuleType:
+    """The module with `row_statistics` and `row_gradient` for tensors on `device`."""
+    return torch_rows
+
+
+class _Travelling:
+    """A chunk whose statistics are on their way between the shards."""
+
+    def __init__(self, rows: slice, logits: Tensor, columns: Tensor, shard: VocabShard) -> None:
+        self._rows, self._logits, self._columns = rows, logits, columns
+        local = _statistics(logits, columns)
+        self._work: Any = None
+        if shard.group is None:
+            self._all = local[None]
+        else:
+            stacked = local.new_empty(shard.ranks * len(local), local.shape[1])
+            self._work = dist.all_gather_into_tensor(stacked, local, group=shard.group, async_op=True)
+            self._all = stacked.view(shard.ranks, *local.shape)
+
+    def arrived(self) -> Chunk:
+        if self._work is not None:
+            self._work.wait()
+        return Chunk(self._rows, self._logits, self._columns, *_combine(self._all))
+
+
+def _statistics(logits: Tensor, columns: Tensor) -> Tensor:
+    """[4, rows]; a shard of padding alone adds nothing."""
+    if logits.shape[1] == 0:
+        nothing = logits.new_zeros(4, len(logits))
+        nothing[0] = -torch.inf
+        return nothing
+    return row_backend(logits.device).row_statistics(logits, columns)
+
+
+def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log-prob, entropy and log-sum-exp, [rows] each, from the [TP, 4, rows] statistics of all shards."""
+    top, total, target, weighted = statistics.unbind(1)
+    peak = top.max(dim=0).values
+    scale = (top - peak).exp()
+    total = (total * scale).sum(0)
+    log_sum = peak + total.log()
+    return target.sum(0) - log_sum, log_sum - (weighted * scale).sum(0) / total, log_sum
+
+
+def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Logits of the shard's real columns into `out` [rows, real]; padded columns are never computed, so they need no mask."""
+    return gemm.logits_into(out, hidden, weight[: head.shard.real], 1 / head.temperature)
+
+
+def row_slices(head: Head, hidden: Tensor) -> list[slice]:
+    """The chunks' rows, in order."""
+    count = len(hidden)
+    step = head.rows_of_chunk(count, hidden.device)
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+
+
+def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[Chunk]:
+    """All chunks in order. A collective over the shards; every rank must take every chunk."""
+    real = head.shard.real
+    step = head.rows_of_chunk(len(hidden), hidden.device)
+    buffers = torch.empty(head.buffers, step, real, dtype=torch.float32, device=hidden.device)
+    waiting: _Travelling | None = None
+    for number, rows in enumerate(row_slices(head, hidden)):
+        out = buffers[number % head.buffers, : rows.stop - rows.start]
+        logits = chunk_logits(head, hidden[rows], weight, out)
+        now = _Travelling(rows, logits, head.shard.columns(targets[rows]), head.shard)
+        if head.buffers == 1:
+            yield now.arrived()
+            continue
+        if waiting is not None:
+            yield waiting.arrived()
+        waiting = now
+    if waiting is not None:
+        yield waiting.arrived()
+
+
+def add_gradients(
+    head: Head,
+    chunk: Chunk,
+    g_logp: Tensor,
+    g_entropy: Tensor | None,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor | None,
+) -> None:
+    """Turn a chunk's logits into their gradient and that into the gradients of its hidden rows and of the weight.
+
+    g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden, grad_hidden: all rows, [R, H]; the chunk's part
+    of `grad_hidden` (fp32, the caller's) is written. grad_weight: fp32 [Vp/TP, H], added to in place; None where nobody wants it.
+    In fp32 the gradient takes over the chunk's buffer; in bf16 it is one more, gone when this returns.
+    """
+    real, scale = head.shard.real, 1 / head.temperature
+    if real == 0:
+        return
+    grad = row_backend(hidden.device).row_gradient(
+        chunk.logits,
+        chunk.columns,
+        chunk.log_sum,
+        chunk.entropy,
+        g_logp * scale,
+        None if g_entropy is None else g_entropy * scale,
+        chunk.logits if weight.dtype == torch.float32 else torch.empty_like(chunk.logits, dtype=weight.dtype),
+    )
+    gemm.hidden_grad_into(grad_hidden[chunk.rows], grad, weight[:real])
+    if grad_weight is not None:
+        gemm.add_weight_grad(grad_weight[:real], grad, hidden[chunk.rows])

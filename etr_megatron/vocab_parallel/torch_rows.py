@@ -1,0 +1,68 @@
+"""The two row-wise passes over a chunk of logits, in torch, on any device. `triton_rows` is the same for CUDA, one kernel each.
+
+On CPU the passes go over a few rows at a time, so that the temporary stays in the cache and nothing of a chunk's size is
+allocated beside the chunk itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CACHED_ELEMENTS = 1 << 17
+"""fp32 elements of the temporary on CPU: 512 KiB, which fits a second-level cache beside the logits it is made from."""
+
+
+def block_rows(rows: int, real: int, device: torch.device) -> int:
+    """Rows that one pass takes at a time; it holds two fp32 temporaries of their size."""
+    return rows if device.type != "cpu" else min(rows, max(1, _CACHED_ELEMENTS // max(1, real)))
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, two fp32 scratches of their size, [2, rows, real]) over all rows; a scratch is valid until the next block."""
+    count, real = logits.shape
+    step = block_rows(count, real, logits.device)
+    scratch = torch.empty(2, step, real, dtype=torch.float32, device=logits.device)
+    for begin in range(0, count, max(1, step)):
+        rows = slice(begin, min(begin + step, count))
+        yield rows, scratch[:, : rows.stop - begin]
+
+
+def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
+    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+
+    logits: fp32 or bf16 [rows, real], real >= 1, finite. columns: int64 [rows], the target's column, -1 where another shard has
+    it (its target logit is then 0).
+    """
+    found = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
+    for rows, (scratch, _) in _blocks(logits):
+        block = logits[rows]
+        top = block.amax(1).float()
+        torch.sub(block, top[:, None], out=scratch).exp_()
+        found[0, rows], found[1, rows] = top, scratch.sum(1)
+        found[3, rows] = scratch.mul_(block).sum(1)
+    picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0].float()
+    found[2] = torch.where(columns >= 0, picked, 0.0)
+    return found
+
+
+def row_gradient(
+    logits: Tensor, columns: Tensor, log_sum: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None, out: Tensor
+) -> Tensor:
+    """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
+
+    logits, columns: as in `row_statistics`. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows]; log p = logits - log_sum.
+    g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be `logits` itself.
+    """
+    for rows, (log_p, p) in _blocks(logits):
+        torch.sub(logits[rows], log_sum[rows, None], out=log_p)
+        if g_entropy is None:
+            torch.mul(log_p.exp_(), -g_logp[rows, None], out=out[rows])
+        else:
+            slope, offset = -g_entropy[rows], -(g_entropy[rows] * entropy[rows] + g_logp[rows])
+            torch.exp(log_p, out=p)
+            torch.mul(log_p.mul_(slope[:, None]).add_(offset[:, None]), p, out=out[rows])
+    here = torch.where(columns >= 0, g_logp, 0.0).to(out.dtype)
+    return out.scatter_add_(1, columns.clamp(min=0)[:, None], here[:, None])

@@ -1,0 +1,46 @@
+"""Where the head's weight gradient goes: straight into Megatron's fp32 buffer where there is one.
+
+Megatron's DDP gives a parameter `main_grad`, a view of its gradient buffer, and a hook on gradient accumulation that adds
+`param.grad` to it unless `grad_added_to_main_grad` says that this was done. DDP owns the buffer; the head adds to it between
+`zero_grad_buffer` and the hook of the last microbatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WeightGrad:
+    """The fp32 sum [Vp/TP, H] of a parameter's gradient, and what autograd is handed in the end."""
+
+    weight: Tensor
+    total: Tensor
+    is_main_grad: bool
+
+    def handed_to_autograd(self) -> Tensor:
+        """The gradient in the weight's dtype; zeros where it is in `main_grad` already.
+
+        Zeros and not None: with tied embeddings autograd adds the embedding's own gradient to it, which Megatron's hook then
+        adds (`zero_out_wgrad`), and with overlapped reduction the hook insists on a gradient.
+        """
+        if not self.is_main_grad:
+            return self.total.to(self.weight.dtype)
+        self.weight.grad_added_to_main_grad = True
+        return torch.zeros_like(self.weight)
+
+
+def has_main_grad(weight: Tensor) -> bool:
+    """Whether the parameter has an fp32 gradient buffer of Megatron's."""
+    buffer = getattr(weight, "main_grad", None)
+    return isinstance(buffer, Tensor) and buffer.dtype == torch.float32
+
+
+def weight_grad(weight: Tensor) -> WeightGrad:
+    """`main_grad` if there is one in fp32, else a fresh fp32 sum."""
+    if has_main_grad(weight):
+        return WeightGrad(weight, weight.main_grad, True)
+    return WeightGrad(weight, torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), False)

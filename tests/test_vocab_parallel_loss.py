@@ -1,0 +1,179 @@
+"""The single-pass loss: values and gradients against float64, where they go, and what it holds in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, vocab_parallel_loss
+from tests.memory import peak_bytes
+from tests.vocab_cases import loss_case
+
+
+def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight as a parameter with Megatron's buffer; `padding` rows of garbage at its end."""
+    garbage = torch.full((padding, weight.shape[1]), 3.0, dtype=weight.dtype)
+    weight = torch.cat([weight, garbage]).requires_grad_()
+    weight.main_grad = torch.zeros(weight.shape, dtype=dtype)
+    weight.grad_added_to_main_grad = False
+    return weight
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, None])
+@pytest.mark.parametrize(("rows", "hidden", "vocab"), [(1, 5, 3), (11, 7, 131), (6, 33, 1009)])
+def test_values_and_gradients_equal_float64_autograd(rows, hidden, vocab, chunk_rows):
+    case = loss_case(rows, hidden, vocab, seed=rows)
+    wanted = case.answer()
+    states, weight = case.hidden.requires_grad_(), with_main_grad(case.weight, padding=13)
+    weight.main_grad.fill_(2.5)  # of an earlier microbatch
+    loss, logp, entropy = vocab_parallel_loss(
+        states,
+        weight,
+        case.targets,
+        case.token_loss,
+        shard=VocabShard(vocab + 13, vocab),
+        temperature=case.temperature,
+        chunk_rows=chunk_rows,
+    )
+    loss.backward()
+    added = weight.main_grad - 2.5
+    assert not added[vocab:].any()
+    found = {"loss": loss, "logp": logp, "entropy": entropy, "hidden_grad": states.grad, "weight_grad": added[:vocab]}
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value.detach().double(), wanted[name], atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
+def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab):
+    case = loss_case(10, 24, vocab)
+    wanted = case.answer()
+    whole, partial = (
+        gangs(world).run("tests.vocab_jobs:single_pass", case=case, already=1.5, reduce=reduce) for reduce in (True, False)
+    )
+    for replies in (whole, partial):
+        weight_grad = torch.cat([reply["weight_grad"] for reply in replies])
+        assert not weight_grad[vocab:].any()
+        torch.testing.assert_close(weight_grad[:vocab].double(), wanted["weight_grad"], atol=2e-5, rtol=1e-5)
+    for reply in whole:
+        for name in ("loss", "logp", "entropy", "hidden_grad"):
+            torch.testing.assert_close(reply[name].double(), wanted[name], atol=2e-5, rtol=1e-5)
+        assert torch.equal(reply["logp"], whole[0]["logp"])  # bit for bit on every rank: all take the same decisions
+    summed = sum(reply["hidden_grad"] for reply in partial)
+    torch.testing.assert_close(summed.double(), wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
+
+
+def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
+    states = case.hidden.clone().requires_grad_()
+    loss, logp, _ = vocab_parallel_loss(
+        states,
+        weight,
+        case.targets,
+        case.token_loss,
+        shard=VocabShard(*weight.shape[:1], len(case.weight)),
+        temperature=case.temperature,
+        backward_scale=scale,
+        chunk_rows=chunk_rows,
+    )
+    return loss, logp, states
+
+
+def test_the_backward_scale_is_part_of_every_gradient_and_checked():
+    case = loss_case(7, 12, 50)
+    wanted = case.answer()
+    weight = with_main_grad(case.weight)
+    loss, _, states = run(case, weight, scale=16.0)
+    (loss * 16).backward()
+    torch.testing.assert_close(states.grad.double(), 16 * wanted["hidden_grad"], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(weight.main_grad.double(), 16 * wanted["weight_grad"], atol=1e-4, rtol=1e-5)
+    loss, _, _ = run(case, weight, scale=16.0)
+    with pytest.raises(RuntimeError, match=r"1\.0 instead of 16\.0"):
+        loss.backward()
+
+
+def test_a_second_backward_is_refused():
+    case = loss_case(7, 12, 50)
+    loss, _, _ = run(case, with_main_grad(case.weight))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward twice"):
+        loss.backward()
+
+
+def test_autograd_gets_zeros_and_the_mark_that_tells_megatron_not_to_add():
+    case = loss_case(7, 12, 50)
+    weight = with_main_grad(case.weight)
+    loss, _, _ = run(case, weight)
+    assert not weight.grad_added_to_main_grad
+    loss.backward()
+    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape and not weight.grad.any()
+
+
+def test_without_gradients_the_buffer_stays_untouched():
+    case = loss_case(7, 12, 50)
+    weight = with_main_grad(case.weight)
+    with torch.no_grad():
+        loss, _, _ = run(case, weight)
+    frozen = with_main_grad(case.weight.detach()).requires_grad_(False)
+    run(case, frozen)[0].backward()
+    torch.testing.assert_close(loss.double(), case.answer()["loss"], atol=1e-5, rtol=1e-5)
+    assert not weight.main_grad.any() and not weight.grad_added_to_main_grad and not frozen.main_grad.any()
+
+
+@pytest.mark.parametrize("buffer", [None, torch.bfloat16])
+def test_without_an_fp32_buffer_the_gradient_takes_autograds_way(buffer):
+    case = loss_case(7, 12, 50)
+    weight = case.weight.clone().requires_grad_()
+    if buffer is not None:
+        weight.main_grad = torch.zeros(weight.shape, dtype=buffer)
+    loss, _, states = run(case, weight)
+    (3 * loss).backward()  # any scale: nothing was formed ahead
+    wanted = case.answer()
+    torch.testing.assert_close(weight.grad.double(), 3 * wanted["weight_grad"], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(states.grad.double(), 3 * wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
+    assert buffer is None or not weight.main_grad.any()
+
+
+def test_no_rows_give_a_zero_loss_that_still_goes_backward():
+    case = loss_case(1, 12, 50)
+    case.hidden, case.targets = case.hidden[:0], case.targets[:0]
+    weight = with_main_grad(case.weight)
+    loss, logp, states = run(case, weight)
+    loss.backward()
+    assert loss.item() == 0 and logp.shape == (0,) and states.grad.shape == (0, 12)
+    assert weight.grad_added_to_main_grad and not weight.main_grad.any()
+
+
+def test_bf16_gradients_are_summed_in_fp32_over_many_chunks():
+    case = loss_case(512, 16, 40, dtype=torch.bfloat16)
+    sums = []
+    for chunk_rows in (512, 2):
+        weight = with_main_grad(case.weight)
+        loss, _, states = run(case, weight, chunk_rows=chunk_rows)
+        loss.backward()
+        assert states.grad.dtype == torch.bfloat16 and weight.main_grad.dtype == torch.float32
+        sums.append(weight.main_grad.double())
+    wanted = case.answer()["weight_grad"]
+    # The logits' own rounding to bf16 is in both. A sum kept in bf16 would lose 2^-9 of its size in each of 256 additions.
+    assert (sums[0] - wanted).norm() < 0.1 * wanted.norm()
+    assert (sums[1] - sums[0]).norm() < 0.005 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 40_000, 32), (200, 256, 3_000, 64)])
+def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_rows):
+    case = loss_case(rows, hidden, vocab, dtype=dtype)
+    weight = with_main_grad(case.weight)
+    states = case.hidden.requires_grad_()
+
+    def forward():
+        return vocab_parallel_loss(
+            states, weight, case.targets, case.token_loss, shard=VocabShard(vocab, vocab), chunk_rows=chunk_rows
+        )
+
+    wanted = single_pass_bytes(
+        rows, hidden, VocabShard(vocab, vocab), dtype=dtype, device=torch.device("cpu"), chunk_rows=chunk_rows
+    )
+    measured = peak_bytes(forward)
+    assert 0.95 * wanted <= measured <= 1.05 * wanted, (measured, wanted)
