@@ -7,42 +7,75 @@ from collections.abc import Sequence
 import torch
 
 from etr_megatron.config import Config
-from etr_megatron.objective import ElasticBounds, control_radii, group_statistics, token_weights
-from etr_megatron.policy import PolicyBatch
+from etr_megatron.objective import (
+    ElasticBounds,
+    control_radii,
+    group_statistics,
+    kl_penalty,
+    overlong_punishment,
+    pass_rate_bins,
+    rollout_correction,
+    token_weights,
+)
+from etr_megatron.policy import PolicyBatch, TokenLogprobs
 from etr_megatron.types import Group
 
+Sequences = tuple[tuple[Sequence[int], Sequence[int]], ...]
 
-def build_batch(groups: Sequence[Group], config: Config, step: int) -> PolicyBatch:
-    """All samples of a step with their advantages and clip ranges; aggregation weights are for the step as one batch.
 
-    The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control.
-    Raises ValueError for a reward outside of the declared range.
+def sequences_of(groups: Sequence[Group]) -> Sequences:
+    """(prompt ids, response ids) of every sample of the step."""
+    return tuple((group.problem.prompt_ids, sample.response_ids) for group in groups for sample in group.samples)
+
+
+def build_batch(
+    groups: Sequence[Group], config: Config, step: int, *, old: TokenLogprobs, reference: TokenLogprobs | None
+) -> PolicyBatch:
+    """All samples of a step with what the loss needs to know of them; aggregation weights are for the step as one batch.
+
+    The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: of the groups'
+    sequences; the reference is there when the objective has a KL term. Raises ValueError for a reward outside of the declared
+    range.
     """
+    objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
+    lengths = [len(sample.response_ids) for _, sample in pairs]
+    rewards = [sample.reward for _, sample in pairs]
     statistics = group_statistics(
-        [sample.reward for _, sample in pairs],
+        _trained_rewards(rewards, lengths, config, old, reference),
         [group.id for group, _ in pairs],
         reward_range=(config.reward.range_min, config.reward.range_max),
-        delta=config.objective.delta,
+        delta=objective.delta,
+        verifier_rewards=rewards,
+        baseline=objective.baseline,
+        normalize=objective.normalize,
     )
     low, high = _bounds(config)(statistics.advantage, statistics.variance)
-    lengths = [len(sample.response_ids) for _, sample in pairs]
     low, high = control_radii(
         low,
         high,
-        how=config.objective.control,
+        how=objective.control,
         advantage=statistics.advantage,
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
     )
+    rollout_logp = tuple(torch.tensor(sample.rollout_logprobs, dtype=torch.float32) for _, sample in pairs)
     return PolicyBatch(
         names=tuple(f"{group.id}/{sample.index}" for group, sample in pairs),
-        sequences=tuple((group.problem.prompt_ids, sample.response_ids) for group, sample in pairs),
+        sequences=sequences_of(groups),
         advantage=statistics.advantage.float(),
         clip_low=low.float(),
         clip_high=high.float(),
         weight=_weights(lengths, config),
-        rollout_logp=tuple(torch.tensor(sample.rollout_logprobs, dtype=torch.float32) for _, sample in pairs),
+        group_mean=statistics.mean.float(),
+        group_std=statistics.std.float(),
+        variance=statistics.variance.float(),
+        pass_rate_bin=pass_rate_bins(statistics.pass_rate, statistics.variance),
+        rollout_logp=rollout_logp,
+        old_logp=old.logp,
+        old_entropy=old.entropy,
+        ref_logp=None if reference is None else reference.logp,
+        correction=_correction(old, rollout_logp, config),
     )
 
 
@@ -57,6 +90,39 @@ def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> 
         lengths = [len(batch.sequences[i][1]) for i in numbers]
         parts.append(batch.select(numbers, _weights(lengths, config)))
     return parts
+
+
+def _trained_rewards(
+    rewards: Sequence[float],
+    lengths: Sequence[int],
+    config: Config,
+    old: TokenLogprobs,
+    reference: TokenLogprobs | None,
+) -> list[float]:
+    """The verifier's rewards [N] after shaping: the length punishment, and the KL where it goes into the reward."""
+    objective, limit = config.objective, config.rollout.max_response_tokens
+    buffer, factor = config.reward.overlong_buffer, config.reward.overlong_penalty
+    trained = [
+        reward + factor * overlong_punishment(length, max_length=limit, buffer=buffer)
+        for reward, length in zip(rewards, lengths, strict=True)
+    ]
+    if objective.kl_in == "reward" and reference is not None:
+        penalties = map(kl_penalty, old.logp, reference.logp)
+        trained = [reward - objective.kl_coef * kl for reward, kl in zip(trained, penalties, strict=True)]
+    return trained
+
+
+def _correction(old: TokenLogprobs, rollout_logp: tuple[torch.Tensor, ...], config: Config) -> tuple[torch.Tensor, ...] | None:
+    objective = config.objective
+    return rollout_correction(
+        old.logp,
+        rollout_logp,
+        how=objective.correction,
+        level=objective.correction_level,
+        cap=objective.correction_cap,
+        floor=objective.correction_floor,
+        bound=objective.log_ratio_bound,
+    )
 
 
 def _bounds(config: Config) -> ElasticBounds:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from etr_megatron.config import Config, DataConfig, tensor_parallel
+from etr_megatron.config import LOSSES, Config, DataConfig, fill_objective, tensor_parallel
 from etr_megatron.errors import UserError
+from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -14,7 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_inputs(config: Config, world_size: int) -> None:
-    """Look at the model, the data, the reward function and the run directory that `config` names.
+    """Look at the model, the data, the reward function, the loss and the run directory that `config` names.
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
@@ -24,6 +25,7 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
         lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
         lambda: check_reward(config),
+        lambda: check_loss(config),
         lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_used(config.checkpoint.resume),
         lambda: require_wandb(config),
     )
@@ -101,9 +103,19 @@ def check_reward(config: Config) -> None:
     """A reward function of the user's own can be imported."""
     if config.reward.function == "math":
         return
-    from etr_megatron.reward import LoadError, load_grader
+    from etr_megatron.reward import load_grader
 
     try:
         load_grader(config.reward)
-    except LoadError as error:
+    except ImportPathError as error:
         raise UserError(f"reward.function is {config.reward.function!r}: {error}") from error
+
+
+def check_loss(config: Config) -> None:
+    """A loss of the user's own can be imported and called."""
+    name = fill_objective(config.objective).loss
+    if name in LOSSES:
+        return
+    from etr_megatron.objective import resolve_loss
+
+    resolve_loss(name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from etr_megatron.config import Config
+from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
 from etr_megatron.policy import PolicyBatch, Update
 from etr_megatron.types import Group
 
@@ -57,15 +58,75 @@ def step_metrics(
         "grad_norm": mean([update.grad_norm for update in updates]),
         "lr": updates[-1].lr,
         "ratio_mean": total["ratio"] / tokens,
+        "effective_sample_size": total["ratio"] ** 2 / (tokens * total["ratio_squared"]),
         "clip_frac_upper": total["clip_upper"] / tokens,
         "clip_frac_lower": total["clip_lower"] / tokens,
         "clip_radius_mean": total["clip_radius"] / tokens,
+        **_radius_quantiles(batch, torch.arange(len(batch))),
         "kl": total["kl"] / tokens,
         "logprob_gap_mean": gap.mean().item(),
         "logprob_gap_max": gap.max().item(),
+        **_engine_mismatch(batch, config),
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
         "reward_errors": sum(sample.reward_status == "error" for sample in samples),
         "response_tokens_mean": mean([len(sample.response_ids) for sample in samples]),
+        **_shaped_reward(batch, config),
+        **_by_pass_rate(batch, total),
+        **{
+            name: value / tokens
+            for name, value in total.items()
+            if name.startswith("loss/") and not name.endswith(PASS_RATE_BINS)
+        },
+    }
+
+
+def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:
+    """KL(engine || trainer) from the engine's own samples, and what the off-policy correction made of it."""
+    rollout, old = torch.cat(batch.rollout_logp).double(), torch.cat(batch.old_logp).double()
+    objective = config.objective
+    mismatch = kl_estimate(rollout, old, "k3", objective.log_ratio_bound).mean().item()
+    if batch.correction is None:
+        return {"mismatch_kl": mismatch, "correction_mean": 1.0, "correction_frac": 0.0}
+    weight = torch.cat(batch.correction)
+    # A weight itself is never 0, and meets the cap exactly only where it was brought down to it.
+    limited = weight == (0.0 if objective.correction == "mask" else objective.correction_cap)
+    means = {"correction_mean": weight.double().mean().item(), "correction_frac": limited.double().mean().item()}
+    return {"mismatch_kl": mismatch, **means}
+
+
+def _shaped_reward(batch: PolicyBatch, config: Config) -> dict[str, float]:
+    """Mean of the trained rewards over samples, where they are not the verifier's."""
+    kl_in_reward = config.objective.kl_in == "reward" and config.objective.kl_coef > 0
+    if not (config.reward.overlong_buffer or kl_in_reward):
+        return {}
+    # Every sample carries its group's mean, so their mean over samples is that of the rewards.
+    return {"reward_shaped_mean": batch.group_mean.double().mean().item()}
+
+
+def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, float]:
+    """Clip fractions and radii by the pass rate of the group; only bins that have tokens."""
+    found: dict[str, float] = {}
+    for place, name in enumerate(PASS_RATE_BINS):
+        tokens = total[f"tokens_{name}"]
+        if not tokens:
+            continue
+        found[f"clip_frac_upper_{name}"] = total[f"clip_upper_{name}"] / tokens
+        found[f"clip_frac_lower_{name}"] = total[f"clip_lower_{name}"] / tokens
+        found[f"clip_radius_mean_{name}"] = total[f"clip_radius_{name}"] / tokens
+        quantiles = _radius_quantiles(batch, (batch.pass_rate_bin == place).nonzero()[:, 0])
+        found |= {f"{key}_{name}": value for key, value in quantiles.items()}
+    return found
+
+
+def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, float]:
+    """10th and 90th percentile over the tokens of the samples `numbers`: the least radius that so many tokens do not exceed."""
+    radius = ((batch.clip_low + batch.clip_high) / 2)[numbers].double()
+    tokens = torch.tensor([len(response) for _, response in batch.sequences], dtype=torch.float64)[numbers]
+    order = radius.argsort()
+    share = tokens[order].cumsum(0) / tokens.sum()
+    return {
+        f"clip_radius_p{percent}": radius[order][(share < percent / 100).sum().clamp(max=len(order) - 1)].item()
+        for percent in (10, 90)
     }

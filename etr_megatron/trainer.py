@@ -4,11 +4,10 @@ Megatron steps under an elastic trust region, and the new weights go back to the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from etr_megatron import checkpoint
-from etr_megatron.batching import build_batch, minibatches
+from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
 from etr_megatron.metrics import check_logprob_gap, step_metrics
@@ -88,13 +87,12 @@ class Trainer:
         """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
-            batch = build_batch(groups, self.config, self.step)
-            old = self.policy.logprobs(batch.sequences)
-            batch = replace(batch, old_logp=old.logp, old_entropy=old.entropy)
+            sequences, has_reference = sequences_of(groups), self.policy.reference is not None
+            old = self.policy.logprobs(sequences)
+            reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
+            batch = build_batch(groups, self.config, self.step, old=old, reference=reference)
             if gate:
                 check_logprob_gap(batch, self.config)
-            if self.policy.reference is not None:
-                batch = replace(batch, ref_logp=self.policy.logprobs(batch.sequences, reference=True).logp)
             parts = minibatches(batch, groups, self.config)
             return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
 

@@ -41,6 +41,10 @@ def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
         clip_low=0.1 + 0.2 * torch.rand(count, generator=generator),
         clip_high=0.1 + 0.2 * torch.rand(count, generator=generator),
         weight=torch.full((count,), 1 / tokens),
+        group_mean=torch.rand(count, generator=generator),
+        group_std=torch.rand(count, generator=generator),
+        variance=torch.rand(count, generator=generator),
+        pass_rate_bin=torch.arange(count) % 5 - 1,
         rollout_logp=rows(),
         old_logp=rows(),
     )

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.config import load_config, resolve
 from etr_megatron.metrics import check_logprob_gap, step_metrics
-from etr_megatron.policy import Update
+from etr_megatron.objective import PASS_RATE_BINS, resolve_loss
+from etr_megatron.observe.metrics import PASS_RATE_KEYS
+from etr_megatron.policy import PolicyBatch, TokenLogprobs, Update
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, refuse_not_finite
+from etr_megatron.policy.packing import pack
 from etr_megatron.types import Group, Problem, Sample
 
 LENGTHS = [[3, 1], [2, 5, 4], [6, 2], [1, 1, 1, 7]]
+FLAT_LENGTHS = [n for lengths in LENGTHS for n in lengths]
 REWARDS = [[1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
 
 
 def config(*overrides: str):
     return resolve(load_config(None, ["rollout.prompts_per_step=4", "train.minibatches=2", *overrides]), 1, cuda=False)
+
+
+def logprobs(value: float = -1.0, seed: int | None = None) -> TokenLogprobs:
+    """Of every response token of `groups()`: `value`, or near it at random."""
+    logp = torch.full((sum(FLAT_LENGTHS),), value)
+    if seed is not None:
+        logp += 0.4 * torch.randn(len(logp), generator=torch.Generator().manual_seed(seed))
+    return TokenLogprobs(logp.split(FLAT_LENGTHS), torch.ones_like(logp).split(FLAT_LENGTHS))
+
+
+def batch_of(
+    *overrides: str, step: int = 1, old: TokenLogprobs | None = None, reference: TokenLogprobs | None = None
+) -> PolicyBatch:
+    return build_batch(groups(), config(*overrides), step, old=old or logprobs(), reference=reference)
 
 
 def groups() -> list[Group]:
@@ -37,7 +58,7 @@ def groups() -> list[Group]:
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
 def test_minibatches_are_whole_groups_with_their_own_denominator(how):
     settings = config(f"objective.aggregation={how}", "objective.constant_length=10")
-    batch = build_batch(groups(), settings, 1)
+    batch = build_batch(groups(), settings, 1, old=logprobs(), reference=None)
     parts = minibatches(batch, groups(), settings)
     assert [part.names for part in parts] == [batch.names[:5], batch.names[5:]]
     for part, lengths in zip(
@@ -53,7 +74,7 @@ def test_minibatches_are_whole_groups_with_their_own_denominator(how):
 
 
 def test_advantages_and_ranges_come_from_each_samples_own_group():
-    batch = build_batch(groups(), config(), 1)
+    batch = batch_of()
     assert batch.advantage[:2].tolist() == pytest.approx([1.0, -1.0], abs=1e-4)
     assert batch.advantage[2:5].tolist() == pytest.approx([0.7071, 0.7071, -1.4142], abs=1e-3)
     assert batch.advantage[5:7].tolist() == [0.0, 0.0]
@@ -63,10 +84,8 @@ def test_advantages_and_ranges_come_from_each_samples_own_group():
     assert batch.clip_high[8].item() == pytest.approx(0.140, abs=1e-3)
 
 
-def with_old(gap: float):
-    batch = build_batch(groups(), config(), 1)
-    old = tuple(logp + gap for logp in batch.rollout_logp)
-    return replace(batch, old_logp=old, old_entropy=tuple(torch.ones_like(logp) for logp in old))
+def with_old(gap: float) -> PolicyBatch:
+    return batch_of(old=logprobs(-1.0 + gap))
 
 
 def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
@@ -78,22 +97,8 @@ def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
         check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
 
 
-def test_metrics_are_means_over_all_tokens_of_all_updates():
-    names = ("tokens", "ratio", "clip_upper", "clip_lower", "clip_radius", "kl", "entropy")
-    updates = [
-        Update(1.0, dict(zip(names, (10.0, 11.0, 1.0, 0.0, 2.0, 0.0, 5.0), strict=True)), 2.0, 1e-3),
-        Update(3.0, dict(zip(names, (30.0, 29.0, 3.0, 2.0, 6.0, 0.0, 5.0), strict=True)), 4.0, 2e-3),
-    ]
-    row = step_metrics(3, groups(), with_old(1e-2), updates, config())
-    assert row["ratio_mean"] == 1.0 and row["clip_frac_upper"] == 0.1 and row["clip_frac_lower"] == 0.05
-    assert row["loss"] == 2.0 and row["grad_norm"] == 3.0 and row["lr"] == 2e-3
-    assert row["zero_variance_groups"] == 1 and row["truncated"] == 4 and row["weight_version"] == 7
-    assert row["reward_mean"] == pytest.approx(4 / 11) and row["response_tokens_mean"] == pytest.approx(33 / 11)
-    assert row["logprob_gap_mean"] == pytest.approx(1e-2, abs=1e-6) and row["entropy"] == 1.0
-
-
 def radii(preset: str, step: int = 1):
-    batch = build_batch(groups(), config(f"objective.preset={preset}"), step)
+    batch = batch_of(f"objective.preset={preset}", step=step)
     return batch.clip_low, batch.advantage != 0
 
 
@@ -121,3 +126,164 @@ def test_the_inverted_control_gives_less_where_the_variance_is_highest():
     # Group 0 passes 1 in 2 (v = 1), group 3 passes 1 in 4 (v = 3/4).
     assert etr[0].item() == pytest.approx(0.2, abs=1e-5) and inverted[0].item() == pytest.approx(0.1, abs=1e-5)
     assert (inverted[7] / etr[7]).item() == pytest.approx((1 - 0.5 * 0.75) / (1 - 0.5 + 0.5 * 0.75), abs=1e-5)
+
+
+def test_etr_without_elasticity_is_grpo_bit_for_bit_in_batch_loss_and_gradient():
+    flat = ["objective.preset=etr", "objective.alpha=0", "objective.gamma=0"]
+    results = []
+    for overrides in (flat, ["objective.preset=grpo"]):
+        batch, settings = batch_of(*overrides, old=logprobs(seed=1)), config(*overrides)
+        micro = pack(batch.sequences, range(len(batch)), multiple=1, device=torch.device("cpu"))
+        logp = torch.cat(logprobs(seed=2).logp).requires_grad_()
+        inputs = loss_inputs(batch, micro, loss_settings(settings.objective)).at(slice(None), logp, torch.ones_like(logp))
+        loss = resolve_loss(settings.objective.loss)(inputs).loss
+        (gradient,) = torch.autograd.grad(loss, logp)
+        results.append([batch.clip_low, batch.clip_high, batch.advantage, loss, gradient])
+    assert results[0][4].abs().max() > 0
+    for etr, grpo in zip(*results, strict=True):
+        assert torch.equal(etr, grpo)
+
+
+@pytest.mark.parametrize(
+    ("preset", "wanted"),
+    [
+        ("dr_grpo", [0.5, -0.5, 1 / 3, 1 / 3, -2 / 3, 0, 0, 0.75, -0.25, -0.25, -0.25]),
+        ("rloo", [1, -1, 0.5, 0.5, -1, 0, 0, 1, -1 / 3, -1 / 3, -1 / 3]),
+    ],
+)
+def test_unnormalised_advantages(preset, wanted):
+    assert batch_of(f"objective.preset={preset}").advantage.tolist() == pytest.approx(wanted)
+
+
+def test_the_length_punishment_changes_what_is_trained_on_and_leaves_the_variance_the_verifiers():
+    # Responses of 7 and 6 tokens lose 1.0 and 0.75 of the penalty; nobody else has more than 5, which loses half.
+    overrides = ["objective.preset=dr_grpo", "rollout.max_response_tokens=7", "reward.overlong_buffer=4"]
+    plain, shaped = batch_of("objective.preset=dr_grpo"), batch_of(*overrides, "reward.overlong_penalty=0.4")
+    punished = {3: 0.2, 4: 0.1, 5: 0.3, 10: 0.4}
+    flat = [reward - punished.get(i, 0.0) for i, reward in enumerate(functools.reduce(operator.iadd, REWARDS, []))]
+    wanted, first = [], 0
+    for rewards in REWARDS:
+        group = flat[first : first + len(rewards)]
+        wanted += [reward - sum(group) / len(group) for reward in group]
+        first += len(rewards)
+    assert shaped.advantage.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert torch.equal(shaped.variance, plain.variance) and shaped.advantage[5] != 0
+    row = metrics_row(shaped, *overrides)
+    assert row["reward_mean"] == pytest.approx(4 / 11) and row["reward_shaped_mean"] == pytest.approx(sum(flat) / 11)
+    assert "reward_shaped_mean" not in metrics_row(plain)
+
+
+def test_kl_in_the_reward_is_subtracted_before_the_groups_are_compared():
+    old, reference = logprobs(seed=3), logprobs(seed=4)
+    overrides = ["objective.preset=dr_grpo", "objective.kl_coef=0.5"]
+    in_loss = batch_of(*overrides, old=old, reference=reference)
+    in_reward = batch_of(*overrides, "objective.kl_in=reward", old=old, reference=reference)
+    assert torch.equal(in_loss.advantage, batch_of("objective.preset=dr_grpo").advantage)
+    kl = [float((a.double() - b.double()).sum()) for a, b in zip(old.logp, reference.logp, strict=True)]
+    first = [1.0 - 0.5 * kl[0], 0.0 - 0.5 * kl[1]]
+    assert in_reward.advantage[:2].tolist() == pytest.approx([(first[0] - first[1]) / 2, (first[1] - first[0]) / 2], abs=1e-6)
+    assert torch.equal(in_reward.variance, in_loss.variance)
+    assert loss_settings(config(*overrides).objective).kl_coef == 0.5
+    assert loss_settings(config(*overrides, "objective.kl_in=reward").objective).kl_coef == 0.0
+
+
+def test_the_loss_gets_each_rows_values_in_the_microbatchs_order():
+    batch = batch_of("objective.correction=truncate", old=logprobs(seed=5), reference=logprobs(seed=6))
+    micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective))
+    assert inputs.logp.isnan().all() and len(inputs.logp) == 2 + 7 + 2
+    for name in ("old_logp", "rollout_logp", "ref_logp", "correction"):
+        wanted = torch.cat([getattr(batch, name)[i] for i in (2, 10, 6)])
+        assert torch.equal(getattr(inputs, name), wanted)
+    at = [2] * 2 + [10] * 7 + [6] * 2
+    for name in ("advantage", "clip_low", "clip_high", "weight", "group_mean", "group_std", "variance"):
+        assert torch.equal(getattr(inputs, name), getattr(batch, name)[at])
+    assert inputs.sequences.index.tolist() == [0] * 2 + [1] * 7 + [2] * 2 and inputs.sequences.lengths.tolist() == [2, 7, 2]
+    empty = loss_inputs(batch, pack(batch.sequences, [], multiple=2, device=torch.device("cpu")), inputs.settings)
+    assert len(empty.old_logp) == 0 and len(empty.sequences.lengths) == 0
+
+
+@pytest.mark.parametrize("name", ["logp", "rollout_logp", "correction"])
+def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name):
+    batch = batch_of("objective.correction=truncate")
+    micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
+    logp = torch.zeros(11)
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp, logp)
+    refuse_not_finite(inputs, batch, micro, 3)
+    broken = getattr(inputs, name).clone()
+    broken[[6, 9]] = float("-inf")
+    with pytest.raises(FloatingPointError) as caught:
+        refuse_not_finite(replace(inputs, **{name: broken}), batch, micro, 3)
+    assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
+
+
+# Metrics.
+
+
+def update(tokens: float, *, loss: float = 1.0, grad_norm: float = 2.0, lr: float = 1e-3, **sums: float) -> Update:
+    names = ("ratio", "ratio_squared", "clip_upper", "clip_lower", "clip_radius", "kl", "entropy")
+    every = {"tokens": tokens, **{name: sums.pop(name, 0.0) for name in names}}
+    by_bin = {f"{name}_{place}": sums.pop(f"{name}_{place}", 0.0) for name in every for place in PASS_RATE_BINS}
+    return Update(loss, {**every, **by_bin, **sums}, grad_norm, lr)
+
+
+def metrics_row(batch: PolicyBatch, *overrides: str, updates: list[Update] | None = None) -> dict:
+    updates = updates or [update(33.0, ratio=33.0, ratio_squared=33.0)]
+    return step_metrics(3, groups(), batch, updates, config(*overrides))
+
+
+def test_metrics_are_means_over_all_tokens_of_all_updates():
+    updates = [
+        update(10.0, ratio=11.0, ratio_squared=13.0, clip_upper=1.0, clip_radius=2.0),
+        update(30.0, ratio=29.0, ratio_squared=37.0, clip_upper=3.0, clip_lower=2.0, loss=3.0, grad_norm=4.0, lr=2e-3),
+    ]
+    row = metrics_row(with_old(1e-2), updates=updates)
+    assert row["ratio_mean"] == 1.0 and row["clip_frac_upper"] == 0.1 and row["clip_frac_lower"] == 0.05
+    assert row["effective_sample_size"] == pytest.approx(40**2 / (40 * 50))
+    assert row["loss"] == 2.0 and row["grad_norm"] == 3.0 and row["lr"] == 2e-3
+    assert row["zero_variance_groups"] == 1 and row["truncated"] == 4 and row["weight_version"] == 7
+    assert row["reward_mean"] == pytest.approx(4 / 11) and row["response_tokens_mean"] == pytest.approx(33 / 11)
+    assert row["logprob_gap_mean"] == pytest.approx(1e-2, abs=1e-6) and row["entropy"] == 1.0
+    assert row["mismatch_kl"] == pytest.approx(math.exp(1e-2) - 1 - 1e-2, rel=1e-3)
+    assert row["correction_mean"] == 1.0 and row["correction_frac"] == 0.0
+
+
+def test_a_losss_own_rows_become_metrics_of_their_own():
+    row = metrics_row(with_old(0.0), updates=[update(40.0, ratio_squared=1.0, **{"loss/gap": 10.0, "loss/gap_pass_0_25": 4.0})])
+    assert row["loss/gap"] == 0.25 and "loss/gap_pass_0_25" not in row
+
+
+def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
+    # Pass rates 1/2, 2/3, 0 and 1/4: two groups in the third bin, one in the second, one without variance.
+    batch = batch_of()
+    assert batch.pass_rate_bin.tolist() == [2, 2, 2, 2, 2, -1, -1, 1, 1, 1, 1]
+    sums = {"tokens_pass_25_50": 10.0, "clip_upper_pass_25_50": 2.0, "clip_radius_pass_25_50": 1.5}
+    sums |= {"tokens_pass_50_75": 15.0, "clip_lower_pass_50_75": 3.0}
+    row = metrics_row(batch, updates=[update(33.0, ratio_squared=1.0, **sums)])
+    assert {key for key in row if "_pass_" in key} <= set(PASS_RATE_KEYS)
+    assert not any(key.endswith(("_pass_0_25", "_pass_75_100")) for key in row)
+    assert row["clip_frac_upper_pass_25_50"] == 0.2 and row["clip_frac_lower_pass_50_75"] == 0.2
+    assert row["clip_radius_mean_pass_25_50"] == 0.15
+    # Of the fourth group's 10 tokens 9 belong to wrong answers (radius 0.140) and 1 to the right one (0.230).
+    assert row["clip_radius_p10_pass_25_50"] == row["clip_radius_p90_pass_25_50"] == pytest.approx(0.140, abs=1e-3)
+    radius = torch.cat([torch.full((n,), x) for n, x in zip(FLAT_LENGTHS, batch.clip_low.tolist(), strict=True)])
+    for percent in (10, 90):
+        wanted = np.quantile(radius.numpy(), percent / 100, method="inverted_cdf")
+        assert row[f"clip_radius_p{percent}"] == pytest.approx(float(wanted))
+
+
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_metrics_tell_how_often_the_correction_acted(how, level):
+    overrides = [f"objective.correction={how}", f"objective.correction_level={level}", "objective.correction_cap=1.3"]
+    old = logprobs(seed=7)
+    row = metrics_row(batch_of(*overrides, old=old), *overrides)
+    weights, acted = [], []
+    for logp in old.logp:  # the engine's log-probs are all -1
+        log_weight = logp.double().numpy() + 1.0
+        weight = np.exp(log_weight if level == "token" else np.full_like(log_weight, log_weight.sum()))
+        outside = weight > 1.3 if how == "truncate" else (weight > 1.3) | (weight < 0.5)
+        weights.extend(np.minimum(weight, 1.3) if how == "truncate" else np.where(outside, 0.0, weight))
+        acted.extend(outside)
+    assert 0 < np.mean(acted) < 1
+    assert row["correction_frac"] == pytest.approx(np.mean(acted)) and row["correction_mean"] == pytest.approx(np.mean(weights))

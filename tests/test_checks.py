@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from etr_megatron.checks import check_inputs, check_layout
-from etr_megatron.config import Config, DataConfig, ModelConfig, ObserveConfig, ParallelConfig, RewardConfig, RunConfig
+from etr_megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ObserveConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+)
 from etr_megatron.errors import UserError
 
 
@@ -130,6 +139,16 @@ def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) ->
     assert "no_such_module_here" in message.partition(": ")[2]
     assert "floor_lamp" in refusal(replace(config, reward=RewardConfig(function="math:floor_lamp")))
     check_inputs(replace(config, reward=RewardConfig(function="math:fsum")), 1)
+
+
+def test_a_loss_that_cannot_be_imported_or_called_is_refused(config: Config) -> None:
+    message = refusal(replace(config, objective=ObjectiveConfig(loss="no_such_module_here:loss")))
+    assert message.startswith("objective.loss is 'no_such_module_here:loss': importing no_such_module_here failed")
+    assert "floor_lamp" in refusal(replace(config, objective=ObjectiveConfig(loss="math:floor_lamp")))
+    assert "is not callable" in refusal(replace(config, objective=ObjectiveConfig(loss="math:pi")))
+    assert "one argument" in refusal(replace(config, objective=ObjectiveConfig(loss="math:fmod")))
+    check_inputs(replace(config, objective=ObjectiveConfig(loss="tests.test_policy_losses:pull_up")), 1)
+    check_inputs(replace(config, objective=ObjectiveConfig(preset="gspo")), 1)
 
 
 def test_a_used_run_directory_is_refused_without_resume(config: Config, tmp_path: Path) -> None:

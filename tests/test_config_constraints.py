@@ -76,6 +76,16 @@ def test_no_number_may_be_minus_one(key):
         (dict(objective__alpha=1.5), ["objective.alpha"]),
         (dict(objective__gamma=1.5), ["objective.gamma"]),
         (dict(objective__log_ratio_bound=100.0), ["objective.log_ratio_bound"]),
+        (dict(objective__loss="ppo"), ["objective.loss"]),
+        (dict(objective__loss="my file.py:f"), ["objective.loss"]),
+        (dict(objective__loss=""), ["objective.loss"]),
+        (dict(objective__loss="gspo", objective__eps_max=1.0), ["objective.eps_max"]),
+        (dict(objective__dual_clip=1.0), ["objective.dual_clip"]),
+        (dict(objective__preset="gspo", objective__dual_clip=3.0), ["objective.dual_clip", "objective.loss"]),
+        (dict(objective__correction_cap=0.0, objective__correction_floor=0.0), ["objective.correction_cap"]),
+        (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
+        (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
+        (dict(reward__overlong_penalty=-0.5), ["reward.overlong_penalty"]),
         (dict(train__min_lr=1.0), ["train.min_lr", "train.lr"]),
         (dict(train__adam_beta2=1.0), ["train.adam_beta2"]),
         (dict(train__lr_warmup_updates=400), ["train.lr_warmup_updates", "run.steps"]),
@@ -91,6 +101,48 @@ def test_violated_constraint_names_its_keys(values, keys):
 @pytest.mark.parametrize("function", ["math", "reward:f", "my.rewards.math:Grader.score"])
 def test_reward_function_forms(function):
     assert validate(config_with(reward__function=function), None) == []
+
+
+@pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo", "reinforce", "losses:f", "my.losses:Family.loss"])
+def test_loss_forms(loss):
+    assert validate(config_with(objective__loss=loss), None) == []
+
+
+def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():
+    assert validate(config_with(objective__loss="cispo", objective__eps_high=4.0, objective__eps_max=4.0), None) == []
+    assert validate(config_with(objective__eps_high=4.0, objective__eps_max=4.0), None) != []
+
+
+def test_several_new_violations_are_told_at_once():
+    problems = validate(
+        config_with(
+            objective__dual_clip=0.5, objective__correction_floor=9.0, objective__loss="x", reward__overlong_buffer=999
+        ),
+        None,
+    )
+    assert len(problems) == 4
+
+
+def test_an_algorithms_name_gives_everything_that_it_is_and_what_is_set_stays():
+    gspo = resolve(config_with(objective__preset="gspo"), 1, cuda=False).objective
+    assert (gspo.loss, gspo.aggregation, gspo.eps_low, gspo.eps_high) == ("gspo", "sequence_mean", 3e-4, 4e-4)
+    rloo = resolve(config_with(objective__preset="rloo", objective__kl_in="loss"), 1, cuda=False).objective
+    assert (rloo.loss, rloo.baseline, rloo.normalize, rloo.kl_in) == ("reinforce", "leave_one_out", False, "loss")
+    dr_grpo = resolve(config_with(objective__preset="dr_grpo"), 1, cuda=False).objective
+    assert (dr_grpo.loss, dr_grpo.aggregation, dr_grpo.normalize) == ("clipped", "constant_length", False)
+
+
+def test_presets_that_are_compared_differ_in_the_clip_range_alone():
+    of_the_range = {"micro", "macro", "control", "alpha", "gamma", "eps_low", "eps_high", "eps_min", "eps_max"}
+    compared = [name for name in PRESETS if name.startswith("etr") or name in ("grpo", "dapo")]
+    rest = [{key: value for key, value in PRESETS[name].items() if key not in of_the_range} for name in compared]
+    assert len(compared) == 9 and all(values == rest[0] for values in rest)
+
+
+def test_the_presets_are_those_that_can_be_named():
+    hint = get_type_hints(type(Config().objective))["preset"]
+    assert hint.__args__ == tuple(PRESETS)
+    assert len({tuple(values) for values in PRESETS.values()}) == 1, "every preset gives the same fields, in the same order"
 
 
 def test_minibatches_need_not_be_divisible_by_data_parallel_ranks():
@@ -125,7 +177,7 @@ def test_resolve_leaves_nothing_open_on_cpu():
     assert (config.run.platform, config.model.dtype, config.parallel.tp) == ("cpu", "float32", 2)
     assert config.rollout.max_logprob_gap == 1e-4
     assert config.objective.constant_length == config.rollout.max_response_tokens
-    assert None not in vars(config.objective).values()
+    assert [key for key, value in vars(config.objective).items() if value is None] == ["dual_clip"]  # off
     assert (config.objective.micro, config.objective.eps_max) == ("tanh", 0.4)
 
 

@@ -1,8 +1,9 @@
-"""ETR's statistics, bounds and loss against an independent float64 NumPy reference, written from the definitions."""
+"""Group statistics, bounds, corrections and shaping against independent float64 NumPy references, from the definitions."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,22 +14,27 @@ from hypothesis import strategies as st
 from etr_megatron.config import PRESETS
 from etr_megatron.objective import (
     ElasticBounds,
-    LossInputs,
-    clipped_loss,
-    get_loss,
     group_statistics,
     kl_estimate,
-    register_loss,
+    kl_penalty,
+    overlong_punishment,
+    pass_rate_bins,
+    rollout_correction,
     token_weights,
 )
 
 
-def numpy_statistics(rewards: np.ndarray, ids: list[str], delta: float) -> tuple[np.ndarray, np.ndarray]:
+def numpy_statistics(rewards: np.ndarray, ids: list[str], preset: dict) -> tuple[np.ndarray, np.ndarray]:
     advantage, variance = np.zeros(len(rewards)), np.zeros(len(rewards))
     for name in set(ids):
         at = [i for i, other in enumerate(ids) if other == name]
-        mu, sigma = rewards[at].mean(), rewards[at].std()
-        advantage[at] = (rewards[at] - mu) / (sigma + delta)
+        group = rewards[at]
+        sigma = group.std()
+        for i in at:
+            baseline = group.mean()
+            if preset["baseline"] == "leave_one_out":
+                baseline = (group.sum() - rewards[i]) / (len(at) - 1) if len(at) > 1 else rewards[i]
+            advantage[i] = (rewards[i] - baseline) / ((sigma + 1e-6) if preset["normalize"] else 1.0)
         variance[at] = 4 * sigma**2
     return advantage, variance
 
@@ -49,17 +55,9 @@ def numpy_bounds(advantage: np.ndarray, variance: np.ndarray, preset: dict) -> t
     return tuple(radii)
 
 
-def numpy_loss(logp, old, advantage, low, high, weight) -> tuple[float, np.ndarray]:
-    """Loss and its gradient with respect to logp."""
-    ratio = np.exp(logp - old)
-    clipped = np.clip(ratio, 1 - low, 1 + high)
-    active = ratio * advantage <= clipped * advantage
-    loss = -(weight * np.minimum(ratio * advantage, clipped * advantage)).sum()
-    return loss, np.where(active, -weight * ratio * advantage, 0.0)
-
-
-def elastic_bounds(control: str = "none", **values) -> ElasticBounds:
-    return ElasticBounds(**values)
+def elastic_bounds(**values) -> ElasticBounds:
+    """Of a preset's values, whatever else a preset sets."""
+    return ElasticBounds(**{field.name: values[field.name] for field in fields(ElasticBounds)})
 
 
 def random_case(seed: int) -> tuple[np.ndarray, list[str]]:
@@ -71,29 +69,20 @@ def random_case(seed: int) -> tuple[np.ndarray, list[str]]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("seed", range(5))
-def test_statistics_bounds_and_loss_equal_the_numpy_reference(preset, seed):
+def test_statistics_and_bounds_equal_the_numpy_reference(preset, seed):
     values = PRESETS[preset]
     rewards, ids = random_case(seed)
-    wanted_advantage, wanted_variance = numpy_statistics(rewards, ids, 1e-6)
-    statistics = group_statistics(rewards.tolist(), ids)
+    wanted_advantage, wanted_variance = numpy_statistics(rewards, ids, values)
+    statistics = group_statistics(rewards.tolist(), ids, baseline=values["baseline"], normalize=values["normalize"])
     np.testing.assert_allclose(statistics.advantage.numpy(), wanted_advantage, atol=1e-12)
     np.testing.assert_allclose(statistics.variance.numpy(), wanted_variance, atol=1e-12)
+    pass_rate = [np.mean([r for r, name in zip(rewards, ids, strict=True) if name == own]) for own in ids]
+    np.testing.assert_allclose(statistics.pass_rate.numpy(), pass_rate, atol=1e-12)
 
     low, high = elastic_bounds(**values)(statistics.advantage, statistics.variance)
     wanted_low, wanted_high = numpy_bounds(wanted_advantage, wanted_variance, values)
     np.testing.assert_allclose(low.numpy(), wanted_low, atol=1e-12)
     np.testing.assert_allclose(high.numpy(), wanted_high, atol=1e-12)
-
-    rng = np.random.default_rng(seed + 100)
-    old = rng.normal(-2, 1, len(ids))
-    logp = torch.tensor(old + rng.normal(0, 0.4, len(ids)), requires_grad=True)
-    weight = rng.random(len(ids))
-    tensors = [torch.tensor(x) for x in (old, old, wanted_advantage, wanted_low, wanted_high, weight)]
-    outputs = clipped_loss(LossInputs(logp, torch.zeros_like(logp), *tensors))
-    outputs.loss.backward()
-    wanted_loss, wanted_gradient = numpy_loss(logp.detach().numpy(), old, wanted_advantage, wanted_low, wanted_high, weight)
-    assert outputs.loss.item() == pytest.approx(wanted_loss, abs=1e-12)
-    np.testing.assert_allclose(logp.grad.numpy(), wanted_gradient, atol=1e-12)
 
 
 TABLE = {  # (k, G): eps for a correct / a wrong response by form, from the definitions at eps0 = 0.2 without clamps
@@ -138,9 +127,11 @@ def test_dapo_raises_the_upper_bound_alone():
     assert low.tolist() == [pytest.approx(0.2)] * 2 and high.tolist() == [pytest.approx(0.28)] * 2
 
 
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("rewards", [[1.0], [0.0], [1.0] * 7, [0.0] * 7, [0.1] * 3, [0.3] * 11])
-def test_groups_without_variance_give_zero_advantage_and_no_nan(rewards):
-    statistics = group_statistics(rewards, ["g"] * len(rewards))
+def test_groups_without_variance_give_zero_advantage_and_no_nan(rewards, baseline, normalize):
+    statistics = group_statistics(rewards, ["g"] * len(rewards), baseline=baseline, normalize=normalize)
     assert statistics.advantage.tolist() == [0.0] * len(rewards)
     low, high = elastic_bounds(**PRESETS["etr_second_order"])(statistics.advantage, statistics.variance)
     assert torch.isfinite(low).all() and torch.isfinite(high).all()
@@ -165,6 +156,8 @@ def test_reward_outside_of_the_declared_range_is_refused_by_name():
         group_statistics([0.0, 2.0], ["a", "b"])
     with pytest.raises(ValueError, match="sample 0 in group 'a' is nan"):
         group_statistics([math.nan, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match="known: group_mean, leave_one_out"):
+        group_statistics([0.0, 1.0], ["a", "a"], baseline="median")
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,30 +174,10 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
     assert torch.isfinite(statistics.advantage).all()
     low, high = elastic_bounds(**values)(statistics.advantage, statistics.variance)
     for radius in (low, high):
-        assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all() and values["eps_max"] < 1
+        assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all()
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = group_statistics([rewards[i] for i in order], [ids[i] for i in order])
     torch.testing.assert_close(shuffled.advantage, statistics.advantage[order], atol=1e-6, rtol=1e-9)
-
-
-def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradient():
-    logp = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
-    advantage = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    tight = torch.full_like(advantage, 0.05)
-    weight = torch.full_like(advantage, 1 / 3)
-    outputs = clipped_loss(LossInputs(logp, logp, logp.detach(), logp.detach(), advantage, tight, tight, weight))
-    outputs.loss.backward()
-    torch.testing.assert_close(logp.grad, -weight * advantage)
-    assert outputs.sums["clip_upper"] == 0 and outputs.sums["clip_lower"] == 0
-
-
-def test_huge_log_ratios_stay_finite():
-    logp = torch.tensor([0.0, -2000.0], requires_grad=True)
-    old = torch.tensor([-2000.0, 0.0])
-    ones = torch.ones(2)
-    outputs = clipped_loss(LossInputs(logp, ones, old, old, ones, 0.2 * ones, 0.2 * ones, ones, ref_logp=old, kl_coef=1.0))
-    outputs.loss.backward()
-    assert torch.isfinite(outputs.loss) and torch.isfinite(logp.grad).all()
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
@@ -230,13 +203,88 @@ def test_kl_estimators_by_definition():
     np.testing.assert_allclose(kl_estimate(logp, ref, "k3").numpy(), np.exp(x) - 1 - x)
 
 
-def test_a_loss_of_ones_own_is_found_by_name_and_names_are_unique():
-    @register_loss("test_only")
-    def mine(inputs):
-        return clipped_loss(inputs)
+def test_mean_gradients_of_the_kl_estimators_are_those_their_docstring_names():
+    """Over all tokens of a small vocabulary, by their probability: the expectation itself instead of samples."""
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(0)
+    logits = torch.randn(7, dtype=torch.float64, generator=generator, requires_grad=True)
 
-    assert get_loss("test_only") is mine
-    with pytest.raises(ValueError, match="registered already"):
-        register_loss("test_only")(mine)
-    with pytest.raises(ValueError, match="known: clipped"):
-        get_loss("nothing")
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(value, logits)[0]
+
+    def mean_of_gradients(kind: str) -> torch.Tensor:
+        logp = logits.log_softmax(0)
+        return gradient((logp.detach().exp() * kl_estimate(logp, ref, kind)).sum())
+
+    logp = logits.log_softmax(0)
+    torch.testing.assert_close(mean_of_gradients("k1"), torch.zeros_like(ref))
+    torch.testing.assert_close(mean_of_gradients("k2"), gradient((logp.exp() * (logp - ref)).sum()))
+    logp = logits.log_softmax(0)
+    torch.testing.assert_close(mean_of_gradients("k3"), gradient((ref.exp() * (ref - logp)).sum()))
+
+
+CORRECTIONS = {  # (how, level): weight of a token from its log ratio and its response's sum of log ratios, in NumPy
+    ("truncate", "token"): lambda x, total: np.minimum(np.exp(x), 1.7),
+    ("truncate", "sequence"): lambda x, total: np.full_like(x, min(np.exp(total), 1.7)),
+    ("mask", "token"): lambda x, total: np.where((np.exp(x) >= 0.6) & (np.exp(x) <= 1.7), np.exp(x), 0.0),
+    ("mask", "sequence"): lambda x, total: np.full_like(x, np.exp(total) if 0.6 <= np.exp(total) <= 1.7 else 0.0),
+}
+
+
+@pytest.mark.parametrize(("how", "level"), CORRECTIONS)
+def test_corrections_equal_the_numpy_reference(how, level):
+    rng = np.random.default_rng(1)
+    rollout = [rng.normal(-2, 1, n) for n in (5, 1, 9, 0, 3)]
+    old = [x + rng.normal(0, 0.4, len(x)) for x in rollout]
+    found = rollout_correction(
+        [torch.tensor(x) for x in old], [torch.tensor(x) for x in rollout], how=how, level=level, cap=1.7, floor=0.6
+    )
+    wanted = [CORRECTIONS[how, level](o - r, (o - r).sum()) for o, r in zip(old, rollout, strict=True)]
+    for weights, expected in zip(found, wanted, strict=True):
+        assert weights.dtype == torch.float32
+        np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+    everything = np.concatenate(wanted)
+    if how == "mask":
+        assert 0 < (everything == 0).sum() < len(everything)
+    else:
+        assert 0 < (everything == 1.7).sum() < len(everything)
+
+
+def test_corrections_off_far_off_and_misspelt():
+    old, rollout = [torch.tensor([0.0, -500.0])], [torch.tensor([-500.0, 0.0])]
+    options = dict(level="token", cap=2.0, floor=0.5)
+    assert rollout_correction(old, rollout, how="none", **options) is None
+    assert rollout_correction(old, rollout, how="truncate", **options)[0].tolist() == pytest.approx([2.0, math.exp(-20)])
+    assert rollout_correction(old, rollout, how="mask", **options)[0].tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="known: none, truncate, mask"):
+        rollout_correction(old, rollout, how="tis", **options)
+    with pytest.raises(ValueError, match="known: token, sequence"):
+        rollout_correction(old, rollout, how="mask", level="batch", cap=2.0, floor=0.5)
+
+
+def test_overlong_punishment_is_dapos_formula():
+    longest, buffer = 20, 6
+    for length in range(0, 25):
+        if length <= longest - buffer:
+            wanted = 0.0
+        elif length <= longest:
+            wanted = ((longest - buffer) - length) / buffer
+        else:
+            wanted = -1.0
+        assert overlong_punishment(length, max_length=longest, buffer=buffer) == pytest.approx(wanted)
+    assert overlong_punishment(20, max_length=20, buffer=0) == 0.0
+    assert overlong_punishment(20, max_length=20, buffer=20) == -1.0
+
+
+def test_kl_penalty_sums_k1_over_the_response():
+    assert kl_penalty(torch.tensor([-1.0, -2.5]), torch.tensor([-1.25, -2.0])) == pytest.approx(0.25 - 0.5)
+
+
+def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
+    rewards = {"none": [0, 0, 0], "fifth": [1, 0, 0, 0, 0], "quarter": [0, 0, 1, 0], "half": [1, 0], "most": [1, 1, 1, 0]}
+    rewards |= {"all": [1, 1], "equal": [0.5, 0.5]}
+    ids = [name for name, values in rewards.items() for _ in values]
+    statistics = group_statistics([float(r) for values in rewards.values() for r in values], ids)
+    bins = pass_rate_bins(statistics.pass_rate, statistics.variance).tolist()
+    found = {name: bins[ids.index(name)] for name in rewards}
+    assert found == {"none": -1, "fifth": 0, "quarter": 1, "half": 2, "most": 3, "all": -1, "equal": -1}

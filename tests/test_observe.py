@@ -16,7 +16,9 @@ import yaml
 
 from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
 from etr_megatron.errors import UserError
+from etr_megatron.objective import PASS_RATE_BINS
 from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory, Stopwatch
+from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.platform.files import disk_errors
 from etr_megatron.types import Group, Problem, Sample
 
@@ -31,12 +33,18 @@ SPECIFIED_KEYS = [
     "grad_norm",
     "lr",
     "ratio_mean",
+    "effective_sample_size",
     "clip_frac_upper",
     "clip_frac_lower",
     "clip_radius_mean",
+    "clip_radius_p10",
+    "clip_radius_p90",
     "kl",
     "logprob_gap_mean",
     "logprob_gap_max",
+    "mismatch_kl",
+    "correction_mean",
+    "correction_frac",
     "zero_variance_groups",
     "truncated",
     "reward_timeouts",
@@ -73,6 +81,21 @@ def test_rows_come_back_in_the_files_key_order(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert list(json.loads(lines[0])) == [*SPECIFIED_KEYS, "eval_accuracy"]
     assert log.rows() == [make_row(1, eval_accuracy=0.5), make_row(2)]
+
+
+def test_keys_by_pass_rate_and_of_the_loss_are_optional(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    extra = {"clip_frac_upper_pass_0_25": 0.5, "clip_radius_p90_pass_75_100": math.nan, "loss/gap": 2.0}
+    log.append(MetricsRow(**make_row(1), **extra))
+    written = log.rows()[0]
+    assert [written[key] for key in extra] == [0.5, None, 2.0]
+    with pytest.raises(ValueError, match="unknown keys \\['clip_frac_upper_pass_10_20'\\]"):
+        log.append(make_row(2, clip_frac_upper_pass_10_20=0.5))
+
+
+def test_pass_rate_keys_follow_the_objectives_bins() -> None:
+    names = ("clip_frac_upper", "clip_frac_lower", "clip_radius_mean", "clip_radius_p10", "clip_radius_p90")
+    assert set(PASS_RATE_KEYS) == {f"{name}_{place}" for name in names for place in PASS_RATE_BINS}
 
 
 @pytest.mark.parametrize("key", SPECIFIED_KEYS)

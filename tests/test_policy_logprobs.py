@@ -84,4 +84,4 @@ def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
 def test_a_nan_at_an_active_token_names_sample_and_rank(gangs, hf_models):
     sequences = [([5, 6], [7, 8]), ([9, 10], [11]), ([299, 12], [13, 14])]
     message = gangs(1).run("tests.policy_jobs:nan_error", model=hf_models["qwen3"], sequences=sequences)[0]
-    assert message == "logp is nan at an active token of sample g1/0 on rank 0"
+    assert message == "logp is nan at an active token: position 0 in the response of sample g1/0, on rank 0"

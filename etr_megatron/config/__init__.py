@@ -7,12 +7,12 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
-from etr_megatron.config.defaults import tensor_parallel
+from etr_megatron.config.defaults import fill_objective, tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.load import load_config
+from etr_megatron.config.presets import LOSSES, PRESETS
 from etr_megatron.config.resolve import resolve
 from etr_megatron.config.schema import (
-    PRESETS,
     ArithmeticConfig,
     CheckpointConfig,
     Config,
@@ -31,6 +31,7 @@ from etr_megatron.config.schema import (
 from etr_megatron.config.validate import validate
 
 __all__ = [
+    "LOSSES",
     "PRESETS",
     "ArithmeticConfig",
     "CheckpointConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "TinyConfig",
     "TrainConfig",
     "dump_yaml",
+    "fill_objective",
     "load_config",
     "resolve",
     "tensor_parallel",

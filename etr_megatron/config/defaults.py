@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from etr_megatron.config.schema import PRESETS, ObjectiveConfig, ParallelConfig
+from etr_megatron.config.presets import PRESETS
+from etr_megatron.config.schema import ObjectiveConfig, ParallelConfig
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
     """`objective` with every null field that its preset names set to the preset's value.
 
-    `constant_length` is no preset's business and stays as it is.
+    `constant_length` and `dual_clip` are no preset's business and stay as they are.
     """
     preset = PRESETS[objective.preset]
     missing: dict[str, Any] = {

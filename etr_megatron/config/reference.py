@@ -9,7 +9,8 @@ from typing import Any
 
 from etr_megatron.config import schema
 from etr_megatron.config.dump import to_dict
-from etr_megatron.config.schema import PRESETS, Config
+from etr_megatron.config.presets import PRESETS
+from etr_megatron.config.schema import Config
 
 _HEAD = """# Configuration
 
@@ -39,7 +40,7 @@ def render_reference() -> str:
     parts.append(
         _table(
             ("preset", *names),
-            [(f"`{preset}`", *(str(values[name]) for name in names)) for preset, values in PRESETS.items()],
+            [(f"`{preset}`", *(_yaml(values[name]) for name in names)) for preset, values in PRESETS.items()],
         )
     )
     return "\n".join(parts)

@@ -135,6 +135,11 @@ class RewardConfig:
     """Grader processes."""
     timeout_s: float = 10.0
     """Wall-clock limit per answer; a stuck grader is killed and replaced, and the answer counted as a timeout."""
+    overlong_buffer: int = 0
+    """DAPO's overlong punishment: over the last so many tokens before `rollout.max_response_tokens` the trained reward falls
+    linearly by `overlong_penalty`; 0 is off. The group variance stays the verifier's."""
+    overlong_penalty: float = 1.0
+    """What a response of `rollout.max_response_tokens` loses to the overlong punishment."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The clipped objective. Fields left at null take the preset's value."""
+    """The policy loss and what goes into it. Fields left at null take the preset's value."""
 
     preset: Literal[
         "etr",
@@ -177,8 +182,18 @@ class ObjectiveConfig:
         "etr_matched",
         "etr_shuffled",
         "etr_inverted_macro",
+        "dr_grpo",
+        "gspo",
+        "cispo",
+        "rloo",
     ] = "etr"
-    """Named set of the fields below."""
+    """The algorithm: a named set of the fields below."""
+    loss: str | None = None
+    """`clipped`, `gspo`, `cispo`, `reinforce`, or `package.module:function` of your own: `f(LossInputs) -> LossOutputs`."""
+    baseline: Literal["group_mean", "leave_one_out"] | None = None
+    """What a reward is compared with: the mean of its group, or of the group's other responses."""
+    normalize: bool | None = None
+    """Divide the advantage by the group's standard deviation."""
     micro: Literal["tanh", "linear", "none"] | None = None
     """How the radius follows the advantage's magnitude."""
     macro: Literal["variance", "inverse_variance", "std", "none"] | None = None
@@ -194,23 +209,37 @@ class ObjectiveConfig:
     eps_high: float | None = None
     """Base radius above 1."""
     eps_min: float | None = None
-    """Floor of both radii; the preset's value when null."""
+    """Floor of both radii."""
     eps_max: float | None = None
-    """Ceiling of both radii; below 1."""
+    """Ceiling of both radii; below 1, except for `cispo`, where an `eps_low` of 1 is no lower bound."""
     delta: float = 1e-6
     """Added to the group's deviation in the advantage."""
     log_ratio_bound: float = 20.0
     """abs(log r) is bounded by this before exp()."""
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
-    """How token losses become one number per optimizer step."""
+    dual_clip: float | None = None
+    """With a negative advantage the `clipped` loss stops at this many times the advantage (dual clip); above 1, null is off."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] | None = None
+    """How token losses become one number per optimizer step: every token alike, every sequence alike, or tokens over a constant
+    (no length bias)."""
     constant_length: int | None = None
     """Divisor per sequence of `constant_length`; null is `rollout.max_response_tokens`."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference model (the policy the run started from); 0 keeps no reference."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """Where that KL goes: a term of the loss, or k1 summed over each response and subtracted from its trained reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL, per token."""
+    """Estimator of the KL in the loss, per token; the gradient of k1 has mean zero, k2 and k3 pull to the reference."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weights the policy term by trainer over engine probability: truncated at `correction_cap` (TIS), or 0 outside of
+    `correction_floor` to `correction_cap` (MIS)."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """The weight of each token, or of the whole response (their product)."""
+    correction_cap: float = 2.0
+    """Largest weight."""
+    correction_floor: float = 0.5
+    """Least weight that `mask` keeps."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +274,11 @@ class TrainConfig:
     """Shard optimizer state over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, core attention only, or whole layers."""
-    head_chunk_rows: int = 1024
-    """Loss rows per chunk of the LM head: at most `rows x V/TP` fp32 logits exist at a time."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    head_chunk_rows: int | None = None
+    """Loss rows per chunk of the LM head: `rows x V/TP` fp32 logits exist at a time, twice that with TP; null is 256 on CPU,
+    1024 on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -318,23 +350,3 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
-
-
-_FIXED: dict[str, float | str] = dict(
-    micro="none", macro="none", control="none", alpha=0.0, gamma=0.0, eps_low=0.2, eps_high=0.2, eps_min=0.0, eps_max=0.99
-)
-_ETR: dict[str, float | str] = dict(
-    micro="tanh", macro="variance", control="none", alpha=0.5, gamma=0.5, eps_low=0.2, eps_high=0.2, eps_min=0.05, eps_max=0.4
-)
-PRESETS: dict[str, dict[str, float | str]] = {
-    "etr": _ETR,
-    "grpo": _FIXED,
-    "dapo": {**_FIXED, "eps_high": 0.28},
-    "etr_micro": {**_ETR, "macro": "none", "gamma": 0.0},
-    "etr_macro": {**_ETR, "micro": "none", "alpha": 0.0},
-    "etr_second_order": {**_ETR, "micro": "linear", "macro": "std", "alpha": 0.0, "gamma": 0.0, "eps_min": 0.0},
-    "etr_matched": {**_ETR, "control": "matched"},
-    "etr_shuffled": {**_ETR, "control": "shuffled"},
-    "etr_inverted_macro": {**_ETR, "macro": "inverse_variance"},
-}
-"""Values that a preset gives to the fields of `ObjectiveConfig` left at null."""

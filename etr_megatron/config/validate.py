@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from etr_megatron.config.defaults import fill_objective, tensor_parallel
-from etr_megatron.config.schema import PRESETS, Config
+from etr_megatron.config.presets import LOSSES, PRESETS
+from etr_megatron.config.schema import Config
 
 EXTRACTORS = ("boxed", "hash", "last_number")
 OPERATORS = ("+", "-", "*")
+_NAME = r"[^\W\d]\w*"
+IMPORT_PATH = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}(\.{_NAME})*")
+"""`package.module:function`, where the function may be an attribute of a class."""
 BYTE_VOCAB = 260
 """A byte-level BPE starts from 256 bytes and a few special tokens."""
 
@@ -34,6 +38,7 @@ AT_LEAST: dict[str, int] = {
     "arithmetic.seed": 0,
     "data.max_prompt_tokens": 1,
     "reward.workers": 1,
+    "reward.overlong_buffer": 0,
     "rollout.prompts_per_step": 1,
     "rollout.max_response_tokens": 1,
     "rollout.top_k": 0,
@@ -42,7 +47,6 @@ AT_LEAST: dict[str, int] = {
     "train.epochs": 1,
     "train.tokens_per_microbatch": 1,
     "train.lr_warmup_updates": 0,
-    "train.head_chunk_rows": 1,
     "parallel.pp": 1,
     "eval.every": 0,
     "eval.problems": 1,
@@ -58,16 +62,19 @@ POSITIVE = (
     "tiny.warm_start_lr",
     "reward.timeout_s",
     "rollout.temperature",
+    "objective.correction_cap",
     "train.lr",
     "train.adam_eps",
 )
 NOT_NEGATIVE = (
+    "reward.overlong_penalty",
     "objective.eps_low",
     "objective.eps_high",
     "objective.eps_min",
     "objective.delta",
     "objective.kl_coef",
     "objective.entropy_coef",
+    "objective.correction_floor",
     "train.min_lr",
     "train.weight_decay",
     "train.clip_grad",
@@ -199,13 +206,14 @@ def _data(config: Config) -> Iterator[Violation]:
 def _reward(config: Config) -> Iterator[Violation]:
     reward = config.reward
     yield from _names(config, "reward.extract", EXTRACTORS)
-    identifiers = r"[^\W\d]\w*"
-    if reward.function != "math" and not re.fullmatch(
-        rf"{identifiers}(\.{identifiers})*:{identifiers}(\.{identifiers})*", reward.function
-    ):
+    if reward.function != "math" and not IMPORT_PATH.fullmatch(reward.function):
         yield Violation(("reward.function",), "must be math, or a function's import path as package.module:function")
     if reward.range_min >= reward.range_max:
         yield Violation(("reward.range_min", "reward.range_max"), "range_min must be below range_max")
+    if reward.overlong_buffer > config.rollout.max_response_tokens:
+        yield Violation(
+            ("reward.overlong_buffer", "rollout.max_response_tokens"), "overlong_buffer must not exceed max_response_tokens"
+        )
 
 
 def _names(config: Config, key: str, allowed: tuple[str, ...]) -> Iterator[Violation]:
@@ -238,17 +246,19 @@ def _rollout(config: Config) -> Iterator[Violation]:
 
 def _objective(config: Config) -> Iterator[Violation]:
     objective = config.objective
-    if objective.eps_max >= 1:
-        yield Violation(("objective.eps_max",), "must be below 1, else the lower clip bound 1 - eps is not positive")
-    if objective.eps_min > objective.eps_max:
-        yield Violation(("objective.eps_min", "objective.eps_max"), "eps_min must not exceed eps_max")
-    else:
-        for side in ("eps_low", "eps_high"):
-            if not objective.eps_min <= getattr(objective, side) <= objective.eps_max:
-                yield Violation(
-                    (f"objective.{side}", "objective.eps_min", "objective.eps_max"),
-                    f"{side} must lie between eps_min and eps_max, else it never takes effect",
-                )
+    if objective.loss not in LOSSES and not IMPORT_PATH.fullmatch(objective.loss or ""):
+        yield Violation(
+            ("objective.loss",), f"must be one of {', '.join(LOSSES)}, or a function's import path as package.module:function"
+        )
+    if objective.dual_clip is not None:
+        if objective.dual_clip <= 1:
+            yield Violation(("objective.dual_clip",), "must be greater than 1; null is off")
+        if objective.loss in LOSSES and objective.loss != "clipped":
+            yield Violation(("objective.dual_clip", "objective.loss"), "only the clipped loss has a dual clip; set it to null")
+    if objective.correction_floor > objective.correction_cap:
+        yield Violation(
+            ("objective.correction_floor", "objective.correction_cap"), "correction_floor must not exceed correction_cap"
+        )
     if not 0 < objective.log_ratio_bound <= 80:
         yield Violation(
             ("objective.log_ratio_bound",), "must be greater than 0 and at most 80, where exp() leaves the float32 range"
@@ -257,8 +267,25 @@ def _objective(config: Config) -> Iterator[Violation]:
         yield Violation(("objective.constant_length",), "must be at least 1; null is rollout.max_response_tokens")
 
 
+def _clip_range(config: Config) -> Iterator[Violation]:
+    objective = config.objective
+    if objective.loss in ("clipped", "gspo") and objective.eps_max >= 1:
+        yield Violation(("objective.eps_max",), "must be below 1, else the lower clip bound 1 - eps is not positive")
+    if objective.eps_min > objective.eps_max:
+        yield Violation(("objective.eps_min", "objective.eps_max"), "eps_min must not exceed eps_max")
+        return
+    for side in ("eps_low", "eps_high"):
+        if not objective.eps_min <= getattr(objective, side) <= objective.eps_max:
+            yield Violation(
+                (f"objective.{side}", "objective.eps_min", "objective.eps_max"),
+                f"{side} must lie between eps_min and eps_max, else it never takes effect",
+            )
+
+
 def _train(config: Config) -> Iterator[Violation]:
     train = config.train
+    if train.head_chunk_rows is not None and train.head_chunk_rows < 1:
+        yield Violation(("train.head_chunk_rows",), "must be at least 1; null chooses by device")
     if train.min_lr > train.lr:
         yield Violation(("train.min_lr", "train.lr"), "min_lr must not exceed lr")
     if min(train.minibatches, train.epochs, config.run.steps) >= 1:
@@ -313,6 +340,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     _reward,
     _rollout,
     _objective,
+    _clip_range,
     _train,
     _parallel,
 )

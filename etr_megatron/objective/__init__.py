@@ -3,20 +3,37 @@
 from etr_megatron.objective.aggregation import token_weights
 from etr_megatron.objective.bounds import ElasticBounds
 from etr_megatron.objective.controls import control_radii
+from etr_megatron.objective.correction import rollout_correction
+from etr_megatron.objective.diagnostics import PASS_RATE_BINS, diagnostic_sums, pass_rate_bins
 from etr_megatron.objective.groups import GroupStatistics, group_statistics
+from etr_megatron.objective.inputs import LossInputs, LossOutputs, LossSettings, Sequences
 from etr_megatron.objective.kl import kl_estimate
-from etr_megatron.objective.losses import LossInputs, LossOutputs, clipped_loss, get_loss, register_loss
+from etr_megatron.objective.losses import clip_ratio, importance_ratio, regularized
+from etr_megatron.objective.registry import PolicyLoss, register_loss, resolve_loss, token_local
+from etr_megatron.objective.shaping import kl_penalty, overlong_punishment
 
 __all__ = [
+    "PASS_RATE_BINS",
     "ElasticBounds",
     "GroupStatistics",
     "LossInputs",
     "LossOutputs",
-    "clipped_loss",
+    "LossSettings",
+    "PolicyLoss",
+    "Sequences",
+    "clip_ratio",
     "control_radii",
-    "get_loss",
+    "diagnostic_sums",
     "group_statistics",
+    "importance_ratio",
     "kl_estimate",
+    "kl_penalty",
+    "overlong_punishment",
+    "pass_rate_bins",
     "register_loss",
+    "regularized",
+    "resolve_loss",
+    "rollout_correction",
+    "token_local",
     "token_weights",
 ]

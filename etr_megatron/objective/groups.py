@@ -7,6 +7,9 @@ For group g with rewards R_i in a declared range [r_min, r_max]:
 
 For 0/1 rewards v_g = 4 p (1 - p), p the pass rate. Statistics come from the whole group, by group id, before any filtering or
 splitting; uneven groups are each normalised within themselves.
+
+Other advantages: without division by the deviation (Dr. GRPO, 2503.20783), and with the mean of the group's other responses as
+the baseline (leave-one-out, RLOO, 2402.14740): R_i - mean_{j != i}(R_j) = (R_i - mu_g) G / (G - 1).
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ class GroupStatistics:
     """Per-sample view of the statistics of each sample's group; all tensors float64 [N], in the order of the samples.
 
     mean, std: of the rewards that are trained on. variance: v_g, of the verifier's rewards, normalised by the declared range.
-    advantage: A_i; exactly 0 in a group whose rewards are all equal, groups of one included.
+    pass_rate: mean of the verifier's rewards, as a share of the declared range. advantage: A_i; exactly 0 in a group whose
+    rewards are all equal, groups of one included.
     """
 
     mean: Tensor
     std: Tensor
     variance: Tensor
+    pass_rate: Tensor
     advantage: Tensor
 
 
@@ -52,12 +57,16 @@ def group_statistics(
     reward_range: tuple[float, float] = (0.0, 1.0),
     delta: float = 1e-6,
     verifier_rewards: Sequence[float] | None = None,
+    baseline: str = "group_mean",
+    normalize: bool = True,
 ) -> GroupStatistics:
     """Statistics of N samples that belong to groups.
 
     rewards: [N], what is trained on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
     verifier_rewards: [N], the verifier's own reward in `reward_range`, where it differs from `rewards`; v_g comes from it.
-    Raises ValueError for lengths that differ, a non-finite reward (naming the sample) or a verifier's reward outside its range.
+    baseline: `group_mean` or `leave_one_out`. normalize: whether the advantage is divided by the deviation plus `delta`.
+    Raises ValueError for lengths that differ, a non-finite reward (naming the sample), a verifier's reward outside its range
+    and an unknown baseline.
     """
     verifier = rewards if verifier_rewards is None else verifier_rewards
     if not len(rewards) == len(group_ids) == len(verifier):
@@ -80,6 +89,12 @@ def group_statistics(
     index = torch.tensor([order.setdefault(name, len(order)) for name in group_ids], dtype=torch.long)
     size = torch.bincount(index, minlength=len(order)).double()
     mean, std = _per_group(trained, index, size)
-    _, verified_std = _per_group(verified, index, size)
-    advantage = torch.where(std > 0, (trained - mean) / (std + delta), 0.0)
-    return GroupStatistics(mean, std, 4 * verified_std**2 / (high - low) ** 2, advantage)
+    verified_mean, verified_std = _per_group(verified, index, size)
+    centred = trained - mean
+    if baseline == "leave_one_out":
+        centred = centred * (size / (size - 1).clamp(min=1))[index]
+    elif baseline != "group_mean":
+        raise ValueError(f"objective.baseline is {baseline!r}; known: group_mean, leave_one_out")
+    advantage = torch.where(std > 0, centred / (std + delta) if normalize else centred, 0.0)
+    variance = 4 * verified_std**2 / (high - low) ** 2
+    return GroupStatistics(mean, std, variance, (verified_mean - low) / (high - low), advantage)

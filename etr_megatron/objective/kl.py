@@ -10,6 +10,11 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, bound: float = 20.0) 
 
     k1: -log r, unbiased, may be negative. k2: (log r)^2 / 2. k3: r - 1 - log r, unbiased and non-negative; with
     log r = log pi_ref - log pi, bounded by `bound` before exp(). Raises ValueError for another name.
+
+    As a term of the loss they are not what their values say, for the gradient does not go through the sampling. Per token it is
+    k1: grad log pi, whose mean under pi is zero whatever pi_ref is: no use in the loss (in the reward it is right).
+    k2: -(log r) grad log pi, in the mean the gradient of KL(pi || pi_ref). k3: (1 - r) grad log pi, in the mean the gradient of
+    KL(pi_ref || pi), the same near pi_ref.
     """
     log_ratio = ref_logp - logp
     if kind == "k1":

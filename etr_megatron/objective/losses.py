@@ -1,114 +1,97 @@
-"""Policy losses: a registry of functions from `LossInputs` to `LossOutputs`.
+"""The policy losses that come with the product; each returns `-J + kl_coef KL - entropy_coef H`.
 
-A loss of your own, in your own file:
-
-    @register_loss("my_loss")
-    def my_loss(inputs: LossInputs) -> LossOutputs: ...
+In all of them w_t is the aggregation weight, which holds the denominator of the whole optimizer step, and c_t the off-policy
+correction of the row, which multiplies the policy term alone. r_t = exp(log pi - log pi_old), the log bounded before exp().
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from etr_megatron.objective.inputs import LossInputs, LossOutputs
 from etr_megatron.objective.kl import kl_estimate
+from etr_megatron.objective.registry import register_loss
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What a loss may use: R loss rows (response tokens) of one microbatch, float32 [R] each unless said otherwise.
+def importance_ratio(logp: Tensor, old_logp: Tensor, bound: float) -> Tensor:
+    """exp(logp - old_logp), shape of `logp`; the log is bounded by `bound` first, beyond which the gradient is zero."""
+    return (logp - old_logp).clamp(-bound, bound).exp()
 
-    Masked positions are not in here: they were selected out, never multiplied by zero.
 
-    logp, entropy: of the policy being trained, with gradient. old_logp: the policy that the rollout's updates started from,
-    recomputed by the trainer. rollout_logp: the inference engine's own. ref_logp: the reference model's, or None.
-    advantage, clip_low, clip_high: of each row's sample. weight: aggregation weight, the global denominator included.
-    log_ratio_bound, kl_coef, kl_estimator, entropy_coef: scalars of the objective.
+def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`ratio` within [1 - low, 1 + high], all of one shape."""
+    return torch.minimum(torch.maximum(ratio, 1 - low), 1 + high)
+
+
+def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] | None = None) -> LossOutputs:
+    """The loss of a policy term: -sum_t w_t c_t surrogate_t + kl_coef sum_t w_t KL_t - entropy_coef sum_t w_t H_t.
+
+    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`.
     """
-
-    logp: Tensor
-    entropy: Tensor
-    old_logp: Tensor
-    rollout_logp: Tensor
-    advantage: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
-    weight: Tensor
-    ref_logp: Tensor | None = None
-    log_ratio_bound: float = 20.0
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+    settings, weight = inputs.settings, inputs.weight
+    loss = -(weight * inputs.correction * surrogate).sum()
+    if settings.kl_coef and inputs.ref_logp is not None:
+        kl = kl_estimate(inputs.logp, inputs.ref_logp, settings.kl_estimator, settings.log_ratio_bound)
+        loss = loss + settings.kl_coef * (weight * kl).sum()
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * (weight * inputs.entropy).sum()
+    return LossOutputs(loss, {name: values.detach() for name, values in (rows or {}).items()})
 
 
-@dataclass(frozen=True)
-class LossOutputs:
-    """loss: scalar, already divided by the global denominator. sums: detached float64 sums over the rows, which add up over
-    microbatches and ranks; every sum is divided by `sums["tokens"]` in the end."""
-
-    loss: Tensor
-    sums: dict[str, Tensor]
-
-
-Loss = Callable[[LossInputs], LossOutputs]
-_LOSSES: dict[str, Loss] = {}
-
-
-def register_loss(name: str) -> Callable[[Loss], Loss]:
-    """Decorator that makes a loss known by name. Raises ValueError when the name is taken."""
-
-    def add(loss: Loss) -> Loss:
-        if name in _LOSSES:
-            raise ValueError(f"a loss named {name!r} is registered already")
-        _LOSSES[name] = loss
-        return loss
-
-    return add
-
-
-def get_loss(name: str) -> Loss:
-    """The loss of that name. Raises ValueError naming the known ones."""
-    if name not in _LOSSES:
-        raise ValueError(f"no loss named {name!r}; known: {', '.join(sorted(_LOSSES))}")
-    return _LOSSES[name]
-
-
-@register_loss("clipped")
+@register_loss("clipped", token_local=True)
 def clipped_loss(inputs: LossInputs) -> LossOutputs:
     """The clipped surrogate with a clip range per row (GRPO, DAPO and every ETR preset differ in the ranges alone).
 
-        J = sum_t w_t min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A ),   loss = -J + kl_coef KL - entropy_coef H
+        J = sum_t w_t c_t min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A )
 
-    with r = exp(log pi - log pi_old), the log bounded by `log_ratio_bound` before exp(). Source: PPO (1707.06347) with
-    GRPO's advantages (2402.03300).
+    With `dual_clip` c > 1, where A < 0: max( that, c A ), which bounds the loss of a token whose ratio exploded.
+    Sources: PPO (1707.06347) with GRPO's advantages (2402.03300); dual clip: Ye et al. (1912.09729).
     """
-    log_ratio = (inputs.logp - inputs.old_logp).clamp(-inputs.log_ratio_bound, inputs.log_ratio_bound)
-    ratio = log_ratio.exp()
-    advantage, weight = inputs.advantage, inputs.weight
-    clipped = torch.minimum(torch.maximum(ratio, 1 - inputs.clip_low), 1 + inputs.clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = -(weight * surrogate).sum()
-    kl = torch.zeros_like(inputs.logp)
-    if inputs.ref_logp is not None:
-        kl = kl_estimate(inputs.logp, inputs.ref_logp, inputs.kl_estimator, inputs.log_ratio_bound)
-        loss = loss + inputs.kl_coef * (weight * kl).sum()
-    if inputs.entropy_coef:
-        loss = loss - inputs.entropy_coef * (weight * inputs.entropy).sum()
-    with torch.no_grad():
-        # A row counts as clipped where its bound is active, that is where its gradient is cut off.
-        upper = (advantage > 0) & (ratio > 1 + inputs.clip_high)
-        lower = (advantage < 0) & (ratio < 1 - inputs.clip_low)
-        rows = {
-            "tokens": torch.ones_like(ratio),
-            "entropy": inputs.entropy,
-            "ratio": ratio,
-            "clip_upper": upper,
-            "clip_lower": lower,
-            "clip_radius": (inputs.clip_low + inputs.clip_high) / 2,
-            "kl": kl,
-        }
-        sums = {name: values.detach().double().sum() for name, values in rows.items()}
-    return LossOutputs(loss, sums)
+    ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound)
+    advantage = inputs.advantage
+    surrogate = torch.minimum(ratio * advantage, clip_ratio(ratio, inputs.clip_low, inputs.clip_high) * advantage)
+    limit = inputs.settings.dual_clip
+    if limit is None:
+        return regularized(inputs, surrogate)
+    stopped = (advantage < 0) & (ratio > limit)
+    return regularized(inputs, torch.where(stopped, limit * advantage, surrogate), {"dual_clip": stopped})
+
+
+@register_loss("gspo", token_local=False)
+def gspo_loss(inputs: LossInputs) -> LossOutputs:
+    """GSPO: one ratio per sequence, the geometric mean of its tokens' ratios, clipped as one.
+
+        s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|),   J = sum_t w_t c_t min( s_i A, clip(s_i, 1 - eps_low, 1 + eps_high) A )
+
+    The paper's mean over sequences is the aggregation `sequence_mean`. Source: Zheng et al. (2507.18071), eq. 5 to 7.
+    """
+    sequences, bound = inputs.sequences, inputs.settings.log_ratio_bound
+    log_ratio = sequences.mean(inputs.logp - inputs.old_logp)
+    ratio = sequences.spread(log_ratio.clamp(-bound, bound).exp())
+    clipped = clip_ratio(ratio, inputs.clip_low, inputs.clip_high)
+    return regularized(inputs, torch.minimum(ratio * inputs.advantage, clipped * inputs.advantage), {"ratio": ratio})
+
+
+@register_loss("cispo", token_local=True)
+def cispo_loss(inputs: LossInputs) -> LossOutputs:
+    """CISPO: the importance weight is clipped and held constant, so that no token loses its gradient.
+
+        J = sum_t w_t c_t sg( clip(r_t, 1 - eps_low, 1 + eps_high) ) A log pi(t)
+
+    Source: MiniMax-M1 (2506.13585), eq. 4 and 5.
+    """
+    ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound).detach()
+    clipped = clip_ratio(ratio, inputs.clip_low, inputs.clip_high)
+    rows = {"clip_upper": ratio > 1 + inputs.clip_high, "clip_lower": ratio < 1 - inputs.clip_low}
+    return regularized(inputs, clipped * inputs.advantage * inputs.logp, rows)
+
+
+@register_loss("reinforce", token_local=True)
+def reinforce_loss(inputs: LossInputs) -> LossOutputs:
+    """REINFORCE: J = sum_t w_t c_t A log pi(t), without a ratio: right for one optimizer step per rollout.
+
+    With leave-one-out baselines this is RLOO, Ahmadian et al. (2402.14740).
+    """
+    never = torch.zeros_like(inputs.advantage, dtype=torch.bool)
+    return regularized(inputs, inputs.advantage * inputs.logp, {"clip_upper": never, "clip_lower": never})

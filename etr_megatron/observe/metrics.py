@@ -24,12 +24,18 @@ class StepMetrics(TypedDict):
     grad_norm: float  # before clipping, mean over the step's updates
     lr: float  # of the step's last update
     ratio_mean: float  # importance ratio
+    effective_sample_size: float  # of the importance ratios, (sum r)^2 / (n sum r^2), as a share of the n tokens
     clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped
     clip_frac_lower: float  # share of tokens whose gradient the lower bound stopped
     clip_radius_mean: float
+    clip_radius_p10: float  # percentiles over tokens
+    clip_radius_p90: float
     kl: float  # to the reference model, nats per token; 0 without one
     logprob_gap_mean: float  # abs(engine - trainer), nats per token
     logprob_gap_max: float
+    mismatch_kl: float  # KL(engine || trainer), k3, nats per token
+    correction_mean: float  # off-policy weight of a token; 1 without a correction
+    correction_frac: float  # share of tokens that the correction truncated or masked
     zero_variance_groups: int  # groups whose rewards are all equal: no gradient from them
     truncated: int  # samples cut at rollout.max_response_tokens
     reward_timeouts: int  # graders killed at reward.timeout_s; their answers get the lowest reward
@@ -44,16 +50,28 @@ class StepMetrics(TypedDict):
 
 
 class MetricsRow(StepMetrics, total=False):
-    """A row; the keys below are there only on some steps."""
+    """A row; the keys below are there only on some steps, and so are those of `PASS_RATE_KEYS` and `loss/...`."""
 
     eval_accuracy: float  # on held-out problems, after the step's updates
     eval_accuracy_start: float  # on held-out problems, before any update: in the first row only
+    reward_shaped_mean: float  # over samples, of what is trained on, where that is not the verifier's reward
 
 
 METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)
 """The keys of every row, in their order in the file."""
-OPTIONAL_METRIC_KEYS: tuple[str, ...] = tuple(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS)
+PASS_RATE_KEYS: tuple[str, ...] = tuple(
+    f"{key}_pass_{low}_{low + 25}"
+    for low in (0, 25, 50, 75)
+    for key in ("clip_frac_upper", "clip_frac_lower", "clip_radius_mean", "clip_radius_p10", "clip_radius_p90")
+)
+"""The same of the tokens whose group's pass rate is from low to below high percent (above 0), on steps that have any."""
+OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
+    *(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS),
+    *PASS_RATE_KEYS,
+)
 """The keys that only some rows have."""
+LOSS_PREFIX = "loss/"
+"""Begins the keys of what a loss reports beyond that, means over tokens."""
 
 
 class MetricsLog:
@@ -149,14 +167,15 @@ def _checked(row: MetricsRow) -> dict[str, Any]:
     """The row in the file's key order, numbers only, what is not finite as None."""
     given: dict[str, Any] = dict(row)
     missing = [key for key in METRIC_KEYS if key not in given]
-    unknown = [key for key in given if key not in METRIC_KEYS and key not in OPTIONAL_METRIC_KEYS]
+    of_the_loss = [key for key in given if key.startswith(LOSS_PREFIX)]
+    unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *of_the_loss)]
     if missing or unknown:
         raise ValueError(
             f"metrics row of step {given.get('step')}: missing keys {missing}, unknown keys {unknown}; the list of keys "
             "is etr_megatron.observe.metrics.MetricsRow"
         )
     checked: dict[str, Any] = {}
-    for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS):
+    for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *of_the_loss):
         if key not in given:
             continue
         value = given[key]

@@ -17,6 +17,8 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward_mean",)),
     ("held-out accuracy", ("eval_accuracy",)),
     ("clipped tokens", ("clip_frac_upper", "clip_frac_lower")),
+    ("clip radius", ("clip_radius_p10", "clip_radius_mean", "clip_radius_p90")),
+    ("effective sample size", ("effective_sample_size",)),
     ("entropy (nats)", ("entropy",)),
     ("engine/trainer gap (nats)", ("logprob_gap_mean",)),
     ("seconds per step", ("time_rollout", "time_reward", "time_train", "time_sync")),
@@ -62,9 +64,9 @@ def plot(rows: list[MetricsRow], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(16, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    for axes, (title, keys) in zip(figure.subplots(2, 4).flat, _PANELS, strict=True):
         for key in keys:
             points = _points(rows, key)
             axes.plot([step for step, _ in points], [value for _, value in points], label=key)

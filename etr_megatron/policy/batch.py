@@ -14,9 +14,11 @@ class PolicyBatch:
     """N samples; the same on every rank.
 
     names: how an error calls a sample. sequences: (prompt ids, response ids) of each.
-    advantage, clip_low, clip_high, weight: float32 [N]; `weight` is the aggregation weight of each of a sample's tokens, its
-    denominator taken over this whole batch. rollout_logp, old_logp, old_entropy, ref_logp: per
-    sample float32 [response tokens].
+    advantage, clip_low, clip_high, weight, group_mean, group_std, variance: float32 [N]; `weight` is the aggregation weight of
+    each of a sample's tokens, its denominator taken over this whole batch; the group's statistics are those of `LossInputs`.
+    pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
+    rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens]; old_entropy is for the
+    metrics, ref_logp is there with a KL term, correction with an off-policy correction.
     """
 
     names: tuple[str, ...]
@@ -25,10 +27,15 @@ class PolicyBatch:
     clip_low: Tensor
     clip_high: Tensor
     weight: Tensor
+    group_mean: Tensor
+    group_std: Tensor
+    variance: Tensor
+    pass_rate_bin: Tensor
     rollout_logp: tuple[Tensor, ...]
-    old_logp: tuple[Tensor, ...] | None = None
+    old_logp: tuple[Tensor, ...]
     old_entropy: tuple[Tensor, ...] | None = None
     ref_logp: tuple[Tensor, ...] | None = None
+    correction: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -37,19 +44,9 @@ class PolicyBatch:
         """The samples `numbers` as a batch of its own; `weight` [len(numbers)] has that batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
 
-        def pick(values: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-            return None if values is None else tuple(values[i] for i in numbers)
+        def pick(values: Tensor | tuple | None) -> Tensor | tuple | None:
+            if values is None or isinstance(values, Tensor):
+                return None if values is None else values[at]
+            return tuple(values[i] for i in numbers)
 
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in numbers),
-            sequences=tuple(self.sequences[i] for i in numbers),
-            advantage=self.advantage[at],
-            clip_low=self.clip_low[at],
-            clip_high=self.clip_high[at],
-            weight=weight,
-            rollout_logp=pick(self.rollout_logp),
-            old_logp=pick(self.old_logp),
-            old_entropy=pick(self.old_entropy),
-            ref_logp=pick(self.ref_logp),
-        )
+        return replace(self, **{**{name: pick(values) for name, values in vars(self).items()}, "weight": weight})

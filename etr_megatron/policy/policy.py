@@ -28,13 +28,14 @@ from torch import Tensor
 
 from etr_megatron import platform
 from etr_megatron.config import Config
-from etr_megatron.objective import LossInputs, get_loss
+from etr_megatron.objective import LossOutputs, diagnostic_sums, resolve_loss
 from etr_megatron.policy.batch import PolicyBatch
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows, refuse_not_finite
 from etr_megatron.policy.model import PolicyModel, build_model, export_hf_weights, load_hf_weights
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.packing import Microbatch, pack, plan_microbatches
 from etr_megatron.policy.parallel import Layout
-from etr_megatron.vocab_parallel import vocab_parallel_logprob
+from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture, SafetensorsDir
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +51,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step. loss, sums: of the whole batch, as in `LossOutputs`. grad_norm: before clipping. lr: of this step."""
+    """One optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before clipping. lr: of
+    this step."""
 
     loss: float
     sums: dict[str, float]
@@ -86,6 +88,7 @@ class Policy:
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=config.train.distributed_optimizer,
+                overlap_grad_reduce=config.train.overlap_grad_reduce,
                 check_for_nan_in_grad=True,
             ),
             self.model,
@@ -94,6 +97,10 @@ class Policy:
         self.scheduler = _scheduler(self.optimizer, config)
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
+        if config.train.overlap_grad_reduce:
+            # Megatron's schedule turns the reduction off for all but the last microbatch.
+            self._megatron.no_sync_func = self._ddp.no_sync
+        self._policy_loss = resolve_loss(config.objective.loss)
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, reference: bool = False) -> TokenLogprobs:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
@@ -106,7 +113,8 @@ class Policy:
         micro = self._microbatches(sequences)
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
-            return batch, torch.stack(self._head(model, hidden, batch))
+            tensors, options = self._head_inputs(model, hidden, batch)
+            return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
 
         with torch.no_grad():
             found = self._run(model, micro, collect, forward_only=True)
@@ -125,7 +133,7 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
 
-        Raises FloatingPointError naming sample and rank for a log-prob that is not finite, RuntimeError for such gradients.
+        Raises FloatingPointError for a log-prob that is not finite (see `refuse_not_finite`), RuntimeError for such gradients.
         """
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -191,63 +199,47 @@ class Policy:
             collect_non_loss_data=forward_only,
         )
 
-    def _head(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of the loss rows, fp32 [R] each, from the last stage's hidden states [T (/ TP), 1, H]."""
+    def _head_inputs(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """(hidden states of the loss rows [R, H], head weight, targets [R]) and the options of the head, from the last stage's
+        hidden states [T (/ TP), 1, H]."""
         stage: PolicyModel = getattr(model, "module", model)
         split = self.config.parallel.sequence_parallel
         if split:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        return vocab_parallel_logprob(
-            hidden[:, 0].index_select(0, batch.rows),
-            stage.head_weight(),
-            batch.targets,
-            shard=stage.vocab_shard,
-            temperature=self.config.rollout.temperature,
-            chunk_rows=self.config.train.head_chunk_rows,
+        options = {
+            "shard": stage.vocab_shard,
+            "temperature": self.config.rollout.temperature,
+            "chunk_rows": self.config.train.head_chunk_rows,
             # The gather's backward reduce-scatters, so the partial sums must reach it unreduced.
-            reduce_hidden_grad=not split,
-        )
+            "reduce_hidden_grad": not split,
+        }
+        return (hidden[:, 0].index_select(0, batch.rows), stage.head_weight(), batch.targets), options
 
     def _loss(self, batch: PolicyBatch, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count."""
-        logp, entropy = self._head(self._ddp, hidden, micro)
-        device, objective = logp.device, self.config.objective
+        """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count.
 
-        def per_token(values: Sequence[Tensor]) -> Tensor:
-            return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)]).to(device)
+        A token-local loss is evaluated chunk by chunk inside the head; one of whole sequences needs all rows first.
+        """
+        known = loss_inputs(batch, micro, loss_settings(self.config.objective))
+        tensors, options = self._head_inputs(self._ddp, hidden, micro)
+        parts: list[LossOutputs] = []
 
-        def per_sample(values: Tensor) -> Tensor:
-            return values.to(device)[micro.row_sample]
+        def rows_loss(rows: slice, logp: Tensor, entropy: Tensor) -> Tensor:
+            parts.append(self._policy_loss(known.at(rows, logp, entropy)))
+            return parts[-1].loss
 
-        inputs = LossInputs(
-            logp=logp,
-            entropy=entropy,
-            old_logp=per_token(batch.old_logp),
-            rollout_logp=per_token(batch.rollout_logp),
-            ref_logp=None if batch.ref_logp is None else per_token(batch.ref_logp),
-            advantage=per_sample(batch.advantage),
-            clip_low=per_sample(batch.clip_low),
-            clip_high=per_sample(batch.clip_high),
-            weight=per_sample(batch.weight),
-            log_ratio_bound=objective.log_ratio_bound,
-            kl_coef=objective.kl_coef,
-            kl_estimator=objective.kl_estimator,
-            entropy_coef=objective.entropy_coef,
-        )
-        self._refuse_not_finite(inputs, batch, micro)
-        result = get_loss("clipped")(inputs)
-        sums = {"loss": result.loss.item(), **{name: value.item() for name, value in result.sums.items()}}
-        return result.loss, torch.tensor(len(micro.targets), dtype=torch.int, device=device), sums
-
-    def _refuse_not_finite(self, inputs: LossInputs, batch: PolicyBatch, micro: Microbatch) -> None:
-        """Raise FloatingPointError naming sample and rank when a row of any input is NaN or infinite."""
-        for name, rows in vars(inputs).items():
-            if isinstance(rows, Tensor) and not bool(torch.isfinite(rows).all()):
-                at = int((~torch.isfinite(rows)).nonzero()[0])
-                sample = batch.names[int(micro.row_sample[at])]
-                raise FloatingPointError(
-                    f"{name} is {rows[at].item()} at an active token of sample {sample} on rank {self.layout.rank}"
-                )
+        if self._policy_loss.token_local:
+            scale = self.optimizer.get_loss_scale().item()
+            loss, logp, entropy = vocab_parallel_loss(*tensors, rows_loss, backward_scale=scale, **options)
+        else:
+            logp, entropy = vocab_parallel_logprob(*tensors, **options)
+            loss = rows_loss(slice(None), logp, entropy)
+        inputs = known.at(slice(None), logp.detach(), entropy.detach())
+        refuse_not_finite(inputs, batch, micro, self.layout.rank)
+        own = {name: torch.cat([part.rows[name] for part in parts]) for name in (parts[0].rows if parts else ())}
+        result = LossOutputs(loss.detach(), own)
+        sums = {"loss": loss.item(), **diagnostic_sums(inputs, result, pass_rate_bins_of_rows(batch, micro))}
+        return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:

@@ -6,8 +6,8 @@ with GraderPool(config.reward) as pool:
 
 from __future__ import annotations
 
-from etr_megatron.reward.functions import LoadError, load_grader
+from etr_megatron.reward.functions import load_grader
 from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.reward.pool import GraderPool
 
-__all__ = ["Grade", "GradeRequest", "GraderPool", "LoadError", "load_grader"]
+__all__ = ["Grade", "GradeRequest", "GraderPool", "load_grader"]

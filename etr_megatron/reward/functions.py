@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.imports import import_function
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
 
 
-class LoadError(Exception):
-    """`reward.function` cannot be loaded; the message says why."""
-
-
 def load_grader(config: RewardConfig) -> Grader:
     """The grader that `config.function` names, ready to grade (imports done, parsers warm).
 
-    Raises LoadError if the user's module or function cannot be had.
+    Raises ImportPathError if the user's module or function cannot be had.
     """
     if config.function == "math":
         from etr_megatron.reward import symbolic
 
         symbolic.warm_up()
         return lambda request: _grade_math(request, config)
-    function = _import_function(config.function)
+    function = import_function(config.function)
     return lambda request: _grade_custom(function, request, config)
-
-
-def _import_function(path: str) -> Callable[..., Any]:
-    module_name, _, attributes = path.partition(":")
-    # A rank that torchrun started as a script has the script's folder on its path, not the working directory.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way; it is his to read about
-        raise LoadError(
-            f"importing {module_name} failed with {type(error).__name__}: {error} (looked in {os.getcwd()} and PYTHONPATH)"
-        ) from error
-    for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            raise LoadError(f"{module_name} has no {attributes}")
-        found = getattr(found, attribute)
-    if not callable(found):
-        raise LoadError(f"{attributes} in {module_name} is not callable")
-    return found
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:

@@ -15,8 +15,9 @@ from dataclasses import asdict
 from typing import BinaryIO
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.imports import ImportPathError
 from etr_megatron.platform.lifetime import die_with_parent
-from etr_megatron.reward.functions import LoadError, load_grader
+from etr_megatron.reward.functions import load_grader
 from etr_megatron.reward.grade import GradeRequest
 
 MATH_MEMORY_BYTES = 2 * 2**30
@@ -33,7 +34,7 @@ def main() -> int:
         _limit_memory()
     try:
         grade = load_grader(config)
-    except LoadError as error:
+    except ImportPathError as error:
         _send(replies, {"fatal": str(error)})
         return 1
     _send(replies, {"ready": True})

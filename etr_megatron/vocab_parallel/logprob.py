@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import Chunk, Head, add_gradients, chunk_logits, row_slices, sweep
+from etr_megatron.vocab_parallel.sweep import Backend, Chunk, Head, add_gradients, chunk_logits, row_slices, sweep
 from etr_megatron.vocab_parallel.weight_grad import weight_grad
 
 
@@ -84,6 +84,7 @@ def vocab_parallel_logprob(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of the distribution it was drawn from, both fp32 [R], differentiable in both.
 
@@ -93,13 +94,13 @@ def vocab_parallel_logprob(
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in the sampling.
     chunk_rows: rows whose logits exist at a time; None is 256 on CPU, 1024 on CUDA.
     reduce_hidden_grad: False leaves the gradient of `hidden` a partial sum over vocabulary shards, for a caller who
-    reduce-scatters it (sequence parallelism).
+    reduce-scatters it (sequence parallelism). backend: of the row-wise passes, see `Head`.
 
     Collectives: an all-gather of 16 bytes per row in forward, one all-reduce of [R, H] fp32 in backward. Every rank of the
     group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    head = Head(shard, temperature, chunk_rows)
+    head = Head(shard, temperature, chunk_rows, backend)
     if not torch.is_grad_enabled():
         logp, entropy, _ = forward_rows(head, hidden, weight, targets)
         return logp, entropy

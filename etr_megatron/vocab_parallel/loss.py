@@ -8,7 +8,7 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
     + 4 c v (TP > 1: 8)    logits, which become their own gradient
-    + 8 b v                two temporaries of b rows: all c of a chunk on CUDA, on CPU what makes 2^17 elements
+    + 8 b v                two temporaries of b rows: none with Triton, on CPU what makes 2^17 elements
     + 2 c v in bf16        the gradient as an operand (on CPU before that the product before it is widened)
     + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from etr_megatron.vocab_parallel import gemm, torch_rows
 from etr_megatron.vocab_parallel.logprob import check_shapes, vocab_parallel_logprob
 from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import Head, add_gradients, sweep
+from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, sweep
 from etr_megatron.vocab_parallel.weight_grad import WeightGrad, has_main_grad, weight_grad
 
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
@@ -118,10 +118,12 @@ def vocab_parallel_loss(
     backward_scale: float = 1.0,
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token-local loss of log-probs and entropies: (loss scalar, log-prob [R], entropy [R]), fp32, the loss differentiable.
 
-    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad: as in `vocab_parallel_logprob`.
+    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad, backend: as in
+    `vocab_parallel_logprob`.
     token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
     backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there.
 
@@ -140,9 +142,10 @@ def vocab_parallel_loss(
             temperature=temperature,
             chunk_rows=chunk_rows,
             reduce_hidden_grad=reduce_hidden_grad,
+            backend=backend,
         )
         return token_loss(every_row, logp, entropy), logp.detach(), entropy.detach()
-    head = Head(shard, temperature, chunk_rows)
+    head = Head(shard, temperature, chunk_rows, backend)
     sink = weight_grad(weight)
     return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink, reduce_hidden_grad)
 
@@ -151,10 +154,10 @@ def single_pass_bytes(
     rows: int, hidden_size: int, shard: VocabShard, *, dtype: torch.dtype, device: torch.device, chunk_rows: int | None = None
 ) -> int:
     """Peak bytes of `vocab_parallel_loss` beyond its inputs and the weight's fp32 gradient; the formula at the top."""
-    head, real = Head(shard, 1.0, chunk_rows), shard.real
+    head, real = Head(shard, chunk_rows=chunk_rows), shard.real
     chunk = head.rows_of_chunk(rows, device)
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers * chunk * real
-    scratch = 8 * torch_rows.block_rows(chunk, real, device) * real
+    scratch = 8 * torch_rows.block_rows(chunk, real, device) * real if head.rows_on(device) is torch_rows else 0
     if dtype == torch.float32:
         return needed + scratch
     product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.vocab_parallel import gemm, torch_rows
+from etr_megatron.vocab_parallel import gemm, torch_rows, triton_rows
 from etr_megatron.vocab_parallel.shard import VocabShard
 
 _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
@@ -22,13 +22,30 @@ _CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 beyond its products falls with its rows, whatever the size of the shard."""
 
 
+Backend = Literal["auto", "torch", "triton"]
+
+
 @dataclass(frozen=True)
 class Head:
-    """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device and shard."""
+    """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device.
+
+    backend: of the row-wise passes; `auto` is `triton` on a CUDA device that it can compile for, else `torch`.
+    """
 
     shard: VocabShard
-    temperature: float
-    chunk_rows: int | None
+    temperature: float = 1.0
+    chunk_rows: int | None = None
+    backend: Backend = "auto"
+
+    def rows_on(self, device: torch.device) -> ModuleType:
+        """The module with `row_statistics` and `row_gradient`. Raises ValueError where Triton is asked for and cannot run."""
+        if self.backend == "torch" or (self.backend == "auto" and device.type != "cuda"):
+            return torch_rows
+        if triton_rows.is_available(device):
+            return triton_rows
+        if self.backend == "triton":
+            raise ValueError(f"Triton cannot run on {device}: it needs CUDA of capability 8.0 or more, and to be installed")
+        return torch_rows
 
     def rows_of_chunk(self, rows: int, device: torch.device) -> int:
         """Rows of a chunk when there are `rows` in all: equal chunks, the last may be smaller; the same on every rank."""
@@ -58,17 +75,13 @@ class Chunk:
     log_sum: Tensor
 
 
-def row_backend(device: torch.device) -> ModuleType:
-    """The module with `row_statistics` and `row_gradient` for tensors on `device`."""
-    return torch_rows
-
-
 class _Travelling:
     """A chunk whose statistics are on their way between the shards."""
 
-    def __init__(self, rows: slice, logits: Tensor, columns: Tensor, shard: VocabShard) -> None:
+    def __init__(self, head: Head, rows: slice, logits: Tensor, targets: Tensor) -> None:
+        shard, columns = head.shard, head.shard.columns(targets)
         self._rows, self._logits, self._columns = rows, logits, columns
-        local = _statistics(logits, columns)
+        local = _statistics(head, logits, columns)
         self._work: Any = None
         if shard.group is None:
             self._all = local[None]
@@ -83,13 +96,13 @@ class _Travelling:
         return Chunk(self._rows, self._logits, self._columns, *_combine(self._all))
 
 
-def _statistics(logits: Tensor, columns: Tensor) -> Tensor:
+def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
     """[4, rows]; a shard of padding alone adds nothing."""
     if logits.shape[1] == 0:
         nothing = logits.new_zeros(4, len(logits))
         nothing[0] = -torch.inf
         return nothing
-    return row_backend(logits.device).row_statistics(logits, columns)
+    return head.rows_on(logits.device).row_statistics(logits, columns)
 
 
 def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +136,7 @@ def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterat
     for number, rows in enumerate(row_slices(head, hidden)):
         out = buffers[number % head.buffers, : rows.stop - rows.start]
         logits = chunk_logits(head, hidden[rows], weight, out)
-        now = _Travelling(rows, logits, head.shard.columns(targets[rows]), head.shard)
+        now = _Travelling(head, rows, logits, targets[rows])
         if head.buffers == 1:
             yield now.arrived()
             continue
@@ -148,13 +161,13 @@ def add_gradients(
     """Turn a chunk's logits into their gradient and that into the gradients of its hidden rows and of the weight.
 
     g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden, grad_hidden: all rows, [R, H]; the chunk's part
-    of `grad_hidden` (fp32, the caller's) is written. grad_weight: fp32 [Vp/TP, H], added to in place; None where nobody wants it.
+    of `grad_hidden` (fp32, the caller's) is written. grad_weight: fp32 [Vp/TP, H], added to in place, or None.
     In fp32 the gradient takes over the chunk's buffer; in bf16 it is one more, gone when this returns.
     """
     real, scale = head.shard.real, 1 / head.temperature
     if real == 0:
         return
-    grad = row_backend(hidden.device).row_gradient(
+    grad = head.rows_on(hidden.device).row_gradient(
         chunk.logits,
         chunk.columns,
         chunk.log_sum,

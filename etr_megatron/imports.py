@@ -1,0 +1,34 @@
+"""Functions that a user names by import path, `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class ImportPathError(Exception):
+    """The function cannot be had; the message says why."""
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The callable that `path` names. Raises ImportPathError for a module or name that cannot be had, or is no callable."""
+    module_name, _, attributes = path.partition(":")
+    # A rank that torchrun started as a script has the script's folder on its path, not the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way; it is his to read about
+        raise ImportPathError(
+            f"importing {module_name} failed with {type(error).__name__}: {error} (looked in {os.getcwd()} and PYTHONPATH)"
+        ) from error
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            raise ImportPathError(f"{module_name} has no {attributes}")
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise ImportPathError(f"{attributes} in {module_name} is not callable")
+    return found

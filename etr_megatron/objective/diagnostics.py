@@ -1,0 +1,59 @@
+"""What every loss is watched by: per-row values, summed in float64 overall and by the pass rate of the row's group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etr_megatron.objective.inputs import LossInputs, LossOutputs
+from etr_megatron.objective.kl import kl_estimate
+from etr_megatron.objective.losses import importance_ratio
+
+PASS_RATE_BINS = ("pass_0_25", "pass_25_50", "pass_50_75", "pass_75_100")
+"""Pass rate p in (0, .25), [.25, .5), [.5, .75), [.75, 1)."""
+
+_OF_THE_LOSS = ("ratio", "clip_upper", "clip_lower")
+
+
+def pass_rate_bins(pass_rate: Tensor, variance: Tensor) -> Tensor:
+    """Place in `PASS_RATE_BINS` of each sample's group, int64 [N]; -1 where the group has no variance.
+
+    pass_rate: [N], the verifier's mean reward in its declared range, as a share. variance: v_g [N].
+    """
+    place = (pass_rate * len(PASS_RATE_BINS)).long().clamp(0, len(PASS_RATE_BINS) - 1)
+    return torch.where(variance > 0, place, -1)
+
+
+@torch.no_grad()
+def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> dict[str, float]:
+    """Sums over the rows that add up over microbatches and ranks; of every name also `<name>_<bin>` for each bin.
+
+    bins: int64 [R], as from `pass_rate_bins`. Names: `tokens`; `entropy`; `ratio`, the importance ratio (of the token, unless
+    the loss reports its own), and `ratio_squared`; `clip_upper` and `clip_lower`, whether the bound stops the row's gradient
+    (unless the loss reports its own); `clip_radius`; `kl` to the reference model, 0 without one; `loss/<name>` of other rows.
+    """
+    own = {name: values.detach().double() for name, values in outputs.rows.items()}
+    ratio = own.get("ratio")
+    if ratio is None:
+        ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound).double()
+    kl = torch.zeros_like(ratio)
+    if inputs.ref_logp is not None:
+        kl = kl_estimate(inputs.logp, inputs.ref_logp, inputs.settings.kl_estimator, inputs.settings.log_ratio_bound)
+    rows = {
+        "tokens": torch.ones_like(ratio),
+        "entropy": inputs.entropy,
+        "ratio": ratio,
+        "ratio_squared": ratio**2,
+        "clip_upper": own.get("clip_upper", (inputs.advantage > 0) & (ratio > 1 + inputs.clip_high)),
+        "clip_lower": own.get("clip_lower", (inputs.advantage < 0) & (ratio < 1 - inputs.clip_low)),
+        "clip_radius": (inputs.clip_low + inputs.clip_high) / 2,
+        "kl": kl,
+        **{f"loss/{name}": values for name, values in own.items() if name not in _OF_THE_LOSS},
+    }
+    values = torch.stack([row.double() for row in rows.values()])
+    by_bin = torch.zeros(len(rows), 1 + len(PASS_RATE_BINS), dtype=torch.float64, device=values.device)
+    by_bin = by_bin.index_add(1, bins + 1, values).cpu()
+    sums = dict(zip(rows, by_bin.sum(1).tolist(), strict=True))
+    for place, name in enumerate(PASS_RATE_BINS, start=1):
+        sums |= {f"{row}_{name}": value for row, value in zip(rows, by_bin[:, place].tolist(), strict=True)}
+    return sums

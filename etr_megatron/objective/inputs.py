@@ -1,0 +1,138 @@
+"""The contract of a policy loss: `LossInputs` in, `LossOutputs` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from etr_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Scalars of the objective that a loss may use.
+
+    log_ratio_bound: |log r| is bounded by it before exp(). kl_coef, kl_estimator: of the KL in the loss; 0 where there is none
+    (also where the KL is in the reward). entropy_coef: of the entropy bonus. dual_clip: c of the dual clip, None is off.
+    """
+
+    log_ratio_bound: float = 20.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    dual_clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each row belongs to: what a sequence-level ratio is made with, under packing and context parallelism.
+
+    index: int64 [R], which of the sequences a row belongs to. lengths: int64 [S], response tokens of each WHOLE sequence, also
+    where this rank holds only some of its rows. reduce: sum of a [S] tensor over the ranks that hold parts of the same
+    sequences, differentiable (its backward sums the gradients over those ranks too); None where every sequence is whole.
+    is_cut: whether the rows are a chunk, of which no sequence can be summed.
+    """
+
+    index: Tensor
+    lengths: Tensor
+    reduce: Callable[[Tensor], Tensor] | None = None
+    is_cut: bool = False
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Mean of `rows` [R] over each whole sequence, [S]; 0 for a sequence without tokens.
+
+        Raises UserError for a chunk of the rows: a loss that needs whole sequences must not be marked token-local.
+        """
+        if self.is_cut:
+            raise UserError("a loss that is marked token-local asks for sums over sequences; remove the mark")
+        sums = torch.zeros(len(self.lengths), dtype=rows.dtype, device=rows.device).index_add(0, self.index, rows)
+        if self.reduce is not None:
+            sums = self.reduce(sums)
+        return sums / self.lengths.clamp(min=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each sequence's value [S] at each of its rows, [R]."""
+        return values[self.index]
+
+
+_ROWS = (
+    "old_logp",
+    "rollout_logp",
+    "advantage",
+    "clip_low",
+    "clip_high",
+    "weight",
+    "correction",
+    "group_mean",
+    "group_std",
+    "variance",
+)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss may use: R loss rows (response tokens) of one microbatch, float32 [R] each unless said otherwise.
+
+    Masked positions are not in here: they were selected out, never multiplied by zero.
+
+    logp, entropy: of the policy being trained, with gradient. old_logp: the policy that the rollout's updates started from,
+    recomputed by the trainer. rollout_logp: the inference engine's own. ref_logp: the reference model's, or None.
+    advantage, clip_low, clip_high: of each row's sample. weight: aggregation weight, the global denominator included.
+    correction: off-policy weight of the row for the gap between rollout_logp and old_logp; ones when off.
+    group_mean, group_std: of the rewards that are trained on; variance: v_g, of the verifier's; all of the row's group.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    old_logp: Tensor
+    rollout_logp: Tensor
+    advantage: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    weight: Tensor
+    correction: Tensor
+    group_mean: Tensor
+    group_std: Tensor
+    variance: Tensor
+    sequences: Sequences
+    ref_logp: Tensor | None = None
+    settings: LossSettings = field(default_factory=LossSettings)
+
+    def at(self, rows: slice, logp: Tensor, entropy: Tensor) -> LossInputs:
+        """The rows `rows` alone, with the policy's own values of them filled in.
+
+        What is known before the forward pass is built first, with placeholders for `logp` and `entropy`; a head that works
+        in chunks then asks for one chunk after the other.
+        """
+        count = len(self.old_logp)
+        index, lengths = self.sequences.index[rows], self.sequences.lengths
+        is_cut = self.sequences.is_cut or len(range(*rows.indices(count))) < count
+        return replace(
+            self,
+            logp=logp,
+            entropy=entropy,
+            ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
+            sequences=Sequences(index, lengths, self.sequences.reduce, is_cut),
+            **{name: getattr(self, name)[rows] for name in _ROWS},
+        )
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """Every float tensor [R] by name."""
+        named = {name: getattr(self, name) for name in ("logp", "entropy", *_ROWS)}
+        return named if self.ref_logp is None else {**named, "ref_logp": self.ref_logp}
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """loss: scalar, already divided by the global denominator (it is in the weights).
+
+    rows: detached values [R] to be summed over the whole step, overall and by pass rate. `ratio`, `clip_upper` and `clip_lower`
+    take the place of the defaults (see `objective.diagnostics`); any other name becomes the metric `loss/<name>`, a mean over
+    tokens.
+    """
+
+    loss: Tensor
+    rows: dict[str, Tensor] = field(default_factory=dict)

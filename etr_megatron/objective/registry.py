@@ -1,0 +1,114 @@
+"""Policy losses by name, or by the import path of a user's own.
+
+    @token_local
+    def my_loss(inputs: LossInputs) -> LossOutputs:      # in my_package/my_losses.py
+        ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound)
+        return regularized(inputs, ratio * inputs.advantage)
+
+and `objective.loss=my_package.my_losses:my_loss`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etr_megatron.errors import UserError
+from etr_megatron.imports import ImportPathError, import_function
+from etr_megatron.objective.inputs import LossInputs, LossOutputs
+
+LossFunction = Callable[[LossInputs], LossOutputs]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss and what is promised about it.
+
+    token_local: the loss of a row depends on that row alone, so that the rows may come in chunks, whose losses add up.
+    """
+
+    name: str
+    function: LossFunction
+    token_local: bool
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        """The function's outputs, checked; raises UserError for outputs of another type or shape."""
+        outputs = self.function(inputs)
+        fault = _fault(outputs, inputs)
+        if fault:
+            raise UserError(f"objective.loss {self.name} {fault}; see LossOutputs in etr_megatron/objective/inputs.py")
+        return outputs
+
+
+_LOSSES: dict[str, PolicyLoss] = {}
+
+
+def register_loss(name: str, *, token_local: bool) -> Callable[[LossFunction], LossFunction]:
+    """Decorator that makes a loss known by name. Raises ValueError when the name is taken."""
+
+    def add(function: LossFunction) -> LossFunction:
+        if name in _LOSSES:
+            raise ValueError(f"a loss named {name!r} is registered already")
+        _LOSSES[name] = PolicyLoss(name, function, token_local)
+        return function
+
+    return add
+
+
+def token_local(function: LossFunction) -> LossFunction:
+    """Decorator for a loss given by import path: the loss of a row depends on that row alone. See `PolicyLoss`."""
+    function.token_local = True  # type: ignore[attr-defined]
+    return function
+
+
+def resolve_loss(name: str) -> PolicyLoss:
+    """The registered loss of that name, or the one at that import path (`package.module:function`).
+
+    Raises UserError for an unknown name, a path that cannot be imported and a function that cannot be called with one argument.
+    """
+    if name in _LOSSES:
+        return _LOSSES[name]
+    if ":" not in name:
+        known = ", ".join(sorted(_LOSSES))
+        raise UserError(f"objective.loss is {name!r}; known are {known}, and your own as package.module:function")
+    try:
+        function = import_function(name)
+    except ImportPathError as error:
+        raise UserError(f"objective.loss is {name!r}: {error}") from error
+    if not _takes_one_argument(function):
+        raise UserError(f"objective.loss is {name!r}: it must be callable with one argument, the LossInputs")
+    return PolicyLoss(name, function, bool(getattr(function, "token_local", False)))
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature: calling it will tell
+        return True
+    return True
+
+
+def _fault(outputs: object, inputs: LossInputs) -> str:
+    """What is wrong with a loss's outputs, empty when nothing is."""
+    if not isinstance(outputs, LossOutputs):
+        return f"returned {type(outputs).__name__} instead of LossOutputs"
+    loss = outputs.loss
+    if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
+        return f"returned a loss that is no scalar tensor of floats ({_described(loss)})"
+    if torch.is_grad_enabled() and inputs.logp.requires_grad and not loss.requires_grad:
+        return "returned a loss without a gradient: it depends on neither inputs.logp nor inputs.entropy"
+    for name, rows in outputs.rows.items():
+        if not isinstance(rows, Tensor) or rows.shape != inputs.logp.shape:
+            return f"returned rows[{name!r}] that is no tensor of shape {list(inputs.logp.shape)} ({_described(rows)})"
+    return ""
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype}, shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,94 @@
+"""From a batch and a microbatch of it to what a policy loss gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from etr_megatron.config import ObjectiveConfig
+from etr_megatron.objective import LossInputs, LossSettings, Sequences
+from etr_megatron.policy.batch import PolicyBatch
+from etr_megatron.policy.packing import Microbatch
+
+
+def loss_settings(objective: ObjectiveConfig) -> LossSettings:
+    """The scalars of a resolved objective that losses see."""
+    return LossSettings(
+        log_ratio_bound=objective.log_ratio_bound,
+        kl_coef=objective.kl_coef if objective.kl_in == "loss" else 0.0,
+        kl_estimator=objective.kl_estimator,
+        entropy_coef=objective.entropy_coef,
+        dual_clip=objective.dual_clip,
+    )
+
+
+def loss_inputs(
+    batch: PolicyBatch, micro: Microbatch, settings: LossSettings, reduce: Callable[[Tensor], Tensor] | None = None
+) -> LossInputs:
+    """Everything known before the forward pass of `micro`, on its device: R rows in the microbatch's order.
+
+    `logp` and `entropy` are NaN until `LossInputs.at` fills them in. reduce: see `Sequences`.
+    """
+    device = micro.row_sample.device
+
+    def per_token(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)]).to(device)
+
+    def per_sample(values: Tensor) -> Tensor:
+        return values.to(device)[micro.row_sample]
+
+    old_logp = per_token(batch.old_logp)
+    unknown = torch.full_like(old_logp, torch.nan)
+    return LossInputs(
+        logp=unknown,
+        entropy=unknown,
+        old_logp=old_logp,
+        rollout_logp=per_token(batch.rollout_logp),
+        ref_logp=None if batch.ref_logp is None else per_token(batch.ref_logp),
+        correction=torch.ones_like(old_logp) if batch.correction is None else per_token(batch.correction),
+        advantage=per_sample(batch.advantage),
+        clip_low=per_sample(batch.clip_low),
+        clip_high=per_sample(batch.clip_high),
+        weight=per_sample(batch.weight),
+        group_mean=per_sample(batch.group_mean),
+        group_std=per_sample(batch.group_std),
+        variance=per_sample(batch.variance),
+        sequences=_sequences(batch, micro, reduce),
+        settings=settings,
+    )
+
+
+def pass_rate_bins_of_rows(batch: PolicyBatch, micro: Microbatch) -> Tensor:
+    """int64 [R], the pass-rate bin of each row's group."""
+    return batch.pass_rate_bin.to(micro.row_sample.device)[micro.row_sample]
+
+
+def refuse_not_finite(inputs: LossInputs, batch: PolicyBatch, micro: Microbatch, rank: int) -> None:
+    """Raise FloatingPointError when a row of any input is NaN or infinite.
+
+    inputs: all rows of `micro`, the policy's values filled in. The error names the input, the sample, the token's position in
+    the response (from 0) and the rank.
+    """
+    named = inputs.row_tensors()
+    broken = ~torch.isfinite(torch.stack(list(named.values())))
+    if not bool(broken.any()):
+        return
+    # In the order of rows: a token's first bad input is more telling than the first input's bad token.
+    row, number = broken.T.nonzero()[0].tolist()
+    name = list(named)[number]
+    sample = int(micro.row_sample[row])
+    position = int((micro.row_sample[:row] == sample).sum())
+    raise FloatingPointError(
+        f"{name} is {named[name][row].item()} at an active token: position {position} in the response of sample "
+        f"{batch.names[sample]}, on rank {rank}"
+    )
+
+
+def _sequences(batch: PolicyBatch, micro: Microbatch, reduce: Callable[[Tensor], Tensor] | None) -> Sequences:
+    device = micro.row_sample.device
+    place = torch.zeros(len(batch), dtype=torch.long)
+    place[list(micro.samples)] = torch.arange(len(micro.samples))
+    lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
+    return Sequences(place.to(device)[micro.row_sample], lengths.to(device), reduce)

@@ -1,0 +1,194 @@
+"""The two row-wise passes of `torch_rows` as Triton kernels: logits are read once for the statistics, and read once and written
+once for the gradient. Matrix products stay with the library.
+
+Runs compiled on CUDA (sm_80 and later), or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before triton is first
+imported), which is for tests. So far it has been run in the interpreter alone, and compiled to machine code for sm_80 and sm_90
+without being started: no speed is claimed. `tests/test_triton_rows.py` runs the same cases compiled wherever there is a GPU.
+
+Loads and stores are 16 bytes wide where `real` and the distance between rows are multiples of 16 (as with a vocabulary of 151,936
+at TP1 to TP8); other sizes give the same results, slower.
+
+triton is optional: this module can be imported without it, and `is_available` is then False.
+
+Precondition of both passes: no logit is NaN or +inf (those give NaN in their row). A logit of -inf is a column of probability
+zero; it adds nothing to the entropy and its gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_TILE = 4096
+"""Columns a program takes at a time: 16 fp32 values for each thread of 8 warps."""
+
+_PROGRAMS = 512
+"""Programs that keep a GPU busy (132 multiprocessors of an H100, a few each); with fewer rows than that, rows are split."""
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of `device`: CUDA with capability >= 8.0, or CPU where triton interprets."""
+    if triton is None:
+        return False
+    if device.type == "cuda":
+        return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not isinstance(_statistics_kernel, triton.JITFunction)
+
+
+def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
+    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+
+    logits: fp32 or bf16 [rows, real], columns adjacent in memory (rows may be further apart). columns: int64 [rows], the
+    target's column, -1 where another shard has it (its target logit is then 0). A row of -inf alone, or of no column, gives m =
+    -inf and zero sums. Raises ValueError for another layout or dtype.
+    """
+    rows, real = logits.shape
+    _check_layout(logits, "logits")
+    tile = min(_TILE, triton.next_power_of_2(max(1, real)))
+    span = tile * triton.cdiv(triton.cdiv(max(1, real), tile), max(1, _PROGRAMS // max(1, rows)))
+    splits = triton.cdiv(max(1, real), span)
+    partial = torch.empty(splits, 4, rows, dtype=torch.float32, device=logits.device)
+    warps = _warps(tile)
+    _statistics_kernel[rows, splits](logits, columns, partial, logits.stride(0), rows, real, span, TILE=tile, num_warps=warps)
+    if splits == 1:
+        return partial[0]
+    found = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
+    _join_kernel[(rows,)](partial, found, rows, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    return found
+
+
+def row_gradient(
+    logits: Tensor, columns: Tensor, log_sum: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None, out: Tensor
+) -> Tensor:
+    """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
+
+    logits, columns: as in `row_statistics`. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows]; log p = logits - log_sum.
+    g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real], columns adjacent; may be `logits`
+    itself, and may not overlap it in any other way. Where p underflows to 0 so does the gradient, the target's g_logp aside.
+    """
+    rows, real = logits.shape
+    _check_layout(logits, "logits")
+    _check_layout(out, "out")
+    tile = min(_TILE, triton.next_power_of_2(max(1, real)))
+    _gradient_kernel[rows, triton.cdiv(real, tile)](
+        logits,
+        columns,
+        *(x.contiguous() for x in (log_sum, entropy, g_logp)),
+        g_logp if g_entropy is None else g_entropy.contiguous(),  # a pointer that is not followed
+        out,
+        logits.stride(0),
+        out.stride(0),
+        real,
+        HAS_ENTROPY=g_entropy is not None,
+        TILE=tile,
+        num_warps=_warps(tile),
+    )
+    return out
+
+
+def _check_layout(matrix: Tensor, name: str) -> None:
+    if matrix.dtype not in (torch.float32, torch.bfloat16) or (matrix.shape[1] > 1 and matrix.stride(1) != 1):
+        raise ValueError(
+            f"{name} must be fp32 or bf16 with adjacent columns, not {matrix.dtype} of shape {tuple(matrix.shape)} and strides "
+            f"{matrix.stride()}"
+        )
+
+
+def _warps(tile: int) -> int:
+    return min(8, max(1, tile // 512))
+
+
+def _jit(kernel: Callable[..., None]) -> Any:
+    """`triton.jit` where there is triton; the kernels' own annotations are triton's."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@_jit
+def _statistics_kernel(logits, columns, partial, row_stride, rows, real, span, TILE: tl.constexpr):
+    """Program (row, split): statistics of columns [split * span, (split + 1) * span) into partial [splits, 4, rows].
+
+    Online softmax (Milakov and Gimelshein, arXiv 1805.02867): sums are rescaled whenever the maximum grows. The maximum itself
+    contributes exactly exp(0) = 1, so that a log-prob, m' - m - log(sum), cannot be above zero.
+    """
+    row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2^31 logits
+    split = tl.program_id(1)
+    begin = split * span
+    end = tl.minimum(begin + span, real)
+    line = logits + row * row_stride
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)  # one sum per lane: a single reduction over the program's threads, at the end
+    weighted = tl.zeros((TILE,), tl.float32)
+    for start in range(begin, end, TILE):
+        index = start + tl.arange(0, TILE)
+        x = tl.load(line + index, mask=index < end, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing but -inf so far: -inf - -inf is NaN
+        shrink = tl.exp(top - base)
+        e = tl.exp(x - base)
+        total = total * shrink + e
+        weighted = weighted * shrink + e * tl.where(e == 0.0, 0.0, x)  # 0 * -inf is NaN
+        top = new_top
+    column = tl.load(columns + row)
+    here = (column >= begin) & (column < end)
+    target = tl.load(line + column, mask=here, other=0.0).to(tl.float32)
+    found = partial + split * 4 * rows + row
+    tl.store(found, top)
+    tl.store(found + rows, tl.sum(total, 0))
+    tl.store(found + 2 * rows, target)
+    tl.store(found + 3 * rows, tl.sum(weighted, 0))
+
+
+@_jit
+def _join_kernel(partial, found, rows, splits, SPLITS: tl.constexpr):
+    """Program (row): found [4, rows] from partial [splits, 4, rows]."""
+    row = tl.program_id(0)
+    split = tl.arange(0, SPLITS)
+    here = split < splits
+    source = partial + split * 4 * rows + row
+    top = tl.load(source, mask=here, other=float("-inf"))
+    peak = tl.max(top, 0)
+    shrink = tl.exp(top - tl.where(peak == float("-inf"), 0.0, peak))
+    tl.store(found + row, peak)
+    tl.store(found + rows + row, tl.sum(tl.load(source + rows, mask=here, other=0.0) * shrink, 0))
+    tl.store(found + 2 * rows + row, tl.sum(tl.load(source + 2 * rows, mask=here, other=0.0), 0))
+    tl.store(found + 3 * rows + row, tl.sum(tl.load(source + 3 * rows, mask=here, other=0.0) * shrink, 0))
+
+
+@_jit
+def _gradient_kernel(
+    logits,
+    columns,
+    log_sum,
+    entropy,
+    g_logp,
+    g_entropy,
+    out,
+    logits_stride,
+    out_stride,
+    real,
+    HAS_ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Program (row, tile): a tile is read before it is written and nobody else touches it, so `out` may be `logits`."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = index < real
+    x = tl.load(logits + row * logits_stride + index, mask=inside, other=float("-inf")).to(tl.float32)
+    log_p = x - tl.load(log_sum + row)
+    p = tl.exp(log_p)
+    upstream = tl.load(g_logp + row)
+    slope = tl.zeros((TILE,), tl.float32) + upstream
+    if HAS_ENTROPY:
+        slope += tl.load(g_entropy + row) * (log_p + tl.load(entropy + row))
+    grad = -p * tl.where(p == 0.0, 0.0, slope)  # 0 * -inf is NaN
+    grad += tl.where(index == tl.load(columns + row), upstream, 0.0)
+    tl.store(out + row * out_stride + index, grad.to(out.dtype.element_ty), mask=inside)

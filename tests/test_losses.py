@@ -1,0 +1,283 @@
+"""Every policy loss: values and gradients against NumPy, splits and chunks, extremes, and a user's own loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etr_megatron.config import LOSSES
+from etr_megatron.errors import UserError
+from etr_megatron.objective import (
+    PASS_RATE_BINS,
+    LossInputs,
+    LossOutputs,
+    LossSettings,
+    diagnostic_sums,
+    register_loss,
+    regularized,
+    resolve_loss,
+    token_local,
+)
+from tests.loss_cases import Case, random_case, reference
+
+SETTINGS = {
+    "plain": LossSettings(),
+    "entropy": LossSettings(entropy_coef=0.1),
+    "k1": LossSettings(kl_coef=0.3, kl_estimator="k1"),
+    "k2": LossSettings(kl_coef=0.3, kl_estimator="k2"),
+    "k3_and_entropy": LossSettings(kl_coef=0.3, kl_estimator="k3", entropy_coef=0.2),
+}
+LOCAL = [name for name in LOSSES if resolve_loss(name).token_local]
+
+
+def evaluate(name: str, case: Case, logp: np.ndarray, entropy: np.ndarray) -> tuple[LossOutputs, np.ndarray, np.ndarray]:
+    """Outputs, and the derivatives with respect to log-probs and entropies."""
+    x, h = (torch.tensor(values, requires_grad=True) for values in (logp, entropy))
+    outputs = resolve_loss(name)(case.inputs(x, h))
+    d_logp, d_entropy = torch.autograd.grad(outputs.loss, (x, h), allow_unused=True)
+    return outputs, d_logp.numpy(), np.zeros_like(entropy) if d_entropy is None else d_entropy.numpy()
+
+
+def assert_equals_reference(name: str, case: Case, logp: np.ndarray, entropy: np.ndarray) -> None:
+    outputs, *gradients = evaluate(name, case, logp, entropy)
+    loss, *wanted = reference(name, case, logp, entropy)
+    assert outputs.loss.item() == pytest.approx(loss, abs=1e-12)
+    for found, expected in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_configs_losses_are_the_registrys() -> None:
+    assert all(resolve_loss(name).name == name for name in LOSSES)
+    assert LOCAL == ["clipped", "cispo", "reinforce"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("which", SETTINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradients_equal_the_numpy_reference(name: str, which: str, seed: int) -> None:
+    assert_equals_reference(name, *random_case(seed, SETTINGS[which]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dual_clip_bounds_the_loss_of_exploding_ratios(seed: int) -> None:
+    case, logp, entropy = random_case(seed, LossSettings(dual_clip=1.5), spread=1.5)
+    assert_equals_reference("clipped", case, logp, entropy)
+    stopped = evaluate("clipped", case, logp, entropy)[0].rows["dual_clip"].numpy()
+    ratio = np.exp(logp - case.rows["old_logp"])
+    np.testing.assert_array_equal(stopped, (case.rows["advantage"] < 0) & (ratio > 1.5))
+    assert stopped.any()
+
+
+# CISPO is left out: what it holds constant, a finite difference would not.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cispo"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    case, logp, entropy = random_case(4, LossSettings(kl_coef=0.3, entropy_coef=0.2), lengths=(3, 2, 4))
+    x, h = (torch.tensor(values, requires_grad=True) for values in (logp, entropy))
+    assert torch.autograd.gradcheck(lambda a, b: resolve_loss(name)(case.inputs(a, b)).loss, (x, h))
+
+
+def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradient() -> None:
+    case, _, entropy = random_case(0)
+    logp = case.rows["old_logp"]
+    plain = -case.rows["weight"] * case.rows["correction"] * case.rows["advantage"]
+    for name in LOSSES:
+        outputs, gradient, _ = evaluate(name, case, logp, entropy)
+        if name == "gspo":  # every token of a sequence moves the whole sequence's ratio
+            means = [plain[case.index == i].mean() for i in range(len(case.lengths))]
+            plain_here = np.array(means)[case.index]
+        else:
+            plain_here = plain
+        np.testing.assert_allclose(gradient, plain_here, atol=1e-12)
+        rows = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+        sums = diagnostic_sums(rows, outputs, torch.zeros(len(logp), dtype=torch.long))
+        assert sums["clip_upper"] == sums["clip_lower"] == 0 and sums["ratio"] == pytest.approx(sums["tokens"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.sampled_from(LOSSES), seed=st.integers(0, 10_000), order=st.permutations(range(5)), cut=st.integers(1, 4))
+def test_nothing_depends_on_sample_order_or_on_the_split_over_microbatches(name, seed, order, cut) -> None:
+    case, logp, entropy = random_case(seed, LossSettings(kl_coef=0.3, entropy_coef=0.2))
+    whole, gradient, _ = evaluate(name, case, logp, entropy)
+    total, found = 0.0, np.zeros_like(gradient)
+    for samples in (list(order[:cut]), list(order[cut:])):
+        rows = np.concatenate([np.flatnonzero(case.index == sample) for sample in samples])
+        part, found[rows], _ = evaluate(name, case.part(samples), logp[rows], entropy[rows])
+        total += part.loss.item()
+    assert total == pytest.approx(whole.loss.item(), abs=1e-12)
+    np.testing.assert_allclose(found, gradient, atol=1e-14)
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.sampled_from(LOCAL), seed=st.integers(0, 10_000), ends=st.sets(st.integers(1, 17)))
+def test_chunks_of_a_token_local_loss_add_up(name, seed, ends) -> None:
+    case, logp, entropy = random_case(seed, LossSettings(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0))
+    whole, gradient, _ = evaluate(name, case, logp, entropy)
+    known = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    total, pieces = 0.0, []
+    for start, end in zip([0, *sorted(ends)], [*sorted(ends), len(logp)], strict=True):
+        x = torch.tensor(logp[start:end], requires_grad=True)
+        outputs = resolve_loss(name)(known.at(slice(start, end), x, torch.tensor(entropy[start:end])))
+        pieces.append(torch.autograd.grad(outputs.loss, x)[0].numpy())
+        total += outputs.loss.item()
+    assert total == pytest.approx(whole.loss.item(), abs=1e-12)
+    np.testing.assert_array_equal(np.concatenate(pieces), gradient)
+
+
+def test_a_chunk_has_no_sequences_to_sum() -> None:
+    case, logp, entropy = random_case(0)
+    known = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    with pytest.raises(UserError, match="marked token-local asks for sums over sequences"):
+        resolve_loss("gspo")(known.at(slice(0, 3), known.logp[:3], known.entropy[:3]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_huge_log_ratios_and_no_rows_stay_finite(name: str) -> None:
+    far = LossSettings(kl_coef=1.0, entropy_coef=0.1)
+    case, _, entropy = random_case(0, far, lengths=(1, 1, 1, 1))
+    case.rows["old_logp"] = np.array([-2000.0, 0.0, -2000.0, 0.0])
+    case.rows["ref_logp"] = np.array([0.0, -2000.0, -2000.0, 0.0])
+    case.rows["advantage"] = np.array([1.0, 1.0, -1.0, -1.0])
+    outputs, gradient, _ = evaluate(name, case, np.array([0.0, -2000.0, 0.0, -2000.0]), entropy)
+    assert torch.isfinite(outputs.loss) and np.isfinite(gradient).all()
+    outputs, gradient, _ = evaluate(name, *random_case(0, far, lengths=(0,)))
+    assert outputs.loss.item() == 0 and len(gradient) == 0
+
+
+def test_sequences_without_tokens_have_mean_zero() -> None:
+    case, logp, entropy = random_case(0, lengths=(3, 0, 2))
+    outputs, gradient, _ = evaluate("gspo", case, logp, entropy)
+    assert torch.isfinite(outputs.loss) and np.isfinite(gradient).all()
+    means = case.inputs(torch.tensor(logp), torch.tensor(entropy)).sequences.mean(torch.tensor(logp))
+    np.testing.assert_allclose(means.numpy(), [logp[:3].mean(), 0.0, logp[3:].mean()])
+
+
+def test_correction_leaves_kl_and_entropy_alone() -> None:
+    case, logp, entropy = random_case(0, LossSettings(kl_coef=0.3, entropy_coef=0.2))
+    case.rows["correction"] = np.zeros_like(logp)
+    loss, d_logp, d_entropy = reference("clipped", case, logp, entropy)
+    assert np.abs(d_logp).min() > 0 and np.abs(d_entropy).min() > 0
+    assert_equals_reference("clipped", case, logp, entropy)
+    without = replace(case, rows={**case.rows, "advantage": np.zeros_like(logp)})
+    assert evaluate("clipped", without, logp, entropy)[0].loss.item() == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str) -> None:
+    case, logp, entropy = random_case(8)
+    r, bins = case.rows, np.array([-1, 2, 0, 0, 3])[case.index]
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    sums = diagnostic_sums(inputs, resolve_loss(name)(inputs), torch.tensor(bins))
+    ratio = np.exp(logp - r["old_logp"])
+    if name == "gspo":
+        own = [np.exp((logp - r["old_logp"])[case.index == i].mean()) for i in range(len(case.lengths))]
+        ratio = np.array(own)[case.index]
+    above, below = ratio > 1 + r["clip_high"], ratio < 1 - r["clip_low"]
+    if name in ("clipped", "gspo"):
+        above, below = above & (r["advantage"] > 0), below & (r["advantage"] < 0)
+    if name == "reinforce":
+        above, below = np.zeros_like(above), np.zeros_like(below)
+    x = r["ref_logp"] - logp
+    rows = {
+        "tokens": np.ones_like(logp),
+        "entropy": entropy,
+        "ratio": ratio,
+        "ratio_squared": ratio**2,
+        "clip_upper": above,
+        "clip_lower": below,
+        "clip_radius": (r["clip_low"] + r["clip_high"]) / 2,
+        "kl": np.exp(x) - 1 - x,
+    }
+    assert name == "reinforce" or (above.any() and below.any())
+    wanted = {key: values.sum() for key, values in rows.items()}
+    for place, bin_name in enumerate(PASS_RATE_BINS):
+        wanted |= {f"{key}_{bin_name}": values[bins == place].sum() for key, values in rows.items()}
+    assert sums == pytest.approx(wanted)
+
+
+# A user's own losses, reached by import path.
+
+
+@token_local
+def squared(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, -((inputs.logp - inputs.group_mean) ** 2), {"gap": inputs.logp - inputs.group_mean})
+
+
+def whole_sequences(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.sequences.spread(inputs.sequences.mean(inputs.logp)) * inputs.advantage)
+
+
+def returns_a_tensor(inputs: LossInputs) -> torch.Tensor:
+    return inputs.logp.sum()
+
+
+def returns_rows(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp)
+
+
+def forgets_the_policy(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.advantage.sum())
+
+
+def reports_a_scalar(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum(), {"gap": inputs.logp.mean()})
+
+
+def takes_too_much(inputs: LossInputs, beta: float) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum() * beta)
+
+
+NO_FUNCTION = 3
+
+
+def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
+    loss = resolve_loss("tests.test_losses:squared")
+    assert loss.token_local and not resolve_loss("tests.test_losses:whole_sequences").token_local
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    outputs = loss(inputs)
+    r = case.rows
+    gap = logp - r["group_mean"]
+    assert outputs.loss.item() == pytest.approx((r["weight"] * r["correction"] * gap**2).sum())
+    sums = diagnostic_sums(inputs, outputs, torch.zeros(len(logp), dtype=torch.long))
+    assert sums["loss/gap"] == pytest.approx(gap.sum())
+    assert sums["ratio"] == pytest.approx(np.exp(logp - r["old_logp"]).sum())
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        ("returns_a_tensor", "returned Tensor instead of LossOutputs"),
+        ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
+        ("forgets_the_policy", "without a gradient"),
+        ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
+    ],
+)
+def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) -> None:
+    case, logp, entropy = random_case(1)
+    with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{function} .*{complaint}"):
+        evaluate(f"tests.test_losses:{function}", case, logp, entropy)
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("nothing", "known are cispo, clipped, gspo, reinforce"),
+        ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
+        ("tests.test_losses:none", "has no none"),
+        ("tests.test_losses:NO_FUNCTION", "is not callable"),
+        ("tests.test_losses:takes_too_much", "callable with one argument"),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"objective.loss is '{path}'.*{complaint}"):
+        resolve_loss(path)
+
+
+def test_names_are_unique() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        register_loss("clipped", token_local=True)(squared)

@@ -1,0 +1,94 @@
+"""The policy's gradients against autograd through transformers, for every way that they reach Megatron's buffers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.hf_models import random_sequences
+from tests.policy_jobs import build, make_batch
+
+TEMPERATURE, ENTROPY_COEF = 0.8, 0.05
+BASE = [
+    # With an epsilon of 1, Adam's first step is lr g / (|g| + 1): the weights show the gradients one to one.
+    *("train.lr=1", "train.adam_eps=1", "train.clip_grad=0", "train.head_chunk_rows=7", "train.tokens_per_microbatch=90"),
+    *(f"rollout.temperature={TEMPERATURE}", f"objective.entropy_coef={ENTROPY_COEF}"),
+]
+LAYOUTS = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "dp2_overlapped_reduction": (2, ["parallel.tp=1", "train.overlap_grad_reduce=true"]),
+    "dp2_overlapped_distributed_optimizer": (
+        2,
+        ["parallel.tp=1", "train.overlap_grad_reduce=true", "train.distributed_optimizer=true"],
+    ),
+    "tp2_pp2_overlapped_reduction": (4, ["parallel.tp=2", "parallel.pp=2", "train.overlap_grad_reduce=true"]),
+}
+
+
+def step(model: str, sequences: list, old_logp: list, overrides: list[str], whole_sequences: bool) -> dict[str, torch.Tensor]:
+    """Adam's first step by HF name. whole_sequences: as for a loss that needs them, so that the head recomputes."""
+    policy = build(model, [*BASE, *overrides])
+    if whole_sequences:
+        policy._policy_loss = replace(policy._policy_loss, token_local=False)
+    before = {name: tensor.clone() for name, tensor in policy.export()}
+    policy.update(replace(make_batch(sequences), old_logp=tuple(old_logp)))
+    return {name: before[name] - tensor for name, tensor in policy.export()}
+
+
+def reference(model: str, sequences: list) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
+    """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens)."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    batch = make_batch(sequences)
+    loss, olds, clipped = 0.0, [], 0
+    for i, (prompt, response) in enumerate(sequences):
+        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        log_p = torch.log_softmax(logits, -1)
+        logp = log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        olds.append((logp.detach() + 0.15 * (batch.old_logp[i] + 4)).float())
+        ratio, advantage = (logp - olds[-1].double()).exp(), batch.advantage[i].double()
+        bounded = ratio.clamp(1 - batch.clip_low[i].double(), 1 + batch.clip_high[i].double())
+        surrogate = torch.minimum(ratio * advantage, bounded * advantage)
+        clipped += int((ratio * advantage > bounded * advantage).sum())
+        loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    return olds, gradients, clipped / sum(len(old) for old in olds)
+
+
+@pytest.fixture(scope="module")
+def references(hf_models):
+    done = {}
+
+    def get(family: str) -> tuple:
+        if family not in done:
+            done[family] = reference(hf_models[family], random_sequences())
+        return done[family]
+
+    return get
+
+
+@pytest.mark.parametrize("way", ["single_pass", "recompute"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
+def test_gradients_equal_autograd_through_transformers(gangs, hf_models, references, family, layout, way):
+    world, overrides = LAYOUTS[layout]
+    olds, gradients, clipped = references(family)
+    assert 0.2 < clipped < 0.8
+    for found in gangs(world).run(
+        "tests.test_policy_gradients:step",
+        model=hf_models[family],
+        sequences=random_sequences(),
+        old_logp=olds,
+        overrides=overrides,
+        whole_sequences=way == "recompute",
+    ):
+        assert gradients.keys() <= found.keys()
+        for name, gradient in gradients.items():
+            wanted = gradient / (gradient.abs() + 1)
+            torch.testing.assert_close(found[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

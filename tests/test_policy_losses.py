@@ -1,0 +1,97 @@
+"""Every algorithm's loss through the policy: the layout changes neither loss nor gradients, and a user's own loss trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from etr_megatron.objective import LossInputs, LossOutputs, regularized, token_weights
+from tests.hf_models import random_sequences
+from tests.policy_jobs import build, make_batch
+
+PRESETS = ("etr", "dr_grpo", "gspo", "cispo", "rloo")
+"""One of each loss; the others differ from `etr` in numbers that are decided before the policy."""
+LAYOUTS = {"tp2": (2, ["parallel.tp=2"]), "dp2": (2, ["parallel.tp=1", "train.tokens_per_microbatch=60"])}
+# See tests/test_policy_training.py: with this epsilon the weights after an update show the gradients one to one.
+BASE = ["train.lr=1", "train.adam_eps=1", "train.clip_grad=0", "objective.kl_coef=0.1", "objective.entropy_coef=0.01"]
+
+
+def train(model: str, sequences: list, overrides: list[str]) -> dict[str, Any]:
+    """Two updates on a batch whose tokens and whole sequences straddle their bounds."""
+    policy = build(model, overrides)
+    objective = policy.config.objective
+    batch = make_batch(sequences)
+    old = policy.logprobs(batch.sequences)
+    shift = torch.linspace(-0.4, 0.4, len(batch))
+    lengths = [len(response) for _, response in sequences]
+    batch = replace(
+        batch,
+        old_logp=tuple(a + s + 0.2 * (b - b.mean()) for a, b, s in zip(old.logp, batch.old_logp, shift, strict=True)),
+        ref_logp=tuple(a + 0.1 * b for a, b in zip(old.logp, batch.rollout_logp, strict=True)),
+        correction=tuple(0.5 + torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in lengths),
+        weight=torch.tensor(token_weights(lengths, objective.aggregation, objective.constant_length)),
+    )
+    steps = [policy.update(batch) for _ in range(2)]
+    return {
+        "loss": [step.loss for step in steps],
+        "grad_norm": [step.grad_norm for step in steps],
+        "sums": [step.sums for step in steps],
+        "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
+    # 7 samples of uneven lengths: data-parallel ranks get different numbers of tokens and of samples.
+    return gangs(world).run(
+        "tests.test_policy_losses:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides]
+    )
+
+
+@pytest.fixture(scope="module")
+def single(gangs, hf_models):
+    """The one-process run of a preset, all samples in one microbatch."""
+    done = {}
+
+    def get(preset: str) -> dict:
+        if preset not in done:
+            done[preset] = run(gangs, hf_models["qwen3"], 1, ["parallel.tp=1", f"objective.preset={preset}"])[0]
+        return done[preset]
+
+    return get
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_loss_and_gradients_do_not_depend_on_the_layout(gangs, hf_models, single, preset, layout):
+    world, overrides = LAYOUTS[layout]
+    wanted = single(preset)
+    clipped = wanted["sums"][0]["clip_upper"] + wanted["sums"][0]["clip_lower"]
+    assert clipped == 0 if preset == "rloo" else clipped > 0
+    for found in run(gangs, hf_models["qwen3"], world, [*overrides, f"objective.preset={preset}"]):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+        for a, b in zip(found["sums"], wanted["sums"], strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        for name, tensor in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_presets_train_differently(single):
+    losses = [single(preset)["loss"][1] for preset in PRESETS]
+    assert len({round(loss, 4) for loss in losses}) == len(PRESETS)
+
+
+def pull_up(inputs: LossInputs) -> LossOutputs:
+    """Maximises the plain log-prob, and reports it."""
+    return regularized(inputs, inputs.logp, {"logp": inputs.logp})
+
+
+def test_a_users_loss_by_import_path_trains(gangs, hf_models):
+    overrides = ["parallel.tp=1", "objective.loss=tests.test_policy_losses:pull_up", "objective.kl_coef=0"]
+    (found,) = run(gangs, hf_models["qwen3"], 1, overrides)
+    before, after = (sums["loss/logp"] / sums["tokens"] for sums in found["sums"])
+    assert after > before + 0.01
+    assert {"ratio", "clip_upper", "kl", "tokens_pass_25_50"} <= found["sums"][0].keys()

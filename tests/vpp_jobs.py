@@ -1,0 +1,107 @@
+"""A toy model under Megatron's interleaved schedule, with the single-pass loss on its last chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+import etr_megatron.policy.parallel  # noqa: F401  (its import makes megatron.core importable without a GPU)
+from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_loss
+from tests.vocab_cases import Case, loss_case
+
+LAYERS, SEQUENCE, HIDDEN, VOCAB, MICROBATCHES = 4, 5, 12, 31, 4
+
+
+def microbatch(number: int) -> Case:
+    """Its `hidden` [SEQUENCE, HIDDEN] are the embeddings that the first layer gets; its `weight` is not used."""
+    case = loss_case(SEQUENCE, HIDDEN, VOCAB, seed=10 + number)
+    return replace(case, old_logp=torch.linspace(-4.0, -3.0, SEQUENCE))  # about those of the small head
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    """Layers [HIDDEN, HIDDEN] and the head [VOCAB, HIDDEN]."""
+    generator = torch.Generator().manual_seed(3)
+    layers = {f"layer{n}": 0.5 * torch.randn(HIDDEN, HIDDEN, generator=generator) for n in range(LAYERS)}
+    return {**layers, "head": 0.1 * torch.randn(VOCAB, HIDDEN, generator=generator)}
+
+
+def interleaved() -> dict[str, torch.Tensor]:
+    """This rank's gradients by parameter after one step of two stages with two chunks each, their reduction overlapped."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from etr_megatron.policy.parallel import _destroy_layout
+
+    _destroy_layout()
+    mpu.initialize_model_parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        # Of two stages each is the other's predecessor and successor: in one batch their messages would be mixed up.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=True,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+    )
+
+    class Chunk(MegatronModule):
+        def __init__(self, number: int) -> None:
+            super().__init__(config)
+            self.number, self.model_type = number, ModelType.encoder_or_decoder
+            self.layer = torch.nn.Parameter(parameters()[f"layer{number}"])
+            if number == LAYERS - 1:
+                self.head = torch.nn.Parameter(parameters()["head"])
+
+        def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
+            self._received = tensors[0] if isinstance(tensors, list) else tensors
+
+        def forward(self, case: Case) -> torch.Tensor:
+            states = case.hidden[:, None] if self.number == 0 else self._received
+            return torch.tanh(states @ self.layer)
+
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    chunks = [
+        DistributedDataParallel(config, ddp_config, Chunk(2 * part + dist.get_rank()), disable_bucketing=part > 0)
+        for part in range(2)
+    ]
+    config.no_sync_func = [chunk.no_sync for chunk in chunks]
+    config.finalize_model_grads_func = lambda model, *_args, **_options: [chunk.finish_grad_sync() for chunk in model]
+
+    def forward(iterator, chunk):
+        case = next(iterator)
+
+        def loss(states: torch.Tensor):
+            head = chunk.module.head
+            total, _, _ = vocab_parallel_loss(
+                states[:, 0], head, case.targets, case.token_loss, shard=VocabShard(VOCAB, VOCAB), chunk_rows=2
+            )
+            return total, torch.tensor(SEQUENCE, dtype=torch.int), {}
+
+        return chunk(case), loss
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter([microbatch(n) for n in range(MICROBATCHES)]) for _ in chunks],
+        model=chunks,
+        num_microbatches=MICROBATCHES,
+        seq_length=SEQUENCE,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    found = {f"layer{chunk.module.number}": chunk.module.layer.main_grad.clone() for chunk in chunks}
+    if hasattr(chunks[-1].module, "head"):
+        found["head"] = chunks[-1].module.head.main_grad.clone()
+    _destroy_layout()
+    return found
