@@ -80,6 +80,8 @@ def _is_laid_out(tp: int, pp: int) -> bool:
 
 def _destroy_layout() -> None:
     """Megatron's own clean-up only forgets its groups; a forgotten gloo group keeps three threads, one of them polling."""
+    if not mpu.model_parallel_is_initialized():
+        return  # some of Megatron's names still hold groups of the layout before, destroyed already
     values = [value if isinstance(value, list) else [value] for value in vars(mpu).values()]
     groups = {group for some in values for group in some if isinstance(group, dist.ProcessGroup)} - {dist.group.WORLD}
     for group in groups:

@@ -5,8 +5,8 @@ Runs compiled on CUDA (sm_80 and later), or on CPU tensors in Triton's interpret
 imported), which is for tests. So far it has been run in the interpreter alone, and compiled to machine code for sm_80 and sm_90
 without being started: no speed is claimed. `tests/test_triton_rows.py` runs the same cases compiled wherever there is a GPU.
 
-Loads and stores are 16 bytes wide where `real` and the distance between rows are multiples of 16 (as with a vocabulary of 151,936
-at TP1 to TP8); other sizes give the same results, slower.
+Loads and stores are 16 bytes wide where `real` and the distance between rows are multiples of 16 (as with a vocabulary of
+151,936 at TP1 to TP8); other sizes give the same results, slower.
 
 triton is optional: this module can be imported without it, and `is_available` is then False.
 
