@@ -45,13 +45,15 @@ def test_values_and_gradients_equal_float64_autograd(rows, hidden, vocab, chunk_
         )
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
-def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab):
+def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap):
     case = loss_case(10, 24, vocab)
     wanted = case.answer()
     whole, partial = (
-        gangs(world).run("tests.vocab_jobs:single_pass", case=case, already=1.5, reduce=reduce) for reduce in (True, False)
+        gangs(world).run("tests.vocab_jobs:single_pass", case=case, already=1.5, reduce=reduce, overlap=overlap)
+        for reduce in (True, False)
     )
     for replies in (whole, partial):
         weight_grad = torch.cat([reply["weight_grad"] for reply in replies])
@@ -108,6 +110,16 @@ def test_autograd_gets_zeros_and_the_mark_that_tells_megatron_not_to_add():
     assert not weight.grad_added_to_main_grad
     loss.backward()
     assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape and not weight.grad.any()
+    assert weight.grad.untyped_storage().nbytes() == 4  # and they take no memory
+
+
+def test_a_tied_embeddings_own_gradient_is_left_for_megatrons_hook():
+    case = loss_case(7, 12, 50)
+    weight = with_main_grad(case.weight)
+    weight.zero_out_wgrad = True
+    loss, _, _ = run(case, weight)
+    (loss + 2 * weight[3].sum()).backward()
+    assert weight.grad[3].eq(2).all() and weight.grad.sum() == 24
 
 
 def test_without_gradients_the_buffer_stays_untouched():
@@ -175,5 +187,5 @@ def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_
     wanted = single_pass_bytes(
         rows, hidden, VocabShard(vocab, vocab), dtype=dtype, device=torch.device("cpu"), chunk_rows=chunk_rows
     )
-    measured = peak_bytes(forward)
+    measured = peak_bytes(lambda: forward()[0].backward())
     assert 0.95 * wanted <= measured <= 1.05 * wanted, (measured, wanted)

@@ -85,6 +85,7 @@ def vocab_parallel_logprob(
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
     backend: Backend = "auto",
+    overlap: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of the distribution it was drawn from, both fp32 [R], differentiable in both.
 
@@ -92,15 +93,15 @@ def vocab_parallel_logprob(
     weight: [Vp/TP, H] of the same dtype, this rank's shard of the LM head (or of the tied embedding); padded rows take no part
     and get zero gradient. Its gradient is added to `weight.main_grad` where Megatron's DDP made one in fp32.
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in the sampling.
-    chunk_rows: rows whose logits exist at a time; None is 256 on CPU, 1024 on CUDA.
+    chunk_rows: rows whose logits exist at a time; None is a quarter of them, between 128 and 256 on CPU; 1024 on CUDA.
     reduce_hidden_grad: False leaves the gradient of `hidden` a partial sum over vocabulary shards, for a caller who
-    reduce-scatters it (sequence parallelism). backend: of the row-wise passes, see `Head`.
+    reduce-scatters it (sequence parallelism). backend, overlap: see `Head`.
 
     Collectives: an all-gather of 16 bytes per row in forward, one all-reduce of [R, H] fp32 in backward. Every rank of the
     group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    head = Head(shard, temperature, chunk_rows, backend)
+    head = Head(shard, temperature, chunk_rows, backend, overlap)
     if not torch.is_grad_enabled():
         logp, entropy, _ = forward_rows(head, hidden, weight, targets)
         return logp, entropy

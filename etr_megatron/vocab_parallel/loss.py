@@ -7,13 +7,12 @@ their own gradient and are used up at once: 3 matrix products, nothing of size R
 Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c rows a chunk and v = real columns of the shard:
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
-    + 4 c v (TP > 1: 8)    logits, which become their own gradient
+    + 4 c v                logits, which become their own gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
     + 8 b v                two temporaries of b rows: none with Triton, on CPU what makes 2^17 elements
     + 2 c v in bf16        the gradient as an operand (on CPU before that the product before it is widened)
     + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
 
-`single_pass_bytes` is that sum. Autograd's zero gradient of the weight comes after it, in backward, when the chunks are gone;
-on CPU its pages are never touched.
+`single_pass_bytes` is that sum; backward needs nothing more.
 """
 
 from __future__ import annotations
@@ -119,11 +118,12 @@ def vocab_parallel_loss(
     chunk_rows: int | None = None,
     reduce_hidden_grad: bool = True,
     backend: Backend = "auto",
+    overlap: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token-local loss of log-probs and entropies: (loss scalar, log-prob [R], entropy [R]), fp32, the loss differentiable.
 
-    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad, backend: as in
-    `vocab_parallel_logprob`.
+    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad, backend, overlap:
+    as in `vocab_parallel_logprob`.
     token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
     backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there.
 
@@ -143,9 +143,10 @@ def vocab_parallel_loss(
             chunk_rows=chunk_rows,
             reduce_hidden_grad=reduce_hidden_grad,
             backend=backend,
+            overlap=overlap,
         )
         return token_loss(every_row, logp, entropy), logp.detach(), entropy.detach()
-    head = Head(shard, temperature, chunk_rows, backend)
+    head = Head(shard, temperature, chunk_rows, backend, overlap)
     sink = weight_grad(weight)
     return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink, reduce_hidden_grad)
 
@@ -156,7 +157,7 @@ def single_pass_bytes(
     """Peak bytes of `vocab_parallel_loss` beyond its inputs and the weight's fp32 gradient; the formula at the top."""
     head, real = Head(shard, chunk_rows=chunk_rows), shard.real
     chunk = head.rows_of_chunk(rows, device)
-    needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers * chunk * real
+    needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
     scratch = 8 * torch_rows.block_rows(chunk, real, device) * real if head.rows_on(device) is torch_rows else 0
     if dtype == torch.float32:
         return needed + scratch

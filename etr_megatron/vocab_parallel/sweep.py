@@ -1,6 +1,6 @@
 """The chunk loop that all ways through the head share: logits of a few rows at a time, never more.
 
-One packed all-gather per chunk (16 bytes a row and rank); it travels while the next chunk's logits are computed.
+One packed all-gather per chunk, 16 bytes a row and rank; on CUDA it travels while the next chunk's logits are computed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from etr_megatron.vocab_parallel import gemm, torch_rows, triton_rows
 from etr_megatron.vocab_parallel.shard import VocabShard
 
-_CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
-"""Rows of a chunk where nobody says otherwise. Every chunk reads and writes the whole weight gradient once, so what it costs
-beyond its products falls with its rows, whatever the size of the shard."""
+_CHUNK_ROWS = {"cpu": (128, 256), "cuda": (1024, 1024)}
+"""Rows of a chunk where nobody says otherwise: a quarter of all, between these. Every chunk reads and writes the whole weight
+gradient once, so what it costs beyond its products falls with its rows, whatever the size of the shard."""
 
 
 Backend = Literal["auto", "torch", "triton"]
@@ -30,12 +30,15 @@ class Head:
     """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device.
 
     backend: of the row-wise passes; `auto` is `triton` on a CUDA device that it can compile for, else `torch`.
+    overlap: whether a chunk's statistics travel while the next chunk's logits are computed, which takes a second chunk of
+    logits; None does so on CUDA, where memory is there and waiting costs more than on CPU.
     """
 
     shard: VocabShard
     temperature: float = 1.0
     chunk_rows: int | None = None
     backend: Backend = "auto"
+    overlap: bool | None = None
 
     def rows_on(self, device: torch.device) -> ModuleType:
         """The module with `row_statistics` and `row_gradient`. Raises ValueError where Triton is asked for and cannot run."""
@@ -49,14 +52,15 @@ class Head:
 
     def rows_of_chunk(self, rows: int, device: torch.device) -> int:
         """Rows of a chunk when there are `rows` in all: equal chunks, the last may be smaller; the same on every rank."""
-        limit = self.chunk_rows or _CHUNK_ROWS[device.type]
+        least, most = _CHUNK_ROWS[device.type]
+        limit = self.chunk_rows or min(most, max(least, -(-rows // 4)))
         chunks = max(1, -(-rows // limit))
         return max(1, -(-rows // chunks))
 
-    @property
-    def buffers(self) -> int:
-        """Chunks of logits that are alive at a time: two when one's statistics travel while the next is computed."""
-        return 1 if self.shard.group is None else 2
+    def buffers_on(self, device: torch.device) -> int:
+        """Chunks of logits that are alive at a time."""
+        overlap = self.overlap if self.overlap is not None else device.type == "cuda"
+        return 2 if overlap and self.shard.group is not None else 1
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,14 @@ def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterat
     """All chunks in order. A collective over the shards; every rank must take every chunk."""
     real = head.shard.real
     step = head.rows_of_chunk(len(hidden), hidden.device)
-    buffers = torch.empty(head.buffers, step, real, dtype=torch.float32, device=hidden.device)
+    count = head.buffers_on(hidden.device)
+    buffers = torch.empty(count, step, real, dtype=torch.float32, device=hidden.device)
     waiting: _Travelling | None = None
     for number, rows in enumerate(row_slices(head, hidden)):
-        out = buffers[number % head.buffers, : rows.stop - rows.start]
+        out = buffers[number % count, : rows.stop - rows.start]
         logits = chunk_logits(head, hidden[rows], weight, out)
         now = _Travelling(head, rows, logits, targets[rows])
-        if head.buffers == 1:
+        if count == 1:
             yield now.arrived()
             continue
         if waiting is not None:

@@ -21,16 +21,19 @@ class WeightGrad:
     total: Tensor
     is_main_grad: bool
 
-    def handed_to_autograd(self) -> Tensor:
-        """The gradient in the weight's dtype; zeros where it is in `main_grad` already.
+    def handed_to_autograd(self) -> Tensor | None:
+        """The gradient in the weight's dtype; None where it is in `main_grad` already.
 
-        Zeros and not None: with tied embeddings autograd adds the embedding's own gradient to it, which Megatron's hook then
-        adds (`zero_out_wgrad`), and with overlapped reduction the hook insists on a gradient.
+        Megatron's hook runs all the same. With tied embeddings on one stage it adds what autograd has for the embedding
+        (`zero_out_wgrad`). Else it drops what it finds but, with overlapped reduction, insists on finding something: that is
+        one zero that looks like [Vp/TP, H], where real zeros would take as much memory as the weight.
         """
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
-        return torch.zeros_like(self.weight)
+        if not getattr(self.weight, "zero_out_wgrad", False):
+            self.weight.grad = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
+        return None
 
 
 def has_main_grad(weight: Tensor) -> bool:

@@ -1,0 +1,141 @@
+"""An experiment's result as JSON, as tables in markdown, and as a picture of its curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment_analysis import CURVES, FIGURES, VOID_BELOW, RunResult, mean_curve
+from etr_megatron.errors import UserError
+
+_SHARES = ("clip_upper", "clip_lower")
+_HEADLINES = ("final_accuracy", "accuracy_area")
+
+
+def require_matplotlib() -> None:
+    """Raise `UserError` when the picture could not be drawn: to be known before an hour of runs, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the picture needs matplotlib, which is not installed; `pip install -e '.[test]'` brings it")
+
+
+def write_report(out: Path, result: Mapping[str, Any], results: Sequence[RunResult]) -> str:
+    """Write `out` (JSON) and, beside it, .md and .png; returns the markdown. Raises `UserError` where it cannot be written."""
+    text = markdown(result)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        out.with_suffix(".md").write_text(text)
+        plot(results, list(result["presets"]), out.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): name another file") from error
+    return text
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables and, in words, which runs do not count and what the intervals say."""
+    baseline, settings = result["baseline"], result["settings"]
+    seeds, updates = result["seeds"], settings["train.epochs"] * settings["train.minibatches"]
+    parts = [
+        "# " + ", ".join(result["presets"]),
+        f"The tiny arithmetic task: {settings['run.steps']} steps of {settings['rollout.prompts_per_step']} prompts x "
+        f"{settings['rollout.samples_per_prompt']} samples, {updates} optimizer steps each, learning rate "
+        f"{settings['train.lr']:g}; seeds {seeds[0]} to {seeds[-1]} from one warm start.\n"
+        "Mean over the runs that count +- half the width of its 95% confidence interval (t distribution over seeds).",
+        _table(
+            ["preset", "runs", "void", *FIGURES.values()], [_mean_row(name, one) for name, one in result["presets"].items()]
+        ),
+        f"## Differences to {baseline}, paired by seed\n\nMean and 95% confidence interval of preset - {baseline} under the "
+        "same seed. The intervals are not corrected for their number: of twenty, one excludes 0 by chance.",
+        _table(
+            ["preset", "pairs", *FIGURES.values()], [_difference_row(name, one) for name, one in result["differences"].items()]
+        ),
+        "## In words\n\n" + "\n".join([*_verdicts(result), *_left_out(result)]),
+        "\n".join(_environment(one) for one in result["environments"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean_row(preset: str, one: Mapping[str, Any]) -> list[str]:
+    cells = [preset, f"{one['counted']} of {one['runs']}", str(len(one["void"]))]
+    for key, figure in one["figures"].items():
+        if figure["mean"] is None:
+            cells.append("-")
+        else:
+            half = "" if figure["high"] is None else f" +- {_number(key, figure['high'] - figure['mean'])}"
+            cells.append(_number(key, figure["mean"]) + half)
+    return cells
+
+
+def _difference_row(preset: str, one: Mapping[str, Any]) -> list[str]:
+    return [preset, str(len(one["seeds"])), *(_difference(key, figure) for key, figure in one["figures"].items())]
+
+
+def _difference(key: str, figure: Mapping[str, Any]) -> str:
+    if figure["low"] is None:
+        return figure["verdict"]
+    ends = f"{_number(key, figure['low'], '+')} to {_number(key, figure['high'], '+')}"
+    return f"{_number(key, figure['mean'], '+')} ({ends}): {figure['verdict']}"
+
+
+def _number(key: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.2%}" if key in _SHARES else f"{value:{sign}.3f}"
+
+
+def _verdicts(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for preset, one in result["differences"].items():
+        for key in _HEADLINES:
+            text = _difference(key, one["figures"][key])
+            lines.append(f"- {preset} against {result['baseline']}, {FIGURES[key]}, pairs {len(one['seeds'])}: {text}.")
+    return lines
+
+
+def _left_out(result: Mapping[str, Any]) -> list[str]:
+    """Every run that does not count, by name."""
+    meaning = {
+        "void": f"void (under {VOID_BELOW:.0%} of its tokens clipped, so its clip range was not at work)",
+        "missing": "missing",
+        "not finite": "not finite",
+    }
+    lines = [
+        f"- {run['preset']}, seed {run['seed']}: {meaning[run['state']]}: {run['reason']}; left out."
+        for run in result["runs"]
+        if run["state"] != "ok"
+    ]
+    return lines or ["- Every run counts: none is void, missing or not finite."]
+
+
+def _environment(one: Mapping[str, Any]) -> str:
+    return (
+        f"Run on {one['date']}: {one['cpu']}, {one['cores']} cores, torch {one['torch']}, "
+        f"megatron-core {one['megatron_core']}, python {one['python']}, commit {one['commit'] or 'unknown'}."
+    )
+
+
+def plot(results: Sequence[RunResult], presets: Sequence[str], path: Path) -> None:
+    """One panel per curve: mean over the runs that count as a line, its 95% confidence interval as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (column, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for number, preset in enumerate(presets):
+            points = mean_curve(results, preset, column)
+            runs = max((one.n for one in points.values()), default=0)
+            axes.plot(list(points), [one.mean for one in points.values()], color=f"C{number}", label=f"{preset} (n={runs})")
+            band = {step: one for step, one in points.items() if one.half is not None}
+            low, high = [one.low for one in band.values()], [one.high for one in band.values()]
+            axes.fill_between(list(band), low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,165 @@
+"""Log-prob, entropy and policy loss from a vocabulary shard: time and memory of this project's head and of others, on CPU.
+
+    python -m benchmarks.logprob            # all sizes, TP1 and TP2, fp32 and bf16; needs a machine with nothing else to do
+    python -m benchmarks.logprob --quick    # the same at one small size, whose times mean nothing
+
+Measured is forward and backward of a clipped surrogate with entropy bonus, from hidden states [T, H], a shard of the head
+[V/TP, H] and one preallocated fp32 weight gradient, which every contestant adds its own to.
+
+Contestants: `single_pass` and `recompute`, ours; (a) `gathered`, the vocabulary gathered over TP, log_softmax and entropy by
+autograd; (b) `megatron_core`, its vocab_parallel_cross_entropy, without the entropy it does not have; (c) `shard_softmax`, a
+shard version that saves the softmax and gives entropy; (d) `gemms` and `gemms_chunked`, the three products alone, of which the
+faster is the floor. All in `logprob_contestants.py`. Loss and gradients of each are compared with (a) before any is timed.
+
+Time: one process per rank with one thread and gloo; all contestants in the same processes, round robin; the slowest rank
+counts. Memory: fresh processes for each contestant; peak resident memory of one pass beyond inputs, weight and weight gradient,
+whose pages have been written to, after a tiny problem made the libraries allocate what they allocate once; the largest rank
+counts. The result file has seconds, bytes, differences to (a), and which targets were met or missed. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.logprob_report import summary, table, targets_as_json
+from etr_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+SIZES = [(2048, 512, 32_000), (512, 1024, 151_936)]
+QUICK_SIZES = [(40, 48, 1506)]
+"""(T, H, V)."""
+
+NAMES = ["single_pass", "recompute", "gathered", "megatron_core", "shard_softmax", "gemms", "gemms_chunked"]
+DTYPES = ["float32", "bfloat16"]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprob", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small size, 3 rounds")
+    parser.add_argument("--rounds", type=int, help="timed passes of each contestant (default 9, quick 3)")
+    parser.add_argument("--tp", type=int, action="append", help="tensor-parallel ranks; repeatable (default 1 and 2)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable (default both)")
+    parser.add_argument("--size", type=_size, action="append", metavar="T,H,V", help="rows, hidden, vocabulary; repeatable")
+    parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/logprob.json or logprob_quick.json)")
+    options = parser.parse_args(argv)
+    options.rounds = options.rounds if options.rounds is not None else 3 if options.quick else 9
+    options.tp = options.tp or [1, 2]
+    options.dtype = options.dtype or DTYPES
+    options.size = options.size or (QUICK_SIZES if options.quick else SIZES)
+    options.output = options.output or RESULTS / ("logprob_quick.json" if options.quick else "logprob.json")
+    for key, value in (("rounds", options.rounds), *(("tp", tp) for tp in options.tp)):
+        if value < 1:
+            raise UserError(f"--{key} is {value}; it must be at least 1")
+    for tp in options.tp:
+        for _, _, vocab in options.size:
+            if vocab % tp:
+                raise UserError(f"--size has a vocabulary of {vocab}, which --tp {tp} does not divide; choose one that it does")
+    return options
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    try:
+        rows, hidden, vocab = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three whole numbers T,H,V") from None
+    if min(rows, hidden, vocab) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
+    return rows, hidden, vocab
+
+
+def run_ranks(job: dict[str, Any], tp: int) -> list[dict[str, Any]]:
+    """Results of `tp` fresh ranks, in order. Raises RuntimeError when one fails, after ending the others."""
+    with tempfile.TemporaryDirectory(prefix="logprob") as folder:
+        results = [Path(folder) / f"rank{rank}.json" for rank in range(tp)]
+        common = {**job, "world": tp, "store": f"{folder}/store"}
+        jobs = [{**common, "rank": rank, "result": str(path)} for rank, path in enumerate(results)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "benchmarks.logprob_rank"]
+        ranks = [subprocess.Popen([*command, json.dumps(one)], cwd=ROOT, env=env) for one in jobs]
+        try:
+            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+                time.sleep(0.05)
+            if any(rank.poll() != 0 for rank in ranks):
+                raise RuntimeError(f"a rank of the {job['kind']} job of {', '.join(job['contestants'])} failed, see above")
+            return [json.loads(path.read_text()) for path in results]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+
+
+def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """`case` (tp, dtype, rows, hidden, vocab) with everything that was measured of it."""
+    problem = {key: case[key] for key in ("dtype", "rows", "hidden", "vocab")}
+    timed = run_ranks({**problem, "kind": "time", "rounds": rounds, "contestants": NAMES}, case["tp"])
+    found = dict(case, contestants={})
+    for name in NAMES:
+        ranks = run_ranks({**problem, "kind": "memory", "contestants": [name]}, case["tp"])
+        errors = [rank["errors"][name] for rank in timed if name in rank["errors"]]
+        found["contestants"][name] = {
+            **summary(timed[0]["seconds"][name]),
+            "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+            "errors": {key: max(rank[key] for rank in errors) for key in errors[0]} if errors else {},
+        }
+        found["single_pass_formula_bytes"] = ranks[0]["single_pass_formula_bytes"]
+    return {**found, "targets": targets_as_json(found)}
+
+
+def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for rows, hidden, vocab in options.size:
+        for dtype in options.dtype:
+            for tp in options.tp:
+                yield {"tp": tp, "dtype": dtype, "rows": rows, "hidden": hidden, "vocab": vocab}
+
+
+def _machine() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cores = len(os.sched_getaffinity(0))
+    packages = {name: version(name) for name in ("torch", "megatron-core")}
+    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": cores, "python": platform.python_version(), **packages}
+
+
+def _prepare_output(path: Path) -> None:
+    """Find out before half an hour of measuring that the result cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}); name a file in a directory of yours") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 for a wrong option."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        _prepare_output(options.output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {"machine": _machine(), "rounds": options.rounds, "cases": []}
+    for case in _cases(options):
+        result["cases"].append(measure(case, options.rounds))
+        print(table(result["cases"][-1]), end="\n\n", flush=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short keeps what it has
+    print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

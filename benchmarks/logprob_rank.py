@@ -1,0 +1,156 @@
+"""One rank of the log-prob benchmark: `python -m benchmarks.logprob_rank JOB`, started by `benchmarks.logprob`; JOB is JSON.
+
+A job names world, rank, store (file of the rendezvous), result (file to write), rows, hidden, vocab, dtype, and either
+{"kind": "time", "rounds": N, "contestants": [...]} or {"kind": "memory", "contestants": [one]}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import datetime
+import gc
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.platform.lifetime import die_with_parent
+
+die_with_parent()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.logprob_contestants import CONTESTANTS, REFERENCE, Contestant  # noqa: E402
+from benchmarks.logprob_problem import Problem, make_problem  # noqa: E402
+from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
+
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
+"""Largest difference to the reference: of the loss, relative to it or to 1, and of a gradient, relative, in the 2-norm."""
+
+_CHECK_ENTROPY_BONUS = 10.0
+"""In the check alone: with a usual bonus the gradient of the entropy over a large vocabulary is below what bf16 resolves."""
+
+Results = dict[str, Tensor]
+
+
+class WrongResultError(RuntimeError):
+    """A contestant computes something else than the reference; its time would mean nothing."""
+
+
+def results(contestant: Contestant, problem: Problem) -> Results:
+    """Loss, gradient of hidden and what was added to the weight's fp32 gradient, by one pass."""
+    problem.forget_gradients()
+    problem.weight.main_grad.zero_()
+    loss = contestant.run(problem)
+    problem.collect_weight_gradient()
+    return {"loss": loss.clone(), "d_hidden": problem.hidden.grad.float(), "d_weight": problem.weight.main_grad.clone()}
+
+
+def check(name: str, found: Results, expected: Results, tolerance: float) -> dict[str, float]:
+    """Differences by quantity, as in `TOLERANCE`; raises `WrongResultError` when one is larger, or not a number."""
+    errors = {"loss": ((found["loss"] - expected["loss"]).abs() / expected["loss"].abs().clamp(min=1)).item()}
+    for key in ("d_hidden", "d_weight"):
+        errors[key] = ((found[key] - expected[key]).norm() / expected[key].norm()).item()
+    for key, error in errors.items():
+        if not error <= tolerance:
+            raise WrongResultError(f"{name}: {key} differs from {REFERENCE} by {error:.2e}, more than {tolerance:.0e}")
+    return errors
+
+
+def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`check` of every contestant that has a loss, which also warms it up; those without an entropy against one without."""
+    tolerance = TOLERANCE[problem.weight.dtype]
+    errors = {}
+    for has_entropy in (True, False):
+        variant = dataclasses.replace(problem, entropy_bonus=_CHECK_ENTROPY_BONUS if has_entropy else 0.0)
+        chosen = [name for name in names if CONTESTANTS[name].has_loss and CONTESTANTS[name].has_entropy == has_entropy]
+        expected = results(CONTESTANTS[REFERENCE], variant)
+        errors |= {name: check(name, results(CONTESTANTS[name], variant), expected, tolerance) for name in chosen}
+    return errors
+
+
+def time_all(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each pass, the slowest rank's. Round robin, so that what else the machine does meets all alike; each round
+    starts with another contestant, so that nobody always comes after the same one."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        CONTESTANTS[name].run(problem)
+    for number in range(rounds):
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            problem.forget_gradients()
+            dist.barrier()
+            start = time.perf_counter()
+            CONTESTANTS[name].run(problem)
+            problem.collect_weight_gradient()
+            took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+            seconds[name].append(took.item())
+    return seconds
+
+
+def _resident(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def measure_peak(contestant: Contestant, problem: Problem) -> int:
+    """Bytes of resident memory that one pass needs beyond what is there before it.
+
+    The heap's free pages go back to the kernel first, so that none is reused unseen, and the kernel's high-water mark is set
+    back to what is resident now (writing 5 to clear_refs), so that nothing earlier hides the pass.
+    """
+    problem.forget_gradients()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    contestant.run(problem)
+    problem.collect_weight_gradient()
+    return _resident("VmHWM") - before
+
+
+def _join(job: dict[str, Any]) -> dist.ProcessGroup | None:
+    torch.set_num_threads(1)
+    store, world, rank = job["store"], job["world"], job["rank"]
+    timeout = datetime.timedelta(minutes=30)
+    dist.init_process_group("gloo", init_method=f"file://{store}", world_size=world, rank=rank, timeout=timeout)
+    if "megatron_core" in job["contestants"]:
+        from etr_megatron.policy import init_layout
+
+        init_layout(tp=world, pp=1, seed=1)
+    return None if world == 1 else dist.group.WORLD
+
+
+def run_job(job: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """What the job asks for, as it goes into the result file."""
+    dtype, names = getattr(torch, job["dtype"]), job["contestants"]
+    if job["kind"] == "time":
+        problem = make_problem(job["rows"], job["hidden"], job["vocab"], dtype, group)
+        errors = check_all(problem, names)
+        return {"errors": errors, "seconds": time_all(problem, names, job["rounds"])}
+    contestant = CONTESTANTS[names[0]]
+    # Buffers that libraries allocate once in a process are not the contestant's.
+    contestant.run(make_problem(8, 16, 64 * job["world"], dtype, group))
+    problem = make_problem(job["rows"], job["hidden"], job["vocab"], dtype, group)
+    formula = single_pass_bytes(job["rows"], job["hidden"], problem.shard, dtype=dtype, device=problem.weight.device)
+    return {"peak_bytes": measure_peak(contestant, problem), "single_pass_formula_bytes": formula}
+
+
+def main() -> None:
+    """Run the job of the command line and write its result."""
+    job = json.loads(sys.argv[1])
+    group = _join(job)
+    Path(job["result"]).write_text(json.dumps(run_job(job, group)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
