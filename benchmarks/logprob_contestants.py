@@ -103,7 +103,8 @@ class _ShardSoftmax(torch.autograd.Function):
         here = (column >= 0) & (column < shard.size)
         column = torch.where(here, column, 0)[:, None]
         softmax = logits.exp()
-        sums = torch.stack([softmax.sum(1), logits.gather(1, column)[:, 0] * here, torch.linalg.vecdot(softmax, logits)])
+        target = logits.gather(1, column)[:, 0] * here
+        sums = torch.stack([softmax.sum(1), target, logits.mul_(softmax).sum(1)])
         if shard.group is not None:
             dist.all_reduce(sums, group=shard.group)
         total, target, weighted = sums

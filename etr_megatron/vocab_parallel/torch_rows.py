@@ -30,19 +30,27 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, scratch[:, : rows.stop - begin]
 
 
-def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
-    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+def _softmax(block: Tensor, out: Tensor) -> Tensor:
+    """Softmax of `block` [rows, real] over its own columns, into `out`; returns the log-sum-exp of each row.
 
-    logits: fp32 or bf16 [rows, real], real >= 1, finite. columns: int64 [rows], the target's column, -1 where another shard has
-    it (its target logit is then 0).
+    The library's softmax is one pass that stays in the cache, three times as fast on CPU as subtracting, exp() and summing. Its
+    largest value is at least 1 / real, so that the log is accurate.
+    """
+    torch.softmax(block, 1, dtype=torch.float32, out=out)
+    return block.amax(1).float() - out.amax(1).log()
+
+
+def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
+    """A shard's part of each row's softmax: fp32 [4, rows] of m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+
+    m is the shard's log-sum-exp here (the sum is then 1); any m that keeps exp() in range does. logits: fp32 or bf16 [rows,
+    real], real >= 1, finite. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is 0).
     """
     found = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
-    for rows, (scratch, _) in _blocks(logits):
-        block = logits[rows]
-        top = block.amax(1).float()
-        torch.sub(block, top[:, None], out=scratch).exp_()
-        found[0, rows], found[1, rows] = top, scratch.sum(1)
-        found[3, rows] = scratch.mul_(block).sum(1)
+    found[1] = 1.0
+    for rows, (p, weighted) in _blocks(logits):
+        found[0, rows] = _softmax(logits[rows], p)
+        found[3, rows] = torch.mul(p, logits[rows], out=weighted).sum(1)
     picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0].float()
     found[2] = torch.where(columns >= 0, picked, 0.0)
     return found
@@ -56,13 +64,15 @@ def row_gradient(
     logits, columns: as in `row_statistics`. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows]; log p = logits - log_sum.
     g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be `logits` itself.
     """
-    for rows, (log_p, p) in _blocks(logits):
-        torch.sub(logits[rows], log_sum[rows, None], out=log_p)
+    for rows, (p, factor) in _blocks(logits):
+        # p sums to 1 over this shard alone; `share` is the shard's part of the whole.
+        share = (_softmax(logits[rows], p) - log_sum[rows]).exp_()
         if g_entropy is None:
-            torch.mul(log_p.exp_(), -g_logp[rows, None], out=out[rows])
+            torch.mul(p, -(g_logp[rows] * share)[:, None], out=out[rows])
         else:
-            slope, offset = -g_entropy[rows], -(g_entropy[rows] * entropy[rows] + g_logp[rows])
-            torch.exp(log_p, out=p)
-            torch.mul(log_p.mul_(slope[:, None]).add_(offset[:, None]), p, out=out[rows])
+            slope = -g_entropy[rows] * share
+            offset = (g_entropy[rows] * (log_sum[rows] - entropy[rows]) - g_logp[rows]) * share
+            torch.mul(logits[rows], slope[:, None], out=factor).add_(offset[:, None])
+            torch.mul(factor, p, out=out[rows])
     here = torch.where(columns >= 0, g_logp, 0.0).to(out.dtype)
     return out.scatter_add_(1, columns.clamp(min=0)[:, None], here[:, None])
