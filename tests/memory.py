@@ -11,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Of all dense tensors; a sparse one has none of its own, and its parts are tensors that operators returned before."""
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
+
+
 class _Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -18,11 +24,11 @@ class _Storages(TorchDispatchMode):
         self._now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._count(leaf.untyped_storage())
+        for storage in _storages(found):
+            if storage._cdata not in given:
+                self._count(storage)
         return found
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -109,8 +109,7 @@ def test_autograd_gets_zeros_and_the_mark_that_tells_megatron_not_to_add():
     loss, _, _ = run(case, weight)
     assert not weight.grad_added_to_main_grad
     loss.backward()
-    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape and not weight.grad.any()
-    assert weight.grad.untyped_storage().nbytes() == 4  # and they take no memory
+    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape and weight.grad._nnz() == 0
 
 
 def test_a_tied_embeddings_own_gradient_is_left_for_megatrons_hook():
@@ -154,7 +153,7 @@ def test_no_rows_give_a_zero_loss_that_still_goes_backward():
     loss, logp, states = run(case, weight)
     loss.backward()
     assert loss.item() == 0 and logp.shape == (0,) and states.grad.shape == (0, 12)
-    assert weight.grad_added_to_main_grad and not weight.main_grad.any()
+    assert weight.grad_added_to_main_grad and not weight.main_grad.any() and weight.grad._nnz() == 0
 
 
 def test_bf16_gradients_are_summed_in_fp32_over_many_chunks():
@@ -173,7 +172,9 @@ def test_bf16_gradients_are_summed_in_fp32_over_many_chunks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 40_000, 32), (200, 256, 3_000, 64)])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 40_000, 32), (200, 256, 3_000, 64), (4096, 512, 1_000, 64)]
+)
 def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_rows):
     case = loss_case(rows, hidden, vocab, dtype=dtype)
     weight = with_main_grad(case.weight)

@@ -34,15 +34,19 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head, reduce_hidden_grad: bool
     ) -> tuple[Tensor, Tensor]:
         logp, entropy, log_sum = forward_rows(head, hidden, weight, targets)
+        ctx.set_materialize_grads(False)  # without a gradient of the entropy its part is skipped
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum)
         ctx.head, ctx.reduce_hidden_grad, ctx.weight = head, reduce_hidden_grad, weight
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 5
         hidden, weight, targets, logp, entropy, log_sum = ctx.saved_tensors
         head: Head = ctx.head
         real = head.shard.real
+        grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
         sink = weight_grad(ctx.weight) if ctx.needs_input_grad[1] else None
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         slices = row_slices(head, hidden) if real else []
@@ -54,7 +58,7 @@ class _Recomputed(torch.autograd.Function):
                 head,
                 chunk,
                 grad_logp[rows],
-                grad_entropy[rows],
+                None if grad_entropy is None else grad_entropy[rows],
                 hidden=hidden,
                 weight=weight,
                 grad_hidden=grad_hidden,
@@ -65,10 +69,16 @@ class _Recomputed(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), None if sink is None else sink.handed_to_autograd(), None, None, None
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 def check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard) -> None:
-    """Raises ValueError where `hidden` [R, H], `weight` [Vp/TP, H], `targets` [R] and the shard do not fit each other."""
+    """Raises ValueError where `hidden` [R, H], `weight` [Vp/TP, H], `targets` [R] and the shard do not fit each other.
+
+    So it does for another dtype than fp32 and bf16.
+    """
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and targets.shape == hidden.shape[:1]
-    if not fits or weight.shape[0] != shard.size or hidden.dtype != weight.dtype:
+    if not fits or weight.shape[0] != shard.size or hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} {weight.dtype}, targets "
             f"{tuple(targets.shape)} do not fit a shard of {shard.size} rows"
@@ -97,8 +107,8 @@ def vocab_parallel_logprob(
     reduce_hidden_grad: False leaves the gradient of `hidden` a partial sum over vocabulary shards, for a caller who
     reduce-scatters it (sequence parallelism). backend, overlap: see `Head`.
 
-    Collectives: an all-gather of 16 bytes per row in forward, one all-reduce of [R, H] fp32 in backward. Every rank of the
-    group must call with the same R. Raises ValueError for shapes that do not fit.
+    Collectives: an all-gather per chunk in forward, 16 bytes a row; one all-reduce of [R, H] fp32 in backward. Every rank of
+    the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)

@@ -12,7 +12,7 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
     + 2 c v in bf16        the gradient as an operand (on CPU before that the product before it is widened)
     + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
 
-`single_pass_bytes` is that sum; backward needs nothing more.
+`single_pass_bytes` is that sum or, in bf16, 6 R H if that is more: the hidden gradient is cast when the chunks are gone.
 """
 
 from __future__ import annotations
@@ -163,4 +163,4 @@ def single_pass_bytes(
         return needed + scratch
     product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
     # The scratch is gone when the weight's product is made.
-    return needed + 2 * chunk * real + max(scratch, product)
+    return max(needed + 2 * chunk * real + max(scratch, product), 6 * rows * hidden_size)

@@ -52,7 +52,7 @@ class Head:
 
     def rows_of_chunk(self, rows: int, device: torch.device) -> int:
         """Rows of a chunk when there are `rows` in all: equal chunks, the last may be smaller; the same on every rank."""
-        least, most = _CHUNK_ROWS[device.type]
+        least, most = _CHUNK_ROWS["cpu" if device.type == "cpu" else "cuda"]
         limit = self.chunk_rows or min(most, max(least, -(-rows // 4)))
         chunks = max(1, -(-rows // limit))
         return max(1, -(-rows // chunks))

@@ -21,19 +21,18 @@ class WeightGrad:
     total: Tensor
     is_main_grad: bool
 
-    def handed_to_autograd(self) -> Tensor | None:
-        """The gradient in the weight's dtype; None where it is in `main_grad` already.
+    def handed_to_autograd(self) -> Tensor:
+        """The gradient in the weight's dtype; zero where it is in `main_grad` already.
 
-        Megatron's hook runs all the same. With tied embeddings on one stage it adds what autograd has for the embedding
-        (`zero_out_wgrad`). Else it drops what it finds but, with overlapped reduction, insists on finding something: that is
-        one zero that looks like [Vp/TP, H], where real zeros would take as much memory as the weight.
+        That zero is a sparse tensor without entries: dense ones would take as much memory as the weight. It cannot be None:
+        autograd runs the hook of an undefined gradient on another thread than those of other CUDA parameters, so that ranks
+        might start their overlapped reductions in different orders (see Megatron's own dummy in tensor_parallel/layers.py).
+        With tied embeddings on one stage autograd adds the embedding's gradient, and the hook adds that (`zero_out_wgrad`).
         """
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
-        if not getattr(self.weight, "zero_out_wgrad", False):
-            self.weight.grad = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
-        return None
+        return torch.sparse_coo_tensor(size=self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
 
 
 def has_main_grad(weight: Tensor) -> bool:
