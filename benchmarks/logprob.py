@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiment_environment import environment
 from benchmarks.logprob_report import summary, table, targets_as_json
 from etr_megatron.errors import UserError
 
@@ -125,15 +125,6 @@ def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"tp": tp, "dtype": dtype, "rows": rows, "hidden": hidden, "vocab": vocab}
 
 
-def _machine() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cores = len(os.sched_getaffinity(0))
-    packages = {name: version(name) for name in ("torch", "megatron-core")}
-    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": cores, "python": platform.python_version(), **packages}
-
-
 def _prepare_output(path: Path) -> None:
     """Find out before half an hour of measuring that the result cannot be written."""
     try:
@@ -152,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    result: dict[str, Any] = {"machine": _machine(), "rounds": options.rounds, "cases": []}
+    result: dict[str, Any] = {"environment": environment(ROOT), "rounds": options.rounds, "cases": []}
     for case in _cases(options):
         result["cases"].append(measure(case, options.rounds))
         print(table(result["cases"][-1]), end="\n\n", flush=True)

@@ -174,7 +174,7 @@ def test_quick_run_on_two_ranks_writes_what_it_measured(tmp_path, capfd):
     options = ["--quick", "--tp", "2", "--dtype", "bfloat16", "--size", "40,24,1506", "--rounds", "2"]
     assert logprob.main([*options, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert result["rounds"] == 2 and result["machine"]["torch"] == torch.__version__
+    assert result["rounds"] == 2 and result["environment"]["torch"] == torch.__version__
     (case,) = result["cases"]
     assert (case["tp"], case["dtype"], case["rows"], case["hidden"], case["vocab"]) == (2, "bfloat16", 40, 24, 1506)
     assert list(case["contestants"]) == list(logprob_contestants.CONTESTANTS)

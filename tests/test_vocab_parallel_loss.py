@@ -12,7 +12,7 @@ from tests.vocab_cases import loss_case
 
 def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight as a parameter with Megatron's buffer; `padding` rows of garbage at its end."""
-    garbage = torch.full((padding, weight.shape[1]), 3.0, dtype=weight.dtype)
+    garbage = torch.full((padding, weight.shape[1]), torch.nan, dtype=weight.dtype)
     weight = torch.cat([weight, garbage]).requires_grad_()
     weight.main_grad = torch.zeros(weight.shape, dtype=dtype)
     weight.grad_added_to_main_grad = False
@@ -144,6 +144,28 @@ def test_without_an_fp32_buffer_the_gradient_takes_autograds_way(buffer):
     torch.testing.assert_close(weight.grad.double(), 3 * wanted["weight_grad"], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(states.grad.double(), 3 * wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
     assert buffer is None or not weight.main_grad.any()
+
+
+def test_garbage_in_rows_without_a_loss_changes_nothing():
+    case = loss_case(7, 12, 50)
+    wanted = case.answer()
+    rows = torch.tensor([0, 3, 4, 8, 9, 13, 14])
+    everything = torch.full((16, 12), torch.nan).index_copy(0, rows, case.hidden).requires_grad_()
+    weight = with_main_grad(case.weight, padding=6)
+    loss, _, _ = vocab_parallel_loss(
+        everything.index_select(0, rows),
+        weight,
+        case.targets,
+        case.token_loss,
+        shard=VocabShard(56, 50),
+        temperature=case.temperature,
+    )
+    loss.backward()
+    torch.testing.assert_close(loss.detach().double(), wanted["loss"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(everything.grad[rows].double(), wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(weight.main_grad[:50].double(), wanted["weight_grad"], atol=2e-5, rtol=1e-5)
+    masked = torch.ones(16, dtype=torch.bool).index_fill(0, rows, False)
+    assert not everything.grad[masked].any() and not weight.main_grad[50:].any()
 
 
 def test_no_rows_give_a_zero_loss_that_still_goes_backward():

@@ -29,7 +29,7 @@ def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.T
     return {**results, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
 
 
-def single_pass(case: Case, already: float, reduce: bool, overlap: bool) -> dict[str, torch.Tensor]:
+def single_pass(case: Case, already: float, reduce: bool, overlap: bool, backend: str = "auto") -> dict[str, torch.Tensor]:
     """This rank's share of the single-pass loss, its gradient added to a buffer that holds `already` everywhere."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = case.weight.shape[0]
@@ -50,6 +50,7 @@ def single_pass(case: Case, already: float, reduce: bool, overlap: bool) -> dict
         chunk_rows=3,
         reduce_hidden_grad=reduce,
         overlap=overlap,
+        backend=backend,
     )
     loss.backward()
     return {
