@@ -1,0 +1,43 @@
+"""The policy in bf16: parameters in bf16, the head's gradient in Megatron's fp32 buffer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.hf_models import random_sequences
+from tests.policy_jobs import build, make_batch
+
+
+def head_gradient(model: str, sequences: list, overrides: list[str]) -> dict:
+    """This rank's fp32 head gradient after one update, its type, and the change of the head's own weights."""
+    policy = build(model, ["train.lr=1e-2", "train.clip_grad=0", "train.head_chunk_rows=9", *overrides])
+    weight = policy.model.head_weight()
+    before = weight.detach().clone()
+    old = policy.logprobs(sequences).logp
+    policy.update(replace(make_batch(sequences), old_logp=old))
+    return {
+        "dtypes": (weight.dtype, weight.main_grad.dtype),
+        "grad": weight.main_grad.float().clone(),
+        "moved": bool((weight != before).any()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [(1, ["parallel.tp=1"]), (2, ["parallel.tp=2", "parallel.sequence_parallel=true"])],
+    ids=["tp1", "tp2_sp"],
+)
+def test_bf16_gradients_of_the_head_are_summed_in_fp32_and_near_those_of_fp32(gangs, hf_models, world, overrides):
+    sequences = random_sequences()
+    job = {"model": hf_models["qwen3"], "sequences": sequences}
+    wanted = gangs(1).run("tests.test_policy_bf16:head_gradient", **job, overrides=["parallel.tp=1"])[0]["grad"]
+    replies = gangs(world).run("tests.test_policy_bf16:head_gradient", **job, overrides=[*overrides, "model.dtype=bfloat16"])
+    for reply in replies:
+        assert reply["dtypes"] == (torch.bfloat16, torch.float32) and reply["moved"]
+    found = torch.cat([reply["grad"] for reply in replies])[: len(wanted)]
+    assert (found[:301] - wanted[:301]).norm() < 0.1 * wanted[:301].norm()
+    # Sums over several chunks of products in bf16: values that bf16 itself cannot hold.
+    assert (found.bfloat16().float() != found).any()
