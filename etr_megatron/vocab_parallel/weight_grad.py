@@ -32,7 +32,7 @@ class WeightGrad:
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
-        return torch.sparse_coo_tensor(size=self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+        return torch.zeros_like(self.weight, layout=torch.sparse_coo)
 
 
 def has_main_grad(weight: Tensor) -> bool:
