@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,34 @@ def parameters() -> dict[str, torch.Tensor]:
     return {**layers, "head": 0.1 * torch.randn(VOCAB, HIDDEN, generator=generator)}
 
 
+def chunk_class(config: Any) -> type[torch.nn.Module]:
+    """One layer of the toy model; the last has the head. config: Megatron's TransformerConfig."""
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.module import MegatronModule
+
+    class Chunk(MegatronModule):
+        def __init__(self, number: int) -> None:
+            super().__init__(config)
+            self.number, self.model_type = number, ModelType.encoder_or_decoder
+            self.layer = torch.nn.Parameter(parameters()[f"layer{number}"])
+            if number == LAYERS - 1:
+                self.head = torch.nn.Parameter(parameters()["head"])
+
+        def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
+            self._received = tensors[0] if isinstance(tensors, list) else tensors
+
+        def forward(self, case: Case) -> torch.Tensor:
+            states = case.hidden[:, None] if self.number == 0 else self._received
+            return torch.tanh(states @ self.layer)
+
+    return Chunk
+
+
 def interleaved() -> dict[str, torch.Tensor]:
     """This rank's gradients by parameter after one step of two stages with two chunks each, their reduction overlapped."""
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from etr_megatron.policy.parallel import _destroy_layout
@@ -54,24 +76,10 @@ def interleaved() -> dict[str, torch.Tensor]:
         use_cpu_initialization=True,
     )
 
-    class Chunk(MegatronModule):
-        def __init__(self, number: int) -> None:
-            super().__init__(config)
-            self.number, self.model_type = number, ModelType.encoder_or_decoder
-            self.layer = torch.nn.Parameter(parameters()[f"layer{number}"])
-            if number == LAYERS - 1:
-                self.head = torch.nn.Parameter(parameters()["head"])
-
-        def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
-            self._received = tensors[0] if isinstance(tensors, list) else tensors
-
-        def forward(self, case: Case) -> torch.Tensor:
-            states = case.hidden[:, None] if self.number == 0 else self._received
-            return torch.tanh(states @ self.layer)
-
+    chunk_of = chunk_class(config)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     chunks = [
-        DistributedDataParallel(config, ddp_config, Chunk(2 * part + dist.get_rank()), disable_bucketing=part > 0)
+        DistributedDataParallel(config, ddp_config, chunk_of(2 * part + dist.get_rank()), disable_bucketing=part > 0)
         for part in range(2)
     ]
     config.no_sync_func = [chunk.no_sync for chunk in chunks]

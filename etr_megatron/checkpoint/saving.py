@@ -7,7 +7,6 @@ wrong on any, and produces the same files.
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from etr_megatron.platform.files import DISK_FULL
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -43,7 +42,7 @@ class _Writer(dcp.FileSystemWriter):
 
 def _disk_full_behind(error: BaseException | None) -> OSError | None:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,10 @@ def loss_settings(objective: ObjectiveConfig) -> LossSettings:
     )
 
 
-def loss_inputs(
-    batch: PolicyBatch, micro: Microbatch, settings: LossSettings, reduce: Callable[[Tensor], Tensor] | None = None
-) -> LossInputs:
+def loss_inputs(batch: PolicyBatch, micro: Microbatch, settings: LossSettings) -> LossInputs:
     """Everything known before the forward pass of `micro`, on its device: R rows in the microbatch's order.
 
-    `logp` and `entropy` are NaN until `LossInputs.at` fills them in. reduce: see `Sequences`.
+    `logp` and `entropy` are NaN until `LossInputs.at` fills them in.
     """
     device = micro.row_sample.device
 
@@ -55,7 +53,7 @@ def loss_inputs(
         group_mean=per_sample(batch.group_mean),
         group_std=per_sample(batch.group_std),
         variance=per_sample(batch.variance),
-        sequences=_sequences(batch, micro, reduce),
+        sequences=_sequences(batch, micro),
         settings=settings,
     )
 
@@ -86,9 +84,9 @@ def refuse_not_finite(inputs: LossInputs, batch: PolicyBatch, micro: Microbatch,
     )
 
 
-def _sequences(batch: PolicyBatch, micro: Microbatch, reduce: Callable[[Tensor], Tensor] | None) -> Sequences:
+def _sequences(batch: PolicyBatch, micro: Microbatch) -> Sequences:
     device = micro.row_sample.device
     place = torch.zeros(len(batch), dtype=torch.long)
     place[list(micro.samples)] = torch.arange(len(micro.samples))
     lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
-    return Sequences(place.to(device)[micro.row_sample], lengths.to(device), reduce)
+    return Sequences(place.to(device)[micro.row_sample], lengths.to(device))

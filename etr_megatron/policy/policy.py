@@ -139,7 +139,9 @@ class Policy:
         self.optimizer.zero_grad()
         lr = self.optimizer.param_groups[0]["lr"]
         micro = self._microbatches(batch.sequences)
-        outputs = self._run(self._ddp, micro, partial(self._loss, batch), forward_only=False)
+        # Read once: every reading waits for the device.
+        scale = self.optimizer.get_loss_scale().item()
+        outputs = self._run(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         totals: dict[str, float] = {}
@@ -215,10 +217,13 @@ class Policy:
         }
         return (hidden[:, 0].index_select(0, batch.rows), stage.head_weight(), batch.targets), options
 
-    def _loss(self, batch: PolicyBatch, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _loss(
+        self, batch: PolicyBatch, scale: float, micro: Microbatch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count.
 
-        A token-local loss is evaluated chunk by chunk inside the head; one of whole sequences needs all rows first.
+        scale: the optimizer's loss scale, with which Megatron goes backward. A token-local loss is evaluated chunk by chunk
+        inside the head; one of whole sequences needs all rows first.
         """
         known = loss_inputs(batch, micro, loss_settings(self.config.objective))
         tensors, options = self._head_inputs(self._ddp, hidden, micro)
@@ -229,7 +234,6 @@ class Policy:
             return parts[-1].loss
 
         if self._policy_loss.token_local:
-            scale = self.optimizer.get_loss_scale().item()
             loss, logp, entropy = vocab_parallel_loss(*tensors, rows_loss, backward_scale=scale, **options)
         else:
             logp, entropy = vocab_parallel_logprob(*tensors, **options)

@@ -14,7 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import Backend, Chunk, Head, add_gradients, chunk_logits, row_slices, sweep
+from etr_megatron.vocab_parallel.sweep import (
+    Backend,
+    Chunk,
+    Head,
+    add_gradients,
+    chunk_buffers,
+    chunk_logits,
+    row_slices,
+    sweep,
+)
 from etr_megatron.vocab_parallel.weight_grad import weight_grad
 
 
@@ -45,12 +54,11 @@ class _Recomputed(torch.autograd.Function):
             return (None,) * 5
         hidden, weight, targets, logp, entropy, log_sum = ctx.saved_tensors
         head: Head = ctx.head
-        real = head.shard.real
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
         sink = weight_grad(ctx.weight) if ctx.needs_input_grad[1] else None
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        slices = row_slices(head, hidden) if real else []
-        buffer = torch.empty(slices[0].stop if slices else 0, real, dtype=torch.float32, device=hidden.device)
+        slices = row_slices(head, hidden) if head.shard.real else []
+        (buffer,) = chunk_buffers(head, slices, 1, hidden.device)
         for rows in slices:
             logits = chunk_logits(head, hidden[rows], weight, buffer[: rows.stop - rows.start])
             chunk = Chunk(rows, logits, head.shard.columns(targets[rows]), logp[rows], entropy[rows], log_sum[rows])
@@ -111,7 +119,13 @@ def vocab_parallel_logprob(
     the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    head = Head(shard, temperature, chunk_rows, backend, overlap)
+    return logprob_through(Head(shard, temperature, chunk_rows, backend, overlap), hidden, weight, targets, reduce_hidden_grad)
+
+
+def logprob_through(
+    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, reduce_hidden_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_logprob` of tensors whose shapes were checked."""
     if not torch.is_grad_enabled():
         logp, entropy, _ = forward_rows(head, hidden, weight, targets)
         return logp, entropy

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.vocab_parallel import gemm, torch_rows
-from etr_megatron.vocab_parallel.logprob import check_shapes, vocab_parallel_logprob
+from etr_megatron.vocab_parallel.logprob import check_shapes, logprob_through
 from etr_megatron.vocab_parallel.shard import VocabShard
 from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, sweep
 from etr_megatron.vocab_parallel.weight_grad import WeightGrad, has_main_grad, weight_grad
@@ -132,21 +132,10 @@ def vocab_parallel_loss(
     products) and `token_loss` is called once, with all rows. Without gradients nothing but the values is computed.
     """
     check_shapes(hidden, weight, targets, shard)
-    every_row = slice(0, len(hidden))
-    if not (torch.is_grad_enabled() and weight.requires_grad and has_main_grad(weight)):
-        logp, entropy = vocab_parallel_logprob(
-            hidden,
-            weight,
-            targets,
-            shard=shard,
-            temperature=temperature,
-            chunk_rows=chunk_rows,
-            reduce_hidden_grad=reduce_hidden_grad,
-            backend=backend,
-            overlap=overlap,
-        )
-        return token_loss(every_row, logp, entropy), logp.detach(), entropy.detach()
     head = Head(shard, temperature, chunk_rows, backend, overlap)
+    if not (torch.is_grad_enabled() and weight.requires_grad and has_main_grad(weight)):
+        logp, entropy = logprob_through(head, hidden, weight, targets, reduce_hidden_grad)
+        return token_loss(slice(0, len(hidden)), logp, entropy), logp.detach(), entropy.detach()
     sink = weight_grad(weight)
     return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink, reduce_hidden_grad)
 

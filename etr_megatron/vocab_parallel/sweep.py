@@ -131,14 +131,17 @@ def row_slices(head: Head, hidden: Tensor) -> list[slice]:
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
+def chunk_buffers(head: Head, slices: list[slice], count: int, device: torch.device) -> Tensor:
+    """fp32 [count, rows of the largest chunk, real], uninitialised, for the logits of the chunks `slices`."""
+    return torch.empty(count, slices[0].stop if slices else 0, head.shard.real, dtype=torch.float32, device=device)
+
+
 def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[Chunk]:
     """All chunks in order. A collective over the shards; every rank must take every chunk."""
-    real = head.shard.real
-    step = head.rows_of_chunk(len(hidden), hidden.device)
-    count = head.buffers_on(hidden.device)
-    buffers = torch.empty(count, step, real, dtype=torch.float32, device=hidden.device)
+    slices, count = row_slices(head, hidden), head.buffers_on(hidden.device)
+    buffers = chunk_buffers(head, slices, count, hidden.device)
     waiting: _Travelling | None = None
-    for number, rows in enumerate(row_slices(head, hidden)):
+    for number, rows in enumerate(slices):
         out = buffers[number % count, : rows.stop - rows.start]
         logits = chunk_logits(head, hidden[rows], weight, out)
         now = _Travelling(head, rows, logits, targets[rows])
