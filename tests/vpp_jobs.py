@@ -28,6 +28,25 @@ def parameters() -> dict[str, torch.Tensor]:
     return {**layers, "head": 0.1 * torch.randn(VOCAB, HIDDEN, generator=generator)}
 
 
+def toy_config() -> Any:
+    """Megatron's TransformerConfig of two stages with two chunks each."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        # Of two stages each is the other's predecessor and successor: in one batch their messages would be mixed up.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=True,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+    )
+
+
 def chunk_class(config: Any) -> type[torch.nn.Module]:
     """One layer of the toy model; the last has the head. config: Megatron's TransformerConfig."""
     from megatron.core.enums import ModelType
@@ -56,26 +75,12 @@ def interleaved() -> dict[str, torch.Tensor]:
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from etr_megatron.policy.parallel import _destroy_layout
 
     _destroy_layout()
     mpu.initialize_model_parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=1,
-        pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2,
-        pipeline_dtype=torch.float32,
-        # Of two stages each is the other's predecessor and successor: in one batch their messages would be mixed up.
-        batch_p2p_comm=False,
-        overlap_p2p_comm=True,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,
-    )
-
+    config = toy_config()
     chunk_of = chunk_class(config)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     chunks = [
