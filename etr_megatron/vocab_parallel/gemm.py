@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 20
-"""Elements of the bf16 product that `add_weight_grad` makes at a time on CPU."""
+_BLOCK_BYTES = 2 << 20
+"""Of the weight, or its bf16 gradient, that a product on CPU takes at a time."""
 
 
 def _writes_fp32(operand: Tensor) -> bool:
@@ -19,6 +19,17 @@ def _writes_fp32(operand: Tensor) -> bool:
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
+    if hidden.is_cpu:
+        # A few rows of the weight at a time: with few rows of `hidden` MKL takes 1.2 times as long for all columns in one call.
+        step = max(256, _weight_rows(weight))
+        for begin in range(0, len(weight), step):
+            columns = slice(begin, begin + step)
+            _logits_at_once(out[:, columns], hidden, weight[columns], scale)
+        return out
+    return _logits_at_once(out, hidden, weight, scale)
+
+
+def _logits_at_once(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     if hidden.dtype == torch.float32:
         return torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
     if _writes_fp32(hidden):
@@ -26,6 +37,10 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Te
     else:
         out.copy_(hidden @ weight.t())
     return out if scale == 1 else out.mul_(scale)
+
+
+def _weight_rows(weight: Tensor) -> int:
+    return max(1, _BLOCK_BYTES // (weight.element_size() * weight.shape[1]))
 
 
 def hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
@@ -40,7 +55,7 @@ def hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
 
 def weight_grad_block(hidden_size: int) -> int:
     """Rows of the weight whose bf16 gradient `add_weight_grad` makes at a time on CPU."""
-    return max(1, _BLOCK_ELEMENTS // hidden_size)
+    return max(1, _BLOCK_BYTES // (2 * hidden_size))
 
 
 def add_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

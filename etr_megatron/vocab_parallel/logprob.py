@@ -111,7 +111,7 @@ def vocab_parallel_logprob(
     weight: [Vp/TP, H] of the same dtype, this rank's shard of the LM head (or of the tied embedding); padded rows take no part
     and get zero gradient. Its gradient is added to `weight.main_grad` where Megatron's DDP made one in fp32.
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in the sampling.
-    chunk_rows: rows whose logits exist at a time; None is a quarter of them, between 128 and 512 on CPU; 1024 on CUDA.
+    chunk_rows: rows whose logits exist at a time; None is a quarter of them, between 128 and 384 on CPU; 1024 on CUDA.
     reduce_hidden_grad: False leaves the gradient of `hidden` a partial sum over vocabulary shards, for a caller who
     reduce-scatters it (sequence parallelism). backend, overlap: see `Head`.
 

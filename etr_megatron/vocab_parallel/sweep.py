@@ -17,7 +17,7 @@ from torch import Tensor
 from etr_megatron.vocab_parallel import gemm, torch_rows, triton_rows
 from etr_megatron.vocab_parallel.shard import VocabShard
 
-_CHUNK_ROWS = {"cpu": (128, 512), "cuda": (1024, 1024)}
+_CHUNK_ROWS = {"cpu": (128, 384), "cuda": (1024, 1024)}
 """Rows of a chunk where nobody says otherwise: a quarter of all, between these. Every chunk reads and writes the whole weight
 gradient once, so what it costs beyond its products falls with its rows, whatever the size of the shard."""
 
