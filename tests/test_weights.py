@@ -14,10 +14,10 @@ from etr_megatron.weights import (
     SafetensorsDir,
     check_checkpoint,
     join_shards,
+    megatron_shard,
     padded_vocab_size,
     read_architecture,
     read_shard,
-    shard_shape,
     weights_of,
 )
 from tests.hf_models import FAMILIES
@@ -33,9 +33,10 @@ def test_split_and_join_give_every_tensor_back_bit_for_bit(hf_models, family, tp
     arch, checkpoint = read_architecture(hf_models[family]), SafetensorsDir(hf_models[family])
     found = {}
     for weight in weights_of(arch):
-        shards = [read_shard(weight, arch, tp, rank, checkpoint.read) for rank in range(tp)]
-        assert all(tuple(shard.shape) == shard_shape(weight, arch, tp) for shard in shards)
-        found.update(join_shards(weight, arch, shards))
+        shards = [megatron_shard(weight, arch, tp, rank) for rank in range(tp)]
+        parts = [(shard, read_shard(weight, shard, checkpoint.read)) for shard in shards]
+        assert all(tuple(part.shape) == shard.shape for shard, part in parts)
+        found.update(join_shards(weight, parts))
     wanted = tensors_of(hf_models[family])
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -45,14 +46,14 @@ def test_a_shard_reads_only_its_own_ranges(hf_models):
     arch, checkpoint = read_architecture(hf_models["qwen3"]), SafetensorsDir(hf_models["qwen3"])
     seen: list[int] = []
 
-    def read(name: str, dim: int, begin: int, end: int) -> torch.Tensor:
-        piece = checkpoint.read(name, dim, begin, end)
+    def read(name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        piece = checkpoint.read(name, begin, size)
         seen.append(piece.numel())
         return piece
 
     for weight in weights_of(arch):
         seen.clear()
-        read_shard(weight, arch, 2, 1, read)
+        read_shard(weight, megatron_shard(weight, arch, 2, 1), read)
         whole = sum(torch.Size(shape).numel() for shape in weight.shapes)
         limit = whole if weight.split == "replicated" else whole / 2
         assert sum(seen) <= limit

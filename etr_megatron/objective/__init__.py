@@ -9,7 +9,7 @@ from etr_megatron.objective.groups import GroupStatistics, group_statistics
 from etr_megatron.objective.inputs import LossInputs, LossOutputs, LossSettings, Sequences
 from etr_megatron.objective.kl import kl_estimate
 from etr_megatron.objective.losses import clip_ratio, importance_ratio, regularized
-from etr_megatron.objective.registry import PolicyLoss, register_loss, resolve_loss, token_local
+from etr_megatron.objective.registry import PolicyLoss, loss_names, register_loss, resolve_loss, token_local
 from etr_megatron.objective.shaping import kl_penalty, overlong_punishment
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "importance_ratio",
     "kl_estimate",
     "kl_penalty",
+    "loss_names",
     "overlong_punishment",
     "pass_rate_bins",
     "register_loss",

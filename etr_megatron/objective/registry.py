@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,14 +35,27 @@ class PolicyLoss:
     name: str
     function: LossFunction
     token_local: bool
+    _first_rows: list[frozenset[str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """The function's outputs, checked; raises UserError for outputs of another type or shape."""
+        """The function's outputs, checked; raises UserError for outputs of another type or shape, and for other names of rows
+        than those of this object's first call."""
         outputs = self.function(inputs)
-        fault = _fault(outputs, inputs)
+        fault = _fault(outputs, inputs) or self._other_rows(outputs)
         if fault:
             raise UserError(f"objective.loss {self.name} {fault}; see LossOutputs in etr_megatron/objective/inputs.py")
         return outputs
+
+    def _other_rows(self, outputs: LossOutputs) -> str:
+        """Which name of `outputs.rows` is new or missing, empty when none is."""
+        if not self._first_rows:
+            self._first_rows.append(frozenset(outputs.rows))
+        changed = sorted(self._first_rows[0] ^ outputs.rows.keys())
+        if not changed:
+            return ""
+        # A mean over the step's tokens, some of which had no value, would be a wrong number.
+        found = "returned" if changed[0] in outputs.rows else "left out"
+        return f"{found} rows[{changed[0]!r}], other than in its first call; every call must return the same names"
 
 
 _LOSSES: dict[str, PolicyLoss] = {}
@@ -60,6 +73,11 @@ def register_loss(name: str, *, token_local: bool) -> Callable[[LossFunction], L
     return add
 
 
+def loss_names() -> tuple[str, ...]:
+    """Every registered name, sorted."""
+    return tuple(sorted(_LOSSES))
+
+
 def token_local(function: LossFunction) -> LossFunction:
     """Decorator for a loss given by import path: the loss of a row depends on that row alone. See `PolicyLoss`."""
     function.token_local = True  # type: ignore[attr-defined]
@@ -67,15 +85,14 @@ def token_local(function: LossFunction) -> LossFunction:
 
 
 def resolve_loss(name: str) -> PolicyLoss:
-    """The registered loss of that name, or the one at that import path (`package.module:function`).
+    """The registered loss of that name, or the one at that import path (`package.module:function`); a new object every time.
 
     Raises UserError for an unknown name, a path that cannot be imported and a function that cannot be called with one argument.
     """
     if name in _LOSSES:
-        return _LOSSES[name]
+        return replace(_LOSSES[name])
     if ":" not in name:
-        known = ", ".join(sorted(_LOSSES))
-        raise UserError(f"objective.loss is {name!r}; known are {known}, and your own as package.module:function")
+        raise UserError(f"objective.loss is {name!r}; known are {', '.join(loss_names())}, and your own as package.module:function")
     try:
         function = import_function(name)
     except ImportPathError as error:

@@ -21,10 +21,9 @@ from etr_megatron.weights import (
     SafetensorsDir,
     Weight,
     join_shards,
+    megatron_shard,
     padded_vocab_size,
     read_shard,
-    shard_shape,
-    to_te_name,
     weights_of,
 )
 
@@ -94,7 +93,7 @@ def _own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Para
     named = _parameter_names(model)
     pairs = {}
     for weight in weights_of(model.arch):
-        name = to_te_name(weight.megatron) if uses_transformer_engine() else weight.megatron
+        name = weight.te if uses_transformer_engine() else weight.megatron
         if name in named:
             pairs[name] = (weight, named.pop(name))
     if named.keys() - {"output_layer.weight"}:
@@ -113,9 +112,10 @@ def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
     """
     layout, arch = model.layout, model.arch
     for name, (weight, parameter) in _own_parameters(model).items():
-        if tuple(parameter.shape) != shard_shape(weight, arch, layout.tp):
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard_shape(weight, arch, layout.tp)}")
-        parameter.copy_(read_shard(weight, arch, layout.tp, layout.tp_rank, checkpoint.read))
+        shard = megatron_shard(weight, arch, layout.tp, layout.tp_rank)
+        if tuple(parameter.shape) != shard.shape:
+            raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard.shape}")
+        parameter.copy_(read_shard(weight, shard, checkpoint.read))
 
 
 @torch.no_grad()
@@ -136,7 +136,8 @@ def export_hf_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
             shard = own[weight.megatron].detach().contiguous()
             shards = [torch.empty_like(shard) for _ in range(layout.tp)]
             dist.all_gather(shards, shard, group=tp_group)
-            full = {name: tensor.contiguous() for name, tensor in join_shards(weight, arch, shards).items()}
+            parts = [(megatron_shard(weight, arch, layout.tp, rank), part) for rank, part in enumerate(shards)]
+            full = join_shards(weight, parts)
         else:
             full = {n: torch.empty(s, dtype=dtype, device=device) for n, s in zip(weight.hf, weight.shapes, strict=True)}
         if layout.pp > 1:

@@ -9,13 +9,32 @@ from typing import Any
 
 from etr_megatron.errors import UserError
 
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 """HuggingFace architecture -> family of the weight map."""
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Mixture of gated MLPs in place of the dense one, in all layers but `dense_layers`.
+
+    normalized: whether the weights of a token's chosen experts are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalized: bool
+    dense_layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A dense decoder with grouped-query attention, RMSNorm and a gated MLP.
+    """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors).
     qkv_bias, qk_norm: biases on q/k/v (Qwen2), RMSNorm on queries and keys per head (Qwen3).
@@ -35,6 +54,11 @@ class Architecture:
     norm_eps: float
     max_positions: int
     rope: dict[str, Any] = field(default_factory=dict)
+    experts: Experts | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of `layer` is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 def _rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -56,6 +80,21 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
+    if config.get("quantization_config"):
+        raise UserError(f"{source}: the checkpoint is quantised (quantization_config); convert it to bf16 first")
+
+
+def _experts(config: dict[str, Any]) -> Experts:
+    """Published configs say num_experts, transformers 5 writes num_local_experts."""
+    layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
+    dense = {layer for layer in range(layers) if (layer + 1) % step} | set(config.get("mlp_only_layers") or ())
+    return Experts(
+        count=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+        per_token=config["num_experts_per_tok"],
+        intermediate_size=config["moe_intermediate_size"],
+        normalized=bool(config.get("norm_topk_prob", False)),
+        dense_layers=frozenset(dense & set(range(layers))),
+    )
 
 
 def read_architecture(model_dir: str | Path) -> Architecture:
@@ -88,10 +127,11 @@ def read_architecture(model_dir: str | Path) -> Architecture:
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             norm_eps=config["rms_norm_eps"],
             max_positions=config.get("max_position_embeddings", 0),
             rope=_rope(config, source),
+            experts=_experts(config) if family == "qwen3_moe" else None,
         )
     except KeyError as error:
         raise UserError(f"{source}: field {error} is missing") from None

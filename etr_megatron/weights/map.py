@@ -1,15 +1,14 @@
-"""One table per model family: how HuggingFace tensors and Megatron parameters correspond.
+"""One table per model family: how HuggingFace tensors, Megatron parameters and a server's fused parameters correspond.
 
-Everything that needs to know a weight's name follows from it: loading, export, what is checked before a run.
-
-A row says: Megatron name, HF name(s), how it is split over tensor-parallel ranks, whether FP8 applies. The split kinds, with
-the layout of a rank's shard:
+Everything that needs to know a weight's name follows from it: loading, conversion, export, the plan of a weight sync, what is
+quantised, what is checked before a run. How a weight is cut (`split`) is worked out in `shards`:
 
     replicated  the whole tensor
     column      rows  [r n/TP, (r+1) n/TP)                     of one HF tensor
     row         columns [r n/TP, (r+1) n/TP)                   of one HF tensor
-    vocab       rows, after padding the vocabulary with zero rows to a multiple of TP
-    qkv         query groups: for each of the rank's groups its query heads, its key head, its value head (weight or bias)
+    vocab       rows, after padding the vocabulary with zero rows
+    qkv         Megatron: for each of the rank's query groups its query heads, its key head, its value head; server: the rank's
+                query heads, then its key heads, then its value heads (weight or bias)
     gate_up     the rank's rows of gate, then its rows of up
 """
 
@@ -20,121 +19,218 @@ from dataclasses import dataclass
 
 from etr_megatron.weights.architecture import Architecture
 
-VOCAB_MULTIPLE = 128
-"""The padded vocabulary is a multiple of this times TP, Megatron's own rule."""
-
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; `{layer}` in the names stands for the layer's number."""
+    """A line of the table; `{layer}` and `{expert}` in the names stand for numbers.
+
+    megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
+    hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
+    server: name of SGLang's parameter, where it is not the HF name.
+    fp8: whether block-quantised export and sync quantise it.
+    layers: which layers have it: all, dense (a dense MLP), moe (experts).
+    """
 
     megatron: str
-    hf: tuple[str, ...]
     split: str
+    hf: tuple[tuple[str, str], ...]
+    te: str = ""
+    server: str = ""
     fp8: bool = False
+    layers: str = "all"
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A row for one layer of one model.
+    """A row for one layer, and one expert, of one model.
 
-    shapes: full shapes of the HF tensors, in the order of `hf`. layer: the layer's number, or None outside of the layers.
+    megatron, te: names in the two layer specs, layers and experts counted over the whole model.
+    stored, stored_at: name in a `torch_dist` checkpoint, and leading (index, size) axes there: of the layer, of the expert.
+    hf, shapes: HF names and full shapes. server, server_index: the server's parameter, and the expert's place in it.
+    layer, expert: numbers, or None outside of the layers and of experts.
     """
 
     megatron: str
+    te: str
+    stored: str
+    stored_at: tuple[tuple[int, int], ...]
     hf: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     split: str
     fp8: bool
-    shapes: tuple[tuple[int, ...], ...]
-    layer: int | None
+    server: str
+    layer: int | None = None
+    expert: int | None = None
 
 
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
 
-def _linear(name: str, hf: tuple[str, ...], split: str) -> Row:
-    return Row(_MG + name, tuple(_HF + part for part in hf), split, fp8=True)
+def _row(megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", **other: str | bool) -> Row:
+    """A row within a layer: names without the layer's prefix."""
+    named = tuple((_HF + name, dims) for name, dims in hf.items())
+    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", **other)
 
 
-_QKV = tuple(f"self_attn.{p}_proj" for p in "qkv")
-_DENSE = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    Row(_MG + "input_layernorm.weight", (_HF + "input_layernorm.weight",), "replicated"),
-    _linear("self_attention.linear_qkv.weight", tuple(p + ".weight" for p in _QKV), "qkv"),
-    _linear("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "row"),
-    Row(_MG + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), "replicated"),
-    _linear("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    _linear("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "row"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
-    Row("output_layer.weight", ("lm_head.weight",), "vocab"),
+_EMBEDDING = Row("embedding.word_embeddings.weight", "vocab", (("model.embed_tokens.weight", "VH"),))
+_END = (
+    Row("decoder.final_layernorm.weight", "replicated", (("model.norm.weight", "H"),)),
+    Row("output_layer.weight", "vocab", (("lm_head.weight", "VH"),)),
 )
-_QKV_BIAS = (Row(_MG + "self_attention.linear_qkv.bias", tuple(_HF + p + ".bias" for p in _QKV), "qkv"),)
-_QK_NORM = tuple(
-    Row(_MG + f"self_attention.{p}_layernorm.weight", (_HF + f"self_attn.{p}_norm.weight",), "replicated") for p in "qk"
+_ATTENTION = (
+    _row(
+        "input_layernorm.weight",
+        "replicated",
+        {"input_layernorm.weight": "H"},
+        te="self_attention.linear_qkv.layer_norm_weight",
+    ),
+    _row(
+        "self_attention.linear_qkv.weight",
+        "qkv",
+        {"self_attn.q_proj.weight": "QH", "self_attn.k_proj.weight": "KH", "self_attn.v_proj.weight": "KH"},
+        server="self_attn.qkv_proj.weight",
+        fp8=True,
+    ),
+    _row("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "HQ"}, fp8=True),
+)
+_QKV_BIAS = (
+    _row(
+        "self_attention.linear_qkv.bias",
+        "qkv",
+        {"self_attn.q_proj.bias": "Q", "self_attn.k_proj.bias": "K", "self_attn.v_proj.bias": "K"},
+        server="self_attn.qkv_proj.bias",
+    ),
+)
+_QK_NORM = (
+    _row("self_attention.q_layernorm.weight", "replicated", {"self_attn.q_norm.weight": "D"}),
+    _row("self_attention.k_layernorm.weight", "replicated", {"self_attn.k_norm.weight": "D"}),
+)
+_MLP = (
+    _row(
+        "pre_mlp_layernorm.weight",
+        "replicated",
+        {"post_attention_layernorm.weight": "H"},
+        te="mlp.linear_fc1.layer_norm_weight",
+        layers="dense",
+    ),
+    _row(
+        "mlp.linear_fc1.weight",
+        "gate_up",
+        {"mlp.gate_proj.weight": "FH", "mlp.up_proj.weight": "FH"},
+        server="mlp.gate_up_proj.weight",
+        fp8=True,
+        layers="dense",
+    ),
+    _row("mlp.linear_fc2.weight", "row", {"mlp.down_proj.weight": "HF"}, fp8=True, layers="dense"),
+)
+_EXPERTS = (
+    _row("pre_mlp_layernorm.weight", "replicated", {"post_attention_layernorm.weight": "H"}, layers="moe"),
+    _row("mlp.router.weight", "replicated", {"mlp.gate.weight": "XH"}, layers="moe"),
+    _row(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        "gate_up",
+        {"mlp.experts.{expert}.gate_proj.weight": "EH", "mlp.experts.{expert}.up_proj.weight": "EH"},
+        te="mlp.experts.linear_fc1.weight{expert}",
+        server="mlp.experts.w13_weight",
+        fp8=True,
+        layers="moe",
+    ),
+    _row(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        "row",
+        {"mlp.experts.{expert}.down_proj.weight": "HE"},
+        te="mlp.experts.linear_fc2.weight{expert}",
+        server="mlp.experts.w2_weight",
+        fp8=True,
+        layers="moe",
+    ),
 )
 TABLES: dict[str, tuple[Row, ...]] = {
-    "llama": _DENSE,
-    "qwen2": _DENSE + _QKV_BIAS,
-    "qwen3": _DENSE + _QK_NORM,
+    "llama": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
+    "qwen2": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_MLP, *_END),
+    "qwen3": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_END),
+    "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_EXPERTS, *_END),
 }
-"""Family -> rows, with the names of Megatron's local layer spec; `to_te_name` gives Transformer Engine's."""
-
-_TE_NAMES = {
-    ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
-    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
-}
+"""Family -> rows, in the order of the model."""
 
 
-def to_te_name(megatron: str) -> str:
-    """Name of the same parameter in the Transformer Engine spec, where layer norms are fused into the linear after them."""
-    for local, fused in _TE_NAMES.items():
-        if megatron.endswith(local):
-            return megatron.removesuffix(local) + fused
-    return megatron
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Vp: the smallest multiple of `VOCAB_MULTIPLE * tp` that holds the vocabulary."""
-    step = VOCAB_MULTIPLE * tp
-    return -(-vocab_size // step) * step
-
-
-def _shape(hf: str, arch: Architecture) -> tuple[int, ...]:
-    """Full shape of an HF tensor, by the last parts of its name."""
-    hidden, head = arch.hidden_size, arch.head_dim
-    module, kind = hf.rsplit(".", 2)[-2:]
-    rows_columns = {
-        "embed_tokens": (arch.vocab_size, hidden),
-        "lm_head": (arch.vocab_size, hidden),
-        "q_proj": (arch.heads * head, hidden),
-        "k_proj": (arch.kv_heads * head, hidden),
-        "v_proj": (arch.kv_heads * head, hidden),
-        "o_proj": (hidden, arch.heads * head),
-        "gate_proj": (arch.intermediate_size, hidden),
-        "up_proj": (arch.intermediate_size, hidden),
-        "down_proj": (hidden, arch.intermediate_size),
-        "q_norm": (head,),
-        "k_norm": (head,),
+def _dimensions(arch: Architecture) -> dict[str, int]:
+    """Letters of the table's shapes."""
+    experts = arch.experts
+    return {
+        "V": arch.vocab_size,
+        "H": arch.hidden_size,
+        "Q": arch.heads * arch.head_dim,
+        "K": arch.kv_heads * arch.head_dim,
+        "D": arch.head_dim,
+        "F": arch.intermediate_size,
+        "E": experts.intermediate_size if experts else 0,
+        "X": experts.count if experts else 0,
     }
-    shape = rows_columns.get(module, (hidden,))
-    return shape[:1] if kind == "bias" else shape
+
+
+def _stored(row: Row, arch: Architecture, layer: int | None, expert: int | None) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Name and leading axes in a `torch_dist` checkpoint, where equal layers, and a layer's experts, are one tensor.
+
+    Layers that differ keep their number in the name (Megatron's `non_homogeneous_layers`). Names are those of the Transformer
+    Engine spec; experts have one more `experts.` than in either spec.
+    """
+    name, axes = row.te or row.megatron, []
+    if layer is not None:
+        if arch.experts is not None and arch.experts.dense_layers:
+            name = name.replace("{layer}", str(layer))
+        else:
+            name = name.replace("{layer}.", "")
+            axes.append((layer, arch.layers))
+    if expert is not None and arch.experts is not None:
+        name = name.replace("mlp.experts.", "mlp.experts.experts.").removesuffix("{expert}")
+        axes.append((expert, arch.experts.count))
+    return name, tuple(axes)
+
+
+def _weight(row: Row, arch: Architecture, sizes: dict[str, int], layer: int | None, expert: int | None = None) -> Weight:
+    def named(name: str) -> str:
+        return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+    stored, stored_at = _stored(row, arch, layer, expert)
+    hf = tuple(named(name) for name, _ in row.hf)
+    return Weight(
+        megatron=named(row.megatron),
+        te=named(row.te or row.megatron),
+        stored=stored,
+        stored_at=stored_at,
+        hf=hf,
+        shapes=tuple(tuple(sizes[letter] for letter in dims) for _, dims in row.hf),
+        split=row.split,
+        fp8=row.fp8,
+        server=named(row.server) or hf[0],
+        layer=layer,
+        expert=expert,
+    )
+
+
+def _layer_weights(rows: tuple[Row, ...], arch: Architecture, sizes: dict[str, int], layer: int) -> Iterator[Weight]:
+    kind = "moe" if arch.has_experts(layer) else "dense"
+    for row in rows:
+        if row.layers not in ("all", kind):
+            continue
+        if "{expert}" not in row.megatron:
+            yield _weight(row, arch, sizes, layer)
+        elif arch.experts is not None:
+            for expert in range(arch.experts.count):
+                yield _weight(row, arch, sizes, layer, expert)
 
 
 def weights_of(arch: Architecture) -> Iterator[Weight]:
     """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied)."""
-
-    def make(row: Row, layer: int | None) -> Weight:
-        hf = tuple(name.format(layer=layer) for name in row.hf)
-        shapes = tuple(_shape(name, arch) for name in hf)
-        return Weight(row.megatron.format(layer=layer), hf, row.split, row.fp8, shapes, layer)
-
-    rows = TABLES[arch.family]
-    in_layer = [row for row in rows if "{layer}" in row.megatron]
-    outside = [row for row in rows if "{layer}" not in row.megatron]
-    yield make(outside[0], None)
+    rows, sizes = TABLES[arch.family], _dimensions(arch)
+    in_layer = tuple(row for row in rows if "{layer}" in row.megatron)
+    before = rows[: rows.index(in_layer[0])]
+    after = rows[rows.index(in_layer[-1]) + 1 :]
+    for row in before:
+        yield _weight(row, arch, sizes, None)
     for layer in range(arch.layers):
-        for row in in_layer:
-            yield make(row, layer)
-    for row in outside[1:]:
+        yield from _layer_weights(in_layer, arch, sizes, layer)
+    for row in after:
         if not (row.megatron == "output_layer.weight" and arch.tied_embeddings):
-            yield make(row, None)
+            yield _weight(row, arch, sizes, None)

@@ -47,10 +47,10 @@ class SafetensorsDir:
         """Shape of every tensor, from the files' headers."""
         return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()}
 
-    def read(self, name: str, dim: int, begin: int, end: int) -> Tensor:
-        """Range [begin, end) of the tensor along `dim`."""
-        piece = self._where[name].get_slice(name)
-        return piece[begin:end] if dim == 0 else piece[:, begin:end]
+    def read(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """A box of the tensor: `size` elements from `begin` in each dimension."""
+        ranges = tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))
+        return self._where[name].get_slice(name)[ranges]
 
 
 def check_checkpoint(model_dir: str | Path) -> Architecture:

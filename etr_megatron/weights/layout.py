@@ -1,0 +1,163 @@
+"""Who holds which shard of a weight: Megatron's ranks in training, a server's ranks in inference. Plain arithmetic.
+
+Rank order in training is Megatron's default, "tp-cp-ep-dp-pp": tensor-parallel neighbours first, pipeline stages last; context-
+parallel ranks hold the same weights and count as data-parallel here. Experts regroup the ranks of a stage by (ETP, EP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.map import Weight
+from etr_megatron.weights.shards import Shard, megatron_shard, server_shard
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One shard of a weight and the ranks, in ascending order, that hold it."""
+
+    shard: Shard
+    ranks: tuple[int, ...]
+
+
+class Placement(Protocol):
+    """A layout of ranks 0 .. world - 1 that says who holds what."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+        """Every distinct shard of the weight once. Raises ValueError where the layout does not fit the architecture."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """Megatron's: TP x PP x DP ranks; dp counts all replicas of dense weights (DP x CP).
+
+    ep: expert-parallel ranks; etp: tensor-parallel ranks of an expert, None is tp. ETP x EP divides TP x DP.
+    vpp: model chunks of a stage under the interleaved schedule. Raises ValueError for sizes below 1 or that do not divide.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    vpp: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tp, self.pp, self.dp, self.ep, self.expert_tp, self.vpp) < 1:
+            raise ValueError(f"{self} has a size below 1")
+        if self.stage_ranks % (self.expert_tp * self.ep):
+            raise ValueError(
+                f"experts of ETP {self.expert_tp} x EP {self.ep} do not divide the {self.stage_ranks} ranks of a stage"
+            )
+
+    @property
+    def expert_tp(self) -> int:
+        """ETP."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.tp * self.dp
+
+    @property
+    def world(self) -> int:
+        """TP x PP x DP."""
+        return self.stage_ranks * self.pp
+
+    def chunk_of(self, layer: int, arch: Architecture) -> tuple[int, int, int]:
+        """(stage, model chunk within it, layer within the chunk). Raises ValueError where layers do not divide evenly."""
+        chunks = self.pp * self.vpp
+        if arch.layers % chunks:
+            raise ValueError(f"{arch.layers} layers do not divide into {self.pp} stages of {self.vpp} chunks")
+        chunk, local = divmod(layer, arch.layers // chunks)
+        return chunk % self.pp, chunk // self.pp, local
+
+    def stages_of(self, weight: Weight, arch: Architecture) -> tuple[int, ...]:
+        """Stages that hold a weight: one, or the first and the last for a tied embedding."""
+        if weight.layer is not None:
+            return (self.chunk_of(weight.layer, arch)[0],)
+        last = self.pp - 1
+        if weight.split == "vocab" and arch.tied_embeddings:
+            return (0, last) if last else (0,)
+        return (0,) if weight.megatron.startswith("embedding.") else (last,)
+
+    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+        """See `Placement`."""
+        starts = [stage * self.stage_ranks for stage in self.stages_of(weight, arch)]
+        if weight.expert is None:
+            cut, places = self.tp, self._dense_places
+        else:
+            cut, places = self.expert_tp, self._expert_places(weight.expert, arch)
+        return _holdings(weight, arch, cut, lambda rank: [start + i for start in starts for i in places(rank)], megatron_shard)
+
+    def _dense_places(self, tp_rank: int) -> Iterator[int]:
+        return iter(range(tp_rank, self.stage_ranks, self.tp))
+
+    def _expert_places(self, expert: int, arch: Architecture) -> Callable[[int], Iterator[int]]:
+        ep_rank = _expert_rank(expert, arch, self.ep)
+        step = self.expert_tp * self.ep
+        return lambda etp_rank: iter(range(etp_rank + self.expert_tp * ep_rank, self.stage_ranks, step))
+
+
+@dataclass(frozen=True)
+class ServerLayout:
+    """SGLang's: `servers` servers of TP ranks each, one after the other; its experts are cut EP-fold first and then by TP / EP.
+
+    Data-parallel attention of a server is not modelled.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    servers: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tp, self.ep, self.servers) < 1:
+            raise ValueError(f"{self} has a size below 1")
+        if self.tp % self.ep:
+            raise ValueError(f"EP {self.ep} does not divide the server's TP {self.tp}")
+
+    @property
+    def world(self) -> int:
+        """Ranks of all servers."""
+        return self.tp * self.servers
+
+    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+        """See `Placement`."""
+        starts = range(0, self.world, self.tp)
+        if weight.expert is None:
+            return _holdings(weight, arch, self.tp, lambda rank: [start + rank for start in starts], server_shard)
+        moe_tp, ep_rank = self.tp // self.ep, _expert_rank(weight.expert, arch, self.ep)
+        first = ep_rank * moe_tp
+        return _holdings(weight, arch, moe_tp, lambda rank: [start + first + rank for start in starts], server_shard)
+
+
+def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
+    """The expert-parallel rank that holds an expert: consecutive experts, evenly."""
+    count = arch.experts.count if arch.experts else 0
+    if count == 0 or count % ep:
+        raise ValueError(f"{count} experts do not divide over expert parallelism of {ep}")
+    return expert // (count // ep)
+
+
+def _holdings(
+    weight: Weight,
+    arch: Architecture,
+    cut: int,
+    ranks_of: Callable[[int], list[int]],
+    shard_of: Callable[[Weight, Architecture, int, int], Shard],
+) -> list[Holding]:
+    """Shards of all `cut` ranks; those that are equal (replicated weights, repeated heads) become one holding."""
+    merged: dict[Shard, list[int]] = {}
+    for rank in range(cut):
+        merged.setdefault(shard_of(weight, arch, cut, rank), []).extend(ranks_of(rank))
+    return [Holding(shard, tuple(sorted(ranks))) for shard, ranks in merged.items()]

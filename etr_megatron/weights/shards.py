@@ -1,0 +1,171 @@
+"""How one weight is cut: for a rank, which box of which HF tensor lies where in its shard.
+
+A shard is a list of pieces. Reading a shard from a checkpoint, putting full tensors together from shards, planning a transfer
+between two layouts and quantising a part of a tensor are all walks over pieces; the split kinds of `map` are known only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.map import Weight
+
+VOCAB_MULTIPLE = 128
+"""Megatron's padded vocabulary is a multiple of this times TP."""
+
+SERVER_VOCAB_MULTIPLE = 64
+"""SGLang pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`), whatever TP, and then divides it."""
+
+Index = tuple[int, ...]
+
+Read = Callable[[str, Index, Index], Tensor]
+"""read(hf name, begin, size): that box of the tensor; nothing else is touched. The result is not written to."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of an HF tensor in a shard. hf: which of the weight's HF tensors; begin: its corner there; at: in the shard."""
+
+    hf: int
+    begin: Index
+    at: Index
+    size: Index
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of a weight. What no piece covers (a padded vocabulary's rows) is zero."""
+
+    shape: Index
+    pieces: tuple[Piece, ...]
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Vp: the smallest multiple of `VOCAB_MULTIPLE * tp` that holds the vocabulary."""
+    step = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // step) * step
+
+
+def _rows(weight: Weight, hf: int, begin: int, end: int, at: int) -> Piece:
+    """Rows [begin, end) of an HF tensor, which start at row `at` of the shard."""
+    rest = weight.shapes[hf][1:]
+    zeros = (0,) * len(rest)
+    return Piece(hf, (begin, *zeros), (at, *zeros), (end - begin, *rest))
+
+
+def _stack(pieces: Sequence[Piece]) -> Shard:
+    """Pieces of full width below each other, in order."""
+    placed, row = [], 0
+    for piece in pieces:
+        placed.append(Piece(piece.hf, piece.begin, (row, *piece.at[1:]), piece.size))
+        row += piece.size[0]
+    return Shard((row, *pieces[0].size[1:]), tuple(placed))
+
+
+def _even(weight: Weight, hf: int, dim: int, tp: int, rank: int) -> tuple[int, int]:
+    """The rank's range of a dimension. Raises ValueError where it cannot be cut evenly."""
+    total = weight.shapes[hf][dim]
+    if total % tp:
+        raise ValueError(
+            f"{weight.hf[hf]} has {total} rows or columns to cut, which tensor parallelism of {tp} does not divide"
+        )
+    return rank * total // tp, (rank + 1) * total // tp
+
+
+def _vocab(weight: Weight, arch: Architecture, size: int, rank: int) -> Shard:
+    begin, end = min(rank * size, arch.vocab_size), min((rank + 1) * size, arch.vocab_size)
+    pieces = (_rows(weight, 0, begin, end, 0),) if end > begin else ()
+    return Shard((size, *weight.shapes[0][1:]), pieces)
+
+
+def _plain(weight: Weight, tp: int, rank: int) -> Shard:
+    """The kinds that Megatron and the server cut alike."""
+    if weight.split == "replicated":
+        return _stack([_rows(weight, 0, 0, weight.shapes[0][0], 0)])
+    if weight.split == "column":
+        return _stack([_rows(weight, 0, *_even(weight, 0, 0, tp, rank), 0)])
+    if weight.split == "gate_up":
+        return _stack([_rows(weight, hf, *_even(weight, hf, 0, tp, rank), 0) for hf in (0, 1)])
+    if weight.split == "row":
+        (rows, _), (begin, end) = weight.shapes[0], _even(weight, 0, 1, tp, rank)
+        size = (rows, end - begin)
+        return Shard(size, (Piece(0, (0, begin), (0, 0), size),))
+    raise ValueError(f"{weight.megatron}: unknown split kind {weight.split!r}")
+
+
+def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
+    """The part of tensor-parallel rank `rank` of `tp` in a Megatron parameter.
+
+    For an expert's weight these are the expert-tensor-parallel rank and size. Raises ValueError where `tp` does not fit.
+    """
+    if weight.split == "vocab":
+        return _vocab(weight, arch, padded_vocab_size(arch.vocab_size, tp) // tp, rank)
+    if weight.split == "qkv":
+        if arch.kv_heads % tp:
+            raise ValueError(f"{arch.kv_heads} query groups cannot be cut into tensor parallelism of {tp}")
+        groups = arch.kv_heads // tp
+        heights = [shape[0] // arch.kv_heads for shape in weight.shapes]
+        mine = range(rank * groups, (rank + 1) * groups)
+        return _stack([_rows(weight, hf, g * h, (g + 1) * h, 0) for g in mine for hf, h in enumerate(heights)])
+    return _plain(weight, tp, rank)
+
+
+def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
+    """The part of tensor-parallel rank `rank` of `tp` in an SGLang parameter (of an expert: its place in the fused one).
+
+    With fewer key/value heads than ranks, neighbouring ranks hold the same head. Raises ValueError where `tp` does not fit.
+    """
+    if weight.split == "vocab":
+        padded = -(-arch.vocab_size // SERVER_VOCAB_MULTIPLE) * SERVER_VOCAB_MULTIPLE
+        if padded % tp:
+            raise ValueError(f"the server's padded vocabulary of {padded} cannot be cut into tensor parallelism of {tp}")
+        return _vocab(weight, arch, padded // tp, rank)
+    if weight.split == "qkv":
+        q = _rows(weight, 0, *_even(weight, 0, 0, tp, rank), 0)
+        if arch.kv_heads >= tp:
+            return _stack([q, *(_rows(weight, hf, *_even(weight, hf, 0, tp, rank), 0) for hf in (1, 2))])
+        if tp % arch.kv_heads:
+            raise ValueError(f"{arch.kv_heads} key/value heads cannot be spread over tensor parallelism of {tp}")
+        head, height = rank // (tp // arch.kv_heads), weight.shapes[1][0] // arch.kv_heads
+        return _stack([q, *(_rows(weight, hf, head * height, (head + 1) * height, 0) for hf in (1, 2))])
+    return _plain(weight, tp, rank)
+
+
+def box(tensor: Tensor, begin: Index, size: Index) -> Tensor:
+    """A view of that box of `tensor`."""
+    return tensor[tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))]
+
+
+def read_shard(weight: Weight, shard: Shard, read: Read) -> Tensor:
+    """The shard as a new tensor, reading only the boxes that it is made of. `read` decides dtype and device."""
+    found = [(piece, read(weight.hf[piece.hf], piece.begin, piece.size)) for piece in shard.pieces]
+    if not found:
+        nothing = read(weight.hf[0], (0,) * len(shard.shape), (0, *shard.shape[1:]))
+        return nothing.new_zeros(shard.shape)
+    covered = sum(part.numel() for _, part in found) == torch.Size(shard.shape).numel()
+    first = found[0][1]
+    out = first.new_empty(shard.shape) if covered else first.new_zeros(shard.shape)
+    for piece, part in found:
+        box(out, piece.at, piece.size).copy_(part)
+    return out
+
+
+def hf_boxes(shard: Shard, tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """The pieces of a shard with the views of `tensor`, which holds it, that they are."""
+    for piece in shard.pieces:
+        yield piece, box(tensor, piece.at, piece.size)
+
+
+def join_shards(weight: Weight, shards: Sequence[tuple[Shard, Tensor]]) -> dict[str, Tensor]:
+    """The full HF tensors, new ones, from the shards that together cover them: the inverse of `read_shard`."""
+    first = shards[0][1]
+    full = {name: first.new_empty(shape) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
+    for shard, tensor in shards:
+        for piece, part in hf_boxes(shard, tensor):
+            box(full[weight.hf[piece.hf]], piece.begin, piece.size).copy_(part)
+    return full
