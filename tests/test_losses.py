@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etr_megatron.config import LOSSES
+from etr_megatron.config import LOSSES, PRESETS
 from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     PASS_RATE_BINS,
@@ -18,6 +18,7 @@ from etr_megatron.objective import (
     LossOutputs,
     LossSettings,
     diagnostic_sums,
+    loss_names,
     register_loss,
     regularized,
     resolve_loss,
@@ -51,7 +52,9 @@ def assert_equals_reference(name: str, case: Case, logp: np.ndarray, entropy: np
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_the_configs_losses_are_the_registrys() -> None:
+def test_the_configs_and_the_presets_losses_are_the_registrys() -> None:
+    assert tuple(sorted(LOSSES)) == loss_names()
+    assert {values["loss"] for values in PRESETS.values()} == set(LOSSES)
     assert all(resolve_loss(name).name == name for name in LOSSES)
     assert LOCAL == ["clipped", "cispo", "reinforce"]
 
@@ -227,6 +230,12 @@ def reports_a_scalar(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(inputs.logp.sum(), {"gap": inputs.logp.mean()})
 
 
+@token_local
+def reports_now_and_then(inputs: LossInputs) -> LossOutputs:
+    extra = {"above": inputs.logp} if bool((inputs.advantage > 0).all()) else {}
+    return regularized(inputs, inputs.logp, {"gap": inputs.logp, **extra})
+
+
 def takes_too_much(inputs: LossInputs, beta: float) -> LossOutputs:
     return LossOutputs(inputs.logp.sum() * beta)
 
@@ -261,6 +270,44 @@ def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) 
     case, logp, entropy = random_case(1)
     with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{function} .*{complaint}"):
         evaluate(f"tests.test_losses:{function}", case, logp, entropy)
+
+
+@pytest.mark.parametrize(
+    ("advantages", "complaint"), [((-1.0, 1.0), r"returned rows\['above'\]"), ((1.0, -1.0), r"left out rows\['above'\]")]
+)
+def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[float, float], complaint: str) -> None:
+    case, logp, entropy = random_case(0)
+    first, second = (
+        replace(case, rows={**case.rows, "advantage": np.full_like(logp, advantage)}).inputs(
+            torch.tensor(logp), torch.tensor(entropy)
+        )
+        for advantage in advantages
+    )
+    path = "tests.test_losses:reports_now_and_then"
+    loss = resolve_loss(path)
+    for _ in range(2):
+        loss(first)
+    with pytest.raises(UserError, match=f"objective.loss {path} {complaint}.*every call must return the same names"):
+        loss(second)
+    assert "gap" in resolve_loss(path)(second).rows  # another run's first call
+
+
+def error_of_an_update(model: str, sequences: list) -> str:
+    """What an update by the head in small chunks says about a loss that reports in some of them alone."""
+    from tests.policy_jobs import build, make_batch  # with megatron.core, which nothing else here needs
+
+    overrides = ["parallel.tp=1", "train.head_chunk_rows=5", "objective.loss=tests.test_losses:reports_now_and_then"]
+    try:
+        build(model, overrides).update(make_batch(sequences))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_that_change_their_names_between_chunks_stop_the_update_with_a_sentence(gangs, hf_models) -> None:
+    sequences = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
+    (error,) = gangs(1).run("tests.test_losses:error_of_an_update", model=hf_models["llama"], sequences=sequences)
+    assert "tests.test_losses:reports_now_and_then" in error and "rows['above']" in error
 
 
 @pytest.mark.parametrize(

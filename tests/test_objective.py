@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from etr_megatron.config import PRESETS
 from etr_megatron.objective import (
     ElasticBounds,
+    GroupStatistics,
+    control_radii,
     group_statistics,
     kl_estimate,
     kl_penalty,
@@ -168,16 +170,60 @@ def test_reward_outside_of_the_declared_range_is_refused_by_name():
     seed=st.integers(0, 1000),
 )
 def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, groups, preset, seed):
-    ids = [f"g{i % groups}" for i in range(len(rewards))]
     values = PRESETS[preset]
-    statistics = group_statistics(rewards, ids)
-    assert torch.isfinite(statistics.advantage).all()
-    low, high = elastic_bounds(**values)(statistics.advantage, statistics.variance)
-    for radius in (low, high):
-        assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all()
+
+    def of(order: list[int]) -> tuple[GroupStatistics, list[torch.Tensor]]:
+        statistics = group_statistics(
+            [rewards[i] for i in order],
+            [f"g{i % groups}" for i in order],
+            verifier_rewards=[1 - rewards[i] ** 2 for i in order],  # so that the variance is not that of the rewards
+            baseline=values["baseline"],
+            normalize=values["normalize"],
+        )
+        return statistics, list(elastic_bounds(**values)(statistics.advantage, statistics.variance))
+
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = group_statistics([rewards[i] for i in order], [ids[i] for i in order])
-    torch.testing.assert_close(shuffled.advantage, statistics.advantage[order], atol=1e-6, rtol=1e-9)
+    statistics, radii = of(list(range(len(rewards))))
+    assert torch.isfinite(statistics.advantage).all()
+    for radius in radii:
+        assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all()
+    shuffled, shuffled_radii = of(order)
+    for field in fields(GroupStatistics):
+        # Rounding is 1e-16 of a reward; the advantage, which delta bounds, may show a million times that.
+        close = dict(atol=1e-6 if field.name == "advantage" else 1e-12, rtol=1e-9)
+        torch.testing.assert_close(getattr(shuffled, field.name), getattr(statistics, field.name)[order], **close)
+    for found, radius in zip(shuffled_radii, radii, strict=True):
+        torch.testing.assert_close(found, radius[order], atol=1e-6, rtol=1e-9)
+    bins, shuffled_bins = (pass_rate_bins(one.pass_rate.round(decimals=9), one.variance) for one in (statistics, shuffled))
+    assert torch.equal(shuffled_bins, bins[order])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 9)), min_size=2, max_size=24),
+    groups=st.integers(1, 4),
+    preset=st.sampled_from(["etr_matched", "etr_shuffled", "etr_inverted_macro"]),
+    seed=st.integers(0, 1000),
+)
+def test_controls_do_not_depend_on_sample_order(samples, groups, preset, seed):
+    """samples: (reward in eighths, whose sums are exact in any order; tokens) of each."""
+    values = PRESETS[preset]
+
+    def of(order: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        statistics = group_statistics([samples[i][0] / 8 for i in order], [f"g{i % groups}" for i in order])
+        low, high = elastic_bounds(**{**values, "eps_high": 0.28})(statistics.advantage, statistics.variance)
+        control = dict(how=values["control"], advantage=statistics.advantage, tokens=[samples[i][1] for i in order], seed=seed)
+        return statistics.advantage, *control_radii(low, high, **control)
+
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    advantage, *radii = of(list(range(len(samples))))
+    _, *shuffled = of(order)
+    for found, radius in zip(shuffled, radii, strict=True):
+        wanted = radius[order]
+        if preset == "etr_shuffled":  # dealt out by place: as many of each radius, and nothing else where nobody learns
+            active = advantage[order] != 0
+            found, wanted = (torch.cat([one[~active], one[active].sort().values]) for one in (found, wanted))
+        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
@@ -221,6 +267,29 @@ def test_mean_gradients_of_the_kl_estimators_are_those_their_docstring_names():
     torch.testing.assert_close(mean_of_gradients("k2"), gradient((logp.exp() * (logp - ref)).sum()))
     logp = logits.log_softmax(0)
     torch.testing.assert_close(mean_of_gradients("k3"), gradient((ref.exp() * (ref - logp)).sum()))
+
+
+def test_of_constants_in_the_reward_only_k1_has_the_gradient_of_the_kl():
+    """By the expectation itself, as above: the policy gradient of a reward is E[reward grad log pi]."""
+    generator = torch.Generator().manual_seed(0)
+    ref_logits, away = torch.randn(2, 7, dtype=torch.float64, generator=generator)
+    ref = ref_logits.log_softmax(0)
+
+    def gradients(distance: float) -> dict[str, torch.Tensor]:
+        logits = (ref_logits + distance * away).requires_grad_()
+        logp = logits.log_softmax(0)
+        p = logp.detach().exp()
+        values = {kind: (p * kl_estimate(logp, ref, kind).detach() * logp).sum() for kind in ("k1", "k2", "k3")}
+        values["kl"] = (logp.exp() * (logp - ref)).sum()
+        values["kl_from_ref"] = (ref.exp() * (ref - logp)).sum()
+        return {name: torch.autograd.grad(value, logits, retain_graph=True)[0] for name, value in values.items()}
+
+    far, near = gradients(1.0), gradients(0.01)
+    torch.testing.assert_close(far["k1"], far["kl"])
+    torch.testing.assert_close(far["k3"], far["kl"] - far["kl_from_ref"])
+    for kind in ("k2", "k3"):
+        assert (far[kind] - far["kl"]).norm() > 0.2 * far["kl"].norm()
+        assert near[kind].norm() < 0.02 * near["kl"].norm()
 
 
 CORRECTIONS = {  # (how, level): weight of a token from its log ratio and its response's sum of log ratios, in NumPy

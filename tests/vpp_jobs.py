@@ -12,7 +12,9 @@ import etr_megatron.policy.parallel  # noqa: F401  (its import makes megatron.co
 from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_loss
 from tests.vocab_cases import Case, loss_case
 
-LAYERS, SEQUENCE, HIDDEN, VOCAB, MICROBATCHES = 4, 5, 12, 31, 4
+LAYERS, SEQUENCE, HIDDEN, VOCAB = 4, 5, 12, 31
+MICROBATCHES, REPLICAS = 4, 2
+"""Of each data-parallel replica, which has microbatches of its own."""
 
 
 def microbatch(number: int) -> Case:
@@ -71,7 +73,10 @@ def chunk_class(config: Any) -> type[torch.nn.Module]:
 
 
 def interleaved() -> dict[str, torch.Tensor]:
-    """This rank's gradients by parameter after one step of two stages with two chunks each, their reduction overlapped."""
+    """This rank's gradients by parameter after one step of two stages with two chunks each, on two data-parallel replicas.
+
+    Replica r trains on the microbatches r * MICROBATCHES to (r + 1) * MICROBATCHES - 1; the reduction is overlapped.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -80,11 +85,13 @@ def interleaved() -> dict[str, torch.Tensor]:
 
     _destroy_layout()
     mpu.initialize_model_parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    stage, replica = mpu.get_pipeline_model_parallel_rank(), mpu.get_data_parallel_rank()
+    assert dist.get_world_size() == 2 * REPLICAS == 2 * mpu.get_data_parallel_world_size()
     config = toy_config()
     chunk_of = chunk_class(config)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     chunks = [
-        DistributedDataParallel(config, ddp_config, chunk_of(2 * part + dist.get_rank()), disable_bucketing=part > 0)
+        DistributedDataParallel(config, ddp_config, chunk_of(2 * part + stage), disable_bucketing=part > 0)
         for part in range(2)
     ]
     config.no_sync_func = [chunk.no_sync for chunk in chunks]
@@ -102,11 +109,12 @@ def interleaved() -> dict[str, torch.Tensor]:
 
         return chunk(case), loss
 
+    numbers = range(replica * MICROBATCHES, (replica + 1) * MICROBATCHES)
     for chunk in chunks:
         chunk.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter([microbatch(n) for n in range(MICROBATCHES)]) for _ in chunks],
+        data_iterator=[iter([microbatch(n) for n in numbers]) for _ in chunks],
         model=chunks,
         num_microbatches=MICROBATCHES,
         seq_length=SEQUENCE,

@@ -129,9 +129,9 @@ class LossInputs:
 class LossOutputs:
     """loss: scalar, already divided by the global denominator (it is in the weights).
 
-    rows: detached values [R] to be summed over the whole step, overall and by pass rate; the same names in every call. `ratio`, `clip_upper` and `clip_lower`
-    take the place of the defaults (see `objective.diagnostics`); any other name becomes the metric `loss/<name>`, a mean over
-    tokens.
+    rows: detached values [R] to be summed over the whole step, overall and by pass rate; the same names in every call.
+    `ratio`, `clip_upper` and `clip_lower` take the place of the defaults (see `objective.diagnostics`); any other name becomes
+    the metric `loss/<name>`, a mean over tokens.
     """
 
     loss: Tensor

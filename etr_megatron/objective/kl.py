@@ -12,9 +12,13 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, bound: float = 20.0) 
     log r = log pi_ref - log pi, bounded by `bound` before exp(). Raises ValueError for another name.
 
     As a term of the loss they are not what their values say, for the gradient does not go through the sampling. Per token it is
-    k1: grad log pi, whose mean under pi is zero whatever pi_ref is: no use in the loss (in the reward it is right).
+    k1: grad log pi, whose mean under pi is zero whatever pi_ref is: no use in the loss.
     k2: -(log r) grad log pi, in the mean the gradient of KL(pi || pi_ref). k3: (1 - r) grad log pi, in the mean the gradient of
     KL(pi_ref || pi), the same near pi_ref.
+
+    As a part of the reward they are constants, and the policy gradient makes E[k grad log pi] of them. Of k1 that is the
+    gradient of KL(pi || pi_ref). Of k3 it is that less the gradient of KL(pi_ref || pi), and of k2 it is of second order in
+    log r: both vanish near pi_ref, so that they hold nothing back there. The config refuses them in the reward.
     """
     log_ratio = ref_logp - logp
     if kind == "k1":

@@ -35,6 +35,7 @@ class PolicyLoss:
     name: str
     function: LossFunction
     token_local: bool
+    # Of the first call, once it has been: a list, as the object is frozen.
     _first_rows: list[frozenset[str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -50,7 +51,7 @@ class PolicyLoss:
         """Which name of `outputs.rows` is new or missing, empty when none is."""
         if not self._first_rows:
             self._first_rows.append(frozenset(outputs.rows))
-        changed = sorted(self._first_rows[0] ^ outputs.rows.keys())
+        changed = sorted(self._first_rows[0] ^ outputs.rows.keys(), key=str)
         if not changed:
             return ""
         # A mean over the step's tokens, some of which had no value, would be a wrong number.
@@ -92,7 +93,8 @@ def resolve_loss(name: str) -> PolicyLoss:
     if name in _LOSSES:
         return replace(_LOSSES[name])
     if ":" not in name:
-        raise UserError(f"objective.loss is {name!r}; known are {', '.join(loss_names())}, and your own as package.module:function")
+        known = ", ".join(loss_names())
+        raise UserError(f"objective.loss is {name!r}; known are {known}, and your own as package.module:function")
     try:
         function = import_function(name)
     except ImportPathError as error:

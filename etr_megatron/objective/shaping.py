@@ -16,5 +16,8 @@ def overlong_punishment(length: int, *, max_length: int, buffer: int) -> float:
 
 
 def kl_penalty(old_logp: Tensor, ref_logp: Tensor) -> float:
-    """KL(pi_old || pi_ref) of one response, in nats: the k1 estimate summed over its tokens [response tokens]."""
+    """KL(pi_old || pi_ref) of one response, in nats: the k1 estimate summed over its tokens [response tokens].
+
+    k1 alone, for the reason that `kl_estimate` gives.
+    """
     return (old_logp.double() - ref_logp.double()).sum().item()

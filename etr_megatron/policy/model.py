@@ -88,7 +88,7 @@ def _parameter_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
     return parameters
 
 
-def _own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
+def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
     """Megatron name -> (weight, this rank's parameter). The copy of a tied embedding on the last stage counts as the head."""
     named = _parameter_names(model)
     pairs = {}
@@ -111,7 +111,7 @@ def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
     Only the byte ranges that the rank needs are read. Raises ValueError when a parameter's shape is not the map's.
     """
     layout, arch = model.layout, model.arch
-    for name, (weight, parameter) in _own_parameters(model).items():
+    for name, (weight, parameter) in own_parameters(model).items():
         shard = megatron_shard(weight, arch, layout.tp, layout.tp_rank)
         if tuple(parameter.shape) != shard.shape:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard.shape}")
@@ -126,7 +126,7 @@ def export_hf_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
     owned by the caller; one weight exists in full at a time.
     """
     layout, arch = model.layout, model.arch
-    own = {weight.megatron: parameter for weight, parameter in _own_parameters(model).values()}
+    own = {weight.megatron: parameter for weight, parameter in own_parameters(model).values()}
     tp_group = mpu.get_tensor_model_parallel_group()
     pp_group = mpu.get_pipeline_model_parallel_group()
     dtype, device = model.config.params_dtype, platform.device()
