@@ -17,6 +17,9 @@ from benchmarks.experiment_runs import Run
 VOID_BELOW = 0.01
 """A run that clipped a smaller share of its tokens says nothing about clip ranges."""
 
+CONTROLS = tuple(("etr", control) for control in ("etr_matched", "etr_shuffled", "etr_inverted_macro"))
+"""(preset, second baseline): a claim about elastic ranges has to beat these as well as a fixed one."""
+
 FIGURES: dict[str, str] = {
     "final_accuracy": "held-out accuracy at the end",
     "accuracy_area": "mean of the accuracy curve",
@@ -182,14 +185,30 @@ def paired_difference(results: Sequence[RunResult], preset: str, baseline: str, 
     )
 
 
-def analyse(results: Sequence[RunResult], baseline: str) -> dict[str, Any]:
-    """Everything that the table and the JSON say, as plain data: `presets`, `differences` to the baseline, `runs`."""
+def analyse(results: Sequence[RunResult], baseline: str, controls: Sequence[tuple[str, str]] = CONTROLS) -> dict[str, Any]:
+    """Everything that the tables and the JSON say, as plain data: `presets`, `differences` to the baseline, `controls`, `runs`.
+
+    controls: (preset, second baseline) pairs; those of which both were run become the list `controls`.
+    """
     presets = list(dict.fromkeys(one.run.preset for one in results))
     return {
         "presets": {preset: _preset(results, preset) for preset in presets},
         "differences": {preset: _differences(results, preset, baseline) for preset in presets if preset != baseline},
+        "controls": [
+            {"preset": preset, "baseline": control, **_differences(results, preset, control)}
+            for preset, control in controls
+            if {preset, control} <= set(presets)
+        ],
         "runs": [_run(one) for one in results],
     }
+
+
+def analyse_again(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A written result with everything but its runs analysed anew, from the figures that it holds of each run."""
+    results = [
+        RunResult(Run(one["preset"], one["seed"]), one["state"], one["reason"], one["figures"]) for one in result["runs"]
+    ]
+    return {**result, **analyse(results, result["baseline"]), "runs": result["runs"]}
 
 
 def _preset(results: Sequence[RunResult], preset: str) -> dict[str, Any]:

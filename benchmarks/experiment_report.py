@@ -1,14 +1,19 @@
-"""An experiment's result as JSON, as tables in markdown, and as a picture of its curves."""
+"""An experiment's result as JSON, as tables in markdown, and as a picture of its curves.
+
+`python -m benchmarks.experiment_report benchmarks/results/etr_vs_grpo.json` writes the tables anew from the figures of each
+run that the file holds.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment_analysis import CURVES, FIGURES, VOID_BELOW, RunResult, mean_curve
+from benchmarks.experiment_analysis import CURVES, FIGURES, VOID_BELOW, RunResult, analyse_again, mean_curve
 from etr_megatron.errors import UserError
 
 _SHARES = ("clip_upper", "clip_lower")
@@ -52,10 +57,22 @@ def markdown(result: Mapping[str, Any]) -> str:
         _table(
             ["preset", "pairs", *FIGURES.values()], [_difference_row(name, one) for name, one in result["differences"].items()]
         ),
+        *_controls(result["controls"]),
         "## In words\n\n" + "\n".join([*_verdicts(result), *_left_out(result)]),
         "\n".join(_environment(one) for one in result["environments"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _controls(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The section on second baselines; nothing where none was run."""
+    if not pairs:
+        return []
+    rows = [_difference_row(f"{one['preset']} - {one['baseline']}", one) for one in pairs]
+    return [
+        "## Differences to controls, paired by seed\n\nMean and 95% confidence interval, as above.",
+        _table(["difference", "pairs", *FIGURES.values()], rows),
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,8 +91,8 @@ def _mean_row(preset: str, one: Mapping[str, Any]) -> list[str]:
     return cells
 
 
-def _difference_row(preset: str, one: Mapping[str, Any]) -> list[str]:
-    return [preset, str(len(one["seeds"])), *(_difference(key, figure) for key, figure in one["figures"].items())]
+def _difference_row(name: str, one: Mapping[str, Any]) -> list[str]:
+    return [name, str(len(one["seeds"])), *(_difference(key, figure) for key, figure in one["figures"].items())]
 
 
 def _difference(key: str, figure: Mapping[str, Any]) -> str:
@@ -90,12 +107,13 @@ def _number(key: str, value: float, sign: str = "") -> str:
 
 
 def _verdicts(result: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for preset, one in result["differences"].items():
-        for key in _HEADLINES:
-            text = _difference(key, one["figures"][key])
-            lines.append(f"- {preset} against {result['baseline']}, {FIGURES[key]}, pairs {len(one['seeds'])}: {text}.")
-    return lines
+    differences = [(preset, result["baseline"], one) for preset, one in result["differences"].items()]
+    differences += [(one["preset"], one["baseline"], one) for one in result["controls"]]
+    return [
+        f"- {preset} against {baseline}, {FIGURES[key]}, pairs {len(one['seeds'])}: {_difference(key, one['figures'][key])}."
+        for preset, baseline, one in differences
+        for key in _HEADLINES
+    ]
 
 
 def _left_out(result: Mapping[str, Any]) -> list[str]:
@@ -139,3 +157,26 @@ def plot(results: Sequence[RunResult], presets: Sequence[str], path: Path) -> No
         axes.set_xlabel("step")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the .md beside a result from that file alone; the picture needs the runs themselves. 2 for a user's mistake."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if len(given) != 1:
+            raise UserError("name one result: python -m benchmarks.experiment_report benchmarks/results/etr_vs_grpo.json")
+        path = Path(given[0])
+        try:
+            path.with_suffix(".md").write_text(markdown(analyse_again(json.loads(path.read_text()))))
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no result of benchmarks.etr_vs_grpo ({error!r})") from error
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

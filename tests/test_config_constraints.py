@@ -82,6 +82,8 @@ def test_no_number_may_be_minus_one(key):
         (dict(objective__loss="gspo", objective__eps_max=1.0), ["objective.eps_max"]),
         (dict(objective__dual_clip=1.0), ["objective.dual_clip"]),
         (dict(objective__preset="gspo", objective__dual_clip=3.0), ["objective.dual_clip", "objective.loss"]),
+        (dict(objective__kl_coef=0.1, objective__kl_in="reward", objective__kl_estimator="k3"), ["objective.kl_estimator"]),
+        (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__kl_estimator="k2"), ["objective.kl_in"]),
         (dict(objective__correction_cap=0.0, objective__correction_floor=0.0), ["objective.correction_cap"]),
         (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
         (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
@@ -111,6 +113,15 @@ def test_loss_forms(loss):
 def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():
     assert validate(config_with(objective__loss="cispo", objective__eps_high=4.0, objective__eps_max=4.0), None) == []
     assert validate(config_with(objective__eps_high=4.0, objective__eps_max=4.0), None) != []
+
+
+@pytest.mark.parametrize("preset", ["etr", "rloo"])
+def test_the_kl_estimator_left_open_is_the_one_that_pulls_to_the_reference(preset):
+    for where, estimator in (("reward", "k1"), ("loss", "k3")):
+        config = config_with(objective__preset=preset, objective__kl_in=where, objective__kl_coef=0.1)
+        assert resolve(config, 1, cuda=False).objective.kl_estimator == estimator
+    unused = config_with(objective__preset=preset, objective__kl_in="reward", objective__kl_estimator="k2")
+    assert validate(unused, None) == []  # with kl_coef 0
 
 
 def test_several_new_violations_are_told_at_once():

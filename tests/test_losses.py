@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from etr_megatron.config import LOSSES, PRESETS
@@ -24,7 +24,11 @@ from etr_megatron.objective import (
     resolve_loss,
     token_local,
 )
+from etr_megatron.policy import PolicyBatch
+from etr_megatron.policy.loss_inputs import loss_inputs
+from etr_megatron.policy.packing import Microbatch, pack, plan_microbatches
 from tests.loss_cases import Case, random_case, reference
+from tests.policy_jobs import build, make_batch
 
 SETTINGS = {
     "plain": LossSettings(),
@@ -113,6 +117,56 @@ def test_nothing_depends_on_sample_order_or_on_the_split_over_microbatches(name,
         total += part.loss.item()
     assert total == pytest.approx(whole.loss.item(), abs=1e-12)
     np.testing.assert_allclose(found, gradient, atol=1e-14)
+
+
+VOCAB, WIDTH = 11, 6
+
+
+def packed_loss(name: str, batch: PolicyBatch, microbatches: list[Microbatch]) -> tuple[float, list[torch.Tensor]]:
+    """Loss over all microbatches in float64 and its gradients, of a policy of an embedding, one of positions and a head."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (VOCAB, 64, VOCAB)
+    embedding, places, head = (torch.randn(n, WIDTH, generator=generator, dtype=torch.float64).requires_grad_() for n in sizes)
+    options = LossSettings(kl_coef=0.3, entropy_coef=0.2, dual_clip=2.0)
+    total = 0.0
+    for micro in microbatches:
+        states = torch.tanh(embedding[micro.tokens[0]] + places[micro.positions[0]])
+        log_p = torch.log_softmax(0.5 * states[micro.rows] @ head.t(), -1)
+        logp, entropy = log_p.gather(1, micro.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        total = total + resolve_loss(name)(loss_inputs(batch, micro, options).at(slice(None), logp, entropy)).loss
+    return total.item(), list(torch.autograd.grad(total, (embedding, places, head)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(LOSSES),
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=7),
+    ranks=st.integers(1, 3),
+    budget=st.integers(1, 40),
+    multiple=st.integers(1, 50),
+    seed=st.integers(0, 1000),
+)
+def test_padding_and_the_split_over_microbatches_change_neither_loss_nor_gradient(name, sizes, ranks, budget, multiple, seed):
+    """sizes: tokens of each prompt and response; multiple: of which every packed microbatch's tokens are made."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(0, VOCAB, (sum(size),), generator=generator).tolist() for size in sizes]
+    sequences = [(ids[:prompt], ids[prompt:]) for ids, (prompt, _) in zip(tokens, sizes, strict=True)]
+    responses = [response for _, response in sizes]
+    assume(sum(responses))
+
+    def near() -> tuple[torch.Tensor, ...]:
+        return tuple(-2.4 + 0.5 * torch.randn(n, generator=generator) for n in responses)
+
+    correction = tuple(2 * torch.rand(n, generator=generator) for n in responses)
+    batch = replace(make_batch(sequences, seed), old_logp=near(), ref_logp=near(), correction=correction)
+    cpu = torch.device("cpu")
+    plan = plan_microbatches([sum(size) for size in sizes], dp=ranks, token_budget=budget)
+    split = [pack(sequences, numbers, multiple=multiple, device=cpu) for rank in plan for numbers in rank]
+    wanted, gradients = packed_loss(name, batch, [pack(sequences, range(len(sizes)), multiple=1, device=cpu)])
+    loss, found = packed_loss(name, batch, split)
+    assert loss == pytest.approx(wanted, abs=1e-12, rel=1e-12)
+    for one, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, expected, atol=1e-12, rtol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -294,8 +348,6 @@ def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[
 
 def error_of_an_update(model: str, sequences: list) -> str:
     """What an update by the head in small chunks says about a loss that reports in some of them alone."""
-    from tests.policy_jobs import build, make_batch  # with megatron.core, which nothing else here needs
-
     overrides = ["parallel.tp=1", "train.head_chunk_rows=5", "objective.loss=tests.test_losses:reports_now_and_then"]
     try:
         build(model, overrides).update(make_batch(sequences))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, torch_rows, vocab_parallel_loss
 from tests.memory import peak_bytes
-from tests.vocab_cases import loss_case
+from tests.vocab_cases import Case, loss_case
 
 
 def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -212,3 +213,53 @@ def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_
     )
     measured = peak_bytes(lambda: forward()[0].backward())
     assert 0.95 * wanted <= measured <= 1.05 * wanted, (measured, wanted)
+
+
+def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tuple[int, int]:
+    """(peak bytes of the loss and its backward, what the formula says) of this rank's shard of an uneven vocabulary."""
+    vocab, dtype = len(case.weight), case.weight.dtype
+    size = 64 * -(-vocab // (64 * dist.get_world_size()))
+    shard = VocabShard(size, vocab, dist.group.WORLD)
+    part = case.weight[shard.start : shard.start + shard.real]
+    weight, states = with_main_grad(part, padding=size - shard.real), case.hidden.requires_grad_()
+    options = {"chunk_rows": chunk_rows, "overlap": overlap}
+
+    def forward_and_backward():
+        vocab_parallel_loss(states, weight, case.targets, case.token_loss, shard=shard, **options)[0].backward()
+
+    formula = single_pass_bytes(*states.shape, shard, dtype=dtype, device=states.device, **options)
+    return peak_bytes(forward_and_backward), formula
+
+
+@pytest.mark.parametrize("overlap", [None, False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 20_001, 32), (2048, 256, 901, 64)])
+def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hidden, vocab, chunk_rows, overlap):
+    case = loss_case(rows, hidden, vocab, dtype=dtype)
+    replies = gangs(2).run(
+        "tests.test_vocab_parallel_loss:memory_of_a_shard", case=case, chunk_rows=chunk_rows, overlap=overlap
+    )
+    for measured, formula in replies:
+        assert 0.95 * formula <= measured <= 1.05 * formula, (measured, formula)
+    if vocab > rows:  # the logits are what counts, of which the second shard, with its padding, has fewer
+        assert replies[0][1] > replies[1][1]
+
+
+def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_used():
+    def needed(device: str = "cpu", **options) -> int:
+        shard = VocabShard(1000, 1000)
+        return single_pass_bytes(96, 24, shard, dtype=torch.float32, device=torch.device(device), chunk_rows=32, **options)
+
+    assert needed(overlap=True) == needed(overlap=False) == needed()  # nobody to wait for
+    # On CUDA torch's two temporaries are of a whole chunk; on CPU they are of what fits a cache, which here is a chunk too.
+    assert needed("cuda", backend="torch") == needed(backend="torch") == 4 * 96 * 24 + 16 * 96 + (4 + 8) * 32 * 1000
+    with pytest.raises(ValueError, match="Triton cannot run on meta"):
+        needed("meta", backend="triton")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_stays_visible_in_its_row_alone(bad):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    logits[1, 20] = bad
+    found = torch_rows.row_statistics(logits, torch.tensor([0, 20, -1]))
+    assert found.isnan().any(0).tolist() == [False, True, False]

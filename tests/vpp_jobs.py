@@ -91,8 +91,7 @@ def interleaved() -> dict[str, torch.Tensor]:
     chunk_of = chunk_class(config)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     chunks = [
-        DistributedDataParallel(config, ddp_config, chunk_of(2 * part + stage), disable_bucketing=part > 0)
-        for part in range(2)
+        DistributedDataParallel(config, ddp_config, chunk_of(2 * part + stage), disable_bucketing=part > 0) for part in range(2)
     ]
     config.no_sync_func = [chunk.no_sync for chunk in chunks]
     config.finalize_model_grads_func = lambda model, *_args, **_options: [chunk.finish_grad_sync() for chunk in model]

@@ -141,10 +141,22 @@ def vocab_parallel_loss(
 
 
 def single_pass_bytes(
-    rows: int, hidden_size: int, shard: VocabShard, *, dtype: torch.dtype, device: torch.device, chunk_rows: int | None = None
+    rows: int,
+    hidden_size: int,
+    shard: VocabShard,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk_rows: int | None = None,
+    backend: Backend = "auto",
+    overlap: bool | None = None,
 ) -> int:
-    """Peak bytes of `vocab_parallel_loss` beyond its inputs and the weight's fp32 gradient; the formula at the top."""
-    head, real = Head(shard, chunk_rows=chunk_rows), shard.real
+    """Peak bytes of `vocab_parallel_loss` on a rank, beyond its inputs and the weight's fp32 gradient: the formula at the top.
+
+    rows: R. hidden_size: H. dtype: of hidden and weight. shard, chunk_rows, backend, overlap: as they are given to the loss.
+    What the shards exchange, 16 (TP + 1) bytes a row of a chunk, is left out.
+    """
+    head, real = Head(shard, chunk_rows=chunk_rows, backend=backend, overlap=overlap), shard.real
     chunk = head.rows_of_chunk(rows, device)
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
     scratch = 8 * torch_rows.block_rows(chunk, real, device) * real if head.rows_on(device) is torch_rows else 0

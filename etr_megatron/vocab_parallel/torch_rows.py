@@ -1,5 +1,8 @@
 """The two row-wise passes over a chunk of logits, in torch, on any device. `triton_rows` is the same for CUDA, one kernel each.
 
+Precondition of both passes, here and in `triton_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf has NaN
+among its statistics, by which a run learns of it, and disturbs no other row; what a row with -inf gives is not defined.
+
 On CPU the passes go over a few rows at a time, so that the temporary stays in the cache and nothing of a chunk's size is
 allocated beside the chunk itself.
 """
@@ -44,7 +47,7 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
     """A shard's part of each row's softmax: fp32 [4, rows] of m, sum of exp(l - m), target logit, sum of exp(l - m) l.
 
     m is the shard's log-sum-exp here (the sum is then 1); any m that keeps exp() in range does. logits: fp32 or bf16 [rows,
-    real], real >= 1, finite. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is 0).
+    real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is 0).
     """
     found = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
     found[1] = 1.0

@@ -10,8 +10,8 @@ Loads and stores are 16 bytes wide where `real` and the distance between rows ar
 
 triton is optional: this module can be imported without it, and `is_available` is then False.
 
-Precondition of both passes: no logit is NaN or +inf (those give NaN in their row). A logit of -inf is a column of probability
-zero; it adds nothing to the entropy and its gradient is zero.
+Precondition of both passes, here and in `torch_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf has NaN
+among its statistics, by which a run learns of it, and disturbs no other row; what a row with -inf gives is not defined.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
     """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
 
     logits: fp32 or bf16 [rows, real], columns adjacent in memory (rows may be further apart). columns: int64 [rows], the
-    target's column, -1 where another shard has it (its target logit is then 0). A row of -inf alone, or of no column, gives m =
-    -inf and zero sums. Raises ValueError for another layout or dtype.
+    target's column, -1 where another shard has it (its target logit is then 0). Raises ValueError for another layout or dtype.
     """
     rows, real = logits.shape
     _check_layout(logits, "logits")
