@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,10 @@ from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import exit_code_of
 from etr_megatron.types import Problem
+
+if TYPE_CHECKING:
+    from etr_megatron.rollout import RolloutEngine
+    from etr_megatron.weights import Architecture
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,8 +63,6 @@ def _model_dir(config: Config) -> Path:
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
     from etr_megatron.policy import Policy, init_layout, init_world
-    from etr_megatron.policy.policy import DTYPES
-    from etr_megatron.rollout import EmbeddedEngine
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -73,16 +76,11 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if layout.rank == 0:
         directory.prepare(config)
+    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
     trainer = Trainer(
         config,
-        policy=Policy(check_checkpoint(model_dir), model_dir, config, layout),
-        engine=EmbeddedEngine(
-            model_dir,
-            dtype=DTYPES[config.model.dtype],
-            device=platform.device(),
-            batch_samples=config.rollout.batch_samples,
-            stop_ids=_stop_ids(model_dir, tokenizer.eos_token_id),
-        ),
+        engine=stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory))),
+        policy=Policy(architecture, model_dir, config, layout),
         cursor=PromptCursor(problems, config.run.seed, config.data.shuffle),
         held_out=held_out,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -100,6 +98,37 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         raise
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
+
+
+def _engine(
+    config: Config, model_dir: Path, architecture: Architecture, stop_ids: set[int], directory: RunDirectory
+) -> RolloutEngine:
+    """The rollout engine that `rollout.backend` names; a collective."""
+    from etr_megatron.policy.policy import DTYPES
+
+    if config.rollout.backend == "embedded":
+        from etr_megatron.rollout import EmbeddedEngine
+
+        return EmbeddedEngine(
+            model_dir,
+            dtype=DTYPES[config.model.dtype],
+            device=platform.device(),
+            batch_samples=config.rollout.batch_samples,
+            stop_ids=stop_ids,
+        )
+    from etr_megatron.rollout.sglang import SglangEngine
+    from etr_megatron.weights import weights_of
+
+    shapes = {name: shape for weight in weights_of(architecture) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
+    return SglangEngine(
+        config.sglang,
+        model_dir,
+        shapes=shapes,
+        dtype=config.model.dtype,
+        backend="nccl" if platform.uses_cuda() else "gloo",
+        stop_ids=stop_ids,
+        logs=directory.servers,
+    )
 
 
 def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:

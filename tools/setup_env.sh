@@ -3,6 +3,7 @@
 #
 #   bash tools/setup_env.sh            set up if needed
 #   bash tools/setup_env.sh --check    exit code 0 if nothing is to be done, 1 if there is
+#   bash tools/setup_env.sh --sglang   makes .venv-sglang, the environment of rollout servers, instead
 #
 # pip's own settings (index, proxy, cache, constraints) are honoured. ETR_TORCH_SPEC replaces the torch requirement, for
 # example ETR_TORCH_SPEC='torch==2.11.*'. The log is .venv/setup.log. The exit code is 2 when the set-up fails.
@@ -62,6 +63,9 @@ install() {
 if [ "${1:-}" = --check ]; then
     is_set_up
     exit
+fi
+if [ "${1:-}" = --sglang ]; then
+    exec bash "$root/tools/setup_sglang.sh"
 fi
 is_set_up && exit 0
 

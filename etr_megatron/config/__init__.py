@@ -25,6 +25,7 @@ from etr_megatron.config.schema import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    SglangConfig,
     TinyConfig,
     TrainConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SglangConfig",
     "TinyConfig",
     "TrainConfig",
     "dump_yaml",

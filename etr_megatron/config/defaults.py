@@ -10,7 +10,8 @@ from etr_megatron.config.schema import ObjectiveConfig, ParallelConfig
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """`objective` with every null field that its preset names set to the preset's value.
+    """`objective` with every null field that its preset names set to the preset's value, and the estimator of the KL to the one
+    that pulls to the reference where that KL goes (see `objective.kl_estimate`).
 
     `constant_length` and `dual_clip` are no preset's business and stay as they are.
     """
@@ -18,7 +19,8 @@ def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
     missing: dict[str, Any] = {
         f.name: preset[f.name] for f in fields(objective) if f.name in preset and getattr(objective, f.name) is None
     }
-    return replace(objective, **missing)
+    filled = replace(objective, **missing)
+    return replace(filled, kl_estimator=filled.kl_estimator or ("k1" if filled.kl_in == "reward" else "k3"))
 
 
 def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:

@@ -146,8 +146,8 @@ class RewardConfig:
 class RolloutConfig:
     """Sampling of responses."""
 
-    backend: Literal["embedded"] = "embedded"
-    """`embedded`: a transformers replica in every rank."""
+    backend: Literal["embedded", "sglang"] = "embedded"
+    """`embedded`: a transformers replica in every rank. `sglang`: servers, see `sglang.*`."""
     prompts_per_step: int = 16
     """Groups in a step."""
     samples_per_prompt: int = 8
@@ -166,6 +166,38 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Gate at the first step: largest mean gap between the engine's and the trainer's log-probs; null is 1e-4 in
     float32 and 5e-2 in bfloat16."""
+
+
+@dataclass(frozen=True)
+class SglangConfig:
+    """Servers of `rollout.backend: sglang`."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already (`http://host:port`) with the policy's model; none: the job starts its own."""
+    servers: int = 1
+    """Servers that the job starts, on rank 0's machine; they end with it."""
+    tp: int = 1
+    """Tensor parallel size of each server."""
+    devices: tuple[str, ...] = ()
+    """GPUs of the servers that the job starts, `tp` each in order, apart from the ranks' own; none on CPU."""
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the environment that has SGLang; `bash tools/setup_env.sh --sglang` makes this one."""
+    launch: tuple[str, ...] = ("-m", "sglang.launch_server")
+    """What that interpreter runs."""
+    arguments: tuple[str, ...] = ()
+    """SGLang's own further arguments, such as `--mem-fraction-static,0.8`."""
+    host: str = "127.0.0.1"
+    """Address of rank 0's machine as the servers see it; weights are sent from there."""
+    concurrency: int = 128
+    """Requests under way per server."""
+    bucket_mib: int = 512
+    """Size of the pieces that a weight sync travels in."""
+    startup_timeout_s: float = 900.0
+    """Deadline for a server to answer after its start."""
+    request_timeout_s: float = 1800.0
+    """Deadline of one response."""
+    update_timeout_s: float = 300.0
+    """Deadline of every request and wait of a weight sync."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +259,9 @@ class ObjectiveConfig:
     """Weight of the KL to the reference model (the policy the run started from); 0 keeps no reference."""
     kl_in: Literal["loss", "reward"] | None = None
     """Where that KL goes: a term of the loss, or k1 summed over each response and subtracted from its trained reward."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL in the loss, per token; the gradient of k1 has mean zero, k2 and k3 pull to the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL, per token; null is k3 in the loss, where the gradient of k1 has mean zero, and k1 in the reward,
+    where k2 and k3 are refused."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     correction: Literal["none", "truncate", "mask"] = "none"
@@ -289,6 +322,10 @@ class ParallelConfig:
     """Tensor parallel size; `auto` is min(2, world size / pp)."""
     pp: int = 1
     """Pipeline parallel size."""
+    ep: int = 1
+    """Expert parallel size: ranks of a pipeline stage that a layer's experts are spread over (models with experts)."""
+    etp: int | None = None
+    """Tensor parallel size of a single expert; null is `tp`."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions over the sequence (needs tp > 1)."""
 
@@ -344,6 +381,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sglang: SglangConfig = field(default_factory=SglangConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

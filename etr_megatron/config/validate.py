@@ -43,11 +43,16 @@ AT_LEAST: dict[str, int] = {
     "rollout.max_response_tokens": 1,
     "rollout.top_k": 0,
     "rollout.batch_samples": 1,
+    "sglang.servers": 1,
+    "sglang.tp": 1,
+    "sglang.concurrency": 1,
+    "sglang.bucket_mib": 1,
     "train.minibatches": 1,
     "train.epochs": 1,
     "train.tokens_per_microbatch": 1,
     "train.lr_warmup_updates": 0,
     "parallel.pp": 1,
+    "parallel.ep": 1,
     "eval.every": 0,
     "eval.problems": 1,
     "checkpoint.every": 0,
@@ -62,6 +67,9 @@ POSITIVE = (
     "tiny.warm_start_lr",
     "reward.timeout_s",
     "rollout.temperature",
+    "sglang.startup_timeout_s",
+    "sglang.request_timeout_s",
+    "sglang.update_timeout_s",
     "objective.correction_cap",
     "train.lr",
     "train.adam_eps",
@@ -244,6 +252,19 @@ def _rollout(config: Config) -> Iterator[Violation]:
         )
 
 
+def _sglang(config: Config) -> Iterator[Violation]:
+    sglang = config.sglang
+    if any(not re.match(r"https?://[^/]+", url) for url in sglang.urls):
+        yield Violation(("sglang.urls",), "every server's address must be http://host:port")
+    if len(set(sglang.urls)) < len(sglang.urls):
+        yield Violation(("sglang.urls",), "must not name a server twice")
+    if sglang.devices and len(sglang.devices) != sglang.servers * sglang.tp:
+        yield Violation(
+            ("sglang.devices", "sglang.servers", "sglang.tp"),
+            f"{sglang.servers} servers of tp {sglang.tp} take {sglang.servers * sglang.tp} GPUs",
+        )
+
+
 def _objective(config: Config) -> Iterator[Violation]:
     objective = config.objective
     if objective.loss not in LOSSES and not IMPORT_PATH.fullmatch(objective.loss or ""):
@@ -255,6 +276,11 @@ def _objective(config: Config) -> Iterator[Violation]:
             yield Violation(("objective.dual_clip",), "must be greater than 1; null is off")
         if objective.loss in LOSSES and objective.loss != "clipped":
             yield Violation(("objective.dual_clip", "objective.loss"), "only the clipped loss has a dual clip; set it to null")
+    if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.kl_estimator != "k1":
+        yield Violation(
+            ("objective.kl_in", "objective.kl_estimator"),
+            "a reward is a constant, so that only k1 pulls to the reference there; set kl_estimator to k1, or kl_in to loss",
+        )
     if objective.correction_floor > objective.correction_cap:
         yield Violation(
             ("objective.correction_floor", "objective.correction_cap"), "correction_floor must not exceed correction_cap"
@@ -306,6 +332,10 @@ def _parallel(config: Config) -> Iterator[Violation]:
             ("parallel.sequence_parallel", "parallel.tp"),
             "sequence parallelism splits over tensor-parallel ranks and needs tp > 1; set it to false",
         )
+    if config.parallel.etp is not None and config.parallel.etp < 1:
+        yield Violation(("parallel.etp",), "must be at least 1; null is tp")
+    if config.model.path == "tiny" and config.parallel.ep > 1:
+        yield Violation(("parallel.ep", "model.path"), "the tiny model has no experts to spread; set ep to 1")
 
 
 def _layout(config: Config, world_size: int) -> Iterator[Violation]:
@@ -321,6 +351,8 @@ def _layout(config: Config, world_size: int) -> Iterator[Violation]:
             f"world size {world_size} is not divisible by tp x pp = {tp} x {pp} = {tp * pp}; start a multiple of "
             f"{tp * pp} ranks, or set tp and pp so that their product divides {world_size}",
         )
+    else:
+        yield from _experts_layout(config, world_size // pp, tp)
     if config.parallel.tp == "auto" and tp == 1 and config.parallel.sequence_parallel:
         yield Violation(
             ("parallel.sequence_parallel", "parallel.tp"),
@@ -331,6 +363,17 @@ def _layout(config: Config, world_size: int) -> Iterator[Violation]:
         yield Violation(("tiny.heads", "parallel.tp"), f"the {heads // 2} key/value heads must be divisible by tp = {tp}")
 
 
+def _experts_layout(config: Config, stage_ranks: int, tp: int) -> Iterator[Violation]:
+    """Experts cut the ranks of a pipeline stage anew."""
+    ep, etp = config.parallel.ep, tp if config.parallel.etp is None else config.parallel.etp
+    if ep >= 1 and etp >= 1 and stage_ranks % (ep * etp):
+        yield Violation(
+            ("parallel.ep", "parallel.etp"),
+            f"the {stage_ranks} ranks of a pipeline stage are not divisible by ep x etp = {ep} x {etp} = {ep * etp} (etp is tp "
+            "where it is null); choose ep and etp whose product divides them",
+        )
+
+
 _CHECKS: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     _bounds,
     _run,
@@ -339,6 +382,7 @@ _CHECKS: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     _data,
     _reward,
     _rollout,
+    _sglang,
     _objective,
     _clip_range,
     _train,

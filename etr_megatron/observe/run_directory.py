@@ -32,6 +32,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "eval.",
     "checkpoint.",
     "observe.",
+    "sglang.",
 )
 """Keys (or, ending in a dot, sections) whose change between start and resume does not make it another experiment."""
 
@@ -48,6 +49,7 @@ class RunDirectory:
     rollouts/         samples to read, one file per saved step
     checkpoints/      belongs to the checkpoint room
     tensorboard/      event files, made from the same rows as metrics.jsonl
+    servers/          what the rollout servers printed
     status.json       what became of the run: running, finished or failed, and at which step
     """
 
@@ -58,6 +60,7 @@ class RunDirectory:
         self.rollouts = root / "rollouts"
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
+        self.servers = root / "servers"
         self.status_file = root / "status.json"
 
     def is_used(self) -> bool:

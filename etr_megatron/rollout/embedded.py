@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from etr_megatron.rollout.engine import Sampling, sample_seed
 from etr_megatron.rollout.sampling import draw
 from etr_megatron.types import Problem, Sample
+from etr_megatron.weights import is_torch_dist
 
 
 class EmbeddedEngine:
@@ -31,7 +32,7 @@ class EmbeddedEngine:
     ) -> None:
         self.weight_version = 0
         transformers_logging.disable_progress_bar()  # a bar per rank, under the run's own
-        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval().requires_grad_(False)
+        self._model = _replica(model_dir, dtype).to(device).eval().requires_grad_(False)
         self._device, self._batch_samples = device, batch_samples
         self._stop_ids = frozenset(stop_ids)
 
@@ -104,6 +105,13 @@ class EmbeddedEngine:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
         return state.samples(self.weight_version)
+
+
+def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in HF format; of a `torch_dist` directory without its weights, which the first update brings."""
+    if is_torch_dist(model_dir):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
 
 
 class _Batch:

@@ -1,0 +1,135 @@
+"""Speaking to SGLang servers over HTTP: every reply is checked, every request has a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from etr_megatron.types import FinishReason
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class ServerError(RuntimeError):
+    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a server generated for one request.
+
+    ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
+    the server names it.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    version: str
+
+
+@dataclass(frozen=True)
+class GenerateParameters:
+    """Sampling of one request, in SGLang's terms."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop_ids: Sequence[int]
+
+    def as_json(self) -> dict[str, Any]:
+        """The `sampling_params` of `/generate`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k if self.top_k > 0 else -1,
+            "sampling_seed": self.seed % (1 << 31),
+            "stop_token_ids": list(self.stop_ids),
+            "skip_special_tokens": False,
+        }
+
+
+class ServerClient:
+    """One server. `http` is shared by all clients of a fleet: its pool keeps connections open between requests."""
+
+    def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
+        self.name, self.url, self._http = name, url.rstrip("/"), http
+
+    async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
+        try:
+            reply = await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
+        except httpx.TimeoutException as error:
+            raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.name}: {route} failed: {str(error) or type(error).__name__}") from error
+        return reply
+
+    async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
+        """POST; the reply's JSON object, {} where it is none.
+
+        Raises ServerError for no answer, a status other than 200, and an answer that says `success: false`.
+        """
+        reply = await self._request("POST", route, body or {}, timeout_s)
+        if reply.status_code != 200:
+            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
+        try:
+            found = reply.json()
+        except ValueError:
+            return {}
+        if isinstance(found, dict) and found.get("success") is False:
+            raise ServerError(f"{self.name}: {route}: {found.get('message', 'refused without a reason')}")
+        return found if isinstance(found, dict) else {}
+
+    async def get(self, route: str, *, timeout_s: float) -> dict[str, Any]:
+        """GET; the reply's JSON object. Raises ServerError as `call` does."""
+        reply = await self._request("GET", route, None, timeout_s)
+        if reply.status_code != 200:
+            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}")
+        found = reply.json() if reply.content else {}
+        return found if isinstance(found, dict) else {}
+
+    async def is_healthy(self, timeout_s: float) -> bool:
+        """Whether it answers at all."""
+        try:
+            await self.get("/health", timeout_s=timeout_s)
+        except ServerError:
+            return False
+        return True
+
+    async def weight_version(self, timeout_s: float) -> str:
+        """Version of the weights it serves, as it was told with them."""
+        return str((await self.get("/model_info", timeout_s=timeout_s)).get("weight_version"))
+
+    async def generate(self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float) -> Generated:
+        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens."""
+        body = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": parameters.as_json(),
+            "return_logprob": True,
+            "logprob_start_len": -1,
+        }
+        reply = await self.call("/generate", body, timeout_s=timeout_s)
+        try:
+            ids, meta = [int(token) for token in reply["output_ids"]], reply["meta_info"]
+            pairs = meta["output_token_logprobs"]
+            found = Generated(
+                ids,
+                [float(pair[0]) for pair in pairs],
+                _FINISH[meta["finish_reason"]["type"]],
+                str(meta.get("weight_version")),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ServerError(f"{self.name}: /generate answered without {error}: {str(reply)[:300]}") from error
+        if [int(pair[1]) for pair in pairs] != ids:
+            raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
+        return found

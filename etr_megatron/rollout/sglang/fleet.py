@@ -1,0 +1,101 @@
+"""Several servers as one: requests go where least is under way, and elsewhere when a server fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+
+logger = logging.getLogger(__name__)
+
+
+class FleetGoneError(RuntimeError):
+    """No server is left that takes requests."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be generated."""
+
+    prompt_ids: Sequence[int]
+    parameters: GenerateParameters
+
+
+class Fleet:
+    """Clients of all servers, and which of them take traffic.
+
+    concurrency: requests under way per server; more wait here, so that a server that fails loses few.
+    """
+
+    def __init__(self, clients: Sequence[ServerClient], *, concurrency: int, timeout_s: float) -> None:
+        self.clients = list(clients)
+        self._concurrency, self._timeout_s = concurrency, timeout_s
+        self._failed: dict[str, str] = {}
+
+    @property
+    def serving(self) -> list[ServerClient]:
+        """The servers that take traffic, in order."""
+        return [client for client in self.clients if client.name not in self._failed]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Name -> why it takes no traffic."""
+        return dict(self._failed)
+
+    def mark_failed(self, client: ServerClient, why: str) -> None:
+        """No more traffic to this server until `rejoin`."""
+        why = why.removeprefix(f"{client.name}: ")
+        if client.name not in self._failed:
+            logger.warning("%s takes no more requests: %s", client.name, why)
+        self._failed[client.name] = why
+
+    def rejoin(self, client: ServerClient) -> None:
+        """Traffic again; only for a server that has the current weights."""
+        self._failed.pop(client.name, None)
+
+    def refuse_if_gone(self) -> None:
+        """Raises FleetGoneError, with each server's reason, when none takes traffic."""
+        if not self.serving:
+            reasons = "; ".join(f"{client.name}: {self._failed[client.name]}" for client in self.clients)
+            raise FleetGoneError(f"no SGLang server is left: {reasons}")
+
+    async def generate(self, requests: Sequence[Request]) -> list[Generated]:
+        """All responses, in the order of the requests, each exactly once.
+
+        A request whose server fails is done again elsewhere, from its beginning. Raises FleetGoneError when no server is left.
+        """
+        waiting: asyncio.Queue[int] = asyncio.Queue()
+        for number in range(len(requests)):
+            waiting.put_nowait(number)
+        found: dict[int, Generated] = {}
+        self.refuse_if_gone()
+        async with asyncio.TaskGroup() as tasks:
+            for client in self.serving:
+                for _ in range(min(self._concurrency, len(requests))):
+                    tasks.create_task(self._work(client, requests, waiting, found))
+        self.refuse_if_gone()
+        if len(found) < len(requests):  # a server failed after the others had run out of work
+            rest = [number for number in range(len(requests)) if number not in found]
+            again = await self.generate([requests[number] for number in rest])
+            found.update(zip(rest, again, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    async def _work(
+        self, client: ServerClient, requests: Sequence[Request], waiting: asyncio.Queue[int], found: dict[int, Generated]
+    ) -> None:
+        """One of a server's places: takes requests until there are none, or its server has failed."""
+        while client.name not in self._failed and not waiting.empty():
+            number = waiting.get_nowait()
+            request = requests[number]
+            try:
+                reply = await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s)
+                if reply.finish_reason == "abort":
+                    raise ServerError(f"{client.name}: aborted a request that nobody asked it to")
+            except ServerError as error:
+                self.mark_failed(client, str(error))
+                waiting.put_nowait(number)
+            else:
+                found[number] = reply

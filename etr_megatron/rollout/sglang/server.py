@@ -1,0 +1,106 @@
+"""An SGLang server as a process of the job: started, watched, ended with it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from etr_megatron.errors import UserError
+
+_WATCHDOG = Path(__file__).with_name("watchdog.py")
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """How a server is started.
+
+    python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
+    launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
+    arguments: SGLang's. environment: added to the job's own.
+    """
+
+    python: str
+    launch: tuple[str, ...]
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+def _without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a rank inherits, less what torchrun said to it: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would
+    look for each other in the job's store, for ever."""
+    return {k: v for k, v in environment.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on now; another process may still take it, hence the retry."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One server and the watchdog beside it. `log` receives what the server prints, appended.
+
+    The server cannot outlive this process: see `watchdog`.
+    """
+
+    def __init__(self, name: str, command: ServerCommand, log: Path) -> None:
+        """Start it; returns at once. Raises UserError when the interpreter does not exist."""
+        self.name, self.log, self.port = name, log, free_port()
+        self._command = command
+        if not Path(command.python).is_file():
+            raise UserError(
+                f"sglang.python: {command.python} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang"
+            )
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._watchdog = subprocess.Popen(
+                [sys.executable, str(_WATCHDOG), str(_GRACE_S), command.python, *command.launch, *self._arguments()],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**_without_torchrun(os.environ), **command.environment},
+                start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
+            )
+
+    def _arguments(self) -> Sequence[str]:
+        return (*self._command.arguments, "--host", "127.0.0.1", "--port", str(self.port))
+
+    @property
+    def url(self) -> str:
+        """Address of its HTTP interface."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server's process has not ended."""
+        return self._watchdog.poll() is None
+
+    def last_words(self, lines: int = 15) -> str:
+        """The end of its log."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+    def stop(self) -> None:
+        """End the server and wait until nothing of it is left."""
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
+        deadline = time.monotonic() + 2 * _GRACE_S
+        try:
+            self._watchdog.wait(deadline - time.monotonic())
+        except subprocess.TimeoutExpired:  # the watchdog kills the group after its grace; it can only be stopped itself
+            self._watchdog.kill()
+            self._watchdog.wait()

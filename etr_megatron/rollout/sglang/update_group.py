@@ -1,0 +1,62 @@
+"""The process group over which the trainer's rank 0 sends weights to the workers of servers.
+
+It is made the way SGLang makes its side of it, and is apart from the job's own groups.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+_numbers = itertools.count()
+
+
+class UpdateGroup:
+    """A store and, once `join` has returned, a group: rank 0 is this process, the others are the servers' workers."""
+
+    def __init__(self, workers: int, *, host: str, backend: str, timeout_s: float) -> None:
+        """Open the store on a free port of `host`; nobody has joined yet. workers: of all servers together."""
+        self.name = f"etr_weights_{next(_numbers)}"
+        self.backend, self.host, self.world = backend, host, workers + 1
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._store = dist.TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def port(self) -> int:
+        """Where the store listens."""
+        return int(self._store.port)
+
+    def join(self) -> None:
+        """Form the group; blocks until all workers have come. Raises what torch raises when they do not in time."""
+        # torch has no public way to make a group outside of the default one's ranks; SGLang calls the same function.
+        self._group, _ = c10d._new_process_group_helper(
+            self.world,
+            0,
+            [],
+            c10d.Backend(self.backend),
+            dist.PrefixStore(self.name, self._store),
+            group_name=self.name,
+            backend_options=None,
+            timeout=self._timeout,
+        )
+        c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
+
+    def broadcast(self, flat: Tensor) -> None:
+        """Send uint8 [n] to all workers; `flat` stays the caller's. Raises what torch raises when one of them is gone."""
+        assert self._group is not None
+        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        work.wait(self._timeout)
+        if flat.is_cuda:  # with NCCL wait() is for the stream alone
+            torch.cuda.current_stream().synchronize()
+
+    def close(self) -> None:
+        """Leave; workers that still wait in a broadcast see the connection close."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None

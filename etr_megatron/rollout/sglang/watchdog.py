@@ -1,0 +1,66 @@
+"""Keeps a server from outliving the job: `python watchdog.py GRACE_S COMMAND...`, stdin a pipe that the job holds open.
+
+The server runs in a session of its own, so that everything it starts can be killed as one process group; its schedulers would
+otherwise survive it. When the pipe closes, which the kernel sees to even after `kill -9` of the job, the group gets SIGTERM
+and, after GRACE_S seconds, SIGKILL. When the server ends first, what is left of the group is ended likewise, and its exit code
+passed on. Stdlib only; nothing of this package is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+_POLL_S = 0.2
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether anything is there to be signalled."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM, then SIGKILL, until the group has no process."""
+    deadline = time.monotonic() + grace_s
+    _signal_group(server.pid, signal.SIGTERM)
+    while time.monotonic() < deadline:
+        server.poll()  # a zombie would count as a member of the group
+        if not _signal_group(server.pid, 0):
+            return
+        time.sleep(_POLL_S)
+    _signal_group(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def main() -> int:
+    """Run the server until it ends or the pipe closes."""
+    grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    # A signal for the job's terminal or session is the job's to answer; the pipe tells what came of it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+        stack.callback(_end_group, server, grace_s)
+        while server.poll() is None:
+            ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
+            if ready and not os.read(sys.stdin.fileno(), 1):
+                return 0
+        return server.returncode
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""`sglang.launch_server` on a CPU build of torch: `python launch.py SGLANG_ARGUMENTS...`
+
+What stands before the main guard also runs in the processes that the server spawns, before they import sglang.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+_HERE = str(Path(__file__).resolve().parent)
+sys.path.insert(0, _HERE)  # for the stand-in of sgl_kernel, here and in what is spawned
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_HERE, os.environ.get("PYTHONPATH"))))
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # torchvision's own operators are built for CUDA; importing it asks for these two by name.
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if __name__ == "__main__":
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(sys.argv[1:]))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)

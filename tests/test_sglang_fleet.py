@@ -1,0 +1,201 @@
+"""A fleet of servers that die, hang, refuse and lie: no sample lost, none twice, no stale weights in use. The servers are
+processes that speak SGLang's protocol (tests/fake_sglang.py); the real one is in test_sglang_server.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.fleet import Fleet, FleetGoneError, Request
+from etr_megatron.rollout.sglang.weights import WeightSender, buckets
+from tests.runs import REPO
+
+PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
+REQUESTS = [Request([number, 7], PARAMETERS) for number in range(40)]
+TENSORS = {"a.weight": torch.randn(3, 5), "b.weight": torch.randn(11).bfloat16(), "c.weight": torch.randn(2, 7, 3)}
+
+
+def tokens_of(request: Request) -> list[int]:
+    return [(sum(request.prompt_ids) + i) % 97 for i in range(5)]
+
+
+@contextlib.asynccontextmanager
+async def fleet_of(*behaviours: dict, timeout_s: float = 20.0, concurrency: int = 4):
+    """A fleet of one server per behaviour."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.fake_sglang", json.dumps(one)], stdout=subprocess.PIPE, text=True, cwd=REPO
+        )
+        for one in behaviours
+    ]
+    try:
+        async with httpx.AsyncClient() as http:
+            clients = [
+                ServerClient(f"server {i}", f"http://127.0.0.1:{int(process.stdout.readline())}", http)
+                for i, process in enumerate(processes)
+            ]
+            yield Fleet(clients, concurrency=concurrency, timeout_s=timeout_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def sender(fleet: Fleet, timeout_s: float = 20.0) -> WeightSender:
+    return WeightSender(fleet, workers=1, host="127.0.0.1", backend="gloo", timeout_s=timeout_s)
+
+
+async def sync(fleet: Fleet, version: int, tensors=TENSORS, limit: int = 64, timeout_s: float = 20.0) -> None:
+    sending = sender(fleet, timeout_s)
+    try:
+        await sending.begin()
+        for bucket in buckets(tensors.items(), limit):
+            await sending.send(bucket)
+        await sending.finish(version)
+    finally:
+        await sending.close()
+
+
+async def state_of(client: ServerClient) -> dict:
+    return await client.get("/state", timeout_s=10)
+
+
+def has_all(state: dict, tensors=TENSORS) -> bool:
+    return state["sums"] == {name: tensor.double().sum().item() for name, tensor in tensors.items()}
+
+
+def test_responses_come_back_in_the_order_of_the_requests():
+    async def body():
+        async with fleet_of({}, {}) as fleet:
+            return await fleet.generate(REQUESTS), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert found[0].logprobs == [-0.5] * 5 and found[0].finish_reason == "length" and not failed
+
+
+@pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
+def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(what):
+    async def body():
+        async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
+            return await fleet.generate(REQUESTS), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert set(failed) == {"server 0"}
+
+
+def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done():
+    async def body():
+        async with fleet_of({"die_at": 0, "seconds": 0.0}, {}, concurrency=64) as fleet:
+            return await fleet.generate(REQUESTS[:3])
+
+    assert [one.ids for one in asyncio.run(body())] == [tokens_of(request) for request in REQUESTS[:3]]
+
+
+def test_when_no_server_is_left_the_error_names_each_with_its_reason():
+    async def body():
+        async with fleet_of({"die_at": 2}, {"fail_at": 1}) as fleet:
+            await fleet.generate(REQUESTS)
+
+    with pytest.raises(FleetGoneError, match=r"server 0: /generate failed: .+; server 1: /generate answered 500"):
+        asyncio.run(body())
+
+
+def test_a_weight_update_is_paused_for_flushed_and_versioned_in_order():
+    async def body():
+        async with fleet_of({}, {}) as fleet:
+            await sync(fleet, 7)
+            return [await state_of(client) for client in fleet.clients], (await fleet.generate(REQUESTS[:1]))[0].version
+
+    states, version = asyncio.run(body())
+    for state in states:
+        assert has_all(state) and not state["paused"] and version == "7"
+        steps = [
+            route for route in state["log"] if route not in ("/init_weights_update_group", "/update_weights_from_distributed")
+        ]
+        assert steps == [
+            "/pause_generation",
+            "/begin_weight_update",
+            "/end_weight_update",
+            "/flush_cache",
+            "/update_weight_version",
+            "/continue_generation",
+        ]
+
+
+def test_servers_without_begin_and_end_of_an_update_take_one_as_well():
+    async def body():
+        async with fleet_of({"old": True}, {}) as fleet:
+            await sync(fleet, 1)
+            return [await state_of(client) for client in fleet.clients], fleet.failed
+
+    states, failed = asyncio.run(body())
+    assert all(map(has_all, states)) and not failed
+
+
+def test_a_bucket_holds_whole_tensors_up_to_its_limit():
+    parts = list(buckets(TENSORS.items(), 100))
+    assert [part.names for part in parts] == [["a.weight", "b.weight"], ["c.weight"]]
+    assert parts[0].dtypes == ["float32", "bfloat16"] and parts[0].shapes == [[3, 5], [11]]
+    assert parts[0].flat.numel() == 60 + 22
+    assert torch.equal(parts[0].flat[:60].view(torch.float32).view(3, 5), TENSORS["a.weight"])
+
+
+@pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
+def test_a_server_lost_in_the_middle_of_an_update_does_not_cost_the_others_theirs(what):
+    async def body():
+        async with fleet_of({}, {what: 1}, {}) as fleet:
+            await sync(fleet, 3, timeout_s=6.0)
+            return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed
+
+    states, failed = asyncio.run(body())
+    assert set(failed) == {"server 1"}
+    assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)
+
+
+def test_a_server_that_keeps_its_old_version_takes_no_more_requests():
+    async def body():
+        async with fleet_of({"stale": True}, {}) as fleet:
+            await sync(fleet, 4)
+            return await fleet.generate(REQUESTS[:6]), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert {one.version for one in found} == {"4"}
+    assert failed == {"server 0": "serves version default after it was sent 4"}
+
+
+def test_after_an_update_that_was_given_up_servers_go_on_but_get_no_requests():
+    async def body():
+        async with fleet_of({}) as fleet:
+            sending = sender(fleet)
+            await sending.begin()
+            await sending.send(next(iter(buckets(TENSORS.items(), 64))))
+            await sending.abandon("the export failed")
+            await sending.close()
+            return await state_of(fleet.clients[0]), fleet.failed
+
+    state, failed = asyncio.run(body())
+    assert not state["paused"] and failed == {"server 0": "the export failed"}
+
+
+def test_a_reply_whose_logprobs_belong_to_other_tokens_is_refused():
+    async def reply(request: httpx.Request) -> httpx.Response:
+        meta = {"output_token_logprobs": [[-0.5, 4, None]], "finish_reason": {"type": "stop"}, "weight_version": "1"}
+        return httpx.Response(200, json={"output_ids": [3], "meta_info": meta})
+
+    async def body():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(reply)) as http:
+            await ServerClient("server 0", "http://server", http).generate([1], PARAMETERS, timeout_s=1)
+
+    with pytest.raises(ServerError, match="log-probs of other tokens"):
+        asyncio.run(body())

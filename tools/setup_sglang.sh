@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Makes .venv-sglang with SGLang, apart from the trainer's environment; does nothing when that has been done already.
+#
+#   bash tools/setup_env.sh --sglang
+#
+# With an NVIDIA driver: the published package with its CUDA kernels. Without: the same SGLang on a CPU build of torch, for which
+# tests/sglang_cpu holds what its CUDA kernels are replaced by; it is meant for the tests and for trying things.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv-sglang
+log=$venv/setup.log
+sglang='sglang==0.5.21'
+requirements=$root/tests/sglang_cpu/requirements.txt
+
+kind=cpu
+command -v nvidia-smi >/dev/null && kind=cuda
+wanted="$sglang $kind $(sha256sum <"$requirements" | cut -d' ' -f1) $root"
+[ -x "$venv/bin/python" ] && [ "$(cat "$venv/.etr_setup_stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+python=$(command -v python3.11 || command -v python3.12) || {
+    echo "error: SGLang needs Python 3.11 or 3.12 on the PATH; install one and start again" >&2
+    exit 2
+}
+command -v flock >/dev/null || { echo "error: the command flock is missing; install util-linux" >&2; exit 2; }
+mkdir -p "$venv"
+exec 9>>"$venv/.setup_lock"
+flock 9
+[ "$(cat "$venv/.etr_setup_stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+install() {
+    "$python" -m venv "$venv"
+    if [ "$kind" = cuda ]; then
+        "$venv/bin/python" -m pip install "$sglang"
+        return
+    fi
+    "$venv/bin/python" -m pip install 'torch==2.13.*'
+    # Without their dependencies, which are CUDA kernels. triton and torchvision are imported, never run.
+    "$venv/bin/python" -m pip install --no-deps "$sglang" 'torchvision==0.28.*' 'triton==3.7.*'
+    "$venv/bin/python" -m pip install -r "$requirements"
+}
+
+echo "setting up .venv-sglang ($kind) with $python (a few minutes; log: $log)" >&2
+rm -f "$venv/.etr_setup_stamp"
+export -f install
+export python venv sglang requirements kind
+if ! bash -euo pipefail -c install >"$log" 2>&1 9>&-; then
+    tail -n 20 "$log" >&2
+    echo "error: the set-up failed; the whole log is $log. Mend its cause and start the same command again" >&2
+    exit 2
+fi
+echo "$wanted" >"$venv/.etr_setup_stamp"
+echo "set-up done" >&2
