@@ -123,6 +123,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         STATE.in_update = route.startswith("/begin")
     elif route in ("/pause_generation", "/continue_generation"):
         STATE.paused = route.startswith("/pause")
+    elif route == "/destroy_weights_update_group":
+        dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
     elif route == "/update_weight_version" and not BEHAVIOUR.get("stale"):
         STATE.version = body["new_version"]
     return 200, {"success": True, "message": ""}

@@ -11,6 +11,9 @@ selection=()
 if [ "${1:-}" = --fast ]; then
     selection=(-m "not slow")
     shift
+else
+    # Tests with a real SGLang server are among the slow ones; without its environment they are skipped, and pytest says so.
+    bash "$root/tools/setup_env.sh" --sglang || echo "warning: .venv-sglang could not be made; its tests are skipped" >&2
 fi
 # Tests start several processes each; more threads than cores would only slow them down.
 export OMP_NUM_THREADS=1

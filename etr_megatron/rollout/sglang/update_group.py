@@ -6,14 +6,12 @@ It is made the way SGLang makes its side of it, and is apart from the job's own 
 from __future__ import annotations
 
 import datetime
-import itertools
+import uuid
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-
-_numbers = itertools.count()
 
 
 class UpdateGroup:
@@ -21,7 +19,8 @@ class UpdateGroup:
 
     def __init__(self, workers: int, *, host: str, backend: str, timeout_s: float) -> None:
         """Open the store on a free port of `host`; nobody has joined yet. workers: of all servers together."""
-        self.name = f"etr_weights_{next(_numbers)}"
+        # A server keeps the groups of other jobs that it served, and refuses a name that it has had.
+        self.name = f"etr_weights_{uuid.uuid4().hex}"
         self.backend, self.host, self.world = backend, host, workers + 1
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._store = dist.TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout)

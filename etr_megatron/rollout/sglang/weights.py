@@ -177,21 +177,38 @@ class WeightSender:
                 "backend": group.backend,
             }
             calls.append(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s))
-        joining = asyncio.to_thread(group.join)
-        *replies, joined = await asyncio.gather(*calls, joining, return_exceptions=True)
-        failed = [(client, reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)]
-        for client, reply in failed:
-            self._fleet.mark_failed(client, str(reply))
-        if failed or isinstance(joined, BaseException):
-            group.close()
-            if not failed:
-                for client in clients:
-                    self._fleet.mark_failed(client, f"the weight group was not formed: {joined}")
+        joining = asyncio.create_task(asyncio.to_thread(group.join))
+        tasks = [asyncio.create_task(call) for call in calls]
+        # A server that refuses never comes to the rendezvous: whoever waits there would do so until its deadline.
+        done, _ = await asyncio.wait([*tasks, joining], return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.exception() is not None for task in done):
+            joining.add_done_callback(lambda task: task.exception())
+            self._blame_for_no_group(
+                [(c, task) for c, task in zip(clients, tasks, strict=True) if task in done], clients, joining
+            )
+            for task in tasks:
+                task.cancel()
             return False
         self._group, self._members = group, [client.name for client in clients]
         return True
 
+    def _blame_for_no_group(
+        self,
+        answered: Sequence[tuple[ServerClient, asyncio.Task[Any]]],
+        clients: Sequence[ServerClient],
+        joining: asyncio.Task[None],
+    ) -> None:
+        """Those that refused or gave no answer; all, when the group itself failed."""
+        refused = [(client, str(task.exception())) for client, task in answered if task.exception() is not None]
+        why = f"the weight group was not formed: {joining.exception()}" if joining.done() else ""
+        for client, reason in refused or [(client, why) for client in clients]:
+            self._fleet.mark_failed(client, reason)
+
     async def _drop_group(self) -> None:
+        """Leave the group, and have the servers forget it; they need not hear of it to go on."""
         if self._group is not None:
+            body = {"group_name": self._group.name}
             self._group.close()
+            goodbyes = (client.call("/destroy_weights_update_group", body, timeout_s=10.0) for client in self._fleet.serving)
+            await asyncio.gather(*goodbyes, return_exceptions=True)
         self._group, self._members = None, []

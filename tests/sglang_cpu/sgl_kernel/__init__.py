@@ -16,7 +16,7 @@ __version__ = "0.0.0"
 def assign_req_to_token_pool_cpu(
     rows: Tensor, table: Tensor, begins: Tensor, ends: Tensor, locations: Tensor, *_rest: Any
 ) -> None:
-    """table[row, begin:end] = the next (end - begin) of `locations`, request after request; in place, the server owns `table`."""
+    """table[row, begin:end] = the next (end - begin) of `locations`, request after request; in place (the server's table)."""
     taken = 0
     for row, begin, end in zip(rows.tolist(), begins.tolist(), ends.tolist(), strict=True):
         table[row, begin:end] = locations[taken : taken + end - begin].to(table.dtype)

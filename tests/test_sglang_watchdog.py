@@ -1,0 +1,81 @@
+"""A server and what it starts end with the job, however the job ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, _without_torchrun
+from tests.runs import REPO, wait_for
+from tests.test_lifetime import gone
+
+# Starts a child that ignores SIGTERM, says both pids, and waits, deaf to SIGTERM itself.
+SERVER = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
+print("pids", os.getpid(), child.pid, flush=True)
+time.sleep(float(os.environ.get("LIVES", 600)))
+sys.exit(7)
+"""
+JOB = """
+import sys, time
+from pathlib import Path
+from etr_megatron.rollout.sglang import server
+server._GRACE_S = 1.0
+process = server.ServerProcess("server", server.ServerCommand(sys.executable, ("-c", sys.argv[1]), ()), Path(sys.argv[2]))
+time.sleep(600)
+"""
+
+
+def pids_in(log) -> list[int]:
+    for line in log.read_text().splitlines() if log.exists() else ():
+        if line.startswith("pids"):
+            return [int(pid) for pid in line.split()[1:]]
+    return []
+
+
+def test_kill_9_of_the_job_leaves_nothing_of_a_server_that_ignores_sigterm(tmp_path):
+    log = tmp_path / "server.log"
+    job = subprocess.Popen([sys.executable, "-c", JOB, SERVER, str(log)], cwd=REPO)
+    try:
+        wait_for(lambda: bool(pids_in(log)))
+        pids = pids_in(log)
+        assert not any(map(gone, pids))
+    finally:
+        job.kill()
+        job.wait()
+    wait_for(lambda: all(map(gone, pids)), deadline_s=20.0)
+
+
+def test_stop_ends_the_server_and_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)
+    process = ServerProcess("server", ServerCommand(sys.executable, ("-c", SERVER), ()), tmp_path / "server.log")
+    wait_for(lambda: bool(pids_in(process.log)))
+    assert process.is_running
+    process.stop()
+    assert all(map(gone, pids_in(process.log))) and not process.is_running
+
+
+def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)
+    command = ServerCommand(sys.executable, ("-c", SERVER), (), {"LIVES": "0.5"})
+    process = ServerProcess("server", command, tmp_path / "server.log")
+    wait_for(lambda: not process.is_running)
+    time.sleep(0.1)
+    assert all(map(gone, pids_in(process.log)))
+    process.stop()
+
+
+def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match=r"sglang\.python: nowhere/python does not exist; `bash tools/setup_env\.sh --sglang`"):
+        ServerProcess("server", ServerCommand("nowhere/python", (), ()), tmp_path / "server.log")
+
+
+def test_a_server_inherits_nothing_that_torchrun_said_to_the_rank():
+    inherited = {"RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "PATH": "/bin"}
+    assert _without_torchrun(inherited) == {"PATH": "/bin"}
