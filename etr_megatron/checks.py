@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config, DataConfig, fill_objective, tensor_parallel
+from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill_objective, tensor_parallel
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a directory's tokenizer loadable."""
@@ -49,12 +53,13 @@ def check_model(config: Config, world_size: int) -> None:
     if not Path(name).is_dir():
         raise UserError(
             f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
-            "Qwen3), or tiny"
+            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
         )
     from etr_megatron.weights import check_checkpoint, read_architecture
 
     architecture = read_architecture(name)
     check_layout(f"the model in {name}", architecture.heads, architecture.kv_heads, architecture.layers, tp, pp)
+    check_experts(f"the model in {name}", architecture.experts, config.parallel, tp)
     check_checkpoint(name)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -87,6 +92,35 @@ def check_layout(model: str, heads: int, kv_heads: int, layers: int, tp: int, pp
     if layers < pp or layers % pp:
         raise UserError(
             f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+        )
+
+
+def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig, tp: int) -> None:
+    """Experts split over `parallel.ep` and each over `parallel.etp`; a dense model has none. tp: what `auto` came to."""
+    ep, etp = parallel.ep, tp if parallel.etp is None else parallel.etp
+    if experts is None:
+        if ep > 1:
+            raise UserError(f"{model} has no experts to spread over parallel.ep={ep}; set parallel.ep to 1")
+        return
+    if experts.count % ep:
+        raise UserError(
+            f"{model} has {experts.count} experts, which parallel.ep={ep} does not divide; choose a parallel.ep that divides "
+            f"{experts.count}"
+        )
+    if experts.intermediate_size % etp:
+        raise UserError(
+            f"{model} has experts of width {experts.intermediate_size}, which parallel.etp={etp} does not divide (null is "
+            f"parallel.tp={tp}); choose a parallel.etp that divides {experts.intermediate_size}"
+        )
+    if tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"{model} has experts, which parallel.tp={tp} trains with parallel.sequence_parallel=true only; set that, or "
+            "parallel.tp to 1"
+        )
+    if experts.per_token == 1 and experts.normalized:
+        raise UserError(
+            f"{model} gives every token one expert of weight 1 (num_experts_per_tok=1 with norm_topk_prob), which Megatron's "
+            "router cannot do; it is not supported"
         )
 
 

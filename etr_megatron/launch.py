@@ -1,7 +1,7 @@
 """`python -m etr_megatron.launch [--nproc N] [CONFIG] [key=value ...]`: check everything, then start the ranks of one node.
 
-What `bash examples/run_etr.sh` runs. The exit code is 0, 2 for a user's mistake (with one message and no traceback), 1 for
-a defect (with the rank's traceback), 128 + n after signal n.
+What `bash examples/run_etr.sh` runs. The exit code is 0, 2 for a user's mistake (with one message and no traceback), 75 for a
+run that saved its state and wants to be started again, 1 for a defect (with the rank's traceback), 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from etr_megatron.checks import check_inputs
 from etr_megatron.cli import USAGE, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.status import STATUS_VARIABLE, USER_ERROR_EXIT, read_status
+from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -86,9 +86,9 @@ def start_ranks(nproc: int, command: list[str]) -> int:
         try:
             torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(nproc), "--log-dir", folder, *command]))
         except ChildFailedError as failed:
-            message = read_status(status_file)
-            if message is not None:
-                return _refuse(message)
+            reported = read_status(status_file)
+            if reported is not None:
+                return _refuse(*reported)
             return _report_crash(failed)
         except SignalException as received:
             return 128 + received.sigval
@@ -97,8 +97,8 @@ def start_ranks(nproc: int, command: list[str]) -> int:
 
 def _report_crash(failed: ChildFailedError) -> int:
     rank, failure = failed.get_first_failure()
-    if failure.exitcode == USER_ERROR_EXIT:  # the rank had no room for the status file and has printed the message
-        return USER_ERROR_EXIT
+    if failure.exitcode in (USER_ERROR_EXIT, REQUEUE_EXIT):  # the rank had no room for the status file and has said why itself
+        return failure.exitcode
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"
         how += " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
@@ -108,9 +108,9 @@ def _report_crash(failed: ChildFailedError) -> int:
     return 1
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, exit_code: int = USER_ERROR_EXIT) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return USER_ERROR_EXIT
+    return exit_code
 
 
 def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:

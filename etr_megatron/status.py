@@ -13,8 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from etr_megatron.errors import UserError
+from etr_megatron.errors import RequeueError, UserError
 
 STATUS_VARIABLE = "ETR_STATUS_FILE"
 """Environment variable with the status file's path; set by the launcher, which then also prints the message."""
@@ -22,9 +23,20 @@ STATUS_VARIABLE = "ETR_STATUS_FILE"
 USER_ERROR_EXIT = 2
 """Exit code for a user's mistake."""
 
+REQUEUE_EXIT = 75
+"""Exit code of a run that has saved its state and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Reported(NamedTuple):
+    """What a rank of this node has reported: the sentence and the exit code that goes with it."""
+
+    message: str
+    exit_code: int
+
 
 def exit_code_of(body: Callable[[], None]) -> int:
-    """Run a rank's work; 0, or 2 after a `UserError` of this rank (which is reported) or of another on this node.
+    """Run a rank's work; 0, or 2 after a `UserError` of this rank (which is reported) or of another on this node, 75 after a
+    `RequeueError`.
 
     Anything else that is raised passes through with its traceback: it is a defect of ours. Ctrl-C (which the launcher
     and torchrun pass on) ends the process at once, even inside a collective that waits. To be called in the main thread.
@@ -34,10 +46,12 @@ def exit_code_of(body: Callable[[], None]) -> int:
         body()
     except UserError as error:
         report_user_error(error)
-        return USER_ERROR_EXIT
+        return _exit_code(error)
     except Exception:
-        if user_error_reported():
-            return USER_ERROR_EXIT
+        path = _status_file()
+        reported = None if path is None else read_status(path)
+        if reported is not None:
+            return reported.exit_code
         raise
     finally:
         signal.signal(signal.SIGINT, before)
@@ -53,25 +67,24 @@ def report_user_error(error: UserError) -> None:
     message = str(error)
     path = _status_file()
     try:
-        is_first = path is None or _write_first(path, {"status": "user_error", "message": message})
+        report = {"exit_code": _exit_code(error), "message": message}
+        is_first = path is None or _write_first(path, report)
     except OSError:  # no room for the status file either: the sentence must not be lost
         is_first, path = True, None
     if is_first and (path is None or STATUS_VARIABLE not in os.environ):
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def user_error_reported() -> bool:
-    """Whether a rank of this node has reported a user's mistake."""
-    path = _status_file()
-    return path is not None and read_status(path) is not None
-
-
-def read_status(path: Path) -> str | None:
-    """The message of the user's mistake that the ranks reported to `path`, or None."""
+def read_status(path: Path) -> Reported | None:
+    """What the ranks reported to `path`, or None."""
     if not path.exists():
         return None
-    status: dict[str, str] = json.loads(path.read_text())
-    return status["message"] if status["status"] == "user_error" else None
+    report = json.loads(path.read_text())
+    return Reported(report["message"], report["exit_code"])
+
+
+def _exit_code(error: UserError) -> int:
+    return REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT
 
 
 def _status_file() -> Path | None:
@@ -82,7 +95,7 @@ def _status_file() -> Path | None:
     return error_file.parents[1] / "etr_status.json" if error_file.name == "error.json" else None
 
 
-def _write_first(path: Path, status: dict[str, str]) -> bool:
+def _write_first(path: Path, status: dict[str, Any]) -> bool:
     """Create `path` with its whole content, or return False because it exists: a hard link does both at once."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:

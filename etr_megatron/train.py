@@ -16,7 +16,7 @@ from etr_megatron.checks import check_inputs
 from etr_megatron.cli import parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
-from etr_megatron.errors import UserError
+from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.reward import GraderPool
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one rank to the end; exits with code 2 after a user's mistake, which is reported in one sentence."""
+    """Run one rank to the end; exits with 2 after a user's mistake and 75 to be started again, each with one sentence."""
     die_with_parent()
     code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
     if code:
@@ -94,7 +94,9 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         if layout.rank == 0:
             # On a full disk the note may not fit either; the error itself is what has to be heard.
             with suppress(UserError):
-                directory.write_status("failed", max(0, trainer.step - 1), config.run.steps, str(error))
+                requeue = isinstance(error, RequeueError)
+                state, step = ("requeue", trainer.step) if requeue else ("failed", max(0, trainer.step - 1))
+                directory.write_status(state, step, config.run.steps, str(error))
         raise
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)

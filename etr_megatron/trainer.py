@@ -10,11 +10,12 @@ from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
+from etr_megatron.errors import RequeueError
 from etr_megatron.metrics import check_logprob_gap, step_metrics
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.phases import Phases
 from etr_megatron.policy import Policy, PolicyBatch, Update
-from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
+from etr_megatron.rollout import EngineGoneError, RolloutEngine, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.types import Group, Problem
 
@@ -41,11 +42,29 @@ class Trainer:
         self._phases = Phases(config.run.phase_timeout_s)
         self._watch = Stopwatch()
         self.step = 0
+        self._trained: tuple[int, dict[str, Any]] = (0, {})  # the step that the policy is after, and the cursor then
+        self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
 
     def run(self) -> None:
-        """From the newest checkpoint, or from the start, to `run.steps`."""
-        config = self.config
+        """From the newest checkpoint, or from the start, to `run.steps`.
+
+        Raises RequeueError, with a checkpoint of all that was trained, when the engine is gone.
+        """
         self._resume()
+        self._trained = self.step, self.cursor.state_dict()
+        try:
+            self._run_steps()
+        except EngineGoneError as error:
+            self.step, cursor = self._trained
+            self.cursor.load_state_dict(cursor)
+            if self._unrecorded is not None:
+                self._record(*self._unrecorded)
+            if checkpoint.latest_step(self._directory.checkpoints) != self.step:
+                self._save()
+            raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+
+    def _run_steps(self) -> None:
+        config = self.config
         self.engine.update_weights(self.policy.export(), version=self.step)
         first, start = self.step, self._evaluate() if self.step == 0 else {}
         self._watch.lap()
@@ -53,8 +72,9 @@ class Trainer:
             self.step += 1
             groups = self._roll_out()
             batch, updates = self._train(groups, gate=self.step == first + 1)
-            self._sync()
             row = step_metrics(self.step, groups, batch, updates, config)
+            self._trained, self._unrecorded = (self.step, self.cursor.state_dict()), (row, groups)
+            self._sync()
             if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.run.steps):
                 row |= self._evaluate()
             if start:
@@ -119,6 +139,7 @@ class Trainer:
         return {"eval_accuracy": right / len(groups)}
 
     def _record(self, row: dict[str, Any], groups: list[Group]) -> None:
+        self._unrecorded = None
         times = self._watch.lap()
         if self._recorder is None:
             return

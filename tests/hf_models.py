@@ -13,6 +13,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 301
@@ -35,6 +37,7 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+_MIXTURE = dict(**_COMMON, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**_COMMON, head_dim=16, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)
@@ -42,6 +45,11 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False)),
     "qwen3_tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, norm_topk_prob=True, tie_word_embeddings=False)),
+    # Layers 1 and 3 would have experts; one in the list of dense layers leaves the first half without any.
+    "qwen3_moe_dense": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True)
+    ),
 }
 
 
@@ -55,6 +63,21 @@ def write_model(name: str, path: Path) -> str:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(path)
     return str(path)
+
+
+def by_published_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' parameters under the names of published checkpoints, which hold experts one by one."""
+    found = {}
+    for name, tensor in tensors.items():
+        before, experts, kind = name.rpartition(".experts.")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind) if experts else None
+        if parts is None:
+            found[name] = tensor
+            continue
+        for expert, whole in enumerate(tensor):
+            for part, one in zip(parts, whole.chunk(len(parts)), strict=True):
+                found[f"{before}.experts.{expert}.{part}.weight"] = one
+    return found
 
 
 def rewrite_config_as_published(path: str | Path) -> None:

@@ -15,7 +15,8 @@ from etr_megatron.weights import read_architecture
 
 def build(model: str, overrides: list[str]) -> Policy:
     config = resolve(load_config(None, [f"model.path={model}", *overrides]), dist.get_world_size(), cuda=False)
-    layout = init_layout(config.parallel.tp, config.parallel.pp, config.run.seed)
+    parallel = config.parallel
+    layout = init_layout(parallel.tp, parallel.pp, config.run.seed, ep=parallel.ep, etp=parallel.etp)
     return Policy(read_architecture(model), model, config, layout)
 
 
@@ -119,3 +120,22 @@ def nan_error(model: str, sequences: list) -> str:
     except FloatingPointError as error:
         return str(error)
     return ""
+
+
+def parameters(model: str, overrides: list[str]) -> dict[str, tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]]]:
+    """This rank's parameters by name over the whole model: shape, key in a checkpoint, leading (index, size) axes there."""
+    from etr_megatron.policy.model import global_name
+
+    policy = build(model, overrides)
+    layout, arch = policy.layout, policy.arch
+    first_expert = layout.ep_rank * arch.experts.count // layout.ep if arch.experts else 0
+    stored = policy.model.sharded_state_dict()
+    found = {}
+    for name, parameter in policy.model.named_parameters():
+        entry = stored[name]
+        part = entry.build()[0] if hasattr(entry, "build") else entry
+        axes = part.prepend_axis_num
+        places = tuple(zip(part.global_offset[:axes], part.global_shape[:axes], strict=True))
+        whole = global_name(name, layout.stage * arch.layers // layout.pp, first_expert)
+        found[whole] = (tuple(parameter.shape), entry.key, places)
+    return found

@@ -156,7 +156,7 @@ def test_the_first_report_wins_and_stays_off_the_terminal(
     assert read_status(tmp_path / "status.json") is None
     report_user_error(UserError("the disk is full"))
     report_user_error(UserError("a later one"))
-    assert read_status(tmp_path / "status.json") == "the disk is full"
+    assert read_status(tmp_path / "status.json") == ("the disk is full", 2)
     assert capsys.readouterr() == ("", "") and len(list(tmp_path.iterdir())) == 1
 
 
@@ -211,7 +211,7 @@ import os, signal, sys, time
 from pathlib import Path
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
-from etr_megatron.status import exit_code_of, user_error_reported
+from etr_megatron.status import _status_file, exit_code_of, read_status
 
 die_with_parent()
 rank, what, folder = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
@@ -220,7 +220,7 @@ def body():
     if what == "mistake" and rank == 1:
         raise UserError("rank 1: the disk is full")
     if what == "mistake":
-        while not user_error_reported():
+        while read_status(_status_file()) is None:
             time.sleep(0.01)
         raise RuntimeError("connection closed by peer")
     if what == "crash" and rank == 1:

@@ -41,3 +41,16 @@ def test_bf16_gradients_of_the_head_are_summed_in_fp32_and_near_those_of_fp32(ga
     assert (found[:301] - wanted[:301]).norm() < 0.1 * wanted[:301].norm()
     # Sums over several chunks of products in bf16: values that bf16 itself cannot hold.
     assert (found.bfloat16().float() != found).any()
+
+
+def test_a_mixture_trains_in_bf16_with_its_experts_spread(gangs, hf_models):
+    job = {"function": "tests.policy_jobs:train", "model": hf_models["qwen3_moe"], "sequences": random_sequences()}
+    options = ["parallel.tp=1", "train.lr=1e-2", "train.adam_eps=1e-3"]
+    wanted = gangs(1).run(**job, overrides=options)[0]
+    for found in gangs(2).run(**job, overrides=[*options, "parallel.ep=2", "model.dtype=bfloat16"]):
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.02)
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=0.005)
+        for name in ("model.layers.2.mlp.experts.5.down_proj.weight", "model.layers.0.mlp.gate.weight"):
+            assert found["weights"][name].dtype == torch.bfloat16
+            difference = found["weights"][name].float() - wanted["weights"][name]
+            assert difference.norm() < 0.05 * wanted["weights"][name].norm()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import random_sequences
+from tests.hf_models import by_published_names, random_sequences
 from tests.policy_jobs import build, make_batch
 
 TEMPERATURE, ENTROPY_COEF = 0.8, 0.05
@@ -42,7 +42,8 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], whol
 
 def reference(model: str, sequences: list) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
     """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens)."""
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    # Its grouped matrix products are for smaller types only.
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     batch = make_batch(sequences)
     loss, olds, clipped = 0.0, [], 0
     for i, (prompt, response) in enumerate(sequences):
@@ -57,7 +58,7 @@ def reference(model: str, sequences: list) -> tuple[list[torch.Tensor], dict[str
         clipped += int((ratio * advantage > bounded * advantage).sum())
         loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients = by_published_names({name: parameter.grad for name, parameter in hf.named_parameters()})
     return olds, gradients, clipped / sum(len(old) for old in olds)
 
 
@@ -73,16 +74,32 @@ def references(hf_models):
     return get
 
 
-@pytest.mark.parametrize("way", ["single_pass", "recompute"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
-def test_gradients_equal_autograd_through_transformers(gangs, hf_models, references, family, layout, way):
-    world, overrides = LAYOUTS[layout]
-    olds, gradients, clipped = references(family)
+MIXTURES = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "ep2_distributed_optimizer": (2, ["parallel.tp=1", "parallel.ep=2", "train.distributed_optimizer=true"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    # Experts whole on both tensor-parallel ranks, which see different tokens.
+    "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+    "tp2_sp_ep2_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "tp2_sp_ep2_overlapped_distributed_optimizer": (
+        4,
+        [
+            *("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2"),
+            *("train.overlap_grad_reduce=true", "train.distributed_optimizer=true"),
+        ],
+    ),
+}
+
+
+def check(gangs, model: str, reference: tuple, layout: tuple[int, list[str]], way: str) -> None:
+    world, overrides = layout
+    olds, gradients, clipped = reference
     assert 0.2 < clipped < 0.8
     for found in gangs(world).run(
         "tests.test_policy_gradients:step",
-        model=hf_models[family],
+        model=model,
         sequences=random_sequences(),
         old_logp=olds,
         overrides=overrides,
@@ -92,3 +109,18 @@ def test_gradients_equal_autograd_through_transformers(gangs, hf_models, referen
         for name, gradient in gradients.items():
             wanted = gradient / (gradient.abs() + 1)
             torch.testing.assert_close(found[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("way", ["single_pass", "recompute"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_tied"])
+def test_gradients_equal_autograd_through_transformers(gangs, hf_models, references, family, layout, way):
+    check(gangs, hf_models[family], references(family), LAYOUTS[layout], way)
+
+
+@pytest.mark.parametrize("layout", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gangs, hf_models, references, family, layout):
+    gradients = references(family)[1]
+    assert all(gradient.abs().max() > 1e-4 for name, gradient in gradients.items() if ".mlp." in name)
+    check(gangs, hf_models[family], references(family), MIXTURES[layout], "single_pass")

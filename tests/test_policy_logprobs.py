@@ -16,6 +16,16 @@ LAYOUTS = {
     "dp2": (2, ["parallel.tp=1"]),
 }
 
+MIXTURES = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "dp2": (2, ["parallel.tp=1"]),
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "tp2_sp_ep2_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"]),
+    "tp2_sp_ep2": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2"]),
+}
+
 
 def reference(model: str, sequences: list, temperature: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probs and entropies by transformers, one unpadded sequence at a time."""
@@ -36,19 +46,26 @@ def assert_close(found: list, wanted: list[torch.Tensor], tolerance: float = 1e-
         torch.testing.assert_close(torch.tensor(a).double(), b, atol=tolerance, rtol=1e-5)
 
 
+def check(gangs, model: str, world: int, overrides: list[str]) -> None:
+    sequences = random_sequences()
+    wanted = reference(model, sequences, temperature=0.7)
+    # A small budget makes several microbatches of different lengths.
+    overrides = [*overrides, "rollout.temperature=0.7", "train.tokens_per_microbatch=64", "train.head_chunk_rows=5"]
+    for logp, entropy in gangs(world).run("tests.policy_jobs:logprobs", model=model, sequences=sequences, overrides=overrides):
+        assert_close(logp, wanted[0])
+        assert_close(entropy, wanted[1])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_tied"])
 def test_logprobs_and_entropy_equal_transformers(gangs, hf_models, family, layout):
-    world, overrides = LAYOUTS[layout]
-    sequences = random_sequences()
-    wanted = reference(hf_models[family], sequences, temperature=0.7)
-    # A small budget makes several microbatches of different lengths.
-    overrides = [*overrides, "rollout.temperature=0.7", "train.tokens_per_microbatch=64", "train.head_chunk_rows=5"]
-    for logp, entropy in gangs(world).run(
-        "tests.policy_jobs:logprobs", model=hf_models[family], sequences=sequences, overrides=overrides
-    ):
-        assert_close(logp, wanted[0])
-        assert_close(entropy, wanted[1])
+    check(gangs, hf_models[family], *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_logprobs_and_entropy_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
+    check(gangs, hf_models[family], *MIXTURES[layout])
 
 
 def test_config_as_published_reads_like_transformers_5_writes_it(gangs, hf_models, tmp_path):
@@ -64,21 +81,30 @@ def test_config_as_published_reads_like_transformers_5_writes_it(gangs, hf_model
     assert after.rope["rope_theta"] == 500000.0 and after.rope["factor"] == 8.0
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
-    world, overrides = LAYOUTS[layout]
+def check_logits(gangs, model: str, world: int, overrides: list[str]) -> None:
     lengths = [14, 9, 3]
     tokens = torch.randint(1, 301, (3, 14), generator=torch.Generator().manual_seed(1))
-    hf = AutoModelForCausalLM.from_pretrained(hf_models[family], dtype=torch.float32).eval()
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = [hf(tokens[i : i + 1, :size]).logits[0] for i, size in enumerate(lengths)]
-    replies = gangs(world).run("tests.policy_jobs:padded_logits", model=hf_models[family], tokens=tokens, overrides=overrides)
+    replies = gangs(world).run("tests.policy_jobs:padded_logits", model=model, tokens=tokens, overrides=overrides)
     found = [reply for reply in replies if reply is not None]
     assert found
     for logits in found:
         for row, expected in zip(logits, wanted, strict=True):
             torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_tied"])
+def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
+    check_logits(gangs, hf_models[family], *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2", "ep2", "tp2_sp_ep2_etp1"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_padded_logits_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
+    check_logits(gangs, hf_models[family], *MIXTURES[layout])
 
 
 def test_a_nan_at_an_active_token_names_sample_and_rank(gangs, hf_models):

@@ -23,6 +23,25 @@ SPLITS = {
     "tp2_dp2_distributed_optimizer": (4, ["parallel.tp=2", "train.distributed_optimizer=true"]),
 }
 
+MIXTURES = {
+    "dp2": (2, ["parallel.tp=1"]),
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "ep2_small_microbatches": (2, ["parallel.tp=1", "parallel.ep=2", "train.tokens_per_microbatch=40"]),
+    "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+    "tp2_sp_ep2_etp1_full_recompute": (
+        2,
+        [
+            *("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"),
+            "train.recompute=full",
+        ],
+    ),
+    "pp2_ep2_distributed_optimizer": (
+        4,
+        ["parallel.tp=1", "parallel.pp=2", "parallel.ep=2", "train.distributed_optimizer=true"],
+    ),
+    "tp2_sp_ep2": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2"]),
+}
+
 
 @pytest.fixture(scope="module")
 def single(gangs, hf_models):
@@ -58,6 +77,17 @@ def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models,
     world, overrides = SPLITS[split]
     wanted = single(family)
     assert wanted["sums"][0]["clip_upper"] > 0 and wanted["sums"][0]["clip_lower"] > 0
+    for found in run(gangs, hf_models[family], world, overrides):
+        assert_same_run(found, wanted)
+
+
+@pytest.mark.parametrize("split", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family, split):
+    world, overrides = MIXTURES[split]
+    wanted = single(family)
+    # The limit is below the norm, so that a wrong norm would show in the weights as well.
+    assert min(wanted["grad_norm"]) > 0.5
     for found in run(gangs, hf_models[family], world, overrides):
         assert_same_run(found, wanted)
 

@@ -13,8 +13,9 @@ import httpx
 import pytest
 import torch
 
+from etr_megatron.rollout import EngineGoneError
 from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
-from etr_megatron.rollout.sglang.fleet import Fleet, FleetGoneError, Request
+from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.weights import WeightSender, buckets
 from tests.runs import REPO
 
@@ -107,7 +108,7 @@ def test_when_no_server_is_left_the_error_names_each_with_its_reason():
         async with fleet_of({"die_at": 2}, {"fail_at": 1}) as fleet:
             await fleet.generate(REQUESTS)
 
-    with pytest.raises(FleetGoneError, match=r"server 0: /generate failed: .+; server 1: /generate answered 500"):
+    with pytest.raises(EngineGoneError, match=r"server 0: /generate failed: .+; server 1: /generate answered 500"):
         asyncio.run(body())
 
 

@@ -123,3 +123,22 @@ def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, f
     ):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (2, ["parallel.tp=1", "parallel.ep=2"]),
+        (2, ["parallel.tp=2", "parallel.etp=1"]),
+        (2, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]),
+        (4, ["parallel.tp=2", "parallel.ep=2"]),
+        (4, ["parallel.tp=1", "parallel.pp=2", "parallel.ep=2"]),
+    ],
+    ids=["ep2", "tp2_etp1", "tp2_ep2_etp1", "tp2_ep2", "pp2_ep2"],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_export_of_experts_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, world, overrides):
+    wanted = tensors_of(hf_models[family])
+    for found in gangs(world).run("tests.policy_jobs:export", model=hf_models[family], overrides=overrides):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -21,7 +21,7 @@ from etr_megatron.types import Group
 
 logger = logging.getLogger(__name__)
 
-RunState = Literal["running", "finished", "failed"]
+RunState = Literal["running", "finished", "failed", "requeue"]
 
 FREE_TO_CHANGE: tuple[str, ...] = (
     "run.name",
@@ -50,7 +50,7 @@ class RunDirectory:
     checkpoints/      belongs to the checkpoint room
     tensorboard/      event files, made from the same rows as metrics.jsonl
     servers/          what the rollout servers printed
-    status.json       what became of the run: running, finished or failed, and at which step
+    status.json       what became of the run: running, finished, failed or requeue (start it again), and at which step
     """
 
     def __init__(self, root: Path) -> None:
@@ -112,7 +112,7 @@ class RunDirectory:
         cut_back_rollouts(self.rollouts, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
-        """Replace status.json: the state, the last finished step of `steps`, and for "failed" why."""
+        """Replace status.json: the state, the last finished step of `steps`, and for "failed" and "requeue" why."""
         status = {"state": state, "step": step, "steps": steps, "message": message, "pid": os.getpid()}
         status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,28 +65,49 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
+def forget_routing(model: torch.nn.Module) -> None:
+    """Drop what the experts' token dispatchers keep of their last forward pass (in place; the model is between two of them).
+
+    They keep tensors with their autograd graph, which holds activations until the next forward pass and, through the hooks on
+    its leaves, the whole model for ever: in a circle that Python cannot see; process groups and their threads included.
+    """
+    for module in model.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in vars(dispatcher).items() if dispatcher is not None else ():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)
+
+
 def build_model(arch: Architecture, config: TransformerConfig, layout: Layout) -> PolicyModel:
     """This rank's stage on its device, weights not loaded yet."""
-    return PolicyModel(arch, config, layout).to(platform.device())
+    model = PolicyModel(arch, config, layout).to(platform.device())
+    for weight, parameter in own_parameters(model).values():
+        # Megatron sets it from EP 2 on. Set always, experts are reduced over their own data-parallel group, which is not the
+        # dense one where ETP is not TP, and have an optimizer of their own in every layout: checkpoints then have one form.
+        if weight.expert is not None:
+            parameter.allreduce = False
+    return model
 
 
-def _stage_of(weight: Weight, arch: Architecture, pp: int) -> int:
-    """Pipeline stage that owns a weight; layers are spread evenly."""
-    if weight.layer is not None:
-        return weight.layer // (arch.layers // pp)
-    return 0 if weight.megatron.startswith("embedding.") else pp - 1
+_EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+"""An expert's number, counted on its rank: in a local-spec name within, in a Transformer Engine name at the end."""
+
+
+def global_name(name: str, first_layer: int, first_expert: int) -> str:
+    """A parameter's name with layers and experts counted over the whole model instead of from this rank's first ones."""
+    if name.startswith("decoder.layers."):
+        _, _, number, rest = name.split(".", 3)
+        name = f"decoder.layers.{int(number) + first_layer}.{rest}"
+    expert = _EXPERT.fullmatch(name)
+    return f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}" if expert else name
 
 
 def _parameter_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this stage by their name in the weight map: layers counted over all stages, local-spec names."""
-    first_layer = model.layout.stage * (model.arch.layers // model.layout.pp)
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, number, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(number) + first_layer}.{rest}"
-        parameters[name] = parameter
-    return parameters
+    """Parameters of this rank by their name in the weight map."""
+    layout, arch = model.layout, model.arch
+    first_layer = layout.stage * (arch.layers // layout.pp)
+    first_expert = layout.ep_rank * (arch.experts.count // layout.ep) if arch.experts else 0
+    return {global_name(name, first_layer, first_expert): parameter for name, parameter in model.named_parameters()}
 
 
 def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
@@ -112,7 +134,7 @@ def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
     """
     layout, arch = model.layout, model.arch
     for name, (weight, parameter) in own_parameters(model).items():
-        shard = megatron_shard(weight, arch, layout.tp, layout.tp_rank)
+        shard = megatron_shard(weight, arch, *layout.cut(weight))
         if tuple(parameter.shape) != shard.shape:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard.shape}")
         parameter.copy_(read_shard(weight, shard, checkpoint.read))
@@ -120,27 +142,36 @@ def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
 
 @torch.no_grad()
 def export_hf_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    """Full HF tensors by name, on every rank and in the same order, from shards spread over TP and PP.
+    """Full HF tensors by name, on every rank and in the same order, from shards spread over TP, EP and PP.
 
     A collective: every rank of the model-parallel group must iterate to the end. Tensors are fresh copies on the rank's device,
     owned by the caller; one weight exists in full at a time.
     """
     layout, arch = model.layout, model.arch
     own = {weight.megatron: parameter for weight, parameter in own_parameters(model).values()}
-    tp_group = mpu.get_tensor_model_parallel_group()
-    pp_group = mpu.get_pipeline_model_parallel_group()
+    pp_group, ep_group = mpu.get_pipeline_model_parallel_group(), mpu.get_expert_model_parallel_group()
     dtype, device = model.config.params_dtype, platform.device()
     for weight in weights_of(arch):
-        stage = _stage_of(weight, arch, layout.pp)
-        if layout.stage == stage:
-            shard = own[weight.megatron].detach().contiguous()
-            shards = [torch.empty_like(shard) for _ in range(layout.tp)]
-            dist.all_gather(shards, shard, group=tp_group)
-            parts = [(megatron_shard(weight, arch, layout.tp, rank), part) for rank, part in enumerate(shards)]
-            full = join_shards(weight, parts)
+        stage = layout.training.stages_of(weight, arch)[0]
+        parameter = own.get(weight.megatron) if layout.stage == stage else None
+        if parameter is not None:
+            full = _gather(weight, arch, parameter, layout.cut(weight)[0])
         else:
             full = {n: torch.empty(s, dtype=dtype, device=device) for n, s in zip(weight.hf, weight.shapes, strict=True)}
-        if layout.pp > 1:
-            for tensor in full.values():
+        for tensor in full.values():
+            if weight.expert is not None and layout.ep > 1 and layout.stage == stage:
+                owner = weight.expert // (arch.experts.count // layout.ep)
+                dist.broadcast(tensor, src=dist.get_global_rank(ep_group, owner), group=ep_group)
+            if layout.pp > 1:
                 dist.broadcast(tensor, src=dist.get_global_rank(pp_group, stage), group=pp_group)
         yield from full.items()
+
+
+def _gather(weight: Weight, arch: Architecture, parameter: Tensor, ranks: int) -> dict[str, Tensor]:
+    """The full HF tensors of a weight that the (expert-)tensor-parallel ranks hold shards of. A collective among them."""
+    dense = weight.expert is None
+    group = mpu.get_tensor_model_parallel_group() if dense else mpu.get_expert_tensor_parallel_group()
+    shard = parameter.detach().contiguous()
+    shards = [torch.empty_like(shard) for _ in range(ranks)]
+    dist.all_gather(shards, shard, group=group)
+    return join_shards(weight, [(megatron_shard(weight, arch, ranks, rank), part) for rank, part in enumerate(shards)])

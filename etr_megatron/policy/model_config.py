@@ -11,13 +11,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from etr_megatron import platform
 from etr_megatron.policy.local_layers import LocalRMSNorm, PackedAttention
+from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
 
 
@@ -27,7 +30,7 @@ def uses_transformer_engine() -> bool:
 
 
 def transformer_config(
-    arch: Architecture, *, tp: int, pp: int, sequence_parallel: bool, dtype: torch.dtype, recompute: str = "none"
+    arch: Architecture, layout: Layout, *, sequence_parallel: bool, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
     """Megatron's config of the policy.
 
@@ -56,8 +59,10 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -65,7 +70,7 @@ def transformer_config(
         # Weights come from a checkpoint right after: initialisation need not be the same on every layout.
         use_cpu_initialization=not platform.uses_cuda(),
         calculate_per_token_loss=True,
-        variable_seq_lengths=pp > 1,
+        variable_seq_lengths=layout.pp > 1,
         # megatron-core asks for it with variable_seq_lengths, for dense models too
         moe_token_dispatcher_type="alltoall",
         persist_layer_norm=fused,
@@ -74,7 +79,31 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=fused,
+        **_expert_options(arch, grouped=fused),
         **recompute_options,
+    )
+
+
+def _expert_options(arch: Architecture, *, grouped: bool) -> dict[str, Any]:
+    """Settings of a mixture of experts, none for a dense model. grouped: one kernel for all experts of a rank, TE's.
+
+    The router computes as transformers does: its product in the model's dtype, its softmax in fp32. A softmax over the chosen
+    experts' logits alone is the full one divided by the chosen ones' sum (`norm_topk_prob`). No balancing loss is added: the
+    objective is the policy's alone.
+    """
+    experts = arch.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.count,
+        moe_ffn_hidden_size=experts.intermediate_size,
+        # With a list Megatron puts layer numbers into the keys of a checkpoint, and so does the weight map with dense layers.
+        moe_layer_freq=[int(arch.has_experts(layer)) for layer in range(arch.layers)] if experts.dense_layers else 1,
+        moe_router_topk=experts.per_token,
+        moe_router_pre_softmax=not experts.normalized,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=grouped,
     )
 
 
@@ -82,14 +111,32 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Layer spec of this rank's pipeline stage: TE's on CUDA, else the local one with packed attention and our RMSNorm."""
     if uses_transformer_engine():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    layers = [_local_layer(config, experts=_has_experts(config, number)) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalRMSNorm)
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    pattern = config.moe_layer_freq
+    return config.num_moe_experts is not None and (bool(pattern[layer]) if isinstance(pattern, list) else True)
+
+
+def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
+    if experts:
+        # In checkpoints the norm before a dense MLP is named after the linear layer that TE fuses it with; experts have none.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LocalRMSNorm)
+    return layer
 
 
 def rotary_frequencies(arch: Architecture) -> torch.Tensor:

@@ -31,12 +31,13 @@ from etr_megatron.config import Config
 from etr_megatron.objective import LossOutputs, diagnostic_sums, resolve_loss
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows, refuse_not_finite
-from etr_megatron.policy.model import PolicyModel, build_model, export_hf_weights, load_hf_weights
+from etr_megatron.policy.megatron_weights import load_weights
+from etr_megatron.policy.model import PolicyModel, build_model, export_hf_weights, forget_routing
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.packing import Microbatch, pack, plan_microbatches
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
-from etr_megatron.weights import Architecture, SafetensorsDir
+from etr_megatron.weights import Architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,21 +69,19 @@ class Policy:
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
         self.arch, self.config, self.layout = arch, config, layout
-        checkpoint = SafetensorsDir(checkpoint_dir)
         self._megatron = transformer_config(
             arch,
-            tp=layout.tp,
-            pp=layout.pp,
+            layout,
             sequence_parallel=config.parallel.sequence_parallel,
             dtype=DTYPES[config.model.dtype],
             recompute=config.train.recompute,
         )
         self.model = build_model(arch, self._megatron, layout)
-        load_hf_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint_dir)
         self.reference: PolicyModel | None = None
         if config.objective.kl_coef > 0:
             self.reference = build_model(arch, self._megatron, layout).requires_grad_(False)
-            load_hf_weights(self.reference, checkpoint)
+            load_weights(self.reference, checkpoint_dir)
         self._ddp = DistributedDataParallel(
             self._megatron,
             DistributedDataParallelConfig(
@@ -190,7 +189,7 @@ class Policy:
             hidden = stage(batch.tokens, batch.positions, None, packed_seq_params=packed)
             return hidden, partial(then, batch)
 
-        return get_forward_backward_func()(
+        found = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(micro),
             model=[model],
@@ -200,6 +199,8 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        forget_routing(model)
+        return found
 
     def _head_inputs(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """(hidden states of the loss rows [R, H], head weight, targets [R]) and the options of the head, from the last stage's

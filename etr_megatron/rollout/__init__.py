@@ -2,6 +2,6 @@
 
 from etr_megatron.rollout.collect import generate_groups, grade_groups
 from etr_megatron.rollout.embedded import EmbeddedEngine
-from etr_megatron.rollout.engine import RolloutEngine, Sampling, sample_seed
+from etr_megatron.rollout.engine import EngineGoneError, RolloutEngine, Sampling, sample_seed
 
-__all__ = ["EmbeddedEngine", "RolloutEngine", "Sampling", "generate_groups", "grade_groups", "sample_seed"]
+__all__ = ["EmbeddedEngine", "EngineGoneError", "RolloutEngine", "Sampling", "generate_groups", "grade_groups", "sample_seed"]

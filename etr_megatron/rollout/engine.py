@@ -31,8 +31,15 @@ def sample_seed(sampling: Sampling, problem: Problem, index: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
+class EngineGoneError(RuntimeError):
+    """The engine can generate nothing any more, on any rank; the policy is unharmed."""
+
+
 class RolloutEngine(Protocol):
-    """Every method is a collective: all ranks call it with the same arguments and get the same result."""
+    """Every method is a collective: all ranks call it with the same arguments and get the same result.
+
+    An engine that has lost what it generates with raises EngineGoneError on every rank.
+    """
 
     weight_version: int
     """Version of the weights that the next response is drawn from."""

@@ -7,12 +7,13 @@ parallel ranks hold the same weights and count as data-parallel here. Experts re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.map import Weight
-from etr_megatron.weights.shards import Shard, megatron_shard, server_shard
+from etr_megatron.weights.map import Weight, weights_of
+from etr_megatron.weights.shards import Shard, megatron_shard, server_shard, whole_shard
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,26 @@ class ServerLayout:
         return _holdings(weight, arch, moe_tp, lambda rank: [start + first + rank for start in starts], server_shard)
 
 
+@dataclass(frozen=True)
+class WholeLayout:
+    """Every weight in full on one rank, its HF tensors below each other; owner says on which."""
+
+    world: int
+    owner: Callable[[Weight], int]
+
+    def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
+        """See `Placement`."""
+        return [Holding(whole_shard(weight), (self.owner(weight),))]
+
+
+def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
+    """Every weight of which a rank holds a shard, and that shard, in the model's order."""
+    for weight in weights_of(arch):
+        for holding in placement.holdings(weight, arch):
+            if rank in holding.ranks:
+                yield weight, holding.shard
+
+
 def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
     """The expert-parallel rank that holds an expert: consecutive experts, evenly."""
     count = arch.experts.count if arch.experts else 0
@@ -149,15 +170,39 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
     return expert // (count // ep)
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What the shards of a weight depend on, which most weights of a model share."""
+
+    shard_of: Callable[[Weight, Architecture, int, int], Shard]
+    ways: int
+    split: str
+    shapes: tuple[tuple[int, ...], ...]
+    kv_heads: int
+    vocab_size: int
+    weight: Weight = field(compare=False, repr=False)
+    arch: Architecture = field(compare=False, repr=False)
+
+
+@lru_cache(maxsize=512)
+def _distinct_shards(cut: _Cut) -> tuple[tuple[Shard, tuple[int, ...]], ...]:
+    """Shards of all ranks of a cut with the ranks that have them; equal ones (replicated weights, repeated heads) once."""
+    merged: dict[Shard, list[int]] = {}
+    for rank in range(cut.ways):
+        merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, rank), []).append(rank)
+    return tuple((shard, tuple(ranks)) for shard, ranks in merged.items())
+
+
 def _holdings(
     weight: Weight,
     arch: Architecture,
-    cut: int,
+    ways: int,
     ranks_of: Callable[[int], list[int]],
     shard_of: Callable[[Weight, Architecture, int, int], Shard],
 ) -> list[Holding]:
-    """Shards of all `cut` ranks; those that are equal (replicated weights, repeated heads) become one holding."""
-    merged: dict[Shard, list[int]] = {}
-    for rank in range(cut):
-        merged.setdefault(shard_of(weight, arch, cut, rank), []).extend(ranks_of(rank))
-    return [Holding(shard, tuple(sorted(ranks))) for shard, ranks in merged.items()]
+    """The distinct shards of a cut into `ways`, with the layout's ranks that hold them."""
+    cut = _Cut(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
+    return [
+        Holding(shard, tuple(sorted(place for rank in ranks for place in ranks_of(rank))))
+        for shard, ranks in _distinct_shards(cut)
+    ]

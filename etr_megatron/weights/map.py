@@ -46,7 +46,7 @@ class Weight:
 
     megatron, te: names in the two layer specs, layers and experts counted over the whole model.
     stored, stored_at: name in a `torch_dist` checkpoint, and leading (index, size) axes there: of the layer, of the expert.
-    hf, shapes: HF names and full shapes. server, server_index: the server's parameter, and the expert's place in it.
+    hf, shapes: HF names and full shapes. server: the server's parameter; of an expert, the one that holds all of a rank's.
     layer, expert: numbers, or None outside of the layers and of experts.
     """
 

@@ -3,78 +3,112 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.architecture import Architecture, read_architecture
-from etr_megatron.weights.map import weights_of
+from etr_megatron.weights.file_tensor import FileTensor
+
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of the file format and what they are in torch."""
 
 
 class SafetensorsDir:
-    """Reads ranges of the tensors in `*.safetensors` of a directory; files are memory-mapped, only touched pages are read.
+    """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the bytes that are asked for.
 
     Raises UserError when the directory holds no safetensors file, or one that is cut off or broken (naming it).
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.path = Path(model_dir)
-        files = sorted(self.path.glob("*.safetensors"))
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
+        self._stored: dict[str, FileTensor] = {}
+        for file in _files(self.path):
             try:
-                wanted = set(json.loads(index.read_text())["weight_map"].values())
-            except (json.JSONDecodeError, KeyError) as error:
-                raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
-            missing = sorted(wanted - {file.name for file in files})
-            if missing:
-                raise UserError(f"{index} names {missing[0]}, which is not there; fetch the checkpoint again")
-            files = [file for file in files if file.name in wanted]
-        if not files:
-            raise UserError(f"{self.path} holds no .safetensors file; model.path must be a HuggingFace checkpoint directory")
-        self._where: dict[str, Any] = {}
-        for file in files:
-            try:
-                handle = safe_open(str(file), framework="pt")
-            except SafetensorError as error:
+                self._stored.update(_read_header(file))
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again") from None
-            self._where.update(dict.fromkeys(handle.keys(), handle))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, from the files' headers."""
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._where.items()}
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, from its file's header."""
+        return self._stored[name].dtype
+
+    def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
+        """File, first byte and bytes of a box whose values are consecutive there, else None."""
+        found = self._stored[name].span(begin, size)
+        return (self._stored[name].file, *found) if found else None
 
     def read(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """A box of the tensor: `size` elements from `begin` in each dimension."""
-        ranges = tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))
-        return self._where[name].get_slice(name)[ranges]
+        """A box of the tensor, new, on the CPU: `size` elements from `begin` in each dimension."""
+        out = torch.empty(size, dtype=self._stored[name].dtype)
+        self.read_into(name, begin, out)
+        return out
+
+    def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
+        """Fill `out` (contiguous, on the CPU, of the stored type) with the box of its shape that starts at `begin`.
+
+        Raises UserError where the file ends too early.
+        """
+        self._stored[name].read_into(begin, out)
 
 
-def check_checkpoint(model_dir: str | Path) -> Architecture:
-    """Compare config.json with the tensors' names and shapes, from the headers alone, and return the architecture.
+def _files(folder: Path) -> list[Path]:
+    """The directory's safetensors files, those of its index where it has one."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
+        missing = sorted(wanted - {file.name for file in files})
+        if missing:
+            raise UserError(f"{index} names {missing[0]}, which is not there; fetch the checkpoint again")
+        files = [file for file in files if file.name in wanted]
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file; it is not a HuggingFace checkpoint directory")
+    return files
 
-    Raises UserError naming the first difference of each kind: a missing tensor, one of another shape, one that no row of the
-    weight map knows. (A config that does not fit its weights loads silently as garbage elsewhere.)
-    """
-    arch = read_architecture(model_dir)
-    found = SafetensorsDir(model_dir).shapes()
-    wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    problems = []
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing, first {missing[0]}")
-    for name, shape in wanted.items():
-        if name in found and found[name] != shape:
-            problems.append(f"{name} has shape {list(found[name])} where config.json says {list(shape)}")
-            break
-    # A tied head may be stored twice, and old checkpoints carry rotary buffers.
-    known = {*wanted, "lm_head.weight"} if arch.tied_embeddings else set(wanted)
-    extra = [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]
-    if extra:
-        problems.append(f"{len(extra)} tensors are unknown to the {arch.family} family, first {extra[0]}")
-    if problems:
-        raise UserError(f"{model_dir}: config.json does not fit the weights: {'; '.join(problems)}")
-    return arch
+
+def _read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a file. Raises ValueError, KeyError or TypeError where the header does not fit the file."""
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > total - 8:
+            raise ValueError(f"its header of {length} bytes does not fit into {total}")
+        header: dict[str, Any] = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has {end - begin} bytes, not those of {list(shape)}")
+        if not 0 <= begin <= end <= total - 8 - length:
+            raise ValueError(f"{name} ends {end - (total - 8 - length)} bytes after the file")
+        found[name] = FileTensor(path, 8 + length + begin, dtype, shape)
+    return found

@@ -136,6 +136,11 @@ def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shar
     return _plain(weight, tp, rank)
 
 
+def whole_shard(weight: Weight) -> Shard:
+    """All of a weight: its HF tensors below each other, so that each is a contiguous part."""
+    return _stack([_rows(weight, hf, 0, shape[0], 0) for hf, shape in enumerate(weight.shapes)])
+
+
 def box(tensor: Tensor, begin: Index, size: Index) -> Tensor:
     """A view of that box of `tensor`."""
     return tensor[tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))]

@@ -2,6 +2,5 @@
 
 from etr_megatron.rollout.sglang.client import ServerError
 from etr_megatron.rollout.sglang.engine import SglangEngine
-from etr_megatron.rollout.sglang.fleet import FleetGoneError
 
-__all__ = ["FleetGoneError", "ServerError", "SglangEngine"]
+__all__ = ["ServerError", "SglangEngine"]

@@ -57,7 +57,7 @@ class SglangEngine:
         self._on_rank0(lambda rank0: rank0.start())
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`. Raises FleetGoneError on every rank when no server is left."""
+        """See `RolloutEngine.generate`. Raises EngineGoneError on every rank when no server is left."""
         requests = [
             Request(problem.prompt_ids, self._parameters(problem, index, sampling))
             for problem in problems
@@ -73,7 +73,7 @@ class SglangEngine:
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that had ended are started again first, and serve once they have `version`. Raises FleetGoneError on every
+        Servers that had ended are started again first, and serve once they have `version`. Raises EngineGoneError on every
         rank when no server is left.
         """
         iterator = _Checked(tensors, self._shapes)

@@ -7,13 +7,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from etr_megatron.rollout.engine import EngineGoneError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 
 logger = logging.getLogger(__name__)
-
-
-class FleetGoneError(RuntimeError):
-    """No server is left that takes requests."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +54,15 @@ class Fleet:
         self._failed.pop(client.name, None)
 
     def refuse_if_gone(self) -> None:
-        """Raises FleetGoneError, with each server's reason, when none takes traffic."""
+        """Raises EngineGoneError, with each server's reason, when none takes traffic."""
         if not self.serving:
             reasons = "; ".join(f"{client.name}: {self._failed[client.name]}" for client in self.clients)
-            raise FleetGoneError(f"no SGLang server is left: {reasons}")
+            raise EngineGoneError(f"no SGLang server is left: {reasons}")
 
     async def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, each exactly once.
 
-        A request whose server fails is done again elsewhere, from its beginning. Raises FleetGoneError when no server is left.
+        A request whose server fails is done again elsewhere, from its beginning. Raises EngineGoneError when no server is left.
         """
         waiting: asyncio.Queue[int] = asyncio.Queue()
         for number in range(len(requests)):

@@ -65,7 +65,7 @@ class WeightSender:
         self._members: list[str] = []
 
     async def begin(self) -> None:
-        """Pause all servers and open the update. Raises FleetGoneError when none is left."""
+        """Pause all servers and open the update. Raises EngineGoneError when none is left."""
         await self._on_all("/pause_generation", {"mode": "retract"})
         await self._on_all("/begin_weight_update", {}, may_lack=True)
         self._fleet.refuse_if_gone()

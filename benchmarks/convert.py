@@ -1,0 +1,153 @@
+"""Time and memory of tools/convert_hf.py on a checkpoint that is several times larger than its memory bound.
+
+    python -m benchmarks.convert                 writes results/convert.json
+    python -m benchmarks.convert --layers 4 --rounds 1 --out /tmp/convert.json
+
+A random bf16 Qwen3 is written to --work (a disk with room for three of it). Each round runs, one after the other in new
+processes: `cp -r` of the HuggingFace directory, the same followed by an fsync of every file, to-megatron, to-hf. Times are whole
+processes, interpreter and imports included; the conversions end with an fsync. Memory is the process's peak resident set as the
+kernel reports it, against 2 x the largest tensor + 1 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment_environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = [sys.executable, str(ROOT / "tools" / "convert_hf.py")]
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 16384,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def generate(folder: Path, layers: int) -> None:
+    """A checkpoint of random weights, in files of 1 GB."""
+    import torch
+
+    from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
+    from etr_megatron.weights import read_architecture, weights_of
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+    shapes = {n: s for w in weights_of(read_architecture(folder)) for n, s in zip(w.hf, w.shapes, strict=True)}
+    writer = SafetensorsWriter(folder, [TensorToWrite(name, torch.bfloat16, shape) for name, shape in shapes.items()], 10**9)
+    writer.create()
+    torch.manual_seed(1)
+    values = torch.randn(2**25 + 4096).to(torch.bfloat16)
+    for number, (name, shape) in enumerate(shapes.items()):
+        count = torch.Size(shape).numel()
+        writer.write(name, (0,) * len(shape), values[number % 4096 :][:count].view(shape))
+    writer.sync()
+
+
+def largest_tensor(folder: Path) -> tuple[int, int]:
+    """(bytes of the largest tensor, bytes of all tensors) of a HuggingFace directory, from the files' headers."""
+    sizes = []
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        sizes += [entry["data_offsets"][1] - entry["data_offsets"][0] for n, entry in header.items() if n != "__metadata__"]
+    return max(sizes), sum(sizes)
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of a process. This one must be small: Linux counts it before the exec, too."""
+    os.sync()  # what was written before is no part of it
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def one_round(work: Path) -> dict[str, tuple[float, int]]:
+    """Every contestant once; what it wrote is removed when the next does not need it."""
+    hf, copy, megatron, back = work / "hf", work / "copy", work / "megatron", work / "back"
+    found = {"cp": measure(["cp", "-r", str(hf), str(copy)])}
+    shutil.rmtree(copy)
+    found["cp_fsync"] = measure(["bash", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "bash", str(hf), str(copy)])
+    shutil.rmtree(copy)
+    found["to_megatron"] = measure([*TOOL, "to-megatron", "--hf", str(hf), "--out", str(megatron)])
+    found["to_hf"] = measure([*TOOL, "to-hf", "--megatron", str(megatron), "--out", str(back), "--max-shard-gb", "1"])
+    for file in hf.iterdir():
+        if file.suffix == ".safetensors" and subprocess.run(["cmp", "-s", file, back / file.name]).returncode:
+            raise SystemExit(f"{file.name} is not what it was after the round trip")
+    shutil.rmtree(megatron)
+    shutil.rmtree(back)
+    return found
+
+
+def summary(rounds: list[dict[str, tuple[float, int]]], largest: int, total: int) -> dict[str, Any]:
+    """Medians, ratios to the two copies, and memory against the bound."""
+    bound = 2 * largest + 10**9
+    names = list(rounds[0])
+    medians = {name: statistics.median(one[name][0] for one in rounds) for name in names}
+    peaks = {name: max(one[name][1] for one in rounds) for name in names}
+    return {
+        "checkpoint_bytes": total,
+        "largest_tensor_bytes": largest,
+        "memory_bound_bytes": bound,
+        "checkpoint_over_bound": total / bound,
+        "seconds": {name: [one[name][0] for one in rounds] for name in names},
+        "median_seconds": medians,
+        "peak_resident_bytes": {name: peaks[name] for name in ("to_megatron", "to_hf")},
+        "times_cp": {name: medians[name] / medians["cp"] for name in ("to_megatron", "to_hf")},
+        "times_cp_fsync": {name: medians[name] / medians["cp_fsync"] for name in ("to_megatron", "to_hf")},
+        "memory_within_bound": {name: peaks[name] <= bound for name in ("to_megatron", "to_hf")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=40, help="40 are 4.9 GB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="directory on the disk that is measured (default: a temporary one)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "convert.json")
+    parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.generate:
+        generate(asked.generate, asked.layers)
+        return
+    with tempfile.TemporaryDirectory(dir=asked.work) as folder:
+        work = Path(folder)
+        again = [sys.executable, "-m", "benchmarks.convert", "--generate", str(work / "hf"), "--layers", str(asked.layers)]
+        subprocess.run(again, check=True, cwd=ROOT)
+        largest, total = largest_tensor(work / "hf")
+        rounds = []
+        for number in range(asked.rounds):
+            rounds.append(one_round(work))
+            print(f"round {number + 1}:", {name: round(seconds, 2) for name, (seconds, _) in rounds[-1].items()}, flush=True)
+        found = {"environment": environment(ROOT), **summary(rounds, largest, total)}
+    asked.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps({key: found[key] for key in ("times_cp", "times_cp_fsync", "peak_resident_bytes")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Two GPTModels in one set of processes, for megatron-core's resharding."""
+
+from __future__ import annotations
+
+import sys
+import types
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr_megatron import platform
+
+platform.prepare_megatron()
+
+# Its import asks for streams of a real GPU. It is only needed for the transport of that name.
+_nvshmem = types.ModuleType("megatron.core.resharding.copy_services.nvshmem_copy_service")
+_nvshmem.NVSHMEMCopyService = None
+sys.modules[_nvshmem.__name__] = _nvshmem
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+
+from etr_megatron.policy.model import global_name  # noqa: E402
+from etr_megatron.policy.model_config import block_spec, transformer_config  # noqa: E402
+from etr_megatron.policy.parallel import Layout, init_layout  # noqa: E402
+from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size  # noqa: E402
+
+
+def layout_of(placement: TrainingLayout, rank: int) -> Layout:
+    """This rank's place in a layout that Megatron's global groups need not have."""
+    local, stage = rank % placement.stage_ranks, rank // placement.stage_ranks
+    return Layout(
+        rank=rank,
+        world=placement.world,
+        tp=placement.tp,
+        tp_rank=local % placement.tp,
+        pp=placement.pp,
+        stage=stage,
+        dp=placement.dp,
+        dp_rank=local // placement.tp,
+        ep=placement.ep,
+        ep_rank=local // placement.expert_tp % placement.ep,
+        etp=placement.expert_tp,
+        etp_rank=local % placement.expert_tp,
+    )
+
+
+def global_groups(placement: TrainingLayout) -> None:
+    """Make Megatron's global groups those of the source."""
+    init_layout(placement.tp, placement.pp, seed=1, ep=placement.ep, etp=placement.expert_tp)
+
+
+def groups_of(placement: TrainingLayout) -> ProcessGroupCollection:
+    """Groups of a layout without experts beside Megatron's global ones."""
+    ranks = torch.arange(placement.world).view(placement.pp, placement.dp, placement.tp)
+
+    def cut(*dims: int) -> dist.ProcessGroup:
+        """This rank's group of those that differ in these dimensions alone."""
+        kept = [dim for dim in range(3) if dim not in dims]
+        rows = ranks.permute(*kept, *dims).reshape(-1, prod(ranks.shape[dim] for dim in dims))
+        return dist.new_subgroups_by_enumeration(rows.tolist())[0]
+
+    groups = ProcessGroupCollection()
+    groups.pp, groups.dp, groups.tp, groups.mp = cut(0), cut(1), cut(2), cut(0, 2)
+    groups.cp = groups.ep = cut()
+    groups.tp_cp = groups.expt_tp = groups.tp_ep = groups.tp
+    groups.dp_cp = groups.expt_dp = groups.dp
+    groups.tp_ep_pp = groups.mp
+    groups.embd = groups.pos_embd = None
+    return groups
+
+
+def build(arch: Architecture, layout: Layout, dtype: torch.dtype, groups: ProcessGroupCollection | None) -> GPTModel:
+    """A stage of a dense model; groups: other ones than Megatron's global ones."""
+    config = transformer_config(arch, layout, sequence_parallel=False, dtype=dtype)
+    spec = block_spec(config)
+    if groups is not None:
+        layers = [spec.layer_specs[0]] * (arch.layers // layout.pp)
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=spec.layer_norm)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=padded_vocab_size(arch.vocab_size, layout.tp),
+        max_sequence_length=arch.max_positions,
+        pre_process=layout.stage == 0,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        **({} if groups is None else {"pg_collection": groups}),
+    ).to(dtype)
+
+
+def parameters(model: Any, arch: Architecture, layout: Layout) -> dict[str, Tensor]:
+    """Parameters by their name in the weight map."""
+    first = layout.stage * (arch.layers // layout.pp)
+    return {global_name(name, first, 0): parameter.data for name, parameter in model.named_parameters()}

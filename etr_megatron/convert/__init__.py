@@ -1,0 +1,8 @@
+"""HuggingFace checkpoints to megatron's torch_dist format and back, part by part. Only `verify` needs Megatron."""
+
+from etr_megatron.convert.comparison import verify
+from etr_megatron.convert.hf_to_megatron import to_megatron
+from etr_megatron.convert.megatron_to_hf import to_hf
+from etr_megatron.convert.ranks import Ranks
+
+__all__ = ["Ranks", "to_hf", "to_megatron", "verify"]

@@ -1,0 +1,126 @@
+"""Is a torch_dist checkpoint the same model as a HuggingFace one? Bit by bit, and by the logits of a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from etr_megatron.convert.progress import progress_bar
+from etr_megatron.convert.ranks import Ranks
+from etr_megatron.convert.source import find_megatron
+from etr_megatron.errors import UserError
+from etr_megatron.weights import Architecture, SafetensorsDir, TorchDistDir, check_checkpoint, check_torch_dist, weights_of
+
+PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of two logits, in terms of the largest one: sums of many fp32 terms in another order."""
+
+
+@dataclass
+class Verification:
+    """What was found. differing: HF names of tensors with another bit anywhere. tensors: how many were compared.
+
+    logits: (largest difference, largest logit), None where they were not compared.
+    """
+
+    tensors: int = 0
+    differing: list[str] = field(default_factory=list)
+    logits: tuple[float, float] | None = None
+
+    @property
+    def logits_agree(self) -> bool:
+        """Whether logits are within the tolerance; true where they were not compared."""
+        return self.logits is None or self.logits[0] <= LOGIT_TOLERANCE * max(1.0, self.logits[1])
+
+    @property
+    def same(self) -> bool:
+        """Whether it is the same model."""
+        return not self.differing and self.logits_agree
+
+
+def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str = PROMPT) -> Verification:
+    """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of `prompt` in fp32.
+
+    One process. Tensors are read part by part; for the logits both models are in memory. Raises UserError for directories that
+    cannot be read or hold other architectures.
+    """
+    if ranks.world > 1:
+        raise UserError("verify runs in one process; start it without torchrun")
+    found = find_megatron(megatron, config_from=hf)
+    arch = check_checkpoint(hf)
+    stored, source = TorchDistDir(found.weights), SafetensorsDir(hf)
+    check_torch_dist(stored, arch)
+    result = _compare_tensors(arch, stored, source, ranks)
+    if logits:
+        tokens = _tokens(hf, arch, prompt)
+        ours, theirs = _megatron_logits(arch, found.weights, tokens), _transformers_logits(hf, tokens)
+        result.logits = ((ours - theirs).abs().max().item(), theirs.abs().max().item())
+    return result
+
+
+def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: SafetensorsDir, ranks: Ranks) -> Verification:
+    result = Verification()
+    weights = list(weights_of(arch))
+    total = sum(torch.Size(shape).numel() * stored.dtype(w.stored).itemsize for w in weights for shape in w.shapes)
+    with progress_bar(total, ranks) as bar:
+        for weight in weights:
+            differing = set()
+            for name, begin, values in stored.parts(weight, arch):
+                wanted = source.read(name, begin, tuple(values.shape)).to(values.dtype)
+                if not torch.equal(_bits(values), _bits(wanted)):
+                    differing.add(name)
+                bar.update(values.nbytes)
+            result.tensors += len(weight.hf)
+            result.differing += [name for name in weight.hf if name in differing]
+    return result
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Integers of the same bits: a NaN equals itself, 0 differs from -0."""
+    return values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+
+
+def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
+    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary."""
+    from etr_megatron.checks import TOKENIZER_FILES
+
+    if not any((hf / file).is_file() for file in TOKENIZER_FILES):
+        return (torch.arange(16) * 7919 % arch.vocab_size)[None]
+    from etr_megatron.data import load_tokenizer
+
+    ids = load_tokenizer(hf).encode(prompt)
+    if not ids:
+        raise UserError("--prompt has no tokens; give another one")
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
+    """fp32 [1, S, V] on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from etr_megatron import platform
+
+    logging.disable_progress_bar()
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(platform.device()).eval()
+    return model(tokens.to(platform.device())).logits.cpu()
+
+
+def _megatron_logits(arch: Architecture, weights: Path, tokens: Tensor) -> Tensor:
+    """The same of the policy's model, loaded from the torch_dist directory."""
+    import torch.distributed as dist
+
+    from etr_megatron import platform
+
+    if not dist.is_initialized():  # Megatron wants a world, of one process here
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    from etr_megatron.policy import init_layout
+    from etr_megatron.policy.megatron_weights import megatron_logits
+
+    return megatron_logits(arch, weights, init_layout(1, 1, seed=1), tokens)

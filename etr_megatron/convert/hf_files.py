@@ -1,0 +1,41 @@
+"""What lies beside the weights of a HuggingFace checkpoint: config, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from etr_megatron.platform.files import write_atomically
+
+_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = ("config.json", "metadata.json", "trainer.json")
+"""config.json is written anew; the others belong to a torch_dist checkpoint."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What `--dtype` can be."""
+
+
+def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantization: dict[str, Any] | None = None) -> None:
+    """Copy everything but weights; config.json says what type the weights have now, and how they are quantised.
+
+    dtypes: of the tensors that were written, quantised ones as they were before. Where there are several config.json keeps its
+    own statement.
+    """
+    for file in sorted(source.iterdir()):
+        is_index = file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in _KINDS and file.name not in _NOT_COPIED and not is_index:
+            shutil.copyfile(file, target / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, target / templates.name)
+    config = json.loads((source / "config.json").read_text())
+    if len(dtypes) == 1:
+        # transformers 5 says dtype, older versions torch_dtype.
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(*dtypes).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_atomically(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())

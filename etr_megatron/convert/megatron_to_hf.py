@@ -1,0 +1,129 @@
+"""torch_dist to HuggingFace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etr_megatron.convert.hf_files import copy_hf_files
+from etr_megatron.convert.output import output_directory
+from etr_megatron.convert.progress import progress_bar
+from etr_megatron.convert.ranks import Ranks
+from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
+from etr_megatron.convert.source import find_megatron
+from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
+from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
+from etr_megatron.weights.shards import Index, box
+
+_FP8_PANEL = 2**22
+"""Values that are quantised at a time: it works on an fp32 copy."""
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Tensors of one output file, as transformers' `save_pretrained` has had it for years."""
+
+Write = Callable[[str, Index, Tensor], None]
+
+
+def to_hf(
+    megatron: Path,
+    out: Path,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype | None = None,
+    fp8_block: int | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    config_from: Path | None = None,
+) -> int:
+    """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
+
+    dtype: of what is not quantised; None keeps what is stored. fp8_block: quantise the weights that the map says, block by
+    block. config_from: where config.json and the tokenizer are, see `find_megatron`. Returns the bytes of all tensors. Raises
+    UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
+    """
+    found = find_megatron(megatron, config_from)
+    arch, source = read_architecture(found.config), TorchDistDir(found.weights)
+    check_torch_dist(source, arch)
+    weights = list(weights_of(arch))
+    tensors = [_tensors(weight, dtype or source.dtype(weight.stored), fp8_block) for weight in weights]
+    sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
+    mine = ranks.share(sizes)
+    with output_directory(out, sum(sizes), ranks) as folder:
+        writer = SafetensorsWriter(folder, [tensor for some in tensors for tensor in some], max_file_bytes)
+        ranks.first(writer.create)
+
+        def convert() -> None:
+            with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
+                for i in mine:
+                    _convert(source, weights[i], arch, writer, fp8_block)
+                    bar.update(sizes[i])
+
+        ranks.together(convert)
+        ranks.first(writer.sync)
+        plain = {dtype or source.dtype(weight.stored) for weight in weights}
+        quantization = _quantization(arch, fp8_block) if fp8_block else None
+        ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))
+    return sum(sizes)
+
+
+def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[TensorToWrite]:
+    """What a weight becomes: its HF tensors, or for each of them the quantised one and its scales."""
+    tensors = []
+    for name, shape in zip(weight.hf, weight.shapes, strict=True):
+        if fp8_block and weight.fp8:
+            tensors.append(TensorToWrite(name, FP8, shape))
+            tensors.append(TensorToWrite(_scale_name(name), torch.float32, scale_shape(*shape, fp8_block)))
+        else:
+            tensors.append(TensorToWrite(name, dtype, shape))
+    return tensors
+
+
+def _convert(
+    source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, fp8_block: int | None
+) -> None:
+    """Write a weight part by part as it is stored; one that is quantised is put together first, an HF tensor at a time."""
+    if not (fp8_block and weight.fp8):
+        for stored in source.boxes(weight, arch):
+            if not writer.copy(stored):
+                for begin, values in source.blocks(stored):
+                    writer.write(stored.name, begin, values)
+        return
+    for wanted, shape in zip(weight.hf, weight.shapes, strict=True):
+        full = torch.empty(shape, dtype=source.dtype(weight.stored))
+        for _, begin, values in source.parts(weight, arch, only=wanted):
+            box(full, begin, tuple(values.shape)).copy_(values)
+        _write_quantised(wanted, full, writer.write, fp8_block)
+
+
+def _write_quantised(name: str, full: Tensor, write: Write, block: int) -> None:
+    """A few rows of blocks at a time."""
+    step = block * max(1, _FP8_PANEL // (block * full.shape[1]))
+    for first in range(0, full.shape[0], step):
+        values, scales = quantize_blocks(full[first : first + step], block)
+        write(name, (first, 0), values)
+        write(_scale_name(name), (first // block, 0), scales)
+
+
+def _scale_name(name: str) -> str:
+    return f"{name}_scale_inv"
+
+
+def _quantization(arch: Architecture, block: int) -> dict[str, Any]:
+    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named."""
+    kept = {
+        name.removesuffix(".weight")
+        for weight in weights_of(arch)
+        if not weight.fp8
+        for name, shape in zip(weight.hf, weight.shapes, strict=True)
+        if len(shape) == 2 and name.endswith(".weight") and weight.megatron != "embedding.word_embeddings.weight"
+    }
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [block, block],
+        "modules_to_not_convert": sorted(kept | {"lm_head"}),
+    }

@@ -1,0 +1,84 @@
+"""The directory that a conversion writes: complete, or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from etr_megatron.convert.ranks import Ranks
+from etr_megatron.errors import UserError
+from etr_megatron.platform.files import DISK_FULL, sync_directory
+
+_SPARE_BYTES = 16 * 2**20
+"""Room for what is written besides tensors: headers, an index, a tokenizer."""
+
+
+@contextmanager
+def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
+    """A directory to write into, `<out>.unfinished`, that becomes `out` when the block ends without an error. A collective.
+
+    size: bytes that will be written, compared with the free space first. Rank 0 makes, removes and renames. Raises UserError
+    when `out` holds something, another conversion writes there, or the disk is full or not writable; what was written is then
+    removed. After `kill -9` the unfinished directory stays, until the same conversion is started again.
+    """
+    partial = out.with_name(out.name + ".unfinished")
+    lock = ranks.first(lambda: _prepare(out, partial, size))
+    try:
+        try:
+            yield partial
+            ranks.first(lambda: _finish(partial, out))
+        except BaseException as error:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            if disk_full_behind(error) is not None:
+                raise UserError(f"{out}: no space left on the device; free some or choose another --out") from error
+            raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _prepare(out: Path, partial: Path, size: int) -> int:
+    """Make the unfinished directory; returns a descriptor of it that holds its lock."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already and is not an empty directory; choose another one or remove it")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends, however it does
+    except OSError:
+        os.close(lock)
+        raise UserError(f"another conversion is writing {partial}; wait for it or choose another --out") from None
+    for leftover in partial.iterdir():  # of one that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    free = shutil.disk_usage(partial).free
+    if free < size + _SPARE_BYTES:
+        os.close(lock)
+        partial.rmdir()
+        raise UserError(
+            f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some or "
+            "choose another --out"
+        )
+    return lock
+
+
+def _finish(partial: Path, out: Path) -> None:
+    sync_directory(partial)
+    os.rename(partial, out)  # also onto an empty directory
+    sync_directory(out.parent)
+
+
+def disk_full_behind(error: BaseException | None) -> OSError | None:
+    """The OSError of a full disk that `error` is or was caused by."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,73 @@
+"""The processes of one conversion: this one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from etr_megatron.errors import UserError
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = datetime.timedelta(days=2)
+"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close."""
+
+
+class Ranks:
+    """Joins the world that torchrun describes in the environment, or a process group that is there already."""
+
+    def __init__(self) -> None:
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        # The world's own group may be NCCL's, and may have a short deadline.
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.world > 1 else None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The gloo group of all ranks; None for one process."""
+        return self._group
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and wait for the others: what it returned here, once all have succeeded. A collective.
+
+        Raises this rank's own error, or, where only others failed, the first of theirs: a UserError as it is, anything else
+        as RuntimeError.
+        """
+        error: BaseException | None = None
+        result: T | None = None
+        try:
+            result = work()
+        except Exception as failed:
+            error = failed
+        if self.world > 1:
+            mine = None if error is None else (isinstance(error, UserError), str(error))
+            failures: list[tuple[bool, str] | None] = [None] * self.world
+            dist.all_gather_object(failures, mine, group=self._group)
+            if error is None:
+                for rank, failure in enumerate(failures):
+                    if failure is not None:
+                        error = UserError(failure[1]) if failure[0] else RuntimeError(f"rank {rank} failed: {failure[1]}")
+                        break
+        if error is not None:
+            raise error
+        return result
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """Do `work` on rank 0 while the others wait; what it returned, on rank 0. A collective, raises as `together`."""
+        return self.together(lambda: work() if self.rank == 0 else None)
+
+    def share(self, sizes: Sequence[int]) -> range:
+        """Which of the items are this rank's: a run of consecutive ones, about as many bytes as any other rank's."""
+        total, before = max(1, sum(sizes)), 0
+        mine = []
+        for number, size in enumerate(sizes):
+            if min(self.world - 1, (before + size // 2) * self.world // total) == self.rank:
+                mine.append(number)
+            before += size
+        return range(mine[0], mine[-1] + 1) if mine else range(0)

@@ -1,0 +1,64 @@
+"""Which directory is meant: a torch_dist checkpoint itself, a checkpoint of a training run, or the run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights import is_torch_dist
+
+_STEP = re.compile(r"step_(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class MegatronSource:
+    """weights: the torch_dist directory. config: where config.json and the tokenizer are."""
+
+    weights: Path
+    config: Path
+
+
+def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
+    """A converted directory, a run's `checkpoints/step_000025`, `checkpoints`, or the run's own directory (its newest step).
+
+    config_from: where config.json and the tokenizer are; None: in the directory itself, else where the run's `model.path` is.
+    Raises UserError where there is no such checkpoint or no config.json.
+    """
+    if not path.is_dir():
+        raise UserError(f"--megatron {path} is not a directory")
+    weights = path if is_torch_dist(path) else _newest_step(path)
+    config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights))
+    if not (config / "config.json").is_file():
+        raise UserError(f"{config} holds no config.json; name the model's HuggingFace directory with --config-from")
+    return MegatronSource(weights, config)
+
+
+def _newest_step(path: Path) -> Path:
+    """The newest complete checkpoint of a run: those that are not complete have other names."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [entry for entry in folder.iterdir() if _STEP.match(entry.name) and is_torch_dist(entry)]
+    if not steps:
+        raise UserError(f"--megatron {path} is neither a torch_dist checkpoint (no .metadata) nor a run with checkpoints")
+    return max(steps, key=lambda entry: int(_STEP.match(entry.name)[1]))
+
+
+def _model_of_run(weights: Path) -> Path:
+    """The HuggingFace directory that the run started from, as its config.yaml says."""
+    file = weights.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{weights} holds no config.json; name the model's HuggingFace directory with --config-from")
+    from etr_megatron.config import load_config
+
+    config = load_config(file, [])
+    if config.model.path == "tiny":
+        from etr_megatron.data import build_tiny_policy  # transformers, which nothing else here needs
+
+        return build_tiny_policy(config.tiny, config.arithmetic, progress=False)
+    if not Path(config.model.path).is_dir():
+        raise UserError(
+            f"{file} says that the run started from {config.model.path}, which is not there; name the model's HuggingFace "
+            "directory with --config-from"
+        )
+    return Path(config.model.path)

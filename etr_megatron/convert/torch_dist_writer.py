@@ -1,0 +1,182 @@
+"""Writing a `torch_dist` checkpoint a chunk at a time, by torch's distributed checkpointing.
+
+What goes where is planned from names and shapes; a chunk's values are asked for when it is its turn in the file, and forgotten
+before the next. megatron-core's own writers have all tensors of a rank in memory first, and torch's keeps the last one of every
+name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from etr_megatron.convert.chunk import ChunkToWrite
+from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
+from etr_megatron.convert.output import disk_full_behind
+from etr_megatron.convert.ranks import Ranks
+
+_SMALL = 2**16
+"""Bytes below which a tensor is not worth two steps."""
+
+
+def _item(chunk: ChunkToWrite) -> WriteItem:
+    """The chunk as torch plans it."""
+    place = ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size))
+    data = TensorWriteData(place, TensorProperties(chunk.dtype), torch.Size(chunk.shape))
+    return WriteItem(MetadataIndex(chunk.name, chunk.offset), WriteItemType.SHARD, tensor_data=data)
+
+
+class _Planner(SavePlanner):
+    """A plan made of chunks that do not exist yet, and of names of objects, each None."""
+
+    def __init__(self, chunks: Sequence[ChunkToWrite], objects: Sequence[str]) -> None:
+        self._chunks, self._objects = chunks, objects
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """There is no state to plan from."""
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
+        return SavePlan(items + [_item(chunk) for chunk in self._chunks])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        self._at = {(chunk.name, chunk.offset): chunk for chunk in self._chunks}
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> ChunkToWrite | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            data = io.BytesIO()
+            torch.save([None], data)  # Megatron's form: the objects of one key
+            return data
+        return self._at[write_item.index.fqn, tuple(write_item.index.offset)]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One file per rank; a chunk is resolved, written and forgotten before the next."""
+
+    def __init__(self, path: Path, written: Callable[[int], Any]) -> None:
+        super().__init__(path, overwrite=False)
+        self._written = written
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        future: Future[list[WriteResult]] = Future()
+        name = f"{plan.storage_data.prefix}0.distcp"
+        try:
+            with open(Path(self.path) / name, "wb") as file:
+                future.set_result([self._write(file, name, item, planner) for item in plan.items])
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            # torch.save reports a write that failed as something else, with the OSError as its context, which torch loses when
+            # it gathers the failures of all ranks.
+            full = disk_full_behind(error)
+            raise OSError(full.errno, full.strerror) if full is not None else error from error
+        return future
+
+    def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+        begin, data = file.tell(), planner.resolve_data(item)
+        if isinstance(data, ChunkToWrite):
+            _write_chunk(file, data)
+            self._written(data.nbytes)
+        else:
+            file.write(data.getbuffer())
+        length = file.tell() - begin
+        return WriteResult(item.index, length, _StorageInfo(name, begin, length))
+
+
+def _write_chunk(file: io.BufferedWriter, chunk: ChunkToWrite) -> None:
+    """Write what `torch.save` writes of a tensor; where its values are in files, around a hole that they are copied into."""
+    begin = file.tell()
+    spans = chunk.spans() if chunk.nbytes >= _SMALL else None
+    if spans is None:
+        torch.save(chunk.read(), _Stream(file))
+        file.flush()
+        start_writeback(file.fileno(), begin, file.tell() - begin)
+        return
+    stream = _Stream(file, hole=chunk.nbytes)
+    torch.save(torch.empty(chunk.size, dtype=chunk.dtype), stream)  # memory that is never touched takes no room
+    if stream.at is None:
+        raise RuntimeError("torch.save did not write a tensor's values at once")
+    file.flush()
+    at = stream.at
+    for source, first, count in spans:
+        copy_bytes(source, first, file.fileno(), at, count)
+        at += count
+
+
+class _Stream:
+    """The file for torch.save. Large pieces are passed on in small ones; one of `hole` bytes is left out, its place is `at`."""
+
+    def __init__(self, file: io.BufferedWriter, hole: int | None = None) -> None:
+        self._file, self._hole, self.at = file, hole, None
+
+    def write(self, data: Any) -> int:
+        whole = memoryview(data).cast("B")
+        if len(whole) == self._hole:
+            self.at = self._file.tell()
+            self._file.seek(len(whole), io.SEEK_CUR)
+            return len(whole)
+        for begin in range(0, len(whole), WRITE_BYTES):
+            self._file.write(whole[begin : begin + WRITE_BYTES])
+        return len(whole)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextmanager
+def _torch_options() -> Iterator[None]:
+    """Without CRC32 sums: torch.load never looks at them, and computing them takes longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is known
+            yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def write_torch_dist(
+    path: Path, chunks: Sequence[ChunkToWrite], objects: Sequence[str], ranks: Ranks, written: Callable[[int], Any]
+) -> None:
+    """Write this rank's chunks, and rank 0's objects (names; each is None), as a checkpoint that Megatron loads. A collective.
+
+    written: called with the bytes of each chunk once it is in the file. Raises on every rank what went wrong on the first of
+    those that failed: OSError for a disk that is full, whatever reading a chunk raises.
+    """
+    try:
+        with _torch_options():
+            dcp.save(
+                {},
+                storage_writer=_Writer(path, written),
+                planner=_Planner(chunks, objects if ranks.rank == 0 else ()),
+                process_group=ranks.group,
+                no_dist=ranks.world == 1,
+            )
+    except CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from None
+    if ranks.rank == 0:
+        torch.save({}, path / "common.pt")
+        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+        versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+        (path / "metadata.json").write_text(json.dumps(backends | versions))

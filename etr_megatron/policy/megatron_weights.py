@@ -1,0 +1,66 @@
+"""Weights of a checkpoint directory into a policy model: from HuggingFace's format or from megatron's `torch_dist`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+
+from etr_megatron import platform
+from etr_megatron.errors import UserError
+from etr_megatron.policy.model import PolicyModel, build_model, load_hf_weights
+from etr_megatron.policy.model_config import transformer_config
+from etr_megatron.policy.parallel import Layout
+from etr_megatron.weights import Architecture, SafetensorsDir, is_torch_dist
+
+
+def load_weights(model: PolicyModel, checkpoint_dir: str | Path) -> None:
+    """Copy this rank's shards of a checkpoint into the model's parameters (in place; the model owns them). A collective.
+
+    Raises UserError for a checkpoint that does not fit the model or cannot be read.
+    """
+    if is_torch_dist(checkpoint_dir):
+        load_megatron_weights(model, checkpoint_dir)
+    else:
+        load_hf_weights(model, SafetensorsDir(checkpoint_dir))
+
+
+@torch.no_grad()
+def load_megatron_weights(model: PolicyModel, checkpoint_dir: str | Path) -> None:
+    """The same for a `torch_dist` directory, written by any layout or by `tools/convert_hf.py`. A collective.
+
+    Optimizer state that may be there is left alone.
+    """
+    wanted = {
+        # Layers without FP8 state keep nothing in their `_extra_state`; the set of those that have one differs between specs.
+        name: part
+        for name, part in model.sharded_state_dict().items()
+        if not isinstance(part, ShardedObject)
+    }
+    try:
+        with warnings.catch_warnings():
+            # Megatron asks torch for what torch has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            state = dist_checkpointing.load(wanted, str(checkpoint_dir))
+    except (CheckpointException, CheckpointingException, KeyError) as error:
+        raise UserError(f"{checkpoint_dir} does not fit this model ({str(error).splitlines()[0]})") from error
+    missing = set(model.load_state_dict(state, strict=False).missing_keys) & dict(model.named_parameters()).keys()
+    if missing:
+        raise UserError(f"{checkpoint_dir} lacks {len(missing)} parameters of this model, first {min(missing)}")
+
+
+@torch.no_grad()
+def megatron_logits(arch: Architecture, checkpoint_dir: str | Path, layout: Layout, tokens: Tensor) -> Tensor:
+    """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from a model in fp32 without an optimizer; for one rank."""
+    config = transformer_config(arch, layout, sequence_parallel=False, dtype=torch.float32)
+    model = build_model(arch, config, layout).eval()
+    load_weights(model, checkpoint_dir)
+    tokens = tokens.to(platform.device())
+    hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
+    return (hidden @ model.head_weight().t()).transpose(0, 1)[..., : arch.vocab_size].cpu()

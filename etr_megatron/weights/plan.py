@@ -1,0 +1,277 @@
+"""Who sends which part of a weight to whom, from two layouts alone: pure arithmetic, the same on every rank.
+
+plan = make_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
+for transfer in plan.pairs[(source_rank, destination_rank)]: ...
+
+What a destination needs of an HF tensor is cut with what every source holds of it. That is worked out once for all weights
+that are cut alike and applied to layer after layer. Boxes that lie next to each other on both sides become one. Replicas share
+the work, see `make_plan`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.layout import Holding, Placement
+from etr_megatron.weights.map import Weight, weights_of
+from etr_megatron.weights.quantize import scale_shape
+from etr_megatron.weights.shards import Index, Piece
+
+_GRAIN = 0.1
+"""Largest part that one transfer may be of a replica's mean load; then no replica sends more than 1 + this times the mean."""
+
+
+class Transfer(NamedTuple):
+    """A box of `size` at `source_at` in a source rank's shard, which goes to `destination_at` in a destination rank's."""
+
+    source: int
+    destination: int
+    weight: Weight
+    source_at: Index
+    destination_at: Index
+    size: Index
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All transfers of a sync.
+
+    pairs: (source rank, destination rank) -> transfers, in the model's order. Source rank r is process r, destination rank r is
+    process destination_start + r. fp8_block: rows and columns of a block where the destination holds quantised weights.
+    """
+
+    source: Placement
+    destination: Placement
+    arch: Architecture
+    destination_start: int
+    fp8_block: int | None
+    pairs: dict[tuple[int, int], tuple[Transfer, ...]]
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that take part."""
+        return max(self.source.world, self.destination_start + self.destination.world)
+
+    def is_local(self, source: int, destination: int) -> bool:
+        """Whether both ranks are the same process."""
+        return source == self.destination_start + destination
+
+    def is_fp8(self, weight: Weight) -> bool:
+        """Whether a weight travels quantised."""
+        return self.fp8_block is not None and weight.fp8
+
+    def bytes(self, transfer: Transfer, itemsize: int) -> int:
+        """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
+        return _box_bytes(transfer.size, itemsize, self.fp8_block if transfer.weight.fp8 else None)
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The transfers of these weights (`Weight.megatron`)."""
+        pairs = {pair: tuple(t for t in transfers if t.weight.megatron in names) for pair, transfers in self.pairs.items()}
+        return replace(self, pairs={pair: transfers for pair, transfers in pairs.items() if transfers})
+
+    def bytes_sent(self, itemsize: int) -> dict[int, int]:
+        """Bytes that each source rank sends to other processes."""
+        sent = dict.fromkeys(range(self.source.world), 0)
+        for (source, destination), transfers in self.pairs.items():
+            if not self.is_local(source, destination):
+                sent[source] += sum(self.bytes(transfer, itemsize) for transfer in transfers)
+        return sent
+
+
+def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
+    if block is None:
+        return prod(size) * itemsize
+    return prod(size) + 4 * prod(scale_shape(*size, block))
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Part of the destination's distinct shard number `shard`; holders: (number of a source shard, corner there)."""
+
+    shard: int
+    at: Index
+    size: Index
+    holders: tuple[tuple[int, Index], ...]
+
+    def follows(self, other: _Box) -> bool:
+        """Whether it lies right below `other` on both sides, in as many columns."""
+        here = [(self.at, other.at)]
+        if self.shard != other.shard or len(self.holders) != len(other.holders):
+            return False
+        for (shard, at), (other_shard, other_at) in zip(self.holders, other.holders, strict=True):
+            if shard != other_shard:
+                return False
+            here.append((at, other_at))
+        rows = other.size[0]
+        return self.size[1:] == other.size[1:] and all(a == (b[0] + rows, *b[1:]) for a, b in here)
+
+
+class _Job(NamedTuple):
+    """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there)."""
+
+    number: int
+    weight: Weight
+    box: _Box
+    destination: int
+    holders: dict[int, Index]
+
+
+def _intersection(a: Piece, b: Piece) -> tuple[Index, Index] | None:
+    """(begin, size) of what two pieces of the same HF tensor have in common, in its coordinates."""
+    begin = tuple(map(max, a.begin, b.begin))
+    end = tuple(min(i + m, j + n) for i, m, j, n in zip(a.begin, a.size, b.begin, b.size, strict=True))
+    size = tuple(e - s for s, e in zip(begin, end, strict=True))
+    return (begin, size) if min(size) > 0 else None
+
+
+def _moved(at: Index, begin: Index, origin: Index) -> Index:
+    return tuple(a + b - o for a, b, o in zip(at, begin, origin, strict=True))
+
+
+def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: Index, block: int) -> None:
+    """A block is quantised from all of its values, so it must lie in one box on either side."""
+    for dim, (start, extent, place) in enumerate(zip(begin, size, at, strict=True)):
+        end = start + extent
+        if start % block or place % block or (end % block and end != weight.shapes[hf][dim]):
+            kind = ("rows", "columns")[dim]
+            raise UserError(
+                f"{weight.hf[hf]}: {kind} {start} to {end} of a shard do not consist of whole FP8 blocks of {block}; choose "
+                "tensor parallelism that cuts at multiples of the block, or leave the weights unquantised"
+            )
+
+
+def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Holding], fp8_block: int | None) -> Iterator[_Box]:
+    """What the sources hold of a piece of the destination. Raises ValueError when they do not hold all of it."""
+    found: dict[tuple[Index, Index], list[tuple[int, Index]]] = {}
+    for number, holding in enumerate(source):
+        for held in holding.shard.pieces:
+            common = _intersection(piece, held) if held.hf == piece.hf else None
+            if common:
+                found.setdefault(common, []).append((number, _moved(held.at, common[0], held.begin)))
+    if sum(prod(size) for _, size in found) != prod(piece.size):
+        raise ValueError(f"{weight.hf[piece.hf]}: the source does not hold rows from {piece.begin[0]} exactly once")
+    for begin, size in sorted(found):
+        at = _moved(piece.at, begin, piece.begin)
+        if fp8_block is not None:
+            _refuse_cut_blocks(weight, piece.hf, begin, size, at, fp8_block)
+        yield _Box(shard, at, size, tuple(found[begin, size]))
+
+
+def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Holding], fp8_block: int | None) -> list[_Box]:
+    """All boxes of a weight, those that can be one made one."""
+    merged: list[_Box] = []
+    for number, holding in enumerate(destination):
+        for piece in holding.shard.pieces:
+            for box in _piece_boxes(weight, number, piece, source, fp8_block):
+                if merged and box.follows(merged[-1]):
+                    last = merged.pop()
+                    box = _Box(last.shard, last.at, (last.size[0] + box.size[0], *box.size[1:]), last.holders)
+                merged.append(box)
+    return merged
+
+
+def _jobs(
+    source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None
+) -> Iterator[tuple[_Job, int | None]]:
+    """Every box that every destination rank needs, with the weight's FP8 block."""
+    known: dict[tuple, tuple[list, list, list[_Box]]] = {}
+    for number, weight in enumerate(weights_of(arch)):
+        held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
+        shards = [h.shard for h in held], [h.shard for h in needed]
+        block = fp8_block if weight.fp8 else None
+        key = (weight.split, weight.shapes, weight.expert is None, block)
+        if key not in known or known[key][:2] != shards:
+            known[key] = (*shards, _boxes(weight, held, needed, block))
+        for box in known[key][2]:
+            holders = {rank: at for shard, at in box.holders for rank in held[shard].ranks}
+            for rank in needed[box.shard].ranks:
+                yield _Job(number, weight, box, rank, holders), block
+
+
+class _Assignment:
+    """Gives every box to one of the ranks that hold it."""
+
+    def __init__(self, sources: int, itemsize: int) -> None:
+        self.pairs: dict[tuple[int, int], list[tuple[int, Transfer]]] = defaultdict(list)
+        self._itemsize = itemsize
+        self._total = [0] * sources
+
+    def add(self, job: _Job, source: int, row: int = 0, rows: int | None = None) -> None:
+        """Let `source` send `rows` rows (all) from `row` of the job's box."""
+        box, at = job.box, job.holders[source]
+        transfer = Transfer(
+            source,
+            job.destination,
+            job.weight,
+            (at[0] + row, *at[1:]),
+            (box.at[0] + row, *box.at[1:]),
+            (box.size[0] if rows is None else rows, *box.size[1:]),
+        )
+        self.pairs[source, job.destination].append((job.number, transfer))
+
+    def share(self, ranks: tuple[int, ...], jobs: list[tuple[_Job, int | None]]) -> None:
+        """Spread the boxes that exactly `ranks` hold: each to the rank with the least so far, in parts small enough for that.
+
+        A rank that sends to the destination anyway is preferred up to the mean, which keeps the number of connections low.
+        """
+        mean = sum(_box_bytes(job.box.size, self._itemsize, block) for job, block in jobs) / len(ranks)
+        loads = dict.fromkeys(ranks, 0)
+        for job, block in jobs:
+            size = job.box.size
+            for row, rows in _parts(size, _box_bytes(size, self._itemsize, block), _GRAIN * mean, len(ranks), block or 1):
+                part = _box_bytes((rows, *size[1:]), self._itemsize, block)
+                friends = [rank for rank in ranks if (rank, job.destination) in self.pairs and loads[rank] + part <= mean]
+                source = min(friends or ranks, key=lambda rank: (loads[rank], self._total[rank], rank))
+                loads[source] += part
+                self._total[source] += part
+                self.add(job, source, row, rows)
+
+
+def _parts(size: Index, box_bytes: int, limit: float, ranks: int, step: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of parts of about `limit` bytes at most, cut at multiples of `step`; one where nobody can share."""
+    rows = size[0]
+    per_part = rows if ranks == 1 else max(1, int(limit * rows / box_bytes) // step) * step
+    for row in range(0, rows, per_part):
+        yield row, min(per_part, rows - row)
+
+
+def make_plan(
+    source: Placement,
+    destination: Placement,
+    arch: Architecture,
+    *,
+    destination_start: int | None = None,
+    itemsize: int = 2,
+    fp8_block: int | None = None,
+) -> Plan:
+    """Plan the transfer of all weights of `arch` between two layouts.
+
+    destination_start: process of the destination's rank 0; default is behind the source's ranks. With 0 the destination lives
+    in the source's processes, and what a process holds itself is copied there. itemsize: bytes of a value that travels
+    unquantised; loads are counted in bytes. fp8_block: quantise what the map's `fp8` column says.
+
+    Of the ranks that hold the same shards none sends more than 1.1 x their mean, if a row of each box (128 rows with FP8) is at
+    most a tenth of that mean; a larger row is what it can be above. Raises ValueError when a layout does not fit the
+    architecture or the source lacks something, UserError when FP8 blocks would be cut.
+    """
+    start = source.world if destination_start is None else destination_start
+    assignment = _Assignment(source.world, itemsize)
+    shared: dict[tuple[int, ...], list[tuple[_Job, int | None]]] = defaultdict(list)
+    for job, block in _jobs(source, destination, arch, fp8_block):
+        if start + job.destination in job.holders:
+            assignment.add(job, start + job.destination)
+        else:
+            shared[tuple(sorted(job.holders))].append((job, block))
+    for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
+        assignment.share(ranks, shared[ranks])
+    pairs = {
+        pair: tuple(transfer for _, transfer in sorted(found, key=lambda one: (one[0], one[1].destination_at)))
+        for pair, found in sorted(assignment.pairs.items())
+    }
+    return Plan(source, destination, arch, start, fp8_block, pairs)

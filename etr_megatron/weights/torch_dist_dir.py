@@ -1,0 +1,194 @@
+"""A megatron `torch_dist` checkpoint directory, read without Megatron: which tensors it holds, and their chunks one by one.
+
+A stored tensor is global (of all layers, of all experts); its chunks are the parts that the ranks wrote. `.metadata` says where
+each chunk lies. What is stored besides the model (an optimizer, objects) is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import FileTensor
+from etr_megatron.weights.map import Weight
+from etr_megatron.weights.shards import Index, Piece, box, megatron_shard
+from etr_megatron.weights.torch_dist_metadata import METADATA_FILE, Record, dtype_of, read_metadata
+from etr_megatron.weights.torch_saved import Slice, find_values
+
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""Names that are not the model's."""
+
+_BLOCK_BYTES = 2**20
+"""Small enough to stay in a core's cache between reading and writing."""
+
+
+def is_torch_dist(path: str | Path) -> bool:
+    """Whether the directory is a `torch_dist` checkpoint."""
+    return (Path(path) / METADATA_FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a stored tensor and where `torch.save` put it: `length` bytes from `begin` of `file`."""
+
+    offset: Index
+    size: Index
+    file: Path
+    begin: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A box of an HF tensor, `size` from `begin`, that lies at `at` of a chunk's values: in a file, or in memory."""
+
+    name: str
+    begin: Index
+    size: Index
+    values: FileTensor | Tensor
+    at: Index
+
+    def span(self) -> tuple[Path, int, int] | None:
+        """File, first byte and bytes, where the box's values are consecutive in a file, else None."""
+        lead = len(self.at) - len(self.size)
+        found = (
+            self.values.span(self.at, (*(1 for _ in range(lead)), *self.size)) if isinstance(self.values, FileTensor) else None
+        )
+        return (self.values.file, *found) if found else None
+
+    def read_into(self, at: Index, out: Tensor) -> None:
+        """Fill `out` with the values from `at` of the chunk."""
+        if isinstance(self.values, FileTensor):
+            self.values.read_into(at, out)
+        else:
+            out.copy_(box(self.values, at, tuple(out.shape)))
+
+
+class TorchDistDir:
+    """The model's tensors in a `torch_dist` directory. Raises UserError for one that is not there, broken or cut off."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        metadata = read_metadata(self.path)
+        self._tensors: dict[str, Record] = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if hasattr(entry, "chunks") and not _OPTIMIZER.match(name)
+        }
+        self._chunks: dict[str, list[Chunk]] = {name: [] for name in self._tensors}
+        self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        self._indexed: dict[str, dict[Index, list[Chunk]]] = {}
+        self._place_chunks(metadata.storage_data)
+
+    def _place_chunks(self, storage: dict[Record, Record]) -> None:
+        """Find each chunk in its file. Raises UserError where it is not there in full."""
+        places = {(index.fqn, getattr(index, "offset", None)): place for index, place in storage.items()}
+        lengths: dict[str, int] = {}
+        for name, entry in self._tensors.items():
+            for part in entry.chunks:
+                where = places.get((name, part.offsets))
+                if where is None:
+                    raise UserError(f"{self.path}: {METADATA_FILE} does not say where {name} lies; fetch the checkpoint again")
+                file = where.relative_path
+                if file not in lengths:
+                    lengths[file] = (self.path / file).stat().st_size if (self.path / file).is_file() else -1
+                if where.offset + where.length > lengths[file]:
+                    raise UserError(f"{self.path / file} is missing or cut off; fetch the checkpoint again")
+                chunk = Chunk(tuple(part.offsets), tuple(part.sizes), self.path / file, where.offset, where.length)
+                self._chunks[name].append(chunk)
+
+    def shapes(self) -> dict[str, Index]:
+        """Global shape of every stored tensor of the model."""
+        return {name: tuple(entry.size) for name, entry in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return dtype_of(self._tensors[name])
+
+    def refuse_gaps(self, names: Iterable[str]) -> None:
+        """Raise UserError where the chunks of a tensor do not add up to it."""
+        for name in names:
+            wanted = math.prod(self._tensors[name].size)
+            found = sum(math.prod(chunk.size) for chunk in self._chunks[name])
+            if found != wanted:
+                raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")
+
+    def boxes(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[StoredBox]:
+        """The HF tensors of a weight (or `only` the one of that name) in the boxes in which they are stored; every value once.
+
+        Raises UserError for a file that is damaged.
+        """
+        lead = tuple(index for index, _ in weight.stored_at)
+        pieces = [piece for piece in megatron_shard(weight, arch, 1, 0).pieces if only in (None, weight.hf[piece.hf])]
+        for chunk in self._chunks_at(weight.stored, lead):
+            overlaps = list(_overlaps(pieces, chunk.offset[len(lead) :], chunk.size[len(lead) :]))
+            if overlaps:
+                inside = tuple(i - o for i, o in zip(lead, chunk.offset, strict=False))
+                values = _open(chunk, self.dtype(weight.stored))
+                for hf, begin, at, size in overlaps:
+                    yield StoredBox(weight.hf[hf], begin, size, values, (*inside, *at))
+
+    def parts(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[tuple[str, Index, Tensor]]:
+        """The same in small blocks: (HF name, corner in that tensor, values), which the next block's overwrite."""
+        for stored in self.boxes(weight, arch, only=only):
+            for begin, values in self.blocks(stored):
+                yield stored.name, begin, values
+
+    def blocks(self, stored: StoredBox) -> Iterator[tuple[Index, Tensor]]:
+        """A box, a few rows at a time in the same memory: (corner in the HF tensor, values)."""
+        dtype, lead = stored.values.dtype, len(stored.at) - len(stored.size)
+        rows, *rest = stored.size
+        row_bytes = math.prod(rest) * dtype.itemsize
+        if self._buffer.numel() < row_bytes:
+            self._buffer = torch.empty(row_bytes, dtype=torch.uint8)
+        step = self._buffer.numel() // row_bytes
+        for row in range(0, rows, step):
+            size = (min(step, rows - row), *rest)
+            values = self._buffer[: size[0] * row_bytes].view(dtype).view(*(1 for _ in range(lead)), *size)
+            stored.read_into((*stored.at[:lead], stored.at[lead] + row, *stored.at[lead + 1 :]), values)
+            yield (stored.begin[0] + row, *stored.begin[1:]), values.view(size)
+
+    def _chunks_at(self, name: str, lead: Index) -> list[Chunk]:
+        """Chunks that cover an index of the leading axes."""
+        if name not in self._indexed:
+            index = self._indexed[name] = defaultdict(list)
+            for chunk in self._chunks[name]:
+                covered = (range(o, o + n) for o, n in zip(chunk.offset[: len(lead)], chunk.size, strict=False))
+                for place in product(*covered):
+                    index[place].append(chunk)
+        return self._indexed[name][lead]
+
+
+def _overlaps(pieces: Iterable[Piece], corner: Index, size: Index) -> Iterator[tuple[int, Index, Index, Index]]:
+    """What of a chunk belongs to each piece: (HF tensor, corner there, corner in the chunk, size)."""
+    for piece in pieces:
+        low = tuple(max(a, b) for a, b in zip(piece.at, corner, strict=True))
+        high = tuple(min(a + n, b + m) for a, n, b, m in zip(piece.at, piece.size, corner, size, strict=True))
+        shape = tuple(h - w for h, w in zip(high, low, strict=True))
+        if min(shape) > 0:
+            begin = tuple(b + w - a for b, w, a in zip(piece.begin, low, piece.at, strict=True))
+            yield piece.hf, begin, tuple(w - c for w, c in zip(low, corner, strict=True)), shape
+
+
+def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
+    """A chunk where it is in its file, or, where its values are not dense there, in memory."""
+    try:
+        found = find_values(chunk.file, chunk.begin, chunk.length, dtype, chunk.size)
+        if found is not None:
+            return found
+        with open(chunk.file, "rb") as file:
+            return torch.load(Slice(file, chunk.begin, chunk.length), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise UserError(f"{chunk.file} is damaged at byte {chunk.begin} ({error}); fetch the checkpoint again") from error

@@ -1,0 +1,245 @@
+"""Weights by way of a directory: what `/update_weights_from_disk` of a server takes, and a reader of our own.
+
+DIR/version_000007 holds safetensors files with their index, and version.json. It appears under that name in one step, complete
+and on disk; while it is being written it is DIR/.version_000007.unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from etr_megatron.errors import UserError
+from etr_megatron.platform.files import sync_directory
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.checksum import checksum
+from etr_megatron.weights.layout import Placement, ServerLayout, WholeLayout, shards_of
+from etr_megatron.weights.map import Weight, weights_of
+from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.quantize import scale_shape
+from etr_megatron.weights.safetensors_dir import INDEX, SafetensorsDir
+from etr_megatron.weights.shards import Piece, box
+from etr_megatron.weights.transport.board import SyncError
+from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
+from etr_megatron.weights.transport.collective import CollectiveTransport
+from etr_megatron.weights.transport.interface import Versions
+from etr_megatron.weights.transport.verify import compare
+from etr_megatron.weights.transport.whole import Gather, groups_of
+from etr_megatron.weights.transport.wire import Wire
+
+VERSION_FILE = "version.json"
+"""{"version": number, "checksums": {tensor: `checksum`}}; the checksums are there when the writer makes them."""
+
+_POLL_S = 0.1
+
+
+def version_directory(directory: str | Path, version: int) -> Path:
+    """Where a version lies once it is complete."""
+    return Path(directory) / f"version_{version:06d}"
+
+
+def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
+    """Weight (`Weight.megatron`) -> the rank that writes it: of those that hold a part of it, the one with the least so far."""
+    loads = [0] * source.world
+    owners = {}
+    for weight in weights_of(arch):
+        ranks = {rank for holding in source.holdings(weight, arch) for rank in holding.ranks}
+        owner = min(ranks, key=lambda rank: (loads[rank], rank))
+        loads[owner] += sum(torch.Size(shape).numel() for shape in weight.shapes)
+        owners[weight.megatron] = owner
+    return owners
+
+
+class DiskWriter(CollectiveTransport):
+    """See `Transport`; all ranks of the source write, each its share of the tensors in full. The wire has just those ranks.
+
+    directory: on a file system that all of them and the readers see. file_bytes: bound of a file (or the largest weight), which
+    is as well what a rank has in memory. keep: how many complete versions stay. The other arguments are those of
+    `ShardedTransport` and `make_plan`. A failed sync leaves no version behind.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        source: Placement,
+        arch: Architecture,
+        wire: Wire,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        fp8_block: int | None = None,
+        file_bytes: int = 1 << 30,
+        keep: int = 2,
+        checksums: bool = False,
+    ) -> None:
+        nothing = WholeLayout(0, lambda weight: 0)
+        super().__init__(wire, arch, source, nothing, 0, fp8_block)
+        self.directory, self._keep, self._checksums = Path(directory), keep, checksums
+        owners = owners_of(source, arch)
+        mine: dict[int, list[Weight]] = {rank: [] for rank in range(source.world)}
+        for weight in weights_of(arch):
+            mine[owners[weight.megatron]].append(weight)
+        files = {rank: list(groups_of(some, dtype, fp8_block, file_bytes)) for rank, some in mine.items()}
+        self._own = files[wire.rank]
+        rounds = max(len(groups) for groups in files.values())
+        together = [[groups[number] for groups in files.values() if number < len(groups)] for number in range(rounds)]
+        self._gather = Gather(
+            source, arch, lambda w: owners[w.megatron], together, wire, dtype=dtype, bucket_bytes=file_bytes // 8
+        )
+
+    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+        version = self.versions.begun
+        final = version_directory(self.directory, version)
+        unfinished = self.directory / f".{final.name}.unfinished"
+        try:
+            if self.wire.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+                unfinished.mkdir(parents=True)
+            self.wire.board.meet("directory")
+            written, sums = self._write_files(unfinished, sources)
+            self._publish({"files": written, "checksums": sums}, unfinished, final)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _write_files(self, folder: Path, sources: Shards) -> tuple[dict[str, str], dict[str, int]]:
+        """(tensor -> file, tensor -> checksum) of what this rank writes."""
+        written, sums = {}, {}
+        for number, exchange in enumerate(self._gather.exchanges):
+            own = self._own[number] if number < len(self._own) else None
+            flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
+            full = self._gather.group(number, sources, own, flat)
+            if self._checksums:
+                compare(exchange, sources, full)
+            if own is None:
+                continue
+            name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
+            tensors = {field.name: field.view(flat).cpu() for field in own.tensors}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            _flush(folder / name)
+            written.update(dict.fromkeys(tensors, name))
+            if self._checksums:
+                sums.update({key: checksum(tensor) for key, tensor in tensors.items()})
+        return written, sums
+
+    def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
+        """Rank 0 collects what all have written and gives the directory its name."""
+        part = unfinished / f".rank{self.wire.rank}.json"
+        part.write_text(json.dumps(own))
+        self.wire.board.meet("written")
+        if self.wire.rank:
+            return
+        files, sums = {}, {}
+        for rank in range(self.wire.world):
+            part = unfinished / f".rank{rank}.json"
+            found = json.loads(part.read_text())
+            files.update(found["files"])
+            sums.update(found["checksums"])
+            part.unlink()
+        size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
+        (unfinished / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}))
+        (unfinished / VERSION_FILE).write_text(json.dumps({"version": self.versions.begun, "checksums": sums}))
+        for name in (INDEX, VERSION_FILE):
+            _flush(unfinished / name)
+        sync_directory(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(unfinished, final)
+        sync_directory(self.directory)
+        for old in sorted(self.directory.glob("version_*"))[: -self._keep]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        super().close()
+        self._gather.forget()
+
+
+def _flush(path: Path) -> None:
+    """Make a file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DiskReader:
+    """See `Transport`: one rank of a destination, which waits for a version to appear and reads its own ranges.
+
+    timeout_s: deadline of that wait. checksums: read every tensor that it needs in full and compare it with the writer's
+    checksum, and the shards with the files. Raises UserError when FP8 blocks would be cut.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        destination: ServerLayout,
+        arch: Architecture,
+        rank: int,
+        *,
+        fp8_block: int | None = None,
+        timeout_s: float = 600.0,
+        checksums: bool = False,
+    ) -> None:
+        make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)  # refuses blocks that are cut
+        self.versions = Versions()
+        self.directory, self._block, self._timeout_s = Path(directory), fp8_block, timeout_s
+        self._shards = list(shards_of(destination, arch, rank))
+        self._checksums = checksums
+
+    def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
+        """See `Transport.sync`; `sources` must be None. Raises SyncError when the version does not appear or is damaged."""
+        if sources is not None:
+            raise ValueError("a reader has no sources")
+        folder = version_directory(self.directory, version)
+        deadline = time.monotonic() + self._timeout_s
+        while not (folder / VERSION_FILE).exists():
+            if time.monotonic() > deadline:
+                raise SyncError(f"version {version} of the weights did not appear in {self.directory} in {self._timeout_s:g} s")
+            time.sleep(_POLL_S)
+        self.versions.begin(version)
+        try:
+            self._read(folder, destinations or {})
+        except (UserError, OSError, ValueError, KeyError) as error:
+            raise SyncError(f"the sync of version {version} from {folder} did not complete: {error}") from error
+        self.versions.end(version)
+
+    def _read(self, folder: Path, destinations: Shards) -> None:
+        files = SafetensorsDir(folder)
+        said = json.loads((folder / VERSION_FILE).read_text())["checksums"]
+        for weight, shard in self._shards:
+            target = destinations[weight.megatron]
+            if sum(torch.Size(piece.size).numel() for piece in shard.pieces) < target.numel():
+                target.zero_()
+            for piece in shard.pieces:
+                self._read_piece(files, said, weight.hf[piece.hf], piece, target)
+                if self._block is not None and weight.fp8:
+                    scales = destinations[weight.megatron + SCALE_SUFFIX]
+                    self._read_piece(files, said, weight.hf[piece.hf] + SCALE_SUFFIX, _of_scales(piece, self._block), scales)
+
+    def _read_piece(self, files: SafetensorsDir, said: dict[str, int], name: str, piece: Piece, target: torch.Tensor) -> None:
+        values = files.read(name, piece.begin, piece.size)
+        box(target, piece.at, piece.size).copy_(values)
+        if not self._checksums:
+            return
+        shape = files.shapes()[name]
+        whole = files.read(name, (0,) * len(shape), shape)
+        if name not in said or checksum(whole) != said[name]:
+            raise ValueError(f"{name} differs from what was written")
+        if checksum(box(target, piece.at, piece.size).to(values.dtype)) != checksum(box(whole, piece.begin, piece.size)):
+            raise ValueError(f"{name} differs in the shard from the file")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _of_scales(piece: Piece, block: int) -> Piece:
+    """The scales' piece that belongs to a piece of whole blocks."""
+    begin, at = (tuple(i // block for i in corner) for corner in (piece.begin, piece.at))
+    return Piece(piece.hf, begin, at, scale_shape(*piece.size, block))

@@ -1,0 +1,44 @@
+"""Shard to shard: every byte goes once, from a rank that holds it to one that needs it."""
+
+from __future__ import annotations
+
+import torch
+
+from etr_megatron.weights.plan import Plan
+from etr_megatron.weights.transport.buckets import Shards
+from etr_megatron.weights.transport.collective import CollectiveTransport
+from etr_megatron.weights.transport.exchange import Exchange
+from etr_megatron.weights.transport.verify import compare
+from etr_megatron.weights.transport.wire import Wire
+
+
+class ShardedTransport(CollectiveTransport):
+    """See `Transport`. The wire's ranks are the plan's processes.
+
+    dtype: of what travels unquantised, on all ranks alike; shards of another are cast. bucket_bytes: bound of the buckets that
+    a rank keeps in each direction, of which there are two sets (at least 1 MiB per peer). checksums: compare every destination
+    piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        wire: Wire,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        bucket_bytes: int = 64 << 20,
+        checksums: bool = False,
+    ) -> None:
+        super().__init__(wire, plan.arch, plan.source, plan.destination, plan.destination_start, plan.fp8_block)
+        self._exchange = Exchange(plan, wire, dtype=dtype, bucket_bytes=bucket_bytes)
+        self._checksums = checksums
+
+    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+        self._exchange.run(sources, destinations)
+        if self._checksums:
+            compare(self._exchange, sources, destinations)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        super().close()
+        self._exchange.forget()

@@ -1,0 +1,75 @@
+"""Proof that what arrived is what its source holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights.checksum import checksum
+from etr_megatron.weights.plan import Plan, Transfer
+from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.transport.buckets import Shards, destination_box, source_box
+from etr_megatron.weights.transport.exchange import Exchange
+from etr_megatron.weights.transport.wire import Wire
+
+
+def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
+    """Compare the checksums of every destination piece with its source's; a collective.
+
+    Raises SyncError naming the first piece that is not its source's. A destination must be able to hold what travels.
+    """
+    plan, wire, start = exchange.plan, exchange.wire, exchange.plan.destination_start
+    sends, expected = [], {}
+    for (source, destination), transfers in plan.pairs.items():
+        if source == exchange.source:
+            sums = torch.tensor([_source_checksum(plan, t, sources, exchange.dtype) for t in transfers])
+            if plan.is_local(source, destination):
+                expected[source] = sums
+            else:
+                sends.append((sums.to(wire.device), start + destination))
+        elif destination == exchange.destination:
+            expected[source] = torch.empty(len(transfers), dtype=torch.int64, device=wire.device)
+    receives = [(sums, source) for source, sums in expected.items() if source != wire.rank]
+    wire.wait(wire.exchange(sends, receives))
+    refuse_differing(
+        wire,
+        [
+            transfer
+            for source, sums in expected.items()
+            for transfer, wanted in zip(plan.pairs[source, exchange.destination], sums.tolist(), strict=True)
+            if destination_checksum(plan, transfer, destinations, exchange.dtype) != wanted
+        ],
+    )
+
+
+def refuse_differing(wire: Wire, differing: Sequence[Transfer]) -> None:
+    """Raise SyncError, on all ranks in the end, naming the first of these transfers, if there is one."""
+    if differing:
+        first = differing[0]
+        raise wire.board.fail(
+            f"{len(differing)} pieces differ from their source after the transfer, first {first.weight.server} (of "
+            f"{', '.join(first.weight.hf)}), {list(first.size)} from {list(first.destination_at)} that source rank "
+            f"{first.source} sent"
+        )
+
+
+def piece_checksum(values: Tensor, scales: Tensor | None = None) -> int:
+    """Checksum of a piece and of its scales."""
+    return checksum(values) ^ (0 if scales is None else checksum(scales))
+
+
+def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
+    """Of a piece as a destination holds it. dtype: of what travels unquantised."""
+    values = destination_box(transfer, shards)
+    if plan.is_fp8(transfer.weight):
+        return piece_checksum(values, destination_box(transfer, shards, plan.fp8_block))
+    return piece_checksum(values.to(dtype))
+
+
+def _source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
+    values = source_box(transfer, shards)
+    if plan.is_fp8(transfer.weight):
+        return piece_checksum(*quantize_blocks(values, plan.fp8_block))
+    return piece_checksum(values.to(dtype))

@@ -1,0 +1,146 @@
+"""Full HF tensors from the shards of training ranks, a group of weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.layout import Placement, WholeLayout
+from etr_megatron.weights.map import Weight
+from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
+from etr_megatron.weights.shards import Index
+from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
+from etr_megatron.weights.transport.exchange import Exchange, Memory
+from etr_megatron.weights.transport.wire import Wire
+
+
+class Field(NamedTuple):
+    """A tensor in a flat bucket. name: of an HF tensor or, in `Group.shards`, of a weight (with SCALE_SUFFIX: its scales)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Index
+    offset: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """It in a uint8 bucket."""
+        size = prod(self.shape) * self.dtype.itemsize
+        return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+
+class Group:
+    """Weights whose full tensors make one flat bucket of `nbytes`; those with larger elements come first.
+
+    shards: per weight the HF tensors below each other (`whole_shard`). tensors: the HF tensors one by one, at the same bytes;
+    the scales of `X.weight` are `X.weight_scale_inv`.
+    """
+
+    def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None) -> None:
+        self.weights, self._block = tuple(weights), fp8_block
+        wanted: list[tuple[Weight, bool, torch.dtype]] = []
+        for weight in weights:
+            quantised = fp8_block is not None and weight.fp8
+            wanted.append((weight, False, FP8 if quantised else dtype))
+            if quantised:
+                wanted.append((weight, True, torch.float32))
+        self.shards: dict[str, Field] = {}
+        self.tensors: list[Field] = []
+        self.nbytes = 0
+        for weight, scales, kind in sorted(wanted, key=lambda one: -one[2].itemsize):
+            self._add(weight, scales, kind)
+
+    def _add(self, weight: Weight, scales: bool, dtype: torch.dtype) -> None:
+        suffix, start = SCALE_SUFFIX if scales else "", self.nbytes
+        shapes = [scale_shape(*shape, self._block) for shape in weight.shapes] if scales else weight.shapes
+        for name, shape in zip(weight.hf, shapes, strict=True):
+            self.tensors.append(Field(name + suffix, dtype, shape, self.nbytes))
+            self.nbytes += prod(shape) * dtype.itemsize
+        rows = sum(shape[0] for shape in shapes)
+        self.shards[weight.megatron + suffix] = Field(weight.megatron + suffix, dtype, (rows, *shapes[0][1:]), start)
+
+    def is_quantised(self, weight: Weight) -> bool:
+        """Whether the bucket holds it as FP8."""
+        return self._block is not None and weight.fp8
+
+    def quantize(self, full: Shards, flat: Tensor) -> None:
+        """Put the quantised form of full tensors (by weight, `whole_shard`) into the bucket, HF tensor by HF tensor."""
+        fields = {field.name: field for field in self.tensors}
+        for weight in self.weights if self._block is not None else ():
+            rows = [shape[0] for shape in weight.shapes]
+            for name, part in zip(weight.hf, full[weight.megatron].split(rows), strict=True) if weight.fp8 else ():
+                values, scales = quantize_blocks(part, self._block)
+                fields[name].view(flat).copy_(values)
+                fields[name + SCALE_SUFFIX].view(flat).copy_(scales)
+
+
+def groups_of(weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> Iterator[Group]:
+    """Weights in order in groups of `limit` bytes at most, or of one weight that is larger."""
+    filling: list[Weight] = []
+    space = limit
+    for weight in weights:
+        nbytes = Group([weight], dtype, fp8_block).nbytes
+        if filling and nbytes > space:
+            yield Group(filling, dtype, fp8_block)
+            filling, space = [], limit
+        filling.append(weight)
+        space -= nbytes
+    if filling:
+        yield Group(filling, dtype, fp8_block)
+
+
+class Gather:
+    """Brings groups of weights together on their owners, whole and unquantised; only what an owner lacks travels.
+
+    `group` is a collective of the source's ranks.
+    """
+
+    def __init__(
+        self,
+        source: Placement,
+        arch: Architecture,
+        owner: Callable[[Weight], int],
+        groups: Sequence[Sequence[Group]],
+        wire: Wire,
+        *,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        """groups: those that are gathered at the same time, each on an owner of its own."""
+        layout = WholeLayout(source.world, owner)
+        plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
+        self._memory: Memory = {}
+        self.exchanges = [
+            Exchange(
+                plan.only({weight.megatron for group in together for weight in group.weights}),
+                wire,
+                dtype=dtype,
+                bucket_bytes=bucket_bytes,
+                memory=self._memory,
+            )
+            for together in groups
+        ]
+        self._dtype = dtype
+
+    def group(self, number: int, sources: Shards, own: Group | None, flat: Tensor | None) -> Shards:
+        """Gather; an owner gets its group into `flat` (uint8), unquantised weights too, and all of it full by weight."""
+        full: dict[str, Tensor] = {}
+        for weight in own.weights if own is not None else ():
+            field = own.shards[weight.megatron]
+            if own.is_quantised(weight):
+                full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
+            else:
+                full[weight.megatron] = field.view(flat)
+        self.exchanges[number].run(sources, full)
+        if own is not None:
+            own.quantize(full, flat)
+        return full
+
+    def forget(self) -> None:
+        """Give up the buckets' memory."""
+        self._memory.clear()

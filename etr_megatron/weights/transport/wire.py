@@ -1,0 +1,132 @@
+"""Point-to-point and broadcast over a process group of the sync's own, with deadlines, counting what it sends."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr_megatron.weights.transport.board import Board, SyncError
+
+Message = tuple[Tensor, int]
+"""A flat contiguous tensor and the other rank."""
+
+
+class Part(NamedTuple):
+    """Some ranks of a wire; group: None on the others."""
+
+    ranks: tuple[int, ...]
+    group: Any
+
+
+_names = iter(range(1 << 62))
+
+
+class Wire:
+    """Ranks 0 .. world - 1 of a weight sync, over gloo or NCCL. Creating one is a collective of all of them.
+
+    device: where the tensors of messages must be. bytes_sent: of this rank, to others. timeout_s: see `Board`. A tensor that
+    was given to `exchange` or `broadcast` belongs to the wire until `wait` returns.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> None:
+        self.rank, self.world, self.bytes_sent = rank, world, 0
+        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self.board = Board(dist.PrefixStore("board", store), rank, world, timeout_s)
+        self.board.meet("begin")
+        self._backend, self._store, self._parts = backend, store, 0
+        self._group = _open_group(backend, dist.PrefixStore("group", store), rank, world, timeout_s)
+
+    @classmethod
+    def in_world(cls, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
+        """A wire of all ranks of torch.distributed's world, which must be there; a collective of it."""
+        store = dist.distributed_c10d._get_default_store()
+        named = dist.PrefixStore(f"weight_sync_{next(_names)}", store)
+        return cls(named, dist.get_rank(), dist.get_world_size(), backend=backend, timeout_s=timeout_s)
+
+    @classmethod
+    def at(cls, address: str, port: int, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
+        """A wire of ranks that have no world in common; rank 0 opens the port."""
+        deadline = datetime.timedelta(seconds=timeout_s)
+        store = dist.TCPStore(address, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False)
+        return cls(store, rank, world, backend=backend, timeout_s=timeout_s)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
+        """Post messages, which must be posted on both sides in the same order; returns what to `wait` for."""
+        self.bytes_sent += sum(tensor.nbytes for tensor, _ in sends)
+        group = self._group
+        if self.device.type == "cuda" and (sends or receives):
+            # NCCL's messages of one call must be one launch: two ranks that send to each other would wait for each other.
+            group._start_coalescing()
+            for tensor, other in sends:
+                group.send([tensor], other, 0)
+            for tensor, other in receives:
+                group.recv([tensor], other, 0)
+            return [(other, work) for _, other in receives[:1] or sends[:1] for work in [group._end_coalescing()]]
+        works = [(other, lambda t=tensor, o=other: group.recv([t], o, 0)) for tensor, other in receives]
+        works += [(other, lambda t=tensor, o=other: group.send([t], o, 0)) for tensor, other in sends]
+        return [(other, self._guard(other, post)) for other, post in works]
+
+    def part(self, ranks: Sequence[int]) -> Part:
+        """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
+        self._parts += 1
+        if self.rank not in ranks:
+            return Part(tuple(ranks), None)
+        store = dist.PrefixStore(f"part{self._parts}", self._store)
+        return Part(tuple(ranks), _open_group(self._backend, store, ranks.index(self.rank), len(ranks), self.board.timeout_s))
+
+    def broadcast(self, tensor: Tensor, part: Part) -> list[tuple[int, Any]]:
+        """Post a broadcast of a flat tensor from the part's first rank, whose `bytes_sent` counts it once per receiver."""
+        if part.group is None or len(part.ranks) == 1:
+            return []
+        root = part.ranks[0]
+        if self.rank == root:
+            self.bytes_sent += tensor.nbytes * (len(part.ranks) - 1)
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        return [(root, self._guard(root, lambda: part.group.broadcast([tensor], options)))]
+
+    def wait(self, works: Sequence[tuple[int, Any]]) -> None:
+        """Until these messages are through, or raise SyncError naming who is missing when the sync's deadline is over."""
+        for other, work in works:
+            self._guard(other, lambda work=work: self._finish(work))
+
+    def _finish(self, work: Any) -> None:
+        if self.device.type == "cuda":
+            while not work.is_completed():  # NCCL's own wait returns at once and has no deadline
+                if self.board.left() <= 0:
+                    raise TimeoutError
+                time.sleep(0.0002)
+        work.wait(datetime.timedelta(seconds=max(0.001, self.board.left())))
+
+    def _guard(self, other: int, action: Any) -> Any:
+        try:
+            return action()
+        except (RuntimeError, TimeoutError) as error:
+            if isinstance(error, SyncError):
+                raise
+            late = self.board.left() <= 0.01
+            self.close()
+            waited = f"waited {self.board.timeout_s:g} s for" if late else "waited for data until the connection was lost:"
+            raise self.board.fail(f"{waited} rank {other}") from error
+
+    def close(self) -> None:
+        """Drop the connections, so that nobody waits for this rank until the deadline."""
+        group, self._group = self._group, None
+        if self.device.type == "cuda" and group is not None:
+            group.abort()
+
+
+def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> Any:
+    """A process group outside of torch.distributed's registry: a server's worker has a world of its own in there."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, world, timeout)
+    if backend == "nccl":
+        return dist.ProcessGroupNCCL(store, rank, world, timeout)
+    raise ValueError(f"unknown backend {backend!r}; known are gloo and nccl")

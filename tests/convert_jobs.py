@@ -1,0 +1,83 @@
+"""What gang ranks and separate processes run for the conversion's tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from etr_megatron.convert import Ranks, to_hf, to_megatron
+from tests.hf_models import random_sequences
+
+
+def convert(hf: str, megatron: str, back: str) -> None:
+    """There and back, each rank its share."""
+    ranks = Ranks()
+    to_megatron(Path(hf), Path(megatron), ranks)
+    to_hf(Path(megatron), Path(back), ranks, max_file_bytes=100_000)
+
+
+def refused(out: str) -> str:
+    """The error of a conversion whose output is refused by rank 0 alone."""
+    try:
+        to_megatron(Path(out).parent / "model", Path(out), Ranks())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train_and_save(model: str, out: str, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """A checkpoint of a policy after one update, and the policy's own export."""
+    from tests.policy_jobs import build, make_batch
+
+    policy = build(model, ["train.lr=0.01", *overrides])
+    policy.update(make_batch(random_sequences()))
+
+    from etr_megatron import checkpoint  # after the policy, which makes megatron.core importable
+
+    checkpoint.save(Path(out), 3, policy, {}, keep=1)
+    return {name: tensor.clone() for name, tensor in policy.export()}
+
+
+def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
+    """Names of this rank's parameters that megatron's own `load`, asked for all that it would store, brings otherwise than
+    the policy loads them from HF files. `model` is the HF directory, with the converted one in `model`/../megatron."""
+    from tests.policy_jobs import build
+
+    policy = build(model, overrides).model
+
+    from megatron.core import dist_checkpointing
+
+    wanted = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.fill_(float("nan"))
+    state = dist_checkpointing.load(policy.sharded_state_dict(), str(Path(model).parent / "megatron"))
+    policy.load_state_dict(state)
+    return [name for name, parameter in policy.named_parameters() if not torch.equal(parameter, wanted[name])]
+
+
+def kill_after(writes: int, argv: list[str]) -> int:
+    """Run the tool in this process and kill it with -9 in the middle of its so many-th write."""
+    from etr_megatron.convert import output, safetensors_writer, torch_dist_writer
+    from tools.convert_hf import main
+
+    left = writes
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for module in (output, safetensors_writer, torch_dist_writer):
+        module.start_writeback = count
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(kill_after(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,266 @@
+"""tools/convert_hf.py: nothing changes a bit on the way, megatron reads what it writes, and it reads what a run wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from etr_megatron.convert import Ranks, to_hf, to_megatron
+from etr_megatron.weights import SafetensorsDir, TorchDistDir, read_architecture, stored_shapes, weights_of
+from etr_megatron.weights.quantize import quantize_blocks
+from tests.hf_models import FAMILIES
+from tools.convert_hf import main
+
+
+def tensors_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_every_bit_is_the_same(hf_models, tmp_path, family):
+    hf = Path(hf_models[family])
+    to_megatron(hf, tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks(), max_file_bytes=60_000)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((hf / name).read_text())
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_transformers_loads_the_files_and_their_index(hf_models, tmp_path):
+    to_megatron(Path(hf_models["qwen2"]), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks(), max_file_bytes=100_000)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    for file in files:
+        with safe_open(file, framework="pt") as handle:  # the format's own checks
+            sizes = {name: handle.get_tensor(name).nbytes for name in handle.keys()}  # noqa: SIM118
+        assert sum(sizes.values()) <= 100_000 or len(sizes) == 1
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    wanted = AutoModelForCausalLM.from_pretrained(hf_models["qwen2"])
+    assert_same_bits(dict(model.named_parameters()), dict(wanted.named_parameters()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_shapes_are_those_that_megatron_writes(gangs, hf_models, tmp_path, family):
+    gangs(1).run(
+        "tests.convert_jobs:train_and_save", model=hf_models[family], out=str(tmp_path / "run"), overrides=["parallel.tp=1"]
+    )
+    written = TorchDistDir(tmp_path / "run" / "step_000003")
+    assert written.shapes() == stored_shapes(read_architecture(hf_models[family]))
+    to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
+    assert TorchDistDir(tmp_path / "megatron").shapes() == written.shapes()
+
+
+LAYOUTS = {
+    "tp2": (2, ["parallel.tp=2"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+    "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+}
+CASES = [
+    (family, layout)
+    for family in FAMILIES
+    for layout in LAYOUTS
+    if ("moe" in family and layout != "tp2pp2") or ("moe" not in family and layout != "ep2")
+]
+
+
+def overrides_of(family: str, layout: str) -> list[str]:
+    sequence = ["parallel.sequence_parallel=true"] if "moe" in family and layout.startswith("tp2") else []
+    return [*LAYOUTS[layout][1], *sequence]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_megatron_loads_what_was_converted(gangs, hf_models, tmp_path, family, layout):
+    (tmp_path / "model").symlink_to(hf_models[family])
+    to_megatron(tmp_path / "model", tmp_path / "megatron", Ranks())
+    job = {"model": str(tmp_path / "model"), "overrides": overrides_of(family, layout)}
+    assert gangs(LAYOUTS[layout][0]).run("tests.convert_jobs:load_by_megatron", **job) == [[]] * LAYOUTS[layout][0]
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_a_policy_started_from_the_converted_directory_has_the_same_weights(gangs, hf_models, tmp_path, family, layout):
+    to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
+    job = {"model": str(tmp_path / "megatron"), "overrides": overrides_of(family, layout)}
+    for found in gangs(LAYOUTS[layout][0]).run("tests.policy_jobs:export", **job):
+        assert_same_bits(found, tensors_of(hf_models[family]))
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_a_training_checkpoint_becomes_what_the_policy_exports(gangs, hf_models, tmp_path, family, layout):
+    exported = gangs(LAYOUTS[layout][0]).run(
+        "tests.convert_jobs:train_and_save",
+        model=hf_models[family],
+        out=str(tmp_path / "run" / "checkpoints"),
+        overrides=overrides_of(family, layout),
+    )[0]
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {hf_models[family]}}}")
+    to_hf(tmp_path / "run", tmp_path / "back", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "back"), exported)
+    before = tensors_of(hf_models[family])
+    assert any(not torch.equal(exported[name], before[name]) for name in before)
+
+
+def test_two_processes_write_what_one_writes(gangs, hf_models, tmp_path):
+    for ranks, name in ((1, "one"), (2, "two")):
+        gangs(ranks).run(
+            "tests.convert_jobs:convert",
+            hf=hf_models["qwen3"],
+            megatron=str(tmp_path / name),
+            back=str(tmp_path / f"{name}_back"),
+        )
+    assert {file.name for file in (tmp_path / "two").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    sizes = [file.stat().st_size for file in (tmp_path / "two").glob("*.distcp")]
+    assert max(sizes) < 1.5 * min(sizes)
+    files = sorted((tmp_path / "one_back").glob("*"))
+    assert [file.name for file in files] == sorted(file.name for file in (tmp_path / "two_back").glob("*"))
+    assert all(file.read_bytes() == (tmp_path / "two_back" / file.name).read_bytes() for file in files)
+    assert_same_bits(tensors_of(tmp_path / "two_back"), tensors_of(hf_models["qwen3"]))
+
+
+def test_an_error_of_one_process_reaches_all(gangs, hf_models, tmp_path):
+    (tmp_path / "model").symlink_to(hf_models["qwen3"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    found = gangs(2).run("tests.convert_jobs:refused", out=str(tmp_path / "out"))
+    assert len(set(found)) == 1 and found[0].startswith("UserError: --out") and "exists already" in found[0]
+
+
+def test_large_tensors_are_stored_in_chunks_of_rows(hf_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.convert.hf_to_megatron.CHUNK_BYTES", 5000)  # 26 rows of 48 values
+    to_megatron(Path(hf_models["qwen2"]), tmp_path / "megatron", Ranks())
+    chunks = TorchDistDir(tmp_path / "megatron")._chunks["embedding.word_embeddings.weight"]
+    assert [chunk.offset[0] for chunk in chunks] == list(range(0, 384, 26))
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf_models["qwen2"]))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_chunk_that_is_not_dense_in_the_file_is_read_as_well(hf_models, tmp_path, monkeypatch, dense):
+    """What is stored transposed takes another way, through torch.load."""
+    from etr_megatron.convert import hf_to_megatron as module
+
+    plain = module._read_rows
+
+    def transposed(*args):
+        tensor = plain(*args)
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.shape[-1] > 1 and tensor.dim() > 2 else tensor
+
+    monkeypatch.setattr(module, "_read_rows", plain if dense else transposed)
+    to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks())
+    loads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(1) or load(*args, **options))
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks())
+    assert bool(loads) != dense
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf_models["qwen3"]))
+
+
+def test_dtype_is_converted_and_written_into_the_config(hf_models, tmp_path):
+    wanted = {name: tensor.bfloat16() for name, tensor in tensors_of(hf_models["qwen3"]).items()}
+    to_megatron(Path(hf_models["qwen3"]), tmp_path / "bf16", Ranks(), torch.bfloat16)
+    assert {TorchDistDir(tmp_path / "bf16").dtype(name) for name in TorchDistDir(tmp_path / "bf16").shapes()} == {
+        torch.bfloat16
+    }
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+    to_hf(tmp_path / "bf16", tmp_path / "same", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "same"), wanted)
+    to_hf(tmp_path / "bf16", tmp_path / "fp32", Ranks(), dtype=torch.float32)
+    assert_same_bits(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in wanted.items()})
+    assert json.loads((tmp_path / "fp32" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
+    to_megatron(Path(hf_models["qwen3_moe"]), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=128)
+    original, found = tensors_of(hf_models["qwen3_moe"]), tensors_of(tmp_path / "fp8")
+    quantised = {name for w in weights_of(read_architecture(hf_models["qwen3_moe"])) if w.fp8 for name in w.hf}
+    assert any("experts.5.down_proj" in name for name in quantised) and "lm_head.weight" not in quantised
+    wanted = {name: tensor.bfloat16() for name, tensor in original.items() if name not in quantised}
+    for name in quantised:
+        wanted[name], wanted[f"{name}_scale_inv"] = quantize_blocks(original[name], 128)
+    assert_same_bits(found, wanted)
+    quantization = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    assert quantization == {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))],
+    }
+
+
+def test_rows_of_blocks_are_quantised_as_the_whole_is(tmp_path, monkeypatch):
+    from etr_megatron.convert import megatron_to_hf as module
+
+    torch.manual_seed(0)
+    full, written = torch.randn(300, 200), {}
+    for name, shape in {"w": (300, 200), "w_scale_inv": (3, 2)}.items():
+        written[name] = torch.zeros(shape)
+    monkeypatch.setattr(module, "_FP8_PANEL", 128 * 200)
+
+    def write(name, begin, values):
+        written[name][begin[0] : begin[0] + values.shape[0]] = values.float()
+
+    module._write_quantised("w", full, write, 128)
+    values, scales = quantize_blocks(full, 128)
+    assert torch.equal(written["w"], values.float()) and torch.equal(written["w_scale_inv"], scales)
+
+
+def test_verify_names_the_tensors_that_differ(hf_models, tmp_path, capsys):
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    tensors = tensors_of(hf_models["qwen3"])
+    (hf / "config.json").write_text((Path(hf_models["qwen3"]) / "config.json").read_text())
+    save_file(tensors, hf / "model.safetensors")
+    assert main(["to-megatron", "--hf", str(hf), "--out", str(tmp_path / "megatron")]) == 0
+    capsys.readouterr()
+    assert main(["verify", "--hf", str(hf), "--megatron", str(tmp_path / "megatron"), "--no-logits"]) == 0
+    assert capsys.readouterr().out == "47 tensors, 0 of them different\nthe same model\n"
+    tensors["model.layers.2.self_attn.v_proj.weight"].view(torch.int32)[31, 47] ^= 1  # the last bit of one value
+    save_file(tensors, hf / "model.safetensors")
+    assert main(["verify", "--hf", str(hf), "--megatron", str(tmp_path / "megatron"), "--no-logits"]) == 1
+    assert capsys.readouterr().out == (
+        "47 tensors, 1 of them different\n  model.layers.2.self_attn.v_proj.weight\nNOT the same model\n"
+    )
+
+
+def test_a_converted_checkpoint_of_two_types_is_refused_without_a_type(hf_models, tmp_path):
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    tensors = tensors_of(hf_models["qwen3"])
+    tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].bfloat16()
+    (hf / "config.json").write_text((Path(hf_models["qwen3"]) / "config.json").read_text())
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(Exception, match=r"layers\.1\.self_attn\.k_proj\.weight is torch\.bfloat16 .*--dtype"):
+        to_megatron(hf, tmp_path / "out", Ranks())
+    to_megatron(hf, tmp_path / "out", Ranks(), torch.float32)
+    to_hf(tmp_path / "out", tmp_path / "back", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "back"), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+def test_boxes_of_a_file_are_those_of_the_tensor(hf_models):
+    checkpoint = SafetensorsDir(hf_models["qwen3"])
+    wanted = tensors_of(hf_models["qwen3"])
+    name = "model.layers.3.self_attn.o_proj.weight"  # [48, 64]
+    for rows, columns in [((0, 48), (0, 64)), ((5, 17), (0, 64)), ((0, 48), (63, 64)), ((7, 9), (8, 40)), ((3, 3), (0, 64))]:
+        box = (slice(*rows), slice(*columns))
+        found = checkpoint.read(name, (rows[0], columns[0]), (rows[1] - rows[0], columns[1] - columns[0]))
+        assert torch.equal(found, wanted[name][box])
+    assert torch.equal(checkpoint.read("model.norm.weight", (11,), (30,)), wanted["model.norm.weight"][11:41])

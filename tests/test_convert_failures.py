@@ -1,0 +1,199 @@
+"""What tools/convert_hf.py refuses, in one sentence and with exit code 2, and what is left behind when it is stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.convert import Ranks, output, to_hf, to_megatron
+from etr_megatron.errors import UserError
+from etr_megatron.weights import SafetensorsDir
+from tests.gang import ROOT
+from tools.convert_hf import main
+
+
+@pytest.fixture
+def hf(hf_models, tmp_path):
+    return Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
+
+
+@pytest.fixture
+def megatron(hf, tmp_path):
+    to_megatron(hf, tmp_path / "megatron", Ranks())
+    return tmp_path / "megatron"
+
+
+def refusal(capsys, *argv: str | Path) -> str:
+    """The sentence; nothing else is printed."""
+    assert main([str(part) for part in argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "the following arguments are required: command"),
+        (["convert"], "invalid choice: 'convert'"),
+        (["to-megatron", "--hf", "x"], "the following arguments are required: --out"),
+        (["to-hf", "--megatron", "x", "--out", "y", "--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
+        (["to-hf", "--megatron", "x", "--out", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be more than 0"),
+        (["to-hf", "--megatron", "x", "--out", "y"], "--megatron x is not a directory"),
+        (["to-megatron", "--hf", "x", "--out", "y"], "x/config.json does not exist"),
+    ],
+)
+def test_a_wrong_command_is_refused(capsys, argv, sentence):
+    assert sentence in refusal(capsys, *argv)
+
+
+def test_an_output_that_exists_is_left_alone(capsys, hf, megatron):
+    before = sorted(megatron.iterdir())
+    assert "exists already" in refusal(capsys, "to-megatron", "--hf", hf, "--out", megatron)
+    assert "exists already" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", hf / "config.json")
+    assert sorted(megatron.iterdir()) == before
+
+
+def test_an_empty_output_directory_is_filled(hf, tmp_path):
+    (tmp_path / "out").mkdir()
+    to_megatron(hf, tmp_path / "out", Ranks())
+    assert (tmp_path / "out" / ".metadata").is_file()
+
+
+def test_two_conversions_into_one_directory_do_not_mix(capsys, hf, tmp_path):
+    with output.output_directory(tmp_path / "out", 0, Ranks()) as partial:
+        (partial / "half").touch()
+        assert "another conversion is writing" in refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+        assert (partial / "half").exists()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["half"]
+
+
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(capsys, hf, megatron, tmp_path):
+    for folder in (hf, megatron):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    out = tmp_path / "out"
+    assert "gate_proj.weight has shape [80, 48] where config.json says [96, 48]" in refusal(
+        capsys, "to-megatron", "--hf", hf, "--out", out
+    )
+    assert "linear_fc1.weight has shape [4, 160, 48] where config.json says [4, 192, 48]" in refusal(
+        capsys, "to-hf", "--megatron", megatron, "--out", out
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_tensors_that_are_missing_or_unknown_are_named(capsys, hf, megatron, tmp_path, hf_models):
+    config = json.loads((megatron / "config.json").read_text())
+    (megatron / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    message = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
+    assert "1 tensors are unknown to the qwen3 family, first output_layer.weight" in message
+    to_megatron(Path(hf_models["qwen3_tied"]), tmp_path / "tied", Ranks())
+    message = refusal(capsys, "to-hf", "--megatron", tmp_path / "tied", "--config-from", hf, "--out", tmp_path / "out")
+    assert "1 tensors are missing, first output_layer.weight" in message
+
+
+def test_files_that_are_cut_off_or_damaged_are_named(capsys, hf, megatron, tmp_path):
+    out = tmp_path / "out"
+    with open(hf / "model.safetensors", "rb+") as file:
+        file.truncate(200_000)
+    assert "model.safetensors is not a complete safetensors file" in refusal(capsys, "to-megatron", "--hf", hf, "--out", out)
+    content = (megatron / "__0_0.distcp").read_bytes()
+    (megatron / "__0_0.distcp").write_bytes(content[:-1000])
+    assert "__0_0.distcp is missing or cut off" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", out)
+    (megatron / "__0_0.distcp").write_bytes(content[:300_000] + bytes(100_000) + content[400_000:])
+    assert "__0_0.distcp is damaged at byte" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", out)
+    metadata = (megatron / ".metadata").read_bytes()
+    (megatron / ".metadata").write_bytes(metadata[:500])
+    assert ".metadata cannot be read" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", out)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(hf):
+    checkpoint = SafetensorsDir(hf)
+    os.truncate(hf / "model.safetensors", 300_000)
+    with pytest.raises(UserError, match=r"model\.safetensors ends at byte 300000"):
+        for name, shape in checkpoint.shapes().items():
+            checkpoint.read(name, (0,) * len(shape), shape)
+
+
+def test_a_directory_without_a_config_asks_for_one(capsys, megatron, tmp_path, hf):
+    (tmp_path / "empty").mkdir()
+    message = refusal(capsys, "to-hf", "--megatron", tmp_path / "empty", "--out", tmp_path / "x")
+    assert "neither a torch_dist checkpoint" in message
+    (megatron / "config.json").unlink()
+    assert "--config-from" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
+    assert main(["to-hf", "--megatron", str(megatron), "--config-from", str(hf), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_disk_that_is_too_small_is_refused_first(capsys, hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7))
+    message = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+    assert "needs 0.02 GB and its disk has 0.01 GB free" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("left", [0, 5, 20])
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_path, monkeypatch, direction, left):
+    import etr_megatron.convert.torch_dist_writer as megatron_writer
+
+    room = [left]
+
+    def fails(write):
+        def limited(*args):
+            room[0] -= 1
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(*args)
+
+        return limited
+
+    if direction == "to-hf":
+        monkeypatch.setattr(os, "pwrite", fails(os.pwrite))
+        argv = ["to-hf", "--megatron", megatron, "--out", tmp_path / "out"]
+    else:
+        monkeypatch.setattr(megatron_writer._SmallWrites, "write", fails(megatron_writer._SmallWrites.write))
+        argv = ["to-megatron", "--hf", hf, "--out", tmp_path / "out"]
+    assert "no space left on the device" in refusal(capsys, *argv)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf, megatron, tmp_path, direction):
+    source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
+    argv = [direction, *map(str, source), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tests.convert_jobs", "20", *argv]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and any((tmp_path / "out.unfinished").iterdir())
+    assert main(argv) == 0
+    assert not (tmp_path / "out.unfinished").exists()
+    if direction == "to-megatron":
+        to_hf(tmp_path / "out", tmp_path / "back", Ranks())
+    back = tmp_path / ("back" if direction == "to-megatron" else "out")
+    assert main(["verify", "--no-logits", "--hf", str(back), "--megatron", str(megatron)]) == 0
+
+
+def test_the_command_line_under_torchrun_and_alone(hf, tmp_path):
+    """The processes that people start, from another directory: convert with two, verify the logits with one."""
+    tool, env = str(ROOT / "tools" / "convert_hf.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tool)
+    assert run(*torchrun, "to-megatron", "--hf", "hf", "--out", "two").startswith("two: 0.000 GB of tensors in ")
+    assert len(list((tmp_path / "two").glob("*.distcp"))) == 2
+    lines = run(tool, "verify", "--hf", "hf", "--megatron", "two").splitlines()
+    assert lines[0] == "47 tensors, 0 of them different" and lines[-1] == "the same model"
+    assert float(lines[1].split()[3].rstrip(",")) < 1e-5

@@ -1,0 +1,44 @@
+"""The mbridge package, another exporter, over the Megatron models that we built and loaded: the same tensors, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+# Not imported here: megatron.core has to be prepared first, which the ranks do.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mbridge") is None, reason="mbridge is not installed")
+
+LAYOUTS = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "tp2": (2, ["parallel.tp=2"]),
+    "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
+}
+MIXTURES = {
+    **LAYOUTS,
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "tp2_ep2_etp1": (2, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"]),
+}
+CASES = [
+    *((family, world, layout) for family in ("llama", "qwen2", "qwen3", "qwen3_tied") for world, layout in LAYOUTS.values()),
+    *((family, world, layout) for family in ("qwen3_moe", "qwen3_moe_dense") for world, layout in MIXTURES.values()),
+]
+
+
+def name_of(value) -> str:
+    return "-".join(value).replace("parallel.", "").replace("=", "") if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(("family", "world", "layout"), CASES, ids=name_of)
+def test_mbridge_exports_the_tensors_that_we_export(gangs, hf_models, family, world, layout):
+    for theirs, ours in gangs(world).run("tests.mbridge_jobs:exports", model=hf_models[family], overrides=layout):
+        assert theirs.keys() == ours.keys()
+        different = [name for name in ours if not torch.equal(theirs[name], ours[name])]
+        assert not different
+
+
+@pytest.mark.parametrize(("family", "world", "layout"), CASES, ids=name_of)
+def test_mbridge_loads_into_every_rank_what_we_load(gangs, hf_models, family, world, layout):
+    for found in gangs(world).run("tests.mbridge_jobs:cross_load", model=hf_models[family], overrides=layout):
+        assert found and all(found.values()), [name for name, equal in found.items() if not equal]

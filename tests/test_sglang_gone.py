@@ -1,0 +1,57 @@
+"""A run whose servers are all lost stops with a checkpoint and goes on later, no step trained twice and none left out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPO
+
+
+@contextlib.contextmanager
+def server(**behaviour):
+    command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(behaviour)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def options(url: str) -> list[str]:
+    return [
+        "run.name=gone",
+        "run.steps=3",
+        "checkpoint.every=0",  # the checkpoint is there because the servers are not
+        "eval.every=0",
+        "rollout.backend=sglang",
+        "rollout.max_logprob_gap=100",  # the servers' log-probs are made up
+        f"sglang.urls=[{url}]",
+        "sglang.update_timeout_s=20",
+    ]
+
+
+# 24 responses a step and 3 minibatches: the 30th is in the second step; the weights are one bucket a sync, and the fourth
+# is sent after the third step.
+@pytest.mark.parametrize(("behaviour", "trained"), [({"die_at": 30}, 1), ({"die_at_bucket": 3}, 3)], ids=["rollout", "sync"])
+def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_again(runs, behaviour, trained):
+    with server(**behaviour) as url:
+        code, output = runs.finish(*options(url))
+    assert code == 75, output
+    assert "no SGLang server is left: SGLang server 0: " in output and f"step {trained} is saved" in output
+    assert "Traceback" not in output
+    status = json.loads((runs.directory("gone") / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("requeue", trained)
+    assert [row["step"] for row in runs.rows("gone")] == list(range(1, trained + 1))
+    if trained < 3:
+        with server() as url:
+            code, output = runs.finish(*options(url))
+        assert code == 0, output
+        assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
+        assert json.loads((runs.directory("gone") / "status.json").read_text())["state"] == "finished"

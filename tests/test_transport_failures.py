@@ -1,0 +1,93 @@
+"""A sync that goes wrong: who is at fault is named on every rank, no receiver takes a mixture for a version."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etr_megatron.weights import ServerLayout, TrainingLayout
+from etr_megatron.weights.checksum import checksum
+from etr_megatron.weights.transport import SyncError, Versions
+
+
+@pytest.mark.parametrize(
+    ("culprit", "fault", "message", "within_s"),
+    [
+        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not come within 2 s", 12),
+        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not come within 2 s", 12),
+        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not come within 2 s", 12),
+        (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 did not come within 2 s", 12),
+        (
+            2,
+            "wrong_shape",
+            r"rank 2 failed: ValueError: decoder\.final_layernorm\.weight .* is \(47,\), the plan says \(48,\)",
+            4,
+        ),
+        (0, "raise", r"rank 0 failed: OSError: the device fell off", 4),
+        (
+            2,
+            "flip",
+            r"rank 2 failed: 1 pieces differ .* first model\.layers\.2\.mlp\.down_proj\.weight .*, "
+            r"\[48, 40\] from \[0, 0\] that source rank 0 sent",
+            4,
+        ),
+    ],
+)
+def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_models, culprit, fault, message, within_s):
+    found = gangs(3).run(
+        "tests.transport_jobs:failing",
+        model=hf_models["llama"],
+        source=TrainingLayout(tp=2),
+        destination=ServerLayout(),
+        culprit=culprit,
+        fault=fault,
+    )
+    for rank, one in enumerate(found):
+        assert one["after"] == 4
+        if rank == culprit and fault == "absent":
+            continue
+        first, second = one["errors"]
+        assert "this transport has failed before" in second
+        # Who was away finds the others gone.
+        if rank != culprit or fault not in ("hang", "lose_connection"):
+            assert re.search(message, first), first
+            assert one["seconds"] < within_s
+        # Before the begin nothing has been written, and the version before is still there.
+        assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
+
+
+def test_a_version_is_complete_only_between_its_end_and_the_next_begin():
+    versions = Versions()
+    with pytest.raises(SyncError, match="no complete version of the weights: none was received"):
+        versions.require()
+    versions.begin(7)
+    with pytest.raises(SyncError, match="the sync of version 7 did not complete"):
+        versions.require()
+    versions.end(7)
+    assert versions.require() == 7
+    versions.begin(8)
+    assert versions.complete is None
+
+
+@given(st.binary(min_size=1, max_size=70), st.integers(0, 10**6), st.integers(1, 255))
+@settings(max_examples=200, deadline=None)
+def test_a_checksum_sees_every_change_of_one_byte(data, place, change):
+    tensor = torch.tensor(list(data), dtype=torch.uint8)
+    before = checksum(tensor)
+    tensor[place % len(data)] ^= change
+    assert checksum(tensor) != before
+
+
+def test_a_checksum_sees_exchanged_parts_and_length_and_nothing_else():
+    matrix = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
+    swapped = matrix.clone()
+    swapped[[3, 200]] = matrix[[200, 3]]
+    halves = torch.cat((matrix[150:], matrix[:150]))
+    assert len({checksum(x) for x in (matrix, swapped, halves, matrix[:299], matrix.t())}) == 5
+    assert checksum(torch.zeros(5)) != checksum(torch.zeros(6))
+    assert checksum(matrix) == checksum(matrix.clone()) == checksum(torch.cat((matrix, matrix), 1)[:, :700])
+    assert checksum(matrix[1:].view(torch.uint8)[:, 1:]) == checksum(matrix[1:].view(torch.uint8)[:, 1:].clone())

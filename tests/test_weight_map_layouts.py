@@ -1,0 +1,175 @@
+"""Every weight on every layout, without processes: who holds what, and HF -> shards -> HF bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from etr_megatron.platform import prepare_megatron
+from etr_megatron.weights import (
+    Architecture,
+    ServerLayout,
+    TrainingLayout,
+    Weight,
+    join_shards,
+    megatron_shard,
+    read_shard,
+    server_shard,
+    weights_of,
+)
+from tests.weight_cases import ARCHITECTURES, megatron_parameter, read_from, server_parameter, tensors_of
+
+LAYOUTS = [
+    *(TrainingLayout(tp=tp, pp=pp, ep=ep, dp=2, vpp=1) for tp, pp, ep in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2))),
+    TrainingLayout(tp=2, pp=2, dp=1, ep=2, etp=1),
+    TrainingLayout(tp=4, pp=2, dp=1, ep=2, etp=2),
+    TrainingLayout(tp=4, pp=1, dp=1, ep=1, etp=1),
+    TrainingLayout(tp=1, pp=2, dp=6, ep=3),
+    TrainingLayout(tp=2, pp=1, dp=4, ep=2, etp=4),
+]
+TENSORS = {name: tensors_of(arch) for name, arch in ARCHITECTURES.items()}
+
+
+def name_of(layout: TrainingLayout) -> str:
+    name = f"tp{layout.tp}-pp{layout.pp}-dp{layout.dp}-ep{layout.ep}"
+    return name if layout.etp is None else f"{name}-etp{layout.etp}"
+
+
+def ranks_by_megatron(layout: TrainingLayout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Per rank (stage, tensor-parallel rank) and (expert-parallel, expert-tensor-parallel rank), by Megatron's generator."""
+    prepare_megatron()
+    from megatron.core.parallel_state import RankGenerator
+
+    experts_dp = layout.world // (layout.expert_tp * layout.ep * layout.pp)
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=1, order=order)
+    expert = RankGenerator(tp=layout.expert_tp, ep=layout.ep, dp=experts_dp, pp=layout.pp, cp=1, order=order)
+
+    def place(generator: RankGenerator, token: str, rank: int) -> int:
+        return next(group.index(rank) for group in generator.get_ranks(token) if rank in group)
+
+    everyone = range(layout.world)
+    return (
+        [(place(dense, "pp", rank), place(dense, "tp", rank)) for rank in everyone],
+        [(place(expert, "ep", rank), place(expert, "tp", rank)) for rank in everyone],
+    )
+
+
+def wanted_parameter(
+    weight: Weight,
+    arch: Architecture,
+    tensors: dict[str, torch.Tensor],
+    layout: TrainingLayout,
+    dense: tuple[int, int],
+    expert: tuple[int, int],
+) -> torch.Tensor | None:
+    """What a rank in these places holds of a weight, None for nothing."""
+    stage, tp_rank = dense
+    if weight.layer is not None:
+        held = weight.layer * layout.pp // arch.layers == stage
+    elif weight.megatron == "embedding.word_embeddings.weight":
+        held = stage == 0 or (arch.tied_embeddings and stage == layout.pp - 1)
+    else:
+        held = stage == layout.pp - 1
+    hf = [tensors[name] for name in weight.hf]
+    if weight.expert is None:
+        return megatron_parameter(weight, arch, hf, layout.tp, tp_rank) if held else None
+    ep_rank, etp_rank = expert
+    held = held and weight.expert * layout.ep // arch.experts.count == ep_rank
+    return megatron_parameter(weight, arch, hf, layout.expert_tp, etp_rank) if held else None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_rank_holds_what_megatron_puts_there_and_the_shards_make_the_checkpoint_again(name, layout):
+    arch, tensors = ARCHITECTURES[name], TENSORS[name]
+    dense, expert = ranks_by_megatron(layout)
+    rebuilt = {}
+    for weight in weights_of(arch):
+        shards = {}
+        holdings = layout.holdings(weight, arch)
+        for holding in holdings:
+            part = read_shard(weight, holding.shard, read_from(tensors))
+            assert list(holding.ranks) == sorted(holding.ranks)
+            for rank in holding.ranks:
+                assert rank not in shards
+                shards[rank] = part
+        for rank in range(layout.world):
+            wanted = wanted_parameter(weight, arch, tensors, layout, dense[rank], expert[rank])
+            assert (wanted is not None) == (rank in shards), (weight.megatron, rank)
+            assert wanted is None or torch.equal(shards[rank], wanted), (weight.megatron, rank)
+        rebuilt.update(join_shards(weight, [(holding.shard, shards[holding.ranks[0]]) for holding in holdings]))
+    assert rebuilt.keys() == tensors.keys()
+    assert all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
+
+
+def test_an_interleaved_schedule_deals_chunks_of_layers_out_in_turn():
+    arch, layout = ARCHITECTURES["qwen3"], TrainingLayout(pp=2, vpp=2)
+    assert [layout.chunk_of(layer, arch) for layer in range(4)] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    stages = {weight.layer: layout.stages_of(weight, arch) for weight in weights_of(arch) if weight.layer is not None}
+    assert stages == {0: (0,), 1: (1,), 2: (0,), 3: (1,)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (TrainingLayout(tp=16), "8 query groups cannot be cut into tensor parallelism of 16"),
+        (TrainingLayout(pp=3), "4 layers do not divide into 3 stages of 1 chunks"),
+        (TrainingLayout(dp=4, ep=4), "6 experts do not divide over expert parallelism of 4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(layout, message):
+    arch = ARCHITECTURES["qwen3_moe"]
+    with pytest.raises(ValueError, match=message):
+        for weight in weights_of(arch):
+            layout.holdings(weight, arch)
+
+
+def test_a_layout_that_does_not_fit_itself_is_refused():
+    with pytest.raises(ValueError, match="do not divide the 4 ranks of a stage"):
+        TrainingLayout(tp=2, dp=2, ep=4)
+    with pytest.raises(ValueError, match="below 1"):
+        TrainingLayout(pp=0)
+    with pytest.raises(ValueError, match="EP 3 does not divide the server's TP 4"):
+        ServerLayout(tp=4, ep=3)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_servers_shard_is_what_its_layers_load(name, tp):
+    arch, tensors = ARCHITECTURES[name], TENSORS[name]
+    for weight in weights_of(arch):
+        if tp == 16 and ".mlp." in weight.server and weight.split != "replicated":
+            continue  # intermediate sizes of 40 and 56
+        for rank in range(tp):
+            shard = server_shard(weight, arch, tp, rank)
+            found = read_shard(weight, shard, read_from(tensors))
+            wanted = server_parameter(weight, arch, [tensors[name] for name in weight.hf], tp, rank)
+            assert torch.equal(found, wanted), (weight.server, rank)
+
+
+def test_a_servers_ranks_hold_their_experts():
+    arch, tensors = ARCHITECTURES["qwen3_moe"], TENSORS["qwen3_moe"]
+    layout = ServerLayout(tp=4, ep=2, servers=2)
+    for weight in weights_of(arch):
+        holders = {rank: holding.shard for holding in layout.holdings(weight, arch) for rank in holding.ranks}
+        hf = [tensors[name] for name in weight.hf]
+        for rank in range(8):
+            inside = rank % 4
+            if weight.expert is not None and weight.expert // 3 != inside // 2:  # 3 experts to each pair of ranks
+                assert rank not in holders
+                continue
+            ways, part = (4, inside) if weight.expert is None else (2, inside % 2)
+            found = read_shard(weight, holders[rank], read_from(tensors))
+            assert torch.equal(found, server_parameter(weight, arch, hf, ways, part)), (weight.server, rank)
+
+
+def test_a_cut_through_a_head_or_a_column_is_refused_by_name():
+    arch = ARCHITECTURES["qwen3"]
+    by_name = {weight.megatron: weight for weight in weights_of(arch)}
+    with pytest.raises(ValueError, match="8 key/value heads cannot be spread over tensor parallelism of 12"):
+        server_shard(by_name["decoder.layers.0.self_attention.linear_qkv.weight"], arch, 12, 0)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight has 40 rows .* of 16 does not divide"):
+        megatron_shard(by_name["decoder.layers.1.mlp.linear_fc1.weight"], arch, 16, 0)

@@ -1,0 +1,211 @@
+"""What gang ranks run for the transports' tests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr_megatron.weights import Placement, SafetensorsDir, read_architecture, read_shard
+from etr_megatron.weights.layout import WholeLayout, shards_of
+from etr_megatron.weights.plan import Plan, make_plan
+from etr_megatron.weights.quantize import scale_shape
+from etr_megatron.weights.transport import (
+    SCALE_SUFFIX,
+    BroadcastTransport,
+    DiskWriter,
+    ShardedTransport,
+    SyncError,
+    Wire,
+)
+
+
+def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A rank's shards by Megatron name, read from a checkpoint."""
+    checkpoint, arch = SafetensorsDir(model), read_architecture(model)
+    found = {weight.megatron: read_shard(weight, shard, checkpoint.read) for weight, shard in shards_of(placement, arch, rank)}
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.items()}
+
+
+def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Destination shards full of a value that no weight has, so that what stays unwritten shows."""
+    found = {}
+    for weight, shard in shards_of(plan.destination, plan.arch, rank):
+        quantised = plan.is_fp8(weight)
+        found[weight.megatron] = torch.full(shard.shape, 77.0).to(torch.float8_e4m3fn if quantised else dtype)
+        if quantised:
+            found[weight.megatron + SCALE_SUFFIX] = torch.full(scale_shape(*shard.shape, plan.fp8_block), 77.0)
+    return found
+
+
+def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    """(source shards, empty destination shards) of this rank, None where it has not the role."""
+    rank = dist.get_rank()
+    place = rank - plan.destination_start
+    sources = shards_from(model, plan.source, rank, dtype) if rank < plan.source.world else None
+    return sources, empty_shards(plan, place, dtype) if 0 <= place < plan.destination.world else None
+
+
+def plan_for(model: str, source: Placement, destination: Placement, dtype: torch.dtype, **options: Any) -> Plan:
+    return make_plan(source, destination, read_architecture(model), itemsize=dtype.itemsize, **options)
+
+
+def sharded(
+    model: str,
+    source: Placement,
+    destination: Placement,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bucket_bytes: int = 64 << 20,
+    syncs: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Bytes sent and destination shards after syncs with checksums, and bytes of one more without them."""
+    plan = plan_for(model, source, destination, dtype, **options)
+    sources, destinations = in_roles(plan, model, dtype)
+    wire = Wire.in_world(timeout_s=60)
+    transport = ShardedTransport(plan, wire, dtype=dtype, bucket_bytes=bucket_bytes, checksums=True)
+    for version in range(syncs):
+        transport.sync(version + 5, sources, destinations)
+    plain = Wire.in_world(timeout_s=60)
+    ShardedTransport(plan, plain, dtype=dtype, bucket_bytes=bucket_bytes).sync(1, sources, destinations)
+    return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.versions.complete}
+
+
+def broadcast(model: str, source: Placement, destination: Placement, *, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    """Destination shards after two syncs with checksums; bytes of one without, and the names in the buckets."""
+    arch = read_architecture(model)
+    fp8_block = options.get("fp8_block")
+    shape = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)
+    rank, place = dist.get_rank(), dist.get_rank() - source.world
+    sources = shards_from(model, source, rank, dtype) if place < 0 else None
+    destinations = empty_shards(shape, place, dtype) if place >= 0 else None
+    transport = BroadcastTransport(
+        source, destination, arch, Wire.in_world(timeout_s=60), dtype=dtype, checksums=True, **options
+    )
+    for version in (4, 5):
+        transport.sync(version, sources, destinations)
+    plain = Wire.in_world(timeout_s=60)
+    BroadcastTransport(source, destination, arch, plain, dtype=dtype, **options).sync(1, sources, destinations)
+    return {
+        "shards": picklable(destinations),
+        "bytes": plain.bytes_sent,
+        "version": transport.versions.complete,
+        "groups": [[field.name for field in group.tensors] for group in transport.groups],
+    }
+
+
+def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
+    """Write versions one after the other; the number of the version that is complete."""
+    dtype = options.get("dtype", torch.float32)
+    sources = shards_from(model, source, dist.get_rank(), dtype)
+    wire = Wire.in_world(timeout_s=60)
+    writer = DiskWriter(directory, source, read_architecture(model), wire, **{"dtype": dtype, **options})
+    for version in versions:
+        writer.sync(version, sources)
+    return writer.versions.complete
+
+
+def fail_to_write(directory: str, model: str, source: Placement) -> str:
+    """The error of a sync in which rank 1 finds the disk full."""
+    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
+    if dist.get_rank() == 1:
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        writer._write_files = full
+    try:
+        writer.sync(1, shards_from(model, source, dist.get_rank()))
+    except SyncError as error:
+        return str(error)
+    return ""
+
+
+def picklable(shards: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """FP8 as its bytes: torch cannot pickle it outside of a file."""
+    if shards is None:
+        return None
+    return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in shards.items()}
+
+
+def failing(model: str, source: Placement, destination: Placement, culprit: int, fault: str) -> dict[str, Any]:
+    """Two good syncs, one that goes wrong on rank `culprit`, one more try, and a good one on a new transport."""
+    dtype = torch.float32
+    plan = plan_for(model, source, destination, dtype)
+    sources, destinations = in_roles(plan, model, dtype)
+    transport = ShardedTransport(plan, Wire.in_world(timeout_s=2), dtype=dtype, checksums=True)
+    for version in (1, 2):
+        transport.sync(version, sources, destinations)
+    start = time.monotonic()
+    rank = dist.get_rank()
+    if rank == culprit:
+        _FAULTS[fault](transport, sources, destinations)
+    found = {"errors": [], "before": 2, "complete": []}
+    for _ in range(2):
+        try:
+            if not (rank == culprit and fault == "absent"):
+                transport.sync(3, sources, destinations)
+        except SyncError as error:
+            found["errors"].append(str(error))
+        found["complete"].append(transport.versions.complete)
+        found.setdefault("seconds", time.monotonic() - start)
+    dist.barrier()
+    fresh_sources, fresh_destinations = in_roles(plan, model, dtype)
+    again = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=dtype, checksums=True)
+    again.sync(4, fresh_sources, fresh_destinations)
+    return {**found, "after": again.versions.complete}
+
+
+def _absent(transport: ShardedTransport, *_shards: Any) -> None:
+    """The rank never comes to the sync."""
+
+
+def _wrong_shape(transport: ShardedTransport, sources: Any, destinations: Any) -> None:
+    shards = sources or destinations
+    shards["decoder.final_layernorm.weight"] = torch.zeros(47)
+
+
+def _hang(transport: ShardedTransport, *_shards: Any) -> None:
+    """The rank comes and then does nothing until all the others have given up."""
+    transport._transfer = lambda *_: time.sleep(8)
+
+
+def _raise(transport: ShardedTransport, *_shards: Any) -> None:
+    def transfer(*_: Any) -> None:
+        raise OSError("the device fell off")
+
+    transport._transfer = transfer
+
+
+def _lose_connection(transport: ShardedTransport, *_shards: Any) -> None:
+    def transfer(*_: Any) -> None:
+        transport.wire.close()
+        time.sleep(8)
+
+    transport._transfer = transfer
+
+
+def _flip(transport: ShardedTransport, sources: Any, destinations: Any) -> None:
+    """One bit of what was received, in a place known to the test."""
+    run = transport._exchange.run
+
+    def corrupt(*shards: Any) -> None:
+        run(*shards)
+        values = destinations["decoder.layers.2.mlp.linear_fc2.weight"]
+        values.view(torch.uint8)[7, 33] ^= 4
+
+    transport._exchange.run = corrupt
+
+
+_FAULTS = {
+    "absent": _absent,
+    "wrong_shape": _wrong_shape,
+    "hang": _hang,
+    "raise": _raise,
+    "lose_connection": _lose_connection,
+    "flip": _flip,
+}

@@ -1,0 +1,108 @@
+"""Architectures that divide by TP 8 and PP 4, tensors with all elements distinct, and the layouts' rules written independently.
+
+The rules here go by names and by torch's own chunk, cat and view; nothing of the map's pieces is used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights import Architecture, Experts, Weight, weights_of
+
+_SIZES = dict(
+    layers=4,
+    hidden_size=24,
+    intermediate_size=40,
+    heads=16,
+    kv_heads=8,
+    head_dim=3,
+    vocab_size=301,
+    norm_eps=1e-6,
+    max_positions=64,
+)
+_EXPERTS = dict(count=6, per_token=3, intermediate_size=56)
+
+
+def _arch(family: str, *, tied: bool = False, experts: Experts | None = None) -> Architecture:
+    qk_norm = family in ("qwen3", "qwen3_moe")
+    return Architecture(
+        family=family, tied_embeddings=tied, qkv_bias=family == "qwen2", qk_norm=qk_norm, experts=experts, **_SIZES
+    )
+
+
+ARCHITECTURES = {
+    "llama": _arch("llama"),
+    "llama_tied": _arch("llama", tied=True),
+    "qwen2": _arch("qwen2"),
+    "qwen2_tied": _arch("qwen2", tied=True),
+    "qwen3": _arch("qwen3"),
+    "qwen3_tied": _arch("qwen3", tied=True),
+    "qwen3_moe": _arch("qwen3_moe", experts=Experts(**_EXPERTS, normalized=True)),
+    "qwen3_moe_dense": _arch(
+        "qwen3_moe", tied=True, experts=Experts(**_EXPERTS, normalized=False, dense_layers=frozenset({0, 2}))
+    ),
+}
+
+
+def tensors_of(arch: Architecture) -> dict[str, Tensor]:
+    """HF tensors, int32, in which no two elements are equal."""
+    found, start = {}, 1
+    for weight in weights_of(arch):
+        for name, shape in zip(weight.hf, weight.shapes, strict=True):
+            size = torch.Size(shape).numel()
+            assert name not in found
+            found[name] = torch.arange(start, start + size, dtype=torch.int32).view(shape)
+            start += size
+    return found
+
+
+def read_from(tensors: dict[str, Tensor]):
+    """A `Read` over tensors in memory."""
+    return lambda name, begin, size: tensors[name][tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))]
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    missing = -len(tensor) % multiple
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def megatron_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], tp: int, rank: int) -> Tensor:
+    """What Megatron's layers keep on tensor-parallel rank `rank` of `tp`, by the parameter's name. tensors: the HF ones."""
+    module, kind = weight.megatron.rsplit(".", 2)[-2:]
+    if module in ("word_embeddings", "output_layer"):
+        return _padded(tensors[0], 128 * tp).chunk(tp)[rank]
+    if module == "linear_qkv":
+        groups = [tensor.view(arch.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
+        mixed = torch.cat(groups, dim=1).flatten(0, 1)
+        assert kind in ("weight", "bias")
+        return mixed.chunk(tp)[rank]
+    if module == "linear_fc1":
+        return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
+    if module in ("linear_proj", "linear_fc2"):
+        return tensors[0].chunk(tp, dim=1)[rank]
+    assert module.endswith("layernorm") or module == "router", weight.megatron
+    return tensors[0]
+
+
+def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], tp: int, rank: int) -> Tensor:
+    """What SGLang's layers keep on rank `rank` of `tp`, by the parameter's name.
+
+    QKVParallelLinear: the rank's query heads, key heads, value heads; with fewer key/value heads than ranks each head is on
+    tp / kv_heads neighbours. MergedColumnParallelLinear and w13: gate above up. VocabParallelEmbedding: padded to 64 rows.
+    """
+    module = (
+        weight.server.rsplit(".", 2)[-2] if not weight.server.endswith(("w13_weight", "w2_weight")) else weight.server[-10:]
+    )
+    if module in ("embed_tokens", "lm_head"):
+        return _padded(tensors[0], 64).chunk(tp)[rank]
+    if module == "qkv_proj":
+        q, *kv = tensors
+        ways = min(tp, arch.kv_heads)
+        return torch.cat([q.chunk(tp)[rank], *(tensor.chunk(ways)[rank * ways // tp] for tensor in kv)])
+    if module in ("gate_up_proj", "w13_weight"):
+        return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
+    if module in ("o_proj", "down_proj", ".w2_weight"):
+        return tensors[0].chunk(tp, dim=1)[rank]
+    assert module.endswith("norm") or module == "gate" or "layernorm" in module, weight.server
+    return tensors[0]

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Converts checkpoints between HuggingFace's format and megatron's torch_dist, and compares them.
+
+    python tools/convert_hf.py to-megatron --hf DIR --out DIR
+    python tools/convert_hf.py to-hf --megatron DIR --out DIR
+    python tools/convert_hf.py verify --hf DIR --megatron DIR
+    torchrun --nproc-per-node N tools/convert_hf.py ...      (to-megatron and to-hf: each process its share)
+
+The exit code is 0, 1 where `verify` finds a difference, 2 for a mistake, which is reported in one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from etr_megatron.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help says more)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    command = commands.add_parser("to-megatron", help="HuggingFace to torch_dist, which loads in any layout")
+    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="HuggingFace checkpoint")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the tensors (default: as they are)")
+    command = commands.add_parser("to-hf", help="torch_dist, or a training run's checkpoint, to HuggingFace")
+    _add_megatron(command)
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of what is not quantised (default: as it is)")
+    command.add_argument("--fp8-block", type=int, choices=[128], help="quantise to FP8 in blocks of 128 x 128")
+    command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    command.add_argument(
+        "--config-from", type=Path, metavar="DIR", help="where config.json and the tokenizer are, if elsewhere"
+    )
+    command = commands.add_parser("verify", help="compare tensor by tensor, then the logits of a prompt")
+    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="HuggingFace checkpoint")
+    _add_megatron(command)
+    command.add_argument("--no-logits", action="store_true", help="tensors alone; logits need both models in memory, in fp32")
+    command.add_argument("--prompt", help="prompt of the logits")
+    return top
+
+
+def _add_megatron(command: argparse.ArgumentParser) -> None:
+    what = "torch_dist checkpoint, a run's step_* directory, or a run (its newest checkpoint)"
+    command.add_argument("--megatron", type=Path, required=True, metavar="DIR", help=what)
+
+
+def run(argv: list[str]) -> int:
+    """Do what the command line says; the exit code. Raises UserError."""
+    asked = parser().parse_args(argv)
+    if getattr(asked, "max_shard_gb", 1.0) <= 0:
+        raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be more than 0")
+    from etr_megatron import convert  # torch, after the command line is known to be right
+    from etr_megatron.convert.hf_files import DTYPES
+
+    ranks, start = convert.Ranks(), time.monotonic()
+    if asked.command == "verify":
+        options = {} if asked.prompt is None else {"prompt": asked.prompt}
+        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, **options))
+    dtype = DTYPES[asked.dtype] if asked.dtype else None
+    if asked.command == "to-megatron":
+        size = convert.to_megatron(asked.hf, asked.out, ranks, dtype)
+    else:
+        size = convert.to_hf(
+            asked.megatron,
+            asked.out,
+            ranks,
+            dtype=dtype,
+            fp8_block=asked.fp8_block,
+            max_file_bytes=int(asked.max_shard_gb * 1e9),
+            config_from=asked.config_from,
+        )
+    seconds = time.monotonic() - start
+    if ranks.rank == 0:
+        print(f"{asked.out}: {size / 1e9:.3f} GB of tensors in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s")
+    return 0
+
+
+def report(found: object) -> int:
+    """Print what `verify` found; the exit code."""
+    print(f"{found.tensors} tensors, {len(found.differing)} of them different")
+    for name in found.differing:
+        print(f"  {name}")
+    if found.logits is not None:
+        print(f"logits: largest difference {found.logits[0]:.1e}, largest logit {found.logits[1]:.1f}")
+    print("the same model" if found.same else "NOT the same model")
+    return 0 if found.same else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    from etr_megatron.platform.lifetime import die_with_parent
+    from etr_megatron.status import exit_code_of
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        die_with_parent()
+    code = 0
+
+    def work() -> None:
+        nonlocal code
+        code = run(arguments)
+
+    return exit_code_of(work) or code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
