@@ -62,9 +62,11 @@ def default_nproc(config: Config, gpus: int) -> int:
     """One process per GPU; on CPU what the layout asks for, and two for `parallel.tp: auto` where there are two cores."""
     if gpus:
         return gpus
-    if config.parallel.tp == "auto":
-        return max(config.parallel.pp, min(2, os.cpu_count() or 1))
-    return config.parallel.tp * config.parallel.pp
+    parallel = config.parallel
+    if parallel.tp == "auto":
+        return max(parallel.pp * parallel.ep, min(2, os.cpu_count() or 1))
+    experts = parallel.ep * (parallel.tp if parallel.etp is None else parallel.etp)
+    return parallel.pp * max(parallel.tp, experts)
 
 
 def start_ranks(nproc: int, command: list[str]) -> int:

@@ -67,7 +67,10 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     from etr_megatron.weights import check_checkpoint
 
     init_world(config.run.phase_timeout_s)
-    layout = init_layout(config.parallel.tp, config.parallel.pp, config.run.seed, config.run.phase_timeout_s)
+    parallel = config.parallel
+    layout = init_layout(
+        parallel.tp, parallel.pp, config.run.seed, config.run.phase_timeout_s, ep=parallel.ep, etp=parallel.etp
+    )
     tokenizer = load_tokenizer(model_dir)
     problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
     held_out: list[Problem] = []

@@ -79,6 +79,23 @@ def test_after_a_weight_update_the_engine_agrees_with_the_trainer(gangs, hf_mode
         assert changed > 1e-3  # the update did move the policy
 
 
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.tp=1", "parallel.ep=2"]),
+        (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    ],
+    ids=["one", "ep2", "tp2"],
+)
+def test_experts_reach_the_engine_by_their_published_names(gangs, hf_models, world, layout):
+    for before, after, changed in gangs(world).run(
+        "tests.rollout_jobs:gap_after_update", model=hf_models["qwen3_moe"], prompts=PROMPTS, overrides=layout
+    ):
+        assert before < 1e-5 and after < 1e-5
+        assert changed > 1e-3
+
+
 def test_an_incomplete_or_misshapen_weight_update_is_refused_by_name(gangs, hf_models):
     message, version = gangs(1).run("tests.rollout_jobs:bad_update", model=hf_models["qwen3"])[0]
     assert "model.norm.weight is (47,), the engine has (48,)" in message

@@ -60,7 +60,7 @@ def test_training_to_server_equals_the_checkpoint_and_sends_the_least(gangs, hf_
 def test_many_ranks_to_servers_in_small_buckets(gangs, hf_models, source, destination):
     model, job = hf_models["qwen2"], "tests.transport_jobs:sharded"
     layouts = dict(source=source, destination=destination)
-    found = gangs(6).run(job, model=model, **layouts, bucket_bytes=1, dtype=torch.bfloat16)
+    found = gangs(6).run(job, model=model, **layouts, tiny_messages=True, dtype=torch.bfloat16)
     check(found, model, source, destination, dtype=torch.bfloat16)
     assert sum(one["bytes"] for one in found) == needed_bytes(model, destination, 2)
 
@@ -80,12 +80,33 @@ def test_training_to_training_within_the_same_processes(gangs, hf_models, source
     assert 0 < sum(one["bytes"] for one in found) < needed_bytes(model, destination, 4)
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "destination"),
+    [
+        ("qwen2", ["parallel.tp=2"], ServerLayout(servers=2)),
+        ("qwen3", ["parallel.tp=2"], ServerLayout(tp=2)),
+        ("qwen3_tied", ["parallel.pp=2"], ServerLayout(tp=2)),
+        ("qwen3_moe", ["parallel.ep=2"], ServerLayout(tp=2)),
+        ("llama", ["parallel.tp=2", "parallel.pp=2"], ServerLayout(tp=2, servers=2)),
+    ],
+)
+def test_a_policys_parameters_arrive_at_servers_in_its_processes(gangs, hf_models, family, overrides, destination):
+    model = hf_models[family]
+    found = gangs(destination.world).run(
+        "tests.transport_jobs:from_policy", model=model, overrides=overrides, destination=destination
+    )
+    check(found, model, TrainingLayout(), destination, start=0)
+
+
+@pytest.mark.parametrize("tiny_messages", [False, True])
 @pytest.mark.parametrize("destination", [ServerLayout(), ServerLayout(tp=2)])
-def test_what_travels_as_fp8_equals_the_checkpoint_quantised_and_cut(gangs, hf_models, destination):
+def test_what_travels_as_fp8_equals_the_checkpoint_quantised_and_cut(gangs, hf_models, destination, tiny_messages):
     """Blocks of 8, which heads of 16 and the halves of 48 and 80 consist of."""
     model, block = hf_models["qwen3"], 8
     job, layouts = "tests.transport_jobs:sharded", dict(source=TrainingLayout(tp=2), destination=destination)
-    found = gangs(2 + destination.world).run(job, model=model, **layouts, fp8_block=block, dtype=torch.bfloat16)
+    found = gangs(2 + destination.world).run(
+        job, model=model, **layouts, tiny_messages=tiny_messages, fp8_block=block, dtype=torch.bfloat16
+    )
     sent = 0
     for rank in range(destination.world):
         shards = found[2 + rank]["shards"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.weights import Placement, SafetensorsDir, read_architecture, read_shard
+from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
 from etr_megatron.weights.layout import WholeLayout, shards_of
 from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import scale_shape
@@ -20,7 +22,11 @@ from etr_megatron.weights.transport import (
     ShardedTransport,
     SyncError,
     Wire,
+    buckets,
+    exchange,
+    server_loader,
 )
+from etr_megatron.weights.transport.server_loader import Offer
 
 
 def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -61,9 +67,31 @@ def sharded(
     dtype: torch.dtype = torch.float32,
     bucket_bytes: int = 64 << 20,
     syncs: int = 1,
+    tiny_messages: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Bytes sent and destination shards after syncs with checksums, and bytes of one more without them."""
+    """Bytes sent and destination shards after syncs with checksums, and bytes of one more without them.
+
+    tiny_messages: bounds of buckets and messages that make a small model travel as a large one does.
+    """
+    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
+    if tiny_messages:
+        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000
+    try:
+        return _sharded(model, source, destination, dtype, 1 if tiny_messages else bucket_bytes, syncs, options)
+    finally:
+        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+
+
+def _sharded(
+    model: str,
+    source: Placement,
+    destination: Placement,
+    dtype: torch.dtype,
+    bucket_bytes: int,
+    syncs: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     plan = plan_for(model, source, destination, dtype, **options)
     sources, destinations = in_roles(plan, model, dtype)
     wire = Wire.in_world(timeout_s=60)
@@ -73,6 +101,20 @@ def sharded(
     plain = Wire.in_world(timeout_s=60)
     ShardedTransport(plan, plain, dtype=dtype, bucket_bytes=bucket_bytes).sync(1, sources, destinations)
     return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.versions.complete}
+
+
+def from_policy(model: str, overrides: list[str], destination: Placement) -> dict[str, Any]:
+    """Destination shards, in the processes of a policy, after a sync from its parameters."""
+    from etr_megatron.policy.model import own_parameters
+    from tests.policy_jobs import build
+
+    policy = build(model, overrides)
+    sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.model).values()}
+    plan = plan_for(model, policy.layout.training, destination, torch.float32, destination_start=0)
+    destinations = empty_shards(plan, dist.get_rank(), torch.float32)
+    transport = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=torch.float32, checksums=True)
+    transport.sync(5, sources, destinations)
+    return {"shards": destinations, "version": transport.versions.complete}
 
 
 def broadcast(model: str, source: Placement, destination: Placement, *, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
@@ -96,6 +138,53 @@ def broadcast(model: str, source: Placement, destination: Placement, *, dtype: t
         "version": transport.versions.complete,
         "groups": [[field.name for field in group.tensors] for group in transport.groups],
     }
+
+
+class ToyServer:
+    """A worker's model as the loader sees it: parameters by a server's names, shapes from the map and the layout."""
+
+    def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        experts = plan.arch.experts.count // plan.destination.ep if plan.arch.experts else 0
+        by_name = {weight.megatron: weight for weight, _ in shards_of(plan.destination, plan.arch, rank)}
+        for name, tensor in empty_shards(plan, rank, dtype).items():
+            weight = by_name[name.removesuffix(SCALE_SUFFIX)]
+            fused = weight.server + (SCALE_SUFFIX if name.endswith(SCALE_SUFFIX) else "")
+            if weight.expert is not None:
+                tensor = torch.stack([tensor] * experts)
+            self._parameters.setdefault(fused, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def named_parameters(self) -> Any:
+        return self._parameters.items()
+
+
+def serve(
+    model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
+) -> tuple[dict[str, Tensor] | None, list[int | None]]:
+    """Parameters of toy workers and their versions before, between and after two syncs by way of the loader."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    rank, arch = dist.get_rank(), read_architecture(model)
+    place = rank - source.world
+    offer = Offer(
+        11, "127.0.0.1", port[0], place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60
+    )
+    versions = []
+    if place < 0:
+        transport = offer.transport(rank)
+        for version in (11, 12):
+            transport.sync(version, shards_from(model, source, rank))
+        return None, versions
+    server = ToyServer(offer.plan(), place, torch.float32)
+    server_loader._open.clear()
+    versions.append(server_loader.complete_version())
+    for version in (11, 12):
+        server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+        versions.append(server_loader.complete_version())
+    server_loader._open.clear()
+    return picklable(dict(server.named_parameters())), versions
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
@@ -129,7 +218,7 @@ def picklable(shards: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     """FP8 as its bytes: torch cannot pickle it outside of a file."""
     if shards is None:
         return None
-    return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in shards.items()}
+    return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.detach() for name, t in shards.items()}
 
 
 def failing(model: str, source: Placement, destination: Placement, culprit: int, fault: str) -> dict[str, Any]:

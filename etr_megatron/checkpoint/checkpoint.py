@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from etr_megatron.checkpoint.saving import TorchDistSave, is_disk_full
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import sync_directory
-from etr_megatron.policy import Policy
+from etr_megatron.policy import Layout, Policy
 
 _NAME = re.compile(r"step_(\d{6,})$")
 TRAINER_FILE = "trainer.json"
@@ -65,7 +65,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
         dist.barrier()
         dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
         if rank0:
-            state = {"step": step, "world": policy.layout.world, "tp": policy.layout.tp, "pp": policy.layout.pp, **trainer}
+            state = {"step": step, **_sizes(policy.layout), **trainer}
             _write_synced(temporary / TRAINER_FILE, json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -93,7 +93,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     path = _path(checkpoints, step)
     trainer = json.loads((path / TRAINER_FILE).read_text())
     layout = policy.layout
-    same_layout = (trainer["world"], trainer["tp"], trainer["pp"]) == (layout.world, layout.tp, layout.pp)
+    same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     wanted = _sharded_state(policy, loading=True, rng=same_layout)
     try:
         state = dist_checkpointing.load(wanted, str(path))
@@ -108,6 +108,10 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     if same_layout:
         _restore_rng(state["rng"])
     return trainer
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    return {name: getattr(layout, name) for name in ("world", "tp", "pp", "ep", "etp")}
 
 
 def _sharded_state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:

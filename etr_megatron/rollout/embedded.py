@@ -51,7 +51,7 @@ class EmbeddedEngine:
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the tensors into the replica (in place; the replica owns its parameters). See `RolloutEngine.update_weights`."""
-        wanted = dict(self._model.named_parameters())
+        wanted = _published_parameters(self._model)
         problems = []
         for name, tensor in tensors:  # to the end even when something is wrong: the export is a collective
             parameter = wanted.pop(name, None)
@@ -112,6 +112,20 @@ def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     if is_torch_dist(model_dir):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+
+
+def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters by the names of published checkpoints, as views: transformers keeps the experts of a layer in one tensor."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".experts.")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ()) if layer else ()
+        if not parts:
+            found[name] = parameter
+        for expert, whole in enumerate(parameter if parts else ()):
+            for part, view in zip(parts, whole.chunk(len(parts)), strict=True):
+                found[f"{layer}.experts.{expert}.{part}.weight"] = view
+    return found
 
 
 class _Batch:

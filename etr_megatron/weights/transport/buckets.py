@@ -1,6 +1,8 @@
-"""Flat buckets of bounded size: which part of which transfer lies at which byte, the same on both sides.
+"""Buckets of bounded size: which part of which transfer lies at which byte of which message, the same on both sides.
 
-Values with more bytes come first in a bucket, so nothing needs to be aligned and every byte is payload.
+Small tensors travel packed in one flat message; those with larger elements come first, so nothing needs to be aligned and every
+byte is payload. A large one is a message of its own: on a side where it lies in one piece it is sent from, or received into,
+the shard itself and never copied.
 """
 
 from __future__ import annotations
@@ -17,11 +19,17 @@ from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import Index, box
 
+ALONE_BYTES = 1 << 18
+"""From this size on a tensor is a message of its own."""
+
 SCALE_SUFFIX = "_scale_inv"
 """A quantised weight's scales stand under the weight's name with this behind it."""
 
 Shards = Mapping[str, Tensor]
 """A rank's shards by `Weight.megatron`; of a quantised destination the scales as well, under name + SCALE_SUFFIX."""
+
+
+_ALIGNMENT = 64
 
 
 class Slot(NamedTuple):
@@ -45,9 +53,11 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Slots behind each other in `nbytes` bytes."""
+    """Slots in a buffer of `nbytes` bytes: the first `packed` bytes are one message, each slot of `alone` is another."""
 
     slots: tuple[Slot, ...]
+    alone: tuple[Slot, ...]
+    packed: int
     nbytes: int
 
 
@@ -91,12 +101,25 @@ def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, li
             tensors.append((part, False, FP8 if quantised else dtype, part.size))
             if quantised:
                 tensors.append((part, True, torch.float32, scale_shape(*part.size, plan.fp8_block)))
-        slots, offset = [], 0
-        for transfer, scales, kind, size in sorted(tensors, key=lambda one: -one[2].itemsize):
-            slots.append(Slot(transfer, scales, offset, kind, size))
-            offset += slots[-1].nbytes
-        buckets.append(Bucket(tuple(slots), offset))
+        buckets.append(_place(sorted(tensors, key=lambda one: -one[2].itemsize)))
     return buckets
+
+
+def _place(tensors: Sequence[tuple[Transfer, bool, torch.dtype, Index]]) -> Bucket:
+    packed, alone, offset = [], [], 0
+    for tensor in tensors:
+        slot = Slot(tensor[0], tensor[1], offset, *tensor[2:])
+        if slot.nbytes >= ALONE_BYTES:
+            alone.append(slot)
+        else:
+            packed.append(slot)
+            offset += slot.nbytes
+    end = offset
+    for number, slot in enumerate(alone):
+        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is in memory alone
+        alone[number] = slot._replace(offset=end)
+        end += slot.nbytes
+    return Bucket(tuple(packed), tuple(alone), offset, end)
 
 
 def _box(transfer: Transfer, shards: Shards, at: Index, scales_block: int | None) -> Tensor:
@@ -116,12 +139,40 @@ def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None
     return _box(transfer, shards, transfer.destination_at, scales_block)
 
 
+def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
+    """The bytes of a slot in the shard itself, where it lies there just as it travels; else None."""
+    if sending and plan.is_fp8(slot.transfer.weight):
+        return None
+    block = plan.fp8_block if slot.scales else None
+    tensor = (source_box if sending else destination_box)(slot.transfer, shards, block).detach()
+    if tensor.dtype != slot.dtype or tensor.device != device or not tensor.is_contiguous():
+        return None
+    return tensor.view(-1).view(torch.uint8)
+
+
+def messages(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> list[Tensor]:
+    """The bucket as flat uint8 tensors in the order in which they travel: parts of `flat` (uint8) or of the shards."""
+    found = [flat[: bucket.packed]] if bucket.packed else []
+    for slot in bucket.alone:
+        own = _in_place(plan, slot, shards, flat.device, sending=sending)
+        found.append(flat[slot.offset : slot.offset + slot.nbytes] if own is None else own)
+    return found
+
+
+def _copied(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> Iterator[Slot]:
+    """Slots that go by way of the buffer."""
+    yield from bucket.slots
+    for slot in bucket.alone:
+        if _in_place(plan, slot, shards, flat.device, sending=sending) is None:
+            yield slot
+
+
 @torch.no_grad()
 def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
-    """Fill the first `bucket.nbytes` of `flat` (uint8) from a source's shards, casting or quantising on the shards' device."""
+    """Fill `flat` (uint8) from a source's shards, casting or quantising on the shards' device."""
     quantised: dict[tuple[str, Index], Tensor] = {}
-    # Scales lie in front of their values, so both are there when the values' turn comes.
-    for slot in bucket.slots:
+    # Scales come before their values, so both are there when the values' turn comes.
+    for slot in _copied(plan, bucket, flat, shards, sending=True):
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
         if slot.scales:
@@ -136,7 +187,7 @@ def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
 @torch.no_grad()
 def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
     """Copy a received bucket to where it belongs in a destination's shards."""
-    for slot in bucket.slots:
+    for slot in _copied(plan, bucket, flat, shards, sending=False):
         destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).copy_(slot.view(flat))
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.plan import Plan
-from etr_megatron.weights.transport.buckets import Bucket, Shards, buckets_of, copy_local, pack, unpack
+from etr_megatron.weights.transport.buckets import Bucket, Shards, buckets_of, copy_local, messages, pack, unpack
 from etr_megatron.weights.transport.wire import Message, Wire
 
-_SMALLEST_BUCKET = 1 << 20
+SMALLEST_BUCKET = 1 << 20
+"""Bound of a pair's buckets, however many pairs there are."""
 
 Memory = dict[tuple[bool, int, int], Tensor]
 """(sending, peer, parity of the round) -> uint8 buffer; exchanges that follow each other may share it."""
@@ -46,7 +47,7 @@ class Exchange:
         for source, destination in remote:
             if source != self.source and destination != self.destination:
                 continue
-            limit = max(_SMALLEST_BUCKET, bucket_bytes // max(sources[destination], destinations[source]))
+            limit = max(SMALLEST_BUCKET, bucket_bytes // max(sources[destination], destinations[source]))
             buckets = buckets_of(plan, plan.pairs[source, destination], self.dtype, limit)
             if source == self.source:
                 outgoing[plan.destination_start + destination] = buckets
@@ -58,12 +59,12 @@ class Exchange:
         """Fill the destination shards of this rank from the source shards of all."""
         rounds = max((len(buckets) for buckets in (*self._outgoing.values(), *self._incoming.values())), default=0)
         self._pack(0, sources)
-        works = self._post(0)
+        works = self._post(0, sources, destinations)
         self._copy_what_is_here(sources, destinations)
         for number in range(rounds):
             self._pack(number + 1, sources)
             self.wire.wait(works)
-            works = self._post(number + 1)
+            works = self._post(number + 1, sources, destinations)
             for source, buckets in self._incoming.items():
                 if number < len(buckets):
                     unpack(self.plan, buckets[number], self._buffer(False, source, number), destinations)
@@ -77,17 +78,20 @@ class Exchange:
             if number < len(buckets):
                 pack(self.plan, buckets[number], self._buffer(True, destination, number), sources)
 
-    def _post(self, number: int) -> list[tuple[int, Any]]:
+    def _post(self, number: int, sources: Shards, destinations: Shards) -> list[tuple[int, Any]]:
         """Begin a round."""
 
-        def messages(buckets_of_peer: dict[int, list[Bucket]], sending: bool) -> list[Message]:
+        def of_all(own: dict[int, list[Bucket]], shards: Shards, sending: bool) -> list[Message]:
             return [
-                (self._buffer(sending, peer, number)[: buckets[number].nbytes], peer)
-                for peer, buckets in buckets_of_peer.items()
+                (message, peer)
+                for peer, buckets in own.items()
                 if number < len(buckets)
+                for message in messages(
+                    self.plan, buckets[number], self._buffer(sending, peer, number), shards, sending=sending
+                )
             ]
 
-        return self.wire.exchange(messages(self._outgoing, True), messages(self._incoming, False))
+        return self.wire.exchange(of_all(self._outgoing, sources, True), of_all(self._incoming, destinations, False))
 
     def _buffer(self, sending: bool, peer: int, number: int) -> Tensor:
         """Memory for bucket `number` of a peer: one of two, so that a round can travel while its neighbours are worked on."""

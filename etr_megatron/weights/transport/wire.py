@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,9 +69,9 @@ class Wire:
             for tensor, other in receives:
                 group.recv([tensor], other, 0)
             return [(other, work) for _, other in receives[:1] or sends[:1] for work in [group._end_coalescing()]]
-        works = [(other, lambda t=tensor, o=other: group.recv([t], o, 0)) for tensor, other in receives]
-        works += [(other, lambda t=tensor, o=other: group.send([t], o, 0)) for tensor, other in sends]
-        return [(other, self._guard(other, post)) for other, post in works]
+        posts = [(other, group.recv, tensor) for tensor, other in receives]
+        posts += [(other, group.send, tensor) for tensor, other in sends]
+        return [(other, self._guard(other, partial(post, [tensor], other, 0))) for other, post, tensor in posts]
 
     def part(self, ranks: Sequence[int]) -> Part:
         """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""

@@ -1,0 +1,129 @@
+"""What runs inside a server's worker: it opens a wire to the training ranks and receives its shards into the live parameters.
+
+Start the server with `--custom-weight-loader etr_megatron.weights.transport.server_loader.load` and send, by
+`/update_weights_from_tensor` with that path as `load_format`, one tiny tensor to each tensor-parallel rank: `Offer.message()`.
+The training ranks enter `ShardedTransport.sync` with the same plan meanwhile. The first sync opens the connection, later ones
+use it. Nothing of Megatron or of the server's package is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights.architecture import Architecture, Experts
+from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.plan import Plan, make_plan
+from etr_megatron.weights.transport.buckets import SCALE_SUFFIX
+from etr_megatron.weights.transport.sharded import ShardedTransport
+from etr_megatron.weights.transport.wire import Wire
+
+MESSAGE_NAME = "etr_megatron.sync_offer"
+"""Name of the tiny tensor."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """All that a worker needs for a sync. address, port: where process 0 of the training ranks has its store.
+
+    rank: the worker's rank in the destination. The rest is what the training ranks give `make_plan`, `Wire.at` and
+    `ShardedTransport`; all must be the same everywhere.
+    """
+
+    version: int
+    address: str
+    port: int
+    rank: int
+    source: TrainingLayout
+    destination: ServerLayout
+    arch: Architecture
+    dtype: str = "bfloat16"
+    fp8_block: int | None = None
+    bucket_bytes: int = 64 << 20
+    checksums: bool = False
+    backend: str = "gloo"
+    timeout_s: float = 600.0
+
+    def message(self) -> Tensor:
+        """It as a uint8 tensor on the CPU."""
+        fields = asdict(self)
+        if self.arch.experts is not None:
+            fields["arch"]["experts"]["dense_layers"] = sorted(self.arch.experts.dense_layers)
+        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def read(cls, message: Tensor) -> Offer:
+        """The inverse of `message`."""
+        fields = json.loads(bytes(message.cpu().tolist()))
+        arch = fields["arch"]
+        if arch["experts"] is not None:
+            arch["experts"] = Experts(**{**arch["experts"], "dense_layers": frozenset(arch["experts"]["dense_layers"])})
+        fields["arch"] = Architecture(**arch)
+        fields["source"], fields["destination"] = TrainingLayout(**fields["source"]), ServerLayout(**fields["destination"])
+        return cls(**fields)
+
+    def plan(self) -> Plan:
+        """The plan of the sync."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
+
+    def transport(self, process: int) -> ShardedTransport:
+        """The transport of a process; a collective of the training ranks (from 0) and all workers (behind them)."""
+        plan = self.plan()
+        wire = Wire.at(self.address, self.port, process, plan.processes, backend=self.backend, timeout_s=self.timeout_s)
+        return ShardedTransport(
+            plan, wire, dtype=getattr(torch, self.dtype), bucket_bytes=self.bucket_bytes, checksums=self.checksums
+        )
+
+
+def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
+    """A worker's parameters by `Weight.megatron`: views, an expert's of its place in the fused parameter.
+
+    Raises ValueError naming a parameter that the server does not have.
+    """
+    found = {}
+    local_experts = offer.arch.experts.count // offer.destination.ep if offer.arch.experts is not None else 1
+    for weight, _ in shards_of(offer.destination, offer.arch, offer.rank):
+        suffixes = ("", SCALE_SUFFIX) if offer.fp8_block is not None and weight.fp8 else ("",)
+        for suffix in suffixes:
+            name = weight.server + suffix
+            if name not in parameters:
+                raise ValueError(f"the server has no parameter {name}")
+            tensor = parameters[name]
+            found[weight.megatron + suffix] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
+    return found
+
+
+_open: dict[str, ShardedTransport] = {}
+"""The transport in use, by its offer without the version: one at a time."""
+
+
+def complete_version() -> int | None:
+    """The version that this worker holds whole, None before the first one and after a sync that failed."""
+    return next((transport.versions.complete for transport in _open.values()), None)
+
+
+@torch.no_grad()
+def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
+
+    named_tensors: the tiny tensor alone. Raises ValueError for another message or an unknown parameter, SyncError when the sync
+    does not complete; the parameters then hold a mixture, and `complete_version` is None.
+    """
+    tensors = dict(named_tensors)
+    if tensors.keys() != {MESSAGE_NAME}:
+        raise ValueError(f"this loader takes the tensor {MESSAGE_NAME} alone, not {', '.join(sorted(tensors))}")
+    offer = Offer.read(tensors[MESSAGE_NAME])
+    shards = {name: tensor.data for name, tensor in server_shards(dict(model.named_parameters()), offer).items()}
+    key = json.dumps(asdict(replace(offer, version=0)), default=sorted)
+    if key not in _open:
+        for old in _open.values():
+            old.close()
+        _open.clear()
+        _open[key] = offer.transport(offer.source.world + offer.rank)
+    _open[key].sync(offer.version, None, shards)

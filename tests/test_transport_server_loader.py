@@ -1,0 +1,129 @@
+"""The loader of a server's worker on gloo ranks, into a model with a server's fused parameters that this file cuts by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
+from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.transport import server_loader
+from tests.test_plan import architecture
+
+
+def rows(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    return tensor.chunk(tp, 0)[rank]
+
+
+def columns(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    return tensor.chunk(tp, 1)[rank]
+
+
+def fused_by_hand(model: str, tp: int, rank: int) -> dict[str, torch.Tensor]:
+    """Names and values of a server's parameters of a dense model whose key/value heads its ranks divide."""
+    hf, config = load_file(f"{model}/model.safetensors"), json.loads(Path(model, "config.json").read_text())
+    padded = -(-config["vocab_size"] // 64) * 64
+    found = {}
+    for name, tensor in hf.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            full = torch.zeros(padded, tensor.shape[1])
+            full[: len(tensor)] = tensor
+            found[name] = rows(full, tp, rank)
+        elif "norm" in name:
+            found[name] = tensor
+        elif "o_proj" in name or "down_proj" in name:
+            found[name] = columns(tensor, tp, rank)
+    for layer in range(config["num_hidden_layers"]):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        for kind in ("weight", "bias"):
+            if f"{attention}q_proj.{kind}" in hf:
+                parts = [rows(hf[f"{attention}{x}_proj.{kind}"], tp, rank) for x in "qkv"]
+                found[f"{attention}qkv_proj.{kind}"] = torch.cat(parts)
+        parts = [rows(hf[f"{mlp}{x}_proj.weight"], tp, rank) for x in ("gate", "up")]
+        found[f"{mlp}gate_up_proj.weight"] = torch.cat(parts)
+    return found
+
+
+def experts_by_hand(model: str, tp: int, ep: int, rank: int) -> dict[str, torch.Tensor]:
+    """The fused expert parameters of a server that cuts EP-fold first."""
+    hf, config = load_file(f"{model}/model.safetensors"), json.loads(Path(model, "config.json").read_text())
+    count = config.get("num_experts") or config["num_local_experts"]
+    moe_tp, local = tp // ep, count // ep
+    place, first = rank % moe_tp, rank // moe_tp * local
+    found = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        if f"{prefix}0.down_proj.weight" not in hf:
+            continue
+        mine = range(first, first + local)
+        w13 = [torch.cat([rows(hf[f"{prefix}{e}.{x}_proj.weight"], moe_tp, place) for x in ("gate", "up")]) for e in mine]
+        found[prefix + "w13_weight"] = torch.stack(w13)
+        found[prefix + "w2_weight"] = torch.stack([columns(hf[f"{prefix}{e}.down_proj.weight"], moe_tp, place) for e in mine])
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_tied"])
+def test_a_server_receives_its_fused_parameters(gangs, hf_models, family):
+    model = hf_models[family]
+    found = gangs(4).run("tests.transport_jobs:serve", model=model, source=TrainingLayout(tp=2), destination=ServerLayout(tp=2))
+    for rank in (0, 1):
+        parameters, versions = found[2 + rank]
+        wanted = fused_by_hand(model, 2, rank)
+        assert parameters.keys() == wanted.keys()
+        assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
+        assert versions == [None, 11, 12]
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_a_server_receives_its_experts_in_the_places_of_the_fused_parameters(gangs, hf_models, ep):
+    model = hf_models["qwen3_moe"]
+    source = TrainingLayout(dp=2, ep=2)
+    found = gangs(4).run("tests.transport_jobs:serve", model=model, source=source, destination=ServerLayout(tp=2, ep=ep))
+    for rank in (0, 1):
+        wanted = experts_by_hand(model, 2, ep, rank)
+        assert len(wanted) == 2 * read_architecture(model).layers
+        assert all(torch.equal(found[2 + rank][0][name], wanted[name]) for name in wanted)
+
+
+def test_a_quantised_server_receives_values_and_scales(gangs, hf_models):
+    model = hf_models["llama"]
+    layouts = dict(source=TrainingLayout(tp=2), destination=ServerLayout(tp=2))
+    found = gangs(4).run("tests.transport_jobs:serve", model=model, **layouts, fp8_block=8)
+    for rank in (0, 1):
+        parameters, wanted = found[2 + rank][0], fused_by_hand(model, 2, rank)
+        for name in ("self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"):
+            name = f"model.layers.2.{name}"
+            values, scales = quantize_blocks(wanted[name], 8)
+            assert torch.equal(parameters[name], values.view(torch.uint8))
+            assert torch.equal(parameters[name + "_scale_inv"], scales)
+
+
+def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
+    for arch in (architecture(), read_architecture(hf_models["qwen3_moe"]), read_architecture(hf_models["llama"])):
+        offer = server_loader.Offer(3, "node7", 1234, 1, TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch, fp8_block=128)
+        message = offer.message()
+        assert message.dtype == torch.uint8 and message.dim() == 1
+        assert server_loader.Offer.read(message) == offer
+
+
+def test_other_tensors_and_unknown_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"takes the tensor etr_megatron\.sync_offer alone, not lm_head"):
+        server_loader.load(torch.nn.Linear(2, 2), [("lm_head", torch.ones(2))])
+    offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
+    with pytest.raises(ValueError, match=r"the server has no parameter model\.embed_tokens\.weight"):
+        server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
+
+
+def test_the_loader_imports_neither_megatron_nor_a_server():
+    program = (
+        "import sys, etr_megatron.weights.transport.server_loader\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'sglang', 'transformers')])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
