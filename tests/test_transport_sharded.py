@@ -86,7 +86,7 @@ def test_training_to_training_within_the_same_processes(gangs, hf_models, source
         ("qwen2", ["parallel.tp=2"], ServerLayout(servers=2)),
         ("qwen3", ["parallel.tp=2"], ServerLayout(tp=2)),
         ("qwen3_tied", ["parallel.pp=2"], ServerLayout(tp=2)),
-        ("qwen3_moe", ["parallel.ep=2"], ServerLayout(tp=2)),
+        ("qwen3_moe", ["parallel.tp=1", "parallel.ep=2"], ServerLayout(tp=2)),
         ("llama", ["parallel.tp=2", "parallel.pp=2"], ServerLayout(tp=2, servers=2)),
     ],
 )
@@ -104,9 +104,8 @@ def test_what_travels_as_fp8_equals_the_checkpoint_quantised_and_cut(gangs, hf_m
     """Blocks of 8, which heads of 16 and the halves of 48 and 80 consist of."""
     model, block = hf_models["qwen3"], 8
     job, layouts = "tests.transport_jobs:sharded", dict(source=TrainingLayout(tp=2), destination=destination)
-    found = gangs(2 + destination.world).run(
-        job, model=model, **layouts, tiny_messages=tiny_messages, fp8_block=block, dtype=torch.bfloat16
-    )
+    options = dict(tiny_messages=tiny_messages, fp8_block=block, dtype=torch.bfloat16)
+    found = gangs(2 + destination.world).run(job, model=model, **layouts, **options)
     sent = 0
     for rank in range(destination.world):
         shards = found[2 + rank]["shards"]
