@@ -2,8 +2,10 @@
 
 from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, read_architecture
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
-from etr_megatron.weights.layout import Holding, Placement, ServerLayout, TrainingLayout
+from etr_megatron.weights.layout import Holding, Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.map import TABLES, Weight, weights_of
+from etr_megatron.weights.plan import Plan, Transfer, make_plan
+from etr_megatron.weights.quantize import dequantize_blocks, quantize_blocks
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import Piece, Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
@@ -16,21 +18,27 @@ __all__ = [
     "Holding",
     "Piece",
     "Placement",
+    "Plan",
     "SafetensorsDir",
     "ServerLayout",
     "Shard",
     "TorchDistDir",
     "TrainingLayout",
+    "Transfer",
     "Weight",
     "check_checkpoint",
     "check_torch_dist",
+    "dequantize_blocks",
     "is_torch_dist",
     "join_shards",
+    "make_plan",
     "megatron_shard",
     "padded_vocab_size",
+    "quantize_blocks",
     "read_architecture",
     "read_shard",
     "server_shard",
+    "shards_of",
     "stored_shapes",
     "weights_of",
 ]

@@ -60,18 +60,23 @@ class Wire:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
         """Post messages, which must be posted on both sides in the same order; returns what to `wait` for."""
         self.bytes_sent += sum(tensor.nbytes for tensor, _ in sends)
-        group = self._group
-        if self.device.type == "cuda" and (sends or receives):
-            # NCCL's messages of one call must be one launch: two ranks that send to each other would wait for each other.
-            group._start_coalescing()
-            for tensor, other in sends:
-                group.send([tensor], other, 0)
-            for tensor, other in receives:
-                group.recv([tensor], other, 0)
-            return [(other, work) for _, other in receives[:1] or sends[:1] for work in [group._end_coalescing()]]
-        posts = [(other, group.recv, tensor) for tensor, other in receives]
-        posts += [(other, group.send, tensor) for tensor, other in sends]
+        if self.device.type == "cuda":
+            return self._exchange_as_one(sends, receives)
+        posts = [(other, self._group.recv, tensor) for tensor, other in receives]
+        posts += [(other, self._group.send, tensor) for tensor, other in sends]
         return [(other, self._guard(other, partial(post, [tensor], other, 0))) for other, post, tensor in posts]
+
+    def _exchange_as_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
+        """NCCL's messages of one round must be one launch: two ranks that send to each other would wait for each other."""
+        if not sends and not receives:
+            return []
+        group = self._group
+        group._start_coalescing()
+        for tensor, other in sends:
+            group.send([tensor], other, 0)
+        for tensor, other in receives:
+            group.recv([tensor], other, 0)
+        return [((*receives, *sends)[0][1], group._end_coalescing())]
 
     def part(self, ranks: Sequence[int]) -> Part:
         """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
