@@ -63,7 +63,7 @@ def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
 
 def kill_after(writes: int, argv: list[str]) -> int:
     """Run the tool in this process and kill it with -9 in the middle of its so many-th write."""
-    from etr_megatron.convert import output, safetensors_writer, torch_dist_writer
+    from etr_megatron.convert import copying, torch_dist_writer
     from tools.convert_hf import main
 
     left = writes
@@ -74,7 +74,7 @@ def kill_after(writes: int, argv: list[str]) -> int:
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    for module in (output, safetensors_writer, torch_dist_writer):
+    for module in (copying, torch_dist_writer):
         module.start_writeback = count
     return main(argv)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from etr_megatron.convert import Ranks, to_hf, to_megatron
+from etr_megatron.convert import Ranks, to_hf, to_megatron, torch_dist_writer
+from etr_megatron.errors import UserError
 from etr_megatron.weights import SafetensorsDir, TorchDistDir, read_architecture, stored_shapes, weights_of
 from etr_megatron.weights.quantize import quantize_blocks
 from tests.hf_models import FAMILIES
@@ -29,6 +32,13 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+@pytest.fixture(params=["read", "copied"])
+def small(request, monkeypatch):
+    """Tensors of more than 64 KiB are copied from file to file, which these models have none of."""
+    monkeypatch.setattr(torch_dist_writer, "_SMALL", {"read": 2**30, "copied": 1024}[request.param])
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_every_bit_is_the_same(hf_models, tmp_path, family):
     hf = Path(hf_models[family])
@@ -38,6 +48,30 @@ def test_there_and_back_every_bit_is_the_same(hf_models, tmp_path, family):
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((hf / name).read_text())
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("kernel", ["cannot", "between file systems", "half", "nothing"])
+def test_copying_does_not_need_the_kernel(hf_models, tmp_path, monkeypatch, kernel):
+    monkeypatch.setattr(torch_dist_writer, "_SMALL", 1024)
+    copy = os.copy_file_range
+
+    def between_file_systems(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    if kernel == "cannot":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif kernel == "between file systems":
+        monkeypatch.setattr(os, "copy_file_range", between_file_systems)
+    else:
+        least, share = (1, 2) if kernel == "half" else (0, 10**9)
+        monkeypatch.setattr(os, "copy_file_range", lambda a, b, n, *rest: copy(a, b, max(least, n // share), *rest))
+    if kernel == "nothing":
+        with pytest.raises(UserError, match=r"model\.safetensors ends at byte"):
+            to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks())
+        return
+    to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(hf_models["qwen3"]))
 
 
 def test_transformers_loads_the_files_and_their_index(hf_models, tmp_path):
@@ -87,7 +121,8 @@ def overrides_of(family: str, layout: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_megatron_loads_what_was_converted(gangs, hf_models, tmp_path, family, layout):
+def test_megatron_loads_what_was_converted(gangs, hf_models, tmp_path, family, layout, monkeypatch):
+    monkeypatch.setattr(torch_dist_writer, "_SMALL", 1024)
     (tmp_path / "model").symlink_to(hf_models[family])
     to_megatron(tmp_path / "model", tmp_path / "megatron", Ranks())
     job = {"model": str(tmp_path / "model"), "overrides": overrides_of(family, layout)}

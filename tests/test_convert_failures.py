@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.convert import Ranks, output, to_hf, to_megatron
+from etr_megatron.convert import Ranks, output, to_hf, to_megatron, torch_dist_writer
 from etr_megatron.errors import UserError
 from etr_megatron.weights import SafetensorsDir
 from tests.gang import ROOT
@@ -142,28 +142,29 @@ def test_a_disk_that_is_too_small_is_refused_first(capsys, hf, tmp_path, monkeyp
 
 @pytest.mark.parametrize("left", [0, 5, 20])
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
-def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_path, monkeypatch, direction, left):
-    import etr_megatron.convert.torch_dist_writer as megatron_writer
-
+@pytest.mark.parametrize("by", ["copying", "writing"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_path, monkeypatch, direction, left, by):
     room = [left]
 
-    def fails(write):
-        def limited(*args):
+    def limited(write):
+        def write_if_there_is_room(*args):
             room[0] -= 1
             if room[0] < 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return write(*args)
 
-        return limited
+        return write_if_there_is_room
 
-    if direction == "to-hf":
-        monkeypatch.setattr(os, "pwrite", fails(os.pwrite))
-        argv = ["to-hf", "--megatron", megatron, "--out", tmp_path / "out"]
+    argv = ["to-hf", "--megatron", megatron] if direction == "to-hf" else ["to-megatron", "--hf", hf]
+    if by == "writing":  # what has to be cast
+        argv += ["--dtype", "bf16"]
+        monkeypatch.setattr(os, "pwrite", limited(os.pwrite))
+        monkeypatch.setattr(torch_dist_writer._Stream, "write", limited(torch_dist_writer._Stream.write))
     else:
-        monkeypatch.setattr(megatron_writer._SmallWrites, "write", fails(megatron_writer._SmallWrites.write))
-        argv = ["to-megatron", "--hf", hf, "--out", tmp_path / "out"]
-    assert "no space left on the device" in refusal(capsys, *argv)
-    assert not list(tmp_path.glob("out*"))
+        monkeypatch.setattr(torch_dist_writer, "_SMALL", 1024)
+        monkeypatch.setattr(os, "copy_file_range", limited(os.copy_file_range))
+    assert "no space left on the device" in refusal(capsys, *argv, "--out", tmp_path / "out")
+    assert room[0] < 0 and not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from etr_megatron.weights import ServerLayout, TrainingLayout
 from etr_megatron.weights.checksum import checksum
-from etr_megatron.weights.transport import SyncError, Versions
+from etr_megatron.weights.transport import SyncError, Versions, Wire
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
             assert one["seconds"] < within_s
         # Before the begin nothing has been written, and the version before is still there.
         assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
+
+
+def test_a_rank_that_nobody_waits_for_says_where_it_looked():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
+        Wire.at("127.0.0.1", port, 1, 2, timeout_s=1)
+    with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not come within 1 s"):
+        Wire.at("127.0.0.1", port, 0, 2, timeout_s=1)
 
 
 def test_a_version_is_complete_only_between_its_end_and_the_next_begin():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etr_megatron.convert.copying import Copies
 from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
@@ -25,7 +26,7 @@ _FP8_PANEL = 2**22
 MAX_FILE_BYTES = 5 * 10**9
 """Tensors of one output file, as transformers' `save_pretrained` has had it for years."""
 
-Write = Callable[[str, Index, Tensor], None]
+Write = Callable[[str, Index, Tensor], Any]
 
 
 def to_hf(
@@ -56,10 +57,13 @@ def to_hf(
         ranks.first(writer.create)
 
         def convert() -> None:
-            with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
+            with progress_bar(sum(sizes[i] for i in mine), ranks) as bar, Copies(bar.update) as copies:
                 for i in mine:
-                    _convert(source, weights[i], arch, writer, fp8_block)
-                    bar.update(sizes[i])
+                    if fp8_block and weights[i].fp8:
+                        _quantise(source, weights[i], arch, writer, fp8_block)
+                        bar.update(sizes[i])
+                    else:
+                        _convert(source, weights[i], arch, writer, copies, bar.update)
 
         ranks.together(convert)
         ranks.first(writer.sync)
@@ -82,20 +86,27 @@ def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[
 
 
 def _convert(
-    source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, fp8_block: int | None
+    source: TorchDistDir,
+    weight: Weight,
+    arch: Architecture,
+    writer: SafetensorsWriter,
+    copies: Copies,
+    written: Callable[[int], Any],
 ) -> None:
-    """Write a weight part by part as it is stored; one that is quantised is put together first, an HF tensor at a time."""
-    if not (fp8_block and weight.fp8):
-        for stored in source.boxes(weight, arch):
-            if not writer.copy(stored):
-                for begin, values in source.blocks(stored):
-                    writer.write(stored.name, begin, values)
-        return
-    for wanted, shape in zip(weight.hf, weight.shapes, strict=True):
+    """Write a weight box by box as it is stored: copied from file to file, or read and written where its type changes."""
+    for stored in source.boxes(weight, arch):
+        if not writer.copy(stored, copies):
+            for begin, values in source.blocks(stored):
+                written(writer.write(stored.name, begin, values))
+
+
+def _quantise(source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int) -> None:
+    """Write a weight in FP8: put together first, an HF tensor at a time."""
+    for name, shape in zip(weight.hf, weight.shapes, strict=True):
         full = torch.empty(shape, dtype=source.dtype(weight.stored))
-        for _, begin, values in source.parts(weight, arch, only=wanted):
+        for _, begin, values in source.parts(weight, arch, only=name):
             box(full, begin, tuple(values.shape)).copy_(values)
-        _write_quantised(wanted, full, writer.write, fp8_block)
+        _write_quantised(name, full, writer.write, block)
 
 
 def _write_quantised(name: str, full: Tensor, write: Write, block: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from etr_megatron.convert.copying import copy_bytes, write_bytes
+from etr_megatron.convert.copying import Copies, write_bytes
 from etr_megatron.platform.files import write_atomically
 from etr_megatron.weights.file_tensor import FileTensor, Index, byte_view, runs
 from etr_megatron.weights.safetensors_dir import DTYPES, INDEX
@@ -74,25 +74,25 @@ class SafetensorsWriter:
             write_atomically(self._folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     @torch.no_grad()
-    def write(self, name: str, begin: Index, values: Tensor) -> None:
-        """Put a box of a tensor into its place, cast to the tensor's type. Raises OSError for a disk that is full."""
+    def write(self, name: str, begin: Index, values: Tensor) -> int:
+        """Put a box of a tensor into its place, cast to the tensor's type; returns the bytes.
+
+        Raises OSError for a disk that is full.
+        """
         place = self._places[name]
         values = values.to(place.dtype).contiguous()
         with open(place.file, "r+b", buffering=0) as file:
             for offset, part in runs(place.shape, begin, tuple(values.shape)):
                 write_bytes(file.fileno(), byte_view(values[part]), place.begin + offset * place.dtype.itemsize)
+        return values.nbytes
 
-    def copy(self, stored: StoredBox) -> bool:
-        """Copy a box from file to file; False, and nothing is done, where its bytes differ or are not consecutive in both.
-
-        Raises as `copy_bytes`.
-        """
+    def copy(self, stored: StoredBox, copies: Copies) -> bool:
+        """Copy a box from file to file; False, and nothing is done, where its bytes differ or are not consecutive in both."""
         place = self._places[stored.name]
         source, target = stored.span(), place.span(stored.begin, stored.size)
         if source is None or target is None or stored.values.dtype != place.dtype:
             return False
-        with open(place.file, "r+b", buffering=0) as file:
-            copy_bytes(source[0], source[1], file.fileno(), target[0], source[2])
+        copies.add(source[0], source[1], place.file, target[0], source[2])
         return True
 
     def sync(self) -> None:

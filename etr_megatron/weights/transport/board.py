@@ -30,7 +30,7 @@ class Board:
     def __init__(self, store: dist.Store, rank: int, world: int, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._store = store
-        self._sync, self._what = 0, "opening of the weight sync"
+        self._sync, self._what = 0, "the opening of the weight sync"
         self._deadline = time.monotonic() + timeout_s
         self._broken: str | None = None
 
@@ -39,7 +39,7 @@ class Board:
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
-        self._what = f"weight sync of version {version}"
+        self._what = f"the weight sync of version {version}"
         self._forget(self._sync - 2)  # everyone has left it: all were at the begin of the one after it
 
     def _key(self, name: str, rank: int | None = None, sync: int | None = None) -> str:

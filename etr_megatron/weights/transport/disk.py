@@ -61,7 +61,7 @@ class DiskWriter(CollectiveTransport):
 
     directory: on a file system that all of them and the readers see. file_bytes: bound of a file (or the largest weight), which
     is as well what a rank has in memory. keep: how many complete versions stay. The other arguments are those of
-    `ShardedTransport` and `make_plan`. A failed sync leaves no version behind.
+    `ShardedTransport` and `make_plan`. A sync that fails before all have written leaves no version behind.
     """
 
     def __init__(

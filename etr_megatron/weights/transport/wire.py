@@ -52,9 +52,13 @@ class Wire:
 
     @classmethod
     def at(cls, address: str, port: int, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
-        """A wire of ranks that have no world in common; rank 0 opens the port."""
+        """A wire of ranks that have no world in common; rank 0 opens the port, or SyncError is raised."""
         deadline = datetime.timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False)
+        try:
+            store = dist.TCPStore(address, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False)
+        except RuntimeError as error:
+            what = "could not open" if rank == 0 else f"did not reach rank 0 within {timeout_s:g} s at"
+            raise SyncError(f"weight sync: rank {rank} {what} {address}:{port}") from error
         return cls(store, rank, world, backend=backend, timeout_s=timeout_s)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
