@@ -4,7 +4,7 @@
     python -m benchmarks.convert --layers 4 --rounds 1 --out /tmp/convert.json
 
 A random bf16 Qwen3 is written to --work (a disk with room for three of it). Each round runs, one after another in new
-processes: `cp -r` of the HuggingFace directory, the same followed by an fsync of every file, to-megatron, to-hf. Times are whole
+processes: `cp -r` of the HuggingFace directory, the same with an fsync of every file, to-megatron, to-hf. Times are whole
 processes, interpreter and imports included; the conversions end with an fsync. Memory is the process's peak resident set as the
 kernel reports it, against 2 x the largest tensor + 1 GB.
 """

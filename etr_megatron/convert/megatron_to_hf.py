@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr_megatron.convert.copying import Copies
 from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
@@ -57,13 +56,13 @@ def to_hf(
         ranks.first(writer.create)
 
         def convert() -> None:
-            with progress_bar(sum(sizes[i] for i in mine), ranks) as bar, Copies(bar.update) as copies:
+            with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
                 for i in mine:
                     if fp8_block and weights[i].fp8:
                         _quantise(source, weights[i], arch, writer, fp8_block)
                         bar.update(sizes[i])
                     else:
-                        _convert(source, weights[i], arch, writer, copies, bar.update)
+                        _convert(source, weights[i], arch, writer, bar.update)
 
         ranks.together(convert)
         ranks.first(writer.sync)
@@ -90,14 +89,16 @@ def _convert(
     weight: Weight,
     arch: Architecture,
     writer: SafetensorsWriter,
-    copies: Copies,
     written: Callable[[int], Any],
 ) -> None:
     """Write a weight box by box as it is stored: copied from file to file, or read and written where its type changes."""
     for stored in source.boxes(weight, arch):
-        if not writer.copy(stored, copies):
-            for begin, values in source.blocks(stored):
-                written(writer.write(stored.name, begin, values))
+        copied = writer.copy(stored)
+        if copied:
+            written(copied)
+            continue
+        for begin, values in source.blocks(stored):
+            written(writer.write(stored.name, begin, values))
 
 
 def _quantise(source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from etr_megatron.convert.copying import Copies, write_bytes
+from etr_megatron.convert.copying import copy_bytes, write_bytes
 from etr_megatron.platform.files import write_atomically
 from etr_megatron.weights.file_tensor import FileTensor, Index, byte_view, runs
 from etr_megatron.weights.safetensors_dir import DTYPES, INDEX
@@ -86,14 +86,14 @@ class SafetensorsWriter:
                 write_bytes(file.fileno(), byte_view(values[part]), place.begin + offset * place.dtype.itemsize)
         return values.nbytes
 
-    def copy(self, stored: StoredBox, copies: Copies) -> bool:
-        """Copy a box from file to file; False, and nothing is done, where its bytes differ or are not consecutive in both."""
+    def copy(self, stored: StoredBox) -> int:
+        """Copy a box from file to file; returns the bytes, 0 where they would not be the same or not consecutive in both."""
         place = self._places[stored.name]
         source, target = stored.span(), place.span(stored.begin, stored.size)
         if source is None or target is None or stored.values.dtype != place.dtype:
-            return False
-        copies.add(source[0], source[1], place.file, target[0], source[2])
-        return True
+            return 0
+        copy_bytes(source[0], source[1], place.file, target[0], source[2])
+        return source[2]
 
     def sync(self) -> None:
         """Wait until everything that was written, by any process, is on the disk."""

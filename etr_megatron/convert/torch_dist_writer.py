@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from etr_megatron.convert.chunk import ChunkToWrite, Span
-from etr_megatron.convert.copying import WRITE_BYTES, Copies, start_writeback
+from etr_megatron.convert.chunk import ChunkToWrite
+from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
 from etr_megatron.convert.output import disk_full_behind
 from etr_megatron.convert.ranks import Ranks
 
@@ -82,8 +82,7 @@ class _Writer(dcp.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0.distcp"
         try:
             with open(Path(self.path) / name, "wb") as file:
-                with Copies(self._written) as copies:
-                    future.set_result([self._write(file, name, item, planner, copies) for item in plan.items])
+                future.set_result([self._write(file, name, item, planner) for item in plan.items])
                 file.flush()
                 os.fsync(file.fileno())
         except Exception as error:
@@ -93,29 +92,32 @@ class _Writer(dcp.FileSystemWriter):
             raise OSError(full.errno, full.strerror) if full is not None else error from error
         return future
 
-    def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, planner: SavePlanner, copies: Copies) -> WriteResult:
+    def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
         begin, data = file.tell(), planner.resolve_data(item)
         if isinstance(data, io.BytesIO):
             file.write(data.getbuffer())
-        elif (spans := data.spans() if data.nbytes >= _SMALL else None) is not None:
-            _write_around(file, data, spans, copies)
         else:
-            torch.save(data.read(), _Stream(file))
-            start_writeback(file.fileno(), begin, file.tell() - begin)
+            _write_chunk(file, data)
             self._written(data.nbytes)
         length = file.tell() - begin
         return WriteResult(item.index, length, _StorageInfo(name, begin, length))
 
 
-def _write_around(file: io.BufferedWriter, chunk: ChunkToWrite, spans: Sequence[Span], copies: Copies) -> None:
-    """Write what `torch.save` writes of a tensor around a hole, into which its values are copied from the files they are in."""
+def _write_chunk(file: io.BufferedWriter, chunk: ChunkToWrite) -> None:
+    """Write what `torch.save` writes of a tensor; around a hole that its values are copied into, where they are in files."""
+    spans = chunk.spans() if chunk.nbytes >= _SMALL else None
+    if spans is None:
+        begin = file.tell()
+        torch.save(chunk.read(), _Stream(file))
+        start_writeback(file.fileno(), begin, file.tell() - begin)
+        return
     stream = _Stream(file, hole=chunk.nbytes)
     torch.save(torch.empty(chunk.size, dtype=chunk.dtype), stream)  # memory that is never touched takes no room
     if stream.at is None:
         raise RuntimeError("torch.save did not write a tensor's values at once")
     at = stream.at
     for source, first, count in spans:
-        copies.add(source, first, Path(file.name), at, count)
+        copy_bytes(source, first, Path(file.name), at, count)
         at += count
 
 
