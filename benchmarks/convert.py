@@ -1,11 +1,13 @@
 """Time and memory of tools/convert_hf.py on a checkpoint that is several times larger than its memory bound.
 
     python -m benchmarks.convert                 writes results/convert.json
-    python -m benchmarks.convert --layers 4 --rounds 1 --out /tmp/convert.json
+    python -m benchmarks.convert --layers 4 --rounds 1 --out quick.json
 
-A random bf16 Qwen3 is written to --work (a disk with room for three of it). Each round runs, one after another in new
-processes: `cp -r` of the HuggingFace directory, the same with an fsync of every file, to-megatron, to-hf. Times are whole
-processes, interpreter and imports included; the conversions end with an fsync. Memory is the process's peak resident set as the
+A random bf16 Qwen3 is written to --work (a disk with room for three of it). For each direction, rounds of three contestants in
+new processes, one after the other: `cp -r` of the directory that is converted, the same followed by an fsync of every file, and
+the conversion, which ends with an fsync as well. Times are whole processes, interpreter and imports included. What a contestant
+wrote is removed before the next, and the first round does not count: so all of them find the input in memory and write to
+memory that was in use before. The checkpoint should fit into memory twice. Memory is the process's peak resident set as the
 kernel reports it, against 2 x the largest tensor + 1 GB.
 """
 
@@ -27,6 +29,7 @@ from benchmarks.experiment_environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = [sys.executable, str(ROOT / "tools" / "convert_hf.py")]
+WAYS = ("to_megatron", "to_hf")
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -87,46 +90,50 @@ def measure(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def one_round(work: Path) -> dict[str, tuple[float, int]]:
-    """Every contestant once; what it wrote is removed when the next does not need it."""
-    hf, copy, megatron, back = work / "hf", work / "copy", work / "megatron", work / "back"
-    found = {"cp": measure(["cp", "-r", str(hf), str(copy)])}
-    shutil.rmtree(copy)
-    found["cp_fsync"] = measure(["bash", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "bash", str(hf), str(copy)])
-    shutil.rmtree(copy)
-    found["to_megatron"] = measure([*TOOL, "to-megatron", "--hf", str(hf), "--out", str(megatron)])
-    found["to_hf"] = measure([*TOOL, "to-hf", "--megatron", str(megatron), "--out", str(back), "--max-shard-gb", "1"])
-    for file in hf.iterdir():
-        if file.suffix == ".safetensors" and subprocess.run(["cmp", "-s", file, back / file.name]).returncode:
+def rounds_of(source: Path, command: list[str], out: Path, rounds: int) -> list[dict[str, tuple[float, int]]]:
+    """Rounds of the two copies of `source` and of the conversion; the first, which does not count, is left out."""
+    contestants = {
+        "cp": ["cp", "-r", str(source), str(out)],
+        "cp_fsync": ["bash", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "bash", str(source), str(out)],
+        "convert": [*TOOL, *command, "--out", str(out)],
+    }
+    found = []
+    for number in range(rounds + 1):
+        one = {}
+        for name, arguments in contestants.items():
+            one[name] = measure(arguments)
+            shutil.rmtree(out)
+        found.append(one)
+        print(command[0], number or "warm-up", {name: round(seconds, 2) for name, (seconds, _) in one.items()}, flush=True)
+    return found[1:]
+
+
+def check_round_trip(hf: Path, megatron: Path, back: Path) -> None:
+    """End the benchmark where there and back is not bit for bit the same."""
+    subprocess.run([*TOOL, "to-hf", "--megatron", str(megatron), "--out", str(back), "--max-shard-gb", "1"], check=True)
+    for file in hf.glob("*.safetensors"):
+        if subprocess.run(["cmp", "-s", file, back / file.name]).returncode:
             raise SystemExit(f"{file.name} is not what it was after the round trip")
-    shutil.rmtree(megatron)
     shutil.rmtree(back)
-    return found
 
 
-def summary(rounds: list[dict[str, tuple[float, int]]], largest: int, total: int) -> dict[str, Any]:
+def summary(rounds: list[dict[str, tuple[float, int]]], bound: int) -> dict[str, Any]:
     """Medians, ratios to the two copies, and memory against the bound."""
-    bound = 2 * largest + 10**9
-    names = list(rounds[0])
-    medians = {name: statistics.median(one[name][0] for one in rounds) for name in names}
-    peaks = {name: max(one[name][1] for one in rounds) for name in names}
+    medians = {name: statistics.median(one[name][0] for one in rounds) for name in rounds[0]}
+    peak = max(one["convert"][1] for one in rounds)
     return {
-        "checkpoint_bytes": total,
-        "largest_tensor_bytes": largest,
-        "memory_bound_bytes": bound,
-        "checkpoint_over_bound": total / bound,
-        "seconds": {name: [one[name][0] for one in rounds] for name in names},
+        "seconds": {name: [one[name][0] for one in rounds] for name in rounds[0]},
         "median_seconds": medians,
-        "peak_resident_bytes": {name: peaks[name] for name in ("to_megatron", "to_hf")},
-        "times_cp": {name: medians[name] / medians["cp"] for name in ("to_megatron", "to_hf")},
-        "times_cp_fsync": {name: medians[name] / medians["cp_fsync"] for name in ("to_megatron", "to_hf")},
-        "memory_within_bound": {name: peaks[name] <= bound for name in ("to_megatron", "to_hf")},
+        "times_cp": medians["convert"] / medians["cp"],
+        "times_cp_fsync": medians["convert"] / medians["cp_fsync"],
+        "peak_resident_bytes": peak,
+        "memory_within_bound": peak <= bound,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=40, help="40 are 4.9 GB")
+    parser.add_argument("--layers", type=int, default=64, help="64 are 7.9 GB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="directory on the disk that is measured (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "convert.json")
@@ -136,17 +143,27 @@ def main() -> None:
         generate(asked.generate, asked.layers)
         return
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
-        work = Path(folder)
-        again = [sys.executable, "-m", "benchmarks.convert", "--generate", str(work / "hf"), "--layers", str(asked.layers)]
+        hf, megatron, out = (Path(folder) / name for name in ("hf", "megatron", "out"))
+        again = [sys.executable, "-m", "benchmarks.convert", "--generate", str(hf), "--layers", str(asked.layers)]
         subprocess.run(again, check=True, cwd=ROOT)
-        largest, total = largest_tensor(work / "hf")
-        rounds = []
-        for number in range(asked.rounds):
-            rounds.append(one_round(work))
-            print(f"round {number + 1}:", {name: round(seconds, 2) for name, (seconds, _) in rounds[-1].items()}, flush=True)
-        found = {"environment": environment(ROOT), **summary(rounds, largest, total)}
+        largest, total = largest_tensor(hf)
+        bound = 2 * largest + 10**9
+        there = rounds_of(hf, ["to-megatron", "--hf", str(hf)], out, asked.rounds)
+        subprocess.run([*TOOL, "to-megatron", "--hf", str(hf), "--out", str(megatron)], check=True)
+        check_round_trip(hf, megatron, out)
+        shutil.rmtree(hf)
+        back = rounds_of(megatron, ["to-hf", "--megatron", str(megatron)], out, asked.rounds)
+    found = {
+        "environment": environment(ROOT),
+        "checkpoint_bytes": total,
+        "largest_tensor_bytes": largest,
+        "memory_bound_bytes": bound,
+        "checkpoint_over_bound": total / bound,
+        "to_megatron": summary(there, bound),
+        "to_hf": summary(back, bound),
+    }
     asked.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({key: found[key] for key in ("times_cp", "times_cp_fsync", "peak_resident_bytes")}, indent=2))
+    print(json.dumps({way: {k: found[way][k] for k in ("times_cp", "times_cp_fsync", "peak_resident_bytes")} for way in WAYS}))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,21 @@ def test_a_checksum_sees_every_change_of_one_byte(data, place, change):
     assert checksum(tensor) != before
 
 
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=9), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_checksum_sees_two_flipped_bits_and_exchanged_words(words, data):
+    tensor = torch.tensor(words, dtype=torch.uint64).view(torch.int64)
+    before = checksum(tensor)
+    first, second = data.draw(st.lists(st.integers(0, len(words) - 1), min_size=2, max_size=2, unique=True))
+    flipped = tensor.clone()
+    for place in (first, second):
+        flipped[place] ^= -(2**63)  # the sign of a float: two of them cancel in a weighted sum
+    assert checksum(flipped) != before
+    swapped = tensor.clone()
+    swapped[[first, second]] = tensor[[second, first]]
+    assert (checksum(swapped) == before) == torch.equal(swapped, tensor)
+
+
 def test_a_checksum_sees_exchanged_parts_and_length_and_nothing_else():
     matrix = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
     swapped = matrix.clone()

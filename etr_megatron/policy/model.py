@@ -25,6 +25,7 @@ from etr_megatron.weights import (
     megatron_shard,
     padded_vocab_size,
     read_shard,
+    shards_of,
     weights_of,
 )
 
@@ -111,7 +112,10 @@ def _parameter_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
 
 
 def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
-    """Megatron name -> (weight, this rank's parameter). The copy of a tied embedding on the last stage counts as the head."""
+    """Megatron name -> (weight, this rank's parameter). The copy of a tied embedding on the last stage counts as the head.
+
+    Raises RuntimeError naming parameters that the map does not know, and rows of it that this rank should hold and does not.
+    """
     named = _parameter_names(model)
     pairs = {}
     for weight in weights_of(model.arch):
@@ -123,6 +127,10 @@ def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Param
     if "output_layer.weight" in named:
         embedding = next(weights_of(model.arch))
         pairs["output_layer.weight"] = (embedding, named["output_layer.weight"])
+    held = {weight.megatron for weight, _ in pairs.values()}
+    wanted = {weight.megatron for weight, _ in shards_of(model.layout.training, model.arch, model.layout.rank)}
+    if held != wanted:
+        raise RuntimeError(f"rows of the weight map without a parameter on this rank: {sorted(wanted - held)}")
     return pairs
 
 

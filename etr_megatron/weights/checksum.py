@@ -1,4 +1,4 @@
-"""Checksums of tensors that any change of one byte, and any exchange of two parts, changes."""
+"""Checksums of tensors: any change of one word changes them, others do but for a chance of 2**-64 or so."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ _CHUNK = 1 << 16
 def checksum(tensor: Tensor) -> int:
     """A signed 64-bit number of a tensor's bytes in order, whatever its dtype and strides; not cryptographic.
 
-    The sum over 64-bit words of word x odd weight, modulo 2**64; the weight depends on the place. One word that differs always
-    changes it: an odd number has an inverse.
+    The sum, modulo 2**64, over 64-bit words of a scrambled form of word and place. Scrambling can be undone, so one word
+    that differs always changes the sum. It is not linear (the finaliser of MurmurHash3), so two changes do not cancel: with
+    weights alone two flipped signs would.
     """
     data = tensor.contiguous().flatten().view(torch.uint8)
     rest = data.numel() % 8
     words = data[: data.numel() - rest]
     # A view at an odd offset cannot become a view of words.
     words = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
-    weights = 2 * torch.arange(min(_CHUNK, max(len(words), 1)), device=data.device) + 1
     total = torch.full((), data.numel(), dtype=torch.int64, device=data.device)
     for number, chunk in enumerate(words.split(_CHUNK) if len(words) else ()):
-        total += (chunk * weights[: len(chunk)]).sum() * (2 * (number * 2_654_435_761 + 1) + 1)
+        total += _scrambled(chunk, number * _CHUNK).sum()
     if rest:
         tail = torch.zeros(8, dtype=torch.uint8, device=data.device)
         tail[:rest] = data[-rest:]
-        total += tail.view(torch.int64)[0] * -7_046_029_254_386_353_131
+        total += _scrambled(tail.view(torch.int64), len(words)).sum()
     return int(total)
+
+
+def _scrambled(words: Tensor, first: int) -> Tensor:
+    """int64 [n] words, the first of which stands at place `first`, each made a function of its value and its place."""
+    places = torch.arange(first + 1, first + 1 + len(words), device=words.device)
+    mixed = words + places * -7_046_029_254_386_353_131
+    for factor in (-49_064_778_989_728_563, -4_265_267_296_055_464_877):
+        mixed = (mixed ^ (mixed >> 33)) * factor
+    return mixed ^ (mixed >> 33)

@@ -17,7 +17,7 @@ from etr_megatron.weights.transport.buckets import Shards, destination_box, sour
 from etr_megatron.weights.transport.collective import CollectiveTransport
 from etr_megatron.weights.transport.verify import compare, destination_checksum, piece_checksum, refuse_differing
 from etr_megatron.weights.transport.whole import Gather, groups_of
-from etr_megatron.weights.transport.wire import Wire
+from etr_megatron.weights.transport.wire import Part, Wire
 
 
 class BroadcastTransport(CollectiveTransport):
@@ -112,6 +112,7 @@ class BroadcastTransport(CollectiveTransport):
 
     def close(self) -> None:
         """See `Transport.close`."""
+        self._receivers = Part((), None)
         super().close()
         self._memory.clear()
         if self._gather is not None:

@@ -168,15 +168,18 @@ def _copied(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending
 
 
 @torch.no_grad()
-def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
-    """Fill `flat` (uint8) from a source's shards, casting or quantising on the shards' device."""
+def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
+    """Fill `flat` (uint8) from a source's shards on the shards' device: cast to `dtype`, of that quantised what is to be.
+
+    What is quantised is cast first as well, so that its bits do not depend on the transport or on the source's own dtype.
+    """
     quantised: dict[tuple[str, Index], Tensor] = {}
     # Scales come before their values, so both are there when the values' turn comes.
     for slot in _copied(plan, bucket, flat, shards, sending=True):
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
         if slot.scales:
-            quantised[key], scales = quantize_blocks(source_box(slot.transfer, shards), plan.fp8_block)
+            quantised[key], scales = quantize_blocks(source_box(slot.transfer, shards).to(dtype), plan.fp8_block)
             target.copy_(scales)
         elif slot.dtype == FP8:
             target.copy_(quantised.pop(key))
@@ -192,9 +195,9 @@ def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
 
 
 @torch.no_grad()
-def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards) -> None:
-    """A transfer within a process."""
-    values = source_box(transfer, sources)
+def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
+    """A transfer within a process, with the values that another one would have got; see `pack`."""
+    values = source_box(transfer, sources).to(dtype)
     if plan.is_fp8(transfer.weight):
         values, scales = quantize_blocks(values, plan.fp8_block)
         destination_box(transfer, destinations, plan.fp8_block).copy_(scales)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 from etr_megatron.weights.architecture import Architecture
@@ -39,6 +41,14 @@ def _check_shapes(role: str, rank: int | None, wanted: Shapes, given: Shards | N
             raise ValueError(f"{name} of {role} rank {rank} is {tuple(given[name].shape)}, the plan says {shape}")
 
 
+def _let_go(error: BaseException) -> None:
+    """Clear the frames that an error came through: messages under way in them would keep gloo's connections open."""
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
+
+
 class CollectiveTransport:
     """A transport all of whose ranks meet on a wire: the source's from process 0, the destination's from `start`."""
 
@@ -54,6 +64,7 @@ class CollectiveTransport:
         self._source_shapes = _shapes_of(source, arch, self.source, None)
         self._destination_shapes = _shapes_of(destination, arch, self.destination, fp8_block)
 
+    @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
         """See `Transport.sync`."""
         board = self.wire.board
@@ -70,10 +81,12 @@ class CollectiveTransport:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             board.meet("end")
-        except SyncError:
+        except SyncError as error:
+            _let_go(error)
             self.close()
             raise
         except Exception as error:
+            _let_go(error)
             self.close()
             raise board.fail(f"{type(error).__name__}: {error}") from error
         self.versions.end(version)

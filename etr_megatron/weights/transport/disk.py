@@ -193,6 +193,7 @@ class DiskReader:
         self._shards = list(shards_of(destination, arch, rank))
         self._checksums = checksums
 
+    @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
         """See `Transport.sync`; `sources` must be None. Raises SyncError when the version does not appear or is damaged."""
         if sources is not None:

@@ -76,7 +76,7 @@ class Exchange:
     def _pack(self, number: int, sources: Shards) -> None:
         for destination, buckets in self._outgoing.items():
             if number < len(buckets):
-                pack(self.plan, buckets[number], self._buffer(True, destination, number), sources)
+                pack(self.plan, buckets[number], self._buffer(True, destination, number), sources, self.dtype)
 
     def _post(self, number: int, sources: Shards, destinations: Shards) -> list[tuple[int, Any]]:
         """Begin a round."""
@@ -106,4 +106,4 @@ class Exchange:
         """Transfers within this process."""
         here = (self.source, self.destination)
         for transfer in self.plan.pairs.get(here, ()) if None not in here and self.plan.is_local(*here) else ():
-            copy_local(self.plan, transfer, sources, destinations)
+            copy_local(self.plan, transfer, sources, destinations, self.dtype)

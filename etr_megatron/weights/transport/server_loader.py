@@ -126,4 +126,8 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
             old.close()
         _open.clear()
         _open[key] = offer.transport(offer.source.world + offer.rank)
-    _open[key].sync(offer.version, None, shards)
+    try:
+        _open[key].sync(offer.version, None, shards)
+    except BaseException:
+        _open.pop(key).close()  # the next offer opens a new one, at the same address too
+        raise

@@ -40,7 +40,8 @@ class Wire:
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self.board = Board(dist.PrefixStore("board", store), rank, world, timeout_s)
         self.board.meet("begin")
-        self._backend, self._store, self._parts = backend, store, 0
+        self._backend, self._store = backend, store
+        self._parts: list[Any] = []
         self._group = _open_group(backend, dist.PrefixStore("group", store), rank, world, timeout_s)
 
     @classmethod
@@ -84,11 +85,12 @@ class Wire:
 
     def part(self, ranks: Sequence[int]) -> Part:
         """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
-        self._parts += 1
-        if self.rank not in ranks:
-            return Part(tuple(ranks), None)
-        store = dist.PrefixStore(f"part{self._parts}", self._store)
-        return Part(tuple(ranks), _open_group(self._backend, store, ranks.index(self.rank), len(ranks), self.board.timeout_s))
+        group = None
+        if self.rank in ranks:
+            store = dist.PrefixStore(f"part{len(self._parts)}", self._store)
+            group = _open_group(self._backend, store, ranks.index(self.rank), len(ranks), self.board.timeout_s)
+        self._parts.append(group)
+        return Part(tuple(ranks), group)
 
     def broadcast(self, tensor: Tensor, part: Part) -> list[tuple[int, Any]]:
         """Post a broadcast of a flat tensor from the part's first rank, whose `bytes_sent` counts it once per receiver."""
@@ -126,10 +128,11 @@ class Wire:
             raise self.board.fail(f"{waited} rank {other}") from error
 
     def close(self) -> None:
-        """Drop the connections, so that nobody waits for this rank until the deadline."""
-        group, self._group = self._group, None
-        if self.device.type == "cuda" and group is not None:
-            group.abort()
+        """Drop the connections, so that nobody waits for this rank until the deadline. Parts' holders must drop them too."""
+        groups, self._group, self._parts = [self._group, *self._parts], None, []
+        for group in groups:
+            if self.device.type == "cuda" and group is not None:
+                group.abort()
 
 
 def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> Any:

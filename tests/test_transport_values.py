@@ -1,0 +1,50 @@
+"""What arrives does not depend on the transport's way or on the source's own dtype."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from etr_megatron.weights import ServerLayout, TrainingLayout, megatron_shard, server_shard, weights_of
+from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, buckets_of, copy_local, messages, pack, unpack
+from tests.weight_cases import ARCHITECTURES, tensors_of
+
+BLOCK = 8
+
+
+def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_within_a_process():
+    arch = replace(ARCHITECTURES["qwen3"], hidden_size=48, head_dim=16, heads=4, kv_heads=2, intermediate_size=40)
+    plan = make_plan(TrainingLayout(), ServerLayout(), arch, fp8_block=BLOCK)
+    tensors = {name: tensor.float() for name, tensor in tensors_of(arch).items()}
+    weight = next(weight for weight in weights_of(arch) if weight.split == "row")
+    (name,) = weight.hf
+    tensors[name] = tensors[name] + 1e-3 * torch.randn(tensors[name].shape)  # not what bf16 can hold
+    assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
+    sources = {weight.megatron: tensors[name]}
+    values, scales = quantize_blocks(tensors[name].bfloat16(), BLOCK)
+    assert not torch.equal(scales, quantize_blocks(tensors[name], BLOCK)[1])
+    transfers = [transfer for transfer in plan.pairs[0, 0] if transfer.weight.megatron == weight.megatron]
+    assert megatron_shard(weight, arch, 1, 0).shape == server_shard(weight, arch, 1, 0).shape == tuple(values.shape)
+
+    def empty():
+        return {weight.megatron: torch.empty_like(values), weight.megatron + SCALE_SUFFIX: torch.empty_like(scales)}
+
+    sent, local = empty(), empty()
+    for bucket in buckets_of(plan, transfers, torch.bfloat16, 1 << 20):
+        flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        pack(plan, bucket, flat, sources, torch.bfloat16)
+        for message, arrived in zip(
+            messages(plan, bucket, flat, sources, sending=True),
+            messages(plan, bucket, flat, sent, sending=False),
+            strict=True,
+        ):
+            arrived.copy_(message)
+        unpack(plan, bucket, flat, sent)
+    for transfer in transfers:
+        copy_local(plan, transfer, sources, local, torch.bfloat16)
+    for found in (sent, local):
+        assert torch.equal(found[weight.megatron].view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(found[weight.megatron + SCALE_SUFFIX], scales)
