@@ -59,8 +59,8 @@ def _add_megatron(command: argparse.ArgumentParser) -> None:
 def run(argv: list[str]) -> int:
     """Do what the command line says; the exit code. Raises UserError."""
     asked = parser().parse_args(argv)
-    if getattr(asked, "max_shard_gb", 1.0) <= 0:
-        raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be more than 0")
+    if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # a NaN is neither
+        raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
     from etr_megatron import convert  # torch, after the command line is known to be right
     from etr_megatron.convert.hf_files import DTYPES
 

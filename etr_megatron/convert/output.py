@@ -25,6 +25,8 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     when `out` holds something, another conversion writes there, or the disk is full or not writable; what was written is then
     removed. After `kill -9` the unfinished directory stays, until the same conversion is started again.
     """
+    if not out.name or out.resolve().name != out.name:
+        raise UserError(f"--out {out} must end in the name of a new directory")
     partial = out.with_name(out.name + ".unfinished")
     lock = ranks.first(lambda: _prepare(out, partial, size))
     try:
