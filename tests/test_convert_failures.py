@@ -46,7 +46,7 @@ def refusal(capsys, *argv: str | Path) -> str:
         (["convert"], "invalid choice: 'convert'"),
         (["to-megatron", "--hf", "x"], "the following arguments are required: --out"),
         (["to-hf", "--megatron", "x", "--out", "y", "--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
-        (["to-hf", "--megatron", "x", "--out", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be more than 0"),
+        (["to-hf", "--megatron", "x", "--out", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be between 0.001 and"),
         (["to-hf", "--megatron", "x", "--out", "y"], "--megatron x is not a directory"),
         (["to-megatron", "--hf", "x", "--out", "y"], "x/config.json does not exist"),
     ],
