@@ -12,11 +12,14 @@ from tests.gang import Gang
 
 @pytest.fixture(scope="session")
 def gangs():
-    """`gangs(n)` is the gang of n ranks; a gang that a failed test killed is started anew."""
+    """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew."""
     running: dict[int, Gang] = {}
 
     def get(world: int) -> Gang:
-        if world not in running or not running[world].alive:
+        gang = running.get(world)
+        if gang is None or not gang.alive or gang.is_worn_out:
+            if gang is not None:
+                gang.stop()
             running[world] = Gang(world)
         return running[world]
 

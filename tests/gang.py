@@ -19,6 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_MOST_THREADS = 200
+"""A worker has about 60 to begin with."""
+
 
 class Gang:
     """`world` worker processes that form one torch.distributed world over a file store."""
@@ -44,6 +47,11 @@ class Gang:
     @property
     def alive(self) -> bool:
         return all(worker.poll() is None for worker in self._workers)
+
+    @property
+    def is_worn_out(self) -> bool:
+        """Whether process groups of layouts long gone have left too many threads, three polling ones each, in a worker."""
+        return any(len(os.listdir(f"/proc/{worker.pid}/task")) > _MOST_THREADS for worker in self._workers)
 
     def run(self, function: str, *, deadline_s: float = 180.0, **arguments: Any) -> list[Any]:
         message = pickle.dumps((function, arguments))
