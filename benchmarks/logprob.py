@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment_environment import environment
-from benchmarks.logprob_report import summary, table, targets_as_json
+from benchmarks.logprob_report import table, targets_as_json
+from benchmarks.targets import summary
 from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from benchmarks.targets import Target, as_json
 
 GEMMS_RATIO = 1.25
 """Largest time of `single_pass`, in fp32, relative to the bare products."""
 
 MEMORY_RATIO = 0.3
 """Largest peak memory of `single_pass` relative to `megatron_core`."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """text: what is compared. value: the ratio that was measured. limit: the largest that meets the target."""
-
-    text: str
-    value: float
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit
-
-
-def summary(seconds: list[float]) -> dict[str, Any]:
-    """Median, minimum and spread (maximum minus minimum) of the passes, in seconds, and the passes themselves."""
-    return {
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "spread_s": max(seconds) - min(seconds),
-        "seconds": seconds,
-    }
 
 
 def gemms_seconds(contestants: dict[str, Any]) -> float:
@@ -62,7 +39,7 @@ def targets(case: dict[str, Any]) -> list[Target]:
 
 def targets_as_json(case: dict[str, Any]) -> list[dict[str, Any]]:
     """`targets` for the result file."""
-    return [{**asdict(target), "met": target.met} for target in targets(case)]
+    return as_json(targets(case))
 
 
 def table(case: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from benchmarks.targets import Target, as_json, summary
 
 LIMITS = {"megatron_core": 0.75, "gather_broadcast": 0.4, "bare_copy": 2.0}
 """Largest time of `sharded` relative to each."""
@@ -13,35 +13,19 @@ PLANNING_LIMITS = {"small": 0.2, "70B": 5.0}
 """Seconds."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """text: what is measured. value: what came out. limit: the largest that meets the target."""
-
-    text: str
-    value: float
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit
-
-
 def case_result(name: str, bound: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """A case as it goes into the result file. bound: the least bytes that must be sent."""
     contestants = {}
     for contestant, seconds in ranks[0]["seconds"].items():
         sent = sum(rank["bytes"][contestant] for rank in ranks)
         contestants[contestant] = {
-            "median_s": statistics.median(seconds),
-            "min_s": min(seconds),
-            "spread_s": max(seconds) - min(seconds),
+            **summary(seconds),
             "first_s": max(rank["first_s"][contestant] for rank in ranks),
             # megatron-core does not count.
             "bytes_over_bound": sent / bound if bound and contestant != "megatron_core" else None,
-            "seconds": seconds,
         }
     result = {"case": name, "bound_bytes": bound, "contestants": contestants}
-    return {**result, "targets": [{**asdict(target), "met": target.met} for target in targets(result)]}
+    return {**result, "targets": as_json(targets(result))}
 
 
 def targets(result: dict[str, Any]) -> list[Target]:

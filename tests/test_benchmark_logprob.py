@@ -11,7 +11,8 @@ import torch
 from benchmarks import logprob, logprob_contestants, logprob_rank
 from benchmarks.logprob_contestants import Contestant
 from benchmarks.logprob_problem import make_problem
-from benchmarks.logprob_report import summary, table, targets
+from benchmarks.logprob_report import table, targets
+from benchmarks.targets import summary
 
 LOSSES = [name for name, one in logprob_contestants.CONTESTANTS.items() if one.has_loss and name != "megatron_core"]
 

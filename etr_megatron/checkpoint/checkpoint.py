@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron.checkpoint.saving import TorchDistSave, is_disk_full
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import sync_directory
+from etr_megatron.platform.files import sync_to_disk
 from etr_megatron.policy import Layout, Policy
 
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -69,7 +69,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             _write_synced(temporary / TRAINER_FILE, json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            sync_directory(checkpoints)
+            sync_to_disk(checkpoints)
             for old in _steps(checkpoints)[:-keep]:
                 shutil.rmtree(_path(checkpoints, old))
     except (OSError, RuntimeError, CheckpointException) as error:

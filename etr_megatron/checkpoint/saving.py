@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from etr_megatron.platform.files import DISK_FULL
+from etr_megatron.platform.files import disk_full_behind
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -34,24 +34,16 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(*args)
         except Exception as error:
-            full = _disk_full_behind(error)
+            full = disk_full_behind(error)
             if full is None or full is error:
                 raise
             raise OSError(full.errno, full.strerror) from error
 
 
-def _disk_full_behind(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error`, what caused it, or a failure that it gathered from another rank, is a full disk."""
     failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return any(_disk_full_behind(one) is not None for one in (error, *failures))
+    return any(disk_full_behind(one) is not None for one in (error, *failures))
 
 
 class TorchDistSave(SaveShardedStrategy):

@@ -311,7 +311,7 @@ class TrainConfig:
     """Reduce gradients over data-parallel ranks while the backward pass goes on."""
     head_chunk_rows: int | None = None
     """Loss rows per chunk of the LM head: `rows x V/TP` fp32 logits exist at a time, twice that with TP on CUDA; null is at
-    most 512 on CPU, 1024 on CUDA."""
+    most 384 on CPU, 1024 on CUDA."""
 
 
 @dataclass(frozen=True)

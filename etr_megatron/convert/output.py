@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import DISK_FULL, sync_directory
+from etr_megatron.platform.files import disk_full_behind, sync_to_disk
 
 _SPARE_BYTES = 16 * 2**20
 """Room for what is written besides tensors: headers, an index, a tokenizer."""
@@ -72,15 +72,6 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
 
 
 def _finish(partial: Path, out: Path) -> None:
-    sync_directory(partial)
+    sync_to_disk(partial)
     os.rename(partial, out)  # also onto an empty directory
-    sync_directory(out.parent)
-
-
-def disk_full_behind(error: BaseException | None) -> OSError | None:
-    """The OSError of a full disk that `error` is or was caused by."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    sync_to_disk(out.parent)

@@ -28,8 +28,8 @@ from torch.futures import Future
 
 from etr_megatron.convert.chunk import ChunkToWrite
 from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
-from etr_megatron.convert.output import disk_full_behind
 from etr_megatron.convert.ranks import Ranks
+from etr_megatron.platform.files import disk_full_behind
 
 _SMALL = 2**16
 """Bytes below which a tensor is not worth two steps."""

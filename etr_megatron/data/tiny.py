@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from etr_megatron.config.schema import ArithmeticConfig, TinyConfig
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import sync_to_disk
 
 _RECIPE = 1
 """Raise when a change of this code would build another policy from the same settings."""
@@ -117,7 +118,8 @@ def _build(finished: Path, tiny: TinyConfig, arithmetic: ArithmeticConfig, *, pr
     tokenizer.save_pretrained(partial)
     made_from = {"settings": _settings(tiny, arithmetic), "last_loss_nats_per_token": loss}
     (partial / "warm_start.json").write_text(json.dumps(made_from, indent=2) + "\n")
-    _flush_to_disk(partial)
+    for path in partial.iterdir():  # else a power cut could leave a renamed directory with empty files
+        sync_to_disk(path)
     os.rename(partial, finished)
 
 
@@ -130,10 +132,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _flush_to_disk(directory: Path) -> None:
-    """Without it a power cut could leave a renamed directory with empty files."""
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

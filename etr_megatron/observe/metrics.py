@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import disk_errors, sync_directory, write_atomically
+from etr_megatron.platform.files import disk_errors, sync_to_disk, write_atomically
 
 
 class StepMetrics(TypedDict):
@@ -108,7 +108,7 @@ class MetricsLog:
             finally:
                 os.close(descriptor)
             if is_new:
-                sync_directory(self.path.parent)
+                sync_to_disk(self.path.parent)
         self._last_step = row["step"]
 
     def rows(self) -> list[MetricsRow]:

@@ -49,12 +49,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        sync_to_disk(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames and new names inside `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def disk_full_behind(error: BaseException | None) -> OSError | None:
+    """The OSError of a full disk that `error` is or was caused by."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Make a file's content, or a directory's renames and new names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -117,20 +117,19 @@ def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Param
     Raises RuntimeError naming parameters that the map does not know, and rows of it that this rank should hold and does not.
     """
     named = _parameter_names(model)
-    pairs = {}
-    for weight in weights_of(model.arch):
+    pairs, missing = {}, []
+    for weight, _ in shards_of(model.layout.training, model.arch, model.layout.rank):
         name = weight.te if uses_transformer_engine() else weight.megatron
+        if weight.split == "vocab" and name not in named:
+            name = "output_layer.weight"
         if name in named:
             pairs[name] = (weight, named.pop(name))
-    if named.keys() - {"output_layer.weight"}:
+        else:
+            missing.append(name)
+    if named:
         raise RuntimeError(f"parameters without a row in the weight map: {sorted(named)}")
-    if "output_layer.weight" in named:
-        embedding = next(weights_of(model.arch))
-        pairs["output_layer.weight"] = (embedding, named["output_layer.weight"])
-    held = {weight.megatron for weight, _ in pairs.values()}
-    wanted = {weight.megatron for weight, _ in shards_of(model.layout.training, model.arch, model.layout.rank)}
-    if held != wanted:
-        raise RuntimeError(f"rows of the weight map without a parameter on this rank: {sorted(wanted - held)}")
+    if missing:
+        raise RuntimeError(f"rows of the weight map without a parameter on this rank: {missing}")
     return pairs
 
 

@@ -19,7 +19,7 @@ from etr_megatron.rollout.engine import Sampling, sample_seed
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
-from etr_megatron.rollout.sglang.weights import WeightSender, buckets
+from etr_megatron.rollout.sglang.weights import Bucket, WeightSender, buckets
 from etr_megatron.types import Problem, Sample
 
 T = TypeVar("T")
@@ -76,11 +76,8 @@ class SglangEngine:
         Servers that had ended are started again first, and serve once they have `version`. Raises EngineGoneError on every
         rank when no server is left.
         """
-        iterator = _Checked(tensors, self._shapes)
-        try:
-            self._on_rank0(lambda rank0: rank0.update(buckets(iterator, self._bucket_bytes), version), drain=iterator)
-        finally:
-            iterator.drain()
+        checked = _Checked(tensors, self._shapes)
+        self._on_rank0(lambda rank0: rank0.update(buckets(checked, self._bucket_bytes), version), drain=checked)
         self.weight_version = version
 
     def close(self) -> None:
@@ -102,7 +99,7 @@ class SglangEngine:
     def _on_rank0(self, body: Callable[[_Rank0], T], *, drain: _Checked | None = None) -> T:
         """What `body` returns on rank 0, or the exception that it raises there, on every rank.
 
-        drain: on ranks that only take part in the export, iterate it meanwhile.
+        drain: an export to be iterated to its end before ranks meet: all of it on other ranks, on rank 0 what an error left.
         """
         box: list[tuple[bool, Any] | None] = [None]
         if self._rank0 is not None:
@@ -180,7 +177,7 @@ class _Rank0:
             self.close()
             raise UserError(str(error)) from error
 
-    def update(self, parts: Iterable[Any], version: int) -> None:
+    def update(self, parts: Iterable[Bucket], version: int) -> None:
         """One transaction; servers that had failed take part in it if they can be had back."""
         self._bring_back()
         self.run(self._sender.begin())

@@ -50,7 +50,7 @@ class Fleet:
         self._failed[client.name] = why
 
     def rejoin(self, client: ServerClient) -> None:
-        """Traffic again; only for a server that has the current weights."""
+        """Traffic again. The caller sees to it that the server has the current weights before the next request."""
         self._failed.pop(client.name, None)
 
     def refuse_if_gone(self) -> None:

@@ -86,10 +86,6 @@ class WeightSender:
         for client in self._fleet.serving:
             self._fleet.mark_failed(client, why)
 
-    async def close(self) -> None:
-        """Leave the group."""
-        await self._drop_group()
-
     async def _on_all(self, route: str, body: dict[str, Any], *, may_lack: bool = False) -> None:
         """POST to every serving server at once; those that fail take no more traffic.
 
@@ -124,7 +120,7 @@ class WeightSender:
                 continue
             if await self._send_once(bucket):
                 return
-            await self._drop_group()
+            await self.close()
 
     async def _send_once(self, bucket: Bucket) -> bool:
         """Whether every serving server has the bucket; those that are to blame are marked."""
@@ -163,7 +159,7 @@ class WeightSender:
 
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
-        await self._drop_group()
+        await self.close()
         clients = self._fleet.serving
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)
         calls = []
@@ -176,18 +172,17 @@ class WeightSender:
                 "group_name": group.name,
                 "backend": group.backend,
             }
-            calls.append(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s))
+            call = client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)
+            calls.append(asyncio.create_task(call))
         joining = asyncio.create_task(asyncio.to_thread(group.join))
-        tasks = [asyncio.create_task(call) for call in calls]
         # A server that refuses never comes to the rendezvous: whoever waits there would do so until its deadline.
-        done, _ = await asyncio.wait([*tasks, joining], return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
             joining.add_done_callback(lambda task: task.exception())
-            self._blame_for_no_group(
-                [(c, task) for c, task in zip(clients, tasks, strict=True) if task in done], clients, joining
-            )
-            for task in tasks:
-                task.cancel()
+            answered = [(client, call) for client, call in zip(clients, calls, strict=True) if call.done()]
+            self._blame_for_no_group(answered, clients, joining)
+            for call in calls:
+                call.cancel()
             return False
         self._group, self._members = group, [client.name for client in clients]
         return True
@@ -204,7 +199,7 @@ class WeightSender:
         for client, reason in refused or [(client, why) for client in clients]:
             self._fleet.mark_failed(client, reason)
 
-    async def _drop_group(self) -> None:
+    async def close(self) -> None:
         """Leave the group, and have the servers forget it; they need not hear of it to go on."""
         if self._group is not None:
             body = {"group_name": self._group.name}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import sync_directory
+from etr_megatron.platform.files import sync_to_disk
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.checksum import checksum
 from etr_megatron.weights.layout import Placement, ServerLayout, WholeLayout, shards_of
@@ -121,7 +121,7 @@ class DiskWriter(CollectiveTransport):
             name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
             tensors = {field.name: field.view(flat).cpu() for field in own.tensors}
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            _flush(folder / name)
+            sync_to_disk(folder / name)
             written.update(dict.fromkeys(tensors, name))
             if self._checksums:
                 sums.update({key: checksum(tensor) for key, tensor in tensors.items()})
@@ -145,11 +145,11 @@ class DiskWriter(CollectiveTransport):
         (unfinished / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}))
         (unfinished / VERSION_FILE).write_text(json.dumps({"version": self.versions.begun, "checksums": sums}))
         for name in (INDEX, VERSION_FILE):
-            _flush(unfinished / name)
-        sync_directory(unfinished)
+            sync_to_disk(unfinished / name)
+        sync_to_disk(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(unfinished, final)
-        sync_directory(self.directory)
+        sync_to_disk(self.directory)
         for old in sorted(self.directory.glob("version_*"))[: -self._keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -158,15 +158,6 @@ class DiskWriter(CollectiveTransport):
         """See `Transport.close`."""
         super().close()
         self._gather.forget()
-
-
-def _flush(path: Path) -> None:
-    """Make a file survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DiskReader:
