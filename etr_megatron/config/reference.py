@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import sys
 from typing import Any
 
 from etr_megatron.config import schema
@@ -14,7 +15,7 @@ from etr_megatron.config.schema import Config
 
 _HEAD = """# Configuration
 
-Made by `python -m etr_megatron.config`; the texts come from `etr_megatron/config/schema.py`.
+Made by `python -m etr_megatron.config`; the texts come from `etr_megatron/config/schema/`.
 
 A config file is YAML with one mapping per section; every key may be left out. `section.key=value` on the command line
 overrides it. An unknown key, a value of the wrong type or a violated constraint stops the job before anything is
@@ -24,7 +25,9 @@ started, in one message that lists all of them.
 
 def render_reference() -> str:
     """Markdown with one table (key, type, default, meaning) per section and one of the objective's presets."""
-    classes = {node.name: node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef)}
+    modules = {schema, *(sys.modules[type(section).__module__] for section in vars(Config()).values())}
+    nodes = [node for module in modules for node in ast.parse(inspect.getsource(module)).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     defaults = to_dict(Config())
     parts = [_HEAD]
     for section, type_name, _ in _fields(classes["Config"]):

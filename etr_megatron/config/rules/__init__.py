@@ -1,0 +1,27 @@
+"""The rules: functions of a `Config` that yield every `Violation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from etr_megatron.config.rules import inputs, objective, parallel, rollout, train, values
+from etr_megatron.config.rules.violation import Violation, get
+from etr_megatron.config.schema import Config
+
+RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
+    values.bounds,
+    inputs.run,
+    inputs.tiny,
+    inputs.arithmetic,
+    inputs.data,
+    inputs.reward,
+    rollout.rollout,
+    rollout.sglang,
+    objective.objective,
+    objective.clip_range,
+    train.train,
+    parallel.parallel,
+)
+"""Judged for every config; `parallel.layout` needs the number of ranks."""
+
+__all__ = ["RULES", "Violation", "get", "parallel"]

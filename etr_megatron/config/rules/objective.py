@@ -1,0 +1,55 @@
+"""Rules about the policy loss; its null fields hold the preset's values here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from etr_megatron.config.import_path import IMPORT_PATH
+from etr_megatron.config.presets import LOSSES
+from etr_megatron.config.rules.violation import Violation
+from etr_megatron.config.schema import Config
+
+
+def objective(config: Config) -> Iterator[Violation]:
+    """The loss and its terms."""
+    objective = config.objective
+    if objective.loss not in LOSSES and not IMPORT_PATH.fullmatch(objective.loss or ""):
+        yield Violation(
+            ("objective.loss",), f"must be one of {', '.join(LOSSES)}, or a function's import path as package.module:function"
+        )
+    if objective.dual_clip is not None:
+        if objective.dual_clip <= 1:
+            yield Violation(("objective.dual_clip",), "must be greater than 1; null is off")
+        if objective.loss in LOSSES and objective.loss != "clipped":
+            yield Violation(("objective.dual_clip", "objective.loss"), "only the clipped loss has a dual clip; set it to null")
+    if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.kl_estimator != "k1":
+        yield Violation(
+            ("objective.kl_in", "objective.kl_estimator"),
+            "a reward is a constant, so that only k1 pulls to the reference there; set kl_estimator to k1, or kl_in to loss",
+        )
+    if objective.correction_floor > objective.correction_cap:
+        yield Violation(
+            ("objective.correction_floor", "objective.correction_cap"), "correction_floor must not exceed correction_cap"
+        )
+    if not 0 < objective.log_ratio_bound <= 80:
+        yield Violation(
+            ("objective.log_ratio_bound",), "must be greater than 0 and at most 80, where exp() leaves the float32 range"
+        )
+    if objective.constant_length is not None and objective.constant_length < 1:
+        yield Violation(("objective.constant_length",), "must be at least 1; null is rollout.max_response_tokens")
+
+
+def clip_range(config: Config) -> Iterator[Violation]:
+    """The radii."""
+    objective = config.objective
+    if objective.loss in ("clipped", "gspo") and objective.eps_max >= 1:
+        yield Violation(("objective.eps_max",), "must be below 1, else the lower clip bound 1 - eps is not positive")
+    if objective.eps_min > objective.eps_max:
+        yield Violation(("objective.eps_min", "objective.eps_max"), "eps_min must not exceed eps_max")
+        return
+    for side in ("eps_low", "eps_high"):
+        if not objective.eps_min <= getattr(objective, side) <= objective.eps_max:
+            yield Violation(
+                (f"objective.{side}", "objective.eps_min", "objective.eps_max"),
+                f"{side} must lie between eps_min and eps_max, else it never takes effect",
+            )

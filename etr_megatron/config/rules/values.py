@@ -1,0 +1,118 @@
+"""Rules about one value alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from etr_megatron.config.rules.violation import Violation, get
+from etr_megatron.config.schema import Config
+
+BYTE_VOCAB = 260
+"""A byte-level BPE starts from 256 bytes and a few special tokens."""
+
+AT_LEAST: dict[str, int] = {
+    "run.seed": 0,
+    "run.steps": 1,
+    "tiny.hidden_size": 1,
+    "tiny.layers": 1,
+    "tiny.heads": 2,
+    "tiny.head_dim": 2,
+    "tiny.intermediate_size": 1,
+    "tiny.vocab_size": BYTE_VOCAB,
+    "tiny.warm_start_steps": 0,
+    "tiny.warm_start_batch": 1,
+    "tiny.warm_start_seed": 0,
+    "arithmetic.min_digits": 1,
+    "arithmetic.train_problems": 1,
+    "arithmetic.eval_problems": 1,
+    "arithmetic.seed": 0,
+    "data.max_prompt_tokens": 1,
+    "reward.workers": 1,
+    "reward.overlong_buffer": 0,
+    "rollout.prompts_per_step": 1,
+    "rollout.max_response_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.batch_samples": 1,
+    "sglang.servers": 1,
+    "sglang.tp": 1,
+    "sglang.concurrency": 1,
+    "sglang.bucket_mib": 1,
+    "train.minibatches": 1,
+    "train.epochs": 1,
+    "train.tokens_per_microbatch": 1,
+    "train.lr_warmup_updates": 0,
+    "parallel.pp": 1,
+    "parallel.ep": 1,
+    "eval.every": 0,
+    "eval.problems": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "observe.rollouts_every": 0,
+    "observe.rollouts_groups": 1,
+}
+"""Whole numbers and their least value."""
+
+POSITIVE = (
+    "run.phase_timeout_s",
+    "tiny.warm_start_lr",
+    "reward.timeout_s",
+    "rollout.temperature",
+    "sglang.startup_timeout_s",
+    "sglang.request_timeout_s",
+    "sglang.update_timeout_s",
+    "objective.correction_cap",
+    "train.lr",
+    "train.adam_eps",
+)
+NOT_NEGATIVE = (
+    "reward.overlong_penalty",
+    "objective.eps_low",
+    "objective.eps_high",
+    "objective.eps_min",
+    "objective.delta",
+    "objective.kl_coef",
+    "objective.entropy_coef",
+    "objective.correction_floor",
+    "train.min_lr",
+    "train.weight_decay",
+    "train.clip_grad",
+    "eval.temperature",
+)
+NOT_EMPTY = (
+    "run.name",
+    "run.dir",
+    "model.path",
+    "tiny.cache_dir",
+    "data.train",
+    "data.train_split",
+    "data.eval_split",
+    "data.prompt_column",
+    "data.answer_column",
+    "reward.extract",
+    "arithmetic.operators",
+)
+
+
+def bounds(config: Config) -> Iterator[Violation]:
+    """Least and largest values."""
+    for key, least in AT_LEAST.items():
+        if get(config, key) < least:
+            yield Violation((key,), f"must be at least {least}")
+    for key in POSITIVE:
+        if get(config, key) <= 0:
+            yield Violation((key,), "must be greater than 0")
+    for key in NOT_NEGATIVE:
+        if get(config, key) < 0:
+            yield Violation((key,), "must not be negative")
+    for key in NOT_EMPTY:
+        if not get(config, key):
+            yield Violation((key,), "must not be empty")
+    for key in ("run.seed", "tiny.warm_start_seed", "arithmetic.seed"):
+        if get(config, key) >= 2**32:
+            yield Violation((key,), "must be below 2**32")
+    for key in ("objective.alpha", "objective.gamma", "tiny.forgotten_carry", "tiny.wrong_digit"):
+        if not 0 <= get(config, key) <= 1:
+            yield Violation((key,), "must lie between 0 and 1")
+    for key in ("train.adam_beta1", "train.adam_beta2"):
+        if not 0 <= get(config, key) < 1:
+            yield Violation((key,), "must be at least 0 and below 1")

@@ -1,0 +1,65 @@
+"""The run, its evaluations, checkpoints and records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run as a whole."""
+
+    name: str = "run"
+    """Name of the run; its directory is `<dir>/<name>`."""
+    dir: str = "runs"
+    """Parent of all run directories."""
+    seed: int = 1
+    """Seeds data order, sampling and initialisation."""
+    steps: int = 100
+    """Rollout steps; each holds `train.epochs * train.minibatches` optimizer steps."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is a device."""
+    phase_timeout_s: float = 1800.0
+    """Deadline, in seconds, of every collective and of every rank's arrival at a phase; the latter's error names who is
+    missing."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    every: int = 10
+    """Steps between evaluations (also before the first and after the last); 0 is never."""
+    problems: int = 128
+    """At most so many problems of `data.eval`."""
+    temperature: float = 0.0
+    """0 is greedy."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 25
+    """Steps between checkpoints (also after the last step); 0 is never."""
+    keep: int = 2
+    """Last checkpoints kept."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run directory; false refuses to start in a used one."""
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """What is written while it runs; metrics.jsonl always is."""
+
+    tensorboard: bool = True
+    """Event files beside the metrics."""
+    wandb_project: str | None = None
+    """Weights & Biases project; null is off."""
+    progress: bool = True
+    """A bar on the terminal."""
+    rollouts_every: int = 1
+    """Steps between saved rollouts; 0 is never."""
+    rollouts_groups: int = 4
+    """Groups written per saved step."""
