@@ -8,7 +8,7 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
     + 4 c v                logits, which become their own gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
-    + 8 b v                two temporaries of b rows: none with Triton, on CPU what makes 2^17 elements
+    + 8 b v                two temporaries of b rows: none with Triton, on CPU what makes 2^18 elements
     + 2 c v in bf16        the gradient as an operand
     + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
 

@@ -31,9 +31,14 @@ class VocabShard:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
+    def rank(self) -> int:
+        """This rank's number among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
     def start(self) -> int:
         """First vocabulary id of this rank's shard."""
-        return self.size * (dist.get_rank(self.group) if self.group is not None else 0)
+        return self.size * self.rank
 
     @property
     def real(self) -> int:
