@@ -57,7 +57,7 @@ install() {
     fi
     # torch first and alone, so that this build is the one the rest is resolved against.
     "$venv/bin/python" -m pip install "$torch"
-    "$venv/bin/python" -m pip install -e "$root[test]"
+    "$venv/bin/python" -m pip install -e "${root}[test]"
 }
 
 if [ "${1:-}" = --check ]; then

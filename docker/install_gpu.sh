@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The steps of docker/Dockerfile, each against the torch that is there:
+#
+#   install_gpu.sh transformer-engine VERSION JOBS
+#   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam and the fused weight gradient; the package of that name on PyPI is another
+#   install_gpu.sh product FOLDER                     this project, in place
+set -euo pipefail
+
+versions() {
+    python3 -c 'from importlib.metadata import version; print(*(f"{name}=={version(name)}" for name in ("torch", "sglang")), sep="\n")'
+}
+
+constraints=$(mktemp)
+versions >"$constraints"
+step=$1
+shift
+case $step in
+    transformer-engine)
+        MAX_JOBS=$2 NVTE_FRAMEWORK=pytorch \
+            python3 -m pip install --no-build-isolation --constraint "$constraints" "transformer-engine[pytorch]==$1"
+        ;;
+    apex)
+        TORCH_CUDA_ARCH_LIST=$2 MAX_JOBS=$3 python3 -m pip install --no-build-isolation --constraint "$constraints" \
+            --config-settings "--build-option=--cpp_ext --cuda_ext" "git+https://github.com/NVIDIA/apex.git@$1"
+        ;;
+    product)
+        python3 -m pip install --constraint "$constraints" --editable "$1"
+        # Rollout servers run in the same environment here; configs look for it where a checkout has one of its own.
+        install --directory /workspace/.venv-sglang/bin
+        ln --symbolic --force "$(command -v python3)" /workspace/.venv-sglang/bin/python
+        ;;
+    *)
+        echo "error: unknown step $step" >&2
+        exit 2
+        ;;
+esac
+versions | diff "$constraints" - || {
+    echo "error: the step $step changed torch or sglang; their kernels are built for each other" >&2
+    exit 2
+}
+rm "$constraints"

@@ -1,0 +1,63 @@
+"""SIGTERM asks a rank to stop at the next point where the run can be saved, within a time of grace.
+
+A scheduler that takes a machine back sends SIGTERM and, a while later, SIGKILL. Python runs a signal handler between two of its
+own instructions, so a rank that waits inside a collective would notice nothing; the C part of the handler writes to a socket
+at once, and a thread that reads it ends the rank when the grace is over, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class StopRequest:
+    """Whether this rank was told to stop: `request()`."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    def __call__(self) -> bool:
+        """True once a SIGTERM has arrived within `on_sigterm`."""
+        return self._asked.is_set()
+
+    @contextmanager
+    def on_sigterm(self, grace_s: float) -> Iterator[StopRequest]:
+        """Within, SIGTERM sets the request, and `grace_s` seconds later ends the process with exit code 128 + SIGTERM.
+
+        grace_s: 0 leaves SIGTERM as it is. To be entered in the main thread. More signals change nothing: a scheduler and
+        torchrun may both send one.
+        """
+        if grace_s <= 0:
+            yield self
+            return
+        reading, writing = socket.socketpair()
+        writing.setblocking(False)
+        finished = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # the wake-up byte is the message
+        wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s), name="sigterm", daemon=True)
+        watcher.start()
+        try:
+            yield self
+        finally:
+            finished.set()
+            signal.set_wakeup_fd(wakeup_before)
+            signal.signal(signal.SIGTERM, before)
+            writing.close()
+            watcher.join()
+            reading.close()
+
+    def _watch(self, reading: socket.socket, finished: threading.Event, grace_s: float) -> None:
+        while received := reading.recv(64):
+            if signal.SIGTERM in received:
+                break
+        else:
+            return
+        self._asked.set()
+        if not finished.wait(grace_s):
+            os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,122 @@
+"""`torchrun ... -m etr_megatron.preflight [CONFIG] [key=value ...]`, see the package."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from etr_megatron import platform
+from etr_megatron.cli import parse_args
+from etr_megatron.config import Config, load_config, resolve
+from etr_megatron.errors import UserError
+from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.status import exit_code_of
+
+TIMEOUT_S = 120.0
+"""Deadline of the ranks' meeting and of every collective."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Collect, measure, print; ends the process with 0, or with 2 after a failed check or a user's mistake."""
+    die_with_parent()
+    code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(argv: list[str]) -> None:
+    path, overrides = parse_args(argv)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(path, overrides)
+    os.environ["ETR_PLATFORM"] = config.run.platform
+    config = resolve(config, world, cuda=platform.uses_cuda())
+
+    import torch.distributed as dist
+
+    from etr_megatron.preflight.findings import findings, table
+    from etr_megatron.preflight.network import measure
+
+    _meet()
+    token, token_file = _leave_token(config)
+    dist.barrier()
+    own = _own_facts(config, world, time.time(), token_file)
+    facts: list[Any] = [None] * world
+    dist.all_gather_object(facts, own)
+    if dist.get_rank() == 0:
+        token_file.unlink(missing_ok=True)
+    number = int(os.environ.get("GROUP_RANK", "0"))
+    numbers: list[Any] = [None] * world
+    dist.all_gather_object(numbers, number)
+    size = (256 << 20) if platform.uses_cuda() else (8 << 20)
+    network = measure(numbers, device=platform.device(), size=size, timeout_s=TIMEOUT_S)
+    if dist.get_rank() == 0:
+        nodes = sorted((one for one in facts if one is not None), key=lambda node: node.number)
+        found = findings(nodes, token=token, needed_bytes=_checkpoint_bytes(config)) + network
+        print(table(found), flush=True)
+        failed = [one.check for one in found if one.state == "FAILED"]
+        if failed:
+            raise UserError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+
+
+def _meet() -> None:
+    from etr_megatron.policy import init_world
+
+    try:
+        init_world(TIMEOUT_S)
+    except RuntimeError as error:  # torch's own: some rank is not there, or cannot be reached from another
+        raise UserError(f"the ranks did not find each other within {TIMEOUT_S:g} s: {str(error).splitlines()[0]}") from error
+
+
+def _leave_token(config: Config) -> tuple[str, Path]:
+    """A new file in `run.dir`, written by rank 0; every rank learns its name and what is in it."""
+    import torch.distributed as dist
+
+    box = [secrets.token_hex(8)]
+    dist.broadcast_object_list(box, src=0)
+    file = Path(config.run.dir) / f".preflight_{box[0]}"
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(box[0])
+        except OSError as error:
+            problem = [
+                f"run.dir: {file.parent} cannot be written by rank 0 ({error.strerror}); set run.dir to a directory of yours"
+            ]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    return box[0], file
+
+
+def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> Any:
+    """The node's facts on its first rank, None on others."""
+    from etr_megatron.preflight.facts import collect
+
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return None
+    return collect(config, world, clock=clock, token_file=token_file)
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Of the kept checkpoints and the one being written: weights, fp32 weights where they are others, two moments."""
+    from etr_megatron.weights import read_architecture, weights_of
+
+    if config.model.path == "tiny":
+        return 0
+    try:
+        architecture = read_architecture(config.model.path)
+    except UserError:
+        return 0  # told by the model's own check
+    elements = sum(math.prod(shape) for weight in weights_of(architecture) for shape in weight.shapes)
+    return elements * (12 if config.model.dtype == "float32" else 14) * (config.checkpoint.keep + 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What a node says of itself. Collected by the first rank of every node; nothing in here talks to another node."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform as python_platform
+import resource
+import shutil
+import socket
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from etr_megatron.config import Config
+from etr_megatron.errors import UserError
+
+PACKAGES = (
+    "etr-megatron",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "transformer-engine",
+    "apex",
+    "sglang",
+    "triton",
+    "safetensors",
+    "math-verify",
+)
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node. Sizes in bytes.
+
+    number: torchrun's GROUP_RANK. clock: its time() right after all ranks met. versions: package -> version, "-" where it is
+    not installed. devices: name of each GPU, none on CPU. run_dir_free, shm_free: room on the disk of `run.dir`, in /dev/shm.
+    open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" where it saw none.
+    model: digest of the model's config.json, and model_error: why the model cannot be read, "" where it can.
+    servers_error: why rollout servers cannot be started there, "" where they can or need not.
+    """
+
+    number: int
+    host: str
+    clock: float
+    versions: dict[str, str] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    run_dir_free: int = 0
+    shm_free: int = 0
+    open_files: int = 0
+    token: str = ""
+    model: str = ""
+    model_error: str = ""
+    servers_error: str = ""
+
+    @property
+    def name(self) -> str:
+        """How a finding calls it."""
+        return f"node {self.number} ({self.host})"
+
+
+def collect(config: Config, world_size: int, *, clock: float, token_file: Path) -> NodeFacts:
+    """The facts of this node. token_file: where rank 0 has written its token, read here for at most five seconds."""
+    import torch
+
+    count = torch.cuda.device_count() if config.run.platform == "cuda" else 0
+    model, model_error = _model(config, world_size)
+    return NodeFacts(
+        number=int(os.environ.get("GROUP_RANK", "0")),
+        host=socket.gethostname(),
+        clock=clock,
+        versions={"python": python_platform.python_version()} | {name: package_version(name) for name in PACKAGES},
+        devices=tuple(torch.cuda.get_device_name(device) for device in range(count)),
+        run_dir_free=shutil.disk_usage(_existing(Path(config.run.dir))).free,
+        shm_free=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        token=_read_token(token_file),
+        model=model,
+        model_error=model_error,
+        servers_error=_servers(config),
+    )
+
+
+def package_version(package: str) -> str:
+    """The installed version, "-" where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the closest directory above it that there is."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _read_token(file: Path, wait_s: float = 5.0) -> str:
+    """Network file systems may show a new file a little later."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return file.read_text()
+        except OSError:
+            if time.monotonic() > end:
+                return ""
+            time.sleep(0.1)
+
+
+def _model(config: Config, world_size: int) -> tuple[str, str]:
+    """(digest of config.json, why the model cannot be used)."""
+    from etr_megatron.checks import check_model
+
+    if config.model.path == "tiny":
+        return "tiny", ""
+    try:
+        check_model(config, world_size)
+    except UserError as error:
+        return "", str(error)
+    return hashlib.sha256((Path(config.model.path) / "config.json").read_bytes()).hexdigest()[:12], ""
+
+
+def _servers(config: Config) -> str:
+    """The interpreter of the servers; only rank 0's machine has to have one."""
+    needed = config.rollout.backend == "sglang" and not config.sglang.urls and os.environ.get("RANK", "0") == "0"
+    if not needed or shutil.which(config.sglang.python):
+        return ""
+    return f"sglang.python={config.sglang.python} is not an executable"

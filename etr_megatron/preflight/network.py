@@ -1,0 +1,86 @@
+"""How fast every pair of nodes, and all ranks together, reduce a buffer. Collective; rank by rank the same calls."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from etr_megatron.preflight.findings import Finding
+
+SLOW = 0.5
+"""A pair of nodes below this share of the median is called slow."""
+
+
+def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s: float) -> list[Finding]:
+    """All-reduce of `size` bytes between the first ranks of every two nodes, one pair after the other, then over the world.
+
+    nodes: torchrun's node number of every rank. Returns the findings on every rank. A pair that does not finish by
+    `timeout_s` is named, where the backend lets a process survive that (gloo does, NCCL ends it and says so itself).
+    """
+    firsts = [nodes.index(number) for number in sorted(set(nodes))]
+    speeds: dict[tuple[int, int], float | str] = {}
+    for a, b in itertools.combinations(range(len(firsts)), 2):
+        speeds[a, b] = _pair((firsts[a], firsts[b]), device, size, timeout_s)
+    whole = _all_reduce(None, device, size) if all(isinstance(speed, float) for speed in speeds.values()) else "not measured"
+    return [*_pairs(speeds), _finding("all-reduce of all ranks", whole)]
+
+
+def _pair(ranks: tuple[int, int], device: torch.device, size: int, timeout_s: float) -> float | str:
+    """Bytes per second between two ranks, or what went wrong, on every rank."""
+    group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s))
+    box: list[float | str] = [0.0]
+    if dist.get_rank() in ranks:
+        try:
+            box = [_all_reduce(group, device, size)]
+        except RuntimeError as error:
+            box = [str(error).splitlines()[0]]
+        dist.destroy_process_group(group)
+    dist.broadcast_object_list(box, src=ranks[0])
+    return box[0]
+
+
+def _all_reduce(group: dist.ProcessGroup | None, device: torch.device, size: int, rounds: int = 3) -> float:
+    """Bytes of the buffer per second, median of `rounds` after one to warm up. Raises RuntimeError for a wrong sum."""
+    ranks, seconds = dist.get_world_size(group), []
+    for _ in range(rounds + 1):
+        buffer = torch.ones(size // 4, device=device)
+        start = time.perf_counter()
+        dist.all_reduce(buffer, group=group)
+        if not bool((buffer == ranks).all()):  # also waits for the device
+            raise RuntimeError(f"a sum of ones over {ranks} ranks came out wrong")
+        seconds.append(time.perf_counter() - start)
+    return size / statistics.median(seconds[1:])
+
+
+def _pairs(speeds: dict[tuple[int, int], float | str]) -> list[Finding]:
+    if not speeds:
+        return [Finding("all-reduce between nodes", "ok", "one node")]
+    measured = {pair: speed for pair, speed in speeds.items() if isinstance(speed, float)}
+    found = [
+        Finding(f"all-reduce of nodes {a} and {b}", "FAILED", speed)
+        for (a, b), speed in speeds.items()
+        if isinstance(speed, str)
+    ]
+    if measured:
+        middle = statistics.median(measured.values())
+        slow = {pair: speed for pair, speed in measured.items() if speed < SLOW * middle}
+        found += [
+            Finding(f"all-reduce of nodes {a} and {b}", "warning", f"{_speed(speed)}, the median pair has {_speed(middle)}")
+            for (a, b), speed in slow.items()
+        ]
+        found.append(Finding("all-reduce between nodes", "ok", f"{len(measured)} pairs, median {_speed(middle)}"))
+    return found
+
+
+def _finding(check: str, speed: float | str) -> Finding:
+    return Finding(check, "FAILED", speed) if isinstance(speed, str) else Finding(check, "ok", _speed(speed))
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"

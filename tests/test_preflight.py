@@ -1,0 +1,117 @@
+"""What is wrong with a job's machines is said in one table, node by node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.preflight.facts import NodeFacts
+from etr_megatron.preflight.findings import findings, gib, table
+from etr_megatron.preflight.network import _pairs
+
+REPO = Path(__file__).resolve().parents[1]
+NODE = NodeFacts(
+    number=0,
+    host="a",
+    clock=100.0,
+    versions={"python": "3.11.9", "torch": "2.13.0", "transformer-engine": "-"},
+    devices=("H100",) * 8,
+    run_dir_free=50 << 30,
+    shm_free=8 << 30,
+    open_files=65536,
+    token="t",
+    model="abc",
+)
+
+
+def of(nodes, check):
+    """The one finding of a check, as (state, detail)."""
+    (found,) = [one for one in findings(nodes, token="t", needed_bytes=40 << 30) if one.check == check]
+    return found.state, found.detail
+
+
+def other(**changes):
+    return replace(NODE, number=1, host="b", **changes)
+
+
+def test_equal_nodes_pass_every_check():
+    found = findings([NODE, other(clock=100.02)], token="t", needed_bytes=40 << 30)
+    assert {one.state for one in found} == {"ok"}
+    assert of([NODE, other()], "devices") == ("ok", "2 nodes of 8 x H100")
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "state", "says"),
+    [
+        (
+            {"versions": {**NODE.versions, "torch": "2.12.1"}},
+            "versions",
+            "FAILED",
+            "torch: 2.13.0 on node 0 (a); 2.12.1 on node 1 (b)",
+        ),
+        ({"devices": ("H100",) * 4}, "devices", "warning", "8 x H100 on node 0 (a); 4 x H100 on node 1 (b)"),
+        ({"devices": ()}, "devices", "warning", "8 x H100 on node 0 (a); CPU on node 1 (b)"),
+        ({"clock": 97.5}, "clocks", "warning", "node 0 (a) is 2.5 s ahead of node 1 (b)"),
+        ({"token": ""}, "run.dir is shared", "FAILED", "node 1 (b) cannot see what rank 0 writes there"),
+        ({"run_dir_free": 3 << 30}, "disk", "FAILED", "3.0 GiB free in run.dir, checkpoints take 40.0 GiB on node 1 (b)"),
+        ({"model": "", "model_error": "no config.json"}, "model", "FAILED", "no config.json on node 1 (b)"),
+        ({"model": "xyz"}, "the same model", "FAILED", "config.json differs: abc on node 0 (a); xyz on node 1 (b)"),
+        ({"servers_error": "no python"}, "rollout servers", "FAILED", "no python on node 1 (b)"),
+        ({"shm_free": 64 << 20}, "/dev/shm", "warning", "0.1 GiB free on node 1 (b)"),
+        ({"open_files": 1024}, "open files", "warning", "1024 on node 1 (b)"),
+    ],
+)
+def test_a_node_that_differs_is_named_with_what_it_has(changes, check, state, says):
+    assert of([NODE, other(**changes)], check) == (state, says)
+
+
+def test_a_slow_pair_and_a_broken_one_are_named():
+    found = _pairs({(0, 1): 10e9, (0, 2): 2e9, (1, 2): 11e9, (0, 3): 9e9, (1, 3): "no route", (2, 3): 10e9})
+    assert [(one.check, one.state, one.detail) for one in found] == [
+        ("all-reduce of nodes 1 and 3", "FAILED", "no route"),
+        ("all-reduce of nodes 0 and 2", "warning", "2.00 GB/s, the median pair has 10.00 GB/s"),
+        ("all-reduce between nodes", "ok", "5 pairs, median 10.00 GB/s"),
+    ]
+    assert gib(3 << 30) == "3.0 GiB"
+
+
+def test_the_table_ends_with_what_failed():
+    found = findings([NODE, other(token="", open_files=10)], token="t", needed_bytes=0)
+    lines = table(found).splitlines()
+    assert len(lines) == len(found)
+    assert " ".join(lines[-1].split()) == "run.dir is shared FAILED node 1 (b) cannot see what rank 0 writes there"
+    assert "warning" in lines[-2] and " ok " in lines[0]
+
+
+def preflight(tmp_path, *arguments, nproc=2):
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", "etr_megatron.preflight"]
+    return subprocess.run(
+        [sys.executable, *command, "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", *arguments],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_two_ranks_of_this_machine_pass_and_leave_nothing(tmp_path):
+    done = preflight(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert "all 1 nodes see it" in checks["run.dir is shared"]
+    assert " GB/s" in checks["all-reduce of all ranks"] and "one node" in checks["all-reduce between nodes"]
+    assert "torch 2." in checks["versions"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_model_that_is_not_there_fails_with_one_sentence(tmp_path):
+    done = preflight(tmp_path, f"model.path={tmp_path / 'none'}", nproc=1)
+    assert done.returncode != 0
+    assert "error: 1 of 12 checks failed: model" in done.stderr
+    assert "is not a directory" in done.stdout and "Traceback" not in done.stdout

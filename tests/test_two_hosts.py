@@ -1,0 +1,132 @@
+"""Two hosts on one machine: network namespaces with addresses of their own, joined by a virtual cable, one torchrun in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import REPO, Runs, wait_for
+
+pytestmark = pytest.mark.slow
+
+ADDRESSES = ("10.77.31.1", "10.77.31.2")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+class Hosts:
+    """Two namespaces; `start(0, ...)` runs a command on the first host."""
+
+    def __init__(self) -> None:
+        tag = os.getpid() % 100_000
+        self.names = [f"etr{tag}a", f"etr{tag}b"]
+        self.cables = [f"v{tag}a", f"v{tag}b"]
+
+    def connect(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", self.cables[0], "type", "veth", "peer", "name", self.cables[1])
+        for name, cable, address in zip(self.names, self.cables, ADDRESSES, strict=True):
+            ip("link", "set", cable, "netns", name)
+            for words in (
+                ("addr", "add", f"{address}/24", "dev", cable),
+                ("link", "set", cable, "up"),
+                ("link", "set", "lo", "up"),
+            ):
+                ip("-n", name, *words)
+
+    def remove(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def start(self, host: int, *command: str, output: Path) -> subprocess.Popen:
+        """Output goes to a file: a pipe that nobody reads would stop the host."""
+        env = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            # The machine has one name; which address is a host's own cannot be found out by it.
+            "PET_LOCAL_ADDR": ADDRESSES[host],
+            "PET_RDZV_CONF": f"is_host={int(host == 0)}",
+            "GLOO_SOCKET_IFNAME": self.cables[host],
+        }
+        with open(output, "a") as file:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.names[host], *command],
+                cwd=REPO,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    found = Hosts()
+    try:
+        found.connect()
+    except (OSError, subprocess.CalledProcessError) as error:
+        found.remove()
+        pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', error)}")
+    yield found
+    found.remove()
+
+
+def node(runs: Runs, *overrides: str) -> list[str]:
+    """The command of examples/torchrun_node.sh on a host, with one process on each."""
+    return ["bash", "examples/torchrun_node.sh", "2", "1", ADDRESSES[0], *runs.command(*overrides)[3:]]
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happened(hosts, runs, tmp_path):
+    options = ("run.name=hosts", "checkpoint.every=1", "checkpoint.keep=2", "eval.every=0")
+    outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
+    processes = [hosts.start(host, *node(runs, *options), output=outputs[host]) for host in range(2)]
+    try:
+        wait_for(lambda: len(runs.rows("hosts")) >= 2, deadline_s=180)
+        os.killpg(processes[1].pid, signal.SIGKILL)  # as when its power fails; ranks and graders end with it
+        processes[1].wait()
+        trained = len(runs.rows("hosts"))
+        assert trained < 6
+        processes.append(hosts.start(1, *node(runs, *options), output=outputs[1]))
+        assert [processes[index].wait(240) for index in (0, 2)] == [0, 0], "\n".join(
+            output.read_text()[-4000:] for output in outputs
+        )
+    finally:
+        end(processes)
+    assert json.loads((runs.directory("hosts") / "status.json").read_text())["state"] == "finished"
+    code, printed = runs.finish("run.name=one_host", "eval.every=0", "--nproc", "2")
+    assert code == 0, printed
+    assert len(runs.rows("hosts")) == 6 and runs.rows("hosts") == runs.rows("one_host")
+
+
+def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):
+    outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
+    command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "preflight"]
+    command += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29511", "-m", "etr_megatron.preflight", "configs/cpu_tiny.yaml"]
+    # Each host has a run.dir of its own.
+    processes = [hosts.start(host, *command, f"run.dir={tmp_path / f'runs{host}'}", output=outputs[host]) for host in range(2)]
+    try:
+        codes = [process.wait(120) for process in processes]
+    finally:
+        end(processes)
+    said = outputs[0].read_text()
+    assert codes[0] != 0 and "error: 1 of 12 checks failed: run.dir is shared" in said, said
+    assert "node 1 (" in said and "cannot see what rank 0 writes there" in said
+    assert "1 pairs, median " in said and " GB/s" in said
