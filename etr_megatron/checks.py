@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,10 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
         lambda: check_reward(config),
         lambda: check_loss(config),
+        lambda: check_servers(config),
         lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_used(config.checkpoint.resume),
         lambda: require_wandb(config),
+        lambda: check_replay(config),
     )
     for check in checks:
         try:
@@ -48,7 +51,7 @@ def check_model(config: Config, world_size: int) -> None:
     tp, pp = tensor_parallel(config.parallel, world_size), config.parallel.pp
     if name == "tiny":
         tiny = config.tiny
-        check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp)
+        check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp, config.parallel)
         return
     if not Path(name).is_dir():
         raise UserError(
@@ -58,8 +61,11 @@ def check_model(config: Config, world_size: int) -> None:
     from etr_megatron.weights import check_checkpoint, read_architecture
 
     architecture = read_architecture(name)
-    check_layout(f"the model in {name}", architecture.heads, architecture.kv_heads, architecture.layers, tp, pp)
-    check_experts(f"the model in {name}", architecture.experts, config.parallel, tp)
+    model = f"the model in {name}"
+    check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
+    check_experts(model, architecture.experts, config.parallel, tp)
+    if architecture.experts is None and config.train.moe_aux_loss_coef:
+        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
     check_checkpoint(name)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -72,8 +78,11 @@ def check_model(config: Config, world_size: int) -> None:
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
 
 
-def check_layout(model: str, heads: int, kv_heads: int, layers: int, tp: int, pp: int) -> None:
-    """Attention splits over `tp` and layers over `pp`; the vocabulary needs no check, it is padded."""
+def check_layout(
+    model: str, heads: int, kv_heads: int, layers: int, tp: int, pp: int, parallel: ParallelConfig | None = None
+) -> None:
+    """Attention splits over `tp` and layers over `pp` (with `parallel` over its chunks and uneven stages as well); the
+    vocabulary needs no check, it is padded."""
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
@@ -89,10 +98,30 @@ def check_layout(model: str, heads: int, kv_heads: int, layers: int, tp: int, pp
             f"{model} has {kv_heads} key/value heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
             f"divides {kv_heads}"
         )
-    if layers < pp or layers % pp:
+    if parallel is not None and (parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None)):
+        check_stages(model, layers, parallel)
+    elif layers < pp or layers % pp:
         raise UserError(
             f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
         )
+
+
+def check_stages(model: str, layers: int, parallel: ParallelConfig) -> None:
+    """Layers divide into stages of `parallel.vpp` chunks, the first and the last stage having what is asked for."""
+    from etr_megatron.weights import TrainingLayout
+
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    layout = TrainingLayout(pp=parallel.pp, vpp=parallel.vpp, first_stage_layers=first, last_stage_layers=last)
+    try:
+        layout.layers_of_stages(layers)
+    except ValueError:
+        uneven = "".join(
+            f", with parallel.{name}_stage_layers={count}" for name, count in (("first", first), ("last", last)) if count
+        )
+        raise UserError(
+            f"{model} has {layers} layers, which do not divide into parallel.pp={parallel.pp} stages of parallel.vpp="
+            f"{parallel.vpp} equal chunks{uneven}; every stage needs a multiple of parallel.vpp"
+        ) from None
 
 
 def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig, tp: int) -> None:
@@ -153,3 +182,29 @@ def check_loss(config: Config) -> None:
     from etr_megatron.objective import resolve_loss
 
     resolve_loss(name)
+
+
+def check_replay(config: Config) -> None:
+    """The recorded run has every step that is asked for."""
+    if config.rollout.replay is None:
+        return
+    from etr_megatron.rollout.record import RECORDED, recorded_steps
+
+    folder = Path(config.rollout.replay) / RECORDED
+    there = set(recorded_steps(folder))
+    missing = [step for step in range(1, config.run.steps + 1) if step not in there]
+    if missing:
+        raise UserError(
+            f"rollout.replay: {folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is "
+            "there (rollout.record makes it)"
+        )
+
+
+def check_servers(config: Config) -> None:
+    """The servers that this node is to start have the arguments that they are given."""
+    starts = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
+    if config.rollout.backend != "sglang" or config.rollout.replay is not None or not starts:
+        return
+    from etr_megatron.rollout.sglang.arguments import check_arguments
+
+    check_arguments(config.sglang)

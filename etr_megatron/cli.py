@@ -12,10 +12,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CPU_CONFIG = "cpu_tiny.yaml"
 """What runs when nothing is named and there is no GPU."""
 
-USAGE = """[CONFIG] [key=value ...]
+USAGE = """[--rollout-only] [CONFIG] [key=value ...]
 
-  CONFIG       a YAML file, such as configs/cpu_tiny.yaml (which is taken when there is no GPU and none is named)
-  key=value    overrides of the config, such as run.name=first train.lr=1e-5"""
+  CONFIG          a YAML file, such as configs/cpu_tiny.yaml (which is taken when there is no GPU and none is named)
+  key=value       overrides of the config, such as run.name=first train.lr=1e-5
+  --rollout-only  rollouts and rewards, recorded; no training"""
 
 
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
@@ -33,6 +34,9 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
                 raise UserError("--config is the last argument; it must be followed by a config file")
         elif argument.startswith("--config="):
             named = argument.removeprefix("--config=")
+        elif argument == "--rollout-only":
+            overrides.append("rollout.only=true")
+            continue
         elif argument.startswith("-"):
             raise UserError(f"unknown option {argument}; usage: {USAGE}")
         elif "=" in argument:

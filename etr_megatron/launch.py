@@ -28,19 +28,20 @@ def main(argv: list[str] | None = None) -> int:
     """Check, start, watch; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N    processes to start on this machine")
+        print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
         return 0
     try:
-        nproc, config_path, overrides = prepare(arguments)
+        nproc, config_path, overrides, grace_s = prepare(arguments)
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return start_ranks(nproc, ["-m", "etr_megatron.train", "--config", str(config_path), *overrides])
+    return start_ranks(nproc, ["-m", "etr_megatron.train", "--config", str(config_path), *overrides], grace_s)
 
 
-def prepare(argv: list[str]) -> tuple[int, Path, list[str]]:
-    """Processes to start, config file and overrides, after every check that is possible without starting them.
+def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
+    """Processes to start, config file, overrides and `run.stop_grace_s`, after every check that is possible without starting
+    them.
 
     Raises `UserError` with all problems of the first kind found: command line, config, layout, inputs.
     """
@@ -55,7 +56,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str]]:
     if gpus and nproc > gpus:
         raise UserError(f"--nproc {nproc}: this machine has {gpus} GPUs, and every process needs one of its own")
     check_inputs(resolve(config, nproc, cuda=gpus > 0), nproc)
-    return nproc, config_path, overrides
+    return nproc, config_path, overrides, config.run.stop_grace_s
 
 
 def default_nproc(config: Config, gpus: int) -> int:
@@ -64,14 +65,15 @@ def default_nproc(config: Config, gpus: int) -> int:
         return gpus
     parallel = config.parallel
     if parallel.tp == "auto":
-        return max(parallel.pp * parallel.ep, min(2, os.cpu_count() or 1))
+        return max(parallel.pp * max(parallel.ep, parallel.cp), min(2, os.cpu_count() or 1))
     experts = parallel.ep * (parallel.tp if parallel.etp is None else parallel.etp)
-    return parallel.pp * max(parallel.tp, experts)
+    return parallel.pp * max(parallel.tp * parallel.cp, experts)
 
 
-def start_ranks(nproc: int, command: list[str]) -> int:
+def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:
     """Run `command` (arguments of torchrun: a script or `-m module`, and its own) in `nproc` processes; the exit code.
 
+    grace_s: seconds that ranks need to end after SIGTERM; torchrun kills them some seconds later.
     Installs torchrun's signal handlers, so it must be called from the main thread.
     """
     from torch.distributed import run as torchrun
@@ -85,6 +87,7 @@ def start_ranks(nproc: int, command: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="etr_") as folder:
         status_file = Path(folder) / "status.json"
         os.environ[STATUS_VARIABLE] = str(status_file)
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(round(grace_s) + 5))
         try:
             torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(nproc), "--log-dir", folder, *command]))
         except ChildFailedError as failed:
@@ -93,7 +96,8 @@ def start_ranks(nproc: int, command: list[str]) -> int:
                 return _refuse(*reported)
             return _report_crash(failed)
         except SignalException as received:
-            return 128 + received.sigval
+            reported = read_status(status_file)
+            return 128 + received.sigval if reported is None else _refuse(*reported)
     return 0
 
 

@@ -18,20 +18,30 @@ def logprob_gap(batch: PolicyBatch) -> torch.Tensor:
     return (torch.cat(batch.rollout_logp) - torch.cat(batch.old_logp)).abs()
 
 
-def check_logprob_gap(batch: PolicyBatch, config: Config) -> None:
+def drawn_from(groups: Sequence[Group], version: int) -> torch.Tensor:
+    """Which response tokens of the step were drawn from weights `version`, bool [tokens]."""
+    return torch.tensor([one == version for group in groups for sample in group.samples for one in sample.token_versions()])
+
+
+def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tensor | None = None) -> bool:
     """The gate of a process's first step, fresh or resumed: engine and trainer must agree on the rollouts' log-probs.
 
-    Raises RuntimeError with the mean and the worst sample when the mean gap is over `rollout.max_logprob_gap`: training would
+    comparable: bool [tokens], those drawn from the weights that the trainer has; None is all. Returns whether there were any.
+    Raises RuntimeError with the mean and the worst sample when their mean gap is over `rollout.max_logprob_gap`: training would
     go on, silently, from wrong importance ratios.
     """
     gap = logprob_gap(batch)
-    if gap.mean() <= config.rollout.max_logprob_gap:
-        return
-    sizes = [len(response) for _, response in batch.sequences]
-    worst = max(range(len(batch)), key=lambda i: gap.split(sizes)[i].max().item())
+    comparable = torch.ones_like(gap, dtype=torch.bool) if comparable is None else comparable
+    if not bool(comparable.any()):
+        return False
+    mean = gap[comparable].mean()
+    if mean <= config.rollout.max_logprob_gap:
+        return True
+    gap = gap.where(comparable, 0.0)
+    by_sample = [part.max().item() if len(part) else 0.0 for part in gap.split([len(old) for old in batch.old_logp])]
     raise RuntimeError(
-        f"the engine's log-probs differ from the trainer's by {gap.mean():.2e} on average (worst {gap.max():.2e}, sample "
-        f"{batch.names[worst]}), more than rollout.max_logprob_gap={config.rollout.max_logprob_gap:g}"
+        f"the engine's log-probs differ from the trainer's by {mean:.2e} on average (worst {gap.max():.2e}, sample "
+        f"{batch.names[by_sample.index(max(by_sample))]}), more than rollout.max_logprob_gap={config.rollout.max_logprob_gap:g}"
     )
 
 
@@ -50,7 +60,7 @@ def step_metrics(
 
     return {
         "step": step,
-        "weight_version": samples[0].weight_version,
+        "weight_version": max(sample.weight_version for sample in samples),
         "reward_mean": mean(rewards),
         "accuracy": mean([float(reward == config.reward.range_max) for reward in rewards]),
         "entropy": torch.cat(batch.old_entropy).double().mean().item(),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from etr_megatron.status import exit_code_of
 from etr_megatron.types import Problem
 
 if TYPE_CHECKING:
-    from etr_megatron.rollout import RolloutEngine
+    from etr_megatron.rollout import RolloutEngine, Sampler
+    from etr_megatron.rollout.collect import Decode, Grader
     from etr_megatron.weights import Architecture
 
 
@@ -40,6 +42,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    if "--dry-run" in argv:
+        from etr_megatron.planner.dry_run import dry_run
+
+        return dry_run([argument for argument in argv if argument != "--dry-run"])
     path, overrides = parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(path, overrides)
@@ -62,15 +68,12 @@ def _model_dir(config: Config) -> Path:
 
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
-    from etr_megatron.policy import Policy, init_layout, init_world
+    from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
     init_world(config.run.phase_timeout_s)
-    parallel = config.parallel
-    layout = init_layout(
-        parallel.tp, parallel.pp, config.run.seed, config.run.phase_timeout_s, ep=parallel.ep, etp=parallel.etp
-    )
+    layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
     held_out: list[Problem] = []
@@ -80,15 +83,20 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     if layout.rank == 0:
         directory.prepare(config)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
+    engine = None
+    if config.rollout.replay is None:
+        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory)))
+    cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
+    decode, grader = partial(tokenizer.decode, skip_special_tokens=True), pool.grade if pool is not None else None
     trainer = Trainer(
         config,
-        engine=stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory))),
+        engine=engine,
         policy=Policy(architecture, model_dir, config, layout),
-        cursor=PromptCursor(problems, config.run.seed, config.data.shuffle),
+        sampler=_sampler(config, engine, cursor, decode, grader),
         held_out=held_out,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decode=decode,
         directory=directory,
-        grader=pool.grade if pool is not None else None,
+        grader=grader,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
     )
     try:
@@ -121,19 +129,30 @@ def _engine(
             batch_samples=config.rollout.batch_samples,
             stop_ids=stop_ids,
         )
-    from etr_megatron.rollout.sglang import SglangEngine
-    from etr_megatron.weights import weights_of
+    from etr_megatron.rollout.sglang import Serving, SglangEngine
 
-    shapes = {name: shape for weight in weights_of(architecture) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    return SglangEngine(
-        config.sglang,
-        model_dir,
-        shapes=shapes,
-        dtype=config.model.dtype,
+    serving = Serving(
+        architecture,
+        config.model.dtype,
         backend="nccl" if platform.uses_cuda() else "gloo",
         stop_ids=stop_ids,
-        logs=directory.servers,
+        directory=directory.servers,
+        temperature=config.rollout.temperature,
+        max_gap=config.rollout.max_logprob_gap,
     )
+    return SglangEngine(config.sglang, model_dir, serving)
+
+
+def _sampler(
+    config: Config, engine: RolloutEngine | None, cursor: PromptCursor, decode: Decode, grader: Grader | None
+) -> Sampler:
+    """Where the groups of a step come from."""
+    from etr_megatron.rollout import ReplaySampler, RoundSampler, StreamingSampler
+
+    if engine is None:
+        return ReplaySampler(config, cursor)
+    kind = RoundSampler if config.rollout.backend == "embedded" else StreamingSampler
+    return kind(config, engine, cursor, decode, grader)
 
 
 def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:

@@ -9,121 +9,137 @@ from typing import Any
 from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.config import Config
-from etr_megatron.data import PromptCursor
 from etr_megatron.errors import RequeueError
-from etr_megatron.metrics import check_logprob_gap, step_metrics
+from etr_megatron.metrics import check_logprob_gap, drawn_from, step_metrics
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
-from etr_megatron.rollout import EngineGoneError, RolloutEngine, Sampling, generate_groups, grade_groups
+from etr_megatron.rollout import EngineGoneError, RolloutEngine, Rollouts, Sampler, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
+from etr_megatron.rollout.record import write_record
 from etr_megatron.types import Group, Problem
 
 
 class Trainer:
-    """One run on one rank; every rank calls the same methods. `grader` and `recorder` exist on rank 0 alone."""
+    """One run on one rank; every rank calls the same methods. `grader` and `recorder` exist on rank 0 alone; `engine` is None
+    where the sampler needs none (a replay)."""
 
     def __init__(
         self,
         config: Config,
         *,
         policy: Policy,
-        engine: RolloutEngine,
-        cursor: PromptCursor,
+        engine: RolloutEngine | None,
+        sampler: Sampler,
         held_out: list[Problem],
         decode: Decode,
         directory: RunDirectory,
         grader: Grader | None,
         recorder: Callable[[int], Recorder] | None,
     ) -> None:
-        self.config, self.policy, self.engine, self.cursor = config, policy, engine, cursor
+        self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._open_recorder, self._recorder = recorder, None
-        self._phases = Phases(config.run.phase_timeout_s)
+        self._stop_request = StopRequest()
+        self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
         self._watch = Stopwatch()
         self.step = 0
-        self._trained: tuple[int, dict[str, Any]] = (0, {})  # the step that the policy is after, and the cursor then
+        self._trained = 0  # the step that the policy is after
+        self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
 
     def run(self) -> None:
         """From the newest checkpoint, or from the start, to `run.steps`.
 
-        Raises RequeueError, with a checkpoint of all that was trained, when the engine is gone.
+        Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
+        SIGTERM asks a rank to stop.
         """
         self._resume()
-        self._trained = self.step, self.cursor.state_dict()
-        try:
-            self._run_steps()
-        except EngineGoneError as error:
-            self.step, cursor = self._trained
-            self.cursor.load_state_dict(cursor)
-            if self._unrecorded is not None:
-                self._record(*self._unrecorded)
-            if checkpoint.latest_step(self._directory.checkpoints) != self.step:
-                self._save()
-            raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+        self._trained = self.step
+        with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
+            try:
+                self._roll_out_only() if self.config.rollout.only else self._run_steps()
+            except (EngineGoneError, StopAskedError) as error:
+                self._save_what_is_trained()
+                raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+
+    def _save_what_is_trained(self) -> None:
+        if self.step > self._trained:
+            self.sampler.put_back(self.step)
+        self.step = self._trained
+        if self._unrecorded is not None:
+            self._record(*self._unrecorded)
+        if checkpoint.latest_step(self._directory.checkpoints) != self.step:
+            self._save()
 
     def _run_steps(self) -> None:
         config = self.config
-        self.engine.update_weights(self.policy.export(), version=self.step)
-        first, start = self.step, self._evaluate() if self.step == 0 else {}
+        self._sync()
+        start = self._evaluate() if self.step == 0 else {}
         self._watch.lap()
         while self.step < config.run.steps:
             self.step += 1
-            groups = self._roll_out()
-            batch, updates = self._train(groups, gate=self.step == first + 1)
-            row = step_metrics(self.step, groups, batch, updates, config)
-            self._trained, self._unrecorded = (self.step, self.cursor.state_dict()), (row, groups)
+            rollouts = self._roll_out()
+            batch, updates = self._train(rollouts.groups)
+            row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts
+            self._keep(rollouts, batch)
+            self._trained, self._unrecorded = self.step, (row, rollouts.groups)
             self._sync()
             if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.run.steps):
                 row |= self._evaluate()
             if start:
                 row["eval_accuracy_start"] = start.pop("eval_accuracy")
-            self._record(row, groups)
+            self._record(row, rollouts.groups)
             if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
                 self._save()
 
-    def _roll_out(self) -> list[Group]:
-        rollout = self.config.rollout
-        sampling = Sampling(
-            samples=rollout.samples_per_prompt,
-            max_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=self.config.run.seed,
-            step=self.step,
-        )
-        problems = self.cursor.next(rollout.prompts_per_step)
-        with self._watch.phase("rollout"):
-            self._phases.meet(f"rollout of step {self.step}")
-            groups = generate_groups(self.engine, problems, sampling, self._decode)
-        with self._watch.phase("reward"):
-            self._phases.meet(f"rewards of step {self.step}")
-            grade_groups(groups, self._grader)
-        return groups
+    def _roll_out_only(self) -> None:
+        """Rollouts and rewards of the steps that are left, all under the weights that there are."""
+        self._sync()
+        while self.step < self.config.run.steps:
+            self.step += 1
+            rollouts = self._roll_out()
+            self._keep(rollouts)
+            self._trained = self.step  # there is nothing to train
+            if self._recorder is not None:
+                self._directory.write_status("running", self.step, self.config.run.steps)
+                rewards = [sample.reward for group in rollouts.groups for sample in group.samples]
+                mean = sum(rewards) / len(rewards)
+                print(f"step {self.step}/{self.config.run.steps}: reward {mean:.3f}, recorded", flush=True)
 
-    def _train(self, groups: list[Group], *, gate: bool) -> tuple[PolicyBatch, list[Update]]:
+    def _roll_out(self) -> Rollouts:
+        self._phases.meet(f"rollout of step {self.step}")
+        return self.sampler.take(self.step, self._watch.phase)
+
+    def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
+            if self.engine is not None:
+                self.engine.release()
             sequences, has_reference = sequences_of(groups), self.policy.reference is not None
             old = self.policy.logprobs(sequences)
             reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference)
-            if gate:
-                check_logprob_gap(batch, self.config)
+            if self._gate:
+                self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
             parts = minibatches(batch, groups, self.config)
             return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
 
     def _sync(self) -> None:
+        """The policy's weights to the engine; what is under way there waits, or ends, before."""
+        if self.engine is None:
+            return
         with self._watch.phase("sync"):
             self._phases.meet(f"weight sync of step {self.step}")
+            self.sampler.pause()
             self.engine.update_weights(self.policy.export(), version=self.step)
+            self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
         """Accuracy on held-out problems under the engine's current weights; empty when there are none."""
-        if not self._held_out or not self.config.eval.every:
+        if self.engine is None or not self._held_out or not self.config.eval.every:
             return {}
         sampling = Sampling(
             samples=1,
@@ -150,17 +166,23 @@ class Trainer:
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
             self._directory.save_rollouts(self.step, groups[: observe.rollouts_groups])
 
+    def _keep(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
+        """Record the step's groups, with the trainer's log-probs where there are any."""
+        config = self.config.rollout
+        if self._recorder is not None and (config.record or config.only):
+            old = None if batch is None else [logp.tolist() for logp in batch.old_logp]
+            write_record(self._directory.recorded, self.step, rollouts.groups, rollouts.counts, old)
+
     def _save(self) -> None:
         self._phases.meet(f"checkpoint of step {self.step}")
-        state = {"cursor": self.cursor.state_dict()}
+        state = self.sampler.state_dict()
         checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
 
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one, and forget what was written after it."""
         step = checkpoint.latest_step(self._directory.checkpoints) if self.config.checkpoint.resume else None
         if step is not None:
-            state = checkpoint.load(self._directory.checkpoints, step, self.policy)
-            self.cursor.load_state_dict(state["cursor"])
+            self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
             self.step = step
         self._phases.meet("resume")
         if self._open_recorder is not None:

@@ -36,7 +36,9 @@ class Sample:
     response_ids: generated token ids, the end-of-sequence token included when `finish_reason` is "stop".
     rollout_logprobs: natural-log probability of each response token under the engine's *tempered* distribution (before
         top-p/top-k), same length as `response_ids`.
-    weight_version: version of the weights that generated it.
+    finish_reason: "abort" is a response that is not finished; it is in no group that is trained on.
+    weight_version: version of the weights that its last token was drawn from.
+    weight_versions: of each token, where the response was continued after a weight sync; else empty.
     """
 
     index: int
@@ -47,6 +49,11 @@ class Sample:
     text: str = ""
     reward: float | None = None
     reward_status: RewardStatus | None = None
+    weight_versions: list[int] = field(default_factory=list)
+
+    def token_versions(self) -> list[int]:
+        """Version of the weights that each response token was drawn from."""
+        return self.weight_versions or [self.weight_version] * len(self.response_ids)
 
 
 @dataclass(slots=True)

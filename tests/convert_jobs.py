@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from etr_megatron.convert import Ranks, to_hf, to_megatron
+from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from tests.hf_models import random_sequences
 
 
@@ -28,6 +30,20 @@ def refused(out: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def full_on_rank_1() -> int | None:
+    """Number of the OSError that every rank gets."""
+    ranks = Ranks()
+
+    def write() -> None:
+        if ranks.rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    try:
+        ranks.together(write)
+    except OSError as error:
+        return error.errno
 
 
 def train_and_save(model: str, out: str, overrides: list[str]) -> dict[str, torch.Tensor]:
@@ -48,7 +64,7 @@ def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
     the policy loads them from HF files. `model` is the HF directory, with the converted one in `model`/../megatron."""
     from tests.policy_jobs import build
 
-    policy = build(model, overrides).model
+    (policy,) = build(model, overrides).chunks
 
     from megatron.core import dist_checkpointing
 
@@ -79,5 +95,25 @@ def kill_after(writes: int, argv: list[str]) -> int:
     return main(argv)
 
 
+def memory_of(argv: list[str]) -> int:
+    """Bytes by which the process's peak grows while the tool runs; what it imports is imported before."""
+    from etr_megatron.convert import torch_dist_writer  # noqa: F401
+    from tools.convert_hf import main
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if main(argv):
+        raise RuntimeError("the conversion failed")
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def verified(hf: str, megatron: str) -> tuple[list[str], tuple[float, float], bool]:
+    """What `verify` finds."""
+    found = verify(Path(hf), Path(megatron), Ranks())
+    return found.differing, found.logits, found.same
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "memory":
+        print(memory_of(sys.argv[2:]))
+        sys.exit(0)
     sys.exit(kill_after(int(sys.argv[1]), sys.argv[2:]))

@@ -1,20 +1,27 @@
 """A process that speaks SGLang's protocol and breaks it on demand: `python -m tests.fake_sglang BEHAVIOUR`, BEHAVIOUR is JSON.
 
-It prints its port. Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
+Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
+Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at (numbers of the generate request, from 0), die_at_bucket, hang_at_bucket (numbers
-of the weight bucket, from 0), stale (it never takes over a version), old (no begin and end of an update: SGLang before 0.5.21).
+of the weight bucket, from 0), stale (it never takes over a version), old (no begin and end of an update: SGLang before 0.5.21),
+tokens_per_s (a chain of tokens at this rate, that can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate
+of prompts whose token ids have an odd sum), hang_at_abort.
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
 import datetime
 import itertools
 import json
 import os
+import pickle
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from etr_megatron.platform.lifetime import die_with_parent
@@ -25,7 +32,28 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.distributed import distributed_c10d as c10d  # noqa: E402
 
-BEHAVIOUR: dict[str, Any] = json.loads(sys.argv[1])
+STARTED_AS_SERVER = sys.argv[1].startswith("-")
+BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
+UPDATE_SESSION = ("/begin_weight_update", "/end_weight_update")
+ROUTES = (
+    *("/generate", "/abort_request", "/model_info", "/server_info", "/health", "/flush_cache", "/update_weight_version"),
+    *("/pause_generation", "/continue_generation", "/release_memory_occupation", "/resume_memory_occupation"),
+    *("/init_weights_update_group", "/destroy_weights_update_group", "/update_weights_from_distributed"),
+    *("/update_weights_from_tensor", "/update_weights_from_disk"),
+)
+
+
+def server_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--config")
+    for flag in ("--skip-tokenizer-init", "--enable-memory-saver"):
+        parser.add_argument(flag, action="store_true")
+    for name in ("--model-path", "--dtype", "--load-format", "--tp-size", "--custom-weight-loader", "--attention-backend"):
+        parser.add_argument(name)
+    parser.add_argument("--mem-fraction-static", help="a number: see --attention-backends, which there is not")
+    return parser.parse_args(sys.argv[1:] if STARTED_AS_SERVER else [])
 
 
 def tokens_of(prompt: list[int], count: int) -> list[int]:
@@ -36,12 +64,15 @@ class State:
     """What the server remembers; `log` is every route that changed something, in order."""
 
     def __init__(self) -> None:
-        self.version, self.paused, self.in_update = "default", False, False
+        self.version, self.paused, self.in_update, self.released = "default", False, False, False
         self.sums: dict[str, float] = {}
         self.log: list[str] = []
         self.generated = itertools.count()
         self.buckets = itertools.count()
         self.groups: dict[str, dist.ProcessGroup] = {}
+        self.model: Any = None
+        self.aborted: set[str] = set()
+        self.origin: dict[int, list[int]] = {}  # seed -> the prompt that it came with first
 
 
 STATE = State()
@@ -59,15 +90,32 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     _act("generate", number)
     if BEHAVIOUR.get("fail_at") == number:
         return 500, {"error": {"message": "out of order"}}
-    time.sleep(BEHAVIOUR.get("seconds", 0.01))
-    ids = tokens_of(body["input_ids"], body["sampling_params"]["max_new_tokens"])
-    finish = "abort" if BEHAVIOUR.get("abort_at") == number else "length"
+    count, finish = body["sampling_params"]["max_new_tokens"], "length"
+    if BEHAVIOUR.get("tokens_per_s"):
+        ids, finish = draw_slowly(body, count)
+    else:
+        time.sleep(BEHAVIOUR.get("seconds", 0.01))
+        ids = tokens_of(body["input_ids"], count)
+    finish = "abort" if BEHAVIOUR.get("abort_at") == number else finish
     meta = {
         "output_token_logprobs": [[-0.5, token, None] for token in ids],
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }
     return 200, {"output_ids": ids, "meta_info": meta}
+
+
+def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
+    """The chain, or what there is of it when the request is cut off. A seed is of one response, however often continued."""
+    last = body["input_ids"][-1]
+    rate = BEHAVIOUR["tokens_per_s"]
+    if sum(STATE.origin.setdefault(body["sampling_params"]["sampling_seed"], body["input_ids"])) % 2:
+        rate = BEHAVIOUR.get("odd_tokens_per_s", rate)
+    started = time.monotonic()
+    while (drawn := int((time.monotonic() - started) * rate)) < count and body.get("rid") not in STATE.aborted:
+        time.sleep(0.005)
+    chain = [(last + 1 + i) % 97 for i in range(count)]
+    return (chain, "length") if drawn >= count else (chain[:drawn], "abort")
 
 
 def join(body: dict[str, Any]) -> tuple[int, Any]:
@@ -103,15 +151,56 @@ def receive(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "message": ""}
 
 
+def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
+    """Whole tensors, or the offer of a sharded sync, which is received into parameters named as a server's."""
+    if not STATE.in_update and not BEHAVIOUR.get("old"):
+        return 200, {"success": False, "message": "not between begin and end"}
+    _act("bucket", next(STATE.buckets), "_bucket")
+    named = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+    if body.get("load_format") is None:
+        STATE.sums |= {name: tensor.double().sum().item() for name, tensor in named}
+        return 200, {"success": True, "message": ""}
+    from etr_megatron.weights.transport import server_entry, server_loader
+    from tests.transport_jobs import ToyServer
+
+    offer = server_loader.Offer.read(named[0][1])
+    if STATE.model is None:
+        STATE.model = ToyServer(offer.plan(), offer.rank, torch.float32)
+    server_entry.load(STATE.model, named)
+    STATE.sums = {name: tensor.double().sum().item() for name, tensor in STATE.model.named_parameters()}
+    return 200, {"success": True, "message": ""}
+
+
+def load_directory(body: dict[str, Any]) -> tuple[int, Any]:
+    from etr_megatron.weights import SafetensorsDir
+
+    _act("bucket", next(STATE.buckets), "_bucket")
+    files = SafetensorsDir(body["model_path"])
+    for name, shape in files.shapes().items():
+        STATE.sums[name] = files.read(name, (0,) * len(shape), shape).double().sum().item()
+    return 200, {"success": True, "message": ""}
+
+
 def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
+    if route == "/openapi.json":
+        lacks = [*BEHAVIOUR.get("lacks", ()), *(UPDATE_SESSION if BEHAVIOUR.get("old") else ())]
+        return 200, {"paths": {name: {} for name in (*ROUTES, *UPDATE_SESSION) if name not in lacks}}
     if route == "/generate":
         return generate(body)
+    if route == "/abort_request":
+        if BEHAVIOUR.get("hang_at_abort"):
+            time.sleep(3600)
+        STATE.aborted.add(body["rid"])
+        return 200, {}
     if route == "/model_info":
         return 200, {"weight_version": STATE.version}
     if route == "/state":
-        return 200, {"sums": STATE.sums, "log": STATE.log, "paused": STATE.paused, "version": STATE.version}
-    if route == "/health":
+        return 200, {"sums": STATE.sums, "log": STATE.log, "paused": STATE.paused, "version": STATE.version, "pid": os.getpid()}
+    if route == "/server_info" or (route == "/health" and not STATE.paused):
         return 200, {}
+    if route == "/health":
+        time.sleep(15)  # it asks for a token, which a paused server does not generate
+        return 503, {}
     if route.endswith("_weight_update") and BEHAVIOUR.get("old"):
         return 404, {"detail": "Not Found"}
     STATE.log.append(route)
@@ -119,10 +208,20 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         return join(body)
     if route == "/update_weights_from_distributed":
         return receive(body)
-    if route in ("/begin_weight_update", "/end_weight_update"):
+    if route == "/update_weights_from_tensor":
+        return take_tensors(body)
+    if route == "/update_weights_from_disk":
+        return load_directory(body)
+    if route == "/begin_weight_update" and STATE.in_update:
+        return 400, {"success": False, "message": "a weight-update session is already open; call end_weight_update() first"}
+    if route in UPDATE_SESSION:
         STATE.in_update = route.startswith("/begin")
     elif route in ("/pause_generation", "/continue_generation"):
         STATE.paused = route.startswith("/pause")
+    elif route.endswith("_memory_occupation"):
+        if STATE.released == route.startswith("/release"):
+            os._exit(9)  # as SGLang does when it is told twice
+        STATE.released = not STATE.released
     elif route == "/destroy_weights_update_group":
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
     elif route == "/update_weight_version" and not BEHAVIOUR.get("stale"):
@@ -132,6 +231,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    api_key = ""
 
     def do_GET(self) -> None:
         self._reply(*answer(self.path, {}))
@@ -140,6 +240,8 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(*answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")))
 
     def _reply(self, status: int, found: Any) -> None:
+        if self.api_key and self.path != "/health" and self.headers.get("Authorization") != f"Bearer {self.api_key}":
+            status, found = 401, {"error": "Unauthorized"}
         body = json.dumps(found).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -153,7 +255,11 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     # A group needs a default one in the process; this one is of this process alone.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    arguments = server_arguments()
+    if arguments.config:
+        Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
+    ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset
+    server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.daemon_threads = True
     print(server.server_port, flush=True)
     threading.Thread(target=server.serve_forever).start()

@@ -69,21 +69,21 @@ def _bridge(model_dir: str, padded_vocab: int, layout: Layout):
 def exports(model: str, overrides: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights by HF name from the same loaded model: by mbridge, by us."""
     policy = build(model, overrides)
-    bridge = _bridge(model, policy.model.vocab_shard.size * policy.layout.tp, policy.layout)
+    bridge = _bridge(model, policy.chunks[-1].vocab_shard.size * policy.layout.tp, policy.layout)
     # It asks CUDA for the device of the tensors that it receives.
     with mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")), torch.no_grad():
-        theirs = {name: tensor.clone() for name, tensor in bridge.export_weights([_Named(policy.model)])}
+        theirs = {name: tensor.clone() for name, tensor in bridge.export_weights([_Named(policy.chunks[0])])}
     return theirs, {name: tensor.clone() for name, tensor in policy.export()}
 
 
 def cross_load(model: str, overrides: list[str]) -> dict[str, bool]:
     """Whether each parameter that mbridge loads from the checkpoint is bit for bit the one that we loaded, by name."""
     policy = build(model, overrides)
-    mine = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    mine = {name: parameter.detach().clone() for name, parameter in policy.chunks[0].named_parameters()}
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in policy.chunks[0].parameters():
             parameter.fill_(-7.0)
-        bridge = _bridge(model, policy.model.vocab_shard.size * policy.layout.tp, policy.layout)
+        bridge = _bridge(model, policy.chunks[-1].vocab_shard.size * policy.layout.tp, policy.layout)
         with mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")):
-            bridge.load_weights([_Named(policy.model)], model)
-    return {name: torch.equal(parameter, mine[name]) for name, parameter in policy.model.named_parameters()}
+            bridge.load_weights([_Named(policy.chunks[0])], model)
+    return {name: torch.equal(parameter, mine[name]) for name, parameter in policy.chunks[0].named_parameters()}

@@ -9,15 +9,13 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron.config import load_config, resolve
-from etr_megatron.policy import Policy, PolicyBatch, init_layout
+from etr_megatron.policy import Policy, PolicyBatch, configured_layout
 from etr_megatron.weights import read_architecture
 
 
 def build(model: str, overrides: list[str]) -> Policy:
     config = resolve(load_config(None, [f"model.path={model}", *overrides]), dist.get_world_size(), cuda=False)
-    parallel = config.parallel
-    layout = init_layout(parallel.tp, parallel.pp, config.run.seed, ep=parallel.ep, etp=parallel.etp)
-    return Policy(read_architecture(model), model, config, layout)
+    return Policy(read_architecture(model), model, config, configured_layout(config))
 
 
 def logprobs(model: str, sequences: list, overrides: list[str]) -> tuple[list, list]:
@@ -93,7 +91,7 @@ def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> tor
         found = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter([tokens]),
-            model=[policy.model],
+            model=policy.chunks,
             num_microbatches=1,
             seq_length=tokens.shape[1],
             micro_batch_size=tokens.shape[0],
@@ -105,7 +103,7 @@ def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> tor
         hidden = found[0]
         if policy.config.parallel.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
-        logits = gather_from_tensor_model_parallel_region(hidden @ policy.model.head_weight().t())
+        logits = gather_from_tensor_model_parallel_region(hidden @ policy.chunks[-1].head_weight().t())
     return logits.transpose(0, 1)[..., : policy.arch.vocab_size]
 
 
@@ -114,7 +112,7 @@ def nan_error(model: str, sequences: list) -> str:
     policy = build(model, ["parallel.tp=1"])
     batch = make_batch(sequences)
     with torch.no_grad():
-        policy.model.embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
+        policy.chunks[0].embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
     try:
         policy.update(batch)
     except FloatingPointError as error:
@@ -129,13 +127,14 @@ def parameters(model: str, overrides: list[str]) -> dict[str, tuple[tuple[int, .
     policy = build(model, overrides)
     layout, arch = policy.layout, policy.arch
     first_expert = layout.ep_rank * arch.experts.count // layout.ep if arch.experts else 0
-    stored = policy.model.sharded_state_dict()
     found = {}
-    for name, parameter in policy.model.named_parameters():
-        entry = stored[name]
-        part = entry.build()[0] if hasattr(entry, "build") else entry
-        axes = part.prepend_axis_num
-        places = tuple(zip(part.global_offset[:axes], part.global_shape[:axes], strict=True))
-        whole = global_name(name, layout.stage * arch.layers // layout.pp, first_expert)
-        found[whole] = (tuple(parameter.shape), entry.key, places)
+    for chunk in policy.chunks:
+        stored = chunk.sharded_state_dict()
+        for name, parameter in chunk.named_parameters():
+            entry = stored[name]
+            part = entry.build()[0] if hasattr(entry, "build") else entry
+            axes = part.prepend_axis_num
+            places = tuple(zip(part.global_offset[:axes], part.global_shape[:axes], strict=True))
+            whole = global_name(name, chunk.decoder.layers[0].layer_number - 1, first_expert)
+            found[whole] = (tuple(parameter.shape), entry.key, places)
     return found

@@ -1,44 +1,270 @@
-"""What gang ranks run against a real SGLang server."""
+"""What gang ranks run against SGLang servers."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
+import pytest
 import torch
+import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout import Sampling
-from etr_megatron.rollout.sglang import SglangEngine
+from etr_megatron.rollout.sglang import Serving, SglangEngine
+from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.types import Problem
-from etr_megatron.weights import weights_of
 from tests.policy_jobs import build, make_batch
 
+TEMPERATURE = 0.9
 
-def gaps(model: str, url: str, prompts: list[list[int]], overrides: list[str]) -> list[float]:
-    """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between."""
-    policy = build(model, [*overrides, "train.lr=0.01", "rollout.temperature=0.9"])
-    shapes = {name: shape for weight in weights_of(policy.arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    engine = SglangEngine(
-        SglangConfig(urls=(url,), bucket_mib=1, update_timeout_s=60),
-        Path(model),
-        shapes=shapes,
-        dtype="float32",
-        backend="gloo",
-        stop_ids=[],
-        logs=Path("unused"),
-    )
+
+def own_address() -> str:
+    """Of this machine, not loopback; skips the test where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: only the route is looked up
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        return str(probe.getsockname()[0])
+
+
+@contextmanager
+def as_a_node_at(address: str) -> Iterator[None]:
+    """This rank takes itself for the first one of a node, and the job's first node for one at this address."""
+    before = {name: os.environ.get(name) for name in ("LOCAL_RANK", "MASTER_ADDR")}
+    os.environ |= {"LOCAL_RANK": "0", "MASTER_ADDR": address}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def engine_of(policy: Any, model: str, directory: str, max_gap: float = 1e-5, **settings: Any) -> SglangEngine:
+    serving = Serving(policy.arch, "float32", "gloo", [], Path(directory), temperature=TEMPERATURE, max_gap=max_gap)
+    return SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
+
+
+def gaps(
+    model: str, directory: str, prompts: list[list[int]], overrides: list[str], served: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between;
+    bytes that this rank has sent in the second one, if sharded. served: what a server is started with, if not the model."""
+    policy = build(model, [*overrides, "train.lr=0.01", f"rollout.temperature={TEMPERATURE}"])
+    engine = engine_of(policy, served or model, directory, **settings)
+    try:
+        return _gaps(policy, engine, prompts)
+    finally:
+        engine.close()
+
+
+def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[str, Any]:
     problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
-    found = []
+    found, sent = [], []
     for version in (1, 2):
         engine.update_weights(policy.export(), version=version)
-        groups = engine.generate(problems, Sampling(2, 8, 0.9, seed=1, step=version, top_p=0.95))
+        sent.append(getattr(engine._sender, "bytes_sent", 0))
+        groups = engine.generate(problems, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
         samples = [sample for group in groups for sample in group]
         assert all(sample.weight_version == version for sample in samples)
         sequences = [(prompts[i // 2], sample.response_ids) for i, sample in enumerate(samples)]
         trainer = policy.logprobs(sequences).logp
         served = [torch.tensor(sample.rollout_logprobs) for sample in samples]
         found.append(max((a - b).abs().max().item() for a, b in zip(trainer, served, strict=True)))
+        engine.release()
         policy.update(replace(make_batch(sequences), old_logp=trainer))
-    engine.close()
-    return found
+    return {"gaps": found, "bytes": sent[1] - sent[0]}
+
+
+def _states(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What serving fake servers remember; on rank 0, empty elsewhere."""
+    control = engine._control
+    if control is None:
+        return {}
+    serving = [client for client in control.fleet.serving if names is None or client.name in names]
+    return {client.name: control.run(client.get("/state", timeout_s=10)) for client in serving}
+
+
+def _sums(policy: Any) -> dict[str, float]:
+    return {name: tensor.double().sum().item() for name, tensor in policy.export()}
+
+
+def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, **settings: Any) -> dict[str, Any]:
+    """States of fake servers after syncs, the sums that they should have, and the servers that failed."""
+    policy = build(model, overrides)
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    try:
+        for version in range(1, syncs + 1):
+            engine.update_weights(policy.export(), version)
+        failed = engine._control.fleet.failed if engine._control is not None else {}
+        return {"states": _states(engine), "sums": _sums(policy), "failed": failed}
+    finally:
+        engine.close()
+
+
+def killed_between(model: str, directory: str, number: int, **settings: Any) -> dict[str, Any]:
+    """Two servers of the job; one gets a signal with requests under way. Tokens by request, and states after the next sync."""
+    policy = build(model, ["parallel.tp=1"])
+    os.environ["FAKE_SGLANG"] = '{"seconds": 0.1}'
+    try:
+        engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    finally:
+        del os.environ["FAKE_SGLANG"]
+    try:
+        engine.update_weights(policy.export(), 1)
+        victim = _states(engine)
+        if victim:
+            pid = victim["SGLang server 0"]["pid"]
+            threading.Timer(0.3, os.kill, (pid, number)).start()
+        problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
+        groups = engine.generate(problems, Sampling(2, 5, 1.0, seed=1, step=1))
+        failed = engine._control.fleet.failed if engine._control is not None else {}
+        engine.update_weights(policy.export(), 2)
+        states = _states(engine)
+        return {"ids": [[s.response_ids for s in group] for group in groups], "failed": failed, "states": states}
+    finally:
+        engine.close()
+
+
+def rank_fails(model: str, directory: str, urls: list[str], sync: str) -> tuple[str, dict[str, Any]]:
+    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it."""
+    policy = build(model, ["parallel.tp=2"])
+    engine = engine_of(policy, model, directory, probe_every=0, urls=tuple(urls), sync=sync)
+
+    class Broken(type(policy.export())):
+        def shards(self) -> dict[str, torch.Tensor]:
+            found = super().shards()
+            if dist.get_rank() == 1:
+                found.pop(next(iter(found)))
+            return found
+
+    try:
+        engine.update_weights(Broken(policy), 1)
+    except Exception as error:
+        states = {}
+        if engine._control is not None:
+            clients = engine._control.fleet.clients
+            states = {client.name: engine._control.run(client.get("/state", timeout_s=10)) for client in clients}
+        return f"{type(error).__name__}: {error}", states
+    finally:
+        engine.close()
+    return "", {}
+
+
+def refused(model: str, directory: str, generate_first: bool = False, **settings: Any) -> str:
+    """The error of the first use on this rank."""
+    policy = build(model, [])
+    try:
+        engine = engine_of(policy, model, directory, **settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    try:
+        if not generate_first:
+            engine.update_weights(policy.export(), 1)
+        engine.generate([Problem("p", "", "", [3])], Sampling(1, 2, 1.0, seed=1, step=1))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.close()
+    return ""
+
+
+def on_two_nodes(model: str, directory: str, address: str, **settings: Any) -> dict[str, Any]:
+    """Two ranks that take themselves for nodes: the servers' addresses and states, and who could learn the key."""
+    policy = build(model, ["parallel.tp=2"])
+    with as_a_node_at(address):
+        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        found: dict[str, Any] = {"states": _states(engine), "sums": _sums(policy)}
+        if engine._control is not None:
+            urls = [client.url for client in engine._control.fleet.clients]
+            key = engine._control._http.headers.get("Authorization", "").removeprefix("Bearer ")
+            found |= {"urls": urls, "keyless": [httpx.get(f"{url}/state").status_code for url in urls], "has_key": bool(key)}
+            pids = [state["pid"] for state in found["states"].values()]
+            lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+            files = [path for path in Path(directory).rglob("*") if path.is_file()]
+            found["on_command_line"] = any(key and key in line for line in lines)
+            found["readable"] = [path.name for path in files if path.stat().st_mode & 0o077 and key in path.read_text()]
+        return found
+    finally:
+        dist.barrier()  # the other rank's servers are looked at
+        engine.close()
+
+
+def colocated(model: str, directory: str, **settings: Any) -> list[str]:
+    """The routes that a colocated fake server was asked for over a step."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        engine.generate([Problem("p", "", "", [3])], Sampling(1, 2, 1.0, seed=1, step=1))
+        engine.release()
+        engine.update_weights(policy.export(), 2)
+        return [route for state in _states(engine).values() for route in state["log"]]
+    finally:
+        engine.close()
+
+
+def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, str]:
+    """Versions of two colocated fake servers, one of which was killed while their memory was released, two syncs later."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", servers=2, **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        pid = _states(engine)["SGLang server 0"]["pid"]
+        engine.release()
+        os.kill(pid, signal.SIGKILL)
+        for version in (2, 3):
+            engine.update_weights(policy.export(), version)
+            engine.release()
+        return {name: state["version"] for name, state in _states(engine).items()}
+    finally:
+        engine.close()
+
+
+def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
+    """Two real servers at an address, one killed with requests under way: what was generated, whether they ask for a key, and
+    log-prob gaps after the next sync."""
+    policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
+    with as_a_node_at(address):
+        engine = engine_of(policy, model, directory, nodes="every", **settings)
+    tokens = 100
+    try:
+        engine.update_weights(policy.export(), 1)
+        watchdog = psutil.Process(engine._host._processes["SGLang server 0"]._watchdog.pid)
+        (server,) = watchdog.children()
+        threading.Timer(0.7, server.kill).start()
+        problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
+        groups = engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=1))
+        found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
+        samples = [(prompts[i], sample.response_ids) for i, group in enumerate(groups) for sample in group]
+        policy.update(replace(make_batch(samples), old_logp=policy.logprobs(samples).logp))
+        engine.update_weights(policy.export(), 2)
+        clients = engine._control.fleet.serving
+        replies = engine._control.probe(TEMPERATURE)
+        wanted = policy.logprobs([(PROBE_PROMPT, reply.ids) for reply in replies.values()]).logp
+        return found | {
+            "lengths": [[len(sample.response_ids) for sample in group] for group in groups],
+            "keyless": [httpx.get(f"{client.url}/model_info").status_code for client in clients],
+            "served": [client.name for client in clients],
+            "versions": [engine._control.run(client.weight_version(10)) for client in clients],
+            "gaps": [
+                (torch.tensor(reply.logprobs) - one).abs().max().item()
+                for reply, one in zip(replies.values(), wanted, strict=True)
+            ],
+        }
+    finally:
+        engine.close()

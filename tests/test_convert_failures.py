@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def refusal(capsys, *argv: str | Path) -> str:
         (["to-hf", "--megatron", "x", "--out", "y", "--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
         (["to-hf", "--megatron", "x", "--out", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be between 0.001 and"),
         (["to-hf", "--megatron", "x", "--out", "y"], "--megatron x is not a directory"),
-        (["to-megatron", "--hf", "x", "--out", "y"], "x/config.json does not exist"),
+        (["to-megatron", "--hf", "x", "--out", "y"], "x/config.json does not exist: --hf must be"),
+        (["verify", "--hf", "x", "--megatron", "y"], "x/config.json does not exist: --hf must be"),
     ],
 )
 def test_a_wrong_command_is_refused(capsys, argv, sentence):
@@ -84,7 +86,8 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(capsys
     assert "gate_proj.weight has shape [80, 48] where config.json says [96, 48]" in refusal(
         capsys, "to-megatron", "--hf", hf, "--out", out
     )
-    assert "linear_fc1.weight has shape [4, 160, 48] where config.json says [4, 192, 48]" in refusal(
+    stored = "decoder.layers.mlp.linear_fc1.weight (mlp.gate_proj.weight over mlp.up_proj.weight, of 4 layers)"
+    assert f"{stored} has shape [4, 160, 48] where config.json says [4, 192, 48]" in refusal(
         capsys, "to-hf", "--megatron", megatron, "--out", out
     )
     assert not list(tmp_path.glob("out*"))
@@ -94,10 +97,10 @@ def test_tensors_that_are_missing_or_unknown_are_named(capsys, hf, megatron, tmp
     config = json.loads((megatron / "config.json").read_text())
     (megatron / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     message = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
-    assert "1 tensors are unknown to the qwen3 family, first output_layer.weight" in message
+    assert "1 tensor is unknown to the qwen3 family (output_layer.weight)" in message
     to_megatron(Path(hf_models["qwen3_tied"]), tmp_path / "tied", Ranks())
     message = refusal(capsys, "to-hf", "--megatron", tmp_path / "tied", "--config-from", hf, "--out", tmp_path / "out")
-    assert "1 tensors are missing, first output_layer.weight" in message
+    assert "1 tensor is missing (output_layer.weight)" in message
 
 
 def test_files_that_are_cut_off_or_damaged_are_named(capsys, hf, megatron, tmp_path):
@@ -165,6 +168,83 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
         monkeypatch.setattr(os, "copy_file_range", limited(os.copy_file_range))
     assert "no space left on the device" in refusal(capsys, *argv, "--out", tmp_path / "out")
     assert room[0] < 0 and not list(tmp_path.glob("out*"))
+
+
+def run_ranks(tmp_path: Path, hook: str, *argv: str | Path) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of two ranks of the tool, as torchrun starts them but without it.
+
+    hook: Python that rank 1 runs first.
+    """
+    program = "import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '1':\n    " + hook
+    program += "\nos._exit(convert_hf.main(sys.argv[1:]))"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", program, *map(str, argv)]
+    ranks = []
+    for rank in ("0", "1"):
+        env = {**os.environ, **address, "RANK": rank, "OMP_NUM_THREADS": "1"}
+        env["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "elastic" / "attempt_0" / rank / "error.json")
+        Path(env["TORCHELASTIC_ERROR_FILE"]).parent.mkdir(parents=True)
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True))
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *both) for rank, both in zip(ranks, printed, strict=True)]
+
+
+def test_ranks_end_with_2_after_a_mistake_and_one_sentence(hf, megatron, tmp_path):
+    found = run_ranks(tmp_path, "pass", "to-megatron", "--hf", hf, "--out", megatron)
+    assert [code for code, _, _ in found] == [2, 2]
+    printed = "".join(err for _, _, err in found)
+    assert printed.startswith("error: --out ") and printed.count("\n") == 1 and "exists already" in printed
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_disk_that_is_full_for_one_of_two_ranks_is_one_sentence(hf, megatron, tmp_path, direction):
+    source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
+    hook = "def full(*_): raise OSError(28, 'No space left on device')\n"
+    hook += "    from etr_megatron.convert import copying, torch_dist_writer as w\n"
+    hook += "    copying.start_writeback = w.start_writeback = full"
+    found = run_ranks(tmp_path, hook, direction, *source, "--out", tmp_path / "out")
+    printed = "".join(err for _, _, err in found)
+    assert [code for code, _, _ in found] == [2, 2], printed
+    assert printed.count("error: ") == 1 and "out: no space left on the device" in printed and "Traceback" not in printed
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_conversion_that_is_stopped_says_so_and_what_is_left(hf, tmp_path, number):
+    program = (
+        "import runpy, sys, time\nfrom etr_megatron.convert import copying, torch_dist_writer\n"
+        "def wait(*_):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "torch_dist_writer.start_writeback = copying.start_writeback = wait\n"
+        "runpy.run_path('tools/convert_hf.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "to-megatron", "--hf", str(hf), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as tool:
+        assert tool.stdout.readline() == "writing\n"
+        tool.send_signal(number)
+        _, err = tool.communicate(timeout=20)
+    assert tool.returncode == 128 + number
+    unfinished = tmp_path / "out.unfinished"
+    assert err == f"error: stopped by {number.name}; {unfinished} is not complete, the same command replaces it\n"
+    assert unfinished.is_dir() and not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_renamed_before_it_is_locked_is_not_touched(capsys, hf, tmp_path, monkeypatch):
+    """Another conversion finishes between our finding its directory and our locking it."""
+    partial, out = tmp_path / "out.unfinished", tmp_path / "out"
+    partial.mkdir()
+    (partial / "weights").write_text("of the other one")
+    lock = output.fcntl.flock
+
+    def finish_first(*args):
+        if partial.exists() and not out.exists():
+            partial.rename(out)
+        return lock(*args)
+
+    monkeypatch.setattr(output.fcntl, "flock", finish_first)
+    assert "exists already" in refusal(capsys, "to-megatron", "--hf", hf, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["weights"] and not partial.exists()
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])

@@ -90,7 +90,14 @@ def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         elif name in ("ENTRYPOINT", "CMD"):
             command += [word.strip("[],") for word in here]
-    quick = ["run.steps=1", "tiny.warm_start_steps=5", "tiny.layers=1", "rollout.max_response_tokens=8", "eval.every=0"]
+    quick = [
+        "run.steps=1",
+        "train.lr_warmup_updates=0",
+        "tiny.warm_start_steps=5",
+        "tiny.layers=1",
+        "rollout.max_response_tokens=8",
+        "eval.every=0",
+    ]
     done = subprocess.run([*command, *quick], cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "etr_megatron image: etr-megatron 0.1.0, torch 2.13" in done.stderr

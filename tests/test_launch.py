@@ -111,8 +111,8 @@ def small(tmp_path: Path) -> str:
 
 
 def test_prepare_returns_what_to_start(small: str) -> None:
-    assert prepare(["--nproc", "2", small, "run.seed=3"]) == (2, Path(small), ["run.seed=3"])
-    assert prepare([small, "parallel.tp=1"]) == (1, Path(small), ["parallel.tp=1"])
+    assert prepare(["--nproc", "2", small, "run.seed=3"]) == (2, Path(small), ["run.seed=3"], 25.0)
+    assert prepare([small, "parallel.tp=1"]) == (1, Path(small), ["parallel.tp=1"], 25.0)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from etr_megatron.objective import (
 )
 from etr_megatron.policy import PolicyBatch
 from etr_megatron.policy.loss_inputs import loss_inputs
-from etr_megatron.policy.packing import Microbatch, pack, plan_microbatches
+from etr_megatron.policy.packing import Microbatch, pack
+from etr_megatron.policy.plan import plan_microbatches
 from tests.loss_cases import Case, random_case, reference
 from tests.policy_jobs import build, make_batch
 

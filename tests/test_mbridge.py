@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-# Not imported here: megatron.core has to be prepared first, which the ranks do.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("mbridge") is None, reason="mbridge is not installed")
+# mbridge is in the test extra. Not imported here: megatron.core has to be prepared first, which the ranks do.
 
 LAYOUTS = {
     "tp1": (1, ["parallel.tp=1"]),

@@ -1,32 +1,13 @@
-"""The microbatch plan's invariants, and what a packed microbatch holds."""
+"""What a packed microbatch holds, whole and cut over context-parallel ranks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from etr_megatron.policy.packing import pack, plan_microbatches
+from etr_megatron.policy.packing import pack
 
 CPU = torch.device("cpu")
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
-    dp=st.integers(1, 5),
-    budget=st.integers(20, 200),
-)
-def test_plan_places_every_sample_once_keeps_the_budget_and_counts_alike(lengths, dp, budget):
-    plan = plan_microbatches(lengths, dp=dp, token_budget=budget)
-    assert len(plan) == dp
-    assert len({len(rank) for rank in plan}) == 1
-    placed = [sample for rank in plan for micro in rank for sample in micro]
-    assert sorted(placed) == list(range(len(lengths)))
-    for micro in (micro for rank in plan for micro in rank):
-        assert len(micro) == 1 or sum(lengths[i] for i in micro) <= budget
-    assert plan == plan_microbatches(lengths, dp=dp, token_budget=budget)
 
 
 def test_rows_predict_exactly_the_response_tokens():
@@ -38,6 +19,7 @@ def test_rows_predict_exactly_the_response_tokens():
     # Each row's successor in the packed tokens is its target.
     assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 6, 6, 1, 2]
     assert batch.row_sample.tolist() == [2, 2, 2, 0, 0]
+    assert batch.row_position.tolist() == [0, 1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("numbers", [[0], []])
@@ -51,3 +33,34 @@ def test_padding_is_a_sequence_of_its_own_without_loss_rows(numbers):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="sample 1 has an empty prompt"):
         pack([([1], [2]), ([], [3])], [0, 1], multiple=1, device=CPU)
+
+
+def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():
+    first, second = list(range(10, 23)), list(range(30, 36))  # 13 and 6 tokens: 16 and 8 with their padding, chunks of 4 and 2
+    sequences = [(first[:4], first[4:]), (second[:5], second[5:])]
+    one, two = (pack(sequences, [0, 1], multiple=1, device=CPU, cp=2, cp_rank=rank) for rank in (0, 1))
+    assert one.tokens.tolist() == [[10, 11, 12, 13, 22, 0, 0, 0, 30, 31, 0, 0]]
+    assert two.tokens.tolist() == [[14, 15, 16, 17, 18, 19, 20, 21, 32, 33, 34, 35]]
+    assert one.positions.tolist() == [[0, 1, 2, 3, 12, 13, 14, 15, 0, 1, 6, 7]]
+    assert one.offsets.tolist() == two.offsets.tolist() == [0, 16, 24] and one.longest == two.longest == 16
+    # The prompt's last token, on rank 0, predicts the response's first, on rank 1; the last token predicts nothing.
+    assert (one.rows.tolist(), one.targets.tolist(), one.row_position.tolist()) == ([3], [14], [0])
+    assert two.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]
+    assert two.targets.tolist() == [15, 16, 17, 18, 19, 20, 21, 22, 35]
+    assert two.row_position.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0] and two.row_sample.tolist() == [0] * 8 + [1]
+
+
+@pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (3, 128)])
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [1], []])
+def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(cp, multiple, numbers):
+    sequences = [([7, 8, 9], [1, 2]), ([5], [3]), ([4] * 9, [6] * 23)]
+    parts = [pack(sequences, numbers, multiple=multiple, device=CPU, cp=cp, cp_rank=rank) for rank in range(cp)]
+    whole = pack(sequences, numbers, multiple=1, device=CPU)
+    assert {part.tokens.shape[1] % multiple for part in parts} == {0}
+    assert len({part.tokens.shape[1] for part in parts}) == 1
+    assert parts[0].tokens.shape[1] * cp == parts[0].offsets[-1] > 0
+
+    def rows(batch):
+        return zip(batch.row_sample.tolist(), batch.row_position.tolist(), batch.targets.tolist(), strict=True)
+
+    assert sorted(row for part in parts for row in rows(part)) == sorted(rows(whole))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import product
 from math import prod
 
@@ -140,14 +139,11 @@ def sent_by_replicas(plan: Plan, itemsize: int) -> dict[tuple[int, ...], dict[in
         for holding in plan.source.holdings(weight, plan.arch):
             for rank in holding.ranks:
                 replicas[weight.megatron, rank] = holding.ranks
-    sent: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)
+    sent: dict[tuple[int, ...], dict[int, int]] = {}
     for (source, destination), transfers in plan.pairs.items():
         for transfer in transfers if not plan.is_local(source, destination) else ():
             ranks = replicas[transfer.weight.megatron, source]
-            loads = sent[ranks] or sent.setdefault(ranks, dict.fromkeys(ranks, 0))
-            for rank in ranks:
-                loads.setdefault(rank, 0)
-            loads[source] += plan.bytes(transfer, itemsize)
+            sent.setdefault(ranks, dict.fromkeys(ranks, 0))[source] += plan.bytes(transfer, itemsize)
     return sent
 
 

@@ -43,6 +43,12 @@ CHANGES = {
         (2, ["parallel.tp=2", SP, "parallel.ep=2", "parallel.etp=1"]),
     ),
     "tp2_to_pp2": ((2, ["parallel.tp=2", SP]), (2, ["parallel.tp=1", "parallel.pp=2"])),
+    "pp2_vpp2_to_ep2": ((2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]), (2, ["parallel.tp=1", "parallel.ep=2"])),
+    "cp2_to_pp2_vpp2": ((2, ["parallel.tp=1", "parallel.cp=2"]), (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"])),
+    "pp2_to_uneven_pp2": (
+        (2, ["parallel.tp=1", "parallel.pp=2"]),
+        (2, ["parallel.tp=1", "parallel.pp=2", "parallel.last_stage_layers=1"]),
+    ),
     # The first stage of qwen3_moe_dense has no experts.
     "pp2_to_ep2": ((2, ["parallel.tp=1", "parallel.pp=2"]), (2, ["parallel.tp=1", "parallel.ep=2"])),
 }

@@ -26,6 +26,15 @@ LAYOUTS = {
         2,
         ["parallel.tp=1", "train.overlap_grad_reduce=true", "train.distributed_optimizer=true"],
     ),
+    "pp2_vpp2_overlapped_reduction": (
+        2,
+        [
+            *("parallel.tp=1", "parallel.pp=2", "parallel.vpp=2", "train.tokens_per_microbatch=40"),
+            "train.overlap_grad_reduce=true",
+        ],
+    ),
+    "pp2_uneven": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=3"]),
+    "cp2": (2, ["parallel.tp=1", "parallel.cp=2"]),
     "tp2_pp2_overlapped_reduction": (4, ["parallel.tp=2", "parallel.pp=2", "train.overlap_grad_reduce=true"]),
 }
 
@@ -40,11 +49,18 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], whol
     return {name: before[name] - tensor for name, tensor in policy.export()}
 
 
-def reference(model: str, sequences: list) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
-    """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens)."""
+def reference(model: str, sequences: list, aux_coef: float = 0.0) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
+    """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens).
+
+    aux_coef: of the experts' balancing loss over the tokens of all sequences.
+    """
     # Its grouped matrix products are for smaller types only.
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     batch = make_batch(sequences)
+    routed: dict[str, list[torch.Tensor]] = {}
+    for name, module in hf.named_modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.register_forward_hook(lambda _m, _i, out, name=name: routed.setdefault(name, []).append(out[0]))
     loss, olds, clipped = 0.0, [], 0
     for i, (prompt, response) in enumerate(sequences):
         logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
@@ -57,6 +73,10 @@ def reference(model: str, sequences: list) -> tuple[list[torch.Tensor], dict[str
         surrogate = torch.minimum(ratio * advantage, bounded * advantage)
         clipped += int((ratio * advantage > bounded * advantage).sum())
         loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
+    for logits in (torch.cat(parts) for parts in routed.values() if aux_coef):
+        chosen = logits.topk(hf.config.num_experts_per_tok).indices
+        share = torch.nn.functional.one_hot(chosen, logits.shape[1]).double().mean((0, 1))
+        loss = loss + aux_coef * logits.shape[1] * (share * logits.softmax(-1).mean(0)).sum()
     loss.backward()
     gradients = by_published_names({name: parameter.grad for name, parameter in hf.named_parameters()})
     return olds, gradients, clipped / sum(len(old) for old in olds)
@@ -93,14 +113,14 @@ MIXTURES = {
 }
 
 
-def check(gangs, model: str, reference: tuple, layout: tuple[int, list[str]], way: str) -> None:
+def check(gangs, model: str, reference: tuple, layout: tuple[int, list[str]], way: str, sequences: list | None = None) -> None:
     world, overrides = layout
     olds, gradients, clipped = reference
     assert 0.2 < clipped < 0.8
     for found in gangs(world).run(
         "tests.test_policy_gradients:step",
         model=model,
-        sequences=random_sequences(),
+        sequences=sequences or random_sequences(),
         old_logp=olds,
         overrides=overrides,
         whole_sequences=way == "recompute",
@@ -124,3 +144,37 @@ def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gan
     gradients = references(family)[1]
     assert all(gradient.abs().max() > 1e-4 for name, gradient in gradients.items() if ".mlp." in name)
     check(gangs, hf_models[family], references(family), MIXTURES[layout], "single_pass")
+
+
+AUX = 0.3
+BALANCED = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+    "cp2_ep2": (2, ["parallel.tp=1", "parallel.cp=2", "parallel.ep=2"]),
+    "pp2_cp2": (4, ["parallel.tp=1", "parallel.cp=2", "parallel.pp=2"]),
+}
+
+
+def without_padding(count: int) -> list[tuple[list[int], list[int]]]:
+    """Sequences of 16 tokens, which no layout here pads: padding is routed like any token, and counts."""
+    return [((prompt * 4)[:4], (response * 12)[:12]) for prompt, response in random_sequences(count)]
+
+
+@pytest.mark.parametrize("layout", BALANCED)
+def test_the_experts_balancing_loss_of_one_microbatch_equals_its_definition(gangs, hf_models, layout):
+    sequences = without_padding(6)
+    plain, wanted = (reference(hf_models["qwen3_moe"], sequences, coef) for coef in (0.0, AUX))
+    router = "model.layers.1.mlp.gate.weight"
+    assert (wanted[1][router] - plain[1][router]).abs().max() > 1e-3
+    world, overrides = BALANCED[layout]
+    overrides = [*overrides, f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=1000"]
+    check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models, world):
+    # Of equal microbatches the mean is what they would have in one.
+    sequences = without_padding(2)[:1] * 4
+    wanted = reference(hf_models["qwen3_moe"], sequences, AUX)
+    overrides = ["parallel.tp=1", f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
+    check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)

@@ -14,6 +14,8 @@ LAYOUTS = {
     "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
     "dp2": (2, ["parallel.tp=1"]),
+    "pp2_vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
+    "cp2": (2, ["parallel.tp=1", "parallel.cp=2"]),
 }
 
 MIXTURES = {

@@ -14,7 +14,12 @@ from tests.policy_jobs import build, make_batch
 
 PRESETS = ("etr", "dr_grpo", "gspo", "cispo", "rloo")
 """One of each loss; the others differ from `etr` in numbers that are decided before the policy."""
-LAYOUTS = {"tp2": (2, ["parallel.tp=2"]), "dp2": (2, ["parallel.tp=1", "train.tokens_per_microbatch=60"])}
+LAYOUTS = {
+    "tp2": (2, ["parallel.tp=2"]),
+    "dp2": (2, ["parallel.tp=1", "train.tokens_per_microbatch=60"]),
+    # Ranks have parts of the same sequences.
+    "cp2": (2, ["parallel.tp=1", "parallel.cp=2", "train.tokens_per_microbatch=60"]),
+}
 # See tests/test_policy_training.py: with this epsilon the weights after an update show the gradients one to one.
 BASE = ["train.lr=1", "train.adam_eps=1", "train.clip_grad=0", "objective.kl_coef=0.1", "objective.entropy_coef=0.01"]
 

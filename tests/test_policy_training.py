@@ -20,6 +20,13 @@ SPLITS = {
     "tp2_sp_full_recompute": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "train.recompute=full"]),
     "tp1_selective_recompute": (1, ["parallel.tp=1", "train.recompute=selective"]),
     "tp2_pp2_sp": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    "dp2_overlapped_gather": (
+        2,
+        [
+            *("parallel.tp=1", "train.distributed_optimizer=true", "train.overlap_grad_reduce=true"),
+            "train.overlap_param_gather=true",
+        ],
+    ),
     "tp2_dp2_distributed_optimizer": (4, ["parallel.tp=2", "train.distributed_optimizer=true"]),
 }
 

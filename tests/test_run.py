@@ -121,17 +121,35 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(runs):
     assert runs.rows("once", times=True) == before
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_leaves_no_process(runs, how):
+def test_ctrl_c_ends_at_once_and_leaves_no_process(runs):
     process = runs.start("run.name=stopped", "run.steps=500")
     wait_for(lambda: len(runs.rows("stopped")) >= 1)
     members = family(process.pid)
     assert len(members) >= 5  # launcher, two ranks, two graders
-    process.send_signal(how)
+    process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 128 + how
+    assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in printed
     assert_nobody_is_left(members)
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(runs):
+    options = ("run.name=preempted", "checkpoint.every=0", "eval.every=0", "run.stop_grace_s=60")
+    process = runs.start(*options)
+    wait_for(lambda: len(runs.rows("preempted")) >= 2)
+    members = family(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=90)
+    assert process.returncode == 75, printed
+    assert "told to stop (SIGTERM) before the" in printed and "Traceback" not in printed
+    assert_nobody_is_left(members)
+    status = json.loads((runs.directory("preempted") / "status.json").read_text())
+    trained = len(runs.rows("preempted"))
+    assert (status["state"], status["step"]) == ("requeue", trained) and 2 <= trained < 6
+
+    assert runs.finish(*options)[0] == 0
+    assert runs.finish("run.name=unbroken", "checkpoint.every=0", "eval.every=0")[0] == 0
+    assert runs.rows("preempted") == runs.rows("unbroken")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes a small disk in a mount namespace of its own")

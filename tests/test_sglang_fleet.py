@@ -15,8 +15,10 @@ import torch
 
 from etr_megatron.rollout import EngineGoneError
 from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
-from etr_megatron.rollout.sglang.weights import WeightSender, buckets
+from etr_megatron.rollout.sglang.sync import Transaction
+from etr_megatron.weights.transport.whole import Field
 from tests.runs import REPO
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
@@ -43,6 +45,8 @@ async def fleet_of(*behaviours: dict, timeout_s: float = 20.0, concurrency: int 
                 ServerClient(f"server {i}", f"http://127.0.0.1:{int(process.stdout.readline())}", http)
                 for i, process in enumerate(processes)
             ]
+            for client in clients:
+                await client.learn_routes((), timeout_s=10)
             yield Fleet(clients, concurrency=concurrency, timeout_s=timeout_s)
     finally:
         for process in processes:
@@ -51,19 +55,27 @@ async def fleet_of(*behaviours: dict, timeout_s: float = 20.0, concurrency: int 
             process.stdout.close()
 
 
-def sender(fleet: Fleet, timeout_s: float = 20.0) -> WeightSender:
-    return WeightSender(fleet, workers=1, host="127.0.0.1", backend="gloo", timeout_s=timeout_s)
+def one_by_one(tensors=TENSORS) -> list[Bucket]:
+    """A bucket for every tensor, and at last one with two tensors of different types."""
+    found = [Bucket([Field(name, t.dtype, tuple(t.shape), 0)], t.flatten().view(torch.uint8)) for name, t in tensors.items()]
+    a, b = (tensors[name] for name in ("a.weight", "b.weight"))
+    fields = [Field("a.weight", a.dtype, tuple(a.shape), 0), Field("b.weight", b.dtype, tuple(b.shape), a.nbytes)]
+    return [*found, Bucket(fields, torch.cat([a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)]))]
 
 
-async def sync(fleet: Fleet, version: int, tensors=TENSORS, limit: int = 64, timeout_s: float = 20.0) -> None:
-    sending = sender(fleet, timeout_s)
+def broadcast(fleet: Fleet, timeout_s: float = 20.0) -> Delivery:
+    return BroadcastDelivery(fleet, workers=1, host="127.0.0.1", backend="gloo", timeout_s=timeout_s)
+
+
+async def sync(fleet: Fleet, version: int, delivery: Delivery | None = None, timeout_s: float = 20.0) -> None:
+    transaction, delivery = Transaction(fleet, timeout_s), delivery or broadcast(fleet, timeout_s)
     try:
-        await sending.begin()
-        for bucket in buckets(tensors.items(), limit):
-            await sending.send(bucket)
-        await sending.finish(version)
+        await transaction.begin()
+        for bucket in one_by_one():
+            await delivery.deliver(bucket)
+        await transaction.finish(version)
     finally:
-        await sending.close()
+        await delivery.close()
 
 
 async def state_of(client: ServerClient) -> dict:
@@ -143,12 +155,34 @@ def test_servers_without_begin_and_end_of_an_update_take_one_as_well():
     assert all(map(has_all, states)) and not failed
 
 
-def test_a_bucket_holds_whole_tensors_up_to_its_limit():
-    parts = list(buckets(TENSORS.items(), 100))
-    assert [part.names for part in parts] == [["a.weight", "b.weight"], ["c.weight"]]
-    assert parts[0].dtypes == ["float32", "bfloat16"] and parts[0].shapes == [[3, 5], [11]]
-    assert parts[0].flat.numel() == 60 + 22
-    assert torch.equal(parts[0].flat[:60].view(torch.float32).view(3, 5), TENSORS["a.weight"])
+def test_tensors_in_requests_arrive_as_well():
+    async def body():
+        async with fleet_of({}, {"fail_at": 0}) as fleet:
+            await sync(fleet, 2, TensorDelivery(fleet, workers=1, timeout_s=20.0))
+            return [await state_of(client) for client in fleet.clients], fleet.failed
+
+    states, failed = asyncio.run(body())
+    assert all(has_all(state) and state["version"] == "2" for state in states) and not failed
+
+
+def test_an_update_that_a_job_left_open_is_closed_first():
+    async def body():
+        async with fleet_of({}) as fleet:
+            await fleet.clients[0].call("/begin_weight_update", {}, timeout_s=10)
+            await sync(fleet, 5)
+            return await state_of(fleet.clients[0]), fleet.failed
+
+    state, failed = asyncio.run(body())
+    assert has_all(state) and not failed
+
+
+def test_a_server_that_lacks_what_a_sync_needs_is_refused_by_name():
+    async def body():
+        async with fleet_of({"lacks": ["/flush_cache"]}) as fleet:
+            await fleet.clients[0].learn_routes(("/generate", "/flush_cache"), timeout_s=10)
+
+    with pytest.raises(ServerError, match=r"server 0 at http://127\.0\.0\.1:\d+ has no /flush_cache, which is needed"):
+        asyncio.run(body())
 
 
 @pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
@@ -177,11 +211,11 @@ def test_a_server_that_keeps_its_old_version_takes_no_more_requests():
 def test_after_an_update_that_was_given_up_servers_go_on_but_get_no_requests():
     async def body():
         async with fleet_of({}) as fleet:
-            sending = sender(fleet)
-            await sending.begin()
-            await sending.send(next(iter(buckets(TENSORS.items(), 64))))
-            await sending.abandon("the export failed")
-            await sending.close()
+            transaction, delivery = Transaction(fleet, 20.0), broadcast(fleet)
+            await transaction.begin()
+            await delivery.deliver(one_by_one()[0])
+            await transaction.abandon("the export failed")
+            await delivery.close()
             return await state_of(fleet.clients[0]), fleet.failed
 
     state, failed = asyncio.run(body())

@@ -6,24 +6,32 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
+from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang.arguments import known_arguments
+from etr_megatron.rollout.sglang.commands import server_command
+from etr_megatron.rollout.sglang.server import ServerProcess
 from tests.runs import REPO, wait_for
+from tests.sglang_jobs import own_address
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = "tests/sglang_cpu/launch.py"
 ARGUMENTS = (
-    *("--device", "cpu", "--mem-fraction-static", "0.5", "--max-total-tokens", "4096", "--attention-backend", "torch_native"),
+    *("--device", "cpu", "--max-total-tokens", "4096", "--attention-backend", "torch_native"),
     *("--skip-server-warmup", "--disable-cuda-graph"),
 )
+OWN = dict(python=str(PYTHON), launch=(LAUNCH,), arguments=ARGUMENTS, mem_fraction=0.3)
 PROMPTS = [[5, 6, 7], [9, 4], [100, 3, 250, 17, 60, 2]]
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +40,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(hf_models, tmp_path_factory):
-    arguments = ("--model-path", hf_models["qwen3"], "--dtype", "float32", "--skip-tokenizer-init", *ARGUMENTS)
-    log = tmp_path_factory.mktemp("sglang") / "server.log"
-    process = ServerProcess("server", ServerCommand(str(PYTHON), (str(REPO / LAUNCH),), arguments), log)
+def model(tmp_path_factory):
+    """On CPU SGLang pads an intermediate size that TP x 32 does not divide, and its worker then holds other shapes."""
+    path = tmp_path_factory.mktemp("hf") / "qwen3"
+    torch.manual_seed(3)
+    sizes = dict(vocab_size=301, hidden_size=48, intermediate_size=128, head_dim=16, num_hidden_layers=4)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False)
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, initializer_range=0.1)).float().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """One for all transports; it starts with the checkpoint's weights, as one that is not the job's would."""
+    folder = tmp_path_factory.mktemp("sglang")
+    config = SglangConfig(**{**OWN, "arguments": (*ARGUMENTS, "--load-format", "auto")}, sync="sharded")
+    where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False)
+    command = server_command(config, Path(model), "float32", **where)
+    process = ServerProcess("server", command, folder / "server.log")
 
     def answers() -> bool:
         assert process.is_running, process.last_words(40)
@@ -51,25 +73,72 @@ def server(hf_models, tmp_path_factory):
         process.stop()
 
 
-def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, hf_models):
-    model = AutoModelForCausalLM.from_pretrained(hf_models["qwen3"], dtype=torch.float32).eval()
+def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, model):
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     sampling = {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "ignore_eos": True}
     for prompt in PROMPTS:
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
         reply = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
         ids = reply["output_ids"]
         with torch.no_grad():
-            wanted = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0].double() / 0.7, -1)
+            wanted = torch.log_softmax(reference(torch.tensor([prompt + ids])).logits[0].double() / 0.7, -1)
         for place, (logprob, token, _) in enumerate(reply["meta_info"]["output_token_logprobs"]):
             assert token == ids[place]
             assert logprob == pytest.approx(wanted[len(prompt) - 1 + place, token].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, []), (2, ["parallel.tp=2"]), (2, ["parallel.tp=1", "parallel.pp=2"])])
-def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, hf_models, server, world, layout):
-    job = dict(model=hf_models["qwen3"], url=server.url, prompts=PROMPTS, overrides=layout)
-    for gaps in gangs(world).run("tests.sglang_jobs:gaps", **job):
-        assert len(gaps) == 2 and max(gaps) < 1e-5
+def least_bytes(model: str, tp: int) -> int:
+    """What the workers of a server need of a sync in fp32: norms all of them, of everything else each its part."""
+    tensors = load_file(f"{model}/model.safetensors")
+    return sum(tensor.nbytes * (tp if "norm" in name else 1) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "sync"),
+    [
+        (1, [], "broadcast"),
+        (2, ["parallel.tp=2"], "broadcast"),
+        (2, ["parallel.tp=1", "parallel.pp=2"], "broadcast"),
+        (2, ["parallel.tp=2"], "tensor"),
+        (2, ["parallel.tp=1", "parallel.pp=2"], "disk"),
+        (2, ["parallel.tp=2"], "sharded"),
+    ],
+)
+def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model, server, tmp_path, world, layout, sync):
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=layout)
+    found = gangs(world).run("tests.sglang_jobs:gaps", urls=(server.url,), sync=sync, probe_every=1, **job)
+    for rank in found:
+        assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
+    if sync == "sharded":
+        assert sum(rank["bytes"] for rank in found) == least_bytes(model, 1)
+
+
+def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
+    served = tmp_path / "config_alone"  # as a checkpoint of Megatron's has no weights that a server could read
+    served.mkdir()
+    shutil.copy(Path(model) / "config.json", served)
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=["parallel.tp=1", "parallel.pp=2"])
+    found = gangs(2).run(
+        "tests.sglang_jobs:gaps", deadline_s=500.0, tp=2, sync="sharded", served=str(served), probe_every=1, **OWN, **job
+    )
+    assert all(max(rank["gaps"]) < 1e-5 for rank in found)
+    assert sum(rank["bytes"] for rank in found) == least_bytes(model, 2)
+
+
+def test_a_server_killed_in_mid_generation_loses_no_sample_and_comes_back_with_the_weights(gangs, model, tmp_path):
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, servers=2, address=own_address())
+    (found,) = gangs(1).run("tests.sglang_jobs:killed_for_real", deadline_s=600.0, probe_every=1, **OWN, **job)
+    assert list(found["failed"]) == ["SGLang server 0"]
+    assert found["lengths"] == [[found["tokens"]] * 4] * len(PROMPTS)
+    assert found["keyless"] == [401, 401]
+    assert found["served"] == ["SGLang server 0", "SGLang server 1"] and found["versions"] == ["2", "2"]
+    assert max(found["gaps"]) < 1e-5
+
+
+def test_the_server_says_what_arguments_it_has():
+    known = known_arguments(str(PYTHON), (LAUNCH,))
+    assert {"--attention-backend", "--mem-fraction-static", "--tp-size", "--custom-weight-loader", "--config"} <= known
+    assert not {"--tp", "--no-such-argument"} & known
 
 
 def processes_of(folder) -> list[int]:
@@ -94,6 +163,8 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
         "rollout.backend=sglang",
         f"sglang.launch=[{LAUNCH}]",
         f"sglang.arguments=[{quoted}]",
+        "sglang.mem_fraction=0.3",
+        "sglang.placement=colocated",
     ]
     job = runs.start(*options, start_new_session=True)
     try:

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.quantize import quantize_blocks
-from etr_megatron.weights.transport import DiskReader, SyncError, version_directory
+from etr_megatron.weights.transport import DiskReader, DiskWriter, SyncError, version_directory
 from tests.test_plan import architecture
 from tests.transport_jobs import empty_shards, plan_for, shards_from
 
@@ -107,6 +107,80 @@ def test_a_full_disk_is_named_on_every_rank_and_leaves_nothing(gangs, hf_models,
     for error in found:
         assert "weight sync of version 1 did not complete: rank 1 failed: OSError: [Errno 28] No space left" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_fails_while_rank_0_publishes_takes_nothing_away_from_it(gangs, hf_models, tmp_path):
+    arguments = dict(directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2))
+    for error in gangs(2).run("tests.transport_jobs:fail_while_it_is_published", **arguments):
+        assert "version 2 did not complete: rank 1 failed: OSError: rank 1 has had enough" in error and "rank 0 f" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["version_000001"]
+
+
+def test_versions_of_an_earlier_run_are_not_taken_and_go(gangs, hf_models, tmp_path):
+    model = hf_models["llama"]
+    write = dict(directory=str(tmp_path), model=model, source=TrainingLayout(tp=2))
+    gangs(2).run("tests.transport_jobs:write_to_disk", **write, versions=[3, 40], run="first")
+    reader = DiskReader(tmp_path, ServerLayout(), read_architecture(model), 0, run="second", timeout_s=0.2)
+    with pytest.raises(SyncError, match=r"version 3 .* did not appear .* what lies there is of run 'first', not of 'second'"):
+        reader.sync(3, None, shards_from(model, ServerLayout(), 0))
+    gangs(2).run("tests.transport_jobs:write_to_disk", **write, versions=[3, 4], run="second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000003", "version_000004"]
+    reader.sync(3, None, shards_from(model, ServerLayout(), 0))
+    assert reader.versions.complete == 3
+
+
+def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0; the version that is written must stay"):
+        DiskWriter(tmp_path, TrainingLayout(), architecture(), None, keep=0)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "transposed", "of another type", "shard of another type"])
+def test_a_reader_names_what_does_not_fit_before_it_writes_anything(gangs, hf_models, tmp_path, spoil):
+    model = hf_models["qwen3"]
+    arguments = dict(directory=str(tmp_path), model=model, source=TrainingLayout(), versions=[1, 2])
+    gangs(1).run("tests.transport_jobs:write_to_disk", **arguments)
+    reader = DiskReader(tmp_path, ServerLayout(), read_architecture(model), 0, timeout_s=1)
+    shards = shards_from(model, ServerLayout(), 0)
+    reader.sync(1, None, shards)
+    file = next(version_directory(tmp_path, 2).glob("*.safetensors"))
+    tensors, names = load_file(file), [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2)]
+    for name in names:
+        if spoil == "missing":
+            del tensors[name]
+        elif spoil == "transposed":
+            tensors[name] = tensors[name].t().contiguous()
+        elif spoil == "of another type":
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file)
+    messages = {
+        "missing": r"o_proj\.weight is missing",
+        "transposed": r"o_proj\.weight has shape \[64, 48\], not \[48, 64\]",
+        "of another type": r"o_proj\.weight is torch\.float8_e4m3fn, which is quantised",
+        "shard of another type": r"linear_proj\.weight is torch\.float8_e4m3fn, which must be of a type that is not quantised",
+    }
+    if spoil == "shard of another type":
+        for layer in (1, 2):
+            name = f"decoder.layers.{layer}.self_attention.linear_proj.weight"
+            shards[name] = shards[name].to(torch.float8_e4m3fn)
+    before = {name: tensor.float() for name, tensor in shards.items()}
+    message = messages[spoil]
+    with pytest.raises(SyncError, match=rf"version 2 .* did not complete: .*layers\.1\..*{message}; .*layers\.2\..*{message}$"):
+        reader.sync(2, None, shards)
+    assert reader.versions.complete == 1
+    assert all(torch.equal(shards[name].float(), before[name]) for name in shards)
+
+
+def test_a_quantised_reader_of_other_blocks_or_of_plain_values_is_refused(gangs, hf_models, tmp_path):
+    model = hf_models["qwen3"]
+    arguments = dict(directory=str(tmp_path), model=model, source=TrainingLayout(), dtype=torch.bfloat16)
+    gangs(1).run("tests.transport_jobs:write_to_disk", **arguments, versions=[1], fp8_block=16)
+    gangs(1).run("tests.transport_jobs:write_to_disk", **arguments, versions=[2])
+    for version, message in (
+        (1, r"layers\.0\.self_attn\.q_proj\.weight_scale_inv has shape \[4, 3\], not \[8, 6\]; .*and 18 more"),
+        (2, r"q_proj\.weight is torch\.bfloat16, which is not quantised; .*q_proj\.weight_scale_inv is missing"),
+    ):
+        with pytest.raises(SyncError, match=message):
+            read(tmp_path, model, ServerLayout(), 0, version, fp8_block=8)
 
 
 def test_a_reader_waits_for_a_version_until_its_deadline_and_names_it(hf_models, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
+from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport import server_loader
 from tests.test_plan import architecture
@@ -104,6 +106,42 @@ def test_a_quantised_server_receives_values_and_scales(gangs, hf_models):
             assert torch.equal(parameters[name + "_scale_inv"], scales)
 
 
+@pytest.mark.parametrize(("fault", "kept"), [("middle", None), ("before", 1)])
+def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models, fault, kept):
+    """Before the begin nothing was written, and the version before is still whole."""
+    model = hf_models["llama"]
+    found = gangs(3).run("tests.transport_jobs:recover", model=model, destination=ServerLayout(tp=2), fault=fault)
+    reason = {
+        "middle": "OSError: the device fell off",
+        "before": "ValueError: shards of source rank 0 do not fit: .* is missing",
+    }
+    for rank in (0, 1):
+        parameters, errors, versions = found[1 + rank]
+        wanted = fused_by_hand(model, 2, rank)
+        assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
+        assert versions == [1, kept, 3]
+        assert len(errors) == 1 and re.search(f"version 2 did not complete: rank 0 failed: {reason[fault]}", errors[0])
+
+
+def test_parameters_of_another_shape_and_offers_of_another_version_are_refused_in_words():
+    offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
+    parameters = {name: torch.zeros(3, 5) for name in ("model.norm.weight", "lm_head.weight")}
+    with pytest.raises(ValueError, match=r"there is no model\.embed_tokens\.weight") as refused:
+        server_loader.server_shards(parameters, offer)
+    parameters = {
+        weight.server: torch.zeros(shape)
+        for weight, shape in ((weight, shard.shape) for weight, shard in shards_of(ServerLayout(), architecture(), 0))
+    }
+    parameters["model.norm.weight"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"those of the offer: model\.norm\.weight is \(7,\), not \(6,\)$"):
+        server_loader.server_shards(parameters, offer)
+    assert "more" in str(refused.value)
+    fields = json.loads(bytes(offer.message().tolist()))
+    other = torch.tensor(list(json.dumps({**fields, "colour": "blue"}).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"cannot be read \(.*colour.*\): the server and the job need the same etr_megatron"):
+        server_loader.Offer.read(other)
+
+
 def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
     for arch in (architecture(), read_architecture(hf_models["qwen3_moe"]), read_architecture(hf_models["llama"])):
         offer = server_loader.Offer(3, "node7", 1234, 1, TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch, fp8_block=128)
@@ -116,7 +154,7 @@ def test_other_tensors_and_unknown_parameters_are_refused():
     with pytest.raises(ValueError, match=r"takes the tensor etr_megatron\.sync_offer alone, not lm_head"):
         server_loader.load(torch.nn.Linear(2, 2), [("lm_head", torch.ones(2))])
     offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
-    with pytest.raises(ValueError, match=r"the server has no parameter model\.embed_tokens\.weight"):
+    with pytest.raises(ValueError, match=r"those of the offer: there is no model\.embed_tokens\.weight; .*; and \d+ more$"):
         server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
 
 

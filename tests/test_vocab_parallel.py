@@ -87,5 +87,3 @@ def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab):
     for reply in replies:
         for name, expected in zip(("logp", "entropy", "hidden_grad"), wanted, strict=False):
             torch.testing.assert_close(reply[name].double(), expected, atol=2e-5, rtol=1e-5)
-    partial = sum(reply["partial_hidden_grad"] for reply in replies)
-    torch.testing.assert_close(partial.double(), wanted[2], atol=2e-5, rtol=1e-5)

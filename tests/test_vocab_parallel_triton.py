@@ -60,9 +60,7 @@ def test_values_and_gradients_equal_float64_autograd(interpreted, single_pass, d
 def test_sharded_vocabulary_equals_the_whole(interpreted, overlap):
     case = loss_case(10, 24, 301)
     wanted = case.answer()
-    replies = interpreted.run(
-        "tests.vocab_jobs:single_pass", case=case, already=1.5, reduce=True, overlap=overlap, backend="triton"
-    )
+    replies = interpreted.run("tests.vocab_jobs:single_pass", case=case, already=1.5, overlap=overlap, backend="triton")
     weight_grad = torch.cat([reply["weight_grad"] for reply in replies])[:301]
     torch.testing.assert_close(weight_grad.double(), wanted["weight_grad"], atol=2e-5, rtol=1e-5)
     for reply in replies:

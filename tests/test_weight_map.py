@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from etr_megatron.policy.model import global_name
 from etr_megatron.weights import (
-    FAMILIES,
-    TABLES,
     SafetensorsDir,
     TrainingLayout,
     check_checkpoint,
@@ -25,8 +21,9 @@ from etr_megatron.weights import (
     server_shard,
     weights_of,
 )
-from etr_megatron.weights.map import Row
 from tests.hf_models import FAMILIES as MODELS
+from tests.hf_models import random_sequences
+from tests.toy_family import register, toy_family, unregister, write_toy
 from tests.weight_cases import ARCHITECTURES
 
 LAYOUTS = {
@@ -113,45 +110,34 @@ def test_what_is_quantised_is_every_linear_layer_but_head_and_router():
             assert weight.fp8 == linear, weight.hf
 
 
-def toy_family() -> tuple[Row, ...]:
-    """A dense family that names its tensors in its own way and fuses nothing in the server."""
-    hf, megatron = "transformer.h.{layer}.", "decoder.layers.{layer}."
-
-    def row(name: str, split: str, tensors: dict[str, str], te: str = "", fp8: bool = False) -> Row:
-        named = tuple((hf + tensor, dims) for tensor, dims in tensors.items())
-        return Row(megatron + name, split, named, megatron + te if te else "", fp8=fp8)
-
-    return (
-        Row("embedding.word_embeddings.weight", "vocab", (("transformer.wte.weight", "VH"),)),
-        row("input_layernorm.weight", "replicated", {"ln_1.weight": "H"}, "self_attention.linear_qkv.layer_norm_weight"),
-        row("self_attention.linear_qkv.weight", "qkv", {"q.weight": "QH", "k.weight": "KH", "v.weight": "KH"}, fp8=True),
-        row("self_attention.linear_qkv.bias", "qkv", {"q.bias": "Q", "k.bias": "K", "v.bias": "K"}),
-        row("self_attention.linear_proj.weight", "row", {"o.weight": "HQ"}, fp8=True),
-        row("pre_mlp_layernorm.weight", "replicated", {"ln_2.weight": "H"}, "mlp.linear_fc1.layer_norm_weight"),
-        row("mlp.linear_fc1.weight", "gate_up", {"gate.weight": "FH", "up.weight": "FH"}, fp8=True),
-        row("mlp.linear_fc2.weight", "row", {"down.weight": "HF"}, fp8=True),
-        Row("decoder.final_layernorm.weight", "replicated", (("transformer.ln_f.weight", "H"),)),
-        Row("output_layer.weight", "vocab", (("head.weight", "VH"),)),
-    )
+@pytest.fixture
+def toy(hf_models, tmp_path):
+    register()
+    write_toy(hf_models["qwen2"], tmp_path)
+    yield tmp_path
+    unregister()
 
 
-def test_a_new_dense_family_is_a_table_of_under_40_lines(hf_models, tmp_path, monkeypatch):
+def test_a_new_dense_family_is_a_table_of_under_40_lines(toy):
     assert len(inspect.getsource(toy_family).splitlines()) < 40
-    monkeypatch.setitem(TABLES, "toy", toy_family())
-    monkeypatch.setitem(FAMILIES, "ToyForCausalLM", "toy")
-    config = json.loads((Path(hf_models["llama"]) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ToyForCausalLM"]}))
-    arch = read_architecture(tmp_path)
-    shapes = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    assert len(shapes) == 3 + 12 * arch.layers and all(name.startswith(("transformer.", "head.")) for name in shapes)
-    tensors = {
-        name: torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n, (name, shape) in enumerate(shapes.items())
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert check_checkpoint(tmp_path) == arch
-    checkpoint = SafetensorsDir(tmp_path)
+    arch = check_checkpoint(toy)
+    assert arch.qkv_bias and not arch.qk_norm and arch.experts is None
+    checkpoint, tensors = SafetensorsDir(toy), load_file(toy / "model.safetensors")
+    assert len(tensors) == 2 + 12 * arch.layers and all(name.startswith("transformer.") for name in tensors)
     for shard_of in (megatron_shard, server_shard):
         for weight in weights_of(arch):
             shards = [shard_of(weight, arch, 2, rank) for rank in range(2)]
             found = join_shards(weight, [(shard, read_shard(weight, shard, checkpoint.read)) for shard in shards])
             assert all(torch.equal(found[name], tensors[name]) for name in weight.hf)
+
+
+def test_megatron_builds_the_new_family_and_it_is_the_model_that_the_tensors_are_of(gangs, hf_models, toy):
+    """Biases and norms follow from the table: nothing else says that the family has them."""
+    job, tp2 = "tests.toy_family:run", ["parallel.tp=2"]
+    wanted = load_file(toy / "model.safetensors")
+    for found in gangs(2).run(job, job="export", model=str(toy), overrides=tp2):
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    sequences = random_sequences()
+    ours = gangs(2).run(job, job="logprobs", model=str(toy), sequences=sequences, overrides=tp2)
+    theirs = gangs(2).run("tests.policy_jobs:logprobs", model=hf_models["qwen2"], sequences=sequences, overrides=tp2)
+    assert ours == theirs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,63 @@ def test_an_interleaved_schedule_deals_chunks_of_layers_out_in_turn():
     assert [layout.chunk_of(layer, arch) for layer in range(4)] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
     stages = {weight.layer: layout.stages_of(weight, arch) for weight in weights_of(arch) if weight.layer is not None}
     assert stages == {0: (0,), 1: (1,), 2: (0,), 3: (1,)}
+
+
+def layer_offset(layout: TrainingLayout, layers: int, stage: int, chunk: int) -> int:
+    """Megatron's own first layer of a model chunk."""
+    prepare_megatron()
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=8,
+        num_attention_heads=2,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_dtype=torch.float32,
+    )
+    return get_transformer_layer_offset(config, chunk if layout.vpp > 1 else None, stage)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "layers"), [(2, 1, 8), (2, 2, 8), (2, 4, 8), (4, 2, 8), (4, 3, 24)])
+def test_each_model_chunk_has_the_layers_that_megatron_gives_it(pp, vpp, layers):
+    arch, layout = replace(ARCHITECTURES["qwen3"], layers=layers), TrainingLayout(pp=pp, vpp=vpp)
+    wanted = {}
+    for stage, chunk, local in itertools.product(range(pp), range(vpp), range(layers // (pp * vpp))):
+        wanted[layer_offset(layout, layers, stage, chunk) + local] = (stage, chunk, local)
+    assert {layer: layout.chunk_of(layer, arch) for layer in range(layers)} == wanted
+    for weight in weights_of(arch):
+        if weight.layer is not None:
+            assert layout.stages_of(weight, arch) == (wanted[weight.layer][0],)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_moe"])
+def test_interleaved_stages_give_the_checkpoint_back_bit_for_bit(name):
+    arch, tensors = ARCHITECTURES[name], TENSORS[name]
+    layout, rebuilt = TrainingLayout(tp=2, pp=2, vpp=2, dp=2, ep=2), {}
+    for weight in weights_of(arch):
+        found = layout.holdings(weight, arch)
+        if weight.layer is not None:
+            stages = {rank // layout.stage_ranks for holding in found for rank in holding.ranks}
+            assert stages == {weight.layer % 2}  # four chunks of a layer each, in turn
+        shards = [(holding.shard, read_shard(weight, holding.shard, read_from(tensors))) for holding in found]
+        rebuilt.update(join_shards(weight, shards))
+    assert rebuilt.keys() == tensors.keys() and all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
+
+
+def test_a_column_split_is_a_run_of_rows_on_both_sides():
+    """No table has one: fused or gated weights stand where other models have plain ones."""
+    arch, name = ARCHITECTURES["qwen3"], "model.layers.0.mlp.up_proj.weight"
+    fused = next(weight for weight in weights_of(arch) if name in weight.hf)
+    weight = replace(fused, split="column", hf=(name,), shapes=((40, 24),))
+    whole = torch.arange(40 * 24).view(40, 24)
+    for cut in (megatron_shard, server_shard):
+        for tp, rank in ((1, 0), (2, 1), (8, 3)):
+            found = read_shard(weight, cut(weight, arch, tp, rank), read_from({name: whole}))
+            assert torch.equal(found, whole[rank * 40 // tp : (rank + 1) * 40 // tp])
+        with pytest.raises(ValueError, match=r"up_proj\.weight has 40 rows .* of 16 does not divide"):
+            cut(weight, arch, 16, 0)
 
 
 @pytest.mark.parametrize(

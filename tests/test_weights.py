@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from etr_megatron.convert import Ranks, to_megatron
 from etr_megatron.errors import UserError
 from etr_megatron.weights import (
     SafetensorsDir,
+    TorchDistDir,
     check_checkpoint,
     join_shards,
     megatron_shard,
@@ -20,6 +25,7 @@ from etr_megatron.weights import (
     read_shard,
     weights_of,
 )
+from etr_megatron.weights.torch_dist_dir import Chunk, _overlapping
 from tests.hf_models import FAMILIES
 
 
@@ -80,8 +86,11 @@ def edited(hf_models, tmp_path, *, config=None, tensors=None) -> str:
     ("config", "message"),
     [
         ({"intermediate_size": 96}, r"mlp\.gate_proj\.weight has shape \[80, 48\] where config.json says \[96, 48\]"),
-        ({"num_hidden_layers": 5}, r"11 tensors are missing, first model\.layers\.4\.input_layernorm\.weight"),
-        ({"num_hidden_layers": 3}, r"11 tensors are unknown .* first model\.layers\.3\."),
+        (
+            {"num_hidden_layers": 5},
+            r"11 tensors are missing \(model\.layers\.4\.input_layernorm\.weight, .*, and 1 more\)",
+        ),
+        ({"num_hidden_layers": 3}, r"11 tensors are unknown to the qwen3 family \(model\.layers\.3\..*, and 1 more\)"),
         ({"vocab_size": 302}, r"embed_tokens\.weight has shape \[301, 48\]"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"architectures is \['GPT2LMHeadModel'\]; supported are"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
@@ -96,10 +105,54 @@ def test_a_config_that_does_not_fit_its_weights_is_refused_by_field(hf_models, t
 def test_missing_and_transposed_tensors_are_refused_by_name(hf_models, tmp_path):
     def spoil(tensors):
         del tensors["model.norm.weight"]
-        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].t().contiguous()
+        for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+            tensors[name] = tensors[name].t().contiguous()
 
-    with pytest.raises(UserError, match=r"first model\.norm\.weight; model\.layers\.1\.mlp\.down_proj\.weight has shape"):
+    with pytest.raises(
+        UserError,
+        match=r"1 tensor is missing \(model\.norm\.weight\); 2 tensors are of another shape \(.*layers\.1\..* .*layers\.2\.",
+    ):
         check_checkpoint(edited(hf_models, tmp_path, tensors=spoil))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: replace(part, offset=(0, *part.offset[1:])), r"has some of its values from \[0, 0, 0\] twice"),
+        (lambda part: replace(part, offset=(4, *part.offset[1:])), r"a part of .* lies outside of it"),
+        (None, r"mlp\.linear_fc2\.weight has 11520 of 15360 values"),
+    ],
+    ids=["twice", "outside", "missing"],
+)
+def test_chunks_that_do_not_cover_a_stored_tensor_exactly_once_are_refused(hf_models, tmp_path, change, message):
+    """The first two add up to the tensor's size."""
+    to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks())
+    checkpoint, name = TorchDistDir(tmp_path / "megatron"), "decoder.layers.mlp.linear_fc2.weight"
+    checkpoint.refuse_gaps(checkpoint.shapes())
+    chunks = checkpoint._chunks[name]
+    last = chunks.pop()
+    if change is not None:
+        chunks.append(change(last))
+    with pytest.raises(UserError, match=message):
+        checkpoint.refuse_gaps(checkpoint.shapes())
+
+
+def test_a_common_value_of_two_chunks_is_found_in_any_arrangement(tmp_path):
+    """Against a count of every value; boxes that lie beside each other in one dimension and touch in none are no overlap."""
+    generator = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        boxes = [
+            tuple((begin, generator.randint(1, 3)) for begin in (generator.randint(0, 5), generator.randint(0, 5)))
+            for _ in range(generator.randint(1, 5))
+        ]
+        count = torch.zeros(9, 9, dtype=torch.int32)
+        for (row, rows), (col, cols) in boxes:
+            count[row : row + rows, col : col + cols] += 1
+        chunks = [Chunk((row, col), (rows, cols), tmp_path, 0, 0) for (row, rows), (col, cols) in boxes]
+        assert (_overlapping(chunks, 0) is not None) == bool((count > 1).any())
+        seen.add(bool((count > 1).any()))
+    assert seen == {True, False}
 
 
 def test_a_cut_off_file_and_an_empty_directory_are_refused_by_path(hf_models, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,10 @@ from etr_megatron.weights.transport import (
     DiskWriter,
     ShardedTransport,
     SyncError,
+    Versions,
     Wire,
     buckets,
+    disk,
     exchange,
     server_loader,
 )
@@ -109,7 +112,7 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
     from tests.policy_jobs import build
 
     policy = build(model, overrides)
-    sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.model).values()}
+    sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.chunks).values()}
     plan = plan_for(model, policy.layout.training, destination, torch.float32, destination_start=0)
     destinations = empty_shards(plan, dist.get_rank(), torch.float32)
     transport = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=torch.float32, checksums=True)
@@ -178,13 +181,56 @@ def serve(
             transport.sync(version, shards_from(model, source, rank))
         return None, versions
     server = ToyServer(offer.plan(), place, torch.float32)
-    server_loader._open.clear()
+    forget_server()
     versions.append(server_loader.complete_version())
     for version in (11, 12):
         server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
         versions.append(server_loader.complete_version())
-    server_loader._open.clear()
+    forget_server()
     return picklable(dict(server.named_parameters())), versions
+
+
+def forget_server() -> None:
+    """A worker that has just started."""
+    server_loader._open.clear()
+    server_loader._versions = Versions()
+
+
+def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str], list[int | None]]:
+    """A good sync, one in which training rank 0 fails, and a good one at another port: parameters, errors, versions."""
+    ports: list[int] = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    dist.broadcast_object_list(ports)
+    rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
+    offers = [
+        Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
+        for port in ports
+    ]
+    if rank == 0:
+        shards = shards_from(model, source, 0)
+        transport = offers[0].transport(0)
+        transport.sync(1, shards)
+        if fault == "middle":
+            transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
+        with suppress(SyncError):
+            transport.sync(2, shards if fault == "middle" else {})
+        offers[1].transport(0).sync(3, shards)
+        dist.barrier()
+        return None, [], []
+    server, errors, versions = ToyServer(offers[0].plan(), rank - 1, torch.float32), [], []
+    forget_server()
+    for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
+        try:
+            server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+        except SyncError as error:
+            errors.append(str(error))
+        versions.append(server_loader.complete_version())
+    dist.barrier()
+    forget_server()
+    return picklable(dict(server.named_parameters())), errors, versions
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
@@ -211,6 +257,35 @@ def fail_to_write(directory: str, model: str, source: Placement) -> str:
         writer.sync(1, shards_from(model, source, dist.get_rank()))
     except SyncError as error:
         return str(error)
+    return ""
+
+
+def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
+    """The error of a second sync in which rank 1 fails when all have written, and rank 0 takes its time to publish."""
+    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
+    shards = shards_from(model, source, dist.get_rank())
+    writer.sync(1, shards)
+    meet, sync_to_disk = writer.wire.board.meet, disk.sync_to_disk
+
+    def meet_and_fail(phase: str) -> None:
+        meet(phase)
+        if phase == "written":
+            raise OSError("rank 1 has had enough")
+
+    def slowly(path: Any) -> None:
+        time.sleep(0.2)
+        sync_to_disk(path)
+
+    if dist.get_rank() == 1:
+        writer.wire.board.meet = meet_and_fail
+    else:
+        disk.sync_to_disk = slowly
+    try:
+        writer.sync(2, shards)
+    except SyncError as error:
+        return str(error)
+    finally:
+        disk.sync_to_disk = sync_to_disk
     return ""
 
 

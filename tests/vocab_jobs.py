@@ -18,18 +18,13 @@ def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.T
     real = weight[rank * size : (rank + 1) * size]
     own[: len(real)] = real
     shard = VocabShard(size, vocab, dist.group.WORLD)
-    results = {}
-    for reduce in (False, True):
-        h, w = hidden.clone().requires_grad_(), own.clone().requires_grad_()
-        logp, entropy = vocab_parallel_logprob(
-            h, w, targets, shard=shard, temperature=temperature, chunk_rows=3, reduce_hidden_grad=reduce
-        )
-        (upstream[0] * logp + upstream[1] * entropy).sum().backward()
-        results["hidden_grad" if reduce else "partial_hidden_grad"] = h.grad
-    return {**results, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
+    h, w = hidden.clone().requires_grad_(), own.clone().requires_grad_()
+    logp, entropy = vocab_parallel_logprob(h, w, targets, shard=shard, temperature=temperature, chunk_rows=3)
+    (upstream[0] * logp + upstream[1] * entropy).sum().backward()
+    return {"hidden_grad": h.grad, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
 
 
-def single_pass(case: Case, already: float, reduce: bool, overlap: bool, backend: str = "auto") -> dict[str, torch.Tensor]:
+def single_pass(case: Case, already: float, overlap: bool, backend: str = "auto") -> dict[str, torch.Tensor]:
     """This rank's share of the single-pass loss, its gradient added to a buffer that holds `already` everywhere."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = case.weight.shape[0]
@@ -48,7 +43,6 @@ def single_pass(case: Case, already: float, reduce: bool, overlap: bool, backend
         shard=VocabShard(size, vocab, dist.group.WORLD),
         temperature=case.temperature,
         chunk_rows=3,
-        reduce_hidden_grad=reduce,
         overlap=overlap,
         backend=backend,
     )

@@ -6,19 +6,23 @@
     python tools/convert_hf.py verify --hf DIR --megatron DIR
     torchrun --nproc-per-node N tools/convert_hf.py ...      (to-megatron and to-hf: each process its share)
 
-The exit code is 0, 1 where `verify` finds a difference, 2 for a mistake, which is reported in one sentence.
+The exit code is 0, 1 where `verify` finds a difference, 2 for a mistake, which is reported in one sentence, 130 or 143 after
+Ctrl-C or SIGTERM. torchrun itself ends with 1 where a process of it does not end with 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
 
 from etr_megatron.errors import UserError
+from etr_megatron.status import exit_code_of, report_user_error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     from etr_megatron.platform.lifetime import die_with_parent
-    from etr_megatron.status import exit_code_of
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         die_with_parent()
@@ -115,7 +118,34 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(work) or code
 
 
+def end_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end this process with a sentence, even where it waits for others in a collective.
+
+    To be called before other threads are started, which inherit the signals' mask.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        number = signal.sigwait(signals)
+        # One sentence for all ranks of a node, and none where torchrun ends them as one of them has reported a mistake.
+        report_user_error(UserError(f"stopped by {signal.Signals(number).name}{_unfinished(sys.argv[1:])}"))
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _unfinished(argv: list[str]) -> str:
+    """What is said of an output that is left half-written."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--out")
+    asked, _ = options.parse_known_args(argv)
+    partial = Path(f"{asked.out}.unfinished")
+    return f"; {partial} is not complete, the same command replaces it" if asked.out and partial.exists() else ""
+
+
 if __name__ == "__main__":
+    end_on_signals()
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -102,7 +102,8 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
             f"{path} does not fit this model ({str(error).splitlines()[0]}); restore the settings it was made with, or start "
             "under another run.name"
         ) from error
-    policy.model.load_state_dict(state["model"], strict=False)
+    for name, chunk in _chunks(policy).items():
+        chunk.load_state_dict(state[name], strict=False)
     policy.optimizer.load_state_dict(state["optimizer"])
     policy.load_schedule(state["scheduler"])
     if same_layout:
@@ -111,17 +112,24 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    return {name: getattr(layout, name) for name in ("world", "tp", "pp", "ep", "etp")}
+    return {name: getattr(layout, name) for name in ("world", "tp", "pp", "ep", "etp", "cp", "vpp")}
+
+
+def _chunks(policy: Policy) -> dict[str, torch.nn.Module]:
+    """The model chunks by their name in a checkpoint, which is Megatron's."""
+    chunks = policy.chunks
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 def _sharded_state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
     """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them."""
-    model = policy.model.sharded_state_dict()
+    policy.finish_update()
+    model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
     if policy.config.train.distributed_optimizer:
         _create_adam_state(policy.optimizer)
     state = {
-        "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict({"model": model}, is_loading=loading, metadata=_OPTIMIZER_METADATA),
+        **model,
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA),
         "scheduler": policy.scheduler.state_dict(),
     }
     if rng:

@@ -27,4 +27,4 @@ def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:
     """Ranks that share a layer; `auto` is two where the world has two to spare for every pipeline stage, else one."""
     if parallel.tp != "auto":
         return parallel.tp
-    return min(2, max(1, world_size // max(1, parallel.pp)))
+    return min(2, max(1, world_size // max(1, parallel.pp * parallel.cp)))

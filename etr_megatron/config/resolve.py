@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective, tensor_parallel
+from etr_megatron.config.rules import train
 from etr_megatron.config.schema import Config
-from etr_megatron.config.validate import validate
+from etr_megatron.config.validate import render, validate
 from etr_megatron.errors import UserError
 
 LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -23,6 +24,8 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
     problems = validate(config, world_size)
     if config.run.platform == "cuda" and not cuda:
         problems.append('run.platform = "cuda": this machine has no CUDA device; set run.platform=cpu')
+    if config.run.platform == "cpu" or not cuda:
+        problems += [render(violation, config) for violation in train.on_cpu(config)]
     if problems:
         raise UserError("\n".join([f"invalid configuration on {world_size} ranks:", *(f"  - {p}" for p in problems)]))
 

@@ -50,8 +50,8 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
+    arch = check_checkpoint(hf, named="--hf")
     found = find_megatron(megatron, config_from=hf)
-    arch = check_checkpoint(hf)
     stored, source = TorchDistDir(found.weights), SafetensorsDir(hf)
     check_torch_dist(stored, arch)
     result = _compare_tensors(arch, stored, source, ranks)

@@ -36,6 +36,7 @@ def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantiza
     if len(dtypes) == 1:
         # transformers 5 says dtype, older versions torch_dtype.
         config["dtype" if "dtype" in config else "torch_dtype"] = str(*dtypes).removeprefix("torch.")
+    config.pop("quantization_config", None)  # of what was read
     if quantization is not None:
         config["quantization_config"] = quantization
     write_atomically(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())

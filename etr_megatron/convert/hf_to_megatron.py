@@ -24,6 +24,7 @@ from etr_megatron.weights import (
     check_checkpoint,
     is_torch_dist,
     megatron_shard,
+    open_checkpoint,
     stored_shapes,
     weights_of,
 )
@@ -35,15 +36,15 @@ CHUNK_BYTES = 16 * 2**20
 def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = None) -> int:
     """Write the torch_dist checkpoint of a HuggingFace directory to `out`, with config and tokenizer beside it. A collective.
 
-    dtype: None keeps that of the checkpoint. Returns the bytes of all tensors. Raises UserError for a directory that cannot be
-    converted and what `output_directory` refuses.
+    dtype: None keeps that of the checkpoint, for FP8 weights bf16. Returns the bytes of all tensors. Raises UserError for a
+    directory that cannot be converted and what `output_directory` refuses.
     """
     if is_torch_dist(hf):
         raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # a second, which nothing else here needs
 
-    arch = check_checkpoint(hf)
-    source = SafetensorsDir(hf)
+    arch = check_checkpoint(hf, named="--hf", quantized=True)
+    source = open_checkpoint(hf)
     dtypes = _stored_dtypes(arch, source, dtype)
     chunks = list(_chunks(arch, source, dtypes))
     sizes = [chunk.nbytes for chunk in chunks]
@@ -112,12 +113,15 @@ def _read_rows(
 def _spans(
     source: SafetensorsDir, weight: Weight, shard: Shard, first: int, count: int, dtype: torch.dtype
 ) -> list[Span] | None:
-    """See `ChunkToWrite`: None where values change their type, or rows are padding."""
+    """See `ChunkToWrite`: None where values change on the way, or rows are padding."""
     spans, covered = [], 0
     for name, begin, _, rows in _rows(weight, shard, first, count):
         if source.dtype(name) != dtype:
             return None
-        spans.append(source.span(name, begin, (rows, *shard.shape[1:])))
+        span = source.span(name, begin, (rows, *shard.shape[1:]))
+        if span is None:
+            return None
+        spans.append(span)
         covered += rows
     return spans if covered == count else None
 

@@ -45,7 +45,7 @@ def to_hf(
     UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
     """
     found = find_megatron(megatron, config_from)
-    arch, source = read_architecture(found.config), TorchDistDir(found.weights)
+    arch, source = read_architecture(found.config, named=found.named, quantized=True), TorchDistDir(found.weights)
     check_torch_dist(source, arch)
     weights = list(weights_of(arch))
     tensors = [_tensors(weight, dtype or source.dtype(weight.stored), fp8_block) for weight in weights]
@@ -65,7 +65,6 @@ def to_hf(
                         _convert(source, weights[i], arch, writer, bar.update)
 
         ranks.together(convert)
-        ranks.first(writer.sync)
         plain = {dtype or source.dtype(weight.stored) for weight in weights}
         quantization = _quantization(arch, fp8_block) if fp8_block else None
         ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))

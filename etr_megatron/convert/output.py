@@ -46,18 +46,7 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
 
 def _prepare(out: Path, partial: Path, size: int) -> int:
     """Make the unfinished directory; returns a descriptor of it that holds its lock."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already and is not an empty directory; choose another one or remove it")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends, however it does
-    except OSError:
-        os.close(lock)
-        raise UserError(f"another conversion is writing {partial}; wait for it or choose another --out") from None
+    lock = _lock(out, partial)
     for leftover in partial.iterdir():  # of one that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     free = shutil.disk_usage(partial).free
@@ -71,7 +60,36 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     return lock
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already and is not an empty directory; choose another one or remove it")
+
+
+def _lock(out: Path, partial: Path) -> int:
+    """Make and lock the unfinished directory; until it is locked another conversion may rename or remove it at any moment."""
+    while True:
+        _refuse_existing(out)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends, however it does
+            if os.path.samestat(os.fstat(lock), os.stat(partial)):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another conversion is writing {partial}; wait for it or choose another --out") from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
 def _finish(partial: Path, out: Path) -> None:
-    sync_to_disk(partial)
+    for path in [*partial.rglob("*"), partial]:  # tensors, and what was copied beside them
+        sync_to_disk(path)
     os.rename(partial, out)  # also onto an empty directory
     sync_to_disk(out.parent)

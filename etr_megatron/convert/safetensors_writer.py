@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +93,6 @@ class SafetensorsWriter:
             return 0
         copy_bytes(source[0], source[1], place.file, target[0], source[2])
         return source[2]
-
-    def sync(self) -> None:
-        """Wait until everything that was written, by any process, is on the disk."""
-        for file in self._headers:
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def _grouped(tensors: Sequence[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:

@@ -14,10 +14,11 @@ _STEP = re.compile(r"step_(\d{6,})$")
 
 @dataclass(frozen=True)
 class MegatronSource:
-    """weights: the torch_dist directory. config: where config.json and the tokenizer are."""
+    """weights: the torch_dist directory. config: where config.json and the tokenizer are, named by the option `named`."""
 
     weights: Path
     config: Path
+    named: str
 
 
 def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
@@ -31,8 +32,9 @@ def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
     weights = path if is_torch_dist(path) else _newest_step(path)
     config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights))
     if not (config / "config.json").is_file():
-        raise UserError(f"{config} holds no config.json; name the model's HuggingFace directory with --config-from")
-    return MegatronSource(weights, config)
+        said = f"--config-from {config}" if config_from else str(config)
+        raise UserError(f"{said} holds no config.json; name the model's HuggingFace directory with --config-from")
+    return MegatronSource(weights, config, "--config-from" if config_from else "--megatron")
 
 
 def _newest_step(path: Path) -> Path:

@@ -4,6 +4,15 @@ from etr_megatron.data.cursor import PromptCursor
 from etr_megatron.data.problems import ProblemSet, Split, open_problems
 from etr_megatron.data.prompts import load_tokenizer
 from etr_megatron.data.rows import read_rows
-from etr_megatron.data.tiny import build_tiny_policy
+from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
 
-__all__ = ["ProblemSet", "PromptCursor", "Split", "build_tiny_policy", "load_tokenizer", "open_problems", "read_rows"]
+__all__ = [
+    "ProblemSet",
+    "PromptCursor",
+    "Split",
+    "build_tiny_policy",
+    "load_tokenizer",
+    "open_problems",
+    "read_rows",
+    "tiny_policy_path",
+]

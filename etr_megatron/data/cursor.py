@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from typing import Any
 
 from etr_megatron.data.problems import ProblemSet
@@ -27,21 +28,29 @@ class PromptCursor:
         self._shuffle = shuffle
         self._start_epoch(0, deferred=[])
 
-    def next(self, n: int) -> list[Problem]:
+    def __len__(self) -> int:
+        """Problems in an epoch."""
+        return len(self._problems)
+
+    def next(self, n: int, after: Collection[str] = ()) -> list[Problem]:
         """The next `n` problems, all different.
 
+        after: ids of problems that the same step was dealt before; these come not again.
+
         Raises:
-            UserError: there are fewer than `n` problems.
+            UserError: there are fewer than `n` problems besides those of `after`.
         """
-        if n > len(self._problems):
+        if n + len(after) > len(self._problems):
             raise UserError(
-                f"a step asks for {n} prompts, but there are only {len(self._problems)} problems: lower "
+                f"a step asks for {n + len(after)} prompts, but there are only {len(self._problems)} problems: lower "
                 "rollout.prompts_per_step or give more data"
             )
         taken = self._order[self._position : self._position + n]
         self._position += len(taken)
         if len(taken) < n:
-            self._start_epoch(self._epoch + 1, deferred=sorted(taken))
+            names = set(after)
+            had = [index for index in self._order if self._problems[index].id in names] if names else []
+            self._start_epoch(self._epoch + 1, deferred=sorted({*taken, *had}))
             self._position = n - len(taken)
             taken += self._order[: self._position]
         return [self._problems[index] for index in taken]

@@ -52,7 +52,7 @@ def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progres
     Raises:
         UserError: the cache cannot be written, or another process is still building after `timeout_s`.
     """
-    finished = Path(tiny.cache_dir) / f"tiny-{_settings_hash(tiny, arithmetic)}"
+    finished = tiny_policy_path(tiny, arithmetic)
     if finished.is_dir():
         return finished
     try:
@@ -66,6 +66,11 @@ def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progres
             "free space there or name another directory"
         ) from error
     return finished
+
+
+def tiny_policy_path(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Path:
+    """Where the cache has the tiny policy of these settings, built or not."""
+    return Path(tiny.cache_dir) / f"tiny-{_settings_hash(tiny, arithmetic)}"
 
 
 def _settings_hash(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> str:

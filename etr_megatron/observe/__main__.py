@@ -1,4 +1,7 @@
-"""`python -m etr_megatron.observe RUN_DIR [--png FILE]`: the report of a run."""
+"""`python -m etr_megatron.observe RUN_DIR [--png FILE]`: the report of a run.
+
+`python -m etr_megatron.observe rollout RUN_DIR --step N [--sample ID]`: a recorded rollout, token by token, or which there are.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,50 @@ from pathlib import Path
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import load_rows, plot, summary
 
+_RUN_DIR = "a run's directory, such as runs/<run.name>"
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report, draw the picture if asked; the exit code is 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m etr_megatron.observe", description="Report of a run directory.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, such as runs/<run.name>")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves (needs matplotlib)")
-    arguments = parser.parse_args(argv)
+    """Print what is asked for, draw the picture if asked; the exit code is 2 for a user's mistake."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        rows = load_rows(arguments.run_dir)
-        print(summary(rows))
-        if arguments.png is not None:
-            plot(rows, arguments.png)
-            print(f"curves            {arguments.png}")
+        if arguments[:1] == ["rollout"]:
+            _rollout(arguments[1:])
+        else:
+            _report(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m etr_megatron.observe",
+        description="Report of a run directory; `rollout RUN_DIR` shows a recorded rollout instead.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves (needs matplotlib)")
+    arguments = parser.parse_args(argv)
+    rows = load_rows(arguments.run_dir)
+    print(summary(rows))
+    if arguments.png is not None:
+        plot(rows, arguments.png)
+        print(f"curves            {arguments.png}")
+
+
+def _rollout(argv: list[str]) -> None:
+    from etr_megatron.observe.rollout_view import listing, tokenizer_pieces, view  # slow to import
+
+    parser = argparse.ArgumentParser(prog="python -m etr_megatron.observe rollout", description="A recorded rollout.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=f"{_RUN_DIR}, made with rollout.record=true")
+    parser.add_argument("--step", type=int, required=True, metavar="N")
+    parser.add_argument("--sample", metavar="ID", help="<group>/<number>; without it the step's samples are listed")
+    arguments = parser.parse_args(argv)
+    if arguments.sample is None:
+        print(listing(arguments.run_dir, arguments.step))
+        return
+    print(view(arguments.run_dir, arguments.step, arguments.sample, tokenizer_pieces(arguments.run_dir)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class StepMetrics(TypedDict):
     """What every row has. Means over tokens are over the response tokens of the step, all ranks together."""
 
     step: int  # rollout step, counted from 1
-    weight_version: int  # of the weights that generated the step's rollouts
+    weight_version: int  # of the newest weights that generated any of the step's rollouts
     reward_mean: float  # over samples
     accuracy: float  # share of samples with the highest reward
     entropy: float  # nats per token
@@ -31,7 +31,7 @@ class StepMetrics(TypedDict):
     clip_radius_p10: float  # percentiles over tokens
     clip_radius_p90: float
     kl: float  # to the reference model, nats per token; 0 without one
-    logprob_gap_mean: float  # abs(engine - trainer), nats per token
+    logprob_gap_mean: float  # abs(engine - trainer), nats per token; of stale tokens it has the updates since in it
     logprob_gap_max: float
     mismatch_kl: float  # KL(engine || trainer), k3, nats per token
     correction_mean: float  # off-policy weight of a token; 1 without a correction
@@ -55,6 +55,14 @@ class MetricsRow(StepMetrics, total=False):
     eval_accuracy: float  # on held-out problems, after the step's updates
     eval_accuracy_start: float  # on held-out problems, before any update: in the first row only
     reward_shaped_mean: float  # over samples, of what is trained on, where that is not the verifier's reward
+    groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
+    groups_dropped: int  # groups left out because their rewards are all equal
+    groups_filled: int  # of these, trained on because there were too few others
+    staleness_mean: float  # with max_staleness: weight syncs between a token and its training, mean over tokens
+    staleness_max: int
+    groups_redone: int  # groups with tokens that had become too old and were drawn anew
+    groups_in_hand: int  # begun or complete, for later steps
+    samples_continued: int  # with partial rollouts: the step's samples with tokens from weights of several versions
 
 
 METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)

@@ -28,11 +28,14 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.dir",
     "run.steps",
     "run.phase_timeout_s",
+    "run.stop_grace_s",
     "reward.workers",
     "eval.",
     "checkpoint.",
     "observe.",
     "sglang.",
+    "rollout.record",
+    "rollout.only",
 )
 """Keys (or, ending in a dot, sections) whose change between start and resume does not make it another experiment."""
 
@@ -47,6 +50,7 @@ class RunDirectory:
     config.yaml       the resolved configuration
     metrics.jsonl     one object per step (`MetricsLog`)
     rollouts/         samples to read, one file per saved step
+    recorded/         all groups of every step, to be replayed; belongs to the rollout room
     checkpoints/      belongs to the checkpoint room
     tensorboard/      event files, made from the same rows as metrics.jsonl
     servers/          what the rollout servers printed
@@ -58,6 +62,7 @@ class RunDirectory:
         self.config_file = root / "config.yaml"
         self.metrics = MetricsLog(root / "metrics.jsonl")
         self.rollouts = root / "rollouts"
+        self.recorded = root / "recorded"
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
         self.servers = root / "servers"
@@ -110,6 +115,7 @@ class RunDirectory:
         """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew)."""
         self.metrics.cut_back(step)
         cut_back_rollouts(self.rollouts, step)
+        cut_back_rollouts(self.recorded, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
         """Replace status.json: the state, the last finished step of `steps`, and for "failed" and "requeue" why."""

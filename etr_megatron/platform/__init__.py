@@ -44,6 +44,9 @@ def prepare_megatron() -> None:
     global _prepared
     if _prepared:
         return
+    # Transformer Engine reads it when megatron.core imports it. Its scales of FP8 blocks are powers of two otherwise, other
+    # than those that rollout servers compute with.
+    os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not uses_cuda():

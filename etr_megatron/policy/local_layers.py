@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from etr_megatron.policy.context import gathered_order, own_positions
 
 
 class LocalRMSNorm(torch.nn.Module):
@@ -47,7 +51,8 @@ class PackedAttention(MegatronModule):
     """Causal attention over packed sequences by torch's scaled_dot_product_attention.
 
     Sequences of similar length are padded on the right into one batch: under a causal mask a real token never sees the padding
-    behind it, so no mask is needed and the result does not depend on the bucket.
+    behind it, so no mask is needed and the result does not depend on the bucket. With context parallelism a rank's queries
+    meet the keys and values of all ranks, which are gathered, under a mask made of positions.
     """
 
     def __init__(
@@ -79,20 +84,44 @@ class PackedAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).flatten(2)
         offsets = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
+        cp = self.config.context_parallel_size
+        positions = own_positions(lengths, cp, mpu.get_context_parallel_rank() if cp > 1 else 0).to(query.device)
+        if cp > 1:
+            key, value = (_gather(x, lengths, cp) for x in (key, value))
         pieces, places = [], []
         for bucket in _length_buckets(lengths):
-            longest = max(lengths[i] for i in bucket)
-            column = torch.arange(longest, device=query.device)
-            begin = torch.tensor([offsets[i] for i in bucket], device=query.device)[:, None]
-            real = column < torch.tensor([lengths[i] for i in bucket], device=query.device)[:, None]
-            at = torch.where(real, begin + column, begin)  # [B, S]; padding repeats the first token, its output is dropped
-            out = self._attend(*(x[at].transpose(1, 2) for x in (query, key, value)))
+            of_keys, real_keys = _places(offsets, bucket, 1, query.device)
+            at, real = _places(offsets, bucket, cp, query.device) if cp > 1 else (of_keys, real_keys)
+            # A padded key takes the first token's place: it is behind every query, which its column says.
+            columns = torch.arange(of_keys.shape[1], device=query.device)
+            seen = positions[at][:, None, :, None] >= columns if cp > 1 else None
+            out = self._attend(*(x[i].transpose(1, 2) for x, i in ((query, at), (key, of_keys), (value, of_keys))), seen)
             pieces.append(out.transpose(1, 2)[real])
             places.append(at[real])
         order = torch.cat(places).argsort()
         return torch.cat(pieces)[order].flatten(1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, heads, S, D] each, fewer heads for key and value; causal."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+        """[B, heads, S, D] each, fewer heads for key and value; causal, or by seen [B, 1, queries, keys]."""
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None, scale=self.scale, enable_gqa=grouped
+        )
+
+
+def _places(offsets: list[int], bucket: list[int], share: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(places of the bucket's tokens [B, S], whether one is there [B, S]); padding repeats the first token.
+
+    share: how many ranks the tokens of every sequence are spread over.
+    """
+    begin = torch.tensor([offsets[i] // share for i in bucket], device=device)[:, None]
+    count = torch.tensor([(offsets[i + 1] - offsets[i]) // share for i in bucket], device=device)[:, None]
+    column = torch.arange(int(count.max()), device=device)
+    real = column < count
+    return torch.where(real, begin + column, begin), real
+
+
+def _gather(own: Tensor, lengths: list[int], cp: int) -> Tensor:
+    """[T / CP, ...] of every context-parallel rank in the order of the packed sequences, [T, ...]; backward reduce-scatters."""
+    whole = gather_from_sequence_parallel_region(own.contiguous(), group=mpu.get_context_parallel_group())
+    return whole[gathered_order(lengths, cp).to(own.device)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +24,25 @@ def loss_settings(objective: ObjectiveConfig) -> LossSettings:
     )
 
 
-def loss_inputs(batch: PolicyBatch, micro: Microbatch, settings: LossSettings) -> LossInputs:
+def loss_inputs(
+    batch: PolicyBatch,
+    micro: Microbatch,
+    settings: LossSettings,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> LossInputs:
     """Everything known before the forward pass of `micro`, on its device: R rows in the microbatch's order.
 
+    reduce: see `Sequences`.
     `logp` and `entropy` are NaN until `LossInputs.at` fills them in.
     """
     device = micro.row_sample.device
+    place = _places(batch, micro)
+    lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
+    # Of the context-parallel ranks each has some tokens of every sample.
+    at = (lengths.cumsum(0) - lengths)[place] + micro.row_position.cpu()
 
     def per_token(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)]).to(device)
+        return torch.cat([values[i] for i in micro.samples] or [torch.zeros(0)])[at].to(device)
 
     def per_sample(values: Tensor) -> Tensor:
         return values.to(device)[micro.row_sample]
@@ -53,7 +63,7 @@ def loss_inputs(batch: PolicyBatch, micro: Microbatch, settings: LossSettings) -
         group_mean=per_sample(batch.group_mean),
         group_std=per_sample(batch.group_std),
         variance=per_sample(batch.variance),
-        sequences=_sequences(batch, micro),
+        sequences=Sequences(place.to(device), lengths.to(device), reduce),
         settings=settings,
     )
 
@@ -76,17 +86,15 @@ def refuse_not_finite(inputs: LossInputs, batch: PolicyBatch, micro: Microbatch,
     # In the order of rows: a token's first bad input is more telling than the first input's bad token.
     row, number = broken.T.nonzero()[0].tolist()
     name = list(named)[number]
-    sample = int(micro.row_sample[row])
-    position = int((micro.row_sample[:row] == sample).sum())
+    sample, position = int(micro.row_sample[row]), int(micro.row_position[row])
     raise FloatingPointError(
         f"{name} is {named[name][row].item()} at an active token: position {position} in the response of sample "
         f"{batch.names[sample]}, on rank {rank}"
     )
 
 
-def _sequences(batch: PolicyBatch, micro: Microbatch) -> Sequences:
-    device = micro.row_sample.device
+def _places(batch: PolicyBatch, micro: Microbatch) -> Tensor:
+    """int64 [R] on the CPU: which of the microbatch's samples each row is of."""
     place = torch.zeros(len(batch), dtype=torch.long)
     place[list(micro.samples)] = torch.arange(len(micro.samples))
-    lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
-    return Sequences(place.to(device)[micro.row_sample], lengths.to(device))
+    return place[micro.row_sample.cpu()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,34 +15,43 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron import platform
 from etr_megatron.errors import UserError
-from etr_megatron.policy.model import PolicyModel, build_model, load_hf_weights
+from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture, SafetensorsDir, is_torch_dist
 
 
-def load_weights(model: PolicyModel, checkpoint_dir: str | Path) -> None:
-    """Copy this rank's shards of a checkpoint into the model's parameters (in place; the model owns them). A collective.
+def load_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
+    """Copy this rank's shards of a checkpoint into its chunks' parameters (in place; the chunks own them). A collective.
 
     Raises UserError for a checkpoint that does not fit the model or cannot be read.
     """
     if is_torch_dist(checkpoint_dir):
-        load_megatron_weights(model, checkpoint_dir)
+        load_megatron_weights(chunks, checkpoint_dir)
     else:
-        load_hf_weights(model, SafetensorsDir(checkpoint_dir))
+        load_hf_weights(chunks, SafetensorsDir(checkpoint_dir))
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        # Of a weight held in FP8 Transformer Engine keeps the random values that it was made with; the optimizer would start
+        # from those.
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
 
 
 @torch.no_grad()
-def load_megatron_weights(model: PolicyModel, checkpoint_dir: str | Path) -> None:
+def load_megatron_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
     """The same for a `torch_dist` directory, written by any layout or by `tools/convert_hf.py`. A collective.
 
     Optimizer state that may be there is left alone.
     """
     wanted = {
-        # Layers without FP8 state keep nothing in their `_extra_state`; the set of those that have one differs between specs.
-        name: part
-        for name, part in model.sharded_state_dict().items()
-        if not isinstance(part, ShardedObject)
+        f"chunk{number}": {
+            # Layers without FP8 state keep nothing in their `_extra_state`; the set of those that have one differs between
+            # specs.
+            name: part
+            for name, part in chunk.sharded_state_dict().items()
+            if not isinstance(part, ShardedObject)
+        }
+        for number, chunk in enumerate(chunks)
     }
     try:
         with warnings.catch_warnings():
@@ -50,17 +60,19 @@ def load_megatron_weights(model: PolicyModel, checkpoint_dir: str | Path) -> Non
             state = dist_checkpointing.load(wanted, str(checkpoint_dir))
     except (CheckpointException, CheckpointingException, KeyError) as error:
         raise UserError(f"{checkpoint_dir} does not fit this model ({str(error).splitlines()[0]})") from error
-    missing = set(model.load_state_dict(state, strict=False).missing_keys) & dict(model.named_parameters()).keys()
-    if missing:
-        raise UserError(f"{checkpoint_dir} lacks {len(missing)} parameters of this model, first {min(missing)}")
+    for number, chunk in enumerate(chunks):
+        found = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
+        missing = set(found.missing_keys) & dict(chunk.named_parameters()).keys()
+        if missing:
+            raise UserError(f"{checkpoint_dir} lacks {len(missing)} parameters of this model, first {min(missing)}")
 
 
 @torch.no_grad()
 def megatron_logits(arch: Architecture, checkpoint_dir: str | Path, layout: Layout, tokens: Tensor) -> Tensor:
     """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from a model in fp32 without an optimizer; for one rank."""
     config = transformer_config(arch, layout, sequence_parallel=False, dtype=torch.float32)
-    model = build_model(arch, config, layout).eval()
-    load_weights(model, checkpoint_dir)
+    (model,) = build_chunks(arch, config, layout)
+    load_weights([model.eval()], checkpoint_dir)
     tokens = tokens.to(platform.device())
     hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
     return (hidden @ model.head_weight().t()).transpose(0, 1)[..., : arch.vocab_size].cpu()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -31,20 +32,24 @@ from etr_megatron.weights import (
 
 
 class PolicyModel(GPTModel):
-    """A pipeline stage of the policy. `forward` of the last stage returns hidden states [T (/ TP), 1, H], not logits.
+    """A model chunk of a pipeline stage, which has `layout.vpp` of them.
 
-    The LM head belongs to the loss: it is applied to the loss rows alone, a chunk at a time (`vocab_parallel`).
+    `forward` of the last stage's last chunk returns hidden states [T (/ TP), 1, H], not logits.
+
+    The LM head belongs to the loss: it is applied to the loss rows alone, some at a time (`vocab_parallel`).
     """
 
-    def __init__(self, arch: Architecture, config: TransformerConfig, layout: Layout) -> None:
+    def __init__(self, arch: Architecture, config: TransformerConfig, layout: Layout, chunk: int = 0) -> None:
         padded = padded_vocab_size(arch.vocab_size, layout.tp)
+        vp_stage = chunk if layout.vpp > 1 else None
         super().__init__(
             config,
-            block_spec(config),
+            block_spec(config, vp_stage),
             vocab_size=padded,
             max_sequence_length=arch.max_positions,
-            pre_process=layout.stage == 0,
-            post_process=layout.is_last_stage,
+            pre_process=layout.stage == 0 and chunk == 0,
+            post_process=layout.is_last_stage and chunk == layout.vpp - 1,
+            vp_stage=vp_stage,
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
         )
@@ -79,15 +84,15 @@ def forget_routing(model: torch.nn.Module) -> None:
                 setattr(dispatcher, name, None)
 
 
-def build_model(arch: Architecture, config: TransformerConfig, layout: Layout) -> PolicyModel:
-    """This rank's stage on its device, weights not loaded yet."""
-    model = PolicyModel(arch, config, layout).to(platform.device())
-    for weight, parameter in own_parameters(model).values():
+def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) -> list[PolicyModel]:
+    """This rank's stage as its model chunks on its device, weights not loaded yet."""
+    chunks = [PolicyModel(arch, config, layout, chunk).to(platform.device()) for chunk in range(layout.vpp)]
+    for weight, parameter in own_parameters(chunks).values():
         # Megatron sets it from EP 2 on. Set always, experts are reduced over their own data-parallel group, which is not the
         # dense one where ETP is not TP, and have an optimizer of their own in every layout: checkpoints then have one form.
         if weight.expert is not None:
             parameter.allreduce = False
-    return model
+    return chunks
 
 
 _EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
@@ -103,22 +108,23 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
     return f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}" if expert else name
 
 
-def _parameter_names(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this rank by their name in the weight map."""
-    layout, arch = model.layout, model.arch
-    first_layer = layout.stage * (arch.layers // layout.pp)
+def _parameter_names(chunk: PolicyModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a chunk by their name in the weight map. Megatron says which layers they are of."""
+    layout, arch = chunk.layout, chunk.arch
+    first_layer = chunk.decoder.layers[0].layer_number - 1
     first_expert = layout.ep_rank * (arch.experts.count // layout.ep) if arch.experts else 0
-    return {global_name(name, first_layer, first_expert): parameter for name, parameter in model.named_parameters()}
+    return {global_name(name, first_layer, first_expert): parameter for name, parameter in chunk.named_parameters()}
 
 
-def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
+def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
     """Megatron name -> (weight, this rank's parameter). The copy of a tied embedding on the last stage counts as the head.
 
     Raises RuntimeError naming parameters that the map does not know, and rows of it that this rank should hold and does not.
     """
-    named = _parameter_names(model)
+    named = {name: parameter for chunk in chunks for name, parameter in _parameter_names(chunk).items()}
+    layout, arch = chunks[0].layout, chunks[0].arch
     pairs, missing = {}, []
-    for weight, _ in shards_of(model.layout.training, model.arch, model.layout.rank):
+    for weight, _ in shards_of(layout.training, arch, layout.rank):
         name = weight.te if uses_transformer_engine() else weight.megatron
         if weight.split == "vocab" and name not in named:
             name = "output_layer.weight"
@@ -134,13 +140,13 @@ def own_parameters(model: PolicyModel) -> dict[str, tuple[Weight, torch.nn.Param
 
 
 @torch.no_grad()
-def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
-    """Copy this rank's shards of a HuggingFace checkpoint into the model's parameters (in place; the model owns them).
+def load_hf_weights(chunks: Sequence[PolicyModel], checkpoint: SafetensorsDir) -> None:
+    """Copy this rank's shards of a HuggingFace checkpoint into the chunks' parameters (in place; the chunks own them).
 
     Only the byte ranges that the rank needs are read. Raises ValueError when a parameter's shape is not the map's.
     """
-    layout, arch = model.layout, model.arch
-    for name, (weight, parameter) in own_parameters(model).items():
+    layout, arch = chunks[0].layout, chunks[0].arch
+    for name, (weight, parameter) in own_parameters(chunks).items():
         shard = megatron_shard(weight, arch, *layout.cut(weight))
         if tuple(parameter.shape) != shard.shape:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard.shape}")
@@ -148,16 +154,16 @@ def load_hf_weights(model: PolicyModel, checkpoint: SafetensorsDir) -> None:
 
 
 @torch.no_grad()
-def export_hf_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Full HF tensors by name, on every rank and in the same order, from shards spread over TP, EP and PP.
 
     A collective: every rank of the model-parallel group must iterate to the end. Tensors are fresh copies on the rank's device,
     owned by the caller; one weight exists in full at a time.
     """
-    layout, arch = model.layout, model.arch
-    own = {weight.megatron: parameter for weight, parameter in own_parameters(model).values()}
+    layout, arch = chunks[0].layout, chunks[0].arch
+    own = {weight.megatron: parameter for weight, parameter in own_parameters(chunks).values()}
     pp_group, ep_group = mpu.get_pipeline_model_parallel_group(), mpu.get_expert_model_parallel_group()
-    dtype, device = model.config.params_dtype, platform.device()
+    dtype, device = chunks[0].config.params_dtype, platform.device()
     for weight in weights_of(arch):
         stage = layout.training.stages_of(weight, arch)[0]
         parameter = own.get(weight.megatron) if layout.stage == stage else None
@@ -174,11 +180,17 @@ def export_hf_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
         yield from full.items()
 
 
+def plain_values(parameter: Tensor) -> Tensor:
+    """A parameter's values without gradient: itself, or, of one held in FP8, in the type that it stands for."""
+    values = parameter.detach()
+    return dequantize_fp8_tensor(values) if is_float8tensor(values) else values
+
+
 def _gather(weight: Weight, arch: Architecture, parameter: Tensor, ranks: int) -> dict[str, Tensor]:
     """The full HF tensors of a weight that the (expert-)tensor-parallel ranks hold shards of. A collective among them."""
     dense = weight.expert is None
     group = mpu.get_tensor_model_parallel_group() if dense else mpu.get_expert_tensor_parallel_group()
-    shard = parameter.detach().contiguous()
+    shard = plain_values(parameter).contiguous()
     shards = [torch.empty_like(shard) for _ in range(ranks)]
     dist.all_gather(shards, shard, group=group)
     return join_shards(weight, [(megatron_shard(weight, arch, ranks, rank), part) for rank, part in enumerate(shards)])

@@ -19,6 +19,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from etr_megatron import platform
+from etr_megatron.config import Fp8Config
+from etr_megatron.policy.fp8 import fp8_options
 from etr_megatron.policy.local_layers import LocalRMSNorm, PackedAttention
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
@@ -30,7 +32,16 @@ def uses_transformer_engine() -> bool:
 
 
 def transformer_config(
-    arch: Architecture, layout: Layout, *, sequence_parallel: bool, dtype: torch.dtype, recompute: str = "none"
+    arch: Architecture,
+    layout: Layout,
+    *,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    cp_comm: str = "p2p",
+    aux_loss_coef: float = 0.0,
+    router_fp32: bool = False,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron's config of the policy.
 
@@ -60,17 +71,16 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        cp_comm_type=cp_comm,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         # Weights come from a checkpoint right after: initialisation need not be the same on every layout.
         use_cpu_initialization=not platform.uses_cuda(),
         calculate_per_token_loss=True,
-        variable_seq_lengths=layout.pp > 1,
         # megatron-core asks for it with variable_seq_lengths, for dense models too
         moe_token_dispatcher_type="alltoall",
         persist_layer_norm=fused,
@@ -79,17 +89,33 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=fused,
-        **_expert_options(arch, grouped=fused),
+        **_pipeline_options(layout, dtype),
+        **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
         **recompute_options,
+        **fp8_options(fp8 or Fp8Config(), experts=arch.experts is not None),
     )
 
 
-def _expert_options(arch: Architecture, *, grouped: bool) -> dict[str, Any]:
+def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+    """Stages and their chunks. With chunks and two stages each stage is the other's predecessor and successor: sent in one
+    batch, their messages are mixed up, silently."""
+    return dict(
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers if layout.pp > 1 else None,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers if layout.pp > 1 else None,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=layout.pp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        overlap_p2p_comm=layout.vpp > 1,
+    )
+
+
+def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, router_fp32: bool) -> dict[str, Any]:
     """Settings of a mixture of experts, none for a dense model. grouped: one kernel for all experts of a rank, TE's.
 
-    The router computes as transformers does: its product in the model's dtype, its softmax in fp32. A softmax over the chosen
-    experts' logits alone is the full one divided by the chosen ones' sum (`norm_topk_prob`). No balancing loss is added: the
-    objective is the policy's alone.
+    The router computes as transformers does: its product in the model's dtype (fp32 with router_fp32), its softmax in fp32. A
+    softmax over the chosen experts' logits alone is the full one divided by the chosen ones' sum (`norm_topk_prob`).
     """
     experts = arch.experts
     if experts is None:
@@ -101,17 +127,19 @@ def _expert_options(arch: Architecture, *, grouped: bool) -> dict[str, Any]:
         moe_layer_freq=[int(arch.has_experts(layer)) for layer in range(arch.layers)] if experts.dense_layers else 1,
         moe_router_topk=experts.per_token,
         moe_router_pre_softmax=not experts.normalized,
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
+        moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
+        moe_aux_loss_coeff=aux_loss_coef,
+        moe_router_dtype="fp32" if router_fp32 else None,
         moe_grouped_gemm=grouped,
     )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Layer spec of this rank's pipeline stage: TE's on CUDA, else the local one with packed attention and our RMSNorm."""
+def block_spec(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
+    """Layer spec of a chunk of this rank's pipeline stage: TE's on CUDA, else the local one with packed attention and our
+    RMSNorm."""
     if uses_transformer_engine():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
-    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=chunk)
+    first, count = get_transformer_layer_offset(config, chunk), get_num_layers_to_build(config, chunk)
     layers = [_local_layer(config, experts=_has_experts(config, number)) for number in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalRMSNorm)
 

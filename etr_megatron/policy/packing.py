@@ -1,49 +1,27 @@
-"""Which samples go together: a plan of microbatches, and a microbatch as packed tensors.
-
-The plan is pure Python. Invariants (tested): every sample exactly once; the same number of microbatches on every data-parallel
-rank; no microbatch over the token budget unless it is a single longer sample; the same plan for the same input.
-"""
+"""A microbatch as packed tensors."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def plan_microbatches(lengths: Sequence[int], *, dp: int, token_budget: int) -> list[list[list[int]]]:
-    """Sample numbers by [data-parallel rank][microbatch], balanced by tokens.
-
-    lengths: tokens (prompt and response) of each sample. A rank may get empty microbatches when there are few samples.
-    Longest first into the emptiest bin, with as few microbatches as keep the budget.
-    """
-    count = max(1, -(-sum(lengths) // (token_budget * dp)))
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    while True:
-        heap = [(0, bin_) for bin_ in range(dp * count)]
-        bins: list[list[int]] = [[] for _ in heap]
-        for sample in order:
-            filled, bin_ = heapq.heappop(heap)
-            bins[bin_].append(sample)
-            heapq.heappush(heap, (filled + lengths[sample], bin_))
-        if all(len(one) <= 1 or sum(lengths[i] for i in one) <= token_budget for one in bins):
-            break
-        count += 1
-    return [[sorted(bins[micro * dp + rank]) for micro in range(count)] for rank in range(dp)]
+from etr_megatron.policy.context import own_ranges, padded_length
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Packed sequences (THD) of T tokens with R loss rows.
+    """A context-parallel rank's part of packed sequences (THD): T tokens, of CP T in all, with R loss rows.
 
-    tokens, positions: int64 [1, T]. offsets: int32 [sequences + 1]. longest: tokens of the longest sequence.
-    rows: int64 [R], flat positions whose hidden state predicts a response token. targets: int64 [R], those tokens.
-    row_sample: int64 [R], number in the optimizer step of the sample that a row belongs to.
-    samples: numbers of the samples, in the order of their rows.
+    tokens, positions: int64 [1, T]. offsets: int32 [sequences + 1], over the tokens of all CP ranks. longest: tokens of the
+    longest sequence, on all CP ranks.
+    rows: int64 [R], flat places whose hidden state predicts a response token. targets: int64 [R], those tokens.
+    row_sample: int64 [R], number in the optimizer step of the sample that a row belongs to. row_position: int64 [R], place of
+    the target in that sample's response. samples: numbers of the samples, in the order of their rows.
     """
 
     tokens: Tensor
@@ -53,51 +31,78 @@ class Microbatch:
     rows: Tensor
     targets: Tensor
     row_sample: Tensor
+    row_position: Tensor
     samples: tuple[int, ...]
 
 
 def pack(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], numbers: Sequence[int], *, multiple: int, device: torch.device
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    numbers: Sequence[int],
+    *,
+    multiple: int,
+    device: torch.device,
+    cp: int = 1,
+    cp_rank: int = 0,
 ) -> Microbatch:
     """Pack (prompt ids, response ids) of the samples `numbers` (indices into `sequences`) into one microbatch.
 
-    multiple: the token count is brought to a multiple of it (sequence parallelism needs TP) by a dummy sequence of its own,
-    which has no loss rows; so is an empty microbatch. Raises ValueError for an empty prompt: nothing predicts its first token.
+    multiple: the token count of a context-parallel rank is brought to a multiple of it (sequence parallelism needs TP, FP8 a
+    multiple of its blocks) by a dummy sequence of its own, which has no loss rows; so is an empty microbatch. With cp > 1 every
+    sequence is padded at its end, where no real token sees it. Raises ValueError for an empty prompt: nothing predicts its
+    first token.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    offsets = [0]
-    rows: list[int] = []
-    targets: list[int] = []
-    row_sample: list[int] = []
+    packed = _Packed(cp, cp_rank)
     for number in numbers:
         prompt, response = sequences[number]
         if not prompt:
             raise ValueError(f"sample {number} has an empty prompt")
-        first = len(tokens) + len(prompt) - 1
-        rows.extend(range(first, first + len(response)))
-        targets.extend(response)
-        row_sample.extend([number] * len(response))
-        tokens.extend(prompt)
-        tokens.extend(response)
-        positions.extend(range(len(prompt) + len(response)))
-        offsets.append(len(tokens))
-    missing = -len(tokens) % multiple or (0 if tokens else multiple)
+        packed.add([*prompt, *response], len(prompt), number)
+    whole = math.lcm(multiple * cp, padded_length(1, cp))
+    missing = -packed.offsets[-1] % whole or (0 if packed.tokens else whole)
     if missing:
-        tokens.extend([0] * missing)
-        positions.extend(range(missing))
-        offsets.append(len(tokens))
+        packed.add([0] * missing, missing, -1)
 
     def integers(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     return Microbatch(
-        tokens=integers(tokens)[None],
-        positions=integers(positions)[None],
-        offsets=integers(offsets, torch.int32),
-        longest=max(end - begin for begin, end in itertools.pairwise(offsets)),
-        rows=integers(rows),
-        targets=integers(targets),
-        row_sample=integers(row_sample),
+        tokens=integers(packed.tokens)[None],
+        positions=integers(packed.positions)[None],
+        offsets=integers(packed.offsets, torch.int32),
+        longest=max(end - begin for begin, end in itertools.pairwise(packed.offsets)),
+        rows=integers(packed.rows),
+        targets=integers(packed.targets),
+        row_sample=integers(packed.row_sample),
+        row_position=integers(packed.row_position),
         samples=tuple(numbers),
     )
+
+
+class _Packed:
+    """The lists that a microbatch is made of, while sequences are added."""
+
+    def __init__(self, cp: int, cp_rank: int) -> None:
+        self.cp, self.cp_rank = cp, cp_rank
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.offsets = [0]
+        self.rows: list[int] = []
+        self.targets: list[int] = []
+        self.row_sample: list[int] = []
+        self.row_position: list[int] = []
+
+    def add(self, ids: list[int], prompt: int, sample: int) -> None:
+        """A sequence whose first `prompt` tokens are not predicted."""
+        length, first = len(ids), prompt - 1
+        padded = padded_length(length, self.cp)
+        for part in own_ranges(padded, self.cp, self.cp_rank):
+            begin, end = max(part.start, first), min(part.stop, length - 1)
+            at = len(self.tokens) - part.start
+            self.rows.extend(range(at + begin, at + end))
+            self.targets.extend(ids[begin + 1 : end + 1] if end > begin else ())
+            self.row_sample.extend([sample] * (end - begin))
+            self.row_position.extend(range(begin - first, end - first))
+            self.tokens.extend(ids[part.start : part.stop])
+            self.tokens.extend([0] * (part.stop - max(part.start, min(part.stop, length))))
+            self.positions.extend(part)
+        self.offsets.append(self.offsets[-1] + padded)

@@ -1,4 +1,4 @@
-"""Process groups of the policy: one torch.distributed world, cut by Megatron into TP x PP x DP, for experts into ETP x EP."""
+"""Process groups of the policy: one world, cut by Megatron into TP x CP x DP x PP ranks, for experts into ETP x EP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from etr_megatron import platform
+from etr_megatron.config import Config
 from etr_megatron.weights import TrainingLayout, Weight
 
 
@@ -19,7 +20,9 @@ from etr_megatron.weights import TrainingLayout, Weight
 class Layout:
     """This rank's place. `stage` counts pipeline stages; sizes are of the groups.
 
-    ep, etp: expert-parallel and expert-tensor-parallel groups, which cut the TP x DP ranks of a stage anew for experts.
+    dp: replicas that train on other samples. ep, etp: expert-parallel and expert-tensor-parallel groups, which cut the
+    TP x CP x DP ranks of a stage anew for experts. cp: ranks that share the tokens of a sequence. vpp: model chunks of a stage.
+    first_stage_layers, last_stage_layers: layers of those stages, None is an even share.
     """
 
     rank: int
@@ -34,11 +37,25 @@ class Layout:
     ep_rank: int
     etp: int
     etp_rank: int
+    cp: int = 1
+    cp_rank: int = 0
+    vpp: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def training(self) -> TrainingLayout:
         """The layout of all ranks, for the weight map."""
-        return TrainingLayout(tp=self.tp, pp=self.pp, dp=self.dp, ep=self.ep, etp=self.etp)
+        return TrainingLayout(
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp * self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            vpp=self.vpp,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
 
     def cut(self, weight: Weight) -> tuple[int, int]:
         """(ranks that a weight is cut over, this rank's number among them): expert-tensor-parallel ones for an expert's."""
@@ -51,7 +68,7 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """One rank per data-parallel replica that holds losses: last stage, first tensor-parallel rank."""
+        """One of the ranks that hold the same losses: last stage, first tensor-parallel rank."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -63,18 +80,32 @@ def init_world(timeout_s: float) -> None:
         dist.init_process_group(platform.backend(), timeout=datetime.timedelta(seconds=timeout_s))
 
 
-def init_layout(tp: int, pp: int, seed: int, timeout_s: float = 1800.0, *, ep: int = 1, etp: int | None = None) -> Layout:
+def init_layout(
+    tp: int,
+    pp: int,
+    seed: int,
+    timeout_s: float = 1800.0,
+    *,
+    ep: int = 1,
+    etp: int | None = None,
+    cp: int = 1,
+    vpp: int = 1,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
+) -> Layout:
     """Cut the world into model-parallel groups and seed the ranks. The groups of another, earlier layout are destroyed.
 
-    etp: tensor parallelism of an expert, None is `tp`. Raises RuntimeError (from Megatron) when TP x PP or ETP x EP x PP does
-    not divide the world.
+    etp: tensor parallelism of an expert, None is `tp`. Raises RuntimeError (from Megatron) when TP x CP x PP or ETP x EP x PP
+    does not divide the world.
     """
-    sizes = (tp, pp, ep, tp if etp is None else etp)
+    sizes = (tp, pp, ep, tp if etp is None else etp, cp, vpp)
     if _sizes() != sizes:
         _destroy_layout()
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+            context_parallel_size=cp,
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=sizes[3],
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
@@ -93,11 +124,33 @@ def init_layout(tp: int, pp: int, seed: int, timeout_s: float = 1800.0, *, ep: i
         ep_rank=mpu.get_expert_model_parallel_rank(),
         etp=sizes[3],
         etp_rank=mpu.get_expert_tensor_parallel_rank(),
+        cp=cp,
+        cp_rank=mpu.get_context_parallel_rank(),
+        vpp=vpp,
+        first_stage_layers=first_stage_layers,
+        last_stage_layers=last_stage_layers,
     )
 
 
-def _sizes() -> tuple[int, int, int, int] | None:
-    """TP, PP, EP and ETP of the groups that there are, None when there are none."""
+def configured_layout(config: Config) -> Layout:
+    """`init_layout` with what a resolved config says under `parallel`, `run.seed` and `run.phase_timeout_s`."""
+    parallel = config.parallel
+    return init_layout(
+        parallel.tp,
+        parallel.pp,
+        config.run.seed,
+        config.run.phase_timeout_s,
+        ep=parallel.ep,
+        etp=parallel.etp,
+        cp=parallel.cp,
+        vpp=parallel.vpp,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+    )
+
+
+def _sizes() -> tuple[int, ...] | None:
+    """TP, PP, EP, ETP, CP and VPP of the groups that there are, None when there are none."""
     if not mpu.model_parallel_is_initialized():
         return None
     return (
@@ -105,6 +158,8 @@ def _sizes() -> tuple[int, int, int, int] | None:
         mpu.get_pipeline_model_parallel_world_size(),
         mpu.get_expert_model_parallel_world_size(),
         mpu.get_expert_tensor_parallel_world_size(),
+        mpu.get_context_parallel_world_size(),
+        mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
 
 

@@ -10,7 +10,7 @@ Every method is a collective: all ranks call it with the same arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,28 +18,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 from etr_megatron import platform
 from etr_megatron.config import Config
 from etr_megatron.objective import LossOutputs, diagnostic_sums, resolve_loss
 from etr_megatron.policy.batch import PolicyBatch
+from etr_megatron.policy.context import padded_length
+from etr_megatron.policy.export import Export
+from etr_megatron.policy.fp8 import require_fp8, token_multiple
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows, refuse_not_finite
 from etr_megatron.policy.megatron_weights import load_weights
-from etr_megatron.policy.model import PolicyModel, build_model, export_hf_weights, forget_routing
+from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
-from etr_megatron.policy.packing import Microbatch, pack, plan_microbatches
+from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
+from etr_megatron.policy.packing import Microbatch, pack
 from etr_megatron.policy.parallel import Layout
+from etr_megatron.policy.plan import plan_microbatches, sequence_flops
+from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,41 +67,39 @@ class Update:
 class Policy:
     """A Megatron model in its layout with its optimizer, and a frozen reference model when the objective has a KL term.
 
-    config must be resolved (no `auto`). Raises UserError for a checkpoint that cannot be read.
+    chunks: this rank's model chunks, `layout.vpp` of them. config must be resolved (no `auto`). Raises UserError for a
+    checkpoint that cannot be read, and for FP8 where Megatron would silently train without.
     """
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
         self.arch, self.config, self.layout = arch, config, layout
+        require_fp8(config.fp8)
         self._megatron = transformer_config(
             arch,
             layout,
             sequence_parallel=config.parallel.sequence_parallel,
             dtype=DTYPES[config.model.dtype],
             recompute=config.train.recompute,
+            cp_comm=config.parallel.cp_comm,
+            aux_loss_coef=config.train.moe_aux_loss_coef,
+            router_fp32=config.train.moe_router_fp32,
+            fp8=config.fp8,
         )
-        self.model = build_model(arch, self._megatron, layout)
-        load_weights(self.model, checkpoint_dir)
-        self.reference: PolicyModel | None = None
+        self.chunks = build_chunks(arch, self._megatron, layout)
+        load_weights(self.chunks, checkpoint_dir)
+        self.reference: list[PolicyModel] | None = None
         if config.objective.kl_coef > 0:
-            self.reference = build_model(arch, self._megatron, layout).requires_grad_(False)
+            self.reference = [chunk.requires_grad_(False) for chunk in build_chunks(arch, self._megatron, layout)]
             load_weights(self.reference, checkpoint_dir)
-        self._ddp = DistributedDataParallel(
-            self._megatron,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.train.distributed_optimizer,
-                overlap_grad_reduce=config.train.overlap_grad_reduce,
-                check_for_nan_in_grad=True,
-            ),
-            self.model,
-        )
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self._ddp])
-        self.scheduler = _scheduler(self.optimizer, config)
+        self._ddp = wrap_chunks(self.chunks, self._megatron, config)
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), self._ddp)
+        self.scheduler = lr_scheduler(self.optimizer, config)
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
         if config.train.overlap_grad_reduce:
-            # Megatron's schedule turns the reduction off for all but the last microbatch.
-            self._megatron.no_sync_func = self._ddp.no_sync
+            # Megatron's schedules turn the reduction off for all but the last microbatch.
+            no_sync = [chunk.no_sync for chunk in self._ddp]
+            self._megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._policy_loss = resolve_loss(config.objective.loss)
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, reference: bool = False) -> TokenLogprobs:
@@ -106,25 +107,25 @@ class Policy:
 
         sequences: (prompt ids, response ids) of each sample.
         """
-        model = self.reference if reference else self._ddp
-        if model is None:
+        chunks = self.reference if reference else self._ddp
+        if chunks is None:
             raise RuntimeError("no reference model: objective.kl_coef is 0")
         micro = self._microbatches(sequences)
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
-            tensors, options = self._head_inputs(model, hidden, batch)
+            tensors, options = self._head_inputs(chunks[-1], hidden, batch)
             return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
 
         with torch.no_grad():
-            found = self._run(model, micro, collect, forward_only=True)
+            found = run_schedule(chunks, micro, collect, forward_only=True)
         sizes = [len(response) for _, response in sequences]
         starts = torch.tensor([0, *sizes]).cumsum(0)
         everything = torch.zeros(2, int(starts[-1]), dtype=torch.float32, device=platform.device())
         if self.layout.is_reporter:
+            starts = starts.to(everything.device)
             for batch, values in found:
-                places = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch.samples] or [torch.zeros(0)])
-                everything[:, places.long()] = values
-        # Every sample has one reporter: adding zeros spreads the results and changes no bit of them.
+                everything[:, starts[batch.row_sample] + batch.row_position] = values
+        # Every token has one reporter: adding zeros spreads the results and changes no bit of them.
         dist.all_reduce(everything)
         logp, entropy = everything.cpu()
         return TokenLogprobs(logp.split(sizes), entropy.split(sizes))
@@ -134,13 +135,16 @@ class Policy:
 
         Raises FloatingPointError for a log-prob that is not finite (see `refuse_not_finite`), RuntimeError for such gradients.
         """
-        self._ddp.zero_grad_buffer()
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = self.optimizer.param_groups[0]["lr"]
         micro = self._microbatches(batch.sequences)
+        if self.config.train.moe_aux_loss_coef:
+            self._megatron.moe_aux_loss_coeff = self._aux_loss_weight(micro)
         # Read once: every reading waits for the device.
         scale = self.optimizer.get_loss_scale().item()
-        outputs = self._run(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
+        outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         totals: dict[str, float] = {}
@@ -160,63 +164,61 @@ class Policy:
             group["max_lr"], group["min_lr"] = self.config.train.lr, self.config.train.min_lr
         self.scheduler.load_state_dict(state)
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Full HF tensors by name, see `export_hf_weights`."""
-        return export_hf_weights(self.model)
+    def export(self) -> Export:
+        """The weights: iterated, full HF tensors by name."""
+        self.finish_update()
+        return Export(self)
+
+    def finish_update(self) -> None:
+        """Gather the weights that an update left to the next forward pass, before parameters are read. A collective."""
+        if self.config.train.overlap_param_gather:
+            for chunk in self._ddp:
+                chunk.start_param_sync(force_sync=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
         """This rank's microbatches; the count is the same on every rank."""
+        layout, config = self.layout, self.config
         plan = plan_microbatches(
-            [len(prompt) + len(response) for prompt, response in sequences],
-            dp=self.layout.dp,
-            token_budget=self.config.train.tokens_per_microbatch,
+            [padded_length(len(prompt) + len(response), layout.cp) for prompt, response in sequences],
+            costs=[sequence_flops(self.arch, len(prompt) + len(response), len(response)) for prompt, response in sequences],
+            dp=layout.dp,
+            token_budget=config.train.tokens_per_microbatch,
+            # The interleaved schedule works in rounds of as many microbatches as there are stages.
+            multiple=layout.pp if layout.vpp > 1 else 1,
         )
-        multiple = self.layout.tp if self.config.parallel.sequence_parallel else 1
-        return [pack(sequences, numbers, multiple=multiple, device=platform.device()) for numbers in plan[self.layout.dp_rank]]
+        multiple = token_multiple(config.fp8, layout.tp, sequence_parallel=config.parallel.sequence_parallel)
+        place = dict(multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
+        return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
 
-    def _run(self, model: Any, micro: Sequence[Microbatch], then: Any, *, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over the microbatches; `then(microbatch, hidden)` runs on the last stage."""
+    def _aux_loss_weight(self, micro: Sequence[Microbatch]) -> float:
+        """What Megatron must multiply the experts' balancing loss by, for its mean over the tokens of the optimizer step.
 
-        def forward(iterator: Iterator[Microbatch], stage: Any) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=batch.offsets,
-                cu_seqlens_kv=batch.offsets,
-                max_seqlen_q=batch.longest,
-                max_seqlen_kv=batch.longest,
-            )
-            hidden = stage(batch.tokens, batch.positions, None, packed_seq_params=packed)
-            return hidden, partial(then, batch)
-
-        found = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(micro),
-            model=[model],
-            num_microbatches=len(micro),
-            seq_length=max(batch.tokens.shape[1] for batch in micro),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-        forget_routing(model)
-        return found
+        With `calculate_per_token_loss` Megatron weighs a microbatch's loss by this rank's tokens in it, of which the ranks of a
+        replica have a share each, and counts on the division by all tokens that we take from it.
+        """
+        layout, sequence_parallel = self.layout, self.config.parallel.sequence_parallel
+        tokens = torch.tensor(float(sum(batch.tokens.shape[1] for batch in micro)), device=platform.device())
+        dist.all_reduce(tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        shares = layout.cp * (layout.tp if sequence_parallel else 1)
+        return self.config.train.moe_aux_loss_coef * shares / tokens.item()
 
     def _head_inputs(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """(hidden states of the loss rows [R, H], head weight, targets [R]) and the options of the head, from the last stage's
         hidden states [T (/ TP), 1, H]."""
         stage: PolicyModel = getattr(model, "module", model)
-        split = self.config.parallel.sequence_parallel
-        if split:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        weight = stage.head_weight()
+        if self.config.train.overlap_param_gather and model is not stage:
+            # The head is not a layer whose forward pass would wait for it.
+            model.param_to_bucket_group[weight].finish_param_sync()
+        if self.config.parallel.sequence_parallel:
+            # The head sums the gradient over the shards itself, in fp32, so that backward takes a rank's own part of it.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         options = {
             "shard": stage.vocab_shard,
             "temperature": self.config.rollout.temperature,
             "chunk_rows": self.config.train.head_chunk_rows,
-            # The gather's backward reduce-scatters, so the partial sums must reach it unreduced.
-            "reduce_hidden_grad": not split,
         }
-        return (hidden[:, 0].index_select(0, batch.rows), stage.head_weight(), batch.targets), options
+        return (hidden[:, 0].index_select(0, batch.rows), weight, batch.targets), options
 
     def _loss(
         self, batch: PolicyBatch, scale: float, micro: Microbatch, hidden: Tensor
@@ -226,8 +228,9 @@ class Policy:
         scale: the optimizer's loss scale, with which Megatron goes backward. A token-local loss is evaluated chunk by chunk
         inside the head; one of whole sequences needs all rows first.
         """
-        known = loss_inputs(batch, micro, loss_settings(self.config.objective))
-        tensors, options = self._head_inputs(self._ddp, hidden, micro)
+        reduce = partial(all_reduce, group=mpu.get_context_parallel_group()) if self.layout.cp > 1 else None
+        known = loss_inputs(batch, micro, loss_settings(self.config.objective), reduce)
+        tensors, options = self._head_inputs(self._ddp[-1], hidden, micro)
         parts: list[LossOutputs] = []
 
         def rows_loss(rows: slice, logp: Tensor, entropy: Tensor) -> Tensor:
@@ -250,40 +253,3 @@ class Policy:
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Megatron's gradient reductions, without its division by the token count: the loss carries our denominator already."""
     finalize_model_grads(model, None, **options)
-
-
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    train = config.train
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=train.lr,
-        min_lr=train.min_lr,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_eps=train.adam_eps,
-        # An infinite limit keeps the norm measured and never scales; 0 would not even measure it.
-        clip_grad=train.clip_grad or float("inf"),
-        bf16=config.model.dtype == "bfloat16",
-        params_dtype=DTYPES[config.model.dtype],
-        use_distributed_optimizer=train.distributed_optimizer,
-    )
-
-
-def _scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:
-    train = config.train
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=train.lr,
-        min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_updates,
-        lr_decay_steps=config.run.steps * train.epochs * train.minibatches,
-        lr_decay_style=train.lr_decay,
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -1,7 +1,23 @@
-"""Sampling of responses: the engine protocol, the embedded engine, groups with rewards."""
+"""Sampling of responses: the engine protocol, the embedded engine, groups with rewards, what a step trains on."""
 
 from etr_megatron.rollout.collect import generate_groups, grade_groups
 from etr_megatron.rollout.embedded import EmbeddedEngine
-from etr_megatron.rollout.engine import EngineGoneError, RolloutEngine, Sampling, sample_seed
+from etr_megatron.rollout.engine import EngineGoneError, RolloutEngine, Sampling, StreamingEngine, sample_seed
+from etr_megatron.rollout.sampler import ReplaySampler, Rollouts, RoundSampler, Sampler
+from etr_megatron.rollout.streaming import StreamingSampler
 
-__all__ = ["EmbeddedEngine", "EngineGoneError", "RolloutEngine", "Sampling", "generate_groups", "grade_groups", "sample_seed"]
+__all__ = [
+    "EmbeddedEngine",
+    "EngineGoneError",
+    "ReplaySampler",
+    "RolloutEngine",
+    "Rollouts",
+    "RoundSampler",
+    "Sampler",
+    "Sampling",
+    "StreamingEngine",
+    "StreamingSampler",
+    "generate_groups",
+    "grade_groups",
+    "sample_seed",
+]

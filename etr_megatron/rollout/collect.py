@@ -10,7 +10,7 @@ import torch.distributed as dist
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout.engine import RolloutEngine, Sampling
-from etr_megatron.types import Group, Problem
+from etr_megatron.types import Group, Problem, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +31,32 @@ def generate_groups(engine: RolloutEngine, problems: Sequence[Problem], sampling
 def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
     """Fill in rewards and their status (in place; the caller owns the groups). `grader` is given on rank 0, None elsewhere.
 
-    Answers that cannot be graded are reported with the first one's reason. Raises UserError when none can be: a reward
-    function that always fails must not look like a policy that is always wrong.
+    A collective. Raises UserError as `report_errors` does.
     """
     samples = [(group.problem, sample) for group in groups for sample in group.samples]
     box: list[list[Grade] | None] = [None]
     if grader is not None:
-        box[0] = grader([GradeRequest(problem.prompt, sample.text, problem.answer) for problem, sample in samples])
-        _report_errors(box[0], [problem.id for problem, _ in samples])
+        box[0] = grade_samples(samples, grader)
+        report_errors([(grade, problem.id) for grade, (problem, _) in zip(box[0], samples, strict=True)])
     dist.broadcast_object_list(box, src=0)
     for (_, sample), grade in zip(samples, box[0], strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
 
 
-def _report_errors(grades: Sequence[Grade], problem_ids: Sequence[str]) -> None:
-    failed = [(grade, name) for grade, name in zip(grades, problem_ids, strict=True) if grade.status == "error"]
+def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
+    """Fill in rewards and their status (in place), on this rank alone."""
+    grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer) for problem, sample in samples])
+    for (_, sample), grade in zip(samples, grades, strict=True):
+        sample.reward, sample.reward_status = grade.reward, grade.status
+    return grades
+
+
+def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
+    """Answers that cannot be graded are reported with the first one's reason. grades: of a step, with the problems' ids.
+
+    Raises UserError when none can be: a reward function that always fails must not look like a policy that is always wrong.
+    """
+    failed = [(grade, name) for grade, name in grades if grade.status == "error"]
     if not failed:
         return
     grade, name = failed[0]

@@ -66,6 +66,9 @@ class EmbeddedEngine:
             raise ValueError(f"weight update {version}: " + "; ".join(problems))
         self.weight_version = version
 
+    def release(self) -> None:
+        """See `RolloutEngine.release`: the replica is small and stays."""
+
     def close(self) -> None:
         """Drop the replica."""
         del self._model

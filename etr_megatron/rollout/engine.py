@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from etr_megatron.types import Problem, Sample
+from etr_megatron.types import FinishReason, Problem, Sample
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,51 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give up memory that training needs, where it is shared, until the next `update_weights`; nothing is under way."""
+        ...
+
     def close(self) -> None:
         """Give up what the engine holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A response to be drawn, or to be drawn on. key: the asker's. drawn: response tokens that are there already."""
+
+    key: int
+    problem: Problem
+    index: int
+    sampling: Sampling
+    drawn: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came after `Draw.drawn`, all of it from weights of one version. finish_reason: "abort" when it was cut off."""
+
+    key: int
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    weight_version: int
+
+
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that draws while the ranks do something else. What is added here is no collective: rank 0 alone calls it."""
+
+    def submit(self, draws: Sequence[Draw]) -> None:
+        """Begin, in this order as far as there is room; each is answered once, by `wait` or `stop`."""
+        ...
+
+    def wait(self) -> list[Drawn]:
+        """What has been drawn since the last call; waits until there is something. Raises EngineGoneError."""
+        ...
+
+    def stop(self, *, abort: bool) -> list[Drawn]:
+        """The same, and nothing is under way when it returns. Never raises.
+
+        abort: cut off what is under way; otherwise wait for it. What the engine could not answer has to be asked again.
+        """
         ...

@@ -39,19 +39,17 @@ class _Recomputed(torch.autograd.Function):
     """Chunked forward, backward by recomputing each chunk's logits; gradients are accumulated in fp32."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head, reduce_hidden_grad: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         logp, entropy, log_sum, share = forward_rows(head, hidden, weight, targets)
         ctx.set_materialize_grads(False)  # without a gradient of the entropy its part is skipped
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum, share)
-        ctx.head, ctx.reduce_hidden_grad, ctx.weight = head, reduce_hidden_grad, weight
+        ctx.head, ctx.weight = head, weight
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 5
+            return (None,) * 4
         hidden, weight, targets, logp, entropy, log_sum, share = ctx.saved_tensors
         head: Head = ctx.head
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
@@ -73,9 +71,9 @@ class _Recomputed(torch.autograd.Function):
                 grad_hidden=grad_hidden,
                 grad_weight=None if sink is None else sink.total,
             )
-        if ctx.reduce_hidden_grad and head.shard.group is not None:
+        if head.shard.group is not None:
             dist.all_reduce(grad_hidden, group=head.shard.group)
-        return grad_hidden.to(hidden.dtype), None if sink is None else sink.handed_to_autograd(), None, None, None
+        return grad_hidden.to(hidden.dtype), None if sink is None else sink.handed_to_autograd(), None, None
 
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -102,7 +100,6 @@ def vocab_parallel_logprob(
     shard: VocabShard,
     temperature: float = 1.0,
     chunk_rows: int | None = None,
-    reduce_hidden_grad: bool = True,
     backend: Backend = "auto",
     overlap: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -113,21 +110,18 @@ def vocab_parallel_logprob(
     and get zero gradient. Its gradient is added to `weight.main_grad` where Megatron's DDP made one in fp32.
     targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in the sampling.
     chunk_rows: rows whose logits exist at a time; None is a quarter of them, between 128 and 384 on CPU; 1024 on CUDA.
-    reduce_hidden_grad: False leaves the gradient of `hidden` a partial sum over vocabulary shards, for a caller who
-    reduce-scatters it (sequence parallelism). backend, overlap: see `Head`.
+    backend, overlap: see `Head`.
 
     Collectives: an all-gather per chunk in forward, 16 bytes a row; one all-reduce of [R, H] fp32 in backward. Every rank of
     the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
-    return logprob_through(Head(shard, temperature, chunk_rows, backend, overlap), hidden, weight, targets, reduce_hidden_grad)
+    return logprob_through(Head(shard, temperature, chunk_rows, backend, overlap), hidden, weight, targets)
 
 
-def logprob_through(
-    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, reduce_hidden_grad: bool
-) -> tuple[Tensor, Tensor]:
+def logprob_through(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_logprob` of tensors whose shapes were checked."""
     if not torch.is_grad_enabled():
         logp, entropy, *_ = forward_rows(head, hidden, weight, targets)
         return logp, entropy
-    return _Recomputed.apply(hidden, weight, targets, head, reduce_hidden_grad)
+    return _Recomputed.apply(hidden, weight, targets, head)

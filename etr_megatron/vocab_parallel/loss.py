@@ -58,7 +58,6 @@ class _SinglePass(torch.autograd.Function):
         head: Head,
         backward_scale: float,
         sink: WeightGrad,
-        reduce_hidden_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = head.shard.group
         rows_out = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
@@ -80,8 +79,9 @@ class _SinglePass(torch.autograd.Function):
                 grad_hidden=grad_hidden,
                 grad_weight=sink.total,
             )
-            if reduce_hidden_grad and group is not None:
-                reductions.append(dist.all_reduce(grad_hidden[rows], group=group, async_op=True))
+            if group is not None:
+                # Detached: gloo's thread may hold its tensor a moment longer, and autograd copies a gradient that others hold.
+                reductions.append(dist.all_reduce(grad_hidden.detach()[rows], group=group, async_op=True))
         for reduction in reductions:
             reduction.wait()
         ctx.grad_hidden, ctx.dtype, ctx.sink, ctx.scale = grad_hidden, hidden.dtype, sink, backward_scale
@@ -95,7 +95,7 @@ class _SinglePass(torch.autograd.Function):
             raise RuntimeError("the single-pass loss went backward twice; its gradients were formed once, in forward")
         _check_scale(grad_loss, ctx.scale)
         grad_hidden, ctx.grad_hidden = ctx.grad_hidden.to(ctx.dtype), None
-        return grad_hidden, ctx.sink.handed_to_autograd(), *[None] * 6
+        return grad_hidden, ctx.sink.handed_to_autograd(), *[None] * 5
 
 
 def _check_scale(found: Tensor, expected: float) -> None:
@@ -116,13 +116,12 @@ def vocab_parallel_loss(
     temperature: float = 1.0,
     backward_scale: float = 1.0,
     chunk_rows: int | None = None,
-    reduce_hidden_grad: bool = True,
     backend: Backend = "auto",
     overlap: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token-local loss of log-probs and entropies: (loss scalar, log-prob [R], entropy [R]), fp32, the loss differentiable.
 
-    hidden, weight, targets, shard, temperature, chunk_rows, reduce_hidden_grad, backend, overlap:
+    hidden, weight, targets, shard, temperature, chunk_rows, backend, overlap:
     as in `vocab_parallel_logprob`.
     token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
     backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there.
@@ -134,10 +133,10 @@ def vocab_parallel_loss(
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)
     if not (torch.is_grad_enabled() and weight.requires_grad and has_main_grad(weight)):
-        logp, entropy = logprob_through(head, hidden, weight, targets, reduce_hidden_grad)
+        logp, entropy = logprob_through(head, hidden, weight, targets)
         return token_loss(slice(0, len(hidden)), logp, entropy), logp.detach(), entropy.detach()
     sink = weight_grad(weight)
-    return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink, reduce_hidden_grad)
+    return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink)
 
 
 def single_pass_bytes(

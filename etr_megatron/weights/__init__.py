@@ -2,6 +2,7 @@
 
 from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, read_architecture
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
+from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.layout import Holding, Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.map import TABLES, Weight, weights_of
 from etr_megatron.weights.plan import Plan, Transfer, make_plan
@@ -33,6 +34,7 @@ __all__ = [
     "join_shards",
     "make_plan",
     "megatron_shard",
+    "open_checkpoint",
     "padded_vocab_size",
     "quantize_blocks",
     "read_architecture",

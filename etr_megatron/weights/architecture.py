@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.map import TABLES
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -37,7 +38,7 @@ class Architecture:
     """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors).
-    qkv_bias, qk_norm: biases on q/k/v (Qwen2), RMSNorm on queries and keys per head (Qwen3).
+    qkv_bias, qk_norm: biases on q/k/v, RMSNorm on queries and keys per head; what the family's table has rows for.
     """
 
     family: str
@@ -73,15 +74,22 @@ def _rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     return rope
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
+def _has_rows(family: str, part: str) -> bool:
+    """Whether the family's table has a row with this in its Megatron name."""
+    return any(part in row.megatron for row in TABLES[family])
+
+
+def _refuse_unsupported(config: dict[str, Any], family: str, source: Path, *, quantized: bool) -> None:
     wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
-    if family != "qwen2":
+    if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
-    if config.get("quantization_config"):
-        raise UserError(f"{source}: the checkpoint is quantised (quantization_config); convert it to bf16 first")
+    if config.get("quantization_config") and not quantized:
+        raise UserError(
+            f"{source}: the checkpoint is quantised (quantization_config); convert it by tools/convert_hf.py to-megatron"
+        )
 
 
 def _experts(config: dict[str, Any]) -> Experts:
@@ -97,23 +105,24 @@ def _experts(config: dict[str, Any]) -> Experts:
     )
 
 
-def read_architecture(model_dir: str | Path) -> Architecture:
+def read_architecture(model_dir: str | Path, *, named: str = "model.path", quantized: bool = False) -> Architecture:
     """The architecture that `model_dir/config.json` describes.
 
-    Raises UserError, naming the file and the field, for a missing or broken file, a missing field and what is not supported.
+    named: what the directory was given as, for messages. quantized: let a `quantization_config` be. Raises UserError, naming
+    the file and the field, for a missing or broken file, a missing field and what is not supported.
     """
     source = Path(model_dir) / "config.json"
     try:
         config = json.loads(source.read_text())
     except FileNotFoundError:
-        raise UserError(f"{source} does not exist: model.path must be a HuggingFace checkpoint directory") from None
+        raise UserError(f"{source} does not exist: {named} must be a HuggingFace checkpoint directory") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     names = config.get("architectures") or []
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
-    _refuse_unsupported(config, family, source)
+    _refuse_unsupported(config, family, source, quantized=quantized)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Architecture(
@@ -126,12 +135,12 @@ def read_architecture(model_dir: str | Path) -> Architecture:
             head_dim=config.get("head_dim") or hidden // heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family in ("qwen3", "qwen3_moe"),
+            qkv_bias=_has_rows(family, "linear_qkv.bias"),
+            qk_norm=_has_rows(family, "q_layernorm."),
             norm_eps=config["rms_norm_eps"],
             max_positions=config.get("max_position_embeddings", 0),
             rope=_rope(config, source),
-            experts=_experts(config) if family == "qwen3_moe" else None,
+            experts=_experts(config) if _has_rows(family, ".experts.") else None,
         )
     except KeyError as error:
         raise UserError(f"{source}: field {error} is missing") from None

@@ -42,7 +42,8 @@ class TrainingLayout:
     """Megatron's: TP x PP x DP ranks; dp counts all replicas of dense weights (DP x CP).
 
     ep: expert-parallel ranks; etp: tensor-parallel ranks of an expert, None is tp. ETP x EP divides TP x DP.
-    vpp: model chunks of a stage under the interleaved schedule. Raises ValueError for sizes below 1 or that do not divide.
+    vpp: model chunks of a stage under the interleaved schedule. first_stage_layers, last_stage_layers: layers of those stages,
+    None is an even share of what is left. Raises ValueError for sizes below 1 or that do not divide.
     """
 
     tp: int = 1
@@ -51,6 +52,8 @@ class TrainingLayout:
     ep: int = 1
     etp: int | None = None
     vpp: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.tp, self.pp, self.dp, self.ep, self.expert_tp, self.vpp) < 1:
@@ -75,13 +78,27 @@ class TrainingLayout:
         """TP x PP x DP."""
         return self.stage_ranks * self.pp
 
+    def layers_of_stages(self, layers: int) -> tuple[int, ...]:
+        """How many of the model's layers each stage has. Raises ValueError where they do not divide."""
+        fixed = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers} if self.pp > 1 else {}
+        fixed = {stage: count for stage, count in fixed.items() if count is not None}
+        stages, rest = self.pp - len(fixed), layers - sum(fixed.values())
+        even = rest // stages if stages else 0
+        counts = tuple(fixed.get(stage, even) for stage in range(self.pp))
+        if sum(counts) != layers or min(counts) < 1 or any(count % self.vpp for count in counts):
+            named = f", {self.first_stage_layers} in the first and {self.last_stage_layers} in the last" if fixed else ""
+            raise ValueError(f"{layers} layers do not divide into {self.pp} stages of {self.vpp} chunks{named}")
+        return counts
+
     def chunk_of(self, layer: int, arch: Architecture) -> tuple[int, int, int]:
-        """(stage, model chunk within it, layer within the chunk). Raises ValueError where layers do not divide evenly."""
-        chunks = self.pp * self.vpp
-        if arch.layers % chunks:
-            raise ValueError(f"{arch.layers} layers do not divide into {self.pp} stages of {self.vpp} chunks")
-        chunk, local = divmod(layer, arch.layers // chunks)
-        return chunk % self.pp, chunk // self.pp, local
+        """(stage, model chunk within it, layer within the chunk). Raises ValueError where layers do not divide."""
+        counts = self.layers_of_stages(arch.layers)
+        chunk, local = divmod(layer, arch.layers // self.vpp)
+        for stage, count in enumerate(counts):
+            if local < count // self.vpp:
+                return stage, chunk, local
+            local -= count // self.vpp
+        raise ValueError(f"layer {layer} of a model of {arch.layers}")
 
     def stages_of(self, weight: Weight, arch: Architecture) -> tuple[int, ...]:
         """Stages that hold a weight: one, or the first and the last for a tied embedding."""

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from etr_megatron.weights.architecture import Architecture
+if TYPE_CHECKING:  # which reads the tables
+    from etr_megatron.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class SafetensorsDir:
 
     def read(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """A box of the tensor, new, on the CPU: `size` elements from `begin` in each dimension."""
-        out = torch.empty(size, dtype=self._stored[name].dtype)
+        out = torch.empty(size, dtype=self.dtype(name))
         self.read_into(name, begin, out)
         return out
 

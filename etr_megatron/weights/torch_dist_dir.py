@@ -11,9 +11,9 @@ import pickle
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -118,10 +118,16 @@ class TorchDistDir:
         return dtype_of(self._tensors[name])
 
     def refuse_gaps(self, names: Iterable[str]) -> None:
-        """Raise UserError where the chunks of a tensor do not add up to it."""
+        """Raise UserError where the chunks of a tensor do not cover it exactly once."""
         for name in names:
-            wanted = math.prod(self._tensors[name].size)
-            found = sum(math.prod(chunk.size) for chunk in self._chunks[name])
+            shape, chunks = tuple(self._tensors[name].size), self._chunks[name]
+            if any(o + n > s for c in chunks for o, n, s in zip(c.offset, c.size, shape, strict=True)):
+                raise UserError(f"{self.path}: a part of {name} lies outside of it; fetch the checkpoint again")
+            twice = _overlapping(chunks, 0)
+            if twice:
+                where = list(twice.offset)
+                raise UserError(f"{self.path}: {name} has some of its values from {where} twice; fetch the checkpoint again")
+            wanted, found = math.prod(shape), sum(math.prod(chunk.size) for chunk in chunks)
             if found != wanted:
                 raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")
 
@@ -169,6 +175,31 @@ class TorchDistDir:
                 for place in product(*covered):
                     index[place].append(chunk)
         return self._indexed[name][lead]
+
+
+def _overlapping(chunks: Sequence[Chunk], dim: int) -> Chunk | None:
+    """A chunk that has a value in common with another one, None where there is none.
+
+    They are taken apart along one dimension after the other: what lies behind a gap between them cannot touch what is before.
+    """
+    if dim == len(chunks[0].offset if chunks else ()):
+        pairs = combinations(chunks, 2)
+        return next((b for a, b in pairs if next(_overlaps([_piece(a)], b.offset, b.size), None)), None)
+    group: list[Chunk] = []
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset[dim]):
+        if group and chunk.offset[dim] >= end:
+            found = _overlapping(group, dim + 1)
+            if found:
+                return found
+            group = []
+        group.append(chunk)
+        end = max(end, chunk.offset[dim] + chunk.size[dim])
+    return _overlapping(group, dim + 1) if len(group) > 1 else None
+
+
+def _piece(chunk: Chunk) -> Piece:
+    return Piece(0, chunk.offset, chunk.offset, chunk.size)
 
 
 def _overlaps(pieces: Iterable[Piece], corner: Index, size: Index) -> Iterator[tuple[int, Index, Index, Index]]:

@@ -23,6 +23,11 @@ if not torch.cuda.is_available():
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 if __name__ == "__main__":
+    if "--tp-size" in sys.argv:  # without a core for each SGLang wants a NUMA node for each
+        _cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        _ranks = range(int(sys.argv[sys.argv.index("--tp-size") + 1]))
+        if len(_ranks) > 1:
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(_cores[i % len(_cores)]) for i in _ranks))
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -16,12 +16,15 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     inputs.data,
     inputs.reward,
     rollout.rollout,
+    rollout.asynchronous,
+    rollout.recorded,
     rollout.sglang,
     objective.objective,
     objective.clip_range,
     train.train,
+    train.fp8,
     parallel.parallel,
 )
 """Judged for every config; `parallel.layout` needs the number of ranks."""
 
-__all__ = ["RULES", "Violation", "get", "parallel"]
+__all__ = ["RULES", "Violation", "get", "parallel", "train"]

@@ -19,24 +19,42 @@ def parallel(config: Config) -> Iterator[Violation]:
             ("parallel.sequence_parallel", "parallel.tp"),
             "sequence parallelism splits over tensor-parallel ranks and needs tp > 1; set it to false",
         )
+    yield from _stages(config)
     if config.parallel.etp is not None and config.parallel.etp < 1:
         yield Violation(("parallel.etp",), "must be at least 1; null is tp")
     if config.model.path == "tiny" and config.parallel.ep > 1:
         yield Violation(("parallel.ep", "model.path"), "the tiny model has no experts to spread; set ep to 1")
 
 
+def _stages(config: Config) -> Iterator[Violation]:
+    """What is only there with several pipeline stages."""
+    parallel = config.parallel
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield Violation(
+            ("parallel.vpp", "parallel.pp"), "model chunks interleave pipeline stages and need pp > 1; set vpp to 1"
+        )
+    for name in ("first_stage_layers", "last_stage_layers"):
+        count = getattr(parallel, name)
+        if count is not None and count < 1:
+            yield Violation((f"parallel.{name}",), "must be at least 1; null is an even share")
+        elif count is not None and parallel.pp == 1:
+            yield Violation((f"parallel.{name}", "parallel.pp"), "there is one stage, which has all layers; set it to null")
+
+
 def layout(config: Config, world_size: int) -> Iterator[Violation]:
     """Constraints between the layout and the number of ranks."""
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
-    tp, pp = tensor_parallel(config.parallel, world_size), config.parallel.pp
-    if tp < 1 or pp < 1:
+    tp, pp, cp = tensor_parallel(config.parallel, world_size), config.parallel.pp, config.parallel.cp
+    if tp < 1 or pp < 1 or cp < 1:
         return  # told by the bounds
-    if world_size % (tp * pp):
+    if world_size % (tp * pp * cp):
+        sizes = {"tp": tp, "pp": pp, **({"cp": cp} if cp > 1 else {})}
         yield Violation(
-            ("parallel.tp", "parallel.pp"),
-            f"world size {world_size} is not divisible by tp x pp = {tp} x {pp} = {tp * pp}; start a multiple of "
-            f"{tp * pp} ranks, or set tp and pp so that their product divides {world_size}",
+            tuple(f"parallel.{name}" for name in sizes),
+            f"world size {world_size} is not divisible by {' x '.join(sizes)} = {' x '.join(map(str, sizes.values()))} = "
+            f"{tp * pp * cp}; start a multiple of {tp * pp * cp} ranks, or set {', '.join(list(sizes)[:-1])} and "
+            f"{list(sizes)[-1]} so that their product divides {world_size}",
         )
     else:
         yield from _experts_layout(config, world_size // pp, tp)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from etr_megatron.config.rules.violation import Violation
-from etr_megatron.config.schema import Config
+from etr_megatron.config.schema import Config, SglangConfig
 
 
 def rollout(config: Config) -> Iterator[Violation]:
@@ -29,6 +29,67 @@ def rollout(config: Config) -> Iterator[Violation]:
         )
 
 
+def asynchronous(config: Config) -> Iterator[Violation]:
+    """Oversampling, responses that outlive a step, and generation beside training."""
+    rollout = config.rollout
+    if rollout.max_oversample < 1:
+        yield Violation(("rollout.max_oversample",), "must be at least 1, which asks for no more than prompts_per_step")
+    for key, is_on in (("partial", rollout.partial), ("max_staleness", rollout.max_staleness > 0)):
+        if is_on and rollout.backend == "embedded":
+            yield Violation(
+                (f"rollout.{key}", "rollout.backend"),
+                "the embedded engine lives in the ranks that train, and can be neither cut off nor run beside them; set "
+                "backend to sglang",
+            )
+    if rollout.partial and rollout.max_staleness < 1:
+        yield Violation(
+            ("rollout.partial", "rollout.max_staleness"),
+            "a response that goes on after a weight sync has tokens of older weights; set max_staleness to at least 1",
+        )
+
+
+def recorded(config: Config) -> Iterator[Violation]:
+    """Steps from disk, and steps that are not trained on."""
+    rollout = config.rollout
+    if rollout.replay == "":
+        yield Violation(("rollout.replay",), "must not be empty; null is off")
+    if rollout.replay is not None and config.eval.every:
+        yield Violation(("rollout.replay", "eval.every"), "there is no engine to evaluate with; set eval.every to 0")
+    if rollout.replay is not None and rollout.only:
+        yield Violation(("rollout.replay", "rollout.only"), "what is replayed is recorded already; leave out one of them")
+
+
+SET_BY_THE_JOB = {
+    "--model-path": "model.path",
+    "--model": "model.path",
+    "--dtype": "model.dtype",
+    "--tp-size": "sglang.tp",
+    "--tensor-parallel-size": "sglang.tp",
+    "--ep-size": "sglang.ep",
+    "--expert-parallel-size": "sglang.ep",
+    "--ep": "sglang.ep",
+    "--quantization": "sglang.fp8",
+    "--host": None,
+    "--port": None,
+    "--api-key": None,
+    "--admin-api-key": None,
+    "--config": None,
+    "--load-format": None,
+    "--custom-weight-loader": None,
+    "--skip-tokenizer-init": None,
+    "--enable-memory-saver": "sglang.placement",
+    "--dp-size": None,
+    "--data-parallel-size": None,
+    "--pp-size": None,
+    "--pipeline-parallel-size": None,
+    "--nnodes": "sglang.nodes",
+    "--node-rank": None,
+    "--dist-init-addr": None,
+    "--nccl-init-addr": None,
+}
+"""Arguments of a server that must be what the job, and its weight sync, take them to be -> the key that sets them."""
+
+
 def sglang(config: Config) -> Iterator[Violation]:
     """Servers."""
     sglang = config.sglang
@@ -41,3 +102,43 @@ def sglang(config: Config) -> Iterator[Violation]:
             ("sglang.devices", "sglang.servers", "sglang.tp"),
             f"{sglang.servers} servers of tp {sglang.tp} take {sglang.servers * sglang.tp} GPUs",
         )
+    if sglang.ep >= 1 and sglang.tp % sglang.ep:
+        yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, whose ranks the experts are spread over")
+    if sglang.mem_fraction is not None and not 0 < sglang.mem_fraction < 1:
+        yield Violation(("sglang.mem_fraction",), "must lie between 0 and 1")
+    if sglang.context_length is not None and sglang.context_length < 1:
+        yield Violation(("sglang.context_length",), "must be at least 1")
+    yield from _placement(sglang)
+    if sglang.placement == "colocated" and config.rollout.max_staleness:
+        yield Violation(
+            ("sglang.placement", "rollout.max_staleness"),
+            "colocated servers generate and train by turns; set max_staleness to 0, or give the servers GPUs of their own",
+        )
+    yield from _arguments(sglang)
+
+
+def _placement(sglang: SglangConfig) -> Iterator[Violation]:
+    external = bool(sglang.urls)
+    if sglang.placement is not None and external != (sglang.placement == "external"):
+        what = "servers that run already are external" if external else "external servers are named by sglang.urls"
+        yield Violation(("sglang.placement", "sglang.urls"), what)
+    if external and sglang.nodes == "every":
+        yield Violation(("sglang.nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+    if external and sglang.sync == "sharded":
+        yield Violation(("sglang.sync", "sglang.urls"), "sharded needs servers that the job started with its weight loader")
+    if sglang.placement == "colocated" and sglang.sync in ("broadcast", "sharded"):
+        yield Violation(
+            ("sglang.sync", "sglang.placement"),
+            "colocated servers take tensor or disk: NCCL has no group with two processes on one GPU",
+        )
+
+
+def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
+    typed = {"--mem-fraction-static": "mem_fraction", "--context-length": "context_length"}
+    for argument in sglang.arguments:
+        name = argument.split("=", 1)[0]
+        if name in SET_BY_THE_JOB:
+            key = SET_BY_THE_JOB[name]
+            yield Violation(("sglang.arguments",), f"{name} is set by the job" + (f", see {key}" if key else ""))
+        elif name in typed and getattr(sglang, typed[name]) is not None:
+            yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice")

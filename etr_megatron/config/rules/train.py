@@ -22,3 +22,42 @@ def train(config: Config) -> Iterator[Violation]:
                 ("train.lr_warmup_updates", "run.steps", "train.epochs", "train.minibatches"),
                 f"the warm-up must end before the run does, which has {updates} optimizer steps",
             )
+    if train.overlap_param_gather and not (train.distributed_optimizer and train.overlap_grad_reduce):
+        yield Violation(
+            ("train.overlap_param_gather", "train.distributed_optimizer", "train.overlap_grad_reduce"),
+            "weights are gathered by the distributed optimizer, with the reduction of gradients overlapped too; set all three",
+        )
+    if train.optimizer_offload and not train.distributed_optimizer:
+        yield Violation(
+            ("train.optimizer_offload", "train.distributed_optimizer"), "only the distributed optimizer can be offloaded"
+        )
+    if train.grads_dtype == "bfloat16" and config.model.dtype == "float32":
+        yield Violation(("train.grads_dtype", "model.dtype"), "gradients of a float32 model are float32")
+
+
+def fp8(config: Config) -> Iterator[Violation]:
+    """Training in FP8."""
+    fp8 = config.fp8
+    if fp8.recipe == "none":
+        for name in ("first_last_layers_bf16", "param"):
+            if getattr(fp8, name):
+                yield Violation(
+                    (f"fp8.{name}", "fp8.recipe"), "there is no FP8 without a recipe; choose one or set it to false"
+                )
+        return
+    if config.model.dtype == "float32":
+        yield Violation(("fp8.recipe", "model.dtype"), "FP8 replaces bfloat16; set model.dtype to bfloat16 or auto")
+    if fp8.recipe == "delayed" and fp8.first_last_layers_bf16:
+        yield Violation(
+            ("fp8.recipe", "fp8.first_last_layers_bf16"), "Megatron's delayed scaling is for all layers; set it to false"
+        )
+    if fp8.recipe == "mxfp8" and fp8.param:
+        yield Violation(("fp8.recipe", "fp8.param"), "weights held in FP8 are not supported with mxfp8; set fp8.param to false")
+
+
+def on_cpu(config: Config) -> Iterator[Violation]:
+    """What cannot run on a machine without CUDA."""
+    if config.fp8.recipe != "none":
+        yield Violation(("fp8.recipe",), "FP8 needs a GPU and this job runs on CPU; set it to none")
+    if config.train.optimizer_offload:
+        yield Violation(("train.optimizer_offload",), "there is no GPU memory to offload from on CPU; set it to false")

@@ -33,8 +33,11 @@ AT_LEAST: dict[str, int] = {
     "rollout.max_response_tokens": 1,
     "rollout.top_k": 0,
     "rollout.batch_samples": 1,
+    "rollout.max_staleness": 0,
     "sglang.servers": 1,
     "sglang.tp": 1,
+    "sglang.ep": 1,
+    "sglang.probe_every": 0,
     "sglang.concurrency": 1,
     "sglang.bucket_mib": 1,
     "train.minibatches": 1,
@@ -42,6 +45,8 @@ AT_LEAST: dict[str, int] = {
     "train.tokens_per_microbatch": 1,
     "train.lr_warmup_updates": 0,
     "parallel.pp": 1,
+    "parallel.vpp": 1,
+    "parallel.cp": 1,
     "parallel.ep": 1,
     "eval.every": 0,
     "eval.problems": 1,
@@ -65,6 +70,7 @@ POSITIVE = (
     "train.adam_eps",
 )
 NOT_NEGATIVE = (
+    "run.stop_grace_s",
     "reward.overlong_penalty",
     "objective.eps_low",
     "objective.eps_high",
@@ -76,6 +82,7 @@ NOT_NEGATIVE = (
     "train.min_lr",
     "train.weight_decay",
     "train.clip_grad",
+    "train.moe_aux_loss_coef",
     "eval.temperature",
 )
 NOT_EMPTY = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from etr_megatron.config.schema.data import ArithmeticConfig, DataConfig, RewardConfig
+from etr_megatron.config.schema.fp8 import Fp8Config
 from etr_megatron.config.schema.model import ModelConfig, ParallelConfig, TinyConfig
 from etr_megatron.config.schema.objective import ObjectiveConfig
 from etr_megatron.config.schema.rollout import RolloutConfig, SglangConfig
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "Fp8Config",
     "ModelConfig",
     "ObjectiveConfig",
     "ObserveConfig",
@@ -45,6 +47,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

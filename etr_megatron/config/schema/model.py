@@ -55,9 +55,19 @@ class ParallelConfig:
     """Layout of the policy; data parallelism is what is left of the world size."""
 
     tp: int | Literal["auto"] = "auto"
-    """Tensor parallel size; `auto` is min(2, world size / pp)."""
+    """Tensor parallel size; `auto` is min(2, world size / (pp x cp))."""
     pp: int = 1
     """Pipeline parallel size."""
+    vpp: int = 1
+    """Model chunks of a pipeline stage (interleaved schedule, needs pp > 1): a smaller bubble for more communication."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage, which has the embedding as well; null is an even share."""
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline stage, which has the head and the loss as well; null is an even share."""
+    cp: int = 1
+    """Context parallel size: ranks that share the tokens of every sequence."""
+    cp_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    """How Transformer Engine exchanges keys and values over context-parallel ranks (on CPU they are gathered)."""
     ep: int = 1
     """Expert parallel size: ranks of a pipeline stage that a layer's experts are spread over (models with experts)."""
     etp: int | None = None

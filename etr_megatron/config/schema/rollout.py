@@ -30,6 +30,24 @@ class RolloutConfig:
     max_logprob_gap: float | None = None
     """Gate at the first step: largest mean gap between the engine's and the trainer's log-probs; null is 1e-4 in
     float32 and 5e-2 in bfloat16."""
+    dynamic_sampling: bool = False
+    """Leave out groups whose rewards are all equal, and ask for other prompts in their place, within `max_oversample`; when
+    that is used up, a step is filled with those left out."""
+    max_oversample: float = 1.5
+    """Prompts asked for in a step at most, in `prompts_per_step`: what `dynamic_sampling` may ask for again, and what
+    `partial` has under way."""
+    partial: bool = False
+    """A step begins to train when `prompts_per_step` groups are complete; responses still under way are cut off at the next
+    weight sync and go on from there, each token with its own log-prob and weight version. Needs `max_staleness` 1 or more."""
+    max_staleness: int = 0
+    """Largest age of a token that is trained on, in weight syncs. 0: a step generates, then trains. 1: the responses of a step
+    are generated while the step before it trains; needs servers."""
+    record: bool = False
+    """Keep all groups of every step, with tokens and log-probs, in `<run>/recorded/`."""
+    replay: str | None = None
+    """Run directory whose recorded groups are trained on, step by step, instead of new ones; there is no engine then."""
+    only: bool = False
+    """Rollouts and rewards alone, recorded, from the newest checkpoint's weights: what `--rollout-only` sets."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,22 @@ class SglangConfig:
     urls: tuple[str, ...] = ()
     """Servers that run already (`http://host:port`) with the policy's model; none: the job starts its own."""
     servers: int = 1
-    """Servers that the job starts, on rank 0's machine; they end with it."""
+    """Servers that the job starts on a node; they end with it."""
+    placement: Literal["dedicated", "colocated", "external"] | None = None
+    """`dedicated`: servers have GPUs of their own. `colocated`: they share the ranks' GPUs and give up their memory while the
+    policy is trained. `external`: they run already, at `sglang.urls`. null: `external` with `sglang.urls`, else `dedicated`."""
+    nodes: Literal["first", "every"] = "first"
+    """Which nodes have servers: the one of rank 0, or `every` one, `sglang.servers` each."""
     tp: int = 1
     """Tensor parallel size of each server."""
+    ep: int = 1
+    """Expert parallel size of each server; divides `sglang.tp`."""
+    mem_fraction: float | None = None
+    """Part of a GPU's memory for weights and KV cache; null is SGLang's choice."""
+    context_length: int | None = None
+    """Most tokens of a prompt with its response; null is the model's."""
+    fp8: bool = False
+    """Servers hold their matrices as FP8 in blocks of 128 x 128, quantised by every weight sync."""
     devices: tuple[str, ...] = ()
     """GPUs of the servers that the job starts, `tp` each in order, apart from the ranks' own; none on CPU."""
     python: str = ".venv-sglang/bin/python"
@@ -49,9 +80,19 @@ class SglangConfig:
     launch: tuple[str, ...] = ("-m", "sglang.launch_server")
     """What that interpreter runs."""
     arguments: tuple[str, ...] = ()
-    """SGLang's own further arguments, such as `--mem-fraction-static,0.8`."""
-    host: str = "127.0.0.1"
-    """Address of rank 0's machine as the servers see it; weights are sent from there."""
+    """SGLang's own further arguments, such as `--attention-backend,fa3`; their names are compared with what the server has."""
+    host: str | None = None
+    """Address of rank 0's machine as the servers see it; weights are sent from there. null: loopback, or where servers are
+    on other machines the address on the way to them."""
+    sync: Literal["broadcast", "tensor", "disk", "sharded"] | None = None
+    """How weights reach the servers. `broadcast`: whole tensors over one process group. `tensor`: whole tensors in HTTP
+    requests. `disk`: by way of `sglang.sync_dir`. `sharded`: every rank sends each worker what that needs, once. null:
+    `broadcast`, for colocated servers `tensor`."""
+    sync_dir: str | None = None
+    """Directory of `sync: disk` that all ranks and servers see; null is `servers/weights` in the run's directory."""
+    probe_every: int = 100
+    """At the first weight sync and every so many, servers must give their own tokens the trainer's log-probs, within
+    `rollout.max_logprob_gap`; 0 is never."""
     concurrency: int = 128
     """Requests under way per server."""
     bucket_mib: int = 512

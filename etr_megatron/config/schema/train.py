@@ -15,7 +15,7 @@ class TrainConfig:
     epochs: int = 1
     """Passes over a rollout; a rollout gives `epochs * minibatches` optimizer steps."""
     tokens_per_microbatch: int = 4096
-    """Token budget of one packed microbatch; a longer sample gets one of its own."""
+    """Token budget of one packed microbatch, on all its context-parallel ranks; a longer sample gets one of its own."""
     lr: float = 1e-6
     """Peak learning rate of Adam."""
     min_lr: float = 0.0
@@ -40,6 +40,16 @@ class TrainConfig:
     """Activation recomputation: none, core attention only, or whole layers."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data-parallel ranks while the forward pass goes on (with the distributed optimizer)."""
+    grads_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that gradients are summed in over microbatches and ranks; bfloat16 halves them, for a bfloat16 model."""
+    optimizer_offload: bool = False
+    """Keep optimizer state and update in CPU memory (CUDA only)."""
+    moe_aux_loss_coef: float = 0.0
+    """Weight of the experts' load-balancing loss, averaged over tokens (models with experts); 0 is off."""
+    moe_router_fp32: bool = False
+    """Compute the router's product in float32 whatever the model's type (models with experts)."""
     head_chunk_rows: int | None = None
     """Loss rows per chunk of the LM head: `rows x V/TP` fp32 logits exist at a time, twice that with TP on CUDA; null is at
     most 384 on CPU, 1024 on CUDA."""

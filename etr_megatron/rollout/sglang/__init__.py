@@ -1,6 +1,6 @@
 """Rollouts from SGLang servers: processes, clients, weight sync. Nothing in here imports sglang: it is spoken to over HTTP."""
 
 from etr_megatron.rollout.sglang.client import ServerError
-from etr_megatron.rollout.sglang.engine import SglangEngine
+from etr_megatron.rollout.sglang.engine import Serving, SglangEngine
 
-__all__ = ["ServerError", "SglangEngine"]
+__all__ = ["ServerError", "Serving", "SglangEngine"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class GenerateParameters:
     top_k: int
     seed: int
     stop_ids: Sequence[int]
+    ignore_eos: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The `sampling_params` of `/generate`."""
@@ -56,6 +57,7 @@ class GenerateParameters:
             "sampling_seed": self.seed % (1 << 31),
             "stop_token_ids": list(self.stop_ids),
             "skip_special_tokens": False,
+            "ignore_eos": self.ignore_eos,
         }
 
 
@@ -64,6 +66,26 @@ class ServerClient:
 
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
+        self._routes: frozenset[str] | None = None
+
+    async def learn_routes(self, required: Iterable[str], *, timeout_s: float) -> None:
+        """Ask the server what it has, as that differs from version to version. Raises ServerError naming a route that it lacks.
+
+        A server that does not say (DISABLE_OPENAPI_DOC) is taken to have everything.
+        """
+        try:
+            self._routes = frozenset((await self.get("/openapi.json", timeout_s=timeout_s))["paths"])
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            self._routes = None
+        missing = [route for route in required if not self.has(route)]
+        if missing:
+            raise ServerError(f"{self.name} at {self.url} has no {missing[0]}, which is needed; is it SGLang 0.5.17 or newer?")
+
+    def has(self, route: str) -> bool:
+        """Whether the server has a route, as far as it said."""
+        return self._routes is None or route in self._routes
 
     async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
         try:
@@ -94,14 +116,21 @@ class ServerClient:
         """GET; the reply's JSON object. Raises ServerError as `call` does."""
         reply = await self._request("GET", route, None, timeout_s)
         if reply.status_code != 200:
-            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}")
+            raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
         found = reply.json() if reply.content else {}
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:
-        """Whether it answers at all."""
+        """Whether it generates; not to be asked of a paused server, which does not."""
+        return await self._answers("/health", timeout_s)
+
+    async def is_alive(self, timeout_s: float) -> bool:
+        """Whether it and its workers answer, paused or not."""
+        return await self._answers("/server_info", timeout_s)
+
+    async def _answers(self, route: str, timeout_s: float) -> bool:
         try:
-            await self.get("/health", timeout_s=timeout_s)
+            await self.get(route, timeout_s=timeout_s)
         except ServerError:
             return False
         return True
@@ -110,26 +139,34 @@ class ServerClient:
         """Version of the weights it serves, as it was told with them."""
         return str((await self.get("/model_info", timeout_s=timeout_s)).get("weight_version"))
 
-    async def generate(self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float) -> Generated:
-        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens."""
+    async def generate(
+        self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float, rid: str | None = None
+    ) -> Generated:
+        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens.
+
+        rid: a name for the request, by which `abort` can cut it off; the reply then has what there was.
+        """
         body = {
             "input_ids": list(prompt_ids),
             "sampling_params": parameters.as_json(),
             "return_logprob": True,
             "logprob_start_len": -1,
+            **({} if rid is None else {"rid": rid}),
         }
         reply = await self.call("/generate", body, timeout_s=timeout_s)
         try:
-            ids, meta = [int(token) for token in reply["output_ids"]], reply["meta_info"]
-            pairs = meta["output_token_logprobs"]
-            found = Generated(
-                ids,
-                [float(pair[0]) for pair in pairs],
-                _FINISH[meta["finish_reason"]["type"]],
-                str(meta.get("weight_version")),
-            )
+            ids, meta = [int(token) for token in reply["output_ids"] or []], reply["meta_info"]
+            finish_reason = _FINISH[meta["finish_reason"]["type"]]
+            # A request that is cut off before it began has no log-probs.
+            pairs = meta["output_token_logprobs"] if ids or finish_reason != "abort" else []
+            logprobs = [float(pair[0]) for pair in pairs]
+            found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(f"{self.name}: /generate answered without {error}: {str(reply)[:300]}") from error
         if [int(pair[1]) for pair in pairs] != ids:
             raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
         return found
+
+    async def abort(self, rid: str, *, timeout_s: float) -> None:
+        """Cut off the request of this name; one that the server does not have is none. Raises ServerError."""
+        await self.call("/abort_request", {"rid": rid, "abort_all": False}, timeout_s=timeout_s)

@@ -2,59 +2,126 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
-import httpx
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.engine import Sampling, sample_seed
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
-from etr_megatron.rollout.sglang.fleet import Fleet, Request
-from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
-from etr_megatron.rollout.sglang.weights import Bucket, WeightSender, buckets
+from etr_megatron.rollout.engine import Draw, Drawn, Sampling, sample_seed
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK, server_command, sync_of
+from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
+from etr_megatron.rollout.sglang.fleet import Request
+from etr_megatron.rollout.sglang.hosts import Host, Started
+from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
+from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WeightSource, WholeSender
+from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
+from etr_megatron.weights import Architecture, ServerLayout
 
-T = TypeVar("T")
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""HF name -> shape of every tensor that the servers' model has."""
+@dataclass(frozen=True)
+class Serving:
+    """What the servers must know of the run.
+
+    dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
+    directory: for what belongs to servers. temperature, max_gap: of a probe, the sampler's and the largest mean difference of
+    its log-probs from the trainer's.
+    """
+
+    architecture: Architecture
+    dtype: str
+    backend: str
+    stop_ids: Iterable[int]
+    directory: Path
+    temperature: float
+    max_gap: float
 
 
 class SglangEngine:
-    """See `RolloutEngine`. Servers are started by rank 0, or given by `config.urls`; other ranks only take part in collectives.
+    """See `RolloutEngine`. Servers are started by rank 0, or by the first rank of every node, or are given by `config.urls`.
 
-    model_dir: what servers that are started here load first; the first `update_weights` replaces it. shapes: what a weight
-    update must consist of; a wrong shape would kill a server, and an unknown name would be ignored by it.
-    backend: of the group that carries weights, `gloo` or `nccl`. logs: directory for what servers print.
+    model_dir: has the config.json of what servers that are started here serve; their weights come by `update_weights`, without
+    which nothing is generated.
     """
 
-    def __init__(
-        self,
-        config: SglangConfig,
-        model_dir: Path,
-        *,
-        shapes: Shapes,
-        dtype: str,
-        backend: str,
-        stop_ids: Iterable[int],
-        logs: Path,
-    ) -> None:
+    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving) -> None:
         """A collective. Raises UserError on every rank when a server does not start or does not answer."""
-        self.weight_version = 0
-        self._stop_ids, self._shapes = tuple(sorted(stop_ids)), dict(shapes)
-        self._bucket_bytes = config.bucket_mib << 20
-        self._rank0: _Rank0 | None = None
+        self.weight_version, self._syncs = 0, 0
+        self._config, self._serving = config, serving
+        self._stop_ids = tuple(sorted(serving.stop_ids))
+        self._draws: dict[int, Draw] = {}
+        self._control: Control | None = None
+        self._host: Host | None = None
+        addresses = addresses_of(config)
+        key = on_rank0(lambda: new_key(addresses.values()) if addresses else None)
+        names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(addresses))]
+        own_address = on_rank0(lambda: own_address_of(config, addresses))
+        if dist.get_rank() in addresses:
+            first = list(addresses).index(dist.get_rank()) * config.servers
+            commands = {
+                names[first + place]: server_command(
+                    config,
+                    model_dir,
+                    serving.dtype,
+                    place=place,
+                    host=addresses[dist.get_rank()],
+                    folder=serving.directory,
+                    api_key=key,
+                    cuda=serving.backend == "nccl",
+                )
+                for place in range(config.servers)
+            }
+            self._host = Host(commands, serving.directory, config.startup_timeout_s)
         if dist.get_rank() == 0:
-            self._rank0 = _Rank0(config, _commands(config, model_dir, dtype), backend, logs)
-        self._on_rank0(lambda rank0: rank0.start())
+            self._control = Control(config, names, host=own_address, api_key=key, backend=serving.backend)
+        self._sender = self._make_sender(own_address)
+        try:
+            started = self._start(names)
+            on_rank0(lambda: self._control.open(started))
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_sender(self, address: str) -> Sender:
+        config, serving, control = self._config, self._serving, self._control
+        settings = SendSettings(
+            serving.architecture,
+            getattr(torch, serving.dtype),
+            FP8_BLOCK if config.fp8 else None,
+            config.bucket_mib << 20,
+            serving.backend,
+            config.update_timeout_s,
+        )
+        how = sync_of(config)
+        if how == "disk":
+            directory = Path(config.sync_dir) if config.sync_dir else serving.directory / "weights"
+            return DiskSender(settings, directory, control.load if control is not None else None)
+        if how == "sharded":
+            layout = ServerLayout(config.tp, config.ep)
+            return ShardedSender(settings, layout, address, control.calls if control is not None else None)
+        return WholeSender(settings, control.outbox if control is not None else None)
+
+    def _start(self, names: Sequence[str]) -> dict[str, Started]:
+        """Have their hosts start these servers, anew if they run; a collective. Raises UserError of a host on every rank."""
+        own: dict[str, Started] | UserError = {}
+        if self._host is not None:
+            try:
+                own = self._host.start(names)
+            except UserError as error:
+                own = error
+        found: list[dict[str, Started] | UserError] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, own)
+        for some in found:
+            if isinstance(some, UserError):
+                raise some
+        return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Raises EngineGoneError on every rank when no server is left."""
@@ -63,28 +130,117 @@ class SglangEngine:
             for problem in problems
             for index in range(sampling.samples)
         ]
-        found: list[Generated] = self._on_rank0(lambda rank0: rank0.run(rank0.fleet.generate(requests)))
+        self._require_weights()
+        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.fleet.generate(requests)))
         samples = [
             Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, int(one.version))
             for number, one in enumerate(found)
         ]
         return [samples[begin : begin + sampling.samples] for begin in range(0, len(samples), sampling.samples)]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def submit(self, draws: Sequence[Draw]) -> None:
+        """See `StreamingEngine.submit`."""
+        assert self._control is not None
+        self._draws |= {draw.key: draw for draw in draws}
+        self._control.run(self._control.stream.submit({draw.key: self._request(draw) for draw in draws}))
+
+    def wait(self) -> list[Drawn]:
+        """See `StreamingEngine.wait`."""
+        assert self._control is not None
+        return [self._drawn(key, reply) for key, reply in self._control.stream.wait()]
+
+    def stop(self, *, abort: bool) -> list[Drawn]:
+        """See `StreamingEngine.stop`."""
+        assert self._control is not None
+        replies = self._control.run(self._control.stream.stop(abort=abort))
+        found = [self._drawn(key, reply) for key, reply in replies]
+        self._draws.clear()
+        return found
+
+    def _request(self, draw: Draw) -> Request:
+        parameters = self._parameters(draw.problem, draw.index, draw.sampling)
+        left = draw.sampling.max_tokens - len(draw.drawn)
+        return Request([*draw.problem.prompt_ids, *draw.drawn], replace(parameters, max_new_tokens=left))
+
+    def _drawn(self, key: int, reply: Generated) -> Drawn:
+        draw, finish = self._draws.pop(key), reply.finish_reason
+        if finish == "abort" and reply.ids:  # cut off at what was its end anyway
+            if reply.ids[-1] in self._stop_ids:
+                finish = "stop"
+            elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
+                finish = "length"
+        if reply.ids and reply.version != str(self.weight_version):
+            raise RuntimeError(f"a server generated with weights {reply.version} where {self.weight_version} were sent")
+        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version)
+
+    def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that had ended are started again first, and serve once they have `version`. Raises EngineGoneError on every
-        rank when no server is left.
+        Servers that had ended are started again first, and serve once they have `version`. Raises, on every rank,
+        EngineGoneError when no server is left, SyncError naming ranks that are missing, UserError when all servers' log-probs
+        differ from ours.
         """
-        checked = _Checked(tensors, self._shapes)
-        self._on_rank0(lambda rank0: rank0.update(buckets(checked, self._bucket_bytes), version), drain=checked)
+        self._bring_back()
+        with self._transaction(version):
+            self._sender.send(weights, version)
         self.weight_version = version
+        self._syncs += 1
+        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
+            self._probe(weights)
+
+    @contextmanager
+    def _transaction(self, version: int) -> Iterator[None]:
+        """Between the begin of an update and the servers' word that they have the version; whatever is raised, they go on."""
+        try:
+            on_rank0(lambda: self._control.begin())
+            yield
+            on_rank0(lambda: self._control.finish(version))
+        except BaseException as error:
+            if self._control is not None:
+                self._control.abandon(f"weight sync {version} was given up: {error}")
+            raise
+
+    def _bring_back(self) -> None:
+        """Servers that failed: restarted if they are ours, asked again if not."""
+        failed = on_rank0(lambda: self._control.failed())
+        if failed:
+            started = self._start(failed)
+            on_rank0(lambda: self._control.take_back(failed, started))
+
+    def _probe(self, weights: WeightSource) -> None:
+        """Leave out servers that give their tokens other log-probs than the trainer. Raises UserError when all do."""
+        found = on_rank0(lambda: self._control.probe(self._serving.temperature))
+        ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
+        gaps = {
+            name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
+            for (name, reply), wanted in zip(found.items(), ours, strict=True)
+        }
+        wrong = {name: gap for name, gap in gaps.items() if not gap <= self._serving.max_gap}
+        for name, gap in wrong.items():
+            what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
+            limit = f"more than rollout.max_logprob_gap = {self._serving.max_gap:g} allows"
+            if len(wrong) == len(gaps):
+                raise UserError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
+            if self._control is not None:
+                self._control.mark_failed(name, f"{what}, {limit}")
+
+    def release(self) -> None:
+        """Colocated servers give up their memory until the next `update_weights`; a collective, nothing is under way."""
+        on_rank0(lambda: self._control.release())
 
     def close(self) -> None:
         """End the servers that were started here and wait until nothing of them is left. Not a collective."""
-        if self._rank0 is not None:
-            self._rank0.close()
-            self._rank0 = None
+        self._sender.close()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._host is not None:
+            self._host.stop()
+            self._host = None
+
+    def _require_weights(self) -> None:
+        if self._syncs == 0:
+            raise RuntimeError("servers have no weights before the first update_weights")
 
     def _parameters(self, problem: Problem, index: int, sampling: Sampling) -> GenerateParameters:
         return GenerateParameters(
@@ -95,166 +251,3 @@ class SglangEngine:
             seed=sample_seed(sampling, problem, index),
             stop_ids=self._stop_ids,
         )
-
-    def _on_rank0(self, body: Callable[[_Rank0], T], *, drain: _Checked | None = None) -> T:
-        """What `body` returns on rank 0, or the exception that it raises there, on every rank.
-
-        drain: an export to be iterated to its end before ranks meet: all of it on other ranks, on rank 0 what an error left.
-        """
-        box: list[tuple[bool, Any] | None] = [None]
-        if self._rank0 is not None:
-            try:
-                box[0] = (True, body(self._rank0))
-            except Exception as error:  # to be raised on every rank, this one included
-                box[0] = (False, error)
-        if drain is not None:
-            drain.drain()
-        dist.broadcast_object_list(box, src=0)
-        assert box[0] is not None
-        succeeded, found = box[0]
-        if not succeeded:
-            raise found
-        return found
-
-
-class _Checked:
-    """The export, checked as it passes. It is a collective, so it has to be iterated to its end whatever happens."""
-
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]], shapes: Shapes) -> None:
-        self._tensors, self._missing = iter(tensors), dict(shapes)
-
-    def __iter__(self) -> _Checked:
-        return self
-
-    def __next__(self) -> tuple[str, Tensor]:
-        """Raises ValueError, before anything wrong is sent, for a tensor that is unknown, misshapen, repeated or missing."""
-        try:
-            name, tensor = next(self._tensors)
-        except StopIteration:
-            if self._missing:
-                raise ValueError(f"the weight update ends without {', '.join(sorted(self._missing)[:3])}") from None
-            raise
-        shape = self._missing.pop(name, None)
-        if shape != tuple(tensor.shape):
-            wanted = "do not have it, or had it already" if shape is None else f"have {shape}"
-            raise ValueError(f"weight update: {name} is {tuple(tensor.shape)}, the servers {wanted}")
-        return name, tensor
-
-    def drain(self) -> None:
-        for _ in self._tensors:
-            pass
-
-
-class _Rank0:
-    """Servers, their clients, and one event loop in a thread for all that is said to them."""
-
-    def __init__(self, config: SglangConfig, commands: Sequence[ServerCommand], backend: str, logs: Path) -> None:
-        self._config, self._logs = config, logs
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True).start()
-        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=None))
-        self._processes: dict[str, ServerProcess] = {}
-        urls = config.urls or ("",) * config.servers
-        self._clients = [ServerClient(f"SGLang server {number}", url, self._http) for number, url in enumerate(urls)]
-        self._commands = dict(zip((client.name for client in self._clients), commands, strict=False))
-        self.fleet = Fleet(self._clients, concurrency=config.concurrency, timeout_s=config.request_timeout_s)
-        self._sender = WeightSender(
-            self.fleet, workers=config.tp, host=config.host, backend=backend, timeout_s=config.update_timeout_s
-        )
-
-    def run(self, what: Coroutine[Any, Any, T]) -> T:
-        """Run in the loop's thread and wait."""
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result()
-
-    def start(self) -> None:
-        """Start what is to be started and wait until all servers answer. Raises UserError for one that does not."""
-        if not self._config.urls:
-            for client in self._clients:
-                self._launch(client)
-        try:
-            self.run(self._wait_for(self._clients))
-        except ServerError as error:
-            self.close()
-            raise UserError(str(error)) from error
-
-    def update(self, parts: Iterable[Bucket], version: int) -> None:
-        """One transaction; servers that had failed take part in it if they can be had back."""
-        self._bring_back()
-        self.run(self._sender.begin())
-        travelling: Future[None] | None = None
-        try:
-            for bucket in parts:  # in this thread: the export is a collective; the next bucket is made while one travels
-                if travelling is not None:
-                    travelling.result()
-                travelling = asyncio.run_coroutine_threadsafe(self._sender.send(bucket), self._loop)
-            if travelling is not None:
-                travelling.result()
-        except BaseException as error:
-            if travelling is not None:
-                wait([travelling])
-            self.run(self._sender.abandon(f"weight update {version} was given up: {error}"))
-            raise
-        self.run(self._sender.finish(version))
-
-    def close(self) -> None:
-        """Leave the group, end the servers."""
-        self.run(self._sender.close())
-        self.run(self._http.aclose())
-        for process in self._processes.values():
-            process.stop()
-        self._processes.clear()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _launch(self, client: ServerClient) -> None:
-        log = self._logs / f"{client.name.replace(' ', '_').lower()}.log"
-        process = ServerProcess(client.name, self._commands[client.name], log)
-        self._processes[client.name], client.url = process, process.url
-
-    def _bring_back(self) -> None:
-        """Servers that failed: restarted if they are ours, taken back if they answer. The sync comes next."""
-        back = []
-        for client in self._clients:
-            if client.name not in self.fleet.failed:
-                continue
-            process = self._processes.get(client.name)
-            if process is not None:
-                process.stop()
-                self._launch(client)
-            back.append(client)
-        for client in back:
-            try:
-                self.run(self._wait_for([client]))
-            except ServerError as error:
-                self.fleet.mark_failed(client, str(error))
-            else:
-                self.fleet.rejoin(client)
-
-    async def _wait_for(self, clients: Sequence[ServerClient]) -> None:
-        await asyncio.gather(*(self._wait_until_healthy(client) for client in clients))
-
-    async def _wait_until_healthy(self, client: ServerClient) -> None:
-        """Raises ServerError when the server ends, or does not answer within `startup_timeout_s`, with the end of its log."""
-        process = self._processes.get(client.name)
-        deadline = asyncio.get_running_loop().time() + self._config.startup_timeout_s
-        while not await client.is_healthy(timeout_s=5.0):
-            if process is not None and not process.is_running:
-                raise ServerError(
-                    f"{client.name} ended while it started; its log, {process.log}, ends:\n{process.last_words()}"
-                )
-            if asyncio.get_running_loop().time() > deadline:
-                where = client.url if process is None else f"{client.url}; its log is {process.log}"
-                raise ServerError(f"{client.name} did not answer within {self._config.startup_timeout_s:g} s at {where}")
-            await asyncio.sleep(0.5)
-
-
-def _commands(config: SglangConfig, model_dir: Path, dtype: str) -> list[ServerCommand]:
-    """Of the servers that are started here, in order; each sees its own GPUs alone."""
-    if config.urls:
-        return []
-    arguments = ("--model-path", str(model_dir), "--dtype", dtype, "--tp-size", str(config.tp), "--skip-tokenizer-init")
-    commands = []
-    for number in range(config.servers):
-        devices = config.devices[number * config.tp : (number + 1) * config.tp]
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        commands.append(ServerCommand(config.python, config.launch, (*arguments, *config.arguments), environment))
-    return commands

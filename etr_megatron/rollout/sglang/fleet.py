@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Fleet:
         self.clients = list(clients)
         self._concurrency, self._timeout_s = concurrency, timeout_s
         self._failed: dict[str, str] = {}
+        self._joins: Counter[str] = Counter()
 
     @property
     def serving(self) -> list[ServerClient]:
@@ -42,6 +44,11 @@ class Fleet:
         """Name -> why it takes no traffic."""
         return dict(self._failed)
 
+    @property
+    def members(self) -> list[tuple[str, int]]:
+        """Name of each serving server and how often it has rejoined: two lists that are equal have had the same processes."""
+        return [(client.name, self._joins[client.name]) for client in self.serving]
+
     def mark_failed(self, client: ServerClient, why: str) -> None:
         """No more traffic to this server until `rejoin`."""
         why = why.removeprefix(f"{client.name}: ")
@@ -51,7 +58,8 @@ class Fleet:
 
     def rejoin(self, client: ServerClient) -> None:
         """Traffic again. The caller sees to it that the server has the current weights before the next request."""
-        self._failed.pop(client.name, None)
+        if self._failed.pop(client.name, None) is not None:
+            self._joins[client.name] += 1
 
     def refuse_if_gone(self) -> None:
         """Raises EngineGoneError, with each server's reason, when none takes traffic."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.arguments import require_interpreter
 
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
 _GRACE_S = 10.0
@@ -23,13 +23,14 @@ class ServerCommand:
 
     python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
     launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
-    arguments: SGLang's. environment: added to the job's own.
+    arguments: SGLang's. environment: added to the job's own. host: the address it listens at.
     """
 
     python: str
     launch: tuple[str, ...]
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
 
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -42,10 +43,10 @@ def _without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now; another process may still take it, hence the retry."""
+def free_port(host: str) -> int:
+    """A port that nothing listens on now; another process may still take it, then the server ends and is started again."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
@@ -57,14 +58,12 @@ class ServerProcess:
 
     def __init__(self, name: str, command: ServerCommand, log: Path) -> None:
         """Start it; returns at once. Raises UserError when the interpreter does not exist."""
-        self.name, self.log, self.port = name, log, free_port()
+        require_interpreter(command.python)
+        self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
-        if not Path(command.python).is_file():
-            raise UserError(
-                f"sglang.python: {command.python} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang"
-            )
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
+        # SGLang prints its arguments, the API key among them: for nobody else to read.
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self._watchdog = subprocess.Popen(
                 [sys.executable, str(_WATCHDOG), str(_GRACE_S), command.python, *command.launch, *self._arguments()],
                 stdin=subprocess.PIPE,
@@ -75,12 +74,12 @@ class ServerProcess:
             )
 
     def _arguments(self) -> Sequence[str]:
-        return (*self._command.arguments, "--host", "127.0.0.1", "--port", str(self.port))
+        return (*self._command.arguments, "--host", self._command.host, "--port", str(self.port))
 
     @property
     def url(self) -> str:
         """Address of its HTTP interface."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._command.host}:{self.port}"
 
     @property
     def is_running(self) -> bool:

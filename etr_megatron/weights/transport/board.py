@@ -6,7 +6,9 @@ it is, and one that gives up writes down the reason.
 
 from __future__ import annotations
 
+import json
 import time
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -31,6 +33,9 @@ class Board:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._store = store
         self._sync, self._what = 0, "the opening of the weight sync"
+        self._phase = "begin"
+        self._old: list[str] = []
+        self._current: list[str] = []
         self._deadline = time.monotonic() + timeout_s
         self._broken: str | None = None
 
@@ -40,66 +45,93 @@ class Board:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
         self._what = f"the weight sync of version {version}"
-        self._forget(self._sync - 2)  # everyone has left it: all were at the begin of the one after it
+        for key in self._old:  # everyone has left that sync: all were at the begin of the one after it
+            self._store.delete_key(key)
+        self._old, self._current = self._current, []
 
-    def _key(self, name: str, rank: int | None = None, sync: int | None = None) -> str:
-        return f"{self._sync if sync is None else sync}/{name}" + ("" if rank is None else f"/{rank}")
-
-    def _forget(self, sync: int) -> None:
-        for phase in ("begin", "end"):
-            if sync >= 0:
-                self._store.delete_key(self._key(phase, self.rank, sync))
+    def _key(self, name: str, rank: int | None = None) -> str:
+        return f"{self._sync}/{name}" + ("" if rank is None else f"/{rank}")
 
     def meet(self, phase: str) -> None:
         """Wait until all ranks are at this phase of the sync. Raises SyncError naming those that are not, or that failed."""
-        self._deadline = time.monotonic() + self.timeout_s
-        self._store.set(self._key(phase, self.rank), "")
+        self._deadline, self._phase = time.monotonic() + self.timeout_s, phase
+        own = self._key(phase, self.rank)
+        self._store.set(own, "")
+        self._current.append(own)
         keys = [self._key(phase, rank) for rank in range(self.world)]
         pause = _SHORTEST_POLL_S
         # The store's own wait prints a warning whenever it runs into its deadline, and does not see failures.
         while not self._store.check(keys):
-            if self._store.check([self._key("failed")]) or self.left() <= 0:
-                raise self._failure(phase, "")
+            if self.left() <= 0:
+                raise self.fail("")
+            self.refuse_failed()
             time.sleep(pause)
             pause = min(_POLL_GROWTH * pause, _POLL_S)
-        self._deadline = time.monotonic() + self.timeout_s
+        self._deadline, self._phase = time.monotonic() + self.timeout_s, "end"
 
     def left(self) -> float:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()
 
-    def fail(self, reason: str) -> SyncError:
-        """Tell the others why this rank gives up, and return the error to raise: it names whoever is at fault."""
-        return self._failure("end", reason)
+    def has_failed(self) -> bool:
+        """Whether some rank has given up."""
+        return self._store.check([self._key("failed")])
 
-    def _failure(self, phase: str, reason: str) -> SyncError:
-        own = reason or f"waited {self.timeout_s:g} s at the {phase}"
+    def refuse_failed(self) -> None:
+        """Raise SyncError where some rank has given up."""
+        if self.has_failed():
+            raise self.fail("")
+
+    def report(self, reason: str = "", *, lost: int | None = None) -> None:
+        """Tell the others that this rank gives up: for a reason of its own, or (`lost`) as the connection to a rank is gone.
+
+        Only what is told first counts. Without either it has only waited for others.
+        """
+        if self._broken is None:
+            self._broken = reason or f"waited {self.timeout_s:g} s at the {self._phase}"
+            with suppress(RuntimeError):  # the store's owner is gone: `failure` says so
+                self._store.set(self._key("failed", self.rank), json.dumps({"reason": reason, "lost": lost}))
+                self._store.set(self._key("failed"), "")
+
+    def fail(self, reason: str) -> SyncError:
+        """`report` and `failure` in one. reason: empty where this rank has only waited for others."""
+        self.report(reason)
+        return self.failure()
+
+    def failure(self) -> SyncError:
+        """The error to raise after `report`: it names whoever is at fault. Takes some seconds where a rank says nothing."""
         try:
-            self._store.set(self._key("failed", self.rank), own)
-            self._store.set(self._key("failed"), "")
-            blame = self._blame(phase)
-        except RuntimeError:  # the store's owner is gone
-            blame = "the rank that owns the store is gone"
-        self._broken = f"{self._what} did not complete: {blame or own}"
+            blame = self._blame()
+        except RuntimeError:
+            blame = "the process that owns the store is gone"
+        self._broken = f"{self._what} did not complete: {blame or self._broken}"
         return SyncError(f"rank {self.rank}: {self._broken}")
 
-    def _blame(self, phase: str) -> str:
-        """Ranks that failed with a reason of their own; else those that are neither at the phase nor have failed."""
+    def _blame(self) -> str:
+        """Ranks with a reason of their own; else those whose connection was lost, or that did not come, and say nothing."""
         grace = time.monotonic() + _GRACE_S
         while True:
-            failed = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
-            reasons = {rank: text for rank, text in failed.items() if text and not text.startswith("waited ")}
+            told = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
+            told = {rank: json.loads(text) for rank, text in told.items() if text}
+            reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in told.items() if one["reason"]]
             if reasons:
-                return "; ".join(f"rank {rank} failed: {text}" for rank, text in reasons.items())
-            missing = [rank for rank, text in failed.items() if not text and not self._there(phase, rank)]
-            if not missing or time.monotonic() > grace:
+                return "; ".join(reasons)
+            silent = {rank for rank in range(self.world) if rank not in told and not self._there(rank)}
+            gone = {one["lost"] for one in told.values()} & silent
+            if silent == gone or time.monotonic() > grace:
                 break
             time.sleep(_POLL_S)
-        names = ", ".join(map(str, missing))
-        return f"rank{'s' if len(missing) > 1 else ''} {names} did not come within {self.timeout_s:g} s" if missing else ""
+        if gone:
+            return f"{_ranks(gone)} gone: the connection was lost"
+        return f"{_ranks(silent, verb=False)} did not come within {self.timeout_s:g} s" if silent else ""
 
-    def _there(self, phase: str, rank: int) -> bool:
-        return self._store.check([self._key(phase, rank)])
+    def _there(self, rank: int) -> bool:
+        return self._store.check([self._key(self._phase, rank)])
 
     def _read(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+def _ranks(some: set[int], *, verb: bool = True) -> str:
+    names = ", ".join(map(str, sorted(some)))
+    return f"ranks {names}{' are' if verb else ''}" if len(some) > 1 else f"rank {names}{' is' if verb else ''}"

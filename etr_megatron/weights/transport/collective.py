@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.layout import Placement, shards_of
-from etr_megatron.weights.quantize import scale_shape
+from etr_megatron.weights.listing import listed
+from etr_megatron.weights.quantize import FP8, scale_shape
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.wire import Wire
 
-Shapes = dict[str, tuple[tuple[int, ...], int]]
-"""Name -> shape, and the rows from the top that are not padding."""
+
+class Wanted(NamedTuple):
+    """What a shard must be. filled: rows from the top that are not padding; dtype: None for any that is not FP8."""
+
+    shape: tuple[int, ...]
+    filled: int
+    dtype: torch.dtype | None = None
 
 
-def _shapes_of(placement: Placement, arch: Architecture, rank: int | None, fp8_block: int | None) -> Shapes:
-    """What a rank's shards look like; none without a rank."""
-    found: Shapes = {}
-    for weight, shard in shards_of(placement, arch, rank) if rank is not None else ():
+def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block: int | None) -> dict[str, Wanted]:
+    """A rank's shards by name, see `Shards`. fp8_block: of a quantised destination."""
+    found: dict[str, Wanted] = {}
+    for weight, shard in shards_of(placement, arch, rank):
         filled = shard.shape[0] if weight.split != "vocab" else sum(piece.size[0] for piece in shard.pieces)
-        found[weight.megatron] = shard.shape, filled
-        if fp8_block is not None and weight.fp8:
+        quantised = fp8_block is not None and weight.fp8
+        found[weight.megatron] = Wanted(shard.shape, filled, FP8 if quantised else None)
+        if quantised:
             scales = scale_shape(*shard.shape, fp8_block)
-            found[weight.megatron + SCALE_SUFFIX] = scales, scales[0]
+            found[weight.megatron + SCALE_SUFFIX] = Wanted(scales, scales[0], torch.float32)
     return found
 
 
-def _check_shapes(role: str, rank: int | None, wanted: Shapes, given: Shards | None) -> None:
-    """Raises ValueError for shards without the role, or for one that is missing or of another shape."""
+def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], given: Shards | None) -> None:
+    """Raises ValueError for shards without the role, or naming all that are missing or of another shape or type."""
     if rank is None and given:
         raise ValueError(f"shards were given for a {role}, which this rank is not")
-    for name, (shape, _) in wanted.items():
-        if given is None or name not in given:
-            raise ValueError(f"{role} rank {rank} lacks {name}")
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"{name} of {role} rank {rank} is {tuple(given[name].shape)}, the plan says {shape}")
+    problems = []
+    for name, (shape, _, dtype) in wanted.items():
+        tensor = None if given is None or name not in given else given[name]
+        if tensor is None:
+            problems.append(f"{name} is missing")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, the plan says {shape}")
+        elif tensor.dtype != dtype if dtype else tensor.dtype == FP8:
+            problems.append(f"{name} is {tensor.dtype}, which must be {dtype or 'of a type that is not quantised'}")
+    if problems:
+        raise ValueError(f"shards of {role} rank {rank} do not fit: {listed(problems, '; ')}")
 
 
 def _let_go(error: BaseException) -> None:
@@ -61,8 +76,10 @@ class CollectiveTransport:
         self.wire, self.versions = wire, Versions()
         self.source = wire.rank if wire.rank < source.world else None
         self.destination = wire.rank - start if 0 <= wire.rank - start < destination.world else None
-        self._source_shapes = _shapes_of(source, arch, self.source, None)
-        self._destination_shapes = _shapes_of(destination, arch, self.destination, fp8_block)
+        self._source_wanted = {} if self.source is None else shards_wanted(source, arch, self.source, None)
+        self._destination_wanted = (
+            {} if self.destination is None else shards_wanted(destination, arch, self.destination, fp8_block)
+        )
 
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
@@ -70,14 +87,14 @@ class CollectiveTransport:
         board = self.wire.board
         board.start(version)
         try:
-            _check_shapes("source", self.source, self._source_shapes, sources)
-            _check_shapes("destination", self.destination, self._destination_shapes, destinations)
+            check_shards("source", self.source, self._source_wanted, sources)
+            check_shards("destination", self.destination, self._destination_wanted, destinations)
             board.meet("begin")
             self.versions.begin(version)
             self._transfer(sources or {}, destinations or {})
-            for name, (shape, filled) in self._destination_shapes.items():
-                if filled < shape[0]:
-                    destinations[name][filled:].zero_()
+            for name, wanted in self._destination_wanted.items():
+                if wanted.filled < wanted.shape[0]:
+                    destinations[name][wanted.filled :].zero_()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             board.meet("end")
@@ -85,10 +102,13 @@ class CollectiveTransport:
             _let_go(error)
             self.close()
             raise
-        except Exception as error:
+        except BaseException as error:
+            board.report(f"{type(error).__name__}: {error}")
             _let_go(error)
             self.close()
-            raise board.fail(f"{type(error).__name__}: {error}") from error
+            if not isinstance(error, Exception):  # Ctrl-C and the like end this process
+                raise
+            raise board.failure() from error
         self.versions.end(version)
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:

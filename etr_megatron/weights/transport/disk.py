@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,21 +21,22 @@ from etr_megatron.platform.files import sync_to_disk
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.checksum import checksum
 from etr_megatron.weights.layout import Placement, ServerLayout, WholeLayout, shards_of
+from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.plan import make_plan
-from etr_megatron.weights.quantize import scale_shape
+from etr_megatron.weights.quantize import FP8, scale_shape
 from etr_megatron.weights.safetensors_dir import INDEX, SafetensorsDir
 from etr_megatron.weights.shards import Piece, box
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
-from etr_megatron.weights.transport.collective import CollectiveTransport
+from etr_megatron.weights.transport.collective import CollectiveTransport, check_shards, shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.verify import compare
 from etr_megatron.weights.transport.whole import Gather, groups_of
 from etr_megatron.weights.transport.wire import Wire
 
 VERSION_FILE = "version.json"
-"""{"version": number, "checksums": {tensor: `checksum`}}; the checksums are there when the writer makes them."""
+"""{"version": number, "run": text, "checksums": {tensor: `checksum`}}; checksums are there when the writer makes them."""
 
 _POLL_S = 0.1
 
@@ -59,9 +61,13 @@ def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
 class DiskWriter(CollectiveTransport):
     """See `Transport`; all ranks of the source write, each its share of the tensors in full. The wire has just those ranks.
 
-    directory: on a file system that all of them and the readers see. file_bytes: bound of a file (or the largest weight), which
-    is as well what a rank has in memory. keep: how many complete versions stay. The other arguments are those of
-    `ShardedTransport` and `make_plan`. A sync that fails before all have written leaves no version behind.
+    directory: on a file system that all of them and the readers see. run: tells the versions of this run from those that an
+    earlier one left in the directory, which are removed; readers are given the same. file_bytes: bound of a file (or the
+    largest weight), which is as well what a rank has in memory. keep: how many complete versions stay. The other arguments are
+    those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
+
+    Rank 0 decides: a sync that fails before all have written leaves no version behind; one that fails while rank 0's answer is
+    awaited raises, and the version may be there all the same, whole.
     """
 
     def __init__(
@@ -71,15 +77,18 @@ class DiskWriter(CollectiveTransport):
         arch: Architecture,
         wire: Wire,
         *,
+        run: str = "",
         dtype: torch.dtype = torch.bfloat16,
         fp8_block: int | None = None,
         file_bytes: int = 1 << 30,
         keep: int = 2,
         checksums: bool = False,
     ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; the version that is written must stay")
         nothing = WholeLayout(0, lambda weight: 0)
         super().__init__(wire, arch, source, nothing, 0, fp8_block)
-        self.directory, self._keep, self._checksums = Path(directory), keep, checksums
+        self.directory, self._run, self._keep, self._checksums = Path(directory), run, keep, checksums
         owners = owners_of(source, arch)
         mine: dict[int, list[Weight]] = {rank: [] for rank in range(source.world)}
         for weight in weights_of(arch):
@@ -93,18 +102,18 @@ class DiskWriter(CollectiveTransport):
         )
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
-        version = self.versions.begun
-        final = version_directory(self.directory, version)
+        final = version_directory(self.directory, self.versions.begun)
         unfinished = self.directory / f".{final.name}.unfinished"
         try:
             if self.wire.rank == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+                _remove(self.directory.glob(".version_*"))  # of a job that was killed
                 unfinished.mkdir(parents=True)
             self.wire.board.meet("directory")
             written, sums = self._write_files(unfinished, sources)
             self._publish({"files": written, "checksums": sums}, unfinished, final)
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if self.wire.rank == 0:  # the others do not know whether rank 0 has published it
+                _remove([unfinished])
             raise
 
     def _write_files(self, folder: Path, sources: Shards) -> tuple[dict[str, str], dict[str, int]]:
@@ -143,16 +152,23 @@ class DiskWriter(CollectiveTransport):
             part.unlink()
         size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
         (unfinished / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}))
-        (unfinished / VERSION_FILE).write_text(json.dumps({"version": self.versions.begun, "checksums": sums}))
+        said = {"version": self.versions.begun, "run": self._run, "checksums": sums}
+        (unfinished / VERSION_FILE).write_text(json.dumps(said))
         for name in (INDEX, VERSION_FILE):
             sync_to_disk(unfinished / name)
         sync_to_disk(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        self.wire.board.refuse_failed()
+        if final.exists():
+            os.rename(final, self.directory / f".{final.name}.replaced")
         os.rename(unfinished, final)
         sync_to_disk(self.directory)
-        for old in sorted(self.directory.glob("version_*"))[: -self._keep]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+        _remove([*self.directory.glob(".version_*.replaced"), *self._outdated()])
+
+    def _outdated(self) -> list[Path]:
+        """Versions of other runs, and all but the last `keep` of this one."""
+        runs = {folder: _read_version_file(folder).get("run") for folder in self.directory.glob("version_*")}
+        own = sorted((folder for folder, run in runs.items() if run == self._run), key=lambda folder: int(folder.name[8:]))
+        return [folder for folder in runs if folder not in own[-self._keep :]]
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -163,8 +179,9 @@ class DiskWriter(CollectiveTransport):
 class DiskReader:
     """See `Transport`: one rank of a destination, which waits for a version to appear and reads its own ranges.
 
-    timeout_s: deadline of that wait. checksums: read every tensor that it needs in full and compare it with the writer's
-    checksum, and the shards with the files. Raises UserError when FP8 blocks would be cut.
+    timeout_s: deadline of that wait. run: the writer's; a version of another one is not taken. checksums: read every tensor
+    that it needs in full and compare it with the writer's checksum, and the shards with the files. Raises UserError when FP8
+    blocks would be cut.
     """
 
     def __init__(
@@ -174,37 +191,72 @@ class DiskReader:
         arch: Architecture,
         rank: int,
         *,
+        run: str = "",
         fp8_block: int | None = None,
         timeout_s: float = 600.0,
         checksums: bool = False,
     ) -> None:
         make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)  # refuses blocks that are cut
         self.versions = Versions()
-        self.directory, self._block, self._timeout_s = Path(directory), fp8_block, timeout_s
+        self.directory, self._run, self._timeout_s = Path(directory), run, timeout_s
+        self._rank, self._block, self._checksums = rank, fp8_block, checksums
         self._shards = list(shards_of(destination, arch, rank))
-        self._checksums = checksums
+        self._wanted = shards_wanted(destination, arch, rank, fp8_block)
 
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
-        """See `Transport.sync`; `sources` must be None. Raises SyncError when the version does not appear or is damaged."""
+        """See `Transport.sync`; `sources` must be None. Raises SyncError when the version does not appear, is damaged or does
+        not fit the shards, naming the tensors; what does not fit is refused before anything is written."""
         if sources is not None:
             raise ValueError("a reader has no sources")
         folder = version_directory(self.directory, version)
-        deadline = time.monotonic() + self._timeout_s
-        while not (folder / VERSION_FILE).exists():
-            if time.monotonic() > deadline:
-                raise SyncError(f"version {version} of the weights did not appear in {self.directory} in {self._timeout_s:g} s")
-            time.sleep(_POLL_S)
-        self.versions.begin(version)
+        said = self._wait_for(folder, version)
         try:
-            self._read(folder, destinations or {})
+            files = SafetensorsDir(folder)
+            self._refuse_misfit(files, said, version)
+            check_shards("destination", self._rank, self._wanted, destinations)
+            self.versions.begin(version)
+            self._read(files, said["checksums"], destinations or {})
         except (UserError, OSError, ValueError, KeyError) as error:
             raise SyncError(f"the sync of version {version} from {folder} did not complete: {error}") from error
         self.versions.end(version)
 
-    def _read(self, folder: Path, destinations: Shards) -> None:
-        files = SafetensorsDir(folder)
-        said = json.loads((folder / VERSION_FILE).read_text())["checksums"]
+    def _wait_for(self, folder: Path, version: int) -> dict:
+        """What the version's file says, once it is there."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            said = _read_version_file(folder)
+            if said.get("run") == self._run:
+                return said
+            if time.monotonic() > deadline:
+                other = f"; what lies there is of run {said['run']!r}, not of {self._run!r}" if "run" in said else ""
+                raise SyncError(
+                    f"version {version} of the weights did not appear in {self.directory} in {self._timeout_s:g} s{other}"
+                )
+            time.sleep(_POLL_S)
+
+    def _refuse_misfit(self, files: SafetensorsDir, said: dict, version: int) -> None:
+        """Raises ValueError for files of another version, or naming tensors that are missing or of another shape or type."""
+        if said.get("version") != version:
+            raise ValueError(f"{VERSION_FILE} says that it is version {said.get('version')}")
+        shapes, problems = files.shapes(), []
+        for weight, _ in self._shards:
+            quantised = self._block is not None and weight.fp8
+            for name, shape in zip(weight.hf, weight.shapes, strict=True):
+                wanted = [(name, shape, quantised)]
+                if quantised:
+                    wanted.append((name + SCALE_SUFFIX, scale_shape(*shape, self._block), False))
+                for tensor, form, is_fp8 in wanted:
+                    if tensor not in shapes:
+                        problems.append(f"{tensor} is missing")
+                    elif shapes[tensor] != form:
+                        problems.append(f"{tensor} has shape {list(shapes[tensor])}, not {list(form)}")
+                    elif (files.dtype(tensor) == FP8) != is_fp8:
+                        problems.append(f"{tensor} is {files.dtype(tensor)}, which is {'not ' * is_fp8}quantised")
+        if problems:
+            raise ValueError(f"the files do not fit this reader: {listed(problems, '; ')}")
+
+    def _read(self, files: SafetensorsDir, said: dict[str, int], destinations: Shards) -> None:
         for weight, shard in self._shards:
             target = destinations[weight.megatron]
             if sum(torch.Size(piece.size).numel() for piece in shard.pieces) < target.numel():
@@ -235,3 +287,16 @@ def _of_scales(piece: Piece, block: int) -> Piece:
     """The scales' piece that belongs to a piece of whole blocks."""
     begin, at = (tuple(i // block for i in corner) for corner in (piece.begin, piece.at))
     return Piece(piece.hf, begin, at, scale_shape(*piece.size, block))
+
+
+def _read_version_file(folder: Path) -> dict:
+    """Empty where there is none; also where it disappears meanwhile, as old versions do."""
+    try:
+        return json.loads((folder / VERSION_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

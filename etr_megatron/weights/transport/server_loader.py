@@ -4,6 +4,14 @@ Start the server with `--custom-weight-loader etr_megatron.weights.transport.ser
 `/update_weights_from_tensor` with that path as `load_format`, one tiny tensor to each tensor-parallel rank: `Offer.message()`.
 The training ranks enter `ShardedTransport.sync` with the same plan meanwhile. The first sync opens the connection, later ones
 use it. Nothing of Megatron or of the server's package is imported here.
+
+How it is loaded: a worker's `update_weights_from_tensor` finds `load_format` among the paths that the server was started with,
+imports it by that path (so this package must be importable in the server's environment) and calls it with the live model and
+with the tensors of its own rank. What is raised there ends the worker, see `server_entry`. Module state outlives the call: it
+is where the open connection and the worker's version are kept.
+
+After a sync that failed the connection is dropped. The next offer opens a new one; the training ranks need a new transport for
+it too, at another port as long as the one before is not closed.
 """
 
 from __future__ import annotations
@@ -18,8 +26,11 @@ from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture, Experts
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.listing import listed
 from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.transport.buckets import SCALE_SUFFIX
+from etr_megatron.weights.transport.collective import shards_wanted
+from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.sharded import ShardedTransport
 from etr_megatron.weights.transport.wire import Wire
 
@@ -58,8 +69,16 @@ class Offer:
 
     @classmethod
     def read(cls, message: Tensor) -> Offer:
-        """The inverse of `message`."""
-        fields = json.loads(bytes(message.cpu().tolist()))
+        """The inverse of `message`. Raises ValueError for what another version of this package has sent."""
+        try:
+            return cls._of(json.loads(bytes(message.cpu().tolist())))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the offer of a weight sync cannot be read ({error}): the server and the job need the same etr_megatron"
+            ) from error
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> Offer:
         arch = fields["arch"]
         if arch["experts"] is not None:
             arch["experts"] = Experts(**{**arch["experts"], "dense_layers": frozenset(arch["experts"]["dense_layers"])})
@@ -84,28 +103,40 @@ class Offer:
 def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
     """A worker's parameters by `Weight.megatron`: views, an expert's of its place in the fused parameter.
 
-    Raises ValueError naming a parameter that the server does not have.
+    Raises ValueError naming the parameters that the server does not have, or has in another shape.
     """
-    found = {}
+    found, problems = {}, []
     local_experts = offer.arch.experts.count // offer.destination.ep if offer.arch.experts is not None else 1
+    wanted = shards_wanted(offer.destination, offer.arch, offer.rank, offer.fp8_block)
     for weight, _ in shards_of(offer.destination, offer.arch, offer.rank):
-        suffixes = ("", SCALE_SUFFIX) if offer.fp8_block is not None and weight.fp8 else ("",)
-        for suffix in suffixes:
-            name = weight.server + suffix
-            if name not in parameters:
-                raise ValueError(f"the server has no parameter {name}")
-            tensor = parameters[name]
-            found[weight.megatron + suffix] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
+        for suffix in ("", SCALE_SUFFIX):
+            key, name = weight.megatron + suffix, weight.server + suffix
+            if key not in wanted:
+                continue
+            tensor, shape = parameters.get(name), wanted[key].shape
+            whole = shape if weight.expert is None else (local_experts, *shape)
+            if tensor is None:
+                problems.append(f"there is no {name}")
+            elif tuple(tensor.shape) != whole:
+                problems.append(f"{name} is {tuple(tensor.shape)}, not {whole}")
+            else:
+                found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
+    if problems:
+        differing = listed(list(dict.fromkeys(problems)), "; ")  # an expert's parameter is met once for each of them
+        raise ValueError(f"the server's parameters are not those of the offer: {differing}")
     return found
 
 
 _open: dict[str, ShardedTransport] = {}
 """The transport in use, by its offer without the version: one at a time."""
 
+_versions = Versions()
+"""Of the worker's weights, whichever transport has brought them."""
+
 
 def complete_version() -> int | None:
-    """The version that this worker holds whole, None before the first one and after a sync that failed."""
-    return next((transport.versions.complete for transport in _open.values()), None)
+    """The version that this worker holds whole: None before the first one, and after a sync that failed when it had begun."""
+    return _versions.complete
 
 
 @torch.no_grad()
@@ -113,7 +144,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
 
     named_tensors: the tiny tensor alone. Raises ValueError for another message or an unknown parameter, SyncError when the sync
-    does not complete; the parameters then hold a mixture, and `complete_version` is None.
+    does not complete; where it had begun, the parameters then hold a mixture, and `complete_version` is None.
     """
     tensors = dict(named_tensors)
     if tensors.keys() != {MESSAGE_NAME}:
@@ -126,6 +157,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
             old.close()
         _open.clear()
         _open[key] = offer.transport(offer.source.world + offer.rank)
+        _open[key].versions = _versions
     try:
         _open[key].sync(offer.version, None, shards)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +28,9 @@ class Part(NamedTuple):
 
 _names = iter(range(1 << 62))
 
+_LOOKS = 256
+"""How many looks at an NCCL message go with one at the board."""
+
 
 class Wire:
     """Ranks 0 .. world - 1 of a weight sync, over gloo or NCCL. Creating one is a collective of all of them.
@@ -42,7 +46,14 @@ class Wire:
         self.board.meet("begin")
         self._backend, self._store = backend, store
         self._parts: list[Any] = []
-        self._group = _open_group(backend, dist.PrefixStore("group", store), rank, world, timeout_s)
+        self._group = self._open("group", rank, world)
+
+    def _open(self, name: str, rank: int, world: int) -> Any:
+        """A process group. Raises SyncError where the others do not come."""
+        try:
+            return _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
+        except RuntimeError as error:
+            raise self.board.fail(f"could not connect to the others ({error})") from error
 
     @classmethod
     def in_world(cls, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
@@ -87,8 +98,7 @@ class Wire:
         """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
         group = None
         if self.rank in ranks:
-            store = dist.PrefixStore(f"part{len(self._parts)}", self._store)
-            group = _open_group(self._backend, store, ranks.index(self.rank), len(ranks), self.board.timeout_s)
+            group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
         self._parts.append(group)
         return Part(tuple(ranks), group)
 
@@ -109,11 +119,13 @@ class Wire:
             self._guard(other, lambda work=work: self._finish(work))
 
     def _finish(self, work: Any) -> None:
-        if self.device.type == "cuda":
-            while not work.is_completed():  # NCCL's own wait returns at once and has no deadline
-                if self.board.left() <= 0:
-                    raise TimeoutError
-                time.sleep(0.0002)
+        # NCCL's own wait returns at once and has no deadline, and its connections outlive a failure at the other end.
+        for look in itertools.count() if self.device.type == "cuda" else ():
+            if work.is_completed():
+                break
+            if self.board.left() <= 0 or (look % _LOOKS == _LOOKS - 1 and self.board.has_failed()):
+                raise TimeoutError
+            time.sleep(0.0002)
         work.wait(datetime.timedelta(seconds=max(0.001, self.board.left())))
 
     def _guard(self, other: int, action: Any) -> Any:
@@ -122,10 +134,10 @@ class Wire:
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, SyncError):
                 raise
-            late = self.board.left() <= 0.01
+            late = self.board.left() <= 0.01 or isinstance(error, TimeoutError)
+            self.board.report(lost=None if late else other)
             self.close()
-            waited = f"waited {self.board.timeout_s:g} s for" if late else "waited for data until the connection was lost:"
-            raise self.board.fail(f"{waited} rank {other}") from error
+            raise self.board.failure() from error
 
     def close(self) -> None:
         """Drop the connections, so that nobody waits for this rank until the deadline. Parts' holders must drop them too."""

@@ -1,60 +1,86 @@
-"""A weight sync as a transaction: pause, send, flush, version, continue.
+"""Buckets of whole HF tensors from rank 0 to all serving servers.
 
-Servers keep what they have in hand (`retract`), take the tensors bucket by bucket, drop their caches, are told the version and
-asked for it. A server that fails at any of this takes no more traffic; the others go on with the same bucket. The one that
-fails may have weights of two versions: it must get a whole sync before it serves again.
+A server that fails at one takes no more traffic; the others go on with the same bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+import base64
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.client import ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.sync import on_all
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
+from etr_megatron.weights.transport.whole import Field
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Whole tensors one after the other as bytes. flat: uint8 [sum of sizes], a fresh copy owned by the bucket."""
+    """HF tensors one after the other, without gaps, in flat: uint8 [sum of sizes], which belongs to the bucket."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+    fields: Sequence[Field]
     flat: Tensor
 
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors, in order."""
+        return [field.name for field in self.fields]
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
-    """Tensors in order in buckets of at most `limit` bytes; a larger tensor has one to itself."""
-    held: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > limit:
-            yield _bucket(held)
-            held, size = [], 0
-        held.append((name, tensor))
-        size += tensor.nbytes
-    if held:
-        yield _bucket(held)
+    @property
+    def dtypes(self) -> list[str]:
+        """As SGLang names them."""
+        return [str(field.dtype).removeprefix("torch.") for field in self.fields]
 
-
-def _bucket(held: Sequence[tuple[str, Tensor]]) -> Bucket:
-    return Bucket(
-        [name for name, _ in held],
-        [str(tensor.dtype).removeprefix("torch.") for _, tensor in held],
-        [list(tensor.shape) for _, tensor in held],
-        torch.cat([tensor.contiguous().flatten().view(torch.uint8) for _, tensor in held]),
-    )
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Of the tensors, in order."""
+        return [list(field.shape) for field in self.fields]
 
 
-class WeightSender:
-    """Sends versions of the weights to a fleet over one process group per set of servers.
+class Delivery(Protocol):
+    """Brings buckets to the servers. Raises EngineGoneError when no server is left."""
+
+    async def deliver(self, bucket: Bucket) -> None:
+        """To all serving servers; returns when those that are left have it."""
+        ...
+
+    async def close(self) -> None:
+        """Give up connections."""
+        ...
+
+
+def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
+    """Tensors as `/update_weights_from_tensor` takes them: their bytes, not a handle that only this machine understands."""
+    return base64.b64encode(pickle.dumps([(name, tensor.to("cpu", copy=True)) for name, tensor in named])).decode()
+
+
+class TensorDelivery:
+    """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`."""
+
+    def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float) -> None:
+        self._fleet, self._workers, self._timeout_s = fleet, workers, timeout_s
+
+    async def deliver(self, bucket: Bucket) -> None:
+        """See `Delivery.deliver`."""
+        named = [(field.name, field.view(bucket.flat)) for field in bucket.fields]
+        payload = await asyncio.to_thread(serialized, named)
+        body = {"serialized_named_tensors": [payload] * self._workers, "flush_cache": False}
+        await on_all(self._fleet, "/update_weights_from_tensor", body, self._timeout_s)
+        self._fleet.refuse_if_gone()
+
+    async def close(self) -> None:
+        """See `Delivery.close`."""
+
+
+class BroadcastDelivery:
+    """Over one process group of rank 0 and all servers' workers, made anew when the set of servers changes. See `Delivery`.
 
     workers: tensor-parallel ranks of each server. backend: of the group. timeout_s: of every request and wait.
     """
@@ -62,61 +88,13 @@ class WeightSender:
     def __init__(self, fleet: Fleet, *, workers: int, host: str, backend: str, timeout_s: float) -> None:
         self._fleet, self._workers, self._host, self._backend, self._timeout_s = fleet, workers, host, backend, timeout_s
         self._group: UpdateGroup | None = None
-        self._members: list[str] = []
+        self._members: list[tuple[str, int]] = []
 
-    async def begin(self) -> None:
-        """Pause all servers and open the update. Raises EngineGoneError when none is left."""
-        await self._on_all("/pause_generation", {"mode": "retract"})
-        await self._on_all("/begin_weight_update", {}, may_lack=True)
-        self._fleet.refuse_if_gone()
-
-    async def finish(self, version: int) -> None:
-        """Close the update, drop caches, and hold servers to `version`: those that answer with another serve no more."""
-        await self._on_all("/end_weight_update", {}, may_lack=True)
-        await self._on_all("/flush_cache", {})
-        await self._on_all("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-        await self._shake_hands(version)
-        await self._on_all("/continue_generation", {})
-        self._fleet.refuse_if_gone()
-
-    async def abandon(self, why: str) -> None:
-        """After a failure of ours in the middle: servers go on, so that nobody waits for them, but take no traffic of ours."""
-        await self._on_all("/end_weight_update", {}, may_lack=True)
-        await self._on_all("/continue_generation", {})
-        for client in self._fleet.serving:
-            self._fleet.mark_failed(client, why)
-
-    async def _on_all(self, route: str, body: dict[str, Any], *, may_lack: bool = False) -> None:
-        """POST to every serving server at once; those that fail take no more traffic.
-
-        may_lack: a server without the route (404) is as good.
-        """
-
-        async def one(client: ServerClient) -> None:
-            try:
-                await client.call(route, body, timeout_s=self._timeout_s)
-            except ServerError as error:
-                if not (may_lack and error.status == 404):
-                    self._fleet.mark_failed(client, str(error))
-
-        await asyncio.gather(*map(one, self._fleet.serving))
-
-    async def _shake_hands(self, version: int) -> None:
-        for client in self._fleet.serving:
-            try:
-                found = await client.weight_version(self._timeout_s)
-            except ServerError as error:
-                self._fleet.mark_failed(client, str(error))
-                continue
-            if found != str(version):
-                self._fleet.mark_failed(client, f"serves version {found} after it was sent {version}")
-
-    async def send(self, bucket: Bucket) -> None:
+    async def deliver(self, bucket: Bucket) -> None:
         """The bucket to all serving servers, again after one has failed, until all that are left have it."""
         while True:
             self._fleet.refuse_if_gone()
-            members = [client.name for client in self._fleet.serving]
-            if members != self._members and not await self._form_group():
+            if self._fleet.members != self._members and not await self._form_group():
                 continue
             if await self._send_once(bucket):
                 return
@@ -152,7 +130,7 @@ class WeightSender:
     async def _find_culprits(self, clients: Sequence[ServerClient], replies: Sequence[Any]) -> None:
         """Servers that failed and are not well; when all seem well, those that failed, so that no bucket is tried for ever."""
         failed = [(client, reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)]
-        well = await asyncio.gather(*(client.is_healthy(min(10.0, self._timeout_s)) for client, _ in failed))
+        well = await asyncio.gather(*(client.is_alive(min(10.0, self._timeout_s)) for client, _ in failed))
         to_blame = [one for one, good in zip(failed, well, strict=True) if not good] or failed
         for client, reply in to_blame or [(client, "the broadcast to it failed") for client in clients]:
             self._fleet.mark_failed(client, str(reply))
@@ -160,7 +138,7 @@ class WeightSender:
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
         await self.close()
-        clients = self._fleet.serving
+        clients, members = self._fleet.serving, self._fleet.members
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)
         calls = []
         for number, client in enumerate(clients):
@@ -184,7 +162,7 @@ class WeightSender:
             for call in calls:
                 call.cancel()
             return False
-        self._group, self._members = group, [client.name for client in clients]
+        self._group, self._members = group, members
         return True
 
     def _blame_for_no_group(

@@ -1,0 +1,90 @@
+"""One recorded rollout, readably, with the gap between the engine's and the trainer's log-prob of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from etr_megatron.errors import UserError
+from etr_megatron.observe.run_directory import RunDirectory
+from etr_megatron.rollout.record import read_record
+
+Pieces = Callable[[list[int]], list[str]]
+"""Token ids to the text of each."""
+
+
+def listing(run: Path, step: int) -> str:
+    """The samples of a recorded step, one a line. Raises UserError when the step was not recorded."""
+    lines = []
+    for group in read_record(RunDirectory(run).recorded, step)[0]:
+        for sample in group["samples"]:
+            facts = f"reward {sample['reward']:g}, {len(sample['response_ids'])} tokens, {sample['finish_reason']}"
+            lines.append(f"{group['id']}/{sample['index']}  {facts}")
+    return "\n".join(lines)
+
+
+def view(run: Path, step: int, name: str, pieces: Pieces | None = None) -> str:
+    """The sample `name` (`<group>/<index>`, as `listing` has it) of a recorded step.
+
+    pieces: without it tokens are shown by their ids alone. Raises UserError when the step or the sample is not there.
+    """
+    for group in read_record(RunDirectory(run).recorded, step)[0]:
+        for sample in group["samples"]:
+            if f"{group['id']}/{sample['index']}" == name:
+                return "\n".join([*_facts(name, group["problem"], sample), "", *_tokens(sample, pieces)])
+    raise UserError(f"step {step} of {run} has no sample {name}; leave out --sample to see which there are")
+
+
+def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[str]:
+    old = sample.get("old_logprobs")
+    gaps = [abs(a - b) for a, b in zip(sample["rollout_logprobs"], old, strict=True)] if old is not None else []
+    gap = "the trainer's log-probs were not recorded"
+    if gaps:
+        gap = f"mean {sum(gaps) / len(gaps):.1e}, largest {max(gaps):.1e} at token {gaps.index(max(gaps))}"
+    return [
+        f"sample        {name}",
+        f"reward        {sample['reward']:g} ({sample['reward_status']})",
+        f"finish        {sample['finish_reason']}, {len(sample['response_ids'])} tokens",
+        f"log-prob gap  {gap}",
+        f"answer        {problem['answer']}",
+        "prompt",
+        *_indented(problem["prompt"]),
+        "response",
+        *_indented(sample["text"]),
+    ]
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines() or [""]]
+
+
+def _tokens(sample: dict[str, Any], pieces: Pieces | None) -> list[str]:
+    ids = sample["response_ids"]
+    texts = [repr(text) for text in pieces(ids)] if pieces is not None else [""] * len(ids)
+    versions = sample["weight_versions"] or [sample["weight_version"]] * len(ids)
+    old = sample.get("old_logprobs") or [None] * len(ids)
+    width = max([4, *map(len, texts)])
+    lines = [f"token       id  {'text':{width}}  weights     engine    trainer        gap"]
+    for place, (token, text, version, engine, trainer) in enumerate(
+        zip(ids, texts, versions, sample["rollout_logprobs"], old, strict=True)
+    ):
+        compared = "" if trainer is None else f" {trainer:10.4f} {abs(engine - trainer):10.1e}"
+        lines.append(f"{place:5d} {token:8d}  {text:{width}}  {version:7d} {engine:10.4f}{compared}")
+    return lines
+
+
+def tokenizer_pieces(run: Path) -> Pieces | None:
+    """By the tokenizer of the run's model, None where it cannot be had any more."""
+    from etr_megatron.config import load_config
+    from etr_megatron.data import load_tokenizer, tiny_policy_path
+
+    try:
+        config = load_config(RunDirectory(run).config_file, [])
+        folder = tiny_policy_path(config.tiny, config.arithmetic) if config.model.path == "tiny" else Path(config.model.path)
+        tokenizer = load_tokenizer(folder)
+    except (UserError, OSError, ValueError, yaml.YAMLError):
+        return None
+    return lambda ids: [tokenizer.decode([token]) for token in ids]

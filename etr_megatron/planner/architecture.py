@@ -1,0 +1,57 @@
+"""The architecture that a config's model has: of the model's directory, or of a config.json that is shipped for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from etr_megatron.config import Config, TinyConfig
+from etr_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
+
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+"""config.json files of published models, so that a run can be planned before anything is downloaded."""
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of `model.path`, whose directory need not be there where one of its name is shipped.
+
+    Raises UserError where there is neither.
+    """
+    from etr_megatron.weights import read_architecture
+
+    path = Path(config.model.path)
+    if config.model.path == "tiny":
+        return _tiny(config.tiny)
+    if path.is_dir():
+        return read_architecture(path)
+    if (MODELS / path.name / "config.json").is_file():
+        return read_architecture(MODELS / path.name)
+    known = ", ".join(sorted(folder.name for folder in MODELS.iterdir())) if MODELS.is_dir() else "none"
+    raise UserError(
+        f"model.path: {path} is no directory, and no config.json of a model {path.name} is shipped (shipped are {known}); give "
+        "a directory with the model's config.json"
+    )
+
+
+def _tiny(tiny: TinyConfig) -> Architecture:
+    """What `data.tiny` makes; the vocabulary at its largest."""
+    from etr_megatron.weights import Architecture
+
+    return Architecture(
+        family="qwen3",
+        layers=tiny.layers,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        heads=tiny.heads,
+        kv_heads=tiny.heads // 2,
+        head_dim=tiny.head_dim,
+        vocab_size=tiny.vocab_size,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+        norm_eps=1e-6,
+        max_positions=0,
+    )

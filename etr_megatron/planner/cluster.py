@@ -1,0 +1,91 @@
+"""Which GPUs train and which hold rollout servers, from a config and a number of GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etr_megatron.config import Config
+from etr_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import ServerLayout, TrainingLayout
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
+
+    colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
+    """
+
+    gpus: int
+    gpus_per_node: int
+    ranks: int
+    servers: int
+    server_tp: int
+    colocated: bool = False
+    outside: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """Machines of the job."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """What torchrun is given as --nproc-per-node."""
+        return -(-self.ranks // self.nodes)
+
+
+def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
+    """Give a job's GPUs to ranks and servers as `rollout.backend` and `sglang` say.
+
+    Raises UserError where servers do not fit on a node or leave no GPU to train on.
+    """
+    if gpus < 1 or gpus_per_node < 1:
+        raise UserError(f"--gpus {gpus} and --gpus-per-node {gpus_per_node} must be at least 1")
+    gpus_per_node = min(gpus, gpus_per_node)
+    if gpus % gpus_per_node:
+        raise UserError(f"--gpus {gpus} is no multiple of the {gpus_per_node} GPUs of a node")
+    if config.rollout.backend == "embedded":
+        return Cluster(gpus, gpus_per_node, gpus, servers=gpus, server_tp=1, colocated=True)
+    sglang = config.sglang
+    if sglang.urls:
+        return Cluster(gpus, gpus_per_node, gpus, servers=len(sglang.urls), server_tp=sglang.tp, outside=True)
+    on_a_node = sglang.servers * sglang.tp
+    if on_a_node > gpus_per_node:
+        raise UserError(
+            f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} take {on_a_node} GPUs of a node that has {gpus_per_node}"
+        )
+    nodes = gpus // gpus_per_node if sglang.nodes == "every" else 1
+    colocated = sglang.placement == "colocated"
+    ranks = gpus if colocated else gpus - nodes * on_a_node
+    if ranks < 1:
+        raise UserError(f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on")
+    return Cluster(gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated)
+
+
+def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:
+    """The layout of the ranks; config is resolved for `cluster.ranks`. Context-parallel ranks count as data-parallel there."""
+    from etr_megatron.weights import TrainingLayout  # imports torch, which a wrong option should not wait for
+
+    parallel = config.parallel
+    assert parallel.tp != "auto"
+    return TrainingLayout(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=cluster.ranks // (parallel.tp * parallel.pp),
+        ep=parallel.ep,
+        etp=parallel.etp,
+        vpp=parallel.vpp,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+    )
+
+
+def server_layout(config: Config, cluster: Cluster) -> ServerLayout:
+    """The layout of one server."""
+    from etr_megatron.weights import ServerLayout
+
+    return ServerLayout(tp=cluster.server_tp, ep=config.sglang.ep if config.rollout.backend == "sglang" else 1)

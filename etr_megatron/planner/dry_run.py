@@ -1,0 +1,137 @@
+"""`--dry-run`: a job's config, layout, weight map and memory, checked in one process and without memory for a model.
+
+The world is torch's fake process group, whose collectives do nothing; the model of a rank is built by the code that a job
+builds it with, on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from etr_megatron.config import Config, load_config
+from etr_megatron.errors import UserError
+from etr_megatron.planner.advice import suggestions
+from etr_megatron.planner.plan import Plan, make_plan
+from etr_megatron.planner.report import gib, render
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
+
+
+def dry_run(argv: Sequence[str]) -> None:
+    """Check and print, as `--config CONFIG --gpus N [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]` says.
+
+    Raises UserError for everything that would keep the job from starting, memory included.
+    """
+    parser = argparse.ArgumentParser(prog="python -m etr_megatron.train --dry-run")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu-memory", type=float, default=80.0)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(argv)
+    options = dict(gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
+    config = load_config(args.config, args.overrides)
+    plan = make_plan(config, args.gpus, **options)
+    weights = check_weights(plan.config)
+    built = check_ranks(plan, distinct_ranks(plan))
+    print(render(plan))
+    print(f"\n{weights}")
+    print(f"ranks {', '.join(map(str, built))} built without memory: their parameters are those of the weight map and the plan")
+    if not plan.fits:
+        fitting = [s.setting for s in suggestions(config, plan, **options) if s.fits]
+        hint = f"; one of these makes it fit: {', '.join(fitting)}" if fitting else ""
+        raise UserError(
+            f"{args.config} does not fit on GPUs of {args.gpu_memory:g} GiB: rank {plan.tightest.rank} needs "
+            f"{gib(plan.tightest.peak)} GiB, and a server's cache holds {plan.cache_samples} of the longest samples{hint}"
+        )
+
+
+def check_weights(config: Config) -> str:
+    """A sentence on the checkpoint. Raises UserError where its tensors are not those of its config.json."""
+    from etr_megatron.weights import check_checkpoint
+
+    if not Path(config.model.path).is_dir():
+        return f"{config.model.path} is not here: its weights were not looked at"
+    check_checkpoint(config.model.path)
+    return f"{config.model.path} has every tensor of the weight map, and no other"
+
+
+def distinct_ranks(plan: Plan) -> list[int]:
+    """The first and the last rank of every pipeline stage: all others hold shards of the same shapes as these."""
+    size = plan.cluster.ranks // plan.config.parallel.pp
+    return sorted({rank for first in range(0, plan.cluster.ranks, size) for rank in (first, first + size - 1)})
+
+
+def check_ranks(plan: Plan, ranks: Sequence[int]) -> list[int]:
+    """Build the model of each of `ranks` and compare; returns the ranks.
+
+    Raises RuntimeError for a parameter that the weight map does not know, a row of it without one, and a rank whose number of
+    parameters is not the plan's. The process must not be in a torch.distributed world.
+    """
+    for rank in ranks:
+        elements = parameters_built(plan.arch, plan.config, plan.cluster.ranks, rank)
+        if elements != plan.ranks[rank].elements:
+            raise RuntimeError(f"rank {rank} has {elements} parameters, the plan says {plan.ranks[rank].elements}")
+    return list(ranks)
+
+
+def parameters_built(arch: Architecture, config: Config, world: int, rank: int) -> int:
+    """Elements of the parameters of a rank's model chunks, which are built on the meta device in a fake world."""
+    import torch
+
+    with _fake_rank(rank, world):
+        from etr_megatron.policy import configured_layout, model
+        from etr_megatron.policy.model_config import transformer_config
+
+        layout = configured_layout(config)
+        # FP8 changes no parameter, and Megatron would ask for Transformer Engine.
+        megatron = transformer_config(
+            arch,
+            layout,
+            sequence_parallel=config.parallel.sequence_parallel,
+            dtype=torch.float32 if config.model.dtype == "float32" else torch.bfloat16,
+            recompute=config.train.recompute,
+            cp_comm=config.parallel.cp_comm,
+            aux_loss_coef=config.train.moe_aux_loss_coef,
+            router_fp32=config.train.moe_router_fp32,
+        )
+        megatron.perform_initialization = False
+        with torch.device("cpu"):
+            frequencies = model.rotary_frequencies(arch)  # transformers works out Llama's on a device that it names
+        with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies):
+            chunks = model.build_chunks(arch, megatron, layout)
+        return sum(parameter.numel() for _, parameter in model.own_parameters(chunks).values())
+
+
+@contextmanager
+def _fake_rank(rank: int, world: int) -> Iterator[None]:
+    """This process as a rank of a world without others and without devices, with Megatron's own layers on any machine."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from etr_megatron import platform
+
+    with (
+        mock.patch.dict(os.environ, {"ETR_PLATFORM": "cpu"}),
+        mock.patch.object(platform, "device", lambda: torch.device("meta")),
+    ):
+        from etr_megatron.policy import parallel
+
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        # A gloo group would look for the other ranks.
+        without_gloo = partial(parallel.mpu.initialize_model_parallel, create_gloo_process_groups=False)
+        try:
+            with mock.patch.object(parallel.mpu, "initialize_model_parallel", without_gloo):
+                yield
+        finally:
+            parallel.mpu.destroy_model_parallel()
+            dist.destroy_process_group()

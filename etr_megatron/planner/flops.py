@@ -1,0 +1,31 @@
+"""Floating-point operations of the model: two for each multiply-add."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Elements of the matrices that a token is multiplied with between embedding and head."""
+    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    total = arch.layers * arch.hidden_size * (2 * q + 2 * kv)
+    for layer in range(arch.layers):
+        if arch.experts is not None and arch.has_experts(layer):
+            experts = arch.experts
+            total += arch.hidden_size * (3 * experts.intermediate_size * experts.per_token + experts.count)
+        else:
+            total += 3 * arch.hidden_size * arch.intermediate_size
+    return total
+
+
+def body_flops(arch: Architecture, tokens: float) -> float:
+    """A forward pass over one sequence, head apart. Causal attention sees half of the sequence on average."""
+    return 2 * active_parameters(arch) * tokens + 2 * arch.layers * arch.heads * arch.head_dim * tokens * (tokens + 1)
+
+
+def head_flops(arch: Architecture, rows: float) -> float:
+    """A forward pass of the head over the rows that predict a response token."""
+    return 2 * arch.vocab_size * arch.hidden_size * rows

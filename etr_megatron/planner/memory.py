@@ -1,0 +1,168 @@
+"""Bytes of every rank: what is always there, what training adds, what colocated servers add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etr_megatron.config import Config
+from etr_megatron.planner.activations import Split, head_bytes, stage_activations
+from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
+from etr_megatron.planner.parameters import RankParameters, largest_weight, parameters_by_rank
+from etr_megatron.planner.workload import Workload
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture, TrainingLayout
+
+GIB = 2**30
+RUNTIME = 3 * GIB
+"""Assumed: CUDA context, NCCL's buffers, cuBLAS workspaces and code of one process."""
+SLACK = 0.05
+"""Assumed: part of a GPU's memory that the allocator cannot use (fragments)."""
+SERVER_FRACTION = 0.85
+"""Assumed where `sglang.mem_fraction` is null: SGLang chooses about as much on GPUs of 80 GB."""
+CHUNK_ROWS = 1024
+"""Rows of the head's chunk on CUDA where `train.head_chunk_rows` is null."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a rank.
+
+    reference: the frozen model of a KL term. activations, head: while it trains. export: a full weight and a bucket while
+    weights are sent. server: what a server on the same GPU takes while it generates. embedded: the embedded engine's weights.
+    """
+
+    rank: int
+    stage: int
+    elements: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    head: int
+    export: int
+    server: int
+    embedded: int
+
+    @property
+    def resident(self) -> int:
+        """What is there in every phase."""
+        return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + RUNTIME
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak of every phase. A colocated server that has released its memory still has a process of its own."""
+        other = RUNTIME // 2 if self.server else 0
+        return {
+            "train": self.resident + self.activations + self.head + other,
+            "sync": self.resident + self.export + self.server + other,
+            "generate": self.resident + self.server + other,
+        }
+
+    @property
+    def peak(self) -> int:
+        """Of the costliest phase."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Bytes of a server's GPU. pool: what it may take for weights and KV cache. token: a token's keys and values there.
+
+    parameters: elements, not bytes.
+    """
+
+    parameters: int
+    weights: int
+    pool: int
+    token: int
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache of the server holds; none where its weights do not fit."""
+        return max(0, self.pool - self.weights) // self.token
+
+
+def usable(gpu_memory_gib: float) -> int:
+    """Bytes of a GPU that a plan may use."""
+    return int(gpu_memory_gib * GIB * (1 - SLACK))
+
+
+def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memory_gib: float) -> ServerMemory:
+    """Of the server's GPU with most parameters. The embedded engine's cache is not bounded: it gets what is left (0 here)."""
+    layout = server_layout(config, cluster)
+    held = max(parameters_by_rank(arch, layout), key=lambda rank: rank.total)
+    element = 4 if config.model.dtype == "float32" else 2
+    weights = held.total * element
+    if config.rollout.backend == "sglang" and config.sglang.fp8:
+        # One byte an element, and an fp32 scale for every block of 128 x 128.
+        weights = (held.total - held.matrices) * element + held.matrices + 4 * held.matrices // 128**2
+    heads = max(1, arch.kv_heads // layout.tp)
+    fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
+    pool = 0 if config.rollout.backend == "embedded" else int(fraction * gpu_memory_gib * GIB)
+    return ServerMemory(held.total, weights, pool, 2 * arch.layers * heads * arch.head_dim * element)
+
+
+def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:
+    """Of every rank. Raises ValueError where the layout does not fit the architecture."""
+    layout = training_layout(config, cluster)
+    split = _split(config, layout, work)
+    rows = config.train.head_chunk_rows or CHUNK_ROWS
+    stages = [
+        stage_activations(arch, layout, stage, split, work.most_microbatches, config.train.recompute)
+        for stage in range(layout.pp)
+    ]
+    element = 4 if config.model.dtype == "float32" else 2
+    embedded = server.weights if config.rollout.backend == "embedded" else 0
+    export = 2 * largest_weight(arch) * element + 2 * config.sglang.bucket_mib * 2**20
+    found = []
+    for rank, held in enumerate(parameters_by_rank(arch, layout)):
+        stage = rank // layout.stage_ranks
+        found.append(
+            RankMemory(
+                rank=rank,
+                stage=stage,
+                elements=held.total,
+                parameters=_parameter_bytes(held, config, element),
+                gradients=held.total * (2 if config.train.grads_dtype == "bfloat16" else 4),
+                optimizer=_optimizer_bytes(held, config, layout),
+                reference=held.total * element if config.objective.kl_coef > 0 else 0,
+                activations=stages[stage],
+                head=head_bytes(arch, split, rows) if stage == layout.pp - 1 else 0,
+                export=export,
+                server=server.pool if cluster.colocated else 0,
+                embedded=embedded,
+            )
+        )
+    return found
+
+
+def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
+    return Split(
+        tokens=-(-work.microbatch_tokens // config.parallel.cp),
+        tp=layout.tp,
+        sequence_parallel=config.parallel.sequence_parallel,
+        element=4 if config.model.dtype == "float32" else 2,
+    )
+
+
+def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
+    """Training in FP8 keeps every matrix in FP8 twice, scaled by rows and by columns; with `fp8.param` in no other way."""
+    if config.fp8.recipe == "none":
+        return held.total * element
+    other = held.total - held.matrices
+    return other * element + held.matrices * (2 if config.fp8.param else element + 2)
+
+
+def _optimizer_bytes(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
+    """Adam's two moments in fp32, and for a bfloat16 model an fp32 copy of the weights; shared by data-parallel ranks with the
+    distributed optimizer, experts by those of their own group."""
+    if config.train.optimizer_offload:
+        return 0
+    each = 8 if config.model.dtype == "float32" else 12
+    if not config.train.distributed_optimizer:
+        return each * held.total
+    expert_replicas = layout.stage_ranks // (layout.expert_tp * layout.ep)
+    return each * (-(-held.dense // layout.dp) - (-held.expert // expert_replicas))

@@ -1,0 +1,57 @@
+"""How many parameters each rank holds: exact, from the weight map and the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture, Placement
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Elements of a rank's parameters, padding of the vocabulary included.
+
+    dense, expert: outside of and in experts, which have data-parallel groups of their own. matrices: those of them that FP8
+    quantises.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    matrices: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of the rank's."""
+        return self.dense + self.expert
+
+
+def parameters_by_rank(arch: Architecture, placement: Placement) -> list[RankParameters]:
+    """Of every rank of a placement. Raises ValueError where the placement does not fit the architecture."""
+    from etr_megatron.weights import weights_of
+
+    dense, expert, matrices = ([0] * placement.world for _ in range(3))
+    for weight in weights_of(arch):
+        kind = dense if weight.expert is None else expert
+        for holding in placement.holdings(weight, arch):
+            elements = prod(holding.shard.shape)
+            for rank in holding.ranks:
+                kind[rank] += elements
+                matrices[rank] += elements if weight.fp8 else 0
+    return [RankParameters(*counts) for counts in zip(dense, expert, matrices, strict=True)]
+
+
+def total_parameters(arch: Architecture) -> int:
+    """Elements of the HuggingFace checkpoint: nothing padded, nothing twice."""
+    from etr_megatron.weights import weights_of
+
+    return sum(prod(shape) for weight in weights_of(arch) for shape in weight.shapes)
+
+
+def largest_weight(arch: Architecture) -> int:
+    """Elements of the largest tensor, one of which exists in full while weights are exported."""
+    from etr_megatron.weights import weights_of
+
+    return max(sum(prod(shape) for shape in weight.shapes) for weight in weights_of(arch))

@@ -1,0 +1,153 @@
+"""A plan: where memory and time of a config go on a number of GPUs, before there are any."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from etr_megatron.config import Config, resolve
+from etr_megatron.errors import UserError
+from etr_megatron.planner.architecture import architecture_of
+from etr_megatron.planner.cluster import Cluster, divide, server_layout
+from etr_megatron.planner.hardware import H100, Hardware
+from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, server_memory, usable
+from etr_megatron.planner.parameters import total_parameters
+from etr_megatron.planner.speed import StepTime, step_time
+from etr_megatron.planner.workload import Workload, workload_of
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture, ServerLayout
+
+
+FP8_BLOCK = 128
+"""Rows and columns of a block with one scale in a server's FP8 matrices."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """gpu_memory: GiB of a GPU. parameters: of the checkpoint, exactly. ranks: of training, in order."""
+
+    config: Config
+    arch: Architecture
+    cluster: Cluster
+    work: Workload
+    gpu: Hardware
+    gpu_memory: float
+    parameters: int
+    ranks: list[RankMemory]
+    server: ServerMemory
+    time: StepTime
+
+    @property
+    def tightest(self) -> RankMemory:
+        """The rank with the highest peak, the first of several."""
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def cache_samples(self) -> int:
+        """Longest samples that a server's KV cache holds at once."""
+        return self.server.cache_tokens // self.work.longest
+
+    @property
+    def server_fits(self) -> bool:
+        """Whether a server's weights leave room for one longest sample. GPUs that are not the job's are not judged."""
+        return self.config.rollout.backend == "embedded" or self.cluster.outside or self.cache_samples >= 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether all ranks and servers do."""
+        return self.tightest.peak <= usable(self.gpu_memory) and self.server_fits
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`: bytes, seconds and numbers."""
+        ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
+        return {
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "usable_bytes": usable(self.gpu_memory),
+            "tightest_rank": self.tightest.rank,
+            "cluster": asdict(self.cluster),
+            "workload": {**asdict(self.work), "tokens": self.work.tokens},
+            "server": {**asdict(self.server), "cache_tokens": self.server.cache_tokens},
+            "time": {
+                **asdict(self.time),
+                "step": self.time.step,
+                "tokens_per_second_per_gpu": self.time.tokens_per_second_per_gpu,
+            },
+            "ranks": ranks,
+        }
+
+
+def make_plan(
+    config: Config,
+    gpus: int,
+    *,
+    gpu_memory: float = 80.0,
+    gpus_per_node: int = 8,
+    prompt: float | None = None,
+    response: float | None = None,
+    gpu: Hardware = H100,
+) -> Plan:
+    """Plan a loaded, unresolved config as on machines with CUDA.
+
+    gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on so
+    many GPUs, or whose layout the model cannot be cut into.
+    """
+    cluster = divide(config, gpus, gpus_per_node)
+    config = resolve(config, cluster.ranks, cuda=True)
+    arch = architecture_of(config)
+    check_model_fits_layout(arch, config)
+    if config.rollout.backend == "sglang" and config.sglang.fp8:
+        check_server_blocks(arch, server_layout(config, cluster))
+    work = workload_of(config, cluster, prompt, response)
+    try:
+        server = server_memory(arch, config, cluster, gpu_memory)
+        ranks = rank_memory(arch, config, cluster, work, server)
+    except ValueError as error:
+        raise UserError(f"{config.model.path} cannot be cut as the config says: {error}") from None
+    return Plan(
+        config=config,
+        arch=arch,
+        cluster=cluster,
+        work=work,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        parameters=total_parameters(arch),
+        ranks=ranks,
+        server=server,
+        time=step_time(arch, config, cluster, work, server, gpu),
+    )
+
+
+def check_model_fits_layout(arch: Architecture, config: Config) -> None:
+    """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
+    from etr_megatron.checks import check_experts, check_layout
+
+    parallel, model = config.parallel, config.model.path
+    assert parallel.tp != "auto"
+    check_layout(model, arch.heads, arch.kv_heads, arch.layers, parallel.tp, parallel.pp, parallel)
+    check_experts(model, arch.experts, parallel, parallel.tp)
+    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if 0 < arch.max_positions < wanted:
+        raise UserError(
+            f"{model} has a context of {arch.max_positions} tokens, fewer than data.max_prompt_tokens plus "
+            f"rollout.max_response_tokens = {wanted}; lower one of them"
+        )
+
+
+def check_server_blocks(arch: Architecture, layout: ServerLayout) -> None:
+    """A server in FP8 can cut every matrix at whole blocks. Raises UserError where it would refuse to start."""
+    from etr_megatron.weights import weights_of
+
+    for weight in weights_of(arch):
+        if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
+            continue  # layers and experts are alike
+        for holding in layout.holdings(weight, arch):
+            for piece in holding.shard.pieces:
+                if any(size % FP8_BLOCK for size in piece.size):
+                    shape = " x ".join(map(str, piece.size))
+                    raise UserError(
+                        f"sglang.fp8: {weight.hf[piece.hf]} is cut into parts of {shape} by sglang.tp={layout.tp}, sglang.ep="
+                        f"{layout.ep}, which are no whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; a smaller sglang.tp fits, or a "
+                        "larger sglang.ep for experts"
+                    )

@@ -1,0 +1,93 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from etr_megatron.planner.advice import Suggestion
+from etr_megatron.planner.memory import GIB, RankMemory, usable
+from etr_megatron.planner.plan import Plan
+
+
+def render(plan: Plan, advice: Sequence[Suggestion] = ()) -> str:
+    """Cluster, memory by stage, what fits, seconds of a step."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_verdict(plan, advice), "", *_time(plan)])
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB."""
+    return f"{count / GIB:.1f}"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    parallel, cluster, work = plan.config.parallel, plan.cluster, plan.work
+    replicas = cluster.ranks // (int(parallel.tp) * parallel.pp * parallel.cp)
+    sizes = {"TP": parallel.tp, "PP": parallel.pp, "VPP": parallel.vpp, "CP": parallel.cp, "EP": parallel.ep}
+    cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
+    yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
+    yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {cluster.nodes} nodes with {cluster.ranks_per_node} ranks"
+    yield f"training   {cluster.ranks} ranks: {cut}"
+    if plan.config.rollout.backend == "embedded":
+        yield "rollout    the embedded engine in every rank"
+    else:
+        where = "outside" if cluster.outside else "on the ranks' GPUs" if cluster.colocated else "on GPUs of their own"
+        yield (
+            f"rollout    {cluster.servers} servers of TP{cluster.server_tp}, {where}; KV cache of each: "
+            f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"
+        )
+    yield (
+        f"a step     {work.samples:,} samples of {work.prompt:,.0f} + {work.response:,.0f} tokens on average (assumed unless "
+        f"given), {work.longest:,} at most"
+    )
+    yield f"           microbatches of at most {work.microbatch_tokens:,} tokens, {work.microbatches} a rank and optimizer step"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    columns = ("parameters", "gradients", "optimizer", "reference", "activations", "head", "export", "server")
+    shown = [name for name in columns if any(getattr(rank, name) for rank in plan.ranks)]
+    stages: dict[int, RankMemory] = {}
+    for rank in plan.ranks:
+        if rank.stage not in stages or rank.peak > stages[rank.stage].peak:
+            stages[rank.stage] = rank
+    names = ["stage", "elements", *shown, *plan.tightest.phases]
+    rows = [
+        [
+            str(stage),
+            f"{rank.elements:,}",
+            *(gib(getattr(rank, name)) for name in shown),
+            *(gib(peak) for peak in rank.phases.values()),
+        ]
+        for stage, rank in sorted(stages.items())
+    ]
+    yield "GiB of the tightest rank of a stage, and peaks of its phases:"
+    widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+    for row in [names, *rows]:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+
+
+def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
+    rank, room = plan.tightest, usable(plan.gpu_memory)
+    phase = max(rank.phases, key=lambda name: rank.phases[name])
+    words = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"{words}: rank {rank.rank} (stage {rank.stage}) needs {gib(rank.peak)} of {gib(room)} usable GiB, to {phase}"
+    if not plan.server_fits:
+        yield (
+            f"servers DO NOT FIT: weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB, and the "
+            f"rest does not hold one sample of {plan.work.longest:,} tokens"
+        )
+    if plan.fits and advice:
+        yield "would fit as well, and be faster:"
+    for suggestion in advice:
+        end = "fits" if suggestion.fits else "does not fit"
+        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {suggestion.step:.0f} s a step"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    time = plan.time
+    yield f"estimate of a step on {plan.gpu.name} (assumptions: docs/planner.md):"
+    yield f"  generate   {time.generate:8.1f} s"
+    yield f"  log-probs  {time.logprobs:8.1f} s"
+    yield f"  train      {time.train:8.1f} s, pipeline bubble {time.bubble:.1%}"
+    yield f"  sync       {time.sync:8.1f} s"
+    how = "generation beside training" if time.overlapped else "one after the other"
+    yield f"  step       {time.step:8.1f} s, {how}; {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"

@@ -1,0 +1,121 @@
+"""Seconds of a step: generation, old log-probs, training, weight sync; one after the other, or generation beside training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etr_megatron.config import Config
+from etr_megatron.planner.cluster import Cluster
+from etr_megatron.planner.decode import generation_seconds, response_lengths
+from etr_megatron.planner.flops import body_flops, head_flops
+from etr_megatron.planner.hardware import Hardware
+from etr_megatron.planner.memory import ServerMemory
+from etr_megatron.planner.workload import Workload
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step. logprobs: the old log-probs, and the reference's. tokens: of a step. gpus: all of the job's.
+
+    overlapped: whether generation runs beside the rest (`rollout.max_staleness` of 1 or more).
+    """
+
+    generate: float
+    logprobs: float
+    train: float
+    sync: float
+    bubble: float
+    tokens: float
+    gpus: int
+    overlapped: bool
+
+    @property
+    def step(self) -> float:
+        """A sync stops both."""
+        trained = self.logprobs + self.train
+        return self.sync + (max(self.generate, trained) if self.overlapped else self.generate + trained)
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Prompts and responses trained on, over the step's time and all GPUs."""
+        return self.tokens / self.step / self.gpus
+
+
+def step_time(
+    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware
+) -> StepTime:
+    """The estimate for a resolved config. Not counted: grading, checkpoints, evaluation, start-up."""
+    parallel = config.parallel
+    bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
+    body = work.samples * body_flops(arch, work.prompt + work.response)
+    head = work.samples * head_flops(arch, work.response)
+    efficiency = gpu.dense_efficiency if arch.experts is None else gpu.expert_efficiency
+    rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
+    fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
+    passes = 4 if config.train.recompute == "full" else 3
+    heads = 4 if config.objective.loss == "gspo" else 3
+    forward = (body / fp8 + head) / rate
+    return StepTime(
+        generate=_generate(arch, config, cluster, work, server, gpu),
+        logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
+        train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
+        sync=sync_seconds(config, cluster, _model_bytes(arch, config), gpu),
+        bubble=bubble,
+        tokens=work.tokens,
+        gpus=cluster.gpus,
+        overlapped=config.rollout.max_staleness > 0,
+    )
+
+
+def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardware) -> float:
+    """Seconds from the last update to servers with the new weights.
+
+    Whole tensors are gathered over tensor-parallel ranks and passed to all stages first; `broadcast` then sends them from one
+    adapter, `tensor` over HTTP as text, once for every worker of a server, `disk` by a filesystem. `sharded` sends every server
+    GPU its part, from all ranks.
+    """
+    network, nvlink = gpu.network * gpu.link_efficiency, gpu.nvlink * gpu.link_efficiency
+    parallel, sglang = config.parallel, config.sglang
+    gather = (model_bytes / nvlink if parallel.tp != 1 else 0.0) + (model_bytes / network if parallel.pp > 1 else 0.0)
+    if config.rollout.backend == "embedded":
+        return gather
+    transport = sglang.sync or ("tensor" if sglang.placement == "colocated" else "broadcast")
+    if transport == "sharded":
+        received = model_bytes / cluster.server_tp
+        sent = model_bytes * cluster.servers / cluster.ranks
+        return gpu.pause + max(received, sent) / network
+    sent = {
+        "broadcast": model_bytes / network,
+        "tensor": 4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate,
+        "disk": 2 * model_bytes / gpu.disk_rate,
+    }[transport]
+    return gpu.pause + gather + sent
+
+
+def _model_bytes(arch: Architecture, config: Config) -> int:
+    from etr_megatron.planner.parameters import total_parameters
+
+    return total_parameters(arch) * (4 if config.model.dtype == "float32" else 2)
+
+
+def _generate(
+    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware
+) -> float:
+    """The slowest server: all have the same mixture of lengths."""
+    samples = -(-work.samples // cluster.servers)
+    embedded = config.rollout.backend == "embedded"
+    return generation_seconds(
+        arch,
+        lengths=response_lengths(samples, work.response, config.rollout.max_response_tokens),
+        prompt=work.prompt,
+        concurrency=config.rollout.batch_samples if embedded else config.sglang.concurrency,
+        cache_tokens=None if embedded else max(1, server.cache_tokens),
+        tp=cluster.server_tp,
+        weight_bytes=server.weights,
+        token_bytes=server.token,
+        gpu=gpu,
+    )

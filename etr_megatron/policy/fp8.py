@@ -1,0 +1,51 @@
+"""FP8 with Transformer Engine: what it needs, what Megatron is told, how many tokens there must be."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from etr_megatron import platform
+from etr_megatron.config import Fp8Config
+from etr_megatron.errors import UserError
+
+_FORMAT = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "mxfp8": "e4m3"}
+"""Megatron's name of the number format: `hybrid` has e5m2 for gradients, whose range one scale a tensor cannot cover."""
+
+_TOKENS = {"none": 1, "blockwise": 128, "tensorwise": 16, "delayed": 16, "mxfp8": 32}
+"""Token counts of a matrix product must be multiples of it: of the blocks, else of what FP8 products need."""
+
+
+def require_fp8(fp8: Fp8Config) -> None:
+    """Raise UserError where FP8 is asked for without CUDA or Transformer Engine: Megatron would silently train in bf16."""
+    if fp8.recipe == "none":
+        return
+    if not platform.uses_cuda():
+        raise UserError(f"fp8.recipe={fp8.recipe} needs a GPU, and this job runs on CPU; set fp8.recipe=none")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"fp8.recipe={fp8.recipe} needs Transformer Engine, which is not installed: pip install -e '.[gpu]', or set "
+            "fp8.recipe=none"
+        )
+
+
+def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig; none without FP8. experts: whether the model has some."""
+    if fp8.recipe == "none":
+        return {}
+    return dict(
+        fp8=_FORMAT[fp8.recipe],
+        fp8_recipe=fp8.recipe,
+        fp8_param=fp8.param,
+        first_last_layers_bf16=fp8.first_last_layers_bf16,
+        # Experts get uneven numbers of tokens, which must be brought to multiples as well.
+        moe_router_padding_for_quantization=experts,
+        # What TE's recipe of this name does; Megatron's own defaults are one step and its maximum.
+        **(dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max") if fp8.recipe == "delayed" else {}),
+    )
+
+
+def token_multiple(fp8: Fp8Config, tp: int, *, sequence_parallel: bool) -> int:
+    """What a context-parallel rank's token count must be a multiple of, so that the tokens between tensor-parallel regions, of
+    which a rank has 1 / TP with sequence parallelism, are one of the recipe's."""
+    return _TOKENS[fp8.recipe] * (tp if sequence_parallel else 1)

@@ -1,0 +1,79 @@
+"""Gradient buffers, Adam and the learning-rate schedule, from the config to Megatron's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from etr_megatron.config import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def wrap_chunks(
+    chunks: Sequence[torch.nn.Module], megatron: TransformerConfig, config: Config
+) -> list[DistributedDataParallel]:
+    """Every chunk with its gradient buffers and their reduction over data- and context-parallel ranks."""
+    train = config.train
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=train.grads_dtype == "float32",
+        use_distributed_optimizer=train.distributed_optimizer,
+        overlap_grad_reduce=train.overlap_grad_reduce,
+        overlap_param_gather=train.overlap_param_gather,
+        check_for_nan_in_grad=True,
+        fp8_param_gather=config.fp8.param,
+    )
+    # Reductions of later chunks overlap with the other chunks' work anyway; in one bucket they are fewer.
+    return [
+        DistributedDataParallel(megatron, options, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+    ]
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """Adam's."""
+    train = config.train
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        # An infinite limit keeps the norm measured and never scales; 0 would not even measure it.
+        clip_grad=train.clip_grad or float("inf"),
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=DTYPES[config.model.dtype],
+        use_distributed_optimizer=train.distributed_optimizer,
+        overlap_param_gather=train.overlap_param_gather,
+        optimizer_cpu_offload=train.optimizer_offload,
+        optimizer_offload_fraction=1.0 if train.optimizer_offload else 0.0,
+        use_precision_aware_optimizer=train.optimizer_offload,
+        fp8_recipe=None if config.fp8.recipe == "none" else config.fp8.recipe,
+    )
+
+
+def lr_scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:
+    """Warm-up and decay over the whole run."""
+    train = config.train
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.lr_warmup_updates,
+        lr_decay_steps=config.run.steps * train.epochs * train.minibatches,
+        lr_decay_style=train.lr_decay,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

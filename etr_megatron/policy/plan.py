@@ -1,0 +1,134 @@
+"""Which samples go together: samples to data-parallel ranks, a rank's samples to microbatches. Pure Python.
+
+Invariants (tested): every sample exactly once; the same number of microbatches on every data-parallel rank, a multiple of
+`multiple`, and no more of them than the rank with the most needs; no microbatch over the token budget unless it is a single
+longer sample; the same plan for the same input. The costliest rank, and each rank's costliest microbatch, are as cheap as
+possible: exactly so up to `_EXACT` samples, unless the search is cut off, and greedily beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from etr_megatron.weights import Architecture
+
+_EXACT = 16
+_SEARCH_STEPS = 50_000
+"""Partial assignments that a search looks at before it takes the best one so far: tenths of a second."""
+
+
+def sequence_flops(arch: Architecture, tokens: int, rows: int) -> int:
+    """Floating-point operations of a forward pass over one sequence; a backward pass takes twice as many.
+
+    rows: tokens whose logits are computed. Linear layers are linear in the tokens, causal attention is quadratic.
+    """
+    attention = 2 * arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
+    flops = 2 * arch.hidden_size * arch.vocab_size * rows
+    for layer in range(arch.layers):
+        mlp = 6 * arch.hidden_size * arch.intermediate_size
+        if arch.experts is not None and arch.has_experts(layer):
+            experts = arch.experts
+            mlp = 6 * arch.hidden_size * experts.intermediate_size * experts.per_token + 2 * arch.hidden_size * experts.count
+        flops += tokens * (attention + mlp) + 2 * arch.heads * arch.head_dim * tokens * (tokens + 1)
+    return flops
+
+
+def plan_microbatches(
+    lengths: Sequence[int], *, dp: int, token_budget: int, costs: Sequence[int] | None = None, multiple: int = 1
+) -> list[list[list[int]]]:
+    """Sample numbers by [data-parallel rank][microbatch].
+
+    lengths: tokens (prompt, response and padding) of each sample. costs: what a sample takes, in any unit; None is its length.
+    multiple: of the microbatches of a rank. A rank gets empty microbatches when it has fewer samples than another.
+    """
+    costs = lengths if costs is None else costs
+    ranks = _balance(range(len(lengths)), costs, dp) or []  # without a limit there is always a way
+    count = 1
+    while True:
+        whole = -(-count // multiple) * multiple
+        plan = [_balance(rank, costs, whole, lengths, token_budget) for rank in ranks]
+        found = [rank for rank in plan if rank is not None]
+        if len(found) == dp:
+            return found
+        count = whole + 1
+
+
+def _balance(
+    samples: Sequence[int],
+    costs: Sequence[int],
+    parts: int,
+    sizes: Sequence[int] | None = None,
+    limit: int = 0,
+) -> list[list[int]] | None:
+    """The samples in `parts` parts, costliest first, the costliest as cheap as can be found; None where nothing fits.
+
+    With `sizes` a part is one sample, or its sizes add up to `limit` at most.
+    """
+    search = _Search(sorted(samples, key=lambda i: (-costs[i], i)), costs, parts, sizes, limit)
+    search.greedy()
+    if len(samples) <= _EXACT:
+        search.descend(0)
+    if search.best is None:
+        return None
+    return sorted((sorted(part) for part in search.best), key=lambda part: (-sum(costs[i] for i in part), part))
+
+
+class _Search:
+    """Depth-first search for the assignment whose costliest part is cheapest, the costliest sample first."""
+
+    def __init__(self, order: list[int], costs: Sequence[int], parts: int, sizes: Sequence[int] | None, limit: int) -> None:
+        self.order, self.costs, self.sizes, self.limit = order, costs, sizes, limit
+        self.parts: list[list[int]] = [[] for _ in range(parts)]
+        self.cost, self.size = [0] * parts, [0] * parts
+        self.best: list[list[int]] | None = None
+        self.best_cost: float = float("inf")
+        # No assignment is cheaper than an even share, nor than its costliest sample.
+        self.bound = max(-(-sum(costs[i] for i in order) // parts), max((costs[i] for i in order), default=0))
+        self.steps = _SEARCH_STEPS
+
+    def greedy(self) -> None:
+        """Each sample to the cheapest part that has room."""
+        for sample in self.order:
+            part = min((p for p in range(len(self.parts)) if self._fits(sample, p)), key=lambda p: self.cost[p], default=None)
+            if part is None:
+                break
+            self._put(sample, part)
+        else:
+            self._keep()
+        for part, samples in enumerate(self.parts):
+            for sample in tuple(samples):
+                self._take(sample, part)
+
+    def descend(self, number: int) -> None:
+        """Try the samples from `number` on in every part that could be better than the best so far."""
+        if number == len(self.order):
+            self._keep()
+            return
+        sample, seen = self.order[number], set()
+        for part in sorted(range(len(self.parts)), key=lambda p: self.cost[p]):
+            alike = (self.cost[part], self.size[part], bool(self.parts[part]))
+            if alike in seen or self.cost[part] + self.costs[sample] >= self.best_cost or not self._fits(sample, part):
+                continue
+            if self.best_cost <= self.bound or self.steps <= 0:
+                return
+            seen.add(alike)
+            self.steps -= 1
+            self._put(sample, part)
+            self.descend(number + 1)
+            self._take(sample, part)
+
+    def _fits(self, sample: int, part: int) -> bool:
+        return self.sizes is None or not self.parts[part] or self.size[part] + self.sizes[sample] <= self.limit
+
+    def _put(self, sample: int, part: int) -> None:
+        self.parts[part].append(sample)
+        self.cost[part] += self.costs[sample]
+        self.size[part] += self.sizes[sample] if self.sizes else 0
+
+    def _take(self, sample: int, part: int) -> None:
+        self.parts[part].remove(sample)
+        self.cost[part] -= self.costs[sample]
+        self.size[part] -= self.sizes[sample] if self.sizes else 0
+
+    def _keep(self) -> None:
+        self.best, self.best_cost = [list(part) for part in self.parts], max(self.cost)

@@ -1,0 +1,57 @@
+"""Megatron's pipeline schedules over packed microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from etr_megatron.policy.model import forget_routing
+from etr_megatron.policy.packing import Microbatch
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    micro: Sequence[Microbatch],
+    then: Callable[..., Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Forward, and backward unless `forward_only`, of every microbatch through every chunk of this rank's stage.
+
+    `then(microbatch, hidden)` runs on the last stage; what it returns for each microbatch (with a backward pass: the third of
+    what it returns) comes back, on that stage alone. A collective of the pipeline; every rank has the same number of
+    microbatches, with several chunks a multiple of the stages.
+    """
+
+    def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.offsets,
+            cu_seqlens_kv=batch.offsets,
+            max_seqlen_q=batch.longest,
+            max_seqlen_kv=batch.longest,
+        )
+        hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=packed)
+        return hidden, partial(then, batch)
+
+    interleaved = len(chunks) > 1
+    found = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(micro) for _ in chunks] if interleaved else iter(micro),
+        model=list(chunks),
+        num_microbatches=len(micro),
+        seq_length=max(batch.tokens.shape[1] for batch in micro),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    for chunk in chunks:
+        forget_routing(chunk)
+    return found

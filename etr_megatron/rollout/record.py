@@ -1,0 +1,83 @@
+"""`recorded/step_000012.jsonl`: all that a step trained on, to be looked at or trained on again.
+
+The first line says how the step was sampled; every other is one group, with tokens, log-probs, weight versions and rewards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.platform.files import write_atomically
+from etr_megatron.types import Group, Problem, Sample
+
+RECORDED = "recorded"
+"""The folder's name in a run directory."""
+
+
+def record_path(folder: Path, step: int) -> Path:
+    """The file of a step; names sort like steps."""
+    return folder / f"step_{step:06d}.jsonl"
+
+
+def recorded_steps(folder: Path) -> list[int]:
+    """The steps that `folder` has, in order."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+
+
+def write_record(
+    folder: Path, step: int, groups: Sequence[Group], counts: dict[str, float], old_logprobs: Sequence[Sequence[float]] | None
+) -> None:
+    """Write a step's file, whole or not at all; raises UserError on a full disk.
+
+    counts: the sampler's metrics. old_logprobs: the trainer's own log-probs of each sample's response tokens, in the order of
+    the groups' samples; None when it has not computed any.
+    """
+    lines: list[dict[str, Any]] = [{"step": step, "counts": counts}]
+    old = iter(old_logprobs or ())
+    for group in groups:
+        line = group_to_json(group)
+        for sample in line["samples"] if old_logprobs is not None else ():
+            sample["old_logprobs"] = list(next(old))
+        lines.append(line)
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(record_path(folder, step), text.encode())
+
+
+def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The groups of a step as `group_from_json` takes them, and the sampler's metrics. Raises UserError when there are none."""
+    path = record_path(folder, step)
+    if not path.is_file():
+        raise UserError(f"{folder} {_what_there_is(folder)}, but not step {step}")
+    try:
+        head, *groups = map(json.loads, path.read_text().splitlines())
+        return groups, head["counts"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a recorded step ({error})") from error
+
+
+def _what_there_is(folder: Path) -> str:
+    steps = recorded_steps(folder)
+    return f"has recorded steps {steps[0]} to {steps[-1]}" if steps else "has no recorded steps (rollout.record makes them)"
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """Plain values that hold the group exactly; lists are the group's own, not copies."""
+    samples = [_plain(sample) for sample in group.samples]
+    return {"id": group.id, "problem": _plain(group.problem), "samples": samples}
+
+
+def group_from_json(found: dict[str, Any]) -> Group:
+    """The group that `group_to_json` wrote; what was added to its samples is left out."""
+    known = {field.name for field in fields(Sample)}
+    samples = [Sample(**{key: value for key, value in one.items() if key in known}) for one in found["samples"]]
+    return Group(found["id"], Problem(**found["problem"]), samples)
+
+
+def _plain(one: Problem | Sample) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name) for field in fields(one)}

@@ -1,0 +1,188 @@
+"""Where a step's groups come from: drawn step by step, or recorded by another run. Drawn beside training: `streaming.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from etr_megatron.config import Config
+from etr_megatron.data import PromptCursor
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.collect import Decode, Grader, generate_groups, grade_groups
+from etr_megatron.rollout.engine import RolloutEngine, Sampling
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
+from etr_megatron.types import Group
+
+Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
+"""Adds a block's time to that of a phase."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a step trains on: `rollout.prompts_per_step` rewarded groups, complete. counts: how they came about, for metrics."""
+
+    groups: list[Group]
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+class Sampler(Protocol):
+    """Every method but `state_dict` is a collective: all ranks call it with the same arguments and get the same result."""
+
+    def take(self, step: int, timer: Timer) -> Rollouts:
+        """The groups of a step. What the engine or the grader raises is raised on every rank."""
+        ...
+
+    def put_back(self, step: int) -> None:
+        """The groups of `step` will not be trained on now: they, or their prompts, are to be taken again. No collective.
+
+        Nothing happens where that step has not begun.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Nothing of ours is under way at the engine when this returns: a weight sync may begin."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after a weight sync with what is in hand."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on, as JSON; rank 0's counts."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+
+def sampling_of(config: Config, step: int) -> Sampling:
+    """How training's responses are drawn. step: for which they are asked."""
+    rollout = config.rollout
+    return Sampling(
+        samples=rollout.samples_per_prompt,
+        max_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        seed=config.run.seed,
+        step=step,
+    )
+
+
+def replacements(config: Config) -> int:
+    """Prompts that a step may ask for in the place of groups left out."""
+    rollout = config.rollout
+    return int((rollout.max_oversample - 1) * rollout.prompts_per_step) if rollout.dynamic_sampling else 0
+
+
+def is_flat(group: Group) -> bool:
+    """Whether all rewards are equal: no advantage, no gradient."""
+    return len({sample.reward for sample in group.samples}) == 1
+
+
+class RoundSampler:
+    """New groups, step by step, from an engine in which every rank takes part.
+
+    With dynamic sampling in rounds: each asks for as many prompts as groups are missing. The groups of a step are those of the
+    shortest run of prompts that has enough that are not flat.
+    """
+
+    def __init__(
+        self, config: Config, engine: RolloutEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
+    ) -> None:
+        self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
+        self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step that was begun, and the cursor then
+
+    def take(self, step: int, timer: Timer) -> Rollouts:
+        """See `Sampler.take`."""
+        self._before = step, self._cursor.state_dict()
+        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
+        limit = max(wanted, min(wanted + replacements(self._config), len(self._cursor)))
+        asked: list[Group] = []
+        missing = wanted
+        while missing and len(asked) < limit:
+            count = min(missing, limit - len(asked))
+            problems = self._cursor.next(count, after=[group.problem.id for group in asked])
+            with timer("rollout"):
+                groups = generate_groups(self._engine, problems, sampling_of(self._config, step), self._decode)
+            with timer("reward"):
+                grade_groups(groups, self._grader)
+            asked += groups
+            missing -= sum(not (dynamic and is_flat(group)) for group in groups)
+        return chosen(asked, wanted, dynamic=dynamic)
+
+    def put_back(self, step: int) -> None:
+        """See `Sampler.put_back`: the prompts are dealt out again."""
+        if self._before[0] == step:
+            self._cursor.load_state_dict(self._before[1])
+
+    def pause(self) -> None:
+        """Nothing is ever under way between steps."""
+
+    def resume(self) -> None:
+        """Nothing is in hand between steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Sampler.state_dict`."""
+        return {"cursor": self._cursor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Sampler.load_state_dict`. Raises UserError for a state with groups in hand, which only servers can complete."""
+        if state.get("in_hand"):
+            raise UserError(
+                f"the checkpoint holds {len(state['in_hand'])} groups that servers had begun; resume it with "
+                "rollout.backend=sglang"
+            )
+        self._cursor.load_state_dict(state["cursor"])
+
+
+def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
+    """The first `wanted` groups that are not flat, filled up with the first flat ones, in the order in which they were asked.
+
+    Without `dynamic` none counts as flat.
+    """
+    flat = [dynamic and is_flat(group) for group in asked]
+    kept = [number for number, out in enumerate(flat) if not out][:wanted]
+    fill = [number for number, out in enumerate(flat) if out][: wanted - len(kept)]
+    counts = {"groups_asked": len(asked), "groups_dropped": sum(flat), "groups_filled": len(fill)} if dynamic else {}
+    return Rollouts([asked[number] for number in sorted(kept + fill)], counts)
+
+
+class ReplaySampler:
+    """The groups of a recorded run. It needs no engine; prompts are not dealt out."""
+
+    def __init__(self, config: Config, cursor: PromptCursor) -> None:
+        self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
+        self._wanted = config.rollout.prompts_per_step
+
+    def take(self, step: int, timer: Timer) -> Rollouts:
+        """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups."""
+        with timer("rollout"):
+            found, counts = on_rank0(lambda: read_record(self._folder, step))
+        if len(found) != self._wanted:
+            raise UserError(
+                f"step {step} in {self._folder} has {len(found)} groups; set rollout.prompts_per_step={len(found)} to replay it"
+            )
+        return Rollouts([group_from_json(group) for group in found], counts)
+
+    def put_back(self, step: int) -> None:
+        """A record is there to be read again."""
+
+    def pause(self) -> None:
+        """There is no engine."""
+
+    def resume(self) -> None:
+        """There is no engine."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Sampler.state_dict`."""
+        return {"cursor": self._cursor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Sampler.load_state_dict`."""
+        self._cursor.load_state_dict(state["cursor"])

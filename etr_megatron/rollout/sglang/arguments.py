@@ -1,0 +1,82 @@
+"""SGLang's own arguments: which there are, by asking the server that is going to be started, and which the job sets itself."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.errors import UserError
+
+_CACHE = ".etr_server_arguments.json"
+_ASK_TIMEOUT_S = 300.0
+
+
+def check_arguments(config: SglangConfig) -> None:
+    """Raises UserError, with the closest name there is, for an argument of `sglang.arguments` that the server does not have.
+
+    Nothing is asked, which takes some ten seconds the first time, when there are no such arguments or no servers to start.
+    """
+    if config.urls or not config.arguments:
+        return
+    known = known_arguments(config.python, config.launch)
+    for name in names_of(config.arguments):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"sglang.arguments: the server has no argument {name}{hint}")
+
+
+def names_of(arguments: Iterable[str]) -> Iterator[str]:
+    """The names among arguments and their values: `--x`, also of `--x=value`."""
+    return (argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
+
+
+@lru_cache(maxsize=8)
+def known_arguments(python: str, launch: tuple[str, ...]) -> frozenset[str]:
+    """Names in `PYTHON LAUNCH... --help`; remembered beside the environment until another SGLang is installed in it.
+
+    Raises UserError when there is no such interpreter, or it does not answer.
+    """
+    require_interpreter(python)
+    environment = Path(python).absolute().parent.parent
+    installed = sorted(path.name for path in environment.glob("lib/python*/site-packages/sglang-*.dist-info"))
+    key, cache = json.dumps([installed, launch]), environment / _CACHE
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(cache.read_text())
+        if installed and found["of"] == key:
+            return frozenset(found["arguments"])
+    names = _ask(python, launch)
+    if installed:
+        with contextlib.suppress(OSError):
+            part = cache.with_name(f"{_CACHE}.{os.getpid()}")
+            part.write_text(json.dumps({"of": key, "arguments": sorted(names)}))
+            part.replace(cache)
+    return names
+
+
+def require_interpreter(python: str) -> None:
+    """Raises UserError when it does not exist."""
+    if not Path(python).is_file():
+        raise UserError(f"sglang.python: {python} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang")
+
+
+def _ask(python: str, launch: tuple[str, ...]) -> frozenset[str]:
+    try:
+        reply = subprocess.run([python, *launch, "--help"], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"sglang.python: {python} did not tell the server's arguments: {error}") from error
+    # argparse indents an argument by two spaces, and its explanation, on a line of its own or behind it, by two at least.
+    heads = (re.split(r"\s{2,}", line.strip())[0] for line in reply.stdout.splitlines() if re.match(r"  -", line))
+    names = frozenset(name for head in heads for name in re.findall(r"--[a-z0-9][\w-]*", head))
+    if reply.returncode or not names:
+        said = (reply.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"sglang.python: `{python} {' '.join(launch)} --help` failed: {said}")
+    return names

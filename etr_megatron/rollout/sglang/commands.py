@@ -1,0 +1,77 @@
+"""What a server of the job is started with."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import etr_megatron
+from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang.server import ServerCommand
+
+FP8_BLOCK = 128
+"""Rows and columns of a block of `sglang.fp8`."""
+
+LOADER = "etr_megatron.weights.transport.server_entry.load"
+"""The weight loader that servers are started with for `sync: sharded`."""
+
+
+def sync_of(config: SglangConfig) -> str:
+    """The transport of weight syncs, null resolved."""
+    return config.sync or ("tensor" if config.placement == "colocated" else "broadcast")
+
+
+def server_command(
+    config: SglangConfig, model_dir: Path, dtype: str, *, place: int, host: str, folder: Path, api_key: str | None, cuda: bool
+) -> ServerCommand:
+    """The command of server number `place` of a node. folder: for what it reads besides, written here.
+
+    The server starts with random weights: it gets the policy's before its first request, and model_dir needs a config.json
+    alone, so that a checkpoint of Megatron's serves as well. An api_key is handed over in a file that only the user may read.
+    """
+    arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--skip-tokenizer-init"]
+    arguments += ["--tp-size", str(config.tp)]
+    if config.ep > 1:
+        arguments += ["--ep-size", str(config.ep)]
+    if config.mem_fraction is not None:
+        arguments += ["--mem-fraction-static", str(config.mem_fraction)]
+    if config.context_length is not None:
+        arguments += ["--context-length", str(config.context_length)]
+    if config.fp8:
+        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+        arguments += ["--json-model-override-args", json.dumps({"quantization_config": {"fmt": "e4m3", **blocks}})]
+    if config.placement == "colocated" and cuda:
+        arguments += ["--enable-memory-saver"]
+    environment = {}
+    if sync_of(config) == "sharded":
+        arguments += ["--custom-weight-loader", LOADER]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
+    if api_key is not None:
+        arguments += ["--config", _key_file(folder, place, api_key)]
+    devices = config.devices[place * config.tp : (place + 1) * config.tp]
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return ServerCommand(config.python, config.launch, (*arguments, *config.arguments), environment, host)
+
+
+def _this_package(folder: Path) -> str:
+    """A directory to import this package from, and nothing else: the trainer's other packages are not the server's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link, package = folder / "python" / "etr_megatron", Path(etr_megatron.__file__).resolve().parent
+    link.parent.mkdir(exist_ok=True)
+    if not link.is_symlink() or link.resolve() != package:
+        fresh = link.with_name(f".etr_megatron.{socket.gethostname()}.{os.getpid()}")
+        fresh.symlink_to(package)
+        fresh.replace(link)
+    return str(link.parent.absolute())
+
+
+def _key_file(folder: Path, place: int, api_key: str) -> str:
+    """On a command line everybody on the machine could read the key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".{socket.gethostname()}_{place}.yaml"
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
+        output.write(f"api-key: {json.dumps(api_key)}\n")
+    return str(file.absolute())

@@ -1,0 +1,203 @@
+"""Rank 0's side of the servers: their clients, and one event loop in a thread for all that is said to them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.commands import sync_of
+from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
+from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.senders import Outbox
+from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
+from etr_megatron.rollout.sglang.stream import RequestStream
+from etr_megatron.rollout.sglang.sync import Transaction, for_all, on_all
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+API_KEY_VARIABLE = "ETR_SGLANG_API_KEY"
+"""The API key of servers at `sglang.urls`, if they ask for one."""
+
+_UPDATE_ROUTE = {
+    "broadcast": "/update_weights_from_distributed",
+    "tensor": "/update_weights_from_tensor",
+    "sharded": "/update_weights_from_tensor",
+    "disk": "/update_weights_from_disk",
+}
+_ROUTES = (
+    "/generate",
+    "/pause_generation",
+    "/continue_generation",
+    "/flush_cache",
+    "/update_weight_version",
+    "/model_info",
+    "/server_info",
+)
+_RELEASE = ("/release_memory_occupation", "/resume_memory_occupation")
+PROBE_PROMPT = tuple(range(3, 15))
+"""Token ids of the prompt of a probe; every vocabulary has them."""
+
+_PROBE_TOKENS = 8
+
+
+class Control:
+    """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
+
+    host: this machine's address for weights. api_key: of all servers, None where they ask for none.
+    """
+
+    def __init__(self, config: SglangConfig, names: Sequence[str], *, host: str, api_key: str | None, backend: str) -> None:
+        self._config, self._colocated = config, config.placement == "colocated"
+        self._on_cpu = backend == "gloo"
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True).start()
+        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        self._http = httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        urls = config.urls or ("",) * len(names)
+        self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}
+        fleet = Fleet(list(self._clients.values()), concurrency=config.concurrency, timeout_s=config.request_timeout_s)
+        self.fleet = fleet
+        self._released: list[tuple[str, int]] = []
+        self.stream = RequestStream(fleet, concurrency=config.concurrency, timeout_s=config.request_timeout_s)
+        self._transaction = Transaction(fleet, config.update_timeout_s)
+        self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
+        self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
+        if sync_of(config) == "broadcast":
+            self._delivery = BroadcastDelivery(
+                fleet, workers=config.tp, host=host, backend=backend, timeout_s=config.update_timeout_s
+            )
+        self.outbox = Outbox(self._post)
+
+    def _post(self, bucket: Bucket) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._delivery.deliver(bucket), self.loop)
+
+    def run(self, what: Coroutine[Any, Any, T]) -> T:
+        """Run in the loop's thread and wait."""
+        return asyncio.run_coroutine_threadsafe(what, self.loop).result()
+
+    def open(self, started: Mapping[str, Started]) -> None:
+        """Get to know all servers for the first time. Raises UserError for one that does not serve."""
+        for name, problem in self.run(self._get_to_know(list(self._clients), started, patient=True)).items():
+            if problem is not None:
+                raise UserError(problem)
+            self.fleet.rejoin(self._clients[name])
+        if self._colocated and self._on_cpu:
+            logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
+
+    def failed(self) -> list[str]:
+        """Servers that take no traffic."""
+        return list(self.fleet.failed)
+
+    def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
+        """Servers that had failed and may have recovered, or were started anew (in `started`). The sync comes next."""
+        for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
+            if problem is not None:
+                self.fleet.mark_failed(self._clients[name], problem)
+            else:
+                self.fleet.rejoin(self._clients[name])
+
+    async def _get_to_know(
+        self, names: Sequence[str], started: Mapping[str, Started], *, patient: bool
+    ) -> dict[str, str | None]:
+        """Server -> why it does not serve, if so. patient: it may be starting up."""
+        needed = (*_ROUTES, _UPDATE_ROUTE[sync_of(self._config)], *(_RELEASE if self._colocated else ()))
+
+        async def one(name: str) -> str | None:
+            client = self._clients[name]
+            if name in started:
+                client.url = started[name].url
+                if started[name].problem is not None:
+                    return started[name].problem
+            try:
+                await self._wait_until_healthy(client, self._config.startup_timeout_s if patient else 0.0)
+                await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
+            except ServerError as error:
+                return str(error)
+            return None
+
+        return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+    async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
+        """Raises ServerError when it does not answer in time."""
+        deadline = self.loop.time() + patience_s
+        while not await client.is_healthy(timeout_s=5.0):
+            if self.loop.time() >= deadline:
+                raise ServerError(f"{client.name} did not answer within {patience_s or 5:g} s at {client.url}")
+            await asyncio.sleep(0.5)
+
+    def begin(self) -> None:
+        """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
+        self.run(self._resume())
+        self.run(self._transaction.begin())
+
+    def finish(self, version: int) -> None:
+        """Close the transaction. Raises EngineGoneError when no server is left."""
+        self.run(self._transaction.finish(version))
+
+    def abandon(self, why: str) -> None:
+        """See `Transaction.abandon`."""
+        self.run(self._transaction.abandon(why))
+
+    def load(self, directory: Path) -> None:
+        """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
+        body = {"model_path": str(directory.absolute()), "flush_cache": False}
+        self.run(on_all(self.fleet, _UPDATE_ROUTE["disk"], body, self._config.update_timeout_s))
+        self.fleet.refuse_if_gone()
+
+    def release(self) -> None:
+        """Have colocated servers give up their memory until the next sync. Raises EngineGoneError when none is left."""
+        if self._colocated and not self._released:
+            self.run(on_all(self.fleet, _RELEASE[0], {}, self._config.update_timeout_s))
+            self._released = self.fleet.members
+            self.fleet.refuse_if_gone()
+
+    async def _resume(self) -> None:
+        """Memory back to those that gave it up; a server that was started anew since would die of being told so."""
+        had = [name for name, _ in set(self._released) & set(self.fleet.members)]
+
+        async def one(client: ServerClient) -> None:
+            if client.name in had:
+                await client.call(_RELEASE[1], {}, timeout_s=self._config.update_timeout_s)
+
+        await for_all(self.fleet, one)
+        self._released = []
+
+    def probe(self, temperature: float) -> dict[str, Generated]:
+        """Server -> what it generates for a fixed prompt. Raises EngineGoneError when no server is left."""
+        parameters = GenerateParameters(_PROBE_TOKENS, temperature, 1.0, 0, 0, (), ignore_eos=True)
+        found: dict[str, Generated] = {}
+
+        async def one(client: ServerClient) -> None:
+            found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
+
+        self.run(for_all(self.fleet, one))
+        self.fleet.refuse_if_gone()
+        return found
+
+    def mark_failed(self, name: str, why: str) -> None:
+        """See `Fleet.mark_failed`."""
+        self.fleet.mark_failed(self._clients[name], why)
+
+    def close(self) -> None:
+        """Cut off what is under way, leave the weight group, stop the loop."""
+        self.run(self.stream.stop(abort=True))
+        self.run(self._delivery.close())
+        self.run(self._http.aclose())
+        self.loop.call_soon_threadsafe(self.loop.stop)

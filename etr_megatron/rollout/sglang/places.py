@@ -1,0 +1,67 @@
+"""Where the servers of a job are: which ranks start some, at which addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+from etr_megatron.config import SglangConfig
+
+
+def addresses_of(config: SglangConfig) -> dict[int, str]:
+    """Rank -> address of its servers, of the ranks that start some; a collective."""
+    if config.urls:
+        return {}
+    if config.nodes == "first":
+        return {0: "127.0.0.1"}
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")) if first else None
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    hosts = {rank: address for rank, address in enumerate(found) if address is not None}
+    # Rank 0 reaches itself by loopback, which says nothing to the others.
+    if 0 in hosts and len(hosts) > 1 and not all(map(is_loopback, hosts.values())):
+        hosts[0] = _reachable(hosts[0], next(one for one in hosts.values() if not is_loopback(one)))
+    return hosts
+
+
+def _reachable(own: str, other: str) -> str:
+    """An address of rank 0's machine that another node can reach."""
+    return address_towards(other) if is_loopback(own) else own
+
+
+def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
+    """Where servers, and ranks of other nodes, find rank 0, which alone can say so. addresses: see `addresses_of`."""
+    if config.host is not None:
+        return config.host
+    away = [host for host in (urlsplit(url).hostname or "" for url in config.urls) if not is_loopback(host)]
+    if away:
+        return address_towards(away[0])
+    has_nodes = len(addresses) > 1 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    return os.environ["MASTER_ADDR"] if has_nodes else "127.0.0.1"
+
+
+def new_key(addresses: Iterable[str]) -> str | None:
+    """An API key where others than this machine's users could speak to a server."""
+    return None if all(map(is_loopback, addresses)) else secrets.token_urlsafe(32)
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine that packets to `host` leave from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name is this machine's own loopback interface."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:
+        return False

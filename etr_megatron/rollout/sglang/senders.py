@@ -1,0 +1,195 @@
+"""The part of all ranks in a weight sync: how the policy's shards come to the servers, by `sglang.sync`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.sglang.delivery import Bucket
+from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
+from etr_megatron.weights.layout import WholeLayout
+from etr_megatron.weights.transport import DiskWriter, Shards, Wire, version_directory
+from etr_megatron.weights.transport.collective import CollectiveTransport
+from etr_megatron.weights.transport.whole import Gather, groups_of
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+class WeightSource(Protocol):
+    """The policy's weights as they are now. layout: who holds what."""
+
+    layout: TrainingLayout
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Full HF tensors by name; a collective."""
+        ...
+
+    def shards(self) -> Shards:
+        """This rank's parameters by `Weight.megatron`."""
+        ...
+
+    def logprobs(self, sequences: Sequences) -> Sequence[Tensor]:
+        """Log-probs of the responses in (prompt ids, response ids), as the sampler's temperature has them; a collective."""
+        ...
+
+
+class Sender(Protocol):
+    """One object per rank. `send` is a collective between the begin and the end of a transaction."""
+
+    def send(self, weights: WeightSource, version: int) -> None:
+        """Bring a version to the serving servers; those that do not get all of it are marked.
+
+        Raises EngineGoneError when none is left, SyncError naming ranks that are missing or failed, both on every rank.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up connections."""
+        ...
+
+
+@dataclass(frozen=True)
+class SendSettings:
+    """What all senders need. dtype: of what travels unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait."""
+
+    arch: Architecture
+    dtype: torch.dtype
+    fp8_block: int | None
+    bucket_bytes: int
+    backend: str
+    timeout_s: float
+
+    def wire(self) -> Wire:
+        """Of all ranks; a collective."""
+        return Wire.in_world(backend=self.backend, timeout_s=self.timeout_s)
+
+
+class Outbox:
+    """Hands buckets to the loop's thread, one at a time: the next is gathered while one travels.
+
+    post: begins to deliver a bucket. It never raises before `flush`: gathering is a collective, which has to go on.
+    """
+
+    def __init__(self, post: Callable[[Bucket], Future[None]]) -> None:
+        self._post = post
+        self._travelling: Future[None] | None = None
+        self._error: BaseException | None = None
+
+    def put(self, bucket: Bucket) -> None:
+        """Wait until the bucket before is delivered, and send this one off; after a failure it is dropped."""
+        self._wait()
+        if self._error is None:
+            self._travelling = self._post(bucket)
+
+    def flush(self) -> None:
+        """Wait for the last bucket. Raises what a delivery raised since the last call."""
+        self._wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _wait(self) -> None:
+        if self._travelling is not None:
+            self._error = self._travelling.exception()
+            self._travelling = None
+
+
+class WholeTensors(CollectiveTransport):
+    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `outbox`; the other ranks have none."""
+
+    def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None) -> None:
+        arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
+        super().__init__(settings.wire(), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
+        self._outbox = outbox
+        self._groups = list(groups_of(list(weights_of(arch)), dtype, settings.fp8_block, limit))
+        together = [[group] for group in self._groups]
+        self._gather = Gather(source, arch, _rank0, together, self.wire, dtype=dtype, bucket_bytes=limit)
+
+    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+        for number, group in enumerate(self._groups):
+            if self._outbox is None:
+                self._gather.group(number, sources, None, None)
+                continue
+            flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
+            self._gather.group(number, sources, group, flat)
+            if flat.is_cuda:
+                torch.cuda.synchronize()  # it is sent from another thread
+            self._outbox.put(Bucket(group.tensors, flat))
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        super().close()
+        self._gather.forget()
+
+
+def _rank0(_weight: Weight) -> int:
+    return 0
+
+
+class WholeSender:
+    """`broadcast` and `tensor`. outbox: on rank 0. See `Sender`."""
+
+    def __init__(self, settings: SendSettings, outbox: Outbox | None) -> None:
+        self._settings, self._outbox = settings, outbox
+        self._tensors: WholeTensors | None = None
+
+    def send(self, weights: WeightSource, version: int) -> None:
+        """See `Sender.send`."""
+        if self._tensors is None:
+            self._tensors = WholeTensors(weights.layout, self._settings, self._outbox)
+        try:
+            self._tensors.sync(version, weights.shards())
+        except BaseException:
+            self.close()
+            if self._outbox is not None:
+                with suppress(Exception):  # the first error is the one to be heard
+                    self._outbox.flush()
+            raise
+        on_rank0(lambda: self._outbox.flush())
+
+    def close(self) -> None:
+        """See `Sender.close`."""
+        if self._tensors is not None:
+            self._tensors.close()
+            self._tensors = None
+
+
+class DiskSender:
+    """`disk`. directory: seen by all ranks and servers. load: has all serving servers load one, on rank 0. See `Sender`."""
+
+    def __init__(self, settings: SendSettings, directory: Path, load: Callable[[Path], None] | None) -> None:
+        self._settings, self._directory, self._load = settings, directory, load
+        self._writer: DiskWriter | None = None
+
+    def send(self, weights: WeightSource, version: int) -> None:
+        """See `Sender.send`."""
+        settings = self._settings
+        if self._writer is None:
+            self._writer = DiskWriter(
+                self._directory,
+                weights.layout,
+                settings.arch,
+                settings.wire(),
+                dtype=settings.dtype,
+                fp8_block=settings.fp8_block,
+            )
+        try:
+            self._writer.sync(version, weights.shards())
+        except BaseException:
+            self.close()
+            raise
+        on_rank0(lambda: self._load(version_directory(self._directory, version)))
+
+    def close(self) -> None:
+        """See `Sender.close`."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

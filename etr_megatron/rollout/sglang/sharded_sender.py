@@ -1,0 +1,181 @@
+"""Weights shard by shard into the workers of servers that the job started: every byte once, see `ShardedTransport`."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.sglang.client import ServerClient
+from etr_megatron.rollout.sglang.commands import LOADER
+from etr_megatron.rollout.sglang.delivery import serialized
+from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.senders import SendSettings, WeightSource
+from etr_megatron.weights import ServerLayout
+from etr_megatron.weights.transport import ShardedTransport, Wire
+from etr_megatron.weights.transport.board import Board
+from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer
+
+_REPORT_AFTER_S = 1.0
+"""By then the ranks are in the sync whose failure they are told."""
+
+_GRACE_S = 10.0
+"""How long after a failed sync a server may take to give up its part."""
+
+
+class OfferCalls:
+    """Rank 0's requests that put servers' workers into a sync. loop: of the clients; the methods are called outside of it."""
+
+    def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+        self._fleet, self._loop, self._timeout_s = fleet, loop, timeout_s
+        self._calls: list[tuple[ServerClient, asyncio.Task[dict]]] = []
+
+    def members(self) -> list[tuple[str, int]]:
+        """See `Fleet.members`; raises EngineGoneError when there are none."""
+        self._fleet.refuse_if_gone()
+        return self._fleet.members
+
+    def post(self, offer: Offer, report: Callable[[str], None]) -> None:
+        """Send the offer to all serving servers. report: is told, from the loop's thread, of one that refuses or dies."""
+        workers = offer.destination.tp
+        bodies = []
+        for number in range(offer.destination.servers):
+            offers = [replace(offer, rank=number * workers + rank) for rank in range(workers)]
+            payloads = [serialized([(MESSAGE_NAME, one.message())]) for one in offers]
+            bodies.append({"serialized_named_tensors": payloads, "load_format": LOADER, "flush_cache": False})
+        asyncio.run_coroutine_threadsafe(self._post(bodies, report), self._loop).result()
+
+    async def _post(self, bodies: Sequence[dict], report: Callable[[str], None]) -> None:
+        def look(call: asyncio.Task[dict]) -> None:
+            if not call.cancelled() and call.exception() is not None:
+                self._loop.call_later(_REPORT_AFTER_S, report, str(call.exception()))
+
+        # The board has a deadline for every wait in a sync, and names whom it waits for; this one only must not end before.
+        timeout_s = 4 * self._timeout_s
+        self._calls = []
+        for client, body in zip(self._fleet.serving, bodies, strict=True):
+            call = asyncio.create_task(client.call("/update_weights_from_tensor", body, timeout_s=timeout_s))
+            call.add_done_callback(look)
+            self._calls.append((client, call))
+
+    def settle(self, failed: bool) -> bool:
+        """Hear the servers out. Those that did not do their part are marked; whether there are any."""
+        return asyncio.run_coroutine_threadsafe(self._settle(failed), self._loop).result()
+
+    async def _settle(self, failed: bool) -> bool:
+        calls = [call for _, call in self._calls]
+        await asyncio.wait(calls, timeout=_GRACE_S if failed else self._timeout_s)
+        guilty: dict[ServerClient, str] = {}
+        for client, call in self._calls:
+            if not call.done():
+                call.cancel()
+                guilty[client] = f"it did not {'end its part of the weight sync' if failed else 'confirm the weights'}"
+            elif call.exception() is not None:
+                guilty[client] = str(call.exception())
+        if failed:
+            well = await asyncio.gather(*(client.is_alive(min(_GRACE_S, self._timeout_s)) for client, _ in self._calls))
+            for (client, _), good in zip(self._calls, well, strict=True):
+                if not good:
+                    guilty.setdefault(client, "it does not answer after a failed weight sync")
+        for client, why in guilty.items():
+            self._fleet.mark_failed(client, why)
+        return bool(guilty)
+
+
+class ShardedSender:
+    """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0. See `Sender`.
+
+    After a server was lost the sync is begun anew with the others, whose workers live on: see `server_entry`.
+    """
+
+    def __init__(self, settings: SendSettings, server: ServerLayout, host: str, calls: OfferCalls | None) -> None:
+        self._settings, self._server, self._host, self._calls = settings, server, host, calls
+        self._members: list[tuple[str, int]] = []
+        self._store: dist.TCPStore | None = None
+        self._opening: Board | None = None
+        self._transport: ShardedTransport | None = None
+
+    def send(self, weights: WeightSource, version: int) -> None:
+        """See `Sender.send`."""
+        while not self._try(weights, version):
+            pass
+
+    def _try(self, weights: WeightSource, version: int) -> bool:
+        """Whether the serving servers have the version; False after one was lost and marked."""
+        members = on_rank0(lambda: self._calls.members())
+        if members != self._members:
+            self.close()
+        offer = self._offer(weights, version, members)
+        if self._calls is not None:
+            self._calls.post(offer, self._report)
+        error = None
+        try:
+            if self._transport is None:
+                self._transport = self._open(offer)
+            self._transport.sync(version, weights.shards())
+        except RuntimeError as failure:  # a SyncError, or what torch says of a group that was not formed
+            error = failure
+            self.close()
+        lost = on_rank0(lambda: self._calls.settle(error is not None))
+        if error is not None and not lost:
+            raise error
+        return error is None
+
+    def _offer(self, weights: WeightSource, version: int, members: list[tuple[str, int]]) -> Offer:
+        """What the workers are told; a collective, which opens the store for a new set of servers."""
+        settings = self._settings
+        if self._transport is None:
+            port = on_rank0(self._open_store)
+            if self._store is None:
+                self._store = self._tcp_store(port, is_master=False)
+            self._members = members
+        return Offer(
+            version,
+            self._host,
+            self._store.port,
+            0,
+            weights.layout,
+            replace(self._server, servers=len(members)),
+            settings.arch,
+            str(settings.dtype).removeprefix("torch."),
+            settings.fp8_block,
+            settings.bucket_bytes,
+            backend=settings.backend,
+            timeout_s=settings.timeout_s,
+        )
+
+    def _open_store(self) -> int:
+        self._store = self._tcp_store(0, is_master=True)
+        return int(self._store.port)
+
+    def _tcp_store(self, port: int, *, is_master: bool) -> dist.TCPStore:
+        timeout = datetime.timedelta(seconds=self._settings.timeout_s)
+        return dist.TCPStore(self._host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
+
+    def _open(self, offer: Offer) -> ShardedTransport:
+        settings, plan, rank = self._settings, offer.plan(), dist.get_rank()
+        self._opening = Board(dist.PrefixStore("board", self._store), rank, plan.processes, settings.timeout_s)
+        wire = Wire(self._store, rank, plan.processes, backend=settings.backend, timeout_s=settings.timeout_s)
+        return ShardedTransport(plan, wire, dtype=settings.dtype, bucket_bytes=settings.bucket_bytes)
+
+    def _report(self, reason: str) -> None:
+        """Tell the ranks of a server that is lost, so that nobody waits for it until the deadline."""
+        board = self._transport.wire.board if self._transport is not None else self._opening
+        if board is not None:
+            board.report(reason)
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank since the connections were made."""
+        return self._transport.wire.bytes_sent if self._transport is not None else 0
+
+    def close(self) -> None:
+        """See `Sender.close`."""
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = self._store = self._opening = None
+        self._members = []

@@ -1,0 +1,134 @@
+"""Requests answered one by one, for as long as a fleet serves: what generation beside training stands on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import uuid
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from etr_megatron.rollout.engine import EngineGoneError
+from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
+from etr_megatron.rollout.sglang.fleet import Fleet, Request
+
+_ABORT_TIMEOUT_S = 20.0
+"""For a server to take note of an abort; one that is slower hangs."""
+
+
+class _Running(NamedTuple):
+    client: ServerClient
+    task: asyncio.Task[None]
+
+
+class RequestStream:
+    """Requests under way at the servers of a fleet, where least is under way first.
+
+    Every key is answered once: with the whole reply, or at `stop` with what there was. A request whose server fails is done
+    again elsewhere, from its beginning. All methods but `wait` run in the event loop of the fleet's clients.
+    concurrency: requests under way per server. timeout_s: of one response.
+    """
+
+    def __init__(self, fleet: Fleet, *, concurrency: int, timeout_s: float) -> None:
+        self._fleet, self._concurrency, self._timeout_s = fleet, concurrency, timeout_s
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[int] = deque()
+        self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
+        self._load: Counter[str] = Counter()
+        self._is_stopping = False
+        self._name, self._attempts = uuid.uuid4().hex, itertools.count()
+        self._replies: queue.SimpleQueue[tuple[int, Generated] | EngineGoneError] = queue.SimpleQueue()
+
+    async def submit(self, requests: Mapping[int, Request]) -> None:
+        """Begin, in this order; keys are new."""
+        self._requests |= requests
+        self._waiting.extend(requests)
+        self._dispatch()
+
+    def wait(self) -> list[tuple[int, Generated]]:
+        """Every reply that has come since the last call, at least one; from any thread.
+
+        Raises EngineGoneError when no server is left to answer.
+        """
+        return self._taken(self._replies.get())
+
+    async def stop(self, *, abort: bool) -> list[tuple[int, Generated]]:
+        """Every reply since the last call; nothing is under way any more. abort: cut off what is, else wait for it.
+
+        A key that has no reply then (its servers have failed, or it had not begun) is forgotten.
+        """
+        self._is_stopping = abort
+        while self._running:
+            if abort:
+                await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
+            # Once more after a while: an abort may have come before its request.
+            tasks = [running.task for running in self._running.values()]
+            if tasks:
+                await asyncio.wait(tasks, timeout=0.5 if abort else None, return_when=asyncio.FIRST_COMPLETED)
+        self._is_stopping = False
+        self._requests.clear()
+        self._waiting.clear()
+        replies = []
+        while not self._replies.empty():
+            reply = self._replies.get()
+            if not isinstance(reply, EngineGoneError):  # the next `submit` will see for itself
+                replies.append(reply)
+        return replies
+
+    def _taken(self, first: tuple[int, Generated] | EngineGoneError) -> list[tuple[int, Generated]]:
+        replies = []
+        reply: tuple[int, Generated] | EngineGoneError = first
+        while True:
+            if isinstance(reply, EngineGoneError):
+                if replies:
+                    self._replies.put(reply)  # after those that did come
+                    return replies
+                raise reply
+            replies.append(reply)
+            try:
+                reply = self._replies.get_nowait()
+            except queue.Empty:
+                return replies
+
+    def _dispatch(self) -> None:
+        """Give waiting requests to servers that have room."""
+        while self._waiting and not self._is_stopping:
+            free = [client for client in self._fleet.serving if self._load[client.name] < self._concurrency]
+            if not free:
+                break
+            client = min(free, key=lambda one: self._load[one.name])
+            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}"
+            self._load[client.name] += 1
+            self._running[rid] = _Running(client, asyncio.get_running_loop().create_task(self._one(client, key, rid)))
+        if self._waiting and not self._running:
+            try:
+                self._fleet.refuse_if_gone()
+            except EngineGoneError as error:
+                self._replies.put(error)
+
+    async def _one(self, client: ServerClient, key: int, rid: str) -> None:
+        request = self._requests[key]
+        try:
+            reply = await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+            if reply.finish_reason == "abort" and not self._is_stopping:
+                raise ServerError(f"{client.name}: aborted a request that nobody asked it to")
+        except (Exception, asyncio.CancelledError) as error:  # whatever it was: a request that nobody answers is waited for
+            if isinstance(error, Exception):  # else it was given up, and its server marked
+                self._fleet.mark_failed(client, str(error))
+            self._waiting.appendleft(key)
+        else:
+            del self._requests[key]
+            self._replies.put((key, reply))
+        self._load[client.name] -= 1
+        del self._running[rid]
+        self._dispatch()
+
+    async def _abort(self, rid: str, running: _Running) -> None:
+        """A server that does not take note has failed; its request is given up."""
+        try:
+            await running.client.abort(rid, timeout_s=_ABORT_TIMEOUT_S)
+        except ServerError as error:
+            self._fleet.mark_failed(running.client, str(error))
+            running.task.cancel()

@@ -1,0 +1,104 @@
+"""A weight sync as a transaction on the servers: pause, begin; what is sent; end, flush, version, continue.
+
+Servers keep what they have in hand (`retract`). One that fails at any of this takes no more traffic, as it may have weights of
+two versions: it must get a whole sync before it serves again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from etr_megatron.rollout.sglang.client import ServerClient, ServerError
+from etr_megatron.rollout.sglang.fleet import Fleet
+
+_GOODBYE_S = 5.0
+"""How long a server that has failed may take to be let go."""
+
+
+class Transaction:
+    """The steps of a sync before and after the transfer. timeout_s: of every request, whose failure names the server."""
+
+    def __init__(self, fleet: Fleet, timeout_s: float) -> None:
+        self._fleet, self._timeout_s = fleet, timeout_s
+        self._paused: list[ServerClient] = []
+
+    async def begin(self) -> None:
+        """Pause all servers and open the update. Raises EngineGoneError when none is left."""
+        self._paused = self._fleet.serving
+        await on_all(self._fleet, "/pause_generation", {"mode": "retract"}, self._timeout_s)
+        await self._each(self._open)
+        self._fleet.refuse_if_gone()
+
+    async def finish(self, version: int) -> None:
+        """Close the update, drop caches, and hold servers to `version`: those that answer with another serve no more.
+
+        Raises EngineGoneError when none is left.
+        """
+        await self._each(self._close)
+        await on_all(self._fleet, "/flush_cache", {}, self._timeout_s)
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await on_all(self._fleet, "/update_weight_version", body, self._timeout_s)
+        await self._each(lambda client: self._shake_hands(client, version))
+        await on_all(self._fleet, "/continue_generation", {}, self._timeout_s)
+        await self._let_go()
+        self._fleet.refuse_if_gone()
+
+    async def abandon(self, why: str) -> None:
+        """After a failure of ours in the middle: servers go on, so that nobody waits for them, but take no traffic of ours."""
+        for client in self._fleet.serving:
+            self._fleet.mark_failed(client, why)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Servers that were paused and have failed go on as well, if they still can: they may have users besides us."""
+
+        async def one(client: ServerClient) -> None:
+            for route in ("/end_weight_update", "/continue_generation"):
+                if client.has(route):
+                    await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
+
+        failed = [client for client in self._paused if client.name in self._fleet.failed]
+        await asyncio.gather(*map(one, failed), return_exceptions=True)
+        self._paused = []
+
+    async def _open(self, client: ServerClient) -> None:
+        if not client.has("/begin_weight_update"):
+            return
+        try:
+            await client.call("/begin_weight_update", {}, timeout_s=self._timeout_s)
+        except ServerError as error:
+            if "already open" not in str(error):
+                raise
+            # by a job that ended in the middle of a sync
+            await client.call("/end_weight_update", {}, timeout_s=self._timeout_s)
+            await client.call("/begin_weight_update", {}, timeout_s=self._timeout_s)
+
+    async def _close(self, client: ServerClient) -> None:
+        if client.has("/end_weight_update"):
+            await client.call("/end_weight_update", {}, timeout_s=self._timeout_s)
+
+    async def _shake_hands(self, client: ServerClient, version: int) -> None:
+        found = await client.weight_version(self._timeout_s)
+        if found != str(version):
+            raise ServerError(f"serves version {found} after it was sent {version}")
+
+    async def _each(self, step: Any) -> None:
+        await for_all(self._fleet, step)
+
+
+async def on_all(fleet: Fleet, route: str, body: dict[str, Any], timeout_s: float) -> None:
+    """POST to every serving server at once; those that fail take no more traffic."""
+    await for_all(fleet, lambda client: client.call(route, body, timeout_s=timeout_s))
+
+
+async def for_all(fleet: Fleet, step: Any) -> None:
+    """`await step(client)` for every serving server at once; those for which it raises ServerError take no more traffic."""
+
+    async def one(client: ServerClient) -> None:
+        try:
+            await step(client)
+        except ServerError as error:
+            fleet.mark_failed(client, str(error))
+
+    await asyncio.gather(*map(one, fleet.serving))

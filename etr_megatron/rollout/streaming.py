@@ -1,0 +1,217 @@
+"""Groups from an engine that draws while the ranks train: dynamic sampling, partial rollouts, a bound on staleness.
+
+The states of a group, and why no request spans a weight sync: docs/rollout.md, "Sampling".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from etr_megatron.config import Config
+from etr_megatron.data import PromptCursor
+from etr_megatron.reward import Grade
+from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
+from etr_megatron.rollout.engine import Draw, Drawn, StreamingEngine
+from etr_megatron.rollout.in_hand import InHand, extend, oldest_version
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
+from etr_megatron.types import Group, Sample
+
+
+class StreamingSampler:
+    """See `Sampler`. Rank 0, which has the grader, holds the groups and speaks to the engine; the others get what it took."""
+
+    def __init__(
+        self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
+    ) -> None:
+        self._cursor = cursor
+        self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader)
+
+    def take(self, step: int, timer: Timer) -> Rollouts:
+        """See `Sampler.take`. After an EngineGoneError all is still in hand."""
+        # Rank 0 times its waits and its grading apart.
+        with nullcontext() if self._hand is not None else timer("rollout"):
+            return on_rank0(lambda: self._hand.take(step, timer))
+
+    def put_back(self, step: int) -> None:
+        """See `Sampler.put_back`."""
+        if self._hand is not None:
+            self._hand.put_back(step)
+
+    def pause(self) -> None:
+        """See `Sampler.pause`."""
+        on_rank0(lambda: self._hand.pause())
+
+    def resume(self) -> None:
+        """See `Sampler.resume`."""
+        on_rank0(lambda: self._hand.resume())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Sampler.state_dict`."""
+        hand = {} if self._hand is None else self._hand.state_dict()
+        return {"cursor": self._cursor.state_dict(), **hand}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Sampler.load_state_dict`."""
+        self._cursor.load_state_dict(state["cursor"])
+        if self._hand is not None:
+            self._hand.load_state_dict(state)
+
+
+class Hand:
+    """The groups in hand, in the order in which they were asked; on rank 0 alone."""
+
+    def __init__(self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader) -> None:
+        self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
+        self._groups: list[InHand] = []
+        self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
+        self._keys = itertools.count()
+        self._under_way: dict[int, Sample] = {}
+        self._asked_for = 0  # the step that prompts are asked for, and the ids of its problems
+        self._asked_ids: list[str] = []
+        self._counts: Counter[str] = Counter()
+        self._grades: list[tuple[Grade, str]] = []
+
+    def take(self, step: int, timer: Timer) -> Rollouts:
+        """See `Sampler.take`."""
+        rollout = self._config.rollout
+        ahead = rollout.max_staleness * rollout.prompts_per_step
+        wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
+        self._grades = []
+        with timer("reward"):
+            self._judge()  # what was completed while the ranks trained
+        while True:
+            self._ask(step, wanted)
+            if self._is_enough() or not any(held.missing for held in self._groups):
+                break
+            with timer("rollout"):
+                self._accept(self._engine.wait())
+            with timer("reward"):
+                self._judge()
+        report_errors(self._grades)
+        taken = self._choose(step)
+        if step < self._config.run.steps:
+            self._ask(step + 1, ahead)
+        return taken
+
+    def put_back(self, step: int) -> None:
+        """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
+        if self._taken[0] == step:
+            self._groups = self._taken[1] + self._groups
+
+    def pause(self) -> None:
+        """See `Sampler.pause`. With partial rollouts responses are cut off, else waited for."""
+        self._accept(self._engine.stop(abort=self._config.rollout.partial))
+        self._under_way.clear()  # what an engine without servers could not answer is asked again
+
+    def resume(self) -> None:
+        """See `Sampler.resume`. Tokens that the next step could not train on any more are drawn anew."""
+        oldest = self._engine.weight_version - self._config.rollout.max_staleness
+        self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
+        self._submit(self._groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is in hand; tokens that the engine has not given yet will be drawn again."""
+        return {
+            "in_hand": [held.to_json() for held in self._groups],
+            "asked_for": self._asked_for,
+            "asked_ids": self._asked_ids,
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; of a run without groups in hand there may be nothing to load."""
+        self._groups = [InHand.from_json(found) for found in state.get("in_hand", [])]
+        self._asked_for, self._asked_ids = state.get("asked_for", 0), list(state.get("asked_ids", []))
+        self._counts = Counter(state.get("counts", {}))
+
+    def _ask(self, step: int, wanted: int) -> None:
+        """New prompts until `wanted` groups are in hand besides those left out, within what a step may ask for."""
+        if step != self._asked_for:
+            self._asked_for = step
+            self._asked_ids = [held.group.problem.id for held in self._groups if held.step == step]
+        left_out = sum(held.is_left_out for held in self._groups)
+        missing = wanted - len(self._groups) + min(left_out, replacements(self._config))
+        # With fewer problems than a step needs the cursor refuses, in its own words.
+        there_are = max(len(self._cursor), self._config.rollout.prompts_per_step)
+        count = min(missing, there_are - len(self._asked_ids))
+        if count <= 0:
+            return
+        problems = self._cursor.next(count, after=self._asked_ids)
+        self._asked_ids += [problem.id for problem in problems]
+        samples, version = self._config.rollout.samples_per_prompt, self._engine.weight_version
+        new = [InHand.new(problem, step=step, samples=samples, weight_version=version) for problem in problems]
+        self._counts["groups_asked"] += len(new)
+        self._groups += new
+        self._submit(new)
+
+    def _submit(self, groups: Sequence[InHand]) -> None:
+        draws = []
+        for held in groups:
+            for sample in held.missing:
+                key = next(self._keys)
+                self._under_way[key] = sample
+                sampling = sampling_of(self._config, held.step)
+                draws.append(Draw(key, held.group.problem, sample.index, sampling, list(sample.response_ids)))
+        self._engine.submit(draws)
+
+    def _accept(self, drawn: Iterable[Drawn]) -> None:
+        for one in drawn:
+            sample = self._under_way.pop(one.key)
+            extend(sample, one)
+            if sample.finish_reason != "abort":
+                sample.text = self._decode(sample.response_ids)
+
+    def _judge(self) -> None:
+        """Reward what is complete, and leave out what teaches nothing."""
+        complete = [held for held in self._groups if not held.missing and not held.is_left_out]
+        samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
+        if not samples:
+            return
+        grades = grade_samples(samples, self._grader)
+        self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
+        for held in complete:
+            held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
+
+    def _is_enough(self) -> bool:
+        """Enough groups are ready, and none that was redone is open: else a long response might be redone for ever."""
+        ready = sum(held.is_ready for held in self._groups)
+        redone = any(held.is_redone and held.missing for held in self._groups)
+        return ready >= self._config.rollout.prompts_per_step and not redone
+
+    def _choose(self, step: int) -> Rollouts:
+        """The ready groups with the oldest tokens, filled up with groups left out; the rest of these is gone."""
+        wanted = self._config.rollout.prompts_per_step
+        ready = sorted((held for held in self._groups if held.is_ready), key=lambda held: held.oldest_version)[:wanted]
+        left_out = [held for held in self._groups if held.is_left_out]
+        fill = left_out[: wanted - len(ready)]
+        taken = {id(held) for held in (*ready, *fill)}
+        self._taken = step, [held for held in self._groups if id(held) in taken]
+        groups = [held.group for held in self._taken[1]]
+        self._groups = [held for held in self._groups if id(held) not in taken and not held.is_left_out]
+        self._counts["groups_dropped"], self._counts["groups_filled"] = len(left_out), len(fill)
+        counts = self._counts_of(groups)
+        self._counts.clear()
+        return Rollouts(groups, counts)
+
+    def _counts_of(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The step's metrics. Raises RuntimeError, the last line of defence, for a token that is too old."""
+        rollout, version = self._config.rollout, self._engine.weight_version
+        samples = [sample for group in groups for sample in group.samples]
+        tokens = sum(len(sample.response_ids) for sample in samples)
+        ages = sum(sum(version - token for token in sample.token_versions()) for sample in samples)
+        oldest = version - min(oldest_version(sample) for sample in samples)
+        if oldest > rollout.max_staleness:
+            raise RuntimeError(f"a token is {oldest} weight syncs old, more than rollout.max_staleness={rollout.max_staleness}")
+        names = ["groups_asked", "groups_dropped", "groups_filled"] if rollout.dynamic_sampling else []
+        counts: dict[str, float] = {name: self._counts[name] for name in names}
+        if rollout.max_staleness:
+            counts |= {"staleness_mean": ages / max(tokens, 1), "staleness_max": oldest}
+            counts |= {"groups_redone": self._counts["groups_redone"], "groups_in_hand": len(self._groups)}
+        if rollout.partial:
+            counts["samples_continued"] = sum(bool(sample.weight_versions) for sample in samples)
+        return counts

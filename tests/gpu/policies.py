@@ -1,0 +1,61 @@
+"""Policies of the GPU tests: a small Qwen3 whose sizes are all distinct, odd in its vocabulary, and fit FP8's blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from etr_megatron import platform
+from etr_megatron.config import load_config, resolve
+
+VOCAB = 1003
+
+
+def write_qwen3(path: Path, *, tied: bool = False) -> str:
+    """A HuggingFace checkpoint whose weights bf16 holds exactly."""
+    torch.manual_seed(11)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=384,
+        intermediate_size=640,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-6,
+        initializer_range=0.05,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.copy_(parameter.bfloat16())
+    model.save_pretrained(path)
+    return str(path)
+
+
+def sequences(count: int = 9, longest: int = 150) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) of many lengths, the last with a single response token."""
+    generator = torch.Generator().manual_seed(2)
+
+    def tokens(size: int) -> list[int]:
+        return torch.randint(0, VOCAB, (size,), generator=generator).tolist()
+
+    sizes = torch.randint(1, longest, (count, 2), generator=generator).tolist()
+    return [*((tokens(a), tokens(b)) for a, b in sizes[:-1]), (tokens(sizes[-1][0]), tokens(1))]
+
+
+def build(model: str, *overrides: str) -> Any:
+    """A policy in bf16 on this platform; needs torch.distributed's world."""
+    from etr_megatron.policy import Policy, configured_layout
+    from etr_megatron.weights import read_architecture
+
+    settings = [f"model.path={model}", "parallel.tp=1", "model.dtype=bfloat16", *overrides]
+    config = resolve(load_config(None, settings), 1, cuda=platform.uses_cuda())
+    return Policy(read_architecture(model), model, config, configured_layout(config))

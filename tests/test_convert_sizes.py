@@ -1,0 +1,66 @@
+"""tools/convert_hf.py: logits of every family, and memory that the model's size does not decide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from etr_megatron.convert import Ranks, to_megatron
+from etr_megatron.weights import read_architecture, weights_of
+from tests.gang import ROOT
+from tests.hf_models import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_compares_the_logits_of_every_family_and_sees_another_weight(gangs, hf_models, tmp_path, family):
+    hf, spoilt = Path(hf_models[family]), tmp_path / "spoilt"
+    to_megatron(hf, tmp_path / "megatron", Ranks())
+
+    def found(model: Path) -> tuple:
+        return gangs(1).run("tests.convert_jobs:verified", hf=str(model), megatron=str(tmp_path / "megatron"))[0]
+
+    differing, (gap, largest), same = found(hf)
+    assert differing == [] and same and gap <= 1e-5 * max(1.0, largest)
+    spoilt.mkdir()
+    (spoilt / "config.json").write_text((hf / "config.json").read_text())
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    differing, (gap, largest), same = found(spoilt)
+    assert differing == ["model.norm.weight"] and not same and gap > 1e-3 * largest
+
+
+def write_wide_model(path: Path) -> int:
+    """A Llama of zeros in fp32; the bytes of its tensors."""
+    path.mkdir()
+    sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7)
+    heads = dict(num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True)
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], **sizes, **heads, dtype="float32").to_dict()
+    (path / "config.json").write_text(json.dumps(config))
+    weights = list(weights_of(read_architecture(path)))
+    tensors = {name: torch.zeros(shape) for w in weights for name, shape in zip(w.hf, w.shapes, strict=True)}
+    save_file(tensors, path / "model.safetensors")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]], ids=["copied", "cast"])
+def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
+    """178 MB in tensors of 6 MB at most, there and back in processes of their own."""
+    assert write_wide_model(tmp_path / "hf") > 175e6
+
+    def grown(*argv: str) -> int:
+        command = [sys.executable, "-m", "tests.convert_jobs", "memory", *argv, *dtype]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.splitlines()[-1])
+
+    there = grown("to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "megatron"))
+    back = grown("to-hf", "--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"))
+    assert max(there, back) < 70e6, (there, back)

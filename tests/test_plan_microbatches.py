@@ -1,0 +1,122 @@
+"""The microbatch plan: its invariants, and its balance against the exact optimum by brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etr_megatron.policy.plan import plan_microbatches, sequence_flops
+from etr_megatron.weights import read_architecture
+
+
+def cost(length: int) -> int:
+    """A quadratic part that is as large as the linear one at 40 tokens."""
+    return 40 * length + length * length
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
+    dp=st.integers(1, 5),
+    budget=st.integers(20, 200),
+    multiple=st.integers(1, 4),
+)
+def test_every_sample_once_the_budget_kept_and_as_many_microbatches_on_every_rank(lengths, dp, budget, multiple):
+    costs = [cost(n) for n in lengths]
+    plan = plan_microbatches(lengths, dp=dp, token_budget=budget, costs=costs, multiple=multiple)
+    assert len(plan) == dp
+    (count,) = {len(rank) for rank in plan}
+    assert count % multiple == 0
+    placed = [sample for rank in plan for micro in rank for sample in micro]
+    assert sorted(placed) == list(range(len(lengths)))
+    for micro in (micro for rank in plan for micro in rank):
+        assert len(micro) == 1 or sum(lengths[i] for i in micro) <= budget
+    assert plan == plan_microbatches(lengths, dp=dp, token_budget=budget, costs=costs, multiple=multiple)
+
+
+def optimum(costs: list[int], parts: int, lengths: list[int] | None = None, budget: int = 0) -> float:
+    """The cheapest costliest part over all ways to put the items into parts; infinite where none keeps the budget.
+
+    A table over subsets: of all ways to fill the first parts with a subset only the best matters.
+    """
+    subsets = range(1 << len(costs))
+    price = [sum(c for i, c in enumerate(costs) if some >> i & 1) for some in subsets]
+    if lengths is not None:
+        for some in subsets:
+            if some.bit_count() > 1 and sum(n for i, n in enumerate(lengths) if some >> i & 1) > budget:
+                price[some] = float("inf")
+    best = list(price)
+    for _ in range(parts - 1):
+        found = []
+        for some in subsets:
+            least, part = float("inf"), some
+            while True:
+                least = min(least, max(price[part], best[some ^ part]))
+                if part == 0:
+                    break
+                part = (part - 1) & some
+            found.append(least)
+        best = found
+    return best[-1]
+
+
+HARD = [
+    ([83, 97, 98, 61, 74, 92, 80], 3, 274),
+    ([118, 96, 106, 82, 116, 67, 65, 82, 69, 71], 3, 231),
+    ([71, 86, 80, 72, 74, 91, 82], 2, 303),
+    ([98, 94, 106, 79, 60, 108, 101, 67, 107, 68, 90, 90], 2, 270),
+]
+"""Where the longest first, into the cheapest part, is a tenth off or needs a microbatch more."""
+
+
+def instances(count: int) -> list[tuple[list[int], int, int]]:
+    """(lengths, dp, token budget): up to 12 samples, some far longer than others."""
+    generator = torch.Generator().manual_seed(7)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    def length() -> int:
+        return number(100, 400) if number(0, 4) == 0 else number(1, 100)
+
+    sizes = [8, 9, 10, 11, 12] * count
+    return [([length() for _ in range(sizes[i])], number(1, 5), number(150, 500)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("lengths", "dp", "budget"), [*instances(10), *HARD])
+def test_ranks_and_microbatches_are_within_five_percent_of_the_exact_optimum(lengths, dp, budget):
+    costs = [cost(n) for n in lengths]
+    plan = plan_microbatches(lengths, dp=dp, token_budget=budget, costs=costs)
+
+    def total(samples) -> int:
+        return sum(costs[i] for i in samples)
+
+    assert max(total(itertools.chain(*rank)) for rank in plan) <= 1.05 * optimum(costs, dp)
+    fewer = []
+    for rank in plan:
+        own = sorted(itertools.chain(*rank))
+        problem = [costs[i] for i in own], [lengths[i] for i in own]
+        assert max(map(total, rank)) <= 1.05 * optimum(problem[0], len(rank), problem[1], budget)
+        fewer.append(optimum(problem[0], len(rank) - 1, problem[1], budget) if len(rank) > 1 else float("inf"))
+    # One rank at least could not do with one microbatch less.
+    assert max(fewer) == float("inf")
+
+
+def test_attention_makes_a_long_sequence_costlier_than_short_ones_of_as_many_tokens(hf_models):
+    arch = read_architecture(hf_models["qwen3"])
+    long, short = sequence_flops(arch, 96, 0), 4 * sequence_flops(arch, 24, 0)
+    # Causal attention: two products of 2 n (n + 1) / 2 heads x width each, for 96 tokens and for four times 24.
+    assert long - short == arch.layers * 2 * arch.heads * arch.head_dim * (96 * 97 - 4 * 24 * 25)
+
+
+def test_flops_are_those_of_the_parameters_that_a_token_meets(hf_models):
+    for family in ("qwen3", "qwen3_moe_dense"):
+        arch = read_architecture(hf_models[family])
+        # By hand: q, k, v and o of 4, 2, 2 and 4 heads of 16, the gated MLP of 80, three of six experts of 28 and their router.
+        attention, dense, experts = 48 * 16 * 12, 3 * 48 * 80, 3 * 3 * 48 * 28 + 6 * 48
+        layers = 4 * attention + (4 * dense if family == "qwen3" else 3 * dense + experts)
+        assert sequence_flops(arch, 1, 1) == 2 * layers + 4 * 4 * 4 * 16 + 2 * 48 * 301

@@ -1,0 +1,135 @@
+"""Bytes: what each setting changes, and the schedules' passes in flight against a simulation."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron.config import load_config
+from etr_megatron.planner import Plan, make_plan, suggestions
+from etr_megatron.planner.activations import Split, passes_in_flight, saved_by_layer, stage_activations
+from etr_megatron.planner.architecture import MODELS
+from etr_megatron.weights import TrainingLayout, read_architecture
+
+QWEN_32B = MODELS.parent / "qwen3_32b_32gpu.yaml"
+GIB = 2**30
+
+
+def plan(*overrides: str, gpus: int = 32, gpu_memory: float = 80.0) -> Plan:
+    return make_plan(load_config(QWEN_32B, overrides), gpus, gpu_memory=gpu_memory)
+
+
+def peak_of_1f1b(stages: int, stage: int, microbatches: int) -> int:
+    """Forward passes first, one for every stage behind; then one forward, one backward; then the rest backward."""
+    warmup = min(stages - stage - 1, microbatches)
+    order = ["F"] * warmup + ["F", "B"] * (microbatches - warmup) + ["B"] * warmup
+    held, peak = 0, 0
+    for kind in order:
+        held += 1 if kind == "F" else -1
+        peak = max(peak, held)
+    assert held == 0
+    return peak
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 5])
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 7])
+def test_passes_in_flight_are_those_of_the_schedule(stages: int, microbatches: int) -> None:
+    for stage in range(stages):
+        expected = peak_of_1f1b(stages, stage, microbatches)
+        assert passes_in_flight(TrainingLayout(pp=stages), stage, microbatches) == expected
+
+
+def test_the_interleaved_schedule_holds_chunks_for_the_stages_behind_and_all_chunks_but_the_last() -> None:
+    layout = TrainingLayout(pp=4, vpp=2)
+    assert [passes_in_flight(layout, stage, 100) for stage in range(4)] == [11, 9, 7, 5]
+    assert passes_in_flight(layout, 0, 3) == 6  # there are no more
+
+
+def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
+    plain, interleaved = plan(), plan("parallel.vpp=2")
+    # Stage 0 of 4: 11 passes of 8 layers, where it held 4 of 16, beside half a layer that goes backward.
+    layers = (plain.ranks[0].activations / (4 * 16 + 0.5), interleaved.ranks[0].activations / (11 * 8 + 0.5))
+    assert layers[1] == pytest.approx(layers[0], rel=1e-4)
+    assert interleaved.time.bubble == pytest.approx(plain.time.bubble / 2)
+
+
+def test_optimizer_state_is_what_the_types_and_the_replicas_say() -> None:
+    shared, own = plan(), plan("train.distributed_optimizer=false", "train.overlap_param_gather=false")
+    for rank, whole in zip(shared.ranks, own.ranks, strict=True):
+        assert (rank.parameters, rank.gradients) == (2 * rank.elements, 4 * rank.elements)
+        assert whole.optimizer == 12 * whole.elements
+        assert rank.optimizer == pytest.approx(whole.optimizer / 2, abs=12)  # two replicas
+    assert {rank.optimizer for rank in plan("train.optimizer_offload=true").ranks} == {0}
+    assert plan("train.grads_dtype=bfloat16").ranks[0].gradients == 2 * shared.ranks[0].elements
+    in_full = plan("model.dtype=float32").ranks[0]
+    assert in_full.parameters == 4 * in_full.elements
+    assert in_full.optimizer == pytest.approx(8 * in_full.elements / 2, abs=12)
+
+
+def test_context_parallel_ranks_share_optimizer_state_too() -> None:
+    without, with_cp = plan(), plan("parallel.cp=2", "parallel.pp=2")
+    assert with_cp.ranks[0].elements > 1.9 * without.ranks[0].elements
+    assert with_cp.ranks[0].optimizer == pytest.approx(12 * with_cp.ranks[0].elements / 4, abs=12)
+
+
+def test_a_reference_model_is_a_second_set_of_weights() -> None:
+    assert plan().ranks[0].reference == 0
+    assert plan("objective.kl_coef=0.01").ranks[0].reference == plan().ranks[0].parameters
+
+
+def test_a_layers_saved_bytes_are_its_tensors() -> None:
+    arch = read_architecture(MODELS / "Qwen3-8B")
+    tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288
+    # norm in and out twice; q and k before their norms; q, k, v; attention's output; gate, up and their product: bfloat16.
+    tensors = 4 * hidden + (q + kv) + (q + 2 * kv) + q + 3 * mlp
+    expected = 2 * tokens * tensors + 4 * tokens * 32
+    assert saved_by_layer(arch, 0, Split(tokens, 1, False, 2), 1) == expected
+    cut = 2 * tokens * (4 * hidden // 2 + (tensors - 4 * hidden) // 2) + 4 * tokens * 16
+    assert saved_by_layer(arch, 0, Split(tokens, 2, True, 2), 2) == cut
+
+
+def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
+    arch = read_architecture(MODELS / "Qwen3-8B")
+    layout, split = TrainingLayout(tp=2, pp=2, dp=1), Split(1000, 2, True, 2)
+    saved = saved_by_layer(arch, 0, split, 2)
+    inputs = 2 * 18 * 500 * 4096 * 2  # two microbatches in flight, 18 layers, tokens over TP
+    assert stage_activations(arch, layout, 0, split, 8, "full") == inputs + saved + saved // 2
+    assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + saved // 2
+
+
+def test_only_the_last_stage_has_the_head_and_servers_are_counted_where_they_share_the_gpus() -> None:
+    shared = plan()
+    assert [rank.head > 0 for rank in shared.ranks] == [False] * 24 + [True] * 8
+    assert {rank.server for rank in shared.ranks} == {40 * GIB}
+    apart = plan("sglang.placement=dedicated", "sglang.servers=1", "sglang.sync=broadcast", gpus=64)
+    assert {rank.server for rank in apart.ranks} == {0}
+    assert apart.cluster.ranks == 32
+
+
+def test_the_cache_is_what_the_servers_weights_leave() -> None:
+    server = plan().server
+    arch = read_architecture(MODELS / "Qwen3-32B")
+    assert server.token == 2 * 64 * 2 * 128 * 2  # keys and values, layers, heads of a GPU, width, bytes
+    assert server.cache_tokens == (40 * GIB - server.weights) // server.token
+    assert server.weights == pytest.approx(2 * plan().parameters / 4, rel=2e-3)
+    fp8 = plan("sglang.fp8=true").server
+    embeddings = 2 * arch.vocab_size * arch.hidden_size / 4
+    assert fp8.weights == pytest.approx(server.weights / 2 + embeddings, rel=1e-2)
+
+
+def test_what_does_not_fit_is_told_with_settings_that_help_and_each_does() -> None:
+    config = load_config(QWEN_32B, [])
+    tight = make_plan(config, 32, gpu_memory=48.0)
+    assert not tight.fits
+    advice = suggestions(config, tight, gpu_memory=48.0)
+    assert advice
+    for suggestion in advice:
+        changed = make_plan(load_config(QWEN_32B, [suggestion.setting]), 32, gpu_memory=48.0)
+        assert changed.tightest.peak == suggestion.peak
+        assert changed.tightest.peak < tight.tightest.peak or changed.server_fits
+        assert changed.fits == suggestion.fits
+
+
+def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:
+    full = plan("sglang.mem_fraction=0.15")
+    assert full.server.cache_tokens == 0
+    assert not full.fits

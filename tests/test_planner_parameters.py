@@ -1,0 +1,115 @@
+"""Parameters of the shipped architectures, and of ranks, against transformers and against the layout's arithmetic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from etr_megatron.config import load_config
+from etr_megatron.errors import UserError
+from etr_megatron.planner import make_plan
+from etr_megatron.planner.architecture import MODELS, architecture_of
+from etr_megatron.planner.cluster import divide
+from etr_megatron.planner.parameters import parameters_by_rank, total_parameters
+from etr_megatron.weights import TrainingLayout, padded_vocab_size, read_architecture
+
+CARDS = {
+    "Llama-3.1-8B": 8.03,
+    "Llama-3.1-70B": 70.6,
+    "Qwen2.5-32B": 32.8,
+    "Qwen2.5-Math-7B": 7.62,
+    "Qwen3-8B": 8.19,
+    "Qwen3-30B-A3B": 30.5,
+    "Qwen3-32B": 32.8,
+}
+"""Billions of parameters, as the hub shows them beside the model cards."""
+
+
+def test_every_shipped_architecture_has_a_published_size() -> None:
+    assert {folder.name for folder in MODELS.iterdir()} == set(CARDS)
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_a_shipped_architecture_has_the_parameters_that_transformers_builds_and_its_card_says(name: str) -> None:
+    total = total_parameters(read_architecture(MODELS / name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / name))
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+    assert abs(total / 1e9 - CARDS[name]) < 0.06
+
+
+def test_ranks_hold_the_checkpoint_once_per_replica_and_the_padding() -> None:
+    arch = read_architecture(MODELS / "Qwen3-32B")
+    layout = TrainingLayout(tp=4, pp=4, dp=2)
+    held = parameters_by_rank(arch, layout)
+    padding = 2 * (padded_vocab_size(arch.vocab_size, 4) - arch.vocab_size) * arch.hidden_size
+    # Norms are on every tensor-parallel rank.
+    norms = arch.layers * 2 * (arch.hidden_size + arch.head_dim) + arch.hidden_size
+    assert sum(rank.total for rank in held) == 2 * (total_parameters(arch) + padding + 3 * norms)
+    assert len({rank.total for rank in held[:8]}) == 1  # a stage's ranks are alike
+
+
+def test_experts_are_counted_apart_and_once_per_expert_replica() -> None:
+    arch = read_architecture(MODELS / "Qwen3-30B-A3B")
+    held = parameters_by_rank(arch, TrainingLayout(tp=2, pp=1, dp=16, ep=8, etp=1))
+    of_all = 48 * 128 * 3 * 2048 * 768
+    assert {rank.expert for rank in held} == {of_all // 8}
+    assert sum(rank.expert for rank in held) == 4 * of_all
+
+
+def test_importing_the_planner_does_not_import_torch() -> None:
+    code = "import sys, etr_megatron.planner; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_that_is_not_there_and_not_shipped_is_named() -> None:
+    with pytest.raises(UserError, match=r"no config\.json of a model Nobody-1B is shipped"):
+        architecture_of(load_config(None, ["model.path=models/Nobody-1B"]))
+
+
+def test_the_tiny_policy_is_planned_as_it_is_made() -> None:
+    plan = make_plan(load_config(None, []), 2, gpu_memory=8)
+    layer = 64 * (4 + 2 * 2 + 4) * 24 + 3 * 64 * 192 + 2 * 64 + 2 * 24
+    assert plan.parameters == 3 * layer + 64 + 2 * 320 * 64
+
+
+def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
+    keys = ["rollout.backend=sglang", "sglang.tp=2", "sglang.servers=1"]
+    dedicated = divide(load_config(None, [*keys, "sglang.nodes=every"]), gpus=16)
+    assert (dedicated.ranks, dedicated.servers, dedicated.ranks_per_node) == (12, 2, 6)
+    assert divide(load_config(None, keys), gpus=16).ranks == 14
+    shared = divide(load_config(None, [*keys, "sglang.placement=colocated", "sglang.nodes=every"]), gpus=16)
+    assert (shared.ranks, shared.servers) == (16, 2)
+    assert divide(load_config(None, ["rollout.backend=sglang", "sglang.urls=[http://a:1]"]), gpus=16).ranks == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "told"),
+    [
+        (["sglang.tp=8", "sglang.servers=2"], 8, "take 16 GPUs of a node that has 8"),
+        (["sglang.tp=8"], 8, "leave none to train on"),
+        ([], 12, "is no multiple of the 8 GPUs of a node"),
+    ],
+)
+def test_servers_that_cannot_be_placed_are_refused(overrides: list[str], gpus: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        divide(load_config(None, ["rollout.backend=sglang", *overrides]), gpus)
+
+
+def test_the_parameters_in_json_are_the_checkpoints(tmp_path: Path) -> None:
+    import json
+
+    config = MODELS.parent / "qwen3_8b_8gpu.yaml"
+    tool = Path(__file__).parents[1] / "tools" / "plan.py"
+    found = subprocess.run(
+        [sys.executable, tool, "--config", config, "--gpus", "8", "--json"], check=True, capture_output=True, text=True
+    )
+    told = json.loads(found.stdout)
+    assert told["parameters"] == 8_190_735_360
+    assert len(told["ranks"]) == 8
+    assert told["fits"] is True

@@ -1,0 +1,98 @@
+"""FP8 as far as it goes without a GPU: what is refused, what Megatron and Transformer Engine are told, padding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from etr_megatron.config import Fp8Config, load_config, resolve
+from etr_megatron.errors import UserError
+from etr_megatron.policy import Layout, megatron_weights
+from etr_megatron.policy import fp8 as policy_fp8
+from etr_megatron.policy.model_config import transformer_config
+from etr_megatron.policy.packing import pack
+from etr_megatron.weights import read_architecture
+
+ONE_RANK = Layout(rank=0, world=1, tp=1, tp_rank=0, pp=1, stage=0, dp=1, dp_rank=0, ep=1, ep_rank=0, etp=1, etp_rank=0)
+SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["fp8.recipe=blockwise"], 'fp8.recipe = "blockwise": FP8 needs a GPU and this job runs on CPU; set it to none'),
+        (
+            ["train.optimizer_offload=true", "train.distributed_optimizer=true"],
+            "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set it to false",
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_on_cpu_in_one_sentence(overrides, sentence):
+    config = load_config(None, overrides)
+    assert resolve(config, 1, cuda=True).fp8 == config.fp8
+    with pytest.raises(UserError) as caught:
+        resolve(config, 1, cuda=False)
+    assert [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]] == [sentence]
+
+
+def test_fp8_without_transformer_engine_is_refused_rather_than_trained_in_bf16(monkeypatch):
+    monkeypatch.setattr(policy_fp8.platform, "uses_cuda", lambda: True)
+    monkeypatch.setattr(policy_fp8.importlib.util, "find_spec", lambda name: None)
+    policy_fp8.require_fp8(Fp8Config())
+    with pytest.raises(UserError, match=r"^fp8\.recipe=tensorwise needs Transformer Engine, which is not installed: [^\n]*$"):
+        policy_fp8.require_fp8(Fp8Config(recipe="tensorwise"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number_format", "history"),
+    [("blockwise", "e4m3", 1), ("tensorwise", "hybrid", 1), ("delayed", "hybrid", 1024), ("mxfp8", "e4m3", 1)],
+)
+def test_megatron_is_told_the_recipe(hf_models, recipe, number_format, history):
+    fp8 = Fp8Config(recipe=recipe, param=True, first_last_layers_bf16=recipe != "delayed")
+    arch = read_architecture(hf_models["qwen3"])
+    found = transformer_config(arch, ONE_RANK, sequence_parallel=False, dtype=torch.bfloat16, fp8=fp8)
+    assert (found.fp8, found.fp8_recipe, found.fp8_amax_history_len) == (number_format, recipe, history)
+    assert found.fp8_param and found.first_last_layers_bf16 == (recipe != "delayed")
+    plain = transformer_config(arch, ONE_RANK, sequence_parallel=False, dtype=torch.bfloat16, fp8=Fp8Config())
+    assert plain.fp8 is None and not plain.fp8_param
+
+
+@pytest.mark.parametrize(("recipe", "block"), [("none", 1), ("blockwise", 128), ("mxfp8", 32), ("delayed", 16)])
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (4, 1), (2, 2)])
+def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel_regions(recipe, block, tp, cp):
+    multiple = policy_fp8.token_multiple(Fp8Config(recipe=recipe), tp, sequence_parallel=tp > 1)
+    for numbers in ([0, 1], [0], []):
+        batch = pack(SEQUENCES, numbers, multiple=multiple, device=torch.device("cpu"), cp=cp, cp_rank=cp - 1)
+        assert batch.tokens.shape[1] % (tp * block) == 0
+        # A sequence of its own: none of the real ones is stretched.
+        real = len(numbers)
+        assert len(batch.offsets) - 1 - real in (0, 1)
+        assert batch.offsets[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
+
+
+def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imported(tmp_path):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    seen = tmp_path / "seen"
+    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    package.joinpath("__init__.py").write_text(
+        f"import os, pathlib\npathlib.Path({str(seen)!r}).write_text(os.environ.get({name!r}, '-'))\nraise SystemExit\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env.pop(name, None)
+    subprocess.run([sys.executable, "-c", "import etr_megatron.policy"], env=env, check=True, capture_output=True, timeout=120)
+    assert seen.read_text() == "1"
+
+
+def test_the_optimizer_does_not_start_from_what_weights_held_in_fp8_were_made_with(monkeypatch):
+    chunk, cleared = torch.nn.Linear(2, 3), []
+    chunk.weight.clear_high_precision_init_val = lambda: cleared.append("weight")
+    monkeypatch.setattr(megatron_weights, "is_torch_dist", lambda directory: False)
+    monkeypatch.setattr(megatron_weights, "SafetensorsDir", lambda directory: None)
+    monkeypatch.setattr(megatron_weights, "load_hf_weights", lambda chunks, checkpoint: cleared.append("loaded"))
+    megatron_weights.load_weights([chunk], "somewhere")
+    assert cleared == ["loaded", "weight"]

@@ -1,0 +1,79 @@
+"""Loss, gradients and updated weights in layouts with model chunks, uneven stages and context parallelism."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hf_models import random_sequences
+from tests.test_policy_training import BASE, assert_same_run
+
+VPP2 = ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]
+CP2 = ["parallel.tp=1", "parallel.cp=2"]
+CP2_TP2 = ["parallel.cp=2", "parallel.tp=2", "parallel.sequence_parallel=true"]
+CP2_PP2 = [*CP2, "parallel.pp=2"]
+SMALL, OVERLAP, SHARDED = "train.tokens_per_microbatch=64", "train.overlap_grad_reduce=true", "train.distributed_optimizer=true"
+
+CHUNKS = {
+    "pp2_vpp2": (2, [*VPP2, SMALL]),
+    "pp2_vpp2_one_microbatch": (2, VPP2),
+    "pp2_vpp2_dp2_overlapped": (4, [*VPP2, SMALL, OVERLAP]),
+    "pp2_vpp2_dp2_distributed_optimizer": (4, [*VPP2, SHARDED]),
+    "pp2_vpp2_tp2_full_recompute": (
+        4,
+        [*VPP2, SMALL, "parallel.tp=2", "parallel.sequence_parallel=true", "train.recompute=full"],
+    ),
+    "pp2_one_layer_first": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1", SMALL]),
+    "pp3_uneven": (
+        3,
+        ["parallel.tp=1", "parallel.pp=3", "parallel.first_stage_layers=1", "parallel.last_stage_layers=1", SMALL],
+    ),
+}
+CONTEXT = {
+    "cp2": (2, [*CP2, SMALL]),
+    "cp2_one_microbatch": (2, CP2),
+    "cp2_tp2_sp": (4, [*CP2_TP2, SMALL]),
+    "cp2_pp2": (4, [*CP2_PP2, SMALL]),
+    "cp2_dp2_overlapped_distributed_optimizer": (4, [*CP2, SMALL, OVERLAP, SHARDED]),
+    "cp2_recompute": (2, [*CP2, "train.recompute=selective"]),
+    "cp4": (4, ["parallel.tp=1", "parallel.cp=4"]),
+}
+MIXTURES = {
+    "pp2_vpp2_ep2": (4, [*VPP2, "parallel.ep=2", SMALL]),
+    "cp2_ep2": (2, [*CP2, "parallel.ep=2", SMALL]),
+    "cp2_pp2_ep2": (4, [*CP2_PP2, "parallel.ep=2", SMALL]),
+    "cp2_tp2_sp_ep2_etp1": (4, [*CP2_TP2, "parallel.ep=2", "parallel.etp=1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def single(gangs, hf_models):
+    """The run of a family in one process and one microbatch."""
+    done = {}
+
+    def get(family: str, *extra: str) -> dict:
+        if (family, extra) not in done:
+            (done[family, extra],) = run(gangs, hf_models[family], 1, ["parallel.tp=1", *extra])
+        return done[family, extra]
+
+    return get
+
+
+def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
+    # Uneven lengths and 7 samples: ranks get different numbers of tokens, and no count that stages, chunks or ranks divide.
+    return gangs(world).run("tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides])
+
+
+@pytest.mark.parametrize("layout", [*CHUNKS, *CONTEXT])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models, single, family, layout):
+    world, overrides = {**CHUNKS, **CONTEXT}[layout]
+    for found in run(gangs, hf_models[family], world, overrides):
+        assert_same_run(found, single(family))
+
+
+@pytest.mark.parametrize("layout", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
+    world, overrides = MIXTURES[layout]
+    for found in run(gangs, hf_models[family], world, overrides):
+        assert_same_run(found, single(family))

@@ -1,0 +1,80 @@
+"""Whole runs with generation beside training, against processes that speak SGLang's protocol (tests/fake_sglang.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron.rollout.record import group_from_json, read_record
+from tests.runs import wait_for
+from tests.test_sglang_gone import server
+
+pytestmark = pytest.mark.slow
+
+
+def options(name: str, url: str, *more: str) -> list[str]:
+    return [
+        f"run.name={name}",
+        "run.steps=6",
+        "checkpoint.every=1",
+        "eval.every=0",
+        "rollout.backend=sglang",
+        "rollout.max_logprob_gap=100",  # the servers' log-probs are made up
+        "rollout.record=true",
+        f"sglang.urls=[{url}]",
+        "sglang.update_timeout_s=20",
+        "sglang.probe_every=0",
+        *more,
+    ]
+
+
+def groups_of(runs, name: str) -> list[tuple[int, list]]:
+    folder = runs.directory(name) / "recorded"
+    return [(step, [group_from_json(one) for one in read_record(folder, step)[0]]) for step in range(1, 7)]
+
+
+def assert_whole(steps: list[tuple[int, list]], most: int) -> set[int]:
+    """No group twice, every response one unbroken chain of 24 tokens, no token older than `most`; the ages that there were."""
+    ids, ages = set(), set()
+    for step, groups in steps:
+        assert len(groups) == 6
+        for group in groups:
+            assert group.id not in ids and len(group.samples) == 4
+            ids.add(group.id)
+            for sample in group.samples:
+                last = group.problem.prompt_ids[-1]
+                assert sample.response_ids == [(last + 1 + i) % 97 for i in range(24)]
+                assert len(sample.rollout_logprobs) == 24 and sample.finish_reason == "length"
+                ages |= {step - 1 - version for version in sample.token_versions()}
+    assert max(ages) <= most and min(ages) >= 0
+    return ages
+
+
+def test_one_step_off_every_step_but_the_first_was_generated_while_another_trained(runs):
+    with server(tokens_per_s=200) as url:
+        code, printed = runs.finish(*options("ahead", url, "rollout.max_staleness=1"))
+    assert code == 0, printed
+    steps = groups_of(runs, "ahead")
+    assert_whole(steps, 1)
+    rows = runs.rows("ahead")
+    assert [row["staleness_max"] for row in rows] == [0, 1, 1, 1, 1, 1]
+    assert all(group.id.endswith(f"@{step}") for step, groups in steps for group in groups)
+
+
+def test_partial_rollouts_killed_and_resumed_lose_nothing_and_repeat_nothing(runs):
+    partial = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=1.5")
+    # Prompts of one kind take 24 tokens / 60 a second, those of the other 4 s: longer than a step.
+    with server(tokens_per_s=60, odd_tokens_per_s=6) as url:
+        process = runs.start(*options("killed", url, *partial))
+        wait_for(lambda: len(runs.rows("killed")) >= 3, deadline_s=200)
+        process.kill()
+        process.communicate()
+        code, printed = runs.finish(*options("killed", url, *partial))
+    assert code == 0, printed
+    steps = groups_of(runs, "killed")
+    ages = assert_whole(steps, 4)
+    assert len(ages) > 1
+    rows = runs.rows("killed")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert sum(row["samples_continued"] for row in rows) > 0
+    continued = [sample for _, groups in steps for group in groups for sample in group.samples if sample.weight_versions]
+    assert len(continued) == sum(row["samples_continued"] for row in rows)

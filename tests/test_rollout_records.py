@@ -1,0 +1,95 @@
+"""Steps from disk: a recorded run is trained again without an engine, or looked at; rollouts without training."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron.errors import UserError
+from etr_megatron.observe.rollout_view import listing, view
+from etr_megatron.rollout.record import group_from_json, read_record, write_record
+from etr_megatron.types import Group, Problem, Sample
+
+NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
+
+
+def group(name: str = "a") -> Group:
+    samples = [
+        Sample(0, [5, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x €", 1.0, "ok", [3, 4, 4]),
+        Sample(1, [8], [-0.25], "length", 4, "y", 0.0, "timeout"),
+    ]
+    return Group(f"{name}@5", Problem(name, "6 times 7?", "42", [1, 2]), samples)
+
+
+def test_a_recorded_step_comes_back_exactly(tmp_path):
+    write_record(tmp_path / "recorded", 5, [group("a"), group("b")], {"groups_asked": 3}, [[-0.2, -0.3, 0.0], [-0.5]] * 2)
+    found, counts = read_record(tmp_path / "recorded", 5)
+    assert [group_from_json(one) for one in found] == [group("a"), group("b")]
+    assert counts == {"groups_asked": 3}
+    assert found[1]["samples"][0]["old_logprobs"] == [-0.2, -0.3, 0.0]
+
+
+def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="has no recorded steps"):
+        read_record(tmp_path, 1)
+    write_record(tmp_path, 4, [group()], {}, None)
+    with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 1"):
+        read_record(tmp_path, 1)
+    path = tmp_path / "step_000004.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(UserError, match=r"step_000004\.jsonl is not a recorded step"):
+        read_record(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(runs):
+    sampling = ("rollout.dynamic_sampling=true", "rollout.max_oversample=2", "rollout.samples_per_prompt=2")
+    code, printed = runs.finish("run.name=first", "rollout.record=true", *sampling, *NO_EVALUATION)
+    assert code == 0, printed
+    replay = f"rollout.replay={runs.directory('first')}"
+    # Another engine is named, whose servers do not exist.
+    nobody = ("rollout.backend=sglang", "sglang.urls=[http://127.0.0.1:9]")
+    code, printed = runs.finish("run.name=again", replay, *nobody, *sampling, *NO_EVALUATION)
+    assert code == 0, printed
+    rows = runs.rows("first")
+    assert len(rows) == 3 and runs.rows("again") == rows
+    assert all(row["groups_asked"] - row["groups_dropped"] + row["groups_filled"] == 6 for row in rows)
+    assert any(row["groups_dropped"] for row in rows)
+    gaps = [
+        abs(a - b)
+        for one in read_record(runs.directory("first") / "recorded", 2)[0]
+        for sample in one["samples"]
+        for a, b in zip(sample["rollout_logprobs"], sample["old_logprobs"], strict=True)
+    ]
+    assert max(gaps) == pytest.approx(rows[1]["logprob_gap_max"], rel=1e-3)
+    code, printed = runs.finish("run.name=longer", replay, "run.steps=4", "eval.every=0", *sampling)
+    assert code == 2 and "has 3 recorded steps, but not step 4" in printed and "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
+    code, printed = runs.finish("--rollout-only", "run.name=only", *NO_EVALUATION)
+    assert code == 0, printed
+    assert "step 3/3: reward" in printed
+    folder = runs.directory("only")
+    assert runs.rows("only") == [] and not list((folder / "checkpoints").iterdir())
+    assert runs.finish("run.name=trained", "rollout.record=true", *NO_EVALUATION)[0] == 0
+
+    def ids(name: str, step: int) -> list[list[int]]:
+        found, _ = read_record(runs.directory(name) / "recorded", step)
+        return [sample["response_ids"] for one in found for sample in one["samples"]]
+
+    assert ids("only", 1) == ids("trained", 1)
+    assert ids("only", 2) != ids("trained", 2)  # its weights stay those of the start
+
+
+def test_the_view_of_a_rollout_compares_both_log_probs_of_every_token(tmp_path):
+    write_record(tmp_path / "recorded", 5, [group("a")], {}, [[-0.2, -1 / 3, -0.5], [-0.25]])
+    assert listing(tmp_path, 5).splitlines()[1] == "a@5/1  reward 0, 1 tokens, length"
+    shown = view(tmp_path, 5, "a@5/0", lambda ids: [f"<{token}>" for token in ids]).splitlines()
+    assert "log-prob gap  mean 2.0e-01, largest 5.0e-01 at token 2" in shown and "    6 times 7?" in shown
+    assert shown[-3].split() == ["0", "5", "'<5>'", "3", "-0.1000", "-0.2000", "1.0e-01"]
+    assert shown[-1].split()[3] == "4"
+    write_record(tmp_path / "recorded", 6, [group("a")], {}, None)
+    assert "the trainer's log-probs were not recorded" in view(tmp_path, 6, "a@5/1")
+    with pytest.raises(UserError, match="has no sample b@5/0"):
+        view(tmp_path, 5, "b@5/0")

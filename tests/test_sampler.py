@@ -1,0 +1,294 @@
+"""Between the trainer and an engine that draws beside it: which groups a step gets, and how old their tokens are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+
+from etr_megatron.config import Config, load_config
+from etr_megatron.config.schema import RolloutConfig, RunConfig
+from etr_megatron.data import PromptCursor
+from etr_megatron.errors import UserError
+from etr_megatron.reward import Grade
+from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout.engine import Drawn
+from etr_megatron.rollout.sampler import chosen
+from etr_megatron.rollout.streaming import Hand
+from etr_megatron.types import Group, Problem, Sample
+
+
+class Problems(list):
+    fingerprint = "these"
+
+
+def problems(count: int = 40) -> Problems:
+    return Problems(Problem(f"p{number}", f"{number}?", str(number), [number, 7]) for number in range(count))
+
+
+class Engine:
+    """Draws a token of every request at a time; token n of a response is n, its log-prob -n - version / 10.
+
+    beside: tokens that are drawn of each between a step's groups and the weight sync.
+    """
+
+    def __init__(self, lengths=lambda problem, index: 4, beside: int = 0) -> None:
+        self.weight_version, self._lengths, self._under_way, self._beside = 0, lengths, [], beside
+        self.asked, self.is_gone = 0, False
+
+    def submit(self, draws):
+        self.asked += sum(not draw.drawn for draw in draws)
+        self._under_way += [(draw, []) for draw in draws]
+
+    def wait(self):
+        if self.is_gone:
+            raise EngineGoneError("no server is left")
+        finished = []
+        while not finished:
+            finished = self._draw()
+        return finished
+
+    def _draw(self):
+        for draw, drawn in self._under_way:
+            drawn.append(len(draw.drawn) + len(drawn))
+        under_way, self._under_way, found = self._under_way, [], []
+        for draw, drawn in under_way:
+            if len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index):
+                found.append(self._answer(draw, drawn, "stop"))
+            else:
+                self._under_way.append((draw, drawn))
+        return found
+
+    def stop(self, *, abort):
+        found = [one for _ in range(self._beside) for one in self._draw()]
+        while self._under_way and not abort:
+            found += self._draw()
+        found += [self._answer(draw, drawn, "abort") for draw, drawn in self._under_way]
+        self._under_way = []
+        return found
+
+    def _answer(self, draw, drawn, finish):
+        return Drawn(draw.key, drawn, [-n - self.weight_version / 10 for n in drawn], finish, self.weight_version)
+
+
+def grader(flat=()):
+    """Rewards 0 and 1 in turn, as a group's samples come; all 0 for the problems in `flat`."""
+
+    def grade(requests):
+        return [Grade(0.0 if f"p{one.answer}" in flat else float(place % 2), "ok", "") for place, one in enumerate(requests)]
+
+    return grade
+
+
+def timer(_phase):
+    return contextlib.nullcontext()
+
+
+def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, **rollout) -> Hand:
+    settings = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=2, backend="sglang", **rollout)
+    config = Config(run=RunConfig(steps=steps), rollout=settings)
+    cursor = PromptCursor(problems(count), seed=1, shuffle=False)
+    return Hand(config, engine, cursor, lambda ids: " ".join(map(str, ids)), grader(flat))
+
+
+def names(rollouts) -> list[str]:
+    return [group.problem.id for group in rollouts.groups]
+
+
+def sync(hand: Hand, engine: Engine) -> None:
+    hand.pause()
+    engine.weight_version += 1
+    hand.resume()
+
+
+def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
+    """Every group is complete, rewarded, and its tokens are one response without a gap."""
+    for group in rollouts.groups:
+        assert [sample.index for sample in group.samples] == [0, 1]
+        for sample in group.samples:
+            assert sample.response_ids == list(range(lengths(group.problem, sample.index)))
+            versions = sample.token_versions()
+            assert sample.rollout_logprobs == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
+            assert sample.finish_reason == "stop" and sample.reward is not None and sample.text
+
+
+def test_without_staleness_a_step_takes_the_next_prompts_and_nothing_is_left_in_hand():
+    engine = Engine()
+    hand = hand_of(engine)
+    for step, first in ((1, 0), (2, 4)):
+        taken = hand.take(step, timer)
+        assert names(taken) == [f"p{number}" for number in range(first, first + 4)] and taken.counts == {}
+        assert taken.groups[0].id == f"p{first}@{step}"
+        assert_whole(taken)
+        assert hand.state_dict()["in_hand"] == []
+        sync(hand, engine)
+    assert engine.asked == 16
+
+
+def test_flat_groups_are_replaced_by_the_next_prompts_until_enough_are_not():
+    taken = hand_of(Engine(), flat=("p1", "p2", "p4"), dynamic_sampling=True, max_oversample=2).take(1, timer)
+    assert names(taken) == ["p0", "p3", "p5", "p6"]
+    assert taken.counts == {"groups_asked": 7, "groups_dropped": 3, "groups_filled": 0}
+
+
+def test_at_the_limit_a_step_is_filled_with_flat_groups():
+    flat = [f"p{number}" for number in range(40) if number != 3]
+    hand = hand_of(Engine(), flat=flat, dynamic_sampling=True, max_oversample=1.5)
+    taken = hand.take(1, timer)
+    assert names(taken) == ["p0", "p1", "p2", "p3"]
+    assert taken.counts == {"groups_asked": 6, "groups_dropped": 5, "groups_filled": 3}
+    assert names(hand.take(2, timer)) == ["p6", "p7", "p8", "p9"]
+
+
+def test_rounds_choose_what_a_stream_chooses():
+    def group(number: int, flat: bool) -> Group:
+        samples = [Sample(i, [1], [0.0], "stop", 0, reward=0.0 if flat else float(i)) for i in range(2)]
+        return Group(str(number), Problem(str(number), "", ""), samples)
+
+    asked = [group(number, number in (1, 2, 4)) for number in range(7)]
+    assert [one.id for one in chosen(asked, 4, dynamic=True).groups] == ["0", "3", "5", "6"]
+    filled = chosen(asked[:5], 4, dynamic=True)
+    assert [one.id for one in filled.groups] == ["0", "1", "2", "3"]
+    assert filled.counts == {"groups_asked": 5, "groups_dropped": 3, "groups_filled": 2}
+
+
+def test_prompts_asked_for_again_within_a_step_are_others_even_at_the_end_of_an_epoch():
+    cursor = PromptCursor(problems(10), seed=3, shuffle=True)
+    cursor.next(7)
+    had: list[str] = []
+    for count in (2, 3, 4):
+        had += [problem.id for problem in cursor.next(count, after=had)]
+    assert len(set(had)) == 9
+    with pytest.raises(UserError, match="asks for 11 prompts"):
+        cursor.next(2, after=had)
+
+
+def test_with_staleness_1_a_step_is_generated_while_the_one_before_trains_and_no_token_is_older():
+    engine = Engine()
+    hand = hand_of(engine, steps=4, max_staleness=1)
+    ages = []
+    for step in range(1, 5):
+        taken = hand.take(step, timer)
+        assert_whole(taken)
+        assert names(taken) == [f"p{number}" for number in range(4 * step - 4, 4 * step)]
+        assert engine.asked == 8 * min(step + 1, 4)  # the next step's are under way, and none for a step that is not
+        ages.append((taken.counts["staleness_mean"], taken.counts["staleness_max"]))
+        sync(hand, engine)
+    assert ages == [(0, 0), (1, 1), (1, 1), (1, 1)]
+
+
+def long_p1(problem: Problem, index: int) -> int:
+    return 30 if problem.id == "p1" and index else 4
+
+
+def rather_long_p1(problem: Problem, index: int) -> int:
+    return 10 if problem.id == "p1" and index else 4
+
+
+def test_partial_rollouts_do_not_wait_for_the_slowest_and_go_on_with_their_tokens():
+    engine = Engine(rather_long_p1, beside=2)
+    hand = hand_of(engine, partial=True, max_oversample=1.5, max_staleness=3)
+    found = {}
+    for step in range(1, 9):
+        taken = hand.take(step, timer)
+        assert len(taken.groups) == 4
+        assert_whole(taken, rather_long_p1)
+        for group in taken.groups:
+            assert group.id not in found
+            found[group.id] = group
+        if step == 1:
+            assert "p1" not in names(taken)
+        sync(hand, engine)
+    late = next(group for group in found.values() if group.problem.id == "p1").samples[1]
+    assert len(set(late.weight_versions)) > 2 and late.weight_versions == sorted(late.weight_versions)
+    assert late.weight_version == late.weight_versions[-1]
+
+
+def test_tokens_that_would_be_too_old_are_drawn_anew_and_then_waited_for():
+    engine = Engine(long_p1)
+    hand = hand_of(engine, partial=True, max_oversample=1.5, max_staleness=1)
+    redone = []
+    for step in range(1, 9):
+        taken = hand.take(step, timer)
+        assert_whole(taken, long_p1)
+        assert taken.counts["staleness_max"] <= 1
+        redone.append(taken.counts["groups_redone"])
+        if "p1" in names(taken):
+            assert sum(redone) >= 1
+            return
+        sync(hand, engine)
+    raise AssertionError("the long response was never trained on")
+
+
+@pytest.mark.parametrize("options", [{"max_staleness": 1}, {"max_staleness": 3, "partial": True}], ids=["ahead", "partial"])
+def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
+    def run(cut: int | None) -> list:
+        engine = Engine(long_p1)
+        hand, found = hand_of(engine, flat=("p2", "p9"), dynamic_sampling=True, **options), []
+        for step in range(1, 7):
+            taken = hand.take(step, timer)
+            found.append([(group.id, [sample.token_versions() for sample in group.samples]) for group in taken.groups])
+            hand.pause()
+            engine.weight_version += 1
+            if step == cut:
+                saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+                version = engine.weight_version
+                engine = Engine(long_p1)
+                engine.weight_version = version
+                hand = hand_of(engine, flat=("p2", "p9"), dynamic_sampling=True, **options)
+                hand._cursor.load_state_dict(saved["cursor"])
+                hand.load_state_dict(saved)
+            hand.resume()
+        return found
+
+    assert run(3) == run(None)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])
+def test_a_step_that_was_taken_and_not_trained_on_is_taken_again(options):
+    hand = hand_of(Engine(), **options)
+    first = hand.take(1, timer)
+    hand.put_back(2)
+    hand.put_back(1)
+    saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+    again = hand_of(Engine(), **options)
+    again._cursor.load_state_dict(saved["cursor"])
+    again.load_state_dict(saved)
+    again.resume()
+    assert again.take(1, timer).groups == first.groups
+    assert names(again.take(2, timer)) == ["p4", "p5", "p6", "p7"]
+
+
+def test_when_the_engine_is_gone_all_is_still_in_hand():
+    engine = Engine(lambda problem, index: 4 if problem.id == "p0" else 9)
+    hand = hand_of(engine)
+    hand._ask(1, 4)
+    hand._accept(engine.wait())
+    engine.is_gone = True
+    with pytest.raises(EngineGoneError):
+        hand.take(1, timer)
+    saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+    new = Engine(lambda problem, index: 4 if problem.id == "p0" else 9)
+    again = hand_of(new)
+    again._cursor.load_state_dict(saved["cursor"])
+    again.load_state_dict(saved)
+    again.resume()
+    assert names(again.take(1, timer)) == ["p0", "p1", "p2", "p3"]
+    assert new.asked == 6  # p0 was complete
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
+        (["rollout.partial=true", "rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
+        (["rollout.backend=sglang", "rollout.partial=true"], "set max_staleness to at least 1"),
+        (["rollout.max_oversample=0.9"], "must be at least 1"),
+        (["rollout.replay=runs/first"], "there is no engine to evaluate with"),
+        (["rollout.replay=runs/first", "rollout.only=true", "eval.every=0"], "leave out one of them"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_config(None, overrides)

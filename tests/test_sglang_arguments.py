@@ -1,0 +1,170 @@
+"""Arguments of servers: by name against what the server itself says, and what the job makes of its own settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import Config, SglangConfig, validate
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.arguments import check_arguments, known_arguments
+from etr_megatron.rollout.sglang.commands import LOADER, server_command
+from etr_megatron.rollout.sglang.places import own_address_of
+
+HELP = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--attention-backend", "--backend", choices=["a", "b"], help="see --not-an-argument, there is none")
+parser.add_argument("--x", help="short enough to be explained on its line, unlike --neither-is-this")
+parser.parse_args()
+"""
+LAUNCH = ("-c", HELP)
+
+
+def with_arguments(*arguments: str, **settings) -> SglangConfig:
+    return SglangConfig(python=sys.executable, launch=LAUNCH, arguments=arguments, **settings)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    known_arguments.cache_clear()
+
+
+def test_the_names_are_those_that_the_server_says():
+    assert known_arguments(sys.executable, LAUNCH) == {"--help", "--attention-backend", "--backend", "--x"}
+
+
+def test_an_unknown_argument_is_refused_with_the_closest_name():
+    check_arguments(with_arguments("--attention-backend", "a", "--x=--anything"))
+    with pytest.raises(
+        UserError, match=r"sglang\.arguments: the server has no argument --atention-backend; did you mean --att"
+    ):
+        check_arguments(with_arguments("--x", "1", "--atention-backend=a"))
+
+
+def test_nothing_is_asked_without_arguments_or_servers_to_start():
+    check_arguments(SglangConfig(python="nowhere", arguments=()))
+    check_arguments(SglangConfig(python="nowhere", urls=("http://a:1",), arguments=("--y",)))
+
+
+@pytest.mark.parametrize("python", ["nowhere/python", sys.executable])
+def test_a_server_that_cannot_be_asked_is_refused(python):
+    with pytest.raises(UserError, match=r"sglang\.python: .*(does not exist|--help` failed: ValueError: broken)"):
+        known_arguments(python, ("-c", "raise ValueError('broken')"))
+
+
+def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "  --asked-$(wc -l < "$0.count")"; echo >> "$0.count"\n')
+    python.chmod(0o755)
+    (tmp_path / "bin" / "python.count").touch()
+    package = tmp_path / "lib" / "python3.11" / "site-packages" / "sglang-0.5.21.dist-info"
+    package.mkdir(parents=True)
+
+    def ask(*launch: str) -> set[str]:
+        known_arguments.cache_clear()
+        return set(known_arguments(str(python), launch))
+
+    assert ask("-m", "a") == {"--asked-0"} == ask("-m", "a")
+    package.rename(package.with_name("sglang-0.5.22.dist-info"))
+    assert ask("-m", "a") == {"--asked-1"}
+    assert ask("-m", "b") == {"--asked-2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (dict(arguments=("--port=1",)), ": --port is set by the job"),
+        (dict(arguments=("--tp-size", "2")), ": --tp-size is set by the job, see sglang.tp"),
+        (dict(arguments=("--mem-fraction-static", "0.5"), mem_fraction=0.5), "--mem-fraction-static is given twice"),
+        (dict(mem_fraction=1.0), "must lie between 0 and 1"),
+        (dict(tp=4, ep=3), "ep must divide tp"),
+        (dict(placement="external"), "external servers are named by sglang.urls"),
+        (dict(placement="colocated", urls=("http://a:1",)), "servers that run already are external"),
+        (dict(placement="colocated", sync="broadcast"), "colocated servers take tensor or disk"),
+        (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job started"),
+        (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings, problem):
+    found = validate(replace(Config(), sglang=SglangConfig(**settings)), 2)
+    assert len(found) == 1 and problem in found[0]
+
+
+def command_of(tmp_path: Path, api_key: str | None = None, place: int = 0, cuda: bool = True, **settings):
+    config = SglangConfig(**settings)
+    return server_command(
+        config, Path("model"), "bfloat16", place=place, host="10.0.0.7", folder=tmp_path, api_key=api_key, cuda=cuda
+    )
+
+
+def value_of(arguments: tuple[str, ...], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_settings_become_arguments_and_the_users_come_last(tmp_path):
+    command = command_of(
+        tmp_path, tp=4, ep=2, mem_fraction=0.7, context_length=4096, place=1, devices=tuple("01234567"), arguments=("--x", "1")
+    )
+    arguments = command.arguments
+    wanted = {"--tp-size": "4", "--ep-size": "2", "--mem-fraction-static": "0.7", "--context-length": "4096"}
+    assert {name: value_of(arguments, name) for name in wanted} == wanted
+    assert arguments[-2:] == ("--x", "1") and value_of(arguments, "--load-format") == "dummy"
+    assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and command.host == "10.0.0.7"
+
+
+def test_fp8_is_asked_for_in_blocks(tmp_path):
+    override = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
+    assert override["quantization_config"]["quant_method"] == "fp8"
+    assert override["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+def test_memory_is_given_up_on_gpus_alone(tmp_path):
+    assert "--enable-memory-saver" in command_of(tmp_path, placement="colocated").arguments
+    assert "--enable-memory-saver" not in command_of(tmp_path, placement="colocated", cuda=False).arguments
+
+
+def test_a_sharded_server_finds_this_package_and_nothing_else_of_the_trainers(tmp_path):
+    command = command_of(tmp_path, sync="sharded")
+    assert value_of(command.arguments, "--custom-weight-loader") == LOADER
+    folder = Path(command.environment["PYTHONPATH"].split(":")[0])
+    assert [path.name for path in folder.iterdir()] == ["etr_megatron"]
+    assert (folder / "etr_megatron" / "weights" / "transport" / "server_entry.py").is_file()
+
+
+def test_an_api_key_is_in_a_file_that_only_the_user_reads(tmp_path):
+    command = command_of(tmp_path, api_key="s3cret")
+    assert "s3cret" not in " ".join(command.arguments) and "s3cret" not in str(command.environment)
+    file = Path(value_of(command.arguments, "--config"))
+    assert file.stat().st_mode & 0o077 == 0 and file.suffix == ".yaml" and '"s3cret"' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "addresses", "nodes", "wanted"),
+    [
+        ({}, {0: "127.0.0.1"}, 1, "127.0.0.1"),
+        ({}, {0: "127.0.0.1"}, 2, "node7"),  # ranks of another node send to servers of this one
+        ({}, {0: "10.0.0.1", 4: "10.0.0.2"}, 2, "node7"),
+        ({"urls": ("http://127.0.0.1:1",)}, {}, 1, "127.0.0.1"),
+        ({"urls": ("http://127.0.0.1:1",), "host": "10.1.1.1"}, {}, 1, "10.1.1.1"),
+    ],
+)
+def test_rank_0_is_found_where_servers_and_other_ranks_can_reach_it(monkeypatch, settings, addresses, nodes, wanted):
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    assert own_address_of(SglangConfig(**settings), addresses) == wanted
+
+
+def test_a_run_with_an_unknown_argument_ends_before_anything_is_started(runs):
+    launch = f"sglang.launch=[{json.dumps('-c')},{json.dumps(HELP)}]"
+    options = ["rollout.backend=sglang", f"sglang.python={sys.executable}", launch, "sglang.arguments=['--atention-backend=a']"]
+    code, output = runs.finish(*options)
+    assert code == 2 and output.strip().splitlines()[-1] == (
+        "error: sglang.arguments: the server has no argument --atention-backend; did you mean --attention-backend?"
+    )
+    assert not (runs.directory("small") / "servers").exists()

@@ -1,0 +1,142 @@
+"""The engine on all ranks, with processes that speak SGLang's protocol: transports, faults, nodes, who is told what."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPO
+from tests.sglang_jobs import own_address
+
+SYNCS = ("broadcast", "tensor", "disk", "sharded")
+OWN = {"python": sys.executable, "launch": ("-m", "tests.fake_sglang")}
+
+
+@contextlib.contextmanager
+def servers(*behaviours: dict):
+    """Addresses of fake servers that are not the job's."""
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for one in behaviours:
+            command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(one)]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO))
+            stack.callback(process.kill)
+            urls.append(f"http://127.0.0.1:{int(process.stdout.readline())}")
+        yield tuple(urls)
+
+
+def check_sums(state: dict, wanted: dict[str, float]) -> None:
+    """Tensor by tensor; a sharded server has fused ones, whose padding is zero."""
+    if state["sums"].keys() == wanted.keys():
+        assert state["sums"] == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+    assert sum(state["sums"].values()) == pytest.approx(sum(wanted.values()), rel=1e-9, abs=1e-6)
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
+def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tmp_path, sync, layout):
+    overrides = [layout] if "tp" in layout else ["parallel.tp=1", layout]
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=overrides, syncs=2, servers=2, sync=sync, **OWN)
+    found = gangs(2).run("tests.sglang_jobs:fake_sync", **job)[0]
+    assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"] and not found["failed"]
+    for state in found["states"].values():
+        check_sums(state, found["sums"])
+        assert (state["sums"].keys() == found["sums"].keys()) == (sync != "sharded")
+        assert state["version"] == "2" and not state["paused"]
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
+def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, sync, what):
+    with servers({}, {what: 1}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=["parallel.tp=2"], urls=urls, sync=sync)
+        # Two syncs: a fast path may have only one bucket in each.
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", syncs=2, update_timeout_s=6, **job)[0]
+    assert list(found["failed"]) == ["SGLang server 1"]
+    assert list(found["states"]) == ["SGLang server 0", "SGLang server 2"]
+    for state in found["states"].values():
+        check_sums(state, found["sums"])
+        assert state["version"] == "2" and not state["paused"]
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+def test_a_rank_that_fails_is_named_on_every_rank_and_servers_go_on(gangs, hf_models, tmp_path, sync):
+    with servers({}) as urls:
+        found = gangs(2).run(
+            "tests.sglang_jobs:rank_fails", model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, sync=sync
+        )
+    for error, _ in found:
+        assert error.startswith("SyncError") and "did not complete: rank 1 failed: ValueError" in error
+    (state,) = found[0][1].values()
+    assert not state["paused"] and state["version"] == "default"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_before_it_serves(gangs, hf_models, tmp_path, number):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), servers=2, concurrency=4, request_timeout_s=4.0, **OWN)
+    found = gangs(1).run("tests.sglang_jobs:killed_between", number=int(number), **job)[0]
+    assert found["ids"] == [[[(i + 7 + k) % 97 for k in range(5)]] * 2 for i in range(30)]
+    assert list(found["failed"]) == ["SGLang server 0"]
+    assert {name: state["version"] for name, state in found["states"].items()} == dict.fromkeys(
+        ("SGLang server 0", "SGLang server 1"), "2"
+    )
+    restarted = found["states"]["SGLang server 0"]["log"]
+    assert restarted.count("/update_weight_version") == 1  # it is a new process
+    assert restarted.index("/update_weights_from_distributed") < restarted.index("/continue_generation")
+
+
+def test_servers_on_every_node_ask_for_a_key_that_only_the_job_knows(gangs, hf_models, tmp_path):
+    address = own_address()
+    found = gangs(2).run(
+        "tests.sglang_jobs:on_two_nodes", model=hf_models["qwen3"], directory=str(tmp_path), address=address, **OWN
+    )[0]
+    assert len(found["urls"]) == 2 and all(address in url for url in found["urls"])
+    assert found["has_key"] and found["keyless"] == [401, 401]
+    assert not found["on_command_line"] and found["readable"] == []
+    for state in found["states"].values():
+        check_sums(state, found["sums"])
+
+
+def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", **OWN)
+    found = gangs(2).run("tests.sglang_jobs:on_two_nodes", **job)[0]
+    assert not found["has_key"] and found["keyless"] == [200, 200] and len(found["states"]) == 2
+
+
+def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):
+    routes = gangs(1).run("tests.sglang_jobs:colocated", model=hf_models["qwen3"], directory=str(tmp_path), **OWN)[0]
+    assert routes.count("/release_memory_occupation") == routes.count("/resume_memory_occupation") == 1
+    second = len(routes) - 1 - routes[::-1].index("/pause_generation")
+    order = [routes.index("/release_memory_occupation"), routes.index("/resume_memory_occupation"), second]
+    assert order == sorted(order) and routes.index("/continue_generation") < order[0]
+
+
+def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_it_has(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    (versions,) = gangs(1).run("tests.sglang_jobs:colocated_restart", **job)
+    assert versions == {"SGLang server 0": "3", "SGLang server 1": "3"}
+
+
+def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_models, tmp_path):
+    with servers({}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
+        (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
+    assert error.startswith("UserError: SGLang server 0: after weight sync 1 its log-probs differ by ")
+    assert "more than rollout.max_logprob_gap = 0.001 allows" in error
+
+
+def test_nothing_is_generated_from_random_weights(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), generate_first=True, probe_every=0, **OWN)
+    (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
+    assert error == "RuntimeError: servers have no weights before the first update_weights"
+
+
+def test_a_server_that_does_not_start_is_refused_on_every_rank_with_the_end_of_its_log(gangs, hf_models, tmp_path):
+    own = {**OWN, "launch": ("-c", "print('no such kernel'); raise SystemExit(3)")}
+    for error in gangs(2).run("tests.sglang_jobs:refused", model=hf_models["qwen3"], directory=str(tmp_path), **own):
+        assert error.startswith("UserError: SGLang server 0 ended while it started") and error.endswith("no such kernel")

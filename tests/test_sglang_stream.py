@@ -1,0 +1,88 @@
+"""Requests answered one by one: cut off with what there is, done again when a server fails, each exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout.sglang.fleet import Request
+from etr_megatron.rollout.sglang.stream import RequestStream
+from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, tokens_of
+
+
+async def answers(stream: RequestStream, count: int) -> dict:
+    found = {}
+    while len(found) < count:
+        for key, reply in await asyncio.to_thread(stream.wait):
+            assert key not in found
+            found[key] = reply
+    return found
+
+
+@pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
+def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what):
+    async def body():
+        async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4, timeout_s=3.0)
+            await stream.submit(dict(enumerate(REQUESTS)))
+            found = await answers(stream, len(REQUESTS))
+            return found, await stream.stop(abort=False), fleet.failed
+
+    found, rest, failed = asyncio.run(body())
+    assert {key: reply.ids for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
+    assert rest == [] and set(failed) == {"server 0"}
+
+
+def test_without_servers_waiting_is_an_error_and_stopping_is_not():
+    async def body():
+        async with fleet_of({"die_at": 2}) as fleet:
+            stream = RequestStream(fleet, concurrency=4, timeout_s=3.0)
+            await stream.submit(dict(enumerate(REQUESTS)))
+            with pytest.raises(EngineGoneError, match="server 0"):
+                await answers(stream, len(REQUESTS))
+            return await stream.stop(abort=True)
+
+    assert asyncio.run(body()) == []
+
+
+def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there():
+    requests = {key: Request([3, key], replace(PARAMETERS, max_new_tokens=40, seed=key)) for key in range(6)}
+
+    async def body():
+        async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 400}) as fleet:
+            stream = RequestStream(fleet, concurrency=2, timeout_s=20.0)  # the last two wait for room
+            await stream.submit(requests)
+            await asyncio.sleep(0.4)
+            first = dict(await stream.stop(abort=True))
+            assert await stream.stop(abort=True) == []
+            rest = {
+                key: Request([3, key, *first[key].ids], replace(one.parameters, max_new_tokens=40 - len(first[key].ids)))
+                for key, one in requests.items()
+                if key in first and first[key].finish_reason == "abort"
+            }
+            await stream.submit({100 + key: one for key, one in rest.items()})
+            return first, await answers(stream, len(rest))
+
+    first, then = asyncio.run(body())
+    cut_off = {key: reply for key, reply in first.items() if reply.finish_reason == "abort"}
+    assert cut_off and any(0 < len(reply.ids) < 40 for reply in cut_off.values())
+    for key, reply in cut_off.items():
+        assert len(reply.logprobs) == len(reply.ids)
+        assert reply.ids + then[100 + key].ids == [(key + 1 + i) % 97 for i in range(40)]
+
+
+def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.stream._ABORT_TIMEOUT_S", 1.0)
+
+    async def body():
+        async with fleet_of({"hang_at": 0, "hang_at_abort": True}) as fleet:
+            stream = RequestStream(fleet, concurrency=4, timeout_s=60.0)
+            await stream.submit({0: REQUESTS[0]})
+            await asyncio.sleep(0.3)
+            return await asyncio.wait_for(stream.stop(abort=True), 10), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert found == [] and "/abort_request gave no answer" in failed["server 0"]

@@ -1,0 +1,124 @@
+"""Every shipped config for GPUs: valid, in a layout that the model can be built in, and within memory. No GPU, no weights."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import load_config, to_dict
+from etr_megatron.errors import UserError
+from etr_megatron.planner import make_plan
+from etr_megatron.planner.dry_run import check_ranks, distinct_ranks, dry_run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PROMISED = (
+    "qwen3_8b_8gpu",
+    "llama3.1_8b_8gpu",
+    "qwen2.5_math_7b_8gpu",
+    "qwen2.5_32b_32gpu",
+    "qwen3_32b_32gpu",
+    "qwen3_32b_64gpu_async",
+    "qwen3_30b_a3b_32gpu",
+    "llama3.1_70b_128gpu",
+)
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*gpu*.yaml"))
+
+
+def gpus_of(name: str) -> int:
+    found = re.search(r"(\d+)gpu", name)
+    assert found
+    return int(found[1])
+
+
+def test_all_promised_configs_are_there_each_with_a_variant_in_fp8() -> None:
+    assert sorted([*PROMISED, *(f"{name}_fp8" for name in PROMISED)]) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_passes_its_dry_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(["--config", str(CONFIGS / f"{name}.yaml"), "--gpus", str(gpus_of(name))])
+    said = capsys.readouterr().out
+    assert "\nfits: rank" in said
+    assert "built without memory: their parameters are those of the weight map and the plan" in said
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "a3b" in name or "70b" in name else []) for name in PROMISED]
+)
+def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) -> None:
+    plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus_of(name))
+    assert len(plan.ranks) in (gpus_of(name), gpus_of(name) // 2)  # all train, or half of them hold servers
+    check_ranks(plan, range(len(plan.ranks)))
+
+
+def test_every_rank_of_a_64_gpu_layout_with_uneven_stages_is_the_model_that_is_built() -> None:
+    overrides = ["parallel.first_stage_layers=15", "parallel.last_stage_layers=13", "parallel.cp=2", "parallel.tp=8"]
+    plan = make_plan(load_config(CONFIGS / "qwen3_32b_32gpu.yaml", overrides), 64)
+    check_ranks(plan, range(64))
+    assert len({rank.elements for rank in plan.ranks}) == 3
+
+
+def test_distinct_ranks_are_the_ends_of_every_stage() -> None:
+    plan = make_plan(load_config(CONFIGS / "llama3.1_70b_128gpu.yaml"), 128)
+    assert distinct_ranks(plan) == [0, 31, 32, 63, 64, 95, 96, 127]
+
+
+def test_a_plan_that_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("etr_megatron.planner.dry_run.parameters_built", lambda *_: 5)
+    plan = make_plan(load_config(CONFIGS / "qwen3_8b_8gpu.yaml"), 8)
+    with pytest.raises(RuntimeError, match=r"rank 3 has 5 parameters, the plan says 4\d{9}"):
+        check_ranks(plan, [3])
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_variant_in_fp8_differs_in_nothing_but_fp8_and_the_room_that_it_takes(name: str) -> None:
+    plain, fp8 = (to_dict(load_config(CONFIGS / f"{file}.yaml")) for file in (name, f"{name}_fp8"))
+    different = {f"{section}.{key}" for section in plain for key in plain[section] if plain[section][key] != fp8[section][key]}
+    assert (
+        {"run.name", "fp8.recipe", "sglang.fp8"} <= different <= {"run.name", "fp8.recipe", "sglang.fp8", "sglang.mem_fraction"}
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_named_after_its_file_and_needs_no_other_number_of_gpus(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.run.name == name
+    assert (CONFIGS / "models" / Path(config.model.path).name).is_dir()
+
+
+def test_too_little_memory_is_one_sentence_with_a_way_out() -> None:
+    with pytest.raises(UserError, match=r"does not fit on GPUs of 64 GiB: rank \d+ needs .* one of these makes it fit: "):
+        dry_run(["--config", str(CONFIGS / "qwen3_32b_32gpu.yaml"), "--gpus", "32", "--gpu-memory", "64"])
+
+
+def test_a_layout_that_the_gpus_do_not_divide_into_is_told() -> None:
+    with pytest.raises(UserError, match="world size 24 is not divisible"):
+        dry_run(["--config", str(CONFIGS / "qwen3_32b_32gpu.yaml"), "--gpus", "24"])
+
+
+def test_a_server_in_fp8_that_cannot_cut_whole_blocks_is_refused() -> None:
+    config = str(CONFIGS / "qwen3_30b_a3b_32gpu_fp8.yaml")
+    with pytest.raises(
+        UserError, match=r"experts\.0\.gate_proj\.weight is cut into parts of 192 x 2048 by sglang\.tp=4, sglang\.ep=1"
+    ):
+        dry_run(["--config", config, "--gpus", "32", "sglang.ep=1"])
+
+
+def test_a_checkpoint_that_is_there_is_compared_with_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((CONFIGS / "models" / "Qwen3-8B" / "config.json").read_text())
+    with pytest.raises(UserError, match=str(tmp_path)):
+        dry_run(["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8", f"model.path={tmp_path}"])
+
+
+def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
+    command = [sys.executable, "-m", "etr_megatron.train", "--dry-run", "--config", CONFIGS / "qwen3_8b_8gpu.yaml", "--gpus"]
+    done = subprocess.run([*command, "8"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fits: rank" in done.stdout
+    wrong = subprocess.run([*command, "9"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --gpus 9 is no multiple")

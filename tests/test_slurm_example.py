@@ -1,0 +1,83 @@
+"""examples/slurm.sbatch, with stand-ins for Slurm's commands that write down how they were called."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPO
+
+STAND_INS = {
+    "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" != show ] || printf "node7\\nnode8\\n"',
+    # Takes its own options off and runs the rest here.
+    "srun": 'echo "$*" >>"$CALLS"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    # A job whose ranks end as the test wants, after the preflight passed.
+    "torchrun": 'case "$*" in *preflight*) exit 0 ;; esac; [ -z "$STATE" ] || echo "$STATE" >"$STATUS"; exit $CODE',
+}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs the batch script: (exit code, what was called)."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in STAND_INS.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    calls, status = tmp_path / "calls", tmp_path / "runs" / "job" / "status.json"
+    status.parent.mkdir(parents=True)
+
+    def run(state: str, code: int, **environment: str) -> tuple[int, list[str]]:
+        env = {**os.environ, "PATH": f"{programs}:{os.path.dirname(sys.executable)}:/usr/bin:/bin", "CALLS": str(calls)}
+        env |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+        env |= {"STATE": json.dumps({"state": state}) if state else "", "STATUS": str(status), "CODE": str(code), **environment}
+        command = ["bash", "examples/slurm.sbatch", "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", "run.name=job"]
+        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr
+        return done.returncode, calls.read_text().splitlines()
+
+    return run
+
+
+def test_a_job_that_asks_for_it_goes_back_into_the_queue(job):
+    code, called = job("requeue", 1)
+    assert code == 0 and called[-1] == "scontrol requeue 42"
+    preflight, training = (line for line in called if "torchrun" in line)
+    assert "-m etr_megatron.preflight configs/cpu_tiny.yaml" in preflight
+    for line in (preflight, training):
+        assert "--nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:29500 --rdzv-id 42" in line
+    assert "examples/run_etr.sh configs/cpu_tiny.yaml" in training and training.endswith("run.stop_grace_s=540")
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), ("", 3)])
+def test_any_other_end_is_the_jobs_own(job, state, code):
+    found, called = job(state, code)
+    assert found == code and not any("requeue" in line for line in called)
+
+
+def test_the_commands_run_in_a_container_where_one_is_named(job):
+    code, called = job("finished", 0, ETR_RUN="env IN_CONTAINER=1", ETR_PREFLIGHT="0")
+    assert code == 0 and not any("preflight" in line for line in called)
+    assert any("env IN_CONTAINER=1 torchrun" in line for line in called)
+
+
+def test_the_state_of_a_run_is_one_word(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "etr_megatron.observe.run_state",
+        "configs/cpu_tiny.yaml",
+        f"run.dir={tmp_path}",
+        "run.name=a",
+    ]
+    ask = lambda *more: subprocess.run([*command, *more], cwd=REPO, capture_output=True, text=True)  # noqa: E731
+    assert ask().stdout == "none\n"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "status.json").write_text(json.dumps({"state": "requeue"}))
+    assert ask().stdout == "requeue\n"
+    wrong = ask("run.nme=b")
+    assert wrong.returncode == 2 and "did you mean run.name" in wrong.stderr and "Traceback" not in wrong.stderr

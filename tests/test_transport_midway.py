@@ -1,0 +1,102 @@
+"""A rank that raises, dies or hangs when half of the weights have arrived: all others end, and say who it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.gang import ROOT
+
+RANKS = [
+    ("broadcast", 2, 1, 0),
+    ("broadcast", 2, 1, 1),
+    ("broadcast", 2, 1, 2),
+    ("broadcast", 1, 2, 2),
+    ("sharded", 2, 1, 1),
+    ("sharded", 2, 1, 2),
+    ("sharded", 1, 2, 2),
+    ("disk", 2, 0, 0),
+    ("disk", 2, 0, 1),
+]
+"""Transport, training ranks, servers, and the rank at fault: the root, one that it gathers from, a receiver."""
+
+
+def check_others(found: list[dict[str, Any] | None], culprit: int, message: str, within_s: float) -> None:
+    for rank, one in enumerate(found):
+        if rank == culprit:
+            continue
+        assert re.search(message, one["error"]), one["error"]
+        assert one["seconds"] < within_s
+        assert one["begun"] == 3 and one["complete"] is None
+
+
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), RANKS)
+def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
+    found = gangs(tp + servers).run(
+        "tests.transport_fault_jobs:midway",
+        kind=kind,
+        model=hf_models["llama"],
+        tp=tp,
+        servers=servers,
+        culprit=culprit,
+        fault="raise",
+        directory=str(tmp_path),
+    )
+    check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off", 3)
+    if kind == "disk":
+        assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each rank of a world of its own."""
+    command = [sys.executable, "-m", "tests.transport_fault_jobs", store]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), json.dumps(arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        printed = [rank.communicate(timeout=120) for rank in ranks]
+        return [(rank.returncode, *both) for rank, both in zip(ranks, printed, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[1], RANKS[4], RANKS[6], RANKS[8]])
+def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
+    arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
+    store = f"tcp://127.0.0.1:{free_port()}" if culprit == 0 else f"file://{tmp_path}/store"
+    ranks = processes({**arguments, "directory": str(tmp_path / "out")}, store, tp + servers)
+    assert ranks[culprit][0] == -signal.SIGKILL
+    for rank, (code, _, err) in enumerate(ranks):
+        assert rank == culprit or code == 0, err
+    found = [json.loads(out) if out else None for _, out, _ in ranks]
+    who = "the process that owns the store" if culprit == 0 else f"rank {culprit}"  # rank 0 has it with tcp://
+    check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 10)
+
+
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[2], RANKS[5], RANKS[7]])
+def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
+    arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
+    found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)
+    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not come within 1\.5 s", 6)

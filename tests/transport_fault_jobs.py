@@ -1,0 +1,122 @@
+"""What ranks run for the tests of syncs that go wrong in the middle, when some of the weights have arrived and others have not.
+
+As a program, `python -m tests.transport_fault_jobs INIT_METHOD RANK WORLD JSON`, for faults that a gang does not survive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
+from etr_megatron.weights.layout import WholeLayout
+from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.transport import (
+    BroadcastTransport,
+    DiskWriter,
+    ShardedTransport,
+    SyncError,
+    Transport,
+    Wire,
+    buckets,
+    exchange,
+)
+from tests.transport_jobs import empty_shards, shards_from
+
+SPOILT = "decoder.layers.2.mlp.linear_fc2.weight"
+"""In the middle of the model, on every rank."""
+
+
+def _raise() -> None:
+    raise OSError("the device fell off")
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "raise": _raise,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: time.sleep(5),
+}
+
+
+class Spoilt(dict):
+    """Shards one of which makes a fault happen when the transfer comes to it."""
+
+    fault: Callable[[], None] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name == SPOILT and self.fault is not None and "_check_shapes" not in _callers():
+            self.fault()
+        return super().__getitem__(name)
+
+
+def _callers() -> set[str]:
+    frame, found = sys._getframe(), set()
+    while frame is not None:
+        found.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return found
+
+
+def _transport(
+    kind: str, source: TrainingLayout, destination: ServerLayout, model: str, directory: str, timeout_s: float
+) -> Transport:
+    arch, options = read_architecture(model), dict(dtype=torch.float32)
+    wire = Wire.in_world(timeout_s=timeout_s)
+    if kind == "broadcast":
+        return BroadcastTransport(source, destination, arch, wire, bucket_bytes=20_000, **options)
+    if kind == "sharded":
+        return ShardedTransport(make_plan(source, destination, arch, itemsize=4), wire, bucket_bytes=1, **options)
+    return DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
+
+
+def midway(
+    kind: str, model: str, tp: int, servers: int, culprit: int, fault: str, directory: str = "", timeout_s: float = 60.0
+) -> dict[str, Any]:
+    """A good sync of version 2 and one of version 3 in which `culprit` meets the fault; what this rank finds.
+
+    servers: 0 for a writer to disk. The shards of a source are spoilt where they are read, a destination's where written.
+    """
+    bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
+    buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000  # many rounds of a small model
+    try:
+        return _midway(kind, model, tp, servers, culprit, fault, directory, timeout_s)
+    finally:
+        buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+
+
+def _midway(
+    kind: str, model: str, tp: int, servers: int, culprit: int, fault: str, directory: str, timeout_s: float
+) -> dict[str, Any]:
+    source, destination, rank = TrainingLayout(tp=tp), ServerLayout(servers=max(1, servers)), dist.get_rank()
+    transport = _transport(kind, source, destination, model, directory, timeout_s)
+    sources = Spoilt(shards_from(model, source, rank)) if rank < tp else None
+    whole = make_plan(WholeLayout(1, lambda weight: 0), destination, read_architecture(model))
+    destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
+    transport.sync(2, sources, destinations)
+    if rank == culprit:
+        (sources if sources is not None else destinations).fault = FAULTS[fault]
+    start, error = time.monotonic(), ""
+    try:
+        transport.sync(3, sources, destinations)
+    except SyncError as failed:
+        error = str(failed)
+    versions = transport.versions
+    return {"error": error, "seconds": time.monotonic() - start, "complete": versions.complete, "begun": versions.begun}
+
+
+if __name__ == "__main__":
+    from etr_megatron.platform.lifetime import die_with_parent
+
+    die_with_parent()
+    store, number, world, arguments = sys.argv[1:]
+    dist.init_process_group("gloo", init_method=store, rank=int(number), world_size=int(world))
+    print(json.dumps(midway(**json.loads(arguments))), flush=True)
+    os._exit(0)

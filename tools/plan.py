@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Plan a run: `tools/plan.py --config CONFIG --gpus N [--gpu-memory GIB] [key=value ...]`, on any machine.
+
+Prints what every pipeline stage takes, whether it fits and which setting to change if not, and an estimate of a step's time.
+Exits with 0 where it fits, 1 where it does not, 2 for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from etr_megatron.config import load_config
+from etr_megatron.errors import UserError
+from etr_megatron.planner import make_plan, render, suggestions
+
+
+def main() -> int:
+    """Parse, plan, print; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, those of its servers included")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a GPU (80)")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--mean-prompt", type=float, help="tokens (a quarter of data.max_prompt_tokens)")
+    parser.add_argument("--mean-response", type=float, help="tokens (half of rollout.max_response_tokens)")
+    parser.add_argument("--json", action="store_true", help="every rank, in bytes and seconds")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    options = dict(
+        gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node, prompt=args.mean_prompt, response=args.mean_response
+    )
+    try:
+        config = load_config(args.config, args.overrides)
+        plan = make_plan(config, args.gpus, **options)
+        advice = suggestions(config, plan, **options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(plan.as_dict(), indent=2) if args.json else render(plan, advice))
+    return 0 if plan.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
