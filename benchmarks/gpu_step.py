@@ -31,6 +31,7 @@ SETTINGS = [
     "sglang.mem_fraction=0.3",
     "parallel.tp=1",
     "train.epochs=1",
+    "train.lr_warmup_updates=0",
     "train.minibatches=4",
     "train.tokens_per_microbatch=8192",
     "tiny.hidden_size=1024",

@@ -242,9 +242,9 @@ def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
 
 @pytest.fixture
 def fp8(hf_models, tmp_path):
-    """An FP8 checkpoint in blocks of 32, of tensors that they do not divide."""
+    """An FP8 checkpoint in blocks of 16, which transformers wants to divide the tensors."""
     to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks(), torch.bfloat16)
-    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=32)
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=16)
     return tmp_path / "fp8"
 
 
@@ -254,7 +254,7 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         scales = tensors.get(f"{name}_scale_inv")
         if scales is not None:
-            full = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)[: tensor.shape[0], : tensor.shape[1]]
+            full = scales.repeat_interleave(16, 0).repeat_interleave(16, 1)[: tensor.shape[0], : tensor.shape[1]]
             found[name] = (tensor.float() * full).bfloat16()
         elif not name.endswith("_scale_inv"):
             found[name] = tensor
@@ -268,7 +268,7 @@ def test_fp8_is_read_back_and_written_again_bit_for_bit(fp8, tmp_path, monkeypat
     assert_same_bits(tensors_of(tmp_path / "bf16"), dequantized(fp8))
     config = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
-    to_hf(tmp_path / "again", tmp_path / "fp8_again", Ranks(), fp8_block=32)
+    to_hf(tmp_path / "again", tmp_path / "fp8_again", Ranks(), fp8_block=16)
     assert_same_bits(tensors_of(tmp_path / "fp8_again"), tensors_of(fp8))
     assert json.loads((tmp_path / "fp8_again" / "config.json").read_text()) == json.loads((fp8 / "config.json").read_text())
 
@@ -299,7 +299,7 @@ def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
     save_file(tensors, fp8 / "model.safetensors")
     messages = {
         "scales missing": r"layers\.1\.mlp\.up_proj\.weight is FP8 and its .*_scale_inv is missing",
-        "scales of another shape": r"_scale_inv is of shape \[6, 2\], not \[3, 2\]",
+        "scales of another shape": r"_scale_inv is of shape \[10, 3\], not \[5, 3\]",
         "another method": "quant_method awq with weight_block_size None is not read",
     }
     with pytest.raises(UserError, match=messages[spoil]):

@@ -292,3 +292,26 @@ def test_when_the_engine_is_gone_all_is_still_in_hand():
 def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
     with pytest.raises(UserError, match=words):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_staleness):
+    engine = Engine()
+    hand = hand_of(engine, max_staleness=max_staleness)
+    first = hand.take(1, timer)
+    sync(hand, engine)
+    second = hand.take(2, timer)
+    hand.put_back(3)  # a step that has not begun
+    hand.put_back(2)
+    state = json.loads(json.dumps(hand.state_dict()))
+    cursor = hand._cursor.state_dict()
+
+    drawn = engine.asked
+    resumed = hand_of(engine, max_staleness=max_staleness)
+    resumed._cursor.load_state_dict(cursor)
+    resumed.load_state_dict(state)
+    resumed.resume()
+    again = resumed.take(2, timer)
+    assert [group.id for group in again.groups] == [group.id for group in second.groups]
+    assert again.groups == second.groups and not set(names(first)) & set(names(again))
+    assert engine.asked - drawn <= 8 * max_staleness  # the next step's alone

@@ -52,7 +52,7 @@ class Spoilt(dict):
     fault: Callable[[], None] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name == SPOILT and self.fault is not None and "_check_shapes" not in _callers():
+        if name == SPOILT and self.fault is not None and "check_shards" not in _callers():
             self.fault()
         return super().__getitem__(name)
 

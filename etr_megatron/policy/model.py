@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from etr_megatron.weights import (
     shards_of,
     weights_of,
 )
+from etr_megatron.weights.listing import listed
+
+_BUCKET_BYTES = 64 * 2**20
+"""Weights that are broadcast as one: an expert's are many and small."""
 
 
 class PolicyModel(GPTModel):
@@ -132,10 +137,10 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, tor
             pairs[name] = (weight, named.pop(name))
         else:
             missing.append(name)
-    if named:
-        raise RuntimeError(f"parameters without a row in the weight map: {sorted(named)}")
-    if missing:
-        raise RuntimeError(f"rows of the weight map without a parameter on this rank: {missing}")
+    kinds = ("parameters without a row in the weight map", sorted(named)), ("rows without a parameter on this rank", missing)
+    problems = [f"{what}: {listed(names)}" for what, names in kinds if names]
+    if problems:
+        raise RuntimeError("; ".join(problems))
     return pairs
 
 
@@ -143,41 +148,68 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, tor
 def load_hf_weights(chunks: Sequence[PolicyModel], checkpoint: SafetensorsDir) -> None:
     """Copy this rank's shards of a HuggingFace checkpoint into the chunks' parameters (in place; the chunks own them).
 
-    Only the byte ranges that the rank needs are read. Raises ValueError when a parameter's shape is not the map's.
+    Only the byte ranges that the rank needs are read. Raises ValueError naming parameters whose shape is not the map's.
     """
     layout, arch = chunks[0].layout, chunks[0].arch
-    for name, (weight, parameter) in own_parameters(chunks).items():
-        shard = megatron_shard(weight, arch, *layout.cut(weight))
-        if tuple(parameter.shape) != shard.shape:
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, the map says {shard.shape}")
-        parameter.copy_(read_shard(weight, shard, checkpoint.read))
+    own = own_parameters(chunks)
+    shards = {name: megatron_shard(weight, arch, *layout.cut(weight)) for name, (weight, _) in own.items()}
+    differing = [
+        f"{name} is {tuple(parameter.shape)}, the map says {shards[name].shape}"
+        for name, (_, parameter) in own.items()
+        if tuple(parameter.shape) != shards[name].shape
+    ]
+    if differing:
+        raise ValueError(listed(differing, "; "))
+    for name, (weight, parameter) in own.items():
+        parameter.copy_(read_shard(weight, shards[name], checkpoint.read))
 
 
 @torch.no_grad()
 def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Full HF tensors by name, on every rank and in the same order, from shards spread over TP, EP and PP.
 
-    A collective: every rank of the model-parallel group must iterate to the end. Tensors are fresh copies on the rank's device,
-    owned by the caller; one weight exists in full at a time.
+    A collective: every rank of the model-parallel group must iterate to the end. Tensors are views of fresh copies on this rank
+    (its device), owned by the caller; weights of `_BUCKET_BYTES`, or a larger one, exist in full at a time.
     """
     layout, arch = chunks[0].layout, chunks[0].arch
     own = {weight.megatron: parameter for weight, parameter in own_parameters(chunks).values()}
     pp_group, ep_group = mpu.get_pipeline_model_parallel_group(), mpu.get_expert_model_parallel_group()
     dtype, device = chunks[0].config.params_dtype, platform.device()
-    for weight in weights_of(arch):
-        stage = layout.training.stages_of(weight, arch)[0]
-        parameter = own.get(weight.megatron) if layout.stage == stage else None
-        if parameter is not None:
-            full = _gather(weight, arch, parameter, layout.cut(weight)[0])
-        else:
-            full = {n: torch.empty(s, dtype=dtype, device=device) for n, s in zip(weight.hf, weight.shapes, strict=True)}
-        for tensor in full.values():
-            if weight.expert is not None and layout.ep > 1 and layout.stage == stage:
-                owner = weight.expert // (arch.experts.count // layout.ep)
-                dist.broadcast(tensor, src=dist.get_global_rank(ep_group, owner), group=ep_group)
-            if layout.pp > 1:
-                dist.broadcast(tensor, src=dist.get_global_rank(pp_group, stage), group=pp_group)
+    for (stage, owner), weights in _buckets(arch, layout, dtype.itemsize):
+        shapes = [(name, shape) for weight in weights for name, shape in zip(weight.hf, weight.shapes, strict=True)]
+        flat = torch.empty(sum(torch.Size(shape).numel() for _, shape in shapes), dtype=dtype, device=device)
+        parts = flat.split([torch.Size(shape).numel() for _, shape in shapes])
+        full = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+        for weight in weights:
+            parameter = own.get(weight.megatron) if layout.stage == stage else None
+            if parameter is not None:
+                for name, tensor in _gather(weight, arch, parameter, layout.cut(weight)[0]).items():
+                    full[name].copy_(tensor)
+        if owner is not None and layout.ep > 1 and layout.stage == stage:
+            dist.broadcast(flat, src=dist.get_global_rank(ep_group, owner), group=ep_group)
+        if layout.pp > 1:
+            dist.broadcast(flat, src=dist.get_global_rank(pp_group, stage), group=pp_group)
         yield from full.items()
+
+
+def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tuple[tuple[int, int | None], list[Weight]]]:
+    """((stage, expert-parallel owner or None), consecutive weights that it holds): `_BUCKET_BYTES` at most or a larger one."""
+
+    def holder(weight: Weight) -> tuple[int, int | None]:
+        owner = None if weight.expert is None else weight.expert // (arch.experts.count // layout.ep)
+        return layout.training.stages_of(weight, arch)[0], owner
+
+    for key, run in groupby(weights_of(arch), holder):
+        bucket: list[Weight] = []
+        space = _BUCKET_BYTES
+        for weight in run:
+            size = itemsize * sum(torch.Size(shape).numel() for shape in weight.shapes)
+            if bucket and size > space:
+                yield key, bucket
+                bucket, space = [], _BUCKET_BYTES
+            bucket.append(weight)
+            space -= size
+        yield key, bucket
 
 
 def plain_values(parameter: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def transformer_config(
         bias_activation_fusion=fused,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,
-        gradient_accumulation_fusion=fused,
+        # Megatron's own linear layers take that product from apex, and refuse to be built without it.
+        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_pipeline_options(layout, dtype),
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
         **recompute_options,
