@@ -83,13 +83,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # megatron-core asks for it with variable_seq_lengths, for dense models too
         moe_token_dispatcher_type="alltoall",
-        persist_layer_norm=fused,
-        bias_dropout_fusion=fused,
-        bias_activation_fusion=fused,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=fused,
-        # Megatron's own linear layers take that product from apex, and refuse to be built without it.
-        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        **_fusions(fused),
         **_pipeline_options(layout, dtype),
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
         **recompute_options,
@@ -109,6 +103,19 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         variable_seq_lengths=layout.pp > 1,
         batch_p2p_comm=layout.vpp == 1,
         overlap_p2p_comm=layout.vpp > 1,
+    )
+
+
+def _fusions(fused: bool) -> dict[str, bool]:
+    """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are."""
+    return dict(
+        persist_layer_norm=fused,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=fused,
+        # Megatron's own linear layers take that product from apex, and refuse to be built without it.
+        gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
 
 

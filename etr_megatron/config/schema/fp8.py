@@ -12,7 +12,7 @@ class Fp8Config:
 
     recipe: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"
     """How tensors are scaled: none is no FP8; blockwise (128 x 128, Hopper) is what rollout servers in FP8 compute with; mxfp8
-    needs Blackwell."""
+    needs Blackwell; delayed takes its scales from earlier updates, so that log-probs before the first one are poor."""
     first_last_layers_bf16: bool = False
     """Keep the first and the last layer in bfloat16."""
     param: bool = False
