@@ -140,7 +140,8 @@ def test_a_model_that_cannot_be_run_is_refused_through_bash(
 
 def test_help_through_bash(is_set_up: None) -> None:
     done = run(["bash", str(RUN), "--help"])
-    assert done.returncode == 0 and done.stdout.startswith("usage: bash examples/run_etr.sh [--nproc N] [--rollout-only] [CONFIG]")
+    usage = "usage: bash examples/run_etr.sh [--nproc N] [--rollout-only] [CONFIG]"
+    assert done.returncode == 0 and done.stdout.startswith(usage)
 
 
 # tools/setup_env.sh, with a Python that only pretends to install
