@@ -28,6 +28,7 @@ import torch
 from benchmarks import gpu_head, gpu_policy, gpu_step
 from benchmarks.experiment_environment import environment
 from benchmarks.gpu_device import device_facts, release_memory
+from benchmarks.output import prepare_output
 from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     option."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        _prepare_output(options.output)
+        prepare_output(options.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -117,16 +118,6 @@ def main(argv: list[str] | None = None) -> int:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {options.output}")
     return int(any(has_failed(result[part]) for part in options.part))
-
-
-def _prepare_output(path: Path) -> None:
-    """Find out before measuring that the result cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}); name a file in a directory of yours") from error
 
 
 if __name__ == "__main__":

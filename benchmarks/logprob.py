@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks.experiment_environment import environment
 from benchmarks.logprob_report import table, targets_as_json
+from benchmarks.output import prepare_output
 from benchmarks.targets import summary
 from etr_megatron.errors import UserError
 
@@ -126,21 +127,11 @@ def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"tp": tp, "dtype": dtype, "rows": rows, "hidden": hidden, "vocab": vocab}
 
 
-def _prepare_output(path: Path) -> None:
-    """Find out before half an hour of measuring that the result cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}); name a file in a directory of yours") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 for a wrong option."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        _prepare_output(options.output)
+        prepare_output(options.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
