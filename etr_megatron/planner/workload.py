@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from etr_megatron.config import Config
+from etr_megatron.config.schema.fp8 import FP8_TOKENS
 from etr_megatron.planner.cluster import Cluster
-
-FP8_TOKENS = {"none": 1, "blockwise": 128, "tensorwise": 16, "delayed": 16, "mxfp8": 32}
-"""Token counts of a matrix product in FP8 are padded to a multiple of it."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from typing import Any
 
 from etr_megatron import platform
 from etr_megatron.config import Fp8Config
+from etr_megatron.config.schema.fp8 import FP8_TOKENS
 from etr_megatron.errors import UserError
 
 _FORMAT = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "mxfp8": "e4m3"}
 """Megatron's name of the number format: `hybrid` has e5m2 for gradients, whose range one scale a tensor cannot cover."""
-
-_TOKENS = {"none": 1, "blockwise": 128, "tensorwise": 16, "delayed": 16, "mxfp8": 32}
-"""Token counts of a matrix product must be multiples of it: of the blocks, else of what FP8 products need."""
 
 
 def require_fp8(fp8: Fp8Config) -> None:
@@ -48,4 +46,4 @@ def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:
 def token_multiple(fp8: Fp8Config, tp: int, *, sequence_parallel: bool) -> int:
     """What a context-parallel rank's token count must be a multiple of, so that the tokens between tensor-parallel regions, of
     which a rank has 1 / TP with sequence parallelism, are one of the recipe's."""
-    return _TOKENS[fp8.recipe] * (tp if sequence_parallel else 1)
+    return FP8_TOKENS[fp8.recipe] * (tp if sequence_parallel else 1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+FP8_TOKENS = {"none": 1, "blockwise": 128, "tensorwise": 16, "delayed": 16, "mxfp8": 32}
+"""Token counts must be multiples of it, by recipe: of the blocks, else of what FP8 products need."""
+
 
 @dataclass(frozen=True)
 class Fp8Config:
