@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.layout import WholeLayout
@@ -27,6 +28,7 @@ from etr_megatron.weights.transport import (
     Transport,
     Wire,
     buckets,
+    disk,
     exchange,
 )
 from tests.transport_jobs import empty_shards, shards_from
@@ -90,6 +92,12 @@ def midway(
         return _midway(kind, model, tp, servers, culprit, fault, directory, timeout_s)
     finally:
         buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = bounds
+        disk.save_file = save_file
+
+
+def _save_slowly(*arguments: Any, **options: Any) -> None:
+    time.sleep(0.3)
+    save_file(*arguments, **options)
 
 
 def _midway(
@@ -101,6 +109,8 @@ def _midway(
     whole = make_plan(WholeLayout(1, lambda weight: 0), destination, read_architecture(model))
     destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
+    if kind == "disk" and rank != culprit:
+        disk.save_file = _save_slowly  # so that a file is under way when the other one gives up
     if rank == culprit:
         (sources if sources is not None else destinations).fault = FAULTS[fault]
     start, error = time.monotonic(), ""

@@ -55,6 +55,8 @@ install() {
     if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         "$python" -m venv "$venv"
     fi
+    # Of what is about to be installed: pyproject.toml may change meanwhile.
+    { fingerprint; echo "$torch"; } >"$stamp.new"
     # torch first and alone, so that this build is the one the rest is resolved against.
     "$venv/bin/python" -m pip install "$torch"
     "$venv/bin/python" -m pip install -e "${root}[test]"
@@ -80,12 +82,11 @@ torch=${ETR_TORCH_SPEC:-$default_torch}
 echo "setting up .venv with $python (a few minutes; log: $log)" >&2
 rm -f "$stamp"
 # As a process of its own, because `set -e` does not reach into a function called from `if`.
-export -f install
-export venv root
+export -f install fingerprint
+export venv root stamp
 if ! bash -euo pipefail -c 'install "$@"' install "$python" "$torch" >"$log" 2>&1 9>&-; then
     tail -n 20 "$log" >&2
     fail "the set-up failed; the whole log is $log. Mend its cause and start the same command again"
 fi
-{ fingerprint; echo "$torch"; } >"$stamp.new"
 mv "$stamp.new" "$stamp"
 echo "set-up done" >&2

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -111,10 +112,23 @@ class DiskWriter(CollectiveTransport):
             self.wire.board.meet("directory")
             written, sums = self._write_files(unfinished, sources)
             self._publish({"files": written, "checksums": sums}, unfinished, final)
-        except BaseException:
-            if self.wire.rank == 0:  # the others do not know whether rank 0 has published it
-                _remove([unfinished])
+        except BaseException as error:
+            self._give_up(error, unfinished)
             raise
+
+    def _give_up(self, error: BaseException, unfinished: Path) -> None:
+        """Rank 0 removes what is there; the others do not know whether it has published it."""
+        board = self.wire.board
+        if self.wire.rank == 0:
+            if not isinstance(error, SyncError):  # before the others find their directory gone, and take that for the cause
+                board.report(f"{type(error).__name__}: {error}")
+            # Under another name first: the others may be about to write one more file into it.
+            abandoned = unfinished.with_suffix(".abandoned")
+            with suppress(FileNotFoundError):
+                os.rename(unfinished, abandoned)
+            _remove([abandoned])
+        elif not unfinished.exists():
+            board.refuse_failed()
 
     def _write_files(self, folder: Path, sources: Shards) -> tuple[dict[str, str], dict[str, int]]:
         """(tensor -> file, tensor -> checksum) of what this rank writes."""
