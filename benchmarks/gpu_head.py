@@ -89,8 +89,7 @@ def products(problem: Problem) -> None:
         rows = slice(begin, begin + step)
         count = len(hidden[rows])
         gemm.logits_into(buffer[:count], hidden[rows], weight, 1.0)
-        gemm.hidden_grad_into(grad_hidden[rows], grad[:count], weight)
-        gemm.add_weight_grad(problem.weight.main_grad, grad[:count], hidden[rows])
+        gemm.gradients_into(grad_hidden[rows], problem.weight.main_grad, grad[:count], hidden[rows], weight)
 
 
 def products_at_once(problem: Problem) -> None:

@@ -153,7 +153,7 @@ def test_columns_of_probability_zero_take_no_part(kernels, programs):
     masked = logits[:4] == -torch.inf
     clean = torch.where(masked, -1e30, logits[:4])
     wanted, log_sum, entropy = float64_gradient(clean, columns[:4], *upstream.double())
-    per_row = (torch.full_like(entropy, torch.nan), log_sum, entropy, *upstream)
+    per_row = (log_sum, entropy, *upstream)
     got = kernels("run_gradient", logits=logits[:4], columns=columns[:4], per_row=per_row, out="in place", tile=16)
     assert (got[masked] == 0).all()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
@@ -187,7 +187,7 @@ def check_gradient(kernels, logits, columns, with_entropy, out):
     upstream = torch.randn(2, len(logits), generator=torch.Generator().manual_seed(3))
     g_logp, g_entropy = upstream[0], upstream[1] if with_entropy else torch.zeros_like(upstream[1])
     wanted, log_sum, entropy = float64_gradient(logits, columns, g_logp.double(), g_entropy.double())
-    per_row = (torch.full_like(entropy, torch.nan), log_sum, entropy, g_logp, g_entropy if with_entropy else None)
+    per_row = (log_sum, entropy, g_logp, g_entropy if with_entropy else None)
     found = kernels("run_gradient", logits=logits, columns=columns, per_row=per_row, out=out, tile=16)
     dtype = logits.dtype if out == "in place" else out
     assert found.dtype == dtype and found.isfinite().all()

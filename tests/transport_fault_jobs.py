@@ -44,7 +44,7 @@ def _raise() -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "raise": _raise,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda: time.sleep(5),
+    "hang": lambda: time.sleep(8),
 }
 
 

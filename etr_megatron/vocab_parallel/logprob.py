@@ -1,7 +1,7 @@
 """Log-prob and entropy of chosen tokens straight from hidden states and a vocabulary shard; the vocabulary is never gathered.
 
 For a caller who wants both as differentiable tensors (sequence-level losses) or without gradient (old, reference log-probs).
-Forward saves the hidden rows (the caller's) and four fp32 numbers per row; backward computes a chunk's logits again: 4 matrix
+Forward saves the hidden rows (the caller's) and three fp32 numbers per row; backward computes a chunk's logits again: 4 matrix
 products in all, 1 without gradient. A loss that is local to tokens is cheaper through `vocab_parallel_loss`.
 """
 
@@ -28,10 +28,10 @@ from etr_megatron.vocab_parallel.weight_grad import weight_grad
 
 
 def forward_rows(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """[4, R] fp32: log-prob, entropy, log-sum-exp and this shard's share of every row."""
-    found = torch.empty(4, len(hidden), dtype=torch.float32, device=hidden.device)
+    """[3, R] fp32: log-prob, entropy and log-sum-exp of every row."""
+    found = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
     for chunk in sweep(head, hidden, weight, targets):
-        torch.stack([chunk.logp, chunk.entropy, chunk.log_sum, chunk.share], out=found[:, chunk.rows])
+        torch.stack([chunk.logp, chunk.entropy, chunk.log_sum], out=found[:, chunk.rows])
     return found
 
 
@@ -40,9 +40,9 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        logp, entropy, log_sum, share = forward_rows(head, hidden, weight, targets)
+        logp, entropy, log_sum = forward_rows(head, hidden, weight, targets)
         ctx.set_materialize_grads(False)  # without a gradient of the entropy its part is skipped
-        ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum, share)
+        ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum)
         ctx.head, ctx.weight = head, weight
         return logp, entropy
 
@@ -50,7 +50,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logp is None and grad_entropy is None:
             return (None,) * 4
-        hidden, weight, targets, logp, entropy, log_sum, share = ctx.saved_tensors
+        hidden, weight, targets, logp, entropy, log_sum = ctx.saved_tensors
         head: Head = ctx.head
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
         sink = weight_grad(ctx.weight) if ctx.needs_input_grad[1] else None
@@ -59,7 +59,7 @@ class _Recomputed(torch.autograd.Function):
         (buffer,) = chunk_buffers(head, slices, 1, hidden.device)
         for rows in slices:
             logits = chunk_logits(head, hidden[rows], weight, buffer[: rows.stop - rows.start])
-            per_row = (values[rows] for values in (logp, entropy, log_sum, share))
+            per_row = (values[rows] for values in (logp, entropy, log_sum))
             chunk = Chunk(rows, logits, head.shard.columns(targets[rows]), *per_row)
             add_gradients(
                 head,

@@ -8,15 +8,18 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
     + 4 c v                logits, which become their own gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
-    + 8 b v                two temporaries of b rows: none with Triton, on CPU what makes 2^18 elements
-    + 2 c v in bf16        the gradient as an operand
-    + 2 u H in bf16        on CPU the product of u = 2^20 / H rows of the weight before it is added in fp32
+    + the larger of
+        4 b v              a temporary of b rows for the statistics: on CPU what makes 2^18 elements, at least one row
+        4 t + 2 c v        a temporary of a tile of t elements for the gradient and, in bf16, the gradient as an operand
+        2 c v + 2 u H      in bf16 on CPU, that and the product of u = 2^20 / H rows of the weight, before it is added in fp32
 
-`single_pass_bytes` is that sum or, in bf16, 6 R H if that is more: the hidden gradient is cast when the chunks are gone.
+with no temporaries (b = t = 0) where the row passes are Triton's. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
+more: the hidden gradient is cast when the chunks are gone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -158,9 +161,12 @@ def single_pass_bytes(
     head, real = Head(shard, chunk_rows=chunk_rows, backend=backend, overlap=overlap), shard.real
     chunk = head.rows_of_chunk(rows, device)
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
-    scratch = 8 * torch_rows.block_rows(chunk, real, device) * real if head.rows_on(device) is torch_rows else 0
-    if dtype == torch.float32:
-        return needed + scratch
-    product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
-    # The scratch is gone when the weight's product is made.
-    return max(needed + 2 * chunk * real + max(scratch, product), 6 * rows * hidden_size)
+    statistics = tile = operand = product = 0
+    if head.rows_on(device) is torch_rows:
+        statistics = 4 * torch_rows.block_rows(chunk, real, device) * real
+        tile = 4 * math.prod(torch_rows.tile_shape(chunk, real, device))
+    if dtype != torch.float32:
+        operand = 2 * chunk * real
+        product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
+    needed += max(statistics, operand + max(tile, product))
+    return needed if dtype == torch.float32 else max(needed, 6 * rows * hidden_size)

@@ -68,7 +68,7 @@ class Chunk:
     """Some rows with their results, fp32 [rows] each.
 
     logits: fp32 [rows, real], divided by the temperature; the consumer may overwrite them until it takes the next chunk.
-    columns: int64 [rows], see `VocabShard.columns`. share: the probability that the whole softmax gives to this shard.
+    columns: int64 [rows], see `VocabShard.columns`.
     """
 
     rows: slice
@@ -77,7 +77,6 @@ class Chunk:
     logp: Tensor
     entropy: Tensor
     log_sum: Tensor
-    share: Tensor
 
 
 class _Travelling:
@@ -85,7 +84,7 @@ class _Travelling:
 
     def __init__(self, head: Head, rows: slice, logits: Tensor, targets: Tensor) -> None:
         shard, columns = head.shard, head.shard.columns(targets)
-        self._rows, self._logits, self._columns, self._rank = rows, logits, columns, shard.rank
+        self._rows, self._logits, self._columns = rows, logits, columns
         local = _statistics(head, logits, columns)
         self._work: Any = None
         if shard.group is None:
@@ -98,7 +97,7 @@ class _Travelling:
     def arrived(self) -> Chunk:
         if self._work is not None:
             self._work.wait()
-        return Chunk(self._rows, self._logits, self._columns, *_combine(self._all, self._rank))
+        return Chunk(self._rows, self._logits, self._columns, *_combine(self._all))
 
 
 def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
@@ -110,15 +109,14 @@ def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
     return head.rows_on(logits.device).row_statistics(logits, columns)
 
 
-def _combine(statistics: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy, log-sum-exp and the share of shard `rank`, [rows] each, from the [TP, 4, rows] statistics of all."""
+def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log-prob, entropy and log-sum-exp, [rows] each, from the [TP, 4, rows] statistics of all shards."""
     top, total, target, weighted = statistics.unbind(1)
     peak = top.max(dim=0).values
     scale = (top - peak).exp()
-    parts = total * scale
-    total = parts.sum(0)
+    total = (total * scale).sum(0)
     log_sum = peak + total.log()
-    return target.sum(0) - log_sum, log_sum - (weighted * scale).sum(0) / total, log_sum, parts[rank] / total
+    return target.sum(0) - log_sum, log_sum - (weighted * scale).sum(0) / total, log_sum
 
 
 def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -180,13 +178,11 @@ def add_gradients(
     grad = head.rows_on(hidden.device).row_gradient(
         chunk.logits,
         chunk.columns,
-        chunk.share,
         chunk.log_sum,
         chunk.entropy,
         g_logp * scale,
         None if g_entropy is None else g_entropy * scale,
         chunk.logits if weight.dtype == torch.float32 else torch.empty_like(chunk.logits, dtype=weight.dtype),
     )
-    gemm.hidden_grad_into(grad_hidden[chunk.rows], grad, weight[:real])
-    if grad_weight is not None:
-        gemm.add_weight_grad(grad_weight[:real], grad, hidden[chunk.rows])
+    total = None if grad_weight is None else grad_weight[:real]
+    gemm.gradients_into(grad_hidden[chunk.rows], total, grad, hidden[chunk.rows], weight[:real])

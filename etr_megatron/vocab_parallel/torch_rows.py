@@ -3,8 +3,8 @@
 Precondition of both passes, here and in `triton_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf has NaN
 among its statistics, by which a run learns of it, and disturbs no other row; what a row with -inf gives is not defined.
 
-On CPU the passes go over a few rows at a time, so that the temporary stays in the cache and nothing of a chunk's size is
-allocated beside the chunk itself.
+On CPU the passes go over a few rows, or a tile of them, at a time, so that the temporary stays in the cache and nothing of a
+chunk's size is allocated beside the chunk itself.
 """
 
 from __future__ import annotations
@@ -17,40 +17,38 @@ from torch import Tensor
 _CACHED_ELEMENTS = 1 << 18
 """fp32 elements of a temporary on CPU, 1 MiB: larger ones leave the second-level cache, smaller ones cost more calls."""
 
+_TILE = (16, 8192)
+"""Rows and columns that the gradient takes at a time on CPU, half of that."""
+
 
 def block_rows(rows: int, real: int, device: torch.device) -> int:
-    """Rows that one pass takes at a time; it holds two fp32 temporaries of their size."""
+    """Rows that the statistics take at a time, with an fp32 temporary of their size."""
     return rows if device.type != "cpu" else min(rows, max(1, _CACHED_ELEMENTS // max(1, real)))
 
 
-def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, two fp32 scratches of their size, [2, rows, real]) over all rows; a scratch is valid until the next block."""
-    count, real = logits.shape
-    step = block_rows(count, real, logits.device)
-    scratch = torch.empty(2, step, real, dtype=torch.float32, device=logits.device)
-    for begin in range(0, count, max(1, step)):
-        rows = slice(begin, min(begin + step, count))
-        yield rows, scratch[:, : rows.stop - begin]
+def tile_shape(rows: int, real: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns that the gradient takes at a time, with an fp32 temporary of their size."""
+    return (rows, real) if device.type != "cpu" else (min(rows, _TILE[0]), min(real, _TILE[1]))
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
-    """A shard's part of each row's softmax: fp32 [4, rows] of m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
 
-    m is the shard's log-sum-exp here (the sum is then 1); any m that keeps exp() in range does. logits: fp32 or bf16 [rows,
-    real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is 0).
-
-    The library's softmax is one pass that stays in the cache, three times as fast on CPU as subtracting, exp() and summing. Its
-    largest value is at least 1 / real, so that its log is accurate and gives m.
+    logits: fp32 [rows, real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is
+    then 0).
     """
-    found = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
-    top, most = found[:2]
-    for rows, (p, weighted) in _blocks(logits):
-        torch.softmax(logits[rows], 1, dtype=torch.float32, out=p)
-        top[rows], most[rows] = logits[rows].amax(1), p.amax(1)
-        torch.sum(torch.mul(p, logits[rows], out=weighted), 1, out=found[3, rows])
-    top -= most.log()
-    found[1] = 1.0
-    picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0].float()
+    count, real = logits.shape
+    found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
+    step = max(1, block_rows(count, real, logits.device))
+    scratch = torch.empty(step, real, dtype=torch.float32, device=logits.device)
+    for begin in range(0, count, step):
+        rows = slice(begin, min(begin + step, count))
+        block, e = logits[rows], scratch[: rows.stop - begin]
+        top = torch.amax(block, 1, out=found[0, rows])
+        torch.sub(block, top[:, None], out=e).exp_()
+        torch.sum(e, 1, out=found[1, rows])
+        torch.sum(e.mul_(block), 1, out=found[3, rows])
+    picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0]
     found[2] = torch.where(columns >= 0, picked, 0.0)
     return found
 
@@ -58,7 +56,6 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
 def row_gradient(
     logits: Tensor,
     columns: Tensor,
-    share: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
     g_logp: Tensor,
@@ -67,21 +64,35 @@ def row_gradient(
 ) -> Tensor:
     """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
 
-    logits, columns: as in `row_statistics`. share (the part of the whole softmax on this shard), log_sum, entropy (H), g_logp,
-    g_entropy: fp32 [rows]; log p = logits - log_sum. g_entropy: None where the loss has no entropy term. out: fp32 or bf16
-    [rows, real]; may be `logits` itself.
+    logits, columns: as in `row_statistics`; the logits are used up. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows];
+    log p = logits - log_sum. g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be
+    `logits` itself.
     """
-    # A block's p sums to 1 over this shard alone. Everything by row is made once: with few rows a block it would cost as much.
-    slope, offset = None, (-g_logp * share)[:, None]
+    # Everything by row is made once. The gradient is p (offset + slope l), apart from the target's g_logp.
+    log_sum, offset, slope = log_sum[:, None], -g_logp[:, None], None
     if g_entropy is not None:
-        slope = (-g_entropy * share)[:, None]
-        offset = offset - slope * (log_sum - entropy)[:, None]
-    for rows, (p, factor) in _blocks(logits):
-        torch.softmax(logits[rows], 1, dtype=torch.float32, out=p)
+        slope = -g_entropy[:, None]
+        offset = offset - slope * (log_sum - entropy[:, None])
+    for rows, tile, p in _tiles(logits):
+        block = logits[rows, tile]
+        torch.sub(block, log_sum[rows], out=p).exp_()
         if slope is None:
-            torch.mul(p, offset[rows], out=out[rows])
+            torch.mul(p, offset[rows], out=out[rows, tile])
         else:
-            torch.addcmul(offset[rows], logits[rows], slope[rows], out=factor)
-            torch.mul(factor, p, out=out[rows])
+            # In place: three operands at a time are as much as the cache holds.
+            torch.mul(block.mul_(slope[rows]).add_(offset[rows]), p, out=out[rows, tile])
     here = torch.where(columns >= 0, g_logp, 0.0).to(out.dtype)
     return out.scatter_add_(1, columns.clamp(min=0)[:, None], here[:, None])
+
+
+def _tiles(logits: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, fp32 scratch of their shape) of all tiles; a scratch is valid until the next tile."""
+    count, real = logits.shape
+    high, wide = tile_shape(count, real, logits.device)
+    scratch = torch.empty(high * wide, dtype=torch.float32, device=logits.device)
+    for top in range(0, count, max(1, high)):
+        rows = slice(top, min(top + high, count))
+        for left in range(0, real, max(1, wide)):
+            columns = slice(left, min(left + wide, real))
+            shape = rows.stop - top, columns.stop - left
+            yield rows, columns, scratch[: shape[0] * shape[1]].view(shape)

@@ -68,7 +68,6 @@ def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
 def row_gradient(
     logits: Tensor,
     columns: Tensor,
-    share: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
     g_logp: Tensor,
@@ -77,8 +76,7 @@ def row_gradient(
 ) -> Tensor:
     """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
 
-    logits, columns: as in `row_statistics`. share: what `torch_rows` needs, not read here. log_sum, entropy (H), g_logp,
-    g_entropy: fp32 [rows]; log p = logits - log_sum.
+    logits, columns: as in `row_statistics`. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows]; log p = logits - log_sum.
     g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real], columns adjacent; may be `logits`
     itself, and may not overlap it in any other way. Where p underflows to 0 so does the gradient, the target's g_logp aside.
     """
