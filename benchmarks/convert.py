@@ -64,7 +64,6 @@ def generate(folder: Path, layers: int) -> None:
     for number, (name, shape) in enumerate(shapes.items()):
         count = torch.Size(shape).numel()
         writer.write(name, (0,) * len(shape), values[number % 4096 :][:count].view(shape))
-    writer.sync()
 
 
 def largest_tensor(folder: Path) -> tuple[int, int]:

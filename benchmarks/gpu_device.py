@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 
-BF16_PEAK = {
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA B200": 2250e12,
-}
-"""FLOP/s of dense bf16 products by CUDA's name of the device, from NVIDIA's datasheets (without sparsity)."""
+from etr_megatron.flops import BF16_PEAK
 
 RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 """Values of `fp8.recipe`."""

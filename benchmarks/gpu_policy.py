@@ -105,10 +105,10 @@ def make_batch(sequences: list[tuple[list[int], list[int]]], old: tuple[Tensor, 
 
 def flops_of_update(arch: Any, workload: dict[str, int]) -> float:
     """Model FLOPs of a forward and a backward pass over the workload."""
-    from etr_megatron.planner.flops import body_flops, head_flops
+    from etr_megatron.flops import sequence_flops
 
-    one = body_flops(arch, workload["prompt"] + workload["response"]) + head_flops(arch, workload["response"])
-    return 3 * workload["samples"] * one
+    tokens, rows = workload["prompt"] + workload["response"], workload["response"]
+    return 3 * workload["samples"] * sequence_flops(arch, tokens, rows)
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:

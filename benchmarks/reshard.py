@@ -4,8 +4,8 @@
     python -m benchmarks.reshard --quick    # the same at a tiny size, whose times mean nothing
 
 Contestants: `sharded` and `broadcast`, ours; `gather_broadcast`, tensors put together on rank 0 and broadcast in buckets, by
-plain torch.distributed; `megatron_core`, its own `resharding` over gloo (it needs both models in the same processes and knows
-experts by Transformer Engine's names alone, so it is not in the cases with servers or experts); `bare_copy`, as many bytes
+plain torch.distributed; `megatron_core`, its own `resharding` over gloo (it needs both models in the same processes, so it is
+not in the cases with servers; experts are handed to it as it would need them, see `BareModel`); `bare_copy`, as many bytes
 between the same ranks without packing. All in `reshard_contestants.py`. What each delivers is compared bit for bit with the
 destination's shards before any is timed.
 

@@ -1,10 +1,12 @@
-"""Two GPTModels in one set of processes, for megatron-core's resharding."""
+"""Two models in one set of processes, for megatron-core's resharding: GPTModels, or with experts what it reads of a model."""
 
 from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from etr_megatron.policy.model import global_name  # noqa: E402
 from etr_megatron.policy.model_config import block_spec, transformer_config  # noqa: E402
 from etr_megatron.policy.parallel import Layout, init_layout  # noqa: E402
-from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size  # noqa: E402
+from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size, weights_of  # noqa: E402
 
 
 def layout_of(placement: TrainingLayout, rank: int) -> Layout:
@@ -55,7 +57,7 @@ def global_groups(placement: TrainingLayout) -> None:
 
 
 def groups_of(placement: TrainingLayout) -> ProcessGroupCollection:
-    """Groups of a layout without experts beside Megatron's global ones."""
+    """Groups of a layout beside Megatron's global ones; experts are spread over all data-parallel ranks or none."""
     ranks = torch.arange(placement.world).view(placement.pp, placement.dp, placement.tp)
 
     def cut(*dims: int) -> dist.ProcessGroup:
@@ -66,7 +68,7 @@ def groups_of(placement: TrainingLayout) -> ProcessGroupCollection:
 
     groups = ProcessGroupCollection()
     groups.pp, groups.dp, groups.tp, groups.mp = cut(0), cut(1), cut(2), cut(0, 2)
-    groups.cp = groups.ep = cut()
+    groups.cp, groups.ep = cut(), groups.dp if placement.ep > 1 else cut()
     groups.tp_cp = groups.expt_tp = groups.tp_ep = groups.tp
     groups.dp_cp = groups.expt_dp = groups.dp
     groups.tp_ep_pp = groups.mp
@@ -98,3 +100,31 @@ def parameters(model: Any, arch: Architecture, layout: Layout) -> dict[str, Tens
     """Parameters by their name in the weight map."""
     first = layout.stage * (arch.layers // layout.pp)
     return {global_name(name, first, 0): parameter.data for name, parameter in model.named_parameters()}
+
+
+class BareModel(torch.nn.Module):
+    """Shards of one pipeline stage as the parameters of a model, with all that resharding asks of one.
+
+    It takes experts for what they are under Transformer Engine's names alone (`weight3`), so that of a model built on CPU it
+    would bring local expert 0 of any rank as expert 0; and neither Megatron's experts on Transformer Engine say along which
+    dimension they are cut, nor that gate and up are cut apart. Here they do.
+    """
+
+    def __init__(self, placement: TrainingLayout, arch: Architecture, shards: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_moe_experts=arch.experts.count)
+        self.pg_collection = groups_of(placement)
+        self._named: dict[str, torch.nn.Parameter] = {}
+        mine = [weight for weight in weights_of(arch) if weight.megatron in shards]
+        first = min(weight.expert for weight in mine if weight.expert is not None)
+        for weight in mine:
+            name, parameter = weight.megatron, torch.nn.Parameter(shards[weight.megatron], requires_grad=False)
+            if weight.expert is not None:
+                name = weight.te.removesuffix(str(weight.expert)) + str(weight.expert - first)
+            parameter.tensor_model_parallel = weight.split != "replicated"
+            parameter.partition_dim, parameter.partition_stride = int(weight.split == "row"), 1 + (weight.split == "gate_up")
+            parameter.allreduce = weight.expert is None or placement.ep == 1
+            self._named[name] = parameter
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from self._named.items()

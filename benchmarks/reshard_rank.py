@@ -34,15 +34,19 @@ class WrongResultError(RuntimeError):
 def problem(case: Case, arch: Architecture, dtype: torch.dtype) -> tuple[Shards, Shards, Shards, list[Any]]:
     """(source shards, destination shards to fill, what they must become, models) of this rank, empty where it has no role.
 
-    In one set of processes a dense model's shards are the parameters of GPTModels, which megatron-core's resharding needs.
+    In one set of processes the shards are the parameters of models, which megatron-core's resharding needs.
     """
     rank, place = dist.get_rank(), dist.get_rank() - case.start
     sources = own_shards(case.source, arch, rank, dtype) if rank < case.source.world else {}
     wanted = own_shards(case.destination, arch, place, dtype) if 0 <= place < case.destination.world else {}
-    if not case.together or case.experts:
-        return sources, {name: torch.empty_like(tensor) for name, tensor in wanted.items()}, wanted, []
+    blank = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    if not case.together:
+        return sources, blank, wanted, []
     from benchmarks import reshard_megatron as megatron
 
+    if case.experts:
+        models = [megatron.BareModel(case.source, arch, sources), megatron.BareModel(case.destination, arch, blank)]
+        return sources, blank, wanted, models
     megatron.global_groups(case.source)
     models, found = [], []
     for placement, groups in ((case.source, None), (case.destination, megatron.groups_of(case.destination))):

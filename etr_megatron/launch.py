@@ -31,6 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
         return 0
     try:
+        if "--dry-run" in arguments:
+            from etr_megatron.planner.dry_run import dry_run
+
+            dry_run([argument for argument in arguments if argument != "--dry-run"])
+            return 0
         nproc, config_path, overrides, grace_s = prepare(arguments)
     except UserError as error:
         return _refuse(str(error))

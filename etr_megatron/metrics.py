@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from etr_megatron import platform
 from etr_megatron.config import Config
+from etr_megatron.flops import BF16_PEAK, sequence_flops
 from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
-from etr_megatron.policy import PolicyBatch, Update
+from etr_megatron.policy import Policy, PolicyBatch, Update
 from etr_megatron.types import Group
 
 
@@ -45,27 +47,38 @@ def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tens
     )
 
 
+def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[str, Any]:
+    """What a step's row has to say of its groups alone."""
+    samples = [sample for group in groups for sample in group.samples]
+    return {
+        "step": step,
+        "weight_version": max(sample.weight_version for sample in samples),
+        "reward_mean": _mean([sample.reward for sample in samples]),
+        "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
+        "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
+        "truncated": sum(sample.finish_reason == "length" for sample in samples),
+        "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
+        "reward_errors": sum(sample.reward_status == "error" for sample in samples),
+        "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def step_metrics(
     step: int, groups: Sequence[Group], batch: PolicyBatch, updates: Sequence[Update], config: Config
 ) -> dict[str, Any]:
     """The row without times and tokens/s. Shares of tokens are over all updates of the step."""
-    samples = [sample for group in groups for sample in group.samples]
-    rewards = [sample.reward for sample in samples]
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
     gap = logprob_gap(batch)
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
     return {
-        "step": step,
-        "weight_version": max(sample.weight_version for sample in samples),
-        "reward_mean": mean(rewards),
-        "accuracy": mean([float(reward == config.reward.range_max) for reward in rewards]),
+        **rollout_metrics(step, groups, config),
         "entropy": torch.cat(batch.old_entropy).double().mean().item(),
-        "loss": mean([update.loss for update in updates]),
-        "grad_norm": mean([update.grad_norm for update in updates]),
+        "loss": _mean([update.loss for update in updates]),
+        "grad_norm": _mean([update.grad_norm for update in updates]),
         "lr": updates[-1].lr,
         "ratio_mean": total["ratio"] / tokens,
         "effective_sample_size": total["ratio"] ** 2 / (tokens * total["ratio_squared"]),
@@ -77,12 +90,8 @@ def step_metrics(
         "logprob_gap_mean": gap.mean().item(),
         "logprob_gap_max": gap.max().item(),
         **_engine_mismatch(batch, config),
-        "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples),
-        "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
-        "reward_errors": sum(sample.reward_status == "error" for sample in samples),
-        "response_tokens_mean": mean([len(sample.response_ids) for sample in samples]),
         **_shaped_reward(batch, config),
+        **{name: _mean([update.balance[name] for update in updates]) for name in updates[0].balance},
         **_by_pass_rate(batch, total),
         **{
             name: value / tokens
@@ -90,6 +99,24 @@ def step_metrics(
             if name.startswith("loss/") and not name.endswith(PASS_RATE_BINS)
         },
     }
+
+
+def training_speed(
+    policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], epochs: int, seconds: float
+) -> dict[str, float]:
+    """TFLOP/s of a rank over the `seconds` in which a step's log-probs and updates were computed, and on devices whose peak in
+    bf16 is known its share of that; nothing where nothing was trained.
+
+    Counted as in Megatron: what the model needs, not what recomputation repeats. A forward pass for the old log-probs, one for
+    a reference model's, and three passes' worth (forward and backward) in every epoch.
+    """
+    if not seconds:
+        return {}
+    passes = 1 + (policy.reference is not None) + 3 * epochs
+    step = passes * sum(sequence_flops(policy.arch, len(prompt) + len(rows), len(rows)) for prompt, rows in sequences)
+    rate = step / seconds / policy.layout.world
+    peak = BF16_PEAK.get(torch.cuda.get_device_name()) if platform.uses_cuda() else None
+    return {"tflops_per_gpu": rate / 1e12} | ({} if peak is None else {"mfu": rate / peak})
 
 
 def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:

@@ -10,14 +10,15 @@ from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
-from etr_megatron.metrics import check_logprob_gap, drawn_from, step_metrics
+from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
 from etr_megatron.rollout import EngineGoneError, RolloutEngine, Rollouts, Sampler, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
-from etr_megatron.rollout.record import write_record
+from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group, Problem
 
 
@@ -45,7 +46,8 @@ class Trainer:
         self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
         self._watch = Stopwatch()
         self.step = 0
-        self._trained = 0  # the step that the policy is after
+        self._trained = 0  # the last step that is done
+        self._version = 0  # the step that the policy is after: it lags behind where nothing is trained
         self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
 
@@ -56,7 +58,6 @@ class Trainer:
         SIGTERM asks a rank to stop.
         """
         self._resume()
-        self._trained = self.step
         with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
             try:
                 self._roll_out_only() if self.config.rollout.only else self._run_steps()
@@ -68,6 +69,8 @@ class Trainer:
         if self.step > self._trained:
             self.sampler.put_back(self.step)
         self.step = self._trained
+        if self.config.rollout.only:  # the record is what there is
+            return
         if self._unrecorded is not None:
             self._record(*self._unrecorded)
         if checkpoint.latest_step(self._directory.checkpoints) != self.step:
@@ -84,7 +87,8 @@ class Trainer:
             batch, updates = self._train(rollouts.groups)
             row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts
             self._keep(rollouts, batch)
-            self._trained, self._unrecorded = self.step, (row, rollouts.groups)
+            self._trained = self._version = self.step
+            self._unrecorded = row, rollouts.groups
             self._sync()
             if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.run.steps):
                 row |= self._evaluate()
@@ -97,16 +101,15 @@ class Trainer:
     def _roll_out_only(self) -> None:
         """Rollouts and rewards of the steps that are left, all under the weights that there are."""
         self._sync()
+        self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
             rollouts = self._roll_out()
             self._keep(rollouts)
-            self._trained = self.step  # there is nothing to train
+            self._record(rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts, rollouts.groups)
             if self._recorder is not None:
-                self._directory.write_status("running", self.step, self.config.run.steps)
-                rewards = [sample.reward for group in rollouts.groups for sample in group.samples]
-                mean = sum(rewards) / len(rewards)
-                print(f"step {self.step}/{self.config.run.steps}: reward {mean:.3f}, recorded", flush=True)
+                write_reached(self._directory.recorded, Reached(self._version, self.step, self.sampler.state_dict()))
+            self._trained = self.step
 
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
@@ -134,7 +137,7 @@ class Trainer:
         with self._watch.phase("sync"):
             self._phases.meet(f"weight sync of step {self.step}")
             self.sampler.pause()
-            self.engine.update_weights(self.policy.export(), version=self.step)
+            self.engine.update_weights(self.policy.export(), version=self._version)
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
@@ -160,7 +163,10 @@ class Trainer:
         if self._recorder is None:
             return
         tokens = sum(len(sample.response_ids) for group in groups for sample in group.samples)
-        self._recorder.record({**row, **times, "tokens_per_s": tokens / times["time_step"]})
+        speed = {}
+        if not self.config.rollout.only:
+            speed = training_speed(self.policy, sequences_of(groups), self.config.train.epochs, times["time_train"])
+        self._recorder.record({**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]})
         self._directory.write_status("running", self.step, self.config.run.steps)
         observe = self.config.observe
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:
@@ -179,13 +185,23 @@ class Trainer:
         checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
 
     def _resume(self) -> None:
-        """Take up the newest checkpoint, if there is one, and forget what was written after it."""
+        """Take up the newest checkpoint, if there is one, and forget what was written after it.
+
+        Where nothing is trained the rollouts that its weights have given already are kept.
+        """
         step = checkpoint.latest_step(self._directory.checkpoints) if self.config.checkpoint.resume else None
         if step is not None:
             self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
-            self.step = step
+            self.step = self._trained = self._version = step
+        if self.config.rollout.only and self.config.checkpoint.resume:
+            reached = on_rank0(lambda: read_reached(self._directory.recorded))
+            if reached is not None and reached.version == self._version:
+                self.sampler.load_state_dict(reached.sampler)
+                self.step = self._trained = reached.step
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
+            if not self.config.rollout.only:
+                forget_reached(self._directory.recorded)
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)

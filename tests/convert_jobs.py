@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
+from etr_megatron.convert.comparison import Verification
 from tests.hf_models import random_sequences
 
 
@@ -106,10 +107,9 @@ def memory_of(argv: list[str]) -> int:
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def verified(hf: str, megatron: str) -> tuple[list[str], tuple[float, float], bool]:
+def verified(hf: str, megatron: str) -> Verification:
     """What `verify` finds."""
-    found = verify(Path(hf), Path(megatron), Ranks())
-    return found.differing, found.logits, found.same
+    return verify(Path(hf), Path(megatron), Ranks())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
-Behaviours: die_at, hang_at, fail_at, abort_at (numbers of the generate request, from 0), die_at_bucket, hang_at_bucket (numbers
-of the weight bucket, from 0), stale (it never takes over a version), old (no begin and end of an update: SGLang before 0.5.21),
-tokens_per_s (a chain of tokens at this rate, that can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate
-of prompts whose token ids have an odd sum), hang_at_abort.
+Behaviours: die_at, hang_at, fail_at, abort_at (numbers of the generate request, from 0), die_at_bucket, hang_at_bucket
+(numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes over a version), old (no
+begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that can be cut off and
+goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.distributed import distributed_c10d as c10d  # noqa: E402
 
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
+MEMORY = ("weights", "kv_cache", "cuda_graph")
 UPDATE_SESSION = ("/begin_weight_update", "/end_weight_update")
 ROUTES = (
     *("/generate", "/abort_request", "/model_info", "/server_info", "/health", "/flush_cache", "/update_weight_version"),
@@ -50,7 +51,15 @@ def server_arguments() -> argparse.Namespace:
     parser.add_argument("--config")
     for flag in ("--skip-tokenizer-init", "--enable-memory-saver"):
         parser.add_argument(flag, action="store_true")
-    for name in ("--model-path", "--dtype", "--load-format", "--tp-size", "--custom-weight-loader", "--attention-backend"):
+    for name in (
+        "--model-path",
+        "--dtype",
+        "--load-format",
+        "--tp-size",
+        "--custom-weight-loader",
+        "--attention-backend",
+        "--json-model-override-args",
+    ):
         parser.add_argument(name)
     parser.add_argument("--mem-fraction-static", help="a number: see --attention-backends, which there is not")
     return parser.parse_args(sys.argv[1:] if STARTED_AS_SERVER else [])
@@ -64,7 +73,8 @@ class State:
     """What the server remembers; `log` is every route that changed something, in order."""
 
     def __init__(self) -> None:
-        self.version, self.paused, self.in_update, self.released = "default", False, False, False
+        self.version, self.paused, self.in_update = "default", False, False
+        self.released: set[str] = set()
         self.sums: dict[str, float] = {}
         self.log: list[str] = []
         self.generated = itertools.count()
@@ -72,6 +82,8 @@ class State:
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.model: Any = None
         self.aborted: set[str] = set()
+        self.running: set[str] = set()
+        self.prompts: list[list[int]] = []  # that it was given, in order
         self.origin: dict[int, list[int]] = {}  # seed -> the prompt that it came with first
 
 
@@ -87,6 +99,7 @@ def _act(kind: str, number: int, suffix: str = "") -> None:
 
 def generate(body: dict[str, Any]) -> tuple[int, Any]:
     number = next(STATE.generated)
+    STATE.prompts.append(body["input_ids"])
     _act("generate", number)
     if BEHAVIOUR.get("fail_at") == number:
         return 500, {"error": {"message": "out of order"}}
@@ -112,6 +125,7 @@ def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
     if sum(STATE.origin.setdefault(body["sampling_params"]["sampling_seed"], body["input_ids"])) % 2:
         rate = BEHAVIOUR.get("odd_tokens_per_s", rate)
     started = time.monotonic()
+    STATE.running.add(body.get("rid"))
     while (drawn := int((time.monotonic() - started) * rate)) < count and body.get("rid") not in STATE.aborted:
         time.sleep(0.005)
     chain = [(last + 1 + i) % 97 for i in range(count)]
@@ -119,7 +133,16 @@ def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
 
 
 def join(body: dict[str, Any]) -> tuple[int, Any]:
-    timeout = datetime.timedelta(seconds=20)
+    if BEHAVIOUR.get("die_at_join"):
+        os._exit(9)
+    timeout = datetime.timedelta(seconds=600)  # as SGLang's
+    try:
+        return form_group(body, timeout)
+    except Exception as error:
+        return 400, {"success": False, "message": f"not formed: {error}"}
+
+
+def form_group(body: dict[str, Any], timeout: datetime.timedelta) -> tuple[int, Any]:
     store = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], timeout=timeout)
     name = body["group_name"]
     STATE.groups[name], _ = c10d._new_process_group_helper(
@@ -137,7 +160,7 @@ def join(body: dict[str, Any]) -> tuple[int, Any]:
 
 def receive(body: dict[str, Any]) -> tuple[int, Any]:
     if not STATE.in_update and not BEHAVIOUR.get("old"):
-        return 200, {"success": False, "message": "not between begin and end"}
+        return 400, {"success": False, "message": "not between begin and end"}
     _act("bucket", next(STATE.buckets), "_bucket")
     dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes, strict=True)]
@@ -145,7 +168,7 @@ def receive(body: dict[str, Any]) -> tuple[int, Any]:
     try:
         dist.broadcast(flat, src=0, group=STATE.groups[body["group_name"]])
     except Exception as error:
-        return 200, {"success": False, "message": f"not received: {error}"}
+        return 400, {"success": False, "message": f"not received: {error}"}
     for name, dtype, part in zip(body["names"], dtypes, flat.split(sizes), strict=True):
         STATE.sums[name] = part.view(dtype).double().sum().item()
     return 200, {"success": True, "message": ""}
@@ -154,7 +177,7 @@ def receive(body: dict[str, Any]) -> tuple[int, Any]:
 def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
     """Whole tensors, or the offer of a sharded sync, which is received into parameters named as a server's."""
     if not STATE.in_update and not BEHAVIOUR.get("old"):
-        return 200, {"success": False, "message": "not between begin and end"}
+        return 400, {"success": False, "message": "not between begin and end"}
     _act("bucket", next(STATE.buckets), "_bucket")
     named = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
     if body.get("load_format") is None:
@@ -190,12 +213,13 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/abort_request":
         if BEHAVIOUR.get("hang_at_abort"):
             time.sleep(3600)
-        STATE.aborted.add(body["rid"])
+        STATE.aborted |= STATE.running if body.get("abort_all") else {body["rid"]}
         return 200, {}
     if route == "/model_info":
         return 200, {"weight_version": STATE.version}
     if route == "/state":
-        return 200, {"sums": STATE.sums, "log": STATE.log, "paused": STATE.paused, "version": STATE.version, "pid": os.getpid()}
+        said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts")}
+        return 200, said | {"pid": os.getpid()}
     if route == "/server_info" or (route == "/health" and not STATE.paused):
         return 200, {}
     if route == "/health":
@@ -203,15 +227,10 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         return 503, {}
     if route.endswith("_weight_update") and BEHAVIOUR.get("old"):
         return 404, {"detail": "Not Found"}
-    STATE.log.append(route)
-    if route == "/init_weights_update_group":
-        return join(body)
-    if route == "/update_weights_from_distributed":
-        return receive(body)
-    if route == "/update_weights_from_tensor":
-        return take_tensors(body)
-    if route == "/update_weights_from_disk":
-        return load_directory(body)
+    STATE.log.append(" ".join([route, *body.get("tags", ())]))
+    if route in WEIGHTS:
+        with SCHEDULER:
+            return WEIGHTS[route](body)
     if route == "/begin_weight_update" and STATE.in_update:
         return 400, {"success": False, "message": "a weight-update session is already open; call end_weight_update() first"}
     if route in UPDATE_SESSION:
@@ -219,14 +238,29 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     elif route in ("/pause_generation", "/continue_generation"):
         STATE.paused = route.startswith("/pause")
     elif route.endswith("_memory_occupation"):
-        if STATE.released == route.startswith("/release"):
+        tags = set(body.get("tags") or MEMORY)
+        if tags & STATE.released if route.startswith("/release") else tags - STATE.released:
             os._exit(9)  # as SGLang does when it is told twice
-        STATE.released = not STATE.released
+        STATE.released ^= tags
     elif route == "/destroy_weights_update_group":
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
     elif route == "/update_weight_version" and not BEHAVIOUR.get("stale"):
         STATE.version = body["new_version"]
+    if route in ("/pause_generation", "/continue_generation"):
+        return 200, {"message": "", "status": "ok"}
+    if route == "/flush_cache" or route.endswith("_memory_occupation"):
+        return 200, {}  # SGLang answers in words, or with nothing
     return 200, {"success": True, "message": ""}
+
+
+WEIGHTS = {
+    "/init_weights_update_group": join,
+    "/update_weights_from_distributed": receive,
+    "/update_weights_from_tensor": take_tensors,
+    "/update_weights_from_disk": load_directory,
+}
+SCHEDULER = threading.Lock()
+"""SGLang's scheduler does these one at a time: one that waits keeps the next from being heard."""
 
 
 class Handler(BaseHTTPRequestHandler):

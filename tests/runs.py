@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s")
+TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s", "tflops_per_gpu")
 
 SMALL = """
 run: {name: small, steps: 6}

@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
-from etr_megatron.config import SglangConfig
-from etr_megatron.rollout import Sampling
+from etr_megatron.config import Config, SglangConfig
+from etr_megatron.config.schema import RolloutConfig, RunConfig
+from etr_megatron.data import PromptCursor
+from etr_megatron.reward import Grade, GradeRequest
+from etr_megatron.rollout import Sampling, StreamingSampler
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.types import Problem
+from etr_megatron.weights import weights_of
+from etr_megatron.weights.quantize import quantize_blocks
 from tests.policy_jobs import build, make_batch
 
 TEMPERATURE = 0.9
@@ -52,8 +59,10 @@ def as_a_node_at(address: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def engine_of(policy: Any, model: str, directory: str, max_gap: float = 1e-5, **settings: Any) -> SglangEngine:
-    serving = Serving(policy.arch, "float32", "gloo", [], Path(directory), temperature=TEMPERATURE, max_gap=max_gap)
+def engine_of(
+    policy: Any, model: str, directory: str, max_gap: float = 1e-5, stop_ids: Sequence[int] = (), **settings: Any
+) -> SglangEngine:
+    serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), temperature=TEMPERATURE, max_gap=max_gap)
     return SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
 
 
@@ -97,8 +106,88 @@ def _states(engine: SglangEngine, names: list[str] | None = None) -> dict[str, d
     return {client.name: control.run(client.get("/state", timeout_s=10)) for client in serving}
 
 
-def _sums(policy: Any) -> dict[str, float]:
-    return {name: tensor.double().sum().item() for name, tensor in policy.export()}
+def _sums(policy: Any, fp8: bool = False) -> dict[str, float]:
+    """Of all tensors under the names that a server knows them by; a quantised one comes with the scales of its blocks."""
+    quantised = {name for weight in weights_of(policy.arch) if weight.fp8 and fp8 for name in weight.hf}
+    found = dict(policy.export())
+    for name in quantised:
+        found[name], found[f"{name}_scale_inv"] = quantize_blocks(found[name])
+    return {name: tensor.double().sum().item() for name, tensor in found.items()}
+
+
+class _Problems(list[Problem]):
+    fingerprint = "these"
+
+
+def streamed(
+    model: str, directory: str, prompts: list[list[int]], steps: int, rollout: dict[str, Any], idle_syncs: int, **settings: Any
+) -> dict[str, Any]:
+    """Steps of a sampler on a real server, with an update and a sync between; before the last step `idle_syncs` more of both.
+
+    Rewards of every fourth problem are all equal. Returns the steps' groups and counts, and for every sample the largest gap
+    to transformers' log-probs under the weights that its tokens claim, and under those of the sync after.
+    """
+    policy = build(model, ["train.lr=0.02", f"rollout.temperature={TEMPERATURE}"])
+    engine = engine_of(policy, model, directory, stop_ids=range(100, 112), probe_every=0, **settings)
+    config = Config(
+        run=RunConfig(steps=steps),
+        rollout=RolloutConfig(**rollout, samples_per_prompt=2, temperature=TEMPERATURE, backend="sglang"),
+    )
+    problems = _Problems(Problem(f"p{number}", "", str(number), [3 + number, *prompts[number % 3]]) for number in range(40))
+
+    def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
+        rewards = [zlib.crc32(one.response.encode()) / 2**32 if int(one.answer) % 4 else 0.5 for one in requests]
+        return [Grade(reward, "ok", "") for reward in rewards]
+
+    sampler = StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, grade)
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    found: dict[str, Any] = {"steps": [], "counts": []}
+    batch = None
+    try:
+        for step in range(1, steps + 1):
+            for _ in range(1 + (idle_syncs if step == steps else 0)):
+                if batch is not None:
+                    policy.update(batch)
+                weights[len(weights)] = {name: tensor.clone() for name, tensor in policy.export()}
+                sampler.pause()
+                engine.update_weights(policy.export(), len(weights) - 1)
+                sampler.resume()
+            rollouts = sampler.take(step, lambda _phase: nullcontext())
+            found["steps"].append((len(weights) - 1, [asdict(group) for group in rollouts.groups]))
+            found["counts"].append(rollouts.counts)
+            samples = [(group.problem.prompt_ids, one.response_ids) for group in rollouts.groups for one in group.samples]
+            batch = replace(make_batch(samples), old_logp=policy.logprobs(samples).logp)
+        sampler.pause()
+    finally:
+        engine.close()
+    policy.update(batch)
+    weights[len(weights)] = {name: tensor.clone() for name, tensor in policy.export()}
+    groups = [group for _, groups in found["steps"] for group in groups]
+    return found | {"gaps": _gaps_by_version(model, groups, weights, 0), "wrong": _gaps_by_version(model, groups, weights, 1)}
+
+
+def _gaps_by_version(
+    model: str, groups: list[dict[str, Any]], weights: Mapping[int, dict[str, torch.Tensor]], later: int
+) -> list[float]:
+    """Per sample, the largest distance of its log-probs from transformers' under weights `later` syncs after each token's."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    logp: dict[tuple[str, int, int], torch.Tensor] = {}
+    for version, tensors in weights.items():
+        reference.load_state_dict(tensors)
+        for group in groups:
+            for one in group["samples"]:
+                prompt, ids = group["problem"]["prompt_ids"], one["response_ids"]
+                with torch.no_grad():
+                    logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+                rows = torch.log_softmax(logits / TEMPERATURE, -1)
+                logp[group["id"], one["index"], version] = rows[range(len(ids)), ids]
+    gaps = []
+    for group in groups:
+        for one in group["samples"]:
+            versions = one["weight_versions"] or [one["weight_version"]] * len(one["response_ids"])
+            wanted = [logp[group["id"], one["index"], version + later][place] for place, version in enumerate(versions)]
+            gaps.append((torch.tensor(one["rollout_logprobs"], dtype=torch.float64) - torch.stack(wanted)).abs().max().item())
+    return gaps
 
 
 def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, **settings: Any) -> dict[str, Any]:
@@ -109,7 +198,7 @@ def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, 
         for version in range(1, syncs + 1):
             engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}
-        return {"states": _states(engine), "sums": _sums(policy), "failed": failed}
+        return {"states": _states(engine), "sums": _sums(policy, settings.get("fp8", False)), "failed": failed}
     finally:
         engine.close()
 
@@ -236,23 +325,33 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
 
 
 def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
-    """Two real servers at an address, one killed with requests under way: what was generated, whether they ask for a key, and
-    log-prob gaps after the next sync."""
+    """Three real servers at an address; with requests under way the first is killed and the second hangs; the third is killed
+    in the next sync. What was generated, what failed, whether servers ask for a key, and log-prob gaps after the sync."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address):
         engine = engine_of(policy, model, directory, nodes="every", **settings)
-    tokens = 100
+    tokens = 60
+
+    def process(number: int) -> psutil.Process:
+        watchdog = engine._host._processes[f"SGLang server {number}"]._watchdog
+        return psutil.Process(watchdog.pid).children()[0]
+
+    class KillsAsItIsRead(type(policy.export())):
+        def shards(self) -> dict[str, torch.Tensor]:
+            process(2).kill()
+            return super().shards()
+
     try:
         engine.update_weights(policy.export(), 1)
-        watchdog = psutil.Process(engine._host._processes["SGLang server 0"]._watchdog.pid)
-        (server,) = watchdog.children()
-        threading.Timer(0.7, server.kill).start()
+        for what in (process(0).kill, process(1).suspend):
+            threading.Timer(0.5, what).start()
         problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
         groups = engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=1))
         found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
         samples = [(prompts[i], sample.response_ids) for i, group in enumerate(groups) for sample in group]
         policy.update(replace(make_batch(samples), old_logp=policy.logprobs(samples).logp))
-        engine.update_weights(policy.export(), 2)
+        engine.update_weights(KillsAsItIsRead(policy), 2)
+        found["failed_in_sync"] = engine._control.fleet.failed
         clients = engine._control.fleet.serving
         replies = engine._control.probe(TEMPERATURE)
         wanted = policy.logprobs([(PROBE_PROMPT, reply.ids) for reply in replies.values()]).logp

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from etr_megatron.convert import Ranks, to_megatron
+from etr_megatron.convert.comparison import Verification
 from etr_megatron.weights import read_architecture, weights_of
 from tests.gang import ROOT
 from tests.hf_models import FAMILIES
@@ -23,18 +24,18 @@ def test_verify_compares_the_logits_of_every_family_and_sees_another_weight(gang
     hf, spoilt = Path(hf_models[family]), tmp_path / "spoilt"
     to_megatron(hf, tmp_path / "megatron", Ranks())
 
-    def found(model: Path) -> tuple:
+    def found(model: Path) -> Verification:
         return gangs(1).run("tests.convert_jobs:verified", hf=str(model), megatron=str(tmp_path / "megatron"))[0]
 
-    differing, (gap, largest), same = found(hf)
-    assert differing == [] and same and gap <= 1e-5 * max(1.0, largest)
+    same = found(hf)
+    assert same.same and same.differing == [] and same.logits[0] <= 1e-5 * max(1.0, same.logits[1])
     spoilt.mkdir()
     (spoilt / "config.json").write_text((hf / "config.json").read_text())
     tensors = load_file(hf / "model.safetensors")
     tensors["model.norm.weight"][3] += 0.5
     save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
-    differing, (gap, largest), same = found(spoilt)
-    assert differing == ["model.norm.weight"] and not same and gap > 1e-3 * largest
+    other = found(spoilt)
+    assert other.differing == ["model.norm.weight"] and not other.same and other.logits[0] > 1e-3 * other.logits[1]
 
 
 def write_wide_model(path: Path) -> int:

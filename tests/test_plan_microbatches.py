@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etr_megatron.policy.plan import plan_microbatches, sequence_flops
+from etr_megatron.flops import sequence_flops
+from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.weights import read_architecture
 
 

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from etr_megatron.config import load_config
+from etr_megatron.flops import active_parameters, body_flops, head_flops
 from etr_megatron.planner import H100, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.decode import generation_seconds, response_lengths
-from etr_megatron.planner.flops import active_parameters, body_flops, head_flops
 from etr_megatron.planner.published import ROWS, SYNC_32B, sync_of_32b, table
 from etr_megatron.weights import read_architecture
 

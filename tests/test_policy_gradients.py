@@ -178,3 +178,46 @@ def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models
     wanted = reference(hf_models["qwen3_moe"], sequences, AUX)
     overrides = ["parallel.tp=1", f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
     check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
+
+
+def balance(model: str, sequences: list, overrides: list[str]) -> dict[str, float]:
+    """What an update says about the experts; the log-probs before it must not count."""
+    policy = build(model, [*BASE, *overrides])
+    return policy.update(replace(make_batch(sequences), old_logp=policy.logprobs(sequences).logp)).balance
+
+
+SPREAD = {
+    "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "pp2_recomputed": (2, ["parallel.tp=1", "parallel.pp=2", "train.recompute=full"]),
+    "tp2_sp_etp1": BALANCED["tp2_sp_etp1"],
+}
+
+
+@pytest.mark.parametrize("layout", SPREAD)
+def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs, hf_models, layout):
+    # Of two lengths that do not go together into a microbatch: the loss is a mean over tokens, not over microbatches.
+    sequences = [(prompt, response[: 12 - 4 * (i % 2)]) for i, (prompt, response) in enumerate(without_padding(4))]
+    hf = AutoModelForCausalLM.from_pretrained(hf_models["qwen3_moe"], dtype=torch.float64, experts_implementation="eager")
+    routed: list[torch.Tensor] = []
+    for module in hf.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.register_forward_hook(lambda _m, _i, out: routed.append(out[0].detach()))
+    chosen, losses = torch.zeros(hf.config.num_hidden_layers, hf.config.num_experts, dtype=torch.float64), []
+    for prompt, response in sequences:
+        routed.clear()
+        hf(torch.tensor([prompt + response]))
+        for layer, logits in enumerate(routed):
+            share = torch.zeros(logits.shape).scatter(1, logits.topk(hf.config.num_experts_per_tok).indices, 1.0).double()
+            chosen[layer] += share.sum(0)
+            even = hf.config.num_experts / hf.config.num_experts_per_tok
+            losses.append(len(logits) * even * (share.mean(0) * logits.softmax(-1).mean(0)).sum() / len(chosen))
+    wanted = {
+        "expert_load_imbalance": (chosen.max(1).values / chosen.mean(1)).mean().item(),
+        "load_balancing_loss": float(sum(losses)) / sum(len(prompt) + len(response) for prompt, response in sequences),
+    }
+    world, overrides = SPREAD[layout]
+    overrides = [*overrides, f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
+    for found in gangs(world).run(
+        "tests.test_policy_gradients:balance", model=hf_models["qwen3_moe"], sequences=sequences, overrides=overrides
+    ):
+        assert found == pytest.approx(wanted, rel=1e-5)

@@ -41,6 +41,8 @@ MIXTURES = {
     "pp2_vpp2_ep2": (4, [*VPP2, "parallel.ep=2", SMALL]),
     "cp2_ep2": (2, [*CP2, "parallel.ep=2", SMALL]),
     "cp2_pp2_ep2": (4, [*CP2_PP2, "parallel.ep=2", SMALL]),
+    # Experts over the context-parallel ranks of both of a stage's chunks.
+    "cp2_pp2_vpp2_ep2": (4, [*CP2_PP2, "parallel.vpp=2", "parallel.ep=2", SMALL]),
     "cp2_tp2_sp_ep2_etp1": (4, [*CP2_TP2, "parallel.ep=2", "parallel.etp=1"]),
 }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from etr_megatron.errors import UserError
+from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
 from etr_megatron.rollout.record import group_from_json, read_record, write_record
 from etr_megatron.types import Group, Problem, Sample
+from tests.runs import wait_for
 
 NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
 
@@ -67,18 +69,30 @@ def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(
 
 @pytest.mark.slow
 def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
+    process = runs.start("--rollout-only", "run.name=only", *NO_EVALUATION)
+    folder = runs.directory("only")
+    wait_for(lambda: (folder / "recorded" / "reached.safetensors").exists())
+    process.kill()
+    process.communicate()
+    kept = runs.rows("only", times=True)[0]
     code, printed = runs.finish("--rollout-only", "run.name=only", *NO_EVALUATION)
     assert code == 0, printed
-    assert "step 3/3: reward" in printed
-    folder = runs.directory("only")
-    assert runs.rows("only") == [] and not list((folder / "checkpoints").iterdir())
+    assert "step 3/3: reward" in printed and not list((folder / "checkpoints").iterdir())
+    rows = runs.rows("only", times=True)
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0] == kept  # it went on where the record ended
+    assert all({"reward_mean", "truncated", "time_rollout"} <= row.keys() and "loss" not in row for row in rows)
+    assert main([str(folder)]) == 0
     assert runs.finish("run.name=trained", "rollout.record=true", *NO_EVALUATION)[0] == 0
+
+    def groups_of(name: str, step: int) -> list[str]:
+        return [one["id"] for one in read_record(runs.directory(name) / "recorded", step)[0]]
 
     def ids(name: str, step: int) -> list[list[int]]:
         found, _ = read_record(runs.directory(name) / "recorded", step)
         return [sample["response_ids"] for one in found for sample in one["samples"]]
 
     assert ids("only", 1) == ids("trained", 1)
+    assert [groups_of("only", step) for step in (1, 2, 3)] == [groups_of("trained", step) for step in (1, 2, 3)]
     assert ids("only", 2) != ids("trained", 2)  # its weights stay those of the start
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 
 import pytest
+from safetensors.torch import load, save
 
 from etr_megatron.config import Config, load_config
 from etr_megatron.config.schema import RolloutConfig, RunConfig
@@ -14,6 +15,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError
 from etr_megatron.rollout.engine import Drawn
+from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
 from etr_megatron.rollout.streaming import Hand
 from etr_megatron.types import Group, Problem, Sample
@@ -90,6 +92,12 @@ def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, **rollout) -> Hand
     config = Config(run=RunConfig(steps=steps), rollout=settings)
     cursor = PromptCursor(problems(count), seed=1, shuffle=False)
     return Hand(config, engine, cursor, lambda ids: " ".join(map(str, ids)), grader(flat))
+
+
+def through_disk(state: dict) -> dict:
+    """As a checkpoint keeps it: JSON but for the tensors."""
+    tensors = load(save(state.pop("tensors")))
+    return {**json.loads(json.dumps(state)), "tensors": tensors}
 
 
 def names(rollouts) -> list[str]:
@@ -232,7 +240,7 @@ def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
             hand.pause()
             engine.weight_version += 1
             if step == cut:
-                saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+                saved = through_disk({"cursor": hand._cursor.state_dict(), **hand.state_dict()})
                 version = engine.weight_version
                 engine = Engine(long_p1)
                 engine.weight_version = version
@@ -245,13 +253,27 @@ def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
     assert run(3) == run(None)
 
 
+def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
+    mixed = Sample(0, [70_123, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x € \u0000", 1.0, "ok", [3, 4, 4])
+    begun, not_begun = Sample(1, [8], [-0.25], "abort", 4), Sample(0, [], [], "abort", 2)
+    problem = Problem("p", "6 times 7?", "42", [1, 2])
+    groups = [
+        InHand(Group("p@5", problem, [mixed, begun]), 5, is_redone=True),
+        InHand(Group("q@6", problem, [not_begun]), 6),
+    ]
+    found, tensors = pack(groups)
+    assert unpack(json.loads(json.dumps(found)), load(save(tensors))) == groups
+    assert "70123" not in json.dumps(found) and tensors["response_ids"].tolist() == [70_123, 6, 7, 8]
+    assert unpack([], load(save(pack([])[1]))) == unpack([], {}) == []
+
+
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])
 def test_a_step_that_was_taken_and_not_trained_on_is_taken_again(options):
     hand = hand_of(Engine(), **options)
     first = hand.take(1, timer)
     hand.put_back(2)
     hand.put_back(1)
-    saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+    saved = through_disk({"cursor": hand._cursor.state_dict(), **hand.state_dict()})
     again = hand_of(Engine(), **options)
     again._cursor.load_state_dict(saved["cursor"])
     again.load_state_dict(saved)
@@ -268,7 +290,7 @@ def test_when_the_engine_is_gone_all_is_still_in_hand():
     engine.is_gone = True
     with pytest.raises(EngineGoneError):
         hand.take(1, timer)
-    saved = json.loads(json.dumps({"cursor": hand._cursor.state_dict(), **hand.state_dict()}))
+    saved = through_disk({"cursor": hand._cursor.state_dict(), **hand.state_dict()})
     new = Engine(lambda problem, index: 4 if problem.id == "p0" else 9)
     again = hand_of(new)
     again._cursor.load_state_dict(saved["cursor"])
@@ -303,7 +325,7 @@ def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_sta
     second = hand.take(2, timer)
     hand.put_back(3)  # a step that has not begun
     hand.put_back(2)
-    state = json.loads(json.dumps(hand.state_dict()))
+    state = through_disk(hand.state_dict())
     cursor = hand._cursor.state_dict()
 
     drawn = engine.asked

@@ -140,8 +140,18 @@ def test_a_model_that_cannot_be_run_is_refused_through_bash(
 
 def test_help_through_bash(is_set_up: None) -> None:
     done = run(["bash", str(RUN), "--help"])
-    usage = "usage: bash examples/run_etr.sh [--nproc N] [--rollout-only] [CONFIG]"
+    usage = "usage: bash examples/run_etr.sh [--nproc N] [--rollout-only | --dry-run] [CONFIG]"
     assert done.returncode == 0 and done.stdout.startswith(usage)
+
+
+def test_a_dry_run_through_bash_starts_nothing_and_finds_the_number_of_gpus(is_set_up: None, tmp_path: Path) -> None:
+    done = run(["bash", str(RUN), str(REPO / "configs/qwen3_8b_8gpu.yaml"), "--dry-run", f"run.dir={tmp_path}"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nfits: rank" in done.stdout and "8 is the first of 1, 2, 4, 8 ... that the config fits on" in done.stdout
+    assert not list(tmp_path.iterdir())
+    wrong = run(["bash", str(RUN), "--dry-run", "--gpus", "some"])
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: --dry-run: argument --gpus: invalid int value")
 
 
 # tools/setup_env.sh, with a Python that only pretends to install

@@ -88,6 +88,7 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(placement="colocated", urls=("http://a:1",)), "servers that run already are external"),
         (dict(placement="colocated", sync="broadcast"), "colocated servers take tensor or disk"),
         (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job started"),
+        (dict(urls=("http://a:1",), router="random"), "the job's router is for servers that the job started"),
         (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
     ],
 )
@@ -99,7 +100,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, problem):
 def command_of(tmp_path: Path, api_key: str | None = None, place: int = 0, cuda: bool = True, **settings):
     config = SglangConfig(**settings)
     return server_command(
-        config, Path("model"), "bfloat16", place=place, host="10.0.0.7", folder=tmp_path, api_key=api_key, cuda=cuda
+        config, tmp_path, "bfloat16", place=place, host="10.0.0.7", folder=tmp_path, api_key=api_key, cuda=cuda
     )
 
 
@@ -122,6 +123,16 @@ def test_fp8_is_asked_for_in_blocks(tmp_path):
     override = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
     assert override["quantization_config"]["quant_method"] == "fp8"
     assert override["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_how_a_model_is_stored_does_not_decide_how_it_is_served(tmp_path, fp8):
+    stored = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    override = json.loads(value_of(command_of(tmp_path, fp8=fp8).arguments, "--json-model-override-args"))
+    assert (override["quantization_config"] or {}).get("weight_block_size") == ([128, 128] if fp8 else None)
+    (tmp_path / "config.json").write_text("{}")
+    assert ("--json-model-override-args" in command_of(tmp_path, fp8=fp8).arguments) == fp8
 
 
 def test_memory_is_given_up_on_gpus_alone(tmp_path):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -233,3 +234,15 @@ def test_a_reply_whose_logprobs_belong_to_other_tokens_is_refused():
 
     with pytest.raises(ServerError, match="log-probs of other tokens"):
         asyncio.run(body())
+
+
+def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_others_waiting():
+    async def body():
+        async with fleet_of({}, {"die_at_join": True}, {}) as fleet:
+            began = time.monotonic()
+            await sync(fleet, 3, timeout_s=40.0)
+            return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed, time.monotonic() - began
+
+    states, failed, seconds = asyncio.run(body())
+    assert set(failed) == {"server 1"} and seconds < 20
+    assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -20,10 +22,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang.arguments import known_arguments
+from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.server import ServerProcess
 from tests.runs import REPO, wait_for
 from tests.sglang_jobs import own_address
+from tests.test_sglang_engine import servers
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = "tests/sglang_cpu/launch.py"
@@ -87,6 +91,65 @@ def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, mo
             assert logprob == pytest.approx(wanted[len(prompt) - 1 + place, token].item(), abs=1e-5)
 
 
+def conversation(url: str) -> list[tuple[str, int, Any]]:
+    """Route, status and JSON of what a server is asked in a run's life, weights left out. One request is cut off."""
+    found = []
+
+    def ask(route: str, body: dict | None = None) -> None:
+        reply = httpx.get(url + route, timeout=30) if body is None else httpx.post(url + route, json=body, timeout=60)
+        found.append((route, reply.status_code, reply.json() if reply.content.startswith(b"{") else {}))
+
+    def draw(tokens: int, **more: Any) -> dict[str, Any]:
+        parameters = GenerateParameters(tokens, 1.0, 1.0, 0, seed=4, stop_ids=(300,), ignore_eos=True)
+        sampling = parameters.as_json() | {"stop_token_ids": []}
+        return {"input_ids": [5, 6], "sampling_params": sampling, "return_logprob": True, "logprob_start_len": -1, **more}
+
+    for route in ("/openapi.json", "/model_info", "/server_info", "/health"):
+        ask(route)
+    ask("/generate", draw(3))
+    long = threading.Thread(target=ask, args=("/generate", draw(400, rid="long")))
+    long.start()
+    time.sleep(1.0)
+    ask("/abort_request", {"rid": "long", "abort_all": False})
+    long.join()
+    ask("/abort_request", {"rid": "nobody's", "abort_all": False})
+    ask("/pause_generation", {"mode": "retract"})
+    for route in ("/begin_weight_update", "/begin_weight_update", "/end_weight_update", "/flush_cache"):
+        ask(route, {})
+    ask("/update_weight_version", {"new_version": "7", "abort_all_requests": False})
+    ask("/model_info")
+    ask("/continue_generation", {})
+    return found
+
+
+def assert_has(real: Any, fake: Any, where: str) -> None:
+    """Whatever is in the fake's reply is in the real one, with the same type; of a list, its first element."""
+    assert type(real) is type(fake) or {type(real), type(fake)} == {int, float} or fake is None, f"{where}: {real!r}, {fake!r}"
+    if isinstance(fake, dict):
+        for key, value in fake.items():
+            assert key in real, f"{where}: no {key} in {sorted(real)}"
+            assert_has(real[key], value, f"{where}/{key}")
+    elif isinstance(fake, list) and fake:
+        assert_has(real[0], fake[0], f"{where}[0]")
+
+
+def test_the_server_that_other_tests_break_speaks_as_the_real_one_does(server):
+    real = conversation(server.url)
+    with servers({"tokens_per_s": 60}) as (url,):
+        fake = conversation(url)
+    assert [(route, status) for route, status, _ in real] == [(route, status) for route, status, _ in fake]
+    for (route, _, a), (_, _, b) in zip(real, fake, strict=True):
+        assert_has(a, b, route)
+    for said in (real, fake):
+        replies = [reply for route, _, reply in said if route == "/generate"]
+        assert [one["meta_info"]["finish_reason"]["type"] for one in replies] == ["length", "abort"]
+        for one in replies:
+            assert [pair[1] for pair in one["meta_info"]["output_token_logprobs"]] == one["output_ids"]
+        assert 0 < len(replies[1]["output_ids"]) < 400
+        assert [reply["weight_version"] for route, _, reply in said if route == "/model_info"][1] == "7"
+    assert "already open" in next(reply for _, status, reply in real if status == 400)["message"]
+
+
 def least_bytes(model: str, tp: int) -> int:
     """What the workers of a server need of a sync in fp32: norms all of them, of everything else each its part."""
     tensors = load_file(f"{model}/model.safetensors")
@@ -106,6 +169,8 @@ def least_bytes(model: str, tp: int) -> int:
 )
 def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model, server, tmp_path, world, layout, sync):
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=layout)
+    if sync == "tensor":  # by way of the real router, too
+        job |= dict(python=str(PYTHON), router="cache_aware", router_launch=("tests/sglang_cpu/router.py",))
     found = gangs(world).run("tests.sglang_jobs:gaps", urls=(server.url,), sync=sync, probe_every=1, **job)
     for rank in found:
         assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
@@ -125,10 +190,49 @@ def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_mo
     assert sum(rank["bytes"] for rank in found) == least_bytes(model, 2)
 
 
-def test_a_server_killed_in_mid_generation_loses_no_sample_and_comes_back_with_the_weights(gangs, model, tmp_path):
-    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, servers=2, address=own_address())
-    (found,) = gangs(1).run("tests.sglang_jobs:killed_for_real", deadline_s=600.0, probe_every=1, **OWN, **job)
-    assert list(found["failed"]) == ["SGLang server 0"]
+def ages_of(found: dict) -> list[int]:
+    """Of every token, in weight syncs before its step."""
+    samples = [(version, one) for version, groups in found["steps"] for group in groups for one in group["samples"]]
+    return [
+        version - one_version
+        for version, one in samples
+        for one_version in one["weight_versions"] or [one["weight_version"]] * len(one["response_ids"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "idle_syncs"),
+    [(dict(max_staleness=1), 0), (dict(max_staleness=2, partial=True, dynamic_sampling=True, max_oversample=3.0), 2)],
+    ids=["ahead", "partial"],
+)
+def test_every_token_has_the_log_prob_of_the_weights_that_it_names(gangs, model, server, tmp_path, rollout, idle_syncs):
+    sizes = dict(prompts_per_step=2, max_response_tokens=64)
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, urls=(server.url,), idle_syncs=idle_syncs)
+    (found,) = gangs(1).run("tests.sglang_jobs:streamed", deadline_s=300.0, steps=5, rollout=rollout | sizes, **job)
+    ids = [group["id"] for _, groups in found["steps"] for group in groups]
+    assert len(ids) == len(set(ids)) == 10
+    assert max(found["gaps"]) < 1e-5 and min(found["wrong"]) > 1e-3
+    ages, counts = ages_of(found), found["counts"]
+    assert min(ages) == 0 and max(ages) == max(count["staleness_max"] for count in counts) <= rollout["max_staleness"]
+    if not idle_syncs:
+        assert [count["staleness_max"] for count in counts] == [0, 1, 1, 1, 1]
+        return
+    assert sum(count["samples_continued"] for count in counts) > 0
+    # Two syncs more than a step makes too old whatever had been begun before the last but one.
+    assert sum(count["groups_redone"] for count in counts) > 0
+    dropped = {f"p{number}" for number in range(0, 40, 4)}
+    assert sum(count["groups_dropped"] for count in counts) > 0 == sum(count["groups_filled"] for count in counts)
+    assert not dropped & {name.split("@")[0] for name in ids}
+
+
+def test_servers_that_die_or_hang_lose_no_sample_and_come_back_with_the_weights(gangs, model, tmp_path):
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, servers=3, address=own_address())
+    (found,) = gangs(1).run(
+        "tests.sglang_jobs:killed_for_real", deadline_s=600.0, probe_every=1, request_timeout_s=25.0, **OWN, **job
+    )
+    assert set(found["failed"]) == {"SGLang server 0", "SGLang server 1"}
+    assert "/generate gave no answer within 25 s" in found["failed"]["SGLang server 1"]
+    assert list(found["failed_in_sync"]) == ["SGLang server 2"]
     assert found["lengths"] == [[found["tokens"]] * 4] * len(PROMPTS)
     assert found["keyless"] == [401, 401]
     assert found["served"] == ["SGLang server 0", "SGLang server 1"] and found["versions"] == ["2", "2"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, tokens_of
@@ -26,7 +29,7 @@ async def answers(stream: RequestStream, count: int) -> dict:
 def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what):
     async def body():
         async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
-            stream = RequestStream(fleet, concurrency=4, timeout_s=3.0)
+            stream = RequestStream(fleet, concurrency=4)
             await stream.submit(dict(enumerate(REQUESTS)))
             found = await answers(stream, len(REQUESTS))
             return found, await stream.stop(abort=False), fleet.failed
@@ -38,8 +41,8 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
 
 def test_without_servers_waiting_is_an_error_and_stopping_is_not():
     async def body():
-        async with fleet_of({"die_at": 2}) as fleet:
-            stream = RequestStream(fleet, concurrency=4, timeout_s=3.0)
+        async with fleet_of({"die_at": 2}, timeout_s=3.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4)
             await stream.submit(dict(enumerate(REQUESTS)))
             with pytest.raises(EngineGoneError, match="server 0"):
                 await answers(stream, len(REQUESTS))
@@ -53,7 +56,7 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there():
 
     async def body():
         async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 400}) as fleet:
-            stream = RequestStream(fleet, concurrency=2, timeout_s=20.0)  # the last two wait for room
+            stream = RequestStream(fleet, concurrency=2)  # the last two wait for room
             await stream.submit(requests)
             await asyncio.sleep(0.4)
             first = dict(await stream.stop(abort=True))
@@ -78,11 +81,39 @@ def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch):
     monkeypatch.setattr("etr_megatron.rollout.sglang.stream._ABORT_TIMEOUT_S", 1.0)
 
     async def body():
-        async with fleet_of({"hang_at": 0, "hang_at_abort": True}) as fleet:
-            stream = RequestStream(fleet, concurrency=4, timeout_s=60.0)
+        async with fleet_of({"hang_at": 0, "hang_at_abort": True}, timeout_s=60.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4)
             await stream.submit({0: REQUESTS[0]})
             await asyncio.sleep(0.3)
             return await asyncio.wait_for(stream.stop(abort=True), 10), fleet.failed
 
     found, failed = asyncio.run(body())
     assert found == [] and "/abort_request gave no answer" in failed["server 0"]
+
+
+def test_connections_are_used_again_and_one_that_breaks_is_replaced():
+    opened = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
+            while b"/drop" not in await reader.readuntil(b"\r\n\r\n"):
+                await asyncio.sleep(0.05)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def body():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with server, httpx.AsyncClient(transport=Connections()) as http:
+
+            async def five() -> int:
+                replies = await asyncio.gather(*(http.get(url) for _ in range(5)))
+                assert [reply.json() for reply in replies] == [{}] * 5
+                return len(opened)
+
+            first = [await five() for _ in range(3)]
+            with pytest.raises(httpx.RemoteProtocolError):
+                await http.get(f"{url}drop")
+            return [*first, await five()]
+
+    assert asyncio.run(body()) == [5, 5, 5, 6]

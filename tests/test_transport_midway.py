@@ -18,9 +18,7 @@ RANKS = [
     ("broadcast", 2, 1, 0),
     ("broadcast", 2, 1, 1),
     ("broadcast", 2, 1, 2),
-    ("broadcast", 1, 2, 2),
     ("sharded", 2, 1, 1),
-    ("sharded", 2, 1, 2),
     ("sharded", 1, 2, 2),
     ("disk", 2, 0, 0),
     ("disk", 2, 0, 1),
@@ -49,7 +47,7 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
         fault="raise",
         directory=str(tmp_path),
     )
-    check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 3)
+    check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 6)
     if kind == "disk":
         assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
 
@@ -82,7 +80,7 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
             rank.wait()
 
 
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[1], RANKS[4], RANKS[6], RANKS[8]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[3], RANKS[6]])
 def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
     store = f"tcp://127.0.0.1:{free_port()}" if culprit == 0 else f"file://{tmp_path}/store"
@@ -95,7 +93,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
     check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 10)
 
 
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[2], RANKS[5], RANKS[7]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[4], RANKS[5]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
     found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import REPO, Runs, wait_for
+from tests.test_lifetime import gone
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ class Hosts:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
-    def start(self, host: int, *command: str, output: Path) -> subprocess.Popen:
+    def start(self, host: int, *command: str, output: Path, **environment: str) -> subprocess.Popen:
         """Output goes to a file: a pipe that nobody reads would stop the host."""
         env = {
             **os.environ,
@@ -58,6 +59,7 @@ class Hosts:
             "PET_LOCAL_ADDR": ADDRESSES[host],
             "PET_RDZV_CONF": f"is_host={int(host == 0)}",
             "GLOO_SOCKET_IFNAME": self.cables[host],
+            **environment,
         }
         with open(output, "a") as file:
             return subprocess.Popen(
@@ -68,6 +70,14 @@ class Hosts:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def get(self, host: int, url: str, key: str = "none") -> tuple[int, str]:
+        """Status and body of a reply, asked for from a host."""
+        ask = "import sys, httpx; r = httpx.get(sys.argv[1], headers={'Authorization': 'Bearer ' + sys.argv[2]}, timeout=20)"
+        command = [sys.executable, "-c", f"{ask}; print(r.status_code, r.text)", url, key]
+        said = subprocess.run(["ip", "netns", "exec", self.names[host], *command], check=True, capture_output=True, text=True)
+        status, body = said.stdout.split(" ", 1)
+        return int(status), body
 
 
 @pytest.fixture
@@ -114,6 +124,33 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
     code, printed = runs.finish("run.name=one_host", "eval.every=0", "--nproc", "2")
     assert code == 0, printed
     assert len(runs.rows("hosts")) == 6 and runs.rows("hosts") == runs.rows("one_host")
+
+
+def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_host(hosts, runs, tmp_path):
+    """Rank 0 drives the server of the other host as well. The servers are fake ones, what starts and keeps them is not."""
+    options = ("run.name=hosts", "run.steps=200", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
+    options += ("sglang.nodes=every", f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
+    options += ("rollout.max_logprob_gap=100", "sglang.update_timeout_s=30", "run.phase_timeout_s=30")
+    outputs, folder = [tmp_path / "host0.log", tmp_path / "host1.log"], runs.directory("hosts") / "servers"
+    slow = {"FAKE_SGLANG": json.dumps({"seconds": 0.5}), "ETR_RESTARTS": "0"}
+    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
+    try:
+        wait_for(lambda: len(runs.rows("hosts")) >= 2, deadline_s=180)
+        logs = [(folder / f"sglang_server_{host}.log").read_text() for host in range(2)]
+        ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
+        urls = [f"http://{address}:{port}/state" for address, port in zip(ADDRESSES, ports, strict=True)]
+        key = json.loads((folder / f".{ADDRESSES[1]}_0.yaml").read_text().removeprefix("api-key: "))
+        assert [hosts.get(0, url)[0] for url in urls] == [401, 401]
+        states = [json.loads(hosts.get(0, url, key)[1]) for url in urls]
+        assert all(int(state["version"]) >= 2 and state["prompts"] for state in states)
+        assert states[0]["sums"].keys() == states[1]["sums"].keys() != set()
+        os.killpg(processes[1].pid, signal.SIGKILL)
+        assert processes[0].wait(120) != 0
+        wait_for(lambda: all(gone(state["pid"]) for state in states), deadline_s=30)
+    finally:
+        end(processes)
+    status = json.loads((runs.directory("hosts") / "status.json").read_text())
+    assert status["state"] in ("failed", "requeue") and status["step"] >= 2
 
 
 def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):

@@ -166,7 +166,7 @@ def test_a_cut_off_file_and_an_empty_directory_are_refused_by_path(hf_models, tm
         check_checkpoint(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):
     tp, pp = layout

@@ -109,7 +109,7 @@ def _midway(
     whole = make_plan(WholeLayout(1, lambda weight: 0), destination, read_architecture(model))
     destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
-    if kind == "disk" and rank != culprit:
+    if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is under way when the other one gives up
     if rank == culprit:
         (sources if sources is not None else destinations).fault = FAULTS[fault]

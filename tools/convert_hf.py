@@ -96,8 +96,11 @@ def report(found: object) -> int:
     print(f"{found.tensors} tensors, {len(found.differing)} of them different")
     for name in found.differing:
         print(f"  {name}")
+    if found.rounded:
+        print(f"{found.rounded} are FP8 and equal what Megatron holds once that is quantised")
     if found.logits is not None:
-        print(f"logits: largest difference {found.logits[0]:.1e}, largest logit {found.logits[1]:.1f}")
+        within = f", {found.tolerance:g} of which may differ by rounding" if found.rounded else ""
+        print(f"logits: largest difference {found.logits[0]:.1e}, largest logit {found.logits[1]:.1f}{within}")
     print("the same model" if found.same else "NOT the same model")
     return 0 if found.same else 1
 

@@ -11,11 +11,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv-sglang
 log=$venv/setup.log
 sglang='sglang==0.5.21'
+router='sglang-router==0.3.2'
 requirements=$root/tests/sglang_cpu/requirements.txt
 
 kind=cpu
 command -v nvidia-smi >/dev/null && kind=cuda
-wanted="$sglang $kind $(sha256sum <"$requirements" | cut -d' ' -f1) $root"
+wanted="$sglang $router $kind $(sha256sum <"$requirements" | cut -d' ' -f1) $root"
 [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.etr_setup_stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 python=$(command -v python3.11 || command -v python3.12) || {
@@ -31,19 +32,19 @@ flock 9
 install() {
     "$python" -m venv "$venv"
     if [ "$kind" = cuda ]; then
-        "$venv/bin/python" -m pip install "$sglang"
+        "$venv/bin/python" -m pip install "$sglang" "$router"
         return
     fi
     "$venv/bin/python" -m pip install 'torch==2.13.*'
     # Without their dependencies, which are CUDA kernels. triton and torchvision are imported, never run.
-    "$venv/bin/python" -m pip install --no-deps "$sglang" 'torchvision==0.28.*' 'triton==3.7.*'
+    "$venv/bin/python" -m pip install --no-deps "$sglang" "$router" 'torchvision==0.28.*' 'triton==3.7.*'
     "$venv/bin/python" -m pip install -r "$requirements"
 }
 
 echo "setting up .venv-sglang ($kind) with $python (a few minutes; log: $log)" >&2
 rm -f "$venv/.etr_setup_stamp"
 export -f install
-export python venv sglang requirements kind
+export python venv sglang router requirements kind
 if ! bash -euo pipefail -c install >"$log" 2>&1 9>&-; then
     tail -n 20 "$log" >&2
     echo "error: the set-up failed; the whole log is $log. Mend its cause and start the same command again" >&2

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_as_bytes
 from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron.checkpoint.saving import TorchDistSave, is_disk_full
@@ -28,6 +30,8 @@ from etr_megatron.policy import Layout, Policy
 _NAME = re.compile(r"step_(\d{6,})$")
 TRAINER_FILE = "trainer.json"
 """Written last into a checkpoint: what is not tensors, and the layout it was made with."""
+_TENSORS_FILE = "trainer.safetensors"
+"""Tensors of the trainer's state: of groups in hand every token, which would be gigabytes of JSON."""
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -52,8 +56,8 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
     """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
 
-    trainer: JSON-able state of the trainer; rank 0's is written. Raises UserError, naming the path, when the disk is full;
-    what was written so far is removed and older checkpoints stay as they are.
+    trainer: state of the trainer, JSON but for the tensors in `trainer["tensors"]`; rank 0's is written. Raises UserError,
+    naming the path, when the disk is full; what was written so far is removed and older checkpoints stay as they are.
     """
     final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
     rank0 = dist.get_rank() == 0
@@ -66,7 +70,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
         dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
         if rank0:
             state = {"step": step, **_sizes(policy.layout), **trainer}
-            _write_synced(temporary / TRAINER_FILE, json.dumps(state))
+            _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
+            _write_synced(temporary / TRAINER_FILE, json.dumps(state).encode())
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync_to_disk(checkpoints)
@@ -87,8 +92,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     """Bring the policy to the state of `step` (in place) and return the trainer's state. A collective.
 
-    The layout may differ from the one that saved; RNG states are then left as seeded. Raises UserError for a checkpoint that
-    does not fit the model.
+    The trainer's tensors are returned on rank 0 alone. The layout may differ from the one that saved; RNG states are then left
+    as seeded. Raises UserError for a checkpoint that does not fit the model.
     """
     path = _path(checkpoints, step)
     trainer = json.loads((path / TRAINER_FILE).read_text())
@@ -108,6 +113,8 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     policy.load_schedule(state["scheduler"])
     if same_layout:
         _restore_rng(state["rng"])
+    if layout.rank == 0:
+        trainer["tensors"] = load_file(path / _TENSORS_FILE)
     return trainer
 
 
@@ -165,8 +172,8 @@ def _restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -43,7 +43,7 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
         raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # a second, which nothing else here needs
 
-    arch = check_checkpoint(hf, named="--hf", quantized=True)
+    arch = check_checkpoint(hf, named="--hf")
     source = open_checkpoint(hf)
     dtypes = _stored_dtypes(arch, source, dtype)
     chunks = list(_chunks(arch, source, dtypes))

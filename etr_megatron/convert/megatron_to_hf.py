@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToW
 from etr_megatron.convert.source import find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
 from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import Index, box
+from etr_megatron.weights.shards import box
 
 _FP8_PANEL = 2**22
 """Values that are quantised at a time: it works on an fp32 copy."""
 
 MAX_FILE_BYTES = 5 * 10**9
 """Tensors of one output file, as transformers' `save_pretrained` has had it for years."""
-
-Write = Callable[[str, Index, Tensor], Any]
 
 
 def to_hf(
@@ -45,7 +43,7 @@ def to_hf(
     UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
     """
     found = find_megatron(megatron, config_from)
-    arch, source = read_architecture(found.config, named=found.named, quantized=True), TorchDistDir(found.weights)
+    arch, source = read_architecture(found.config, named=found.named), TorchDistDir(found.weights)
     check_torch_dist(source, arch)
     weights = list(weights_of(arch))
     tensors = [_tensors(weight, dtype or source.dtype(weight.stored), fp8_block) for weight in weights]
@@ -101,21 +99,23 @@ def _convert(
 
 
 def _quantise(source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int) -> None:
-    """Write a weight in FP8: put together first, an HF tensor at a time."""
-    for name, shape in zip(weight.hf, weight.shapes, strict=True):
-        full = torch.empty(shape, dtype=source.dtype(weight.stored))
-        for _, begin, values in source.parts(weight, arch, only=name):
-            box(full, begin, tuple(values.shape)).copy_(values)
-        _write_quantised(name, full, writer.write, block)
+    """Write a weight in FP8."""
+    for name in weight.hf:
+        for first, values, scales in quantised_panels(name, weight, arch, source, block):
+            writer.write(name, (first, 0), values)
+            writer.write(_scale_name(name), (first // block, 0), scales)
 
 
-def _write_quantised(name: str, full: Tensor, write: Write, block: int) -> None:
-    """A few rows of blocks at a time."""
+def quantised_panels(
+    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales)."""
+    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=source.dtype(weight.stored))
+    for _, begin, values in source.parts(weight, arch, only=name):
+        box(full, begin, tuple(values.shape)).copy_(values)
     step = block * max(1, _FP8_PANEL // (block * full.shape[1]))
     for first in range(0, full.shape[0], step):
-        values, scales = quantize_blocks(full[first : first + step], block)
-        write(name, (first, 0), values)
-        write(_scale_name(name), (first // block, 0), scales)
+        yield first, *quantize_blocks(full[first : first + step], block)
 
 
 def _scale_name(name: str) -> str:

@@ -13,7 +13,7 @@ from etr_megatron.platform.files import disk_errors, sync_to_disk, write_atomica
 
 
 class StepMetrics(TypedDict):
-    """What every row has. Means over tokens are over the response tokens of the step, all ranks together."""
+    """What every row of a run that trains has. Means over tokens are over the step's response tokens, all ranks together."""
 
     step: int  # rollout step, counted from 1
     weight_version: int  # of the newest weights that generated any of the step's rollouts
@@ -62,17 +62,27 @@ class MetricsRow(StepMetrics, total=False):
     staleness_max: int
     groups_redone: int  # groups with tokens that had become too old and were drawn anew
     groups_in_hand: int  # begun or complete, for later steps
+    tflops_per_gpu: float  # of the model, without recomputation: log-probs and updates, over time_train and all ranks
+    mfu: float  # that over the device's peak in bf16; only on devices whose peak is known
+    load_balancing_loss: float  # with moe_aux_loss_coef: Megatron's without the coefficient, 1 is even; mean over tokens
+    expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert over the mean, mean over layers
     samples_continued: int  # with partial rollouts: the step's samples with tokens from weights of several versions
 
 
 METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)
-"""The keys of every row, in their order in the file."""
+"""The keys of every row of a run that trains, in their order in the file."""
 PASS_RATE_KEYS: tuple[str, ...] = tuple(
     f"{key}_pass_{low}_{low + 25}"
     for low in (0, 25, 50, 75)
     for key in ("clip_frac_upper", "clip_frac_lower", "clip_radius_mean", "clip_radius_p10", "clip_radius_p90")
 )
 """The same of the tokens whose group's pass rate is from low to below high percent (above 0), on steps that have any."""
+ROLLOUT_METRIC_KEYS: tuple[str, ...] = (
+    *("step", "weight_version", "reward_mean", "accuracy", "zero_variance_groups", "truncated", "reward_timeouts"),
+    *("reward_errors", "response_tokens_mean", "tokens_per_s"),
+    *("time_rollout", "time_reward", "time_train", "time_sync", "time_step"),
+)
+"""The keys of a row of `--rollout-only`, which has none of those that come from training."""
 OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
     *(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS),
     *PASS_RATE_KEYS,
@@ -174,7 +184,8 @@ def _append_whole(descriptor: int, line: bytes) -> None:
 def _checked(row: MetricsRow) -> dict[str, Any]:
     """The row in the file's key order, numbers only, what is not finite as None."""
     given: dict[str, Any] = dict(row)
-    missing = [key for key in METRIC_KEYS if key not in given]
+    is_trained = any(key in given for key in METRIC_KEYS if key not in ROLLOUT_METRIC_KEYS)
+    missing = [key for key in (METRIC_KEYS if is_trained else ROLLOUT_METRIC_KEYS) if key not in given]
     of_the_loss = [key for key in given if key.startswith(LOSS_PREFIX)]
     unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *of_the_loss)]
     if missing or unknown:

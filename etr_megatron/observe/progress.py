@@ -39,7 +39,8 @@ class Progress:
 
     def update(self, row: MetricsRow) -> None:
         """Show the row of the step just finished."""
-        facts = f"reward {row['reward_mean']:.3f}, entropy {row['entropy']:.3f}, {row['tokens_per_s']:,.0f} tokens/s"
+        entropy = f"entropy {row['entropy']:.3f}, " if "entropy" in row else ""  # not where nothing is trained
+        facts = f"reward {row['reward_mean']:.3f}, {entropy}{row['tokens_per_s']:,.0f} tokens/s"
         if "eval_accuracy" in row:
             facts += f", eval accuracy {row['eval_accuracy']:.3f}"
         if self._bar is not None:

@@ -41,13 +41,15 @@ def summary(rows: list[MetricsRow]) -> str:
     tenth = max(1, len(rows) // 10)
     first = _mean(row["reward_mean"] for row in rows[:tenth])
     last = _mean(row["reward_mean"] for row in rows[-tenth:])
-    upper, lower = _mean(row["clip_frac_upper"] for row in rows), _mean(row["clip_frac_lower"] for row in rows)
+    trained = [row for row in rows if "loss" in row]
+    upper, lower = _mean(row["clip_frac_upper"] for row in trained), _mean(row["clip_frac_lower"] for row in trained)
+    clipped = f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower"
     tokens = sum((row["tokens_per_s"] or 0) * (row["time_step"] or 0) for row in rows)
     lines = [
         f"steps             {rows[0]['step']} to {rows[-1]['step']} ({len(rows)} rows)",
         f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
         f"eval accuracy     {_evaluations(rows)}",
-        f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower",
+        *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
         f"truncated         {sum(row['truncated'] for row in rows)} samples",

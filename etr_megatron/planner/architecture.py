@@ -54,4 +54,5 @@ def _tiny(tiny: TinyConfig) -> Architecture:
         qk_norm=True,
         norm_eps=1e-6,
         max_positions=0,
+        rope={"rope_type": "default", "rope_theta": 10000.0},
     )

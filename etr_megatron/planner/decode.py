@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etr_megatron.planner.flops import active_parameters
+from etr_megatron.flops import active_parameters
 from etr_megatron.planner.hardware import Hardware
 
 if TYPE_CHECKING:

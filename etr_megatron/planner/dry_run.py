@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from etr_megatron.cli import parse_args
 from etr_megatron.config import Config, load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner.advice import suggestions
@@ -24,34 +25,60 @@ from etr_megatron.planner.report import gib, render
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
+_MOST_GPUS = 1024
+
 
 def dry_run(argv: Sequence[str]) -> None:
-    """Check and print, as `--config CONFIG --gpus N [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]` says.
+    """Check and print, as `CONFIG [--gpus N] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]` says; `--config CONFIG` is
+    taken as well.
 
-    Raises UserError for everything that would keep the job from starting, memory included.
+    Without --gpus it is for the fewest GPUs that the config fits on. Raises UserError for everything that would keep the job
+    from starting, memory included.
     """
-    parser = argparse.ArgumentParser(prog="python -m etr_megatron.train --dry-run")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--gpus", type=int, required=True)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--gpus", type=int)
     parser.add_argument("--gpu-memory", type=float, default=80.0)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_intermixed_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"--dry-run: {error}") from None
     options = dict(gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
-    config = load_config(args.config, args.overrides)
-    plan = make_plan(config, args.gpus, **options)
+    path, overrides = parse_args(rest)
+    config = load_config(path, overrides)
+    plan = fewest_gpus(config, **options) if args.gpus is None else make_plan(config, args.gpus, **options)
     weights = check_weights(plan.config)
     built = check_ranks(plan, distinct_ranks(plan))
     print(render(plan))
     print(f"\n{weights}")
     print(f"ranks {', '.join(map(str, built))} built without memory: their parameters are those of the weight map and the plan")
+    if args.gpus is None:
+        print(f"--gpus is not given: {plan.cluster.gpus} is the first of 1, 2, 4, 8 ... that the config fits on")
     if not plan.fits:
         fitting = [s.setting for s in suggestions(config, plan, **options) if s.fits]
         hint = f"; one of these makes it fit: {', '.join(fitting)}" if fitting else ""
         raise UserError(
-            f"{args.config} does not fit on GPUs of {args.gpu_memory:g} GiB: rank {plan.tightest.rank} needs "
+            f"{path} does not fit on GPUs of {args.gpu_memory:g} GiB: rank {plan.tightest.rank} needs "
             f"{gib(plan.tightest.peak)} GiB, and a server's cache holds {plan.cache_samples} of the longest samples{hint}"
         )
+
+
+def fewest_gpus(config: Config, **options: Any) -> Plan:
+    """The plan for the fewest GPUs, a power of 2, that an unresolved config is valid and fits on. options: of `make_plan`.
+
+    Raises UserError where there is none.
+    """
+    reason = ""
+    for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
+        try:
+            plan = make_plan(config, gpus, **options)
+        except UserError as error:
+            reason = str(error)
+            continue
+        if plan.fits:
+            return plan
+        reason = f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} GiB"
+    raise UserError(f"no power of 2 up to {_MOST_GPUS} GPUs will do, name a number with --gpus; on {_MOST_GPUS}: {reason}")
 
 
 def check_weights(config: Config) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config
+from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
-from etr_megatron.planner.flops import body_flops, head_flops
 from etr_megatron.planner.hardware import Hardware
 from etr_megatron.planner.memory import ServerMemory
 from etr_megatron.planner.workload import Workload

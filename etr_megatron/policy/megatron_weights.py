@@ -1,4 +1,5 @@
-"""Weights of a checkpoint directory into a policy model: from HuggingFace's format or from megatron's `torch_dist`."""
+"""Weights of a checkpoint directory into a policy model: from HuggingFace's format (FP8 as bf16) or from megatron's
+`torch_dist`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
-from etr_megatron.weights import Architecture, SafetensorsDir, is_torch_dist
+from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
 
 
 def load_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
@@ -29,7 +30,7 @@ def load_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> N
     if is_torch_dist(checkpoint_dir):
         load_megatron_weights(chunks, checkpoint_dir)
     else:
-        load_hf_weights(chunks, SafetensorsDir(checkpoint_dir))
+        load_hf_weights(chunks, open_checkpoint(checkpoint_dir))
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         # Of a weight held in FP8 Transformer Engine keeps the random values that it was made with; the optimizer would start
         # from those.

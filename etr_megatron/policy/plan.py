@@ -10,27 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from etr_megatron.weights import Architecture
-
 _EXACT = 16
 _SEARCH_STEPS = 50_000
 """Partial assignments that a search looks at before it takes the best one so far: tenths of a second."""
-
-
-def sequence_flops(arch: Architecture, tokens: int, rows: int) -> int:
-    """Floating-point operations of a forward pass over one sequence; a backward pass takes twice as many.
-
-    rows: tokens whose logits are computed. Linear layers are linear in the tokens, causal attention is quadratic.
-    """
-    attention = 2 * arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
-    flops = 2 * arch.hidden_size * arch.vocab_size * rows
-    for layer in range(arch.layers):
-        mlp = 6 * arch.hidden_size * arch.intermediate_size
-        if arch.experts is not None and arch.has_experts(layer):
-            experts = arch.experts
-            mlp = 6 * arch.hidden_size * experts.intermediate_size * experts.per_token + 2 * arch.hidden_size * experts.count
-        flops += tokens * (attention + mlp) + 2 * arch.heads * arch.head_dim * tokens * (tokens + 1)
-    return flops
 
 
 def plan_microbatches(

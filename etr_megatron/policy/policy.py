@@ -11,7 +11,7 @@ Every method is a collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from torch.distributed.nn.functional import all_reduce
 
 from etr_megatron import platform
 from etr_megatron.config import Config
+from etr_megatron.flops import sequence_flops
 from etr_megatron.objective import LossOutputs, diagnostic_sums, resolve_loss
+from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import padded_length
 from etr_megatron.policy.export import Export
@@ -39,7 +41,7 @@ from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack
 from etr_megatron.policy.parallel import Layout
-from etr_megatron.policy.plan import plan_microbatches, sequence_flops
+from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture
@@ -56,12 +58,13 @@ class TokenLogprobs:
 @dataclass(frozen=True)
 class Update:
     """One optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before clipping. lr: of
-    this step."""
+    this step. balance: of a mixture's experts, see `ExpertBalance.take`."""
 
     loss: float
     sums: dict[str, float]
     grad_norm: float
     lr: float
+    balance: dict[str, float] = field(default_factory=dict)
 
 
 class Policy:
@@ -87,6 +90,9 @@ class Policy:
         )
         self.chunks = build_chunks(arch, self._megatron, layout)
         load_weights(self.chunks, checkpoint_dir)
+        self._balance: ExpertBalance | None = None
+        if arch.experts is not None:
+            self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self.reference: list[PolicyModel] | None = None
         if config.objective.kl_coef > 0:
             self.reference = [chunk.requires_grad_(False) for chunk in build_chunks(arch, self._megatron, layout)]
@@ -153,7 +159,8 @@ class Policy:
         for sums in (sums for share in shares for sums in share):
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
-        return Update(totals.pop("loss"), totals, float(grad_norm), lr)
+        balance = {} if self._balance is None else self._balance.take()
+        return Update(totals.pop("loss"), totals, float(grad_norm), lr, balance)
 
     def load_schedule(self, state: dict[str, Any]) -> None:
         """Continue the learning-rate schedule where `scheduler.state_dict()` was taken, on the config of now.

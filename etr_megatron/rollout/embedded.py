@@ -111,9 +111,14 @@ class EmbeddedEngine:
 
 
 def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in HF format; of a `torch_dist` directory without its weights, which the first update brings."""
-    if is_torch_dist(model_dir):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=dtype)
+    """The model in HF format; of a `torch_dist` directory, or of a quantised one, without its weights, which the first update
+    brings as they are trained."""
+    config = AutoConfig.from_pretrained(model_dir)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized:
+        del config.quantization_config
+    if quantized or is_torch_dist(model_dir):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from etr_megatron.rollout.engine import Drawn
 from etr_megatron.rollout.record import group_from_json, group_to_json
 from etr_megatron.types import Group, Problem, Sample
+
+_COLUMNS = {"response_ids": np.int32, "rollout_logprobs": np.float64, "weight_versions": np.int32, "text": np.uint8}
+"""What a checkpoint has of all samples in one tensor each; log-probs exactly as they came. Texts are UTF-8."""
 
 
 @dataclass
@@ -52,16 +61,6 @@ class InHand:
             self.is_redone, self.is_left_out = True, False
         return bool(old)
 
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        flags = {"step": self.step, "is_left_out": self.is_left_out, "is_redone": self.is_redone}
-        return {"group": group_to_json(self.group), **flags}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> InHand:
-        """What `to_json` wrote."""
-        return cls(**{**found, "group": group_from_json(found["group"])})
-
 
 def oldest_version(sample: Sample) -> int:
     """Of the weights that any of its tokens was drawn from."""
@@ -76,3 +75,41 @@ def extend(sample: Sample, drawn: Drawn) -> None:
     sample.finish_reason = drawn.finish_reason
     sample.weight_version = versions[-1] if versions else drawn.weight_version
     sample.weight_versions = versions if len(set(versions)) > 1 else []
+
+
+def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Groups for a checkpoint: what is said of each, as JSON, and of all samples in order the columns.
+
+    A column is a flat tensor, and under `<name>.lengths`, int64 [samples], how much of it each sample has.
+    """
+    samples = [sample for held in groups for sample in held.group.samples]
+    columns = {}
+    for name, dtype in _COLUMNS.items():
+        parts = [getattr(sample, name) for sample in samples]
+        if name == "text":
+            parts = [text.encode() for text in parts]
+        lengths = [len(part) for part in parts]
+        columns[name] = torch.from_numpy(np.fromiter(chain.from_iterable(parts), dtype, sum(lengths)))
+        columns[f"{name}.lengths"] = torch.tensor(lengths, dtype=torch.int64)
+    return [_without_columns(held) for held in groups], columns
+
+
+def _without_columns(held: InHand) -> dict[str, Any]:
+    group = group_to_json(held.group)
+    group["samples"] = [{name: one[name] for name in one if name not in _COLUMNS} for one in group["samples"]]
+    return {"group": group, "step": held.step, "is_left_out": held.is_left_out, "is_redone": held.is_redone}
+
+
+def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) -> list[InHand]:
+    """What `pack` made."""
+    parts = {name: _parts(name, columns) for name in _COLUMNS}
+    groups = []
+    for one in found:
+        samples = [sample | {name: next(part) for name, part in parts.items()} for sample in one["group"]["samples"]]
+        groups.append(InHand(**{**one, "group": group_from_json({**one["group"], "samples": samples})}))
+    return groups
+
+
+def _parts(name: str, columns: Mapping[str, Tensor]) -> Iterator[list[Any] | str]:
+    for part in columns[name].split(columns[f"{name}.lengths"].tolist()) if columns else ():
+        yield part.numpy().tobytes().decode() if name == "text" else part.tolist()

@@ -18,7 +18,8 @@ def on_rank0(body: Callable[[], T]) -> T:
             box[0] = (True, body())
         except Exception as error:  # to be raised on every rank, this one included
             box[0] = (False, error)
-    dist.broadcast_object_list(box, src=0)
+    if dist.get_world_size() > 1:  # all of a step's tokens would be pickled for nobody
+        dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
     succeeded, found = box[0]
     if not succeeded:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import write_atomically
@@ -17,6 +20,16 @@ from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
 """The folder's name in a run directory."""
+_REACHED = "reached.safetensors"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run that only records has come: with weights `version`, to the end of `step`. sampler: its state then."""
+
+    version: int
+    step: int
+    sampler: dict[str, Any]
 
 
 def record_path(folder: Path, step: int) -> Path:
@@ -64,6 +77,29 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
 def _what_there_is(folder: Path) -> str:
     steps = recorded_steps(folder)
     return f"has recorded steps {steps[0]} to {steps[-1]}" if steps else "has no recorded steps (rollout.record makes them)"
+
+
+def write_reached(folder: Path, reached: Reached) -> None:
+    """Replace what was written before; raises UserError on a full disk."""
+    state = dict(reached.sampler)
+    tensors = state.pop("tensors", {})
+    said = json.dumps({"version": reached.version, "step": reached.step, "sampler": state})
+    write_atomically(folder / _REACHED, save(tensors, metadata={"reached": said}))
+
+
+def read_reached(folder: Path) -> Reached | None:
+    """What `write_reached` wrote last, None when there is nothing."""
+    if not (folder / _REACHED).is_file():
+        return None
+    with safe_open(folder / _REACHED, "pt") as file:
+        found = json.loads(file.metadata()["reached"])
+        found["sampler"]["tensors"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Reached(**found)
+
+
+def forget_reached(folder: Path) -> None:
+    """The steps that were recorded are no more."""
+    (folder / _REACHED).unlink(missing_ok=True)
 
 
 def group_to_json(group: Group) -> dict[str, Any]:

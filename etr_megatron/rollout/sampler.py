@@ -52,7 +52,7 @@ class Sampler(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on, as JSON; rank 0's counts."""
+        """What a resumed run needs to go on, rank 0's counts: JSON, and under "tensors", if there are any, tensors by name."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

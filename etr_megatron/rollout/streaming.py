@@ -16,7 +16,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
 from etr_megatron.rollout.engine import Draw, Drawn, StreamingEngine
-from etr_megatron.rollout.in_hand import InHand, extend, oldest_version
+from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
 from etr_megatron.types import Group, Sample
@@ -116,8 +116,10 @@ class Hand:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is in hand; tokens that the engine has not given yet will be drawn again."""
+        groups, tensors = pack(self._groups)
         return {
-            "in_hand": [held.to_json() for held in self._groups],
+            "in_hand": groups,
+            "tensors": tensors,
             "asked_for": self._asked_for,
             "asked_ids": self._asked_ids,
             "counts": dict(self._counts),
@@ -125,7 +127,7 @@ class Hand:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; of a run without groups in hand there may be nothing to load."""
-        self._groups = [InHand.from_json(found) for found in state.get("in_hand", [])]
+        self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
         self._asked_for, self._asked_ids = state.get("asked_for", 0), list(state.get("asked_ids", []))
         self._counts = Counter(state.get("counts", {}))
 

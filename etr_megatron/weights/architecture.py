@@ -79,17 +79,13 @@ def _has_rows(family: str, part: str) -> bool:
     return any(part in row.megatron for row in TABLES[family])
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str, source: Path, *, quantized: bool) -> None:
+def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
     wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
     if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
-    if config.get("quantization_config") and not quantized:
-        raise UserError(
-            f"{source}: the checkpoint is quantised (quantization_config); convert it by tools/convert_hf.py to-megatron"
-        )
 
 
 def _experts(config: dict[str, Any]) -> Experts:
@@ -105,11 +101,11 @@ def _experts(config: dict[str, Any]) -> Experts:
     )
 
 
-def read_architecture(model_dir: str | Path, *, named: str = "model.path", quantized: bool = False) -> Architecture:
+def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Architecture:
     """The architecture that `model_dir/config.json` describes.
 
-    named: what the directory was given as, for messages. quantized: let a `quantization_config` be. Raises UserError, naming
-    the file and the field, for a missing or broken file, a missing field and what is not supported.
+    named: what the directory was given as, for messages. How the weights are stored (`quantization_config`) is no part of it.
+    Raises UserError, naming the file and the field, for a missing or broken file, a missing field and what is not supported.
     """
     source = Path(model_dir) / "config.json"
     try:
@@ -122,7 +118,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path", quant
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
-    _refuse_unsupported(config, family, source, quantized=quantized)
+    _refuse_unsupported(config, family, source)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Architecture(

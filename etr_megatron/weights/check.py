@@ -16,15 +16,15 @@ from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 Shape = tuple[int, ...]
 
 
-def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", quantized: bool = False) -> Architecture:
+def check_checkpoint(model_dir: str | Path, *, named: str = "model.path") -> Architecture:
     """Compare config.json with the tensors of a HuggingFace or `torch_dist` directory and return the architecture.
 
-    named, quantized: see `read_architecture`; of a quantised one the tensors are those of `open_checkpoint`. Raises UserError
-    naming up to ten differences of each kind: missing tensors, those of another shape, those that no row of the weight map
-    knows. (A config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the files'
-    lengths are compared with what is said to lie in them as well.
+    named: see `read_architecture`. The tensors are those of `open_checkpoint`, which reads FP8 as bf16. Raises UserError naming
+    up to ten differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows. (A
+    config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the files' lengths
+    are compared with what is said to lie in them as well.
     """
-    arch = read_architecture(model_dir, named=named, quantized=quantized)
+    arch = read_architecture(model_dir, named=named)
     if is_torch_dist(model_dir):
         check_torch_dist(TorchDistDir(model_dir), arch)
     else:

@@ -14,6 +14,9 @@ from etr_megatron.weights.safetensors_dir import SafetensorsDir
 
 _SCALES = "_scale_inv"
 
+_PANEL = 2**22
+"""Values that are dequantised at a time: products are formed on an fp32 copy."""
+
 
 def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
     """The tensors of a HuggingFace directory, dequantised where its config.json says that they are quantised.
@@ -29,47 +32,71 @@ def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
         return SafetensorsDir(model_dir)
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8" or not block or len(set(block)) != 1:
-        raise UserError(f"{config}: quant_method {method} with weight_block_size {block} is not read; fp8 in square blocks is")
+        raise UserError(
+            f"{config}: weights quantised by quant_method {method} with weight_block_size {block} cannot be read; those in fp8 "
+            "with square blocks can, and those that are not quantised"
+        )
     return Fp8Dir(model_dir, block[0])
 
 
 class Fp8Dir(SafetensorsDir):
     """`X` is bf16 where an FP8 `X` and its scales `X_scale_inv` are stored; the scales are no tensors of their own.
 
-    block: rows and columns that have a scale in common. Raises UserError for an FP8 tensor without scales of its shape.
+    block: rows and columns that have a scale in common. Raises UserError for an FP8 tensor that is no matrix or without scales
+    of its shape.
     """
 
     def __init__(self, model_dir: str | Path, block: int) -> None:
         super().__init__(model_dir)
-        self._block = block
-        self._quantized = {name for name, stored in self._stored.items() if stored.dtype == FP8}
-        for name in sorted(self._quantized):
-            scales, wanted = self._stored.get(name + _SCALES), scale_shape(*self._stored[name].shape, block)
+        self.block = block
+        self.quantized = frozenset(name for name, stored in self._stored.items() if stored.dtype == FP8)
+        for name in sorted(self.quantized):
+            shape, scales = self._stored[name].shape, self._stored.get(name + _SCALES)
+            if len(shape) != 2:
+                raise UserError(f"{self.path}: {name} is FP8 of shape {list(shape)}; only matrices are read")
+            wanted = scale_shape(*shape, block)
             if scales is None or scales.shape != wanted:
                 found = "missing" if scales is None else f"of shape {list(scales.shape)}, not {list(wanted)}"
                 raise UserError(f"{self.path}: {name} is FP8 and its {name + _SCALES} is {found}; fetch the checkpoint again")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor but scales."""
-        scales = {name + _SCALES for name in self._quantized}
+        scales = {name + _SCALES for name in self.quantized}
         return {name: shape for name, shape in super().shapes().items() if name not in scales}
 
     def dtype(self, name: str) -> torch.dtype:
         """Type in which a tensor is read."""
-        return torch.bfloat16 if name in self._quantized else super().dtype(name)
+        return torch.bfloat16 if name in self.quantized else super().dtype(name)
 
     def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
         """See `SafetensorsDir.span`; None for what is dequantised."""
-        return None if name in self._quantized else super().span(name, begin, size)
+        return None if name in self.quantized else super().span(name, begin, size)
 
     def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
         """See `SafetensorsDir.read_into`; products with the scales are formed in fp32, as `dequantize_blocks` does."""
-        if name not in self._quantized:
+        if name not in self.quantized:
             return super().read_into(name, begin, out)
-        values = torch.empty(out.shape, dtype=FP8)
-        super().read_into(name, begin, values)
-        blocks = [torch.arange(b, b + n) // self._block for b, n in zip(begin, out.shape, strict=True)]
-        scales = torch.empty(self._stored[name + _SCALES].shape, dtype=self._stored[name + _SCALES].dtype)
-        super().read_into(name + _SCALES, (0, 0), scales)
-        out.copy_(values.float() * scales.float()[blocks[0]][:, blocks[1]])
+        if not out.numel():
+            return None
+        (row, col), (rows, cols) = begin, out.shape
+        step = max(1, _PANEL // cols)
+        for first in range(0, rows, step):
+            panel = out[first : first + step]
+            values, scales = self.read_quantized(name, (row + first, col), tuple(panel.shape))
+            places = [
+                torch.arange(at, at + count) // self.block - at // self.block
+                for at, count in zip((row + first, col), panel.shape, strict=True)
+            ]
+            panel.copy_(values.float() * scales[places[0]][:, places[1]])
         return None
+
+    def read_quantized(self, name: str, begin: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """A box that is not empty as it is stored: (float8_e4m3fn `size`, fp32 scales of the blocks that it touches), new."""
+        values = torch.empty(size, dtype=FP8)
+        super().read_into(name, begin, values)
+        first = tuple(at // self.block for at in begin)
+        ends = (-(-(at + count) // self.block) for at, count in zip(begin, size, strict=True))
+        shape = tuple(end - at for end, at in zip(ends, first, strict=True))
+        scales = torch.empty(shape, dtype=self._stored[name + _SCALES].dtype)
+        super().read_into(name + _SCALES, first, scales)
+        return values, scales.float()

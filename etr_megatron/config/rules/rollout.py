@@ -124,6 +124,8 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         yield Violation(("sglang.placement", "sglang.urls"), what)
     if external and sglang.nodes == "every":
         yield Violation(("sglang.nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+    if external and sglang.router is not None:
+        yield Violation(("sglang.router", "sglang.urls"), "the job's router is for servers that the job started")
     if external and sglang.sync == "sharded":
         yield Violation(("sglang.sync", "sglang.urls"), "sharded needs servers that the job started with its weight loader")
     if sglang.placement == "colocated" and sglang.sync in ("broadcast", "sharded"):

@@ -81,6 +81,11 @@ class SglangConfig:
     """What that interpreter runs."""
     arguments: tuple[str, ...] = ()
     """SGLang's own further arguments, such as `--attention-backend,fa3`; their names are compared with what the server has."""
+    router: Literal["cache_aware", "power_of_two", "round_robin", "random"] | None = None
+    """Policy of a router, `sglang-router`, that the job starts before its servers and generates by way of. `cache_aware`: the
+    responses to a prompt come from one server, where it is cached. null: there is none, the least busy server is asked."""
+    router_launch: tuple[str, ...] = ("-m", "sglang_router.launch_router")
+    """What `sglang.python` runs as the router."""
     host: str | None = None
     """Address of rank 0's machine as the servers see it; weights are sent from there. null: loopback, or where servers are
     on other machines the address on the way to them."""

@@ -155,15 +155,15 @@ class ServerClient:
         }
         reply = await self.call("/generate", body, timeout_s=timeout_s)
         try:
-            ids, meta = [int(token) for token in reply["output_ids"] or []], reply["meta_info"]
+            ids, meta = list(map(int, reply["output_ids"] or [])), reply["meta_info"]
             finish_reason = _FINISH[meta["finish_reason"]["type"]]
             # A request that is cut off before it began has no log-probs.
             pairs = meta["output_token_logprobs"] if ids or finish_reason != "abort" else []
-            logprobs = [float(pair[0]) for pair in pairs]
+            logprobs, of = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
             found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(f"{self.name}: /generate answered without {error}: {str(reply)[:300]}") from error
-        if [int(pair[1]) for pair in pairs] != ids:
+        if of != ids:
             raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
         return found
 

@@ -39,9 +39,13 @@ def server_command(
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
     if config.context_length is not None:
         arguments += ["--context-length", str(config.context_length)]
+    quantization = None
     if config.fp8:
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
-        arguments += ["--json-model-override-args", json.dumps({"quantization_config": {"fmt": "e4m3", **blocks}})]
+        quantization = {"fmt": "e4m3", **blocks}
+    if config.fp8 or _is_quantised(model_dir):
+        # A model that is stored in FP8 is trained, and without `sglang.fp8` served, in `model.dtype`.
+        arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if config.placement == "colocated" and cuda:
         arguments += ["--enable-memory-saver"]
     environment = {}
@@ -49,11 +53,16 @@ def server_command(
         arguments += ["--custom-weight-loader", LOADER]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
     if api_key is not None:
-        arguments += ["--config", _key_file(folder, place, api_key)]
+        arguments += ["--config", _key_file(folder, f"{host}_{place}", api_key)]
     devices = config.devices[place * config.tp : (place + 1) * config.tp]
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return ServerCommand(config.python, config.launch, (*arguments, *config.arguments), environment, host)
+
+
+def _is_quantised(model_dir: Path) -> bool:
+    file = model_dir / "config.json"
+    return file.is_file() and bool(json.loads(file.read_text()).get("quantization_config"))
 
 
 def _this_package(folder: Path) -> str:
@@ -68,10 +77,10 @@ def _this_package(folder: Path) -> str:
     return str(link.parent.absolute())
 
 
-def _key_file(folder: Path, place: int, api_key: str) -> str:
+def _key_file(folder: Path, server: str, api_key: str) -> str:
     """On a command line everybody on the machine could read the key."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".{socket.gethostname()}_{place}.yaml"
+    file = folder / f".{server}.yaml"
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:
         output.write(f"api-key: {json.dumps(api_key)}\n")
     return str(file.absolute())

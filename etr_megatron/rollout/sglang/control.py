@@ -17,9 +17,11 @@ from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.commands import sync_of
+from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import Outbox
 from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
 from etr_megatron.rollout.sglang.stream import RequestStream
@@ -57,25 +59,27 @@ _PROBE_TOKENS = 8
 class Control:
     """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
 
-    host: this machine's address for weights. api_key: of all servers, None where they ask for none.
+    host: this machine's address for weights. api_key: of all servers, None where they ask for none. logs: see `Router`.
     """
 
-    def __init__(self, config: SglangConfig, names: Sequence[str], *, host: str, api_key: str | None, backend: str) -> None:
+    def __init__(
+        self, config: SglangConfig, names: Sequence[str], *, host: str, api_key: str | None, backend: str, logs: Path
+    ) -> None:
         self._config, self._colocated = config, config.placement == "colocated"
         self._on_cpu = backend == "gloo"
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True).start()
         key = api_key or os.environ.get(API_KEY_VARIABLE)
-        self._http = httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(transport=Connections(), headers=headers)
         urls = config.urls or ("",) * len(names)
         self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}
-        fleet = Fleet(list(self._clients.values()), concurrency=config.concurrency, timeout_s=config.request_timeout_s)
+        self._router = Router(config, self._http, api_key=key, logs=logs) if config.router is not None else None
+        clients, timeout_s = list(self._clients.values()), config.request_timeout_s
+        fleet = Fleet(clients, concurrency=config.concurrency, timeout_s=timeout_s, router=self._router)
         self.fleet = fleet
         self._released: list[tuple[str, int]] = []
-        self.stream = RequestStream(fleet, concurrency=config.concurrency, timeout_s=config.request_timeout_s)
+        self.stream = RequestStream(fleet, concurrency=config.concurrency)
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
         self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
@@ -91,6 +95,11 @@ class Control:
     def run(self, what: Coroutine[Any, Any, T]) -> T:
         """Run in the loop's thread and wait."""
         return asyncio.run_coroutine_threadsafe(what, self.loop).result()
+
+    def start_router(self) -> None:
+        """If there is to be one. Raises UserError when it does not start."""
+        if self._router is not None:
+            self._router.start()
 
     def open(self, started: Mapping[str, Started]) -> None:
         """Get to know all servers for the first time. Raises UserError for one that does not serve."""
@@ -144,12 +153,16 @@ class Control:
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
-        self.run(self._resume())
+        self.run(self._resume("weights"))
         self.run(self._transaction.begin())
 
     def finish(self, version: int) -> None:
         """Close the transaction. Raises EngineGoneError when no server is left."""
+        self.run(self._resume("kv_cache", "cuda_graph"))
+        self._released = []
         self.run(self._transaction.finish(version))
+        if self._router is not None:
+            self._router.restart_if_down()
 
     def abandon(self, why: str) -> None:
         """See `Transaction.abandon`."""
@@ -168,16 +181,18 @@ class Control:
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()
 
-    async def _resume(self) -> None:
-        """Memory back to those that gave it up; a server that was started anew since would die of being told so."""
+    async def _resume(self, *tags: str) -> None:
+        """Memory back to those that gave it up; a server that was started anew since would die of being told so.
+
+        tags: SGLang's names of what; the KV cache comes last, when nothing of a sync is in memory any more.
+        """
         had = [name for name, _ in set(self._released) & set(self.fleet.members)]
 
         async def one(client: ServerClient) -> None:
             if client.name in had:
-                await client.call(_RELEASE[1], {}, timeout_s=self._config.update_timeout_s)
+                await client.call(_RELEASE[1], {"tags": tags}, timeout_s=self._config.update_timeout_s)
 
         await for_all(self.fleet, one)
-        self._released = []
 
     def probe(self, temperature: float) -> dict[str, Generated]:
         """Server -> what it generates for a fixed prompt. Raises EngineGoneError when no server is left."""
@@ -200,4 +215,6 @@ class Control:
         self.run(self.stream.stop(abort=True))
         self.run(self._delivery.close())
         self.run(self._http.aclose())
+        if self._router is not None:
+            self._router.stop()
         self.loop.call_soon_threadsafe(self.loop.stop)

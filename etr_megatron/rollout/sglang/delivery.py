@@ -14,11 +14,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.client import ServerClient
+from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
-from etr_megatron.rollout.sglang.sync import on_all
+from etr_megatron.rollout.sglang.sync import for_all, on_all
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
+
+_ARRIVAL_S = 5.0
+"""For a server to begin to look for the others of a weight group."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ class BroadcastDelivery:
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
         await self.close()
+        await for_all(self._fleet, self._see_that_it_lives)
+        self._fleet.refuse_if_gone()
         clients, members = self._fleet.serving, self._fleet.members
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)
         calls = []
@@ -159,11 +164,21 @@ class BroadcastDelivery:
             joining.add_done_callback(lambda task: task.exception())
             answered = [(client, call) for client, call in zip(clients, calls, strict=True) if call.done()]
             self._blame_for_no_group(answered, clients, joining)
+            # The servers that come wait for the one that does not, and hear nothing meanwhile, until the store that they look
+            # for it in is closed; those that have not found the store by then would go on looking.
+            await asyncio.wait(calls, timeout=_ARRIVAL_S)
+            group.close()
+            await asyncio.wait(calls, timeout=_ARRIVAL_S)
             for call in calls:
                 call.cancel()
             return False
         self._group, self._members = group, members
         return True
+
+    async def _see_that_it_lives(self, client: ServerClient) -> None:
+        """Raises ServerError when it does not."""
+        if not await client.is_alive(min(10.0, self._timeout_s)):
+            raise ServerError(f"{client.name}: does not answer")
 
     def _blame_for_no_group(
         self,

@@ -80,9 +80,12 @@ class SglangEngine:
             }
             self._host = Host(commands, serving.directory, config.startup_timeout_s)
         if dist.get_rank() == 0:
-            self._control = Control(config, names, host=own_address, api_key=key, backend=serving.backend)
+            self._control = Control(
+                config, names, host=own_address, api_key=key, backend=serving.backend, logs=serving.directory
+            )
         self._sender = self._make_sender(own_address)
         try:
+            on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
             started = self._start(names)
             on_rank0(lambda: self._control.open(started))
         except BaseException:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from etr_megatron.rollout.engine import EngineGoneError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 10.0
+"""For a server to say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,19 @@ class Request:
 class Fleet:
     """Clients of all servers, and which of them take traffic.
 
-    concurrency: requests under way per server; more wait here, so that a server that fails loses few.
+    concurrency: requests under way per server; more wait here, so that a server that fails loses few. router: chooses the
+    server of a request, if there is one.
     """
 
-    def __init__(self, clients: Sequence[ServerClient], *, concurrency: int, timeout_s: float) -> None:
-        self.clients = list(clients)
+    def __init__(
+        self, clients: Sequence[ServerClient], *, concurrency: int, timeout_s: float, router: Router | None = None
+    ) -> None:
+        self.clients, self.router = list(clients), router
         self._concurrency, self._timeout_s = concurrency, timeout_s
         self._failed: dict[str, str] = {}
         self._joins: Counter[str] = Counter()
+        self._marks = 0
+        self._looking = asyncio.Lock()
 
     @property
     def serving(self) -> list[ServerClient]:
@@ -55,6 +64,7 @@ class Fleet:
         if client.name not in self._failed:
             logger.warning("%s takes no more requests: %s", client.name, why)
         self._failed[client.name] = why
+        self._marks += 1
 
     def rejoin(self, client: ServerClient) -> None:
         """Traffic again. The caller sees to it that the server has the current weights before the next request."""
@@ -67,6 +77,54 @@ class Fleet:
             reasons = "; ".join(f"{client.name}: {self._failed[client.name]}" for client in self.clients)
             raise EngineGoneError(f"no SGLang server is left: {reasons}")
 
+    async def ask(
+        self, client: ServerClient, request: Request, rid: str | None = None, *, may_abort: Callable[[], bool] = lambda: False
+    ) -> Generated:
+        """One response from `client`, or with a router from the server that this chooses.
+
+        Raises what went wrong, after the server that failed is marked; a response that is cut off is an error as well, unless
+        `may_abort()`. A router does not say which server failed: those that do not answer are marked. When all do, the router
+        is given up, so that every failure leaves less to fail.
+        """
+        router, marks = self.router, self._marks
+        routed = router is not None and await router.leads_to(one.url for one in self.serving)
+        asked = router.client if router is not None and routed else client
+        try:
+            reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+            if reply.finish_reason == "abort" and not may_abort():
+                raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
+            return reply
+        except Exception as error:
+            if router is None or not routed:
+                self.mark_failed(client, str(error))
+                raise
+            async with self._looking:
+                if router.is_up and self._marks == marks:
+                    await self._mark_the_dead()
+                if self._marks == marks:
+                    router.give_up(str(error))
+            raise
+
+    async def _mark_the_dead(self) -> None:
+        async def one(client: ServerClient) -> None:
+            if not await client.is_alive(_LOOK_S):
+                self.mark_failed(client, "does not answer")
+
+        await asyncio.gather(*map(one, self.serving))
+
+    async def abort_all(self, timeout_s: float) -> bool:
+        """Have serving servers cut off all that they have in hand; whether all took note. Those that did not are marked."""
+
+        async def one(client: ServerClient) -> None:
+            try:
+                await client.call("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)
+            except ServerError as error:
+                self.mark_failed(client, str(error))
+
+        marks = self._marks
+        await asyncio.gather(*map(one, self.serving))
+        return self._marks == marks
+
     async def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, each exactly once.
 
@@ -78,8 +136,8 @@ class Fleet:
         found: dict[int, Generated] = {}
         self.refuse_if_gone()
         async with asyncio.TaskGroup() as tasks:
-            for client in self.serving:
-                for _ in range(min(self._concurrency, len(requests))):
+            for _ in range(min(self._concurrency, len(requests))):
+                for client in self.serving:  # in turn: the first requests go to all servers alike
                     tasks.create_task(self._work(client, requests, waiting, found))
         self.refuse_if_gone()
         if len(found) < len(requests):  # a server failed after the others had run out of work
@@ -94,13 +152,7 @@ class Fleet:
         """One of a server's places: takes requests until there are none, or its server has failed."""
         while client.name not in self._failed and not waiting.empty():
             number = waiting.get_nowait()
-            request = requests[number]
             try:
-                reply = await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s)
-                if reply.finish_reason == "abort":
-                    raise ServerError(f"{client.name}: aborted a request that nobody asked it to")
-            except ServerError as error:
-                self.mark_failed(client, str(error))
+                found[number] = await self.ask(client, requests[number])
+            except ServerError:
                 waiting.put_nowait(number)
-            else:
-                found[number] = reply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -167,6 +168,9 @@ class DiskSender:
 
     def __init__(self, settings: SendSettings, directory: Path, load: Callable[[Path], None] | None) -> None:
         self._settings, self._directory, self._load = settings, directory, load
+        # Rank 0's is the one that is written. Versions of a run that was killed may be newer than those that go on from its
+        # checkpoint, and would be kept instead.
+        self._run = uuid.uuid4().hex
         self._writer: DiskWriter | None = None
 
     def send(self, weights: WeightSource, version: int) -> None:
@@ -178,6 +182,7 @@ class DiskSender:
                 weights.layout,
                 settings.arch,
                 settings.wire(),
+                run=self._run,
                 dtype=settings.dtype,
                 fp8_block=settings.fp8_block,
             )

@@ -17,6 +17,8 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 _ABORT_TIMEOUT_S = 20.0
 """For a server to take note of an abort; one that is slower hangs."""
 
+_GIVE_BACK_S = 5.0
+
 
 class _Running(NamedTuple):
     client: ServerClient
@@ -28,11 +30,11 @@ class RequestStream:
 
     Every key is answered once: with the whole reply, or at `stop` with what there was. A request whose server fails is done
     again elsewhere, from its beginning. All methods but `wait` run in the event loop of the fleet's clients.
-    concurrency: requests under way per server. timeout_s: of one response.
+    concurrency: requests under way per server.
     """
 
-    def __init__(self, fleet: Fleet, *, concurrency: int, timeout_s: float) -> None:
-        self._fleet, self._concurrency, self._timeout_s = fleet, concurrency, timeout_s
+    def __init__(self, fleet: Fleet, *, concurrency: int) -> None:
+        self._fleet, self._concurrency = fleet, concurrency
         self._requests: dict[int, Request] = {}
         self._waiting: deque[int] = deque()
         self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
@@ -62,11 +64,11 @@ class RequestStream:
         self._is_stopping = abort
         while self._running:
             if abort:
-                await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
+                await self._abort_all()
             # Once more after a while: an abort may have come before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
-                await asyncio.wait(tasks, timeout=0.5 if abort else None, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, timeout=0.5 if abort else None)
         self._is_stopping = False
         self._requests.clear()
         self._waiting.clear()
@@ -111,12 +113,8 @@ class RequestStream:
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
         request = self._requests[key]
         try:
-            reply = await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
-            if reply.finish_reason == "abort" and not self._is_stopping:
-                raise ServerError(f"{client.name}: aborted a request that nobody asked it to")
-        except (Exception, asyncio.CancelledError) as error:  # whatever it was: a request that nobody answers is waited for
-            if isinstance(error, Exception):  # else it was given up, and its server marked
-                self._fleet.mark_failed(client, str(error))
+            reply = await self._fleet.ask(client, request, rid, may_abort=lambda: self._is_stopping)
+        except (Exception, asyncio.CancelledError):  # whatever it was: a request that nobody answers is waited for
             self._waiting.appendleft(key)
         else:
             del self._requests[key]
@@ -124,6 +122,16 @@ class RequestStream:
         self._load[client.name] -= 1
         del self._running[rid]
         self._dispatch()
+
+    async def _abort_all(self) -> None:
+        if self._fleet.router is None:
+            await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
+        elif not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
+            # Which requests a server that hangs has, only the router knows; what the others had they give back at once.
+            tasks = [running.task for running in self._running.values()]
+            _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)
+            for task in late:
+                task.cancel()
 
     async def _abort(self, rid: str, running: _Running) -> None:
         """A server that does not take note has failed; its request is given up."""

@@ -23,23 +23,23 @@ class UpdateGroup:
         self.name = f"etr_weights_{uuid.uuid4().hex}"
         self.backend, self.host, self.world = backend, host, workers + 1
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        # Used by nobody here, so that `close` ends it, and with it every wait of those who look for the others in it.
+        self._master: dist.TCPStore | None = dist.TCPStore(
+            host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout
+        )
+        self.port = int(self._master.port)
         self._group: dist.ProcessGroup | None = None
-
-    @property
-    def port(self) -> int:
-        """Where the store listens."""
-        return int(self._store.port)
 
     def join(self) -> None:
         """Form the group; blocks until all workers have come. Raises what torch raises when they do not in time."""
+        store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
         # torch has no public way to make a group outside of the default one's ranks; SGLang calls the same function.
         self._group, _ = c10d._new_process_group_helper(
             self.world,
             0,
             [],
             c10d.Backend(self.backend),
-            dist.PrefixStore(self.name, self._store),
+            dist.PrefixStore(self.name, store),
             group_name=self.name,
             backend_options=None,
             timeout=self._timeout,
@@ -55,7 +55,8 @@ class UpdateGroup:
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Leave; workers that still wait in a broadcast see the connection close."""
+        """Leave; workers that still wait in a broadcast, or for others to join, see the connection close."""
+        self._master = None
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class DiskWriter(CollectiveTransport):
 
     directory: on a file system that all of them and the readers see. run: tells the versions of this run from those that an
     earlier one left in the directory, which are removed; readers are given the same. file_bytes: bound of a file (or the
-    largest weight), which is as well what a rank has in memory. keep: how many complete versions stay. The other arguments are
+    largest weight), two of which a rank has in memory. keep: how many complete versions stay. The other arguments are
     those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
 
     Rank 0 decides: a sync that fails before all have written leaves no version behind; one that fails while rank 0's answer is
@@ -131,23 +132,28 @@ class DiskWriter(CollectiveTransport):
             board.refuse_failed()
 
     def _write_files(self, folder: Path, sources: Shards) -> tuple[dict[str, str], dict[str, int]]:
-        """(tensor -> file, tensor -> checksum) of what this rank writes."""
+        """(tensor -> file, tensor -> checksum) of what this rank writes; a file is gathered while the one before is written."""
         written, sums = {}, {}
-        for number, exchange in enumerate(self._gather.exchanges):
-            own = self._own[number] if number < len(self._own) else None
-            flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
-            full = self._gather.group(number, sources, own, flat)
-            if self._checksums:
-                compare(exchange, sources, full)
-            if own is None:
-                continue
-            name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
-            tensors = {field.name: field.view(flat).cpu() for field in own.tensors}
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            sync_to_disk(folder / name)
-            written.update(dict.fromkeys(tensors, name))
-            if self._checksums:
-                sums.update({key: checksum(tensor) for key, tensor in tensors.items()})
+        with ThreadPoolExecutor(1) as disk:
+            writing: Future[None] | None = None
+            for number, exchange in enumerate(self._gather.exchanges):
+                own = self._own[number] if number < len(self._own) else None
+                flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
+                full = self._gather.group(number, sources, own, flat)
+                if self._checksums:
+                    compare(exchange, sources, full)
+                if own is None:
+                    continue
+                name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
+                tensors = {field.name: field.view(flat).cpu() for field in own.tensors}
+                if writing is not None:
+                    writing.result()
+                writing = disk.submit(_write_file, folder / name, tensors)
+                written.update(dict.fromkeys(tensors, name))
+                if self._checksums:
+                    sums.update({key: checksum(tensor) for key, tensor in tensors.items()})
+            if writing is not None:
+                writing.result()
         return written, sums
 
     def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
@@ -309,6 +315,11 @@ def _read_version_file(folder: Path) -> dict:
         return json.loads((folder / VERSION_FILE).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _write_file(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    sync_to_disk(file)
 
 
 def _remove(folders: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Floating-point operations of the model: two for each multiply-add."""
+"""Floating-point operations of a model, two for each multiply-add, and what devices do of them. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
+
+BF16_PEAK = {
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+}
+"""FLOP/s of dense bf16 products by CUDA's name of the device, from NVIDIA's datasheets (without sparsity)."""
 
 
 def active_parameters(arch: Architecture) -> int:
@@ -22,10 +30,16 @@ def active_parameters(arch: Architecture) -> int:
 
 
 def body_flops(arch: Architecture, tokens: float) -> float:
-    """A forward pass over one sequence, head apart. Causal attention sees half of the sequence on average."""
+    """A forward pass over one sequence, head apart; whole for whole `tokens`. Causal attention sees half of the sequence on
+    average."""
     return 2 * active_parameters(arch) * tokens + 2 * arch.layers * arch.heads * arch.head_dim * tokens * (tokens + 1)
 
 
 def head_flops(arch: Architecture, rows: float) -> float:
     """A forward pass of the head over the rows that predict a response token."""
     return 2 * arch.vocab_size * arch.hidden_size * rows
+
+
+def sequence_flops(arch: Architecture, tokens: float, rows: float) -> float:
+    """A forward pass over one sequence with `rows` rows of logits; a backward pass takes twice as many."""
+    return body_flops(arch, tokens) + head_flops(arch, rows)

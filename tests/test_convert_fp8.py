@@ -1,0 +1,143 @@
+"""FP8 in blocks: written from Megatron's values, read back, trained from, compared; transformers takes it for the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+
+from etr_megatron.convert import Ranks, to_hf, to_megatron
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.embedded import _replica
+from etr_megatron.weights import check_checkpoint, read_architecture, weights_of
+from etr_megatron.weights.quantize import quantize_blocks
+from tests.test_convert import assert_same_bits, overrides_of, tensors_of
+
+
+def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
+    to_megatron(Path(hf_models["qwen3_moe"]), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=128)
+    original, found = tensors_of(hf_models["qwen3_moe"]), tensors_of(tmp_path / "fp8")
+    quantised = {name for w in weights_of(read_architecture(hf_models["qwen3_moe"])) if w.fp8 for name in w.hf}
+    assert any("experts.5.down_proj" in name for name in quantised) and "lm_head.weight" not in quantised
+    wanted = {name: tensor.bfloat16() for name, tensor in original.items() if name not in quantised}
+    for name in quantised:
+        wanted[name], wanted[f"{name}_scale_inv"] = quantize_blocks(original[name], 128)
+    assert_same_bits(found, wanted)
+    quantization = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    assert quantization == {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))],
+    }
+
+
+@pytest.fixture
+def fp8(hf_models, tmp_path):
+    """An FP8 checkpoint in blocks of 16, which transformers wants to divide the tensors."""
+    to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks(), torch.bfloat16)
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=16)
+    return tmp_path / "fp8"
+
+
+def dequantized(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
+    """What the files stand for, by the format's definition: a block's values times its scale."""
+    tensors, found = tensors_of(folder), {}
+    for name, tensor in tensors.items():
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is not None:
+            full = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[: tensor.shape[0], : tensor.shape[1]]
+            found[name] = (tensor.float() * full).bfloat16()
+        elif not name.endswith("_scale_inv"):
+            found[name] = tensor
+    return found
+
+
+def test_fp8_is_read_back_and_written_again_bit_for_bit(fp8, tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.convert.hf_to_megatron.CHUNK_BYTES", 5000)  # chunks that begin within blocks
+    monkeypatch.setattr("etr_megatron.convert.megatron_to_hf._FP8_PANEL", 16 * 48)  # a row of blocks at a time, or two
+    monkeypatch.setattr("etr_megatron.weights.fp8_dir._PANEL", 7 * 48)  # rows that begin within blocks
+    to_megatron(fp8, tmp_path / "again", Ranks())
+    to_hf(tmp_path / "again", tmp_path / "bf16", Ranks())
+    assert_same_bits(tensors_of(tmp_path / "bf16"), dequantized(fp8))
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    to_hf(tmp_path / "again", tmp_path / "fp8_again", Ranks(), fp8_block=16)
+    assert_same_bits(tensors_of(tmp_path / "fp8_again"), tensors_of(fp8))
+    assert json.loads((tmp_path / "fp8_again" / "config.json").read_text()) == json.loads((fp8 / "config.json").read_text())
+
+
+def test_transformers_takes_the_fp8_checkpoint_for_what_it_stands_for(fp8):
+    config = AutoConfig.from_pretrained(fp8)
+    assert config.quantization_config["quant_method"] == "fp8"
+    model = AutoModelForCausalLM.from_pretrained(
+        fp8, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    wanted = dequantized(fp8)
+    found = dict(model.named_parameters())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name].detach(), wanted[name]) for name in wanted)
+    replica = _replica(fp8, torch.float32)  # gets its weights from the policy, in the type that is trained
+    assert {name: (p.shape, p.dtype) for name, p in replica.named_parameters()} == {
+        name: (tensor.shape, torch.float32) for name, tensor in wanted.items()
+    }
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "tp2"), ("qwen3_moe", "ep2"), ("qwen3_tied", "pp2")])
+def test_training_from_fp8_starts_as_from_what_it_stands_for(gangs, hf_models, tmp_path, family, layout):
+    """Bit for bit, where cuts go through blocks: 13 divides no dimension."""
+    to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=13)
+    overrides = overrides_of(family, layout)
+    wanted = {name: tensor.float() for name, tensor in dequantized(tmp_path / "fp8", 13).items()}
+    for found in gangs(2).run("tests.policy_jobs:export", model=str(tmp_path / "fp8"), overrides=overrides):
+        assert_same_bits(found, wanted)
+    assert check_checkpoint(tmp_path / "fp8") == check_checkpoint(hf_models[family])
+
+
+@pytest.mark.parametrize("spoil", ["scales missing", "scales of another shape", "another method"])
+def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
+    tensors, name = tensors_of(fp8), "model.layers.1.mlp.up_proj.weight_scale_inv"
+    if spoil == "scales missing":
+        del tensors[name]
+    elif spoil == "scales of another shape":
+        tensors[name] = tensors[name].repeat(2, 1)
+    else:
+        config = json.loads((fp8 / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "awq"}
+        (fp8 / "config.json").write_text(json.dumps(config))
+    save_file(tensors, fp8 / "model.safetensors")
+    messages = {
+        "scales missing": r"layers\.1\.mlp\.up_proj\.weight is FP8 and its .*_scale_inv is missing",
+        "scales of another shape": r"_scale_inv is of shape \[10, 3\], not \[5, 3\]",
+        "another method": "quantised by quant_method awq with weight_block_size None cannot be read",
+    }
+    with pytest.raises(UserError, match=messages[spoil]):
+        to_megatron(fp8, tmp_path / "out", Ranks())
+
+
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
+def test_verify_takes_fp8_for_what_it_was_made_of_and_for_what_it_stands_for(gangs, hf_models, tmp_path, family):
+    """Bits where they can be the same, logits within the rounding; one scale that differs is named."""
+    to_megatron(Path(hf_models[family]), tmp_path / "plain", Ranks())
+    to_hf(tmp_path / "plain", tmp_path / "fp8", Ranks(), fp8_block=16)
+    to_megatron(tmp_path / "fp8", tmp_path / "read", Ranks())
+    counts = [sum(len(w.hf) for w in weights_of(read_architecture(hf_models[family])) if w.fp8 or whole) for whole in (0, 1)]
+
+    def found(megatron: str):
+        return gangs(1).run("tests.convert_jobs:verified", hf=str(tmp_path / "fp8"), megatron=str(tmp_path / megatron))[0]
+
+    exported, read = found("plain"), found("read")
+    assert exported.same and (exported.rounded, exported.tensors) == tuple(counts)
+    assert read.same and read.rounded == 0 and read.logits[0] <= 1e-5 * max(1.0, read.logits[1])
+    assert exported.logits[0] > 1e-3 * exported.logits[1]  # rounding shows, so the other tolerance is needed
+    tensors, name = tensors_of(tmp_path / "fp8"), "model.layers.3.self_attn.o_proj.weight"
+    tensors[f"{name}_scale_inv"][2, 3] *= 2
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    assert found("plain").differing == found("read").differing == [name]

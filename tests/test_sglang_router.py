@@ -1,0 +1,126 @@
+"""SGLang's own router, the real one, before servers that speak SGLang's protocol (tests/fake_sglang.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.fleet import Fleet, Request
+from etr_megatron.rollout.sglang.router import NAME, Router
+from etr_megatron.rollout.sglang.stream import RequestStream
+from tests.runs import REPO
+from tests.test_lifetime import gone
+from tests.test_sglang_fleet import PARAMETERS, fleet_of, state_of, tokens_of
+
+PYTHON = REPO / ".venv-sglang" / "bin" / "python"
+LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
+GROUPS, SAMPLES = 12, 4
+# Prompts of different lengths and beginnings, every one for a whole group.
+REQUESTS = [Request([group * 7 + i for i in range(30 + group)], PARAMETERS) for group in range(GROUPS) for _ in range(SAMPLES)]
+SETTINGS = SglangConfig(python=str(PYTHON), launch=(), router="cache_aware", router_launch=LAUNCH, update_timeout_s=30.0)
+
+
+@contextlib.contextmanager
+def router_before(fleet: Fleet, logs: Path):
+    """Started and given to the fleet; ended with the test, and nothing of it left."""
+    router = Router(SETTINGS, fleet.clients[0]._http, api_key="s3cret", logs=logs)
+    try:
+        router.start()
+        fleet.router = router
+        yield router
+    finally:
+        pid = pid_of(router) if router._host is not None else None
+        router.stop()
+    assert pid is None or gone(pid)
+
+
+def pid_of(router: Router) -> int:
+    watchdog = router._host._processes[NAME]._watchdog.pid
+    return int(Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split()[0])
+
+
+async def prompts_of(fleet: Fleet, number: int) -> list[list[int]]:
+    return (await state_of(fleet.clients[number]))["prompts"]
+
+
+def requires_router(test):
+    has = list(PYTHON.parent.parent.glob("lib/python*/site-packages/sglang_router"))
+    skip = pytest.mark.skipif(not has, reason="no .venv-sglang with the router: `bash tools/setup_env.sh --sglang` makes it")
+    return pytest.mark.slow(skip(test))
+
+
+@requires_router
+def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_leave_and_join_the_router(tmp_path):
+    async def body():
+        async with fleet_of({}, {"die_at": 14}, {}, concurrency=8, timeout_s=60.0) as fleet:
+            third = fleet.clients[2]
+            fleet.mark_failed(third, "not yet")
+            with router_before(fleet, tmp_path) as router:
+                first = await fleet.generate(REQUESTS)
+                failed, lonely = fleet.failed, await prompts_of(fleet, 2)
+                fleet.rejoin(third)  # as after a restart: another process at another address
+                again = await fleet.generate(REQUESTS)
+                states = [await prompts_of(fleet, number) for number in (0, 2)]
+                key = "s3cret" in (tmp_path / "sglang_router.log").read_text()
+                return first, again, failed, lonely, states, router.is_up, key
+
+    first, again, failed, lonely, states, is_up, key = asyncio.run(body())
+    wanted = [tokens_of(request) for request in REQUESTS]
+    assert [one.ids for one in first] == wanted == [one.ids for one in again]
+    assert failed == {"server 1": "does not answer", "server 2": "not yet"} and lonely == []
+    assert is_up and not key
+    assert states[1] and len(states[1]) % SAMPLES == 0  # the one that came back has traffic, in whole groups
+    assert all(states[1].count(prompt) == SAMPLES for prompt in states[1])
+
+
+@requires_router
+def test_without_its_router_a_fleet_goes_on_and_has_it_back_when_it_is_started_again(tmp_path):
+    async def body():
+        async with fleet_of({"seconds": 0.05}, {"seconds": 0.05}, concurrency=4, timeout_s=60.0) as fleet:
+            with router_before(fleet, tmp_path) as router:
+                generating = asyncio.create_task(fleet.generate(REQUESTS))
+                await asyncio.sleep(0.3)
+                os.kill(pid_of(router), signal.SIGKILL)
+                first, was_up = await generating, router.is_up
+                await asyncio.to_thread(router.restart_if_down)
+                again = await fleet.generate(REQUESTS[:8])
+                return first, was_up, again, router.is_up, fleet.failed
+
+    first, was_up, again, is_up, failed = asyncio.run(body())
+    assert [one.ids for one in [*first, *again]] == [tokens_of(request) for request in [*REQUESTS, *REQUESTS[:8]]]
+    assert (was_up, is_up, failed) == (False, True, {})
+
+
+@requires_router
+def test_what_the_router_has_given_out_is_cut_off_at_every_server(tmp_path):
+    requests = {key: Request([3 + key, key], replace(PARAMETERS, max_new_tokens=90, seed=key)) for key in range(6)}
+
+    async def body():
+        async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 40}, timeout_s=60.0) as fleet:
+            with router_before(fleet, tmp_path):
+                stream = RequestStream(fleet, concurrency=4)
+                await stream.submit(requests)
+                while sum([len(await prompts_of(fleet, number)) for number in range(2)]) < len(requests):
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
+                return dict(await stream.stop(abort=True))
+
+    found = asyncio.run(body())
+    assert found.keys() == requests.keys()
+    for key, reply in found.items():
+        assert reply.finish_reason == "abort" and 0 < len(reply.ids) < 90
+        assert reply.ids == [(key + 1 + i) % 97 for i in range(len(reply.ids))]
+
+
+def test_a_router_that_is_not_installed_is_one_sentence(tmp_path):
+    config = replace(SETTINGS, python=str(REPO / ".venv" / "bin" / "python"), router_launch=("-m", "sglang_router.nothing"))
+    with pytest.raises(UserError, match=r"sglang\.router: SGLang router ended while it started[^$]*sglang_router"):
+        Router(config, None, api_key=None, logs=tmp_path).start()
