@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from etr_megatron.rollout.sglang.senders import Outbox
-from etr_megatron.weights import ServerLayout, TrainingLayout
+from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.plan import make_plan
-from etr_megatron.weights.transport import exchange
+from etr_megatron.weights.transport import DiskWriter, Wire, disk, exchange
 from tests.test_plan import architecture
+from tests.transport_jobs import shards_from
 
 
 def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
@@ -61,10 +65,43 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
     assert events == ["pack", "send", *["pack", "sent", "send"] * (rounds - 1), "sent"]
 
 
+def order_on_disk(directory: str, model: str) -> list[str]:
+    """Runs in a gang: what happens in which order when a version of several files is written.
+
+    The disk takes its time: until the next file is gathered, or there is none, or for ten seconds.
+    """
+    arch, events, gathered = read_architecture(model), [], threading.Semaphore(0)
+    wire = Wire.in_world(timeout_s=60)
+    writer = DiskWriter(directory, TrainingLayout(), arch, wire, dtype=torch.float32, file_bytes=60_000)
+    gather, write, files = writer._gather.group, disk._write_file, len(writer._own)
+
+    def group(number: int, *arguments: Any) -> Any:
+        found = gather(number, *arguments)
+        events.append(f"gathered {number}")
+        if number:
+            gathered.release()
+        return found
+
+    def slow(file: Path, tensors: dict[str, Tensor]) -> None:
+        number = int(file.stem[-5:])
+        events.append(f"writing {number}")
+        if number < files - 1:
+            gathered.acquire(timeout=10)
+        write(file, tensors)
+        events.append(f"written {number}")
+
+    writer._gather.group = group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "_write_file", slow)
+        writer.sync(1, shards_from(model, TrainingLayout(), 0))
+    writer.close()
+    return events
+
+
 def test_a_file_is_gathered_while_the_one_before_is_written(gangs, hf_models, tmp_path):
     """`disk`."""
     job = dict(directory=str(tmp_path), model=hf_models["qwen3"])
-    events = gangs(1).run("tests.transport_jobs:order_on_disk", **job)[0]
+    events = gangs(1).run("tests.test_sync_overlap:order_on_disk", **job)[0]
     files = sum(event.startswith("gathered") for event in events)
     assert files > 2
     for number in range(files - 1):

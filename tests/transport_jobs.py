@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -376,34 +373,3 @@ _FAULTS = {
     "lose_connection": _lose_connection,
     "flip": _flip,
 }
-
-
-def order_on_disk(directory: str, model: str) -> list[str]:
-    """What happens in which order when a version of several files is written. The disk takes its time: until the next file is
-    gathered, or there is none, or for ten seconds."""
-    arch, events, gathered = read_architecture(model), [], threading.Semaphore(0)
-    wire = Wire.in_world(timeout_s=60)
-    writer = DiskWriter(directory, TrainingLayout(), arch, wire, dtype=torch.float32, file_bytes=60_000)
-    gather, write, files = writer._gather.group, disk._write_file, len(writer._own)
-
-    def group(number: int, *arguments: Any) -> Any:
-        found = gather(number, *arguments)
-        events.append(f"gathered {number}")
-        if number:
-            gathered.release()
-        return found
-
-    def slow(file: Path, tensors: dict[str, Tensor]) -> None:
-        number = int(file.stem[-5:])
-        events.append(f"writing {number}")
-        if number < files - 1:
-            gathered.acquire(timeout=10)
-        write(file, tensors)
-        events.append(f"written {number}")
-
-    writer._gather.group = group
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "_write_file", slow)
-        writer.sync(1, shards_from(model, TrainingLayout(), 0))
-    writer.close()
-    return events
