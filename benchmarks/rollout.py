@@ -109,6 +109,16 @@ def real_server(folder: Path) -> Iterator[str]:
         host.stop()
 
 
+def flush_cache(url: str) -> None:
+    """Raises httpx.HTTPStatusError when the server is not done with what it has answered within ten seconds."""
+    for _ in range(100):
+        reply = httpx.post(f"{url}/flush_cache", timeout=60)
+        if reply.status_code == 200:
+            return
+        time.sleep(0.1)
+    reply.raise_for_status()
+
+
 def compare(name: str, shape: Shape, url: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Seconds and CPU seconds of the contestants' steps. Raises RuntimeError when one has other tokens than were asked for."""
     tokenizer = tokenizer_of()
@@ -120,7 +130,7 @@ def compare(name: str, shape: Shape, url: str, rounds: int, folder: Path) -> dic
         all_ = {one: stack.enter_context(closing(it)) for one, it in contestants(shape, url, problems, decode, folder).items()}
         for step in range(1, rounds + 2):
             for one in sorted(all_, reverse=step % 2 == 0):
-                httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+                flush_cache(url)
                 began, cpu_began = time.perf_counter(), time.process_time()
                 tokens = all_[one].run(step)
                 wall.setdefault(one, []).append(time.perf_counter() - began)
@@ -184,12 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    result: dict[str, Any] = {"environment": environment(ROOT), "rounds": options.rounds, "quick": options.quick}
+    text = options.output.read_text()
+    result: dict[str, Any] = json.loads(text) if text else {}  # parts that are not measured now stay as they are
 
-    def keep(part: str, found: Any, text: str) -> None:
-        result[part] = found
-        result[f"load_{part}"] = os.getloadavg()[0]
-        options.output.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short keeps what it has
+    def keep(part: str, text: str, **found: Any) -> None:
+        said = {"environment": environment(ROOT), "rounds": options.rounds, "load": os.getloadavg()[0]}
+        result[part] = said | found
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
         print(text, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="rollout") as name:
@@ -199,15 +210,15 @@ def _measure(options: argparse.Namespace) -> None:
             for case, shape in (QUICK if options.quick else CLIENT).items():
                 with server_without_a_model(tokens=shape.tokens) as url:
                     cases.append(compare(case, shape, url, options.rounds, folder))
-            keep("client", cases, "\n".join(map(pair_table, cases)))
+            keep("client", "\n".join(map(pair_table, cases)), cases=cases)
         if "tail" in options.part:
             found = measure_tail(options, folder)
-            keep("tail", found, tail_table(found))
+            keep("tail", tail_table(found), **found)
         if "server" in options.part:
             shape = QUICK["short"] if options.quick else SERVER
             with real_server(folder / "server") as url:
                 found = compare("SGLang on CPU", shape, url, options.rounds, folder)
-            keep("server", found, pair_table(found))
+            keep("server", pair_table(found), cases=[found])
 
 
 if __name__ == "__main__":

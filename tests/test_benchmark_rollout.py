@@ -50,7 +50,7 @@ def test_a_quick_run_measures_the_client_and_the_tail_and_is_written(tmp_path):
     options = ["--quick", "--rounds", "1", "--part", "client", "--part", "tail", "--output", str(output)]
     assert rollout.main(options) == 0
     found = json.loads(output.read_text())
-    (case,) = found["client"]
+    (case,) = found["client"]["cases"]
     assert case["contestants"].keys() == {"sampler", "bare_loop", "bare_connections"}
     assert case["ratio"].keys() == {"bare_loop", "bare_connections"} and len(case["ratios"]["bare_loop"]) == 1
     assert found["tail"]["settings"]["partial"]["min_s"] >= 0 and "server" not in found
