@@ -95,8 +95,7 @@ class Sampled:
     """Sampler, fleet, client: what the trainer calls, down to whole groups with their texts. The world has one rank."""
 
     def __init__(self, config: Config, problems: list[Problem], decode: Decode, directory: Path) -> None:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         # There is no weight sync: architecture and dtype are those of nothing.
         serving = Serving(QUICK_DENSE, "float32", "gloo", [], directory, temperature=1.0, max_gap=1.0)
         self.engine = SglangEngine(config.sglang, directory, serving)
@@ -111,6 +110,7 @@ class Sampled:
     def close(self) -> None:
         """See `Contestant.close`."""
         self.engine.close()
+        dist.destroy_process_group()
 
 
 class BareLoop:

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -324,6 +324,18 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
         engine.close()
 
 
+def on_first_request(client: Any, what: Callable[[], None]) -> None:
+    """Do `what` a moment after the client's first request has left: long before 60 tokens, not before the server has begun."""
+    generate, timer = client.generate, threading.Timer(0.1, what)
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        client.generate = generate
+        timer.start()
+        return generate(*args, **kwargs)
+
+    client.generate = first
+
+
 def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
     """Three real servers at an address; with requests under way the first is killed and the second hangs; the third is killed
     in the next sync. What was generated, what failed, whether servers ask for a key, and log-prob gaps after the sync."""
@@ -343,8 +355,8 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
 
     try:
         engine.update_weights(policy.export(), 1)
-        for what in (process(0).kill, process(1).suspend):
-            threading.Timer(0.5, what).start()
+        for client, what in zip(engine._control.fleet.clients, (process(0).kill, process(1).suspend), strict=False):
+            on_first_request(client, what)
         problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
         groups = engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=1))
         found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}

@@ -93,11 +93,13 @@ def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, mo
 
 def conversation(url: str) -> list[tuple[str, int, Any]]:
     """Route, status and JSON of what a server is asked in a run's life, weights left out. One request is cut off."""
-    found = []
+    found: list[Any] = []
 
     def ask(route: str, body: dict | None = None) -> None:
+        place = len(found)
+        found.append(None)  # in the order of the questions, whichever is answered first
         reply = httpx.get(url + route, timeout=30) if body is None else httpx.post(url + route, json=body, timeout=60)
-        found.append((route, reply.status_code, reply.json() if reply.content.startswith(b"{") else {}))
+        found[place] = route, reply.status_code, reply.json() if reply.content.startswith(b"{") else {}
 
     def draw(tokens: int, **more: Any) -> dict[str, Any]:
         parameters = GenerateParameters(tokens, 1.0, 1.0, 0, seed=4, stop_ids=(300,), ignore_eos=True)

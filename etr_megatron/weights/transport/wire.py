@@ -47,6 +47,9 @@ class Wire:
         self._backend, self._store = backend, store
         self._parts: list[Any] = []
         self._group = self._open("group", rank, world)
+        # A rank that gives up right after it has connected would break connections that others are still making, and these,
+        # not the rank and its reason, would be what they report.
+        self.board.meet("open")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group. Raises SyncError where the others do not come."""
@@ -99,6 +102,7 @@ class Wire:
         group = None
         if self.rank in ranks:
             group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
+        self.board.meet(f"open part {len(self._parts)}")
         self._parts.append(group)
         return Part(tuple(ranks), group)
 
