@@ -24,7 +24,7 @@ case $step in
             --config-settings "--build-option=--cpp_ext --cuda_ext" "git+https://github.com/NVIDIA/apex.git@$1"
         ;;
     product)
-        python3 -m pip install --constraint "$constraints" --editable "$1"
+        python3 -m pip install --constraint "$constraints" --editable "$1[router]"
         # Rollout servers run in the same environment here; configs look for it where a checkout has one of its own.
         install --directory /workspace/.venv-sglang/bin
         ln --symbolic --force "$(command -v python3)" /workspace/.venv-sglang/bin/python

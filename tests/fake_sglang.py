@@ -5,7 +5,8 @@ Tokens are a function of the prompt; weights are received over a real gloo group
 Behaviours: die_at, hang_at, fail_at, abort_at (numbers of the generate request, from 0), die_at_bucket, hang_at_bucket
 (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes over a version), old (no
 begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that can be cut off and
-goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort.
+goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort, stop_at
+(the whole process stops at this generate request; with hang_at only the request waits), seconds (for a response).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -95,6 +97,8 @@ def _act(kind: str, number: int, suffix: str = "") -> None:
         os._exit(9)
     if BEHAVIOUR.get(f"hang_at{suffix}") == number:
         time.sleep(3600)
+    if BEHAVIOUR.get(f"stop_at{suffix}") == number:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def generate(body: dict[str, Any]) -> tuple[int, Any]:

@@ -32,7 +32,7 @@ def tokens_of(request: Request) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def fleet_of(*behaviours: dict, timeout_s: float = 20.0, concurrency: int = 4):
+async def fleet_of(*behaviours: dict, concurrency: int = 4, **timeouts: float):
     """A fleet of one server per behaviour."""
     processes = [
         subprocess.Popen(
@@ -48,7 +48,7 @@ async def fleet_of(*behaviours: dict, timeout_s: float = 20.0, concurrency: int 
             ]
             for client in clients:
                 await client.learn_routes((), timeout_s=10)
-            yield Fleet(clients, concurrency=concurrency, timeout_s=timeout_s)
+            yield Fleet(clients, concurrency=concurrency, **{"timeout_s": 20.0, **timeouts})
     finally:
         for process in processes:
             process.kill()
@@ -106,6 +106,32 @@ def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(w
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
     assert set(failed) == {"server 0"}
+
+
+def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
+    async def body():
+        async with fleet_of({"stop_at": 5}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+            return await fleet.generate(REQUESTS), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert failed == {"server 0": "gave no sign of life within 2 s"}
+
+
+def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_cancelled():
+    async def body():
+        async with fleet_of({"seconds": 3.0}, hang_timeout_s=1.0) as fleet:
+            slow = await fleet.generate(REQUESTS[:2])
+            asking = asyncio.create_task(fleet.ask(fleet.clients[0], REQUESTS[2]))
+            await asyncio.sleep(0.5)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            return slow, fleet.failed, fleet._pulse._looking
+
+    found, failed, looking = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:2]]
+    assert not failed and looking is None
 
 
 def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done():

@@ -82,6 +82,18 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
 
 
 @requires_router
+def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline_of_its_requests(tmp_path):
+    async def body():
+        async with fleet_of({}, {"stop_at": 3}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+            with router_before(fleet, tmp_path) as router:
+                return await fleet.generate(REQUESTS), fleet.failed, router.is_up
+
+    found, failed, is_up = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert failed == {"server 1": "gave no sign of life within 2 s"} and is_up
+
+
+@requires_router
 def test_without_its_router_a_fleet_goes_on_and_has_it_back_when_it_is_started_again(tmp_path):
     async def body():
         async with fleet_of({"seconds": 0.05}, {"seconds": 0.05}, concurrency=4, timeout_s=60.0) as fleet:
@@ -106,7 +118,7 @@ def test_what_the_router_has_given_out_is_cut_off_at_every_server(tmp_path):
     async def body():
         async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 40}, timeout_s=60.0) as fleet:
             with router_before(fleet, tmp_path):
-                stream = RequestStream(fleet, concurrency=4)
+                stream = RequestStream(fleet, concurrency=4, exclusive=True)
                 await stream.submit(requests)
                 while sum([len(await prompts_of(fleet, number)) for number in range(2)]) < len(requests):
                     await asyncio.sleep(0.05)

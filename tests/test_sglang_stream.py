@@ -29,7 +29,7 @@ async def answers(stream: RequestStream, count: int) -> dict:
 def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what):
     async def body():
         async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
-            stream = RequestStream(fleet, concurrency=4)
+            stream = RequestStream(fleet, concurrency=4, exclusive=False)
             await stream.submit(dict(enumerate(REQUESTS)))
             found = await answers(stream, len(REQUESTS))
             return found, await stream.stop(abort=False), fleet.failed
@@ -42,7 +42,7 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
 def test_without_servers_waiting_is_an_error_and_stopping_is_not():
     async def body():
         async with fleet_of({"die_at": 2}, timeout_s=3.0) as fleet:
-            stream = RequestStream(fleet, concurrency=4)
+            stream = RequestStream(fleet, concurrency=4, exclusive=False)
             await stream.submit(dict(enumerate(REQUESTS)))
             with pytest.raises(EngineGoneError, match="server 0"):
                 await answers(stream, len(REQUESTS))
@@ -51,12 +51,13 @@ def test_without_servers_waiting_is_an_error_and_stopping_is_not():
     assert asyncio.run(body()) == []
 
 
-def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there():
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there(exclusive):
     requests = {key: Request([3, key], replace(PARAMETERS, max_new_tokens=40, seed=key)) for key in range(6)}
 
     async def body():
         async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 400}) as fleet:
-            stream = RequestStream(fleet, concurrency=2)  # the last two wait for room
+            stream = RequestStream(fleet, concurrency=2, exclusive=exclusive)  # the last two wait for room
             await stream.submit(requests)
             await asyncio.sleep(0.4)
             first = dict(await stream.stop(abort=True))
@@ -77,12 +78,13 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there():
         assert reply.ids + then[100 + key].ids == [(key + 1 + i) % 97 for i in range(40)]
 
 
-def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch):
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
     monkeypatch.setattr("etr_megatron.rollout.sglang.stream._ABORT_TIMEOUT_S", 1.0)
 
     async def body():
         async with fleet_of({"hang_at": 0, "hang_at_abort": True}, timeout_s=60.0) as fleet:
-            stream = RequestStream(fleet, concurrency=4)
+            stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
             await stream.submit({0: REQUESTS[0]})
             await asyncio.sleep(0.3)
             return await asyncio.wait_for(stream.stop(abort=True), 10), fleet.failed

@@ -64,6 +64,7 @@ POSITIVE = (
     "rollout.temperature",
     "sglang.startup_timeout_s",
     "sglang.request_timeout_s",
+    "sglang.hang_timeout_s",
     "sglang.update_timeout_s",
     "objective.correction_cap",
     "train.lr",

@@ -106,5 +106,7 @@ class SglangConfig:
     """Deadline for a server to answer after its start."""
     request_timeout_s: float = 1800.0
     """Deadline of one response."""
+    hang_timeout_s: float = 120.0
+    """For a server to say that it lives while responses are under way, which a busy one does between two batches."""
     update_timeout_s: float = 300.0
     """Deadline of every request and wait of a weight sync."""

@@ -25,7 +25,7 @@ from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import Outbox
 from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
 from etr_megatron.rollout.sglang.stream import RequestStream
-from etr_megatron.rollout.sglang.sync import Transaction, for_all, on_all
+from etr_megatron.rollout.sglang.sync import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,15 @@ class Control:
         urls = config.urls or ("",) * len(names)
         self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}
         self._router = Router(config, self._http, api_key=key, logs=logs) if config.router is not None else None
-        clients, timeout_s = list(self._clients.values()), config.request_timeout_s
-        fleet = Fleet(clients, concurrency=config.concurrency, timeout_s=timeout_s, router=self._router)
-        self.fleet = fleet
+        self.fleet = fleet = Fleet(
+            list(self._clients.values()),
+            concurrency=config.concurrency,
+            timeout_s=config.request_timeout_s,
+            hang_timeout_s=config.hang_timeout_s,
+            router=self._router,
+        )
         self._released: list[tuple[str, int]] = []
-        self.stream = RequestStream(fleet, concurrency=config.concurrency)
+        self.stream = RequestStream(fleet, concurrency=config.concurrency, exclusive=not config.urls)
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
         self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
@@ -171,13 +175,13 @@ class Control:
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
         body = {"model_path": str(directory.absolute()), "flush_cache": False}
-        self.run(on_all(self.fleet, _UPDATE_ROUTE["disk"], body, self._config.update_timeout_s))
+        self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 
     def release(self) -> None:
         """Have colocated servers give up their memory until the next sync. Raises EngineGoneError when none is left."""
         if self._colocated and not self._released:
-            self.run(on_all(self.fleet, _RELEASE[0], {}, self._config.update_timeout_s))
+            self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()
 
@@ -192,7 +196,7 @@ class Control:
             if client.name in had:
                 await client.call(_RELEASE[1], {"tags": tags}, timeout_s=self._config.update_timeout_s)
 
-        await for_all(self.fleet, one)
+        await self.fleet.for_all(one)
 
     def probe(self, temperature: float) -> dict[str, Generated]:
         """Server -> what it generates for a fixed prompt. Raises EngineGoneError when no server is left."""
@@ -202,7 +206,7 @@ class Control:
         async def one(client: ServerClient) -> None:
             found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
 
-        self.run(for_all(self.fleet, one))
+        self.run(self.fleet.for_all(one))
         self.fleet.refuse_if_gone()
         return found
 

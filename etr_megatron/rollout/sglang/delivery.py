@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.client import ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
-from etr_megatron.rollout.sglang.sync import for_all, on_all
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 
@@ -75,7 +74,7 @@ class TensorDelivery:
         named = [(field.name, field.view(bucket.flat)) for field in bucket.fields]
         payload = await asyncio.to_thread(serialized, named)
         body = {"serialized_named_tensors": [payload] * self._workers, "flush_cache": False}
-        await on_all(self._fleet, "/update_weights_from_tensor", body, self._timeout_s)
+        await self._fleet.call_all("/update_weights_from_tensor", body, timeout_s=self._timeout_s)
         self._fleet.refuse_if_gone()
 
     async def close(self) -> None:
@@ -141,7 +140,7 @@ class BroadcastDelivery:
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
         await self.close()
-        await for_all(self._fleet, self._see_that_it_lives)
+        await self._fleet.see_that_they_live(self._timeout_s)
         self._fleet.refuse_if_gone()
         clients, members = self._fleet.serving, self._fleet.members
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)
@@ -174,11 +173,6 @@ class BroadcastDelivery:
             return False
         self._group, self._members = group, members
         return True
-
-    async def _see_that_it_lives(self, client: ServerClient) -> None:
-        """Raises ServerError when it does not."""
-        if not await client.is_alive(min(10.0, self._timeout_s)):
-            raise ServerError(f"{client.name}: does not answer")
 
     def _blame_for_no_group(
         self,

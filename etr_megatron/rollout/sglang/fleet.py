@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from etr_megatron.rollout.engine import EngineGoneError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.pulse import Pulse
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 10.0
-"""For a server to say that it lives."""
+"""For a server that is in doubt to say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Request:
 class Fleet:
     """Clients of all servers, and which of them take traffic.
 
-    concurrency: requests under way per server; more wait here, so that a server that fails loses few. router: chooses the
-    server of a request, if there is one.
+    concurrency: requests under way per server; more wait here, so that a server that fails loses few. timeout_s: of one
+    response; hang_timeout_s: see `Pulse`. router: chooses the server of a request, if there is one.
     """
 
     def __init__(
-        self, clients: Sequence[ServerClient], *, concurrency: int, timeout_s: float, router: Router | None = None
+        self,
+        clients: Sequence[ServerClient],
+        *,
+        concurrency: int,
+        timeout_s: float,
+        hang_timeout_s: float = 120.0,
+        router: Router | None = None,
     ) -> None:
         self.clients, self.router = list(clients), router
         self._concurrency, self._timeout_s = concurrency, timeout_s
@@ -42,6 +50,7 @@ class Fleet:
         self._joins: Counter[str] = Counter()
         self._marks = 0
         self._looking = asyncio.Lock()
+        self._pulse = Pulse(hang_timeout_s, self.mark_failed)
 
     @property
     def serving(self) -> list[ServerClient]:
@@ -90,7 +99,8 @@ class Fleet:
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
         asked = router.client if router is not None and routed else client
         try:
-            reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+            with self._pulse.watch(self.serving if routed else [client]):
+                reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
             if reply.finish_reason == "abort" and not may_abort():
                 raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
             return reply
@@ -100,30 +110,43 @@ class Fleet:
                 raise
             async with self._looking:
                 if router.is_up and self._marks == marks:
-                    await self._mark_the_dead()
+                    await self.see_that_they_live(_LOOK_S)
                 if self._marks == marks:
                     router.give_up(str(error))
             raise
 
-    async def _mark_the_dead(self) -> None:
-        async def one(client: ServerClient) -> None:
-            if not await client.is_alive(_LOOK_S):
-                self.mark_failed(client, "does not answer")
+    async def for_all(self, step: Callable[[ServerClient], Awaitable[Any]]) -> bool:
+        """`await step(client)` for every serving server at once. Those for which it raises ServerError take no more traffic.
 
-        await asyncio.gather(*map(one, self.serving))
+        Returns whether it raised for none.
+        """
 
-    async def abort_all(self, timeout_s: float) -> bool:
-        """Have serving servers cut off all that they have in hand; whether all took note. Those that did not are marked."""
-
-        async def one(client: ServerClient) -> None:
+        async def one(client: ServerClient) -> bool:
             try:
-                await client.call("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)
+                await step(client)
             except ServerError as error:
                 self.mark_failed(client, str(error))
+                return False
+            return True
 
-        marks = self._marks
-        await asyncio.gather(*map(one, self.serving))
-        return self._marks == marks
+        return all(await asyncio.gather(*map(one, self.serving)))
+
+    async def call_all(self, route: str, body: dict[str, Any], *, timeout_s: float) -> bool:
+        """POST to every serving server at once, as `for_all`."""
+        return await self.for_all(lambda client: client.call(route, body, timeout_s=timeout_s))
+
+    async def see_that_they_live(self, timeout_s: float) -> bool:
+        """Whether every serving server answers, paused or not; as `for_all`."""
+
+        async def one(client: ServerClient) -> None:
+            if not await client.is_alive(min(_LOOK_S, timeout_s)):
+                raise ServerError(f"{client.name}: does not answer")
+
+        return await self.for_all(one)
+
+    async def abort_all(self, timeout_s: float) -> bool:
+        """Have serving servers cut off all that they have in hand; as `for_all`."""
+        return await self.call_all("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)
 
     async def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, each exactly once.

@@ -30,11 +30,13 @@ class RequestStream:
 
     Every key is answered once: with the whole reply, or at `stop` with what there was. A request whose server fails is done
     again elsewhere, from its beginning. All methods but `wait` run in the event loop of the fleet's clients.
-    concurrency: requests under way per server.
+
+    concurrency: requests under way per server. exclusive: nobody else has requests at the servers, so that one word to each
+    cuts off whatever is under way; a fleet with a router must be.
     """
 
-    def __init__(self, fleet: Fleet, *, concurrency: int) -> None:
-        self._fleet, self._concurrency = fleet, concurrency
+    def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool) -> None:
+        self._fleet, self._concurrency, self._exclusive = fleet, concurrency, exclusive
         self._requests: dict[int, Request] = {}
         self._waiting: deque[int] = deque()
         self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
@@ -124,10 +126,10 @@ class RequestStream:
         self._dispatch()
 
     async def _abort_all(self) -> None:
-        if self._fleet.router is None:
+        if not self._exclusive:
             await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
         elif not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
-            # Which requests a server that hangs has, only the router knows; what the others had they give back at once.
+            # Which requests a server that hangs has, only a router knows; what the others had they give back at once.
             tasks = [running.task for running in self._running.values()]
             _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)
             for task in late:

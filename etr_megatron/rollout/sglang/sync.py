@@ -7,7 +7,6 @@ two versions: it must get a whole sync before it serves again.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
@@ -26,8 +25,8 @@ class Transaction:
     async def begin(self) -> None:
         """Pause all servers and open the update. Raises EngineGoneError when none is left."""
         self._paused = self._fleet.serving
-        await on_all(self._fleet, "/pause_generation", {"mode": "retract"}, self._timeout_s)
-        await self._each(self._open)
+        await self._fleet.call_all("/pause_generation", {"mode": "retract"}, timeout_s=self._timeout_s)
+        await self._fleet.for_all(self._open)
         self._fleet.refuse_if_gone()
 
     async def finish(self, version: int) -> None:
@@ -35,12 +34,12 @@ class Transaction:
 
         Raises EngineGoneError when none is left.
         """
-        await self._each(self._close)
-        await on_all(self._fleet, "/flush_cache", {}, self._timeout_s)
+        await self._fleet.for_all(self._close)
+        await self._fleet.call_all("/flush_cache", {}, timeout_s=self._timeout_s)
         body = {"new_version": str(version), "abort_all_requests": False}
-        await on_all(self._fleet, "/update_weight_version", body, self._timeout_s)
-        await self._each(lambda client: self._shake_hands(client, version))
-        await on_all(self._fleet, "/continue_generation", {}, self._timeout_s)
+        await self._fleet.call_all("/update_weight_version", body, timeout_s=self._timeout_s)
+        await self._fleet.for_all(lambda client: self._shake_hands(client, version))
+        await self._fleet.call_all("/continue_generation", {}, timeout_s=self._timeout_s)
         await self._let_go()
         self._fleet.refuse_if_gone()
 
@@ -82,23 +81,3 @@ class Transaction:
         found = await client.weight_version(self._timeout_s)
         if found != str(version):
             raise ServerError(f"serves version {found} after it was sent {version}")
-
-    async def _each(self, step: Any) -> None:
-        await for_all(self._fleet, step)
-
-
-async def on_all(fleet: Fleet, route: str, body: dict[str, Any], timeout_s: float) -> None:
-    """POST to every serving server at once; those that fail take no more traffic."""
-    await for_all(fleet, lambda client: client.call(route, body, timeout_s=timeout_s))
-
-
-async def for_all(fleet: Fleet, step: Any) -> None:
-    """`await step(client)` for every serving server at once; those for which it raises ServerError take no more traffic."""
-
-    async def one(client: ServerClient) -> None:
-        try:
-            await step(client)
-        except ServerError as error:
-            fleet.mark_failed(client, str(error))
-
-    await asyncio.gather(*map(one, fleet.serving))

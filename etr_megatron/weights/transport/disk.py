@@ -11,12 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import sync_to_disk
@@ -135,26 +136,28 @@ class DiskWriter(CollectiveTransport):
         """(tensor -> file, tensor -> checksum) of what this rank writes; a file is gathered while the one before is written."""
         written, sums = {}, {}
         with ThreadPoolExecutor(1) as disk:
-            writing: Future[None] | None = None
-            for number, exchange in enumerate(self._gather.exchanges):
-                own = self._own[number] if number < len(self._own) else None
-                flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
-                full = self._gather.group(number, sources, own, flat)
-                if self._checksums:
-                    compare(exchange, sources, full)
-                if own is None:
+            writing = disk.submit(lambda: None)
+            for number in range(len(self._gather.exchanges)):
+                tensors = self._gather_file(number, sources)
+                if tensors is None:
                     continue
                 name = f"model-rank{self.wire.rank:05d}-{number:05d}.safetensors"
-                tensors = {field.name: field.view(flat).cpu() for field in own.tensors}
-                if writing is not None:
-                    writing.result()
+                writing.result()
                 writing = disk.submit(_write_file, folder / name, tensors)
                 written.update(dict.fromkeys(tensors, name))
                 if self._checksums:
                     sums.update({key: checksum(tensor) for key, tensor in tensors.items()})
-            if writing is not None:
-                writing.result()
+            writing.result()
         return written, sums
+
+    def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
+        """HF name -> tensor on CPU of this rank's file of that number; None where it only helps others with theirs."""
+        own = self._own[number] if number < len(self._own) else None
+        flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
+        full = self._gather.group(number, sources, own, flat)
+        if self._checksums:
+            compare(self._gather.exchanges[number], sources, full)
+        return {field.name: field.view(flat).cpu() for field in own.tensors} if own is not None else None
 
     def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
         """Rank 0 collects what all have written and gives the directory its name."""

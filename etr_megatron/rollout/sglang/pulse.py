@@ -1,0 +1,70 @@
+"""Servers that hang, noticed while requests wait for them, and not only when these run into their own long deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from etr_megatron.rollout.sglang.client import ServerClient, ServerError
+
+_LOOKS = 4
+"""How often in `timeout_s` servers are asked whether they live."""
+
+
+class Pulse:
+    """While requests wait, their servers are asked for a sign of life; one that gives none for `timeout_s` is dead.
+
+    on_dead(client, why) is told of it before the requests that wait for it are cut off. Whatever is called here runs in the
+    event loop of the clients. A server that is busy answers between two batches, so `timeout_s` must be longer than the
+    longest batch takes.
+    """
+
+    def __init__(self, timeout_s: float, on_dead: Callable[[ServerClient, str], None]) -> None:
+        self._timeout_s, self._on_dead = timeout_s, on_dead
+        self._waiting: dict[asyncio.Task, Sequence[ServerClient]] = {}
+        self._cut: dict[asyncio.Task, str] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def watch(self, clients: Sequence[ServerClient]) -> Iterator[None]:
+        """What is awaited inside waits for one of these servers (a router's choice, if there are several).
+
+        Raises ServerError inside when one of them is dead.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting[task] = clients
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        try:
+            yield
+        except asyncio.CancelledError:
+            why = self._cut.get(task)
+            # As in asyncio.timeout: ours to turn into an error, unless somebody else has cancelled the task as well.
+            if why is not None and task.uncancel() == 0:
+                raise ServerError(why) from None
+            raise
+        finally:
+            self._cut.pop(task, None)
+            del self._waiting[task]
+            if not self._waiting:
+                self._looking.cancel()
+                self._looking = None
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self._timeout_s / _LOOKS)
+            clients = {client.name: client for some in self._waiting.values() for client in some}
+            alive = await asyncio.gather(*(client.is_alive(self._timeout_s) for client in clients.values()))
+            for client, lives in zip(clients.values(), alive, strict=True):
+                if not lives:
+                    self._give_up(client)
+
+    def _give_up(self, client: ServerClient) -> None:
+        why = f"{client.name}: gave no sign of life within {self._timeout_s:g} s"
+        self._on_dead(client, why)
+        for task, clients in self._waiting.items():
+            if client in clients and task not in self._cut:
+                self._cut[task] = why
+                task.cancel()
