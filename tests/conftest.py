@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.gang import Gang
+
+
+def pytest_collection_finish():
+    """What the tests' modules have imported stays: collections need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else Triton's bindings report everything that is left at the end as leaked
 
 
 @pytest.fixture(scope="session")

@@ -80,3 +80,26 @@ def test_padding_of_buckets_does_not_shift_what_a_checkpoint_holds(gangs, hf_mod
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     layout = (4, ["parallel.tp=1", "parallel.pp=4", "train.distributed_optimizer=true"])
     check(gangs, str(tmp_path / "model"), tmp_path / "run", layout, layout)
+
+
+def learning_rates(model: str, steps: int, updates: int, save: str | None = None, load: str | None = None) -> list[float]:
+    """Of each update of a run planned for `steps` of them, from its start or after the checkpoint of three."""
+    from etr_megatron import checkpoint
+
+    policy = build(model, [f"run.steps={steps}", "train.minibatches=1", "train.lr_decay=linear", "train.lr_warmup_updates=1"])
+    if load:
+        checkpoint.load(Path(load), 3, policy)
+    batch = make_batch(random_sequences())
+    found = [policy.update(batch).lr for _ in range(updates)]
+    if save:
+        checkpoint.save(Path(save), 3, policy, {}, keep=1)
+    return found
+
+
+def test_more_steps_than_planned_stretch_the_learning_rate_decay(gangs, hf_models, tmp_path):
+    job = {"function": "tests.test_policy_checkpoints:learning_rates", "model": hf_models["qwen3"]}
+    long = gangs(1).run(**job, steps=6, updates=6)[0]
+    short = gangs(1).run(**job, steps=3, updates=3, save=str(tmp_path))[0]
+    stretched = gangs(1).run(**job, steps=6, updates=3, load=str(tmp_path))[0]
+    assert stretched == pytest.approx(long[3:]) and long[4] > 0
+    assert short[2] < long[2]  # the shorter plan had come nearer to its end

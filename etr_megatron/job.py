@@ -1,0 +1,165 @@
+"""What a rank does from its config to the run's last step."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from etr_megatron import platform
+from etr_megatron.config import Config
+from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.observe import Recorder, RunDirectory
+from etr_megatron.reward import GraderPool
+from etr_megatron.types import Problem
+
+if TYPE_CHECKING:
+    from etr_megatron.rollout import RolloutEngine, Sampler
+    from etr_megatron.rollout.collect import Decode, Grader
+    from etr_megatron.weights import Architecture
+
+
+def run_rank(config: Config) -> None:
+    """Run one rank of the job to its end; the same call on every rank.
+
+    config: resolved and checked. Leaves garbage collection on, whether it was or not: what is there when training begins
+    stays, and is not looked through again.
+    Raises UserError and RequeueError, each with one sentence, when the run cannot go on.
+    """
+    model_dir = _model_dir(config)
+    with ExitStack() as stack:
+        # Graders are started before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
+        grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
+        _train(config, model_dir, grader, stack)
+
+
+def _model_dir(config: Config) -> Path:
+    if config.model.path != "tiny":
+        return Path(config.model.path)
+    quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress and not quiet)
+
+
+def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
+    from etr_megatron.policy import Policy, configured_layout, init_world
+    from etr_megatron.trainer import Trainer
+    from etr_megatron.weights import check_checkpoint
+
+    init_world(config.run.phase_timeout_s)
+    layout = configured_layout(config)
+    tokenizer = load_tokenizer(model_dir)
+    problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
+    held_out: list[Problem] = []
+    if config.data.eval is not None:
+        held_out = _problems(config, "eval", tokenizer, report=layout.rank == 0)[: config.eval.problems]
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if layout.rank == 0:
+        directory.prepare(config)
+    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
+    engine = None
+    if config.rollout.replay is None:
+        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory)))
+    cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
+    decode, grader = partial(tokenizer.decode, skip_special_tokens=True), pool.grade if pool is not None else None
+    trainer = Trainer(
+        config,
+        engine=engine,
+        policy=Policy(architecture, model_dir, config, layout),
+        sampler=_sampler(config, engine, cursor, decode, grader),
+        held_out=held_out,
+        decode=decode,
+        directory=directory,
+        grader=grader,
+        recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
+    )
+    # Modules and model live to the end. Looking through them in each full collection would hold up a rank, and with it all.
+    gc.freeze()
+    gc.enable()
+    try:
+        trainer.run()
+    except Exception as error:
+        if layout.rank == 0:
+            # On a full disk the note may not fit either; the error itself is what has to be heard.
+            with suppress(UserError):
+                requeue = isinstance(error, RequeueError)
+                state, step = ("requeue", trainer.step) if requeue else ("failed", max(0, trainer.step - 1))
+                directory.write_status(state, step, config.run.steps, str(error))
+        raise
+    finally:
+        gc.unfreeze()  # else Triton's bindings report at the end whatever is left as leaked
+    if layout.rank == 0:
+        directory.write_status("finished", trainer.step, config.run.steps)
+
+
+def _engine(
+    config: Config, model_dir: Path, architecture: Architecture, stop_ids: set[int], directory: RunDirectory
+) -> RolloutEngine:
+    """The rollout engine that `rollout.backend` names; a collective."""
+    from etr_megatron.policy.policy import DTYPES
+
+    if config.rollout.backend == "embedded":
+        from etr_megatron.rollout import EmbeddedEngine
+
+        return EmbeddedEngine(
+            model_dir,
+            dtype=DTYPES[config.model.dtype],
+            device=platform.device(),
+            batch_samples=config.rollout.batch_samples,
+            stop_ids=stop_ids,
+        )
+    from etr_megatron.rollout.sglang import Serving, SglangEngine
+
+    serving = Serving(
+        architecture,
+        config.model.dtype,
+        backend="nccl" if platform.uses_cuda() else "gloo",
+        stop_ids=stop_ids,
+        directory=directory.servers,
+        temperature=config.rollout.temperature,
+        max_gap=config.rollout.max_logprob_gap,
+    )
+    return SglangEngine(config.sglang, model_dir, serving)
+
+
+def _sampler(
+    config: Config, engine: RolloutEngine | None, cursor: PromptCursor, decode: Decode, grader: Grader | None
+) -> Sampler:
+    """Where the groups of a step come from."""
+    from etr_megatron.rollout import ReplaySampler, RoundSampler, StreamingSampler
+
+    if engine is None:
+        return ReplaySampler(config, cursor)
+    kind = RoundSampler if config.rollout.backend == "embedded" else StreamingSampler
+    return kind(config, engine, cursor, decode, grader)
+
+
+def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
+    """The problems of a split; says how many rows were left out and why."""
+    found = open_problems(config.data, config.arithmetic, split, tokenizer)
+    if report and (found.skipped_too_long or found.skipped_broken):
+        print(
+            f"data.{split}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} and {found.skipped_broken} broken rows",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
+    """End-of-sequence ids of generation_config.json (a chat model may have several) and of the tokenizer."""
+    stops = {tokenizer_eos} if tokenizer_eos is not None else set()
+    file = model_dir / "generation_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text()).get("eos_token_id")
+        stops |= set(named) if isinstance(named, list) else {named} - {None}
+    if not stops:
+        raise UserError(f"{model_dir} names no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
+    return stops
