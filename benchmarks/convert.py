@@ -117,14 +117,19 @@ def check_round_trip(hf: Path, megatron: Path, back: Path) -> None:
 
 
 def summary(rounds: list[dict[str, tuple[float, int]]], bound: int) -> dict[str, Any]:
-    """Medians, ratios to the two copies, and memory against the bound."""
-    medians = {name: statistics.median(one[name][0] for one in rounds) for name in rounds[0]}
+    """Medians, of the ratios to the two copies in the same round too, and memory against the bound."""
+    seconds = {name: [one[name][0] for one in rounds] for name in rounds[0]}
     peak = max(one["convert"][1] for one in rounds)
+    ratios = {
+        name: [ours / other for ours, other in zip(seconds["convert"], seconds[name], strict=True)]
+        for name in ("cp", "cp_fsync")
+    }
     return {
-        "seconds": {name: [one[name][0] for one in rounds] for name in rounds[0]},
-        "median_seconds": medians,
-        "times_cp": medians["convert"] / medians["cp"],
-        "times_cp_fsync": medians["convert"] / medians["cp_fsync"],
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(some) for name, some in seconds.items()},
+        "ratios": ratios,
+        "times_cp": statistics.median(ratios["cp"]),
+        "times_cp_fsync": statistics.median(ratios["cp_fsync"]),
         "peak_resident_bytes": peak,
         "memory_within_bound": peak <= bound,
     }

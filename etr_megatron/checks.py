@@ -66,7 +66,7 @@ def check_model(config: Config, world_size: int) -> None:
     check_experts(model, architecture.experts, config.parallel, tp)
     if architecture.experts is None and config.train.moe_aux_loss_coef:
         raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
-    check_checkpoint(name)
+    check_checkpoint(name, values=True)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
         raise UserError(

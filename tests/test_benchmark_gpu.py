@@ -19,6 +19,7 @@ from etr_megatron.weights import Architecture
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys):
     output = tmp_path / "new" / "result.json"
     embedded = ["--set", "rollout.backend=embedded"]  # the step's run without a server
@@ -50,6 +51,7 @@ def test_a_step_without_sglang_is_left_out_and_says_so(tmp_path):
     assert gpu_step.text(found) == f"step: left out, {sys.executable} cannot import sglang"
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -146,6 +148,7 @@ def gpu_tests(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_the_gpu_tests_are_skipped_here_for_one_reason():
     printed = gpu_tests()
@@ -153,6 +156,7 @@ def test_the_gpu_tests_are_skipped_here_for_one_reason():
     assert re.fullmatch(r"\d+ skipped in .*", printed.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_themselves_work_on_cpu_where_they_can():
     last = gpu_tests(ETR_GPU_TESTS_DRY_RUN="1", ETR_PLATFORM="cpu").splitlines()[-1]
     assert int(re.search(r"(\d+) passed", last)[1]) > 25 and "failed" not in last

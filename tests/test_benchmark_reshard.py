@@ -44,6 +44,7 @@ def test_misses_are_called_misses():
     assert "missed: sharded time / bare_copy = 3.500" in table(result)
 
 
+@pytest.mark.slow
 def test_a_tiny_case_runs_and_is_written(tmp_path):
     output = tmp_path / "result.json"
     assert reshard.main(["--quick", "--rounds", "2", "--case", "4", "--output", str(output)]) == 0

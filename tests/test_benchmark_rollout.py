@@ -45,6 +45,7 @@ def test_both_contestants_send_the_same_requests_of_which_the_server_makes_one_i
     assert set(lengths) == {4, 40} and lengths.count(40) / len(lengths) == pytest.approx(0.01, abs=0.003)
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_the_client_and_the_tail_and_is_written(tmp_path):
     output = tmp_path / "new" / "result.json"
     options = ["--quick", "--rounds", "1", "--part", "client", "--part", "tail", "--output", str(output)]

@@ -142,6 +142,7 @@ EVERY_FAMILY_AND_LAYOUT_ONCE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), EVERY_FAMILY_AND_LAYOUT_ONCE)
 def test_megatron_loads_what_was_converted(gangs, hf_models, tmp_path, family, layout, monkeypatch):
     monkeypatch.setattr(torch_dist_writer, "_SMALL", 1024)

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from etr_megatron.convert import Ranks, output, to_hf, to_megatron, torch_dist_writer
 from etr_megatron.errors import UserError
@@ -103,6 +105,25 @@ def test_tensors_that_are_missing_or_unknown_are_named(capsys, hf, megatron, tmp
     assert "1 tensor is missing (output_layer.weight)" in message
 
 
+def test_a_tied_head_may_be_stored_twice_but_not_with_values_of_its_own(capsys, hf_models, tmp_path):
+    hf = Path(shutil.copytree(hf_models["qwen3_tied"], tmp_path / "hf"))
+    file = hf / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, file)
+    to_megatron(hf, tmp_path / "twice", Ranks())
+    out = tmp_path / "out"
+    for changed in (head + 1e-3 * (torch.arange(len(head)) == len(head) - 1)[:, None], head[:-1].clone()):
+        save_file(tensors | {"lm_head.weight": changed}, file)
+        for argv in (("to-megatron", "--hf", hf, "--out", out), ("verify", "--hf", hf, "--megatron", tmp_path / "twice")):
+            message = refusal(capsys, *argv)
+            if changed.shape == head.shape:
+                assert "lm_head.weight holds other values than model.embed_tokens.weight; set tie_word_embeddings" in message
+            else:
+                assert f"lm_head.weight has shape {list(changed.shape)} where config.json says {list(head.shape)}" in message
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_files_that_are_cut_off_or_damaged_are_named(capsys, hf, megatron, tmp_path):
     out = tmp_path / "out"
     with open(hf / "model.safetensors", "rb+") as file:
@@ -170,12 +191,12 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
     assert room[0] < 0 and not list(tmp_path.glob("out*"))
 
 
-def run_ranks(tmp_path: Path, hook: str, *argv: str | Path) -> list[tuple[int, str, str]]:
+def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of two ranks of the tool, as torchrun starts them but without it.
 
-    hook: Python that rank 1 runs first.
+    hook: Python that `rank` runs first.
     """
-    program = "import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '1':\n    " + hook
+    program = f"import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
     program += "\nos._exit(convert_hf.main(sys.argv[1:]))"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -208,6 +229,21 @@ def test_a_disk_that_is_full_for_one_of_two_ranks_is_one_sentence(hf, megatron, 
     printed = "".join(err for _, _, err in found)
     assert [code for code, _, _ in found] == [2, 2], printed
     assert printed.count("error: ") == 1 and "out: no space left on the device" in printed and "Traceback" not in printed
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "module", "function"), [(1, "hf_to_megatron", "_prepare"), (0, "torch_dist_writer", "_write_common")]
+)
+def test_what_fails_on_one_rank_alone_is_heard_by_the_other(hf, tmp_path, rank, module, function):
+    hook = "def fail(*_): raise OSError(5, 'Input/output error')\n"
+    hook += (
+        f"    import etr_megatron.convert.torch_dist_writer\n    sys.modules['etr_megatron.convert.{module}'].{function} = fail"
+    )
+    found = run_ranks(tmp_path, hook, "to-megatron", "--hf", hf, "--out", tmp_path / "out", rank=rank)
+    assert [code for code, _, _ in found] == [1, 1]
+    assert f"rank {rank} failed: [Errno 5] Input/output error" in found[1 - rank][2]
     assert not list(tmp_path.glob("out*"))
 
 
@@ -247,6 +283,7 @@ def test_a_directory_that_is_renamed_before_it_is_locked_is_not_touched(capsys, 
     assert [path.name for path in out.iterdir()] == ["weights"] and not partial.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
 def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf, megatron, tmp_path, direction):
     source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
@@ -263,6 +300,7 @@ def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf,
     assert main(["verify", "--no-logits", "--hf", str(back), "--megatron", str(megatron)]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_line_under_torchrun_and_alone(hf, tmp_path):
     """The processes that people start, from another directory: convert with two, verify the logits with one."""
     tool, env = str(ROOT / "tools" / "convert_hf.py"), {**os.environ, "OMP_NUM_THREADS": "1"}

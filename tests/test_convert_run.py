@@ -14,6 +14,7 @@ from tools.convert_hf import main
 SETTINGS = ["run.steps=2", "checkpoint.every=1", "eval.every=2"]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_converted_directory_is_the_same_run(runs, tmp_path, capsys):
     code, printed = runs.finish("run.name=tiny", *SETTINGS)
     assert code == 0, printed

@@ -51,6 +51,7 @@ def write_wide_model(path: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]], ids=["copied", "cast"])
 def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
     """178 MB in tensors of 6 MB at most, there and back in processes of their own."""

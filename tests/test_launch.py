@@ -283,6 +283,7 @@ def test_under_plain_torchrun_the_sentence_comes_once(command: Callable[[str], l
     assert "connection closed by peer" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_to_the_launcher_leaves_no_process(
     command: Callable[[str], list[str]], tmp_path: Path, signal_number: int, exit_code: int

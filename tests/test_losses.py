@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -347,9 +348,9 @@ def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[
     assert "gap" in resolve_loss(path)(second).rows  # another run's first call
 
 
-def error_of_an_update(model: str, sequences: list) -> str:
-    """What an update by the head in small chunks says about a loss that reports in some of them alone."""
-    overrides = ["parallel.tp=1", "train.head_chunk_rows=5", "objective.loss=tests.test_losses:reports_now_and_then"]
+def error_of_an_update(model: str, sequences: list, loss: str) -> str:
+    """What an update by the head in small chunks says about a loss of this module."""
+    overrides = ["parallel.tp=1", "train.head_chunk_rows=5", f"objective.loss=tests.test_losses:{loss}"]
     try:
         build(model, overrides).update(make_batch(sequences))
     except UserError as error:
@@ -359,8 +360,20 @@ def error_of_an_update(model: str, sequences: list) -> str:
 
 def test_rows_that_change_their_names_between_chunks_stop_the_update_with_a_sentence(gangs, hf_models) -> None:
     sequences = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
-    (error,) = gangs(1).run("tests.test_losses:error_of_an_update", model=hf_models["llama"], sequences=sequences)
+    job = {"model": hf_models["llama"], "sequences": sequences, "loss": "reports_now_and_then"}
+    (error,) = gangs(1).run("tests.test_losses:error_of_an_update", **job)
     assert "tests.test_losses:reports_now_and_then" in error and "rows['above']" in error
+
+
+def reports_on_one_rank(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp, {"first": inputs.logp} if dist.get_rank() == 0 else {})
+
+
+def test_rows_that_have_other_names_on_another_rank_stop_the_update_on_every_rank(gangs, hf_models) -> None:
+    sequences = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6))]
+    job = {"model": hf_models["llama"], "sequences": sequences, "loss": "reports_on_one_rank"}
+    errors = gangs(2).run("tests.test_losses:error_of_an_update", **job)
+    assert all("returned rows['first'] on rank 0 and not on rank 1; every rank must" in error for error in errors), errors
 
 
 @pytest.mark.parametrize(

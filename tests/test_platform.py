@@ -27,11 +27,13 @@ def test_torch_itself_stays_untouched():
     assert printed.strip().endswith("untouched")
 
 
+@pytest.mark.slow
 def test_megatron_imported_before_the_platform_is_ready_is_an_error_not_a_surprise():
     printed = python("import megatron.core; from etr_megatron import platform; platform.prepare_megatron()")
     assert "RuntimeError: megatron.core was imported before" in printed
 
 
+@pytest.mark.slow
 def test_no_cuda_name_is_left_in_a_rewritten_module():
     printed = python(
         "import ast, pathlib, megatron; from etr_megatron.platform.cpu_shim import _Rewrite, _is_torch_cuda\n"

@@ -65,6 +65,7 @@ def check(gangs, model: str, tmp_path, before: tuple[int, list[str]], after: tup
             torch.testing.assert_close(found["weights"][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])

@@ -73,6 +73,7 @@ def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models,
         assert_same_run(found, single(family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", MIXTURES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
 def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):

@@ -100,6 +100,7 @@ def preflight(tmp_path, *arguments, nproc=2):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_of_this_machine_pass_and_leave_nothing(tmp_path):
     done = preflight(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,6 +111,7 @@ def test_two_ranks_of_this_machine_pass_and_leave_nothing(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_fails_with_one_sentence(tmp_path):
     done = preflight(tmp_path, f"model.path={tmp_path / 'none'}", nproc=1)
     assert done.returncode != 0

@@ -41,6 +41,7 @@ def model(runs, tmp_path):
     return copy
 
 
+@pytest.mark.slow
 def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, model):
     gsm8k = REPO / "configs" / "gsm8k.yaml"
     command = [sys.executable, "-m", "etr_megatron.launch", str(gsm8k), f"data.train={problems}", f"model.path={model}"]
@@ -61,6 +62,7 @@ def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):
     assert f"problems.jsonl:4 of '{problems}'" in printed and "data.on_bad_row=skip" in printed
 
 
+@pytest.mark.slow
 def test_plain_torchrun_runs_the_script_on_one_process(runs):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command = [*torchrun, "examples/run_etr.sh", *runs.command("run.steps=2", "run.name=plain", "eval.every=0")[3:]]
@@ -70,6 +72,7 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
     assert [row["step"] for row in runs.rows("plain")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_plain_torchrun_prints_a_mistake_once_and_fails(runs):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [*torchrun, "examples/run_etr.sh", *runs.command("parallel.tp=2")[3:]]

@@ -185,6 +185,7 @@ assert eval("1+1") == 2
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tower", "statuses"),
     [

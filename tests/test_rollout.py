@@ -79,6 +79,7 @@ def test_after_a_weight_update_the_engine_agrees_with_the_trainer(gangs, hf_mode
         assert changed > 1e-3  # the update did move the policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "layout"),
     [

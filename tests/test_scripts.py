@@ -89,6 +89,7 @@ def is_set_up() -> None:
         pytest.skip("tools/setup_env.sh has not been run on this checkout")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -171,6 +171,7 @@ def test_rank_0_is_found_where_servers_and_other_ranks_can_reach_it(monkeypatch,
     assert own_address_of(SglangConfig(**settings), addresses) == wanted
 
 
+@pytest.mark.slow
 def test_a_run_with_an_unknown_argument_ends_before_anything_is_started(runs):
     launch = f"sglang.launch=[{json.dumps('-c')},{json.dumps(HELP)}]"
     options = ["rollout.backend=sglang", f"sglang.python={sys.executable}", launch, "sglang.arguments=['--atention-backend=a']"]

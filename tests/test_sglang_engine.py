@@ -37,6 +37,7 @@ def check_sums(state: dict, wanted: dict[str, float]) -> None:
     assert sum(state["sums"].values()) == pytest.approx(sum(wanted.values()), rel=1e-9, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
 def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tmp_path, sync, layout):
@@ -57,6 +58,7 @@ def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tm
         assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version_000001", "version_000002"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["broadcast", "disk"])
 def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_published_checkpoints(
     gangs, hf_models, tmp_path, sync
@@ -70,6 +72,7 @@ def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_
     assert all(name.endswith("_proj.weight") and name in state["sums"] for name in scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
 def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, sync, what):
@@ -96,6 +99,7 @@ def test_a_rank_that_fails_is_named_on_every_rank_and_servers_go_on(gangs, hf_mo
     assert not state["paused"] and state["version"] == "default"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_before_it_serves(gangs, hf_models, tmp_path, number):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), servers=2, concurrency=4, request_timeout_s=4.0, **OWN)
@@ -141,6 +145,7 @@ def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models
     ]
 
 
+@pytest.mark.slow
 def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_it_has(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
     (versions,) = gangs(1).run("tests.sglang_jobs:colocated_restart", **job)

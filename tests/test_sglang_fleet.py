@@ -97,6 +97,7 @@ def test_responses_come_back_in_the_order_of_the_requests():
     assert found[0].logprobs == [-0.5] * 5 and found[0].finish_reason == "length" and not failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
 def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(what):
     async def body():
@@ -212,6 +213,7 @@ def test_a_server_that_lacks_what_a_sync_needs_is_refused_by_name():
         asyncio.run(body())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
 def test_a_server_lost_in_the_middle_of_an_update_does_not_cost_the_others_theirs(what):
     async def body():
@@ -262,6 +264,7 @@ def test_a_reply_whose_logprobs_belong_to_other_tokens_is_refused():
         asyncio.run(body())
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_others_waiting():
     async def body():
         async with fleet_of({}, {"die_at_join": True}, {}) as fleet:

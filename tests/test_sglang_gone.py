@@ -39,6 +39,7 @@ def options(url: str) -> list[str]:
 
 # 24 responses a step and 3 minibatches: the 30th is in the second step; the weights are one bucket a sync, and the fourth
 # is sent after the third step.
+@pytest.mark.slow
 @pytest.mark.parametrize(("behaviour", "trained"), [({"die_at": 30}, 1), ({"die_at_bucket": 3}, 3)], ids=["rollout", "sync"])
 def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_again(runs, behaviour, trained):
     with server(**behaviour) as url:

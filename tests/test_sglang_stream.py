@@ -25,6 +25,7 @@ async def answers(stream: RequestStream, count: int) -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
 def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what):
     async def body():

@@ -39,6 +39,7 @@ def pids_in(log) -> list[int]:
     return []
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_job_leaves_nothing_of_a_server_that_ignores_sigterm(tmp_path):
     log = tmp_path / "server.log"
     job = subprocess.Popen([sys.executable, "-c", JOB, SERVER, str(log)], cwd=REPO)

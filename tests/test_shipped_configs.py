@@ -114,6 +114,7 @@ def test_a_checkpoint_that_is_there_is_compared_with_its_config(tmp_path: Path) 
         dry_run(["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8", f"model.path={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
     command = [sys.executable, "-m", "etr_megatron.train", "--dry-run", "--config", CONFIGS / "qwen3_8b_8gpu.yaml", "--gpus"]
     done = subprocess.run([*command, "8"], capture_output=True, text=True)

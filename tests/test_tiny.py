@@ -162,6 +162,7 @@ def start_build(cache: Path, steps: int, prelude: str = "") -> subprocess.Popen[
     )
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_build_once(tmp_path):
     both = [start_build(tmp_path, 60) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0].split("\n")[:-1] for process in both]
@@ -172,6 +173,7 @@ def test_two_processes_that_build_at_once_build_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [finished.name, finished.name + ".lock"]
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_taken_for_a_finished_one(tmp_path):
     killed = start_build(tmp_path, 100_000)
     deadline = time.monotonic() + 120
@@ -211,6 +213,7 @@ def test_a_cache_that_cannot_be_made_is_refused_by_key(tmp_path):
         build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path / "file" / "cache")), ARITHMETIC, progress=False)
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_weights_is_refused_by_key_and_leaves_no_policy(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
     failed = start_build(tmp_path, 1, prelude=limit)

@@ -18,6 +18,7 @@ from etr_megatron.weights.transport import SyncError, Versions, Wire
 from etr_megatron.weights.transport.board import Board
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("culprit", "fault", "message", "within_s"),
     [
@@ -64,6 +65,7 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
         assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
 
 
+@pytest.mark.slow
 def test_a_rank_that_nobody_waits_for_says_where_it_looked():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

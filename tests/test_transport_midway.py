@@ -80,6 +80,7 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
             rank.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[3], RANKS[6]])
 def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
@@ -93,6 +94,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
     check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[4], RANKS[5]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")

@@ -77,7 +77,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
-    arch = check_checkpoint(hf, named="--hf")
+    arch = check_checkpoint(hf, named="--hf", values=True)
     found = find_megatron(megatron, config_from=hf)
     stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
     check_torch_dist(stored, arch)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import DISK_FULL
 
 WRITE_BYTES = 2**17
 """Written from memory at a time: with more Linux looks for large stretches of free memory, and took up to ten times as long."""
 
 _COPY_BYTES = 2**23
+_NOT_POSSIBLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
+"""What the kernel says of files between which it cannot copy; then bytes go through this process."""
 _WORTH_WRITING = 2**18
 """Bytes below which the kernel is left to decide when to bring them to the disk."""
 
@@ -34,8 +36,8 @@ def _copy_some(source: int, begin: int, target: int, at: int, size: int) -> int:
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source, target, size, begin, at)
-        except OSError as error:  # between some file systems it is not possible
-            if error.errno in DISK_FULL:
+        except OSError as error:
+            if error.errno not in _NOT_POSSIBLE:
                 raise
     return os.pwrite(target, os.pread(source, min(size, WRITE_BYTES), begin), at)
 

@@ -43,16 +43,21 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
         raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # a second, which nothing else here needs
 
-    arch = check_checkpoint(hf, named="--hf")
-    source = open_checkpoint(hf)
-    dtypes = _stored_dtypes(arch, source, dtype)
-    chunks = list(_chunks(arch, source, dtypes))
+    arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype))
     sizes = [chunk.nbytes for chunk in chunks]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder, progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
         write_torch_dist(folder, [chunks[i] for i in mine], _objects(arch), ranks, bar.update)
         ranks.first(lambda: copy_hf_files(hf, folder, set(dtypes.values())))
     return sum(sizes)
+
+
+def _prepare(hf: Path, dtype: torch.dtype | None) -> tuple[Architecture, dict[str, torch.dtype], list[ChunkToWrite]]:
+    """The model, types of the stored tensors, and what has to be written. Raises UserError."""
+    arch = check_checkpoint(hf, named="--hf", values=True)
+    source = open_checkpoint(hf)
+    dtypes = _stored_dtypes(arch, source, dtype)
+    return arch, dtypes, list(_chunks(arch, source, dtypes))
 
 
 def _stored_dtypes(arch: Architecture, source: SafetensorsDir, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

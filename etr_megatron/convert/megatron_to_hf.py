@@ -14,7 +14,7 @@ from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
-from etr_megatron.convert.source import find_megatron
+from etr_megatron.convert.source import MegatronSource, find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
 from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import box
@@ -42,15 +42,14 @@ def to_hf(
     block. config_from: where config.json and the tokenizer are, see `find_megatron`. Returns the bytes of all tensors. Raises
     UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
     """
-    found = find_megatron(megatron, config_from)
-    arch, source = read_architecture(found.config, named=found.named), TorchDistDir(found.weights)
-    check_torch_dist(source, arch)
+    found, arch, source = ranks.together(lambda: _open(megatron, config_from))
     weights = list(weights_of(arch))
     tensors = [_tensors(weight, dtype or source.dtype(weight.stored), fp8_block) for weight in weights]
     sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder:
-        writer = SafetensorsWriter(folder, [tensor for some in tensors for tensor in some], max_file_bytes)
+        listed = [tensor for some in tensors for tensor in some]
+        writer = ranks.together(lambda: SafetensorsWriter(folder, listed, max_file_bytes))
         ranks.first(writer.create)
 
         def convert() -> None:
@@ -67,6 +66,13 @@ def to_hf(
         quantization = _quantization(arch, fp8_block) if fp8_block else None
         ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))
     return sum(sizes)
+
+
+def _open(megatron: Path, config_from: Path | None) -> tuple[MegatronSource, Architecture, TorchDistDir]:
+    found = find_megatron(megatron, config_from)
+    arch, source = read_architecture(found.config, named=found.named), TorchDistDir(found.weights)
+    check_torch_dist(source, arch)
+    return found, arch, source
 
 
 def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[TensorToWrite]:

@@ -47,16 +47,19 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
 def _prepare(out: Path, partial: Path, size: int) -> int:
     """Make the unfinished directory; returns a descriptor of it that holds its lock."""
     lock = _lock(out, partial)
-    for leftover in partial.iterdir():  # of one that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    free = shutil.disk_usage(partial).free
-    if free < size + _SPARE_BYTES:
+    try:
+        for leftover in partial.iterdir():  # of one that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        free = shutil.disk_usage(partial).free
+        if free < size + _SPARE_BYTES:
+            partial.rmdir()
+            raise UserError(
+                f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some "
+                "or choose another --out"
+            )
+    except BaseException:
         os.close(lock)
-        partial.rmdir()
-        raise UserError(
-            f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some or "
-            "choose another --out"
-        )
+        raise
     return lock
 
 

@@ -173,8 +173,12 @@ def write_torch_dist(
             )
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
-    if ranks.rank == 0:
-        torch.save({}, path / "common.pt")
-        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-        versions = {"sharded_backend_version": 1, "common_backend_version": 1}
-        (path / "metadata.json").write_text(json.dumps(backends | versions))
+    ranks.first(lambda: _write_common(path))
+
+
+def _write_common(path: Path) -> None:
+    """What Megatron keeps beside the tensors: nothing, and how it is kept."""
+    torch.save({}, path / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+    (path / "metadata.json").write_text(json.dumps(backends | versions))

@@ -11,7 +11,7 @@ and `objective.loss=my_package.my_losses:my_loss`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,22 @@ class PolicyLoss:
         # A mean over the step's tokens, some of which had no value, would be a wrong number.
         found = "returned" if changed[0] in outputs.rows else "left out"
         return f"{found} rows[{changed[0]!r}], other than in its first call; every call must return the same names"
+
+    @property
+    def row_names(self) -> frozenset[str] | None:
+        """Names of `LossOutputs.rows`, None before the first call."""
+        return self._first_rows[0] if self._first_rows else None
+
+    def refuse_other_names(self, by_rank: Sequence[frozenset[str] | None]) -> None:
+        """Raises UserError when two ranks' `row_names` differ, where both have any: a mean would leave out some tokens."""
+        known = [(rank, names) for rank, names in enumerate(by_rank) if names is not None]
+        for rank, names in known[1:]:
+            if changed := sorted(known[0][1] ^ names, key=str):
+                has, lacks = (rank, known[0][0]) if changed[0] in names else (known[0][0], rank)
+                raise UserError(
+                    f"objective.loss {self.name} returned rows[{changed[0]!r}] on rank {has} and not on rank {lacks}; "
+                    "every rank must return the same names"
+                )
 
 
 _LOSSES: dict[str, PolicyLoss] = {}

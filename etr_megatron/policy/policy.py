@@ -139,7 +139,8 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
 
-        Raises FloatingPointError for a log-prob that is not finite (see `refuse_not_finite`), RuntimeError for such gradients.
+        Raises FloatingPointError for a log-prob that is not finite (see `refuse_not_finite`), RuntimeError for such gradients,
+        UserError for a loss whose outputs are not what they should be.
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
@@ -155,8 +156,9 @@ class Policy:
         self.scheduler.step(1)
         totals: dict[str, float] = {}
         shares: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(shares, outputs if self.layout.is_reporter else [])
-        for sums in (sums for share in shares for sums in share):
+        dist.all_gather_object(shares, (self._policy_loss.row_names, outputs if self.layout.is_reporter else []))
+        self._policy_loss.refuse_other_names([names for names, _ in shares])
+        for sums in (sums for _, share in shares for sums in share):
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
         balance = {} if self._balance is None else self._balance.take()

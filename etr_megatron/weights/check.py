@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture, read_architecture
 from etr_megatron.weights.fp8_dir import open_checkpoint
@@ -15,33 +17,59 @@ from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 
 Shape = tuple[int, ...]
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-def check_checkpoint(model_dir: str | Path, *, named: str = "model.path") -> Architecture:
+
+_PANEL_BYTES = 2**24
+"""Of a tensor that is read through, at a time."""
+
+
+def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values: bool = False) -> Architecture:
     """Compare config.json with the tensors of a HuggingFace or `torch_dist` directory and return the architecture.
 
     named: see `read_architecture`. The tensors are those of `open_checkpoint`, which reads FP8 as bf16. Raises UserError naming
     up to ten differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows. (A
     config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the files' lengths
     are compared with what is said to lie in them as well.
+
+    values: where a tied head is stored twice, also read both and refuse a head of its own, which would be lost.
     """
     arch = read_architecture(model_dir, named=named)
     if is_torch_dist(model_dir):
         check_torch_dist(TorchDistDir(model_dir), arch)
     else:
-        _check_safetensors(open_checkpoint(model_dir), arch)
+        checkpoint = open_checkpoint(model_dir)
+        _check_safetensors(checkpoint, arch)
+        if values:
+            _refuse_head_of_its_own(checkpoint, arch)
     return arch
 
 
 def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    # A tied head may be stored twice, and old checkpoints carry rotary buffers.
-    spare = {"lm_head.weight"} - wanted.keys() if arch.tied_embeddings else set()
-    found = {
-        name: shape
-        for name, shape in checkpoint.shapes().items()
-        if name not in spare and not name.endswith("rotary_emb.inv_freq")
-    }
+    found = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
+    if _is_stored_twice(checkpoint, arch):
+        wanted[_HEAD] = wanted[_EMBEDDING]
     _refuse_difference(checkpoint.path, arch, wanted, found)
+
+
+def _is_stored_twice(checkpoint: SafetensorsDir, arch: Architecture) -> bool:
+    """Whether there is a head although it is tied to the embedding, as some checkpoints have it."""
+    return arch.tied_embeddings and _HEAD in checkpoint.shapes()
+
+
+def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:
+    if not _is_stored_twice(checkpoint, arch):
+        return
+    rows, width = checkpoint.shapes()[_EMBEDDING]
+    step = max(1, _PANEL_BYTES // (width * checkpoint.dtype(_EMBEDDING).itemsize))
+    for first in range(0, rows, step):
+        box = (first, 0), (min(step, rows - first), width)
+        if not torch.equal(checkpoint.read(_HEAD, *box), checkpoint.read(_EMBEDDING, *box)):
+            raise UserError(
+                f"{checkpoint.path}: config.json says tie_word_embeddings, but {_HEAD} holds other values than {_EMBEDDING}; "
+                f"set tie_word_embeddings to false, or remove {_HEAD} if it is a leftover"
+            )
 
 
 def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
