@@ -65,17 +65,20 @@ def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
     the policy loads them from HF files. `model` is the HF directory, with the converted one in `model`/../megatron."""
     from tests.policy_jobs import build
 
-    (policy,) = build(model, overrides).chunks
+    chunks = build(model, overrides).chunks
 
     from megatron.core import dist_checkpointing
 
-    wanted = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    parameters = [(f"{number}.{name}", p) for number, chunk in enumerate(chunks) for name, p in chunk.named_parameters()]
+    wanted = {name: parameter.clone() for name, parameter in parameters}
     with torch.no_grad():
-        for parameter in policy.parameters():
+        for _, parameter in parameters:
             parameter.fill_(float("nan"))
-    state = dist_checkpointing.load(policy.sharded_state_dict(), str(Path(model).parent / "megatron"))
-    policy.load_state_dict(state)
-    return [name for name, parameter in policy.named_parameters() if not torch.equal(parameter, wanted[name])]
+    sharded = {number: chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    state = dist_checkpointing.load(sharded, str(Path(model).parent / "megatron"))
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[number])
+    return [name for name, parameter in parameters if not torch.equal(parameter, wanted[name])]
 
 
 def kill_after(writes: int, argv: list[str]) -> int:

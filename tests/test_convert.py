@@ -123,8 +123,10 @@ LAYOUTS = {
     "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
     "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
+    "pp2vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
 }
-CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if "moe" in family or layout != "ep2"]
+ONLY_OF = {"ep2": ("qwen3_moe", "qwen3_moe_dense"), "pp2vpp2": ("llama", "qwen3_moe")}
+CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if family in ONLY_OF.get(layout, FAMILIES)]
 
 
 def overrides_of(family: str, layout: str) -> list[str]:
@@ -139,6 +141,7 @@ EVERY_FAMILY_AND_LAYOUT_ONCE = [
     ("qwen3_tied", "pp2"),
     ("qwen3_moe", "ep2"),
     ("qwen3_moe_dense", "tp2pp2"),
+    ("llama", "pp2vpp2"),
 ]
 
 
