@@ -191,12 +191,12 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
     assert room[0] < 0 and not list(tmp_path.glob("out*"))
 
 
-def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1) -> list[tuple[int, str, str]]:
+def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, before: str = "") -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of two ranks of the tool, as torchrun starts them but without it.
 
-    hook: Python that `rank` runs first.
+    hook: Python that `rank` runs first. before: Python that both run before that.
     """
-    program = f"import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
+    program = f"{before}import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
     program += "\nos._exit(convert_hf.main(sys.argv[1:]))"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,6 +245,18 @@ def test_what_fails_on_one_rank_alone_is_heard_by_the_other(hf, tmp_path, rank, 
     assert [code for code, _, _ in found] == [1, 1]
     assert f"rank {rank} failed: [Errno 5] Input/output error" in found[1 - rank][2]
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_only_stops_is_named_by_the_other(hf, tmp_path):
+    hook = "from etr_megatron.convert import hf_to_megatron\n"
+    hook += "    def stop(*_):\n        import subprocess\n"
+    hook += "        subprocess.Popen(['sh', '-c', f'sleep 12; kill -CONT {os.getpid()}'])\n        os.kill(os.getpid(), 19)\n"
+    hook += "    hf_to_megatron._prepare = stop"
+    both = "from etr_megatron.convert import watch\nwatch.BEAT_S, watch.SILENCE_S = 0.5, 4.0\n"
+    found = run_ranks(tmp_path, hook, "to-megatron", "--hf", hf, "--out", tmp_path / "out", before=both)
+    assert found[0][0] == 2 and found[0][2] == "error: rank 1 has given no sign of life for 4 s\n"
+    assert found[1][0] != 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -19,10 +19,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from etr_megatron.errors import UserError
 from etr_megatron.status import exit_code_of, report_user_error
+
+if TYPE_CHECKING:
+    from etr_megatron.convert import Ranks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,9 +69,18 @@ def run(argv: list[str]) -> int:
     if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # a NaN is neither
         raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
     from etr_megatron import convert  # torch, after the command line is known to be right
+
+    ranks = convert.Ranks()
+    with convert.watched(ranks, give_up):
+        return convert_or_compare(asked, ranks)
+
+
+def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
+    """Do what was asked on this rank; the exit code."""
+    from etr_megatron import convert
     from etr_megatron.convert.hf_files import DTYPES
 
-    ranks, start = convert.Ranks(), time.monotonic()
+    start = time.monotonic()
     if asked.command == "verify":
         options = {} if asked.prompt is None else {"prompt": asked.prompt}
         return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, **options))
@@ -119,6 +131,13 @@ def main(argv: list[str] | None = None) -> int:
         code = run(arguments)
 
     return exit_code_of(work) or code
+
+
+def give_up(reason: str) -> NoReturn:
+    """End this process, which may wait in a collective, with a sentence."""
+    report_user_error(UserError(reason + _unfinished(sys.argv[1:])))
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def end_on_signals() -> None:

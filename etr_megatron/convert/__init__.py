@@ -4,5 +4,6 @@ from etr_megatron.convert.comparison import verify
 from etr_megatron.convert.hf_to_megatron import to_megatron
 from etr_megatron.convert.megatron_to_hf import to_hf
 from etr_megatron.convert.ranks import Ranks
+from etr_megatron.convert.watch import watched
 
-__all__ = ["Ranks", "to_hf", "to_megatron", "verify"]
+__all__ = ["Ranks", "to_hf", "to_megatron", "verify", "watched"]

@@ -15,7 +15,8 @@ from etr_megatron.platform.files import disk_full_behind
 T = TypeVar("T")
 
 _LONGEST_WAIT = datetime.timedelta(days=2)
-"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close."""
+"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close; one that only
+stops, by `watch`."""
 
 
 class Ranks:

@@ -1,0 +1,63 @@
+"""Ranks that stop without a word, as their machine is gone or they are suspended, are noticed and named by the others.
+
+The ranks of a conversion may wait for hours for each other's share, so a deadline of their collectives says nothing. A process
+that ends is noticed by its connections, one that only stops is not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from etr_megatron.convert.ranks import Ranks
+
+BEAT_S = 5.0
+"""How often a rank says that it lives. Reading and writing files do not keep it from that."""
+
+SILENCE_S = 120.0
+"""After which a rank is taken for lost."""
+
+
+@contextmanager
+def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, say so to the other ranks; give_up(which of them are silent) is called, once, in another thread.
+
+    That thread cannot stop a collective: `give_up` has to end the process.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    store = dist.PrefixStore("signs of life", dist.distributed_c10d._get_default_store())
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(store, ranks.rank, ranks.world, done, give_up), name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(store: dist.Store, rank: int, world: int, done: threading.Event, give_up: Callable[[str], None]) -> None:
+    seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+    try:
+        while not done.is_set():
+            store.add(f"beats/{rank}", 1)
+            for other in list(seen):
+                if store.check([f"done/{other}"]):
+                    del seen[other]
+                elif (beats := store.add(f"beats/{other}", 0)) != seen[other][0]:
+                    seen[other] = beats, time.monotonic()
+            silent = [other for other, (_, last) in seen.items() if time.monotonic() - last > SILENCE_S]
+            if silent:
+                names = f"ranks {', '.join(map(str, silent))} have" if len(silent) > 1 else f"rank {silent[0]} has"
+                give_up(f"{names} given no sign of life for {SILENCE_S:g} s")
+                return
+            done.wait(BEAT_S)
+        store.set(f"done/{rank}", "")
+    except RuntimeError:
+        return  # the process with the store is gone: this rank's connections say so too
