@@ -77,15 +77,20 @@ def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
     return loss, logp, states
 
 
-def test_the_backward_scale_is_part_of_every_gradient_and_checked():
+@pytest.mark.parametrize("scale", [16.0, 0.1])  # 0.1 is another number in fp32
+def test_the_backward_scale_is_part_of_every_gradient(scale):
     case = loss_case(7, 12, 50)
     wanted = case.answer()
     weight = with_main_grad(case.weight)
-    loss, _, states = run(case, weight, scale=16.0)
-    (loss * 16).backward()
-    torch.testing.assert_close(states.grad.double(), 16 * wanted["hidden_grad"], atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(weight.main_grad.double(), 16 * wanted["weight_grad"], atol=1e-4, rtol=1e-5)
-    loss, _, _ = run(case, weight, scale=16.0)
+    loss, _, states = run(case, weight, scale=scale)
+    (loss * scale).backward()
+    torch.testing.assert_close(states.grad.double(), scale * wanted["hidden_grad"], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(weight.main_grad.double(), scale * wanted["weight_grad"], atol=1e-4, rtol=1e-5)
+
+
+def test_another_gradient_than_the_backward_scale_is_refused():
+    case = loss_case(7, 12, 50)
+    loss, _, _ = run(case, with_main_grad(case.weight), scale=16.0)
     with pytest.raises(RuntimeError, match=r"1\.0 instead of 16\.0"):
         loss.backward()
 

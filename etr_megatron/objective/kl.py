@@ -9,7 +9,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, bound: float = 20.0) 
     """KL per token, shape of `logp` [R].
 
     k1: -log r, unbiased, may be negative. k2: (log r)^2 / 2. k3: r - 1 - log r, unbiased and non-negative; with
-    log r = log pi_ref - log pi, bounded by `bound` before exp(). Raises ValueError for another name.
+    log r = log pi_ref - log pi, bounded by `bound` in k3 alone, which grows with its exponential. Raises ValueError for another
+    name.
 
     As a term of the loss they are not what their values say, for the gradient does not go through the sampling. Per token it is
     k1: grad log pi, whose mean under pi is zero whatever pi_ref is: no use in the loss.

@@ -103,6 +103,7 @@ class _SinglePass(torch.autograd.Function):
 
 def _check_scale(found: Tensor, expected: float) -> None:
     message = "the single-pass loss received another gradient than the backward_scale its gradients were formed with"
+    expected = torch.tensor(expected, dtype=found.dtype).item()  # as it is in the gradient
     if found.is_cuda:  # without waiting for the device
         torch._assert_async(found == expected, message)
     elif found.item() != expected:
