@@ -235,6 +235,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route in WEIGHTS:
         with SCHEDULER:
             return WEIGHTS[route](body)
+    if route == "/end_weight_update" and not STATE.in_update:
+        return 400, {"success": False, "message": "no weight-update session is open"}
     if route == "/begin_weight_update" and STATE.in_update:
         return 400, {"success": False, "message": "a weight-update session is already open; call end_weight_update() first"}
     if route in UPDATE_SESSION:

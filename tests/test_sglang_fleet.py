@@ -230,10 +230,10 @@ def test_a_server_that_keeps_its_old_version_takes_no_more_requests():
     async def body():
         async with fleet_of({"stale": True}, {}) as fleet:
             await sync(fleet, 4)
-            return await fleet.generate(REQUESTS[:6]), fleet.failed
+            return await fleet.generate(REQUESTS[:6]), fleet.failed, await state_of(fleet.clients[0])
 
-    found, failed = asyncio.run(body())
-    assert {one.version for one in found} == {"4"}
+    found, failed, state = asyncio.run(body())
+    assert {one.version for one in found} == {"4"} and not state["paused"]
     assert failed == {"server 0": "serves version default after it was sent 4"}
 
 

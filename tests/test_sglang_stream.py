@@ -94,6 +94,22 @@ def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
     assert found == [] and "/abort_request gave no answer" in failed["server 0"]
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_what_a_failed_server_still_has_does_not_keep_a_stop_waiting(exclusive):
+    requests = {key: Request([3, key], replace(PARAMETERS, max_new_tokens=60, seed=key)) for key in range(4)}
+
+    async def body():
+        async with fleet_of({"tokens_per_s": 1, "fail_at": 1}, {"tokens_per_s": 400}, timeout_s=90.0) as fleet:
+            stream = RequestStream(fleet, concurrency=2, exclusive=exclusive)
+            await stream.submit(requests)
+            while not fleet.failed:
+                await asyncio.sleep(0.05)
+            return dict(await asyncio.wait_for(stream.stop(abort=True), 10))
+
+    found = asyncio.run(body())
+    assert all(reply.ids == [(key + 1 + i) % 97 for i in range(len(reply.ids))] for key, reply in found.items())
+
+
 def test_connections_are_used_again_and_one_that_breaks_is_replaced():
     opened = []
 

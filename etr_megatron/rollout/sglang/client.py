@@ -117,7 +117,10 @@ class ServerClient:
         reply = await self._request("GET", route, None, timeout_s)
         if reply.status_code != 200:
             raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
-        found = reply.json() if reply.content else {}
+        try:
+            found = reply.json() if reply.content else {}
+        except ValueError as error:
+            raise ServerError(f"{self.name}: {route} answered no JSON: {reply.text[:300]}") from error
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:

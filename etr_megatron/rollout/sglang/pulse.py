@@ -56,10 +56,20 @@ class Pulse:
         while True:
             await asyncio.sleep(self._timeout_s / _LOOKS)
             clients = {client.name: client for some in self._waiting.values() for client in some}
-            alive = await asyncio.gather(*(client.is_alive(self._timeout_s) for client in clients.values()))
+            alive = await asyncio.gather(*map(self._lives, clients.values()))
             for client, lives in zip(clients.values(), alive, strict=True):
                 if not lives:
                     self._give_up(client)
+
+    async def _lives(self, client: ServerClient) -> bool:
+        """Whether it answers within the time; a connection that is reset or a wrong answer alone are not death."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._timeout_s
+        while (left := end - loop.time()) > 0:
+            if await client.is_alive(left):
+                return True
+            await asyncio.sleep(min(1.0, self._timeout_s / _LOOKS))
+        return False
 
     def _give_up(self, client: ServerClient) -> None:
         why = f"{client.name}: gave no sign of life within {self._timeout_s:g} s"

@@ -128,7 +128,11 @@ class RequestStream:
     async def _abort_all(self) -> None:
         if not self._exclusive:
             await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
-        elif not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
+            return
+        for running in list(self._running.values()):
+            if running.client.name in self._fleet.failed:  # nobody asks it any more, not even to give back what it has
+                running.task.cancel()
+        if not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
             # Which requests a server that hangs has, only a router knows; what the others had they give back at once.
             tasks = [running.task for running in self._running.values()]
             _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)

@@ -7,6 +7,7 @@ two versions: it must get a whole sync before it serves again.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
@@ -55,10 +56,11 @@ class Transaction:
         async def one(client: ServerClient) -> None:
             for route in ("/end_weight_update", "/continue_generation"):
                 if client.has(route):
-                    await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
+                    with suppress(ServerError):  # of the first, where the update was closed already or never opened
+                        await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
 
         failed = [client for client in self._paused if client.name in self._fleet.failed]
-        await asyncio.gather(*map(one, failed), return_exceptions=True)
+        await asyncio.gather(*map(one, failed))
         self._paused = []
 
     async def _open(self, client: ServerClient) -> None:
