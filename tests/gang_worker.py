@@ -30,7 +30,6 @@ def main() -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=datetime.timedelta(seconds=120),
     )
-    first = True
     while header := sys.stdin.buffer.read(8):
         function, arguments = pickle.loads(sys.stdin.buffer.read(struct.unpack("<Q", header)[0]))
         module, name = function.split(":")
@@ -39,9 +38,8 @@ def main() -> None:
         except BaseException:
             reply = (False, traceback.format_exc())
         gc.collect()  # models hold process groups in reference cycles, and every gloo group holds threads
-        if first:  # the modules stay, and need not be looked through each time
+        if not gc.get_freeze_count():  # the modules stay, and need not be looked through each time
             gc.freeze()
-            first = False
         body = pickle.dumps(reply)
         replies.write(struct.pack("<Q", len(body)) + body)
         replies.flush()

@@ -48,7 +48,7 @@ async def fleet_of(*behaviours: dict, concurrency: int = 4, **timeouts: float):
             ]
             for client in clients:
                 await client.learn_routes((), timeout_s=10)
-            yield Fleet(clients, concurrency=concurrency, **{"timeout_s": 20.0, **timeouts})
+            yield Fleet(clients, concurrency=concurrency, **{"timeout_s": 20.0, "hang_timeout_s": 120.0, **timeouts})
     finally:
         for process in processes:
             process.kill()

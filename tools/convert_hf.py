@@ -133,11 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(work) or code
 
 
-def give_up(reason: str) -> NoReturn:
+def give_up(reason: str, code: int = 2) -> NoReturn:
     """End this process, which may wait in a collective, with a sentence."""
     report_user_error(UserError(reason + _unfinished(sys.argv[1:])))
-    sys.stderr.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def end_on_signals() -> None:
@@ -151,8 +150,7 @@ def end_on_signals() -> None:
     def wait() -> None:
         number = signal.sigwait(signals)
         # One sentence for all ranks of a node, and none where torchrun ends them as one of them has reported a mistake.
-        report_user_error(UserError(f"stopped by {signal.Signals(number).name}{_unfinished(sys.argv[1:])}"))
-        os._exit(128 + number)
+        give_up(f"stopped by {signal.Signals(number).name}", 128 + number)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

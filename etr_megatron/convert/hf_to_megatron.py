@@ -43,7 +43,7 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
         raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # a second, which nothing else here needs
 
-    arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype))
+    arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype, ranks.rank == 0))
     sizes = [chunk.nbytes for chunk in chunks]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder, progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
@@ -52,9 +52,11 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
     return sum(sizes)
 
 
-def _prepare(hf: Path, dtype: torch.dtype | None) -> tuple[Architecture, dict[str, torch.dtype], list[ChunkToWrite]]:
-    """The model, types of the stored tensors, and what has to be written. Raises UserError."""
-    arch = check_checkpoint(hf, named="--hf", values=True)
+def _prepare(
+    hf: Path, dtype: torch.dtype | None, values: bool
+) -> tuple[Architecture, dict[str, torch.dtype], list[ChunkToWrite]]:
+    """The model, types of the stored tensors, and what has to be written. values: see `check_checkpoint`. Raises UserError."""
+    arch = check_checkpoint(hf, named="--hf", values=values)
     source = open_checkpoint(hf)
     dtypes = _stored_dtypes(arch, source, dtype)
     return arch, dtypes, list(_chunks(arch, source, dtypes))

@@ -41,7 +41,7 @@ class Fleet:
         *,
         concurrency: int,
         timeout_s: float,
-        hang_timeout_s: float = 120.0,
+        hang_timeout_s: float,
         router: Router | None = None,
     ) -> None:
         self.clients, self.router = list(clients), router
