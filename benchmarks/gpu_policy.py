@@ -2,7 +2,11 @@
 
 The slice has all of Qwen3-8B's widths, embedding and head, some of its layers, and random weights. Every recipe gets a process
 of its own, `python -m benchmarks.gpu_policy JOB` (JOB is JSON), one after the other; bf16 comes first and, where there is FP8,
-once more in the end, which shows by how much the device itself drifted.
+once more in the end, which shows by how much the device itself drifted. `bf16_recompute` has `train.recompute=full`.
+
+`state_bytes` and `peak_bytes` are torch's allocator's, between updates and during one, and `planned_state_bytes` and
+`planned_peak_bytes` what the planner says of them; `runtime_bytes` is what the device holds beyond what the allocator reserved:
+CUDA's context, libraries and workspaces.
 
 Tokens/s counts prompts and responses. MFU is
 
@@ -111,6 +115,18 @@ def flops_of_update(arch: Any, workload: dict[str, int]) -> float:
     return 3 * workload["samples"] * sequence_flops(arch, tokens, rows)
 
 
+def planned_bytes(settings: list[str], workload: dict[str, int]) -> dict[str, int]:
+    """What the planner says of a job's memory on one GPU."""
+    from etr_megatron.config import load_config
+    from etr_megatron.planner import make_plan
+
+    lengths = [f"data.max_prompt_tokens={workload['prompt']}", f"rollout.max_response_tokens={workload['response']}"]
+    config = load_config(None, [*settings, *lengths, "rollout.backend=embedded"])
+    (rank,) = make_plan(config, 1, prompt=workload["prompt"], response=workload["response"]).ranks
+    state = rank.parameters + rank.gradients + rank.optimizer
+    return {"planned_state_bytes": state, "planned_peak_bytes": state + rank.activations + rank.head}
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Build the policy, train it, and say how fast. The batch's log-probs after a first update at learning rate 0, with which
     delayed scaling has seen its first maxima, go to the file `job["logp"]`."""
@@ -140,6 +156,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     state = torch.cuda.memory_allocated() if cuda else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+        free, total = torch.cuda.mem_get_info()
+        runtime = total - free - torch.cuda.memory_reserved()
     losses: list[float] = []
     seconds = [seconds_of(lambda: losses.append(policy.update(batch).loss), device) for _ in range(job["rounds"])]
     peak = torch.cuda.max_memory_allocated() if cuda else None
@@ -157,6 +175,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "mfu": flops / (update["median_s"] * limit) if limit else None,
         "state_bytes": state,
         "peak_bytes": peak,
+        "runtime_bytes": runtime if cuda else None,
+        **planned_bytes(settings, workload),
         "losses": losses,
     }
 
@@ -174,9 +194,10 @@ def measure(options: Any, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"model": {**shape, "num_hidden_layers": layers}, "workload": workload, "left_out": left_out}
     found["recipes"] = {}
     baseline: Tensor | None = None
-    for name in ["bf16", *recipes, *(["bf16_again"] if recipes else [])]:
+    for name in ["bf16", *recipes, "bf16_recompute", *(["bf16_again"] if recipes else [])]:
         recipe = "none" if name.startswith("bf16") else name
-        job = {"model": str(model), "recipe": recipe, "workload": workload, "rounds": options.rounds, "settings": options.set}
+        settings = [*options.set, *(["train.recompute=full"] if name == "bf16_recompute" else [])]
+        job = {"model": str(model), "recipe": recipe, "workload": workload, "rounds": options.rounds, "settings": settings}
         one, logp = _run(job, work, options.device)
         if logp is not None:
             baseline = logp if baseline is None else baseline
@@ -208,6 +229,7 @@ def row(name: str, one: dict[str, Any]) -> str:
         return f"policy {name}: failed, {one['failed']}"
     mfu = "no peak known" if one["mfu"] is None else f"MFU {one['mfu']:.3f}"
     peak = "-" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**30:.1f} GiB"
+    peak += f" (planned {one['planned_peak_bytes'] / 2**30:.1f})"
     speed = f", {one['speed_x_bf16']:.2f} x bf16" if "speed_x_bf16" in one else ""
     return (
         f"policy {name} ({one['dtype']}): {one['tokens_per_s']:,.0f} tokens/s{speed}, {mfu}, peak {peak}, log-prob gap to bf16 "

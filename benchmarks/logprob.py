@@ -14,7 +14,8 @@ faster is the floor. All in `logprob_contestants.py`. Loss and gradients of each
 Time: one process per rank with one thread and gloo; all contestants in the same processes, round robin; the slowest rank
 counts. Memory: fresh processes for each contestant; peak resident memory of one pass beyond inputs, weight and weight gradient,
 whose pages have been written to, after a tiny problem made the libraries allocate what they allocate once; the largest rank
-counts. The result file has seconds, bytes, differences to (a), and which targets were met or missed. Linux only.
+counts. The result file has seconds, bytes, differences to (a), and which targets were met or missed; cases that a run does not
+measure stay there from earlier ones. Linux only.
 """
 
 from __future__ import annotations
@@ -127,6 +128,18 @@ def _cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"tp": tp, "dtype": dtype, "rows": rows, "hidden": hidden, "vocab": vocab}
 
 
+def _key(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["vocab"], case["rows"], case["hidden"], case["dtype"], case["tp"]
+
+
+def _earlier(output: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What other runs have written there; a case that is measured again is replaced."""
+    try:
+        return {_key(case): case for case in json.loads(output.read_text())["cases"]}
+    except (ValueError, KeyError, TypeError):  # empty, or no result of ours
+        return {}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 for a wrong option."""
     try:
@@ -135,11 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    result: dict[str, Any] = {"environment": environment(ROOT), "rounds": options.rounds, "cases": []}
+    cases = _earlier(options.output)
     for case in _cases(options):
-        result["cases"].append(measure(case, options.rounds))
-        print(table(result["cases"][-1]), end="\n\n", flush=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short keeps what it has
+        found = {**measure(case, options.rounds), "rounds": options.rounds, "environment": environment(ROOT)}
+        cases[_key(case)] = found
+        print(table(found), end="\n\n", flush=True)
+        in_order = [cases[key] for key in sorted(cases)]
+        options.output.write_text(json.dumps({"cases": in_order}, indent=1) + "\n")  # a run that is cut short keeps what it has
     print(f"written to {options.output}")
     return 0
 

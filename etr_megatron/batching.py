@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from etr_megatron.config import Config
@@ -59,7 +60,7 @@ def build_batch(
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
     )
-    rollout_logp = tuple(torch.tensor(sample.rollout_logprobs, dtype=torch.float32) for _, sample in pairs)
+    rollout_logp = tuple(torch.tensor(np.asarray(sample.rollout_logprobs), dtype=torch.float32) for _, sample in pairs)
     return PolicyBatch(
         names=tuple(f"{group.id}/{sample.index}" for group, sample in pairs),
         sequences=sequences_of(groups),

@@ -89,9 +89,8 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         if layout.rank == 0:
             # On a full disk the note may not fit either; the error itself is what has to be heard.
             with suppress(UserError):
-                requeue = isinstance(error, RequeueError)
-                state, step = ("requeue", trainer.step) if requeue else ("failed", max(0, trainer.step - 1))
-                directory.write_status(state, step, config.run.steps, str(error))
+                state = "requeue" if isinstance(error, RequeueError) else "failed"
+                directory.write_status(state, trainer.trained, config.run.steps, str(error))
         raise
     finally:
         gc.unfreeze()  # else Triton's bindings report at the end whatever is left as leaked

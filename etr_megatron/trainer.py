@@ -15,7 +15,16 @@ from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
-from etr_megatron.rollout import EngineGoneError, RolloutEngine, Rollouts, Sampler, Sampling, generate_groups, grade_groups
+from etr_megatron.rollout import (
+    EngineGoneError,
+    RefusedError,
+    RolloutEngine,
+    Rollouts,
+    Sampler,
+    Sampling,
+    generate_groups,
+    grade_groups,
+)
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
@@ -46,7 +55,8 @@ class Trainer:
         self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
         self._watch = Stopwatch()
         self.step = 0
-        self._trained = 0  # the last step that is done
+        self.trained = 0
+        """The last step that is done."""
         self._version = 0  # the step that the policy is after: it lags behind where nothing is trained
         self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
@@ -55,7 +65,7 @@ class Trainer:
         """From the newest checkpoint, or from the start, to `run.steps`.
 
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
-        SIGTERM asks a rank to stop.
+        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
         """
         self._resume()
         with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
@@ -64,11 +74,14 @@ class Trainer:
             except (EngineGoneError, StopAskedError) as error:
                 self._save_what_is_trained()
                 raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+            except RefusedError:  # starting again would not mend it
+                self._save_what_is_trained()
+                raise
 
     def _save_what_is_trained(self) -> None:
-        if self.step > self._trained:
+        if self.step > self.trained:
             self.sampler.put_back(self.step)
-        self.step = self._trained
+        self.step = self.trained
         if self.config.rollout.only:  # the record is what there is
             return
         if self._unrecorded is not None:
@@ -87,7 +100,7 @@ class Trainer:
             batch, updates = self._train(rollouts.groups)
             row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts
             self._keep(rollouts, batch)
-            self._trained = self._version = self.step
+            self.trained = self._version = self.step
             self._unrecorded = row, rollouts.groups
             self._sync()
             if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.run.steps):
@@ -109,7 +122,7 @@ class Trainer:
             self._record(rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts, rollouts.groups)
             if self._recorder is not None:
                 write_reached(self._directory.recorded, Reached(self._version, self.step, self.sampler.state_dict()))
-            self._trained = self.step
+            self.trained = self.step
 
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
@@ -192,12 +205,12 @@ class Trainer:
         step = checkpoint.latest_step(self._directory.checkpoints) if self.config.checkpoint.resume else None
         if step is not None:
             self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
-            self.step = self._trained = self._version = step
+            self.step = self.trained = self._version = step
         if self.config.rollout.only and self.config.checkpoint.resume:
             reached = on_rank0(lambda: read_reached(self._directory.recorded))
             if reached is not None and reached.version == self._version:
                 self.sampler.load_state_dict(reached.sampler)
-                self.step = self._trained = reached.step
+                self.step = self.trained = reached.step
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)

@@ -1,10 +1,12 @@
 """The only currency between rooms: a `Problem` is asked, a `Group` of `Sample`s comes back.
 
-Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk.
+Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk. What a
+sample has of every token is an `array`, an eighth of a list's memory: every rank holds those of a whole step.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,21 +41,28 @@ class Sample:
     finish_reason: "abort" is a response that is not finished; it is in no group that is trained on.
     weight_version: version of the weights that its last token was drawn from.
     weight_versions: of each token, where the response was continued after a weight sync; else empty.
+
+    Any sequence will do for the three that are per token; they are kept as arrays of type "i", "d" and "i".
     """
 
     index: int
-    response_ids: list[int]
-    rollout_logprobs: list[float]
+    response_ids: array[int]
+    rollout_logprobs: array[float]
     finish_reason: FinishReason
     weight_version: int
     text: str = ""
     reward: float | None = None
     reward_status: RewardStatus | None = None
-    weight_versions: list[int] = field(default_factory=list)
+    weight_versions: array[int] = field(default_factory=lambda: array("i"))
 
-    def token_versions(self) -> list[int]:
+    def __post_init__(self) -> None:
+        self.response_ids = array("i", self.response_ids)
+        self.rollout_logprobs = array("d", self.rollout_logprobs)
+        self.weight_versions = array("i", self.weight_versions)
+
+    def token_versions(self) -> array[int]:
         """Version of the weights that each response token was drawn from."""
-        return self.weight_versions or [self.weight_version] * len(self.response_ids)
+        return self.weight_versions or array("i", [self.weight_version]) * len(self.response_ids)
 
 
 @dataclass(slots=True)

@@ -2,17 +2,19 @@
 
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
-Behaviours: die_at, hang_at, fail_at, abort_at (numbers of the generate request, from 0), die_at_bucket, hang_at_bucket
-(numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes over a version), old (no
-begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that can be cut off and
-goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort, stop_at
-(the whole process stops at this generate request; with hang_at only the request waits), seconds (for a response).
+Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), forget_at (from this
+request on it has the weights that it was started with), busy (it says nothing of itself while it generates), die_at_bucket,
+hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes over a version),
+old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that can be cut off
+and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort,
+stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a response).
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import datetime
 import itertools
 import json
@@ -36,6 +38,8 @@ from torch.distributed import distributed_c10d as c10d  # noqa: E402
 
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
+CONTEXT = 512
+TOO_LONG = 400, {"error": {"message": "Requested token count exceeds the model's maximum context length"}}
 MEMORY = ("weights", "kv_cache", "cuda_graph")
 UPDATE_SESSION = ("/begin_weight_update", "/end_weight_update")
 ROUTES = (
@@ -102,16 +106,23 @@ def _act(kind: str, number: int, suffix: str = "") -> None:
 
 
 def generate(body: dict[str, Any]) -> tuple[int, Any]:
+    if len(body["input_ids"]) + body["sampling_params"]["max_new_tokens"] > CONTEXT:
+        return TOO_LONG
     number = next(STATE.generated)
     STATE.prompts.append(body["input_ids"])
     _act("generate", number)
     if BEHAVIOUR.get("fail_at") == number:
         return 500, {"error": {"message": "out of order"}}
+    if BEHAVIOUR.get("refuse_at") == number:
+        return TOO_LONG
+    if BEHAVIOUR.get("forget_at") == number:
+        STATE.version = "default"
     count, finish = body["sampling_params"]["max_new_tokens"], "length"
     if BEHAVIOUR.get("tokens_per_s"):
         ids, finish = draw_slowly(body, count)
     else:
-        time.sleep(BEHAVIOUR.get("seconds", 0.01))
+        with BATCH:
+            time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number else finish
     meta = {
@@ -224,7 +235,10 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/state":
         said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts")}
         return 200, said | {"pid": os.getpid()}
-    if route == "/server_info" or (route == "/health" and not STATE.paused):
+    if route == "/server_info":
+        with BATCH:
+            return 200, {}
+    if route == "/health" and not STATE.paused:
         return 200, {}
     if route == "/health":
         time.sleep(15)  # it asks for a token, which a paused server does not generate
@@ -265,6 +279,7 @@ WEIGHTS = {
     "/update_weights_from_tensor": take_tensors,
     "/update_weights_from_disk": load_directory,
 }
+BATCH: contextlib.AbstractContextManager = threading.Lock() if BEHAVIOUR.get("busy") else contextlib.nullcontext()
 SCHEDULER = threading.Lock()
 """SGLang's scheduler does these one at a time: one that waits keeps the next from being heard."""
 

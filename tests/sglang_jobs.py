@@ -24,7 +24,7 @@ from etr_megatron.config import Config, SglangConfig
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
-from etr_megatron.rollout import Sampling, StreamingSampler
+from etr_megatron.rollout import EngineGoneError, Sampling, StreamingSampler
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.types import Problem
@@ -178,7 +178,7 @@ def _gaps_by_version(
             for one in group["samples"]:
                 prompt, ids = group["problem"]["prompt_ids"], one["response_ids"]
                 with torch.no_grad():
-                    logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+                    logits = reference(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
                 rows = torch.log_softmax(logits / TEMPERATURE, -1)
                 logp[group["id"], one["index"], version] = rows[range(len(ids)), ids]
     gaps = []
@@ -222,7 +222,7 @@ def killed_between(model: str, directory: str, number: int, **settings: Any) -> 
         failed = engine._control.fleet.failed if engine._control is not None else {}
         engine.update_weights(policy.export(), 2)
         states = _states(engine)
-        return {"ids": [[s.response_ids for s in group] for group in groups], "failed": failed, "states": states}
+        return {"ids": [[s.response_ids.tolist() for s in group] for group in groups], "failed": failed, "states": states}
     finally:
         engine.close()
 
@@ -337,8 +337,9 @@ def on_first_request(client: Any, what: Callable[[], None]) -> None:
 
 
 def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
-    """Three real servers at an address; with requests under way the first is killed and the second hangs; the third is killed
-    in the next sync. What was generated, what failed, whether servers ask for a key, and log-prob gaps after the sync."""
+    """Two real servers at an address; with requests under way the first hangs; the second is killed in the next sync, and the
+    first, which was started again, with requests under way after it. What was generated, what failed and when, whether servers
+    ask for a key, and log-prob gaps after the sync."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address):
         engine = engine_of(policy, model, directory, nodes="every", **settings)
@@ -350,13 +351,13 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
 
     class KillsAsItIsRead(type(policy.export())):
         def shards(self) -> dict[str, torch.Tensor]:
-            process(2).kill()
+            process(1).kill()
             return super().shards()
 
     try:
         engine.update_weights(policy.export(), 1)
-        for client, what in zip(engine._control.fleet.clients, (process(0).kill, process(1).suspend), strict=False):
-            on_first_request(client, what)
+        first = engine._control.fleet.clients[0]
+        on_first_request(first, process(0).suspend)
         problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
         groups = engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=1))
         found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
@@ -367,7 +368,7 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
         clients = engine._control.fleet.serving
         replies = engine._control.probe(TEMPERATURE)
         wanted = policy.logprobs([(PROBE_PROMPT, reply.ids) for reply in replies.values()]).logp
-        return found | {
+        found |= {
             "lengths": [[len(sample.response_ids) for sample in group] for group in groups],
             "keyless": [httpx.get(f"{client.url}/model_info").status_code for client in clients],
             "served": [client.name for client in clients],
@@ -377,5 +378,9 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
                 for reply, one in zip(replies.values(), wanted, strict=True)
             ],
         }
+        on_first_request(first, process(0).kill)
+        with pytest.raises(EngineGoneError) as gone:
+            engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=2))
+        return found | {"gone": str(gone.value)}
     finally:
         engine.close()

@@ -170,13 +170,18 @@ def test_a_rank_that_fails_ends_the_others_and_the_run(capfd):
 
 
 @pytest.mark.slow
-def test_quick_run_on_two_ranks_writes_what_it_measured(tmp_path, capfd):
+def test_quick_run_on_two_ranks_writes_what_it_measured_beside_what_was_there(tmp_path, capfd):
     output = tmp_path / "new" / "result.json"
+    output.parent.mkdir()
+    case = {"tp": 2, "dtype": "bfloat16", "rows": 40, "hidden": 24, "vocab": 1506, "contestants": {}}
+    other = {**case, "tp": 1}
+    output.write_text(json.dumps({"cases": [case, other]}))
     options = ["--quick", "--tp", "2", "--dtype", "bfloat16", "--size", "40,24,1506", "--rounds", "2"]
     assert logprob.main([*options, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert result["rounds"] == 2 and result["environment"]["torch"] == torch.__version__
-    (case,) = result["cases"]
+    assert len(result["cases"]) == 2 and result["cases"][0] == other
+    case = result["cases"][1]
+    assert case["rounds"] == 2 and case["environment"]["torch"] == torch.__version__
     assert (case["tp"], case["dtype"], case["rows"], case["hidden"], case["vocab"]) == (2, "bfloat16", 40, 24, 1506)
     assert list(case["contestants"]) == list(logprob_contestants.CONTESTANTS)
     for name, one in case["contestants"].items():

@@ -35,7 +35,7 @@ def reference(model: str, sequences: list, temperature: float = 1.0) -> tuple[li
     logps, entropies = [], []
     for prompt, response in sequences:
         with torch.no_grad():
-            logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+            logits = hf(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / temperature
         log_p = torch.log_softmax(logits.double(), -1)
         logps.append(log_p.gather(1, torch.tensor(response)[:, None])[:, 0])
         entropies.append(-(log_p.exp() * log_p).sum(-1))

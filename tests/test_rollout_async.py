@@ -42,7 +42,7 @@ def assert_whole(steps: list[tuple[int, list]], most: int) -> set[int]:
             ids.add(group.id)
             for sample in group.samples:
                 last = group.problem.prompt_ids[-1]
-                assert sample.response_ids == [(last + 1 + i) % 97 for i in range(24)]
+                assert sample.response_ids.tolist() == [(last + 1 + i) % 97 for i in range(24)]
                 assert len(sample.rollout_logprobs) == 24 and sample.finish_reason == "length"
                 ages |= {step - 1 - version for version in sample.token_versions()}
     assert max(ages) <= most and min(ages) >= 0

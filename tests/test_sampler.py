@@ -115,9 +115,9 @@ def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
     for group in rollouts.groups:
         assert [sample.index for sample in group.samples] == [0, 1]
         for sample in group.samples:
-            assert sample.response_ids == list(range(lengths(group.problem, sample.index)))
+            assert sample.response_ids.tolist() == list(range(lengths(group.problem, sample.index)))
             versions = sample.token_versions()
-            assert sample.rollout_logprobs == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
+            assert sample.rollout_logprobs.tolist() == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
             assert sample.finish_reason == "stop" and sample.reward is not None and sample.text
 
 
@@ -209,7 +209,7 @@ def test_partial_rollouts_do_not_wait_for_the_slowest_and_go_on_with_their_token
             assert "p1" not in names(taken)
         sync(hand, engine)
     late = next(group for group in found.values() if group.problem.id == "p1").samples[1]
-    assert len(set(late.weight_versions)) > 2 and late.weight_versions == sorted(late.weight_versions)
+    assert len(set(late.weight_versions)) > 2 and late.weight_versions.tolist() == sorted(late.weight_versions)
     assert late.weight_version == late.weight_versions[-1]
 
 

@@ -170,3 +170,11 @@ def test_a_server_that_does_not_start_is_refused_on_every_rank_with_the_end_of_i
     own = {**OWN, "launch": ("-c", "print('no such kernel'); raise SystemExit(3)")}
     for error in gangs(2).run("tests.sglang_jobs:refused", model=hf_models["qwen3"], directory=str(tmp_path), **own):
         assert error.startswith("UserError: SGLang server 0 ended while it started") and error.endswith("no such kernel")
+
+
+@pytest.mark.parametrize("sync", ["broadcast", "sharded"])
+def test_what_keeps_one_rank_from_starting_servers_is_an_error_on_every_rank(gangs, hf_models, tmp_path, sync):
+    (tmp_path / "file").touch()
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path / "file" / "servers"), sync=sync, **OWN)
+    first, second = gangs(2).run("tests.sglang_jobs:refused", **job)
+    assert first.startswith("NotADirectoryError: ") and second.startswith("RuntimeError: rank 0 failed: [Errno 20] ")

@@ -14,8 +14,9 @@ import httpx
 import pytest
 import torch
 
-from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.sync import Transaction
@@ -133,6 +134,62 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
     found, failed, looking = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:2]]
     assert not failed and looking is None
+
+
+def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone():
+    async def body():
+        async with fleet_of({"seconds": 0.7, "busy": True}, hang_timeout_s=3.0, concurrency=1) as fleet:
+            return await fleet.generate(REQUESTS[:6]), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]] and not failed
+
+
+def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_failure():
+    async def body():
+        async with fleet_of({"refuse_at": 5}, {}) as fleet:
+            with pytest.raises(RefusedError) as refusal:
+                await fleet.generate(REQUESTS)
+            return str(refusal.value), fleet.failed, await fleet.generate(REQUESTS)
+
+    said, failed, found = asyncio.run(body())
+    assert said.startswith("server 0: /generate answered 400: ") and "maximum context length" in said
+    assert said.endswith("(a request with 2 prompt tokens and up to 5 to follow)")
+    assert not failed and [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+
+
+def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it_has_the_weights():
+    async def body():
+        async with fleet_of({"forget_at": 5}, {}) as fleet:
+            await sync(fleet, 3)
+            found, failed = await fleet.generate(REQUESTS), fleet.failed
+            fleet.rejoin(fleet.clients[0])
+            await sync(fleet, 4)
+            return found, failed, await fleet.generate(REQUESTS), fleet.failed
+
+    found, failed, again, then = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+    assert {one.version for one in found} == {"3"} and {one.version for one in again} == {"4"}
+    assert failed == {"server 0": "generated with weights default where 3 were sent"} and not then
+
+
+def test_a_reply_that_comes_in_drops_has_one_deadline_all_the_same():
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+
+    async def body():
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        async with server, httpx.AsyncClient(transport=Connections()) as http:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            await asyncio.wait_for(ServerClient("server 0", url, http).get("/model_info", timeout_s=0.5), 10)
+
+    with pytest.raises(ServerError, match=r"server 0: /model_info gave no answer within 0\.5 s"):
+        asyncio.run(body())
 
 
 def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done():

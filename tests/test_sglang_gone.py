@@ -50,9 +50,23 @@ def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_aga
     status = json.loads((runs.directory("gone") / "status.json").read_text())
     assert (status["state"], status["step"]) == ("requeue", trained)
     assert [row["step"] for row in runs.rows("gone")] == list(range(1, trained + 1))
-    if trained < 3:
+    if trained < 3:  # else there is nothing left to do
         with server() as url:
             code, output = runs.finish(*options(url))
         assert code == 0, output
         assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
         assert json.loads((runs.directory("gone") / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_request_that_servers_call_wrong_ends_a_run_in_one_sentence_with_what_was_trained(runs):
+    with server(refuse_at=30) as url:
+        code, output = runs.finish(*options(url))
+        assert code == 2, output
+        assert "SGLang server 0: /generate answered 400: " in output and "maximum context length" in output
+        assert "Traceback" not in output
+        status = json.loads((runs.directory("gone") / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("failed", 1)
+        code, output = runs.finish(*options(url))
+    assert code == 0, output
+    assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]

@@ -18,7 +18,7 @@ from etr_megatron.rollout.sglang.router import NAME, Router
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.runs import REPO
 from tests.test_lifetime import gone
-from tests.test_sglang_fleet import PARAMETERS, fleet_of, state_of, tokens_of
+from tests.test_sglang_fleet import PARAMETERS, fleet_of, state_of, sync, tokens_of
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
@@ -91,6 +91,19 @@ def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline
     found, failed, is_up = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
     assert failed == {"server 1": "gave no sign of life within 2 s"} and is_up
+
+
+@requires_router
+def test_behind_the_router_a_server_that_was_started_anew_is_found_by_its_weights(tmp_path):
+    async def body():
+        async with fleet_of({}, {"forget_at": 9}, timeout_s=60.0) as fleet:
+            await sync(fleet, 3)
+            with router_before(fleet, tmp_path) as router:
+                return await fleet.generate(REQUESTS), fleet.failed, router.is_up
+
+    found, failed, is_up = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS] and is_up
+    assert {one.version for one in found} == {"3"} and failed == {"server 1": "has weights default where 3 were sent"}
 
 
 @requires_router

@@ -9,7 +9,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
@@ -26,11 +26,12 @@ async def answers(stream: RequestStream, count: int) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
-def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what):
+def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what, exclusive):
     async def body():
         async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
-            stream = RequestStream(fleet, concurrency=4, exclusive=False)
+            stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
             await stream.submit(dict(enumerate(REQUESTS)))
             found = await answers(stream, len(REQUESTS))
             return found, await stream.stop(abort=False), fleet.failed
@@ -38,6 +39,36 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
     found, rest, failed = asyncio.run(body())
     assert {key: reply.ids for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
     assert rest == [] and set(failed) == {"server 0"}
+
+
+def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
+    async def body():
+        async with fleet_of({"stop_at": 5}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4, exclusive=True)
+            await stream.submit(dict(enumerate(REQUESTS)))
+            return await answers(stream, len(REQUESTS)), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert {key: reply.ids for key, reply in found.items()} == dict(enumerate(map(tokens_of, REQUESTS)))
+    assert failed == {"server 0": "gave no sign of life within 2 s"}
+
+
+def test_a_request_that_is_called_wrong_is_an_error_once_and_the_others_are_answered():
+    async def body():
+        async with fleet_of({"refuse_at": 5}, {}) as fleet:
+            stream = RequestStream(fleet, concurrency=4, exclusive=True)
+            await stream.submit(dict(enumerate(REQUESTS)))
+            found, refusals = {}, []
+            while len(found) + len(refusals) < len(REQUESTS):
+                try:
+                    found |= dict(await asyncio.to_thread(stream.wait))
+                except RefusedError as error:
+                    refusals.append(str(error))
+            return found, refusals, await stream.stop(abort=False), fleet.failed
+
+    found, refusals, rest, failed = asyncio.run(body())
+    assert len(refusals) == 1 and "server 0: /generate answered 400: " in refusals[0] and not failed and rest == []
+    assert {key: reply.ids for key, reply in found.items()} == {key: tokens_of(REQUESTS[key]) for key in found}
 
 
 def test_without_servers_waiting_is_an_error_and_stopping_is_not():

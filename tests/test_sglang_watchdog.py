@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,21 @@ def test_stop_ends_the_server_and_its_children(tmp_path, monkeypatch):
     assert process.is_running
     process.stop()
     assert all(map(gone, pids_in(process.log))) and not process.is_running
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_whose_watchdog_is_lost_ends_with_stop_all_the_same(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)
+    process = ServerProcess("server", ServerCommand(sys.executable, ("-c", SERVER), ()), tmp_path / "server.log")
+    wait_for(lambda: bool(pids_in(process.log)))
+    server, child = pids_in(process.log)
+    process._watchdog.send_signal(number)
+    if number == signal.SIGKILL:
+        wait_for(lambda: gone(server))  # by the kernel, without anybody's word
+    assert not gone(child)
+    process.stop()
+    wait_for(lambda: gone(server) and gone(child))
+    assert not process.is_running
 
 
 def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ where quantising what Megatron holds gives its bits and its scales (FP8 that was
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,33 +36,23 @@ LOGIT_TOLERANCE = 1e-5
 """Largest difference of two logits, in terms of the largest one: sums of many fp32 terms in another order."""
 
 
-ROUNDED_LOGIT_TOLERANCE = 0.3
-"""The same where HF holds in FP8 what Megatron holds in full: e4m3 rounds every weight by up to 1/16 of it. Random models of
-all families differ by 0.08 to 0.16; the weights themselves have been compared bit for bit."""
-
-
 @dataclass
 class Verification:
     """What was found. differing: HF names of tensors with another bit anywhere. tensors: how many were compared.
 
-    rounded: how many of them are FP8 and the same once Megatron's values are quantised. logits: (largest difference, largest
-    logit), None where they were not compared.
+    rounded: those that are FP8 and the same once Megatron's values are quantised. logits: (largest difference, largest logit),
+    None where they were not compared.
     """
 
     tensors: int = 0
     differing: list[str] = field(default_factory=list)
-    rounded: int = 0
+    rounded: list[str] = field(default_factory=list)
     logits: tuple[float, float] | None = None
-
-    @property
-    def tolerance(self) -> float:
-        """Largest difference of two logits that is none, in terms of the largest one."""
-        return ROUNDED_LOGIT_TOLERANCE if self.rounded else LOGIT_TOLERANCE
 
     @property
     def logits_agree(self) -> bool:
         """Whether logits are within the tolerance; true where they were not compared."""
-        return self.logits is None or self.logits[0] <= self.tolerance * max(1.0, self.logits[1])
+        return self.logits is None or self.logits[0] <= LOGIT_TOLERANCE * max(1.0, self.logits[1])
 
     @property
     def same(self) -> bool:
@@ -72,8 +63,9 @@ class Verification:
 def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str = PROMPT) -> Verification:
     """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of `prompt` in fp32.
 
-    FP8 is compared as the module says. One process. Tensors are read part by part, those to be quantised one at a time; for the
-    logits both models are in memory. Raises UserError for directories that cannot be read or hold other architectures.
+    FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
+    One process. Tensors are read part by part, those to be quantised one at a time; for the logits both models are in memory.
+    Raises UserError for directories that cannot be read or hold other architectures.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -86,7 +78,8 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
         tokens = _tokens(hf, arch, prompt)
         ours = _megatron_logits(arch, found.weights, tokens)
         types = {name: stored.dtype(w.stored) for w in weights_of(arch) for name in w.hf}
-        theirs = _transformers_logits(hf, source, tokens, types)
+        exact = _whole_tensors(set(result.rounded), arch, stored)
+        theirs = _transformers_logits(hf, source, tokens, types, exact)
         result.logits = ((ours - theirs).abs().max().item(), theirs.abs().max().item())
     return result
 
@@ -105,7 +98,7 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
                 bar.update(values.nbytes)
             rounded = {name for name in differing if _is_quantised(name, weight, arch, stored, source)}
             result.tensors += len(weight.hf)
-            result.rounded += len(rounded)
+            result.rounded += [name for name in weight.hf if name in rounded]
             result.differing += [name for name in weight.hf if name in differing - rounded]
     return result
 
@@ -119,6 +112,19 @@ def _is_quantised(name: str, weight: Weight, arch: Architecture, stored: TorchDi
         if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(ours, theirs, strict=True)):
             return False
     return True
+
+
+def _whole_tensors(names: Set[str], arch: Architecture, stored: TorchDistDir) -> dict[str, Tensor]:
+    """By HF name, as Megatron has them."""
+    found: dict[str, Tensor] = {}
+    for weight in weights_of(arch):
+        for name, shape in zip(weight.hf, weight.shapes, strict=True):
+            if name in names:
+                found[name] = torch.empty(shape, dtype=stored.dtype(weight.stored))
+                for _, begin, values in stored.parts(weight, arch, only=name):
+                    place = tuple(slice(first, first + size) for first, size in zip(begin, values.shape, strict=True))
+                    found[name][place] = values
+    return found
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -141,11 +147,14 @@ def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
 
 
 @torch.no_grad()
-def _transformers_logits(hf: Path, source: SafetensorsDir, tokens: Tensor, stored: dict[str, torch.dtype]) -> Tensor:
+def _transformers_logits(
+    hf: Path, source: SafetensorsDir, tokens: Tensor, stored: dict[str, torch.dtype], exact: dict[str, Tensor]
+) -> Tensor:
     """fp32 [1, S, V] on the CPU, of weights rounded to the types that they have in the Megatron checkpoint.
 
     stored: HF name -> that type. Experts, which transformers fuses under other names, are rounded to the embedding's. FP8 is
-    handed over as what it stands for: transformers' own kernels want a GPU and quantise activations as well.
+    handed over as what it stands for, or as what it was made of where that is in `exact`: transformers' own kernels want a GPU
+    and quantise activations as well.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,7 +167,10 @@ def _transformers_logits(hf: Path, source: SafetensorsDir, tokens: Tensor, store
     if isinstance(source, Fp8Dir):
         config = AutoConfig.from_pretrained(hf)
         del config.quantization_config
-        tensors = {name: source.read(name, (0,) * len(size), size) for name, size in source.shapes().items()}
+        tensors = {
+            name: exact[name] if name in exact else source.read(name, (0,) * len(size), size)
+            for name, size in source.shapes().items()
+        }
         kind = getattr(transformers, config.architectures[0])
         model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     else:

@@ -9,8 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from etr_megatron.errors import UserError
-from etr_megatron.platform.files import disk_full_behind
+from etr_megatron.platform.together import together
 
 T = TypeVar("T")
 
@@ -36,33 +35,8 @@ class Ranks:
         return self._group
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank and wait for the others: what it returned here, once all have succeeded. A collective.
-
-        Raises this rank's own error, or, where only others failed, the first of theirs: a UserError as it is, a full disk as
-        OSError, anything else as RuntimeError.
-        """
-        error: Exception | None = None
-        result: T | None = None
-        try:
-            result = work()
-        except Exception as failed:
-            error = failed
-        if self.world > 1:
-            mine = None if error is None else self._for_others(error)
-            failures: list[Exception | None] = [None] * self.world
-            dist.all_gather_object(failures, mine, group=self._group)
-            if error is None:
-                error = next((failure for failure in failures if failure is not None), None)
-        if error is not None:
-            raise error
-        return result
-
-    def _for_others(self, error: Exception) -> Exception:
-        """An error that can be sent to ranks which do not know its class."""
-        full = disk_full_behind(error)
-        if full is not None:
-            return OSError(full.errno, full.strerror)
-        return UserError(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {self.rank} failed: {error}")
+        """See `platform.together`; with one process no collective."""
+        return together(work, self._group) if self._group is not None else work()
 
     def first(self, work: Callable[[], T]) -> T | None:
         """Do `work` on rank 0 while the others wait; what it returned, on rank 0. A collective, raises as `together`."""

@@ -23,7 +23,7 @@ def generate_groups(engine: RolloutEngine, problems: Sequence[Problem], sampling
     groups = []
     for problem, samples in zip(problems, engine.generate(problems, sampling), strict=True):
         for sample in samples:
-            sample.text = decode(sample.response_ids)
+            sample.text = decode(sample.response_ids.tolist())
         groups.append(Group(id=f"{problem.id}@{sampling.step}", problem=problem, samples=samples))
     return groups
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from etr_megatron.errors import UserError
 from etr_megatron.types import FinishReason, Problem, Sample
 
 
@@ -35,10 +36,14 @@ class EngineGoneError(RuntimeError):
     """The engine can generate nothing any more, on any rank; the policy is unharmed."""
 
 
+class RefusedError(UserError):
+    """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
+
+
 class RolloutEngine(Protocol):
     """Every method is a collective: all ranks call it with the same arguments and get the same result.
 
-    An engine that has lost what it generates with raises EngineGoneError on every rank.
+    An engine that has lost what it generates with raises EngineGoneError on every rank, one that will not RefusedError.
     """
 
     weight_version: int
@@ -94,7 +99,7 @@ class StreamingEngine(RolloutEngine, Protocol):
         ...
 
     def wait(self) -> list[Drawn]:
-        """What has been drawn since the last call; waits until there is something. Raises EngineGoneError."""
+        """What has been drawn since the last call; waits until there is something. Raises EngineGoneError and RefusedError."""
         ...
 
     def stop(self, *, abort: bool) -> list[Drawn]:

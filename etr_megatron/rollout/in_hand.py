@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -69,12 +70,12 @@ def oldest_version(sample: Sample) -> int:
 
 def extend(sample: Sample, drawn: Drawn) -> None:
     """Add what was drawn (in place; the caller owns the sample), tokens with their log-probs and versions."""
-    versions = [*sample.token_versions(), *[drawn.weight_version] * len(drawn.ids)]
-    sample.response_ids += drawn.ids
-    sample.rollout_logprobs += drawn.logprobs
+    versions = sample.token_versions() + array("i", [drawn.weight_version]) * len(drawn.ids)
+    sample.response_ids.extend(drawn.ids)
+    sample.rollout_logprobs.extend(drawn.logprobs)
     sample.finish_reason = drawn.finish_reason
     sample.weight_version = versions[-1] if versions else drawn.weight_version
-    sample.weight_versions = versions if len(set(versions)) > 1 else []
+    sample.weight_versions = versions if len(set(versions)) > 1 else array("i")
 
 
 def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

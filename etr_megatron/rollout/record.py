@@ -6,6 +6,7 @@ The first line says how the step was sampled; every other is one group, with tok
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,7 +104,7 @@ def forget_reached(folder: Path) -> None:
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
-    """Plain values that hold the group exactly; lists are the group's own, not copies."""
+    """Plain values that hold the group exactly."""
     samples = [_plain(sample) for sample in group.samples]
     return {"id": group.id, "problem": _plain(group.problem), "samples": samples}
 
@@ -116,4 +117,5 @@ def group_from_json(found: dict[str, Any]) -> Group:
 
 
 def _plain(one: Problem | Sample) -> dict[str, Any]:
-    return {field.name: getattr(one, field.name) for field in fields(one)}
+    values = {field.name: getattr(one, field.name) for field in fields(one)}
+    return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}

@@ -158,7 +158,7 @@ class Hand:
                 key = next(self._keys)
                 self._under_way[key] = sample
                 sampling = sampling_of(self._config, held.step)
-                draws.append(Draw(key, held.group.problem, sample.index, sampling, list(sample.response_ids)))
+                draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
         self._engine.submit(draws)
 
     def _accept(self, drawn: Iterable[Drawn]) -> None:
@@ -166,7 +166,7 @@ class Hand:
             sample = self._under_way.pop(one.key)
             extend(sample, one)
             if sample.finish_reason != "abort":
-                sample.text = self._decode(sample.response_ids)
+                sample.text = self._decode(sample.response_ids.tolist())
 
     def _judge(self) -> None:
         """Reward what is complete, and leave out what teaches nothing."""

@@ -108,6 +108,13 @@ def sglang(config: Config) -> Iterator[Violation]:
         yield Violation(("sglang.mem_fraction",), "must lie between 0 and 1")
     if sglang.context_length is not None and sglang.context_length < 1:
         yield Violation(("sglang.context_length",), "must be at least 1")
+    elif sglang.context_length is not None and not sglang.urls:
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        if sglang.context_length < longest:
+            yield Violation(
+                ("sglang.context_length", "data.max_prompt_tokens", "rollout.max_response_tokens"),
+                f"servers refuse a prompt with a response of together {longest} tokens, which the other two allow",
+            )
     yield from _placement(sglang)
     if sglang.placement == "colocated" and config.rollout.max_staleness:
         yield Violation(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.types import FinishReason
+
+_REFUSALS = (400, 413, 422)
+"""Statuses that speak of the request: every server would say the same."""
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -89,12 +94,12 @@ class ServerClient:
 
     async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
         try:
-            reply = await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(timeout_s):  # httpx counts anew with every piece that arrives
+                return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
         except httpx.HTTPError as error:
             raise ServerError(f"{self.name}: {route} failed: {str(error) or type(error).__name__}") from error
-        return reply
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
         """POST; the reply's JSON object, {} where it is none.
@@ -145,7 +150,7 @@ class ServerClient:
     async def generate(
         self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float, rid: str | None = None
     ) -> Generated:
-        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens.
+        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens, and RefusedError.
 
         rid: a name for the request, by which `abort` can cut it off; the reply then has what there was.
         """
@@ -156,7 +161,13 @@ class ServerClient:
             "logprob_start_len": -1,
             **({} if rid is None else {"rid": rid}),
         }
-        reply = await self.call("/generate", body, timeout_s=timeout_s)
+        try:
+            reply = await self.call("/generate", body, timeout_s=timeout_s)
+        except ServerError as error:
+            if error.status in _REFUSALS:
+                size = f"{len(prompt_ids)} prompt tokens and up to {parameters.max_new_tokens} to follow"
+                raise RefusedError(f"{error} (a request with {size})") from error
+            raise
         try:
             ids, meta = list(map(int, reply["output_ids"] or [])), reply["meta_info"]
             finish_reason = _FINISH[meta["finish_reason"]["type"]]

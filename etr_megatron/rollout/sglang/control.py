@@ -16,6 +16,7 @@ import httpx
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
@@ -82,6 +83,7 @@ class Control:
             hang_timeout_s=config.hang_timeout_s,
             router=self._router,
         )
+        self._comebacks = Comebacks(names)
         self._released: list[tuple[str, int]] = []
         self.stream = RequestStream(fleet, concurrency=config.concurrency, exclusive=not config.urls)
         self._transaction = Transaction(fleet, config.update_timeout_s)
@@ -114,9 +116,9 @@ class Control:
         if self._colocated and self._on_cpu:
             logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
 
-    def failed(self) -> list[str]:
-        """Servers that take no traffic."""
-        return list(self.fleet.failed)
+    def due(self) -> list[str]:
+        """Servers that take no traffic and are to be brought back at this weight sync."""
+        return self._comebacks.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
         """Servers that had failed and may have recovered, or were started anew (in `started`). The sync comes next."""

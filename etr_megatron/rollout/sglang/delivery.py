@@ -132,7 +132,7 @@ class BroadcastDelivery:
     async def _find_culprits(self, clients: Sequence[ServerClient], replies: Sequence[Any]) -> None:
         """Servers that failed and are not well; when all seem well, those that failed, so that no bucket is tried for ever."""
         failed = [(client, reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)]
-        well = await asyncio.gather(*(client.is_alive(min(10.0, self._timeout_s)) for client, _ in failed))
+        well = await asyncio.gather(*(self._fleet.lives(client) for client, _ in failed))
         to_blame = [one for one, good in zip(failed, well, strict=True) if not good] or failed
         for client, reply in to_blame or [(client, "the broadcast to it failed") for client in clients]:
             self._fleet.mark_failed(client, str(reply))
@@ -140,7 +140,7 @@ class BroadcastDelivery:
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
         await self.close()
-        await self._fleet.see_that_they_live(self._timeout_s)
+        await self._fleet.see_that_they_live()
         self._fleet.refuse_if_gone()
         clients, members = self._fleet.serving, self._fleet.members
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)

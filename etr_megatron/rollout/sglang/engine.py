@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, Sampling, sample_seed
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
@@ -63,22 +64,7 @@ class SglangEngine:
         key = on_rank0(lambda: new_key(addresses.values()) if addresses else None)
         names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(addresses))]
         own_address = on_rank0(lambda: own_address_of(config, addresses))
-        if dist.get_rank() in addresses:
-            first = list(addresses).index(dist.get_rank()) * config.servers
-            commands = {
-                names[first + place]: server_command(
-                    config,
-                    model_dir,
-                    serving.dtype,
-                    place=place,
-                    host=addresses[dist.get_rank()],
-                    folder=serving.directory,
-                    api_key=key,
-                    cuda=serving.backend == "nccl",
-                )
-                for place in range(config.servers)
-            }
-            self._host = Host(commands, serving.directory, config.startup_timeout_s)
+        self._host = together(lambda: self._own_host(model_dir, names, addresses, key))
         if dist.get_rank() == 0:
             self._control = Control(
                 config, names, host=own_address, api_key=key, backend=serving.backend, logs=serving.directory
@@ -91,6 +77,27 @@ class SglangEngine:
         except BaseException:
             self.close()
             raise
+
+    def _own_host(self, model_dir: Path, names: Sequence[str], addresses: Mapping[int, str], key: str | None) -> Host | None:
+        """For the servers that this rank starts, if it does. names: of all servers, in the order of the ranks in addresses."""
+        config, serving, rank = self._config, self._serving, dist.get_rank()
+        if rank not in addresses:
+            return None
+        first = list(addresses).index(rank) * config.servers
+        commands = {
+            names[first + place]: server_command(
+                config,
+                model_dir,
+                serving.dtype,
+                place=place,
+                host=addresses[rank],
+                folder=serving.directory,
+                api_key=key,
+                cuda=serving.backend == "nccl",
+            )
+            for place in range(config.servers)
+        }
+        return Host(commands, serving.directory, config.startup_timeout_s)
 
     def _make_sender(self, address: str) -> Sender:
         config, serving, control = self._config, self._serving, self._control
@@ -112,18 +119,10 @@ class SglangEngine:
         return WholeSender(settings, control.outbox if control is not None else None)
 
     def _start(self, names: Sequence[str]) -> dict[str, Started]:
-        """Have their hosts start these servers, anew if they run; a collective. Raises UserError of a host on every rank."""
-        own: dict[str, Started] | UserError = {}
-        if self._host is not None:
-            try:
-                own = self._host.start(names)
-            except UserError as error:
-                own = error
-        found: list[dict[str, Started] | UserError] = [{} for _ in range(dist.get_world_size())]
+        """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
+        own = together(lambda: self._host.start(names) if self._host is not None else {})
+        found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
-        for some in found:
-            if isinstance(some, UserError):
-                raise some
         return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
@@ -136,7 +135,7 @@ class SglangEngine:
         self._require_weights()
         found: list[Generated] = on_rank0(lambda: self._control.run(self._control.fleet.generate(requests)))
         samples = [
-            Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, int(one.version))
+            Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, self.weight_version)
             for number, one in enumerate(found)
         ]
         return [samples[begin : begin + sampling.samples] for begin in range(0, len(samples), sampling.samples)]
@@ -172,8 +171,6 @@ class SglangEngine:
                 finish = "stop"
             elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
                 finish = "length"
-        if reply.ids and reply.version != str(self.weight_version):
-            raise RuntimeError(f"a server generated with weights {reply.version} where {self.weight_version} were sent")
         return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
@@ -205,10 +202,10 @@ class SglangEngine:
 
     def _bring_back(self) -> None:
         """Servers that failed: restarted if they are ours, asked again if not."""
-        failed = on_rank0(lambda: self._control.failed())
-        if failed:
-            started = self._start(failed)
-            on_rank0(lambda: self._control.take_back(failed, started))
+        due = on_rank0(lambda: self._control.due())
+        if due:
+            started = self._start(due)
+            on_rank0(lambda: self._control.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
         """Leave out servers that give their tokens other log-probs than the trainer. Raises UserError when all do."""

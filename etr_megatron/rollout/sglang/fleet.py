@@ -9,15 +9,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from etr_megatron.rollout.engine import EngineGoneError
+from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.pulse import Pulse
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
-
-_LOOK_S = 10.0
-"""For a server that is in doubt to say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,8 @@ class Fleet:
     """Clients of all servers, and which of them take traffic.
 
     concurrency: requests under way per server; more wait here, so that a server that fails loses few. timeout_s: of one
-    response; hang_timeout_s: see `Pulse`. router: chooses the server of a request, if there is one.
+    response; hang_timeout_s: for a server in doubt to say that it lives, see `Pulse`. router: chooses the server of a request,
+    if there is one.
     """
 
     def __init__(
@@ -45,7 +43,9 @@ class Fleet:
         router: Router | None = None,
     ) -> None:
         self.clients, self.router = list(clients), router
-        self._concurrency, self._timeout_s = concurrency, timeout_s
+        self.version: str | None = None
+        """Of the weights that responses must come from; None, before the first sync, is any."""
+        self._concurrency, self._timeout_s, self._hang_timeout_s = concurrency, timeout_s, hang_timeout_s
         self._failed: dict[str, str] = {}
         self._joins: Counter[str] = Counter()
         self._marks = 0
@@ -92,8 +92,9 @@ class Fleet:
         """One response from `client`, or with a router from the server that this chooses.
 
         Raises what went wrong, after the server that failed is marked; a response that is cut off is an error as well, unless
-        `may_abort()`. A router does not say which server failed: those that do not answer are marked. When all do, the router
-        is given up, so that every failure leaves less to fail.
+        `may_abort()`, and so is one from other weights, as of a server that somebody has started anew. A router does not say
+        which server failed: those that are not well are marked. When all are, the router is given up, so that every failure
+        leaves less to fail. Raises RefusedError, which is no server's failure.
         """
         router, marks = self.router, self._marks
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
@@ -103,14 +104,18 @@ class Fleet:
                 reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
             if reply.finish_reason == "abort" and not may_abort():
                 raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
+            if reply.ids and self.version not in (None, reply.version):
+                raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
             return reply
+        except RefusedError:
+            raise
         except Exception as error:
             if router is None or not routed:
                 self.mark_failed(client, str(error))
                 raise
             async with self._looking:
                 if router.is_up and self._marks == marks:
-                    await self.see_that_they_live(_LOOK_S)
+                    await self.for_all(self._see_that_it_is_well)
                 if self._marks == marks:
                     router.give_up(str(error))
             raise
@@ -135,14 +140,23 @@ class Fleet:
         """POST to every serving server at once, as `for_all`."""
         return await self.for_all(lambda client: client.call(route, body, timeout_s=timeout_s))
 
-    async def see_that_they_live(self, timeout_s: float) -> bool:
-        """Whether every serving server answers, paused or not; as `for_all`."""
+    async def lives(self, client: ServerClient) -> bool:
+        """Whether it answers, paused or not."""
+        return await client.is_alive(self._hang_timeout_s)
 
-        async def one(client: ServerClient) -> None:
-            if not await client.is_alive(min(_LOOK_S, timeout_s)):
-                raise ServerError(f"{client.name}: does not answer")
+    async def see_that_they_live(self) -> None:
+        """Mark serving servers that do not."""
+        await self.for_all(self._see_that_it_lives)
 
-        return await self.for_all(one)
+    async def _see_that_it_lives(self, client: ServerClient) -> None:
+        if not await self.lives(client):
+            raise ServerError(f"{client.name}: does not answer")
+
+    async def _see_that_it_is_well(self, client: ServerClient) -> None:
+        await self._see_that_it_lives(client)
+        found = await client.weight_version(self._hang_timeout_s)
+        if self.version not in (None, found):
+            raise ServerError(f"{client.name}: has weights {found} where {self.version} were sent")
 
     async def abort_all(self, timeout_s: float) -> bool:
         """Have serving servers cut off all that they have in hand; as `for_all`."""
@@ -151,17 +165,21 @@ class Fleet:
     async def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, each exactly once.
 
-        A request whose server fails is done again elsewhere, from its beginning. Raises EngineGoneError when no server is left.
+        A request whose server fails is done again elsewhere, from its beginning. Raises EngineGoneError when no server is left,
+        and RefusedError.
         """
         waiting: asyncio.Queue[int] = asyncio.Queue()
         for number in range(len(requests)):
             waiting.put_nowait(number)
         found: dict[int, Generated] = {}
         self.refuse_if_gone()
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(self._concurrency, len(requests))):
-                for client in self.serving:  # in turn: the first requests go to all servers alike
-                    tasks.create_task(self._work(client, requests, waiting, found))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(self._concurrency, len(requests))):
+                    for client in self.serving:  # in turn: the first requests go to all servers alike
+                        tasks.create_task(self._work(client, requests, waiting, found))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         self.refuse_if_gone()
         if len(found) < len(requests):  # a server failed after the others had run out of work
             rest = [number for number in range(len(requests)) if number not in found]

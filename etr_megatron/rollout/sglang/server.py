@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from etr_megatron.rollout.sglang.arguments import require_interpreter
 
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
 _GRACE_S = 10.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,23 @@ class ServerProcess:
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._report: int | None
+        self._report, report = os.pipe()
         # SGLang prints its arguments, the API key among them: for nobody else to read.
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self._watchdog = subprocess.Popen(
-                [sys.executable, str(_WATCHDOG), str(_GRACE_S), command.python, *command.launch, *self._arguments()],
+                [sys.executable, str(_WATCHDOG), str(_GRACE_S), str(report), command.python, *self._arguments()],
                 stdin=subprocess.PIPE,
+                pass_fds=(report,),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**_without_torchrun(os.environ), **command.environment},
                 start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
             )
+        os.close(report)
 
     def _arguments(self) -> Sequence[str]:
-        return (*self._command.arguments, "--host", self._command.host, "--port", str(self.port))
+        return (*self._command.launch, *self._command.arguments, "--host", self._command.host, "--port", str(self.port))
 
     @property
     def url(self) -> str:
@@ -97,9 +104,25 @@ class ServerProcess:
         """End the server and wait until nothing of it is left."""
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()
-        deadline = time.monotonic() + 2 * _GRACE_S
-        try:
-            self._watchdog.wait(deadline - time.monotonic())
-        except subprocess.TimeoutExpired:  # the watchdog kills the group after its grace; it can only be stopped itself
+        with suppress(subprocess.TimeoutExpired):
+            self._watchdog.wait(2 * _GRACE_S)
+        code = self._watchdog.poll()
+        if code is None or code < 0:  # it hangs, or was killed: then the group is nobody's but ours
+            self._kill_group()
             self._watchdog.kill()
             self._watchdog.wait()
+        if self._report is not None:
+            os.close(self._report)
+            self._report = None
+
+    def _kill_group(self) -> None:
+        """What the watchdog does, without its grace. Returns after a while even when the kernel does not end a process."""
+        assert self._report is not None
+        os.set_blocking(self._report, False)
+        with suppress(BlockingIOError, ProcessLookupError, ValueError):  # ValueError: it was killed before it had a server
+            group = int(os.read(self._report, 32))
+            deadline = time.monotonic() + _GRACE_S
+            os.killpg(group, signal.SIGKILL)
+            while time.monotonic() < deadline:
+                os.killpg(group, 0)
+                time.sleep(_POLL_S)

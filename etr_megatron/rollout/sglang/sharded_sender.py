@@ -77,7 +77,7 @@ class OfferCalls:
             elif call.exception() is not None:
                 guilty[client] = str(call.exception())
         if failed:
-            well = await asyncio.gather(*(client.is_alive(min(_GRACE_S, self._timeout_s)) for client, _ in self._calls))
+            well = await asyncio.gather(*(self._fleet.lives(client) for client, _ in self._calls))
             for (client, _), good in zip(self._calls, well, strict=True):
                 if not good:
                     guilty.setdefault(client, "it does not answer after a failed weight sync")

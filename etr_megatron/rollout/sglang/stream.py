@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from etr_megatron.rollout.engine import EngineGoneError
+from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 
@@ -18,6 +18,9 @@ _ABORT_TIMEOUT_S = 20.0
 """For a server to take note of an abort; one that is slower hangs."""
 
 _GIVE_BACK_S = 5.0
+
+
+_Reply = tuple[int, Generated] | EngineGoneError | RefusedError
 
 
 class _Running(NamedTuple):
@@ -43,7 +46,7 @@ class RequestStream:
         self._load: Counter[str] = Counter()
         self._is_stopping = False
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
-        self._replies: queue.SimpleQueue[tuple[int, Generated] | EngineGoneError] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         """Begin, in this order; keys are new."""
@@ -54,7 +57,7 @@ class RequestStream:
     def wait(self) -> list[tuple[int, Generated]]:
         """Every reply that has come since the last call, at least one; from any thread.
 
-        Raises EngineGoneError when no server is left to answer.
+        Raises EngineGoneError when no server is left to answer, and RefusedError, after which that request is forgotten.
         """
         return self._taken(self._replies.get())
 
@@ -77,15 +80,15 @@ class RequestStream:
         replies = []
         while not self._replies.empty():
             reply = self._replies.get()
-            if not isinstance(reply, EngineGoneError):  # the next `submit` will see for itself
+            if isinstance(reply, tuple):  # an error the next `submit` will see for itself
                 replies.append(reply)
         return replies
 
-    def _taken(self, first: tuple[int, Generated] | EngineGoneError) -> list[tuple[int, Generated]]:
+    def _taken(self, first: _Reply) -> list[tuple[int, Generated]]:
         replies = []
-        reply: tuple[int, Generated] | EngineGoneError = first
+        reply: _Reply = first
         while True:
-            if isinstance(reply, EngineGoneError):
+            if not isinstance(reply, tuple):
                 if replies:
                     self._replies.put(reply)  # after those that did come
                     return replies
@@ -116,6 +119,9 @@ class RequestStream:
         request = self._requests[key]
         try:
             reply = await self._fleet.ask(client, request, rid, may_abort=lambda: self._is_stopping)
+        except RefusedError as error:
+            del self._requests[key]
+            self._replies.put(error)
         except (Exception, asyncio.CancelledError):  # whatever it was: a request that nobody answers is waited for
             self._waiting.appendleft(key)
         else:

@@ -40,6 +40,7 @@ class Transaction:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._fleet.call_all("/update_weight_version", body, timeout_s=self._timeout_s)
         await self._fleet.for_all(lambda client: self._shake_hands(client, version))
+        self._fleet.version = str(version)
         await self._fleet.call_all("/continue_generation", {}, timeout_s=self._timeout_s)
         await self._let_go()
         self._fleet.refuse_if_gone()

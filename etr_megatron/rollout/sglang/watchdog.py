@@ -1,14 +1,16 @@
-"""Keeps a server from outliving the job: `python watchdog.py GRACE_S COMMAND...`, stdin a pipe that the job holds open.
+"""Keeps a server from outliving the job: `python watchdog.py GRACE_S FD COMMAND...`, stdin a pipe that the job holds open.
 
 The server runs in a session of its own, so that everything it starts can be killed as one process group; its schedulers would
 otherwise survive it. When the pipe closes, which the kernel sees to even after `kill -9` of the job, the group gets SIGTERM
 and, after GRACE_S seconds, SIGKILL. When the server ends first, what is left of the group is ended likewise, and its exit code
-passed on. Stdlib only; nothing of this package is imported.
+passed on. The server's pid is written to the file descriptor FD, for the job to end the group should this process be killed
+itself; the server then gets SIGKILL (on Linux). Stdlib only; nothing of this package is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -17,6 +19,7 @@ import sys
 import time
 
 _POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -43,13 +46,15 @@ def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
 
 def main() -> int:
     """Run the server until it ends or the pipe closes."""
-    grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    grace_s, report, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     # A signal for the job's terminal or session is the job's to answer; the pipe tells what came of it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.ExitStack() as stack:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_prepare)
         stack.callback(_end_group, server, grace_s)
+        os.write(report, str(server.pid).encode())
+        os.close(report)
         while server.poll() is None:
             ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
             if ready and not os.read(sys.stdin.fileno(), 1):
@@ -57,7 +62,10 @@ def main() -> int:
         return server.returncode
 
 
-def _default_signals() -> None:
+def _prepare() -> None:
+    """In the server's process, before it is the server."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -1,0 +1,42 @@
+"""What all ranks do, each its part, and of which none goes on when one of them could not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from etr_megatron.errors import UserError
+from etr_megatron.platform.files import disk_full_behind
+
+T = TypeVar("T")
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do `work` on every rank of the group (None: all) and wait for the others: what it returned here. A collective.
+
+    Raises this rank's own error, or, where only others failed, the first of theirs: a UserError as it is, a full disk as
+    OSError, anything else as RuntimeError. A process without ranks only does it.
+    """
+    if not dist.is_initialized():
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as failed:
+        error = failed
+    failures: list[Exception | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, None if error is None else _for_others(error), group=group)
+    error = error or next((failure for failure in failures if failure is not None), None)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _for_others(error: Exception) -> Exception:
+    """An error that can be sent to ranks which do not know its class."""
+    full = disk_full_behind(error)
+    if full is not None:
+        return OSError(full.errno, full.strerror)
+    return UserError(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {dist.get_rank()} failed: {error}")
