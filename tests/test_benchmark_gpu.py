@@ -32,11 +32,12 @@ def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys):
     assert case["contestants"].keys() == {"torch", "products", "products_at_once"} and "triton" in case["left_out"]
     assert all(len(one["seconds"]) == 3 and one["min_s"] > 0 for one in case["contestants"].values())
     policy = result["policy"]
-    assert policy["left_out"].keys() == set(gpu_device.RECIPES) and list(policy["recipes"]) == ["bf16"]
+    assert policy["left_out"].keys() == set(gpu_device.RECIPES) and list(policy["recipes"]) == ["bf16", "bf16_recompute"]
     one = policy["recipes"]["bf16"]
     assert one["dtype"] == "float32" and one["mfu"] is None and one["logprob_gap_to_bf16"] == 0
     assert one["tokens_per_s"] == pytest.approx(6 * 48 / one["update"]["median_s"])
     assert len(set(one["losses"])) == 3  # it trains
+    assert 0 < one["planned_state_bytes"] < one["planned_peak_bytes"] and one["runtime_bytes"] is None
     step = result["step"]
     assert [row["step"] for row in step["steps"]] == [1, 2] and step["median"]["time_train"] > 0
     assert "rollout.backend=embedded" in step["settings"]

@@ -1,7 +1,9 @@
 """Block quantisation to FP8, as checkpoints with `quant_method: fp8` and a `weight_block_size` hold it.
 
 Every block of 128 x 128 values has a scale of its own that takes its largest value to the largest that e4m3 has. Stored are the
-scaled values and, as `weight_scale_inv`, what to multiply them with. Same arithmetic as transformers' fine-grained FP8.
+scaled values and, as `weight_scale_inv`, what to multiply them with. The arithmetic is that of Transformer Engine's blockwise
+recipe with fp32 scales, so that a server computes with the values that the trainer computed with. Transformers' fine-grained FP8
+rounds a scale twice: it differs from ours in a scale's last bit, and hence in few codes.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
     blocks = _blocks(weight, block)
     largest = blocks.abs().amax(dim=(1, 3))
     # A comparison that NaN fails, so that NaN keeps its way into the scale.
-    scale = torch.where(largest <= _SMALLEST, 1.0, largest.reciprocal() * _LARGEST)
+    # A division of tensors: torch turns that of a number by a tensor into a product with the reciprocal, which rounds twice.
+    scale = torch.where(largest <= _SMALLEST, 1.0, torch.full_like(largest, _LARGEST) / largest)
     scaled = (blocks * scale[:, None, :, None]).clamp_(-_LARGEST, _LARGEST)
     return _matrix(scaled, rows, cols).to(FP8), 1.0 / scale
 
