@@ -31,7 +31,6 @@ def device_facts(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
             "bf16_peak_flops": BF16_PEAK.get(properties.name),
         }
     return found

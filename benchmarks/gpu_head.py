@@ -2,7 +2,8 @@
 
 Contestants: `torch` and `triton`, forward and backward of the whole head; `products`, the head's own three matrix products and
 nothing else, chunk by chunk as the head makes them, with fp32 results; `products_at_once`, over all rows, with results in the
-operands' type. Before anything is timed, `torch` and `triton` are compared with log_softmax by autograd of the same operands in fp32.
+operands' type. Before anything is timed, `torch` and `triton` are compared with log_softmax by autograd, of the same
+operands in fp32.
 """
 
 from __future__ import annotations

@@ -127,6 +127,13 @@ def planned_bytes(settings: list[str], workload: dict[str, int]) -> dict[str, in
     return {"planned_state_bytes": state, "planned_peak_bytes": state + rank.activations + rank.head}
 
 
+def _cudnn_version() -> str:
+    """Of the library that attention uses. To ask torch for its own would load that, and where a machine has two they mix."""
+    import transformer_engine_torch
+
+    return str(transformer_engine_torch.get_cudnn_version())
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Build the policy, train it, and say how fast. The batch's log-probs after a first update at learning rate 0, with which
     delayed scaling has seen its first maxima, go to the file `job["logp"]`."""
@@ -168,6 +175,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "settings": settings[1:],
         "dtype": config.model.dtype,
+        "cudnn": _cudnn_version() if cuda else None,
         "update": update,
         "logprobs": summary(forward),
         "tokens_per_s": tokens / update["median_s"],

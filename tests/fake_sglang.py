@@ -82,6 +82,7 @@ class State:
         self.version, self.paused, self.in_update = "default", False, False
         self.released: set[str] = set()
         self.sums: dict[str, float] = {}
+        self.most_payload_bytes = 0
         self.log: list[str] = []
         self.generated = itertools.count()
         self.buckets = itertools.count()
@@ -194,10 +195,16 @@ def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
     if not STATE.in_update and not BEHAVIOUR.get("old"):
         return 400, {"success": False, "message": "not between begin and end"}
     _act("bucket", next(STATE.buckets), "_bucket")
-    named = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
+    payloads = body["serialized_named_tensors"]
+    STATE.most_payload_bytes = max(STATE.most_payload_bytes, *map(len, payloads))
+    workers = [pickle.loads(base64.b64decode(payload)) for payload in payloads]
     if body.get("load_format") is None:
-        STATE.sums |= {name: tensor.double().sum().item() for name, tensor in named}
+        found = [{name: tensor.double().sum().item() for name, tensor in named} for named in workers]
+        if any(one != found[0] for one in found):
+            return 400, {"success": False, "message": "workers were sent different tensors"}
+        STATE.sums |= found[0]
         return 200, {"success": True, "message": ""}
+    named = workers[0]
     from etr_megatron.weights.transport import server_entry, server_loader
     from tests.transport_jobs import ToyServer
 
@@ -233,7 +240,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/model_info":
         return 200, {"weight_version": STATE.version}
     if route == "/state":
-        said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts")}
+        said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts", "most_payload_bytes")}
         return 200, said | {"pid": os.getpid()}
     if route == "/server_info":
         with BATCH:

@@ -1,4 +1,5 @@
-"""FP8 blocks: bit-equal to the definition in NumPy, and but for a scale's last bit to transformers' quantiser, stable, safe at zeros and ragged ends."""
+"""FP8 blocks: bit-equal to the definition in NumPy, and but for a scale's last bit to transformers' quantiser; stable, safe at
+zeros and ragged ends."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
     """Seconds from the last update to servers with the new weights.
 
     Whole tensors are gathered over tensor-parallel ranks and passed to all stages first; `broadcast` then sends them from one
-    adapter, `tensor` over HTTP as text, once for every worker of a server, `disk` by a filesystem. `sharded` sends every server
-    GPU its part, from all ranks.
+    adapter, `disk` goes by a filesystem, `tensor` as `_by_requests` says. `sharded` sends every server GPU its part, from all
+    ranks.
     """
     network, nvlink = gpu.network * gpu.link_efficiency, gpu.nvlink * gpu.link_efficiency
     parallel, sglang = config.parallel, config.sglang
@@ -90,10 +90,17 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
         return gpu.pause + max(received, sent) / network
     sent = {
         "broadcast": model_bytes / network,
-        "tensor": 4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate,
+        "tensor": _by_requests(cluster, model_bytes, gpu, nodes=1 if sglang.nodes == "first" else cluster.nodes),
         "disk": 2 * model_bytes / gpu.disk_rate,
     }[transport]
     return gpu.pause + gather + sent
+
+
+def _by_requests(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int) -> float:
+    """Servers of rank 0's node read what it copied into the machine's memory; others are sent text, once for every worker."""
+    near = 0.0 if cluster.outside else 2 * model_bytes / gpu.host_rate
+    is_far = cluster.outside or nodes > 1
+    return near + (4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate if is_far else 0.0)
 
 
 def _model_bytes(arch: Architecture, config: Config) -> int:

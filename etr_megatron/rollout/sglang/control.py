@@ -88,7 +88,11 @@ class Control:
         self.stream = RequestStream(fleet, concurrency=config.concurrency, exclusive=not config.urls)
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
-        self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
+        # Rank 0's own servers come first; one at `sglang.urls` may be in a container of its own, whatever its address.
+        near = names[: config.servers] if not config.urls else ()
+        if sync_of(config) == "tensor" and len(near) < len(names):
+            logger.warning("sglang.sync: tensor sends servers that are not of rank 0's node about 30 MB/s; disk is faster")
+        self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s, near=near)
         if sync_of(config) == "broadcast":
             self._delivery = BroadcastDelivery(
                 fleet, workers=config.tp, host=host, backend=backend, timeout_s=config.update_timeout_s

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.shared_memory import SharedMemory, handles
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
+
+logger = logging.getLogger(__name__)
 
 _ARRIVAL_S = 5.0
 """For a server to begin to look for the others of a weight group."""
@@ -64,21 +68,47 @@ def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
 
 
 class TensorDelivery:
-    """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`."""
+    """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`.
 
-    def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float) -> None:
-        self._fleet, self._workers, self._timeout_s = fleet, workers, timeout_s
+    near: names of servers that share this machine's memory; they are told where a bucket lies, which takes a fiftieth of the
+    time that its bytes take on their way through JSON and a server's processes. Where `/dev/shm` has no room they get bytes.
+    """
+
+    def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float, near: Collection[str] = ()) -> None:
+        self._fleet, self._workers, self._timeout_s, self._near = fleet, workers, timeout_s, frozenset(near)
+        self._memory = SharedMemory()
+        self._warned = False
 
     async def deliver(self, bucket: Bucket) -> None:
         """See `Delivery.deliver`."""
-        named = [(field.name, field.view(bucket.flat)) for field in bucket.fields]
-        payload = await asyncio.to_thread(serialized, named)
-        body = {"serialized_named_tensors": [payload] * self._workers, "flush_cache": False}
-        await self._fleet.call_all("/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+        payloads = await asyncio.to_thread(self._payloads, bucket, [client.name for client in self._fleet.serving])
+
+        async def send(client: ServerClient) -> None:
+            body = {"serialized_named_tensors": payloads[client.name], "flush_cache": False}
+            await client.call("/update_weights_from_tensor", body, timeout_s=self._timeout_s)
+
+        await self._fleet.for_all(send)
         self._fleet.refuse_if_gone()
+
+    def _payloads(self, bucket: Bucket, names: Sequence[str]) -> dict[str, list[str]]:
+        """What each worker of each server is sent. Every server has answered the bucket before, or has failed."""
+        near = [name for name in names if name in self._near]
+        shared = self._memory.put(bucket.flat) if near else None
+        found: dict[str, list[str]] = {}
+        if shared is not None:
+            views = [(field.name, field.view(shared)) for field in bucket.fields]
+            found = {name: [handles(views) for _ in range(self._workers)] for name in near}
+        elif near and not self._warned:
+            self._warned = True
+            logger.warning("/dev/shm has no room for %d MiB of weights; they go to servers by HTTP", len(bucket.flat) >> 20)
+        if len(found) < len(names):
+            whole = serialized([(field.name, field.view(bucket.flat)) for field in bucket.fields])
+            found |= {name: [whole] * self._workers for name in names if name not in found}
+        return found
 
     async def close(self) -> None:
         """See `Delivery.close`."""
+        self._memory = SharedMemory()
 
 
 class BroadcastDelivery:
