@@ -82,8 +82,14 @@ def test_no_number_may_be_minus_one(key):
         (dict(objective__loss="gspo", objective__eps_max=1.0), ["objective.eps_max"]),
         (dict(objective__dual_clip=1.0), ["objective.dual_clip"]),
         (dict(objective__preset="gspo", objective__dual_clip=3.0), ["objective.dual_clip", "objective.loss"]),
-        (dict(objective__kl_coef=0.1, objective__kl_in="reward", objective__kl_estimator="k3"), ["objective.kl_estimator"]),
+        (
+            dict(objective__kl_coef=0.1, objective__kl_in="reward", objective__kl_estimator="k3", objective__normalize=False),
+            ["objective.kl_estimator"],
+        ),
         (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__kl_estimator="k2"), ["objective.kl_in"]),
+        (dict(objective__kl_coef=0.1, objective__kl_in="reward"), ["objective.normalize"]),
+        (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__normalize=True), ["objective.kl_in"]),
+        (dict(rollout__backend="sglang", sglang__context_length=511, data__max_prompt_tokens=256), ["sglang.context_length"]),
         (dict(objective__correction_cap=0.0, objective__correction_floor=0.0), ["objective.correction_cap"]),
         (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
         (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
@@ -118,7 +124,8 @@ def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():
 @pytest.mark.parametrize("preset", ["etr", "rloo"])
 def test_the_kl_estimator_left_open_is_the_one_that_pulls_to_the_reference(preset):
     for where, estimator in (("reward", "k1"), ("loss", "k3")):
-        config = config_with(objective__preset=preset, objective__kl_in=where, objective__kl_coef=0.1)
+        values = dict(objective__preset=preset, objective__normalize=False)
+        config = config_with(**values, objective__kl_in=where, objective__kl_coef=0.1)
         assert resolve(config, 1, cuda=False).objective.kl_estimator == estimator
     unused = config_with(objective__preset=preset, objective__kl_in="reward", objective__kl_estimator="k2")
     assert validate(unused, None) == []  # with kl_coef 0

@@ -27,11 +27,14 @@ def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] | None = None) -> LossOutputs:
     """The loss of a policy term: -sum_t w_t c_t surrogate_t + kl_coef sum_t w_t KL_t - entropy_coef sum_t w_t H_t.
 
-    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`.
+    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`. Raises ValueError for a KL without log-probs of a
+    reference.
     """
     settings, weight = inputs.settings, inputs.weight
     loss = -(weight * inputs.correction * surrogate).sum()
-    if settings.kl_coef and inputs.ref_logp is not None:
+    if settings.kl_coef:
+        if inputs.ref_logp is None:
+            raise ValueError(f"objective.kl_coef is {settings.kl_coef:g}, but there are no log-probs of a reference")
         kl = kl_estimate(inputs.logp, inputs.ref_logp, settings.kl_estimator, settings.log_ratio_bound)
         loss = loss + settings.kl_coef * (weight * kl).sum()
     if settings.entropy_coef:

@@ -27,6 +27,12 @@ def objective(config: Config) -> Iterator[Violation]:
             ("objective.kl_in", "objective.kl_estimator"),
             "a reward is a constant, so that only k1 pulls to the reference there; set kl_estimator to k1, or kl_in to loss",
         )
+    if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.normalize:
+        yield Violation(
+            ("objective.kl_in", "objective.normalize"),
+            "in a group whose rewards are otherwise equal, dividing by the deviation makes advantages of full size of the KL "
+            "alone, however small it is; set normalize to false, or kl_in to loss",
+        )
     if objective.correction_floor > objective.correction_cap:
         yield Violation(
             ("objective.correction_floor", "objective.correction_cap"), "correction_floor must not exceed correction_cap"
