@@ -87,12 +87,12 @@ def server_without_a_model(**responses: Any) -> Iterator[str]:
 
 
 @contextmanager
-def real_server(folder: Path) -> Iterator[str]:
+def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Address of an SGLang server with the tiny policy's architecture and random weights; no token ends a response.
 
-    Raises UserError when it does not start.
+    overrides: of the config. Raises UserError when it does not start.
     """
-    config = load_config(ROOT / CONFIG, [])
+    config = load_config(ROOT / CONFIG, list(overrides))
     model = new_model(config.tiny, tokenizer_of(config.tiny)).config
     model.eos_token_id, model.architectures = None, ["Qwen3ForCausalLM"]
     model.save_pretrained(folder)

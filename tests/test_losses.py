@@ -394,10 +394,3 @@ def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) ->
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="registered already"):
         register_loss("clipped", token_local=True)(squared)
-
-
-def test_a_kl_without_a_reference_is_refused_not_left_out() -> None:
-    case, logp, entropy = random_case(0, LossSettings(kl_coef=0.3))
-    inputs = replace(case.inputs(torch.tensor(logp), torch.tensor(entropy)), ref_logp=None)
-    with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no log-probs of a reference"):
-        resolve_loss("clipped")(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,15 +15,18 @@ from etr_megatron.config import PRESETS
 from etr_megatron.objective import (
     ElasticBounds,
     GroupStatistics,
+    LossSettings,
     control_radii,
     group_statistics,
     kl_estimate,
     kl_penalty,
     overlong_punishment,
     pass_rate_bins,
+    resolve_loss,
     rollout_correction,
     token_weights,
 )
+from tests.loss_cases import random_case
 
 
 def numpy_statistics(rewards: np.ndarray, ids: list[str], preset: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -357,3 +360,10 @@ def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
     bins = pass_rate_bins(statistics.pass_rate, statistics.variance).tolist()
     found = {name: bins[ids.index(name)] for name in rewards}
     assert found == {"none": -1, "fifth": 0, "quarter": 1, "half": 2, "most": 3, "all": -1, "equal": -1}
+
+
+def test_a_kl_without_a_reference_is_refused_not_left_out():
+    case, logp, entropy = random_case(0, LossSettings(kl_coef=0.3))
+    inputs = replace(case.inputs(torch.tensor(logp), torch.tensor(entropy)), ref_logp=None)
+    with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no log-probs of a reference"):
+        resolve_loss("clipped")(inputs)

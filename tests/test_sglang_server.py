@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import weight_sync
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
@@ -182,6 +184,14 @@ def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model
         assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
     if sync == "sharded":
         assert sum(rank["bytes"] for rank in found) == least_bytes(model, 1)
+
+
+def test_the_weight_sync_benchmark_measures_syncs_that_bring_the_weights(model, server):
+    buckets = list(weight_sync.buckets_of(load_file(f"{model}/model.safetensors"), 40_000))
+    assert len(buckets) > 3
+    seconds = asyncio.run(weight_sync.measure(server.url, buckets, 1))
+    assert seconds.keys() == {"shared_memory", "text", "broadcast", "bare_copy"}
+    assert all(len(each) == 1 and each[0] > 0 for each in seconds.values())
 
 
 def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):

@@ -1,0 +1,190 @@
+"""Seconds of a weight sync into a real SGLang server on CPU, by each way that whole tensors go there.
+
+    bash tools/setup_env.sh --sglang && python -m benchmarks.weight_sync    # 0.4 GB in fp32
+    python -m benchmarks.weight_sync --quick                                # 2 MB, whose times mean nothing
+
+Contestants: `shared_memory`, `sglang.sync: tensor` into a server of this machine; `text`, the same into one that is not told
+where the bytes lie, base64 in JSON; `broadcast`, over gloo. All from the same flat buckets and within the same transaction
+(pause, begin, weights, end, flush, version, continue), round robin after one of each. `bare_copy` is the buckets copied in this
+process's memory. Before anything is timed the server is asked for log-probs after each contestant, with zeros sent in between:
+they must be the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from benchmarks.experiment_environment import environment
+from benchmarks.output import prepare_output
+from benchmarks.rollout import CONFIG, real_server, tokenizer_of
+from benchmarks.targets import summary
+from etr_megatron.config import Config, load_config
+from etr_megatron.data.warm_start import new_model
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.client import ServerClient
+from etr_megatron.rollout.sglang.connections import Connections
+from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
+from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.sync import Transaction
+from etr_megatron.weights.transport.whole import Field
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LARGE = ["tiny.hidden_size=768", "tiny.layers=12", "tiny.heads=12", "tiny.head_dim=64", "tiny.intermediate_size=3072"]
+TIMEOUT_S = 300.0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small model, 2 rounds")
+    parser.add_argument("--rounds", type=int, help="timed syncs of each contestant (default 5, quick 2)")
+    parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/weight_sync.json or ..._quick.json)")
+    options = parser.parse_args(argv)
+    options.rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
+    options.output = options.output or RESULTS / ("weight_sync_quick.json" if options.quick else "weight_sync.json")
+    if options.rounds < 1:
+        raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
+    prepare_output(options.output)
+    return options
+
+
+def buckets_of(tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
+    """Tensors in order in flat buckets of `limit` bytes at most, or of one tensor that is larger."""
+    names, nbytes = list(tensors), 0
+    begin = 0
+    for number, name in enumerate([*names, None]):
+        if name is None or (number > begin and nbytes + tensors[name].nbytes > limit):
+            fields, offset = [], 0
+            for one in names[begin:number]:
+                fields.append(Field(one, tensors[one].dtype, tuple(tensors[one].shape), offset))
+                offset += tensors[one].nbytes
+            yield Bucket(fields, torch.cat([tensors[one].flatten().view(torch.uint8) for one in names[begin:number]]))
+            begin, nbytes = number, 0
+        nbytes += tensors[name].nbytes if name is not None else 0
+
+
+def deliveries(fleet: Fleet) -> dict[str, Delivery]:
+    """The contestants."""
+    name = fleet.clients[0].name
+    return {
+        "shared_memory": TensorDelivery(fleet, workers=1, timeout_s=TIMEOUT_S, near=[name]),
+        "text": TensorDelivery(fleet, workers=1, timeout_s=TIMEOUT_S),
+        "broadcast": BroadcastDelivery(fleet, workers=1, host="127.0.0.1", backend="gloo", timeout_s=TIMEOUT_S),
+    }
+
+
+class Syncs:
+    """Weight syncs into one server, each with a version of its own."""
+
+    def __init__(self, fleet: Fleet, ways: dict[str, Delivery]) -> None:
+        self._fleet, self._ways, self._version = fleet, ways, 0
+
+    async def run(self, way: str, buckets: Sequence[Bucket]) -> float:
+        """Seconds of one. Raises EngineGoneError when the server failed."""
+        transaction, self._version = Transaction(self._fleet, TIMEOUT_S), self._version + 1
+        started = time.perf_counter()
+        await transaction.begin()
+        for bucket in buckets:
+            await self._ways[way].deliver(bucket)
+        await transaction.finish(self._version)
+        return time.perf_counter() - started
+
+    async def logprobs(self) -> list[float]:
+        """Of a greedy response; with the version, what the server serves."""
+        sampling = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+        body = {"input_ids": [5, 6, 7, 8], "sampling_params": sampling, "return_logprob": True}
+        reply = await self._fleet.clients[0].call("/generate", body, timeout_s=TIMEOUT_S)
+        return [row[0] for row in reply["meta_info"]["output_token_logprobs"]]
+
+
+async def measure(url: str, buckets: Sequence[Bucket], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant's syncs. Raises RuntimeError where one did not bring the weights."""
+    zeros = [Bucket(bucket.fields, torch.zeros_like(bucket.flat)) for bucket in buckets]
+    async with httpx.AsyncClient(transport=Connections()) as http:
+        client = ServerClient("server", url, http)
+        await client.learn_routes((), timeout_s=TIMEOUT_S)
+        fleet = Fleet([client], concurrency=4, timeout_s=TIMEOUT_S, hang_timeout_s=TIMEOUT_S)
+        ways = deliveries(fleet)
+        syncs, wanted = Syncs(fleet, ways), None
+        for way in ways:
+            await syncs.run(way, zeros)
+            without = await syncs.logprobs()
+            await syncs.run(way, buckets)
+            found = await syncs.logprobs()
+            wanted = wanted or found
+            if found != wanted or found == without:
+                raise RuntimeError(f"{way} did not bring the weights: log-probs {found}, others' {wanted}, of zeros {without}")
+        seconds: dict[str, list[float]] = {way: [] for way in (*ways, "bare_copy")}
+        for _ in range(rounds):
+            for way in ways:
+                seconds[way].append(await syncs.run(way, buckets))
+            started = time.perf_counter()
+            for bucket in buckets:
+                bucket.flat.clone()
+            seconds["bare_copy"].append(time.perf_counter() - started)
+        for delivery in ways.values():
+            await delivery.close()
+    return seconds
+
+
+def weights_of_a_model(config: Config) -> dict[str, Tensor]:
+    """Random fp32 weights of the tiny policy's architecture by their HF names, a tied head left out."""
+    model = new_model(config.tiny, tokenizer_of(config.tiny))
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text, fastest first."""
+    lines = [f"{result['bytes'] / 1e9:.3f} GB, {'median s':>14}{'min s':>10}{'x text':>10}"]
+    text = result["contestants"]["text"]["median_s"]
+    for name, one in sorted(result["contestants"].items(), key=lambda item: item[1]["median_s"]):
+        lines.append(f"  {name:<16}{one['median_s']:>10.3f}{one['min_s']:>10.3f}{one['median_s'] / text:>10.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code, 2 for a wrong option and where there is no server."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        overrides = [] if options.quick else LARGE
+        config = load_config(ROOT / CONFIG, overrides)
+        python = ROOT / config.sglang.python
+        if not python.exists():
+            raise UserError(f"there is no {python}; `bash tools/setup_env.sh --sglang` makes it")
+        os.chdir(ROOT)  # the server's command is relative to it
+        buckets = list(buckets_of(weights_of_a_model(config), config.sglang.bucket_mib << 20))
+        with tempfile.TemporaryDirectory() as work, real_server(Path(work), overrides) as url:
+            seconds = asyncio.run(measure(url, buckets, options.rounds))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result = {
+        "environment": environment(ROOT),
+        "quick": options.quick,
+        "bytes": sum(len(bucket.flat) for bucket in buckets),
+        "buckets": len(buckets),
+        "contestants": {name: summary(each) for name, each in seconds.items()},
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
