@@ -26,7 +26,7 @@ from etr_megatron.objective import (
     rollout_correction,
     token_weights,
 )
-from tests.loss_cases import random_case
+from tests import loss_cases
 
 
 def numpy_statistics(rewards: np.ndarray, ids: list[str], preset: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -363,7 +363,7 @@ def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
 
 
 def test_a_kl_without_a_reference_is_refused_not_left_out():
-    case, logp, entropy = random_case(0, LossSettings(kl_coef=0.3))
+    case, logp, entropy = loss_cases.random_case(0, LossSettings(kl_coef=0.3))
     inputs = replace(case.inputs(torch.tensor(logp), torch.tensor(entropy)), ref_logp=None)
     with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no log-probs of a reference"):
         resolve_loss("clipped")(inputs)
