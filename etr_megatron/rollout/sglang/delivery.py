@@ -70,8 +70,9 @@ def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
 class TensorDelivery:
     """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`.
 
-    near: names of servers that share this machine's memory; they are told where a bucket lies, which takes a twentieth of
-    the time that its bytes take on their way through JSON and a server's processes (benchmarks/weight_sync.py). Where `/dev/shm` has no room they get bytes.
+    near: names of servers that share this machine's memory; they are told where a bucket lies, which takes a twentieth of the
+    time that its bytes take through JSON and a server's processes (benchmarks/weight_sync.py). Where `/dev/shm` has no room
+    they get bytes.
     """
 
     def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float, near: Collection[str] = ()) -> None:
