@@ -325,7 +325,8 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
 
 
 def on_first_request(client: Any, what: Callable[[], None]) -> None:
-    """Do `what` a moment after the client's first request has left: long before 60 tokens, not before the server has begun."""
+    """Do `what` a moment after the client's first request has left: not before the server has begun, long before it has 240
+    tokens (60 it once had before the timer's thread was given time)."""
     generate, timer = client.generate, threading.Timer(0.1, what)
 
     def first(*args: Any, **kwargs: Any) -> Any:
@@ -343,7 +344,7 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address):
         engine = engine_of(policy, model, directory, nodes="every", **settings)
-    tokens = 60
+    tokens = 240
 
     def process(number: int) -> psutil.Process:
         watchdog = engine._host._processes[f"SGLang server {number}"]._watchdog
