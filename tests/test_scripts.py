@@ -145,6 +145,7 @@ def test_help_through_bash(is_set_up: None) -> None:
     assert done.returncode == 0 and done.stdout.startswith(usage)
 
 
+@pytest.mark.slow
 def test_a_dry_run_through_bash_starts_nothing_and_finds_the_number_of_gpus(is_set_up: None, tmp_path: Path) -> None:
     done = run(["bash", str(RUN), str(REPO / "configs/qwen3_8b_8gpu.yaml"), "--dry-run", f"run.dir={tmp_path}"])
     assert (done.returncode, done.stderr) == (0, "")

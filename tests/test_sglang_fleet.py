@@ -125,6 +125,7 @@ def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests()
     assert failed == {"server 0": "gave no sign of life within 2 s"}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_cancelled():
     async def body():
         async with fleet_of({"seconds": 3.0}, hang_timeout_s=1.0) as fleet:
@@ -141,6 +142,7 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
     assert not failed and looking is None
 
 
+@pytest.mark.slow
 def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone():
     async def body():
         async with fleet_of({"seconds": 0.7, "busy": True}, hang_timeout_s=3.0, concurrency=1) as fleet:
@@ -245,8 +247,11 @@ def test_servers_without_begin_and_end_of_an_update_take_one_as_well():
     assert all(map(has_all, states)) and not failed
 
 
-@pytest.mark.parametrize("near", [(), ("server 0",), ("server 0", "server 1", "server 2")], ids=["far", "mixed", "near"])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("near", "workers"),
+    [((), 1), (("server 0",), 3), (("server 0", "server 1", "server 2"), 2)],
+    ids=["far", "mixed", "near"],
+)
 def test_tensors_in_requests_arrive_as_well(near, workers):
     """From a shared segment at servers of this machine, which are sent less than the tensors' bytes, and at others whole."""
     large = {"large.weight": torch.randn(130, 257), **TENSORS}
@@ -279,6 +284,7 @@ def test_without_room_in_shared_memory_servers_nearby_get_bytes_too(monkeypatch,
     ]
 
 
+@pytest.mark.slow
 def test_a_segment_goes_with_its_process_also_where_a_server_died_before_it_read_its_handle():
     code = (
         "import os, signal, torch; from etr_megatron.rollout.sglang.shared_memory import SharedMemory, handles\n"

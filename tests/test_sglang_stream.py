@@ -110,6 +110,7 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there(exclu
         assert reply.ids + then[100 + key].ids == [(key + 1 + i) % 97 for i in range(40)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
     monkeypatch.setattr("etr_megatron.rollout.sglang.stream._ABORT_TIMEOUT_S", 1.0)

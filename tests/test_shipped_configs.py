@@ -55,6 +55,7 @@ def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) ->
     check_ranks(plan, range(len(plan.ranks)))
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_64_gpu_layout_with_uneven_stages_is_the_model_that_is_built() -> None:
     overrides = ["parallel.first_stage_layers=15", "parallel.last_stage_layers=13", "parallel.cp=2", "parallel.tp=8"]
     plan = make_plan(load_config(CONFIGS / "qwen3_32b_32gpu.yaml", overrides), 64)

@@ -98,6 +98,7 @@ def order_on_disk(directory: str, model: str) -> list[str]:
     return events
 
 
+@pytest.mark.slow
 def test_a_file_is_gathered_while_the_one_before_is_written(gangs, hf_models, tmp_path):
     """`disk`."""
     job = dict(directory=str(tmp_path), model=hf_models["qwen3"])
