@@ -1,7 +1,7 @@
 """The only currency between rooms: a `Problem` is asked, a `Group` of `Sample`s comes back.
 
 Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk. What a
-sample has of every token is an `array`, an eighth of a list's memory: every rank holds those of a whole step.
+sample has of every token is an `array`, less than a fifth of a list's memory: every rank holds those of a whole step.
 """
 
 from __future__ import annotations

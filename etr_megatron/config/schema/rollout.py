@@ -90,9 +90,9 @@ class SglangConfig:
     """Address of rank 0's machine as the servers see it; weights are sent from there. null: loopback, or where servers are
     on other machines the address on the way to them."""
     sync: Literal["broadcast", "tensor", "disk", "sharded"] | None = None
-    """How weights reach the servers. `broadcast`: whole tensors over one process group. `tensor`: whole tensors in HTTP
-    requests. `disk`: by way of `sglang.sync_dir`. `sharded`: every rank sends each worker what that needs, once. null:
-    `broadcast`, for colocated servers `tensor`."""
+    """How weights reach the servers. `broadcast`: whole tensors over one process group. `tensor`: the same in shared memory of
+    rank 0's machine, and in HTTP requests to servers elsewhere. `disk`: by way of `sglang.sync_dir`. `sharded`: every rank
+    sends each worker what that needs, once. null: `broadcast`, for colocated servers `tensor`."""
     sync_dir: str | None = None
     """Directory of `sync: disk` that all ranks and servers see; null is `servers/weights` in the run's directory."""
     probe_every: int = 100

@@ -101,7 +101,8 @@ class TensorDelivery:
             found = {name: [handles(views) for _ in range(self._workers)] for name in near}
         elif near and not self._warned:
             self._warned = True
-            logger.warning("/dev/shm has no room for %d MiB of weights; they go to servers by HTTP", len(bucket.flat) >> 20)
+            why, size = self._memory.unavailable, len(bucket.flat) >> 20
+            logger.warning("%s for %d MiB of weights; they go to servers by HTTP", why, size)
         if len(found) < len(names):
             whole = serialized([(field.name, field.view(bucket.flat)) for field in bucket.fields])
             found |= {name: [whole] * self._workers for name in names if name not in found}

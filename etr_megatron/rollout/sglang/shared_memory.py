@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -29,24 +29,44 @@ def _by_name() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
+def _keep_sockets_to_ourselves() -> None:
+    """The first segment starts torch's manager of segments, a process that lives as long as a reader does. Were it to inherit
+    the sockets of gloo and of the store, which torch leaves inheritable, others would not hear of it when we die."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the descriptor of this listing, and any that was closed meanwhile
+            if os.readlink(entry).startswith("socket:"):
+                os.set_inheritable(int(entry.name), False)
+
+
 class SharedMemory:
-    """One buffer, which grows with what is put into it. It is gone with the last process that has it open."""
+    """One buffer, which grows with what is put into it. It is gone once this process and all that opened it are.
+
+    A handle that was never read, because its server failed, keeps the segment until then, also after a larger one took its
+    place; after a first sync none grows any more. `unavailable`: why `put` had no room the last time.
+    """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.unavailable = ""
 
     def put(self, flat: Tensor) -> Tensor | None:
         """The bytes of a uint8 [n] of any device, here; the caller knows that nobody reads what was there before.
 
         Returns a view of the buffer, which owns it; None where the machine has no room (in a container: `--ipc host`, or
-        `--shm-size`).
+        `--shm-size`) or torch cannot make a segment.
         """
         if len(self._buffer) < len(flat):
             self._buffer = torch.empty(0, dtype=torch.uint8)
             if not has_room(len(flat)):
+                self.unavailable = "/dev/shm has no room"
                 return None
-            with _by_name():
-                self._buffer = torch.empty(len(flat), dtype=torch.uint8).share_memory_()
+            try:
+                _keep_sockets_to_ourselves()
+                with _by_name():
+                    self._buffer = torch.empty(len(flat), dtype=torch.uint8).share_memory_()
+            except (OSError, RuntimeError) as error:
+                self.unavailable = f"no shared memory ({error})"
+                return None
         here = self._buffer[: len(flat)]
         here.copy_(flat)
         return here
@@ -62,6 +82,10 @@ def has_room(nbytes: int) -> bool:
 
 
 def handles(named: Sequence[tuple[str, Tensor]]) -> str:
-    """Views of a `SharedMemory` as `/update_weights_from_tensor` takes them; for one process that reads them once."""
+    """Views of a `SharedMemory` as `/update_weights_from_tensor` takes them.
+
+    For one process that reads them once: torch counts readers by what was pickled, and after a second reading of the same
+    handles the segment would be taken for unused. So a server that hands one worker's payload to several is not `near`.
+    """
     with _by_name():
         return base64.b64encode(ForkingPickler.dumps(list(named))).decode()
