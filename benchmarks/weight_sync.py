@@ -1,7 +1,7 @@
 """Seconds of a weight sync into a real SGLang server on CPU, by each way that whole tensors go there.
 
     bash tools/setup_env.sh --sglang && python -m benchmarks.weight_sync    # 0.4 GB in fp32
-    python -m benchmarks.weight_sync --quick                                # 2 MB, whose times mean nothing
+    python -m benchmarks.weight_sync --quick                                # 1 MB, whose times mean nothing
 
 Contestants: `shared_memory`, `sglang.sync: tensor` into a server of this machine; `text`, the same into one that is not told
 where the bytes lie, base64 in JSON; `broadcast`, over gloo. All from the same flat buckets and within the same transaction

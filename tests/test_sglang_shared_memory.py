@@ -27,7 +27,7 @@ def test_tensors_in_requests_arrive_as_well(near, workers):
     large = {"large.weight": torch.randn(130, 257), **TENSORS}
 
     async def body():
-        async with fleet_of({}, {}, {"fail_at": 0}) as fleet:
+        async with fleet_of({}, {}, {}) as fleet:
             delivery = TensorDelivery(fleet, workers=workers, timeout_s=20.0, near=near)
             for version in (1, 2):
                 await sync(fleet, version, delivery, tensors=large)
