@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.rollout.sglang.sync import Transaction
-from etr_megatron.weights.transport.whole import Field
+from etr_megatron.weights import Architecture, read_architecture, weights_of
+from etr_megatron.weights.transport.whole import groups_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,26 +65,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def buckets_of(tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
-    """Tensors in order in flat buckets of `limit` bytes at most, or of one tensor that is larger."""
-    names, nbytes = list(tensors), 0
-    begin = 0
-    for number, name in enumerate([*names, None]):
-        if name is None or (number > begin and nbytes + tensors[name].nbytes > limit):
-            fields, offset = [], 0
-            for one in names[begin:number]:
-                fields.append(Field(one, tensors[one].dtype, tuple(tensors[one].shape), offset))
-                offset += tensors[one].nbytes
-            yield Bucket(fields, torch.cat([tensors[one].flatten().view(torch.uint8) for one in names[begin:number]]))
-            begin, nbytes = number, 0
-        nbytes += tensors[name].nbytes if name is not None else 0
+def buckets_of(arch: Architecture, tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
+    """As a sync makes them: weights in order, in flat buckets of `limit` bytes at most, or of one weight that is larger."""
+    for group in groups_of(list(weights_of(arch)), torch.float32, None, limit):
+        flat = torch.empty(group.nbytes, dtype=torch.uint8)
+        for field in group.tensors:
+            field.view(flat).copy_(tensors[field.name])
+        yield Bucket(group.tensors, flat)
+
+
+class SharedDelivery(TensorDelivery):
+    """What `NodeBuckets` does on rank 0 for the servers of its machine, and the requests."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        super().__init__(fleet, workers=1, timeout_s=TIMEOUT_S)
+        self._names, self._shared = [client.name for client in fleet.clients], SharedBuckets(workers=1)
+
+    async def deliver(self, bucket: Bucket) -> None:
+        """See `Delivery.deliver`."""
+        await super().deliver(replace(bucket, handles=self._shared.put(bucket.fields, bucket.flat, self._names)))
 
 
 def deliveries(fleet: Fleet) -> dict[str, Delivery]:
     """The contestants."""
-    name = fleet.clients[0].name
     return {
-        "shared_memory": TensorDelivery(fleet, workers=1, timeout_s=TIMEOUT_S, near=[name]),
+        "shared_memory": SharedDelivery(fleet),
         "text": TensorDelivery(fleet, workers=1, timeout_s=TIMEOUT_S),
         "broadcast": BroadcastDelivery(fleet, workers=1, host="127.0.0.1", backend="gloo", timeout_s=TIMEOUT_S),
     }
@@ -141,11 +149,12 @@ async def measure(url: str, buckets: Sequence[Bucket], rounds: int) -> dict[str,
     return seconds
 
 
-def weights_of_a_model(config: Config) -> dict[str, Tensor]:
-    """Random fp32 weights of the tiny policy's architecture by their HF names, a tied head left out."""
+def buckets_of_a_model(config: Config, work: Path) -> list[Bucket]:
+    """Of random fp32 weights of the tiny policy's architecture. work: for its config.json."""
     model = new_model(config.tiny, tokenizer_of(config.tiny))
-    tied = model.config.tie_word_embeddings
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(work)
+    return list(buckets_of(read_architecture(work), model.state_dict(), config.sglang.bucket_mib << 20))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -167,9 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not python.exists():
             raise UserError(f"there is no {python}; `bash tools/setup_env.sh --sglang` makes it")
         os.chdir(ROOT)  # the server's command is relative to it
-        buckets = list(buckets_of(weights_of_a_model(config), config.sglang.bucket_mib << 20))
-        with tempfile.TemporaryDirectory() as work, real_server(Path(work), overrides) as url:
-            seconds = asyncio.run(measure(url, buckets, options.rounds))
+        with tempfile.TemporaryDirectory() as work:
+            buckets = buckets_of_a_model(config, Path(work))
+            with real_server(Path(work), overrides) as url:
+                seconds = asyncio.run(measure(url, buckets, options.rounds))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

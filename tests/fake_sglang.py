@@ -243,7 +243,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts", "most_payload_bytes")}
         return 200, said | {"pid": os.getpid()}
     if route == "/server_info":
-        with BATCH:
+        with SCHEDULER, BATCH:
             return 200, {}
     if route == "/health" and not STATE.paused:
         return 200, {}
@@ -288,7 +288,7 @@ WEIGHTS = {
 }
 BATCH: contextlib.AbstractContextManager = threading.Lock() if BEHAVIOUR.get("busy") else contextlib.nullcontext()
 SCHEDULER = threading.Lock()
-"""SGLang's scheduler does these one at a time: one that waits keeps the next from being heard."""
+"""SGLang's scheduler does these one at a time, and says how it is: one that waits keeps the next from being heard."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,43 +27,31 @@ from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, Sampling, StreamingSampler
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
+from etr_megatron.rollout.sglang.senders import WholeSender
 from etr_megatron.types import Problem
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
+from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
 
 TEMPERATURE = 0.9
 
 
-def own_address() -> str:
-    """Of this machine, not loopback; skips the test where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: only the route is looked up
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        return str(probe.getsockname()[0])
-
-
-@contextmanager
-def as_a_node_at(address: str) -> Iterator[None]:
-    """This rank takes itself for the first one of a node, and the job's first node for one at this address."""
-    before = {name: os.environ.get(name) for name in ("LOCAL_RANK", "MASTER_ADDR")}
-    os.environ |= {"LOCAL_RANK": "0", "MASTER_ADDR": address}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def engine_of(
-    policy: Any, model: str, directory: str, max_gap: float = 1e-5, stop_ids: Sequence[int] = (), **settings: Any
+    policy: Any,
+    model: str,
+    directory: str,
+    max_gap: float = 1e-5,
+    stop_ids: Sequence[int] = (),
+    bucket_bytes: int | None = None,
+    **settings: Any,
 ) -> SglangEngine:
+    """bucket_bytes: less than `bucket_mib` allows, as the tests' models are small; of `broadcast` and `tensor`."""
     serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), temperature=TEMPERATURE, max_gap=max_gap)
-    return SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
+    engine = SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
+    if bucket_bytes is not None and isinstance(engine._sender, WholeSender):
+        engine._sender._settings = replace(engine._sender._settings, bucket_bytes=bucket_bytes)
+    return engine
 
 
 def gaps(
@@ -97,7 +85,7 @@ def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[s
     return {"gaps": found, "bytes": sent[1] - sent[0]}
 
 
-def _states(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """What serving fake servers remember; on rank 0, empty elsewhere."""
     control = engine._control
     if control is None:
@@ -106,7 +94,7 @@ def _states(engine: SglangEngine, names: list[str] | None = None) -> dict[str, d
     return {client.name: control.run(client.get("/state", timeout_s=10)) for client in serving}
 
 
-def _sums(policy: Any, fp8: bool = False) -> dict[str, float]:
+def sums_of(policy: Any, fp8: bool = False) -> dict[str, float]:
     """Of all tensors under the names that a server knows them by; a quantised one comes with the scales of its blocks."""
     quantised = {name for weight in weights_of(policy.arch) if weight.fp8 and fp8 for name in weight.hf}
     found = dict(policy.export())
@@ -198,7 +186,7 @@ def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, 
         for version in range(1, syncs + 1):
             engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}
-        return {"states": _states(engine), "sums": _sums(policy, settings.get("fp8", False)), "failed": failed}
+        return {"states": states_of(engine), "sums": sums_of(policy, settings.get("fp8", False)), "failed": failed}
     finally:
         engine.close()
 
@@ -206,14 +194,11 @@ def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, 
 def killed_between(model: str, directory: str, number: int, **settings: Any) -> dict[str, Any]:
     """Two servers of the job; one gets a signal with requests under way. Tokens by request, and states after the next sync."""
     policy = build(model, ["parallel.tp=1"])
-    os.environ["FAKE_SGLANG"] = '{"seconds": 0.1}'
-    try:
+    with behaving({"seconds": 0.1}):
         engine = engine_of(policy, model, directory, probe_every=0, **settings)
-    finally:
-        del os.environ["FAKE_SGLANG"]
     try:
         engine.update_weights(policy.export(), 1)
-        victim = _states(engine)
+        victim = states_of(engine)
         if victim:
             pid = victim["SGLang server 0"]["pid"]
             threading.Timer(0.3, os.kill, (pid, number)).start()
@@ -221,16 +206,28 @@ def killed_between(model: str, directory: str, number: int, **settings: Any) -> 
         groups = engine.generate(problems, Sampling(2, 5, 1.0, seed=1, step=1))
         failed = engine._control.fleet.failed if engine._control is not None else {}
         engine.update_weights(policy.export(), 2)
-        states = _states(engine)
+        states = states_of(engine)
         return {"ids": [[s.response_ids.tolist() for s in group] for group in groups], "failed": failed, "states": states}
     finally:
         engine.close()
 
 
-def rank_fails(model: str, directory: str, urls: list[str], sync: str) -> tuple[str, dict[str, Any]]:
-    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it."""
+@contextmanager
+def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
+    """Of fake servers that this process starts meanwhile."""
+    os.environ["FAKE_SGLANG"] = json.dumps(behaviour)
+    try:
+        yield
+    finally:
+        del os.environ["FAKE_SGLANG"]
+
+
+def rank_fails(model: str, directory: str, node_address: str | None = None, **settings: Any) -> tuple[str, dict[str, Any]]:
+    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it. node_address: ranks take
+    themselves for nodes."""
     policy = build(model, ["parallel.tp=2"])
-    engine = engine_of(policy, model, directory, probe_every=0, urls=tuple(urls), sync=sync)
+    with as_a_node_at(node_address) if node_address else nullcontext():
+        engine = engine_of(policy, model, directory, probe_every=0, **settings)
 
     class Broken(type(policy.export())):
         def shards(self) -> dict[str, torch.Tensor]:
@@ -248,6 +245,7 @@ def rank_fails(model: str, directory: str, urls: list[str], sync: str) -> tuple[
             states = {client.name: engine._control.run(client.get("/state", timeout_s=10)) for client in clients}
         return f"{type(error).__name__}: {error}", states
     finally:
+        dist.barrier()  # the servers of all ranks are looked at
         engine.close()
     return "", {}
 
@@ -270,29 +268,6 @@ def refused(model: str, directory: str, generate_first: bool = False, **settings
     return ""
 
 
-def on_two_nodes(model: str, directory: str, address: str, **settings: Any) -> dict[str, Any]:
-    """Two ranks that take themselves for nodes: the servers' addresses and states, and who could learn the key."""
-    policy = build(model, ["parallel.tp=2"])
-    with as_a_node_at(address):
-        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
-    try:
-        engine.update_weights(policy.export(), 1)
-        found: dict[str, Any] = {"states": _states(engine), "sums": _sums(policy)}
-        if engine._control is not None:
-            urls = [client.url for client in engine._control.fleet.clients]
-            key = engine._control._http.headers.get("Authorization", "").removeprefix("Bearer ")
-            found |= {"urls": urls, "keyless": [httpx.get(f"{url}/state").status_code for url in urls], "has_key": bool(key)}
-            pids = [state["pid"] for state in found["states"].values()]
-            lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
-            files = [path for path in Path(directory).rglob("*") if path.is_file()]
-            found["on_command_line"] = any(key and key in line for line in lines)
-            found["readable"] = [path.name for path in files if path.stat().st_mode & 0o077 and key in path.read_text()]
-        return found
-    finally:
-        dist.barrier()  # the other rank's servers are looked at
-        engine.close()
-
-
 def colocated(model: str, directory: str, **settings: Any) -> list[str]:
     """The routes that a colocated fake server was asked for over a step."""
     policy = build(model, [])
@@ -302,7 +277,7 @@ def colocated(model: str, directory: str, **settings: Any) -> list[str]:
         engine.generate([Problem("p", "", "", [3])], Sampling(1, 2, 1.0, seed=1, step=1))
         engine.release()
         engine.update_weights(policy.export(), 2)
-        return [route for state in _states(engine).values() for route in state["log"]]
+        return [route for state in states_of(engine).values() for route in state["log"]]
     finally:
         engine.close()
 
@@ -313,13 +288,13 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
     engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", servers=2, **settings)
     try:
         engine.update_weights(policy.export(), 1)
-        pid = _states(engine)["SGLang server 0"]["pid"]
+        pid = states_of(engine)["SGLang server 0"]["pid"]
         engine.release()
         os.kill(pid, signal.SIGKILL)
         for version in (2, 3):
             engine.update_weights(policy.export(), version)
             engine.release()
-        return {name: state["version"] for name, state in _states(engine).items()}
+        return {name: state["version"] for name, state in states_of(engine).items()}
     finally:
         engine.close()
 

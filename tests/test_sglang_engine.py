@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from tests.nodes import own_address
 from tests.runs import REPO
-from tests.sglang_jobs import own_address
 
 SYNCS = ("broadcast", "tensor", "disk", "sharded")
 OWN = {"python": sys.executable, "launch": ("-m", "tests.fake_sglang")}
@@ -78,8 +78,8 @@ def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_
 def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, sync, what):
     with servers({}, {what: 1}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=["parallel.tp=2"], urls=urls, sync=sync)
-        # Two syncs: a fast path may have only one bucket in each.
-        found = gangs(2).run("tests.sglang_jobs:fake_sync", syncs=2, update_timeout_s=6, **job)[0]
+        # Two syncs: some transports have only one bucket in each. Others have many: ranks go on to the next one meanwhile.
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", syncs=2, update_timeout_s=6, bucket_bytes=1 << 16, **job)[0]
     assert list(found["failed"]) == ["SGLang server 1"]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 2"]
     for state in found["states"].values():
@@ -117,7 +117,7 @@ def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_befor
 def test_servers_on_every_node_ask_for_a_key_that_only_the_job_knows(gangs, hf_models, tmp_path):
     address = own_address()
     found = gangs(2).run(
-        "tests.sglang_jobs:on_two_nodes", model=hf_models["qwen3"], directory=str(tmp_path), address=address, **OWN
+        "tests.sglang_node_jobs:on_two_nodes", model=hf_models["qwen3"], directory=str(tmp_path), address=address, **OWN
     )[0]
     assert len(found["urls"]) == 2 and all(address in url for url in found["urls"])
     assert found["has_key"] and found["keyless"] == [401, 401]
@@ -128,8 +128,50 @@ def test_servers_on_every_node_ask_for_a_key_that_only_the_job_knows(gangs, hf_m
 
 def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", **OWN)
-    found = gangs(2).run("tests.sglang_jobs:on_two_nodes", **job)[0]
+    found = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)[0]
     assert not found["has_key"] and found["keyless"] == [200, 200] and len(found["states"]) == 2
+
+
+@pytest.mark.parametrize("full", [(), (1,), (0, 1)], ids=["room", "full on one node", "full on both"])
+def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf_models, tmp_path, full):
+    """Each is handed segments that its node's rank made; where a node has no room, the bytes, and a warning names the rank."""
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", servers=2, tp=2, **OWN)
+    ranks = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", full=full, syncs=3, bucket_bytes=1 << 16, **job)
+    names = [f"SGLang server {number}" for number in range(4)]
+    assert list(ranks[0]["states"]) == names
+    for number, name in enumerate(names):
+        state = ranks[0]["states"][name]
+        check_sums(state, ranks[0]["sums"])
+        assert state["version"] == "3"
+        assert len([route for route in state["log"] if route == "/update_weights_from_tensor"]) > 3 * 3
+        assert (state["most_payload_bytes"] > 1 << 16) == (number // 2 in full)
+    assert [found["segments"] for found in ranks] == [0 if rank in full else 2 for rank in (0, 1)]
+    said = "rank {}: /dev/shm has no room for {} MiB of weights; they go to its servers by HTTP"
+    size = ranks[0]["largest_mib"]
+    assert [one for one in ranks[0]["warnings"] if "/dev/shm" in one] == [said.format(rank, size) for rank in full]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
+def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_comes_back_with_the_next_weights(
+    gangs, hf_models, tmp_path, what
+):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", update_timeout_s=6, **OWN)
+    job |= dict(behaviours=[{}, {what: 1}], syncs=2, bucket_bytes=1 << 16)
+    found = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)[0]
+    assert [list(failed) for failed in found["failed"]] == [["SGLang server 1"], []]
+    assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"]
+    for state in found["states"].values():
+        check_sums(state, found["sums"])
+        assert state["version"] == "2"
+
+
+def test_a_rank_that_fails_while_weights_go_to_the_memory_of_nodes_is_named_on_every_rank(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync="tensor", nodes="every", **OWN)
+    found = gangs(2).run("tests.sglang_jobs:rank_fails", node_address="127.0.0.1", **job)
+    for error, _ in found:
+        assert error.startswith("SyncError") and "did not complete: rank 1 failed: ValueError" in error
+    assert [state["paused"] for state in found[0][1].values()] == [False, False]
 
 
 def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):

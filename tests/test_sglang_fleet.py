@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -22,6 +24,9 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.weights.transport.whole import Field
 from tests.runs import REPO
+
+CONTEXT = 512
+"""Of a fake server."""
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
 REQUESTS = [Request([number, 7], PARAMETERS) for number in range(40)]
@@ -150,16 +155,32 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
 
 
 def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_failure():
+    too_long = Request([3, 7], replace(PARAMETERS, max_new_tokens=CONTEXT - 1))
+
     async def body():
-        async with fleet_of({"refuse_at": 5}, {}) as fleet:
+        async with fleet_of({}, {}) as fleet:
             with pytest.raises(RefusedError) as refusal:
-                await fleet.generate(REQUESTS)
+                await fleet.generate([*REQUESTS[:5], too_long, *REQUESTS[5:]])
             return str(refusal.value), fleet.failed, await fleet.generate(REQUESTS)
 
     said, failed, found = asyncio.run(body())
-    assert said.startswith("server 0: /generate answered 400: ") and "maximum context length" in said
-    assert said.endswith("(a request with 2 prompt tokens and up to 5 to follow)")
+    assert re.match(r"server [01]: /generate answered 400: .+maximum context length", said)
+    assert said.endswith(f"(a request with 2 prompt tokens and up to {CONTEXT - 1} to follow)")
     assert not failed and [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
+
+
+def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is_answered():
+    """As one at `sglang.urls` may have been started with a shorter context than the others."""
+
+    async def body(*others: dict):
+        async with fleet_of({"refuse_at": 0}, *others, concurrency=1) as fleet:
+            return await fleet.generate(REQUESTS[:5]), fleet.failed
+
+    found, failed = asyncio.run(body({}))
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:5]]
+    assert list(failed) == ["server 0"] and "answered 400" in failed["server 0"]
+    with pytest.raises(RefusedError, match="server 0: /generate answered 400"):  # nobody is left to be asked
+        asyncio.run(body({"die_at": 0}))
 
 
 def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it_has_the_weights():

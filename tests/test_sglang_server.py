@@ -27,8 +27,8 @@ from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.server import ServerProcess
+from tests.nodes import own_address
 from tests.runs import REPO, wait_for
-from tests.sglang_jobs import own_address
 from tests.test_sglang_engine import servers
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gc
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from etr_megatron.rollout.sglang import shared_memory
-from etr_megatron.rollout.sglang.delivery import TensorDelivery
+from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery
+from etr_megatron.rollout.sglang.fleet import Fleet
+from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from tests.runs import REPO, wait_for
 from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
+
+
+class SharedWith(TensorDelivery):
+    """Shares buckets of this process with some of a fleet's servers that still serve."""
+
+    def __init__(self, near: Sequence[str], fleet: Fleet, workers: int) -> None:
+        super().__init__(fleet, workers=workers, timeout_s=20.0)
+        self._near, self._fleet, self.buckets = near, fleet, SharedBuckets(workers)
+
+    async def deliver(self, bucket: Bucket) -> None:
+        names = [client.name for client in self._fleet.serving if client.name in self._near]
+        await super().deliver(replace(bucket, handles=self.buckets.put(bucket.fields, bucket.flat, names)))
 
 
 @pytest.mark.parametrize(
@@ -24,34 +43,66 @@ from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
 )
 def test_tensors_in_requests_arrive_as_well(near, workers):
     """From a shared segment at servers of this machine, which are sent less than the tensors' bytes, and at others whole."""
-    large = {"large.weight": torch.randn(130, 257), **TENSORS}
+    large, before = {"large.weight": torch.randn(130, 257), **TENSORS}, segments_of(os.getpid())
 
     async def body():
         async with fleet_of({}, {}, {}) as fleet:
-            delivery = TensorDelivery(fleet, workers=workers, timeout_s=20.0, near=near)
+            delivery = SharedWith(near, fleet, workers)
             for version in (1, 2):
                 await sync(fleet, version, delivery, tensors=large)
+            await delivery.close()
             return [await state_of(client) for client in fleet.clients], fleet.failed
 
     states, failed = asyncio.run(body())
     assert all(has_all(state, large) and state["version"] == "2" for state in states) and not failed
     for number, state in enumerate(states):
         assert (state["most_payload_bytes"] > 130 * 257 * 4) == (f"server {number}" not in near)
-    assert not segments_of(os.getpid())
+    assert segments_of(os.getpid()) == before
 
 
-def test_without_room_in_shared_memory_servers_nearby_get_bytes_too(monkeypatch, caplog):
-    monkeypatch.setattr(shared_memory, "has_room", lambda nbytes: False)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
+def test_a_server_lost_with_a_handle_unread_does_not_cost_the_others_their_weights(what):
+    """Bucket 5 is the second of the second sync; there are more, of growing sizes, in a third."""
 
     async def body():
-        async with fleet_of({}) as fleet:
-            await sync(fleet, 2, TensorDelivery(fleet, workers=1, timeout_s=20.0, near=["server 0"]))
-            return await state_of(fleet.clients[0])
+        async with fleet_of({}, {what: 5}, {}) as fleet:
+            delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2)
+            for version in (1, 2):
+                await sync(fleet, version, delivery, timeout_s=6.0)
+            grown = {name: torch.cat([tensor] * 9) for name, tensor in TENSORS.items()}
+            await sync(fleet, 3, delivery, timeout_s=6.0, tensors=grown)
+            await delivery.close()
+            return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed, grown
 
-    assert has_all(asyncio.run(body()))
-    assert [record.message for record in caplog.records if "/dev/shm" in record.message] == [
-        "/dev/shm has no room for 0 MiB of weights; they go to servers by HTTP"
-    ]
+    states, failed, grown = asyncio.run(body())
+    assert set(failed) == {"server 1"}
+    assert all(has_all(state, grown) and state["version"] == "3" and not state["paused"] for state in states)
+
+
+def test_a_segment_that_a_living_reader_has_open_keeps_its_bytes_after_its_owner_let_go():
+    before = segments_of(os.getpid())
+    memory, wanted = shared_memory.SharedMemory(), torch.arange(99, dtype=torch.uint8)
+    handle = shared_memory.handles([("x", memory.put(wanted))])
+    assert len(segments_of(os.getpid()) - before) == 1
+    ((_, read),) = pickle.loads(base64.b64decode(handle))
+    memory.put(torch.zeros(200, dtype=torch.uint8))  # a larger one takes its place
+    assert torch.equal(read, wanted)
+    del memory, read
+    gc.collect()
+    assert segments_of(os.getpid()) == before
+
+
+def test_a_buffer_that_knows_what_is_to_come_does_not_grow():
+    memory = shared_memory.SharedMemory()
+    first = memory.put(torch.ones(9, dtype=torch.uint8), largest=5000)
+    assert memory.put(torch.ones(5000, dtype=torch.uint8), largest=5000).data_ptr() == first.data_ptr()
+
+
+def test_without_room_in_shared_memory_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(shared_memory, "has_room", lambda nbytes: False)
+    with pytest.raises(OSError, match=r"^/dev/shm has no room for 3 MiB of weights$"):
+        SharedBuckets(1).put([], torch.ones((2 << 20) + 1, dtype=torch.uint8), ["server 0"])
 
 
 @pytest.mark.slow
@@ -79,14 +130,14 @@ def test_the_process_that_manages_segments_holds_no_socket_of_ours():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO).stdout == "b''\n"
 
 
-def test_where_torch_makes_no_segment_servers_get_bytes(monkeypatch):
+def test_where_torch_makes_no_segment_there_is_a_sentence(monkeypatch):
     def fails(tensor):
         raise RuntimeError("no manager")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fails)
-    memory = shared_memory.SharedMemory()
-    assert memory.put(torch.ones(9, dtype=torch.uint8)) is None and "no manager" in memory.unavailable
+    with pytest.raises(OSError, match=r"^there is no shared memory for weights \(no manager\)$"):
+        shared_memory.SharedMemory().put(torch.ones(9, dtype=torch.uint8))
 
 
-def segments_of(process: int) -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob(f"torch_{process}_*")]
+def segments_of(process: int) -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob(f"torch_{process}_*")}

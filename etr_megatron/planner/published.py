@@ -72,7 +72,7 @@ ROWS = (
         97.7,
         (
             *("parallel.tp=1", "parallel.pp=2", "parallel.sequence_parallel=false"),
-            *("sglang.nodes=every", "sglang.mem_fraction=0.6", "sglang.sync=disk"),
+            *("sglang.nodes=every", "sglang.mem_fraction=0.6"),
         ),
     ),
 )

@@ -75,7 +75,7 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
     """Seconds from the last update to servers with the new weights.
 
     Whole tensors are gathered over tensor-parallel ranks and passed to all stages first; `broadcast` then sends them from one
-    adapter, `disk` goes by a filesystem, `tensor` as `_by_requests` says. `sharded` sends every server GPU its part, from all
+    adapter, `disk` goes by a filesystem, `tensor` as `_by_memory` says. `sharded` sends every server GPU its part, from all
     ranks.
     """
     network, nvlink = gpu.network * gpu.link_efficiency, gpu.nvlink * gpu.link_efficiency
@@ -90,17 +90,18 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
         return gpu.pause + max(received, sent) / network
     sent = {
         "broadcast": model_bytes / network,
-        "tensor": _by_requests(cluster, model_bytes, gpu, nodes=1 if sglang.nodes == "first" else cluster.nodes),
+        "tensor": _by_memory(cluster, model_bytes, gpu, nodes=1 if sglang.nodes == "first" else cluster.nodes),
         "disk": 2 * model_bytes / gpu.disk_rate,
     }[transport]
     return gpu.pause + gather + sent
 
 
-def _by_requests(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int) -> float:
-    """Servers of rank 0's node read what it copied into the machine's memory; others are sent text, once for every worker."""
-    near = 0.0 if cluster.outside else 2 * model_bytes / gpu.host_rate
-    is_far = cluster.outside or nodes > 1
-    return near + (4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate if is_far else 0.0)
+def _by_memory(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int) -> float:
+    """To one rank of every node, which copies it into the machine's memory, where servers read it; text for those outside."""
+    if cluster.outside:
+        return 4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate
+    to_nodes = model_bytes / (gpu.network * gpu.link_efficiency) if nodes > 1 else 0.0
+    return to_nodes + 2 * model_bytes / gpu.host_rate
 
 
 def _model_bytes(arch: Architecture, config: Config) -> int:

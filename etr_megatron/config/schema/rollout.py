@@ -91,7 +91,7 @@ class SglangConfig:
     on other machines the address on the way to them."""
     sync: Literal["broadcast", "tensor", "disk", "sharded"] | None = None
     """How weights reach the servers. `broadcast`: whole tensors over one process group. `tensor`: the same in shared memory of
-    rank 0's machine, and in HTTP requests to servers elsewhere. `disk`: by way of `sglang.sync_dir`. `sharded`: every rank
+    the servers' machines, and in HTTP requests to those at `urls`. `disk`: by way of `sglang.sync_dir`. `sharded`: every rank
     sends each worker what that needs, once. null: `broadcast`, for colocated servers `tensor`."""
     sync_dir: str | None = None
     """Directory of `sync: disk` that all ranks and servers see; null is `servers/weights` in the run's directory."""

@@ -15,11 +15,12 @@ import httpx
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
 from etr_megatron.rollout.sglang.connections import Connections
-from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery, TensorDelivery
+from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.router import Router
@@ -88,11 +89,9 @@ class Control:
         self.stream = RequestStream(fleet, concurrency=config.concurrency, exclusive=not config.urls)
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
-        # Rank 0's own servers come first; one at `sglang.urls` may be in a container of its own, whatever its address.
-        near = names[: config.servers] if not config.urls else ()
-        if sync_of(config) == "tensor" and len(near) < len(names):
-            logger.warning("sglang.sync: tensor sends servers that are not of rank 0's node about 30 MB/s; disk is faster")
-        self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s, near=near)
+        if sync_of(config) == "tensor" and config.urls:
+            logger.warning("sglang.sync: tensor sends servers at sglang.urls about 30 MB/s; broadcast and disk are faster")
+        self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
         if sync_of(config) == "broadcast":
             self._delivery = BroadcastDelivery(
                 fleet, workers=config.tp, host=host, backend=backend, timeout_s=config.update_timeout_s
@@ -122,6 +121,8 @@ class Control:
 
     def due(self) -> list[str]:
         """Servers that take no traffic and are to be brought back at this weight sync."""
+        if self._config.urls:  # to be asked whether they are well again costs little, other than to start them
+            return list(self.fleet.failed)
         return self._comebacks.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
@@ -146,6 +147,8 @@ class Control:
                     return started[name].problem
             try:
                 await self._wait_until_healthy(client, self._config.startup_timeout_s if patient else 0.0)
+                if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
+                    raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
             except ServerError as error:
                 return str(error)
@@ -210,11 +213,18 @@ class Control:
         found: dict[str, Generated] = {}
 
         async def one(client: ServerClient) -> None:
-            found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
+            try:
+                found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
+            except RefusedError as refusal:  # one that does not take a prompt of this length is of no use
+                raise ServerError(str(refusal)) from refusal
 
         self.run(self.fleet.for_all(one))
         self.fleet.refuse_if_gone()
         return found
+
+    def serving(self) -> list[str]:
+        """Names of the servers that take traffic."""
+        return [client.name for client in self.fleet.serving]
 
     def mark_failed(self, name: str, why: str) -> None:
         """See `Fleet.mark_failed`."""

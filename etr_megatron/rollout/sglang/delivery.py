@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import pickle
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
-from etr_megatron.rollout.sglang.shared_memory import SharedMemory, handles
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 
-logger = logging.getLogger(__name__)
+LIVENESS_S = 30.0
+"""For a server, which is paused during a sync and has nothing else to do, to say that it lives."""
 
 _ARRIVAL_S = 5.0
 """For a server to begin to look for the others of a weight group."""
@@ -29,25 +28,29 @@ _ARRIVAL_S = 5.0
 
 @dataclass(frozen=True)
 class Bucket:
-    """HF tensors one after the other, without gaps, in flat: uint8 [sum of sizes], which belongs to the bucket."""
+    """HF tensors one after the other, without gaps, in flat: uint8 [sum of sizes], which belongs to the bucket.
+
+    handles: server -> where its workers find it in their machine's memory, see `SharedBuckets`.
+    """
 
     fields: Sequence[Field]
     flat: Tensor
+    handles: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         """Of the tensors, in order."""
-        return [field.name for field in self.fields]
+        return [one.name for one in self.fields]
 
     @property
     def dtypes(self) -> list[str]:
         """As SGLang names them."""
-        return [str(field.dtype).removeprefix("torch.") for field in self.fields]
+        return [str(one.dtype).removeprefix("torch.") for one in self.fields]
 
     @property
     def shapes(self) -> list[list[int]]:
         """Of the tensors, in order."""
-        return [list(field.shape) for field in self.fields]
+        return [list(one.shape) for one in self.fields]
 
 
 class Delivery(Protocol):
@@ -70,19 +73,20 @@ def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
 class TensorDelivery:
     """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`.
 
-    near: names of servers that share this machine's memory; they are told where a bucket lies, which takes a twentieth of the
-    time that its bytes take through JSON and a server's processes (benchmarks/weight_sync.py). Where `/dev/shm` has no room
-    they get bytes.
+    A server with handles of the bucket is sent these, which takes a twentieth of the time that bytes take through JSON and a
+    server's processes (benchmarks/weight_sync.py); the others get bytes.
     """
 
-    def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float, near: Collection[str] = ()) -> None:
-        self._fleet, self._workers, self._timeout_s, self._near = fleet, workers, timeout_s, frozenset(near)
-        self._memory = SharedMemory()
-        self._warned = False
+    def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float) -> None:
+        self._fleet, self._workers, self._timeout_s = fleet, workers, timeout_s
 
     async def deliver(self, bucket: Bucket) -> None:
         """See `Delivery.deliver`."""
-        payloads = await asyncio.to_thread(self._payloads, bucket, [client.name for client in self._fleet.serving])
+        payloads = dict(bucket.handles)
+        far = [client.name for client in self._fleet.serving if client.name not in payloads]
+        if far:
+            named = [(one.name, one.view(bucket.flat)) for one in bucket.fields]
+            payloads |= dict.fromkeys(far, [await asyncio.to_thread(serialized, named)] * self._workers)
 
         async def send(client: ServerClient) -> None:
             body = {"serialized_named_tensors": payloads[client.name], "flush_cache": False}
@@ -91,26 +95,8 @@ class TensorDelivery:
         await self._fleet.for_all(send)
         self._fleet.refuse_if_gone()
 
-    def _payloads(self, bucket: Bucket, names: Sequence[str]) -> dict[str, list[str]]:
-        """What each worker of each server is sent. Every server has answered the bucket before, or has failed."""
-        near = [name for name in names if name in self._near]
-        shared = self._memory.put(bucket.flat) if near else None
-        found: dict[str, list[str]] = {}
-        if shared is not None:
-            views = [(field.name, field.view(shared)) for field in bucket.fields]
-            found = {name: [handles(views) for _ in range(self._workers)] for name in near}
-        elif near and not self._warned:
-            self._warned = True
-            why, size = self._memory.unavailable, len(bucket.flat) >> 20
-            logger.warning("%s for %d MiB of weights; they go to servers by HTTP", why, size)
-        if len(found) < len(names):
-            whole = serialized([(field.name, field.view(bucket.flat)) for field in bucket.fields])
-            found |= {name: [whole] * self._workers for name in names if name not in found}
-        return found
-
     async def close(self) -> None:
         """See `Delivery.close`."""
-        self._memory = SharedMemory()
 
 
 class BroadcastDelivery:
@@ -121,6 +107,7 @@ class BroadcastDelivery:
 
     def __init__(self, fleet: Fleet, *, workers: int, host: str, backend: str, timeout_s: float) -> None:
         self._fleet, self._workers, self._host, self._backend, self._timeout_s = fleet, workers, host, backend, timeout_s
+        self._liveness_s = min(LIVENESS_S, timeout_s)
         self._group: UpdateGroup | None = None
         self._members: list[tuple[str, int]] = []
 
@@ -158,21 +145,24 @@ class BroadcastDelivery:
         replies = await asyncio.gather(*calls, sending, return_exceptions=True)
         if not broken:
             return True
-        await self._find_culprits(clients, replies[:-1])
+        failed = {
+            client: str(reply) for client, reply in zip(clients, replies[:-1], strict=True) if isinstance(reply, BaseException)
+        }
+        await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast to it failed"))
         return False
 
-    async def _find_culprits(self, clients: Sequence[ServerClient], replies: Sequence[Any]) -> None:
-        """Servers that failed and are not well; when all seem well, those that failed, so that no bucket is tried for ever."""
-        failed = [(client, reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)]
-        well = await asyncio.gather(*(self._fleet.lives(client) for client, _ in failed))
-        to_blame = [one for one, good in zip(failed, well, strict=True) if not good] or failed
-        for client, reply in to_blame or [(client, "the broadcast to it failed") for client in clients]:
-            self._fleet.mark_failed(client, str(reply))
+    async def _blame(self, asked: Sequence[ServerClient], failed: Mapping[ServerClient, str]) -> None:
+        """Mark servers that do not live, as one that hangs makes others fail; when all live those that failed, or the same
+        would be tried for ever. failed: with reasons."""
+        alive = await asyncio.gather(*(client.is_alive(self._liveness_s) for client in asked))
+        dead = {client: failed.get(client, "does not answer") for client, lives in zip(asked, alive, strict=True) if not lives}
+        for client, why in (dead or failed).items():
+            self._fleet.mark_failed(client, why)
 
     async def _form_group(self) -> bool:
         """A group with all serving servers; False when one of them did not join and was marked."""
         await self.close()
-        await self._fleet.see_that_they_live()
+        await self._fleet.see_that_they_live(self._liveness_s)
         self._fleet.refuse_if_gone()
         clients, members = self._fleet.serving, self._fleet.members
         group = UpdateGroup(len(clients) * self._workers, host=self._host, backend=self._backend, timeout_s=self._timeout_s)
@@ -193,8 +183,12 @@ class BroadcastDelivery:
         done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
             joining.add_done_callback(lambda task: task.exception())
-            answered = [(client, call) for client, call in zip(clients, calls, strict=True) if call.done()]
-            self._blame_for_no_group(answered, clients, joining)
+            refused = {
+                client: str(call.exception())
+                for client, call in zip(clients, calls, strict=True)
+                if call.done() and call.exception() is not None
+            }
+            why = f"the weight group was not formed: {joining.exception()}" if joining.done() else ""
             # The servers that come wait for the one that does not, and hear nothing meanwhile, until the store that they look
             # for it in is closed; those that have not found the store by then would go on looking.
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
@@ -202,21 +196,10 @@ class BroadcastDelivery:
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
             for call in calls:
                 call.cancel()
+            await self._blame(clients, refused or dict.fromkeys(clients, why))
             return False
         self._group, self._members = group, members
         return True
-
-    def _blame_for_no_group(
-        self,
-        answered: Sequence[tuple[ServerClient, asyncio.Task[Any]]],
-        clients: Sequence[ServerClient],
-        joining: asyncio.Task[None],
-    ) -> None:
-        """Those that refused or gave no answer; all, when the group itself failed."""
-        refused = [(client, str(task.exception())) for client, task in answered if task.exception() is not None]
-        why = f"the weight group was not formed: {joining.exception()}" if joining.done() else ""
-        for client, reason in refused or [(client, why) for client in clients]:
-            self._fleet.mark_failed(client, reason)
 
     async def close(self) -> None:
         """Leave the group, and have the servers forget it; they need not hear of it to go on."""

@@ -20,6 +20,7 @@ from etr_megatron.rollout.sglang.commands import FP8_BLOCK, server_command, sync
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.hosts import Host, Started
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WeightSource, WholeSender
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
@@ -64,11 +65,17 @@ class SglangEngine:
         key = on_rank0(lambda: new_key(addresses.values()) if addresses else None)
         names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(addresses))]
         own_address = on_rank0(lambda: own_address_of(config, addresses))
-        self._host = together(lambda: self._own_host(model_dir, names, addresses, key))
-        if dist.get_rank() == 0:
-            self._control = Control(
-                config, names, host=own_address, api_key=key, backend=serving.backend, logs=serving.directory
+        self._hosts = {
+            rank: names[place * config.servers : (place + 1) * config.servers] for place, rank in enumerate(addresses)
+        }
+        self._host = together(lambda: self._own_host(model_dir, addresses, key))
+        self._control = together(
+            lambda: (
+                Control(config, names, host=own_address, api_key=key, backend=serving.backend, logs=serving.directory)
+                if dist.get_rank() == 0
+                else None
             )
+        )
         self._sender = self._make_sender(own_address)
         try:
             on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
@@ -78,14 +85,13 @@ class SglangEngine:
             self.close()
             raise
 
-    def _own_host(self, model_dir: Path, names: Sequence[str], addresses: Mapping[int, str], key: str | None) -> Host | None:
-        """For the servers that this rank starts, if it does. names: of all servers, in the order of the ranks in addresses."""
+    def _own_host(self, model_dir: Path, addresses: Mapping[int, str], key: str | None) -> Host | None:
+        """For the servers that this rank starts, if it does."""
         config, serving, rank = self._config, self._serving, dist.get_rank()
         if rank not in addresses:
             return None
-        first = list(addresses).index(rank) * config.servers
         commands = {
-            names[first + place]: server_command(
+            name: server_command(
                 config,
                 model_dir,
                 serving.dtype,
@@ -95,7 +101,7 @@ class SglangEngine:
                 api_key=key,
                 cuda=serving.backend == "nccl",
             )
-            for place in range(config.servers)
+            for place, name in enumerate(self._hosts[rank])
         }
         return Host(commands, serving.directory, config.startup_timeout_s)
 
@@ -116,7 +122,11 @@ class SglangEngine:
         if how == "sharded":
             layout = ServerLayout(config.tp, config.ep)
             return ShardedSender(settings, layout, address, control.calls if control is not None else None)
-        return WholeSender(settings, control.outbox if control is not None else None)
+        # A server at `sglang.urls` may be in a container of its own, whatever its address: nothing is shared with it.
+        shared = NodeBuckets(self._hosts if how == "tensor" else {}, config.tp)
+        if control is None:
+            return WholeSender(settings, None, None, shared)
+        return WholeSender(settings, control.outbox, control.serving, shared)
 
     def _start(self, names: Sequence[str]) -> dict[str, Started]:
         """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""

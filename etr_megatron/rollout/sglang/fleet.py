@@ -94,21 +94,18 @@ class Fleet:
         Raises what went wrong, after the server that failed is marked; a response that is cut off is an error as well, unless
         `may_abort()`, and so is one from other weights, as of a server that somebody has started anew. A router does not say
         which server failed: those that are not well are marked. When all are, the router is given up, so that every failure
-        leaves less to fail. Raises RefusedError, which is no server's failure.
+        leaves less to fail. What one server calls wrong another is asked, as those at `sglang.urls` may differ: when it takes
+        the request, who refused has failed; when it does not RefusedError is raised, which is no server's failure.
         """
         router, marks = self.router, self._marks
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
         asked = router.client if router is not None and routed else client
         try:
-            with self._pulse.watch(self.serving if routed else [client]):
-                reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
-            if reply.finish_reason == "abort" and not may_abort():
-                raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
-            if reply.ids and self.version not in (None, reply.version):
-                raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
-            return reply
-        except RefusedError:
-            raise
+            return await self._reply(asked, self.serving if routed else [client], request, rid, may_abort)
+        except RefusedError as refusal:
+            if routed:  # by servers of the job's own, which are alike
+                raise
+            return await self._ask_another(client, request, rid, may_abort, refusal)
         except Exception as error:
             if router is None or not routed:
                 self.mark_failed(client, str(error))
@@ -119,6 +116,39 @@ class Fleet:
                 if self._marks == marks:
                     router.give_up(str(error))
             raise
+
+    async def _reply(
+        self,
+        asked: ServerClient,
+        servers: Sequence[ServerClient],
+        request: Request,
+        rid: str | None,
+        may_abort: Callable[[], bool],
+    ) -> Generated:
+        """servers: which may be the one that answers."""
+        with self._pulse.watch(servers):
+            reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+        if reply.finish_reason == "abort" and not may_abort():
+            raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
+        if reply.ids and self.version not in (None, reply.version):
+            raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
+        return reply
+
+    async def _ask_another(
+        self, client: ServerClient, request: Request, rid: str | None, may_abort: Callable[[], bool], refusal: RefusedError
+    ) -> Generated:
+        """Of what `client` refused. Raises the refusal where another refuses as well, or none is left to be asked."""
+        while others := [one for one in self.serving if one is not client]:
+            try:
+                reply = await self._reply(others[0], others[:1], request, rid, may_abort)
+            except RefusedError:
+                break
+            except Exception as error:
+                self.mark_failed(others[0], str(error))
+            else:
+                self.mark_failed(client, str(refusal))
+                return reply
+        raise refusal
 
     async def for_all(self, step: Callable[[ServerClient], Awaitable[Any]]) -> bool:
         """`await step(client)` for every serving server at once. Those for which it raises ServerError take no more traffic.
@@ -140,20 +170,16 @@ class Fleet:
         """POST to every serving server at once, as `for_all`."""
         return await self.for_all(lambda client: client.call(route, body, timeout_s=timeout_s))
 
-    async def lives(self, client: ServerClient) -> bool:
-        """Whether it answers, paused or not."""
-        return await client.is_alive(self._hang_timeout_s)
+    async def see_that_they_live(self, timeout_s: float) -> None:
+        """Mark serving servers that do not answer, paused or not."""
+        await self.for_all(lambda client: self._see_that_it_lives(client, timeout_s))
 
-    async def see_that_they_live(self) -> None:
-        """Mark serving servers that do not."""
-        await self.for_all(self._see_that_it_lives)
-
-    async def _see_that_it_lives(self, client: ServerClient) -> None:
-        if not await self.lives(client):
+    async def _see_that_it_lives(self, client: ServerClient, timeout_s: float) -> None:
+        if not await client.is_alive(timeout_s):
             raise ServerError(f"{client.name}: does not answer")
 
     async def _see_that_it_is_well(self, client: ServerClient) -> None:
-        await self._see_that_it_lives(client)
+        await self._see_that_it_lives(client, self._hang_timeout_s)
         found = await client.weight_version(self._hang_timeout_s)
         if self.version not in (None, found):
             raise ServerError(f"{client.name}: has weights {found} where {self.version} were sent")

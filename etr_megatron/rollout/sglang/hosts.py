@@ -56,6 +56,7 @@ class Host:
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
         words = process.last_words()
+        process.stop()
         if again and "address already in use" in words.lower():  # somebody took the port since it was found free
             self._launch(name)
             return self._wait_for(name, deadline, again=False)

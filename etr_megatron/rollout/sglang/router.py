@@ -111,10 +111,11 @@ class Router:
 
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            reply = await self._http.request(method, self.client.url + route, json=body, timeout=_ASK_S)
+            async with asyncio.timeout(_ASK_S):  # httpx counts anew with every piece that arrives
+                reply = await self._http.request(method, self.client.url + route, json=body, timeout=_ASK_S)
             if reply.is_success:
                 return dict(reply.json())
-        except (httpx.HTTPError, ValueError) as error:
+        except (TimeoutError, httpx.HTTPError, ValueError) as error:
             raise ServerError(f"{NAME}: {method} {route} failed: {str(error) or type(error).__name__}") from error
         raise ServerError(f"{NAME}: {method} {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.delivery import Bucket
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
 from etr_megatron.weights.layout import WholeLayout
 from etr_megatron.weights.transport import DiskWriter, Shards, Wire, version_directory
@@ -68,9 +69,9 @@ class SendSettings:
     backend: str
     timeout_s: float
 
-    def wire(self) -> Wire:
-        """Of all ranks; a collective."""
-        return Wire.in_world(backend=self.backend, timeout_s=self.timeout_s)
+    def wire(self, patience: float = 1.0) -> Wire:
+        """Of all ranks, whose waits have `patience` times the deadline; a collective."""
+        return Wire.in_world(backend=self.backend, timeout_s=patience * self.timeout_s)
 
 
 class Outbox:
@@ -103,30 +104,42 @@ class Outbox:
             self._travelling = None
 
 
-class WholeTensors(CollectiveTransport):
-    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `outbox`; the other ranks have none."""
+_PATIENCE = 3.0
+"""Ranks wait at a bucket for rank 0, which waits for a server that hangs, finds out which it is, and goes on without it."""
 
-    def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None) -> None:
+
+class WholeTensors(CollectiveTransport):
+    """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `outbox`; the other ranks have none.
+
+    shared: where servers find a bucket on their own machine.
+    """
+
+    def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None, shared: NodeBuckets) -> None:
         arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
-        super().__init__(settings.wire(), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
-        self._outbox = outbox
+        super().__init__(settings.wire(_PATIENCE), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
+        self._outbox, self._shared = outbox, shared
         self._groups = list(groups_of(list(weights_of(arch)), dtype, settings.fp8_block, limit))
+        shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
         self._gather = Gather(source, arch, _rank0, together, self.wire, dtype=dtype, bucket_bytes=limit)
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
         for number, group in enumerate(self._groups):
+            self.wire.board.proceed()
             if self._outbox is None:
                 self._gather.group(number, sources, None, None)
+                self._shared.share(group.tensors, group.nbytes, None)
                 continue
             flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
             self._gather.group(number, sources, group, flat)
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
-            self._outbox.put(Bucket(group.tensors, flat))
+            # The bucket before this one may still be read, the one before that is not: `put` has waited for it.
+            self._outbox.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
 
     def close(self) -> None:
         """See `Transport.close`."""
+        self._shared.leave()
         super().close()
         self._gather.forget()
 
@@ -136,31 +149,45 @@ def _rank0(_weight: Weight) -> int:
 
 
 class WholeSender:
-    """`broadcast` and `tensor`. outbox: on rank 0. See `Sender`."""
+    """`broadcast` and `tensor`. See `Sender`.
 
-    def __init__(self, settings: SendSettings, outbox: Outbox | None) -> None:
-        self._settings, self._outbox = settings, outbox
+    outbox, serving (names of the servers that take part): on rank 0. shared: of `tensor` with the job's own servers.
+    """
+
+    def __init__(
+        self,
+        settings: SendSettings,
+        outbox: Outbox | None,
+        serving: Callable[[], Sequence[str]] | None,
+        shared: NodeBuckets,
+    ) -> None:
+        self._settings, self._outbox, self._serving, self._shared = settings, outbox, serving, shared
         self._tensors: WholeTensors | None = None
 
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`."""
+        self._shared.serving = on_rank0(lambda: self._serving())
         if self._tensors is None:
-            self._tensors = WholeTensors(weights.layout, self._settings, self._outbox)
+            self._tensors = WholeTensors(weights.layout, self._settings, self._outbox, self._shared)
         try:
             self._tensors.sync(version, weights.shards())
         except BaseException:
-            self.close()
+            self._leave()
             if self._outbox is not None:
                 with suppress(Exception):  # the first error is the one to be heard
                     self._outbox.flush()
             raise
         on_rank0(lambda: self._outbox.flush())
 
-    def close(self) -> None:
-        """See `Sender.close`."""
+    def _leave(self) -> None:
         if self._tensors is not None:
             self._tensors.close()
             self._tensors = None
+
+    def close(self) -> None:
+        """See `Sender.close`."""
+        self._leave()
+        self._shared.close()
 
 
 class DiskSender:

@@ -101,7 +101,9 @@ class ServerProcess:
             return ""
 
     def stop(self) -> None:
-        """End the server and wait until nothing of it is left."""
+        """End the server and wait until nothing of it is left; nothing happens the second time."""
+        if self._report is None:
+            return
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -111,15 +113,15 @@ class ServerProcess:
             self._kill_group()
             self._watchdog.kill()
             self._watchdog.wait()
-        if self._report is not None:
-            os.close(self._report)
-            self._report = None
+        os.close(self._report)
+        self._report = None
 
     def _kill_group(self) -> None:
         """What the watchdog does, without its grace. Returns after a while even when the kernel does not end a process."""
         assert self._report is not None
         os.set_blocking(self._report, False)
-        with suppress(BlockingIOError, ProcessLookupError, ValueError):  # ValueError: it was killed before it had a server
+        # ValueError: the watchdog was killed before it had a server. PermissionError: the number is somebody else's by now.
+        with suppress(BlockingIOError, ProcessLookupError, PermissionError, ValueError):
             group = int(os.read(self._report, 32))
             deadline = time.monotonic() + _GRACE_S
             os.killpg(group, signal.SIGKILL)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.commands import LOADER
-from etr_megatron.rollout.sglang.delivery import serialized
+from etr_megatron.rollout.sglang.delivery import LIVENESS_S, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.senders import SendSettings, WeightSource
 from etr_megatron.weights import ServerLayout
@@ -77,7 +77,7 @@ class OfferCalls:
             elif call.exception() is not None:
                 guilty[client] = str(call.exception())
         if failed:
-            well = await asyncio.gather(*(self._fleet.lives(client) for client, _ in self._calls))
+            well = await asyncio.gather(*(client.is_alive(min(LIVENESS_S, self._timeout_s)) for client, _ in self._calls))
             for (client, _), good in zip(self._calls, well, strict=True):
                 if not good:
                     guilty.setdefault(client, "it does not answer after a failed weight sync")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing  # teaches ForkingPickler tensors
 from torch import Tensor
+
+from etr_megatron.weights.transport.whole import Field
 
 _FILES = Path("/dev/shm")
 _ROOM = 64 << 20
@@ -39,37 +42,66 @@ def _keep_sockets_to_ourselves() -> None:
 
 
 class SharedMemory:
-    """One buffer, which grows with what is put into it. It is gone once this process and all that opened it are.
+    """One buffer, which is gone once this process and all that opened it are.
 
-    A handle that was never read, because its server failed, keeps the segment until then, also after a larger one took its
-    place; after a first sync none grows any more. `unavailable`: why `put` had no room the last time.
+    It grows with what is put into it. A handle that was never read, because its server failed, keeps the segment until this
+    process ends, also after a larger one took its place: who knows what is to come says so at the first `put`.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.unavailable = ""
 
-    def put(self, flat: Tensor) -> Tensor | None:
+    def put(self, flat: Tensor, largest: int = 0) -> Tensor:
         """The bytes of a uint8 [n] of any device, here; the caller knows that nobody reads what was there before.
 
-        Returns a view of the buffer, which owns it; None where the machine has no room (in a container: `--ipc host`, or
-        `--shm-size`) or torch cannot make a segment.
+        largest: bytes that will be put here at a time.
+
+        Returns a view of the buffer, which owns it. Raises OSError where the machine has no room (in a container: `--ipc host`,
+        or `--shm-size`) or torch cannot make a segment.
         """
         if len(self._buffer) < len(flat):
             self._buffer = torch.empty(0, dtype=torch.uint8)
-            if not has_room(len(flat)):
-                self.unavailable = "/dev/shm has no room"
-                return None
-            try:
-                _keep_sockets_to_ourselves()
-                with _by_name():
-                    self._buffer = torch.empty(len(flat), dtype=torch.uint8).share_memory_()
-            except (OSError, RuntimeError) as error:
-                self.unavailable = f"no shared memory ({error})"
-                return None
+            self._buffer = _segment(max(len(flat), largest))
         here = self._buffer[: len(flat)]
         here.copy_(flat)
         return here
+
+
+def _segment(nbytes: int) -> Tensor:
+    """Raises OSError."""
+    if not has_room(nbytes):
+        raise OSError(f"{_FILES} has no room for {-(-nbytes // (1 << 20))} MiB of weights")
+    try:
+        _keep_sockets_to_ourselves()
+        with _by_name():
+            return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"there is no shared memory for weights ({error})") from error
+
+
+class SharedBuckets:
+    """Flat buckets one after the other in two segments: one is filled while servers read the other.
+
+    workers: of each server, every one of which is told on its own.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._segments = workers, deque([SharedMemory(), SharedMemory()])
+
+    def put(self, fields: Sequence[Field], flat: Tensor, names: Sequence[str], largest: int = 0) -> dict[str, list[str]]:
+        """Server -> what each of its workers is sent of a bucket (uint8 [n], any device). largest: see `SharedMemory.put`.
+
+        The caller knows that servers have answered the bucket before the last one, or will not read it any more. Raises OSError
+        as `SharedMemory.put`.
+        """
+        self._segments.rotate()
+        shared = self._segments[0].put(flat, largest)
+        views = [(field.name, field.view(shared)) for field in fields]
+        return {name: [handles(views) for _ in range(self._workers)] for name in names}
+
+    def close(self) -> None:
+        """Give up the segments; whoever has them open keeps them."""
+        self._segments = deque([SharedMemory(), SharedMemory()])
 
 
 def has_room(nbytes: int) -> bool:

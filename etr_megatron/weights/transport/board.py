@@ -69,6 +69,10 @@ class Board:
             pause = min(_POLL_GROWTH * pause, _POLL_S)
         self._deadline, self._phase = time.monotonic() + self.timeout_s, "end"
 
+    def proceed(self) -> None:
+        """Begin the deadline anew, in the middle of a transfer: what there was to wait for has come."""
+        self._deadline = time.monotonic() + self.timeout_s
+
     def left(self) -> float:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()

@@ -1,0 +1,96 @@
+"""Buckets of a weight sync in the shared memory of every machine that has servers of the job, and not of rank 0's alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
+from etr_megatron.weights.transport.whole import Field
+from etr_megatron.weights.transport.wire import Part, Wire
+
+logger = logging.getLogger(__name__)
+
+
+class NodeBuckets:
+    """Brings buckets from rank 0 to the ranks that started servers, each of which says where its own find them. One per rank.
+
+    Its segments stay from sync to sync, whatever becomes of a wire. hosts: rank -> names of the servers on its machine, the
+    same on all ranks; none: nothing is shared. workers: of each server.
+    """
+
+    def __init__(self, hosts: Mapping[int, Sequence[str]], workers: int) -> None:
+        self._hosts, self._buckets = hosts, SharedBuckets(workers)
+        self._part = Part((), None)
+        self._wire: Wire | None = None
+        self._largest = 0
+        self._warned: set[int] = set()
+        self.serving: Collection[str] = ()
+        """Names of those that take part in the sync, the same on all ranks: handles that nobody reads keep a segment."""
+
+    def open(self, wire: Wire, largest: int) -> None:
+        """Connect the hosts; a collective of the wire. largest: bytes of a bucket. Raises SyncError."""
+        self._wire, self._largest = wire, largest
+        if self._hosts:
+            self._part = wire.part([0, *(rank for rank in self._hosts if rank != 0)])
+
+    def leave(self) -> None:
+        """Let go of the wire."""
+        self._wire, self._part = None, Part((), None)
+
+    def close(self) -> None:
+        """Give up the segments."""
+        self._buckets.close()
+
+    def share(self, fields: Sequence[Field], nbytes: int, flat: Tensor | None) -> dict[str, list[str]]:
+        """On rank 0, server -> what its workers are told of the bucket `flat` (uint8 [nbytes], None elsewhere).
+
+        Servers have answered the bucket before the last one. A machine without room is left out, and that is said once. Raises
+        SyncError.
+        """
+        wire = self._wire
+        if wire is None or self._part.group is None:
+            return {}
+        if flat is None:
+            flat = torch.empty(nbytes, dtype=torch.uint8, device=wire.device)
+        wire.wait(wire.broadcast(flat, self._part))
+        own = self._put(fields, flat)
+        others = self._part.ranks[1:]
+        if wire.rank != 0:
+            self._tell(own)
+            return {}
+        found: dict[str, list[str]] = {}
+        for rank, (handles, problem) in {0: own, **self._hear(others)}.items():
+            found |= handles
+            if problem and rank not in self._warned:
+                self._warned.add(rank)
+                logger.warning("rank %d: %s; they go to its servers by HTTP", rank, problem)
+        return found
+
+    def _put(self, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
+        """Handles for the servers of this machine, and what keeps them from it."""
+        names = [name for name in self._hosts.get(self._wire.rank, ()) if name in self.serving]
+        try:
+            return (self._buckets.put(fields, flat, names, self._largest) if names else {}), ""
+        except OSError as error:
+            return {}, str(error)
+
+    def _tell(self, own: tuple[dict[str, list[str]], str]) -> None:
+        """Rank 0 of what `_put` returned here."""
+        wire = self._wire
+        text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8).to(wire.device)
+        for part in (torch.tensor([len(text)], device=wire.device), text):
+            wire.wait(wire.exchange([(part, 0)], []))
+
+    def _hear(self, ranks: Sequence[int]) -> dict[int, tuple[dict[str, list[str]], str]]:
+        """What these ranks `_tell`."""
+        wire = self._wire
+        sizes = [torch.empty(1, dtype=torch.int64, device=wire.device) for _ in ranks]
+        wire.wait(wire.exchange([], list(zip(sizes, ranks, strict=True))))
+        texts = [torch.empty(int(size), dtype=torch.uint8, device=wire.device) for size in sizes]
+        wire.wait(wire.exchange([], list(zip(texts, ranks, strict=True))))
+        return {rank: tuple(json.loads(bytes(text.tolist()))) for rank, text in zip(ranks, texts, strict=True)}

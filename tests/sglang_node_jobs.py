@@ -1,0 +1,79 @@
+"""What gang ranks that take themselves for nodes run against servers of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch.distributed as dist
+
+from etr_megatron.rollout.sglang import shared_memory
+from tests.nodes import as_a_node_at
+from tests.policy_jobs import build
+from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What this package warns of meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("etr_megatron")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def _segments() -> set[str]:
+    """Of shared memory that this process has made."""
+    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+
+
+def on_two_nodes(
+    model: str,
+    directory: str,
+    address: str,
+    syncs: int = 1,
+    full: Sequence[int] = (),
+    behaviours: Sequence[dict[str, Any]] = ({}, {}),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Two ranks that take themselves for nodes: the servers' addresses and states, who has failed after each sync, and who
+    could learn the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers."""
+    policy, rank = build(model, ["parallel.tp=2"]), dist.get_rank()
+    with as_a_node_at(address), behaving(behaviours[rank]):
+        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
+    before = _segments()
+    try:
+        with pytest.MonkeyPatch.context() as patch, _warnings() as warnings:
+            if rank in full:
+                patch.setattr(shared_memory, "has_room", lambda nbytes: False)
+            failed = []
+            for version in range(1, syncs + 1):
+                engine.update_weights(policy.export(), version)
+                failed.append(engine._control.fleet.failed if engine._control is not None else {})
+        found: dict[str, Any] = {"states": states_of(engine), "sums": sums_of(policy), "failed": failed, "warnings": warnings}
+        found["segments"] = len(_segments() - before)
+        found["largest_mib"] = -(-getattr(getattr(engine._sender, "_shared", None), "_largest", 0) // (1 << 20))
+        if engine._control is not None:
+            urls = [client.url for client in engine._control.fleet.clients]
+            key = engine._control._http.headers.get("Authorization", "").removeprefix("Bearer ")
+            found |= {"urls": urls, "keyless": [httpx.get(f"{url}/state").status_code for url in urls], "has_key": bool(key)}
+            pids = [state["pid"] for state in found["states"].values()]
+            lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+            files = [path for path in Path(directory).rglob("*") if path.is_file()]
+            found["on_command_line"] = any(key and key in line for line in lines)
+            found["readable"] = [path.name for path in files if path.stat().st_mode & 0o077 and key in path.read_text()]
+        return found
+    finally:
+        dist.barrier()  # the other rank's servers are looked at
+        engine.close()
