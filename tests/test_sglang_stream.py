@@ -13,7 +13,7 @@ from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
-from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, tokens_of
+from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, tokens_of
 
 
 async def answers(stream: RequestStream, count: int) -> dict:
@@ -54,12 +54,15 @@ def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests()
 
 
 def test_a_request_that_is_called_wrong_is_an_error_once_and_the_others_are_answered():
+    too_long = Request([3, 7], replace(PARAMETERS, max_new_tokens=CONTEXT - 1))
+    requests = [*REQUESTS[:5], too_long, *REQUESTS[5:]]
+
     async def body():
-        async with fleet_of({"refuse_at": 5}, {}) as fleet:
+        async with fleet_of({}, {}) as fleet:
             stream = RequestStream(fleet, concurrency=4, exclusive=True)
-            await stream.submit(dict(enumerate(REQUESTS)))
+            await stream.submit(dict(enumerate(requests)))
             found, refusals = {}, []
-            while len(found) + len(refusals) < len(REQUESTS):
+            while len(found) + len(refusals) < len(requests):
                 try:
                     found |= dict(await asyncio.to_thread(stream.wait))
                 except RefusedError as error:
@@ -67,8 +70,9 @@ def test_a_request_that_is_called_wrong_is_an_error_once_and_the_others_are_answ
             return found, refusals, await stream.stop(abort=False), fleet.failed
 
     found, refusals, rest, failed = asyncio.run(body())
-    assert len(refusals) == 1 and "server 0: /generate answered 400: " in refusals[0] and not failed and rest == []
-    assert {key: reply.ids for key, reply in found.items()} == {key: tokens_of(REQUESTS[key]) for key in found}
+    assert len(refusals) == 1 and "/generate answered 400: " in refusals[0] and not failed and rest == []
+    assert {key: reply.ids for key, reply in found.items()} == {key: tokens_of(requests[key]) for key in found}
+    assert set(found) == set(range(len(requests))) - {5}
 
 
 def test_without_servers_waiting_is_an_error_and_stopping_is_not():
