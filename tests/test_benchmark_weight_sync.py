@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import weight_sync
+from etr_megatron.weights import read_architecture, weights_of
 
 
-@pytest.mark.parametrize(("limit", "groups"), [(1, ["a", "b", "c", "d"]), (100, ["ab", "c", "d"]), (10**6, ["abcd"])])
-def test_buckets_hold_every_tensor_once_and_at_most_the_limit_unless_it_is_larger(limit, groups):
-    sizes = {"a": (3, 5), "b": (7,), "c": (2, 3, 11), "d": (1,)}
-    tensors = {name: torch.randn(size) for name, size in sizes.items()}
-    buckets = list(weight_sync.buckets_of(tensors, limit))
-    assert [bucket.names for bucket in buckets] == [list(group) for group in groups]
+@pytest.mark.parametrize("limit", [1, 40_000, 10**9])
+def test_buckets_hold_every_tensor_once_and_at_most_the_limit_unless_they_hold_one_weight(hf_models, limit):
+    tensors = load_file(f"{hf_models['qwen3_tied']}/model.safetensors")
+    arch = read_architecture(hf_models["qwen3_tied"])
+    parts = {name: len(weight.hf) for weight in weights_of(arch) for name in weight.hf}  # of query, key and value: 3
+    buckets = list(weight_sync.buckets_of(arch, tensors, limit))
+    assert sorted(name for bucket in buckets for name in bucket.names) == sorted(tensors)
     for bucket in buckets:
+        assert len(bucket.flat) <= limit or len(bucket.names) == parts[bucket.names[0]]
         for field in bucket.fields:
             assert torch.equal(field.view(bucket.flat), tensors[field.name])
+    assert (len(buckets) == 1) == (limit == 10**9)
+    for one, following in pairwise(buckets):  # none that would have had room for more
+        weight = next(weight for weight in weights_of(arch) if following.names[0] in weight.hf)
+        assert len(one.flat) + sum(tensors[name].nbytes for name in weight.hf) > limit
 
 
 def test_wrong_options_are_one_sentence(tmp_path, capsys):

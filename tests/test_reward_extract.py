@@ -183,4 +183,4 @@ def test_a_reference_that_is_no_answer_is_refused(answer):
 def test_extraction_takes_no_quadratic_time(text):
     start = time.process_time()
     extract_answer(text, ALL)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20  # linear: under 0.2 s; a scan from every mark: minutes

@@ -27,6 +27,7 @@ from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.server import ServerProcess
+from etr_megatron.weights import read_architecture
 from tests.nodes import own_address
 from tests.runs import REPO, wait_for
 from tests.test_sglang_engine import servers
@@ -187,7 +188,7 @@ def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model
 
 
 def test_the_weight_sync_benchmark_measures_syncs_that_bring_the_weights(model, server):
-    buckets = list(weight_sync.buckets_of(load_file(f"{model}/model.safetensors"), 40_000))
+    buckets = list(weight_sync.buckets_of(read_architecture(model), load_file(f"{model}/model.safetensors"), 40_000))
     assert len(buckets) > 3
     seconds = asyncio.run(weight_sync.measure(server.url, buckets, 1))
     assert seconds.keys() == {"shared_memory", "text", "broadcast", "bare_copy"}

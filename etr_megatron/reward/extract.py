@@ -9,6 +9,7 @@ MAX_ANSWER_CHARS = 500
 """A longer "answer" is no answer: it counts as wrong rather than being fed to a parser."""
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASH = re.compile(r"####[ \t]*([^\n]*)")
 _UNSIGNED = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
 _NUMBER_AND_UNIT = re.compile(r"(\$?[-−]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+[A-Za-z][A-Za-z .]+")
@@ -21,33 +22,38 @@ _LAST_NUMBER = re.compile(
 
 def boxed(text: str) -> str | None:
     r"""Content of the last closed `\boxed{...}` (or `\fbox`), braces inside it balanced; `\boxed 5` is 5."""
+    return _last_box(text, 0, len(text), _closing_braces(text)) if _BOXED.search(text) else None
+
+
+def _last_box(text: str, start: int, stop: int, closing: dict[int, int]) -> str | None:
+    """`boxed` of `text[start:stop]`; of a box that holds nothing before another box, the inner one."""
     found: str | None = None
-    position = 0
-    while (match := _BOXED.search(text, position)) is not None:
+    position = start
+    while (match := _BOXED.search(text, position, stop)) is not None:
         position = match.end()
         if text.startswith("{", position):
-            end = _closing_brace(text, position)
+            end = closing.get(position)
             if end is not None:
                 content = text[position + 1 : end].strip()
-                found = (boxed(content) if _BOXED.match(content) else content) or found
-                position = end + 1
+                inner = _last_box(text, position + 1, end, closing) if _BOXED.match(content) else content
+                found, position = inner or found, end + 1
         elif match.group()[-1].isspace():
-            found = re.split(r"[\s$.,]", text[position : position + MAX_ANSWER_CHARS], maxsplit=1)[0] or found
+            found = re.split(r"[\s$.,]", text[position : min(stop, position + MAX_ANSWER_CHARS)], maxsplit=1)[0] or found
     return found
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one at `start`; escaped braces do not count."""
-    depth = 0
-    # Nothing beyond the limit can be an answer; the bound keeps many unclosed boxes from costing quadratic time.
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start, start + MAX_ANSWER_CHARS * 4):
+def _closing_braces(text: str) -> dict[int, int]:
+    """From each brace to the one that closes it, where no answer would be too long; escaped braces do not count."""
+    closing: dict[int, int] = {}
+    open_at: list[int] = []
+    for match in _BRACE.finditer(text):
         if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-            if depth == 0:
-                return match.start()
-    return None
+            open_at.append(match.start())
+        elif match.group() == "}" and open_at:
+            start = open_at.pop()
+            if match.start() - start < MAX_ANSWER_CHARS * 4:
+                closing[start] = match.start()
+    return closing
 
 
 def after_hash(text: str) -> str | None:
