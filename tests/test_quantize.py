@@ -1,4 +1,4 @@
-"""FP8 blocks: bit-equal to the definition in NumPy, and but for a scale's last bit to transformers' quantiser; stable, safe at
+"""FP8 blocks: bit-equal to the definition in NumPy, and but for roundings of a scale to transformers' quantiser; stable, safe at
 zeros and ragged ends."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def transformers_blocks(weight: torch.Tensor, block: int) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "cols", "block"), [(256, 384, 128), (384, 128, 128), (96, 160, 32)])
-def test_equals_transformers_but_for_a_scales_last_bit(rows, cols, block, dtype):
+def test_equals_transformers_but_for_up_to_two_steps_of_a_scale(rows, cols, block, dtype):
     weight = random_matrix(rows, cols, dtype)
     (codes, scales), (their_codes, their_scales) = quantize_blocks(weight, block), transformers_blocks(weight, block)
     steps = (scales.view(torch.int32) - their_scales.view(torch.int32)).abs()

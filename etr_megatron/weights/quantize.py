@@ -2,8 +2,9 @@
 
 Every block of 128 x 128 values has a scale of its own that takes its largest value to the largest that e4m3 has. Stored are the
 scaled values and, as `weight_scale_inv`, what to multiply them with. The arithmetic is that of Transformer Engine's blockwise
-recipe with fp32 scales, so that a server computes with the values that the trainer computed with. Transformers' fine-grained
-FP8 rounds a scale twice: it differs from ours in a scale's last bit, and hence in few codes.
+recipe with fp32 scales, so that a server computes with the values that the trainer computed with; blocks of nothing above
+2^-116 alone count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: it is up to two of fp32's steps from
+ours, and hence differs in few codes.
 """
 
 from __future__ import annotations
