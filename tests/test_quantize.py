@@ -1,5 +1,5 @@
-"""FP8 blocks: bit-equal to the definition in NumPy, and but for roundings of a scale to transformers' quantiser; stable, safe at
-zeros and ragged ends."""
+"""FP8 blocks: bit-equal to the definition in NumPy, and but for a scale's rounding to transformers; stable, safe at zeros and
+ragged ends."""
 
 from __future__ import annotations
 
