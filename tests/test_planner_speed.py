@@ -12,8 +12,10 @@ from etr_megatron.config import load_config
 from etr_megatron.flops import active_parameters, body_flops, head_flops
 from etr_megatron.planner import H100, make_plan
 from etr_megatron.planner.architecture import MODELS
+from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
 from etr_megatron.planner.published import ROWS, SYNC_32B, sync_of_32b, table
+from etr_megatron.planner.speed import sync_seconds
 from etr_megatron.weights import read_architecture
 
 
@@ -108,6 +110,24 @@ def test_published_runs_are_estimated_within_the_errors_that_the_documentation_s
     assert -0.55 < error < 0.0
     if "v0.5" in row.name:
         assert abs(error) < 0.20
+
+
+@pytest.mark.parametrize(
+    ("gpus", "outside", "parts"),
+    [
+        (8, False, (0, 2 / 4e9)),  # within one machine: written to its memory once and read there
+        (32, False, (1 / 40e9, 2 / 4e9)),  # to every machine first, over 80% of an adapter's rate
+        (32, True, (0, 4 * 4 / 3 / 4e7)),  # base64, once for each of a server's four GPUs
+    ],
+    ids=["one node", "four nodes", "outside"],
+)
+def test_a_sync_by_memory_depends_on_where_the_servers_are(gpus, outside, parts) -> None:
+    config = load_config(
+        MODELS.parent / "qwen3_32b_32gpu.yaml", ["parallel.tp=1", "parallel.pp=1", "parallel.sequence_parallel=false"]
+    )
+    cluster = Cluster(gpus=gpus, gpus_per_node=8, ranks=gpus, servers=gpus // 4, server_tp=4, colocated=True, outside=outside)
+    model_bytes = 65 * 10**9
+    assert sync_seconds(config, cluster, model_bytes, H100) == pytest.approx(1.0 + model_bytes * sum(parts))
 
 
 def test_the_published_sync_lies_between_the_transports() -> None:
