@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.experiment_runs import Run
+from etr_megatron.config.presets import PRESETS
 
 VOID_BELOW = 0.01
 """A run that clipped a smaller share of its tokens says nothing about clip ranges."""
@@ -111,7 +112,7 @@ def analyse_run(run: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> RunR
     """Figures of a run from its rows of metrics.jsonl.
 
     "missing" without the row of step `steps`, "not finite" with a null in a column that is used, "void" when under
-    `VOID_BELOW` of the tokens were clipped, in the mean over steps.
+    `VOID_BELOW` of the tokens were clipped, in the mean over steps, by a loss that has a clip range.
     """
     done = rows[-1]["step"] if rows else 0
     if done < steps:
@@ -122,7 +123,7 @@ def analyse_run(run: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> RunR
                 return RunResult(run, "not finite", f"{column} at step {row['step']}")
     figures = _figures(rows)
     clipped = figures["clip_upper"] + figures["clip_lower"]
-    if clipped < VOID_BELOW:
+    if clipped < VOID_BELOW and PRESETS[run.preset]["loss"] != "reinforce":
         return RunResult(run, "void", f"{clipped:.2%} of the tokens clipped", figures, rows)
     return RunResult(run, "ok", "", figures, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,12 +108,13 @@ def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> tor
     return logits.transpose(0, 1)[..., : policy.arch.vocab_size]
 
 
-def nan_error(model: str, sequences: list) -> str:
-    """The error of an update after the last sample's weights went bad: a NaN in its own token's embedding."""
-    policy = build(model, ["parallel.tp=1"])
+def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_weights: bool) -> str:
+    """The error of an update. in_weights: after the last sample's went bad, a NaN in its own token's embedding."""
+    policy = build(model, ["parallel.tp=1", *overrides])
     batch = make_batch(sequences)
-    with torch.no_grad():
-        policy.chunks[0].embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
+    if in_weights:
+        with torch.no_grad():
+            policy.chunks[0].embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
     try:
         policy.update(batch)
     except FloatingPointError as error:

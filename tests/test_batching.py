@@ -17,7 +17,8 @@ from etr_megatron.metrics import check_logprob_gap, step_metrics
 from etr_megatron.objective import PASS_RATE_BINS, resolve_loss
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.policy import PolicyBatch, TokenLogprobs, Update
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, refuse_not_finite
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings
+from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.packing import pack
 from etr_megatron.types import Group, Problem, Sample
 
@@ -209,12 +210,24 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
     micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
     logp = torch.zeros(11)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp, logp)
-    refuse_not_finite(inputs, batch, micro, 3)
+    watch = RowWatch(batch, micro, loss="clipped", rank=3)
+    watch.check(inputs, 0.0)
     broken = getattr(inputs, name).clone()
     broken[[6, 9]] = float("-inf")
     with pytest.raises(FloatingPointError) as caught:
-        refuse_not_finite(replace(inputs, **{name: broken}), batch, micro, 3)
+        watch.check(replace(inputs, **{name: broken}), 0.0)
     assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
+
+
+def test_a_loss_that_is_not_finite_names_its_samples() -> None:
+    batch = batch_of()
+    micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
+    values = torch.zeros(9)
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), values, values)
+    with pytest.raises(FloatingPointError) as caught:
+        RowWatch(batch, micro, loss="mine:loss", rank=3).check(inputs, float("inf"))
+    wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
+    assert str(caught.value) == f"objective.loss mine:loss is inf where all of its inputs are finite: {wanted}"
 
 
 # Metrics.

@@ -98,6 +98,11 @@ def test_a_run_with_under_one_percent_of_tokens_clipped_is_void(lower: float, st
     assert one.reason == ("0.99% of the tokens clipped" if state == "void" else "")
 
 
+def test_a_loss_without_a_clip_range_is_never_void() -> None:
+    assert result("rloo", 1, clip_frac_upper=0.0, clip_frac_lower=0.0).state == "ok"
+    assert result("cispo", 1, clip_frac_upper=0.0, clip_frac_lower=0.0).state == "void"
+
+
 def test_runs_that_are_not_there_or_not_at_their_end_or_not_finite_do_not_count() -> None:
     broken = rows_of()
     broken[2]["entropy"] = None

@@ -81,6 +81,7 @@ def test_no_number_may_be_minus_one(key):
         (dict(objective__loss=""), ["objective.loss"]),
         (dict(objective__loss="gspo", objective__eps_max=1.0), ["objective.eps_max"]),
         (dict(objective__dual_clip=1.0), ["objective.dual_clip"]),
+        (dict(objective__options={"margin": 0.1}), ["objective.options", "objective.loss"]),
         (dict(objective__preset="gspo", objective__dual_clip=3.0), ["objective.dual_clip", "objective.loss"]),
         (
             dict(objective__kl_coef=0.1, objective__kl_in="reward", objective__kl_estimator="k3", objective__normalize=False),

@@ -90,6 +90,9 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("objective.normalize=1", "true or false or null"),
         ("objective.micro=cube", 'one of "tanh", "linear", "none" or null'),
         ("reward.extract=boxed", "a list of texts"),
+        ("objective.options=0.1", "numbers by name, such as {a: 0.5, b: 2}"),
+        ("objective.options={margin: wide}", "numbers by name"),
+        ("objective.options={margin: 1, margin: 2}", "each name once"),
         ("model.path=", "text"),
     ],
 )

@@ -20,6 +20,7 @@ from etr_megatron.objective import (
     LossSettings,
     diagnostic_sums,
     loss_names,
+    refuse_if_rows_interact,
     register_loss,
     regularized,
     resolve_loss,
@@ -326,6 +327,31 @@ def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) 
     case, logp, entropy = random_case(1)
     with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{function} .*{complaint}"):
         evaluate(f"tests.test_losses:{function}", case, logp, entropy)
+
+
+@token_local
+def takes_a_mean(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(-(inputs.logp * inputs.advantage).mean())
+
+
+@token_local
+def looks_at_its_neighbour(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp * inputs.entropy.roll(1).detach())
+
+
+@pytest.mark.parametrize("name", ["takes_a_mean", "looks_at_its_neighbour"])
+def test_a_loss_marked_token_local_that_is_not_is_refused(name: str) -> None:
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{name} is marked token-local, but a row's gradient"):
+        refuse_if_rows_interact(resolve_loss(f"tests.test_losses:{name}"), inputs)
+
+
+@pytest.mark.parametrize("name", [*LOCAL, "tests.test_losses:squared"])
+def test_a_token_local_loss_passes_for_one(name: str) -> None:
+    for seed in range(5):
+        case, logp, entropy = random_case(seed)
+        refuse_if_rows_interact(resolve_loss(name), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
 @pytest.mark.parametrize(

@@ -111,5 +111,17 @@ def test_padded_logits_of_a_mixture_equal_transformers(gangs, hf_models, family,
 
 def test_a_nan_at_an_active_token_names_sample_and_rank(gangs, hf_models):
     sequences = [([5, 6], [7, 8]), ([9, 10], [11]), ([299, 12], [13, 14])]
-    message = gangs(1).run("tests.policy_jobs:nan_error", model=hf_models["qwen3"], sequences=sequences)[0]
+    job = dict(model=hf_models["qwen3"], sequences=sequences)
+    (message,) = gangs(1).run("tests.policy_jobs:nan_error", **job, in_weights=True)
     assert message == "logp is nan at an active token: position 0 in the response of sample g1/0, on rank 0"
+
+
+@pytest.mark.parametrize("loss", ["root_of_zero", "root_of_zero_unmarked"])
+def test_a_nan_that_a_loss_makes_in_its_gradient_names_sample_and_rank(gangs, hf_models, loss):
+    overrides = [f"objective.loss=tests.broken_loss:{loss}", "objective.options={rank: 0}"]
+    job = dict(model=hf_models["qwen3"], sequences=[([5, 6], [7, 8]), ([9, 10], [11])], overrides=overrides)
+    (message,) = gangs(1).run("tests.policy_jobs:nan_error", **job, in_weights=False)
+    assert message == (
+        f"the gradient of objective.loss tests.broken_loss:{loss} with respect to logp is not finite where all of its inputs "
+        "are: position 0 in the response of sample g0/0, on rank 0"
+    )

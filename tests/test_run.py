@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -112,6 +113,18 @@ def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs)
     code, printed = runs.finish("run.name=failing", "reward.function=tests.rewards:always_fails", "eval.every=0")
     assert code == 2 and "Traceback" not in printed
     assert "24 of 24 answers could not be graded" in printed and "KeyError" in printed
+
+
+def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(runs):
+    loss = ("objective.loss=tests.broken_loss:root_of_zero", "objective.options={rank: 1}")
+    code, output = runs.finish("run.name=broken", "--nproc", "2", "parallel.tp=1", *loss)
+    assert code == 1
+    assert re.search(
+        r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite where all of its "
+        r"inputs are: position 0 in the response of sample \S+, on rank 1\n",
+        output,
+    )
+    assert not runs.rows("broken")
 
 
 def test_a_finished_run_without_checkpoints_is_not_written_over(runs):

@@ -30,13 +30,15 @@ def describe(hint: Any) -> str:
         return names if len(get_args(hint)) == 1 else f"one of {names}"
     if get_origin(hint) is tuple:
         return "a list of texts, such as [a, b]"
+    if get_origin(hint) is dict:
+        return "numbers by name, such as {a: 0.5, b: 2}"
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
 
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     """The value of `node` as `hint` wants it.
 
-    hint: bool, int, float, str, Literal of texts, tuple[str, ...], or a union of these with None.
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float], or a union of these with None.
     verbatim: the text of a command-line override; text fields take it as it stands unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
@@ -61,6 +63,8 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
         if not isinstance(node, yaml.SequenceNode):
             raise Mismatch(describe(hint))
         return tuple(_text(child, None) for child in node.value)
+    if get_origin(hint) is dict:
+        return _numbers(node, hint)
     if get_origin(hint) is Literal:
         text = _text(node, verbatim)
         if text not in get_args(hint):
@@ -69,6 +73,19 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
     if hint is str:
         return _text(node, verbatim)
     return _scalar(node, hint)
+
+
+def _numbers(node: yaml.Node, hint: Any) -> dict[str, float]:
+    """A mapping from names, each given once, to finite numbers."""
+    if not isinstance(node, yaml.MappingNode):
+        raise Mismatch(describe(hint))
+    try:
+        found = {_text(key, None): _scalar(value, float) for key, value in node.value}
+    except Mismatch:
+        raise Mismatch(describe(hint)) from None
+    if len(found) < len(node.value):
+        raise Mismatch(f"{describe(hint)}, each name once")
+    return found
 
 
 def _scalar(node: yaml.Node, hint: Any) -> bool | int | float:

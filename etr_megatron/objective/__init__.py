@@ -1,5 +1,6 @@
 """Group statistics, elastic bounds, policy losses, KL estimators, aggregation: pure torch, nothing distributed."""
 
+from etr_megatron.objective.additivity import refuse_if_rows_interact
 from etr_megatron.objective.aggregation import token_weights
 from etr_megatron.objective.bounds import ElasticBounds
 from etr_megatron.objective.controls import control_radii
@@ -31,6 +32,7 @@ __all__ = [
     "loss_names",
     "overlong_punishment",
     "pass_rate_bins",
+    "refuse_if_rows_interact",
     "register_loss",
     "regularized",
     "resolve_loss",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ class LossSettings:
 
     log_ratio_bound: |log r| is bounded by it before exp(). kl_coef, kl_estimator: of the KL in the loss; 0 where there is none
     (also where the KL is in the reward). entropy_coef: of the entropy bonus. dual_clip: c of the dual clip, None is off.
+    options: `objective.options`, the numbers of a user's own loss.
     """
 
     log_ratio_bound: float = 20.0
@@ -24,6 +25,7 @@ class LossSettings:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     dual_clip: float | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class StepMetrics(TypedDict):
     lr: float  # of the step's last update
     ratio_mean: float  # importance ratio
     effective_sample_size: float  # of the importance ratios, (sum r)^2 / (n sum r^2), as a share of the n tokens
-    clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped
-    clip_frac_lower: float  # share of tokens whose gradient the lower bound stopped
+    clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped; of `cispo`, whose weight it cut
+    clip_frac_lower: float  # the same of the lower bound
     clip_radius_mean: float
     clip_radius_p10: float  # percentiles over tokens
     clip_radius_p90: float

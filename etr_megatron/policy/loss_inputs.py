@@ -21,6 +21,7 @@ def loss_settings(objective: ObjectiveConfig) -> LossSettings:
         kl_estimator=objective.kl_estimator,
         entropy_coef=objective.entropy_coef,
         dual_clip=objective.dual_clip,
+        options=objective.options,
     )
 
 
@@ -71,26 +72,6 @@ def loss_inputs(
 def pass_rate_bins_of_rows(batch: PolicyBatch, micro: Microbatch) -> Tensor:
     """int64 [R], the pass-rate bin of each row's group."""
     return batch.pass_rate_bin.to(micro.row_sample.device)[micro.row_sample]
-
-
-def refuse_not_finite(inputs: LossInputs, batch: PolicyBatch, micro: Microbatch, rank: int) -> None:
-    """Raise FloatingPointError when a row of any input is NaN or infinite.
-
-    inputs: all rows of `micro`, the policy's values filled in. The error names the input, the sample, the token's position in
-    the response (from 0) and the rank.
-    """
-    named = inputs.row_tensors()
-    broken = ~torch.isfinite(torch.stack(list(named.values())))
-    if not bool(broken.any()):
-        return
-    # In the order of rows: a token's first bad input is more telling than the first input's bad token.
-    row, number = broken.T.nonzero()[0].tolist()
-    name = list(named)[number]
-    sample, position = int(micro.row_sample[row]), int(micro.row_position[row])
-    raise FloatingPointError(
-        f"{name} is {named[name][row].item()} at an active token: position {position} in the response of sample "
-        f"{batch.names[sample]}, on rank {rank}"
-    )
 
 
 def _places(batch: PolicyBatch, micro: Microbatch) -> Tensor:

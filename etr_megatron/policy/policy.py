@@ -26,18 +26,19 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from etr_megatron import platform
-from etr_megatron.config import Config
+from etr_megatron.config import LOSSES, Config
 from etr_megatron.flops import sequence_flops
-from etr_megatron.objective import LossOutputs, diagnostic_sums, resolve_loss
+from etr_megatron.objective import LossInputs, LossOutputs, diagnostic_sums, refuse_if_rows_interact, resolve_loss
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import padded_length
 from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import require_fp8, token_multiple
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows, refuse_not_finite
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
 from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
+from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack
 from etr_megatron.policy.parallel import Layout
@@ -107,6 +108,7 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in self._ddp]
             self._megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._policy_loss = resolve_loss(config.objective.loss)
+        self._unchecked = self._policy_loss.token_local and config.objective.loss not in LOSSES
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, reference: bool = False) -> TokenLogprobs:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
@@ -139,8 +141,8 @@ class Policy:
     def update(self, batch: PolicyBatch) -> Update:
         """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
 
-        Raises FloatingPointError for a log-prob that is not finite (see `refuse_not_finite`), RuntimeError for such gradients,
-        UserError for a loss whose outputs are not what they should be.
+        Raises FloatingPointError for a log-prob, loss or gradient of a loss that is not finite (see `RowWatch`), RuntimeError
+        for such gradients of parameters, UserError for a loss whose outputs are not what they should be.
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
@@ -241,8 +243,10 @@ class Policy:
         known = loss_inputs(batch, micro, loss_settings(self.config.objective), reduce)
         tensors, options = self._head_inputs(self._ddp[-1], hidden, micro)
         parts: list[LossOutputs] = []
+        watch = RowWatch(batch, micro, loss=self._policy_loss.name, rank=self.layout.rank)
 
         def rows_loss(rows: slice, logp: Tensor, entropy: Tensor) -> Tensor:
+            watch.watch(rows, logp, entropy)
             parts.append(self._policy_loss(known.at(rows, logp, entropy)))
             return parts[-1].loss
 
@@ -252,11 +256,19 @@ class Policy:
             logp, entropy = vocab_parallel_logprob(*tensors, **options)
             loss = rows_loss(slice(None), logp, entropy)
         inputs = known.at(slice(None), logp.detach(), entropy.detach())
-        refuse_not_finite(inputs, batch, micro, self.layout.rank)
+        value = loss.item()
+        watch.check(inputs, value)
+        self._check_additivity(inputs)
         own = {name: torch.cat([part.rows[name] for part in parts]) for name in (parts[0].rows if parts else ())}
         result = LossOutputs(loss.detach(), own)
-        sums = {"loss": loss.item(), **diagnostic_sums(inputs, result, pass_rate_bins_of_rows(batch, micro))}
+        sums = {"loss": value, **diagnostic_sums(inputs, result, pass_rate_bins_of_rows(batch, micro))}
         return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
+
+    def _check_additivity(self, inputs: LossInputs) -> None:
+        """Once, of a user's loss: the head may cut rows into chunks only where that changes nothing."""
+        if self._unchecked and len(inputs.logp) > 1:
+            refuse_if_rows_interact(self._policy_loss, inputs)
+            self._unchecked = False
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:

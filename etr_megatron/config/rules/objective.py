@@ -17,6 +17,8 @@ def objective(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("objective.loss",), f"must be one of {', '.join(LOSSES)}, or a function's import path as package.module:function"
         )
+    if objective.options and objective.loss in LOSSES:
+        yield Violation(("objective.options", "objective.loss"), "options are for a loss of your own; this one has none")
     if objective.dual_clip is not None:
         if objective.dual_clip <= 1:
             yield Violation(("objective.dual_clip",), "must be greater than 1; null is off")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -28,6 +28,8 @@ class ObjectiveConfig:
     """The algorithm: a named set of the fields below."""
     loss: str | None = None
     """`clipped`, `gspo`, `cispo`, `reinforce`, or `package.module:function` of your own: `f(LossInputs) -> LossOutputs`."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Numbers for a loss of your own, which finds them in `inputs.settings.options`, such as `{margin: 0.1}`."""
     baseline: Literal["group_mean", "leave_one_out"] | None = None
     """What a reward is compared with: the mean of its group, or of the group's other responses."""
     normalize: bool | None = None

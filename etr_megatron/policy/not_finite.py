@@ -1,0 +1,73 @@
+"""NaN and infinity at an active token: which sample, which position, on which rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from etr_megatron.objective import LossInputs
+from etr_megatron.policy.batch import PolicyBatch
+from etr_megatron.policy.packing import Microbatch
+
+
+class RowWatch:
+    """Holds what a policy loss gets, and its gradients with respect to log-prob and entropy, against NaN and infinity.
+
+    One for every microbatch and rank. Gradients of a token-local loss are formed chunk by chunk inside the head, those of
+    others when Megatron goes backward; rows are only marked as they come, since asking for a value waits for the device.
+    """
+
+    def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
+        self._batch, self._micro, self._loss, self._rank = batch, micro, loss, rank
+        self._broken = torch.zeros(2, len(micro.targets), dtype=torch.bool, device=micro.row_sample.device)
+        self._waits_for_backward = False
+
+    def watch(self, rows: slice, logp: Tensor, entropy: Tensor) -> None:
+        """Look at the gradients that these rows' values will receive."""
+        for place, values in enumerate((logp, entropy)):
+            if values.requires_grad:
+                values.register_hook(partial(self._mark, place, rows))
+
+    def _mark(self, place: int, rows: slice, gradient: Tensor | None) -> None:
+        if gradient is None:  # the loss does not depend on it, and autograd calls all the same
+            return
+        self._broken[place, rows] = ~torch.isfinite(gradient)
+        if self._waits_for_backward:
+            self._check_gradients()
+
+    def check(self, inputs: LossInputs, loss: float) -> None:
+        """Raise FloatingPointError when a row of any input, its gradient, or the loss is NaN or infinite.
+
+        inputs: all rows of the microbatch, the policy's values filled in. The error names the input, the sample, the token's
+        position in the response (from 0) and the rank. Gradients that come later are checked as they come.
+        """
+        named = inputs.row_tensors()
+        broken = ~torch.isfinite(torch.stack(list(named.values())))
+        if bool(broken.any()):
+            # In the order of rows: a token's first bad input is more telling than the first input's bad token.
+            row, number = broken.T.nonzero()[0].tolist()
+            name = list(named)[number]
+            raise FloatingPointError(f"{name} is {named[name][row].item()} at an active token: {self._place(row)}")
+        self._check_gradients()
+        if not torch.isfinite(torch.tensor(loss)):
+            samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
+            raise FloatingPointError(
+                f"objective.loss {self._loss} is {loss} where all of its inputs are finite: samples {samples}, on rank "
+                f"{self._rank}"
+            )
+        self._waits_for_backward = True
+
+    def _check_gradients(self) -> None:
+        if not bool(self._broken.any()):
+            return
+        row, place = self._broken.T.nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite where all "
+            f"of its inputs are: {self._place(row)}"
+        )
+
+    def _place(self, row: int) -> str:
+        sample, position = int(self._micro.row_sample[row]), int(self._micro.row_position[row])
+        return f"position {position} in the response of sample {self._batch.names[sample]}, on rank {self._rank}"
