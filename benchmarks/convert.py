@@ -3,12 +3,13 @@
     python -m benchmarks.convert                 writes results/convert.json
     python -m benchmarks.convert --layers 4 --rounds 1 --out quick.json
 
-A random bf16 Qwen3 is written to --work (a disk with room for three of it). For each direction, rounds of three contestants in
-new processes, one after the other: `cp -r` of the directory that is converted, the same followed by an fsync of every file, and
-the conversion, which ends with an fsync as well. Times are whole processes, interpreter and imports included. What a contestant
-wrote is removed before the next, and the first round does not count: so all of them find the input in memory and write to
-memory that was in use before. The checkpoint should fit into memory twice. Memory is the process's peak resident set as the
-kernel reports it, against 2 x the largest tensor + 1 GB.
+A random bf16 Qwen3 is written to --work (a disk with room for four of it). For each way there and back, by one process or two,
+with the values as they are, cast to fp32 or quantised to FP8, rounds of three contestants in new processes, one after the
+other: `cp -r` of the directory that is converted (twice where twice as much is written), the same followed by an fsync of every
+file, and the conversion, which ends with an fsync as well. Times are whole processes, interpreter and imports included. What a
+contestant wrote is removed before the next, and the first round does not count: so all of them find the input in memory and
+write to memory that was in use before. The checkpoint should fit into memory twice. Memory is the peak resident set of the
+largest process as the kernel reports it, against 2 x the largest tensor + 1 GB.
 """
 
 from __future__ import annotations
@@ -22,14 +23,42 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment_environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOL = [sys.executable, str(ROOT / "tools" / "convert_hf.py")]
-WAYS = ("to_megatron", "to_hf")
+TOOL = str(ROOT / "tools" / "convert_hf.py")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A conversion of the directory `source`: hf, megatron or fp8. copies: of it, that make as many bytes as are written."""
+
+    source: str
+    options: tuple[str, ...] = ()
+    processes: int = 1
+    copies: int = 1
+
+    def command(self, folder: Path, out: Path) -> list[str]:
+        """Of the directory `folder / source`."""
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)] if self.processes > 1 else []
+        way = ["to-hf", "--megatron"] if self.source == "megatron" else ["to-megatron", "--hf"]
+        return [sys.executable, *launcher, TOOL, *way, str(folder / self.source), *self.options, "--out", str(out)]
+
+
+WAYS = {
+    "to_megatron": Way("hf"),
+    "to_megatron_2_processes": Way("hf", processes=2),
+    "to_hf": Way("megatron"),
+    "to_hf_2_processes": Way("megatron", processes=2),
+    "to_hf_fp8": Way("megatron", ("--fp8-block", "128")),
+    "to_hf_fp32": Way("megatron", ("--dtype", "fp32"), copies=2),
+    "fp8_to_megatron": Way("fp8", copies=2),
+}
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -89,28 +118,33 @@ def measure(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def rounds_of(source: Path, command: list[str], out: Path, rounds: int) -> list[dict[str, tuple[float, int]]]:
-    """Rounds of the two copies of `source` and of the conversion; the first, which does not count, is left out."""
+def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, tuple[float, int]]]:
+    """Rounds of the two copies of what is converted and of the conversion; the first, which does not count, is left out."""
+    way, out = WAYS[name], folder / "out"
+    copy = 'mkdir "$2" && for ((i = 0; i < $3; i++)); do cp -r "$1" "$2/$i" || exit 1; done'
+    arguments = ["bash", str(folder / way.source), str(out), str(way.copies)]
     contestants = {
-        "cp": ["cp", "-r", str(source), str(out)],
-        "cp_fsync": ["bash", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "bash", str(source), str(out)],
-        "convert": [*TOOL, *command, "--out", str(out)],
+        "cp": ["bash", "-c", copy, *arguments],
+        "cp_fsync": ["bash", "-c", f'{copy} && sync "$2"/*/*', *arguments],
+        "convert": way.command(folder, out),
     }
     found = []
     for number in range(rounds + 1):
         one = {}
-        for name, arguments in contestants.items():
-            one[name] = measure(arguments)
+        for contestant, command in contestants.items():
+            one[contestant] = measure(command)
             shutil.rmtree(out)
         found.append(one)
-        print(command[0], number or "warm-up", {name: round(seconds, 2) for name, (seconds, _) in one.items()}, flush=True)
+        print(name, number or "warm-up", {each: round(seconds, 2) for each, (seconds, _) in one.items()}, flush=True)
     return found[1:]
 
 
-def check_round_trip(hf: Path, megatron: Path, back: Path) -> None:
+def check_round_trip(folder: Path) -> None:
     """End the benchmark where there and back is not bit for bit the same."""
-    subprocess.run([*TOOL, "to-hf", "--megatron", str(megatron), "--out", str(back), "--max-shard-gb", "1"], check=True)
-    for file in hf.glob("*.safetensors"):
+    back = folder / "back"
+    command = [*WAYS["to_hf"].command(folder, back), "--max-shard-gb", "1"]
+    subprocess.run(command, check=True)
+    for file in (folder / "hf").glob("*.safetensors"):
         if subprocess.run(["cmp", "-s", file, back / file.name]).returncode:
             raise SystemExit(f"{file.name} is not what it was after the round trip")
     shutil.rmtree(back)
@@ -135,10 +169,22 @@ def summary(rounds: list[dict[str, tuple[float, int]]], bound: int) -> dict[str,
     }
 
 
+def measure_all(folder: Path, rounds: int, ways: Sequence[str]) -> dict[str, Any]:
+    """The result's entry of every way, from the checkpoint `folder / hf`."""
+    largest, total = largest_tensor(folder / "hf")
+    bound = 2 * largest + 10**9
+    subprocess.run(WAYS["to_megatron"].command(folder, folder / "megatron"), check=True)
+    check_round_trip(folder)
+    subprocess.run(WAYS["to_hf_fp8"].command(folder, folder / "fp8"), check=True)
+    sizes = dict(checkpoint_bytes=total, largest_tensor_bytes=largest, memory_bound_bytes=bound)
+    return sizes | {name: summary(rounds_of(name, folder, rounds), bound) for name in ways}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=64, help="64 are 7.9 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--work", type=Path, help="directory on the disk that is measured (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "convert.json")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
@@ -147,27 +193,13 @@ def main() -> None:
         generate(asked.generate, asked.layers)
         return
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
-        hf, megatron, out = (Path(folder) / name for name in ("hf", "megatron", "out"))
-        again = [sys.executable, "-m", "benchmarks.convert", "--generate", str(hf), "--layers", str(asked.layers)]
+        again = [sys.executable, "-m", "benchmarks.convert", "--generate", f"{folder}/hf", "--layers", str(asked.layers)]
         subprocess.run(again, check=True, cwd=ROOT)
-        largest, total = largest_tensor(hf)
-        bound = 2 * largest + 10**9
-        there = rounds_of(hf, ["to-megatron", "--hf", str(hf)], out, asked.rounds)
-        subprocess.run([*TOOL, "to-megatron", "--hf", str(hf), "--out", str(megatron)], check=True)
-        check_round_trip(hf, megatron, out)
-        shutil.rmtree(hf)
-        back = rounds_of(megatron, ["to-hf", "--megatron", str(megatron)], out, asked.rounds)
-    found = {
-        "environment": environment(ROOT),
-        "checkpoint_bytes": total,
-        "largest_tensor_bytes": largest,
-        "memory_bound_bytes": bound,
-        "checkpoint_over_bound": total / bound,
-        "to_megatron": summary(there, bound),
-        "to_hf": summary(back, bound),
-    }
+        measured = measure_all(Path(folder), asked.rounds, asked.ways)
+    found = {"environment": environment(ROOT), **measured}
     asked.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps({way: {k: found[way][k] for k in ("times_cp", "times_cp_fsync", "peak_resident_bytes")} for way in WAYS}))
+    shown = ("times_cp", "times_cp_fsync", "peak_resident_bytes")
+    print(json.dumps({way: {key: found[way][key] for key in shown} for way in asked.ways}, indent=1))
 
 
 if __name__ == "__main__":
