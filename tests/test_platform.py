@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 
 import pytest
 
+from etr_megatron.platform import cpu_shim
 from tests.gang import ROOT
 
 
@@ -46,6 +48,25 @@ def test_no_cuda_name_is_left_in_a_rewritten_module():
         "print(seen > 100, left)"
     )
     assert printed.strip() == "True 0"
+
+
+def test_a_rewritten_module_is_compiled_once_and_other_programs_never_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    source = tmp_path / "module.py"
+    source.write_text("device = 'cuda'\n")
+
+    def device(loader: type[SourceFileLoader]) -> str:
+        found: dict[str, str] = {}
+        exec(loader("module", str(source)).get_code("module"), found)
+        return found["device"]
+
+    assert device(cpu_shim._Loader) == "cpu"
+    assert device(SourceFileLoader) == "cuda"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_shim, "_Rewrite", None)
+        assert device(cpu_shim._Loader) == "cpu"
+    source.write_text("device = 'cuda:0' if False else 'cuda'; a_changed = 'file'\n")
+    assert device(cpu_shim._Loader) == "cpu"
 
 
 def test_a_missing_rank_is_named_with_the_phase(gangs):

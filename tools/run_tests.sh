@@ -17,6 +17,8 @@ else
 fi
 # Tests start several processes each; more threads than cores would only slow them down.
 export OMP_NUM_THREADS=1
+# And each of them would compile what it imports, where byte code is not written.
+unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest "${selection[@]}" "$@"

@@ -15,8 +15,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from etr_megatron import platform
 from etr_megatron.config import Fp8Config
@@ -180,7 +178,10 @@ def rotary_frequencies(arch: Architecture) -> torch.Tensor:
     if arch.rope["rope_type"] == "default":
         exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
         return 1.0 / (arch.rope["rope_theta"] ** exponent)
-    config = LlamaConfig(
+    from transformers.configuration_utils import PreTrainedConfig  # a second of start-up, for few models
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = PreTrainedConfig(
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.heads,
         head_dim=arch.head_dim,
