@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_a_buffer_that_knows_what_is_to_come_does_not_grow():
     memory = shared_memory.SharedMemory()
     first = memory.put(torch.ones(9, dtype=torch.uint8), largest=5000)
     assert memory.put(torch.ones(5000, dtype=torch.uint8), largest=5000).data_ptr() == first.data_ptr()
+
+
+def test_threads_that_make_handles_do_not_take_the_names_of_segments_from_each_other():
+    """torch's strategy is the process's: with that of descriptors in the middle, no other process could open a segment."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    view = shared_memory.SharedMemory().put(torch.arange(6, dtype=torch.uint8))
+    found: list[str] = []
+    other = threading.Thread(target=lambda: found.append(shared_memory.handles([("a", view)])), daemon=True)
+    with shared_memory._by_name():
+        other.start()
+        other.join(0.3)
+        assert not found and torch.multiprocessing.get_sharing_strategy() == "file_system"
+    other.join(20)
+    assert b"rebuild_storage_filename" in base64.b64decode(found[0])
+    assert torch.multiprocessing.get_sharing_strategy() == before
 
 
 def test_without_room_in_shared_memory_there_is_a_sentence(monkeypatch):

@@ -71,6 +71,7 @@ class Host:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
+        with httpx.stream("GET", f"{url}/health", timeout=5.0) as reply:  # a body that never ends is not waited for
+            return reply.status_code == 200
     except httpx.HTTPError:
         return False

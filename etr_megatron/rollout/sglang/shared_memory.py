@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,16 +21,19 @@ _FILES = Path("/dev/shm")
 _ROOM = 64 << 20
 """Bytes that others of the machine are left: who writes to a file without room dies of SIGBUS, and is told nothing before."""
 
+_strategy = threading.Lock()  # it is the process's, and a thread that restored it would take it from another
+
 
 @contextmanager
 def _by_name() -> Iterator[None]:
     """Segments that a process without kinship opens by a name; by default torch passes descriptors to children."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
+    with _strategy:
+        before = torch.multiprocessing.get_sharing_strategy()
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        try:
+            yield
+        finally:
+            torch.multiprocessing.set_sharing_strategy(before)
 
 
 def _keep_sockets_to_ourselves() -> None:
