@@ -1,0 +1,35 @@
+"""The whole loop with what a loss may ask of it beyond the rollout: a reference model, weights for the engine's mismatch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytestmark = pytest.mark.slow
+SHORT = ("run.steps=2", "eval.every=0", "checkpoint.every=0", "train.lr=3.0e-3")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("objective.preset=rloo", "objective.kl_coef=0.05", "objective.kl_in=reward"),
+        ("objective.preset=gspo", "objective.kl_coef=0.05", "objective.kl_in=loss"),
+        ("objective.preset=etr", "objective.correction=truncate", "objective.correction_cap=1.000001"),
+    ],
+    ids=["rloo_kl_in_reward", "gspo_kl_in_loss", "etr_correction"],
+)
+def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
+    code, printed = runs.finish("run.name=loss", *SHORT, *loss)
+    assert code == 0, printed
+    first, second = runs.rows("loss")
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in (first, second))
+    if "objective.kl_coef=0.05" in loss:
+        # The reference is the policy that the run started from, which the first step's updates lead away from.
+        # (k1 has a sign of its own on samples of another policy; k3 has none.)
+        assert first["kl"] != 0 if "objective.kl_in=reward" in loss else 0 < first["kl"] < second["kl"]
+        assert first["correction_mean"] == 1.0
+    else:
+        # The engine computes in another order than the trainer: weights of almost 1, some of them above this cap.
+        assert first["kl"] == 0 and 0 < first["correction_frac"] < 1
+        assert 1 - 1e-3 < first["correction_mean"] < 1.000001 + 1e-9
