@@ -13,7 +13,7 @@ from etr_megatron.config import Config, SglangConfig, validate
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import check_arguments, known_arguments
 from etr_megatron.rollout.sglang.commands import LOADER, server_command
-from etr_megatron.rollout.sglang.places import own_address_of
+from etr_megatron.rollout.sglang.places import new_key, own_address_of
 
 HELP = """
 import argparse
@@ -153,6 +153,12 @@ def test_an_api_key_is_in_a_file_that_only_the_user_reads(tmp_path):
     assert "s3cret" not in " ".join(command.arguments) and "s3cret" not in str(command.environment)
     file = Path(value_of(command.arguments, "--config"))
     assert file.stat().st_mode & 0o077 == 0 and file.suffix == ".yaml" and '"s3cret"' in file.read_text()
+
+
+def test_no_api_key_of_a_run_can_be_taken_for_an_option():
+    keys = {new_key(["127.0.0.1", "10.0.0.7"]) for _ in range(1000)}
+    assert len(keys) == 1000 and all(key.isalnum() and len(key) == 64 for key in keys)
+    assert new_key(["127.0.0.1", "127.0.0.2"]) is None
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,12 @@ def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
 
 
 def new_key(addresses: Iterable[str]) -> str | None:
-    """An API key where others than this machine's users could speak to a server."""
-    return None if all(map(is_loopback, addresses)) else secrets.token_urlsafe(32)
+    """An API key where others than this machine's users could speak to a server.
+
+    Hexadecimal, as SGLang appends what it reads from a file to its command line, where a key that begins with a dash, as one
+    in 64 of base64's does, is taken for an option.
+    """
+    return None if all(map(is_loopback, addresses)) else secrets.token_hex(32)
 
 
 def address_towards(host: str) -> str:
