@@ -1,7 +1,7 @@
 """Time and memory of tools/convert_hf.py on a checkpoint that is several times larger than its memory bound.
 
     python -m benchmarks.convert                 writes results/convert.json
-    python -m benchmarks.convert --layers 4 --rounds 1 --out quick.json
+    python -m benchmarks.convert --layers 4 --rounds 1 --output quick.json
 
 A random bf16 Qwen3 is written to --work (a disk with room for four of it). For each way there and back, by one process or two,
 with the values as they are, cast to fp32 or quantised to FP8, rounds of three contestants in new processes, one after the
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment_environment import environment
+from benchmarks.output import prepare_output
+from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = str(ROOT / "tools" / "convert_hf.py")
@@ -180,27 +182,45 @@ def measure_all(folder: Path, rounds: int, ways: Sequence[str]) -> dict[str, Any
     return sizes | {name: summary(rounds_of(name, folder, rounds), bound) for name in ways}
 
 
-def main() -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=64, help="64 are 7.9 GB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--work", type=Path, help="directory on the disk that is measured (default: a temporary one)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "convert.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "convert.json")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.generate:
-        generate(asked.generate, asked.layers)
-        return
+    asked = parser.parse_args(argv)
+    for name in ("layers", "rounds"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name} is {getattr(asked, name)}; it must be at least 1")
+    if asked.work is not None and not asked.work.is_dir():
+        raise UserError(f"--work {asked.work} is no directory")
+    return asked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code, 2 for a wrong option."""
+    try:
+        asked = parse(sys.argv[1:] if argv is None else argv)
+        if asked.generate:
+            generate(asked.generate, asked.layers)
+            return 0
+        prepare_output(asked.output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
         again = [sys.executable, "-m", "benchmarks.convert", "--generate", f"{folder}/hf", "--layers", str(asked.layers)]
         subprocess.run(again, check=True, cwd=ROOT)
         measured = measure_all(Path(folder), asked.rounds, asked.ways)
     found = {"environment": environment(ROOT), **measured}
-    asked.out.write_text(json.dumps(found, indent=2) + "\n")
+    asked.output.write_text(json.dumps(found, indent=2) + "\n")
     shown = ("times_cp", "times_cp_fsync", "peak_resident_bytes")
     print(json.dumps({way: {key: found[way][key] for key in shown} for way in asked.ways}, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
