@@ -39,11 +39,13 @@ def test_run_etr_is_valid_python(tmp_path: Path) -> None:
 
 # run_etr.sh as Python
 
+# One write, because two ranks share the pipe and print() would write its parts one by one.
 FAKE_TRAIN = """
+import os
 from pathlib import Path
 
 def main(argv):
-    print("train got", argv, "from", Path(__file__).parents[1].name)
+    os.write(1, f"train got {argv} from {Path(__file__).parents[1].name}\\n".encode())
     return 7
 """
 
