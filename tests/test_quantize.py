@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etr_megatron.weights.quantize import dequantize_blocks, quantize_blocks
+from etr_megatron.weights.quantize import dequantize_blocks, dequantize_box, quantize_blocks
 
 FP8 = torch.float8_e4m3fn
 
@@ -88,6 +88,41 @@ def test_ragged_ends_equal_the_definition_block_by_block(rows, cols, block):
             expected, scale = numpy_block(weight[at].numpy())
             assert np.array_equal(bits(quantized[at].contiguous()).numpy(), expected)
             assert scale_inv[i, j].item() == scale
+
+
+def test_a_matrix_of_several_panels_equals_its_rows_of_blocks_one_by_one():
+    weight = random_matrix(1200, 1000, torch.bfloat16, seed=5)  # 4 rows of blocks fit a panel
+    quantized, scale_inv = quantize_blocks(weight)
+    for i in range(10):
+        rows = slice(i * 128, (i + 1) * 128)
+        values, scales = quantize_blocks(weight[rows])
+        assert torch.equal(bits(quantized[rows]), bits(values)) and torch.equal(scale_inv[i : i + 1], scales)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 2.0**-126 * 0.37, 2.0**119 * 1.7], ids=["1", "0.1", "subnormal", "infinite"])
+def test_every_code_is_dequantised_to_torchs_own_conversion_times_the_scale(scale):
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(FP8)
+    finite = codes.float().isfinite()
+    for some in (codes, torch.where(finite, codes.float(), 0.0).to(FP8)):  # with both NaNs, and without them
+        found = dequantize_blocks(some, torch.full((1, 1), scale))
+        # As bits, so that NaN equals itself and -0 differs from 0.
+        assert torch.equal(found.view(torch.int32), (some.float() * torch.tensor(scale)).view(torch.int32))
+
+
+@given(
+    begin=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    out=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_box_that_begins_and_ends_within_blocks_is_a_cut_of_the_whole(begin, size, out):
+    block = 8
+    quantized, scale_inv = quantize_blocks(random_matrix(70, 70, torch.float32, seed=6), block)
+    cut = tuple(slice(at, at + count) for at, count in zip(begin, size, strict=True))
+    touched = tuple(slice(at.start // block, -(-at.stop // block)) for at in cut)
+    into = torch.empty(50, 50, dtype=torch.bfloat16)[: size[0], : size[1]] if out else torch.empty(size)
+    dequantize_box(quantized[cut], scale_inv[touched], into, block, begin)
+    assert torch.equal(into, dequantize_blocks(quantized, scale_inv, block, into.dtype)[cut])
 
 
 def test_a_block_of_zeros_has_scale_one_and_comes_back_as_zeros():

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.quantize import FP8, scale_shape
+from etr_megatron.weights.quantize import FP8, dequantize_box, scale_shape
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 
 _SCALES = "_scale_inv"
 
 _PANEL = 2**22
-"""Values that are dequantised at a time: products are formed on an fp32 copy."""
+"""Values that are read at a time."""
 
 
 def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
@@ -73,7 +73,7 @@ class Fp8Dir(SafetensorsDir):
         return None if name in self.quantized else super().span(name, begin, size)
 
     def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
-        """See `SafetensorsDir.read_into`; products with the scales are formed in fp32, as `dequantize_blocks` does."""
+        """See `SafetensorsDir.read_into`; products with the scales are formed in fp32, as `dequantize_box` does."""
         if name not in self.quantized:
             return super().read_into(name, begin, out)
         if not out.numel():
@@ -83,11 +83,7 @@ class Fp8Dir(SafetensorsDir):
         for first in range(0, rows, step):
             panel = out[first : first + step]
             values, scales = self.read_quantized(name, (row + first, col), tuple(panel.shape))
-            places = [
-                torch.arange(at, at + count) // self.block - at // self.block
-                for at, count in zip((row + first, col), panel.shape, strict=True)
-            ]
-            panel.copy_(values.float() * scales[places[0]][:, places[1]])
+            dequantize_box(values, scales, panel, self.block, (row + first, col))
         return None
 
     def read_quantized(self, name: str, begin: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
