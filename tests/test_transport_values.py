@@ -10,6 +10,7 @@ from etr_megatron.weights import ServerLayout, TrainingLayout, megatron_shard, s
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, buckets_of, copy_local, messages, pack, unpack
+from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests.weight_cases import ARCHITECTURES, tensors_of
 
 BLOCK = 8
@@ -45,6 +46,11 @@ def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_with
         unpack(plan, bucket, flat, sent)
     for transfer in transfers:
         copy_local(plan, transfer, sources, local, torch.bfloat16)
+        # The checksum mode has to take the same way, or it would call a correct sync corrupt.
+        wanted = source_checksum(plan, transfer, sources, torch.bfloat16)
+        assert wanted == destination_checksum(plan, transfer, local, torch.bfloat16)
+        unrounded = source_checksum(plan, transfer, sources, torch.float32)
+        assert wanted != unrounded
     for found in (sent, local):
         assert torch.equal(found[weight.megatron].view(torch.uint8), values.view(torch.uint8))
         assert torch.equal(found[weight.megatron + SCALE_SUFFIX], scales)

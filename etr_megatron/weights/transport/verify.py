@@ -24,7 +24,7 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
     sends, expected = [], {}
     for (source, destination), transfers in plan.pairs.items():
         if source == exchange.source:
-            sums = torch.tensor([_source_checksum(plan, t, sources, exchange.dtype) for t in transfers])
+            sums = torch.tensor([source_checksum(plan, t, sources, exchange.dtype) for t in transfers])
             if plan.is_local(source, destination):
                 expected[source] = sums
             else:
@@ -68,8 +68,9 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
     return piece_checksum(values.to(dtype))
 
 
-def _source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
-    values = source_box(transfer, shards)
+def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
+    """Of a piece as its source sends it. dtype: of what travels unquantised, and what is quantised has been rounded to."""
+    values = source_box(transfer, shards).to(dtype)
     if plan.is_fp8(transfer.weight):
         return piece_checksum(*quantize_blocks(values, plan.fp8_block))
-    return piece_checksum(values.to(dtype))
+    return piece_checksum(values)
