@@ -2,12 +2,13 @@
 
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
-Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), forget_at (from this
-request on it has the weights that it was started with), busy (it says nothing of itself while it generates), die_at_bucket,
-hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes over a version),
-old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that can be cut off
-and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum), hang_at_abort,
-stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a response).
+Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
+this request on it has the weights that it was started with), busy (it says nothing of itself while it generates),
+die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes
+over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
+can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
+hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a
+response), seconds_per_bucket.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def _act(kind: str, number: int, suffix: str = "") -> None:
         time.sleep(3600)
     if BEHAVIOUR.get(f"stop_at{suffix}") == number:
         os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(BEHAVIOUR.get(f"seconds_per{suffix}", 0))
 
 
 def generate(body: dict[str, Any]) -> tuple[int, Any]:
@@ -114,7 +116,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     _act("generate", number)
     if BEHAVIOUR.get("fail_at") == number:
         return 500, {"error": {"message": "out of order"}}
-    if BEHAVIOUR.get("refuse_at") == number:
+    if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG
     if BEHAVIOUR.get("forget_at") == number:
         STATE.version = "default"

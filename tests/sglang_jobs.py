@@ -222,12 +222,10 @@ def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
         del os.environ["FAKE_SGLANG"]
 
 
-def rank_fails(model: str, directory: str, node_address: str | None = None, **settings: Any) -> tuple[str, dict[str, Any]]:
-    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it. node_address: ranks take
-    themselves for nodes."""
+def rank_fails(model: str, directory: str, **settings: Any) -> tuple[str, dict[str, Any]]:
+    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it."""
     policy = build(model, ["parallel.tp=2"])
-    with as_a_node_at(node_address) if node_address else nullcontext():
-        engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
 
     class Broken(type(policy.export())):
         def shards(self) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import pytest
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.rollout import RefusedError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.router import NAME, Router
 from etr_megatron.rollout.sglang.stream import RequestStream
@@ -143,6 +144,31 @@ def test_what_the_router_has_given_out_is_cut_off_at_every_server(tmp_path):
     for key, reply in found.items():
         assert reply.finish_reason == "abort" and 0 < len(reply.ids) < 90
         assert reply.ids == [(key + 1 + i) % 97 for i in range(len(reply.ids))]
+
+
+def test_what_a_router_refuses_and_a_server_takes_is_no_wrong_request():
+    """As one that is longer than the router takes; which is given up, as it would refuse the next as well."""
+
+    class Refusing:
+        def __init__(self, client):
+            self.client, self.is_up, self.why = client, True, ""
+
+        async def leads_to(self, urls):
+            return self.is_up
+
+        def give_up(self, why):
+            self.is_up, self.why = False, why
+
+    async def body(**server):
+        async with fleet_of(server, {"refuse_all": True}, timeout_s=60.0) as fleet:
+            fleet.router = Refusing(fleet.clients.pop())
+            return await fleet.generate(REQUESTS[:6]), fleet.router.why, fleet.failed
+
+    found, why, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]]
+    assert "server 1: /generate answered 400" in why and not failed
+    with pytest.raises(RefusedError, match="server 0: /generate answered 400"):
+        asyncio.run(body(refuse_all=True))
 
 
 def test_a_router_that_is_not_installed_is_one_sentence(tmp_path):

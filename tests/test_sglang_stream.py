@@ -13,7 +13,7 @@ from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
-from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, tokens_of
+from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, state_of, tokens_of
 
 
 async def answers(stream: RequestStream, count: int) -> dict:
@@ -112,6 +112,39 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there(exclu
     for key, reply in cut_off.items():
         assert len(reply.logprobs) == len(reply.ids)
         assert reply.ids + then[100 + key].ids == [(key + 1 + i) % 97 for i in range(40)]
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_request_that_went_on_to_another_server_is_cut_off_there(exclusive):
+    request = Request([3, 0], replace(PARAMETERS, max_new_tokens=60))
+
+    async def body():
+        async with fleet_of({"refuse_at": 0}, {"tokens_per_s": 2}, timeout_s=90.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
+            await stream.submit({0: request})
+            while not (await state_of(fleet.clients[1]))["prompts"]:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.8)
+            return dict(await asyncio.wait_for(stream.stop(abort=True), 10)), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert found[0].finish_reason == "abort" and 0 < len(found[0].ids) < 60
+    assert list(failed) == ["server 0"] and "answered 400" in failed["server 0"]
+
+
+def test_requests_that_one_server_refuses_are_shared_by_all_the_others():
+    requests = {key: Request([3, key], replace(PARAMETERS, max_new_tokens=20)) for key in range(6)}
+
+    async def body():
+        others = {"tokens_per_s": 20}, {"tokens_per_s": 20}
+        async with fleet_of({"refuse_all": True}, *others, timeout_s=60.0) as fleet:
+            stream = RequestStream(fleet, concurrency=2, exclusive=False)
+            await stream.submit(requests)
+            found = await answers(stream, len(requests))
+            return found, [len((await state_of(client))["prompts"]) for client in fleet.clients[1:]]
+
+    found, given = asyncio.run(body())
+    assert found.keys() == requests.keys() and given == [3, 3]
 
 
 @pytest.mark.slow

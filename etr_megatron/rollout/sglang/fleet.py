@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
@@ -15,6 +16,8 @@ from etr_megatron.rollout.sglang.pulse import Pulse
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
+
+_Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
 
 
 @dataclass(frozen=True)
@@ -87,25 +90,33 @@ class Fleet:
             raise EngineGoneError(f"no SGLang server is left: {reasons}")
 
     async def ask(
-        self, client: ServerClient, request: Request, rid: str | None = None, *, may_abort: Callable[[], bool] = lambda: False
+        self,
+        client: ServerClient,
+        request: Request,
+        rid: str | None = None,
+        *,
+        may_abort: Callable[[], bool] = lambda: False,
+        elsewhere: Callable[[Sequence[ServerClient]], ServerClient] = lambda others: others[0],
     ) -> Generated:
         """One response from `client`, or with a router from the server that this chooses.
 
         Raises what went wrong, after the server that failed is marked; a response that is cut off is an error as well, unless
         `may_abort()`, and so is one from other weights, as of a server that somebody has started anew. A router does not say
         which server failed: those that are not well are marked. When all are, the router is given up, so that every failure
-        leaves less to fail. What one server calls wrong another is asked, as those at `sglang.urls` may differ: when it takes
-        the request, who refused has failed; when it does not RefusedError is raised, which is no server's failure.
+        leaves less to fail. What one server calls wrong another is asked, which `elsewhere` chooses, as those at `sglang.urls`
+        may differ: when it takes the request, who refused has failed; when it does not RefusedError is raised, which is no
+        server's failure. Of what is refused through a router `client` itself is asked: the router may have limits of its own.
         """
         router, marks = self.router, self._marks
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
         asked = router.client if router is not None and routed else client
+        answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort)
         try:
-            return await self._reply(asked, self.serving if routed else [client], request, rid, may_abort)
+            return await answer(asked, self.serving if routed else [client])
         except RefusedError as refusal:
-            if routed:  # by servers of the job's own, which are alike
-                raise
-            return await self._ask_another(client, request, rid, may_abort, refusal)
+            if router is not None and routed:
+                return await self._ask_past(router, client, answer, refusal)
+            return await self._ask_another(client, answer, elsewhere, refusal)
         except Exception as error:
             if router is None or not routed:
                 self.mark_failed(client, str(error))
@@ -121,6 +132,7 @@ class Fleet:
         self,
         asked: ServerClient,
         servers: Sequence[ServerClient],
+        *,
         request: Request,
         rid: str | None,
         may_abort: Callable[[], bool],
@@ -134,17 +146,34 @@ class Fleet:
             raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
         return reply
 
+    async def _ask_past(self, router: Router, client: ServerClient, answer: _Answer, refusal: RefusedError) -> Generated:
+        """Of what was refused on the way through the router, which is given up where the server takes the request."""
+        try:
+            reply = await answer(client, [client])
+        except RefusedError:
+            raise
+        except Exception as error:
+            self.mark_failed(client, str(error))
+            raise
+        router.give_up(str(refusal))
+        return reply
+
     async def _ask_another(
-        self, client: ServerClient, request: Request, rid: str | None, may_abort: Callable[[], bool], refusal: RefusedError
+        self,
+        client: ServerClient,
+        answer: _Answer,
+        elsewhere: Callable[[Sequence[ServerClient]], ServerClient],
+        refusal: RefusedError,
     ) -> Generated:
         """Of what `client` refused. Raises the refusal where another refuses as well, or none is left to be asked."""
         while others := [one for one in self.serving if one is not client]:
+            other = elsewhere(others)
             try:
-                reply = await self._reply(others[0], others[:1], request, rid, may_abort)
+                reply = await answer(other, [other])
             except RefusedError:
                 break
             except Exception as error:
-                self.mark_failed(others[0], str(error))
+                self.mark_failed(other, str(error))
             else:
                 self.mark_failed(client, str(refusal))
                 return reply

@@ -69,9 +69,9 @@ class SendSettings:
     backend: str
     timeout_s: float
 
-    def wire(self, patience: float = 1.0) -> Wire:
-        """Of all ranks, whose waits have `patience` times the deadline; a collective."""
-        return Wire.in_world(backend=self.backend, timeout_s=patience * self.timeout_s)
+    def wire(self) -> Wire:
+        """Of all ranks; a collective."""
+        return Wire.in_world(backend=self.backend, timeout_s=self.timeout_s)
 
 
 class Outbox:
@@ -105,7 +105,7 @@ class Outbox:
 
 
 _PATIENCE = 3.0
-"""Ranks wait at a bucket for rank 0, which waits for a server that hangs, finds out which it is, and goes on without it."""
+"""Deadlines that ranks wait for rank 0 before a bucket: for it to wait for a server that hangs, to find it and to go on."""
 
 
 class WholeTensors(CollectiveTransport):
@@ -116,8 +116,8 @@ class WholeTensors(CollectiveTransport):
 
     def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None, shared: NodeBuckets) -> None:
         arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
-        super().__init__(settings.wire(_PATIENCE), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
-        self._outbox, self._shared = outbox, shared
+        super().__init__(settings.wire(), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
+        self._outbox, self._shared, self._longest_wait_s = outbox, shared, _PATIENCE * settings.timeout_s
         self._groups = list(groups_of(list(weights_of(arch)), dtype, settings.fp8_block, limit))
         shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
@@ -125,7 +125,7 @@ class WholeTensors(CollectiveTransport):
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
         for number, group in enumerate(self._groups):
-            self.wire.board.proceed()
+            self._follow(f"bucket {number}")
             if self._outbox is None:
                 self._gather.group(number, sources, None, None)
                 self._shared.share(group.tensors, group.nbytes, None)
@@ -136,6 +136,11 @@ class WholeTensors(CollectiveTransport):
                 torch.cuda.synchronize()  # it is sent from another thread
             # The bucket before this one may still be read, the one before that is not: `put` has waited for it.
             self._outbox.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
+        self._follow("last bucket's delivery")
+
+    def _follow(self, phase: str) -> None:
+        """Wait for rank 0 to be there: a rank that holds nothing of the buckets would wait for all of them at the end."""
+        self.wire.board.follow(phase, 0, self._longest_wait_s)
 
     def close(self) -> None:
         """See `Transport.close`."""

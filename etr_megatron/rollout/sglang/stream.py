@@ -7,7 +7,7 @@ import itertools
 import queue
 import uuid
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
@@ -105,7 +105,7 @@ class RequestStream:
             free = [client for client in self._fleet.serving if self._load[client.name] < self._concurrency]
             if not free:
                 break
-            client = min(free, key=lambda one: self._load[one.name])
+            client = self._least_loaded(free)
             key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}"
             self._load[client.name] += 1
             self._running[rid] = _Running(client, asyncio.get_running_loop().create_task(self._one(client, key, rid)))
@@ -115,10 +115,23 @@ class RequestStream:
             except EngineGoneError as error:
                 self._replies.put(error)
 
+    def _least_loaded(self, clients: Sequence[ServerClient]) -> ServerClient:
+        return min(clients, key=lambda one: self._load[one.name])
+
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
         request = self._requests[key]
+
+        def elsewhere(others: Sequence[ServerClient]) -> ServerClient:
+            """Where the request goes that a server called wrong: there it is to be cut off, and no longer here."""
+            nonlocal client
+            self._load[client.name] -= 1
+            client = self._least_loaded(others)
+            self._load[client.name] += 1
+            self._running[rid] = self._running[rid]._replace(client=client)
+            return client
+
         try:
-            reply = await self._fleet.ask(client, request, rid, may_abort=lambda: self._is_stopping)
+            reply = await self._fleet.ask(client, request, rid, may_abort=lambda: self._is_stopping, elsewhere=elsewhere)
         except RefusedError as error:
             del self._requests[key]
             self._replies.put(error)

@@ -24,7 +24,7 @@ class SyncError(RuntimeError):
 
 
 class Board:
-    """What `world` ranks tell each other on `store`. timeout_s: deadline of a meeting, and of the transfers of a sync.
+    """What `world` ranks tell each other on `store`. timeout_s: deadline of a meeting, and of the transfers after it.
 
     After a SyncError the ranks no longer agree on where they are: the board refuses further use.
     """
@@ -33,7 +33,7 @@ class Board:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._store = store
         self._sync, self._what = 0, "the opening of the weight sync"
-        self._phase = "begin"
+        self._phase, self._patience = "begin", timeout_s
         self._old: list[str] = []
         self._current: list[str] = []
         self._deadline = time.monotonic() + timeout_s
@@ -54,11 +54,25 @@ class Board:
 
     def meet(self, phase: str) -> None:
         """Wait until all ranks are at this phase of the sync. Raises SyncError naming those that are not, or that failed."""
-        self._deadline, self._phase = time.monotonic() + self.timeout_s, phase
+        self._arrive(phase)
+        self._await([self._key(phase, rank) for rank in range(self.world)], self.timeout_s)
+
+    def follow(self, phase: str, leader: int, timeout_s: float) -> None:
+        """Be at this phase; others than the leader wait `timeout_s` seconds at most until it is. Raises SyncError as `meet`.
+
+        What the leader does between two phases, which the others have no part in, hence does not count as theirs to wait for.
+        """
+        self._arrive(phase)
+        self._await([self._key(phase, leader)], timeout_s)
+
+    def _arrive(self, phase: str) -> None:
+        self._phase = phase
         own = self._key(phase, self.rank)
         self._store.set(own, "")
         self._current.append(own)
-        keys = [self._key(phase, rank) for rank in range(self.world)]
+
+    def _await(self, keys: list[str], timeout_s: float) -> None:
+        self._patience, self._deadline = timeout_s, time.monotonic() + timeout_s
         pause = _SHORTEST_POLL_S
         # The store's own wait prints a warning whenever it runs into its deadline, and does not see failures.
         while not self._store.check(keys):
@@ -67,11 +81,7 @@ class Board:
             self.refuse_failed()
             time.sleep(pause)
             pause = min(_POLL_GROWTH * pause, _POLL_S)
-        self._deadline, self._phase = time.monotonic() + self.timeout_s, "end"
-
-    def proceed(self) -> None:
-        """Begin the deadline anew, in the middle of a transfer: what there was to wait for has come."""
-        self._deadline = time.monotonic() + self.timeout_s
+        self._patience, self._deadline, self._phase = self.timeout_s, time.monotonic() + self.timeout_s, "end"
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -92,7 +102,7 @@ class Board:
         Only what is told first counts. Without either it has only waited for others.
         """
         if self._broken is None:
-            self._broken = reason or f"waited {self.timeout_s:g} s at the {self._phase}"
+            self._broken = reason or f"waited {self._patience:g} s at the {self._phase}"
             with suppress(RuntimeError):  # the store's owner is gone: `failure` says so
                 self._store.set(self._key("failed", self.rank), json.dumps({"reason": reason, "lost": lost}))
                 self._store.set(self._key("failed"), "")
@@ -127,7 +137,7 @@ class Board:
             time.sleep(_POLL_S)
         if gone:
             return f"{_ranks(gone)} gone: the connection was lost"
-        return f"{_ranks(silent, verb=False)} did not come within {self.timeout_s:g} s" if silent else ""
+        return f"{_ranks(silent, verb=False)} did not come within {self._patience:g} s" if silent else ""
 
     def _there(self, rank: int) -> bool:
         return self._store.check([self._key(self._phase, rank)])

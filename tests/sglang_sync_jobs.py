@@ -1,0 +1,84 @@
+"""What gang ranks run to see how long they wait for each other in a weight sync, and whom they name."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
+from tests.nodes import as_a_node_at
+from tests.policy_jobs import build
+from tests.sglang_jobs import engine_of, states_of, sums_of
+
+
+def slow_delivery(model: str, directory: str, overrides: list[str], **settings: Any) -> dict[str, Any]:
+    """States and sums after a sync, how many buckets it had and how long it took."""
+    policy = build(model, overrides)
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    try:
+        begun = time.monotonic()
+        engine.update_weights(policy.export(), 1)
+        seconds = time.monotonic() - begun
+        buckets = len(engine._sender._tensors._groups)
+        return {"states": states_of(engine), "sums": sums_of(policy), "buckets": buckets, "seconds": seconds}
+    finally:
+        engine.close()
+
+
+def late_rank(model: str, directory: str, **settings: Any) -> str:
+    """The error on this rank of a second sync to which rank 1 comes too late."""
+    policy = build(model, ["parallel.tp=2"])
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+
+    class Late(type(policy.export())):
+        def shards(self) -> dict[str, Any]:
+            if dist.get_rank() == 1:
+                time.sleep(settings["update_timeout_s"] + 5)
+            return super().shards()
+
+    try:
+        engine.update_weights(policy.export(), 1)
+        try:
+            engine.update_weights(Late(policy), 2)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+    finally:
+        dist.barrier()
+        engine.close()
+
+
+def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dict[str, Any]:
+    """Ranks that take themselves for nodes, one of which cannot put the second bucket into its memory: the error on this rank,
+    how long after that it came, the servers' state then."""
+    policy = build(model, ["parallel.tp=2"])
+    with as_a_node_at("127.0.0.1"):
+        engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
+    put, calls = SharedBuckets.put, []
+
+    def broken(*args: Any) -> Any:
+        calls.append(time.monotonic())
+        if dist.get_rank() == culprit and len(calls) == 2:
+            raise RuntimeError("bus error")
+        return put(*args)
+
+    found: dict[str, Any] = {"error": ""}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SharedBuckets, "put", broken)
+            try:
+                engine.update_weights(policy.export(), 1)
+            except Exception as error:
+                found |= {"error": f"{type(error).__name__}: {error}", "buckets": len(calls)}
+                found["after_s"] = time.monotonic() - calls[-1]
+        control = engine._control
+        if control is not None:
+            clients = control.fleet.clients
+            found["paused"] = [control.run(client.get("/state", timeout_s=10))["paused"] for client in clients]
+        return found
+    finally:
+        dist.barrier()  # the servers of all ranks are looked at
+        engine.close()
