@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
+from etr_megatron.weights.transport import verify
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
 from tests.sglang_jobs import engine_of, states_of, sums_of
@@ -48,6 +49,27 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
     finally:
         dist.barrier()
         engine.close()
+
+
+def corrupted(model: str, directory: str, **settings: Any) -> str:
+    """The error on this rank of a sync in which rank 1's weights are not what it takes them for."""
+    policy = build(model, ["parallel.tp=2"])
+    engine = engine_of(policy, model, directory, probe_every=0, sync="sharded", **settings)
+    right = verify.source_checksum
+
+    def wrong(*args: Any) -> int:
+        return right(*args) + (dist.get_rank() == 1)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "source_checksum", wrong)
+            engine.update_weights(policy.export(), 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        dist.barrier()
+        engine.close()
+    return ""
 
 
 def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(placement="colocated", urls=("http://a:1",)), "servers that run already are external"),
         (dict(placement="colocated", sync="broadcast"), "colocated servers take tensor or disk"),
         (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job started"),
+        (dict(checksums=True), "only servers of sync: sharded can be asked for checksums"),
         (dict(urls=("http://a:1",), router="random"), "the job's router is for servers that the job started"),
         (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
     ],

@@ -28,6 +28,18 @@ def test_a_rank_that_is_late_is_named_after_the_deadline_of_every_wait(gangs, hf
     assert first.startswith("SyncError: rank 0: the weight sync of version 2 did not complete: rank 1 did not come within 4 s")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checksums", [True, False])
+def test_with_checksums_a_server_that_holds_something_else_than_its_source_is_found(gangs, hf_models, tmp_path, checksums):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), checksums=checksums, **OWN)
+    errors = gangs(2).run("tests.sglang_sync_jobs:corrupted", **job)
+    if not checksums:
+        assert errors == ["", ""]
+    else:  # the server's own worker has seen it, hence the server has failed, and it was the last one
+        assert all("pieces differ from their source after the transfer, first " in error for error in errors)
+        assert all("that source rank 1 sent" in error for error in errors)
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_rank_that_cannot_write_to_the_memory_of_its_node_is_named_on_every_rank(gangs, hf_models, tmp_path, culprit):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync="tensor", bucket_bytes=1 << 16, **OWN)

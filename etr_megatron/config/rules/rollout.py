@@ -135,6 +135,8 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         yield Violation(("sglang.router", "sglang.urls"), "the job's router is for servers that the job started")
     if external and sglang.sync == "sharded":
         yield Violation(("sglang.sync", "sglang.urls"), "sharded needs servers that the job started with its weight loader")
+    if sglang.checksums and sglang.sync != "sharded":
+        yield Violation(("sglang.checksums", "sglang.sync"), "only servers of sync: sharded can be asked for checksums")
     if sglang.placement == "colocated" and sglang.sync in ("broadcast", "sharded"):
         yield Violation(
             ("sglang.sync", "sglang.placement"),

@@ -95,6 +95,9 @@ class SglangConfig:
     sends each worker what that needs, once. null: `broadcast`, for colocated servers `tensor`."""
     sync_dir: str | None = None
     """Directory of `sync: disk` that all ranks and servers see; null is `servers/weights` in the run's directory."""
+    checksums: bool = False
+    """With `sync: sharded`, compare every piece of every tensor, as it lies in a server, with its source after each sync; all
+    weights are read twice more."""
     probe_every: int = 100
     """At the first weight sync and every so many, servers must give their own tokens the trainer's log-probs, within
     `rollout.max_logprob_gap`; 0 is never."""

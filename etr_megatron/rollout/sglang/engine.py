@@ -114,6 +114,7 @@ class SglangEngine:
             config.bucket_mib << 20,
             serving.backend,
             config.update_timeout_s,
+            config.checksums,
         )
         how = sync_of(config)
         if how == "disk":

@@ -60,7 +60,10 @@ class Sender(Protocol):
 
 @dataclass(frozen=True)
 class SendSettings:
-    """What all senders need. dtype: of what travels unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait."""
+    """What all senders need. dtype: of what travels unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait.
+
+    checksums: compare what arrived with its source; `sharded` alone can.
+    """
 
     arch: Architecture
     dtype: torch.dtype
@@ -68,6 +71,7 @@ class SendSettings:
     bucket_bytes: int
     backend: str
     timeout_s: float
+    checksums: bool = False
 
     def wire(self) -> Wire:
         """Of all ranks; a collective."""

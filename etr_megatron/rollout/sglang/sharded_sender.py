@@ -144,6 +144,7 @@ class ShardedSender:
             str(settings.dtype).removeprefix("torch."),
             settings.fp8_block,
             settings.bucket_bytes,
+            checksums=settings.checksums,
             backend=settings.backend,
             timeout_s=settings.timeout_s,
         )
@@ -160,7 +161,9 @@ class ShardedSender:
         settings, plan, rank = self._settings, offer.plan(), dist.get_rank()
         self._opening = Board(dist.PrefixStore("board", self._store), rank, plan.processes, settings.timeout_s)
         wire = Wire(self._store, rank, plan.processes, backend=settings.backend, timeout_s=settings.timeout_s)
-        return ShardedTransport(plan, wire, dtype=settings.dtype, bucket_bytes=settings.bucket_bytes)
+        return ShardedTransport(
+            plan, wire, dtype=settings.dtype, bucket_bytes=settings.bucket_bytes, checksums=settings.checksums
+        )
 
     def _report(self, reason: str) -> None:
         """Tell the ranks of a server that is lost, so that nobody waits for it until the deadline."""
