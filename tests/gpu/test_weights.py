@@ -51,7 +51,7 @@ def test_blocks_are_the_same_on_every_device(device, shape):
 
 @pytest.mark.parametrize("fp8_block", [None, 128], ids=["bf16", "fp8"])
 def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block):
-    """The whole way but for the network: NCCL has no group with two processes on one GPU."""
+    """The whole way but for messages: NCCL has no group with two processes on one GPU."""
     from etr_megatron.policy.model import own_parameters
 
     model = write_qwen3(tmp_path / "model")
@@ -76,3 +76,17 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     for name, tensor in wanted.items():
         assert torch.equal(destinations[name].cpu().view(torch.uint8), tensor.view(torch.uint8)), name
     transport.close()
+
+
+def test_messages_of_a_round_that_a_process_sends_itself_arrive(world, device):
+    """What two ranks would send each other in one launch, as far as one GPU can have it."""
+    if world == "gloo":
+        pytest.skip("gloo has no messages to the same process")
+    wire = Wire.in_world(backend=world, timeout_s=60)
+    sent = [torch.randint(0, 256, (size,), device=device, dtype=torch.uint8) for size in (7, 1 << 16)]
+    received = [torch.zeros_like(tensor) for tensor in sent]
+    wire.wait(wire.exchange([(tensor, 0) for tensor in sent], [(tensor, 0) for tensor in received]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+    assert wire.bytes_sent == 7 + (1 << 16)
+    wire.close()
