@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from etr_megatron.policy.model import global_name
 from etr_megatron.weights import (
+    TABLES,
     SafetensorsDir,
     TrainingLayout,
     check_checkpoint,
@@ -63,6 +65,42 @@ def test_every_parameter_of_a_built_model_has_exactly_one_weight_of_its_shape_an
                 assert name not in wanted[rank]
                 wanted[rank][name] = (holding.shard.shape, weight.stored, weight.stored_at)
     assert found == wanted
+
+
+def in_layers(name: str, text: str = "", separator: str = ", ") -> str:
+    """The name in each of the models' four layers."""
+    return separator.join(f"decoder.layers.{layer}.{name}{text}" for layer in range(4))
+
+
+FC2, BIAS = "mlp.linear_fc2.weight", "mlp.linear_fc2.bias"
+SPOILED = {
+    "row dropped": (
+        lambda row: (),
+        f"RuntimeError: parameters without a row in the weight map: {in_layers(FC2)}",
+    ),
+    "row added": (
+        lambda row: (row, replace(row, megatron=f"decoder.layers.{{layer}}.{BIAS}", split="replicated")),
+        f"RuntimeError: rows without a parameter on this rank: {in_layers(BIAS)}",
+    ),
+    "row renamed": (
+        lambda row: (replace(row, megatron=f"decoder.layers.{{layer}}.{BIAS}"),),
+        f"RuntimeError: parameters without a row in the weight map: {in_layers(FC2)}; "
+        f"rows without a parameter on this rank: {in_layers(BIAS)}",
+    ),
+    "other dimensions": (
+        lambda row: (replace(row, hf=((row.hf[0][0], "HQ"),)),),
+        f"ValueError: {in_layers(FC2, ' is (48, 80), the map says (48, 64)', '; ')}",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_table_that_is_not_the_models_is_refused_by_the_names_of_its_parameters(gangs, hf_models, spoiled):
+    change, message = SPOILED[spoiled]
+    rows = tuple(new for row in TABLES["qwen3"] for new in (change(row) if row.megatron.endswith(FC2) else (row,)))
+    job = dict(model=hf_models["qwen3"], family="qwen3")
+    assert gangs(1).run("tests.policy_jobs:table_error", **job, rows=rows) == [message]
+    assert gangs(1).run("tests.policy_jobs:table_error", **job, rows=TABLES["qwen3"]) == [""]
 
 
 def test_names_of_transformer_engines_layers():
