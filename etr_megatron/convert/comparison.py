@@ -1,12 +1,12 @@
 """Is a torch_dist checkpoint the same model as a HuggingFace one? Bit by bit, and by the logits of a prompt.
 
 An FP8 tensor is the same as what Megatron holds where it stands for just that (a checkpoint that was converted from FP8), or
-where quantising what Megatron holds gives its bits and its scales (FP8 that was exported from it).
+where quantising what Megatron holds, or that rounded to bf16, gives its bits and its scales (FP8 that was exported from it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,10 +104,17 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
 
 
 def _is_quantised(name: str, weight: Weight, arch: Architecture, stored: TorchDistDir, source: SafetensorsDir) -> bool:
-    """Whether a tensor is FP8 and, with its scales, what the stored values become when they are quantised."""
+    """Whether a tensor is FP8 and, with its scales, what the stored values, or these in bf16, become when quantised."""
     if not isinstance(source, Fp8Dir) or name not in source.quantized:
         return False
-    for first, *ours in quantised_panels(name, weight, arch, stored, source.block):
+    dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
+    return any(
+        _equals_panels(quantised_panels(name, weight, arch, stored, source.block, dtype), name, source) for dtype in dtypes
+    )
+
+
+def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, source: Fp8Dir) -> bool:
+    for first, *ours in panels:
         theirs = source.read_quantized(name, (first, 0), tuple(ours[0].shape))
         if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(ours, theirs, strict=True)):
             return False

@@ -38,9 +38,10 @@ def to_hf(
 ) -> int:
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
-    dtype: of what is not quantised; None keeps what is stored. fp8_block: quantise the weights that the map says, block by
-    block. config_from: where config.json and the tokenizer are, see `find_megatron`. Returns the bytes of all tensors. Raises
-    UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
+    dtype: None keeps what is stored. fp8_block: quantise the weights that the map says, block by block, their values rounded to
+    `dtype` first where it is given, as a sync of a model in that type does. config_from: where config.json and the tokenizer
+    are, see `find_megatron`. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its
+    config.json and what `output_directory` refuses.
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from))
     weights = list(weights_of(arch))
@@ -56,7 +57,7 @@ def to_hf(
             with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
                 for i in mine:
                     if fp8_block and weights[i].fp8:
-                        _quantise(source, weights[i], arch, writer, fp8_block)
+                        _quantise(source, weights[i], arch, writer, fp8_block, dtype)
                         bar.update(sizes[i])
                     else:
                         _convert(source, weights[i], arch, writer, bar.update)
@@ -104,19 +105,24 @@ def _convert(
             written(writer.write(stored.name, begin, values))
 
 
-def _quantise(source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int) -> None:
+def _quantise(
+    source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int, dtype: torch.dtype | None
+) -> None:
     """Write a weight in FP8."""
     for name in weight.hf:
-        for first, values, scales in quantised_panels(name, weight, arch, source, block):
+        for first, values, scales in quantised_panels(name, weight, arch, source, block, dtype):
             writer.write(name, (first, 0), values)
             writer.write(_scale_name(name), (first // block, 0), scales)
 
 
 def quantised_panels(
-    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int
+    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales)."""
-    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=source.dtype(weight.stored))
+    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales).
+
+    dtype: what values are rounded to before; None leaves them as they are stored.
+    """
+    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=dtype or source.dtype(weight.stored))
     for _, begin, values in source.parts(weight, arch, only=name):
         box(full, begin, tuple(values.shape)).copy_(values)
     step = block * max(1, _FP8_PANEL // (block * full.shape[1]))
