@@ -65,7 +65,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
 
     FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
     One process. Tensors are read part by part, those to be quantised one at a time; for the logits both models are in memory.
-    Raises UserError for directories that cannot be read or hold other architectures.
+    Raises UserError for directories that cannot be read or hold other architectures, and for a prompt without tokens.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -73,9 +73,9 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     found = find_megatron(megatron, config_from=hf)
     stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
     check_torch_dist(stored, arch)
+    tokens = _tokens(hf, arch, prompt) if logits else None  # a prompt without any is refused before hours of reading
     result = _compare_tensors(arch, stored, source, ranks)
-    if logits:
-        tokens = _tokens(hf, arch, prompt)
+    if tokens is not None:
         ours = _megatron_logits(arch, found.weights, tokens)
         types = {name: stored.dtype(w.stored) for w in weights_of(arch) for name in w.hf}
         exact = _whole_tensors(set(result.rounded), arch, stored)
@@ -140,7 +140,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
-    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary."""
+    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary. Raises UserError for none."""
     from etr_megatron.checks import TOKENIZER_FILES
 
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
