@@ -29,6 +29,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.fp8_dir import Fp8Dir
+from etr_megatron.weights.map import EMBEDDING, hf_name
 
 PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
 
@@ -79,7 +80,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
         ours = _megatron_logits(arch, found.weights, tokens)
         types = {name: stored.dtype(w.stored) for w in weights_of(arch) for name in w.hf}
         exact = _whole_tensors(set(result.rounded), arch, stored)
-        theirs = _transformers_logits(hf, source, tokens, types, exact)
+        theirs = _transformers_logits(hf, source, tokens, types, exact, usual=types[hf_name(arch.family, EMBEDDING)])
         result.logits = ((ours - theirs).abs().max().item(), theirs.abs().max().item())
     return result
 
@@ -155,11 +156,16 @@ def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
 
 @torch.no_grad()
 def _transformers_logits(
-    hf: Path, source: SafetensorsDir, tokens: Tensor, stored: dict[str, torch.dtype], exact: dict[str, Tensor]
+    hf: Path,
+    source: SafetensorsDir,
+    tokens: Tensor,
+    stored: dict[str, torch.dtype],
+    exact: dict[str, Tensor],
+    usual: torch.dtype,
 ) -> Tensor:
     """fp32 [1, S, V] on the CPU, of weights rounded to the types that they have in the Megatron checkpoint.
 
-    stored: HF name -> that type. Experts, which transformers fuses under other names, are rounded to the embedding's. FP8 is
+    stored: HF name -> that type. usual: what experts, which transformers fuses under other names, are rounded to. FP8 is
     handed over as what it stands for, or as what it was made of where that is in `exact`: transformers' own kernels want a GPU
     and quantise activations as well.
     """
@@ -183,7 +189,6 @@ def _transformers_logits(
     else:
         model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     model = model.to(platform.device()).eval()
-    usual = stored["model.embed_tokens.weight"]
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored.get(name, usual)))
     return model(tokens.to(platform.device())).logits.cpu()

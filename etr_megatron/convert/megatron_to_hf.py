@@ -16,6 +16,7 @@ from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.convert.source import MegatronSource, find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
+from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import box
 
@@ -135,18 +136,18 @@ def _scale_name(name: str) -> str:
 
 
 def _quantization(arch: Architecture, block: int) -> dict[str, Any]:
-    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named."""
+    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named, a tied head too."""
     kept = {
         name.removesuffix(".weight")
         for weight in weights_of(arch)
         if not weight.fp8
         for name, shape in zip(weight.hf, weight.shapes, strict=True)
-        if len(shape) == 2 and name.endswith(".weight") and weight.megatron != "embedding.word_embeddings.weight"
+        if len(shape) == 2 and name.endswith(".weight") and weight.megatron != EMBEDDING
     }
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [block, block],
-        "modules_to_not_convert": sorted(kept | {"lm_head"}),
+        "modules_to_not_convert": sorted(kept | {hf_name(arch.family, HEAD).removesuffix(".weight")}),
     }
