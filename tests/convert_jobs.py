@@ -110,9 +110,9 @@ def memory_of(argv: list[str]) -> int:
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def verified(hf: str, megatron: str) -> Verification:
+def verified(hf: str, megatron: str, **options: Any) -> Verification:
     """What `verify` finds."""
-    return verify(Path(hf), Path(megatron), Ranks())
+    return verify(Path(hf), Path(megatron), Ranks(), **options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from etr_megatron.config import load_config, resolve
 from etr_megatron.policy import Policy, PolicyBatch, configured_layout
-from etr_megatron.weights import read_architecture
+from etr_megatron.weights import TABLES, read_architecture
+from etr_megatron.weights.map import Row
 
 
 def build(model: str, overrides: list[str]) -> Policy:
@@ -119,6 +120,19 @@ def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_
         policy.update(batch)
     except FloatingPointError as error:
         return str(error)
+    return ""
+
+
+def table_error(model: str, family: str, rows: tuple[Row, ...]) -> str:
+    """The error of building a policy while the family has this table."""
+    kept = TABLES[family]
+    TABLES[family] = rows
+    try:
+        build(model, ["parallel.tp=1"])
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        TABLES[family] = kept
     return ""
 
 

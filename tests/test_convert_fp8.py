@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
-from etr_megatron.convert import Ranks, to_hf, to_megatron
+from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.embedded import _replica
 from etr_megatron.weights import check_checkpoint, read_architecture, weights_of
@@ -26,7 +26,7 @@ def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
     assert any("experts.5.down_proj" in name for name in quantised) and "lm_head.weight" not in quantised
     wanted = {name: tensor.bfloat16() for name, tensor in original.items() if name not in quantised}
     for name in quantised:
-        wanted[name], wanted[f"{name}_scale_inv"] = quantize_blocks(original[name], 128)
+        wanted[name], wanted[f"{name}_scale_inv"] = quantize_blocks(original[name].bfloat16(), 128)
     assert_same_bits(found, wanted)
     quantization = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
     assert quantization == {
@@ -36,6 +36,40 @@ def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))],
     }
+
+
+def half_rounded(model: str, folder: Path) -> Path:
+    """The fp32 checkpoint with what is not quantised in bf16's values: `dtype` then changes nothing of that."""
+    quantised = {name for w in weights_of(read_architecture(model)) if w.fp8 for name in w.hf}
+    tensors = tensors_of(model)
+    folder.mkdir()
+    (folder / "config.json").write_text((Path(model) / "config.json").read_text())
+    kept = {name: tensor if name in quantised else tensor.bfloat16().float() for name, tensor in tensors.items()}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_values_are_rounded_to_the_type_that_is_asked_for_before_they_are_quantised(hf_models, tmp_path, monkeypatch, dtype):
+    """As a sync of the model in that type does; `verify` knows either for what Megatron holds, and no mixture."""
+    monkeypatch.setattr("etr_megatron.convert.megatron_to_hf._FP8_PANEL", 16 * 48)  # a row of blocks at a time
+    to_megatron(half_rounded(hf_models["qwen3"], tmp_path / "hf"), tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=dtype, fp8_block=16)
+    original, found = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "fp8")
+    quantised = [name.removesuffix("_scale_inv") for name in found if name.endswith("_scale_inv")]
+    other = torch.bfloat16 if dtype is None else torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    for name in quantised:
+        values, scales = quantize_blocks(original[name].to(dtype or torch.float32), 16)
+        assert torch.equal(found[name].view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(found[f"{name}_scale_inv"], scales)
+        assert not torch.equal(scales, quantize_blocks(original[name].to(other), 16)[1])
+    result = verify(tmp_path / "fp8", tmp_path / "megatron", Ranks(), logits=False)
+    assert result.same and sorted(result.rounded) == sorted(quantised)
+    name = "model.layers.2.mlp.up_proj.weight"
+    mixture = quantize_blocks(torch.cat([original[name][:16].to(other), original[name][16:].to(dtype or torch.float32)]), 16)
+    found[name], found[f"{name}_scale_inv"] = mixture
+    save_file(found, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    assert verify(tmp_path / "fp8", tmp_path / "megatron", Ranks(), logits=False).differing == [name]
 
 
 @pytest.fixture

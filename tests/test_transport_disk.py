@@ -144,14 +144,16 @@ def test_a_reader_names_what_does_not_fit_before_it_writes_anything(gangs, hf_mo
     reader.sync(1, None, shards)
     file = next(version_directory(tmp_path, 2).glob("*.safetensors"))
     tensors, names = load_file(file), [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2)]
+    index = json.loads((file.parent / "model.safetensors.index.json").read_text())
     for name in names:
         if spoil == "missing":
-            del tensors[name]
+            del tensors[name], index["weight_map"][name]
         elif spoil == "transposed":
             tensors[name] = tensors[name].t().contiguous()
         elif spoil == "of another type":
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, file)
+    (file.parent / "model.safetensors.index.json").write_text(json.dumps(index))
     messages = {
         "missing": r"o_proj\.weight is missing",
         "transposed": r"o_proj\.weight has shape \[64, 48\], not \[48, 64\]",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
+from etr_megatron.errors import UserError
 from etr_megatron.policy.model import global_name
 from etr_megatron.weights import (
+    TABLES,
     SafetensorsDir,
     TrainingLayout,
     check_checkpoint,
@@ -21,8 +26,10 @@ from etr_megatron.weights import (
     server_shard,
     weights_of,
 )
+from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from tests.hf_models import FAMILIES as MODELS
 from tests.hf_models import random_sequences
+from tests.test_convert import assert_same_bits, tensors_of
 from tests.toy_family import register, toy_family, unregister, write_toy
 from tests.weight_cases import ARCHITECTURES
 
@@ -63,6 +70,42 @@ def test_every_parameter_of_a_built_model_has_exactly_one_weight_of_its_shape_an
                 assert name not in wanted[rank]
                 wanted[rank][name] = (holding.shard.shape, weight.stored, weight.stored_at)
     assert found == wanted
+
+
+def in_layers(name: str, text: str = "", separator: str = ", ") -> str:
+    """The name in each of the models' four layers."""
+    return separator.join(f"decoder.layers.{layer}.{name}{text}" for layer in range(4))
+
+
+FC2, BIAS = "mlp.linear_fc2.weight", "mlp.linear_fc2.bias"
+SPOILED = {
+    "row dropped": (
+        lambda row: (),
+        f"RuntimeError: parameters without a row in the weight map: {in_layers(FC2)}",
+    ),
+    "row added": (
+        lambda row: (row, replace(row, megatron=f"decoder.layers.{{layer}}.{BIAS}", split="replicated")),
+        f"RuntimeError: rows without a parameter on this rank: {in_layers(BIAS)}",
+    ),
+    "row renamed": (
+        lambda row: (replace(row, megatron=f"decoder.layers.{{layer}}.{BIAS}"),),
+        f"RuntimeError: parameters without a row in the weight map: {in_layers(FC2)}; "
+        f"rows without a parameter on this rank: {in_layers(BIAS)}",
+    ),
+    "other dimensions": (
+        lambda row: (replace(row, hf=((row.hf[0][0], "HQ"),)),),
+        f"ValueError: {in_layers(FC2, ' is (48, 80), the map says (48, 64)', '; ')}",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_table_that_is_not_the_models_is_refused_by_the_names_of_its_parameters(gangs, hf_models, spoiled):
+    change, message = SPOILED[spoiled]
+    rows = tuple(new for row in TABLES["qwen3"] for new in (change(row) if row.megatron.endswith(FC2) else (row,)))
+    job = dict(model=hf_models["qwen3"], family="qwen3")
+    assert gangs(1).run("tests.policy_jobs:table_error", **job, rows=rows) == [message]
+    assert gangs(1).run("tests.policy_jobs:table_error", **job, rows=TABLES["qwen3"]) == [""]
 
 
 def test_names_of_transformer_engines_layers():
@@ -113,8 +156,9 @@ def test_what_is_quantised_is_every_linear_layer_but_head_and_router():
 @pytest.fixture
 def toy(hf_models, tmp_path):
     register()
-    write_toy(hf_models["qwen2"], tmp_path)
-    yield tmp_path
+    (tmp_path / "toy").mkdir()
+    write_toy(hf_models["qwen2"], tmp_path / "toy")
+    yield tmp_path / "toy"
     unregister()
 
 
@@ -129,6 +173,46 @@ def test_a_new_dense_family_is_a_table_of_under_40_lines(toy):
             shards = [shard_of(weight, arch, 2, rank) for rank in range(2)]
             found = join_shards(weight, [(shard, read_shard(weight, shard, checkpoint.read)) for shard in shards])
             assert all(torch.equal(found[name], tensors[name]) for name in weight.hf)
+
+
+def test_the_new_family_is_converted_there_and_back_bit_for_bit(toy, tmp_path):
+    to_megatron(toy, tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks(), max_file_bytes=60_000)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(toy))
+    assert verify(tmp_path / "back", tmp_path / "megatron", Ranks(), logits=False).same
+
+
+def test_fp8_of_the_new_family_leaves_out_its_head_by_its_name(toy, tmp_path):
+    to_megatron(toy, tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=16)
+    quantization = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    assert quantization["modules_to_not_convert"] == ["head"]
+    found = verify(tmp_path / "fp8", tmp_path / "megatron", Ranks(), logits=False)
+    assert found.same and len(found.rounded) == 7 * 4
+
+
+def test_a_tied_head_of_the_new_family_may_be_stored_twice_with_the_same_values_alone(toy):
+    tensors = load_file(toy / "model.safetensors")
+    head = tensors["transformer.wte.weight"].clone()
+    save_file(tensors | {"head.weight": head}, toy / "model.safetensors")
+    check_checkpoint(toy, values=True)
+    save_file(tensors | {"head.weight": head + 1}, toy / "model.safetensors")
+    with pytest.raises(UserError, match=r"but head\.weight holds other values than transformer\.wte\.weight; set tie"):
+        check_checkpoint(toy, values=True)
+
+
+def test_differences_of_a_megatron_checkpoint_of_the_new_family_are_named_by_its_own_tensors(toy, tmp_path):
+    to_megatron(toy, tmp_path / "megatron", Ranks())
+    config = json.loads((tmp_path / "megatron" / "config.json").read_text())
+    (tmp_path / "megatron" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(UserError, match=r"linear_fc1\.weight \(gate\.weight over up\.weight, of 4 layers\) has shape"):
+        check_checkpoint(tmp_path / "megatron")
+
+
+def test_every_table_names_an_embedding_and_a_head():
+    for family, rows in TABLES.items():
+        assert Counter(row.megatron for row in rows if row.megatron in (EMBEDDING, HEAD)) == {EMBEDDING: 1, HEAD: 1}, family
+    assert (hf_name("llama", EMBEDDING), hf_name("llama", HEAD)) == ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def test_megatron_builds_the_new_family_and_it_is_the_model_that_the_tensors_are_of(gangs, hf_models, toy):

@@ -166,6 +166,45 @@ def test_a_cut_off_file_and_an_empty_directory_are_refused_by_path(hf_models, tm
         check_checkpoint(str(tmp_path / "empty"))
 
 
+def two_files(folder: Path, index: dict[str, object] | None) -> Path:
+    """`x` and `y` hold other values of `both`, and a tensor of their own each."""
+    for number, name in enumerate("xy"):
+        save_file({"both": torch.full((3,), float(number)), f"{name}_alone": torch.ones(2)}, folder / f"{name}.safetensors")
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize(("file", "value"), [("x", 0.0), ("y", 1.0)])
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path, file, value):
+    """The other file's is no part of the checkpoint; what the index does not name of its files is."""
+    index = {"both": f"{file}.safetensors", "x_alone": "x.safetensors", "y_alone": "y.safetensors"}
+    checkpoint = SafetensorsDir(two_files(tmp_path, index))
+    assert checkpoint.read("both", (0,), (3,)).tolist() == [value] * 3
+    del index["x_alone" if file == "x" else "y_alone"]
+    assert SafetensorsDir(two_files(tmp_path, index)).shapes() == {"both": (3,), "x_alone": (2,), "y_alone": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, r"both is in both x\.safetensors and y\.safetensors"),
+        ({"x_alone": "x.safetensors", "y_alone": "y.safetensors"}, r"both is in both x\.safetensors and y\.safetensors"),
+        (
+            {"both": "y.safetensors", "x_alone": "y.safetensors"},
+            r"index\.json names what is not there: x_alone in y\.safetensors; fetch",
+        ),
+        ({"both": "x.safetensors", "x_alone": "z.safetensors"}, r"names z\.safetensors, which is not there"),
+        ({"both": 1}, r"index\.json is broken \(its weight_map does not name a file for each tensor\)"),
+        ({}, r"index\.json is broken \(its weight_map does not name a file for each tensor\)"),
+    ],
+    ids=["no index", "not in the index", "in another file", "no such file", "no file name", "empty index"],
+)
+def test_files_and_index_that_contradict_each_other_are_refused_by_name(tmp_path, index, message):
+    with pytest.raises(UserError, match=message):
+        SafetensorsDir(two_files(tmp_path, index))
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):

@@ -41,10 +41,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="HuggingFace checkpoint")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
     command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the tensors (default: as they are)")
+    dtype = "type of the tensors; what is quantised is rounded to it first (default: as they are)"
     command = commands.add_parser("to-hf", help="torch_dist, or a training run's checkpoint, to HuggingFace")
     _add_megatron(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
-    command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of what is not quantised (default: as it is)")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], help=dtype)
     command.add_argument("--fp8-block", type=int, choices=[128], help="quantise to FP8 in blocks of 128 x 128")
     command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     command.add_argument(

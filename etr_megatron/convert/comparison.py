@@ -1,12 +1,12 @@
 """Is a torch_dist checkpoint the same model as a HuggingFace one? Bit by bit, and by the logits of a prompt.
 
 An FP8 tensor is the same as what Megatron holds where it stands for just that (a checkpoint that was converted from FP8), or
-where quantising what Megatron holds gives its bits and its scales (FP8 that was exported from it).
+where quantising what Megatron holds, or that rounded to bf16, gives its bits and its scales (FP8 that was exported from it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.fp8_dir import Fp8Dir
+from etr_megatron.weights.map import EMBEDDING, hf_name
 
 PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
 
@@ -65,7 +66,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
 
     FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
     One process. Tensors are read part by part, those to be quantised one at a time; for the logits both models are in memory.
-    Raises UserError for directories that cannot be read or hold other architectures.
+    Raises UserError for directories that cannot be read or hold other architectures, and for a prompt without tokens.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -73,13 +74,13 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     found = find_megatron(megatron, config_from=hf)
     stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
     check_torch_dist(stored, arch)
+    tokens = _tokens(hf, arch, prompt) if logits else None  # a prompt without any is refused before hours of reading
     result = _compare_tensors(arch, stored, source, ranks)
-    if logits:
-        tokens = _tokens(hf, arch, prompt)
+    if tokens is not None:
         ours = _megatron_logits(arch, found.weights, tokens)
         types = {name: stored.dtype(w.stored) for w in weights_of(arch) for name in w.hf}
         exact = _whole_tensors(set(result.rounded), arch, stored)
-        theirs = _transformers_logits(hf, source, tokens, types, exact)
+        theirs = _transformers_logits(hf, source, tokens, types, exact, usual=types[hf_name(arch.family, EMBEDDING)])
         result.logits = ((ours - theirs).abs().max().item(), theirs.abs().max().item())
     return result
 
@@ -104,10 +105,17 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
 
 
 def _is_quantised(name: str, weight: Weight, arch: Architecture, stored: TorchDistDir, source: SafetensorsDir) -> bool:
-    """Whether a tensor is FP8 and, with its scales, what the stored values become when they are quantised."""
+    """Whether a tensor is FP8 and, with its scales, what the stored values, or these in bf16, become when quantised."""
     if not isinstance(source, Fp8Dir) or name not in source.quantized:
         return False
-    for first, *ours in quantised_panels(name, weight, arch, stored, source.block):
+    dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
+    return any(
+        _equals_panels(quantised_panels(name, weight, arch, stored, source.block, dtype), name, source) for dtype in dtypes
+    )
+
+
+def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, source: Fp8Dir) -> bool:
+    for first, *ours in panels:
         theirs = source.read_quantized(name, (first, 0), tuple(ours[0].shape))
         if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(ours, theirs, strict=True)):
             return False
@@ -133,7 +141,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
-    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary."""
+    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary. Raises UserError for none."""
     from etr_megatron.checks import TOKENIZER_FILES
 
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
@@ -148,11 +156,16 @@ def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
 
 @torch.no_grad()
 def _transformers_logits(
-    hf: Path, source: SafetensorsDir, tokens: Tensor, stored: dict[str, torch.dtype], exact: dict[str, Tensor]
+    hf: Path,
+    source: SafetensorsDir,
+    tokens: Tensor,
+    stored: dict[str, torch.dtype],
+    exact: dict[str, Tensor],
+    usual: torch.dtype,
 ) -> Tensor:
     """fp32 [1, S, V] on the CPU, of weights rounded to the types that they have in the Megatron checkpoint.
 
-    stored: HF name -> that type. Experts, which transformers fuses under other names, are rounded to the embedding's. FP8 is
+    stored: HF name -> that type. usual: what experts, which transformers fuses under other names, are rounded to. FP8 is
     handed over as what it stands for, or as what it was made of where that is in `exact`: transformers' own kernels want a GPU
     and quantise activations as well.
     """
@@ -176,7 +189,6 @@ def _transformers_logits(
     else:
         model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     model = model.to(platform.device()).eval()
-    usual = stored["model.embed_tokens.weight"]
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored.get(name, usual)))
     return model(tokens.to(platform.device())).logits.cpu()

@@ -16,6 +16,7 @@ from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.convert.source import MegatronSource, find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
+from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import box
 
@@ -38,9 +39,10 @@ def to_hf(
 ) -> int:
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
-    dtype: of what is not quantised; None keeps what is stored. fp8_block: quantise the weights that the map says, block by
-    block. config_from: where config.json and the tokenizer are, see `find_megatron`. Returns the bytes of all tensors. Raises
-    UserError for a checkpoint that does not fit its config.json and what `output_directory` refuses.
+    dtype: None keeps what is stored. fp8_block: quantise the weights that the map says, block by block, their values rounded to
+    `dtype` first where it is given, as a sync of a model in that type does. config_from: where config.json and the tokenizer
+    are, see `find_megatron`. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its
+    config.json and what `output_directory` refuses.
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from))
     weights = list(weights_of(arch))
@@ -56,7 +58,7 @@ def to_hf(
             with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
                 for i in mine:
                     if fp8_block and weights[i].fp8:
-                        _quantise(source, weights[i], arch, writer, fp8_block)
+                        _quantise(source, weights[i], arch, writer, fp8_block, dtype)
                         bar.update(sizes[i])
                     else:
                         _convert(source, weights[i], arch, writer, bar.update)
@@ -104,19 +106,24 @@ def _convert(
             written(writer.write(stored.name, begin, values))
 
 
-def _quantise(source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int) -> None:
+def _quantise(
+    source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int, dtype: torch.dtype | None
+) -> None:
     """Write a weight in FP8."""
     for name in weight.hf:
-        for first, values, scales in quantised_panels(name, weight, arch, source, block):
+        for first, values, scales in quantised_panels(name, weight, arch, source, block, dtype):
             writer.write(name, (first, 0), values)
             writer.write(_scale_name(name), (first // block, 0), scales)
 
 
 def quantised_panels(
-    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int
+    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales)."""
-    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=source.dtype(weight.stored))
+    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales).
+
+    dtype: what values are rounded to before; None leaves them as they are stored.
+    """
+    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=dtype or source.dtype(weight.stored))
     for _, begin, values in source.parts(weight, arch, only=name):
         box(full, begin, tuple(values.shape)).copy_(values)
     step = block * max(1, _FP8_PANEL // (block * full.shape[1]))
@@ -129,18 +136,18 @@ def _scale_name(name: str) -> str:
 
 
 def _quantization(arch: Architecture, block: int) -> dict[str, Any]:
-    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named."""
+    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named, a tied head too."""
     kept = {
         name.removesuffix(".weight")
         for weight in weights_of(arch)
         if not weight.fp8
         for name, shape in zip(weight.hf, weight.shapes, strict=True)
-        if len(shape) == 2 and name.endswith(".weight") and weight.megatron != "embedding.word_embeddings.weight"
+        if len(shape) == 2 and name.endswith(".weight") and weight.megatron != EMBEDDING
     }
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [block, block],
-        "modules_to_not_convert": sorted(kept | {"lm_head"}),
+        "modules_to_not_convert": sorted(kept | {hf_name(arch.family, HEAD).removesuffix(".weight")}),
     }

@@ -31,6 +31,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.listing import listed
+from etr_megatron.weights.map import HEAD
 
 _BUCKET_BYTES = 64 * 2**20
 """Weights that are broadcast as one: an expert's are many and small."""
@@ -132,7 +133,7 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, tor
     for weight, _ in shards_of(layout.training, arch, layout.rank):
         name = weight.te if uses_transformer_engine() else weight.megatron
         if weight.split == "vocab" and name not in named:
-            name = "output_layer.weight"
+            name = HEAD
         if name in named:
             pairs[name] = (weight, named.pop(name))
         else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.hf_config import optional_layers, optional_object, positive_int, positive_number, read_config
 from etr_megatron.weights.map import TABLES
 
 FAMILIES = {
@@ -64,10 +64,9 @@ class Architecture:
 
 def _rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """Both spellings: `rope_theta` + `rope_scaling` as published, `rope_parameters` as transformers 5 writes it."""
-    rope = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling") or {}
-    rope = {**scaling, **rope}
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope = {**optional_object(config, "rope_scaling", source), **optional_object(config, "rope_parameters", source)}
+    stated = rope if rope.get("rope_theta") is not None else config
+    rope["rope_theta"] = positive_number(stated, "rope_theta", source, 10000.0)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"{source}: rope_type {rope['rope_type']!r} is not supported; known are default and llama3")
@@ -88,14 +87,14 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
 
 
-def _experts(config: dict[str, Any]) -> Experts:
+def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
     """Published configs say num_experts, transformers 5 writes num_local_experts."""
-    layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
-    dense = {layer for layer in range(layers) if (layer + 1) % step} | set(config.get("mlp_only_layers") or ())
+    step = positive_int(config, "decoder_sparse_step", source, 1)
+    dense = {layer for layer in range(layers) if (layer + 1) % step} | set(optional_layers(config, "mlp_only_layers", source))
     return Experts(
-        count=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
-        per_token=config["num_experts_per_tok"],
-        intermediate_size=config["moe_intermediate_size"],
+        count=positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source),
+        per_token=positive_int(config, "num_experts_per_tok", source),
+        intermediate_size=positive_int(config, "moe_intermediate_size", source),
         normalized=bool(config.get("norm_topk_prob", False)),
         dense_layers=frozenset(dense & set(range(layers))),
     )
@@ -105,38 +104,36 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     """The architecture that `model_dir/config.json` describes.
 
     named: what the directory was given as, for messages. How the weights are stored (`quantization_config`) is no part of it.
-    Raises UserError, naming the file and the field, for a missing or broken file, a missing field and what is not supported.
+    Raises UserError, naming the file and the field, for a missing or broken file, a field that is missing or of another kind,
+    and what is not supported.
     """
     source = Path(model_dir) / "config.json"
     try:
-        config = json.loads(source.read_text())
+        config = read_config(source)
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: {named} must be a HuggingFace checkpoint directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{source} cannot be read as JSON: {error}") from None
     names = config.get("architectures") or []
-    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    if family is None:
+    known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
+    if not known:
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[known[0]]
     _refuse_unsupported(config, family, source)
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return Architecture(
-            family=family,
-            layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab_size=config["vocab_size"],
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=_has_rows(family, "linear_qkv.bias"),
-            qk_norm=_has_rows(family, "q_layernorm."),
-            norm_eps=config["rms_norm_eps"],
-            max_positions=config.get("max_position_embeddings", 0),
-            rope=_rope(config, source),
-            experts=_experts(config) if _has_rows(family, ".experts.") else None,
-        )
-    except KeyError as error:
-        raise UserError(f"{source}: field {error} is missing") from None
+    heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
+    layers = positive_int(config, "num_hidden_layers", source)
+    return Architecture(
+        family=family,
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=positive_int(config, "intermediate_size", source),
+        heads=heads,
+        kv_heads=positive_int(config, "num_key_value_heads", source, heads),
+        head_dim=positive_int(config, "head_dim", source, hidden // heads),
+        vocab_size=positive_int(config, "vocab_size", source),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=_has_rows(family, "linear_qkv.bias"),
+        qk_norm=_has_rows(family, "q_layernorm."),
+        norm_eps=positive_number(config, "rms_norm_eps", source),
+        max_positions=positive_int(config, "max_position_embeddings", source, 0),
+        rope=_rope(config, source),
+        experts=_experts(config, layers, source) if _has_rows(family, ".experts.") else None,
+    )

@@ -10,15 +10,12 @@ from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture, read_architecture
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.listing import listed
-from etr_megatron.weights.map import weights_of
+from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name, weights_of
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import megatron_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 
 Shape = tuple[int, ...]
-
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
 
 _PANEL_BYTES = 2**24
 """Of a tensor that is read through, at a time."""
@@ -49,26 +46,33 @@ def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
     found = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
     if _is_stored_twice(checkpoint, arch):
-        wanted[_HEAD] = wanted[_EMBEDDING]
+        embedding, head = _embedding_and_head(arch)
+        wanted[head] = wanted[embedding]
     _refuse_difference(checkpoint.path, arch, wanted, found)
+
+
+def _embedding_and_head(arch: Architecture) -> tuple[str, str]:
+    """Their HF names."""
+    return hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
 
 
 def _is_stored_twice(checkpoint: SafetensorsDir, arch: Architecture) -> bool:
     """Whether there is a head although it is tied to the embedding, as some checkpoints have it."""
-    return arch.tied_embeddings and _HEAD in checkpoint.shapes()
+    return arch.tied_embeddings and hf_name(arch.family, HEAD) in checkpoint.shapes()
 
 
 def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     if not _is_stored_twice(checkpoint, arch):
         return
-    rows, width = checkpoint.shapes()[_EMBEDDING]
-    step = max(1, _PANEL_BYTES // (width * checkpoint.dtype(_EMBEDDING).itemsize))
+    embedding, head = _embedding_and_head(arch)
+    rows, width = checkpoint.shapes()[embedding]
+    step = max(1, _PANEL_BYTES // (width * checkpoint.dtype(embedding).itemsize))
     for first in range(0, rows, step):
         box = (first, 0), (min(step, rows - first), width)
-        if not torch.equal(checkpoint.read(_HEAD, *box), checkpoint.read(_EMBEDDING, *box)):
+        if not torch.equal(checkpoint.read(head, *box), checkpoint.read(embedding, *box)):
             raise UserError(
-                f"{checkpoint.path}: config.json says tie_word_embeddings, but {_HEAD} holds other values than {_EMBEDDING}; "
-                f"set tie_word_embeddings to false, or remove {_HEAD} if it is a leftover"
+                f"{checkpoint.path}: config.json says tie_word_embeddings, but {head} holds other values than {embedding}; "
+                f"set tie_word_embeddings to false, or remove {head} if it is a leftover"
             )
 
 
@@ -89,7 +93,8 @@ def _contents(arch: Architecture) -> dict[str, str]:
     """What of the HuggingFace tensors a stored one consists of, in words."""
     found: dict[str, str] = {}
     for weight in weights_of(arch):
-        parts = " over ".join(name.removeprefix(f"model.layers.{weight.layer}.") for name in weight.hf)
+        in_layer = (name if weight.layer is None else name.partition(f".{weight.layer}.")[2] for name in weight.hf)
+        parts = " over ".join(in_layer)
         layers = [size for index, (_, size) in enumerate(weight.stored_at) if index == 0 and weight.layer is not None]
         found.setdefault(weight.stored, parts + "".join(f", of {size} layers" for size in layers))
     return found

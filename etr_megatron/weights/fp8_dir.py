@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.hf_config import is_positive_int, optional_object, read_config
 from etr_megatron.weights.quantize import FP8, dequantize_box, scale_shape
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 
@@ -23,18 +23,16 @@ def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
 
     Raises UserError as `SafetensorsDir` does, and for a quantisation other than FP8 in blocks.
     """
-    config = Path(model_dir) / "config.json"
-    try:
-        quantization = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{config} cannot be read as JSON: {error}") from None
+    source = Path(model_dir) / "config.json"
+    quantization = optional_object(read_config(source), "quantization_config", source) if source.is_file() else {}
     if not quantization:
         return SafetensorsDir(model_dir)
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or not block or len(set(block)) != 1:
+    square = isinstance(block, list) and len(block) == 2 and is_positive_int(block[0]) and block[0] == block[1]
+    if method != "fp8" or not square:
         raise UserError(
-            f"{config}: weights quantised by quant_method {method} with weight_block_size {block} cannot be read; those in fp8 "
-            "with square blocks can, and those that are not quantised"
+            f"{source}: weights quantised by quant_method {method} with weight_block_size {block} cannot be read; those in fp8 "
+            "with square blocks, of two equal positive integers, can, and those that are not quantised"
         )
     return Fp8Dir(model_dir, block[0])
 

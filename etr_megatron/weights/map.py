@@ -65,6 +65,9 @@ class Weight:
     expert: int | None = None
 
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Megatron's names of the two that may be one tensor. Every table has a row of each, of one HF tensor."""
+
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
 
@@ -74,10 +77,10 @@ def _row(megatron: str, split: str, hf: dict[str, str], *, te: str = "", server:
     return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", **other)
 
 
-_EMBEDDING = Row("embedding.word_embeddings.weight", "vocab", (("model.embed_tokens.weight", "VH"),))
+_EMBEDDING = Row(EMBEDDING, "vocab", (("model.embed_tokens.weight", "VH"),))
 _END = (
     Row("decoder.final_layernorm.weight", "replicated", (("model.norm.weight", "H"),)),
-    Row("output_layer.weight", "vocab", (("lm_head.weight", "VH"),)),
+    Row(HEAD, "vocab", (("lm_head.weight", "VH"),)),
 )
 _ATTENTION = (
     _row(
@@ -154,6 +157,11 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_EXPERTS, *_END),
 }
 """Family -> rows, in the order of the model."""
+
+
+def hf_name(family: str, megatron: str) -> str:
+    """HF name of a row outside of the layers, by its Megatron name: of `HEAD` also where the model has it tied."""
+    return next(row.hf[0][0] for row in TABLES[family] if row.megatron == megatron)
 
 
 def _dimensions(arch: Architecture) -> dict[str, int]:
@@ -234,5 +242,5 @@ def weights_of(arch: Architecture) -> Iterator[Weight]:
     for layer in range(arch.layers):
         yield from _layer_weights(in_layer, arch, sizes, layer)
     for row in after:
-        if not (row.megatron == "output_layer.weight" and arch.tied_embeddings):
+        if not (row.megatron == HEAD and arch.tied_embeddings):
             yield _weight(row, arch, sizes, None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.file_tensor import FileTensor
+from etr_megatron.weights.listing import listed
 
 INDEX = "model.safetensors.index.json"
 
@@ -36,17 +37,32 @@ DTYPES = {
 class SafetensorsDir:
     """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the bytes that are asked for.
 
-    Raises UserError when the directory holds no safetensors file, or one that is cut off or broken (naming it).
+    Where there is an index, a tensor is that of the file which the index names for it, whatever other files hold of its name.
+    Raises UserError when the directory holds no safetensors file, one that is cut off or broken (naming it), none of a tensor
+    where the index says, or a tensor of which no index says which of two files it is in.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.path = Path(model_dir)
         self._stored: dict[str, FileTensor] = {}
-        for file in _files(self.path):
+        placed = _index(self.path)
+        for file in _files(self.path, set(placed.values())):
             try:
-                self._stored.update(_read_header(file))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = _read_header(file)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again") from None
+            for name, stored in found.items():
+                if placed.get(name, file.name) == file.name:
+                    self._add(name, stored)
+        missing = [f"{name} in {file}" for name, file in placed.items() if name not in self._stored]
+        if missing:
+            raise UserError(f"{self.path / INDEX} names what is not there: {listed(missing)}; fetch the checkpoint again")
+
+    def _add(self, name: str, stored: FileTensor) -> None:
+        if name in self._stored:
+            files = f"{self._stored[name].file.name} and {stored.file.name}"
+            raise UserError(f"{self.path}: {name} is in both {files}; remove the one that is no part of the checkpoint")
+        self._stored[name] = stored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, from the files' headers."""
@@ -75,18 +91,27 @@ class SafetensorsDir:
         self._stored[name].read_into(begin, out)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The directory's safetensors files, those of its index where it has one."""
-    files = sorted(folder.glob("*.safetensors"))
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> name of its file, as the directory's index has it; empty without one. Raises UserError for a broken one."""
     index = folder / INDEX
-    if index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
-        missing = sorted(wanted - {file.name for file in files})
-        if missing:
-            raise UserError(f"{index} names {missing[0]}, which is not there; fetch the checkpoint again")
+    if not index.is_file():
+        return {}
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+        if not placed or not all(isinstance(file, str) for file in placed.values()):
+            raise ValueError("its weight_map does not name a file for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
+    return placed
+
+
+def _files(folder: Path, wanted: set[str]) -> list[Path]:
+    """The directory's safetensors files, those that its index names (`wanted`) where it has one."""
+    files = sorted(folder.glob("*.safetensors"))
+    missing = sorted(wanted - {file.name for file in files})
+    if missing:
+        raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there; fetch the checkpoint again")
+    if wanted:
         files = [file for file in files if file.name in wanted]
     if not files:
         raise UserError(f"{folder} holds no .safetensors file; it is not a HuggingFace checkpoint directory")

@@ -1,0 +1,107 @@
+"""A config.json that is broken is one sentence that names the file, the field and what was wanted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights import open_checkpoint, read_architecture
+from tests.hf_models import rewrite_config_as_published
+
+
+def config_with(model: str, folder: Path, change: dict[str, Any], *, without: str = "") -> Path:
+    """A directory with that model's config.json, as it is published, and other values in it."""
+    shutil.copyfile(f"{model}/config.json", folder / "config.json")
+    rewrite_config_as_published(folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    config.pop(without, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refusal(read: Any, folder: Path) -> str:
+    """The sentence, without the file that it begins with."""
+    with pytest.raises(UserError) as caught:
+        read(folder)
+    said = str(caught.value)
+    assert said.startswith(f"{folder / 'config.json'}: ") and "\n" not in said
+    return said.removeprefix(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("num_hidden_layers", "4", 'num_hidden_layers is "4"; a positive integer is wanted'),
+        ("hidden_size", None, "hidden_size is null; a positive integer is wanted"),
+        ("num_attention_heads", 0, "num_attention_heads is 0; a positive integer is wanted"),
+        ("num_key_value_heads", 0, "num_key_value_heads is 0; a positive integer is wanted"),
+        ("head_dim", -1, "head_dim is -1; a positive integer is wanted"),
+        ("intermediate_size", 80.5, "intermediate_size is 80.5; a positive integer is wanted"),
+        ("vocab_size", True, "vocab_size is true; a positive integer is wanted"),
+        ("max_position_embeddings", [1], "max_position_embeddings is [1]; a positive integer is wanted"),
+        ("rms_norm_eps", "1e-6", 'rms_norm_eps is "1e-6"; a positive number is wanted'),
+        ("rope_theta", 0, "rope_theta is 0; a positive number is wanted"),
+        ("rope_scaling", "x", 'rope_scaling is "x"; an object is wanted'),
+        ("rope_parameters", [], "rope_parameters is []; an object is wanted"),
+        ("decoder_sparse_step", 0, "decoder_sparse_step is 0; a positive integer is wanted"),
+        ("mlp_only_layers", 1, "mlp_only_layers is 1; a list of layers' numbers is wanted"),
+        ("mlp_only_layers", ["1"], 'mlp_only_layers is ["1"]; a list of layers\' numbers is wanted'),
+        ("num_experts", 0, "num_experts is 0; a positive integer is wanted"),
+        ("num_experts_per_tok", None, "num_experts_per_tok is null; a positive integer is wanted"),
+        ("moe_intermediate_size", {}, "moe_intermediate_size is {}; a positive integer is wanted"),
+        ("architectures", 3, "architectures is 3; supported are "),
+        ("architectures", [["Qwen3ForCausalLM"]], "architectures is [['Qwen3ForCausalLM']]; supported are "),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, value, sentence):
+    folder = config_with(hf_models["qwen3_moe"], tmp_path, {name: value})
+    assert refusal(read_architecture, folder).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "rms_norm_eps", "num_experts_per_tok"])
+def test_a_missing_field_is_named(hf_models, tmp_path, name):
+    folder = config_with(hf_models["qwen3_moe"], tmp_path, {}, without=name)
+    assert refusal(read_architecture, folder) == f"field '{name}' is missing"
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "mlp_only_layers"])
+def test_null_is_as_good_as_absent_where_a_field_may_be_absent(hf_models, tmp_path, name):
+    null = read_architecture(config_with(hf_models["qwen3_moe"], tmp_path, {name: None}))
+    assert null == read_architecture(config_with(hf_models["qwen3_moe"], tmp_path, {}, without=name))
+    assert (null.kv_heads, null.head_dim) == {"num_key_value_heads": (4, 16), "head_dim": (2, 12)}.get(name, (2, 16))
+
+
+@pytest.mark.parametrize("read", [read_architecture, open_checkpoint])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[1, 2]", " holds [1, 2]; an object with the model's fields is wanted"),
+        (b"{", " cannot be read as JSON: "),
+        (b'{"a": "\xff"}', " cannot be read as JSON: "),
+    ],
+    ids=["list", "cut off", "not utf-8"],
+)
+def test_a_file_that_is_no_object_is_refused(tmp_path, read, content, sentence):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}{sentence}")
+
+
+@pytest.mark.parametrize("block", [128, [0, 0], [128], [128, 64], [128, 128, 128], [-1, -1], ["128", "128"], None])
+def test_blocks_that_are_no_two_equal_positive_integers_are_refused(hf_models, tmp_path, block):
+    quantization = {"quant_method": "fp8", "weight_block_size": block}
+    folder = config_with(hf_models["qwen3"], tmp_path, {"quantization_config": quantization})
+    sentence = refusal(open_checkpoint, folder)
+    assert sentence.startswith(f"weights quantised by quant_method fp8 with weight_block_size {block} cannot be read")
+    assert "two equal positive integers" in sentence
+
+
+def test_a_quantization_that_is_no_object_is_refused(hf_models, tmp_path):
+    folder = config_with(hf_models["qwen3"], tmp_path, {"quantization_config": "fp8"})
+    assert refusal(open_checkpoint, folder) == 'quantization_config is "fp8"; an object is wanted'

@@ -1,0 +1,48 @@
+"""The prompt of `tools/convert_hf.py verify`, with a checkpoint that has a tokenizer: its tokens are what logits are of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from etr_megatron.convert import Ranks, comparison, to_megatron
+from tests.test_convert_failures import refusal
+from tests.test_data_sources import byte_tokenizer
+
+
+@pytest.fixture
+def hf(hf_models, tmp_path):
+    """A checkpoint with one token per byte."""
+    folder = Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def megatron(hf, tmp_path):
+    to_megatron(hf, tmp_path / "megatron", Ranks())
+    return tmp_path / "megatron"
+
+
+def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):
+    """Recognised by the largest of them, which every prompt has another of."""
+    model, largest = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval(), set()
+    for prompt, options in ((comparison.PROMPT, {}), ("12+7=", {"prompt": "12+7="}), ("x", {"prompt": "x"})):
+        ids = byte_tokenizer().encode(prompt)
+        assert len(ids) == len(prompt)
+        (found,) = gangs(1).run("tests.convert_jobs:verified", hf=str(hf), megatron=str(megatron), **options)
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits.abs().max().item()
+        assert found.same and found.logits[1] == pytest.approx(wanted, rel=1e-6)
+        largest.add(round(wanted, 3))
+    assert len(largest) == 3
+
+
+def test_a_prompt_without_tokens_is_refused_before_anything_is_compared(capsys, hf, megatron, monkeypatch):
+    monkeypatch.setattr(comparison, "_compare_tensors", lambda *_: pytest.fail("compared"))
+    argv = ("verify", "--hf", hf, "--megatron", megatron, "--prompt", "")
+    assert refusal(capsys, *argv) == "error: --prompt has no tokens; give another one\n"
