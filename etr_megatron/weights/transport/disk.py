@@ -27,11 +27,11 @@ from etr_megatron.weights.layout import Placement, ServerLayout, WholeLayout, sh
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.plan import make_plan
-from etr_megatron.weights.quantize import FP8, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.safetensors_dir import INDEX, SafetensorsDir
 from etr_megatron.weights.shards import Piece, box
 from etr_megatron.weights.transport.board import SyncError
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
+from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.collective import CollectiveTransport, check_shards, shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.verify import compare

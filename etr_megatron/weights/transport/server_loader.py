@@ -28,7 +28,7 @@ from etr_megatron.weights.architecture import Architecture, Experts
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.plan import Plan, make_plan
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX
+from etr_megatron.weights.quantize import SCALE_SUFFIX
 from etr_megatron.weights.transport.collective import shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.sharded import ShardedTransport
