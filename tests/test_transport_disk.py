@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -100,12 +101,16 @@ def test_old_versions_go_and_the_last_stay(gangs, hf_models, tmp_path):
     assert not (version_directory(tmp_path, 9) / "rest").exists()
 
 
-def test_a_full_disk_is_named_on_every_rank_and_leaves_nothing(gangs, hf_models, tmp_path):
-    found = gangs(2).run(
-        "tests.transport_jobs:fail_to_write", directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2)
-    )
-    for error in found:
-        assert "weight sync of version 1 did not complete: rank 1 failed: OSError: [Errno 28] No space left" in error
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("file", [1, -1])
+def test_a_file_that_cannot_be_saved_is_named_on_every_rank_and_nothing_is_left(gangs, hf_models, tmp_path, file, culprit):
+    """A file is saved while the next one is gathered, the last one while nothing else is to be done."""
+    arguments = dict(directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2))
+    found = gangs(2).run("tests.transport_jobs:fail_to_write", **arguments, file=file, culprit=culprit)
+    name = rf"model-rank0000{culprit}-\d+\.safetensors"
+    for error, files in found:
+        assert files > 2
+        assert re.search(rf"1 did not complete: rank {culprit} failed: OSError: .*{name} .*File too large", error), error
     assert list(tmp_path.iterdir()) == []
 
 

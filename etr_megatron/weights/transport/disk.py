@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -321,7 +322,10 @@ def _read_version_file(folder: Path) -> dict:
 
 
 def _write_file(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for a full disk, and without the file's name
+        raise OSError(f"{file} cannot be written: {error}") from error
     sync_to_disk(file)
 
 
