@@ -328,7 +328,10 @@ def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "moments"),
-    [("to-megatron", ["metadata", "common", "config", "rename"]), ("to-hf", ["values", "config", "rename"])],
+    [
+        ("to-megatron", ["metadata", "common", "copies", "config", "rename"]),
+        ("to-hf", ["values", "copies", "config", "rename"]),
+    ],
 )
 def test_kill_9_before_the_last_step_leaves_nothing_that_passes_for_whole(capsys, hf, megatron, tmp_path, direction, moments):
     source = ["--hf", str(hf)] if direction == "to-megatron" else ["--megatron", str(megatron)]
