@@ -16,6 +16,7 @@ import torch
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.convert.comparison import Verification
 from tests.hf_models import random_sequences
+from tests.reads import bytes_read_by
 
 
 def convert(hf: str, megatron: str, back: str) -> None:
@@ -135,6 +136,22 @@ def killed_at(moments: list[str], argv: list[str]) -> list[int]:
             os._exit(main([*argv[:-1], f"{argv[-1]}_{moment}"]))
         codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
     return codes
+
+
+def reads(hf: str, out: str) -> list[int]:
+    """Bytes that this process reads in a conversion there, one back and one back with a cast: of the second time each, when
+    nothing is imported."""
+    ranks = Ranks()
+
+    def three(there: Path) -> list[int]:
+        return [
+            bytes_read_by(lambda: to_megatron(Path(hf), there, ranks)),
+            bytes_read_by(lambda: to_hf(there, Path(f"{there}_back"), ranks)),
+            bytes_read_by(lambda: to_hf(there, Path(f"{there}_cast"), ranks, dtype=torch.bfloat16)),
+        ]
+
+    three(Path(f"{out}_first"))
+    return three(Path(out))
 
 
 def memory_of(argv: list[str]) -> int:

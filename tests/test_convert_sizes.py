@@ -38,11 +38,11 @@ def test_verify_compares_the_logits_of_every_family_and_sees_another_weight(gang
     assert other.differing == ["model.norm.weight"] and not other.same and other.logits[0] > 1e-3 * other.logits[1]
 
 
-def write_wide_model(path: Path) -> int:
+def write_wide_model(path: Path, **changes: int) -> int:
     """A Llama of zeros in fp32; the bytes of its tensors."""
     path.mkdir()
-    sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7)
-    heads = dict(num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True)
+    sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7) | changes
+    heads = dict(num_attention_heads=12, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
     config = LlamaConfig(architectures=["LlamaForCausalLM"], **sizes, **heads, dtype="float32").to_dict()
     (path / "config.json").write_text(json.dumps(config))
     weights = list(weights_of(read_architecture(path)))
@@ -66,3 +66,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
     there = grown("to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "megatron"))
     back = grown("to-hf", "--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"))
     assert max(there, back) < 70e6, (there, back)
+
+
+def test_two_ranks_read_every_byte_once_and_each_its_share(gangs, tmp_path):
+    size = write_wide_model(tmp_path / "hf", num_hidden_layers=2)
+    for one in zip(*gangs(2).run("tests.convert_jobs:reads", hf=str(tmp_path / "hf"), out=str(tmp_path / "out")), strict=True):
+        assert size <= sum(one) < 1.05 * size and max(one) < 0.7 * size, (one, size)
