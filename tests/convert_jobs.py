@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -159,10 +158,20 @@ def memory_of(argv: list[str]) -> int:
     from etr_megatron.convert import torch_dist_writer  # noqa: F401
     from tools.convert_hf import main
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak(anew=True)
     if main(argv):
         raise RuntimeError("the conversion failed")
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _peak() - before
+
+
+def _peak(*, anew: bool = False) -> int:
+    """Peak bytes of this process's memory. anew: forget the peak so far, it is what there is now.
+
+    Not `ru_maxrss`, which begins with the peak of the process that started this one.
+    """
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def verified(hf: str, megatron: str) -> Verification:
