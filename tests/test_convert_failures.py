@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_for_one_of_two_ranks_is_one_sentence(hf, megatron, 
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+@pytest.mark.parametrize("direction", ["to-megatron", pytest.param("to-hf", marks=pytest.mark.slow)])
 def test_ranks_that_do_not_see_the_same_output_are_refused_before_they_write(hf, megatron, tmp_path, direction):
     source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
     (tmp_path / "0" / "elsewhere").mkdir(parents=True)
