@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.convert.comparison import Verification
 from tests.hf_models import random_sequences
+from tests.reads import bytes_read_by
 
 
 def convert(hf: str, megatron: str, back: str) -> None:
@@ -99,15 +100,78 @@ def kill_after(writes: int, argv: list[str]) -> int:
     return main(argv)
 
 
+def _kill_at(moment: str) -> None:
+    """Kill this process with -9 where it is about to do this: nothing before has been left out."""
+    from etr_megatron.convert import hf_files, safetensors_writer, torch_dist_writer
+
+    owner, name = {
+        "metadata": (torch_dist_writer._Writer, "finish"),
+        "common": (torch_dist_writer, "_write_common"),
+        "values": (safetensors_writer.SafetensorsWriter, "copy"),
+        "copies": (shutil, "copyfile"),
+        "config": (hf_files, "write_atomically"),
+        "rename": (os, "rename"),
+    }[moment]
+    plain = getattr(owner, name)
+
+    def kill(*arguments: Any, **options: Any) -> Any:
+        if moment != "rename" or str(arguments[0]).endswith(".unfinished"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments, **options)
+
+    setattr(owner, name, kill)
+
+
+def killed_at(moments: list[str], argv: list[str]) -> list[int]:
+    """Exit codes of processes that run the tool, each until its moment and into an output of its own, `<out>_<moment>`."""
+    import etr_megatron.convert.torch_dist_writer  # noqa: F401  once for all of them
+    from tools.convert_hf import main
+
+    codes = []
+    for moment in moments:
+        process = os.fork()
+        if process == 0:
+            _kill_at(moment)
+            os._exit(main([*argv[:-1], f"{argv[-1]}_{moment}"]))
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    return codes
+
+
+def reads(hf: str, out: str) -> list[int]:
+    """Bytes that this process reads in a conversion there, one back and one back with a cast: of the second time each, when
+    nothing is imported."""
+    ranks = Ranks()
+
+    def three(there: Path) -> list[int]:
+        return [
+            bytes_read_by(lambda: to_megatron(Path(hf), there, ranks)),
+            bytes_read_by(lambda: to_hf(there, Path(f"{there}_back"), ranks)),
+            bytes_read_by(lambda: to_hf(there, Path(f"{there}_cast"), ranks, dtype=torch.bfloat16)),
+        ]
+
+    three(Path(f"{out}_first"))
+    return three(Path(out))
+
+
 def memory_of(argv: list[str]) -> int:
     """Bytes by which the process's peak grows while the tool runs; what it imports is imported before."""
     from etr_megatron.convert import torch_dist_writer  # noqa: F401
     from tools.convert_hf import main
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak(anew=True)
     if main(argv):
         raise RuntimeError("the conversion failed")
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _peak() - before
+
+
+def _peak(*, anew: bool = False) -> int:
+    """Peak bytes of this process's memory. anew: forget the peak so far, it is what there is now.
+
+    Not `ru_maxrss`, which begins with the peak of the process that started this one.
+    """
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def verified(hf: str, megatron: str, **options: Any) -> Verification:
@@ -118,5 +182,8 @@ def verified(hf: str, megatron: str, **options: Any) -> Verification:
 if __name__ == "__main__":
     if sys.argv[1] == "memory":
         print(memory_of(sys.argv[2:]))
+        sys.exit(0)
+    if sys.argv[1] == "killed-at":
+        print(killed_at(sys.argv[2].split(","), sys.argv[3:]))
         sys.exit(0)
     sys.exit(kill_after(int(sys.argv[1]), sys.argv[2:]))

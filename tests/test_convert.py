@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from etr_megatron.convert import Ranks, to_hf, to_megatron, torch_dist_writer
+from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.errors import UserError
 from etr_megatron.weights import (
     SafetensorsDir,
@@ -249,6 +250,20 @@ def test_dtype_is_converted_and_written_into_the_config(hf_models, tmp_path):
     to_hf(tmp_path / "bf16", tmp_path / "fp32", Ranks(), dtype=torch.float32)
     assert_same_bits(tensors_of(tmp_path / "fp32"), {name: tensor.float() for name, tensor in wanted.items()})
     assert json.loads((tmp_path / "fp32" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("said", "written"), [(["torch_dtype", "dtype"], ["dtype", "torch_dtype"]), (["torch_dtype"],) * 2, ([], ["torch_dtype"])]
+)
+def test_every_statement_of_the_type_in_the_config_is_the_new_one(tmp_path, said, written):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "config.json").write_text(json.dumps(dict.fromkeys(said, "float32")))
+    copy_hf_files(source, target, {torch.bfloat16})
+    assert json.loads((target / "config.json").read_text()) == dict.fromkeys(written, "bfloat16")
+    copy_hf_files(source, target, {torch.bfloat16, torch.float32})
+    assert json.loads((target / "config.json").read_text()) == dict.fromkeys(said, "float32")
 
 
 def test_verify_names_the_tensors_that_differ(hf_models, tmp_path, capsys):

@@ -232,6 +232,19 @@ def test_a_disk_that_is_full_for_one_of_two_ranks_is_one_sentence(hf, megatron, 
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("direction", ["to-megatron", pytest.param("to-hf", marks=pytest.mark.slow)])
+def test_ranks_that_do_not_see_the_same_output_are_refused_before_they_write(hf, megatron, tmp_path, direction):
+    source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
+    (tmp_path / "0" / "elsewhere").mkdir(parents=True)
+    both = f"import os, sys\nsys.path.insert(0, os.getcwd())\nos.chdir({str(tmp_path / '0')!r})\n"
+    both += "from etr_megatron.convert import output\noutput.SEEN_S = 0.3\n"
+    found = run_ranks(tmp_path, "os.chdir('elsewhere')", direction, *source, "--out", "out", before=both)
+    printed = "".join(err for _, _, err in found)
+    assert [code for code, _, _ in found] == [2, 2], printed
+    assert printed.count("error: ") == 1 and "--out out is not the same directory for rank 1 as for rank 0" in printed
+    assert [path.name for path in (tmp_path / "0").rglob("*")] == ["elsewhere"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "module", "function"), [(1, "hf_to_megatron", "_prepare"), (0, "torch_dist_writer", "_write_common")]
@@ -310,6 +323,33 @@ def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf,
         to_hf(tmp_path / "out", tmp_path / "back", Ranks())
     back = tmp_path / ("back" if direction == "to-megatron" else "out")
     assert main(["verify", "--no-logits", "--hf", str(back), "--megatron", str(megatron)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("direction", "moments"),
+    [
+        ("to-megatron", ["metadata", "common", "copies", "config", "rename"]),
+        ("to-hf", ["values", "copies", "config", "rename"]),
+    ],
+)
+def test_kill_9_before_the_last_step_leaves_nothing_that_passes_for_whole(capsys, hf, megatron, tmp_path, direction, moments):
+    source = ["--hf", str(hf)] if direction == "to-megatron" else ["--megatron", str(megatron)]
+    command = [sys.executable, "-m", "tests.convert_jobs", "killed-at", ",".join(moments), direction, *source]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{[-signal.SIGKILL] * len(moments)}\n", done.stderr
+    reader = ["to-hf", "--megatron"] if direction == "to-megatron" else ["to-megatron", "--hf"]
+    for moment in moments:
+        out, left = tmp_path / f"out_{moment}", tmp_path / f"out_{moment}.unfinished"
+        assert not out.exists() and any(left.iterdir())
+        if moment != "rename":  # with all that belongs to it
+            why = "no .metadata" if moment == "metadata" else "config.json"
+            assert why in refusal(capsys, *reader, left, "--out", tmp_path / "read")
+        assert main([direction, *source, "--out", str(out)]) == 0 and not left.exists()
+        pair = [hf, out] if direction == "to-megatron" else [out, megatron]
+        assert main(["verify", "--no-logits", "--hf", str(pair[0]), "--megatron", str(pair[1])]) == 0
+        capsys.readouterr()
+    assert not list(tmp_path.glob("read*"))
 
 
 @pytest.mark.slow

@@ -38,11 +38,11 @@ def test_verify_compares_the_logits_of_every_family_and_sees_another_weight(gang
     assert other.differing == ["model.norm.weight"] and not other.same and other.logits[0] > 1e-3 * other.logits[1]
 
 
-def write_wide_model(path: Path) -> int:
+def write_wide_model(path: Path, **changes: int) -> int:
     """A Llama of zeros in fp32; the bytes of its tensors."""
     path.mkdir()
-    sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7)
-    heads = dict(num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True)
+    sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7) | changes
+    heads = dict(num_attention_heads=12, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
     config = LlamaConfig(architectures=["LlamaForCausalLM"], **sizes, **heads, dtype="float32").to_dict()
     (path / "config.json").write_text(json.dumps(config))
     weights = list(weights_of(read_architecture(path)))
@@ -51,18 +51,44 @@ def write_wide_model(path: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def grown(*argv: str | Path) -> int:
+    """Bytes by which the tool's memory grows, in a process of its own."""
+    command = [sys.executable, "-m", "tests.convert_jobs", "memory", *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]], ids=["copied", "cast"])
 def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
     """178 MB in tensors of 6 MB at most, there and back in processes of their own."""
     assert write_wide_model(tmp_path / "hf") > 175e6
-
-    def grown(*argv: str) -> int:
-        command = [sys.executable, "-m", "tests.convert_jobs", "memory", *argv, *dtype]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout.splitlines()[-1])
-
-    there = grown("to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "megatron"))
-    back = grown("to-hf", "--megatron", str(tmp_path / "megatron"), "--out", str(tmp_path / "back"))
+    there = grown("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron", *dtype)
+    back = grown("to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "back", *dtype)
     assert max(there, back) < 70e6, (there, back)
+
+
+@pytest.mark.slow
+def test_memory_of_fp8_does_not_grow_with_the_model(tmp_path):
+    """From 178 MB in fp32, and from there to 89 MB in bf16."""
+    write_wide_model(tmp_path / "hf")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", Ranks())
+    there = grown("to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "fp8", "--fp8-block", "128")
+    back = grown("to-megatron", "--hf", tmp_path / "fp8", "--out", tmp_path / "again")
+    assert max(there, back) < 70e6, (there, back)
+
+
+@pytest.mark.slow
+def test_a_large_tensor_is_quantised_with_one_copy_of_it_in_memory(tmp_path):
+    largest = 4 * 768 * 43008  # 132 MB: gate, up and down
+    write_wide_model(tmp_path / "hf", intermediate_size=43008, num_hidden_layers=1)
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", Ranks())
+    found = grown("to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "fp8", "--fp8-block", "128")
+    assert found < 2 * largest, found
+
+
+def test_two_ranks_read_every_byte_once_and_each_its_share(gangs, tmp_path):
+    size = write_wide_model(tmp_path / "hf", num_hidden_layers=2)
+    for one in zip(*gangs(2).run("tests.convert_jobs:reads", hf=str(tmp_path / "hf"), out=str(tmp_path / "out")), strict=True):
+        assert size <= sum(one) < 1.05 * size and max(one) < 0.7 * size, (one, size)

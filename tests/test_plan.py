@@ -174,6 +174,29 @@ def test_replicas_of_a_real_size_are_within_1_2_of_the_mean_without_allowance(so
         assert max(loads.values()) <= 1.2 * sum(loads.values()) / len(loads)
 
 
+REAL = dict(family="qwen3", hidden_size=4096, heads=32, kv_heads=8, head_dim=128, intermediate_size=12288, vocab_size=151936)
+
+
+@pytest.mark.parametrize("fp8_block", [None, 128])
+@pytest.mark.parametrize(
+    ("source", "destination", "start"),
+    [
+        (TrainingLayout(tp=4, dp=8), ServerLayout(tp=4, servers=3), None),
+        (TrainingLayout(tp=2, pp=2, dp=4), ServerLayout(tp=8), None),
+        (TrainingLayout(tp=2, dp=4), ServerLayout(tp=4, servers=2), 0),
+        (TrainingLayout(tp=4, pp=2, dp=4), ServerLayout(tp=2, servers=16), 0),
+    ],
+)
+def test_replicas_of_a_large_model_are_within_1_2_of_the_mean_in_blocks_and_in_place(source, destination, start, fp8_block):
+    """What a process holds itself is not counted."""
+    arch = architecture(**REAL, layers=8, qkv_bias=False, qk_norm=True)
+    plan = make_plan(source, destination, arch, destination_start=start, fp8_block=fp8_block)
+    loads = list(sent_by_replicas(plan, 2).values())
+    assert loads
+    for sent in loads:
+        assert max(sent.values()) <= 1.2 * sum(sent.values()) / len(sent)
+
+
 def test_an_embedding_larger_than_a_replicas_share_is_cut():
     arch = architecture(layers=1, vocab_size=4000, tied_embeddings=True)
     plan = make_plan(TrainingLayout(dp=4), ServerLayout(), arch)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import HashStore
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.quantize import quantize_blocks
-from etr_megatron.weights.transport import DiskReader, DiskWriter, SyncError, version_directory
+from etr_megatron.weights.transport import DiskReader, DiskWriter, SyncError, Wire, version_directory
 from tests.test_plan import architecture
 from tests.transport_jobs import empty_shards, plan_for, shards_from
 
@@ -100,13 +103,63 @@ def test_old_versions_go_and_the_last_stay(gangs, hf_models, tmp_path):
     assert not (version_directory(tmp_path, 9) / "rest").exists()
 
 
-def test_a_full_disk_is_named_on_every_rank_and_leaves_nothing(gangs, hf_models, tmp_path):
-    found = gangs(2).run(
-        "tests.transport_jobs:fail_to_write", directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2)
-    )
-    for error in found:
-        assert "weight sync of version 1 did not complete: rank 1 failed: OSError: [Errno 28] No space left" in error
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("file", [1, -1])
+def test_a_file_that_cannot_be_saved_is_named_on_every_rank_and_nothing_is_left(gangs, hf_models, tmp_path, file, culprit):
+    """A file is saved while the next one is gathered, the last one while nothing else is to be done."""
+    arguments = dict(directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2))
+    found = gangs(2).run("tests.transport_jobs:fail_to_write", **arguments, file=file, culprit=culprit)
+    name = rf"model-rank0000{culprit}-\d+\.safetensors"
+    for error, files in found:
+        assert files > 2
+        assert re.search(rf"1 did not complete: rank {culprit} failed: OSError: .*{name} .*File too large", error), error
     assert list(tmp_path.iterdir()) == []
+
+
+def one_writer(directory, model: str, **options) -> DiskWriter:
+    wire = Wire(HashStore(), 0, 1, timeout_s=5)
+    return DiskWriter(directory, TrainingLayout(), read_architecture(model), wire, dtype=torch.float32, **options)
+
+
+def test_the_versions_published_last_stay_when_a_run_goes_back(hf_models, tmp_path):
+    model = hf_models["llama"]
+    writer, shards = one_writer(tmp_path, model), shards_from(model, TrainingLayout(), 0)
+    for version, kept in ((7, [7]), (8, [7, 8]), (3, [3, 8]), (4, [3, 4])):
+        writer.sync(version, shards)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [version_directory("", v).name for v in kept]
+    one_writer(tmp_path, model, keep=1).sync(2, shards)
+    assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
+
+
+def test_a_version_that_was_put_aside_when_the_writer_was_killed_comes_back(hf_models, tmp_path):
+    model = hf_models["llama"]
+    shards = shards_from(model, TrainingLayout(), 0)
+    one_writer(tmp_path, model).sync(8, shards)
+    version_directory(tmp_path, 8).rename(tmp_path / ".version_000008.replaced")
+    (tmp_path / ".version_000008.unfinished").mkdir()
+    one_writer(tmp_path, model).sync(9, shards)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000008", "version_000009"]
+    found, wanted = read(tmp_path, model, ServerLayout(), 0, 8), shards_from(model, ServerLayout(), 0)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_version_that_could_not_be_replaced_is_still_there(hf_models, tmp_path, monkeypatch):
+    model = hf_models["llama"]
+    shards = shards_from(model, TrainingLayout(), 0)
+    one_writer(tmp_path, model).sync(8, shards)
+    rename = os.rename
+
+    def refuse_the_new_one(old, new):
+        if new == version_directory(tmp_path, 8) and str(old).endswith(".unfinished"):
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new_one)
+    with pytest.raises(SyncError, match=r"version 8 did not complete: rank 0 failed: OSError: .*Input/output error"):
+        one_writer(tmp_path, model).sync(8, {name: tensor + 1 for name, tensor in shards.items()})
+    assert [path.name for path in tmp_path.iterdir()] == ["version_000008"]
+    found, wanted = read(tmp_path, model, ServerLayout(), 0, 8), shards_from(model, ServerLayout(), 0)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_rank_that_fails_while_rank_0_publishes_takes_nothing_away_from_it(gangs, hf_models, tmp_path):

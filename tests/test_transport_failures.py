@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 import time
@@ -74,6 +75,21 @@ def test_a_rank_that_nobody_waits_for_says_where_it_looked():
         Wire.at("127.0.0.1", port, 1, 2, timeout_s=1)
     with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not come within 1 s"):
         Wire.at("127.0.0.1", port, 0, 2, timeout_s=1)
+
+
+def test_a_closed_wire_still_says_why_and_its_port_is_free_once_nobody_has_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wire = Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
+    wire.board.report("OSError: the device fell off")
+    wire.close()
+    assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
+    with pytest.raises(SyncError, match=rf"rank 0 could not open 127\.0\.0\.1:{port}"):
+        Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
+    del wire
+    gc.collect()  # of the error above
+    Wire.at("127.0.0.1", port, 0, 1, timeout_s=5).close()
 
 
 def test_a_board_keeps_nothing_of_syncs_that_are_over():

@@ -8,8 +8,8 @@ import torch
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, megatron_shard, server_shard, weights_of
 from etr_megatron.weights.plan import make_plan
-from etr_megatron.weights.quantize import quantize_blocks
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, buckets_of, copy_local, messages, pack, unpack
+from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
+from etr_megatron.weights.transport.buckets import buckets_of, copy_local, messages, pack, unpack
 from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests.weight_cases import ARCHITECTURES, tensors_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from contextlib import suppress
@@ -244,20 +245,35 @@ def write_to_disk(directory: str, model: str, source: Placement, versions: list[
     return writer.versions.complete
 
 
-def fail_to_write(directory: str, model: str, source: Placement) -> str:
-    """The error of a sync in which rank 1 finds the disk full."""
-    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
-    if dist.get_rank() == 1:
+def fail_to_write(directory: str, model: str, source: Placement, file: int, culprit: int) -> tuple[str, int]:
+    """The error of a sync in which the disk takes no more when `culprit` saves this one of its files (-1: the last one).
 
-        def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
+    And how many files a rank has.
+    """
+    arch, wire = read_architecture(model), Wire.in_world(timeout_s=5)
+    writer = DiskWriter(directory, source, arch, wire, dtype=torch.float32, file_bytes=20_000)
+    save_file, saved, files = disk.save_file, 0, len(writer._own)
 
-        writer._write_files = full
+    def save(tensors: dict[str, Tensor], path: Any, **options: Any) -> None:
+        nonlocal saved
+        fails, saved = saved == file % files, saved + 1
+        _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if fails:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # EFBIG, where a full disk gives ENOSPC
+            save_file(tensors, path, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    if wire.rank == culprit:
+        disk.save_file = save
     try:
-        writer.sync(1, shards_from(model, source, dist.get_rank()))
+        writer.sync(1, shards_from(model, source, wire.rank))
     except SyncError as error:
-        return str(error)
-    return ""
+        return str(error), files
+    finally:
+        disk.save_file = save_file
+    return "", files
 
 
 def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:

@@ -34,8 +34,9 @@ def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantiza
         shutil.copytree(templates, target / templates.name)
     config = json.loads((source / "config.json").read_text())
     if len(dtypes) == 1:
-        # transformers 5 says dtype, older versions torch_dtype.
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(*dtypes).removeprefix("torch.")
+        # transformers 5 says dtype, older versions torch_dtype, and a config that both have written says it twice.
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
+            config[key] = str(*dtypes).removeprefix("torch.")
     config.pop("quantization_config", None)  # of what was read
     if quantization is not None:
         config["quantization_config"] = quantization

@@ -17,7 +17,7 @@ from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToW
 from etr_megatron.convert.source import MegatronSource, find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
-from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import box
 
 _FP8_PANEL = 2**22
@@ -132,7 +132,7 @@ def quantised_panels(
 
 
 def _scale_name(name: str) -> str:
-    return f"{name}_scale_inv"
+    return name + SCALE_SUFFIX
 
 
 def _quantization(arch: Architecture, block: int) -> dict[str, Any]:

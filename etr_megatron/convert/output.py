@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +18,20 @@ from etr_megatron.platform.files import disk_full_behind, sync_to_disk
 _SPARE_BYTES = 16 * 2**20
 """Room for what is written besides tensors: headers, an index, a tokenizer."""
 
+SEEN_S = 30.0
+"""After which a file of rank 0's is taken for invisible: a network file system may keep an older listing for about as long."""
+
+_MARKER = ".seen_by_all"
+
 
 @contextmanager
 def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     """A directory to write into, `<out>.unfinished`, that becomes `out` when the block ends without an error. A collective.
 
     size: bytes that will be written, compared with the free space first. Rank 0 makes, removes and renames. Raises UserError
-    when `out` holds something, another conversion writes there, or the disk is full or not writable; what was written is then
-    removed. After `kill -9` the unfinished directory stays, until the same conversion is started again.
+    when `out` holds something, another conversion writes there, a rank does not see rank 0's directory under that name, or the
+    disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays, until the
+    same conversion is started again.
     """
     if not out.name or out.resolve().name != out.name:
         raise UserError(f"--out {out} must end in the name of a new directory")
@@ -31,6 +39,7 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     lock = ranks.first(lambda: _prepare(out, partial, size))
     try:
         try:
+            _refuse_unshared(partial, out, ranks)
             yield partial
             ranks.first(lambda: _finish(partial, out))
         except BaseException as error:
@@ -89,6 +98,37 @@ def _lock(out: Path, partial: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(lock)
+
+
+def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
+    """Raise UserError where a rank does not see rank 0's directory under this name. A collective.
+
+    Such a rank would write its share elsewhere, and rank 0 would give its own part the final name.
+    """
+    if ranks.world == 1:
+        return
+    marker, token = partial / _MARKER, ranks.agreed(secrets.token_hex(16))
+    ranks.first(lambda: marker.write_text(token))
+
+    def look() -> None:
+        deadline = time.monotonic() + SEEN_S
+        while not _holds(marker, token):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--out {out} is not the same directory for rank {ranks.rank} as for rank 0; name one that all processes "
+                    "see, on a file system that they share, with its full path"
+                )
+            time.sleep(0.1)
+
+    ranks.together(look)
+    ranks.first(marker.unlink)
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except OSError:
+        return False
 
 
 def _finish(partial: Path, out: Path) -> None:

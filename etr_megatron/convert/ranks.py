@@ -42,6 +42,13 @@ class Ranks:
         """Do `work` on rank 0 while the others wait; what it returned, on rank 0. A collective, raises as `together`."""
         return self.together(lambda: work() if self.rank == 0 else None)
 
+    def agreed(self, value: T) -> T:
+        """Rank 0's value, on every rank. A collective."""
+        values = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
     def share(self, sizes: Sequence[int]) -> range:
         """Which of the items are this rank's: a run of consecutive ones, about as many bytes as any other rank's."""
         total, before = max(1, sum(sizes)), 0

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.hf_config import is_positive_int, optional_object, read_config
-from etr_megatron.weights.quantize import FP8, dequantize_box, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, dequantize_box, scale_shape
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
-
-_SCALES = "_scale_inv"
 
 _PANEL = 2**22
 """Values that are read at a time."""
@@ -49,17 +47,19 @@ class Fp8Dir(SafetensorsDir):
         self.block = block
         self.quantized = frozenset(name for name, stored in self._stored.items() if stored.dtype == FP8)
         for name in sorted(self.quantized):
-            shape, scales = self._stored[name].shape, self._stored.get(name + _SCALES)
+            shape, scales = self._stored[name].shape, self._stored.get(name + SCALE_SUFFIX)
             if len(shape) != 2:
                 raise UserError(f"{self.path}: {name} is FP8 of shape {list(shape)}; only matrices are read")
             wanted = scale_shape(*shape, block)
             if scales is None or scales.shape != wanted:
                 found = "missing" if scales is None else f"of shape {list(scales.shape)}, not {list(wanted)}"
-                raise UserError(f"{self.path}: {name} is FP8 and its {name + _SCALES} is {found}; fetch the checkpoint again")
+                raise UserError(
+                    f"{self.path}: {name} is FP8 and its {name + SCALE_SUFFIX} is {found}; fetch the checkpoint again"
+                )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor but scales."""
-        scales = {name + _SCALES for name in self.quantized}
+        scales = {name + SCALE_SUFFIX for name in self.quantized}
         return {name: shape for name, shape in super().shapes().items() if name not in scales}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -91,6 +91,6 @@ class Fp8Dir(SafetensorsDir):
         first = tuple(at // self.block for at in begin)
         ends = (-(-(at + count) // self.block) for at, count in zip(begin, size, strict=True))
         shape = tuple(end - at for end, at in zip(ends, first, strict=True))
-        scales = torch.empty(shape, dtype=self._stored[name + _SCALES].dtype)
-        super().read_into(name + _SCALES, first, scales)
+        scales = torch.empty(shape, dtype=self._stored[name + SCALE_SUFFIX].dtype)
+        super().read_into(name + SCALE_SUFFIX, first, scales)
         return values, scales.float()

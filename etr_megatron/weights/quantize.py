@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 BLOCK = 128
 """Rows and columns of a block in every published checkpoint."""
 
+SCALE_SUFFIX = "_scale_inv"
+"""The scales of a quantised weight stand under its name with this behind it."""
+
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
 

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.plan import Plan, Transfer
-from etr_megatron.weights.quantize import FP8, quantize_blocks, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
 from etr_megatron.weights.shards import Index, box
 
 ALONE_BYTES = 1 << 18
 """From this size on a tensor is a message of its own."""
-
-SCALE_SUFFIX = "_scale_inv"
-"""A quantised weight's scales stand under the weight's name with this behind it."""
 
 Shards = Mapping[str, Tensor]
 """A rank's shards by `Weight.megatron`; of a quantised destination the scales as well, under name + SCALE_SUFFIX."""

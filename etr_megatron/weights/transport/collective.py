@@ -11,9 +11,9 @@ import torch
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.layout import Placement, shards_of
 from etr_megatron.weights.listing import listed
-from etr_megatron.weights.quantize import FP8, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport.board import SyncError
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
+from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.wire import Wire
 

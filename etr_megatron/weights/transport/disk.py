@@ -1,7 +1,8 @@
 """Weights by way of a directory: what `/update_weights_from_disk` of a server takes, and a reader of our own.
 
 DIR/version_000007 holds safetensors files with their index, and version.json. It appears under that name in one step, complete
-and on disk; while it is being written it is DIR/.version_000007.unfinished.
+and on disk; while it is being written it is DIR/.version_000007.unfinished. One that is written again is put aside, under
+DIR/.version_000007.replaced, while the new one takes its name: after a crash in that moment the next sync brings it back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,11 +29,11 @@ from etr_megatron.weights.layout import Placement, ServerLayout, WholeLayout, sh
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.plan import make_plan
-from etr_megatron.weights.quantize import FP8, scale_shape
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.safetensors_dir import INDEX, SafetensorsDir
 from etr_megatron.weights.shards import Piece, box
 from etr_megatron.weights.transport.board import SyncError
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX, Shards
+from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.collective import CollectiveTransport, check_shards, shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.verify import compare
@@ -40,6 +42,8 @@ from etr_megatron.weights.transport.wire import Wire
 
 VERSION_FILE = "version.json"
 """{"version": number, "run": text, "checksums": {tensor: `checksum`}}; checksums are there when the writer makes them."""
+
+_REPLACED = ".replaced"
 
 _POLL_S = 0.1
 
@@ -66,8 +70,8 @@ class DiskWriter(CollectiveTransport):
 
     directory: on a file system that all of them and the readers see. run: tells the versions of this run from those that an
     earlier one left in the directory, which are removed; readers are given the same. file_bytes: bound of a file (or the
-    largest weight), two of which a rank has in memory. keep: how many complete versions stay. The other arguments are
-    those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
+    largest weight), two of which a rank has in memory. keep: how many complete versions stay, those published last. The other
+    arguments are those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
 
     Rank 0 decides: a sync that fails before all have written leaves no version behind; one that fails while rank 0's answer is
     awaited raises, and the version may be there all the same, whole.
@@ -109,6 +113,7 @@ class DiskWriter(CollectiveTransport):
         unfinished = self.directory / f".{final.name}.unfinished"
         try:
             if self.wire.rank == 0:
+                self._bring_back()
                 _remove(self.directory.glob(".version_*"))  # of a job that was killed
                 unfinished.mkdir(parents=True)
             self.wire.board.meet("directory")
@@ -128,6 +133,7 @@ class DiskWriter(CollectiveTransport):
             abandoned = unfinished.with_suffix(".abandoned")
             with suppress(FileNotFoundError):
                 os.rename(unfinished, abandoned)
+            self._bring_back()
             _remove([abandoned])
         elif not unfinished.exists():
             board.refuse_failed()
@@ -182,16 +188,27 @@ class DiskWriter(CollectiveTransport):
         sync_to_disk(unfinished)
         self.wire.board.refuse_failed()
         if final.exists():
-            os.rename(final, self.directory / f".{final.name}.replaced")
+            os.rename(final, self.directory / f".{final.name}{_REPLACED}")
         os.rename(unfinished, final)
         sync_to_disk(self.directory)
-        _remove([*self.directory.glob(".version_*.replaced"), *self._outdated()])
+        _remove([*self.directory.glob(f".version_*{_REPLACED}"), *self._outdated(final)])
 
-    def _outdated(self) -> list[Path]:
-        """Versions of other runs, and all but the last `keep` of this one."""
+    def _bring_back(self) -> None:
+        """Give versions their names back that were put aside for others which have not come."""
+        for aside in self.directory.glob(f".version_*{_REPLACED}"):
+            with suppress(OSError):  # another one has the name
+                os.rename(aside, self.directory / aside.name[1:].removesuffix(_REPLACED))
+
+    def _outdated(self, published: Path) -> list[Path]:
+        """Versions of other runs, and all but the `keep` of this one that were published last.
+
+        Not those with the largest numbers: a run that goes back writes smaller ones.
+        """
         runs = {folder: _read_version_file(folder).get("run") for folder in self.directory.glob("version_*")}
-        own = sorted((folder for folder, run in runs.items() if run == self._run), key=lambda folder: int(folder.name[8:]))
-        return [folder for folder in runs if folder not in own[-self._keep :]]
+        own = [folder for folder, run in runs.items() if run == self._run and folder != published]
+        own.sort(key=lambda folder: ((folder / VERSION_FILE).stat().st_mtime_ns, folder.name))
+        kept = [*own, published][-self._keep :]
+        return [folder for folder in runs if folder not in kept]
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -321,7 +338,10 @@ def _read_version_file(folder: Path) -> dict:
 
 
 def _write_file(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for a full disk, and without the file's name
+        raise OSError(f"{file} cannot be written: {error}") from error
     sync_to_disk(file)
 
 

@@ -11,7 +11,7 @@ with the tensors of its own rank. What is raised there ends the worker, see `ser
 is where the open connection and the worker's version are kept.
 
 After a sync that failed the connection is dropped. The next offer opens a new one; the training ranks need a new transport for
-it too, at another port as long as the one before is not closed.
+it too, at another port as long as process 0 still has the one before, closed or not: see `Wire.close`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from etr_megatron.weights.architecture import Architecture, Experts
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.plan import Plan, make_plan
-from etr_megatron.weights.transport.buckets import SCALE_SUFFIX
+from etr_megatron.weights.quantize import SCALE_SUFFIX
 from etr_megatron.weights.transport.collective import shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.sharded import ShardedTransport
@@ -161,5 +161,5 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     try:
         _open[key].sync(offer.version, None, shards)
     except BaseException:
-        _open.pop(key).close()  # the next offer opens a new one, at the same address too
+        _open.pop(key).close()  # the next offer opens a new one, also where it names the same address
         raise

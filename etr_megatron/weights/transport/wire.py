@@ -67,7 +67,10 @@ class Wire:
 
     @classmethod
     def at(cls, address: str, port: int, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
-        """A wire of ranks that have no world in common; rank 0 opens the port, or SyncError is raised."""
+        """A wire of ranks that have no world in common; rank 0 opens the port, or SyncError is raised.
+
+        The port is free again when rank 0 lets go of the wire, see `close`.
+        """
         deadline = datetime.timedelta(seconds=timeout_s)
         try:
             store = dist.TCPStore(address, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False)
@@ -144,7 +147,11 @@ class Wire:
             raise self.board.failure() from error
 
     def close(self) -> None:
-        """Drop the connections, so that nobody waits for this rank until the deadline. Parts' holders must drop them too."""
+        """Drop the connections, so that nobody waits for this rank until the deadline. Parts' holders must drop them too.
+
+        The board and its store, and with it rank 0's port, stay for as long as this object: other ranks may still have to read
+        there why the sync has failed, or that it has ended, and a server's worker does so at a time of its own.
+        """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
         for group in groups:
             if self.device.type == "cuda" and group is not None:
