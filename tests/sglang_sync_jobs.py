@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights.transport import verify
+from etr_megatron.weights.transport.board import Board, SyncError
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
 from tests.sglang_jobs import engine_of, states_of, sums_of
@@ -49,6 +50,33 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
     finally:
         dist.barrier()
         engine.close()
+
+
+def rank0_fails(model: str, directory: str, **settings: Any) -> str:
+    """The error on this rank when rank 0's weights cannot be read, and rank 1 asks for the reason two seconds after that."""
+    policy = build(model, ["parallel.tp=2"])
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    failure = Board.failure
+
+    class Broken(type(policy.export())):
+        def shards(self) -> dict[str, Any]:
+            return super().shards() if dist.get_rank() == 1 else {}
+
+    def slowly(board: Board) -> SyncError:
+        if dist.get_rank() == 1:
+            time.sleep(2)
+        return failure(board)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Board, "failure", slowly)
+            engine.update_weights(Broken(policy), 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        dist.barrier()
+        engine.close()
+    return ""
 
 
 def corrupted(model: str, directory: str, **settings: Any) -> str:

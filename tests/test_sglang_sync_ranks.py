@@ -29,6 +29,14 @@ def test_a_rank_that_is_late_is_named_after_the_deadline_of_every_wait(gangs, hf
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sync", ["sharded", "broadcast"])
+def test_a_rank_that_is_slow_to_ask_still_hears_why_rank_0_has_failed(gangs, hf_models, tmp_path, sync):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync=sync, **OWN)
+    for error in gangs(2).run("tests.sglang_sync_jobs:rank0_fails", **job):
+        assert error.startswith("SyncError") and "rank 0 failed: ValueError: shards of source rank 0 do not fit" in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checksums", [True, False])
 def test_with_checksums_a_server_that_holds_something_else_than_its_source_is_found(gangs, hf_models, tmp_path, checksums):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), checksums=checksums, **OWN)

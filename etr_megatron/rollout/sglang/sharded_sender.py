@@ -96,6 +96,7 @@ class ShardedSender:
         self._settings, self._server, self._host, self._calls = settings, server, host, calls
         self._members: list[tuple[str, int]] = []
         self._store: dist.TCPStore | None = None
+        self._left: dist.TCPStore | None = None
         self._opening: Board | None = None
         self._transport: ShardedTransport | None = None
 
@@ -108,7 +109,7 @@ class ShardedSender:
         """Whether the serving servers have the version; False after one was lost and marked."""
         members = on_rank0(lambda: self._calls.members())
         if members != self._members:
-            self.close()
+            self._leave()
         offer = self._offer(weights, version, members)
         if self._calls is not None:
             self._calls.post(offer, self._report)
@@ -119,7 +120,7 @@ class ShardedSender:
             self._transport.sync(version, weights.shards())
         except RuntimeError as failure:  # a SyncError, or what torch says of a group that was not formed
             error = failure
-            self.close()
+            self._leave()
         lost = on_rank0(lambda: self._calls.settle(error is not None))
         if error is not None and not lost:
             raise error
@@ -176,9 +177,15 @@ class ShardedSender:
         """By this rank since the connections were made."""
         return self._transport.wire.bytes_sent if self._transport is not None else 0
 
-    def close(self) -> None:
-        """See `Sender.close`."""
+    def _leave(self) -> None:
+        """Drop the connections, but not yet the store: others may still read there why a sync has failed."""
         if self._transport is not None:
             self._transport.close()
+        self._left = self._store
         self._transport = self._store = self._opening = None
         self._members = []
+
+    def close(self) -> None:
+        """See `Sender.close`."""
+        self._leave()
+        self._left = None
