@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etr_megatron.convert.ahead import one_ahead
 from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
@@ -111,7 +112,7 @@ def _quantise(
 ) -> None:
     """Write a weight in FP8."""
     for name in weight.hf:
-        for first, values, scales in quantised_panels(name, weight, arch, source, block, dtype):
+        for first, values, scales in one_ahead(quantised_panels(name, weight, arch, source, block, dtype)):
             writer.write(name, (first, 0), values)
             writer.write(_scale_name(name), (first // block, 0), scales)
 

@@ -1,8 +1,8 @@
 """Writing a `torch_dist` checkpoint a chunk at a time, by torch's distributed checkpointing.
 
-What goes where is planned from names and shapes; a chunk's values are asked for when it is its turn in the file, and forgotten
-before the next. megatron-core's own writers have all tensors of a rank in memory first, and torch's keeps the last one of every
-name.
+What goes where is planned from names and shapes; a chunk's values are asked for when the one before it is written, and
+forgotten when they are. megatron-core's own writers have all tensors of a rank in memory first, and torch's keeps the last one
+of every name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,13 +27,24 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from etr_megatron.convert.chunk import ChunkToWrite
+from etr_megatron.convert.ahead import one_ahead
+from etr_megatron.convert.chunk import ChunkToWrite, Span
 from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.platform.files import disk_full_behind
+from etr_megatron.weights.shards import Index
 
 _SMALL = 2**16
 """Bytes below which a tensor is not worth two steps."""
+
+
+class _Hole(NamedTuple):
+    """Values that are in files as they will be stored: byte ranges one after the other."""
+
+    nbytes: int
+    size: Index
+    dtype: torch.dtype
+    spans: list[Span]
 
 
 def _item(chunk: ChunkToWrite) -> WriteItem:
@@ -62,16 +74,18 @@ class _Planner(SavePlanner):
         self._at = {(chunk.name, chunk.offset): chunk for chunk in self._chunks}
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> ChunkToWrite | io.BytesIO:
+    def resolve_data(self, write_item: WriteItem) -> io.BytesIO | Tensor | _Hole:
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
             torch.save([None], data)  # Megatron's form: the objects of one key
             return data
-        return self._at[write_item.index.fqn, tuple(write_item.index.offset)]
+        chunk = self._at[write_item.index.fqn, tuple(write_item.index.offset)]
+        spans = chunk.spans() if chunk.nbytes >= _SMALL else None
+        return chunk.read() if spans is None else _Hole(chunk.nbytes, chunk.size, chunk.dtype, spans)
 
 
 class _Writer(dcp.FileSystemWriter):
-    """One file per rank; a chunk is resolved, written and forgotten before the next."""
+    """One file per rank; a chunk is written while the next one is resolved, and then forgotten."""
 
     def __init__(self, path: Path, written: Callable[[int], Any]) -> None:
         super().__init__(path, overwrite=False)
@@ -82,7 +96,9 @@ class _Writer(dcp.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0.distcp"
         try:
             with open(Path(self.path) / name, "wb") as file:
-                future.set_result([self._write(file, name, item, planner) for item in plan.items])
+                data = one_ahead(map(planner.resolve_data, plan.items))
+                written = [self._write(file, name, *one) for one in zip(plan.items, data, strict=True)]
+                future.set_result(written)
                 file.flush()
                 os.fsync(file.fileno())
         except Exception as error:
@@ -92,31 +108,32 @@ class _Writer(dcp.FileSystemWriter):
             raise OSError(full.errno, full.strerror) if full is not None else error from error
         return future
 
-    def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
-        begin, data = file.tell(), planner.resolve_data(item)
+    def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, data: io.BytesIO | Tensor | _Hole) -> WriteResult:
+        begin = file.tell()
         if isinstance(data, io.BytesIO):
             file.write(data.getbuffer())
         else:
-            _write_chunk(file, data)
+            (_fill if isinstance(data, _Hole) else _write_values)(file, data)
             self._written(data.nbytes)
         length = file.tell() - begin
         return WriteResult(item.index, length, _StorageInfo(name, begin, length))
 
 
-def _write_chunk(file: io.BufferedWriter, chunk: ChunkToWrite) -> None:
-    """Write what `torch.save` writes of a tensor; around a hole that its values are copied into, where they are in files."""
-    spans = chunk.spans() if chunk.nbytes >= _SMALL else None
-    if spans is None:
-        begin = file.tell()
-        torch.save(chunk.read(), _Stream(file))
-        start_writeback(file.fileno(), begin, file.tell() - begin)
-        return
-    stream = _Stream(file, hole=chunk.nbytes)
-    torch.save(torch.empty(chunk.size, dtype=chunk.dtype), stream)  # memory that is never touched takes no room
+def _write_values(file: io.BufferedWriter, values: Tensor) -> None:
+    """Write what `torch.save` writes of a tensor."""
+    begin = file.tell()
+    torch.save(values, _Stream(file))
+    start_writeback(file.fileno(), begin, file.tell() - begin)
+
+
+def _fill(file: io.BufferedWriter, hole: _Hole) -> None:
+    """The same around a hole that the values are copied into from other files."""
+    stream = _Stream(file, hole=hole.nbytes)
+    torch.save(torch.empty(hole.size, dtype=hole.dtype), stream)  # memory that is never touched takes no room
     if stream.at is None:
         raise RuntimeError("torch.save did not write a tensor's values at once")
     at = stream.at
-    for source, first, count in spans:
+    for source, first, count in hole.spans:
         copy_bytes(source, first, Path(file.name), at, count)
         at += count
 
