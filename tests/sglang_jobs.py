@@ -191,6 +191,24 @@ def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, 
         engine.close()
 
 
+def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
+    """Which syncs, from 1, a server was sent weights in. behaviours: of it, to change before each of as many syncs."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, sync="disk", **settings)
+    try:
+        assert engine._control is not None
+        client = next(client for client in engine._control.fleet.clients if client.name == server)
+        began = [0]
+        for behaviour in behaviours:
+            engine._control.run(client.call("/behave", dict(behaviour), timeout_s=10))
+            engine.update_weights(policy.export(), len(began))
+            log = engine._control.run(client.get("/state", timeout_s=10))["log"]
+            began.append(log.count("/update_weights_from_disk"))
+        return [number for number in range(1, len(began)) if began[number] > began[number - 1]]
+    finally:
+        engine.close()
+
+
 def killed_between(model: str, directory: str, number: int, **settings: Any) -> dict[str, Any]:
     """Two servers of the job; one gets a signal with requests under way. Tokens by request, and states after the next sync."""
     policy = build(model, ["parallel.tp=1"])

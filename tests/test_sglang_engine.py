@@ -87,6 +87,24 @@ def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(g
         assert state["version"] == "2" and not state["paused"]
 
 
+@pytest.mark.slow
+def test_a_server_that_says_it_is_well_and_fails_at_every_sync_is_tried_at_growing_distances(gangs, hf_models, tmp_path):
+    """Also one that nobody has to start: all ranks wait for it in the sync that it fails at."""
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=[{"refuse_weights": True}] * 6, **job)
+    assert tried == [1, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_server_that_was_only_unwell_comes_back_at_the_first_sync_that_finds_it_well(gangs, hf_models, tmp_path):
+    behaviours = [{"refuse_weights": True}, {"unwell": True}, {}, {}, {"unwell": False, "refuse_weights": False}, {}]
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=behaviours, **job)
+    assert tried == [1, 5, 6]
+
+
 @pytest.mark.parametrize("sync", SYNCS)
 def test_a_rank_that_fails_is_named_on_every_rank_and_servers_go_on(gangs, hf_models, tmp_path, sync):
     with servers({}) as urls:

@@ -58,6 +58,10 @@ PROBE_PROMPT = tuple(range(3, 15))
 _PROBE_TOKENS = 8
 
 
+class _UnwellError(ServerError):
+    """A server did not say that it is well when it was asked."""
+
+
 class Control:
     """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
 
@@ -114,54 +118,54 @@ class Control:
         """Get to know all servers for the first time. Raises UserError for one that does not serve."""
         for name, problem in self.run(self._get_to_know(list(self._clients), started, patient=True)).items():
             if problem is not None:
-                raise UserError(problem)
+                raise UserError(str(problem))
             self.fleet.rejoin(self._clients[name])
         if self._colocated and self._on_cpu:
             logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
 
     def due(self) -> list[str]:
         """Servers that take no traffic and are to be brought back at this weight sync."""
-        if self._config.urls:  # to be asked whether they are well again costs little, other than to start them
-            return list(self.fleet.failed)
         return self._comebacks.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
-        """Servers that had failed and may have recovered, or were started anew (in `started`). The sync comes next."""
+        """Servers that are `due` and may have recovered, or were started anew (in `started`). The sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
             if problem is not None:
-                self.fleet.mark_failed(self._clients[name], problem)
+                self.fleet.mark_failed(self._clients[name], str(problem))
+                if isinstance(problem, _UnwellError) and name not in started:  # to ask costs little, other than to start
+                    self._comebacks.do_not_count(name)
             else:
                 self.fleet.rejoin(self._clients[name])
 
     async def _get_to_know(
         self, names: Sequence[str], started: Mapping[str, Started], *, patient: bool
-    ) -> dict[str, str | None]:
+    ) -> dict[str, ServerError | None]:
         """Server -> why it does not serve, if so. patient: it may be starting up."""
         needed = (*_ROUTES, _UPDATE_ROUTE[sync_of(self._config)], *(_RELEASE if self._colocated else ()))
 
-        async def one(name: str) -> str | None:
+        async def one(name: str) -> ServerError | None:
             client = self._clients[name]
             if name in started:
                 client.url = started[name].url
-                if started[name].problem is not None:
-                    return started[name].problem
+                if (problem := started[name].problem) is not None:
+                    return ServerError(problem)
             try:
                 await self._wait_until_healthy(client, self._config.startup_timeout_s if patient else 0.0)
                 if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
                     raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
             except ServerError as error:
-                return str(error)
+                return error
             return None
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
-        """Raises ServerError when it does not answer in time."""
+        """Raises _UnwellError when it does not answer in time."""
         deadline = self.loop.time() + patience_s
         while not await client.is_healthy(timeout_s=5.0):
             if self.loop.time() >= deadline:
-                raise ServerError(f"{client.name} did not answer within {patience_s or 5:g} s at {client.url}")
+                raise _UnwellError(f"{client.name} did not answer within {patience_s or 5:g} s at {client.url}")
             await asyncio.sleep(0.5)
 
     def begin(self) -> None:
