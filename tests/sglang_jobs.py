@@ -192,7 +192,8 @@ def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, 
 
 
 def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
-    """Which syncs, from 1, a server was sent weights in. behaviours: of it, to change before each of as many syncs."""
+    """Which syncs, from 1, a server was sent weights in. behaviours: of it, to change before each of as many syncs;
+    `in_update`: it is left in the middle of one."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, sync="disk", **settings)
     try:
@@ -201,6 +202,8 @@ def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Map
         began = [0]
         for behaviour in behaviours:
             engine._control.run(client.call("/behave", dict(behaviour), timeout_s=10))
+            for route in ("/pause_generation", "/begin_weight_update") if behaviour.get("in_update") else ():
+                engine._control.run(client.call(route, timeout_s=10))
             engine.update_weights(policy.export(), len(began))
             log = engine._control.run(client.get("/state", timeout_s=10))["log"]
             began.append(log.count("/update_weights_from_disk"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from tests.nodes import own_address
@@ -103,6 +104,29 @@ def test_a_server_that_was_only_unwell_comes_back_at_the_first_sync_that_finds_i
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
         (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=behaviours, **job)
     assert tried == [1, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_server_that_a_killed_job_left_in_the_middle_of_a_sync_serves_the_next_job(gangs, hf_models, tmp_path):
+    """Paused, it is not healthy. Another, which is, is not told to go on: it may be in the hands of others."""
+    with servers({}, {}) as urls:
+        for route in ("/pause_generation", "/begin_weight_update"):
+            httpx.post(urls[1] + route, json={}).raise_for_status()
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls, startup_timeout_s=10)
+        (found,) = gangs(1).run("tests.sglang_jobs:fake_sync", **job)
+    assert [state["version"] for state in found["states"].values()] == ["1", "1"] and not found["failed"]
+    untouched, left = (state["log"] for state in found["states"].values())
+    assert untouched[:2] == ["/pause_generation", "/begin_weight_update"]
+    assert left[2:6] == ["/end_weight_update", "/continue_generation", "/pause_generation", "/begin_weight_update"]
+
+
+@pytest.mark.slow
+def test_a_server_that_did_not_hear_the_end_of_a_sync_that_it_failed_at_is_brought_back(gangs, hf_models, tmp_path):
+    behaviours = [{"refuse_weights": True}, {"refuse_weights": False, "in_update": True}, {}]
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=behaviours, **job)
+    assert tried == [1, 2, 3]
 
 
 @pytest.mark.parametrize("sync", SYNCS)

@@ -56,6 +56,8 @@ PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
 
 _PROBE_TOKENS = 8
+_HEALTH_S = 5.0
+"""For a server, which is asked to generate a token, to say that it is well."""
 
 
 class _UnwellError(ServerError):
@@ -163,10 +165,20 @@ class Control:
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
         """Raises _UnwellError when it does not answer in time."""
         deadline = self.loop.time() + patience_s
-        while not await client.is_healthy(timeout_s=5.0):
+        while not await self._is_healthy(client):
             if self.loop.time() >= deadline:
-                raise _UnwellError(f"{client.name} did not answer within {patience_s or 5:g} s at {client.url}")
+                raise _UnwellError(f"{client.name} did not answer within {patience_s or _HEALTH_S:g} s at {client.url}")
             await asyncio.sleep(0.5)
+
+    async def _is_healthy(self, client: ServerClient) -> bool:
+        """Whether it generates. A server at `sglang.urls` that lives and does not may be paused since a sync of a job that was
+        killed, or of ours that it failed at: that is ended first, and it is asked again. One that generates is told nothing.
+        """
+        healthy, alive = await asyncio.gather(client.is_healthy(_HEALTH_S), client.is_alive(_HEALTH_S))
+        if healthy or not alive or not self._config.urls:
+            return healthy
+        await self._transaction.end_what_is_open(client)
+        return await client.is_healthy(_HEALTH_S)
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
