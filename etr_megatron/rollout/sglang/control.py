@@ -174,11 +174,16 @@ class Control:
         """Whether it generates. A server at `sglang.urls` that lives and does not may be paused since a sync of a job that was
         killed, or of ours that it failed at: that is ended first, and it is asked again. One that generates is told nothing.
         """
-        healthy, alive = await asyncio.gather(client.is_healthy(_HEALTH_S), client.is_alive(_HEALTH_S))
-        if healthy or not alive or not self._config.urls:
-            return healthy
-        await self._transaction.end_what_is_open(client)
-        return await client.is_healthy(_HEALTH_S)
+        if not self._config.urls:
+            return await client.is_healthy(_HEALTH_S)
+        try:  # not beside the other question: a paused server that answers anything meanwhile says that it is well
+            await client.get("/server_info", timeout_s=_HEALTH_S)
+        except ServerError as error:  # answered with a status, as where the key is wrong, it is asked all the same
+            return error.status is not None and await client.is_healthy(_HEALTH_S)
+        if not await client.is_healthy(_HEALTH_S):
+            await self._transaction.end_what_is_open(client)
+            return await client.is_healthy(_HEALTH_S)
+        return True
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
