@@ -320,6 +320,32 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
         engine.close()
 
 
+def colocated_failures(model: str, directory: str, fails_after: Sequence[int], **settings: Any) -> list[list[list[str]]]:
+    """Of two colocated fake servers the first fails at its first request after some syncs of four. For each sync the servers
+    that took part, and those of them whose process was there before the release of memory, and after it."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", servers=2, **settings)
+    problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(2)]
+    found = []
+
+    def there(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        return [name for name, state in states.items() if psutil.pid_exists(state["pid"])]
+
+    try:
+        for version in range(1, 5):
+            engine.update_weights(policy.export(), version)
+            states = states_of(engine)
+            if engine._control is not None and version in fails_after:
+                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"fail_at": 0}, timeout_s=10))
+            engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version))
+            before = there(states)
+            engine.release()
+            found.append([list(states), before, there(states)])
+        return found
+    finally:
+        engine.close()
+
+
 def on_first_request(client: Any, what: Callable[[], None]) -> None:
     """Do `what` a moment after the client's first request has left: not before the server has begun, long before it has 240
     tokens (60 it once had before the timer's thread was given time)."""

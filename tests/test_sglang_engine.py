@@ -236,6 +236,15 @@ def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_
     assert versions == {"SGLang server 0": "3", "SGLang server 1": "3"}
 
 
+@pytest.mark.slow
+def test_a_colocated_server_that_has_failed_holds_no_memory_while_ranks_train_and_comes_back(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), fails_after=[1, 2], **OWN)
+    syncs, _ = gangs(2).run("tests.sglang_jobs:colocated_failures", **job)
+    both, second = ["SGLang server 0", "SGLang server 1"], ["SGLang server 1"]
+    # Back at the sync after its first failure, and after its second at the one after that.
+    assert syncs == [[both, both, second], [both, both, second], [second, second, second], [both, both, both]]
+
+
 def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_models, tmp_path):
     with servers({}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)

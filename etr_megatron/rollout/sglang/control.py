@@ -208,12 +208,15 @@ class Control:
         self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 
-    def release(self) -> None:
-        """Have colocated servers give up their memory until the next sync. Raises EngineGoneError when none is left."""
+    def release(self) -> list[str]:
+        """Have colocated servers give up their memory until the next sync. Returns those that have failed: they are asked
+        nothing, and hold theirs for as long as they run. Raises EngineGoneError when none is left.
+        """
         if self._colocated and not self._released:
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()
+        return list(self.fleet.failed) if self._colocated else []
 
     async def _resume(self, *tags: str) -> None:
         """Memory back to those that gave it up; a server that was started anew since would die of being told so.
