@@ -93,7 +93,7 @@ def test_a_server_that_says_it_is_well_and_fails_at_every_sync_is_tried_at_growi
     """Also one that nobody has to start: all ranks wait for it in the sync that it fails at."""
     with servers({}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
-        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=[{"refuse_weights": True}] * 6, **job)
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=[{"refuse_weights": True}] * 6, **job)
     assert tried == [1, 2, 4]
 
 
@@ -102,7 +102,7 @@ def test_a_server_that_was_only_unwell_comes_back_at_the_first_sync_that_finds_i
     behaviours = [{"refuse_weights": True}, {"unwell": True}, {}, {}, {"unwell": False, "refuse_weights": False}, {}]
     with servers({}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
-        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=behaviours, **job)
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=behaviours, **job)
     assert tried == [1, 5, 6]
 
 
@@ -125,7 +125,7 @@ def test_a_server_that_did_not_hear_the_end_of_a_sync_that_it_failed_at_is_broug
     behaviours = [{"refuse_weights": True}, {"refuse_weights": False, "in_update": True}, {}]
     with servers({}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
-        (tried,) = gangs(1).run("tests.sglang_jobs:syncs_with", behaviours=behaviours, **job)
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=behaviours, **job)
     assert tried == [1, 2, 3]
 
 
@@ -239,7 +239,7 @@ def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_
 @pytest.mark.slow
 def test_a_colocated_server_that_has_failed_holds_no_memory_while_ranks_train_and_comes_back(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), fails_after=[1, 2], **OWN)
-    syncs, _ = gangs(2).run("tests.sglang_jobs:colocated_failures", **job)
+    syncs, _ = gangs(2).run("tests.sglang_comeback_jobs:colocated_failures", **job)
     both, second = ["SGLang server 0", "SGLang server 1"], ["SGLang server 1"]
     # Back at the sync after its first failure, and after its second at the one after that.
     assert syncs == [[both, both, second], [both, both, second], [second, second, second], [both, both, both]]
