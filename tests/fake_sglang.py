@@ -8,7 +8,8 @@ die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_joi
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a
-response), seconds_per_bucket.
+response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself). POST /behave changes them
+in a server that runs.
 """
 
 from __future__ import annotations
@@ -247,6 +248,11 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/server_info":
         with SCHEDULER, BATCH:
             return 200, {}
+    if route == "/behave":
+        BEHAVIOUR.update(body)
+        return 200, {}
+    if route == "/health" and BEHAVIOUR.get("unwell"):
+        return 503, {}
     if route == "/health" and not STATE.paused:
         return 200, {}
     if route == "/health":
@@ -255,6 +261,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route.endswith("_weight_update") and BEHAVIOUR.get("old"):
         return 404, {"detail": "Not Found"}
     STATE.log.append(" ".join([route, *body.get("tags", ())]))
+    if route in WEIGHTS and BEHAVIOUR.get("refuse_weights"):
+        return 400, {"success": False, "message": "it takes no weights"}
     if route in WEIGHTS:
         with SCHEDULER:
             return WEIGHTS[route](body)

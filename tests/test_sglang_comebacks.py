@@ -33,6 +33,17 @@ def test_a_server_that_dies_soon_after_every_start_is_tried_at_growing_distances
     assert syncs_with_an_attempt(Comebacks(["a", "b"]), dies_after_one_sync, 60) == [0, 2, 6, 14, 30]
 
 
+def test_an_attempt_that_does_not_count_is_made_again_at_the_next_sync_and_leaves_the_distances_as_they_were():
+    comebacks = Comebacks(["a", "b"])
+    attempts = []
+    for sync in range(16):
+        if comebacks.due(["a"]):
+            attempts.append(sync)
+            if sync in (2, 3, 4):
+                comebacks.do_not_count("a")
+    assert attempts == [0, 2, 3, 4, 5, 9]
+
+
 def test_when_none_serves_all_are_tried_and_a_server_that_serves_never_is():
     comebacks = Comebacks(["a", "b"])
     assert [comebacks.due(["a"]), comebacks.due(["a"]), comebacks.due(["b", "a"])] == [["a"], [], ["a", "b"]]

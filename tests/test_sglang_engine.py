@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from tests.nodes import own_address
@@ -85,6 +86,47 @@ def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(g
     for state in found["states"].values():
         check_sums(state, found["sums"])
         assert state["version"] == "2" and not state["paused"]
+
+
+@pytest.mark.slow
+def test_a_server_that_says_it_is_well_and_fails_at_every_sync_is_tried_at_growing_distances(gangs, hf_models, tmp_path):
+    """Also one that nobody has to start: all ranks wait for it in the sync that it fails at."""
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=[{"refuse_weights": True}] * 6, **job)
+    assert tried == [1, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_server_that_was_only_unwell_comes_back_at_the_first_sync_that_finds_it_well(gangs, hf_models, tmp_path):
+    behaviours = [{"refuse_weights": True}, {"unwell": True}, {}, {}, {"unwell": False, "refuse_weights": False}, {}]
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=behaviours, **job)
+    assert tried == [1, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_server_that_a_killed_job_left_in_the_middle_of_a_sync_serves_the_next_job(gangs, hf_models, tmp_path):
+    """Paused, it is not healthy. Another, which is, is not told to go on: it may be in the hands of others."""
+    with servers({}, {}) as urls:
+        for route in ("/pause_generation", "/begin_weight_update"):
+            httpx.post(urls[1] + route, json={}).raise_for_status()
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls, startup_timeout_s=10)
+        (found,) = gangs(1).run("tests.sglang_jobs:fake_sync", **job)
+    assert [state["version"] for state in found["states"].values()] == ["1", "1"] and not found["failed"]
+    untouched, left = (state["log"] for state in found["states"].values())
+    assert untouched[:2] == ["/pause_generation", "/begin_weight_update"]
+    assert left[2:6] == ["/end_weight_update", "/continue_generation", "/pause_generation", "/begin_weight_update"]
+
+
+@pytest.mark.slow
+def test_a_server_that_did_not_hear_the_end_of_a_sync_that_it_failed_at_is_brought_back(gangs, hf_models, tmp_path):
+    behaviours = [{"refuse_weights": True}, {"refuse_weights": False, "in_update": True}, {}]
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
+        (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=behaviours, **job)
+    assert tried == [1, 2, 3]
 
 
 @pytest.mark.parametrize("sync", SYNCS)
@@ -184,6 +226,15 @@ def test_a_colocated_server_that_was_started_anew_is_not_told_to_take_back_what_
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
     (versions,) = gangs(1).run("tests.sglang_jobs:colocated_restart", **job)
     assert versions == {"SGLang server 0": "3", "SGLang server 1": "3"}
+
+
+@pytest.mark.slow
+def test_a_colocated_server_that_has_failed_holds_no_memory_while_ranks_train_and_comes_back(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), fails_after=[1, 2], **OWN)
+    syncs, _ = gangs(2).run("tests.sglang_comeback_jobs:colocated_failures", **job)
+    both, second = ["SGLang server 0", "SGLang server 1"], ["SGLang server 1"]
+    # Back at the sync after its first failure, and after its second at the one after that.
+    assert syncs == [[both, both, second], [both, both, second], [second, second, second], [both, both, both]]
 
 
 def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_models, tmp_path):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.hosts import Host
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, _without_torchrun
 from tests.runs import REPO, wait_for
 from tests.test_lifetime import gone
@@ -22,6 +24,14 @@ child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.sig
 print("pids", os.getpid(), child.pid, flush=True)
 time.sleep(float(os.environ.get("LIVES", 600)))
 sys.exit(7)
+"""
+ANSWERS = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
 """
 JOB = """
 import sys, time
@@ -87,6 +97,24 @@ def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypa
     time.sleep(0.1)
     assert all(map(gone, pids_in(process.log)))
     process.stop()
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 0.5)
+    commands = {name: ServerCommand(sys.executable, ("-c", code), ()) for name, code in (("deaf", SERVER), ("well", ANSWERS))}
+    host = Host(commands, tmp_path, startup_timeout_s=3.0)
+    try:
+        started = host.start(["deaf", "well", "on another machine"])  # the first takes all of the time
+        assert started.keys() == {"deaf", "well"} and started["well"].problem is None
+        assert started["deaf"].problem.startswith("deaf did not answer within 3 s at http://127.0.0.1:")
+        pids = pids_in(tmp_path / "deaf.log")
+        assert len(pids) == 2 and all(map(gone, pids))
+        host.stop(["deaf", "on another machine"])
+        assert httpx.get(f"{started['well'].url}/health").status_code == 200
+    finally:
+        host.stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{started['well'].url}/health")
 
 
 def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_path):

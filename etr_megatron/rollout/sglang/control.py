@@ -56,6 +56,12 @@ PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
 
 _PROBE_TOKENS = 8
+_HEALTH_S = 5.0
+"""For a server, which is asked to generate a token, to say that it is well."""
+
+
+class _UnwellError(ServerError):
+    """A server did not say that it is well when it was asked."""
 
 
 class Control:
@@ -114,55 +120,70 @@ class Control:
         """Get to know all servers for the first time. Raises UserError for one that does not serve."""
         for name, problem in self.run(self._get_to_know(list(self._clients), started, patient=True)).items():
             if problem is not None:
-                raise UserError(problem)
+                raise UserError(str(problem))
             self.fleet.rejoin(self._clients[name])
         if self._colocated and self._on_cpu:
             logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
 
     def due(self) -> list[str]:
         """Servers that take no traffic and are to be brought back at this weight sync."""
-        if self._config.urls:  # to be asked whether they are well again costs little, other than to start them
-            return list(self.fleet.failed)
         return self._comebacks.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
-        """Servers that had failed and may have recovered, or were started anew (in `started`). The sync comes next."""
+        """Servers that are `due` and may have recovered, or were started anew (in `started`). The sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
             if problem is not None:
-                self.fleet.mark_failed(self._clients[name], problem)
+                self.fleet.mark_failed(self._clients[name], str(problem))
+                if isinstance(problem, _UnwellError) and name not in started:  # to ask costs little, other than to start
+                    self._comebacks.do_not_count(name)
             else:
                 self.fleet.rejoin(self._clients[name])
 
     async def _get_to_know(
         self, names: Sequence[str], started: Mapping[str, Started], *, patient: bool
-    ) -> dict[str, str | None]:
+    ) -> dict[str, ServerError | None]:
         """Server -> why it does not serve, if so. patient: it may be starting up."""
         needed = (*_ROUTES, _UPDATE_ROUTE[sync_of(self._config)], *(_RELEASE if self._colocated else ()))
 
-        async def one(name: str) -> str | None:
+        async def one(name: str) -> ServerError | None:
             client = self._clients[name]
             if name in started:
                 client.url = started[name].url
-                if started[name].problem is not None:
-                    return started[name].problem
+                if (problem := started[name].problem) is not None:
+                    return ServerError(problem)
             try:
                 await self._wait_until_healthy(client, self._config.startup_timeout_s if patient else 0.0)
                 if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
                     raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
             except ServerError as error:
-                return str(error)
+                return error
             return None
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
-        """Raises ServerError when it does not answer in time."""
+        """Raises _UnwellError when it does not answer in time."""
         deadline = self.loop.time() + patience_s
-        while not await client.is_healthy(timeout_s=5.0):
+        while not await self._is_healthy(client):
             if self.loop.time() >= deadline:
-                raise ServerError(f"{client.name} did not answer within {patience_s or 5:g} s at {client.url}")
+                raise _UnwellError(f"{client.name} did not answer within {patience_s or _HEALTH_S:g} s at {client.url}")
             await asyncio.sleep(0.5)
+
+    async def _is_healthy(self, client: ServerClient) -> bool:
+        """Whether it generates. A server at `sglang.urls` that lives and does not may be paused since a sync of a job that was
+        killed, or of ours that it failed at: that is ended first, and it is asked again. One that generates is told nothing.
+        """
+        if not self._config.urls:
+            return await client.is_healthy(_HEALTH_S)
+        try:  # not beside the other question: a paused server that answers anything meanwhile says that it is well
+            await client.get("/server_info", timeout_s=_HEALTH_S)
+        except ServerError as error:  # answered with a status, as where the key is wrong, it is asked all the same
+            return error.status is not None and await client.is_healthy(_HEALTH_S)
+        if not await client.is_healthy(_HEALTH_S):
+            await self._transaction.end_what_is_open(client)
+            return await client.is_healthy(_HEALTH_S)
+        return True
 
     def begin(self) -> None:
         """Open the transaction of a sync. Raises EngineGoneError when no server is left."""
@@ -187,12 +208,15 @@ class Control:
         self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 
-    def release(self) -> None:
-        """Have colocated servers give up their memory until the next sync. Raises EngineGoneError when none is left."""
+    def release(self) -> list[str]:
+        """Have colocated servers give up their memory until the next sync. Returns those that have failed: they are asked
+        nothing, and hold theirs for as long as they run. Raises EngineGoneError when none is left.
+        """
         if self._colocated and not self._released:
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
             self._released = self.fleet.members
             self.fleet.refuse_if_gone()
+        return list(self.fleet.failed) if self._colocated else []
 
     async def _resume(self, *tags: str) -> None:
         """Memory back to those that gave it up; a server that was started anew since would die of being told so.

@@ -236,8 +236,14 @@ class SglangEngine:
                 self._control.mark_failed(name, f"{what}, {limit}")
 
     def release(self) -> None:
-        """Colocated servers give up their memory until the next `update_weights`; a collective, nothing is under way."""
-        on_rank0(lambda: self._control.release())
+        """Colocated servers give up their memory until the next `update_weights`; a collective, nothing is under way.
+
+        Those that have failed are ended for it; a later `update_weights` starts them again. Raises EngineGoneError on every
+        rank when no server is left.
+        """
+        failed = on_rank0(lambda: self._control.release())
+        if failed:
+            together(lambda: self._host.stop(failed) if self._host is not None else None)
 
     def close(self) -> None:
         """End the servers that were started here and wait until nothing of them is left. Not a collective."""

@@ -34,9 +34,7 @@ class Host:
         Raises UserError when the interpreter does not exist.
         """
         own = [name for name in names if name in self._commands]
-        for name in own:
-            if name in self._processes:
-                self._processes.pop(name).stop()
+        self.stop(own)
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s
@@ -48,11 +46,14 @@ class Host:
 
     def _wait_for(self, name: str, deadline: float, *, again: bool) -> Started:
         process = self._processes[name]
-        while process.is_running and time.monotonic() < deadline:
-            if _answers(process.url):
+        while process.is_running:
+            if _answers(process.url):  # asked once even when others took all of the time
                 return Started(process.url, None)
+            if time.monotonic() >= deadline:
+                break
             time.sleep(_POLL_S)
         if process.is_running:
+            process.stop()  # nobody would use it, and beside the ranks it would hold memory that they train in
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
         words = process.last_words()
@@ -62,11 +63,11 @@ class Host:
             return self._wait_for(name, deadline, again=False)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
 
-    def stop(self) -> None:
-        """End all of them and wait until nothing of them is left."""
-        for process in self._processes.values():
-            process.stop()
-        self._processes.clear()
+    def stop(self, names: Iterable[str] | None = None) -> None:
+        """End those of these servers (None: all) that run on this machine and wait until nothing of them is left."""
+        for name in list(self._processes if names is None else names):
+            if name in self._processes:
+                self._processes.pop(name).stop()
 
 
 def _answers(url: str) -> bool:

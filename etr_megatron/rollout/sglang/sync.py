@@ -53,16 +53,17 @@ class Transaction:
 
     async def _let_go(self) -> None:
         """Servers that were paused and have failed go on as well, if they still can: they may have users besides us."""
-
-        async def one(client: ServerClient) -> None:
-            for route in ("/end_weight_update", "/continue_generation"):
-                if client.has(route):
-                    with suppress(ServerError):  # of the first, where the update was closed already or never opened
-                        await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
-
         failed = [client for client in self._paused if client.name in self._fleet.failed]
-        await asyncio.gather(*map(one, failed))
+        await asyncio.gather(*map(self.end_what_is_open, failed))
         self._paused = []
+
+    async def end_what_is_open(self, client: ServerClient) -> None:
+        """Have a server go on that is paused, in an update or not. One that refuses, or says nothing for a while, is left as
+        it is."""
+        for route in ("/end_weight_update", "/continue_generation"):
+            if client.has(route):
+                with suppress(ServerError):  # of the first, where the update was closed already or never opened
+                    await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
 
     async def _open(self, client: ServerClient) -> None:
         if not client.has("/begin_weight_update"):
