@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from etr_megatron.convert.megatron_to_hf import quantised_panels
 from etr_megatron.convert.progress import progress_bar
+from etr_megatron.convert.quantiser import Quantiser
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.source import find_megatron
 from etr_megatron.errors import UserError
@@ -109,9 +109,8 @@ def _is_quantised(name: str, weight: Weight, arch: Architecture, stored: TorchDi
     if not isinstance(source, Fp8Dir) or name not in source.quantized:
         return False
     dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
-    return any(
-        _equals_panels(quantised_panels(name, weight, arch, stored, source.block, dtype), name, source) for dtype in dtypes
-    )
+    quantisers = (Quantiser(stored, arch, source.block, dtype) for dtype in dtypes)
+    return any(_equals_panels(quantiser.panels(name, weight), name, source) for quantiser in quantisers)
 
 
 def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, source: Fp8Dir) -> bool:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from etr_megatron.convert.ahead import one_ahead
 from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
+from etr_megatron.convert.quantiser import Quantiser
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.convert.source import MegatronSource, find_megatron
 from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
-from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import box
-
-_FP8_PANEL = 2**22
-"""Values that are quantised at a time: it works on an fp32 copy."""
+from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 
 MAX_FILE_BYTES = 5 * 10**9
 """Tensors of one output file, as transformers' `save_pretrained` has had it for years."""
@@ -54,12 +49,13 @@ def to_hf(
         listed = [tensor for some in tensors for tensor in some]
         writer = ranks.together(lambda: SafetensorsWriter(folder, listed, max_file_bytes))
         ranks.first(writer.create)
+        quantiser = Quantiser(source, arch, fp8_block, dtype) if fp8_block else None
 
         def convert() -> None:
             with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
                 for i in mine:
-                    if fp8_block and weights[i].fp8:
-                        _quantise(source, weights[i], arch, writer, fp8_block, dtype)
+                    if quantiser is not None and weights[i].fp8:
+                        _quantise(quantiser, weights[i], writer)
                         bar.update(sizes[i])
                     else:
                         _convert(source, weights[i], arch, writer, bar.update)
@@ -107,29 +103,12 @@ def _convert(
             written(writer.write(stored.name, begin, values))
 
 
-def _quantise(
-    source: TorchDistDir, weight: Weight, arch: Architecture, writer: SafetensorsWriter, block: int, dtype: torch.dtype | None
-) -> None:
+def _quantise(quantiser: Quantiser, weight: Weight, writer: SafetensorsWriter) -> None:
     """Write a weight in FP8."""
     for name in weight.hf:
-        for first, values, scales in one_ahead(quantised_panels(name, weight, arch, source, block, dtype)):
+        for first, values, scales in quantiser.panels(name, weight):
             writer.write(name, (first, 0), values)
-            writer.write(_scale_name(name), (first // block, 0), scales)
-
-
-def quantised_panels(
-    name: str, weight: Weight, arch: Architecture, source: TorchDistDir, block: int, dtype: torch.dtype | None = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """An HF tensor of a weight, put together first, in FP8 a few rows of blocks at a time: (first row, values, scales).
-
-    dtype: what values are rounded to before; None leaves them as they are stored.
-    """
-    full = torch.empty(weight.shapes[weight.hf.index(name)], dtype=dtype or source.dtype(weight.stored))
-    for _, begin, values in source.parts(weight, arch, only=name):
-        box(full, begin, tuple(values.shape)).copy_(values)
-    step = block * max(1, _FP8_PANEL // (block * full.shape[1]))
-    for first in range(0, full.shape[0], step):
-        yield first, *quantize_blocks(full[first : first + step], block)
+            writer.write(_scale_name(name), (first // quantiser.block, 0), scales)
 
 
 def _scale_name(name: str) -> str:

@@ -1,0 +1,46 @@
+"""FP8 blocks of what a torch_dist directory holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from etr_megatron.weights import Architecture, TorchDistDir, Weight
+from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.shards import box
+
+_PANEL = 2**22
+"""Values that are quantised at a time."""
+
+
+class Quantiser:
+    """Quantises HF tensors one at a time, each put together first.
+
+    block: rows and columns that have a scale in common. dtype: what values are rounded to before; None leaves them as they are
+    stored.
+    """
+
+    def __init__(self, source: TorchDistDir, arch: Architecture, block: int, dtype: torch.dtype | None = None) -> None:
+        self.block = block
+        self._source, self._arch, self._dtype = source, arch, dtype
+        # The kernel takes longer to clear new memory for a tensor than the tensor takes to be read.
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def panels(self, name: str, weight: Weight) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The HF tensor of that name a few rows of blocks at a time: (first row, FP8 values, scales), new."""
+        shape = weight.shapes[weight.hf.index(name)]
+        full = self._tensor(shape, self._dtype or self._source.dtype(weight.stored))
+        for _, begin, values in self._source.parts(weight, self._arch, only=name):
+            box(full, begin, tuple(values.shape)).copy_(values)
+        step = self.block * max(1, _PANEL // (self.block * shape[1]))
+        for first in range(0, shape[0], step):
+            yield first, *quantize_blocks(full[first : first + step], self.block)
+
+    def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[:nbytes].view(dtype).view(shape)
