@@ -52,7 +52,7 @@ def half_rounded(model: str, folder: Path) -> Path:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_values_are_rounded_to_the_type_that_is_asked_for_before_they_are_quantised(hf_models, tmp_path, monkeypatch, dtype):
     """As a sync of the model in that type does; `verify` knows either for what Megatron holds, and no mixture."""
-    monkeypatch.setattr("etr_megatron.convert.megatron_to_hf._FP8_PANEL", 16 * 48)  # a row of blocks at a time
+    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # a row of blocks at a time
     to_megatron(half_rounded(hf_models["qwen3"], tmp_path / "hf"), tmp_path / "megatron", Ranks())
     to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=dtype, fp8_block=16)
     original, found = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "fp8")
@@ -95,7 +95,7 @@ def dequantized(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
 
 def test_fp8_is_read_back_and_written_again_bit_for_bit(fp8, tmp_path, monkeypatch):
     monkeypatch.setattr("etr_megatron.convert.hf_to_megatron.CHUNK_BYTES", 5000)  # chunks that begin within blocks
-    monkeypatch.setattr("etr_megatron.convert.megatron_to_hf._FP8_PANEL", 16 * 48)  # a row of blocks at a time, or two
+    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # a row of blocks at a time, or two
     monkeypatch.setattr("etr_megatron.weights.fp8_dir._PANEL", 7 * 48)  # rows that begin within blocks
     to_megatron(fp8, tmp_path / "again", Ranks())
     to_hf(tmp_path / "again", tmp_path / "bf16", Ranks())
