@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.experiment_environment import environment
+from benchmarks.output import prepare_output
 from benchmarks.reshard_problem import CASES, LLAMA_70B, elements, lower_bound
 from benchmarks.reshard_report import PLANNING_LIMITS, case_result, table
 from etr_megatron.errors import UserError
@@ -56,11 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.output = options.output or RESULTS / ("reshard_quick.json" if options.quick else "reshard.json")
     if options.rounds < 1:
         raise UserError(f"--rounds is {options.rounds}; it must be at least 1")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.open("a").close()
-    except OSError as error:
-        raise UserError(f"--output {options.output} cannot be written ({error.strerror}); name another file") from error
+    prepare_output(options.output)
     return options
 
 

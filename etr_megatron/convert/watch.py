@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch.distributed as dist
 
@@ -42,22 +43,37 @@ def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def _within(seconds: float, late: Callable[[], None]) -> Iterator[None]:
+    """Call `late`, in another thread, when the block takes longer: a store whose machine is gone answers as late as it may."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _watch(store: dist.Store, rank: int, world: int, done: threading.Event, give_up: Callable[[str], None]) -> None:
     seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+    unanswered = partial(give_up, f"rank 0's machine has given no answer for {SILENCE_S:g} s")
     try:
         while not done.is_set():
-            store.add(f"beats/{rank}", 1)
-            for other in list(seen):
-                if store.check([f"done/{other}"]):
-                    del seen[other]
-                elif (beats := store.add(f"beats/{other}", 0)) != seen[other][0]:
-                    seen[other] = beats, time.monotonic()
+            with _within(SILENCE_S, unanswered):
+                store.add(f"beats/{rank}", 1)
+                for other in list(seen):
+                    if store.check([f"done/{other}"]):
+                        del seen[other]
+                    elif (beats := store.add(f"beats/{other}", 0)) != seen[other][0]:
+                        seen[other] = beats, time.monotonic()
             silent = [other for other, (_, last) in seen.items() if time.monotonic() - last > SILENCE_S]
             if silent:
                 names = f"ranks {', '.join(map(str, silent))} have" if len(silent) > 1 else f"rank {silent[0]} has"
                 give_up(f"{names} given no sign of life for {SILENCE_S:g} s")
                 return
             done.wait(BEAT_S)
-        store.set(f"done/{rank}", "")
+        with _within(SILENCE_S, unanswered):
+            store.set(f"done/{rank}", "")
     except RuntimeError:
         return  # the process with the store is gone: this rank's connections say so too
