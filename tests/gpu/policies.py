@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from etr_megatron import platform
 from etr_megatron.config import load_config, resolve
@@ -14,10 +14,14 @@ from etr_megatron.config import load_config, resolve
 VOCAB = 1003
 
 
-def write_qwen3(path: Path, *, tied: bool = False) -> str:
-    """A HuggingFace checkpoint whose weights bf16 holds exactly."""
+def write_qwen3(path: Path, *, tied: bool = False, mixture: bool = False) -> str:
+    """A HuggingFace checkpoint whose weights bf16 holds exactly. mixture: of experts, two of five for every token."""
     torch.manual_seed(11)
-    config = Qwen3Config(
+    kind, model_kind, more = Qwen3Config, Qwen3ForCausalLM, {}
+    if mixture:
+        kind, model_kind = Qwen3MoeConfig, Qwen3MoeForCausalLM
+        more = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    config = kind(
         vocab_size=VOCAB,
         hidden_size=384,
         intermediate_size=640,
@@ -29,8 +33,9 @@ def write_qwen3(path: Path, *, tied: bool = False) -> str:
         rms_norm_eps=1e-6,
         initializer_range=0.05,
         tie_word_embeddings=tied,
+        **more,
     )
-    model = Qwen3ForCausalLM(config).float()
+    model = model_kind(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

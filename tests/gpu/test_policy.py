@@ -63,6 +63,19 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bf16(world,
         assert gap.max() < 20 * limit, f"{name}: largest gap {gap.max():.2e}"
 
 
+def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(world, device, tmp_path):
+    """Building it compares every parameter's name and shape with the weight map, Transformer Engine's grouped experts' too."""
+    model, pairs = write_qwen3(tmp_path / "model", mixture=True), sequences()
+    exact = by_transformers(model, pairs, torch.float32, torch.device("cpu"))
+    limit = 2 * (by_transformers(model, pairs, torch.bfloat16, device) - exact).abs().mean()
+    assert 0 < limit < 0.2
+    policy = build(model)
+    names = [name for chunk in policy.chunks for name, _ in chunk.named_parameters() if ".experts." in name]
+    assert len(names) >= 3 * 2 * (5 if device.type == "cuda" else 1)  # layers, matrices, and grouped ones by expert
+    gap = (torch.cat(policy.logprobs(pairs).logp).double() - exact).abs().mean()
+    assert gap < limit, f"mean gap {gap:.2e}, limit {limit:.2e}"
+
+
 def test_layers_are_transformer_engines(world, device, model):
     if device.type != "cuda":
         pytest.skip("Transformer Engine needs a GPU")
