@@ -48,6 +48,8 @@ def refusal(read: Any, folder: Path) -> str:
         ("rope_theta", 0, "rope_theta is 0; a positive number is wanted"),
         ("rope_scaling", "x", 'rope_scaling is "x"; an object is wanted'),
         ("rope_parameters", [], "rope_parameters is []; an object is wanted"),
+        ("tie_word_embeddings", "false", 'tie_word_embeddings is "false"; true or false is wanted'),
+        ("norm_topk_prob", 1, "norm_topk_prob is 1; true or false is wanted"),
         ("decoder_sparse_step", 0, "decoder_sparse_step is 0; a positive integer is wanted"),
         ("mlp_only_layers", 1, "mlp_only_layers is 1; a list of layers' numbers is wanted"),
         ("mlp_only_layers", ["1"], 'mlp_only_layers is ["1"]; a list of layers\' numbers is wanted'),

@@ -42,6 +42,11 @@ def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):
     assert len(largest) == 3
 
 
+def test_a_prompt_for_a_checkpoint_without_a_tokenizer_is_refused(capsys, hf_models, megatron):
+    said = refusal(capsys, "verify", "--hf", hf_models["qwen3"], "--megatron", megatron, "--prompt", "12+7=")
+    assert said == f"error: {hf_models['qwen3']} has no tokenizer for --prompt; leave it out, and made-up tokens are compared\n"
+
+
 def test_a_prompt_without_tokens_is_refused_before_anything_is_compared(capsys, hf, megatron, monkeypatch):
     monkeypatch.setattr(comparison, "_compare_tensors", lambda *_: pytest.fail("compared"))
     argv = ("verify", "--hf", hf, "--megatron", megatron, "--prompt", "")

@@ -83,8 +83,7 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
 
     start = time.monotonic()
     if asked.command == "verify":
-        options = {} if asked.prompt is None else {"prompt": asked.prompt}
-        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, **options))
+        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt))
     dtype = DTYPES[asked.dtype] if asked.dtype else None
     if asked.command == "to-megatron":
         size = convert.to_megatron(asked.hf, asked.out, ranks, dtype)

@@ -61,12 +61,13 @@ class Verification:
         return not self.differing and self.logits_agree
 
 
-def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str = PROMPT) -> Verification:
-    """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of `prompt` in fp32.
+def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str | None = None) -> Verification:
+    """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of a prompt in fp32.
 
     FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
-    One process. Tensors are read part by part, those to be quantised one at a time; for the logits both models are in memory.
-    Raises UserError for directories that cannot be read or hold other architectures, and for a prompt without tokens.
+    prompt: None is `PROMPT`. One process. Tensors are read part by part, those to be quantised one at a time; for the logits
+    both models are in memory. Raises UserError for directories that cannot be read or hold other architectures, and for a
+    prompt without tokens or without a tokenizer.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -139,15 +140,17 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
-def _tokens(hf: Path, arch: Architecture, prompt: str) -> Tensor:
-    """int64 [1, S]: the prompt's tokens; without a tokenizer, numbers spread over the vocabulary. Raises UserError for none."""
+def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
+    """int64 [1, S]: the prompt's tokens; for None without a tokenizer numbers spread over the vocabulary. Raises UserError."""
     from etr_megatron.checks import TOKENIZER_FILES
 
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
+        if prompt is not None:
+            raise UserError(f"{hf} has no tokenizer for --prompt; leave it out, and made-up tokens are compared")
         return (torch.arange(16) * 7919 % arch.vocab_size)[None]
     from etr_megatron.data import load_tokenizer
 
-    ids = load_tokenizer(hf).encode(prompt)
+    ids = load_tokenizer(hf).encode(PROMPT if prompt is None else prompt)
     if not ids:
         raise UserError("--prompt has no tokens; give another one")
     return torch.tensor([ids])

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.hf_config import optional_layers, optional_object, positive_int, positive_number, read_config
+from etr_megatron.weights.hf_config import (
+    optional_bool,
+    optional_layers,
+    optional_object,
+    positive_int,
+    positive_number,
+    read_config,
+)
 from etr_megatron.weights.map import TABLES
 
 FAMILIES = {
@@ -95,7 +102,7 @@ def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
         count=positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source),
         per_token=positive_int(config, "num_experts_per_tok", source),
         intermediate_size=positive_int(config, "moe_intermediate_size", source),
-        normalized=bool(config.get("norm_topk_prob", False)),
+        normalized=optional_bool(config, "norm_topk_prob", source),
         dense_layers=frozenset(dense & set(range(layers))),
     )
 
@@ -129,7 +136,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         kv_heads=positive_int(config, "num_key_value_heads", source, heads),
         head_dim=positive_int(config, "head_dim", source, hidden // heads),
         vocab_size=positive_int(config, "vocab_size", source),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
         qkv_bias=_has_rows(family, "linear_qkv.bias"),
         qk_norm=_has_rows(family, "q_layernorm."),
         norm_eps=positive_number(config, "rms_norm_eps", source),

@@ -46,6 +46,11 @@ def positive_number(config: dict[str, Any], name: str, source: Path, default: fl
     return _field(config, name, source, default, fits, "a positive number")
 
 
+def optional_bool(config: dict[str, Any], name: str, source: Path) -> bool:
+    """A field that is true or false, false where it is absent or null. Raises UserError."""
+    return _field(config, name, source, False, lambda value: isinstance(value, bool), "true or false")
+
+
 def optional_object(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
     """A field that is an object, empty where it is absent or null. Raises UserError."""
     return _field(config, name, source, {}, lambda value: isinstance(value, dict), "an object")
