@@ -2,6 +2,8 @@
 # Sets up .venv if needed, then lints and runs the tests.
 #
 #   bash tools/run_tests.sh [--fast] [pytest arguments]     --fast leaves out the tests marked slow
+#
+# Two files of tests at a time, as most tests wait for processes half of their time; `-n 0` runs all in one process.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,4 +23,5 @@ export OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "${selection[@]}" "$@"
+# What a file's tests share, such as a server, is made once: a file stays in one process.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
