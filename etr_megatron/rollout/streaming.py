@@ -35,7 +35,7 @@ class StreamingSampler:
         """See `Sampler.take`. After an EngineGoneError all is still in hand."""
         # Rank 0 times its waits and its grading apart.
         with nullcontext() if self._hand is not None else timer("rollout"):
-            return on_rank0(lambda: self._hand.take(step, timer))
+            return on_rank0(lambda: self._hand.take(step, timer), long=True)
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`."""
@@ -44,7 +44,7 @@ class StreamingSampler:
 
     def pause(self) -> None:
         """See `Sampler.pause`."""
-        on_rank0(lambda: self._hand.pause())
+        on_rank0(lambda: self._hand.pause(), long=True)
 
     def resume(self) -> None:
         """See `Sampler.resume`."""

@@ -144,7 +144,7 @@ class SglangEngine:
             for index in range(sampling.samples)
         ]
         self._require_weights()
-        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.fleet.generate(requests)))
+        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.fleet.generate(requests)), long=True)
         samples = [
             Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, self.weight_version)
             for number, one in enumerate(found)

@@ -1,0 +1,72 @@
+"""What the other ranks do while rank 0 works for all of them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPO
+
+PROGRAM = """
+import datetime, os, signal, sys, threading, time
+import torch.distributed as dist
+from etr_megatron.rollout import rank0
+rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
+store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=4))
+
+def body():
+    if case == "stops":
+        print("stopping", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if case == "fails":
+        raise ValueError("no servers")
+    time.sleep(7)  # more than a collective may take
+    return "groups"
+
+try:
+    print(rank0.on_rank0(body, long=case != "short"))
+    print(rank0.on_rank0(lambda: "again", long=True), flush=True)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+os._exit(0)
+"""
+
+
+def run_ranks(case: str, silence_s: float = 60) -> list[str]:
+    """What two ranks print; rank 0's is not waited for where it stops."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(port), case, str(silence_s)], cwd=REPO, stdout=-1, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        found = [ranks[1].communicate(timeout=90)[0]]
+        return found if case == "stops" else [ranks[0].communicate(timeout=90)[0], *found]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+@pytest.mark.slow
+def test_what_takes_longer_than_a_collective_may_is_waited_for_as_long_as_rank_0_lives():
+    assert run_ranks("long") == ["groups\nagain\n"] * 2
+    assert "groups" not in run_ranks("short")[1]  # as it was, and as it is for everything that is not long
+
+
+def test_an_error_of_rank_0_is_every_ranks():
+    assert run_ranks("fails") == ["ValueError: no servers\n"] * 2
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_stops_without_a_word_is_named():
+    assert run_ranks("stops", silence_s=6) == ["TimeoutError: rank 1: rank 0 has given no sign of life for 6 s\n"]
