@@ -93,6 +93,7 @@ class State:
         self.aborted: set[str] = set()
         self.running: set[str] = set()
         self.prompts: list[list[int]] = []  # that it was given, in order
+        self.prompt_versions: list[str] = []  # of the weights that it had then
         self.origin: dict[int, list[int]] = {}  # seed -> the prompt that it came with first
 
 
@@ -114,6 +115,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         return TOO_LONG
     number = next(STATE.generated)
     STATE.prompts.append(body["input_ids"])
+    STATE.prompt_versions.append(STATE.version)
     _act("generate", number)
     if BEHAVIOUR.get("fail_at") == number:
         return 500, {"error": {"message": "out of order"}}
@@ -243,8 +245,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/model_info":
         return 200, {"weight_version": STATE.version}
     if route == "/state":
-        said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts", "most_payload_bytes")}
-        return 200, said | {"pid": os.getpid()}
+        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "most_payload_bytes")
+        return 200, {name: getattr(STATE, name) for name in names} | {"pid": os.getpid()}
     if route == "/server_info":
         with SCHEDULER, BATCH:
             return 200, {}

@@ -1,0 +1,33 @@
+"""The way that training takes to servers: groups in hand, requests one by one, servers that are lost and come back."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.test_sglang_engine import OWN
+
+STEPS, PER_STEP, TOKENS = 5, 4, 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
+)
+def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights(gangs, hf_models, tmp_path, number, rollout):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), number=number, steps=STEPS, hang_timeout_s=3.0, **OWN)
+    sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=TOKENS)
+    (found,) = gangs(1).run("tests.sglang_stream_jobs:lost_while_streaming", rollout=rollout | sizes, **job)
+    groups = [group for step in found["steps"] for group in step]
+    assert [len(step) for step in found["steps"]] == [PER_STEP] * STEPS
+    assert len({group["id"] for group in groups}) == STEPS * PER_STEP  # none lost, none twice
+    for group in groups:
+        assert [one["index"] for one in group["samples"]] == [0, 1]
+        last = group["problem"]["prompt_ids"][-1]
+        for one in group["samples"]:  # whole, whichever servers its parts are from
+            assert one["response_ids"].tolist() == [(last + 1 + i) % 97 for i in range(TOKENS)]
+    assert any("SGLang server 0" in failed for failed in found["failed"]) and not found["failed"][-1]
+    again = found["states"]["SGLang server 0"]
+    assert again["pid"] != found["pid"] and again["prompts"] and "default" not in again["prompt_versions"]
