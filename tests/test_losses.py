@@ -1,4 +1,4 @@
-"""Every policy loss: values and gradients against NumPy, splits and chunks, extremes, and a user's own loss."""
+"""Every policy loss: values and gradients against NumPy, splits and chunks, and extremes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -15,23 +14,18 @@ from etr_megatron.config import LOSSES, PRESETS
 from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     PASS_RATE_BINS,
-    LossInputs,
     LossOutputs,
     LossSettings,
     diagnostic_sums,
     loss_names,
-    refuse_if_rows_interact,
-    register_loss,
-    regularized,
     resolve_loss,
-    token_local,
 )
 from etr_megatron.policy import PolicyBatch
 from etr_megatron.policy.loss_inputs import loss_inputs
 from etr_megatron.policy.packing import Microbatch, pack
 from etr_megatron.policy.plan import plan_microbatches
 from tests.loss_cases import Case, random_case, reference
-from tests.policy_jobs import build, make_batch
+from tests.policy_jobs import make_batch
 
 SETTINGS = {
     "plain": LossSettings(),
@@ -257,166 +251,3 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str) -> None:
     for place, bin_name in enumerate(PASS_RATE_BINS):
         wanted |= {f"{key}_{bin_name}": values[bins == place].sum() for key, values in rows.items()}
     assert sums == pytest.approx(wanted)
-
-
-# A user's own losses, reached by import path.
-
-
-@token_local
-def squared(inputs: LossInputs) -> LossOutputs:
-    return regularized(inputs, -((inputs.logp - inputs.group_mean) ** 2), {"gap": inputs.logp - inputs.group_mean})
-
-
-def whole_sequences(inputs: LossInputs) -> LossOutputs:
-    return regularized(inputs, inputs.sequences.spread(inputs.sequences.mean(inputs.logp)) * inputs.advantage)
-
-
-def returns_a_tensor(inputs: LossInputs) -> torch.Tensor:
-    return inputs.logp.sum()
-
-
-def returns_rows(inputs: LossInputs) -> LossOutputs:
-    return LossOutputs(inputs.logp)
-
-
-def forgets_the_policy(inputs: LossInputs) -> LossOutputs:
-    return LossOutputs(inputs.advantage.sum())
-
-
-def reports_a_scalar(inputs: LossInputs) -> LossOutputs:
-    return LossOutputs(inputs.logp.sum(), {"gap": inputs.logp.mean()})
-
-
-@token_local
-def reports_now_and_then(inputs: LossInputs) -> LossOutputs:
-    extra = {"above": inputs.logp} if bool((inputs.advantage > 0).all()) else {}
-    return regularized(inputs, inputs.logp, {"gap": inputs.logp, **extra})
-
-
-def takes_too_much(inputs: LossInputs, beta: float) -> LossOutputs:
-    return LossOutputs(inputs.logp.sum() * beta)
-
-
-NO_FUNCTION = 3
-
-
-def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
-    loss = resolve_loss("tests.test_losses:squared")
-    assert loss.token_local and not resolve_loss("tests.test_losses:whole_sequences").token_local
-    case, logp, entropy = random_case(1)
-    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    outputs = loss(inputs)
-    r = case.rows
-    gap = logp - r["group_mean"]
-    assert outputs.loss.item() == pytest.approx((r["weight"] * r["correction"] * gap**2).sum())
-    sums = diagnostic_sums(inputs, outputs, torch.zeros(len(logp), dtype=torch.long))
-    assert sums["loss/gap"] == pytest.approx(gap.sum())
-    assert sums["ratio"] == pytest.approx(np.exp(logp - r["old_logp"]).sum())
-
-
-@pytest.mark.parametrize(
-    ("function", "complaint"),
-    [
-        ("returns_a_tensor", "returned Tensor instead of LossOutputs"),
-        ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
-        ("forgets_the_policy", "without a gradient"),
-        ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
-    ],
-)
-def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) -> None:
-    case, logp, entropy = random_case(1)
-    with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{function} .*{complaint}"):
-        evaluate(f"tests.test_losses:{function}", case, logp, entropy)
-
-
-@token_local
-def takes_a_mean(inputs: LossInputs) -> LossOutputs:
-    return LossOutputs(-(inputs.logp * inputs.advantage).mean())
-
-
-@token_local
-def looks_at_its_neighbour(inputs: LossInputs) -> LossOutputs:
-    return regularized(inputs, inputs.logp * inputs.entropy.roll(1).detach())
-
-
-@pytest.mark.parametrize("name", ["takes_a_mean", "looks_at_its_neighbour"])
-def test_a_loss_marked_token_local_that_is_not_is_refused(name: str) -> None:
-    case, logp, entropy = random_case(1)
-    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    with pytest.raises(UserError, match=f"objective.loss tests.test_losses:{name} is marked token-local, but a row's gradient"):
-        refuse_if_rows_interact(resolve_loss(f"tests.test_losses:{name}"), inputs)
-
-
-@pytest.mark.parametrize("name", [*LOCAL, "tests.test_losses:squared"])
-def test_a_token_local_loss_passes_for_one(name: str) -> None:
-    for seed in range(5):
-        case, logp, entropy = random_case(seed)
-        refuse_if_rows_interact(resolve_loss(name), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
-
-
-@pytest.mark.parametrize(
-    ("advantages", "complaint"), [((-1.0, 1.0), r"returned rows\['above'\]"), ((1.0, -1.0), r"left out rows\['above'\]")]
-)
-def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[float, float], complaint: str) -> None:
-    case, logp, entropy = random_case(0)
-    first, second = (
-        replace(case, rows={**case.rows, "advantage": np.full_like(logp, advantage)}).inputs(
-            torch.tensor(logp), torch.tensor(entropy)
-        )
-        for advantage in advantages
-    )
-    path = "tests.test_losses:reports_now_and_then"
-    loss = resolve_loss(path)
-    for _ in range(2):
-        loss(first)
-    with pytest.raises(UserError, match=f"objective.loss {path} {complaint}.*every call must return the same names"):
-        loss(second)
-    assert "gap" in resolve_loss(path)(second).rows  # another run's first call
-
-
-def error_of_an_update(model: str, sequences: list, loss: str) -> str:
-    """What an update by the head in small chunks says about a loss of this module."""
-    overrides = ["parallel.tp=1", "train.head_chunk_rows=5", f"objective.loss=tests.test_losses:{loss}"]
-    try:
-        build(model, overrides).update(make_batch(sequences))
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_rows_that_change_their_names_between_chunks_stop_the_update_with_a_sentence(gangs, hf_models) -> None:
-    sequences = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
-    job = {"model": hf_models["llama"], "sequences": sequences, "loss": "reports_now_and_then"}
-    (error,) = gangs(1).run("tests.test_losses:error_of_an_update", **job)
-    assert "tests.test_losses:reports_now_and_then" in error and "rows['above']" in error
-
-
-def reports_on_one_rank(inputs: LossInputs) -> LossOutputs:
-    return regularized(inputs, inputs.logp, {"first": inputs.logp} if dist.get_rank() == 0 else {})
-
-
-def test_rows_that_have_other_names_on_another_rank_stop_the_update_on_every_rank(gangs, hf_models) -> None:
-    sequences = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6))]
-    job = {"model": hf_models["llama"], "sequences": sequences, "loss": "reports_on_one_rank"}
-    errors = gangs(2).run("tests.test_losses:error_of_an_update", **job)
-    assert all("returned rows['first'] on rank 0 and not on rank 1; every rank must" in error for error in errors), errors
-
-
-@pytest.mark.parametrize(
-    ("path", "complaint"),
-    [
-        ("nothing", "known are cispo, clipped, gspo, reinforce"),
-        ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
-        ("tests.test_losses:none", "has no none"),
-        ("tests.test_losses:NO_FUNCTION", "is not callable"),
-        ("tests.test_losses:takes_too_much", "callable with one argument"),
-    ],
-)
-def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=f"objective.loss is '{path}'.*{complaint}"):
-        resolve_loss(path)
-
-
-def test_names_are_unique() -> None:
-    with pytest.raises(ValueError, match="registered already"):
-        register_loss("clipped", token_local=True)(squared)

@@ -265,10 +265,9 @@ class Policy:
         return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
 
     def _check_additivity(self, inputs: LossInputs) -> None:
-        """Once, of a user's loss: the head may cut rows into chunks only where that changes nothing."""
+        """Of a user's loss, until rows could tell: the head may cut rows into chunks only where that changes nothing."""
         if self._unchecked and len(inputs.logp) > 1:
-            refuse_if_rows_interact(self._policy_loss, inputs)
-            self._unchecked = False
+            self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
