@@ -102,6 +102,26 @@ def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradie
         assert sums["clip_upper"] == sums["clip_lower"] == 0 and sums["ratio"] == pytest.approx(sums["tokens"])
 
 
+@pytest.mark.parametrize("name", ["clipped", "gspo"])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_rounding_of_the_ratio_does_not_decide_what_a_radius_of_zero_lets_through(name: str, advantage: float) -> None:
+    case, _, entropy = random_case(0, lengths=(1, 1, 1))
+    case.rows |= {key: np.zeros(3) for key in ("old_logp", "clip_low", "clip_high")}
+    case.rows |= {"weight": np.full(3, 0.5), "correction": np.ones(3), "advantage": np.full(3, advantage)}
+    x = torch.tensor([-1e-7, 0.0, 1e-7], requires_grad=True)
+    inputs = case.inputs(x, torch.tensor(entropy).float(), torch.float32)
+    outputs = resolve_loss(name)(inputs)
+    (gradient,) = torch.autograd.grad(outputs.loss, x)
+    torch.testing.assert_close(gradient, torch.full((3,), -0.5 * advantage), atol=1e-6, rtol=0)
+    sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
+    assert sums["clip_upper"] == sums["clip_lower"] == 0
+    away = torch.full((3,), 1e-3 * advantage, requires_grad=True)  # in the advantage's own direction
+    inputs = case.inputs(away, torch.tensor(entropy).float(), torch.float32)
+    outputs = resolve_loss(name)(inputs)
+    sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
+    assert not torch.autograd.grad(outputs.loss, away)[0].any() and sums["clip_upper"] + sums["clip_lower"] == 3
+
+
 @settings(max_examples=25, deadline=None)
 @given(name=st.sampled_from(LOSSES), seed=st.integers(0, 10_000), order=st.permutations(range(5)), cut=st.integers(1, 4))
 def test_nothing_depends_on_sample_order_or_on_the_split_over_microbatches(name, seed, order, cut) -> None:
