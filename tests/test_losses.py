@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from etr_megatron.objective import (
     LossSettings,
     diagnostic_sums,
     loss_names,
+    losses,
     resolve_loss,
 )
 from etr_megatron.policy import PolicyBatch
@@ -48,9 +50,9 @@ def evaluate(name: str, case: Case, logp: np.ndarray, entropy: np.ndarray) -> tu
 def assert_equals_reference(name: str, case: Case, logp: np.ndarray, entropy: np.ndarray) -> None:
     outputs, *gradients = evaluate(name, case, logp, entropy)
     loss, *wanted = reference(name, case, logp, entropy)
-    assert outputs.loss.item() == pytest.approx(loss, abs=1e-12)
+    assert outputs.loss.item() == pytest.approx(loss, abs=1e-12, rel=1e-12)
     for found, expected in zip(gradients, wanted, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        np.testing.assert_allclose(found, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_the_configs_and_the_presets_losses_are_the_registrys() -> None:
@@ -77,12 +79,28 @@ def test_dual_clip_bounds_the_loss_of_exploding_ratios(seed: int) -> None:
     assert stopped.any()
 
 
-# CISPO is left out: what it holds constant, a finite difference would not.
+# CISPO holds constant what a finite difference would not: below.
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "cispo"])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     case, logp, entropy = random_case(4, LossSettings(kl_coef=0.3, entropy_coef=0.2), lengths=(3, 2, 4))
     x, h = (torch.tensor(values, requires_grad=True) for values in (logp, entropy))
     assert torch.autograd.gradcheck(lambda a, b: resolve_loss(name)(case.inputs(a, b)).loss, (x, h))
+
+
+def test_cispos_gradient_is_that_of_finite_differences_with_its_factor_frozen() -> None:
+    case, logp, entropy = random_case(4, LossSettings(kl_coef=0.3, entropy_coef=0.2), lengths=(3, 2, 4))
+    _, gradient, _ = evaluate("cispo", case, logp, entropy)
+    ratio = torch.tensor(np.exp(logp - case.rows["old_logp"]))
+    assert (ratio > 1 + torch.tensor(case.rows["clip_high"])).any()
+    step, found = 1e-6, np.zeros_like(logp)
+    with mock.patch.object(losses, "importance_ratio", lambda *_: ratio):
+        for row in range(len(logp)):
+            there, back = (
+                resolve_loss("cispo")(case.inputs(torch.tensor(logp + by * np.eye(len(logp))[row]), torch.tensor(entropy)))
+                for by in (step, -step)
+            )
+            found[row] = (there.loss - back.loss).item() / (2 * step)
+    np.testing.assert_allclose(gradient, found, atol=1e-8)
 
 
 def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradient() -> None:
@@ -210,14 +228,33 @@ def test_a_chunk_has_no_sequences_to_sum() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_log_ratio_is_bounded_and_has_no_gradient_beyond(name: str, estimator: str) -> None:
+    options = LossSettings(log_ratio_bound=2.0, kl_coef=0.3, kl_estimator=estimator)
+    log_ratios = np.array([-5.0, -2.0, -0.5, 0.5, 2.0, 5.0])
+    for sign in (-1.0, 1.0):
+        case, _, entropy = random_case(0, options, lengths=(1,) * 6)
+        case.rows["old_logp"] = np.full(6, -8.0)
+        case.rows["ref_logp"] = case.rows["old_logp"] + np.roll(log_ratios, 2)
+        case.rows["advantage"] = sign * np.abs(case.rows["advantage"])
+        assert_equals_reference(name, case, case.rows["old_logp"] + log_ratios, entropy)
+    if name in ("clipped", "gspo"):
+        plain = replace(case, settings=LossSettings(log_ratio_bound=2.0), rows={**case.rows, "clip_low": np.full(6, 0.9)})
+        _, gradient, _ = evaluate(name, plain, plain.rows["old_logp"] + log_ratios, entropy)
+        assert (gradient != 0).tolist() == [False, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_huge_log_ratios_and_no_rows_stay_finite(name: str) -> None:
     far = LossSettings(kl_coef=1.0, entropy_coef=0.1)
     case, _, entropy = random_case(0, far, lengths=(1, 1, 1, 1))
     case.rows["old_logp"] = np.array([-2000.0, 0.0, -2000.0, 0.0])
     case.rows["ref_logp"] = np.array([0.0, -2000.0, -2000.0, 0.0])
     case.rows["advantage"] = np.array([1.0, 1.0, -1.0, -1.0])
-    outputs, gradient, _ = evaluate(name, case, np.array([0.0, -2000.0, 0.0, -2000.0]), entropy)
+    logp = np.array([0.0, -2000.0, 0.0, -2000.0])
+    outputs, gradient, _ = evaluate(name, case, logp, entropy)
     assert torch.isfinite(outputs.loss) and np.isfinite(gradient).all()
+    assert_equals_reference(name, case, logp, entropy)
     outputs, gradient, _ = evaluate(name, *random_case(0, far, lengths=(0,)))
     assert outputs.loss.item() == 0 and len(gradient) == 0
 
