@@ -40,7 +40,7 @@ from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
-from etr_megatron.policy.packing import Microbatch, pack
+from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.schedule import run_schedule
@@ -187,8 +187,9 @@ class Policy:
                 chunk.start_param_sync(force_sync=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
-        """This rank's microbatches; the count is the same on every rank."""
+        """This rank's microbatches; the count is the same on every rank. Raises UserError for a token that is none."""
         layout, config = self.layout, self.config
+        refuse_unknown_tokens(sequences, self.arch.vocab_size)
         plan = plan_microbatches(
             [padded_length(len(prompt) + len(response), layout.cp) for prompt, response in sequences],
             costs=[sequence_flops(self.arch, len(prompt) + len(response), len(response)) for prompt, response in sequences],

@@ -32,22 +32,26 @@ def tile_shape(rows: int, real: int, device: torch.device) -> tuple[int, int]:
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
-    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m)(l - m).
 
     logits: fp32 [rows, real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is
     then 0).
     """
     count, real = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
-    step = max(1, block_rows(count, real, logits.device))
-    scratch = torch.empty(step, real, dtype=torch.float32, device=logits.device)
+    found[1::2] = 0
+    step, half = max(1, block_rows(count, real, logits.device)), -(-real // 2)
+    # Half of the columns at a time, since l - m and its exp() are both needed: two temporaries in the place of one.
+    scratch = torch.empty(2, step, half, dtype=torch.float32, device=logits.device)
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))
-        block, e = logits[rows], scratch[: rows.stop - begin]
-        top = torch.amax(block, 1, out=found[0, rows])
-        torch.sub(block, top[:, None], out=e).exp_()
-        torch.sum(e, 1, out=found[1, rows])
-        torch.sum(e.mul_(block), 1, out=found[3, rows])
+        top = torch.amax(logits[rows], 1, out=found[0, rows])
+        for left in (0, half):
+            block = logits[rows, left : left + half]
+            below, e = scratch[:, : block.shape[0], : block.shape[1]]
+            torch.exp(torch.sub(block, top[:, None], out=below), out=e)
+            found[1, rows] += e.sum(1)
+            found[3, rows] += below.mul_(e).sum(1)
     picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0]
     found[2] = torch.where(columns >= 0, picked, 0.0)
     return found
