@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from etr_megatron import platform
-from etr_megatron.config import Config
+from etr_megatron.config import Config, doubts
 from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
@@ -63,6 +63,8 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if layout.rank == 0:
         directory.prepare(config)
+        for doubt in doubts(config):
+            print(f"warning: {doubt}", file=sys.stderr)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
     engine = None
     if config.rollout.replay is None:

@@ -71,6 +71,22 @@ def random_case(
     return case, logp, rng.uniform(0.1, 3, count)
 
 
+def _bounded(log_ratio: float, bound: float) -> tuple[float, float]:
+    """exp of the log-ratio within [-bound, bound], and its derivative, 0 beyond."""
+    ratio = np.exp(min(max(log_ratio, -bound), bound))
+    return ratio, ratio if abs(log_ratio) <= bound else 0.0
+
+
+def _kl(x: float, estimator: str, bound: float) -> tuple[float, float]:
+    """The estimator of x = log pi_ref - log pi, and its derivative with respect to log pi."""
+    if estimator == "k1":
+        return -x, 1.0
+    if estimator == "k2":
+        return x**2 / 2, -x
+    ratio, slope = _bounded(x, bound)
+    return ratio - 1 - min(max(x, -bound), bound), float(abs(x) <= bound) - slope
+
+
 def _clipped(ratio: float, advantage: float, low: float, high: float, dual: float | None) -> tuple[float, float]:
     """min(r A, clip(r) A) and its derivative with respect to r, with the dual clip."""
     bounded = min(max(ratio, 1 - low), 1 + high)
@@ -85,25 +101,25 @@ def reference(name: str, case: Case, logp: np.ndarray, entropy: np.ndarray) -> t
     r, settings = case.rows, case.settings
     loss, d_logp = 0.0, np.zeros_like(logp)
     d_entropy = -settings.entropy_coef * r["weight"]
-    ratio = np.exp(logp - r["old_logp"])
+    bound = settings.log_ratio_bound
     for t in range(len(logp)):
         scale, advantage = r["weight"][t] * r["correction"][t], r["advantage"][t]
         low, high = r["clip_low"][t], r["clip_high"][t]
+        ratio, d_ratio = _bounded(logp[t] - r["old_logp"][t], bound)
         if name == "clipped":
-            value, slope = _clipped(ratio[t], advantage, low, high, settings.dual_clip)
-            d_logp[t] -= scale * slope * ratio[t]
+            value, slope = _clipped(ratio, advantage, low, high, settings.dual_clip)
+            d_logp[t] -= scale * slope * d_ratio
         elif name == "gspo":
             own = np.flatnonzero(case.index == case.index[t])
-            s = np.exp(np.mean(logp[own] - r["old_logp"][own]))
+            s, d_s = _bounded(np.mean(logp[own] - r["old_logp"][own]), bound)
             value, slope = _clipped(s, advantage, low, high, None)
-            d_logp[own] -= scale * slope * s / len(own)
+            d_logp[own] -= scale * slope * d_s / len(own)
         else:
-            factor = min(max(ratio[t], 1 - low), 1 + high) if name == "cispo" else 1.0
+            factor = min(max(ratio, 1 - low), 1 + high) if name == "cispo" else 1.0
             value = factor * advantage * logp[t]
             d_logp[t] -= scale * factor * advantage
         loss -= scale * value
-        x = r["ref_logp"][t] - logp[t]
-        kl, d_kl = {"k1": (-x, 1.0), "k2": (x**2 / 2, -x), "k3": (np.exp(x) - 1 - x, 1 - np.exp(x))}[settings.kl_estimator]
+        kl, d_kl = _kl(r["ref_logp"][t] - logp[t], settings.kl_estimator, bound)
         loss += settings.kl_coef * r["weight"][t] * kl - settings.entropy_coef * r["weight"][t] * entropy[t]
         d_logp[t] += settings.kl_coef * r["weight"][t] * d_kl
     return loss, d_logp, d_entropy

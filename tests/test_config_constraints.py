@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from etr_megatron.config import PRESETS, Config, load_config, resolve, validate
+from etr_megatron.config import PRESETS, Config, doubts, load_config, resolve, validate
 from etr_megatron.config.reference import render_reference
 from etr_megatron.errors import UserError
 
@@ -115,6 +115,22 @@ def test_reward_function_forms(function):
 @pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo", "reinforce", "losses:f", "my.losses:Family.loss"])
 def test_loss_forms(loss):
     assert validate(config_with(objective__loss=loss), None) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "epochs", "minibatches", "is_doubtful"),
+    [("reinforce", 1, 4, True), ("reinforce", 2, 1, True), ("reinforce", 1, 1, False), ("clipped", 2, 4, False)],
+)
+def test_a_loss_without_a_ratio_is_doubted_over_several_optimizer_steps(loss, epochs, minibatches, is_doubtful):
+    config = config_with(objective__loss=loss, train__epochs=epochs, train__minibatches=minibatches)
+    assert validate(config, None) == []
+    told = f'objective.loss = "{loss}", train.epochs = {epochs}, train.minibatches = {minibatches}: this loss has no ratio'
+    assert [doubt.startswith(told) for doubt in doubts(config)] == [True] * is_doubtful
+
+
+def test_a_presets_loss_is_doubted_too():
+    assert len(doubts(config_with(objective__preset="rloo"))) == 1
+    assert doubts(config_with(objective__preset="rloo", train__minibatches=1)) == []
 
 
 def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():

@@ -201,6 +201,17 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
     assert torch.equal(shuffled_bins, bins[order])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shuffled_control_keeps_a_samples_two_radii_together(seed):
+    advantage = torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5, 2.0])
+    low, high = 0.01 * torch.arange(1, 7), 0.28 - 0.03 * torch.arange(1, 7)  # of no two samples the same, on either side
+    options = dict(how="shuffled", advantage=advantage, tokens=[1] * 6, seed=seed)
+    dealt_low, dealt_high = control_radii(low, high, **options)
+    pairs = set(zip(low.tolist(), high.tolist(), strict=True))
+    assert set(zip(dealt_low.tolist(), dealt_high.tolist(), strict=True)) == pairs
+    assert not torch.equal(dealt_low, low)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     samples=st.lists(st.tuples(st.integers(0, 8), st.integers(1, 9)), min_size=2, max_size=24),

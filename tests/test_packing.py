@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etr_megatron.policy.packing import pack
+from etr_megatron.errors import UserError
+from etr_megatron.policy.packing import pack, refuse_unknown_tokens
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,23 @@ def test_padding_is_a_sequence_of_its_own_without_loss_rows(numbers):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="sample 1 has an empty prompt"):
         pack([([1], [2]), ([], [3])], [0, 1], multiple=1, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "complaint"),
+    [
+        ([([1], [2, 9]), ([3], [4, 10, 1])], "the response of sample 1 holds token 10,"),
+        ([([1, 12], [2])], "the prompt of sample 0 holds token 12,"),
+        ([([1], [2, -1])], "the response of sample 0 holds token -1,"),
+    ],
+)
+def test_tokens_outside_of_the_vocabulary_are_refused(sequences, complaint):
+    with pytest.raises(UserError, match=f"{complaint} which the model does not know: its vocab_size is 10"):
+        refuse_unknown_tokens(sequences, 10)
+
+
+def test_every_token_of_the_vocabulary_and_none_are_fine():
+    refuse_unknown_tokens([([0, 9], [9, 0]), ([5], [])], 10)
 
 
 def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():

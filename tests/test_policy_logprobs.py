@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import random_sequences, rewrite_config_as_published
+from etr_megatron.errors import UserError
+from tests.hf_models import VOCAB, random_sequences, rewrite_config_as_published
+from tests.policy_jobs import build, make_batch
 
 LAYOUTS = {
     "tp1": (1, ["parallel.tp=1"]),
@@ -125,3 +129,21 @@ def test_a_nan_that_a_loss_makes_in_its_gradient_names_sample_and_rank(gangs, hf
         f"the gradient of objective.loss tests.broken_loss:{loss} with respect to logp is not finite where all of its inputs "
         "are: position 0 in the response of sample g0/0, on rank 0"
     )
+
+
+def errors_of_a_batch(model: str, sequences: list) -> list[str]:
+    """What log-probs of the sequences and an update with them say."""
+    policy, errors = build(model, ["parallel.tp=1"]), []
+    for job in (partial(policy.logprobs, sequences), partial(policy.update, make_batch(sequences))):
+        with pytest.raises(UserError) as error:
+            job()
+        errors.append(str(error.value))
+    return errors
+
+
+def test_a_target_in_the_vocabularys_padding_is_refused_with_a_sentence(gangs, hf_models):
+    sequences = random_sequences()
+    sequences[3][1][-1] = VOCAB
+    job = {"model": hf_models["llama"], "sequences": sequences}
+    (errors,) = gangs(1).run("tests.test_policy_logprobs:errors_of_a_batch", **job)
+    assert all(f"the response of sample 3 holds token {VOCAB}, which the model does not know" in error for error in errors)

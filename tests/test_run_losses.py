@@ -23,6 +23,7 @@ def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
     code, printed = runs.finish("run.name=loss", *SHORT, *loss)
     assert code == 0, printed
     first, second = runs.rows("loss")
+    assert ("warning: objective.loss" in printed) == ("objective.preset=rloo" in loss)  # 8 optimizer steps for each rollout
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in (first, second))
     if "objective.kl_coef=0.05" in loss:
         # The reference is the policy that the run started from, which the first step's updates lead away from.

@@ -86,7 +86,7 @@ def float64_statistics(logits, columns):
     x = logits.double()
     top = x.max(1).values
     e = (x - top[:, None]).exp()
-    product = torch.where(e == 0, 0.0, e * x)
+    product = torch.where(e == 0, 0.0, e * (x - top[:, None]))
     target = torch.tensor([x[row, column] if column >= 0 else 0.0 for row, column in enumerate(columns.tolist())])
     return torch.stack([top, e.sum(1), target.double(), product.sum(1)])
 
@@ -135,6 +135,16 @@ def test_large_logits_keep_their_sums_and_logprobs_are_never_above_zero(kernels,
     torch.testing.assert_close(found.double(), float64_statistics(logits, columns), rtol=2e-6, atol=2e-6)
     top, total, target, _ = found
     assert (target - (top + total.log()) <= 0).all()
+
+
+@pytest.mark.parametrize("programs", SPLITS.values(), ids=SPLITS)
+def test_a_common_offset_of_the_logits_costs_no_digits(kernels, programs):
+    logits, columns = case(6, 45)
+    logits[:, 0] -= 20  # so that the maximum grows from tile to tile
+    logits[:, 40] += 5
+    found = kernels("run_statistics", logits=logits + 1e3, columns=columns, tile=16, programs=programs)
+    wanted = float64_statistics(logits + 1e3, columns)
+    torch.testing.assert_close(found[[1, 3]].double(), wanted[[1, 3]], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("programs", SPLITS.values(), ids=SPLITS)

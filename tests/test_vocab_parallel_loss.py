@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, torch_rows, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, single_pass_bytes, sweep, torch_rows, vocab_parallel_loss
 from tests.memory import peak_bytes
 from tests.vocab_cases import Case, loss_case
 
@@ -254,6 +256,21 @@ def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_use
     assert needed("cuda", backend="torch") == needed(backend="torch") == 4 * 96 * 24 + 16 * 96 + (4 + 4) * 32 * 1000
     with pytest.raises(ValueError, match="Triton cannot run on meta"):
         needed("meta", backend="triton")
+
+
+@pytest.mark.parametrize("shards", [(0, 131), (0, 60, 131), (0, 60, 131, 131)], ids=["one", "two", "one_of_padding"])
+def test_a_common_offset_of_the_logits_costs_no_digits(shards):
+    logits = 1e3 + 3 * torch.randn(7, 131, generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(7)
+    statistics = []
+    for begin, end in itertools.pairwise(shards):
+        part = logits[:, begin:end]
+        statistics.append(sweep._statistics(sweep.Head(VocabShard(131, 131)), part, columns if begin == 0 else columns - 9))
+    logp, entropy, log_sum = sweep._combine(torch.stack(statistics))
+    log_p = torch.log_softmax(logits.double(), 1)
+    torch.testing.assert_close(logp.double(), log_p.gather(1, columns[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(1), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(log_sum.double(), torch.logsumexp(logits.double(), 1), atol=0, rtol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

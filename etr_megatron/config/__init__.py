@@ -30,7 +30,7 @@ from etr_megatron.config.schema import (
     TinyConfig,
     TrainConfig,
 )
-from etr_megatron.config.validate import validate
+from etr_megatron.config.validate import doubts, validate
 
 __all__ = [
     "LOSSES",
@@ -51,6 +51,7 @@ __all__ = [
     "SglangConfig",
     "TinyConfig",
     "TrainConfig",
+    "doubts",
     "dump_yaml",
     "fill_objective",
     "load_config",

@@ -8,13 +8,19 @@ from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective
 from etr_megatron.config.presets import PRESETS
-from etr_megatron.config.rules import RULES, Violation, get, parallel
+from etr_megatron.config.rules import DOUBTS, RULES, Violation, get, parallel
 from etr_megatron.config.schema import Config
 
 
 def validate(config: Config, world_size: int | None) -> list[str]:
     """Every violated constraint as `key = value: constraint`; layout constraints too where `world_size` is known."""
     return [render(violation, config) for violation in violations(config, world_size)]
+
+
+def doubts(config: Config) -> list[str]:
+    """What is allowed and hardly meant, in the form of `validate`."""
+    filled = replace(config, objective=fill_objective(config.objective))
+    return [render(doubt, config) for rule in DOUBTS for doubt in rule(filled)]
 
 
 def violations(config: Config, world_size: int | None = None) -> list[Violation]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from etr_megatron.objective.inputs import LossInputs, LossOutputs
 from etr_megatron.objective.kl import kl_estimate
-from etr_megatron.objective.losses import importance_ratio
+from etr_megatron.objective.losses import clip_bounds, importance_ratio
 
 PASS_RATE_BINS = ("pass_0_25", "pass_25_50", "pass_50_75", "pass_75_100")
 """Pass rate p in (0, .25), [.25, .5), [.5, .75), [.75, 1)."""
@@ -39,13 +39,14 @@ def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> d
     kl = torch.zeros_like(ratio)
     if inputs.ref_logp is not None:
         kl = kl_estimate(inputs.logp, inputs.ref_logp, inputs.settings.kl_estimator, inputs.settings.log_ratio_bound)
+    least, most = clip_bounds(inputs.clip_low, inputs.clip_high)
     rows = {
         "tokens": torch.ones_like(ratio),
         "entropy": inputs.entropy,
         "ratio": ratio,
         "ratio_squared": ratio**2,
-        "clip_upper": own.get("clip_upper", (inputs.advantage > 0) & (ratio > 1 + inputs.clip_high)),
-        "clip_lower": own.get("clip_lower", (inputs.advantage < 0) & (ratio < 1 - inputs.clip_low)),
+        "clip_upper": own.get("clip_upper", (inputs.advantage > 0) & (ratio > most)),
+        "clip_lower": own.get("clip_lower", (inputs.advantage < 0) & (ratio < least)),
         "clip_radius": (inputs.clip_low + inputs.clip_high) / 2,
         "kl": kl,
         **{f"loss/{name}": values for name, values in own.items() if name not in _OF_THE_LOSS},

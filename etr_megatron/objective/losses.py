@@ -13,15 +13,26 @@ from etr_megatron.objective.inputs import LossInputs, LossOutputs
 from etr_megatron.objective.kl import kl_estimate
 from etr_megatron.objective.registry import register_loss
 
+LEAST_RADIUS = 1e-4
+"""A smaller clip radius, 0 above all, acts as this one. At a radius of 0 rounding, other in every layout, would decide at r = 1
+whether a token has its gradient, a part of it (ties of minimum and maximum share it) or none; and a rollout's first optimizer
+step, where r is 1 up to rounding, is to be unclipped whatever the radii. GSPO's, 3e-4 and 4e-4, are the smallest in use."""
+
 
 def importance_ratio(logp: Tensor, old_logp: Tensor, bound: float) -> Tensor:
     """exp(logp - old_logp), shape of `logp`; the log is bounded by `bound` first, beyond which the gradient is zero."""
     return (logp - old_logp).clamp(-bound, bound).exp()
 
 
+def clip_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - low and 1 + high, between which a ratio stays, with radii of `LEAST_RADIUS` at least."""
+    return 1 - low.clamp(min=LEAST_RADIUS), 1 + high.clamp(min=LEAST_RADIUS)
+
+
 def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`ratio` within [1 - low, 1 + high], all of one shape."""
-    return torch.minimum(torch.maximum(ratio, 1 - low), 1 + high)
+    """`ratio` within the `clip_bounds` of the radii `low` and `high`, all of one shape."""
+    least, most = clip_bounds(low, high)
+    return torch.minimum(torch.maximum(ratio, least), most)
 
 
 def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] | None = None) -> LossOutputs:
@@ -86,7 +97,8 @@ def cispo_loss(inputs: LossInputs) -> LossOutputs:
     """
     ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound).detach()
     clipped = clip_ratio(ratio, inputs.clip_low, inputs.clip_high)
-    rows = {"clip_upper": ratio > 1 + inputs.clip_high, "clip_lower": ratio < 1 - inputs.clip_low}
+    least, most = clip_bounds(inputs.clip_low, inputs.clip_high)
+    rows = {"clip_upper": ratio > most, "clip_lower": ratio < least}
     return regularized(inputs, clipped * inputs.advantage * inputs.logp, rows)
 
 

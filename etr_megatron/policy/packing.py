@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etr_megatron.errors import UserError
 from etr_megatron.policy.context import own_ranges, padded_length
 
 
@@ -33,6 +34,22 @@ class Microbatch:
     row_sample: Tensor
     row_position: Tensor
     samples: tuple[int, ...]
+
+
+def refuse_unknown_tokens(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int) -> None:
+    """Raise UserError for an id below 0 or from `vocab_size` on, naming the sample.
+
+    On a padded vocabulary the embedding would take it, and no shard of the head has it as a target: its log-prob would be minus
+    the log-sum-exp, a number like any other.
+    """
+    for number, sequence in enumerate(sequences):
+        for part, ids in zip(("prompt", "response"), sequence, strict=True):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                unknown = next(one for one in ids if not 0 <= one < vocab_size)
+                raise UserError(
+                    f"the {part} of sample {number} holds token {unknown}, which the model does not know: its vocab_size is "
+                    f"{vocab_size}; do the tokenizer and the rollout engine belong to the model?"
+                )
 
 
 def pack(

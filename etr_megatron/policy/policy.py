@@ -40,7 +40,7 @@ from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
-from etr_megatron.policy.packing import Microbatch, pack
+from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.schedule import run_schedule
@@ -187,8 +187,9 @@ class Policy:
                 chunk.start_param_sync(force_sync=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
-        """This rank's microbatches; the count is the same on every rank."""
+        """This rank's microbatches; the count is the same on every rank. Raises UserError for a token that is none."""
         layout, config = self.layout, self.config
+        refuse_unknown_tokens(sequences, self.arch.vocab_size)
         plan = plan_microbatches(
             [padded_length(len(prompt) + len(response), layout.cp) for prompt, response in sequences],
             costs=[sequence_flops(self.arch, len(prompt) + len(response), len(response)) for prompt, response in sequences],
@@ -265,10 +266,9 @@ class Policy:
         return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
 
     def _check_additivity(self, inputs: LossInputs) -> None:
-        """Once, of a user's loss: the head may cut rows into chunks only where that changes nothing."""
+        """Of a user's loss, until rows could tell: the head may cut rows into chunks only where that changes nothing."""
         if self._unchecked and len(inputs.logp) > 1:
-            refuse_if_rows_interact(self._policy_loss, inputs)
-            self._unchecked = False
+            self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:

@@ -46,6 +46,10 @@ class VocabShard:
         return min(max(self.vocab_size - self.start, 0), self.size)
 
     def columns(self, targets: Tensor) -> Tensor:
-        """int64 [R]: column of each target id in this shard, -1 where another shard holds it."""
+        """int64 [R]: column of each target id in this shard, -1 where another shard holds it.
+
+        Targets must be below `vocab_size`: another is nobody's, which is not looked for here, as a GPU would have to be waited
+        for (`policy.packing.refuse_unknown_tokens` does, on the CPU).
+        """
         column = targets - self.start
         return torch.where((column >= 0) & (column < self.real), column, -1)

@@ -113,10 +113,13 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log-prob, entropy and log-sum-exp, [rows] each, from the [TP, 4, rows] statistics of all shards."""
     top, total, target, weighted = statistics.unbind(1)
     peak = top.max(dim=0).values
-    scale = (top - peak).exp()
+    # Everything is taken from the maximum: a common offset of the logits would cost digits. -inf is a shard of padding alone.
+    below = (top - peak).clamp(min=torch.finfo(top.dtype).min)
+    scale = below.exp()
+    weighted = ((weighted + total * below) * scale).sum(0)
     total = (total * scale).sum(0)
-    log_sum = peak + total.log()
-    return target.sum(0) - log_sum, log_sum - (weighted * scale).sum(0) / total, log_sum
+    log_total = total.log()
+    return target.sum(0) - peak - log_total, log_total - weighted / total, peak + log_total
 
 
 def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:

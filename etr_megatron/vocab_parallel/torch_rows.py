@@ -32,22 +32,26 @@ def tile_shape(rows: int, real: int, device: torch.device) -> tuple[int, int]:
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
-    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m) l.
+    """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m)(l - m).
 
     logits: fp32 [rows, real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is
     then 0).
     """
     count, real = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
-    step = max(1, block_rows(count, real, logits.device))
-    scratch = torch.empty(step, real, dtype=torch.float32, device=logits.device)
+    found[1::2] = 0
+    step, half = max(1, block_rows(count, real, logits.device)), -(-real // 2)
+    # Half of the columns at a time, since l - m and its exp() are both needed: two temporaries in the place of one.
+    scratch = torch.empty(2, step, half, dtype=torch.float32, device=logits.device)
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))
-        block, e = logits[rows], scratch[: rows.stop - begin]
-        top = torch.amax(block, 1, out=found[0, rows])
-        torch.sub(block, top[:, None], out=e).exp_()
-        torch.sum(e, 1, out=found[1, rows])
-        torch.sum(e.mul_(block), 1, out=found[3, rows])
+        top = torch.amax(logits[rows], 1, out=found[0, rows])
+        for left in (0, half):
+            block = logits[rows, left : left + half]
+            below, e = scratch[:, : block.shape[0], : block.shape[1]]
+            torch.exp(torch.sub(block, top[:, None], out=below), out=e)
+            found[1, rows] += e.sum(1)
+            found[3, rows] += below.mul_(e).sum(1)
     picked = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0]
     found[2] = torch.where(columns >= 0, picked, 0.0)
     return found
@@ -68,21 +72,37 @@ def row_gradient(
     log p = logits - log_sum. g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be
     `logits` itself.
     """
-    # Everything by row is made once. The gradient is p (offset + slope l), apart from the target's g_logp.
+    # Everything by row is made once. The gradient is p (offset + slope log p), the target's entry aside.
+    target = _target_entry(logits, columns, log_sum, entropy, g_logp, g_entropy)
     log_sum, offset, slope = log_sum[:, None], -g_logp[:, None], None
     if g_entropy is not None:
         slope = -g_entropy[:, None]
-        offset = offset - slope * (log_sum - entropy[:, None])
+        offset = offset + slope * entropy[:, None]
     for rows, tile, p in _tiles(logits):
         block = logits[rows, tile]
-        torch.sub(block, log_sum[rows], out=p).exp_()
         if slope is None:
-            torch.mul(p, offset[rows], out=out[rows, tile])
+            torch.mul(torch.sub(block, log_sum[rows], out=p).exp_(), offset[rows], out=out[rows, tile])
         else:
             # In place: three operands at a time are as much as the cache holds.
+            torch.exp(block.sub_(log_sum[rows]), out=p)
             torch.mul(block.mul_(slope[rows]).add_(offset[rows]), p, out=out[rows, tile])
-    here = torch.where(columns >= 0, g_logp, 0.0).to(out.dtype)
-    return out.scatter_add_(1, columns.clamp(min=0)[:, None], here[:, None])
+    # Another shard's target leaves what is there: without a choice of rows, for which a GPU would have to be waited for.
+    index = columns.clamp(min=0)[:, None]
+    kept = torch.where(columns[:, None] >= 0, target[:, None].to(out.dtype), out.gather(1, index))
+    return out.scatter_(1, index, kept)
+
+
+def _target_entry(
+    logits: Tensor, columns: Tensor, log_sum: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None
+) -> Tensor:
+    """fp32 [rows]: the gradient at each row's target, g_logp (1 - p) - g_entropy p (log p + H); anything where it is elsewhere.
+
+    Of a confident token 1 - p is far below what bf16 can tell from 1: as a difference of rounded numbers it would be wrong by
+    any factor, or 0 where the row's other entries are not.
+    """
+    log_p = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0] - log_sum
+    entry = -g_logp * torch.expm1(log_p)
+    return entry if g_entropy is None else entry - g_entropy * log_p.exp() * (log_p + entropy)
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -27,4 +27,7 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
 )
 """Judged for every config; `parallel.layout` needs the number of ranks."""
 
-__all__ = ["RULES", "Violation", "get", "parallel", "train"]
+DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (objective.off_policy,)
+"""What runs, and is hardly meant: told at the start of a run, not refused."""
+
+__all__ = ["DOUBTS", "RULES", "Violation", "get", "parallel", "train"]

@@ -47,6 +47,16 @@ def objective(config: Config) -> Iterator[Violation]:
         yield Violation(("objective.constant_length",), "must be at least 1; null is rollout.max_response_tokens")
 
 
+def off_policy(config: Config) -> Iterator[Violation]:
+    """A doubt: a loss without a ratio over several optimizer steps."""
+    if config.objective.loss == "reinforce" and config.train.epochs * config.train.minibatches > 1:
+        yield Violation(
+            ("objective.loss", "train.epochs", "train.minibatches"),
+            "this loss has no ratio, so that every optimizer step of a rollout after the first is off-policy and nothing "
+            "corrects or bounds it; set train.epochs and train.minibatches to 1 for what its source describes",
+        )
+
+
 def clip_range(config: Config) -> Iterator[Violation]:
     """The radii."""
     objective = config.objective

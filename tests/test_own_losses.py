@@ -1,0 +1,228 @@
+"""A user's own loss by import path: what it gets, and what is said about one that does not keep its promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from etr_megatron.config import LOSSES
+from etr_megatron.errors import UserError
+from etr_megatron.objective import (
+    LossInputs,
+    LossOutputs,
+    diagnostic_sums,
+    refuse_if_rows_interact,
+    register_loss,
+    regularized,
+    resolve_loss,
+    token_local,
+)
+from tests.loss_cases import random_case
+from tests.policy_jobs import build, make_batch
+
+LOCAL = [name for name in LOSSES if resolve_loss(name).token_local]
+SEQUENCES = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
+
+
+@token_local
+def squared(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, -((inputs.logp - inputs.group_mean) ** 2), {"gap": inputs.logp - inputs.group_mean})
+
+
+def whole_sequences(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.sequences.spread(inputs.sequences.mean(inputs.logp)) * inputs.advantage)
+
+
+def returns_a_tensor(inputs: LossInputs) -> torch.Tensor:
+    return inputs.logp.sum()
+
+
+def returns_rows(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp)
+
+
+def forgets_the_policy(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.advantage.sum())
+
+
+def reports_a_scalar(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum(), {"gap": inputs.logp.mean()})
+
+
+@token_local
+def reports_now_and_then(inputs: LossInputs) -> LossOutputs:
+    extra = {"above": inputs.logp} if bool((inputs.advantage > 0).all()) else {}
+    return regularized(inputs, inputs.logp, {"gap": inputs.logp, **extra})
+
+
+def takes_too_much(inputs: LossInputs, beta: float) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum() * beta)
+
+
+NO_FUNCTION = 3
+
+
+def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
+    loss = resolve_loss("tests.test_own_losses:squared")
+    assert loss.token_local and not resolve_loss("tests.test_own_losses:whole_sequences").token_local
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    outputs = loss(inputs)
+    r = case.rows
+    gap = logp - r["group_mean"]
+    assert outputs.loss.item() == pytest.approx((r["weight"] * r["correction"] * gap**2).sum())
+    sums = diagnostic_sums(inputs, outputs, torch.zeros(len(logp), dtype=torch.long))
+    assert sums["loss/gap"] == pytest.approx(gap.sum())
+    assert sums["ratio"] == pytest.approx(np.exp(logp - r["old_logp"]).sum())
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        ("returns_a_tensor", "returned Tensor instead of LossOutputs"),
+        ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
+        ("forgets_the_policy", "without a gradient"),
+        ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
+    ],
+)
+def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) -> None:
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp, requires_grad=True), torch.tensor(entropy))
+    with pytest.raises(UserError, match=f"objective.loss tests.test_own_losses:{function} .*{complaint}"):
+        resolve_loss(f"tests.test_own_losses:{function}")(inputs)
+
+
+@token_local
+def takes_a_mean(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(-(inputs.logp * inputs.advantage).mean())
+
+
+@token_local
+def looks_at_its_neighbour(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp * inputs.entropy.roll(1).detach())
+
+
+@pytest.mark.parametrize("name", ["takes_a_mean", "looks_at_its_neighbour"])
+def test_a_loss_marked_token_local_that_is_not_is_refused(name: str) -> None:
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    with pytest.raises(UserError, match=f"loss tests.test_own_losses:{name} is marked token-local, but a row's gradient"):
+        refuse_if_rows_interact(resolve_loss(f"tests.test_own_losses:{name}"), inputs)
+
+
+def test_rows_without_an_advantage_tell_as_well_whether_a_loss_is_token_local() -> None:
+    case, logp, entropy = random_case(1)
+    case.rows["advantage"] = np.zeros_like(logp)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    with pytest.raises(UserError, match="is marked token-local, but a row's gradient"):
+        refuse_if_rows_interact(resolve_loss("tests.test_own_losses:takes_a_mean"), inputs)
+    assert refuse_if_rows_interact(resolve_loss("clipped"), inputs)
+
+
+def test_rows_without_any_gradient_cannot_tell() -> None:
+    case, logp, entropy = random_case(1)
+    case.rows["weight"] = np.zeros_like(logp)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    assert not refuse_if_rows_interact(resolve_loss("clipped"), inputs)
+
+
+@pytest.mark.parametrize("name", [*LOCAL, "tests.test_own_losses:squared"])
+def test_a_token_local_loss_passes_for_one(name: str) -> None:
+    for seed in range(5):
+        case, logp, entropy = random_case(seed)
+        assert refuse_if_rows_interact(resolve_loss(name), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+
+
+@pytest.mark.parametrize(
+    ("advantages", "complaint"), [((-1.0, 1.0), r"returned rows\['above'\]"), ((1.0, -1.0), r"left out rows\['above'\]")]
+)
+def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[float, float], complaint: str) -> None:
+    case, logp, entropy = random_case(0)
+    first, second = (
+        replace(case, rows={**case.rows, "advantage": np.full_like(logp, advantage)}).inputs(
+            torch.tensor(logp), torch.tensor(entropy)
+        )
+        for advantage in advantages
+    )
+    path = "tests.test_own_losses:reports_now_and_then"
+    loss = resolve_loss(path)
+    for _ in range(2):
+        loss(first)
+    with pytest.raises(UserError, match=f"objective.loss {path} {complaint}.*every call must return the same names"):
+        loss(second)
+    assert "gap" in resolve_loss(path)(second).rows  # another run's first call
+
+
+def errors_of_updates(model: str, sequences: list, loss: str, factors: list[dict[str, float]]) -> list[str]:
+    """What each of some updates by the head in small chunks says about a loss of this module.
+
+    factors: for every update, by what fields of the batch are multiplied.
+    """
+    policy = build(model, ["parallel.tp=1", "train.head_chunk_rows=5", f"objective.loss=tests.test_own_losses:{loss}"])
+    batch, errors = make_batch(sequences), []
+    for factor in factors:
+        try:
+            policy.update(replace(batch, **{name: by * getattr(batch, name) for name, by in factor.items()}))
+            errors.append("")
+        except UserError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_rows_that_change_their_names_between_chunks_stop_the_update_with_a_sentence(gangs, hf_models) -> None:
+    job = {"model": hf_models["llama"], "sequences": SEQUENCES, "loss": "reports_now_and_then", "factors": [{}]}
+    ((error,),) = gangs(1).run("tests.test_own_losses:errors_of_updates", **job)
+    assert "tests.test_own_losses:reports_now_and_then" in error and "rows['above']" in error
+
+
+@token_local
+def compares_with_the_mean(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp * (inputs.advantage - inputs.advantage.mean()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "factors", "refused"),
+    [
+        ("takes_a_mean", [{"advantage": 0.0}], [True]),
+        ("compares_with_the_mean", [{"weight": 0.0}, {}], [False, True]),
+    ],
+    ids=["no_advantage_at_first", "no_gradient_at_first"],
+)
+def test_a_first_update_that_teaches_nothing_does_not_pass_a_loss_for_token_local(gangs, hf_models, loss, factors, refused):
+    job = {"model": hf_models["llama"], "sequences": SEQUENCES, "loss": loss, "factors": factors}
+    (errors,) = gangs(1).run("tests.test_own_losses:errors_of_updates", **job)
+    assert ["marked token-local, but" in error for error in errors] == refused, errors
+
+
+def reports_on_one_rank(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp, {"first": inputs.logp} if dist.get_rank() == 0 else {})
+
+
+def test_rows_that_have_other_names_on_another_rank_stop_the_update_on_every_rank(gangs, hf_models) -> None:
+    job = {"model": hf_models["llama"], "sequences": SEQUENCES, "loss": "reports_on_one_rank", "factors": [{}]}
+    errors = [error for (error,) in gangs(2).run("tests.test_own_losses:errors_of_updates", **job)]
+    assert all("returned rows['first'] on rank 0 and not on rank 1; every rank must" in error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("nothing", "known are cispo, clipped, gspo, reinforce"),
+        ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
+        ("tests.test_own_losses:none", "has no none"),
+        ("tests.test_own_losses:NO_FUNCTION", "is not callable"),
+        ("tests.test_own_losses:takes_too_much", "callable with one argument"),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"objective.loss is '{path}'.*{complaint}"):
+        resolve_loss(path)
+
+
+def test_names_are_unique() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        register_loss("clipped", token_local=True)(squared)
