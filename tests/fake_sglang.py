@@ -67,6 +67,7 @@ def server_arguments() -> argparse.Namespace:
         "--custom-weight-loader",
         "--attention-backend",
         "--json-model-override-args",
+        "--weight-version",
     ):
         parser.add_argument(name)
     parser.add_argument("--mem-fraction-static", help="a number: see --attention-backends, which there is not")
@@ -328,6 +329,7 @@ def main() -> None:
     # A group needs a default one in the process; this one is of this process alone.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
+    STATE.version = arguments.weight_version or STATE.version
     if arguments.config:
         Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
     ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset
