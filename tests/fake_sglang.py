@@ -8,8 +8,8 @@ die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_joi
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a
-response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself). POST /behave changes them
-in a server that runs.
+response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), says (by route, what it
+adds to /server_info and /model_info). POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -242,13 +242,13 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         STATE.aborted |= STATE.running if body.get("abort_all") else {body["rid"]}
         return 200, {}
     if route == "/model_info":
-        return 200, {"weight_version": STATE.version}
+        return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/state":
         said = {name: getattr(STATE, name) for name in ("sums", "log", "paused", "version", "prompts", "most_payload_bytes")}
         return 200, said | {"pid": os.getpid()}
     if route == "/server_info":
         with SCHEDULER, BATCH:
-            return 200, {}
+            return 200, BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/behave":
         BEHAVIOUR.update(body)
         return 200, {}
