@@ -45,6 +45,7 @@ def test_that_colocated_servers_on_cpu_give_up_no_memory_is_said(hf_models, tmp_
     assert [record.getMessage() for record in caplog.records if "sglang" in record.getMessage()] == [said] * is_said
 
 
+@pytest.mark.slow
 def test_a_trainer_beside_an_installed_sglang_imports_nothing_of_it(tmp_path):
     for name in ("sglang", "sglang_router"):
         (tmp_path / name).mkdir()
