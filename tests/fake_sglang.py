@@ -8,8 +8,8 @@ die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_joi
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a
-response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself). POST /behave changes them
-in a server that runs.
+response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), says (by route, what it
+adds to /server_info and /model_info). POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def server_arguments() -> argparse.Namespace:
         "--custom-weight-loader",
         "--attention-backend",
         "--json-model-override-args",
+        "--weight-version",
     ):
         parser.add_argument(name)
     parser.add_argument("--mem-fraction-static", help="a number: see --attention-backends, which there is not")
@@ -243,13 +244,13 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         STATE.aborted |= STATE.running if body.get("abort_all") else {body["rid"]}
         return 200, {}
     if route == "/model_info":
-        return 200, {"weight_version": STATE.version}
+        return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/state":
         names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "most_payload_bytes")
         return 200, {name: getattr(STATE, name) for name in names} | {"pid": os.getpid()}
     if route == "/server_info":
         with SCHEDULER, BATCH:
-            return 200, {}
+            return 200, BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/behave":
         BEHAVIOUR.update(body)
         return 200, {}
@@ -330,6 +331,7 @@ def main() -> None:
     # A group needs a default one in the process; this one is of this process alone.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
+    STATE.version = arguments.weight_version or STATE.version
     if arguments.config:
         Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
     ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset

@@ -143,7 +143,9 @@ def assert_has(real: Any, fake: Any, where: str) -> None:
 
 def test_the_server_that_other_tests_break_speaks_as_the_real_one_does(server):
     real = conversation(server.url)
-    with servers({"tokens_per_s": 60}) as (url,):
+    arguments = {"tp_size": 1, "dtype": "float32", "model_path": "", "quantization": None, "json_model_override_args": "{}"}
+    model = {"model_path": "", "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    with servers({"tokens_per_s": 60, "says": {"/server_info": arguments, "/model_info": model}}) as (url,):
         fake = conversation(url)
     assert [(route, status) for route, status, _ in real] == [(route, status) for route, status, _ in fake]
     for (route, _, a), (_, _, b) in zip(real, fake, strict=True):

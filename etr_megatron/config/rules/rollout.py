@@ -71,6 +71,7 @@ SET_BY_THE_JOB = {
     "--quantization": "sglang.fp8",
     "--host": None,
     "--port": None,
+    "--weight-version": None,
     "--api-key": None,
     "--admin-api-key": None,
     "--config": None,

@@ -57,7 +57,8 @@ def server_command(
     devices = config.devices[place * config.tp : (place + 1) * config.tp]
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    return ServerCommand(config.python, config.launch, (*arguments, *config.arguments), environment, host)
+    own = (*arguments, *config.arguments)
+    return ServerCommand(config.python, config.launch, own, environment, host, tells_version=True, api_key=api_key)
 
 
 def _is_quantised(model_dir: Path) -> bool:

@@ -21,6 +21,7 @@ from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
+from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.router import Router
@@ -67,12 +68,22 @@ class _UnwellError(ServerError):
 class Control:
     """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
 
-    host: this machine's address for weights. api_key: of all servers, None where they ask for none. logs: see `Router`.
+    expected: what servers at `sglang.urls` must have room for. host: this machine's address for weights. api_key: of all
+    servers, None where they ask for none. logs: see `Router`.
     """
 
     def __init__(
-        self, config: SglangConfig, names: Sequence[str], *, host: str, api_key: str | None, backend: str, logs: Path
+        self,
+        config: SglangConfig,
+        names: Sequence[str],
+        expected: Expected,
+        *,
+        host: str,
+        api_key: str | None,
+        backend: str,
+        logs: Path,
     ) -> None:
+        self._expected = expected
         self._config, self._colocated = config, config.placement == "colocated"
         self._on_cpu = backend == "gloo"
         self.loop = asyncio.new_event_loop()
@@ -156,11 +167,21 @@ class Control:
                 if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
                     raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)
+                if self._config.urls:
+                    await self._refuse_misfit(client)
             except ServerError as error:
                 return error
             return None
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+    async def _refuse_misfit(self, client: ServerClient) -> None:
+        """Raises ServerError when it cannot take the job's weights, by what it says of itself."""
+        said = [await client.get(route, timeout_s=self._config.update_timeout_s) for route in ("/server_info", "/model_info")]
+        if (problem := self._expected.misfit(*said)) is not None:
+            raise ServerError(f"{client.name} at {client.url} cannot take the job's weights: {problem}")
+        if (dtype := self._expected.other_dtype(said[0])) is not None:
+            logger.warning("%s at %s computes in %s, the job in %s", client.name, client.url, dtype, self._expected.dtype)
 
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
         """Raises _UnwellError when it does not answer in time."""

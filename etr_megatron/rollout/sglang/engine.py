@@ -18,6 +18,7 @@ from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK, server_command, sync_of
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
+from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
@@ -71,7 +72,15 @@ class SglangEngine:
         self._host = together(lambda: self._own_host(model_dir, addresses, key))
         self._control = together(
             lambda: (
-                Control(config, names, host=own_address, api_key=key, backend=serving.backend, logs=serving.directory)
+                Control(
+                    config,
+                    names,
+                    Expected.of(config, serving.architecture, serving.dtype),
+                    host=own_address,
+                    api_key=key,
+                    backend=serving.backend,
+                    logs=serving.directory,
+                )
                 if dist.get_rank() == 0
                 else None
             )

@@ -12,6 +12,10 @@ import httpx
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
 
 _POLL_S = 0.5
+_ASK_S = 5.0
+_MOST_BYTES = 1 << 16
+_STARTS = 3
+"""At ports that others turn out to have before the server is given up."""
 
 
 class Started(NamedTuple):
@@ -38,17 +42,22 @@ class Host:
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s
-        return {name: self._wait_for(name, deadline, again=True) for name in own}
+        return {name: self._wait_for(name, deadline, starts=_STARTS) for name in own}
 
     def _launch(self, name: str) -> None:
         log = self._logs / f"{name.replace(' ', '_').lower()}.log"
         self._processes[name] = ServerProcess(name, self._commands[name], log)
 
-    def _wait_for(self, name: str, deadline: float, *, again: bool) -> Started:
+    def _wait_for(self, name: str, deadline: float, *, starts: int) -> Started:
+        """starts: how many this one makes with those that it may still have."""
         process = self._processes[name]
         while process.is_running:
             if _answers(process.url):  # asked once even when others took all of the time
-                return Started(process.url, None)
+                is_ours = _is_ours(process)
+                if is_ours:
+                    return Started(process.url, None)
+                if is_ours is False:
+                    return self._move(name, starts)
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_S)
@@ -58,10 +67,19 @@ class Host:
             return Started(process.url, what)
         words = process.last_words()
         process.stop()
-        if again and "address already in use" in words.lower():  # somebody took the port since it was found free
-            self._launch(name)
-            return self._wait_for(name, deadline, again=False)
+        if starts > 1 and "address already in use" in words.lower():  # somebody took the port since it was found free
+            return self._move(name, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
+
+    def _move(self, name: str, starts: int) -> Started:
+        """Start a server at another port, as somebody else has its own."""
+        process = self._processes[name]
+        process.stop()
+        if starts <= 1:
+            what = f"{name} was started {_STARTS} times, and each time another process had taken its port, last {process.url}"
+            return Started(process.url, what)
+        self._launch(name)
+        return self._wait_for(name, time.monotonic() + self._timeout_s, starts=starts - 1)
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """End those of these servers (None: all) that run on this machine and wait until nothing of them is left."""
@@ -72,7 +90,28 @@ class Host:
 
 def _answers(url: str) -> bool:
     try:
-        with httpx.stream("GET", f"{url}/health", timeout=5.0) as reply:  # a body that never ends is not waited for
+        with httpx.stream("GET", f"{url}/health", timeout=_ASK_S) as reply:  # a body that never ends is not waited for
             return reply.status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _is_ours(process: ServerProcess) -> bool | None:
+    """Whether what answers at its port is the server that was started, by the version that only this one was given.
+
+    One that cannot tell it is believed. None: it was not to be learnt, so it is asked again.
+    """
+    if process.identity is None:
+        return True
+    said, end = b"", time.monotonic() + _ASK_S
+    try:
+        with httpx.stream("GET", f"{process.url}/model_info", timeout=_ASK_S, headers=process.headers) as reply:
+            if reply.status_code >= 500:
+                return None
+            for piece in reply.iter_bytes():
+                said += piece
+                if len(said) > _MOST_BYTES or time.monotonic() > end:  # somebody else may have no end of words
+                    break
+    except httpx.HTTPError:
+        return None
+    return process.identity.encode() in said

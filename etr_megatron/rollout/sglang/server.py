@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ class ServerCommand:
     python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
     launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
     arguments: SGLang's. environment: added to the job's own. host: the address it listens at.
+    tells_version: it takes `--weight-version` and says it at /model_info, by which it is told from another process that took
+    its port. api_key: what it asks for.
     """
 
     python: str
@@ -34,6 +38,8 @@ class ServerCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
+    tells_version: bool = False
+    api_key: str | None = field(default=None, repr=False)
 
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -46,11 +52,19 @@ def _without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
 
 
+_HANDED_OUT: deque[int] = deque(maxlen=1024)
+
+
 def free_port(host: str) -> int:
-    """A port that nothing listens on now; another process may still take it, then the server ends and is started again."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, and none of those that this process was given last, whose servers may not have got to
+    listen yet. Another process may still take it: then `Host` starts the server again."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = int(probe.getsockname()[1])
+        if port not in _HANDED_OUT:
+            _HANDED_OUT.append(port)
+            return port
 
 
 class ServerProcess:
@@ -64,6 +78,8 @@ class ServerProcess:
         require_interpreter(command.python)
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
+        # Of this start alone. Not the served model's name: the router tells models apart by that, and would not mix servers.
+        self.identity = f"etr-{secrets.token_hex(8)}" if command.tells_version else None
         log.parent.mkdir(parents=True, exist_ok=True)
         self._report: int | None
         self._report, report = os.pipe()
@@ -81,12 +97,19 @@ class ServerProcess:
         os.close(report)
 
     def _arguments(self) -> Sequence[str]:
-        return (*self._command.launch, *self._command.arguments, "--host", self._command.host, "--port", str(self.port))
+        identity = () if self.identity is None else ("--weight-version", self.identity)
+        address = ("--host", self._command.host, "--port", str(self.port))
+        return (*self._command.launch, *self._command.arguments, *identity, *address)
 
     @property
     def url(self) -> str:
         """Address of its HTTP interface."""
         return f"http://{self._command.host}:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request that it answers."""
+        return {} if self._command.api_key is None else {"Authorization": f"Bearer {self._command.api_key}"}
 
     @property
     def is_running(self) -> bool:

@@ -1,0 +1,127 @@
+"""Whether a server at `sglang.urls` can take the job's weights, by what it says of itself.
+
+A server dies of a tensor of another shape, and ignores one whose name it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
+from etr_megatron.weights import FAMILIES, Architecture
+
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tied_embeddings",
+}
+"""Fields of a config.json that decide about names and shapes -> those of `Architecture`."""
+
+_DTYPES = {"half": "float16", "float": "float32"}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What servers are sent.
+
+    dtype: as torch names it. tp: workers of each server that the sync counts on; None where it does not matter, as with `disk`.
+    fp8: whether matrices come in FP8, in blocks with scales.
+    """
+
+    architecture: Architecture
+    dtype: str
+    tp: int | None
+    fp8: bool
+
+    @classmethod
+    def of(cls, config: SglangConfig, architecture: Architecture, dtype: str) -> Expected:
+        """Of a job."""
+        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8)
+
+    def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+        """The first thing that certainly does not fit, with both values; None also for whatever the server does not say.
+
+        server, model: JSON of `/server_info` and `/model_info`.
+        """
+        return next(self._misfits(server, model), None)
+
+    def other_dtype(self, server: Mapping[str, Any]) -> str | None:
+        """What the server computes in, where it says so and that is not the job's dtype: it takes weights all the same."""
+        said = server.get("dtype")
+        found = _DTYPES.get(said, said) if isinstance(said, str) else "auto"
+        return None if found in ("auto", self.dtype) else found
+
+    def _misfits(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+        tp = server.get("tp_size")
+        if self.tp is not None and isinstance(tp, int) and tp != self.tp:
+            yield f"its tp_size is {tp}, sglang.tp is {self.tp}"
+        names = model.get("architectures")
+        known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
+        if known and FAMILIES[known[0]] != self.architecture.family:
+            yield f"its architectures are {known}, the job's model is of {self.architecture.family}"
+        file, config = _config(server, model)
+        for field, wanted in _sizes(self.architecture).items():
+            if isinstance(found := config.get(field), int) and found != wanted:
+                yield f"its {field} is {found}, by {file}, the job's is {wanted}"
+        yield from self._quantisation(server, file, config)
+
+    def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
+        stored = config.get("quantization_config") or {}
+        method, blocks = stored.get("quant_method"), stored.get("weight_block_size")
+        # Its arguments do not say how its checkpoint is quantised: that there is none takes both.
+        is_plain = file is not None and not stored and server.get("quantization", "unsaid") is None
+        if not self.fp8 and method is not None:
+            yield f"its quantization_config is of {method}, sglang.fp8 is false"
+        elif self.fp8 and (is_plain or method not in (None, "fp8")):
+            yield f"its quantization_config is {'null' if is_plain else f'of {method}'}, sglang.fp8 is true"
+        elif self.fp8 and isinstance(blocks, list) and blocks != [FP8_BLOCK, FP8_BLOCK]:
+            yield f"its weight_block_size is {blocks}, sglang.fp8 has {[FP8_BLOCK, FP8_BLOCK]}"
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    experts = architecture.experts
+    found = {field: getattr(architecture, name) for field, name in _SIZES.items()}
+    if experts is None or experts.dense_layers:
+        found["intermediate_size"] = architecture.intermediate_size
+    if experts is not None:
+        counts = dict.fromkeys(("num_experts", "num_local_experts"), experts.count)
+        found |= counts | {"moe_intermediate_size": experts.intermediate_size}
+    return found
+
+
+def _config(server: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The config.json that the server has started with, if it lies here as well, and what is in it, or told beside it.
+
+    In the server's container the same path may lead to another file: one of a model of another kind is not believed.
+    """
+    file, config = None, {}
+    path = server.get("model_path")
+    if isinstance(path, str) and Path(path).is_absolute():
+        found = _json_object(Path(path) / "config.json")
+        if found and all(model.get(key) in (None, found.get(key)) for key in ("model_type", "architectures")):
+            file, config = Path(path) / "config.json", found
+    return file, config | _object(server.get("json_model_override_args"))
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        return _object(file.read_text())
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def _object(text: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

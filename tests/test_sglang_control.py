@@ -1,0 +1,57 @@
+"""What rank 0 says, and what is not imported, when there are servers in the config."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang.control import Control
+from etr_megatron.rollout.sglang.fits import Expected
+from etr_megatron.weights import read_architecture
+from tests.runs import REPO
+
+TRAINING = """
+import sys
+from pathlib import Path
+from etr_megatron.config import load_config
+import etr_megatron.train, etr_megatron.job, etr_megatron.rollout.sglang
+from etr_megatron.rollout.sglang.arguments import check_arguments
+assert load_config("configs/cpu_tiny.yaml", ["sglang.tp=2", "sglang.placement=colocated"]).rollout.backend == "embedded"
+for path in sorted(Path("configs").glob("*.yaml")):
+    load_config(path)
+check_arguments(load_config("configs/cpu_tiny_sglang.yaml", ["sglang.arguments=[]"]).sglang)
+print([name for name in sys.modules if name.split(".")[0] in ("sglang", "sglang_router")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("placement", "backend", "is_said"),
+    [("colocated", "gloo", True), ("colocated", "nccl", False), ("dedicated", "gloo", False)],
+)
+def test_that_colocated_servers_on_cpu_give_up_no_memory_is_said(hf_models, tmp_path, caplog, placement, backend, is_said):
+    expected = Expected(read_architecture(hf_models["qwen3"]), "float32", 1, False)
+    config = SglangConfig(placement=placement)
+    control = Control(config, [], expected, host="127.0.0.1", api_key=None, backend=backend, logs=tmp_path)
+    try:
+        with caplog.at_level("WARNING"):
+            control.open({})
+    finally:
+        control.close()
+    said = "sglang.placement: colocated servers on CPU are asked for their memory and give up none"
+    assert [record.getMessage() for record in caplog.records if "sglang" in record.getMessage()] == [said] * is_said
+
+
+@pytest.mark.slow
+def test_a_trainer_beside_an_installed_sglang_imports_nothing_of_it(tmp_path):
+    for name in ("sglang", "sglang_router"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])}
+    run = subprocess.run(
+        [sys.executable, "-c", TRAINING], cwd=REPO, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0 and run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr

@@ -1,0 +1,105 @@
+"""Another process may take the port that was found for a server while that still starts: it is not taken for the server."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from etr_megatron.rollout.sglang import hosts, server
+from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port
+
+# A server that is not done with starting while another process has its port. It asks for a key, except for its health.
+SERVER = """
+import http.server, json, sys, time
+port, version = int(sys.argv[-1]), sys.argv[sys.argv.index("--weight-version") + 1]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        allowed = self.path == "/health" or self.headers["Authorization"] == "Bearer key"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps({"weight_version": version} if allowed and self.path == "/model_info" else {}).encode())
+while True:
+    try:
+        http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    except OSError:
+        time.sleep(0.1)
+"""
+COMMAND = ServerCommand(sys.executable, ("-c", SERVER), (), tells_version=True, api_key="key")
+OTHERS = {
+    "a server of another job": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "etr-0123456789abcdef"}')},
+    "a server of SGLang's": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "default"}')},
+    "a server with another key": {"/health": (200, b""), "/model_info": (401, b"{}")},
+    "something that answers everything": {"/health": (200, b"ok"), "/model_info": (200, b"ok")},
+    "something that has no such page": {"/health": (200, b"ok"), "/model_info": (404, b"")},
+}
+
+
+@contextmanager
+def answering(replies: dict[str, tuple[int, bytes]]):
+    """The port of another process that answers so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = replies[self.path]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        yield other.server_port
+        other.shutdown()
+
+
+@contextmanager
+def started_with_ports(tmp_path, monkeypatch, taken: int, count: int):
+    """What becomes of a server whose first `count` ports are taken, and the processes that were started for it."""
+    ports, processes = [taken] * count, []
+
+    class Recorded(ServerProcess):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            processes.append(self)
+
+    monkeypatch.setattr(server, "free_port", lambda host: ports.pop() if ports else free_port(host))
+    monkeypatch.setattr(hosts, "ServerProcess", Recorded)
+    host = hosts.Host({"server": COMMAND}, tmp_path, startup_timeout_s=60.0)
+    try:
+        yield host.start(["server"])["server"], processes
+    finally:
+        host.stop()
+
+
+@pytest.mark.parametrize("who", OTHERS)
+def test_what_answers_at_its_port_is_not_taken_for_a_server_that_still_starts(tmp_path, monkeypatch, who):
+    with answering(OTHERS[who]) as taken, started_with_ports(tmp_path, monkeypatch, taken, 1) as (started, (first, second)):
+        assert started == (second.url, None) and first.port == taken != second.port
+        assert second.is_running and not first.is_running
+
+
+def test_a_server_whose_port_is_taken_each_time_is_given_up_in_one_sentence(tmp_path, monkeypatch):
+    other = answering(OTHERS["something that answers everything"])
+    with other as taken, started_with_ports(tmp_path, monkeypatch, taken, 9) as (started, processes):
+        what = "server was started 3 times, and each time another process had taken its port"
+        assert started.problem == f"{what}, last http://127.0.0.1:{taken}"
+        assert len(processes) == 3 and not any(process.is_running for process in processes)
+
+
+def test_a_server_that_cannot_say_who_it_is_yet_is_asked_again(tmp_path, monkeypatch):
+    """503 is what one says that is not done with starting."""
+    replies = {"/health": (200, b""), "/model_info": (503, b"")}
+    timer = threading.Timer(1.5, lambda: replies.update(OTHERS["something that has no such page"]))
+    timer.start()
+    with answering(replies) as taken, started_with_ports(tmp_path, monkeypatch, taken, 1) as (started, processes):
+        assert not timer.is_alive() and len(processes) == 2 and started.problem is None
+
+
+def test_no_two_servers_of_a_job_are_given_the_same_port():
+    assert len({free_port("127.0.0.1") for _ in range(1000)}) == 1000
