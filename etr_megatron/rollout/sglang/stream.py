@@ -19,6 +19,8 @@ _ABORT_TIMEOUT_S = 20.0
 
 _GIVE_BACK_S = 5.0
 
+_HELD_S = 60.0
+"""For servers that take note of aborts to give back what they have; one that then still holds a request never will."""
 
 _Reply = tuple[int, Generated] | EngineGoneError | RefusedError
 
@@ -67,9 +69,13 @@ class RequestStream:
         A key that has no reply then (its servers have failed, or it had not begun) is forgotten.
         """
         self._is_stopping = abort
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _HELD_S
         while self._running:
             if abort:
                 await self._abort_all()
+                if loop.time() > end:
+                    self._give_up_holders()
             # Once more after a while: an abort may have come before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
@@ -157,6 +163,17 @@ class RequestStream:
             _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)
             for task in late:
                 task.cancel()
+
+    def _give_up_holders(self) -> None:
+        """Of requests that should have come back long ago. Behind a router it is not known who they are."""
+        why = f"took note of aborts, and did not give back within {_HELD_S:g} s what it had"
+        router = self._fleet.router
+        for running in list(self._running.values()):
+            if router is None:
+                self._fleet.mark_failed(running.client, why)
+            else:
+                router.give_up(f"a server {why}")
+            running.task.cancel()
 
     async def _abort(self, rid: str, running: _Running) -> None:
         """A server that does not take note has failed; its request is given up."""
