@@ -3,7 +3,8 @@
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
-this request on it has the weights that it was started with), busy (it says nothing of itself while it generates),
+this request on it has the weights that it was started with), fail_prompt,
+abort_prompt, die_prompt (first token of prompts that it does this at), busy (it says nothing of itself while it generates),
 die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
@@ -115,7 +116,10 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     number = next(STATE.generated)
     STATE.prompts.append(body["input_ids"])
     _act("generate", number)
-    if BEHAVIOUR.get("fail_at") == number:
+    first = body["input_ids"][0]
+    if BEHAVIOUR.get("die_prompt") == first:
+        os._exit(9)
+    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first:
         return 500, {"error": {"message": "out of order"}}
     if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG
@@ -128,7 +132,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         with BATCH:
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
-    finish = "abort" if BEHAVIOUR.get("abort_at") == number else finish
+    finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
     meta = {
         "output_token_logprobs": [[-0.5, token, None] for token in ids],
         "finish_reason": {"type": finish},

@@ -19,11 +19,14 @@ _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort":
 
 
 class ServerError(RuntimeError):
-    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered."""
+    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered.
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    reached: it may have been given the request; False where no connection was made.
+    """
+
+    def __init__(self, message: str, status: int | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.reached = status, reached
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class ServerClient:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.name}: {route} failed: {str(error) or type(error).__name__}") from error
+            raise ServerError(
+                f"{self.name}: {route} failed: {str(error) or type(error).__name__}",
+                reached=not isinstance(error, httpx.ConnectError),
+            ) from error
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
         """POST; the reply's JSON object, {} where it is none.
