@@ -1,4 +1,5 @@
-"""A request that fails wherever it goes: it ends in a sentence and does not take the fleet with it."""
+"""A request that fails wherever it goes: it ends in a sentence and does not take the fleet with it. A connection that breaks is
+no failure."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
-from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, tokens_of
+from tests.test_sglang_fleet import PARAMETERS, REQUESTS, fleet_of, state_of, tokens_of
 from tests.test_sglang_stream import answers
 
 POISON = Request([100, 7, 7], replace(PARAMETERS, max_new_tokens=9))
@@ -99,3 +100,42 @@ def test_errors_of_a_stream_come_in_their_order_after_the_replies_before_them():
     with pytest.raises(EngineGoneError, match="second"):
         stream.wait()
     assert stream.wait() == [reply]
+
+
+def test_a_connection_that_breaks_once_costs_no_server_and_what_it_was_for_is_cut_off_and_done_again():
+    async def body():
+        async with fleet_of({"drop_at": 5}) as fleet:
+            first = await fleet.generate(OTHERS)
+            await fleet.clients[0].call("/behave", {"drop_at": 20}, timeout_s=10)
+            stream = RequestStream(fleet, concurrency=4, exclusive=True)
+            await stream.submit(dict(enumerate(OTHERS)))
+            found = await answers(stream, len(OTHERS))
+            return first, [found[key] for key in range(len(OTHERS))], await state_of(fleet.clients[0]), fleet.failed
+
+    first, then, state, failed = asyncio.run(body())
+    wanted = [tokens_of(request) for request in OTHERS]
+    assert [one.ids for one in first] == wanted == [one.ids for one in then] and not failed
+    dropped = state["prompts"][20]
+    given = [rid for rid, prompt in zip(state["rids"], state["prompts"], strict=True) if prompt == dropped and rid is not None]
+    assert len(set(given)) == 2 and state["aborted"] == [given[0]]
+
+
+def test_a_connection_to_a_server_that_is_not_well_breaks_and_the_server_has_failed():
+    async def body():
+        async with fleet_of({"drop_at": 5, "unwell": True}, {}) as fleet:
+            return await fleet.generate(REQUESTS), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS] and list(failed) == ["server 0"]
+
+
+def test_no_request_of_a_stream_has_a_name_that_another_begins_with():
+    async def body():
+        async with fleet_of({}) as fleet:
+            stream = RequestStream(fleet, concurrency=4, exclusive=False)
+            await stream.submit(dict(enumerate(OTHERS)))
+            await answers(stream, len(OTHERS))
+            return (await state_of(fleet.clients[0]))["rids"]
+
+    rids = asyncio.run(body())
+    assert len(set(rids)) == len(OTHERS) and not any(a != b and b.startswith(a) for a in rids for b in rids)

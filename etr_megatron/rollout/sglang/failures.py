@@ -16,11 +16,13 @@ is at a second that does."""
 class Failures:
     """Of one request, while it is given to one server after another.
 
-    said: what went wrong, in order. at_well: after how many of these the server was well.
+    said: what went wrong, in order. at_well: after how many of these the server was well. broke: a connection broke once, which
+    is nobody's failure.
     """
 
     said: list[str] = field(default_factory=list)
     at_well: int = 0
+    broke: bool = False
 
     def add(self, why: str, *, well: bool) -> None:
         """One more. well: the server is, after it."""

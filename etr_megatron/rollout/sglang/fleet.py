@@ -37,6 +37,7 @@ class _Asking:
     """A request that is being asked: what is needed of it where it fails."""
 
     request: Request
+    rid: str | None
     failures: Failures
     answer: _Answer
 
@@ -128,7 +129,7 @@ class Fleet:
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
         asked = router.client if router is not None and routed else client
         answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort)
-        asking = _Asking(request, failures if failures is not None else Failures(), answer)
+        asking = _Asking(request, rid, failures if failures is not None else Failures(), answer)
         try:
             return await answer(asked, self.serving if routed else [client])
         except RefusedError as refusal:
@@ -145,10 +146,16 @@ class Fleet:
     async def _failed_at(self, client: ServerClient, asking: _Asking, error: Exception) -> None:
         """Mark a server that a request failed at, if it is the server that failed; the request is to be asked again.
 
-        The last server is only marked when it is not well. Raises RefusedError when the request fails for its own sake, and is
-        not to be asked again: it would fail at the next server as well, and in the end at all.
+        The last server is only marked when it is not well. For a connection that breaks none is marked that is well, once a
+        request: what the server may still have of it is cut off. Raises RefusedError when the request fails for its own sake,
+        and is not to be asked again: it would fail at the next server as well, and in the end at all.
         """
         failures = asking.failures
+        is_broken = isinstance(error, ServerError) and error.broken
+        if is_broken and not failures.broke and await self._is_well(client, asking.rid):
+            failures.broke = True
+            logger.warning("%s; the server is well, and the request is done again", error)
+            return
         has_no_part = isinstance(error, ServerError) and not error.reached
         is_known, is_last = client.name in self._failed, self.serving == [client]
         if has_no_part or not is_last:
@@ -182,11 +189,13 @@ class Fleet:
             said = "; ".join(failures.said)
             raise RefusedError(f"a request with {size} failed {len(failures.said)} times and is not tried again: {said}")
 
-    async def _is_well(self, client: ServerClient) -> bool:
-        """Whether it lives, has the weights and generates."""
+    async def _is_well(self, client: ServerClient, rid: str | None = None) -> bool:
+        """Whether it lives, has the weights and generates, and whether it took note of an abort of `rid`."""
         timeout_s = min(_WELL_S, self._hang_timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
+                if rid is not None:
+                    await client.abort(rid, timeout_s=timeout_s)
                 await self._see_that_it_is_well(client)
                 return await client.is_healthy(timeout_s)
         except (ServerError, TimeoutError):

@@ -120,7 +120,8 @@ class RequestStream:
             if not free:
                 break
             client = self._least_loaded(free)
-            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}"
+            # The dot: SGLang's scheduler cuts off every request whose id begins with what it is given.
+            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}."
             self._load[client.name] += 1
             self._running[rid] = _Running(client, asyncio.get_running_loop().create_task(self._one(client, key, rid)))
         if self._waiting and not self._running:
