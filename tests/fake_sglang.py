@@ -3,7 +3,8 @@
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
-this request on it has the weights that it was started with), busy (it says nothing of itself while it generates),
+this request on it has the weights that it was started with), drop_at (it closes the connection and says nothing), fail_prompt,
+abort_prompt, die_prompt (first token of prompts that it does this at), busy (it says nothing of itself while it generates),
 die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
@@ -41,6 +42,8 @@ from torch.distributed import distributed_c10d as c10d  # noqa: E402
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
 CONTEXT = 512
+DROP = 0
+"""For a status: the connection is closed instead."""
 TOO_LONG = 400, {"error": {"message": "Requested token count exceeds the model's maximum context length"}}
 MEMORY = ("weights", "kv_cache", "cuda_graph")
 UPDATE_SESSION = ("/begin_weight_update", "/end_weight_update")
@@ -92,6 +95,7 @@ class State:
         self.groups: dict[str, dist.ProcessGroup] = {}
         self.model: Any = None
         self.aborted: set[str] = set()
+        self.rids: list[str | None] = []  # of `prompts`
         self.running: set[str] = set()
         self.prompts: list[list[int]] = []  # that it was given, in order
         self.prompt_versions: list[str] = []  # of the weights that it had then
@@ -117,8 +121,14 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     number = next(STATE.generated)
     STATE.prompts.append(body["input_ids"])
     STATE.prompt_versions.append(STATE.version)
+    STATE.rids.append(body.get("rid"))
     _act("generate", number)
-    if BEHAVIOUR.get("fail_at") == number:
+    first = body["input_ids"][0]
+    if BEHAVIOUR.get("die_prompt") == first:
+        os._exit(9)
+    if BEHAVIOUR.get("drop_at") == number:
+        return DROP, None
+    if BEHAVIOUR.get("fail_at") == number or BEHAVIOUR.get("fail_prompt") == first:
         return 500, {"error": {"message": "out of order"}}
     if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG
@@ -131,7 +141,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         with BATCH:
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
-    finish = "abort" if BEHAVIOUR.get("abort_at") == number else finish
+    finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
     meta = {
         "output_token_logprobs": [[-0.5, token, None] for token in ids],
         "finish_reason": {"type": finish},
@@ -246,8 +256,9 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/model_info":
         return 200, {"weight_version": STATE.version} | BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/state":
-        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "most_payload_bytes")
-        return 200, {name: getattr(STATE, name) for name in names} | {"pid": os.getpid()}
+        names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "most_payload_bytes")
+        said = {name: getattr(STATE, name) for name in names}
+        return 200, said | {"aborted": list(filter(None, STATE.aborted)), "pid": os.getpid()}
     if route == "/server_info":
         with SCHEDULER, BATCH:
             return 200, BEHAVIOUR.get("says", {}).get(route, {})
@@ -317,6 +328,9 @@ class Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, found: Any) -> None:
         if self.api_key and self.path != "/health" and self.headers.get("Authorization") != f"Bearer {self.api_key}":
             status, found = 401, {"error": "Unauthorized"}
+        if status == DROP:
+            self.close_connection = True
+            return
         body = json.dumps(found).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

@@ -227,7 +227,7 @@ def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done
 
 def test_when_no_server_is_left_the_error_names_each_with_its_reason():
     async def body():
-        async with fleet_of({"die_at": 2}, {"fail_at": 1}) as fleet:
+        async with fleet_of({"die_at": 2}, {"fail_at": 1, "unwell": True}) as fleet:
             await fleet.generate(REQUESTS)
 
     with pytest.raises(EngineGoneError, match=r"server 0: /generate failed: .+; server 1: /generate answered 500"):

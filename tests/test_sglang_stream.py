@@ -163,6 +163,22 @@ def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
     assert found == [] and "/abort_request gave no answer" in failed["server 0"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_server_that_takes_note_of_aborts_and_gives_nothing_back_is_given_up(monkeypatch, exclusive):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.stream._HELD_S", 2.0)
+
+    async def body():
+        async with fleet_of({"hang_at": 0}, {}, timeout_s=90.0) as fleet:
+            stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
+            await stream.submit({0: REQUESTS[0], 1: REQUESTS[1]})
+            await asyncio.sleep(0.3)
+            return dict(await asyncio.wait_for(stream.stop(abort=True), 30)), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert 0 not in found and failed == {"server 0": "took note of aborts, and did not give back within 2 s what it had"}
+
+
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_what_a_failed_server_still_has_does_not_keep_a_stop_waiting(exclusive):
     requests = {key: Request([3, key], replace(PARAMETERS, max_new_tokens=60, seed=key)) for key in range(4)}

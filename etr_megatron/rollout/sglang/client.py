@@ -19,11 +19,15 @@ _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort":
 
 
 class ServerError(RuntimeError):
-    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered."""
+    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered.
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    reached: it may have been given the request; False where no connection was made. broken: the connection failed, which says
+    nothing of the server.
+    """
+
+    def __init__(self, message: str, status: int | None = None, *, reached: bool = True, broken: bool = False) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.reached, self.broken = status, reached, broken
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ class ServerClient:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.name}: {route} failed: {str(error) or type(error).__name__}") from error
+            raise ServerError(
+                f"{self.name}: {route} failed: {str(error) or type(error).__name__}",
+                reached=not isinstance(error, httpx.ConnectError),
+                broken=isinstance(error, httpx.TransportError),
+            ) from error
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
         """POST; the reply's JSON object, {} where it is none.

@@ -12,12 +12,16 @@ from typing import Any
 
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.failures import Failures
 from etr_megatron.rollout.sglang.pulse import Pulse
 from etr_megatron.rollout.sglang.router import Router
 
 logger = logging.getLogger(__name__)
 
 _Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
+
+_WELL_S = 10.0
+"""For a server that a request failed at to show that it is well."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,16 @@ class Request:
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A request that is being asked: what is needed of it where it fails."""
+
+    request: Request
+    rid: str | None
+    failures: Failures
+    answer: _Answer
 
 
 class Fleet:
@@ -95,6 +109,7 @@ class Fleet:
         request: Request,
         rid: str | None = None,
         *,
+        failures: Failures | None = None,
         may_abort: Callable[[], bool] = lambda: False,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient] = lambda others: others[0],
     ) -> Generated:
@@ -106,27 +121,85 @@ class Fleet:
         leaves less to fail. What one server calls wrong another is asked, which `elsewhere` chooses, as those at `sglang.urls`
         may differ: when it takes the request, who refused has failed; when it does not RefusedError is raised, which is no
         server's failure. Of what is refused through a router `client` itself is asked: the router may have limits of its own.
+
+        failures: of this request before, one object for all its attempts. A request that fails wherever it goes takes no more
+        than a few servers with it, see `_failed_at`.
         """
         router, marks = self.router, self._marks
         routed = router is not None and await router.leads_to(one.url for one in self.serving)
         asked = router.client if router is not None and routed else client
         answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort)
+        asking = _Asking(request, rid, failures if failures is not None else Failures(), answer)
         try:
             return await answer(asked, self.serving if routed else [client])
         except RefusedError as refusal:
             if router is not None and routed:
-                return await self._ask_past(router, client, answer, refusal)
-            return await self._ask_another(client, answer, elsewhere, refusal)
+                return await self._ask_past(router, client, asking, refusal)
+            return await self._ask_another(client, asking, elsewhere, refusal)
         except Exception as error:
             if router is None or not routed:
-                self.mark_failed(client, str(error))
-                raise
-            async with self._looking:
-                if router.is_up and self._marks == marks:
-                    await self.for_all(self._see_that_it_is_well)
-                if self._marks == marks:
-                    router.give_up(str(error))
+                await self._failed_at(client, asking, error)
+            else:
+                await self._failed_behind(router, marks, asking, error)
             raise
+
+    async def _failed_at(self, client: ServerClient, asking: _Asking, error: Exception) -> None:
+        """Mark a server that a request failed at, if it is the server that failed; the request is to be asked again.
+
+        The last server is only marked when it is not well. For a connection that breaks none is marked that is well, once a
+        request: what the server may still have of it is cut off. Raises RefusedError when the request fails for its own sake,
+        and is not to be asked again: it would fail at the next server as well, and in the end at all.
+        """
+        failures = asking.failures
+        is_broken = isinstance(error, ServerError) and error.broken
+        if is_broken and not failures.broke and await self._is_well(client, asking.rid):
+            failures.broke = True
+            logger.warning("%s; the server is well, and the request is done again", error)
+            return
+        has_no_part = isinstance(error, ServerError) and not error.reached
+        is_known, is_last = client.name in self._failed, self.serving == [client]
+        if has_no_part or not is_last:
+            self.mark_failed(client, str(error))
+        if has_no_part:
+            return
+        well = not is_known and await self._is_well(client)
+        failures.add(str(error), well=well)
+        if is_last and not well:
+            self.mark_failed(client, str(error))
+        await self._refuse_if_its_own(asking)
+
+    async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: Exception) -> None:
+        """Mark the servers that are not well, or give up the router. marks: when the request began. Raises RefusedError."""
+        async with self._looking:
+            if router.is_up and self._marks == marks:
+                await self.for_all(self._see_that_it_is_well)
+            if self._marks == marks:
+                router.give_up(str(error))
+                return
+        asking.failures.add(str(error), well=False)
+        await self._refuse_if_its_own(asking)
+
+    async def _refuse_if_its_own(self, asking: _Asking) -> None:
+        """While no server is well it is the servers that fail, or whatever is common to them."""
+        failures, request = asking.failures, asking.request
+        if not failures.may_be_its_own:
+            return
+        if failures.are_its_own or any(await asyncio.gather(*map(self._is_well, self.serving))):
+            size = f"{len(request.prompt_ids)} prompt tokens and up to {request.parameters.max_new_tokens} to follow"
+            said = "; ".join(failures.said)
+            raise RefusedError(f"a request with {size} failed {len(failures.said)} times and is not tried again: {said}")
+
+    async def _is_well(self, client: ServerClient, rid: str | None = None) -> bool:
+        """Whether it lives, has the weights and generates, and whether it took note of an abort of `rid`."""
+        timeout_s = min(_WELL_S, self._hang_timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if rid is not None:
+                    await client.abort(rid, timeout_s=timeout_s)
+                await self._see_that_it_is_well(client)
+                return await client.is_healthy(timeout_s)
+        except (ServerError, TimeoutError):
+            return False
 
     async def _reply(
         self,
@@ -146,14 +219,14 @@ class Fleet:
             raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
         return reply
 
-    async def _ask_past(self, router: Router, client: ServerClient, answer: _Answer, refusal: RefusedError) -> Generated:
+    async def _ask_past(self, router: Router, client: ServerClient, asking: _Asking, refusal: RefusedError) -> Generated:
         """Of what was refused on the way through the router, which is given up where the server takes the request."""
         try:
-            reply = await answer(client, [client])
+            reply = await asking.answer(client, [client])
         except RefusedError:
             raise
         except Exception as error:
-            self.mark_failed(client, str(error))
+            await self._failed_at(client, asking, error)
             raise
         router.give_up(str(refusal))
         return reply
@@ -161,7 +234,7 @@ class Fleet:
     async def _ask_another(
         self,
         client: ServerClient,
-        answer: _Answer,
+        asking: _Asking,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient],
         refusal: RefusedError,
     ) -> Generated:
@@ -169,11 +242,11 @@ class Fleet:
         while others := [one for one in self.serving if one is not client]:
             other = elsewhere(others)
             try:
-                reply = await answer(other, [other])
+                reply = await asking.answer(other, [other])
             except RefusedError:
                 break
             except Exception as error:
-                self.mark_failed(other, str(error))
+                await self._failed_at(other, asking, error)
             else:
                 self.mark_failed(client, str(refusal))
                 return reply
@@ -223,32 +296,38 @@ class Fleet:
         A request whose server fails is done again elsewhere, from its beginning. Raises EngineGoneError when no server is left,
         and RefusedError.
         """
-        waiting: asyncio.Queue[int] = asyncio.Queue()
-        for number in range(len(requests)):
-            waiting.put_nowait(number)
+        failures = [Failures() for _ in requests]
         found: dict[int, Generated] = {}
         self.refuse_if_gone()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(self._concurrency, len(requests))):
-                    for client in self.serving:  # in turn: the first requests go to all servers alike
-                        tasks.create_task(self._work(client, requests, waiting, found))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-        self.refuse_if_gone()
-        if len(found) < len(requests):  # a server failed after the others had run out of work
-            rest = [number for number in range(len(requests)) if number not in found]
-            again = await self.generate([requests[number] for number in rest])
-            found.update(zip(rest, again, strict=True))
+        while len(found) < len(requests):  # once more when a server failed after the others had run out of work
+            waiting: asyncio.Queue[int] = asyncio.Queue()
+            for number in range(len(requests)):
+                if number not in found:
+                    waiting.put_nowait(number)
+            work = partial(self._work, requests=requests, failures=failures, waiting=waiting, found=found)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(min(self._concurrency, waiting.qsize())):
+                        for client in self.serving:  # in turn: the first requests go to all servers alike
+                            tasks.create_task(work(client))
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from group
+            self.refuse_if_gone()
         return [found[number] for number in range(len(requests))]
 
     async def _work(
-        self, client: ServerClient, requests: Sequence[Request], waiting: asyncio.Queue[int], found: dict[int, Generated]
+        self,
+        client: ServerClient,
+        *,
+        requests: Sequence[Request],
+        failures: Sequence[Failures],
+        waiting: asyncio.Queue[int],
+        found: dict[int, Generated],
     ) -> None:
         """One of a server's places: takes requests until there are none, or its server has failed."""
         while client.name not in self._failed and not waiting.empty():
             number = waiting.get_nowait()
             try:
-                found[number] = await self.ask(client, requests[number])
+                found[number] = await self.ask(client, requests[number], failures=failures[number])
             except ServerError:
                 waiting.put_nowait(number)

@@ -6,12 +6,13 @@ import asyncio
 import itertools
 import queue
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
+from etr_megatron.rollout.sglang.failures import Failures
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 
 _ABORT_TIMEOUT_S = 20.0
@@ -19,6 +20,8 @@ _ABORT_TIMEOUT_S = 20.0
 
 _GIVE_BACK_S = 5.0
 
+_HELD_S = 60.0
+"""For servers that take note of aborts to give back what they have; one that then still holds a request never will."""
 
 _Reply = tuple[int, Generated] | EngineGoneError | RefusedError
 
@@ -41,12 +44,14 @@ class RequestStream:
     def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool) -> None:
         self._fleet, self._concurrency, self._exclusive = fleet, concurrency, exclusive
         self._requests: dict[int, Request] = {}
+        self._failures: defaultdict[int, Failures] = defaultdict(Failures)
         self._waiting: deque[int] = deque()
         self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
         self._load: Counter[str] = Counter()
         self._is_stopping = False
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
+        self._next: EngineGoneError | RefusedError | None = None  # it came right after the replies that `wait` returned
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         """Begin, in this order; keys are new."""
@@ -59,6 +64,9 @@ class RequestStream:
 
         Raises EngineGoneError when no server is left to answer, and RefusedError, after which that request is forgotten.
         """
+        if self._next is not None:
+            error, self._next = self._next, None
+            raise error
         return self._taken(self._replies.get())
 
     async def stop(self, *, abort: bool) -> list[tuple[int, Generated]]:
@@ -67,14 +75,20 @@ class RequestStream:
         A key that has no reply then (its servers have failed, or it had not begun) is forgotten.
         """
         self._is_stopping = abort
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _HELD_S
         while self._running:
             if abort:
                 await self._abort_all()
+                if loop.time() > end:
+                    self._give_up_holders()
             # Once more after a while: an abort may have come before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
                 await asyncio.wait(tasks, timeout=0.5 if abort else None)
         self._is_stopping = False
+        self._next = None
+        self._failures.clear()
         self._requests.clear()
         self._waiting.clear()
         replies = []
@@ -90,7 +104,7 @@ class RequestStream:
         while True:
             if not isinstance(reply, tuple):
                 if replies:
-                    self._replies.put(reply)  # after those that did come
+                    self._next = reply
                     return replies
                 raise reply
             replies.append(reply)
@@ -106,7 +120,8 @@ class RequestStream:
             if not free:
                 break
             client = self._least_loaded(free)
-            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}"
+            # The dot: SGLang's scheduler cuts off every request whose id begins with what it is given.
+            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}."
             self._load[client.name] += 1
             self._running[rid] = _Running(client, asyncio.get_running_loop().create_task(self._one(client, key, rid)))
         if self._waiting and not self._running:
@@ -119,7 +134,7 @@ class RequestStream:
         return min(clients, key=lambda one: self._load[one.name])
 
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
-        request = self._requests[key]
+        request, failures = self._requests[key], self._failures[key]
 
         def elsewhere(others: Sequence[ServerClient]) -> ServerClient:
             """Where the request goes that a server called wrong: there it is to be cut off, and no longer here."""
@@ -131,14 +146,16 @@ class RequestStream:
             return client
 
         try:
-            reply = await self._fleet.ask(client, request, rid, may_abort=lambda: self._is_stopping, elsewhere=elsewhere)
+            reply = await self._fleet.ask(
+                client, request, rid, failures=failures, may_abort=lambda: self._is_stopping, elsewhere=elsewhere
+            )
         except RefusedError as error:
-            del self._requests[key]
+            del self._requests[key], self._failures[key]
             self._replies.put(error)
         except (Exception, asyncio.CancelledError):  # whatever it was: a request that nobody answers is waited for
             self._waiting.appendleft(key)
         else:
-            del self._requests[key]
+            del self._requests[key], self._failures[key]
             self._replies.put((key, reply))
         self._load[client.name] -= 1
         del self._running[rid]
@@ -157,6 +174,17 @@ class RequestStream:
             _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)
             for task in late:
                 task.cancel()
+
+    def _give_up_holders(self) -> None:
+        """Of requests that should have come back long ago. Behind a router it is not known who they are."""
+        why = f"took note of aborts, and did not give back within {_HELD_S:g} s what it had"
+        router = self._fleet.router
+        for running in list(self._running.values()):
+            if router is None:
+                self._fleet.mark_failed(running.client, why)
+            else:
+                router.give_up(f"a server {why}")
+            running.task.cancel()
 
     async def _abort(self, rid: str, running: _Running) -> None:
         """A server that does not take note has failed; its request is given up."""
