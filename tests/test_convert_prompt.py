@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from etr_megatron.convert import Ranks, comparison, to_megatron
+from etr_megatron.weights import read_architecture
 from tests.test_convert_failures import refusal
 from tests.test_data_sources import byte_tokenizer
 
@@ -45,6 +46,16 @@ def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):
 def test_a_prompt_for_a_checkpoint_without_a_tokenizer_is_refused(capsys, hf_models, megatron):
     said = refusal(capsys, "verify", "--hf", hf_models["qwen3"], "--megatron", megatron, "--prompt", "12+7=")
     assert said == f"error: {hf_models['qwen3']} has no tokenizer for --prompt; leave it out, and made-up tokens are compared\n"
+
+
+def test_a_prompt_that_is_no_text_or_longer_than_the_model_takes_is_refused(capsys, hf, megatron):
+    argv = ("verify", "--hf", hf, "--megatron", megatron, "--prompt")
+    assert (
+        refusal(capsys, *argv, "caf\udce9") == "error: --prompt is not UTF-8; give another one\n"
+    )  # bytes of another encoding
+    longest = read_architecture(hf).max_positions
+    said = refusal(capsys, *argv, "x" * (longest + 1))
+    assert said == f"error: --prompt has {longest + 1} tokens, the model {longest} positions; give a shorter one\n"
 
 
 def test_a_prompt_without_tokens_is_refused_before_anything_is_compared(capsys, hf, megatron, monkeypatch):

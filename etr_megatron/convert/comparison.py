@@ -150,9 +150,16 @@ def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
         return (torch.arange(16) * 7919 % arch.vocab_size)[None]
     from etr_megatron.data import load_tokenizer
 
-    ids = load_tokenizer(hf).encode(PROMPT if prompt is None else prompt)
+    text = PROMPT if prompt is None else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8; give another one") from None
+    ids = load_tokenizer(hf).encode(text)
     if not ids:
         raise UserError("--prompt has no tokens; give another one")
+    if 0 < arch.max_positions < len(ids):
+        raise UserError(f"--prompt has {len(ids)} tokens, the model {arch.max_positions} positions; give a shorter one")
     return torch.tensor([ids])
 
 

@@ -83,6 +83,9 @@ def _lock(out: Path, partial: Path) -> int:
         _refuse_existing(out)
         try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # of a path that cannot be, such as one below /proc, "no such file" as well
+            raise UserError(f"--out {out}: {partial} cannot be made ({error.strerror})") from error
+        try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
             continue

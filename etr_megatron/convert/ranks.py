@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.together import together
 
 T = TypeVar("T")
@@ -35,8 +36,13 @@ class Ranks:
         return self._group
 
     def together(self, work: Callable[[], T]) -> T:
-        """See `platform.together`; with one process no collective."""
-        return together(work, self._group) if self._group is not None else work()
+        """See `platform.together`, with `path_errors`; with one process no collective."""
+
+        def named() -> T:
+            with path_errors():
+                return work()
+
+        return together(named, self._group) if self._group is not None else named()
 
     def first(self, work: Callable[[], T]) -> T | None:
         """Do `work` on rank 0 while the others wait; what it returned, on rank 0. A collective, raises as `together`."""

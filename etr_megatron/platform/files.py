@@ -14,6 +14,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk or quota."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
+_OF_PATHS = (*_NOT_WRITABLE, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
+_LONGEST_NAME = 200
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -31,6 +34,22 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: cannot be written ({os.strerror(error.errno)}); set run.dir to a directory of yours"
             ) from error
         raise
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Turn what the system says of a path that was given, met inside the block, into a `UserError` that names the path.
+
+    Of a path that may not be entered or read, leads nowhere or is too long; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        name = os.fsdecode(error.filename)
+        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+        raise UserError(f"{name}: {os.strerror(error.errno)}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -17,7 +17,9 @@ def read_config(source: Path) -> dict[str, Any]:
         config = json.loads(source.read_text())
     except FileNotFoundError:
         raise
-    except (ValueError, OSError) as error:  # text that is not UTF-8 is a ValueError too
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror})") from None
+    except ValueError as error:  # also of text that is not UTF-8
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source} holds {_spelled(config)}; an object with the model's fields is wanted")

@@ -49,6 +49,8 @@ class SafetensorsDir:
         for file in _files(self.path, set(placed.values())):
             try:
                 found = _read_header(file)
+            except PermissionError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror})") from None
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again") from None
             for name, stored in found.items():

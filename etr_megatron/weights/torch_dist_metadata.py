@@ -56,6 +56,8 @@ def read_metadata(folder: Path) -> Record:
     try:
         with open(file, "rb") as stream:
             metadata = _Unpickler(stream).load()
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from None
     except FileNotFoundError:
         raise UserError(f"{file} does not exist: {folder} is not a complete torch_dist checkpoint") from None
     except Exception as error:  # a pickle that is cut off or altered can raise anything

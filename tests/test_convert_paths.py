@@ -1,0 +1,82 @@
+"""Paths that a conversion cannot enter, read or make: one sentence that names them, and nothing of it left."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.convert import Ranks, hf_files, to_megatron
+from etr_megatron.weights import safetensors_dir, torch_dist_metadata
+from tests.test_convert_failures import refusal
+
+
+@pytest.fixture(scope="module")
+def megatron(hf_models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("paths") / "megatron"
+    to_megatron(Path(hf_models["qwen3"]), out, Ranks())
+    return out
+
+
+def denied(path) -> OSError:
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_an_output_below_what_holds_no_directories_is_refused_at_once(capsys, hf_models):
+    """The system says of it that there is no such directory, as it does where another process has just taken ours away."""
+    said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", "/proc/x/y")
+    assert said == "error: --out /proc/x/y: /proc/x/y.unfinished cannot be made (No such file or directory)\n"
+
+
+def test_an_output_with_a_name_that_is_too_long_is_refused(capsys, hf_models, tmp_path):
+    said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", tmp_path / ("a" * 300))
+    assert said.startswith(f"error: {tmp_path}/aaa"[:60]) and said.endswith("...: File name too long\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_unfinished_directory_is_named(capsys, hf_models, tmp_path):
+    (tmp_path / "out.unfinished").write_text("mine")
+    said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", tmp_path / "out")
+    assert said == f"error: --out {tmp_path}/out: {tmp_path}/out.unfinished cannot be made (File exists)\n"
+    assert (tmp_path / "out.unfinished").read_text() == "mine"
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_an_output_in_a_directory_that_may_not_be_entered_is_refused(
+    capsys, hf_models, megatron, tmp_path, monkeypatch, direction
+):
+    source = {"to-megatron": ("--hf", hf_models["qwen3"]), "to-hf": ("--megatron", megatron)}[direction]
+    out, exists = tmp_path / "theirs" / "out", Path.exists
+
+    def refuse(path, **options):
+        if path == out:
+            raise denied(path)
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert refusal(capsys, direction, *source, "--out", out) == f"error: {out}: Permission denied\n"
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_that_and_not_to_be_broken(
+    capsys, hf_models, megatron, tmp_path, monkeypatch
+):
+    hf = hf_models["qwen3"]
+
+    def refuse(path, *_):
+        raise denied(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_dir, "_read_header", refuse)
+        said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+        assert said == f"error: {hf}/model.safetensors cannot be read (Permission denied)\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_dist_metadata, "open", refuse, raising=False)
+        said = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
+        assert said == f"error: {megatron}/.metadata cannot be read (Permission denied)\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_files.shutil, "copyfile", refuse)
+        said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+        assert said == f"error: {hf}/generation_config.json: Permission denied\n"
+    assert list(tmp_path.iterdir()) == []
