@@ -85,13 +85,16 @@ class RunDirectory:
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
     def refuse_if_used(self, resume: bool) -> None:
-        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own."""
-        if not resume and self.is_used():
+        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or when
+        the directory cannot be looked into."""
+        with disk_errors(self.root):
+            is_used, is_over = self.is_used(), self._is_finished() and not any(self.checkpoints.glob("step_*"))
+        if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
                 "directory, or set checkpoint.resume=true to continue it"
             )
-        if self._is_finished() and not any(self.checkpoints.glob("step_*")):
+        if is_over:
             raise UserError(
                 f"{self.root} holds a finished run without a checkpoint to continue from; choose another run.name or remove "
                 "the directory"
