@@ -18,6 +18,7 @@ from etr_megatron.config import Config, doubts
 from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
+from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
 from etr_megatron.types import Problem
 
@@ -61,10 +62,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     if config.data.eval is not None:
         held_out = _problems(config, "eval", tokenizer, report=layout.rank == 0)[: config.eval.problems]
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
-    if layout.rank == 0:
-        directory.prepare(config)
-        for doubt in doubts(config):
-            print(f"warning: {doubt}", file=sys.stderr)
+    together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
     engine = None
     if config.rollout.replay is None:
@@ -98,6 +96,14 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         gc.unfreeze()  # else Triton's bindings report at the end whatever is left as leaked
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
+
+
+def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:
+    """Make the run directory this job's, until `stack` is closed. Raises UserError where another one is running there."""
+    stack.enter_context(directory.locked())  # before anything there is changed
+    directory.prepare(config)
+    for doubt in doubts(config):
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 def _engine(

@@ -253,6 +253,29 @@ def test_a_run_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> 
         RunDirectory(tmp_path / "file" / "run").prepare(Config())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_a_run_directory_where_none_can_be_made_is_a_user_error() -> None:
+    directory, said = RunDirectory(Path("/proc/x/y")), r"^/proc/x/y: cannot be written \(No such file or directory\)"
+    with pytest.raises(UserError, match=said), directory.locked():
+        pass
+    with pytest.raises(UserError, match=said):
+        directory.prepare(Config())
+
+
+def test_a_run_name_that_is_too_long_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose another run\.dir or run\.name$"):
+        RunDirectory(tmp_path / ("x" * 300)).refuse_if_used(resume=True)
+
+
+def test_a_run_directory_that_may_not_be_looked_into_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: bool) -> os.stat_result:  # as root, whom no mode keeps out, sees it too
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"/run: cannot be written \(Permission denied\)"):
+        RunDirectory(tmp_path / "run").refuse_if_used(resume=True)
+
+
 def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     config = Config(checkpoint=CheckpointConfig(resume=False))
     directory = RunDirectory(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -71,8 +72,46 @@ def test_a_rewritten_module_is_compiled_once_and_other_programs_never_read_it(tm
 
 def test_a_missing_rank_is_named_with_the_phase(gangs):
     replies = gangs(2).run("tests.platform_jobs:meet_without", missing=1)
-    assert replies[0] == "rank 0 waited 2 s at the rollout of step 7 for rank 1"
+    assert re.fullmatch(r"rank 0 waited [2-9] s at the rollout of step 7 for rank 1", replies[0])
     assert replies[1] == "absent"
+
+
+MEETING = """
+import datetime, os, sys, time
+import torch.distributed as dist
+from etr_megatron.platform.phases import Phases
+rank, store, dying = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+phases = Phases(timeout_s=900)
+phases.meet("resume")
+if rank == dying:
+    time.sleep(1.5)  # the other one waits already
+    os._exit(1)
+try:
+    phases.meet("rollout of step 7")
+except (TimeoutError, ConnectionError) as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("dying", "whose"), [(1, "rank 1"), (0, "rank 0, which may have lost another")])
+def test_a_rank_that_died_is_not_said_to_have_been_waited_for_until_the_deadline(tmp_path, dying, whose):
+    command = [sys.executable, "-c", MEETING]
+    ranks = [
+        subprocess.Popen([*command, str(rank), f"file://{tmp_path}/store", str(dying)], cwd=ROOT, stdout=-1, text=True)
+        for rank in range(2)
+    ]
+    try:
+        printed = ranks[1 - dying].communicate(timeout=90)[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    left = 1 - dying
+    assert re.fullmatch(
+        rf"ConnectionError: rank {left} lost at the rollout of step 7, after \d\d? s, its connection to {whose}\n", printed
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])

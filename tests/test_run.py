@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 
-from etr_megatron.observe import METRIC_KEYS
+from etr_megatron.observe import METRIC_KEYS, RunDirectory
 from tests.runs import Runs, wait_for
 
 pytestmark = pytest.mark.slow
@@ -134,6 +134,20 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(runs):
     code, printed = runs.finish(*options)
     assert code == 2 and "holds a finished run without a checkpoint" in printed
     assert runs.rows("once", times=True) == before
+
+
+def test_a_second_start_is_refused_while_the_first_runs_and_changes_nothing_of_it(runs):
+    directory, options = RunDirectory(runs.directory("twice")), ("run.name=twice", "run.steps=1", "eval.every=0")
+    with directory.locked():
+        directory.metrics.path.write_text('{"step": 1}\n{"step": 2}\n')
+        code, printed = runs.finish(*options)
+        assert code == 2 and "Traceback" not in printed
+        assert printed.count(f"error: another process is running in {directory.root}; ") == 1
+        assert directory.metrics.path.read_text() == '{"step": 1}\n{"step": 2}\n'
+        assert {path.name for path in directory.root.iterdir()} == {"lock", "metrics.jsonl"}
+    code, printed = runs.finish(*options)
+    assert code == 0, printed
+    assert [row["step"] for row in runs.rows("twice")] == [1] and "reward_mean" in runs.rows("twice")[0]
 
 
 def test_ctrl_c_ends_at_once_and_leaves_no_process(runs):

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from etr_megatron.config import Config, dump_yaml, to_dict
 from etr_megatron.errors import UserError
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
+from etr_megatron.observe.run_lock import locked
 from etr_megatron.platform.files import disk_errors, write_atomically
 from etr_megatron.types import Group
 
@@ -44,8 +46,9 @@ class RunDirectory:
     """The files of one run; one process (rank 0) writes them.
 
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
-        directory.prepare(config)
-        directory.cut_back(step=25)     # on resume
+        with directory.locked():
+            directory.prepare(config)
+            directory.cut_back(step=25)     # on resume
 
     config.yaml       the resolved configuration
     metrics.jsonl     one object per step (`MetricsLog`)
@@ -54,6 +57,7 @@ class RunDirectory:
     checkpoints/      belongs to the checkpoint room
     tensorboard/      event files, made from the same rows as metrics.jsonl
     servers/          what the rollout servers printed
+    lock              empty; locked for as long as the run goes on
     status.json       what became of the run: running, finished, failed or requeue (start it again), and at which step
     """
 
@@ -67,6 +71,11 @@ class RunDirectory:
         self.tensorboard = root / "tensorboard"
         self.servers = root / "servers"
         self.status_file = root / "status.json"
+        self.lock_file = root / "lock"
+
+    def locked(self, patience_s: float | None = None) -> AbstractContextManager[None]:
+        """Keep every other process from running here; see `run_lock.locked` for `patience_s` and what it raises."""
+        return locked(self.lock_file, patience_s)
 
     def is_used(self) -> bool:
         """Whether a run got as far as writing results here."""
@@ -76,13 +85,16 @@ class RunDirectory:
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
     def refuse_if_used(self, resume: bool) -> None:
-        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own."""
-        if not resume and self.is_used():
+        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or when
+        the directory cannot be looked into."""
+        with disk_errors(self.root):
+            is_used, is_over = self.is_used(), self._is_finished() and not any(self.checkpoints.glob("step_*"))
+        if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
                 "directory, or set checkpoint.resume=true to continue it"
             )
-        if self._is_finished() and not any(self.checkpoints.glob("step_*")):
+        if is_over:
             raise UserError(
                 f"{self.root} holds a finished run without a checkpoint to continue from; choose another run.name or remove "
                 "the directory"

@@ -12,7 +12,16 @@ from etr_megatron.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk or quota."""
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,  # of a directory that is made with its parents: in /proc, or where one of them is being removed
+)
 
 _OF_PATHS = (*_NOT_WRITABLE, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 _LONGEST_NAME = 200
@@ -31,7 +40,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _NOT_WRITABLE:
             raise UserError(
-                f"{path}: cannot be written ({os.strerror(error.errno)}); set run.dir to a directory of yours"
+                f"{path}: cannot be written ({os.strerror(error.errno)}); choose another run.dir or run.name"
             ) from error
         raise
 
