@@ -103,7 +103,7 @@ def sums_of(policy: Any, fp8: bool = False) -> dict[str, float]:
     return {name: tensor.double().sum().item() for name, tensor in found.items()}
 
 
-class _Problems(list[Problem]):
+class Problems(list[Problem]):
     fingerprint = "these"
 
 
@@ -121,7 +121,7 @@ def streamed(
         run=RunConfig(steps=steps),
         rollout=RolloutConfig(**rollout, samples_per_prompt=2, temperature=TEMPERATURE, backend="sglang"),
     )
-    problems = _Problems(Problem(f"p{number}", "", str(number), [3 + number, *prompts[number % 3]]) for number in range(40))
+    problems = Problems(Problem(f"p{number}", "", str(number), [3 + number, *prompts[number % 3]]) for number in range(40))
 
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
         rewards = [zlib.crc32(one.response.encode()) / 2**32 if int(one.answer) % 4 else 0.5 for one in requests]

@@ -16,11 +16,7 @@ from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import StreamingSampler
 from etr_megatron.types import Problem
 from tests.policy_jobs import build
-from tests.sglang_jobs import behaving, engine_of, states_of
-
-
-class _Problems(list[Problem]):
-    fingerprint = "these"
+from tests.sglang_jobs import Problems, behaving, engine_of, states_of
 
 
 def lost_while_streaming(model: str, directory: str, number: int, steps: int, rollout: dict, **settings: Any) -> dict[str, Any]:
@@ -39,7 +35,7 @@ def _lost_while_streaming(
     policy = build(model, ["parallel.tp=1"])
     engine = engine_of(policy, model, directory, probe_every=0, servers=2, **settings)
     config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**rollout, samples_per_prompt=2, backend="sglang"))
-    problems = _Problems(Problem(f"p{i}", "", "", [3 + i, 7]) for i in range(40))
+    problems = Problems(Problem(f"p{i}", "", "", [3 + i, 7]) for i in range(40))
 
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
         return [Grade(float(i % 2), "ok", "") for i in range(len(requests))]

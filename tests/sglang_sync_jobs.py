@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from etr_megatron.rollout.sglang import senders
+from etr_megatron.rollout.sglang import SglangEngine, senders
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights.transport import verify
 from etr_megatron.weights.transport.board import Board, SyncError
@@ -55,6 +56,20 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
         engine.close()
 
 
+def _error_of(engine: SglangEngine, weights: Any, owner: Any, name: str, instead: Callable[..., Any]) -> str:
+    """The error on this rank of an engine's only sync, in which `owner` has something else under this name."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, instead)
+            engine.update_weights(weights, 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        dist.barrier()
+        engine.close()
+    return ""
+
+
 def rank0_fails(model: str, directory: str, **settings: Any) -> str:
     """The error on this rank when rank 0's weights cannot be read, and rank 1 asks for the reason two seconds after that."""
     policy = build(model, ["parallel.tp=2"])
@@ -70,16 +85,7 @@ def rank0_fails(model: str, directory: str, **settings: Any) -> str:
             time.sleep(2)
         return failure(board)
 
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Board, "failure", slowly)
-            engine.update_weights(Broken(policy), 1)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        dist.barrier()
-        engine.close()
-    return ""
+    return _error_of(engine, Broken(policy), Board, "failure", slowly)
 
 
 def corrupted(model: str, directory: str, **settings: Any) -> str:
@@ -91,16 +97,7 @@ def corrupted(model: str, directory: str, **settings: Any) -> str:
     def wrong(*args: Any) -> int:
         return right(*args) + (dist.get_rank() == 1)
 
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(verify, "source_checksum", wrong)
-            engine.update_weights(policy.export(), 1)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        dist.barrier()
-        engine.close()
-    return ""
+    return _error_of(engine, policy.export(), verify, "source_checksum", wrong)
 
 
 def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dict[str, Any]:

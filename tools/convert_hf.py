@@ -70,9 +70,10 @@ def run(argv: list[str]) -> int:
     if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # a NaN is neither
         raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
     from etr_megatron import convert  # torch, after the command line is known to be right
+    from etr_megatron.platform.files import path_errors
 
     ranks = convert.Ranks()
-    with convert.watched(ranks, give_up):
+    with convert.watched(ranks, give_up), path_errors():
         return convert_or_compare(asked, ranks)
 
 
@@ -80,27 +81,23 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
     """Do what was asked on this rank; the exit code."""
     from etr_megatron import convert
     from etr_megatron.convert.hf_files import DTYPES
-    from etr_megatron.platform.files import path_errors
 
     start = time.monotonic()
     if asked.command == "verify":
-        with path_errors():
-            found = convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt)
-        return report(found)
+        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt))
     dtype = DTYPES[asked.dtype] if asked.dtype else None
-    with path_errors():
-        if asked.command == "to-megatron":
-            size = convert.to_megatron(asked.hf, asked.out, ranks, dtype)
-        else:
-            size = convert.to_hf(
-                asked.megatron,
-                asked.out,
-                ranks,
-                dtype=dtype,
-                fp8_block=asked.fp8_block,
-                max_file_bytes=int(asked.max_shard_gb * 1e9),
-                config_from=asked.config_from,
-            )
+    if asked.command == "to-megatron":
+        size = convert.to_megatron(asked.hf, asked.out, ranks, dtype)
+    else:
+        size = convert.to_hf(
+            asked.megatron,
+            asked.out,
+            ranks,
+            dtype=dtype,
+            fp8_block=asked.fp8_block,
+            max_file_bytes=int(asked.max_shard_gb * 1e9),
+            config_from=asked.config_from,
+        )
     seconds = time.monotonic() - start
     if ranks.rank == 0:
         print(f"{asked.out}: {size / 1e9:.3f} GB of tensors in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s")

@@ -15,6 +15,7 @@ from functools import partial
 import torch.distributed as dist
 
 from etr_megatron.convert.ranks import Ranks
+from etr_megatron.platform.background import beside
 
 BEAT_S = 5.0
 """How often a rank says that it lives. Reading and writing files do not keep it from that."""
@@ -33,14 +34,8 @@ def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     store = dist.PrefixStore("signs of life", dist.distributed_c10d._get_default_store())
-    done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(store, ranks.rank, ranks.world, done, give_up), name="watch", daemon=True)
-    thread.start()
-    try:
+    with beside(lambda done: _watch(store, ranks.rank, ranks.world, done, give_up), "watch"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ _NOT_WRITABLE = (
     errno.ENOENT,  # of a directory that is made with its parents: in /proc, or where one of them is being removed
 )
 
-_OF_PATHS = (*_NOT_WRITABLE, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
+_OF_PATHS = (*_NOT_WRITABLE, errno.ELOOP)
 _LONGEST_NAME = 200
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from etr_megatron.platform.background import beside
+
 T = TypeVar("T")
 
 BEAT_S = 2.0
@@ -63,19 +65,15 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
     if store is None:
         yield
         return
-    done = threading.Event()
 
-    def beat() -> None:
+    def beat(done: threading.Event) -> None:
         while not done.wait(BEAT_S):
             store.add("beats", 1)
 
-    thread = threading.Thread(target=beat, name="signs_of_life", daemon=True)
-    thread.start()
     try:
-        yield
+        with beside(beat, "signs_of_life"):
+            yield
     finally:
-        done.set()
-        thread.join()
         store.set("done", "")
 
 

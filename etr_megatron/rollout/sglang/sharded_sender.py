@@ -181,7 +181,7 @@ class ShardedSender:
         """Drop the connections, but not yet the store: others may still read there why a sync has failed."""
         if self._transport is not None:
             self._transport.close()
-        self._left = self._store
+        self._left = self._store or self._left
         self._transport = self._store = self._opening = None
         self._members = []
 
