@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 from benchmarks.experiment_environment import environment
 from benchmarks.output import prepare_output
+from benchmarks.process_cost import Cost, cost_of
 from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,20 +107,7 @@ def largest_tensor(folder: Path) -> tuple[int, int]:
     return max(sizes), sum(sizes)
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a process. This one must be small: Linux counts it before the exec, too."""
-    os.sync()  # what was written before is no part of it
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss * 1024
-
-
-def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, tuple[float, int]]]:
+def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, Cost]]:
     """Rounds of the two copies of what is converted and of the conversion; the first, which does not count, is left out."""
     way, out = WAYS[name], folder / "out"
     copy = 'mkdir "$2" && for ((i = 0; i < $3; i++)); do cp -r "$1" "$2/$i" || exit 1; done'
@@ -134,10 +121,11 @@ def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, tuple[floa
     for number in range(rounds + 1):
         one = {}
         for contestant, command in contestants.items():
-            one[contestant] = measure(command)
+            os.sync()  # what was written before is no part of it
+            one[contestant] = cost_of(command)
             shutil.rmtree(out)
         found.append(one)
-        print(name, number or "warm-up", {each: round(seconds, 2) for each, (seconds, _) in one.items()}, flush=True)
+        print(name, number or "warm-up", {each: round(cost.seconds, 2) for each, cost in one.items()}, flush=True)
     return found[1:]
 
 
@@ -152,10 +140,10 @@ def check_round_trip(folder: Path) -> None:
     shutil.rmtree(back)
 
 
-def summary(rounds: list[dict[str, tuple[float, int]]], bound: int) -> dict[str, Any]:
+def summary(rounds: list[dict[str, Cost]], bound: int) -> dict[str, Any]:
     """Medians, of the ratios to the two copies in the same round too, and memory against the bound."""
-    seconds = {name: [one[name][0] for one in rounds] for name in rounds[0]}
-    peak = max(one["convert"][1] for one in rounds)
+    seconds = {name: [one[name].seconds for one in rounds] for name in rounds[0]}
+    peak = max(one["convert"].peak_resident_bytes for one in rounds)
     ratios = {
         name: [ours / other for ours, other in zip(seconds["convert"], seconds[name], strict=True)]
         for name in ("cp", "cp_fsync")

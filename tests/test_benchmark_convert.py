@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from benchmarks import convert
+from benchmarks.process_cost import Cost, cost_of
 
 
 def test_ratios_are_of_the_same_round_and_memory_is_that_of_the_worst():
     rounds = [
-        {"cp": (10.0, 5), "cp_fsync": (20.0, 5), "convert": (10.0, 70)},
-        {"cp": (1.0, 5), "cp_fsync": (4.0, 5), "convert": (3.0, 120)},
-        {"cp": (4.0, 5), "cp_fsync": (5.0, 5), "convert": (8.0, 60)},
+        {"cp": Cost(10.0, 5), "cp_fsync": Cost(20.0, 5), "convert": Cost(10.0, 70)},
+        {"cp": Cost(1.0, 5), "cp_fsync": Cost(4.0, 5), "convert": Cost(3.0, 120)},
+        {"cp": Cost(4.0, 5), "cp_fsync": Cost(5.0, 5), "convert": Cost(8.0, 60)},
     ]
     found = convert.summary(rounds, bound=100)
     assert found["ratios"] == {"cp": [1.0, 3.0, 2.0], "cp_fsync": [0.5, 0.75, 1.6]}
@@ -21,6 +23,18 @@ def test_ratios_are_of_the_same_round_and_memory_is_that_of_the_worst():
     assert found["median_seconds"] == {"cp": 4.0, "cp_fsync": 5.0, "convert": 8.0}
     assert found["peak_resident_bytes"] == 120 and not found["memory_within_bound"]
     assert convert.summary(rounds, bound=120)["memory_within_bound"]
+
+
+def test_the_peak_of_a_command_is_its_own_and_not_that_of_the_process_that_measures():
+    held = bytearray(b"x") * 300_000_000
+    assert cost_of([sys.executable, "-c", "pass"]).peak_resident_bytes < 100e6 < len(held)
+    found = cost_of([sys.executable, "-c", "import time; held = bytearray(b'x') * 200_000_000; time.sleep(0.2)"])
+    assert 200e6 < found.peak_resident_bytes < 300e6 and found.seconds > 0.2
+
+
+def test_a_command_that_fails_ends_the_measurement():
+    with pytest.raises(SystemExit, match=r"exit\(3\) ended with 3$"):
+        cost_of([sys.executable, "-c", "exit(3)"])
 
 
 @pytest.mark.slow

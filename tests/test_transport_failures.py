@@ -103,6 +103,37 @@ def test_a_board_keeps_nothing_of_syncs_that_are_over():
     assert sizes == [4, 8, 8, 8, 8, 8]
 
 
+def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_failed_since():
+    """Else the ranks of one server would not agree on whether the version before was given up."""
+    store = HashStore()
+    boards = [Board(store, rank, 2, timeout_s=5) for rank in (0, 1)]
+    for board in boards:
+        board.start(7)
+
+    class Slow:
+        """A store whose first answer is old when it arrives."""
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def check(self, keys: list[str]) -> bool:
+            self.asked += 1
+            if self.asked == 1:
+                boards[0].meet("begin")
+                boards[0].report("OSError: the device fell off")
+                return False
+            return store.check(keys)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    boards[1]._store = Slow()
+    boards[1].meet("begin")
+    assert boards[1]._store.asked > 1
+    with pytest.raises(SyncError, match="version 7 did not complete: rank 0 failed: OSError: the device fell off"):
+        boards[1].meet("end")
+
+
 class NeverDone:
     """An NCCL message that nothing comes of."""
 
