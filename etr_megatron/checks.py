@@ -11,6 +11,7 @@ from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
+from etr_megatron.platform.files import path_errors
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Experts
@@ -38,7 +39,8 @@ def check_inputs(config: Config, world_size: int) -> None:
     )
     for check in checks:
         try:
-            check()
+            with path_errors():
+                check()
         except UserError as error:
             problems.append(str(error))
     if problems:

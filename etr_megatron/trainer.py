@@ -216,5 +216,7 @@ class Trainer:
             self._directory.cut_back(self.step)
             if not self.config.rollout.only:
                 forget_reached(self._directory.recorded)
+            if self.step >= self.config.run.steps:
+                print(f"{self._directory.root}: step {self.step} is done, which is all of run.steps; raise it to train on")
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)

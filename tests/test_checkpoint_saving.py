@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import etr_megatron.policy  # noqa: F401  (its import makes megatron.core importable without a GPU)
-from etr_megatron.checkpoint.saving import _Writer, is_disk_full
+from etr_megatron.checkpoint.saving import _Writer, disk_full_anywhere
 
 
 class _FailsOnce:
@@ -54,10 +54,10 @@ def _failure_of_saving(folder, at: int, number: int = errno.ENOSPC) -> BaseExcep
 def test_a_disk_that_is_full_at_any_write_is_recognised(tmp_path):
     failures = [_failure_of_saving(tmp_path / str(at), at) for at in range(1, 40)]
     assert len([one for one in failures if one is not None]) > 20
-    assert all(one is None or is_disk_full(one) for one in failures)
+    assert all(one is None or disk_full_anywhere(one) is not None for one in failures)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_failure_of_another_kind_is_not_taken_for_a_full_disk(tmp_path):
     failure = _failure_of_saving(tmp_path, 5, errno.EIO)
-    assert failure is not None and not is_disk_full(failure)
+    assert failure is not None and disk_full_anywhere(failure) is None

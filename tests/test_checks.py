@@ -57,6 +57,14 @@ def test_a_missing_model_directory_is_named(config: Config, tmp_path: Path) -> N
     assert message.startswith(f"model.path: {tmp_path}/nowhere is not a directory")
 
 
+@pytest.mark.parametrize("key", ["model.path", "data.train"])
+def test_a_path_that_the_system_refuses_is_one_sentence(config: Config, key: str) -> None:
+    section, name = key.split(".")
+    path = "x" * 300 + ".jsonl"
+    changed = replace(config, **{section: replace(getattr(config, section), **{name: path})})
+    assert refusal(changed) == f"{path[:200]}...: File name too long"
+
+
 def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
     assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
 

@@ -191,6 +191,33 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
     assert room[0] < 0 and not list(tmp_path.glob("out*"))
 
 
+def test_a_file_that_may_not_become_as_large_is_one_sentence(hf, tmp_path):
+    out = tmp_path / "out"
+    command = 'ulimit -f 20; exec "$@"'
+    argv = ["bash", sys.executable, "tools/convert_hf.py", "to-megatron", "--hf", str(hf), "--out", str(out), "--dtype", "bf16"]
+    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and not list(tmp_path.glob("out*"))
+    said = "a file would become larger than is allowed here (ulimit -f, or the file system)"
+    assert found.stderr.endswith(f"error: {out}: {said}; make room or choose another --out\n")
+
+
+def test_a_reader_that_leaves_ends_verify_without_a_word(hf, megatron):
+    command = '"$@" | true; exit ${PIPESTATUS[0]}'
+    argv = [
+        "bash",
+        sys.executable,
+        "tools/convert_hf.py",
+        "verify",
+        "--no-logits",
+        "--hf",
+        str(hf),
+        "--megatron",
+        str(megatron),
+    ]
+    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 128 + signal.SIGPIPE and "rror" not in found.stderr
+
+
 def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, before: str = "") -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of two ranks of the tool, as torchrun starts them but without it.
 

@@ -83,6 +83,9 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     assert [row["step"] for row in moved] == [1, 2, 3, 4, 5, 6] and moved[4] != unmoved[4]
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in unmoved], abs=2e-4), key
+    code, printed = runs.finish("run.name=moved", "parallel.tp=1", "parallel.pp=2")
+    assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to train on" in printed
+    assert runs.rows("moved") == moved
 
 
 def test_a_distributed_optimizer_resumes_exactly(runs):
@@ -192,6 +195,6 @@ def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoin
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
     code, printed = runs.finish("run.name=full", "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
     assert code == 2, printed
-    assert "no space left on the device of" in printed and "step 2" in printed
+    assert "checkpoints: no space left on the device, while step 2 was saved" in printed
     assert "Traceback" not in printed
     assert "step_000001" in printed and "trainer.json" in printed and "unfinished" not in printed

@@ -166,8 +166,11 @@ def _unfinished(argv: list[str]) -> str:
 
 if __name__ == "__main__":
     end_on_signals()
-    exit_code = main()
-    sys.stdout.flush()
+    try:
+        exit_code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of what was printed has left
+        exit_code = 128 + signal.SIGPIPE
     sys.stderr.flush()
     # Not sys.exit: the interpreter would end torch.distributed's threads, which they do not survive.
     os._exit(exit_code)

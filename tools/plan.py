@@ -14,6 +14,7 @@ import sys
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan, render, suggestions
+from etr_megatron.status import exit_with
 
 
 def main() -> int:
@@ -43,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

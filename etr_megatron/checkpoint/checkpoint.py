@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
 from torch.distributed.checkpoint import CheckpointException
 
-from etr_megatron.checkpoint.saving import TorchDistSave, is_disk_full
+from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import sync_to_disk
+from etr_megatron.platform.files import no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
 
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -78,13 +78,14 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             for old in _steps(checkpoints)[:-keep]:
                 shutil.rmtree(_path(checkpoints, old))
     except (OSError, RuntimeError, CheckpointException) as error:
-        if not is_disk_full(error):
+        full = disk_full_anywhere(error)
+        if full is None:
             raise
         if rank0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"no space left on the device of {checkpoints} while saving step {step}; free some and start again with the "
-            "same command: the last complete checkpoint is untouched"
+            f"{checkpoints}: {no_room(full)}, while step {step} was saved; make room and start again with the same command: "
+            "the last complete checkpoint is untouched"
         ) from error
     dist.barrier()
 

@@ -40,10 +40,10 @@ class _Writer(dcp.FileSystemWriter):
             raise OSError(full.errno, full.strerror) from error
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, what caused it, or a failure that it gathered from another rank, is a full disk."""
+def disk_full_anywhere(error: BaseException) -> OSError | None:
+    """The OSError of a full disk that `error` is or was caused by, or a failure that it gathered from another rank."""
     failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return any(disk_full_behind(one) is not None for one in (error, *failures))
+    return next((full for one in (error, *failures) if (full := disk_full_behind(one)) is not None), None)
 
 
 class TorchDistSave(SaveShardedStrategy):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import disk_full_behind, sync_to_disk
+from etr_megatron.platform.files import disk_full_behind, no_room, sync_to_disk
 
 _SPARE_BYTES = 16 * 2**20
 """Room for what is written besides tensors: headers, an index, a tokenizer."""
@@ -45,8 +45,9 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
         except BaseException as error:
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            if disk_full_behind(error) is not None:
-                raise UserError(f"{out}: no space left on the device; free some or choose another --out") from error
+            full = disk_full_behind(error)
+            if full is not None:
+                raise UserError(f"{out}: {no_room(full)}; make room or choose another --out") from error
             raise
     finally:
         if lock is not None:

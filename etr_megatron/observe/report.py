@@ -52,8 +52,8 @@ def summary(rows: list[MetricsRow]) -> str:
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
-        f"truncated         {sum(row['truncated'] for row in rows)} samples",
-        f"zero variance     {sum(row['zero_variance_groups'] for row in rows)} groups",
+        f"truncated         {_count(sum(row['truncated'] for row in rows), 'sample')}",
+        f"zero variance     {_count(sum(row['zero_variance_groups'] for row in rows), 'group')}",
         f"reward timeouts   {sum(row['reward_timeouts'] for row in rows)}",
     ]
     return "\n".join(lines)
@@ -102,6 +102,10 @@ def _evaluations(rows: list[MetricsRow]) -> str:
 def _mean(values: Iterable[float | None]) -> float | None:
     finite = [value for value in values if value is not None]
     return sum(finite) / len(finite) if finite else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _number(value: float | None) -> str:

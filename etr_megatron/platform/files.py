@@ -10,8 +10,12 @@ from pathlib import Path
 
 from etr_megatron.errors import UserError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a full disk or quota."""
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would become larger than is allowed here (ulimit -f, or the file system)",
+}
+"""What the system says where a disk takes no more, in words."""
 _NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -33,10 +37,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if error.errno in _NO_ROOM:
             raise UserError(
-                f"{path}: no space left on the device; free some (or set run.dir to another disk) and start the same "
-                "command again, it continues from the last checkpoint"
+                f"{path}: {no_room(error)}; make room (or set run.dir to another disk) and start the same command again, it "
+                "continues from the last checkpoint"
             ) from error
         if error.errno in _NOT_WRITABLE:
             raise UserError(
@@ -81,12 +85,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def disk_full_behind(error: BaseException | None) -> OSError | None:
-    """The OSError of a full disk that `error` is or was caused by."""
+    """The OSError of a disk that takes no more which `error` is or was caused by."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def no_room(error: OSError) -> str:
+    """What such an error says, in words."""
+    return _NO_ROOM[error.errno]
 
 
 def sync_to_disk(path: Path) -> None:
