@@ -99,7 +99,7 @@ def test_tensors_that_are_missing_or_unknown_are_named(capsys, hf, megatron, tmp
     config = json.loads((megatron / "config.json").read_text())
     (megatron / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     message = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
-    assert "1 tensor is unknown to the qwen3 family (output_layer.weight)" in message
+    assert "1 tensor is unknown to the qwen3 family with 4 layers (output_layer.weight)" in message
     to_megatron(Path(hf_models["qwen3_tied"]), tmp_path / "tied", Ranks())
     message = refusal(capsys, "to-hf", "--megatron", tmp_path / "tied", "--config-from", hf, "--out", tmp_path / "out")
     assert "1 tensor is missing (output_layer.weight)" in message

@@ -85,7 +85,10 @@ def edited(hf_models, tmp_path, *, config=None, tensors=None) -> str:
             {"num_hidden_layers": 5},
             r"11 tensors are missing \(model\.layers\.4\.input_layernorm\.weight, .*, and 1 more\)",
         ),
-        ({"num_hidden_layers": 3}, r"11 tensors are unknown to the qwen3 family \(model\.layers\.3\..*, and 1 more\)"),
+        (
+            {"num_hidden_layers": 3},
+            r"11 tensors are unknown to the qwen3 family with 3 layers \(model\.layers\.3\..*, and 1 more\)",
+        ),
         ({"vocab_size": 302}, r"embed_tokens\.weight has shape \[301, 48\]"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"architectures is \['GPT2LMHeadModel'\]; supported are"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
@@ -190,8 +193,8 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path, file, val
             r"index\.json names what is not there: x_alone in y\.safetensors; fetch",
         ),
         ({"both": "x.safetensors", "x_alone": "z.safetensors"}, r"names z\.safetensors, which is not there"),
-        ({"both": 1}, r"index\.json is broken \(its weight_map does not name a file for each tensor\)"),
-        ({}, r"index\.json is broken \(its weight_map does not name a file for each tensor\)"),
+        ({"both": 1}, r"index\.json is broken \(it has no weight_map that names a file for each tensor\)"),
+        ({}, r"index\.json is broken \(it has no weight_map that names a file for each tensor\)"),
     ],
     ids=["no index", "not in the index", "in another file", "no such file", "no file name", "empty index"],
 )

@@ -9,13 +9,16 @@ import torch
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture, read_architecture
 from etr_megatron.weights.fp8_dir import open_checkpoint
-from etr_megatron.weights.listing import listed
+from etr_megatron.weights.listing import LIMIT, listed
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name, weights_of
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import megatron_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 
 Shape = tuple[int, ...]
+
+_SHAPES = 3
+"""Tensors whose two shapes are told: more make a sentence that nobody reads."""
 
 _PANEL_BYTES = 2**24
 """Of a tensor that is read through, at a time."""
@@ -25,7 +28,7 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
     """Compare config.json with the tensors of a HuggingFace or `torch_dist` directory and return the architecture.
 
     named: see `read_architecture`. The tensors are those of `open_checkpoint`, which reads FP8 as bf16. Raises UserError naming
-    up to ten differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows. (A
+    a few differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows. (A
     config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the files' lengths
     are compared with what is said to lie in them as well.
 
@@ -122,11 +125,11 @@ def _refuse_difference(
         if name in found and found[name] != shape
     ]
     kinds = (
-        (f"{_tensors(missing)} missing", missing),
-        (f"{_tensors(other)} of another shape", other),
-        (f"{_tensors(extra)} unknown to the {arch.family} family", extra),
+        (f"{_tensors(missing)} missing", missing, LIMIT),
+        (f"{_tensors(other)} of another shape", other, _SHAPES),
+        (f"{_tensors(extra)} unknown to the {arch.family} family with {arch.layers} layers", extra, LIMIT),
     )
-    problems = [f"{what} ({listed(names)})" for what, names in kinds if names]
+    problems = [f"{what} ({listed(names, limit=limit)})" for what, names, limit in kinds if names]
     if problems:
         raise UserError(f"{path}: config.json does not fit the weights: {'; '.join(problems)}")
 

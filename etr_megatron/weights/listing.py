@@ -8,7 +8,7 @@ LIMIT = 10
 """More names do not help anybody."""
 
 
-def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """The first `LIMIT` items, and how many there are besides."""
-    more = len(items) - LIMIT
-    return separator.join([*items[:LIMIT], *([f"and {more} more"] if more > 0 else [])])
+def listed(items: Sequence[str], separator: str = ", ", limit: int = LIMIT) -> str:
+    """The first `limit` items, and how many there are besides."""
+    more = len(items) - limit
+    return separator.join([*items[:limit], *([f"and {more} more"] if more > 0 else [])])

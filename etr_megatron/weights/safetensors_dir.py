@@ -99,10 +99,11 @@ def _index(folder: Path) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        placed = json.loads(index.read_text())["weight_map"]
-        if not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise ValueError("its weight_map does not name a file for each tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text())
+        placed = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+            raise ValueError("it has no weight_map that names a file for each tensor")
+    except (OSError, ValueError) as error:
         raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
     return placed
 
