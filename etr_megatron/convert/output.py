@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.errors import UserError
+from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import disk_full_behind, no_room, sync_to_disk
 
 _SPARE_BYTES = 16 * 2**20
@@ -92,15 +92,12 @@ def _lock(out: Path, partial: Path) -> int:
             continue
         except OSError as error:
             raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends, however it does
+        if not try_lock(lock, partial):
+            os.close(lock)
+            raise UserError(f"another conversion is writing {partial}; wait for it or choose another --out")
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(partial)):
                 return lock
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"another conversion is writing {partial}; wait for it or choose another --out") from None
-        except FileNotFoundError:
-            pass
         os.close(lock)
 
 

@@ -11,7 +11,6 @@ How it stays whole when several ranks ask at once and any of them may be killed:
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from etr_megatron.config.schema import ArithmeticConfig, TinyConfig
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
+from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import sync_to_disk
 
 _RECIPE = 1
@@ -91,17 +91,13 @@ def _only_builder(finished: Path, timeout_s: float) -> Iterator[bool]:
     lock_path = finished.with_name(finished.name + ".lock")
     deadline = time.monotonic() + timeout_s
     with lock_path.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process has been building the tiny policy for more than {timeout_s:g} s (it holds "
-                        f"{lock_path}): wait for it, end it, or set another tiny.cache_dir"
-                    ) from None
-                time.sleep(_POLL_S)
+        while not try_lock(lock.fileno(), lock_path):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process has been building the tiny policy for more than {timeout_s:g} s (it holds {lock_path}): "
+                    "wait for it, end it, or set another tiny.cache_dir"
+                )
+            time.sleep(_POLL_S)
         yield not finished.is_dir()  # closing the file frees the lock
 
 

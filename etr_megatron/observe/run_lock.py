@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,16 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etr_megatron.errors import UserError
+from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import disk_errors
-
-logger = logging.getLogger(__name__)
 
 PATIENCE_S = 10.0
 """A process that was killed a moment ago keeps its lock until the kernel has taken its memory back."""
 
 _PAUSE_S = 0.1
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Error numbers of a file system that has no locks."""
 
 _held: set[int] = set()
 
@@ -60,17 +54,7 @@ def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
 
 def _lock(descriptor: int, file: Path, patience_s: float) -> None:
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"another process is running in {file.parent}; wait for it, stop it, or choose another run.name"
-                ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            text = "%s: its file system has no locks (%s), so that nothing keeps a second process from running there"
-            return logger.warning(text, file.parent, error.strerror)
+    while not try_lock(descriptor, file.parent):
+        if time.monotonic() >= deadline:
+            raise UserError(f"another process is running in {file.parent}; wait for it, stop it, or choose another run.name")
         time.sleep(_PAUSE_S)
