@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import mmap
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from etr_megatron.weights import (
     TorchDistDir,
     read_architecture,
     stored_shapes,
+    weights_of,
 )
 from tests.hf_models import FAMILIES
 from tools.convert_hf import main
@@ -44,6 +46,21 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 def small(request, monkeypatch):
     """Tensors of more than 64 KiB are copied from file to file, which these models have none of."""
     monkeypatch.setattr(torch_dist_writer, "_SMALL", {"read": 2**30, "copied": 1024}[request.param])
+
+
+def test_values_that_are_copied_keep_their_place_in_a_page(hf_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_dist_writer, "_SMALL", 1024)
+    hf = hf_models["qwen3"]
+    to_megatron(Path(hf), tmp_path / "megatron", Ranks())
+    source, stored, arch = SafetensorsDir(hf), TorchDistDir(tmp_path / "megatron"), read_architecture(hf)
+    places = set()
+    for weight in weights_of(arch):
+        if weight.split == "row":
+            (box,) = stored.boxes(weight, arch)
+            (_, found, _), (_, wanted, _) = box.span(), source.span(box.name, box.begin, box.size)
+            assert found % mmap.PAGESIZE == wanted % mmap.PAGESIZE, weight.stored
+            places.add(wanted % mmap.PAGESIZE)
+    assert len(places) > 4
 
 
 @pytest.mark.usefixtures("small")

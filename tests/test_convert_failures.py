@@ -334,14 +334,14 @@ def test_a_directory_that_is_renamed_before_it_is_locked_is_not_touched(capsys, 
     partial, out = tmp_path / "out.unfinished", tmp_path / "out"
     partial.mkdir()
     (partial / "weights").write_text("of the other one")
-    lock = output.fcntl.flock
+    lock = fcntl.flock
 
     def finish_first(*args):
         if partial.exists() and not out.exists():
             partial.rename(out)
         return lock(*args)
 
-    monkeypatch.setattr(output.fcntl, "flock", finish_first)
+    monkeypatch.setattr(fcntl, "flock", finish_first)
     assert "exists already" in refusal(capsys, "to-megatron", "--hf", hf, "--out", out)
     assert [path.name for path in out.iterdir()] == ["weights"] and not partial.exists()
 

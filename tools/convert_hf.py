@@ -13,6 +13,7 @@ Ctrl-C or SIGTERM. torchrun itself ends with 1 where a process of it does not en
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -166,6 +167,8 @@ def _unfinished(argv: list[str]) -> str:
 
 if __name__ == "__main__":
     end_on_signals()
+    # Garbage is looked for at every 700 new objects otherwise, which takes a fifth of the time in which modules are loaded.
+    gc.set_threshold(100_000)
     try:
         exit_code = main()
         sys.stdout.flush()
