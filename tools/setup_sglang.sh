@@ -5,12 +5,13 @@
 #
 # With an NVIDIA driver: the published package with its CUDA kernels. Without: the same SGLang on a CPU build of torch, for which
 # tests/sglang_cpu holds what its CUDA kernels are replaced by; it is meant for the tests and for trying things.
+# ETR_SGLANG_VERSION=0.5.23 takes another version of SGLang than the tests are run with.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv-sglang
 log=$venv/setup.log
-sglang='sglang==0.5.21'
+sglang="sglang==${ETR_SGLANG_VERSION:-0.5.21}"
 router='sglang-router==0.3.2'
 requirements=$root/tests/sglang_cpu/requirements.txt
 
