@@ -9,6 +9,7 @@ from pathlib import Path
 
 import etr_megatron
 from etr_megatron.config import SglangConfig
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.server import ServerCommand
 
 FP8_BLOCK = 128
@@ -30,6 +31,7 @@ def server_command(
 
     The server starts with random weights: it gets the policy's before its first request, and model_dir needs a config.json
     alone, so that a checkpoint of Megatron's serves as well. An api_key is handed over in a file that only the user may read.
+    Raises UserError where `sglang.devices` is empty and the machine has no GPU left for this server.
     """
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--tp-size", str(config.tp)]
@@ -54,11 +56,35 @@ def server_command(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
     if api_key is not None:
         arguments += ["--config", _key_file(folder, f"{host}_{place}", api_key)]
-    devices = config.devices[place * config.tp : (place + 1) * config.tp]
+    devices = config.devices[place * config.tp : (place + 1) * config.tp] or (_own_gpus(config, place) if cuda else ())
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
     return ServerCommand(config.python, config.launch, own, environment, host, tells_version=True, api_key=api_key)
+
+
+def _own_gpus(config: SglangConfig, place: int) -> tuple[str, ...]:
+    """Without `sglang.devices`, as CUDA_VISIBLE_DEVICES names them: colocated servers lie side by side on the ranks' GPUs,
+    dedicated ones behind them. None where no GPU is seen at all.
+
+    Left to itself every server would take the machine's first GPUs.
+    """
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    ranks = 0 if config.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = ranks + place * config.tp
+    if gpus and first + config.tp > len(gpus):
+        beside, way_out = "", ""
+        if ranks:
+            beside = f" beside those of {ranks} ranks"
+            way_out = ", start fewer ranks, or set sglang.placement=colocated, where servers share the ranks' GPUs"
+        raise UserError(
+            f"sglang.servers={config.servers} of sglang.tp={config.tp} take {config.servers * config.tp} GPUs{beside}, and "
+            f"this machine has {len(gpus)}; lower one of them{way_out}"
+        )
+    return tuple(gpus[first : first + config.tp])
 
 
 def _is_quantised(model_dir: Path) -> bool:
