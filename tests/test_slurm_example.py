@@ -53,6 +53,11 @@ def test_a_job_that_asks_for_it_goes_back_into_the_queue(job):
     assert "examples/run_etr.sh configs/cpu_tiny.yaml" in training and training.endswith("run.stop_grace_s=540")
 
 
+def test_nodes_whose_servers_have_gpus_of_their_own_are_given_fewer_processes(job):
+    _, called = job("finished", 0, ETR_PROCESSES="2")
+    assert [line.partition("--nproc-per-node ")[2][:2] for line in called if "torchrun" in line] == ["2 ", "2 "]
+
+
 @pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), ("", 3)])
 def test_any_other_end_is_the_jobs_own(job, state, code):
     found, called = job(state, code)
