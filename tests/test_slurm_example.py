@@ -64,6 +64,14 @@ def test_any_other_end_is_the_jobs_own(job, state, code):
     assert found == code and not any("requeue" in line for line in called)
 
 
+def test_a_job_that_fails_before_its_first_step_is_not_queued_for_ever(job, tmp_path):
+    # What its predecessor left, which asked for this job.
+    (tmp_path / "runs" / "job" / "status.json").write_text(json.dumps({"state": "requeue"}))
+    code, called = job("", 1)
+    assert code == 1 and not any("requeue" in line for line in called)
+    assert job("requeue", 1)[0] == 0  # another one that asks for it, by the same word
+
+
 def test_the_commands_run_in_a_container_where_one_is_named(job):
     code, called = job("finished", 0, ETR_RUN="env IN_CONTAINER=1", ETR_PREFLIGHT="0")
     assert code == 0 and not any("preflight" in line for line in called)
@@ -84,5 +92,7 @@ def test_the_state_of_a_run_is_one_word(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "status.json").write_text(json.dumps({"state": "requeue"}))
     assert ask().stdout == "requeue\n"
+    word, written = ask("--written").stdout.split()
+    assert word == "requeue" and int(written) == (tmp_path / "a" / "status.json").stat().st_mtime_ns
     wrong = ask("run.nme=b")
     assert wrong.returncode == 2 and "did you mean run.name" in wrong.stderr and "Traceback" not in wrong.stderr
