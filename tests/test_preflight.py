@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.preflight.facts import NodeFacts
+from etr_megatron.config import load_config, resolve
+from etr_megatron.preflight.facts import NodeFacts, collect
 from etr_megatron.preflight.findings import findings, gib, table
 from etr_megatron.preflight.network import _pairs
 
@@ -68,6 +69,27 @@ def test_equal_nodes_pass_every_check():
 )
 def test_a_node_that_differs_is_named_with_what_it_has(changes, check, state, says):
     assert of([NODE, other(**changes)], check) == (state, says)
+
+
+def facts_of(tmp_path, *overrides):
+    """Of this machine, for a job of two ranks on CPU."""
+    config = resolve(load_config(None, [f"run.dir={tmp_path}", "run.platform=cpu", *overrides]), 2, cuda=False)
+    (tmp_path / "token").write_text("t")
+    return collect(config, 2, clock=0.0, token_file=tmp_path / "token")
+
+
+@pytest.mark.parametrize(("nodes", "number", "is_told"), [("every", 1, True), ("first", 1, False), ("first", 0, True)])
+def test_every_node_that_starts_servers_must_have_their_interpreter(tmp_path, monkeypatch, nodes, number, is_told):
+    monkeypatch.setenv("GROUP_RANK", str(number))
+    monkeypatch.setenv("RANK", str(8 * number))
+    options = ("rollout.backend=sglang", f"sglang.nodes={nodes}", f"sglang.python={tmp_path / 'none'}")
+    assert facts_of(tmp_path, *options).servers_error == f"sglang.python={tmp_path / 'none'} is not an executable" * is_told
+
+
+def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path):
+    long = "m" * 300
+    found = facts_of(tmp_path, f"model.path={tmp_path / long}")
+    assert found.model == "" and found.model_error.endswith("File name too long")
 
 
 def test_a_slow_pair_and_a_broken_one_are_named():

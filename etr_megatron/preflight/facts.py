@@ -15,6 +15,7 @@ from pathlib import Path
 
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import path_errors
 
 PACKAGES = (
     "etr-megatron",
@@ -115,15 +116,17 @@ def _model(config: Config, world_size: int) -> tuple[str, str]:
     if config.model.path == "tiny":
         return "tiny", ""
     try:
-        check_model(config, world_size)
+        with path_errors():
+            check_model(config, world_size)
     except UserError as error:
         return "", str(error)
     return hashlib.sha256((Path(config.model.path) / "config.json").read_bytes()).hexdigest()[:12], ""
 
 
 def _servers(config: Config) -> str:
-    """The interpreter of the servers; only rank 0's machine has to have one."""
-    needed = config.rollout.backend == "sglang" and not config.sglang.urls and os.environ.get("RANK", "0") == "0"
-    if not needed or shutil.which(config.sglang.python):
+    """The interpreter of the servers, on the nodes that start some."""
+    has_some = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
+    starts = config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls and has_some
+    if not starts or shutil.which(config.sglang.python):
         return ""
     return f"sglang.python={config.sglang.python} is not an executable"
