@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from etr_megatron.config import load_config, resolve
+from etr_megatron.planner.parameters import total_parameters
+from etr_megatron.preflight.__main__ import _checkpoint_bytes
 from etr_megatron.preflight.facts import NodeFacts, collect
 from etr_megatron.preflight.findings import findings, gib, table
 from etr_megatron.preflight.network import _pairs
+from etr_megatron.weights import read_architecture
 
 REPO = Path(__file__).resolve().parents[1]
 NODE = NodeFacts(
@@ -86,10 +90,33 @@ def test_every_node_that_starts_servers_must_have_their_interpreter(tmp_path, mo
     assert facts_of(tmp_path, *options).servers_error == f"sglang.python={tmp_path / 'none'} is not an executable" * is_told
 
 
-def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path):
-    long = "m" * 300
-    found = facts_of(tmp_path, f"model.path={tmp_path / long}")
-    assert found.model == "" and found.model_error.endswith("File name too long")
+def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path, monkeypatch):
+    def refuse(config, world_size):
+        raise PermissionError(13, "Permission denied", f"{config.model.path}/config.json")
+
+    monkeypatch.setattr("etr_megatron.checks.check_model", refuse)
+    found = facts_of(tmp_path, "model.path=/data/model")
+    assert (found.model, found.model_error) == ("", "/data/model/config.json: Permission denied")
+
+
+def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
+    described = json.loads((REPO / "configs" / "models" / "Qwen3-8B" / "config.json").read_text())
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
+    (tmp_path / "config.json").write_text(json.dumps({**described, **sizes, "num_hidden_layers": 1}))
+
+    def needed(*more):
+        return _checkpoint_bytes(load_config(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}", *more]))
+
+    one = needed("checkpoint.keep=1") // 2
+    assert one == 14 * total_parameters(read_architecture(tmp_path))
+    assert needed("checkpoint.keep=2") == 3 * one
+    assert needed("checkpoint.every=0") == 0
+    folder = tmp_path / "run" / "checkpoints" / "step_000025"
+    folder.mkdir(parents=True)
+    (folder / "a.distcp").write_bytes(bytes(one))
+    assert needed("checkpoint.keep=2") == 2 * one
+    (folder / "b.distcp").write_bytes(bytes(one))
+    assert needed("checkpoint.keep=2") == needed("checkpoint.keep=1") == one  # of the next one
 
 
 def test_a_slow_pair_and_a_broken_one_are_named():
