@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config, resolve
@@ -54,9 +55,14 @@ class Plan:
         return self.config.rollout.backend == "embedded" or self.cluster.outside or self.cache_samples >= 1
 
     @property
+    def ranks_fit(self) -> bool:
+        """Whether all ranks do."""
+        return self.tightest.peak <= usable(self.gpu_memory)
+
+    @property
     def fits(self) -> bool:
         """Whether all ranks and servers do."""
-        return self.tightest.peak <= usable(self.gpu_memory) and self.server_fits
+        return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: bytes, seconds and numbers."""
@@ -91,8 +97,9 @@ def make_plan(
     """Plan a loaded, unresolved config as on machines with CUDA.
 
     gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on so
-    many GPUs, or whose layout the model cannot be cut into.
+    many GPUs, or whose layout the model cannot be cut into, and as `check_options`.
     """
+    check_options(config, gpu_memory, prompt, response)
     cluster = divide(config, gpus, gpus_per_node)
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
@@ -117,6 +124,17 @@ def make_plan(
         server=server,
         time=step_time(arch, config, cluster, work, server, gpu),
     )
+
+
+def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None = None, response: float | None = None) -> None:
+    """What `make_plan` is given beside the config. Raises UserError for a number that cannot be meant."""
+    if not 0 < gpu_memory < inf:
+        raise UserError(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
+    longest = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
+    longest |= {"rollout.max_response_tokens": config.rollout.max_response_tokens}
+    for option, mean, (key, most) in zip(("prompt", "response"), (prompt, response), longest.items(), strict=True):
+        if mean is not None and not 0 < mean <= most:
+            raise UserError(f"--mean-{option} {mean:g}: must be greater than 0 and at most {key} = {most}")
 
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:

@@ -19,6 +19,19 @@ def gib(count: float) -> str:
     return f"{count / GIB:.1f}"
 
 
+def misfit(plan: Plan) -> str:
+    """Why a plan does not fit, as a part of a sentence; "" for one that does."""
+    found = []
+    if not plan.ranks_fit:
+        found.append(f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} of {gib(usable(plan.gpu_memory))} usable GiB")
+    if not plan.server_fits:
+        found.append(
+            f"a server's weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB, and the rest does "
+            f"not hold one sample of {plan.work.longest:,} tokens"
+        )
+    return ", and ".join(found)
+
+
 def _head(plan: Plan) -> Iterator[str]:
     parallel, cluster, work = plan.config.parallel, plan.cluster, plan.work
     replicas = cluster.ranks // (int(parallel.tp) * parallel.pp * parallel.cp)
@@ -68,7 +81,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     rank, room = plan.tightest, usable(plan.gpu_memory)
     phase = max(rank.phases, key=lambda name: rank.phases[name])
-    words = "fits" if plan.fits else "DOES NOT FIT"
+    words = "fits" if plan.fits else "ranks fit" if plan.ranks_fit else "DOES NOT FIT"
     yield f"{words}: rank {rank.rank} (stage {rank.stage}) needs {gib(rank.peak)} of {gib(room)} usable GiB, to {phase}"
     if not plan.server_fits:
         yield (
