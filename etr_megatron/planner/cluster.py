@@ -17,6 +17,7 @@ class Cluster:
     """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
 
     colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
+    first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all have alike.
     """
 
     gpus: int
@@ -26,6 +27,7 @@ class Cluster:
     server_tp: int
     colocated: bool = False
     outside: bool = False
+    first_node_ranks: int | None = None
 
     @property
     def nodes(self) -> int:
@@ -34,8 +36,8 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """What torchrun is given as --nproc-per-node."""
-        return -(-self.ranks // self.nodes)
+        """What torchrun is given as --nproc-per-node, on the first node `first_node_ranks` where that is a number."""
+        return self.ranks // self.nodes if self.first_node_ranks is None else self.gpus_per_node
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
@@ -63,7 +65,15 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     ranks = gpus if colocated else gpus - nodes * on_a_node
     if ranks < 1:
         raise UserError(f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on")
-    return Cluster(gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated)
+    first = None if colocated or nodes * gpus_per_node == gpus else gpus_per_node - on_a_node
+    if first == 0:
+        raise UserError(
+            f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0, which starts them, needs one; "
+            "lower sglang.servers or sglang.tp, or set sglang.nodes=every with fewer on each"
+        )
+    return Cluster(
+        gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated, first_node_ranks=first
+    )
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

@@ -38,7 +38,9 @@ def _head(plan: Plan) -> Iterator[str]:
     sizes = {"TP": parallel.tp, "PP": parallel.pp, "VPP": parallel.vpp, "CP": parallel.cp, "EP": parallel.ep}
     cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
     yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
-    yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {cluster.nodes} nodes with {cluster.ranks_per_node} ranks"
+    first = "" if cluster.first_node_ranks is None else f", the first with {cluster.first_node_ranks}"
+    nodes = f"{cluster.nodes} nodes with {cluster.ranks_per_node} ranks{first}"
+    yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {nodes}"
     yield f"training   {cluster.ranks} ranks: {cut}"
     if plan.config.rollout.backend == "embedded":
         yield "rollout    the embedded engine in every rank"
