@@ -14,6 +14,7 @@ from etr_megatron.planner.dry_run import dry_run, fewest_gpus
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs" / "qwen3_8b_8gpu.yaml"
+MATH_7B, QWEN_32B = (str(CONFIG.with_name(name)) for name in ("qwen2.5_math_7b_8gpu.yaml", "qwen2.5_32b_32gpu.yaml"))
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -37,6 +38,12 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),
+        (["train.moe_aux_loss_coef=0.01"], "has no experts for train.moe_aux_loss_coef to balance"),
+        (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "sglang.tp=8 does not divide the 28 attention heads"),
+        (
+            ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],
+            "cannot be cut as the config says",
+        ),
         (["sglang.tp=3"], "take 24 GPUs of a node that has 8"),
     ],
 )

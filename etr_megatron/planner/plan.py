@@ -104,10 +104,10 @@ def make_plan(
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
-    if config.rollout.backend == "sglang" and config.sglang.fp8:
-        check_server_blocks(arch, server_layout(config, cluster))
     work = workload_of(config, cluster, prompt, response)
     try:
+        if config.rollout.backend == "sglang":
+            check_server(arch, server_layout(config, cluster), fp8=config.sglang.fp8)
         server = server_memory(arch, config, cluster, gpu_memory)
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
@@ -139,12 +139,13 @@ def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:
     """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
-    from etr_megatron.checks import check_experts, check_layout
+    from etr_megatron.checks import check_balancing, check_experts, check_layout
 
     parallel, model = config.parallel, config.model.path
     assert parallel.tp != "auto"
     check_layout(model, arch.heads, arch.kv_heads, arch.layers, parallel.tp, parallel.pp, parallel)
     check_experts(model, arch.experts, parallel, parallel.tp)
+    check_balancing(model, arch.experts, config.train)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if 0 < arch.max_positions < wanted:
         raise UserError(
@@ -153,11 +154,17 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
         )
 
 
-def check_server_blocks(arch: Architecture, layout: ServerLayout) -> None:
-    """A server in FP8 can cut every matrix at whole blocks. Raises UserError where it would refuse to start."""
+def check_server(arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
+    """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks. Raises UserError where it would refuse
+    to start, ValueError for a matrix that cannot be cut at all."""
     from etr_megatron.weights import weights_of
 
-    for weight in weights_of(arch):
+    if arch.heads % layout.tp:
+        raise UserError(
+            f"sglang.tp={layout.tp} does not divide the {arch.heads} attention heads, and a server would refuse to start; choose "
+            f"a sglang.tp that divides {arch.heads}"
+        )
+    for weight in weights_of(arch) if fp8 else ():
         if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
             continue  # layers and experts are alike
         for holding in layout.holdings(weight, arch):
