@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from etr_megatron.config import load_config
-from etr_megatron.planner import Plan, make_plan, suggestions
+from etr_megatron.flops import head_flops
+from etr_megatron.planner import H100, Plan, make_plan, suggestions
 from etr_megatron.planner.activations import Split, passes_in_flight, saved_by_layer, stage_activations
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -103,6 +104,16 @@ def test_only_the_last_stage_has_the_head_and_servers_are_counted_where_they_sha
     apart = plan("sglang.placement=dedicated", "sglang.servers=1", "sglang.sync=broadcast", gpus=64)
     assert {rank.server for rank in apart.ranks} == {0}
     assert apart.cluster.ranks == 32
+
+
+def test_a_head_without_an_fp32_buffer_sums_its_gradient_beside_it_and_makes_its_logits_twice():
+    full, half = plan(), plan("train.grads_dtype=bfloat16")
+    vocab = 151_936 // 4 + 32  # padded to 128 rows a rank
+    assert half.ranks[-1].head - full.ranks[-1].head == vocab * 5120 * (4 + 2)
+    assert half.ranks[0].head == full.ranks[0].head == 0
+    product = full.work.samples * head_flops(full.arch, full.work.response)
+    rate = 32 * H100.matmul * H100.dense_efficiency / (1 + full.time.bubble)
+    assert half.time.train - full.time.train == pytest.approx(product / rate)
 
 
 def test_the_cache_is_what_the_servers_weights_leave() -> None:

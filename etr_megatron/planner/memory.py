@@ -109,7 +109,9 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     """Of every rank. Raises ValueError where the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
-    rows = config.train.head_chunk_rows or CHUNK_ROWS
+    head = head_bytes(
+        arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16"
+    )
     stages = [
         stage_activations(arch, layout, stage, split, work.most_microbatches, config.train.recompute)
         for stage in range(layout.pp)
@@ -130,7 +132,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 optimizer=_optimizer_bytes(held, config, layout),
                 reference=held.total * element if config.objective.kl_coef > 0 else 0,
                 activations=stages[stage],
-                head=head_bytes(arch, split, rows) if stage == layout.pp - 1 else 0,
+                head=head if stage == layout.pp - 1 else 0,
                 export=export,
                 server=server.pool if cluster.colocated else 0,
                 embedded=embedded,
