@@ -77,6 +77,27 @@ def test_a_reference_model_is_a_second_set_of_weights() -> None:
     assert plan("objective.kl_coef=0.01").ranks[0].reference == plan().ranks[0].parameters
 
 
+def test_a_reference_in_fp8_has_no_copy_for_a_backward_pass():
+    fp8 = ("objective.kl_coef=0.01", "fp8.recipe=blockwise")
+    rank, held = plan(*fp8).ranks[0], plan(*fp8, "fp8.param=true").ranks[0]
+    matrices = (rank.parameters - 2 * rank.elements) // 2
+    assert matrices > 0.9 * (rank.elements - 151_936 // 4 * 5120)
+    assert rank.reference == 2 * rank.elements + matrices
+    assert held.reference == held.parameters == 2 * held.elements
+
+
+def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["rollout.backend=embedded", "rollout.batch_samples=16"])
+    planned = make_plan(config, 8)
+    rank = planned.ranks[0]
+    assert rank.embedded == planned.server.weights
+    assert rank.cache == 16 * 9216 * 2 * 36 * 8 * 128 * 2  # samples, tokens, keys and values, layers, heads, width, bytes
+    assert rank.phases["generate"] == rank.resident + rank.cache
+    assert rank.phases["train"] == rank.resident + rank.activations + rank.head
+    large = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["rollout.backend=embedded"])
+    assert "rollout.batch_samples=32" in [suggestion.setting for suggestion in suggestions(large, make_plan(large, 8))]
+
+
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288

@@ -62,6 +62,8 @@ def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
         wanted += [("parallel", k, v) for k, v in sizes.items() if k != "tp" or v <= plan.cluster.ranks_per_node]
         if parallel.tp != 1 and not parallel.sequence_parallel:
             wanted.append(("parallel", "sequence_parallel", True))
+    if now.rollout.backend == "embedded" and now.rollout.batch_samples > 1:
+        wanted.append(("rollout", "batch_samples", now.rollout.batch_samples // 2))
     if now.rollout.backend == "sglang" and not now.sglang.urls:
         fraction = SERVER_FRACTION if now.sglang.mem_fraction is None else now.sglang.mem_fraction
         wanted += [("sglang", "mem_fraction", round(fraction + step, 2)) for step in (-0.1, 0.1) if 0 < fraction + step < 1]

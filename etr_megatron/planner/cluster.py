@@ -17,7 +17,7 @@ class Cluster:
     """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
 
     colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
-    first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all have alike.
+    first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all are alike.
     """
 
     gpus: int

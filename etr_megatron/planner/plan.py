@@ -155,14 +155,16 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
 
 
 def check_server(arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
-    """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks. Raises UserError where it would refuse
-    to start, ValueError for a matrix that cannot be cut at all."""
+    """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks.
+
+    Raises UserError where it would refuse to start, ValueError for a matrix that cannot be cut at all.
+    """
     from etr_megatron.weights import weights_of
 
     if arch.heads % layout.tp:
         raise UserError(
-            f"sglang.tp={layout.tp} does not divide the {arch.heads} attention heads, and a server would refuse to start; choose "
-            f"a sglang.tp that divides {arch.heads}"
+            f"sglang.tp={layout.tp} does not divide the {arch.heads} attention heads, and a server would refuse to start; "
+            f"choose a sglang.tp that divides {arch.heads}"
         )
     for weight in weights_of(arch) if fp8 else ():
         if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):

@@ -57,7 +57,8 @@ def step_time(
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
-    # The head forms its gradients in its forward pass where the loss is token-local and the buffer fp32; else logits come twice.
+    # The head forms its gradients in its forward pass where the loss is token-local and their buffer fp32; else it makes its
+    # logits twice.
     heads = 4 if config.objective.loss == "gspo" or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
     return StepTime(
