@@ -53,6 +53,14 @@ def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
     assert interleaved.time.bubble == pytest.approx(plain.time.bubble / 2)
 
 
+def test_interleaved_microbatches_come_in_rounds_of_one_for_every_stage():
+    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three for each of two replicas
+    assert (plan(*few).work.microbatches, plan(*few).work.most_microbatches) == (2, 3)
+    interleaved = plan(*few, "parallel.vpp=2")
+    assert (interleaved.work.microbatches, interleaved.work.most_microbatches) == (4, 4)
+    assert interleaved.time.bubble == 3 / (2 * 4)
+
+
 def test_optimizer_state_is_what_the_types_and_the_replicas_say() -> None:
     shared, own = plan(), plan("train.distributed_optimizer=false", "train.overlap_param_gather=false")
     for rank, whole in zip(shared.ranks, own.ranks, strict=True):

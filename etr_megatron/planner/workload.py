@@ -47,9 +47,10 @@ def workload_of(config: Config, cluster: Cluster, prompt: float | None = None, r
     of_a_rank = samples / train.minibatches / replicas
 
     def microbatches(tokens: float) -> int:
-        # A microbatch is filled with whole samples.
+        # A microbatch is filled with whole samples, and the interleaved schedule works in rounds of one for every stage.
         fits = max(1, int(budget // tokens))
-        return max(1, ceil(of_a_rank / fits))
+        count, round_of = max(1, ceil(of_a_rank / fits)), parallel.pp if parallel.vpp > 1 else 1
+        return -(-count // round_of) * round_of
 
     return Workload(
         samples=samples,
