@@ -54,7 +54,7 @@ def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
 
 
 def test_interleaved_microbatches_come_in_rounds_of_one_for_every_stage():
-    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three for each of two replicas
+    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three a replica
     assert (plan(*few).work.microbatches, plan(*few).work.most_microbatches) == (2, 3)
     interleaved = plan(*few, "parallel.vpp=2")
     assert (interleaved.work.microbatches, interleaved.work.most_microbatches) == (4, 4)

@@ -130,6 +130,18 @@ def test_a_sync_by_memory_depends_on_where_the_servers_are(gpus, outside, parts)
     assert sync_seconds(config, cluster, model_bytes, H100) == pytest.approx(1.0 + model_bytes * sum(parts))
 
 
+@pytest.mark.parametrize("sync", ["tensor", "disk", "broadcast", "sharded"])
+def test_weights_for_servers_in_fp8_are_quantised_before_they_are_sent(sync) -> None:
+    config = MODELS.parent / "qwen3_32b_64gpu_async.yaml"
+    settings = ([f"sglang.sync={sync}", f"sglang.fp8={fp8}"] for fp8 in ("false", "true"))
+    plain, fp8 = (make_plan(load_config(config, overrides), 64).time.sync for overrides in settings)
+    # They are gathered as they are trained, over NVLink and the network.
+    gathered = 0.0 if sync == "sharded" else 65.5e9 / 360e9 + 65.5e9 / 40e9
+    matrices = 1 - 2 * 151_936 * 5120 / 32.76e9
+    share = matrices * (1 + 4 / 128**2) / 2 + (1 - matrices)
+    assert fp8 - 1.0 - gathered == pytest.approx(share * (plain - 1.0 - gathered), rel=0.01)
+
+
 def test_the_published_sync_lies_between_the_transports() -> None:
     found = sync_of_32b()
     print(found)

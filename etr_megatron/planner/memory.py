@@ -92,6 +92,11 @@ def usable(gpu_memory_gib: float) -> int:
     return int(gpu_memory_gib * GIB * (1 - SLACK))
 
 
+def fp8_bytes(matrices: int) -> int:
+    """Of matrices with so many elements as servers hold them: a byte each, and an fp32 scale for every block of 128 x 128."""
+    return matrices + 4 * matrices // 128**2
+
+
 def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memory_gib: float) -> ServerMemory:
     """Of the server's GPU with most parameters. The embedded engine's cache has no pool (0 here), see `RankMemory.cache`."""
     layout = server_layout(config, cluster)
@@ -99,8 +104,7 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
     element = 4 if config.model.dtype == "float32" else 2
     weights = held.total * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
-        # One byte an element, and an fp32 scale for every block of 128 x 128.
-        weights = (held.total - held.matrices) * element + held.matrices + 4 * held.matrices // 128**2
+        weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
     heads = max(1, arch.kv_heads // layout.tp)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     pool = 0 if config.rollout.backend == "embedded" else int(fraction * gpu_memory_gib * GIB)
