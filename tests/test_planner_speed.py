@@ -63,6 +63,23 @@ def test_one_sequence_takes_the_time_of_reading_the_weights() -> None:
     assert seconds([160.0]) == pytest.approx(160 * step, rel=1e-3)
 
 
+def test_a_step_of_a_mixture_reads_what_is_no_expert_whatever_the_batch() -> None:
+    arch = read_architecture(MODELS / "Qwen3-30B-A3B")
+    both = dict(prompt=0.0, concurrency=64, cache_tokens=None, tp=1, weight_bytes=61 * 10**9, token_bytes=0, gpu=H100)
+    one, many = (generation_seconds(arch, lengths=np.full(batch, 160.0), **both) / 160 for batch in (1, 64))
+    rate = 3.35e12 * H100.decode_memory_efficiency
+    chosen = 48 * 8 * 3 * 2048 * 768 / 30.53e9
+    others = 1 - 48 * 128 * 3 * 2048 * 768 / 30.53e9
+    assert one == pytest.approx(H100.decode_overhead + 61e9 * (chosen + others) / rate, rel=1e-3)
+    assert many == pytest.approx(H100.decode_overhead + 61e9 / rate, rel=0.02)
+
+
+def test_a_large_batch_computes_the_head_for_every_token() -> None:
+    arch = read_architecture(MODELS / "Qwen3-8B")
+    step = 2 * (active_parameters(arch) + arch.vocab_size * arch.hidden_size) / (H100.matmul * H100.decode_compute_efficiency)
+    assert seconds([16.0] * 2048, concurrency=2048) == pytest.approx(16 * (2048 * step + H100.decode_overhead), rel=1e-3)
+
+
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:
     assert seconds([160.0] * 32) < 1.05 * seconds([160.0])
     long = seconds([16_000.0] * 64)
