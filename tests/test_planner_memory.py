@@ -6,7 +6,7 @@ import pytest
 
 from etr_megatron.config import load_config
 from etr_megatron.flops import head_flops
-from etr_megatron.planner import H100, Plan, make_plan, suggestions
+from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
 from etr_megatron.planner.activations import Split, passes_in_flight, saved_by_layer, stage_activations
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -163,10 +163,31 @@ def test_what_does_not_fit_is_told_with_settings_that_help_and_each_does() -> No
     advice = suggestions(config, tight, gpu_memory=48.0)
     assert advice
     for suggestion in advice:
-        changed = make_plan(load_config(QWEN_32B, [suggestion.setting]), 32, gpu_memory=48.0)
+        changed = make_plan(load_config(QWEN_32B, suggestion.setting.split()), 32, gpu_memory=48.0)
         assert changed.tightest.peak == suggestion.peak
-        assert changed.tightest.peak < tight.tightest.peak or changed.server_fits
+        assert changed.tightest.peak < tight.tightest.peak
         assert changed.fits == suggestion.fits
+
+
+def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_known() -> None:
+    config = load_config(QWEN_32B, [])
+    tight = make_plan(config, 32, gpu_memory=64.0)
+    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=64.0) if suggestion.fits]
+    counted = [suggestion.is_counted for suggestion in fitting]
+    assert counted == sorted(counted, reverse=True) and {True, False} == set(counted)
+    text = render(tight, fitting)
+    assert "train.grads_dtype=bfloat16: " in text and " GiB, fits, at least " in text.partition("parallel.tp=8: ")[2][:40]
+
+
+def test_experts_may_be_spread_further_and_servers_made_larger_where_that_helps() -> None:
+    experts = load_config(QWEN_32B.with_name("qwen3_30b_a3b_32gpu.yaml"), ["parallel.ep=4"])
+    found = suggestions(experts, make_plan(experts, 32, gpu_memory=40.0), gpu_memory=40.0)
+    assert "parallel.ep=8" in [suggestion.setting for suggestion in found]
+    servers = load_config(QWEN_32B, ["sglang.tp=1", "sglang.servers=8"])
+    plan = make_plan(servers, 32)
+    assert plan.ranks_fit and not plan.server_fits
+    found = suggestions(servers, plan)
+    assert [suggestion.setting for suggestion in found if suggestion.fits] == ["sglang.tp=2 sglang.servers=4"]
 
 
 def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:

@@ -39,8 +39,8 @@ def generation_seconds(
 
     concurrency: most at once. cache_tokens: what the KV cache holds, None is enough. weight_bytes, token_bytes: weights and
     a token's keys and values on one of its GPUs. A step reads all weights (of experts those that the batch chooses) and the
-    batch's cache, or computes, head included, whichever takes longer. What the cache has no room for any more is taken back, and
-    its tokens are computed anew when it goes on.
+    batch's cache, or computes, head included, whichever takes longer. What the cache has no room for any more is taken back,
+    and its tokens are computed anew when it goes on.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]

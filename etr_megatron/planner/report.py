@@ -95,7 +95,8 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
         yield "would fit as well, and be faster:"
     for suggestion in advice:
         end = "fits" if suggestion.fits else "does not fit"
-        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {suggestion.step:.0f} s a step"
+        least = "" if suggestion.is_counted else "at least "
+        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {least}{suggestion.step:.0f} s a step"
 
 
 def _time(plan: Plan) -> Iterator[str]:
