@@ -13,8 +13,8 @@ from etr_megatron.planner.plan import Plan, make_plan
 
 
 UNCOUNTED = ("parallel.", "train.optimizer_offload")
-"""Settings whose own cost in time is not modelled: more communication, an update on the CPU. They come after those whose time is
-known."""
+"""Settings whose own cost in time is not modelled (more communication, an update on the CPU). They come after those whose time
+is known."""
 
 
 @dataclass(frozen=True)
