@@ -165,6 +165,12 @@ def test_the_published_sync_lies_between_the_transports() -> None:
     assert found["sharded"] < found["broadcast"] < SYNC_32B < found["tensor"] < found["disk"]
 
 
+def test_the_readme_says_the_errors_that_are_computed() -> None:
+    sync, one_step_off = (round(100 * (1 - row.estimate().time.step / row.step)) for row in ROWS[:2])
+    readme = " ".join((MODELS.parents[1] / "README.md").read_text().split())
+    assert f"32 and 64 H100 are estimated {sync}% and {one_step_off}% too fast" in readme
+
+
 def test_the_table_of_the_documentation_is_the_one_that_is_computed() -> None:
     documented = (MODELS.parents[1] / "docs" / "planner.md").read_text()
     assert table() in documented
