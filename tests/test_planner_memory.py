@@ -53,6 +53,12 @@ def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
     assert interleaved.time.bubble == pytest.approx(plain.time.bubble / 2)
 
 
+def test_samples_over_the_token_budget_are_microbatches_of_their_own():
+    large, small = plan().work, plan("train.tokens_per_microbatch=4096").work
+    assert (large.microbatches, large.microbatch_tokens) == (128, 9216)  # two samples of 4,352 tokens in each
+    assert (small.microbatches, small.microbatch_tokens) == (256, 9216)
+
+
 def test_interleaved_microbatches_come_in_rounds_of_one_for_every_stage():
     few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three a replica
     assert (plan(*few).work.microbatches, plan(*few).work.most_microbatches) == (2, 3)
