@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import reduce
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def test_what_is_copied_is_there_and_what_is_run_is_a_script_of_the_repository(d
     assert ":latest" not in (REPO / dockerfile).read_text()
     entry = re.search(r'"bash", "/opt/etr_megatron/(.+?)"', (REPO / dockerfile).read_text())
     assert entry and (REPO / entry[1]).is_file()
+
+
+def test_nothing_that_is_copied_is_left_out_of_what_a_builder_is_sent():
+    ignored = [line for line in (REPO / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    copied = [words[:-1] for file in DOCKERFILES for name, words in instructions(file) if name == "COPY"]
+    sources = {source.split("/")[0] for words in copied for source in words}
+    assert {"etr_megatron", "configs", "pyproject.toml"} <= sources
+    assert not [source for source in sources for pattern in ignored if fnmatch(source, pattern)]
+    assert [pattern for pattern in ignored if fnmatch(".venv-sglang", pattern)]
 
 
 @pytest.mark.slow
