@@ -150,6 +150,16 @@ def test_servers_take_their_gpus_from_those_that_the_job_may_use(tmp_path, monke
     assert "CUDA_VISIBLE_DEVICES" not in command_of(tmp_path, tp=4, cuda=False).environment
 
 
+def test_a_server_on_a_ranks_own_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"names GPU 4, on which one of the 8 ranks of this machine trains; start 4 here"):
+        command_of(tmp_path, tp=4, devices=("4", "5", "6", "7"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command_of(tmp_path, tp=4, devices=("4", "5", "6", "7")).environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+
+
 def test_fp8_is_asked_for_in_blocks(tmp_path):
     override = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
     assert override["quantization_config"]["quant_method"] == "fp8"
