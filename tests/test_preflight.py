@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,6 +98,19 @@ def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_pa
     monkeypatch.setattr("etr_megatron.checks.check_model", refuse)
     found = facts_of(tmp_path, "model.path=/data/model")
     assert (found.model, found.model_error) == ("", "/data/model/config.json: Permission denied")
+
+
+def test_a_run_directory_that_may_not_be_looked_at_has_no_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+
+    def refuse(path):
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return usage
+
+    assert facts_of(tmp_path).run_dir_free > 0
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert facts_of(tmp_path).run_dir_free == 0
 
 
 def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):

@@ -73,7 +73,7 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
         clock=clock,
         versions={"python": python_platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         devices=tuple(torch.cuda.get_device_name(device) for device in range(count)),
-        run_dir_free=shutil.disk_usage(_existing(Path(config.run.dir))).free,
+        run_dir_free=_free(Path(config.run.dir)),
         shm_free=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         token=_read_token(token_file),
@@ -91,10 +91,13 @@ def package_version(package: str) -> str:
         return "-"
 
 
-def _existing(path: Path) -> Path:
-    """`path`, or the closest directory above it that there is."""
+def _free(path: Path) -> int:
+    """Room on the disk of `path`, or of the closest directory above it that there is; 0 where it may not be looked at."""
     path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    except OSError:
+        return 0  # a node that fails here would leave the others waiting for its facts
 
 
 def _read_token(file: Path, wait_s: float = 5.0) -> str:
