@@ -145,7 +145,7 @@ def test_servers_take_their_gpus_from_those_that_the_job_may_use(tmp_path, monke
     assert command_of(tmp_path).environment["CUDA_VISIBLE_DEVICES"] == "5"
     with pytest.raises(UserError, match="take 2 GPUs beside those of 2 ranks, and this machine has 3; lower"):
         command_of(tmp_path, tp=2)
-    with pytest.raises(UserError, match="sglang.tp=4 take 4 GPUs, and this machine has 3; lower one of them$"):
+    with pytest.raises(UserError, match=r"sglang\.tp=4 take 4 GPUs, and this machine has 3; lower one of them$"):
         command_of(tmp_path, tp=4, placement="colocated")
     assert "CUDA_VISIBLE_DEVICES" not in command_of(tmp_path, tp=4, cuda=False).environment
 

@@ -11,7 +11,6 @@ from etr_megatron.errors import UserError
 from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
-
 UNCOUNTED = ("parallel.", "train.optimizer_offload")
 """Settings whose own cost in time is not modelled (more communication, an update on the CPU). They come after those whose time
 is known."""

@@ -71,9 +71,7 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
             f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0, which starts them, needs one; "
             "lower sglang.servers or sglang.tp, or set sglang.nodes=every with fewer on each"
         )
-    return Cluster(
-        gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated, first_node_ranks=first
-    )
+    return Cluster(gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated, first_node_ranks=first)
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

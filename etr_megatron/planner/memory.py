@@ -115,9 +115,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     """Of every rank. Raises ValueError where the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
-    head = head_bytes(
-        arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16"
-    )
+    head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
     stages = [
         stage_activations(arch, layout, stage, split, work.most_microbatches, config.train.recompute)
         for stage in range(layout.pp)

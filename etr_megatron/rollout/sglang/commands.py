@@ -65,8 +65,8 @@ def server_command(
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """What of `sglang.devices` was asked for, else, as CUDA_VISIBLE_DEVICES names them: colocated servers lie side by side on the
-    ranks' GPUs, dedicated ones behind them. None where no GPU is seen at all.
+    """What of `sglang.devices` was asked for, else, as CUDA_VISIBLE_DEVICES names them: colocated servers lie side by side on
+    the ranks' GPUs, dedicated ones behind them. None where no GPU is seen at all.
 
     Left to itself every server would take the machine's first GPUs.
     """
@@ -79,8 +79,8 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     if taken:
         way_out = f"start {min(taken)} here (--nproc-per-node)" if min(taken) else "name others"
         raise UserError(
-            f"sglang.devices names GPU {gpus[taken[0]]}, on which one of the {ranks} ranks of this machine trains; {way_out}, or "
-            "set sglang.placement=colocated"
+            f"sglang.devices names GPU {gpus[taken[0]]}, on which one of the {ranks} ranks of this machine trains; {way_out}, "
+            "or set sglang.placement=colocated"
         )
     if asked:
         return asked
