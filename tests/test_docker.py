@@ -116,7 +116,9 @@ def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands for the base image's python3: says versions, and "installs" by doing to them what the test wants.
-if [ "$1" = -c ]; then cat "$VERSIONS"; else echo "$*" >>"$CALLS"; [ -z "$AFTER" ] || echo "$AFTER" >"$VERSIONS"; fi
+if [ "$1" = -c ]; then cat "$VERSIONS"; exit; fi
+echo "$* ${NVTE_PYTORCH_FORCE_BUILD:-}" >>"$CALLS"
+[ -z "$AFTER" ] || echo "$AFTER" >"$VERSIONS"
 """
 
 
@@ -142,7 +144,9 @@ def gpu_step(tmp_path):
 def test_a_step_that_would_change_torch_fails(gpu_step):
     code, said, called = gpu_step("transformer-engine", "2.11.0", "8")
     assert (code, said) == (0, "")
-    assert "--no-build-isolation" in called and "transformer-engine[pytorch]==2.11.0" in called
+    tools, built = called.splitlines()
+    assert "--constraint" in tools and " wheel" in tools
+    assert "--no-build-isolation" in built and "transformer-engine[pytorch]==2.11.0 TRUE" in built  # and no wheel of others
     code, said, _ = gpu_step("transformer-engine", "2.11.0", "8", after="torch==2.13.0")
     assert code == 2 and "changed torch or sglang" in said
 
