@@ -35,6 +35,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--mean-response", "9000"], "at most rollout.max_response_tokens = 8192"),
         (["--gpus", "0"], "--gpus 0 and --gpus-per-node 8 must be at least 1"),
         (["--gpus-per-node", "-1"], "must be at least 1"),
+        (["--gpus", "100000000"], "--gpus 100000000: no more than 65536 can be planned"),
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),

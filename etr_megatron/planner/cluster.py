@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from etr_megatron.weights import ServerLayout, TrainingLayout
 
 
+MOST_GPUS = 2**16
+"""Every rank is looked at, so that more would take minutes and memory without a use."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
@@ -47,6 +51,8 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     """
     if gpus < 1 or gpus_per_node < 1:
         raise UserError(f"--gpus {gpus} and --gpus-per-node {gpus_per_node} must be at least 1")
+    if gpus > MOST_GPUS:
+        raise UserError(f"--gpus {gpus}: no more than {MOST_GPUS} can be planned")
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} is no multiple of the {gpus_per_node} GPUs of a node")

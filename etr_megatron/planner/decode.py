@@ -8,7 +8,6 @@ import numpy as np
 
 from etr_megatron.flops import active_parameters, head_flops
 from etr_megatron.planner.hardware import Hardware
-from etr_megatron.planner.parameters import total_parameters
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -80,11 +79,14 @@ def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, a
 
 
 def expert_share(arch: Architecture) -> float:
-    """Part of a model's elements that experts hold."""
-    if arch.experts is None:
+    """Part of a model's elements that experts hold; norms and biases are left out."""
+    experts = arch.experts
+    if experts is None:
         return 0.0
-    layers = sum(arch.has_experts(layer) for layer in range(arch.layers))
-    return layers * arch.experts.count * 3 * arch.hidden_size * arch.experts.intermediate_size / total_parameters(arch)
+    of_all = sum(arch.has_experts(layer) for layer in range(arch.layers)) * 3 * arch.hidden_size * experts.intermediate_size
+    others = active_parameters(arch) - experts.per_token * of_all
+    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
+    return experts.count * of_all / (experts.count * of_all + others + embeddings)
 
 
 def _read(arch: Architecture, in_experts: float, batch: int) -> float:

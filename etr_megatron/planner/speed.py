@@ -61,11 +61,12 @@ def step_time(
     # logits twice.
     heads = 4 if config.objective.loss == "gspo" or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
+    model_bytes = _model_bytes(arch, config)
     return StepTime(
         generate=_generate(arch, config, cluster, work, server, gpu),
         logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
         train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
-        sync=sync_seconds(config, cluster, _model_bytes(arch, config), gpu, sent_bytes=_sent_bytes(arch, config)),
+        sync=sync_seconds(config, cluster, model_bytes, gpu, sent_bytes=_sent_bytes(arch, config, model_bytes)),
         bubble=bubble,
         tokens=work.tokens,
         gpus=cluster.gpus,
@@ -114,11 +115,10 @@ def _model_bytes(arch: Architecture, config: Config) -> int:
     return total_parameters(arch) * (4 if config.model.dtype == "float32" else 2)
 
 
-def _sent_bytes(arch: Architecture, config: Config) -> int:
-    """Of a sync: matrices for servers in FP8 are blocks with their scales."""
+def _sent_bytes(arch: Architecture, config: Config, whole: int) -> int:
+    """Of a sync, `whole` as trained: matrices for servers in FP8 are blocks with their scales."""
     from etr_megatron.planner.parameters import total_matrices
 
-    whole = _model_bytes(arch, config)
     if config.rollout.backend != "sglang" or not config.sglang.fp8:
         return whole
     matrices = total_matrices(arch)
