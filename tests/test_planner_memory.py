@@ -196,6 +196,12 @@ def test_experts_may_be_spread_further_and_servers_made_larger_where_that_helps(
     assert [suggestion.setting for suggestion in found if suggestion.fits] == ["sglang.tp=2 sglang.servers=4"]
 
 
+def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> None:
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), [])
+    assert "sglang.nodes=every" in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 16))]
+    assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 8))]
+
+
 def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:
     full = plan("sglang.mem_fraction=0.15")
     assert full.server.cache_tokens == 0

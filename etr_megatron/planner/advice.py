@@ -93,11 +93,13 @@ def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Another pool, and where weights leave no cache fewer servers of twice as many GPUs."""
+    """Another pool, servers on every node, and where weights leave no cache fewer servers of twice as many GPUs."""
     sglang = plan.config.sglang
     fraction = SERVER_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
     for step in (-0.1, 0.1):
         if 0 < round(fraction + step, 2) < 1:
             yield "sglang", {"mem_fraction": round(fraction + step, 2)}
+    if sglang.nodes == "first" and plan.cluster.nodes > 1:
+        yield "sglang", {"nodes": "every"}
     if not plan.server_fits:
         yield "sglang", {"tp": 2 * sglang.tp} | ({"servers": sglang.servers // 2} if sglang.servers > 1 else {})
