@@ -151,6 +151,13 @@ def test_a_head_without_an_fp32_buffer_sums_its_gradient_beside_it_and_makes_its
     assert half.time.train - full.time.train == pytest.approx(product / rate)
 
 
+def test_a_colocated_server_is_counted_on_the_gpus_that_it_has() -> None:
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["sglang.servers=3", "sglang.tp=2"])
+    pools = [rank.server for rank in make_plan(config, 16).ranks]
+    assert pools == [32 * GIB] * 6 + [0] * 10
+    assert [rank.server > 0 for rank in plan("sglang.servers=1").ranks] == ([True] * 4 + [False] * 4) * 4
+
+
 def test_the_cache_is_what_the_servers_weights_leave() -> None:
     server = plan().server
     arch = read_architecture(MODELS / "Qwen3-32B")

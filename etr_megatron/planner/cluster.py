@@ -22,6 +22,7 @@ class Cluster:
 
     colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
     first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all are alike.
+    server_nodes: nodes, the first ones, that have servers; None is all.
     """
 
     gpus: int
@@ -32,6 +33,15 @@ class Cluster:
     colocated: bool = False
     outside: bool = False
     first_node_ranks: int | None = None
+    server_nodes: int | None = None
+
+    def shares_gpu(self, rank: int) -> bool:
+        """Whether a colocated server has the rank's GPU: servers lie side by side from a node's first GPU on."""
+        if not self.colocated:
+            return False
+        node, gpu = divmod(rank, self.gpus_per_node)
+        nodes = self.server_nodes or self.nodes
+        return node < nodes and gpu < self.servers // nodes * self.server_tp
 
     @property
     def nodes(self) -> int:
@@ -77,7 +87,16 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
             f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0, which starts them, needs one; "
             "lower sglang.servers or sglang.tp, or set sglang.nodes=every with fewer on each"
         )
-    return Cluster(gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated, first_node_ranks=first)
+    return Cluster(
+        gpus,
+        gpus_per_node,
+        ranks,
+        nodes * sglang.servers,
+        sglang.tp,
+        colocated=colocated,
+        first_node_ranks=first,
+        server_nodes=nodes,
+    )
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

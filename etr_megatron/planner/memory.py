@@ -139,7 +139,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 activations=stages[stage],
                 head=head if stage == layout.pp - 1 else 0,
                 export=export,
-                server=server.pool if cluster.colocated else 0,
+                server=server.pool if cluster.shares_gpu(rank) else 0,
                 embedded=server.weights if is_embedded else 0,
                 cache=batch * server.token if is_embedded else 0,
             )
