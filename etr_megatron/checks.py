@@ -67,6 +67,8 @@ def check_model(config: Config, world_size: int) -> None:
     check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
     check_experts(model, architecture.experts, config.parallel, tp)
     check_balancing(model, architecture.experts, config.train)
+    if config.rollout.backend == "sglang" and config.rollout.replay is None:
+        check_server_heads(model, architecture.heads, config.sglang.tp)
     check_checkpoint(name, values=True)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -158,6 +160,15 @@ def check_balancing(model: str, experts: Experts | None, train: TrainConfig) -> 
     """A balancing loss has experts to balance."""
     if experts is None and train.moe_aux_loss_coef:
         raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+
+
+def check_server_heads(model: str, heads: int, tp: int) -> None:
+    """Attention splits over the ranks of a server. tp: `sglang.tp`."""
+    if heads % tp:
+        raise UserError(
+            f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
+            f"choose a sglang.tp that divides {heads}"
+        )
 
 
 def check_source(key: str, source: str | None, split: str, data: DataConfig) -> None:

@@ -40,7 +40,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),
         (["train.moe_aux_loss_coef=0.01"], "has no experts for train.moe_aux_loss_coef to balance"),
-        (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "sglang.tp=8 does not divide the 28 attention heads"),
+        (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "28 attention heads, which sglang.tp=8 does not divide"),
         (
             ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],
             "cannot be cut as the config says",

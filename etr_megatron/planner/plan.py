@@ -107,7 +107,7 @@ def make_plan(
     work = workload_of(config, cluster, prompt, response)
     try:
         if config.rollout.backend == "sglang":
-            check_server(arch, server_layout(config, cluster), fp8=config.sglang.fp8)
+            check_server(config.model.path, arch, server_layout(config, cluster), fp8=config.sglang.fp8)
         server = server_memory(arch, config, cluster, gpu_memory)
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
@@ -154,18 +154,15 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
         )
 
 
-def check_server(arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
+def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
     """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks.
 
     Raises UserError where it would refuse to start, ValueError for a matrix that cannot be cut at all.
     """
+    from etr_megatron.checks import check_server_heads
     from etr_megatron.weights import weights_of
 
-    if arch.heads % layout.tp:
-        raise UserError(
-            f"sglang.tp={layout.tp} does not divide the {arch.heads} attention heads, and a server would refuse to start; "
-            f"choose a sglang.tp that divides {arch.heads}"
-        )
+    check_server_heads(model, arch.heads, layout.tp)
     for weight in weights_of(arch) if fp8 else ():
         if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
             continue  # layers and experts are alike
