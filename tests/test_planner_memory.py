@@ -192,10 +192,14 @@ def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_know
     assert "train.grads_dtype=bfloat16: " in text and " GiB, fits, at least " in text.partition("parallel.tp=8: ")[2][:40]
 
 
-def test_experts_may_be_spread_further_and_servers_made_larger_where_that_helps() -> None:
+@pytest.mark.slow
+def test_experts_are_advised_to_be_spread_further_where_that_helps() -> None:
     experts = load_config(QWEN_32B.with_name("qwen3_30b_a3b_32gpu.yaml"), ["parallel.ep=4"])
     found = suggestions(experts, make_plan(experts, 32, gpu_memory=40.0), gpu_memory=40.0)
     assert "parallel.ep=8" in [suggestion.setting for suggestion in found]
+
+
+def test_larger_servers_are_advised_where_weights_leave_no_room() -> None:
     servers = load_config(QWEN_32B, ["sglang.tp=1", "sglang.servers=8"])
     plan = make_plan(servers, 32)
     assert plan.ranks_fit and not plan.server_fits
