@@ -10,16 +10,23 @@ versions() {
     python3 -c 'from importlib.metadata import version; print(*(f"{name}=={version(name)}" for name in ("torch", "sglang")), sep="\n")'
 }
 
+build_tools() { # what the builds import, which --no-build-isolation takes from here
+    python3 -m pip install --constraint "$constraints" ninja packaging pybind11 setuptools wheel
+}
+
 constraints=$(mktemp)
 versions >"$constraints"
 step=$1
 shift
 case $step in
     transformer-engine)
-        MAX_JOBS=$2 NVTE_FRAMEWORK=pytorch \
+        build_tools
+        # Without the last word its set-up takes a wheel from GitHub where it finds one by a name that it guesses.
+        MAX_JOBS=$2 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
             python3 -m pip install --no-build-isolation --constraint "$constraints" "transformer-engine[pytorch]==$1"
         ;;
     apex)
+        build_tools
         TORCH_CUDA_ARCH_LIST=$2 MAX_JOBS=$3 python3 -m pip install --no-build-isolation --constraint "$constraints" \
             --config-settings "--build-option=--cpp_ext --cuda_ext" "git+https://github.com/NVIDIA/apex.git@$1"
         ;;

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill_objective, tensor_parallel
+from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, TrainConfig, fill_objective, tensor_parallel
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
@@ -66,8 +66,9 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
     check_experts(model, architecture.experts, config.parallel, tp)
-    if architecture.experts is None and config.train.moe_aux_loss_coef:
-        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+    check_balancing(model, architecture.experts, config.train)
+    if config.rollout.backend == "sglang" and config.rollout.replay is None:
+        check_server_heads(model, architecture.heads, config.sglang.tp)
     check_checkpoint(name, values=True)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -152,6 +153,21 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
         raise UserError(
             f"{model} gives every token one expert of weight 1 (num_experts_per_tok=1 with norm_topk_prob), which Megatron's "
             "router cannot do; it is not supported"
+        )
+
+
+def check_balancing(model: str, experts: Experts | None, train: TrainConfig) -> None:
+    """A balancing loss has experts to balance."""
+    if experts is None and train.moe_aux_loss_coef:
+        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+
+
+def check_server_heads(model: str, heads: int, tp: int) -> None:
+    """Attention splits over the ranks of a server. tp: `sglang.tp`."""
+    if heads % tp:
+        raise UserError(
+            f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
+            f"choose a sglang.tp that divides {heads}"
         )
 
 

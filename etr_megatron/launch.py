@@ -65,14 +65,22 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
 
 
 def default_nproc(config: Config, gpus: int) -> int:
-    """One process per GPU; on CPU what the layout asks for, and two for `parallel.tp: auto` where there are two cores."""
+    """One process per GPU that dedicated servers leave; on CPU what the layout asks for, and two for `parallel.tp: auto` where
+    there are two cores."""
     if gpus:
-        return gpus
+        return max(1, gpus - _gpus_of_servers(config))
     parallel = config.parallel
     if parallel.tp == "auto":
         return max(parallel.pp * max(parallel.ep, parallel.cp), min(2, os.cpu_count() or 1))
     experts = parallel.ep * (parallel.tp if parallel.etp is None else parallel.etp)
     return parallel.pp * max(parallel.tp * parallel.cp, experts)
+
+
+def _gpus_of_servers(config: Config) -> int:
+    """GPUs of this machine that servers have for themselves."""
+    sglang = config.sglang
+    shared = config.rollout.backend != "sglang" or config.rollout.replay is not None or sglang.placement == "colocated"
+    return 0 if shared or sglang.urls else sglang.servers * sglang.tp
 
 
 def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:

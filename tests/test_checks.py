@@ -17,7 +17,9 @@ from etr_megatron.config import (
     ObserveConfig,
     ParallelConfig,
     RewardConfig,
+    RolloutConfig,
     RunConfig,
+    SglangConfig,
 )
 from etr_megatron.errors import UserError
 
@@ -67,6 +69,14 @@ def test_a_path_that_the_system_refuses_is_one_sentence(config: Config, key: str
 
 def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
     assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
+
+
+def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_started(config: Config, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "models" / "Qwen2.5-Math-7B" / "config.json"
+    (tmp_path / "config.json").write_text(shipped.read_text())
+    rollout, sglang = RolloutConfig(backend="sglang"), SglangConfig(tp=8)
+    message = refusal(replace(with_model(config, tmp_path), rollout=rollout, sglang=sglang))
+    assert "has 28 attention heads, which sglang.tp=8 does not divide, and a server would refuse to start" in message
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: Config, tmp_path: Path) -> None:

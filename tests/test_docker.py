@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import reduce
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_what_is_copied_is_there_and_what_is_run_is_a_script_of_the_repository(d
     assert entry and (REPO / entry[1]).is_file()
 
 
+def test_nothing_that_is_copied_is_left_out_of_what_a_builder_is_sent():
+    ignored = [line for line in (REPO / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    copied = [words[:-1] for file in DOCKERFILES for name, words in instructions(file) if name == "COPY"]
+    sources = {source.split("/")[0] for words in copied for source in words}
+    assert {"etr_megatron", "configs", "pyproject.toml"} <= sources
+    assert not [source for source in sources for pattern in ignored if fnmatch(source, pattern)]
+    assert [pattern for pattern in ignored if fnmatch(".venv-sglang", pattern)]
+
+
 @pytest.mark.slow
 def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
     """Every COPY and install step of Dockerfile.cpu, with a new Python as the base image, and then its command."""
@@ -106,7 +116,9 @@ def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands for the base image's python3: says versions, and "installs" by doing to them what the test wants.
-if [ "$1" = -c ]; then cat "$VERSIONS"; else echo "$*" >>"$CALLS"; [ -z "$AFTER" ] || echo "$AFTER" >"$VERSIONS"; fi
+if [ "$1" = -c ]; then cat "$VERSIONS"; exit; fi
+echo "$* ${NVTE_PYTORCH_FORCE_BUILD:-}" >>"$CALLS"
+[ -z "$AFTER" ] || echo "$AFTER" >"$VERSIONS"
 """
 
 
@@ -132,7 +144,9 @@ def gpu_step(tmp_path):
 def test_a_step_that_would_change_torch_fails(gpu_step):
     code, said, called = gpu_step("transformer-engine", "2.11.0", "8")
     assert (code, said) == (0, "")
-    assert "--no-build-isolation" in called and "transformer-engine[pytorch]==2.11.0" in called
+    tools, built = called.splitlines()
+    assert "--constraint" in tools and " wheel" in tools
+    assert "--no-build-isolation" in built and "transformer-engine[pytorch]==2.11.0 TRUE" in built  # and no wheel of others
     code, said, _ = gpu_step("transformer-engine", "2.11.0", "8", after="torch==2.13.0")
     assert code == 2 and "changed torch or sglang" in said
 

@@ -15,7 +15,7 @@ import pytest
 
 from etr_megatron import cli, status
 from etr_megatron.cli import default_config, parse_args
-from etr_megatron.config import Config, ParallelConfig
+from etr_megatron.config import Config, ParallelConfig, RolloutConfig, SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.launch import default_nproc, main, prepare
 from etr_megatron.status import exit_code_of, read_status, report_user_error
@@ -98,6 +98,21 @@ def test_default_number_of_processes(
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert default_nproc(Config(parallel=parallel), gpus) == nproc
+
+
+@pytest.mark.parametrize(
+    ("servers", "nproc"),
+    [
+        (SglangConfig(servers=2, tp=2), 4),
+        (SglangConfig(servers=2, tp=2, placement="colocated"), 8),
+        (SglangConfig(urls=("http://a:1",), tp=2), 8),
+        (SglangConfig(tp=8), 1),  # which is told when the servers look for their GPUs
+    ],
+    ids=["dedicated", "colocated", "external", "all taken"],
+)
+def test_dedicated_servers_keep_their_gpus_from_the_ranks(servers: SglangConfig, nproc: int) -> None:
+    assert default_nproc(Config(rollout=RolloutConfig(backend="sglang"), sglang=servers), 8) == nproc
+    assert default_nproc(Config(sglang=servers), 8) == 8  # there are none
 
 
 # What is refused before anything is started

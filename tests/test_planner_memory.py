@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from etr_megatron.config import load_config
-from etr_megatron.planner import Plan, make_plan, suggestions
+from etr_megatron.flops import head_flops
+from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
 from etr_megatron.planner.activations import Split, passes_in_flight, saved_by_layer, stage_activations
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -52,6 +53,20 @@ def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
     assert interleaved.time.bubble == pytest.approx(plain.time.bubble / 2)
 
 
+def test_samples_over_the_token_budget_are_microbatches_of_their_own():
+    large, small = plan().work, plan("train.tokens_per_microbatch=4096").work
+    assert (large.microbatches, large.microbatch_tokens) == (128, 9216)  # two samples of 4,352 tokens in each
+    assert (small.microbatches, small.microbatch_tokens) == (256, 9216)
+
+
+def test_interleaved_microbatches_come_in_rounds_of_one_for_every_stage():
+    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three a replica
+    assert (plan(*few).work.microbatches, plan(*few).work.most_microbatches) == (2, 3)
+    interleaved = plan(*few, "parallel.vpp=2")
+    assert (interleaved.work.microbatches, interleaved.work.most_microbatches) == (4, 4)
+    assert interleaved.time.bubble == 3 / (2 * 4)
+
+
 def test_optimizer_state_is_what_the_types_and_the_replicas_say() -> None:
     shared, own = plan(), plan("train.distributed_optimizer=false", "train.overlap_param_gather=false")
     for rank, whole in zip(shared.ranks, own.ranks, strict=True):
@@ -74,6 +89,27 @@ def test_context_parallel_ranks_share_optimizer_state_too() -> None:
 def test_a_reference_model_is_a_second_set_of_weights() -> None:
     assert plan().ranks[0].reference == 0
     assert plan("objective.kl_coef=0.01").ranks[0].reference == plan().ranks[0].parameters
+
+
+def test_a_reference_in_fp8_has_no_copy_for_a_backward_pass():
+    fp8 = ("objective.kl_coef=0.01", "fp8.recipe=blockwise")
+    rank, held = plan(*fp8).ranks[0], plan(*fp8, "fp8.param=true").ranks[0]
+    matrices = (rank.parameters - 2 * rank.elements) // 2
+    assert matrices > 0.9 * (rank.elements - 151_936 // 4 * 5120)
+    assert rank.reference == 2 * rank.elements + matrices
+    assert held.reference == held.parameters == 2 * held.elements
+
+
+def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["rollout.backend=embedded", "rollout.batch_samples=16"])
+    planned = make_plan(config, 8)
+    rank = planned.ranks[0]
+    assert rank.embedded == planned.server.weights
+    assert rank.cache == 16 * 9216 * 2 * 36 * 8 * 128 * 2  # samples, tokens, keys and values, layers, heads, width, bytes
+    assert rank.phases["generate"] == rank.resident + rank.cache
+    assert rank.phases["train"] == rank.resident + rank.activations + rank.head
+    large = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["rollout.backend=embedded"])
+    assert "rollout.batch_samples=32" in [suggestion.setting for suggestion in suggestions(large, make_plan(large, 8))]
 
 
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
@@ -105,6 +141,23 @@ def test_only_the_last_stage_has_the_head_and_servers_are_counted_where_they_sha
     assert apart.cluster.ranks == 32
 
 
+def test_a_head_without_an_fp32_buffer_sums_its_gradient_beside_it_and_makes_its_logits_twice():
+    full, half = plan(), plan("train.grads_dtype=bfloat16")
+    vocab = 151_936 // 4 + 32  # padded to 128 rows a rank
+    assert half.ranks[-1].head - full.ranks[-1].head == vocab * 5120 * (4 + 2)
+    assert half.ranks[0].head == full.ranks[0].head == 0
+    product = full.work.samples * head_flops(full.arch, full.work.response)
+    rate = 32 * H100.matmul * H100.dense_efficiency / (1 + full.time.bubble)
+    assert half.time.train - full.time.train == pytest.approx(product / rate)
+
+
+def test_a_colocated_server_is_counted_on_the_gpus_that_it_has() -> None:
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["sglang.servers=3", "sglang.tp=2"])
+    pools = [rank.server for rank in make_plan(config, 16).ranks]
+    assert pools == [32 * GIB] * 6 + [0] * 10
+    assert [rank.server > 0 for rank in plan("sglang.servers=1").ranks] == ([True] * 4 + [False] * 4) * 4
+
+
 def test_the_cache_is_what_the_servers_weights_leave() -> None:
     server = plan().server
     arch = read_architecture(MODELS / "Qwen3-32B")
@@ -123,10 +176,41 @@ def test_what_does_not_fit_is_told_with_settings_that_help_and_each_does() -> No
     advice = suggestions(config, tight, gpu_memory=48.0)
     assert advice
     for suggestion in advice:
-        changed = make_plan(load_config(QWEN_32B, [suggestion.setting]), 32, gpu_memory=48.0)
+        changed = make_plan(load_config(QWEN_32B, suggestion.setting.split()), 32, gpu_memory=48.0)
         assert changed.tightest.peak == suggestion.peak
-        assert changed.tightest.peak < tight.tightest.peak or changed.server_fits
+        assert changed.tightest.peak < tight.tightest.peak
         assert changed.fits == suggestion.fits
+
+
+def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_known() -> None:
+    config = load_config(QWEN_32B, [])
+    tight = make_plan(config, 32, gpu_memory=64.0)
+    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=64.0) if suggestion.fits]
+    counted = [suggestion.is_counted for suggestion in fitting]
+    assert counted == sorted(counted, reverse=True) and {True, False} == set(counted)
+    text = render(tight, fitting)
+    assert "train.grads_dtype=bfloat16: " in text and " GiB, fits, at least " in text.partition("parallel.tp=8: ")[2][:40]
+
+
+@pytest.mark.slow
+def test_experts_are_advised_to_be_spread_further_where_that_helps() -> None:
+    experts = load_config(QWEN_32B.with_name("qwen3_30b_a3b_32gpu.yaml"), ["parallel.ep=4"])
+    found = suggestions(experts, make_plan(experts, 32, gpu_memory=40.0), gpu_memory=40.0)
+    assert "parallel.ep=8" in [suggestion.setting for suggestion in found]
+
+
+def test_larger_servers_are_advised_where_weights_leave_no_room() -> None:
+    servers = load_config(QWEN_32B, ["sglang.tp=1", "sglang.servers=8"])
+    plan = make_plan(servers, 32)
+    assert plan.ranks_fit and not plan.server_fits
+    found = suggestions(servers, plan)
+    assert [suggestion.setting for suggestion in found if suggestion.fits] == ["sglang.tp=2 sglang.servers=4"]
+
+
+def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> None:
+    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), [])
+    assert "sglang.nodes=every" in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 16))]
+    assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 8))]
 
 
 def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:

@@ -82,7 +82,8 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
     keys = ["rollout.backend=sglang", "sglang.tp=2", "sglang.servers=1"]
     dedicated = divide(load_config(None, [*keys, "sglang.nodes=every"]), gpus=16)
     assert (dedicated.ranks, dedicated.servers, dedicated.ranks_per_node) == (12, 2, 6)
-    assert divide(load_config(None, keys), gpus=16).ranks == 14
+    first = divide(load_config(None, keys), gpus=16)
+    assert (first.ranks, first.first_node_ranks, first.ranks_per_node) == (14, 6, 8)  # the second node has no server
     shared = divide(load_config(None, [*keys, "sglang.placement=colocated", "sglang.nodes=every"]), gpus=16)
     assert (shared.ranks, shared.servers) == (16, 2)
     assert divide(load_config(None, ["rollout.backend=sglang", "sglang.urls=[http://a:1]"]), gpus=16).ranks == 16
@@ -93,6 +94,7 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
     [
         (["sglang.tp=8", "sglang.servers=2"], 8, "take 16 GPUs of a node that has 8"),
         (["sglang.tp=8"], 8, "leave none to train on"),
+        (["sglang.tp=8"], 16, "take all 8 GPUs of the first node, where rank 0"),
         ([], 12, "is no multiple of the 8 GPUs of a node"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.preflight.facts import NodeFacts
+from etr_megatron.config import load_config, resolve
+from etr_megatron.planner.parameters import total_parameters
+from etr_megatron.preflight.__main__ import _checkpoint_bytes
+from etr_megatron.preflight.facts import NodeFacts, collect
 from etr_megatron.preflight.findings import findings, gib, table
 from etr_megatron.preflight.network import _pairs
+from etr_megatron.weights import read_architecture
 
 REPO = Path(__file__).resolve().parents[1]
 NODE = NodeFacts(
@@ -68,6 +74,63 @@ def test_equal_nodes_pass_every_check():
 )
 def test_a_node_that_differs_is_named_with_what_it_has(changes, check, state, says):
     assert of([NODE, other(**changes)], check) == (state, says)
+
+
+def facts_of(tmp_path, *overrides):
+    """Of this machine, for a job of two ranks on CPU."""
+    config = resolve(load_config(None, [f"run.dir={tmp_path}", "run.platform=cpu", *overrides]), 2, cuda=False)
+    (tmp_path / "token").write_text("t")
+    return collect(config, 2, clock=0.0, token_file=tmp_path / "token")
+
+
+@pytest.mark.parametrize(("nodes", "number", "is_told"), [("every", 1, True), ("first", 1, False), ("first", 0, True)])
+def test_every_node_that_starts_servers_must_have_their_interpreter(tmp_path, monkeypatch, nodes, number, is_told):
+    monkeypatch.setenv("GROUP_RANK", str(number))
+    monkeypatch.setenv("RANK", str(8 * number))
+    options = ("rollout.backend=sglang", f"sglang.nodes={nodes}", f"sglang.python={tmp_path / 'none'}")
+    assert facts_of(tmp_path, *options).servers_error == f"sglang.python={tmp_path / 'none'} is not an executable" * is_told
+
+
+def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path, monkeypatch):
+    def refuse(config, world_size):
+        raise PermissionError(13, "Permission denied", f"{config.model.path}/config.json")
+
+    monkeypatch.setattr("etr_megatron.checks.check_model", refuse)
+    found = facts_of(tmp_path, "model.path=/data/model")
+    assert (found.model, found.model_error) == ("", "/data/model/config.json: Permission denied")
+
+
+def test_a_run_directory_that_may_not_be_looked_at_has_no_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+
+    def refuse(path):
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return usage
+
+    assert facts_of(tmp_path).run_dir_free > 0
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert facts_of(tmp_path).run_dir_free == 0
+
+
+def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
+    described = json.loads((REPO / "configs" / "models" / "Qwen3-8B" / "config.json").read_text())
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32)
+    (tmp_path / "config.json").write_text(json.dumps({**described, **sizes, "num_hidden_layers": 1}))
+
+    def needed(*more):
+        return _checkpoint_bytes(load_config(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}", *more]))
+
+    one = needed("checkpoint.keep=1") // 2
+    assert one == 14 * total_parameters(read_architecture(tmp_path))
+    assert needed("checkpoint.keep=2") == 3 * one
+    assert needed("checkpoint.every=0") == 0
+    folder = tmp_path / "run" / "checkpoints" / "step_000025"
+    folder.mkdir(parents=True)
+    (folder / "a.distcp").write_bytes(bytes(one))
+    assert needed("checkpoint.keep=2") == 2 * one
+    (folder / "b.distcp").write_bytes(bytes(one))
+    assert needed("checkpoint.keep=2") == needed("checkpoint.keep=1") == one  # of the next one
 
 
 def test_a_slow_pair_and_a_broken_one_are_named():

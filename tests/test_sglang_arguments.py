@@ -121,6 +121,45 @@ def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and command.host == "10.0.0.7"
 
 
+@pytest.mark.parametrize(
+    ("settings", "ranks", "wanted"),
+    [
+        (dict(placement="colocated", servers=4, tp=2), "8", ["0,1", "2,3", "4,5", "6,7"]),
+        (dict(servers=2, tp=2), "4", ["4,5", "6,7"]),  # dedicated
+        (dict(placement="colocated", devices=("7", "5"), servers=2), "8", ["7", "5"]),
+    ],
+    ids=["colocated", "dedicated", "named"],
+)
+def test_servers_of_a_machine_have_different_gpus(tmp_path, monkeypatch, settings, ranks, wanted):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    places = range(settings["servers"])
+    found = [command_of(tmp_path, place=place, **settings).environment["CUDA_VISIBLE_DEVICES"] for place in places]
+    assert found == wanted
+
+
+def test_servers_take_their_gpus_from_those_that_the_job_may_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,3,5")
+    assert command_of(tmp_path).environment["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(UserError, match="take 2 GPUs beside those of 2 ranks, and this machine has 3; lower"):
+        command_of(tmp_path, tp=2)
+    with pytest.raises(UserError, match=r"sglang\.tp=4 take 4 GPUs, and this machine has 3; lower one of them$"):
+        command_of(tmp_path, tp=4, placement="colocated")
+    assert "CUDA_VISIBLE_DEVICES" not in command_of(tmp_path, tp=4, cuda=False).environment
+
+
+def test_a_server_on_a_ranks_own_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"names GPU 4, on which one of the 8 ranks of this machine trains; start 4 here"):
+        command_of(tmp_path, tp=4, devices=("4", "5", "6", "7"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command_of(tmp_path, tp=4, devices=("4", "5", "6", "7")).environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+
+
 def test_fp8_is_asked_for_in_blocks(tmp_path):
     override = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
     assert override["quantization_config"]["quant_method"] == "fp8"

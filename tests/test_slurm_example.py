@@ -1,4 +1,4 @@
-"""examples/slurm.sbatch, with stand-ins for Slurm's commands that write down how they were called."""
+"""examples/slurm.sbatch and torchrun_node.sh, with stand-ins for what they call that write down how they were called."""
 
 from __future__ import annotations
 
@@ -53,10 +53,23 @@ def test_a_job_that_asks_for_it_goes_back_into_the_queue(job):
     assert "examples/run_etr.sh configs/cpu_tiny.yaml" in training and training.endswith("run.stop_grace_s=540")
 
 
+def test_nodes_whose_servers_have_gpus_of_their_own_are_given_fewer_processes(job):
+    _, called = job("finished", 0, ETR_PROCESSES="2")
+    assert [line.partition("--nproc-per-node ")[2][:2] for line in called if "torchrun" in line] == ["2 ", "2 "]
+
+
 @pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), ("", 3)])
 def test_any_other_end_is_the_jobs_own(job, state, code):
     found, called = job(state, code)
     assert found == code and not any("requeue" in line for line in called)
+
+
+def test_a_job_that_fails_before_its_first_step_is_not_queued_for_ever(job, tmp_path):
+    # What its predecessor left, which asked for this job.
+    (tmp_path / "runs" / "job" / "status.json").write_text(json.dumps({"state": "requeue"}))
+    code, called = job("", 1)
+    assert code == 1 and not any("requeue" in line for line in called)
+    assert job("requeue", 1)[0] == 0  # another one that asks for it, by the same word
 
 
 def test_the_commands_run_in_a_container_where_one_is_named(job):
@@ -79,5 +92,36 @@ def test_the_state_of_a_run_is_one_word(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "status.json").write_text(json.dumps({"state": "requeue"}))
     assert ask().stdout == "requeue\n"
+    word, written = ask("--written").stdout.split()
+    assert word == "requeue" and int(written) == (tmp_path / "a" / "status.json").stat().st_mtime_ns
     wrong = ask("run.nme=b")
     assert wrong.returncode == 2 and "did you mean run.name" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def node(tmp_path, *arguments, torchrun=True, **environment):
+    """What examples/torchrun_node.sh ends with, says and gives torchrun."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    if torchrun:
+        (tmp_path / "bin" / "torchrun").write_text('#!/usr/bin/env bash\necho "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"\n')
+        (tmp_path / "bin" / "torchrun").chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **environment}
+    done = subprocess.run(
+        ["bash", "examples/torchrun_node.sh", *arguments], cwd=REPO, env=env, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr, done.stdout.strip()
+
+
+def test_a_node_by_hand_says_what_it_lacks_in_one_sentence(tmp_path):
+    code, said, _ = node(tmp_path, "4", "8", "head", "c.yaml", torchrun=False)
+    assert (code, said.startswith("error: torchrun is not on the PATH; source .venv/bin/activate")) == (2, True)
+    code, said, _ = node(tmp_path, "4", "8", "head")
+    assert code == 2 and "torchrun_node.sh NODES PROCESSES_PER_NODE HEAD[:PORT] CONFIG" in said and "set -euo" not in said
+
+
+def test_a_node_by_hand_passes_on_how_long_a_stop_may_take(tmp_path):
+    code, said, called = node(tmp_path, "4", "8", "head", "c.yaml", "data.train=a b.jsonl")
+    assert (code, said) == (0, "")
+    assert called.startswith("60 --nnodes 4 --nproc-per-node 8 ") and "--rdzv-endpoint head:29500" in called
+    assert called.endswith("examples/run_etr.sh c.yaml data.train=a b.jsonl")
+    _, _, called = node(tmp_path, "4", "8", "head:1", "c.yaml", ETR_STOP_GRACE_S="540")
+    assert called.startswith("570 ") and called.endswith("c.yaml run.stop_grace_s=540")

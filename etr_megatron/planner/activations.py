@@ -92,15 +92,17 @@ def stage_activations(
     return int(flights * sum(saved)) + working
 
 
-def head_bytes(arch: Architecture, split: Split, chunk_rows: int) -> int:
+def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bool = False) -> int:
     """Bytes of the head and loss on the last stage: hidden states gathered over the sequence with their gradient, the loss
     rows' with theirs in fp32, and the chunk's logits: in fp32, twice with TP, and their gradient in the model's type.
 
-    Every token is counted as a loss row.
+    own_sum: the gradient buffer is not fp32, so that the head sums its weight's gradient beside it, in fp32, and hands it over
+    in the model's type. Every token is counted as a loss row.
     """
     from etr_megatron.weights import padded_vocab_size
 
     hidden = split.tokens * arch.hidden_size * (3 * split.element + 4)
     vocab = padded_vocab_size(arch.vocab_size, split.tp) // split.tp
     buffers = 2 if split.tp > 1 else 1
-    return hidden + min(chunk_rows, split.tokens) * vocab * (4 * buffers + split.element)
+    gradient = vocab * arch.hidden_size * (4 + split.element) if own_sum else 0
+    return hidden + min(chunk_rows, split.tokens) * vocab * (4 * buffers + split.element) + gradient

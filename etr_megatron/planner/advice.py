@@ -11,20 +11,31 @@ from etr_megatron.errors import UserError
 from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
+UNCOUNTED = ("parallel.", "train.optimizer_offload")
+"""Settings whose own cost in time is not modelled (more communication, an update on the CPU). They come after those whose time
+is known."""
+
 
 @dataclass(frozen=True)
 class Suggestion:
-    """setting: as an override. peak: bytes of the tightest rank with it. step: seconds. fits: whether it then fits."""
+    """setting: as an override, or two with a space between. peak: bytes of the tightest rank with it. step: seconds. fits:
+    whether it then fits."""
 
     setting: str
     peak: int
     step: float
     fits: bool
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether `step` has everything that the setting costs; else it takes at least as long."""
+        return not self.setting.startswith(UNCOUNTED)
+
 
 def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
-    """Single changes: of a plan that does not fit those that lower the peak or make servers fit, those that then fit first and
-    the fastest of them first; of one that fits those that fit as well and save at least one step in a hundred.
+    """Single changes: of a plan that does not fit those that lower the peak of ranks that do not fit or make servers fit, those
+    that then fit first and of them those whose cost is known, the fastest first; of one that fits those that fit as well and
+    save at least one step in a hundred.
 
     config: as it was planned, unresolved. options: of `make_plan`.
     """
@@ -34,37 +45,61 @@ def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
             other = make_plan(changed, plan.cluster.gpus, **options)
         except UserError:
             continue
-        helps = other.tightest.peak < plan.tightest.peak or other.server_fits > plan.server_fits
+        lower = not plan.ranks_fit and other.tightest.peak < plan.tightest.peak
+        helps = lower or other.server_fits > plan.server_fits
         if plan.fits:
             helps = other.fits and other.time.step < 0.99 * plan.time.step
         if helps:
             found.append(Suggestion(setting, other.tightest.peak, other.time.step, other.fits))
-    return sorted(found, key=lambda s: (not s.fits, s.step if s.fits else s.peak))
+    return sorted(found, key=lambda s: (not s.fits, s.fits and not s.is_counted, s.step if s.fits else s.peak))
 
 
 def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
     """(override, config with it)."""
     now = plan.config
-    train, parallel, longest = now.train, now.parallel, now.data.max_prompt_tokens + now.rollout.max_response_tokens
-    wanted: list[tuple[str, str, Any]] = []
-    wanted.append(("train", "recompute", "none" if train.recompute == "full" else "full"))
+    train, rollout, longest = now.train, now.rollout, plan.work.longest
+    wanted: list[tuple[str, dict[str, Any]]] = [("train", {"recompute": "none" if train.recompute == "full" else "full"})]
     if not train.distributed_optimizer:
-        wanted.append(("train", "distributed_optimizer", True))
+        wanted.append(("train", {"distributed_optimizer": True}))
     if train.grads_dtype == "float32" and now.model.dtype == "bfloat16":
-        wanted.append(("train", "grads_dtype", "bfloat16"))
+        wanted.append(("train", {"grads_dtype": "bfloat16"}))
     if train.distributed_optimizer and not train.optimizer_offload:
-        wanted.append(("train", "optimizer_offload", True))
+        wanted.append(("train", {"optimizer_offload": True}))
     if train.tokens_per_microbatch > longest:
-        wanted.append(("train", "tokens_per_microbatch", max(longest, train.tokens_per_microbatch // 2)))
+        wanted.append(("train", {"tokens_per_microbatch": max(longest, train.tokens_per_microbatch // 2)}))
+    if rollout.backend == "embedded" and rollout.batch_samples > 1:
+        wanted.append(("rollout", {"batch_samples": rollout.batch_samples // 2}))
     if not plan.fits:
-        # What more splitting costs in time is not modelled, so it is never said to be faster.
-        sizes = {"tp": 2 * int(parallel.tp), "pp": 2 * parallel.pp, "cp": 2 * parallel.cp}
-        wanted += [("parallel", k, v) for k, v in sizes.items() if k != "tp" or v <= plan.cluster.ranks_per_node]
-        if parallel.tp != 1 and not parallel.sequence_parallel:
-            wanted.append(("parallel", "sequence_parallel", True))
-    if now.rollout.backend == "sglang" and not now.sglang.urls:
-        fraction = SERVER_FRACTION if now.sglang.mem_fraction is None else now.sglang.mem_fraction
-        wanted += [("sglang", "mem_fraction", round(fraction + step, 2)) for step in (-0.1, 0.1) if 0 < fraction + step < 1]
-    for section, key, value in wanted:
-        text = str(value).lower() if isinstance(value, bool) else value
-        yield f"{section}.{key}={text}", replace(config, **{section: replace(getattr(config, section), **{key: value})})
+        wanted += _splits(plan)
+    if rollout.backend == "sglang" and not now.sglang.urls:
+        wanted += _servers(plan)
+    for section, values in wanted:
+        texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+        setting = " ".join(f"{section}.{key}={text}" for key, text in texts.items())
+        yield setting, replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Twice the size of each kind of parallelism."""
+    parallel = plan.config.parallel
+    sizes = {"tp": 2 * int(parallel.tp), "pp": 2 * parallel.pp, "cp": 2 * parallel.cp}
+    if plan.arch.experts is not None:
+        sizes["ep"] = 2 * parallel.ep
+    for name, size in sizes.items():
+        if name != "tp" or size <= plan.cluster.ranks_per_node:
+            yield "parallel", {name: size}
+    if parallel.tp != 1 and not parallel.sequence_parallel:
+        yield "parallel", {"sequence_parallel": True}
+
+
+def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Another pool, servers on every node, and where weights leave no cache fewer servers of twice as many GPUs."""
+    sglang = plan.config.sglang
+    fraction = SERVER_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
+    for step in (-0.1, 0.1):
+        if 0 < round(fraction + step, 2) < 1:
+            yield "sglang", {"mem_fraction": round(fraction + step, 2)}
+    if sglang.nodes == "first" and plan.cluster.nodes > 1:
+        yield "sglang", {"nodes": "every"}
+    if not plan.server_fits:
+        yield "sglang", {"tp": 2 * sglang.tp} | ({"servers": sglang.servers // 2} if sglang.servers > 1 else {})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config, TinyConfig
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import path_errors
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -25,10 +26,11 @@ def architecture_of(config: Config) -> Architecture:
     path = Path(config.model.path)
     if config.model.path == "tiny":
         return _tiny(config.tiny)
-    if path.is_dir():
-        return read_architecture(path)
-    if (MODELS / path.name / "config.json").is_file():
-        return read_architecture(MODELS / path.name)
+    with path_errors():
+        if path.is_dir():
+            return read_architecture(path)
+        if (MODELS / path.name / "config.json").is_file():
+            return read_architecture(MODELS / path.name)
     known = ", ".join(sorted(folder.name for folder in MODELS.iterdir())) if MODELS.is_dir() else "none"
     raise UserError(
         f"model.path: {path} is no directory, and no config.json of a model {path.name} is shipped (shipped are {known}); give "

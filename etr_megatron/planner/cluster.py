@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from etr_megatron.weights import ServerLayout, TrainingLayout
 
 
+MOST_GPUS = 2**16
+"""Every rank is looked at, so that more would take minutes and memory without a use."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
 
     colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
+    first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all are alike.
+    server_nodes: nodes, the first ones, that have servers; None is all.
     """
 
     gpus: int
@@ -26,6 +32,16 @@ class Cluster:
     server_tp: int
     colocated: bool = False
     outside: bool = False
+    first_node_ranks: int | None = None
+    server_nodes: int | None = None
+
+    def shares_gpu(self, rank: int) -> bool:
+        """Whether a colocated server has the rank's GPU: servers lie side by side from a node's first GPU on."""
+        if not self.colocated:
+            return False
+        node, gpu = divmod(rank, self.gpus_per_node)
+        nodes = self.server_nodes or self.nodes
+        return node < nodes and gpu < self.servers // nodes * self.server_tp
 
     @property
     def nodes(self) -> int:
@@ -34,8 +50,8 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """What torchrun is given as --nproc-per-node."""
-        return -(-self.ranks // self.nodes)
+        """What torchrun is given as --nproc-per-node, on the first node `first_node_ranks` where that is a number."""
+        return self.ranks // self.nodes if self.first_node_ranks is None else self.gpus_per_node
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
@@ -45,6 +61,8 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     """
     if gpus < 1 or gpus_per_node < 1:
         raise UserError(f"--gpus {gpus} and --gpus-per-node {gpus_per_node} must be at least 1")
+    if gpus > MOST_GPUS:
+        raise UserError(f"--gpus {gpus}: no more than {MOST_GPUS} can be planned")
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} is no multiple of the {gpus_per_node} GPUs of a node")
@@ -63,7 +81,22 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     ranks = gpus if colocated else gpus - nodes * on_a_node
     if ranks < 1:
         raise UserError(f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on")
-    return Cluster(gpus, gpus_per_node, ranks, nodes * sglang.servers, sglang.tp, colocated=colocated)
+    first = None if colocated or nodes * gpus_per_node == gpus else gpus_per_node - on_a_node
+    if first == 0:
+        raise UserError(
+            f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0, which starts them, needs one; "
+            "lower sglang.servers or sglang.tp, or set sglang.nodes=every with fewer on each"
+        )
+    return Cluster(
+        gpus,
+        gpus_per_node,
+        ranks,
+        nodes * sglang.servers,
+        sglang.tp,
+        colocated=colocated,
+        first_node_ranks=first,
+        server_nodes=nodes,
+    )
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from etr_megatron.flops import active_parameters
+from etr_megatron.flops import active_parameters, head_flops
 from etr_megatron.planner.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ def generation_seconds(
 
     concurrency: most at once. cache_tokens: what the KV cache holds, None is enough. weight_bytes, token_bytes: weights and
     a token's keys and values on one of its GPUs. A step reads all weights (of experts those that the batch chooses) and the
-    batch's cache, or computes, whichever takes longer. What the cache has no room for any more is taken back, and its tokens
-    are computed anew when it goes on.
+    batch's cache, or computes, head included, whichever takes longer. What the cache has no room for any more is taken back,
+    and its tokens are computed anew when it goes on.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
     running = np.empty((0, 2))  # tokens in the cache, tokens to come
-    compute = 2 * active_parameters(arch) / tp / (gpu.matmul * gpu.decode_compute_efficiency)
+    products = tp * gpu.matmul * gpu.decode_compute_efficiency
+    compute, head = 2 * active_parameters(arch) / products, head_flops(arch, 1) / products
+    in_experts = expert_share(arch)
     rate = gpu.memory * gpu.decode_memory_efficiency
     links = 2 * arch.layers * gpu.all_reduce_latency if tp > 1 else 0.0
     limit = np.inf if cache_tokens is None else cache_tokens
@@ -57,9 +59,9 @@ def generation_seconds(
         waiting[:0] = [(context, left) for context, left in running[fits:]]
         running = running[:fits]
         batch = len(running)
-        reading = (weight_bytes * _read(arch, batch) + token_bytes * running[:, 0].sum()) / rate
+        reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * running[:, 0].sum()) / rate
         sending = batch * arch.hidden_size * 4 * arch.layers / (gpu.nvlink * gpu.link_efficiency) if tp > 1 else 0.0
-        seconds += _STRIDE * (max(reading, compute * batch) + links + sending + gpu.decode_overhead)
+        seconds += _STRIDE * (max(reading, (compute + head) * batch) + links + sending + gpu.decode_overhead)
         running = running + np.array([_STRIDE, -_STRIDE])
         running = running[running[:, 1] > 0]
     return seconds
@@ -76,8 +78,20 @@ def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, a
     return started
 
 
-def _read(arch: Architecture, batch: int) -> float:
-    """Part of the weights that a step of `batch` tokens reads: of experts those that at least one token has chosen."""
+def expert_share(arch: Architecture) -> float:
+    """Part of a model's elements that experts hold; norms and biases are left out."""
+    experts = arch.experts
+    if experts is None:
+        return 0.0
+    of_all = sum(arch.has_experts(layer) for layer in range(arch.layers)) * 3 * arch.hidden_size * experts.intermediate_size
+    others = active_parameters(arch) - experts.per_token * of_all
+    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
+    return experts.count * of_all / (experts.count * of_all + others + embeddings)
+
+
+def _read(arch: Architecture, in_experts: float, batch: int) -> float:
+    """Part of the weights that a step of `batch` tokens reads: all outside of experts, of experts those that at least one token
+    has chosen. in_experts: `expert_share`."""
     if arch.experts is None:
         return 1.0
-    return 1.0 - (1.0 - arch.experts.per_token / arch.experts.count) ** batch
+    return 1.0 - in_experts * (1.0 - arch.experts.per_token / arch.experts.count) ** batch

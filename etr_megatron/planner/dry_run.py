@@ -19,8 +19,9 @@ from etr_megatron.cli import parse_args
 from etr_megatron.config import Config, load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner.advice import suggestions
-from etr_megatron.planner.plan import Plan, make_plan
-from etr_megatron.planner.report import gib, render
+from etr_megatron.planner.architecture import architecture_of
+from etr_megatron.planner.plan import Plan, check_options, make_plan
+from etr_megatron.planner.report import misfit, render
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -57,17 +58,16 @@ def dry_run(argv: Sequence[str]) -> None:
     if not plan.fits:
         fitting = [s.setting for s in suggestions(config, plan, **options) if s.fits]
         hint = f"; one of these makes it fit: {', '.join(fitting)}" if fitting else ""
-        raise UserError(
-            f"{path} does not fit on GPUs of {args.gpu_memory:g} GiB: rank {plan.tightest.rank} needs "
-            f"{gib(plan.tightest.peak)} GiB, and a server's cache holds {plan.cache_samples} of the longest samples{hint}"
-        )
+        raise UserError(f"{path} does not fit on GPUs of {args.gpu_memory:g} GiB: {misfit(plan)}{hint}")
 
 
 def fewest_gpus(config: Config, **options: Any) -> Plan:
     """The plan for the fewest GPUs, a power of 2, that an unresolved config is valid and fits on. options: of `make_plan`.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and for what no number of GPUs would mend.
     """
+    check_options(config, options.get("gpu_memory", 80.0))
+    architecture_of(config)
     reason = ""
     for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
         try:
@@ -77,7 +77,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
             continue
         if plan.fits:
             return plan
-        reason = f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} GiB"
+        reason = misfit(plan)
     raise UserError(f"no power of 2 up to {_MOST_GPUS} GPUs will do, name a number with --gpus; on {_MOST_GPUS}: {reason}")
 
 

@@ -30,7 +30,8 @@ class RankMemory:
     """Bytes of a rank.
 
     reference: the frozen model of a KL term. activations, head: while it trains. export: a full weight and a bucket while
-    weights are sent. server: what a server on the same GPU takes while it generates. embedded: the embedded engine's weights.
+    weights are sent. server: what a server on the same GPU takes while it generates. embedded, cache: the embedded engine's
+    weights, and keys and values of its largest batch while it generates.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class RankMemory:
     export: int
     server: int
     embedded: int
+    cache: int
 
     @property
     def resident(self) -> int:
@@ -58,7 +60,7 @@ class RankMemory:
         return {
             "train": self.resident + self.activations + self.head + other,
             "sync": self.resident + self.export + self.server + other,
-            "generate": self.resident + self.server + other,
+            "generate": self.resident + self.server + self.cache + other,
         }
 
     @property
@@ -90,15 +92,19 @@ def usable(gpu_memory_gib: float) -> int:
     return int(gpu_memory_gib * GIB * (1 - SLACK))
 
 
+def fp8_bytes(matrices: int) -> int:
+    """Of matrices with so many elements as servers hold them: a byte each, and an fp32 scale for every block of 128 x 128."""
+    return matrices + 4 * matrices // 128**2
+
+
 def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memory_gib: float) -> ServerMemory:
-    """Of the server's GPU with most parameters. The embedded engine's cache is not bounded: it gets what is left (0 here)."""
+    """Of the server's GPU with most parameters. The embedded engine's cache has no pool (0 here), see `RankMemory.cache`."""
     layout = server_layout(config, cluster)
     held = max(parameters_by_rank(arch, layout), key=lambda rank: rank.total)
     element = 4 if config.model.dtype == "float32" else 2
     weights = held.total * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
-        # One byte an element, and an fp32 scale for every block of 128 x 128.
-        weights = (held.total - held.matrices) * element + held.matrices + 4 * held.matrices // 128**2
+        weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
     heads = max(1, arch.kv_heads // layout.tp)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     pool = 0 if config.rollout.backend == "embedded" else int(fraction * gpu_memory_gib * GIB)
@@ -109,13 +115,14 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     """Of every rank. Raises ValueError where the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
-    rows = config.train.head_chunk_rows or CHUNK_ROWS
+    head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
     stages = [
         stage_activations(arch, layout, stage, split, work.most_microbatches, config.train.recompute)
         for stage in range(layout.pp)
     ]
     element = 4 if config.model.dtype == "float32" else 2
-    embedded = server.weights if config.rollout.backend == "embedded" else 0
+    is_embedded = config.rollout.backend == "embedded"
+    batch = min(config.rollout.batch_samples, work.samples) * work.longest
     export = 2 * largest_weight(arch) * element + 2 * config.sglang.bucket_mib * 2**20
     found = []
     for rank, held in enumerate(parameters_by_rank(arch, layout)):
@@ -128,12 +135,13 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 parameters=_parameter_bytes(held, config, element),
                 gradients=held.total * (2 if config.train.grads_dtype == "bfloat16" else 4),
                 optimizer=_optimizer_bytes(held, config, layout),
-                reference=held.total * element if config.objective.kl_coef > 0 else 0,
+                reference=_reference_bytes(held, config, element),
                 activations=stages[stage],
-                head=head_bytes(arch, split, rows) if stage == layout.pp - 1 else 0,
+                head=head if stage == layout.pp - 1 else 0,
                 export=export,
-                server=server.pool if cluster.colocated else 0,
-                embedded=embedded,
+                server=server.pool if cluster.shares_gpu(rank) else 0,
+                embedded=server.weights if is_embedded else 0,
+                cache=batch * server.token if is_embedded else 0,
             )
         )
     return found
@@ -154,6 +162,14 @@ def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
         return held.total * element
     other = held.total - held.matrices
     return other * element + held.matrices * (2 if config.fp8.param else element + 2)
+
+
+def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
+    """A second set of weights without gradients; a forward pass in FP8 needs of matrices the copy scaled by rows alone."""
+    if config.objective.kl_coef <= 0:
+        return 0
+    copies = held.matrices if config.fp8.recipe != "none" and not config.fp8.param else 0
+    return held.total * element + copies
 
 
 def _optimizer_bytes(held: RankParameters, config: Config, layout: TrainingLayout) -> int:

@@ -50,6 +50,13 @@ def total_parameters(arch: Architecture) -> int:
     return sum(prod(shape) for weight in weights_of(arch) for shape in weight.shapes)
 
 
+def total_matrices(arch: Architecture) -> int:
+    """Of these the elements of matrices that servers in FP8 quantise."""
+    from etr_megatron.weights import weights_of
+
+    return sum(prod(shape) for weight in weights_of(arch) if weight.fp8 for shape in weight.shapes)
+
+
 def largest_weight(arch: Architecture) -> int:
     """Elements of the largest tensor, one of which exists in full while weights are exported."""
     from etr_megatron.weights import weights_of

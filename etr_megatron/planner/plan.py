@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config, resolve
@@ -54,9 +55,14 @@ class Plan:
         return self.config.rollout.backend == "embedded" or self.cluster.outside or self.cache_samples >= 1
 
     @property
+    def ranks_fit(self) -> bool:
+        """Whether all ranks do."""
+        return self.tightest.peak <= usable(self.gpu_memory)
+
+    @property
     def fits(self) -> bool:
         """Whether all ranks and servers do."""
-        return self.tightest.peak <= usable(self.gpu_memory) and self.server_fits
+        return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: bytes, seconds and numbers."""
@@ -91,16 +97,17 @@ def make_plan(
     """Plan a loaded, unresolved config as on machines with CUDA.
 
     gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on so
-    many GPUs, or whose layout the model cannot be cut into.
+    many GPUs, or whose layout the model cannot be cut into, and as `check_options`.
     """
+    check_options(config, gpu_memory, prompt, response)
     cluster = divide(config, gpus, gpus_per_node)
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
-    if config.rollout.backend == "sglang" and config.sglang.fp8:
-        check_server_blocks(arch, server_layout(config, cluster))
     work = workload_of(config, cluster, prompt, response)
     try:
+        if config.rollout.backend == "sglang":
+            check_server(config.model.path, arch, server_layout(config, cluster), fp8=config.sglang.fp8)
         server = server_memory(arch, config, cluster, gpu_memory)
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
@@ -119,14 +126,26 @@ def make_plan(
     )
 
 
+def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None = None, response: float | None = None) -> None:
+    """What `make_plan` is given beside the config. Raises UserError for a number that cannot be meant."""
+    if not 0 < gpu_memory < inf:
+        raise UserError(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
+    longest = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
+    longest |= {"rollout.max_response_tokens": config.rollout.max_response_tokens}
+    for option, mean, (key, most) in zip(("prompt", "response"), (prompt, response), longest.items(), strict=True):
+        if mean is not None and not 0 < mean <= most:
+            raise UserError(f"--mean-{option} {mean:g}: must be greater than 0 and at most {key} = {most}")
+
+
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:
     """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
-    from etr_megatron.checks import check_experts, check_layout
+    from etr_megatron.checks import check_balancing, check_experts, check_layout
 
     parallel, model = config.parallel, config.model.path
     assert parallel.tp != "auto"
     check_layout(model, arch.heads, arch.kv_heads, arch.layers, parallel.tp, parallel.pp, parallel)
     check_experts(model, arch.experts, parallel, parallel.tp)
+    check_balancing(model, arch.experts, config.train)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if 0 < arch.max_positions < wanted:
         raise UserError(
@@ -135,11 +154,16 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
         )
 
 
-def check_server_blocks(arch: Architecture, layout: ServerLayout) -> None:
-    """A server in FP8 can cut every matrix at whole blocks. Raises UserError where it would refuse to start."""
+def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
+    """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks.
+
+    Raises UserError where it would refuse to start, ValueError for a matrix that cannot be cut at all.
+    """
+    from etr_megatron.checks import check_server_heads
     from etr_megatron.weights import weights_of
 
-    for weight in weights_of(arch):
+    check_server_heads(model, arch.heads, layout.tp)
+    for weight in weights_of(arch) if fp8 else ():
         if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
             continue  # layers and experts are alike
         for holding in layout.holdings(weight, arch):

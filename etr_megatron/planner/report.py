@@ -19,13 +19,28 @@ def gib(count: float) -> str:
     return f"{count / GIB:.1f}"
 
 
+def misfit(plan: Plan) -> str:
+    """Why a plan does not fit, as a part of a sentence; "" for one that does."""
+    found = []
+    if not plan.ranks_fit:
+        found.append(f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} of {gib(usable(plan.gpu_memory))} usable GiB")
+    if not plan.server_fits:
+        found.append(
+            f"a server's weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB, and the rest does "
+            f"not hold one sample of {plan.work.longest:,} tokens"
+        )
+    return ", and ".join(found)
+
+
 def _head(plan: Plan) -> Iterator[str]:
     parallel, cluster, work = plan.config.parallel, plan.cluster, plan.work
     replicas = cluster.ranks // (int(parallel.tp) * parallel.pp * parallel.cp)
     sizes = {"TP": parallel.tp, "PP": parallel.pp, "VPP": parallel.vpp, "CP": parallel.cp, "EP": parallel.ep}
     cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
     yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
-    yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {cluster.nodes} nodes with {cluster.ranks_per_node} ranks"
+    first = "" if cluster.first_node_ranks is None else f", the first with {cluster.first_node_ranks}"
+    nodes = f"{cluster.nodes} nodes with {cluster.ranks_per_node} ranks{first}"
+    yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {nodes}"
     yield f"training   {cluster.ranks} ranks: {cut}"
     if plan.config.rollout.backend == "embedded":
         yield "rollout    the embedded engine in every rank"
@@ -44,6 +59,7 @@ def _head(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     columns = ("parameters", "gradients", "optimizer", "reference", "activations", "head", "export", "server")
+    columns += ("embedded", "cache")
     shown = [name for name in columns if any(getattr(rank, name) for rank in plan.ranks)]
     stages: dict[int, RankMemory] = {}
     for rank in plan.ranks:
@@ -68,7 +84,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     rank, room = plan.tightest, usable(plan.gpu_memory)
     phase = max(rank.phases, key=lambda name: rank.phases[name])
-    words = "fits" if plan.fits else "DOES NOT FIT"
+    words = "fits" if plan.fits else "ranks fit" if plan.ranks_fit else "DOES NOT FIT"
     yield f"{words}: rank {rank.rank} (stage {rank.stage}) needs {gib(rank.peak)} of {gib(room)} usable GiB, to {phase}"
     if not plan.server_fits:
         yield (
@@ -79,7 +95,8 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
         yield "would fit as well, and be faster:"
     for suggestion in advice:
         end = "fits" if suggestion.fits else "does not fit"
-        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {suggestion.step:.0f} s a step"
+        least = "" if suggestion.is_counted else "at least "
+        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {least}{suggestion.step:.0f} s a step"
 
 
 def _time(plan: Plan) -> Iterator[str]:

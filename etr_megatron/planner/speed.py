@@ -10,7 +10,7 @@ from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
 from etr_megatron.planner.hardware import Hardware
-from etr_megatron.planner.memory import ServerMemory
+from etr_megatron.planner.memory import ServerMemory, fp8_bytes
 from etr_megatron.planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -57,13 +57,16 @@ def step_time(
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
-    heads = 4 if config.objective.loss == "gspo" else 3
+    # The head forms its gradients in its forward pass where the loss is token-local and their buffer fp32; else it makes its
+    # logits twice.
+    heads = 4 if config.objective.loss == "gspo" or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
+    model_bytes = _model_bytes(arch, config)
     return StepTime(
         generate=_generate(arch, config, cluster, work, server, gpu),
         logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
         train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
-        sync=sync_seconds(config, cluster, _model_bytes(arch, config), gpu),
+        sync=sync_seconds(config, cluster, model_bytes, gpu, sent_bytes=_sent_bytes(arch, config, model_bytes)),
         bubble=bubble,
         tokens=work.tokens,
         gpus=cluster.gpus,
@@ -71,9 +74,10 @@ def step_time(
     )
 
 
-def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardware) -> float:
+def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardware, *, sent_bytes: int | None = None) -> float:
     """Seconds from the last update to servers with the new weights.
 
+    model_bytes: as they are trained. sent_bytes: as servers get them, quantised before they are sent; None is the same.
     Whole tensors are gathered over tensor-parallel ranks and passed to all stages first; `broadcast` then sends them from one
     adapter, `disk` goes by a filesystem, `tensor` as `_by_memory` says. `sharded` sends every server GPU its part, from all
     ranks.
@@ -84,14 +88,15 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
     if config.rollout.backend == "embedded":
         return gather
     transport = sglang.sync or ("tensor" if sglang.placement == "colocated" else "broadcast")
+    sent_bytes = model_bytes if sent_bytes is None else sent_bytes
     if transport == "sharded":
-        received = model_bytes / cluster.server_tp
-        sent = model_bytes * cluster.servers / cluster.ranks
+        received = sent_bytes / cluster.server_tp
+        sent = sent_bytes * cluster.servers / cluster.ranks
         return gpu.pause + max(received, sent) / network
     sent = {
-        "broadcast": model_bytes / network,
-        "tensor": _by_memory(cluster, model_bytes, gpu, nodes=1 if sglang.nodes == "first" else cluster.nodes),
-        "disk": 2 * model_bytes / gpu.disk_rate,
+        "broadcast": sent_bytes / network,
+        "tensor": _by_memory(cluster, sent_bytes, gpu, nodes=1 if sglang.nodes == "first" else cluster.nodes),
+        "disk": 2 * sent_bytes / gpu.disk_rate,
     }[transport]
     return gpu.pause + gather + sent
 
@@ -108,6 +113,16 @@ def _model_bytes(arch: Architecture, config: Config) -> int:
     from etr_megatron.planner.parameters import total_parameters
 
     return total_parameters(arch) * (4 if config.model.dtype == "float32" else 2)
+
+
+def _sent_bytes(arch: Architecture, config: Config, whole: int) -> int:
+    """Of a sync, `whole` as trained: matrices for servers in FP8 are blocks with their scales."""
+    from etr_megatron.planner.parameters import total_matrices
+
+    if config.rollout.backend != "sglang" or not config.sglang.fp8:
+        return whole
+    matrices = total_matrices(arch)
+    return whole - matrices * (4 if config.model.dtype == "float32" else 2) + fp8_bytes(matrices)
 
 
 def _generate(

@@ -41,22 +41,23 @@ def workload_of(config: Config, cluster: Cluster, prompt: float | None = None, r
     response = rollout.max_response_tokens / 2 if response is None else response
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     multiple = FP8_TOKENS[config.fp8.recipe] * (parallel.tp if parallel.sequence_parallel else 1) * parallel.cp
-    budget = max(train.tokens_per_microbatch, longest)
+    largest = max(train.tokens_per_microbatch, longest)  # a sample that is longer than the budget is a microbatch of its own
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     replicas = cluster.ranks // (parallel.tp * parallel.pp * parallel.cp)
     of_a_rank = samples / train.minibatches / replicas
 
     def microbatches(tokens: float) -> int:
-        # A microbatch is filled with whole samples.
-        fits = max(1, int(budget // tokens))
-        return max(1, ceil(of_a_rank / fits))
+        # A microbatch is filled with whole samples, and the interleaved schedule works in rounds of one for every stage.
+        fits = max(1, int(train.tokens_per_microbatch // tokens))
+        count, round_of = max(1, ceil(of_a_rank / fits)), parallel.pp if parallel.vpp > 1 else 1
+        return -(-count // round_of) * round_of
 
     return Workload(
         samples=samples,
         prompt=prompt,
         response=response,
         longest=longest,
-        microbatch_tokens=-(-budget // multiple) * multiple,
+        microbatch_tokens=-(-largest // multiple) * multiple,
         microbatches=microbatches(prompt + response),
         most_microbatches=microbatches(longest),
     )

@@ -105,17 +105,22 @@ def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> An
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Of the kept checkpoints and the one being written: weights, fp32 weights where they are others, two moments."""
+    """What the kept checkpoints and the one being written take beyond those that the run has already, which one that is started
+    again must not be refused for: weights, fp32 weights where they are others, two moments."""
+    from etr_megatron.observe import RunDirectory
     from etr_megatron.weights import read_architecture, weights_of
 
-    if config.model.path == "tiny":
+    if config.model.path == "tiny" or not config.checkpoint.every:
         return 0
     try:
         architecture = read_architecture(config.model.path)
     except UserError:
         return 0  # told by the model's own check
     elements = sum(math.prod(shape) for weight in weights_of(architecture) for shape in weight.shapes)
-    return elements * (12 if config.model.dtype == "float32" else 14) * (config.checkpoint.keep + 1)
+    one = elements * (12 if config.model.dtype == "float32" else 14)
+    folder = RunDirectory(Path(config.run.dir) / config.run.name).checkpoints
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return max(one, one * (config.checkpoint.keep + 1) - there)
 
 
 if __name__ == "__main__":

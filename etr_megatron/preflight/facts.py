@@ -15,6 +15,7 @@ from pathlib import Path
 
 from etr_megatron.config import Config
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import path_errors
 
 PACKAGES = (
     "etr-megatron",
@@ -72,7 +73,7 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
         clock=clock,
         versions={"python": python_platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         devices=tuple(torch.cuda.get_device_name(device) for device in range(count)),
-        run_dir_free=shutil.disk_usage(_existing(Path(config.run.dir))).free,
+        run_dir_free=_free(Path(config.run.dir)),
         shm_free=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         token=_read_token(token_file),
@@ -90,10 +91,13 @@ def package_version(package: str) -> str:
         return "-"
 
 
-def _existing(path: Path) -> Path:
-    """`path`, or the closest directory above it that there is."""
+def _free(path: Path) -> int:
+    """Room on the disk of `path`, or of the closest directory above it that there is; 0 where it may not be looked at."""
     path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    except OSError:
+        return 0  # a node that fails here would leave the others waiting for its facts
 
 
 def _read_token(file: Path, wait_s: float = 5.0) -> str:
@@ -115,15 +119,17 @@ def _model(config: Config, world_size: int) -> tuple[str, str]:
     if config.model.path == "tiny":
         return "tiny", ""
     try:
-        check_model(config, world_size)
+        with path_errors():
+            check_model(config, world_size)
     except UserError as error:
         return "", str(error)
     return hashlib.sha256((Path(config.model.path) / "config.json").read_bytes()).hexdigest()[:12], ""
 
 
 def _servers(config: Config) -> str:
-    """The interpreter of the servers; only rank 0's machine has to have one."""
-    needed = config.rollout.backend == "sglang" and not config.sglang.urls and os.environ.get("RANK", "0") == "0"
-    if not needed or shutil.which(config.sglang.python):
+    """The interpreter of the servers, on the nodes that start some."""
+    has_some = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
+    starts = config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls and has_some
+    if not starts or shutil.which(config.sglang.python):
         return ""
     return f"sglang.python={config.sglang.python} is not an executable"

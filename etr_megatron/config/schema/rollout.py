@@ -74,7 +74,8 @@ class SglangConfig:
     fp8: bool = False
     """Servers hold their matrices as FP8 in blocks of 128 x 128, quantised by every weight sync."""
     devices: tuple[str, ...] = ()
-    """GPUs of the servers that the job starts, `tp` each in order, apart from the ranks' own; none on CPU."""
+    """GPUs of the servers that the job starts on a node, `tp` each in order. None: colocated servers lie side by side on the
+    ranks' GPUs from the first on, dedicated ones on those behind the ranks'."""
     python: str = ".venv-sglang/bin/python"
     """Interpreter of the environment that has SGLang; `bash tools/setup_env.sh --sglang` makes this one."""
     launch: tuple[str, ...] = ("-m", "sglang.launch_server")

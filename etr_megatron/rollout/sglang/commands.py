@@ -9,6 +9,7 @@ from pathlib import Path
 
 import etr_megatron
 from etr_megatron.config import SglangConfig
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.server import ServerCommand
 
 FP8_BLOCK = 128
@@ -30,6 +31,7 @@ def server_command(
 
     The server starts with random weights: it gets the policy's before its first request, and model_dir needs a config.json
     alone, so that a checkpoint of Megatron's serves as well. An api_key is handed over in a file that only the user may read.
+    Raises UserError where `sglang.devices` names a GPU that a rank trains on, or names none and the machine has none left.
     """
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--tp-size", str(config.tp)]
@@ -54,11 +56,45 @@ def server_command(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
     if api_key is not None:
         arguments += ["--config", _key_file(folder, f"{host}_{place}", api_key)]
-    devices = config.devices[place * config.tp : (place + 1) * config.tp]
+    named = config.devices[place * config.tp : (place + 1) * config.tp]
+    devices = _gpus(config, place, named) if cuda else named
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
     return ServerCommand(config.python, config.launch, own, environment, host, tells_version=True, api_key=api_key)
+
+
+def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """What of `sglang.devices` was asked for, else, as CUDA_VISIBLE_DEVICES names them: colocated servers lie side by side on
+    the ranks' GPUs, dedicated ones behind them. None where no GPU is seen at all.
+
+    Left to itself every server would take the machine's first GPUs.
+    """
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    ranks = 0 if config.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    taken = [gpus.index(gpu) for gpu in config.devices if gpu in gpus[:ranks]]
+    if taken:
+        way_out = f"start {min(taken)} here (--nproc-per-node)" if min(taken) else "name others"
+        raise UserError(
+            f"sglang.devices names GPU {gpus[taken[0]]}, on which one of the {ranks} ranks of this machine trains; {way_out}, "
+            "or set sglang.placement=colocated"
+        )
+    if asked:
+        return asked
+    first = ranks + place * config.tp
+    if gpus and first + config.tp > len(gpus):
+        beside, way_out = "", ""
+        if ranks:
+            beside = f" beside those of {ranks} ranks"
+            way_out = ", start fewer ranks, or set sglang.placement=colocated, where servers share the ranks' GPUs"
+        raise UserError(
+            f"sglang.servers={config.servers} of sglang.tp={config.tp} take {config.servers * config.tp} GPUs{beside}, and "
+            f"this machine has {len(gpus)}; lower one of them{way_out}"
+        )
+    return tuple(gpus[first : first + config.tp])
 
 
 def _is_quantised(model_dir: Path) -> bool:

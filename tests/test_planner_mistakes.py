@@ -1,0 +1,71 @@
+"""What cannot be planned is one sentence and exit code 2, and what does not fit is said of the part that does not."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import load_config
+from etr_megatron.errors import UserError
+from etr_megatron.planner import make_plan, render
+from etr_megatron.planner.dry_run import dry_run, fewest_gpus
+
+REPO = Path(__file__).resolve().parents[1]
+CONFIG = REPO / "configs" / "qwen3_8b_8gpu.yaml"
+MATH_7B, QWEN_32B = (str(CONFIG.with_name(name)) for name in ("qwen2.5_math_7b_8gpu.yaml", "qwen2.5_32b_32gpu.yaml"))
+
+
+def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of tools/plan.py."""
+    monkeypatch.setattr("sys.argv", ["plan.py", "--config", str(CONFIG), "--gpus", "8", *arguments])
+    return runpy.run_path(str(REPO / "tools" / "plan.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu-memory", "nan"], "--gpu-memory nan: must be a number of GiB greater than 0"),
+        (["--gpu-memory", "inf"], "--gpu-memory inf: must be"),
+        (["--gpu-memory", "0"], "--gpu-memory 0: must be"),
+        (["--gpu-memory", "-80"], "--gpu-memory -80: must be"),
+        (["--mean-prompt", "0"], "--mean-prompt 0: must be greater than 0 and at most data.max_prompt_tokens = 1024"),
+        (["--mean-response", "nan"], "--mean-response nan: must be greater than 0"),
+        (["--mean-response", "9000"], "at most rollout.max_response_tokens = 8192"),
+        (["--gpus", "0"], "--gpus 0 and --gpus-per-node 8 must be at least 1"),
+        (["--gpus-per-node", "-1"], "must be at least 1"),
+        (["--gpus", "100000000"], "--gpus 100000000: no more than 65536 can be planned"),
+        (["train.lrr=1"], "did you mean train.lr?"),
+        (["--config", "none.yaml"], "none.yaml cannot be read"),
+        (["model.path=" + "m" * 300], "File name too long"),
+        (["train.moe_aux_loss_coef=0.01"], "has no experts for train.moe_aux_loss_coef to balance"),
+        (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "28 attention heads, which sglang.tp=8 does not divide"),
+        (
+            ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],
+            "cannot be cut as the config says",
+        ),
+        (["sglang.tp=3"], "take 24 GPUs of a node that has 8"),
+    ],
+)
+def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(monkeypatch, capsys, arguments, told) -> None:
+    assert tool(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and told in said.err
+
+
+def test_a_mistake_that_no_number_of_gpus_mends_is_told_as_such() -> None:
+    for arguments, told in ((["model.path=models/Nobody-1B"], "^model.path: "), (["--gpu-memory", "0"], "^--gpu-memory 0: ")):
+        with pytest.raises(UserError, match=told):
+            dry_run(["--config", str(CONFIG), *arguments])
+
+
+def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:
+    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]  # which are estimated faster
+    config = load_config(CONFIG, ["sglang.mem_fraction=0.15", *few])
+    plan = make_plan(config, 8)
+    assert plan.ranks_fit and not plan.fits
+    text = render(plan)
+    assert "\nranks fit: rank" in text and "\nservers DO NOT FIT: weights take 15.3 of a pool of 12.0 GiB" in text
+    with pytest.raises(UserError, match=r"on 1024: a server's weights take 15\.3 of a pool of 12\.0 GiB"):
+        fewest_gpus(config)
