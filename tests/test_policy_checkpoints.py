@@ -104,3 +104,32 @@ def test_more_steps_than_planned_stretch_the_learning_rate_decay(gangs, hf_model
     stretched = gangs(1).run(**job, steps=6, updates=3, load=str(tmp_path))[0]
     assert stretched == pytest.approx(long[3:]) and long[4] > 0
     assert short[2] < long[2]  # the shorter plan had come nearer to its end
+
+
+def after_step_0(model: str, overrides: list[str], folder: str | None = None) -> dict[str, Any]:
+    """Two updates of a new policy, or, with `folder`, of another one that took up its checkpoint of step 0."""
+    from etr_megatron import checkpoint
+
+    policy = build(model, [*BASE, *overrides])
+    if folder:
+        checkpoint.save(Path(folder), 0, policy, {}, keep=1)
+        policy = build(model, [*BASE, *overrides])
+        checkpoint.load(Path(folder), 0, policy)
+    batch = make_batch(random_sequences())
+    updates = [policy.update(batch) for _ in range(2)]
+    return {
+        "metrics": [(update.loss, update.grad_norm, update.lr) for update in updates],
+        "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
+def test_a_run_that_stopped_before_its_first_update_goes_on(gangs, hf_models, tmp_path, sharded):
+    # SIGTERM while the first step's rollouts are made: no Adam has a state yet.
+    overrides = ["parallel.tp=1", f"train.distributed_optimizer={sharded}"]
+    job = {"function": "tests.test_policy_checkpoints:after_step_0", "model": hf_models["qwen3"], "overrides": overrides}
+    wanted = gangs(2).run(**job)
+    for found, straight in zip(gangs(2).run(**job, folder=str(tmp_path)), wanted, strict=True):
+        assert found["metrics"] == straight["metrics"]
+        for name, tensor in straight["weights"].items():
+            assert torch.equal(found["weights"][name], tensor), name

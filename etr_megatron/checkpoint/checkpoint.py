@@ -56,6 +56,7 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
     """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
 
+    step: how many are trained; at 0 the optimizer has made no step, and nothing of it is written.
     trainer: state of the trainer, JSON but for the tensors in `trainer["tensors"]`; rank 0's is written. Raises UserError,
     naming the path, when the disk is full; what was written so far is removed and older checkpoints stay as they are.
     """
@@ -67,7 +68,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
+        sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
+        dist_checkpointing.save(sharded, str(temporary), sharded_strategy=TorchDistSave())
         if rank0:
             state = {"step": step, **_sizes(policy.layout), **trainer}
             _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
@@ -100,7 +102,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
-    wanted = _sharded_state(policy, loading=True, rng=same_layout)
+    wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
@@ -110,7 +112,8 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
         ) from error
     for name, chunk in _chunks(policy).items():
         chunk.load_state_dict(state[name], strict=False)
-    policy.optimizer.load_state_dict(state["optimizer"])
+    if step > 0:
+        policy.optimizer.load_state_dict(state["optimizer"])
     policy.load_schedule(state["scheduler"])
     if same_layout:
         _restore_rng(state["rng"])
@@ -129,17 +132,19 @@ def _chunks(policy: Policy) -> dict[str, torch.nn.Module]:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _sharded_state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
-    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them."""
+def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool = True) -> dict[str, Any]:
+    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them.
+
+    optimizer: whether it has made a step. Until then no Adam has the state that Megatron would read, and there is nothing to
+    keep: its fp32 weights are those of the model.
+    """
     policy.finish_update()
     model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
-    if policy.config.train.distributed_optimizer:
-        _create_adam_state(policy.optimizer)
-    state = {
-        **model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA),
-        "scheduler": policy.scheduler.state_dict(),
-    }
+    state = {**model, "scheduler": policy.scheduler.state_dict()}
+    if optimizer:
+        if policy.config.train.distributed_optimizer:
+            _create_adam_state(policy.optimizer)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
     if rng:
         layout = policy.layout
         state["rng"] = ShardedObject("rng", _rng_state(), (layout.world,), (layout.rank,), replica_id=0)
