@@ -86,7 +86,7 @@ class Trainer:
             return
         if self._unrecorded is not None:
             self._record(*self._unrecorded)
-        if checkpoint.latest_step(self._directory.checkpoints) != self.step:
+        if self._latest_checkpoint() != self.step:
             self._save()
 
     def _run_steps(self) -> None:
@@ -197,12 +197,17 @@ class Trainer:
         state = self.sampler.state_dict()
         checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
 
+    def _latest_checkpoint(self) -> int | None:
+        """The newest step saved, as rank 0 sees it. Other nodes may not see yet what it has just written: a network file system
+        keeps what a directory held for a while."""
+        return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
+
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one, and forget what was written after it.
 
         Where nothing is trained the rollouts that its weights have given already are kept.
         """
-        step = checkpoint.latest_step(self._directory.checkpoints) if self.config.checkpoint.resume else None
+        step = self._latest_checkpoint() if self.config.checkpoint.resume else None
         if step is not None:
             self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
             self.step = self.trained = self._version = step
