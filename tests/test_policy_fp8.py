@@ -31,9 +31,14 @@ SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
             ["train.optimizer_offload=true", "train.distributed_optimizer=true"],
             "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set it to false",
         ),
+        (
+            ["train.grads_dtype=bfloat16"],
+            'train.grads_dtype = "bfloat16", model.dtype = "auto": the model is float32 on CPU, and so are its gradients; set '
+            "grads_dtype to float32, or dtype to bfloat16",
+        ),
     ],
 )
-def test_what_needs_a_gpu_is_refused_on_cpu_in_one_sentence(overrides, sentence):
+def test_what_needs_a_gpu_or_does_nothing_on_cpu_is_refused_there_in_one_sentence(overrides, sentence):
     config = load_config(None, overrides)
     assert resolve(config, 1, cuda=True).fp8 == config.fp8
     with pytest.raises(UserError) as caught:

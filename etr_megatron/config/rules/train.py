@@ -72,3 +72,8 @@ def on_cpu(config: Config) -> Iterator[Violation]:
         yield Violation(("fp8.recipe",), "FP8 needs a GPU and this job runs on CPU; set it to none")
     if config.train.optimizer_offload:
         yield Violation(("train.optimizer_offload",), "there is no GPU memory to offload from on CPU; set it to false")
+    if config.train.grads_dtype == "bfloat16" and config.model.dtype == "auto":
+        yield Violation(
+            ("train.grads_dtype", "model.dtype"),
+            "the model is float32 on CPU, and so are its gradients; set grads_dtype to float32, or dtype to bfloat16",
+        )
