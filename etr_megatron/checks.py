@@ -54,6 +54,8 @@ def check_model(config: Config, world_size: int) -> None:
     if name == "tiny":
         tiny = config.tiny
         check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp, config.parallel)
+        check_mlp("the tiny model", tiny.intermediate_size, tp)
+        check_without_experts("the tiny model", config)
         return
     if not Path(name).is_dir():
         raise UserError(
@@ -66,8 +68,10 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
     check_experts(model, architecture.experts, config.parallel, tp)
-    if architecture.experts is None and config.train.moe_aux_loss_coef:
-        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+    if architecture.experts is None:
+        check_without_experts(model, config)
+    if architecture.has_dense_layers:
+        check_mlp(model, architecture.intermediate_size, tp)
     check_checkpoint(name, values=True)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -105,6 +109,15 @@ def check_layout(
     elif layers < pp or layers % pp:
         raise UserError(
             f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+        )
+
+
+def check_mlp(model: str, width: int, tp: int) -> None:
+    """The gated MLP of a dense layer splits over `tp`."""
+    if width % tp:
+        raise UserError(
+            f"{model} has MLPs of width {width} (intermediate_size), which parallel.tp={tp} does not divide; choose a "
+            "parallel.tp that does"
         )
 
 
@@ -153,6 +166,16 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
             f"{model} gives every token one expert of weight 1 (num_experts_per_tok=1 with norm_topk_prob), which Megatron's "
             "router cannot do; it is not supported"
         )
+
+
+def check_without_experts(model: str, config: Config) -> None:
+    """A dense model is given no option that would do nothing."""
+    if config.train.moe_aux_loss_coef:
+        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+    if config.train.moe_router_fp32:
+        raise UserError(f"{model} has no experts, whose router train.moe_router_fp32 is about; set it to false")
+    if config.parallel.etp is not None:
+        raise UserError(f"{model} has no experts to cut over parallel.etp={config.parallel.etp}; set it to null")
 
 
 def check_source(key: str, source: str | None, split: str, data: DataConfig) -> None:
