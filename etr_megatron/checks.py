@@ -104,6 +104,11 @@ def check_layout(
             f"{model} has {kv_heads} key/value heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
             f"divides {kv_heads}"
         )
+    if parallel is not None and parallel.cp_comm == "a2a" and kv_heads // tp % parallel.cp:
+        raise UserError(
+            f"{model} has {kv_heads // tp} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} "
+            "does not divide, as parallel.cp_comm=a2a needs; set that to p2p"
+        )
     if parallel is not None and (parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None)):
         check_stages(model, layers, parallel)
     elif layers < pp or layers % pp:

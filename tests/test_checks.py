@@ -105,6 +105,15 @@ def test_a_model_that_the_layout_cannot_split_is_refused(
     assert str(caught.value).startswith(sentence)
 
 
+def test_heads_that_context_parallel_ranks_cannot_exchange_are_refused() -> None:
+    ring, exchange = (ParallelConfig(tp=2, cp=4, cp_comm=how) for how in ("p2p", "a2a"))
+    check_layout("m", 16, 4, 6, 2, 1, ring)
+    check_layout("m", 16, 8, 6, 2, 1, exchange)
+    with pytest.raises(UserError) as caught:
+        check_layout("m", 16, 4, 6, 2, 1, exchange)
+    assert str(caught.value).startswith("m has 2 key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 does not")
+
+
 def test_a_layout_that_splits_evenly_passes() -> None:
     check_layout("m", heads=14, kv_heads=2, layers=24, tp=2, pp=3)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from etr_megatron.checks import check_layout, check_stages
-from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, validate
+from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, load_config, validate
 from etr_megatron.errors import UserError
 from etr_megatron.policy.model_config import (
     get_num_layers_to_build,
@@ -61,6 +61,11 @@ def test_fp8_that_contradicts_itself_is_refused(fp8, dtype, train, message):
     config = Config(model=ModelConfig(path="somewhere", dtype=dtype), fp8=fp8, train=TrainConfig(**train))
     (problem,) = validate(config, 1)
     assert message in problem
+
+
+def test_an_exchange_that_packed_sequences_do_not_have_is_refused():
+    with pytest.raises(UserError, match=r"parallel\.cp_comm"):
+        load_config(None, ["parallel.cp_comm=all_gather"])
 
 
 def test_bfloat16_gradients_are_for_a_bfloat16_model():
