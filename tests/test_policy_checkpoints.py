@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from etr_megatron.errors import UserError
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 
@@ -133,3 +134,21 @@ def test_a_run_that_stopped_before_its_first_update_goes_on(gangs, hf_models, tm
         assert found["metrics"] == straight["metrics"]
         for name, tensor in straight["weights"].items():
             assert torch.equal(found["weights"][name], tensor), name
+
+
+def refusal(model: str, other: str, folder: str) -> str:
+    """What is said when a checkpoint of `model` is to be continued with `other`."""
+    from etr_megatron import checkpoint
+
+    checkpoint.save(Path(folder), 1, build(model, ["parallel.tp=1"]), {}, keep=1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(Path(folder), 1, build(other, ["parallel.tp=1"]))
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_first_tensor_that_it_lacks(gangs, hf_models, tmp_path):
+    job = {"function": "tests.test_policy_checkpoints:refusal", "model": hf_models["qwen3"], "other": hf_models["qwen2"]}
+    for message in gangs(2).run(**job, folder=str(tmp_path)):
+        lacks = "does not fit this model (decoder.layers.self_attention.linear_qkv.bias from model not in state dict);"
+        assert message.startswith(f"{tmp_path}/step_000001 {lacks}")
+        assert "restore the settings it was made with" in message and len(message) < 400

@@ -26,6 +26,7 @@ from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
+from etr_megatron.policy.megatron_weights import reason
 
 _NAME = re.compile(r"step_(\d{6,})$")
 TRAINER_FILE = "trainer.json"
@@ -107,7 +108,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
         state = dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
-            f"{path} does not fit this model ({str(error).splitlines()[0]}); restore the settings it was made with, or start "
+            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, or start "
             "under another run.name"
         ) from error
     for name, chunk in _chunks(policy).items():
