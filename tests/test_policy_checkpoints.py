@@ -152,3 +152,26 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_first_tensor_that_it_
         lacks = "does not fit this model (decoder.layers.self_attention.linear_qkv.bias from model not in state dict);"
         assert message.startswith(f"{tmp_path}/step_000001 {lacks}")
         assert "restore the settings it was made with" in message and len(message) < 400
+
+
+def other_optimizer(model: str, before: str, folder: str) -> str:
+    """What is said when a checkpoint of a run whose `train.distributed_optimizer` is `before` goes on with the other one."""
+    from etr_megatron import checkpoint
+
+    after = {"true": "false", "false": "true"}[before]
+    policies = [build(model, ["parallel.tp=1", f"train.distributed_optimizer={value}"]) for value in (before, after)]
+    policies[0].update(make_batch(random_sequences()))
+    checkpoint.save(Path(folder), 1, policies[0], {}, keep=1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(Path(folder), 1, policies[1])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["true", "false"])
+def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gangs, hf_models, tmp_path, before):
+    job = {"function": "tests.test_policy_checkpoints:other_optimizer", "model": hf_models["qwen3"], "before": before}
+    (message,) = gangs(1).run(**job, folder=str(tmp_path))
+    assert message == (
+        f"{tmp_path}/step_000001 was written with train.distributed_optimizer={before}, whose state the other optimizer does "
+        "not read; set that, or start under another run.name"
+    )

@@ -35,6 +35,7 @@ _TENSORS_FILE = "trainer.safetensors"
 """Tensors of the trainer's state: of groups in hand every token, which would be gigabytes of JSON."""
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_DISTRIBUTED = "distributed_optimizer"
 
 
 def latest_step(checkpoints: Path) -> int | None:
@@ -72,7 +73,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
         dist_checkpointing.save(sharded, str(temporary), sharded_strategy=TorchDistSave())
         if rank0:
-            state = {"step": step, **_sizes(policy.layout), **trainer}
+            state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
             _write_synced(temporary / TRAINER_FILE, json.dumps(state).encode())
             shutil.rmtree(final, ignore_errors=True)
@@ -103,6 +104,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
+    _refuse_other_optimizer(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
         state = dist_checkpointing.load(wanted, str(path))
@@ -121,6 +123,17 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     if layout.rank == 0:
         trainer["tensors"] = load_file(path / _TENSORS_FILE)
     return trainer
+
+
+def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
+    """Each keeps its state in a form of its own, and Megatron fails in the midst of reading the other's."""
+    now = policy.config.train.distributed_optimizer
+    written = trainer.get(_DISTRIBUTED, now)
+    if trainer["step"] > 0 and written != now:
+        raise UserError(
+            f"{path} was written with train.distributed_optimizer={str(written).lower()}, whose state the other optimizer does "
+            "not read; set that, or start under another run.name"
+        )
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
