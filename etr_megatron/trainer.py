@@ -67,8 +67,11 @@ class Trainer:
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
         SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
         """
-        self._resume()
         with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
+            try:
+                self._resume()
+            except StopAskedError as error:  # there is nothing yet that is not saved
+                raise RequeueError(f"{error}: start again with the same command to go on") from error
             try:
                 self._roll_out_only() if self.config.rollout.only else self._run_steps()
             except (EngineGoneError, StopAskedError) as error:
