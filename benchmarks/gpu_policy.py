@@ -10,7 +10,7 @@ CUDA's context, libraries and workspaces.
 
 Tokens/s counts prompts and responses. MFU is
 
-    3 * (forward FLOPs of body and head, `planner.flops`) / (median seconds of an update * dense bf16 peak of the device)
+    3 * (forward FLOPs of body and head, `etr_megatron.flops`) / (median seconds of an update * dense bf16 peak of the device)
 
 for every recipe, FP8 included: so figures compare. Attention counts as causal, the head for response tokens alone, and nothing
 that is computed twice counts twice.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, TrainConfig, fill_objective, tensor_parallel
+from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill_objective, tensor_parallel
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
@@ -54,6 +54,8 @@ def check_model(config: Config, world_size: int) -> None:
     if name == "tiny":
         tiny = config.tiny
         check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp, config.parallel)
+        check_mlp("the tiny model", tiny.intermediate_size, tp)
+        check_without_experts("the tiny model", config)
         return
     if not Path(name).is_dir():
         raise UserError(
@@ -66,7 +68,10 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
     check_experts(model, architecture.experts, config.parallel, tp)
-    check_balancing(model, architecture.experts, config.train)
+    if architecture.experts is None:
+        check_without_experts(model, config)
+    if architecture.has_dense_layers:
+        check_mlp(model, architecture.intermediate_size, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         check_server_heads(model, architecture.heads, config.sglang.tp)
     check_checkpoint(name, values=True)
@@ -101,11 +106,25 @@ def check_layout(
             f"{model} has {kv_heads} key/value heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
             f"divides {kv_heads}"
         )
+    if parallel is not None and parallel.cp_comm == "a2a" and kv_heads // tp % parallel.cp:
+        raise UserError(
+            f"{model} has {kv_heads // tp} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} "
+            "does not divide, as parallel.cp_comm=a2a needs; set that to p2p"
+        )
     if parallel is not None and (parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None)):
         check_stages(model, layers, parallel)
     elif layers < pp or layers % pp:
         raise UserError(
             f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+        )
+
+
+def check_mlp(model: str, width: int, tp: int) -> None:
+    """The gated MLP of a dense layer splits over `tp`."""
+    if width % tp:
+        raise UserError(
+            f"{model} has MLPs of width {width} (intermediate_size), which parallel.tp={tp} does not divide; choose a "
+            "parallel.tp that does"
         )
 
 
@@ -156,10 +175,14 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
         )
 
 
-def check_balancing(model: str, experts: Experts | None, train: TrainConfig) -> None:
-    """A balancing loss has experts to balance."""
-    if experts is None and train.moe_aux_loss_coef:
+def check_without_experts(model: str, config: Config) -> None:
+    """A dense model is given no option that would do nothing."""
+    if config.train.moe_aux_loss_coef:
         raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+    if config.train.moe_router_fp32:
+        raise UserError(f"{model} has no experts, whose router train.moe_router_fp32 is about; set it to false")
+    if config.parallel.etp is not None:
+        raise UserError(f"{model} has no experts to cut over parallel.etp={config.parallel.etp}; set it to null")
 
 
 def check_server_heads(model: str, heads: int, tp: int) -> None:

@@ -51,10 +51,12 @@ def _model_dir(config: Config) -> Path:
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
     from etr_megatron.policy import Policy, configured_layout, init_world
+    from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
     init_world(config.run.phase_timeout_s)
+    require_fp8(config.fp8)  # before minutes are spent on servers
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     problems = _problems(config, "train", tokenizer, report=layout.rank == 0)

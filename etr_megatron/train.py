@@ -30,6 +30,9 @@ def _run(argv: list[str]) -> None:
         from etr_megatron.planner.dry_run import dry_run
 
         return dry_run([argument for argument in argv if argument != "--dry-run"])
+    # Megatron counts on it: kernels start in the order of their launches, messages before the products that hide them. CUDA
+    # reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(path, overrides)

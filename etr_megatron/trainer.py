@@ -67,8 +67,11 @@ class Trainer:
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
         SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
         """
-        self._resume()
         with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
+            try:
+                self._resume()
+            except StopAskedError as error:  # there is nothing yet that is not saved
+                raise RequeueError(f"{error}: start again with the same command to go on") from error
             try:
                 self._roll_out_only() if self.config.rollout.only else self._run_steps()
             except (EngineGoneError, StopAskedError) as error:
@@ -86,7 +89,7 @@ class Trainer:
             return
         if self._unrecorded is not None:
             self._record(*self._unrecorded)
-        if checkpoint.latest_step(self._directory.checkpoints) != self.step:
+        if self._latest_checkpoint() != self.step:
             self._save()
 
     def _run_steps(self) -> None:
@@ -197,12 +200,17 @@ class Trainer:
         state = self.sampler.state_dict()
         checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
 
+    def _latest_checkpoint(self) -> int | None:
+        """The newest step saved, as rank 0 sees it. Other nodes may not see yet what it has just written: a network file system
+        keeps what a directory held for a while."""
+        return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
+
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one, and forget what was written after it.
 
         Where nothing is trained the rollouts that its weights have given already are kept.
         """
-        step = checkpoint.latest_step(self._directory.checkpoints) if self.config.checkpoint.resume else None
+        step = self._latest_checkpoint() if self.config.checkpoint.resume else None
         if step is not None:
             self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
             self.step = self.trained = self._version = step

@@ -115,8 +115,36 @@ def test_a_model_that_the_layout_cannot_split_is_refused(
     assert str(caught.value).startswith(sentence)
 
 
+def test_heads_that_context_parallel_ranks_cannot_exchange_are_refused() -> None:
+    ring, exchange = (ParallelConfig(tp=2, cp=4, cp_comm=how) for how in ("p2p", "a2a"))
+    check_layout("m", 16, 4, 6, 2, 1, ring)
+    check_layout("m", 16, 8, 6, 2, 1, exchange)
+    with pytest.raises(UserError) as caught:
+        check_layout("m", 16, 4, 6, 2, 1, exchange)
+    assert str(caught.value).startswith("m has 2 key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 does not")
+
+
 def test_a_layout_that_splits_evenly_passes() -> None:
     check_layout("m", heads=14, kv_heads=2, layers=24, tp=2, pp=3)
+
+
+def test_mlps_that_the_layout_cannot_split_are_refused(config: Config) -> None:
+    odd = replace(config, tiny=replace(config.tiny, intermediate_size=193), parallel=ParallelConfig(tp=2))
+    assert refusal(odd, 2).startswith("the tiny model has MLPs of width 193 (intermediate_size), which parallel.tp=2 does not")
+    check_inputs(replace(odd, parallel=ParallelConfig(tp=1)), 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("train", "moe_aux_loss_coef", 0.1), ("train", "moe_router_fp32", True), ("parallel", "etp", 1)],
+)
+def test_options_for_experts_are_refused_for_a_model_without_any(
+    config: Config, hf_models: dict[str, str], section: str, key: str, value: object
+) -> None:
+    for model in ("tiny", hf_models["qwen3"]):
+        asked = with_model(replace(config, **{section: replace(getattr(config, section), **{key: value})}), Path(model))
+        message = refusal(asked)
+        assert " has no experts" in message and f"{section}.{key}" in message and "\n" not in message
 
 
 def test_tp_auto_is_checked_at_the_size_it_will_have(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -105,6 +106,16 @@ def test_ranks_and_microbatches_are_within_five_percent_of_the_exact_optimum(len
         fewer.append(optimum(problem[0], len(rank) - 1, problem[1], budget) if len(rank) > 1 else float("inf"))
     # One rank at least could not do with one microbatch less.
     assert max(fewer) == float("inf")
+
+
+def test_a_step_of_two_thousand_long_samples_is_planned_in_seconds():
+    # Every rank plans all of them, once for the old log-probs and again for every minibatch.
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1000, 9000, (2048,), generator=generator).tolist()
+    start = time.process_time()
+    plan = plan_microbatches(lengths, dp=2, token_budget=9216, costs=[n * (n + 20_000) for n in lengths])
+    assert time.process_time() - start < 3
+    assert len(plan[0]) <= 1.2 * sum(lengths) / 2 / 9216
 
 
 def test_attention_makes_a_long_sequence_costlier_than_short_ones_of_as_many_tokens(hf_models):

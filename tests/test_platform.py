@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib.machinery import SourceFileLoader
 
 import pytest
 
+from etr_megatron import train
+from etr_megatron.errors import UserError
 from etr_megatron.platform import cpu_shim
 from tests.gang import ROOT
 
@@ -117,3 +120,14 @@ def test_a_rank_that_died_is_not_said_to_have_been_waited_for_until_the_deadline
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_that_all_arrive_go_on(gangs, world):
     assert gangs(world).run("tests.platform_jobs:meet_without", missing=-1) == ["met"] * world
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "1"), ("8", "8")])
+def test_a_rank_has_kernels_start_in_the_order_of_their_launches_unless_told_otherwise(monkeypatch, given, wanted):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError):
+        train._run(["no_such.key=1"])
+    assert os.environ[name] == wanted

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from etr_megatron.errors import UserError
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 
@@ -104,3 +105,73 @@ def test_more_steps_than_planned_stretch_the_learning_rate_decay(gangs, hf_model
     stretched = gangs(1).run(**job, steps=6, updates=3, load=str(tmp_path))[0]
     assert stretched == pytest.approx(long[3:]) and long[4] > 0
     assert short[2] < long[2]  # the shorter plan had come nearer to its end
+
+
+def after_step_0(model: str, overrides: list[str], folder: str | None = None) -> dict[str, Any]:
+    """Two updates of a new policy, or, with `folder`, of another one that took up its checkpoint of step 0."""
+    from etr_megatron import checkpoint
+
+    policy = build(model, [*BASE, *overrides])
+    if folder:
+        checkpoint.save(Path(folder), 0, policy, {}, keep=1)
+        policy = build(model, [*BASE, *overrides])
+        checkpoint.load(Path(folder), 0, policy)
+    batch = make_batch(random_sequences())
+    updates = [policy.update(batch) for _ in range(2)]
+    return {
+        "metrics": [(update.loss, update.grad_norm, update.lr) for update in updates],
+        "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
+def test_a_run_that_stopped_before_its_first_update_goes_on(gangs, hf_models, tmp_path, sharded):
+    # SIGTERM while the first step's rollouts are made: no Adam has a state yet.
+    overrides = ["parallel.tp=1", f"train.distributed_optimizer={sharded}"]
+    job = {"function": "tests.test_policy_checkpoints:after_step_0", "model": hf_models["qwen3"], "overrides": overrides}
+    wanted = gangs(2).run(**job)
+    for found, straight in zip(gangs(2).run(**job, folder=str(tmp_path)), wanted, strict=True):
+        assert found["metrics"] == straight["metrics"]
+        for name, tensor in straight["weights"].items():
+            assert torch.equal(found["weights"][name], tensor), name
+
+
+def refusal(model: str, other: str, folder: str) -> str:
+    """What is said when a checkpoint of `model` is to be continued with `other`."""
+    from etr_megatron import checkpoint
+
+    checkpoint.save(Path(folder), 1, build(model, ["parallel.tp=1"]), {}, keep=1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(Path(folder), 1, build(other, ["parallel.tp=1"]))
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_first_tensor_that_it_lacks(gangs, hf_models, tmp_path):
+    job = {"function": "tests.test_policy_checkpoints:refusal", "model": hf_models["qwen3"], "other": hf_models["qwen2"]}
+    for message in gangs(2).run(**job, folder=str(tmp_path)):
+        lacks = "does not fit this model (decoder.layers.self_attention.linear_qkv.bias from model not in state dict);"
+        assert message.startswith(f"{tmp_path}/step_000001 {lacks}")
+        assert "restore the settings it was made with" in message and len(message) < 400
+
+
+def other_optimizer(model: str, before: str, folder: str) -> str:
+    """What is said when a checkpoint of a run whose `train.distributed_optimizer` is `before` goes on with the other one."""
+    from etr_megatron import checkpoint
+
+    after = {"true": "false", "false": "true"}[before]
+    policies = [build(model, ["parallel.tp=1", f"train.distributed_optimizer={value}"]) for value in (before, after)]
+    policies[0].update(make_batch(random_sequences()))
+    checkpoint.save(Path(folder), 1, policies[0], {}, keep=1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(Path(folder), 1, policies[1])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["true", "false"])
+def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gangs, hf_models, tmp_path, before):
+    job = {"function": "tests.test_policy_checkpoints:other_optimizer", "model": hf_models["qwen3"], "before": before}
+    (message,) = gangs(1).run(**job, folder=str(tmp_path))
+    assert message == (
+        f"{tmp_path}/step_000001 was written with train.distributed_optimizer={before}, whose state the other optimizer does "
+        "not read; set that, or start under another run.name"
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from etr_megatron.checks import check_layout, check_stages
-from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, validate
+from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, load_config, validate
 from etr_megatron.errors import UserError
 from etr_megatron.policy.model_config import (
     get_num_layers_to_build,
@@ -42,17 +42,30 @@ def test_layouts_and_options_that_cannot_be_are_refused(parallel, train, message
 
 
 @pytest.mark.parametrize(
-    ("fp8", "dtype", "message"),
+    ("fp8", "dtype", "train", "message"),
     [
-        (Fp8Config(param=True), "auto", "there is no FP8 without a recipe"),
-        (Fp8Config(recipe="blockwise"), "float32", "FP8 replaces bfloat16"),
-        (Fp8Config(recipe="delayed", first_last_layers_bf16=True), "auto", "delayed scaling is for all layers"),
-        (Fp8Config(recipe="mxfp8", param=True), "auto", "not supported with mxfp8"),
+        (Fp8Config(param=True), "auto", {}, "there is no FP8 without a recipe"),
+        (Fp8Config(recipe="blockwise"), "float32", {}, "FP8 replaces bfloat16"),
+        (Fp8Config(recipe="delayed", first_last_layers_bf16=True), "auto", {}, "delayed scaling is for all layers"),
+        (Fp8Config(recipe="mxfp8", param=True), "auto", dict(distributed_optimizer=True), "not supported with mxfp8"),
+        (Fp8Config(recipe="blockwise", param=True), "auto", {}, "only the distributed optimizer updates weights"),
+        (
+            Fp8Config(recipe="delayed", param=True),
+            "auto",
+            dict(distributed_optimizer=True, optimizer_offload=True),
+            "the offloaded optimizer updates weights in bfloat16 only",
+        ),
     ],
 )
-def test_fp8_that_contradicts_itself_is_refused(fp8, dtype, message):
-    (problem,) = validate(Config(model=ModelConfig(path="somewhere", dtype=dtype), fp8=fp8), 1)
+def test_fp8_that_contradicts_itself_is_refused(fp8, dtype, train, message):
+    config = Config(model=ModelConfig(path="somewhere", dtype=dtype), fp8=fp8, train=TrainConfig(**train))
+    (problem,) = validate(config, 1)
     assert message in problem
+
+
+def test_an_exchange_that_packed_sequences_do_not_have_is_refused():
+    with pytest.raises(UserError, match=r"parallel\.cp_comm"):
+        load_config(None, ["parallel.cp_comm=all_gather"])
 
 
 def test_bfloat16_gradients_are_for_a_bfloat16_model():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,9 +31,14 @@ SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
             ["train.optimizer_offload=true", "train.distributed_optimizer=true"],
             "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set it to false",
         ),
+        (
+            ["train.grads_dtype=bfloat16"],
+            'train.grads_dtype = "bfloat16", model.dtype = "auto": the model is float32 on CPU, and so are its gradients; set '
+            "grads_dtype to float32, or dtype to bfloat16",
+        ),
     ],
 )
-def test_what_needs_a_gpu_is_refused_on_cpu_in_one_sentence(overrides, sentence):
+def test_what_needs_a_gpu_or_does_nothing_on_cpu_is_refused_there_in_one_sentence(overrides, sentence):
     config = load_config(None, overrides)
     assert resolve(config, 1, cuda=True).fp8 == config.fp8
     with pytest.raises(UserError) as caught:
@@ -96,3 +103,38 @@ def test_the_optimizer_does_not_start_from_what_weights_held_in_fp8_were_made_wi
     monkeypatch.setattr(megatron_weights, "load_hf_weights", lambda chunks, checkpoint: cleared.append("loaded"))
     megatron_weights.load_weights([chunk], "somewhere")
     assert cleared == ["loaded", "weight"]
+
+
+def with_transformer_engine(monkeypatch, **modules: types.ModuleType | None) -> None:
+    """A machine with a GPU and a Transformer Engine of these modules; None cannot be imported."""
+    monkeypatch.setattr(policy_fp8.platform, "uses_cuda", lambda: True)
+    monkeypatch.setattr(policy_fp8.importlib.util, "find_spec", lambda name: object())
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_refused_whatever_the_recipe(monkeypatch):
+    # Megatron would take it for one that is not installed, and we its layers for there: a NameError.
+    with_transformer_engine(monkeypatch, transformer_engine=None)
+    for recipe in ("none", "tensorwise"):
+        with pytest.raises(UserError, match=r"^Transformer Engine is installed and cannot be imported \([^\n]+$"):
+            policy_fp8.require_fp8(Fp8Config(recipe=recipe))
+
+
+def test_a_recipe_that_the_device_does_not_have_is_refused_before_anything_is_loaded(monkeypatch):
+    answers = {"is_fp8_available": (True, ""), "is_mxfp8_available": (False, "Compute capability 10.0 or higher required.")}
+    answers["is_fp8_block_scaling_available"] = (True, "")
+    fp8 = types.ModuleType("transformer_engine.pytorch.fp8")
+    fp8.FP8GlobalStateManager = SimpleNamespace(**{name: lambda answer=answer: answer for name, answer in answers.items()})
+    package = types.ModuleType("transformer_engine")
+    with_transformer_engine(
+        monkeypatch, transformer_engine=package, transformer_engine__pytorch=package, transformer_engine__pytorch__fp8=fp8
+    )
+    for recipe in ("none", "blockwise", "tensorwise", "delayed"):
+        policy_fp8.require_fp8(Fp8Config(recipe=recipe))
+    with pytest.raises(UserError) as caught:
+        policy_fp8.require_fp8(Fp8Config(recipe="mxfp8"))
+    assert str(caught.value) == (
+        "fp8.recipe=mxfp8 cannot run on this device: Compute capability 10.0 or higher required. Choose another, or set "
+        "fp8.recipe=none"
+    )

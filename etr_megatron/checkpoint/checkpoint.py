@@ -26,6 +26,7 @@ from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
+from etr_megatron.policy.megatron_weights import reason
 
 _NAME = re.compile(r"step_(\d{6,})$")
 TRAINER_FILE = "trainer.json"
@@ -34,6 +35,7 @@ _TENSORS_FILE = "trainer.safetensors"
 """Tensors of the trainer's state: of groups in hand every token, which would be gigabytes of JSON."""
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_DISTRIBUTED = "distributed_optimizer"
 
 
 def latest_step(checkpoints: Path) -> int | None:
@@ -56,6 +58,7 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
     """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
 
+    step: how many are trained; at 0 the optimizer has made no step, and nothing of it is written.
     trainer: state of the trainer, JSON but for the tensors in `trainer["tensors"]`; rank 0's is written. Raises UserError,
     naming the path, when the disk is full; what was written so far is removed and older checkpoints stay as they are.
     """
@@ -67,9 +70,10 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_sharded_state(policy, loading=False), str(temporary), sharded_strategy=TorchDistSave())
+        sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
+        dist_checkpointing.save(sharded, str(temporary), sharded_strategy=TorchDistSave())
         if rank0:
-            state = {"step": step, **_sizes(policy.layout), **trainer}
+            state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
             _write_synced(temporary / TRAINER_FILE, json.dumps(state).encode())
             shutil.rmtree(final, ignore_errors=True)
@@ -100,23 +104,36 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
-    wanted = _sharded_state(policy, loading=True, rng=same_layout)
+    _refuse_other_optimizer(path, trainer, policy)
+    wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
-            f"{path} does not fit this model ({str(error).splitlines()[0]}); restore the settings it was made with, or start "
+            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, or start "
             "under another run.name"
         ) from error
     for name, chunk in _chunks(policy).items():
         chunk.load_state_dict(state[name], strict=False)
-    policy.optimizer.load_state_dict(state["optimizer"])
+    if step > 0:
+        policy.optimizer.load_state_dict(state["optimizer"])
     policy.load_schedule(state["scheduler"])
     if same_layout:
         _restore_rng(state["rng"])
     if layout.rank == 0:
         trainer["tensors"] = load_file(path / _TENSORS_FILE)
     return trainer
+
+
+def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
+    """Each keeps its state in a form of its own, and Megatron fails in the midst of reading the other's."""
+    now = policy.config.train.distributed_optimizer
+    written = trainer.get(_DISTRIBUTED, now)
+    if trainer["step"] > 0 and written != now:
+        raise UserError(
+            f"{path} was written with train.distributed_optimizer={str(written).lower()}, whose state the other optimizer does "
+            "not read; set that, or start under another run.name"
+        )
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
@@ -129,17 +146,19 @@ def _chunks(policy: Policy) -> dict[str, torch.nn.Module]:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _sharded_state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
-    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them."""
+def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool = True) -> dict[str, Any]:
+    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them.
+
+    optimizer: whether it has made a step. Until then no Adam has the state that Megatron would read, and there is nothing to
+    keep: its fp32 weights are those of the model.
+    """
     policy.finish_update()
     model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
-    if policy.config.train.distributed_optimizer:
-        _create_adam_state(policy.optimizer)
-    state = {
-        **model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA),
-        "scheduler": policy.scheduler.state_dict(),
-    }
+    state = {**model, "scheduler": policy.scheduler.state_dict()}
+    if optimizer:
+        if policy.config.train.distributed_optimizer:
+            _create_adam_state(policy.optimizer)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
     if rng:
         layout = policy.layout
         state["rng"] = ShardedObject("rng", _rng_state(), (layout.world,), (layout.rank,), replica_id=0)

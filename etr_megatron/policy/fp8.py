@@ -13,18 +13,35 @@ from etr_megatron.errors import UserError
 _FORMAT = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "mxfp8": "e4m3"}
 """Megatron's name of the number format: `hybrid` has e5m2 for gradients, whose range one scale a tensor cannot cover."""
 
+_SUPPORT = {"blockwise": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
+"""Transformer Engine's question whether the device has a recipe; the other recipes need what all FP8 needs."""
+
 
 def require_fp8(fp8: Fp8Config) -> None:
-    """Raise UserError where FP8 is asked for without CUDA or Transformer Engine: Megatron would silently train in bf16."""
-    if fp8.recipe == "none":
-        return
-    if not platform.uses_cuda():
+    """Raise UserError where FP8 is asked for without CUDA, without Transformer Engine (Megatron would train in bf16, silently),
+    or on a device that lacks the recipe; with or without FP8, where Transformer Engine is installed and cannot be imported."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if fp8.recipe != "none" and not platform.uses_cuda():
         raise UserError(f"fp8.recipe={fp8.recipe} needs a GPU, and this job runs on CPU; set fp8.recipe=none")
-    if importlib.util.find_spec("transformer_engine") is None:
+    if fp8.recipe != "none" and not installed:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs Transformer Engine, which is not installed: pip install -e '.[gpu]', or set "
             "fp8.recipe=none"
         )
+    if not installed or not platform.uses_cuda():
+        return
+    try:
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # where Megatron takes it from
+    except ImportError as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"Transformer Engine is installed and cannot be imported ({why}); build it for this torch and CUDA, or uninstall it"
+        ) from error
+    if fp8.recipe == "none":
+        return
+    supported, reason = getattr(FP8GlobalStateManager, _SUPPORT.get(fp8.recipe, "is_fp8_available"))()
+    if not supported:
+        raise UserError(f"fp8.recipe={fp8.recipe} cannot run on this device: {reason} Choose another, or set fp8.recipe=none")
 
 
 def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:

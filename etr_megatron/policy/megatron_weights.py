@@ -60,12 +60,20 @@ def load_megatron_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | P
             warnings.simplefilter("ignore", FutureWarning)
             state = dist_checkpointing.load(wanted, str(checkpoint_dir))
     except (CheckpointException, CheckpointingException, KeyError) as error:
-        raise UserError(f"{checkpoint_dir} does not fit this model ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{checkpoint_dir} does not fit this model ({reason(error)})") from error
     for number, chunk in enumerate(chunks):
         found = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
         missing = set(found.missing_keys) & dict(chunk.named_parameters()).keys()
         if missing:
             raise UserError(f"{checkpoint_dir} lacks {len(missing)} parameters of this model, first {min(missing)}")
+
+
+def reason(error: BaseException) -> str:
+    """A line on why a checkpoint could not be read: of what torch gathered from the ranks the first one's own words, without
+    the list of all that is there."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    cause = next((failure[0] for failure in failures), error)
+    return str(cause).partition("\n")[0].partition(": [")[0].strip("'\"")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ possible: exactly so up to `_EXACT` samples, unless the search is cut off, and g
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 _EXACT = 16
@@ -25,7 +26,7 @@ def plan_microbatches(
     """
     costs = lengths if costs is None else costs
     ranks = _balance(range(len(lengths)), costs, dp) or []  # without a limit there is always a way
-    count = 1
+    count = max(1, *(_fewest(rank, lengths, token_budget) for rank in ranks))
     while True:
         whole = -(-count // multiple) * multiple
         plan = [_balance(rank, costs, whole, lengths, token_budget) for rank in ranks]
@@ -33,6 +34,13 @@ def plan_microbatches(
         if len(found) == dp:
             return found
         count = whole + 1
+
+
+def _fewest(samples: Sequence[int], sizes: Sequence[int], limit: int) -> int:
+    """Parts that samples need at least: one for each over the limit, room for the others; two over half of it share none."""
+    short = [sizes[i] for i in samples if sizes[i] <= limit]
+    large = sum(2 * sizes[i] > limit for i in samples)
+    return max(large, len(samples) - len(short) + -(-sum(short) // limit))
 
 
 def _balance(
@@ -70,11 +78,18 @@ class _Search:
 
     def greedy(self) -> None:
         """Each sample to the cheapest part that has room."""
+        cheapest = [(0, part) for part in range(len(self.parts))]
         for sample in self.order:
-            part = min((p for p in range(len(self.parts)) if self._fits(sample, p)), key=lambda p: self.cost[p], default=None)
-            if part is None:
+            full: list[tuple[int, int]] = []
+            while cheapest and not self._fits(sample, cheapest[0][1]):
+                full.append(heapq.heappop(cheapest))
+            if not cheapest:
                 break
+            part = cheapest[0][1]
             self._put(sample, part)
+            heapq.heapreplace(cheapest, (self.cost[part], part))
+            for entry in full:
+                heapq.heappush(cheapest, entry)
         else:
             self._keep()
         for part, samples in enumerate(self.parts):

@@ -64,6 +64,11 @@ class Architecture:
     rope: dict[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has a dense MLP."""
+        return self.experts is None or bool(self.experts.dense_layers)
+
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of `layer` is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers

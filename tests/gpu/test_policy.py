@@ -84,11 +84,12 @@ def test_layers_are_transformer_engines(world, device, model):
     assert any("transformer_engine" in kind for kind in kinds)
 
 
+@pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])
 @pytest.mark.parametrize("recipe", ["none", *RECIPES])
-def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe):
+def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe, mixture):
     if recipe in LEFT_OUT:
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
-    model, pairs = write_qwen3(tmp_path / "model"), sequences()
+    model, pairs = write_qwen3(tmp_path / "model", mixture=mixture), sequences()
     baseline = torch.cat(build(model).logprobs(pairs).logp)
     # The first update has learning rate 0: delayed scaling needs a step that shows it the largest values.
     policy = build(

@@ -53,6 +53,17 @@ def fp8(config: Config) -> Iterator[Violation]:
         )
     if fp8.recipe == "mxfp8" and fp8.param:
         yield Violation(("fp8.recipe", "fp8.param"), "weights held in FP8 are not supported with mxfp8; set fp8.param to false")
+    if fp8.param and not config.train.distributed_optimizer:
+        yield Violation(
+            ("fp8.param", "train.distributed_optimizer"),
+            "only the distributed optimizer updates weights that are held in FP8; set distributed_optimizer to true, or "
+            "param to false",
+        )
+    if fp8.param and config.train.optimizer_offload:
+        yield Violation(
+            ("fp8.param", "train.optimizer_offload"),
+            "the offloaded optimizer updates weights in bfloat16 only; set one of them to false",
+        )
 
 
 def on_cpu(config: Config) -> Iterator[Violation]:
@@ -61,3 +72,8 @@ def on_cpu(config: Config) -> Iterator[Violation]:
         yield Violation(("fp8.recipe",), "FP8 needs a GPU and this job runs on CPU; set it to none")
     if config.train.optimizer_offload:
         yield Violation(("train.optimizer_offload",), "there is no GPU memory to offload from on CPU; set it to false")
+    if config.train.grads_dtype == "bfloat16" and config.model.dtype == "auto":
+        yield Violation(
+            ("train.grads_dtype", "model.dtype"),
+            "the model is float32 on CPU, and so are its gradients; set grads_dtype to float32, or dtype to bfloat16",
+        )

@@ -66,8 +66,10 @@ class ParallelConfig:
     """Layers of the last pipeline stage, which has the head and the loss as well; null is an even share."""
     cp: int = 1
     """Context parallel size: ranks that share the tokens of every sequence."""
-    cp_comm: Literal["p2p", "all_gather", "a2a"] = "p2p"
-    """How Transformer Engine exchanges keys and values over context-parallel ranks (on CPU they are gathered)."""
+    # No all_gather: Transformer Engine has it for padded batches alone before 2.18, and ours are packed.
+    cp_comm: Literal["p2p", "a2a"] = "p2p"
+    """How Transformer Engine exchanges over context-parallel ranks: keys and values in a ring, or heads for tokens (a2a: cp
+    must divide the key/value heads of a tensor-parallel rank). On CPU keys and values are gathered."""
     ep: int = 1
     """Expert parallel size: ranks of a pipeline stage that a layer's experts are spread over (models with experts)."""
     etp: int | None = None
