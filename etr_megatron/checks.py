@@ -14,7 +14,7 @@ from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import path_errors
 
 if TYPE_CHECKING:
-    from etr_megatron.weights import Experts
+    from etr_megatron.weights import Architecture, Experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a directory's tokenizer loadable."""
@@ -66,12 +66,7 @@ def check_model(config: Config, world_size: int) -> None:
 
     architecture = read_architecture(name)
     model = f"the model in {name}"
-    check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, pp, config.parallel)
-    check_experts(model, architecture.experts, config.parallel, tp)
-    if architecture.experts is None:
-        check_without_experts(model, config)
-    if architecture.has_dense_layers:
-        check_mlp(model, architecture.intermediate_size, tp)
+    check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         check_server_heads(model, architecture.heads, config.sglang.tp)
     check_checkpoint(name, values=True)
@@ -84,6 +79,17 @@ def check_model(config: Config, world_size: int) -> None:
         )
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
+
+
+def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
+    """The model can be split over the layout, and no option is about experts that it does not have."""
+    parallel = config.parallel
+    check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, parallel.pp, parallel)
+    check_experts(model, architecture.experts, parallel, tp)
+    if architecture.experts is None:
+        check_without_experts(model, config)
+    if architecture.has_dense_layers:
+        check_mlp(model, architecture.intermediate_size, tp)
 
 
 def check_layout(
@@ -241,10 +247,15 @@ def check_replay(config: Config) -> None:
         )
 
 
+def starts_servers(config: Config) -> bool:
+    """Whether this node is to start servers; a machine without torchrun counts as the first node."""
+    is_one_of_theirs = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
+    return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls and is_one_of_theirs
+
+
 def check_servers(config: Config) -> None:
     """The servers that this node is to start have the arguments that they are given."""
-    starts = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
-    if config.rollout.backend != "sglang" or config.rollout.replay is not None or not starts:
+    if not starts_servers(config):
         return
     from etr_megatron.rollout.sglang.arguments import check_arguments
 

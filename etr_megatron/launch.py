@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import check_inputs
+from etr_megatron.checks import check_inputs, starts_servers
 from etr_megatron.cli import USAGE, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
@@ -79,8 +79,7 @@ def default_nproc(config: Config, gpus: int) -> int:
 def _gpus_of_servers(config: Config) -> int:
     """GPUs of this machine that servers have for themselves."""
     sglang = config.sglang
-    shared = config.rollout.backend != "sglang" or config.rollout.replay is not None or sglang.placement == "colocated"
-    return 0 if shared or sglang.urls else sglang.servers * sglang.tp
+    return sglang.servers * sglang.tp if starts_servers(config) and sglang.placement != "colocated" else 0
 
 
 def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from etr_megatron.errors import RequeueError, UserError
 
@@ -58,16 +58,16 @@ def exit_code_of(body: Callable[[], None]) -> int:
     return 0
 
 
-def exit_with(main: Callable[[], int]) -> NoReturn:
-    """End the process with what `main`, of a command that prints, returns, or quietly with 141 where its reader has left."""
+def code_of_printing(main: Callable[[], int]) -> int:
+    """The exit code of a command that prints: what `main` returns, or 141, as after SIGPIPE, where its reader has left."""
     try:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # As of a command that SIGPIPE ends; the interpreter would flush what is left, and complain.
+        # The interpreter would flush what is left in the end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    sys.exit(code)
+    return code
 
 
 def report_user_error(error: UserError) -> None:

@@ -192,39 +192,6 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
     assert room[0] < 0 and not list(tmp_path.glob("out*"))
 
 
-def test_a_file_that_may_not_become_as_large_is_one_sentence(hf, tmp_path):
-    out = tmp_path / "out"
-    command = 'ulimit -f 20; exec "$@"'
-    # -B: modules that are compiled would be cut off at the limit, for whoever loads them next.
-    argv = [
-        "bash",
-        sys.executable,
-        "-B",
-        "tools/convert_hf.py",
-        "to-megatron",
-        "--hf",
-        str(hf),
-        "--out",
-        str(out),
-        "--dtype",
-        "bf16",
-    ]
-    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2 and not list(tmp_path.glob("out*"))
-    said = "a file would become larger than is allowed here (ulimit -f, or the file system)"
-    assert found.stderr.endswith(f"error: {out}: {said}; make room or choose another --out\n")
-
-
-def test_a_file_system_without_locks_is_only_warned_of(hf, tmp_path, monkeypatch, caplog):
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with caplog.at_level("WARNING"):
-        assert main(["to-megatron", "--hf", str(hf), "--out", str(tmp_path / "out")]) == 0
-    assert f"{tmp_path}/out.unfinished: its file system has no locks" in caplog.text
-
-
 def test_a_reader_that_leaves_ends_verify_without_a_word(hf, megatron):
     command = '"$@" | true; exit ${PIPESTATUS[0]}'
     argv = [

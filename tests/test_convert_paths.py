@@ -1,16 +1,21 @@
-"""Paths that a conversion cannot enter, read or make: one sentence that names them, and nothing of it left."""
+"""What the system does not let a conversion enter, read, make or lock: one sentence that names it, and nothing of it left."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from etr_megatron.convert import Ranks, hf_files, to_megatron
 from etr_megatron.weights import safetensors_dir, torch_dist_metadata
+from tests.gang import ROOT
 from tests.test_convert_failures import refusal
+from tools.convert_hf import main
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +85,36 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that_and_not_to_be_broken(
         said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
         assert said == f"error: {hf}/generation_config.json: Permission denied\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_become_as_large_is_one_sentence(hf_models, tmp_path):
+    out = tmp_path / "out"
+    command = 'ulimit -f 20; exec "$@"'
+    # -B: modules that are compiled would be cut off at the limit, for whoever loads them next.
+    argv = [
+        "bash",
+        sys.executable,
+        "-B",
+        "tools/convert_hf.py",
+        "to-megatron",
+        "--hf",
+        hf_models["qwen3"],
+        "--out",
+        str(out),
+        "--dtype",
+        "bf16",
+    ]
+    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and not list(tmp_path.glob("out*"))
+    said = "a file would become larger than is allowed here (ulimit -f, or the file system)"
+    assert found.stderr.endswith(f"error: {out}: {said}; make room or choose another --out\n")
+
+
+def test_a_file_system_without_locks_is_only_warned_of(hf_models, tmp_path, monkeypatch, caplog):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING"):
+        assert main(["to-megatron", "--hf", hf_models["qwen3"], "--out", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/out.unfinished: its file system has no locks" in caplog.text

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from etr_megatron.errors import UserError
-from etr_megatron.status import exit_code_of, report_user_error
+from etr_megatron.status import code_of_printing, exit_code_of, report_user_error
 
 if TYPE_CHECKING:
     from etr_megatron.convert import Ranks
@@ -169,11 +169,7 @@ if __name__ == "__main__":
     end_on_signals()
     # Garbage is looked for at every 700 new objects otherwise, which takes a fifth of the time in which modules are loaded.
     gc.set_threshold(100_000)
-    try:
-        exit_code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of what was printed has left
-        exit_code = 128 + signal.SIGPIPE
+    exit_code = code_of_printing(main)
     sys.stderr.flush()
     # Not sys.exit: the interpreter would end torch.distributed's threads, which they do not survive.
     os._exit(exit_code)

@@ -14,7 +14,7 @@ import sys
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan, render, suggestions
-from etr_megatron.status import exit_with
+from etr_megatron.status import code_of_printing
 
 
 def main() -> int:
@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    sys.exit(code_of_printing(main))

@@ -110,28 +110,26 @@ class _Writer(dcp.FileSystemWriter):
         return future
 
     def _write(self, file: io.BufferedWriter, name: str, item: WriteItem, data: io.BytesIO | Tensor | _Hole) -> WriteResult:
-        begin = file.tell()
         if isinstance(data, io.BytesIO):
+            begin = file.tell()
             file.write(data.getbuffer())
-        elif isinstance(data, _Hole):
-            begin = _fill(file, data)
         else:
-            _write_values(file, data)
-        if not isinstance(data, io.BytesIO):
+            begin = (_fill if isinstance(data, _Hole) else _write_values)(file, data)
             self._written(data.nbytes)
         length = file.tell() - begin
         return WriteResult(item.index, length, _StorageInfo(name, begin, length))
 
 
-def _write_values(file: io.BufferedWriter, values: Tensor) -> None:
-    """Write what `torch.save` writes of a tensor."""
+def _write_values(file: io.BufferedWriter, values: Tensor) -> int:
+    """Write what `torch.save` writes of a tensor; returns where it begins."""
     begin = file.tell()
     torch.save(values, _Stream(file))
     start_writeback(file.fileno(), begin, file.tell() - begin)
+    return begin
 
 
 def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
-    """The same around a hole that the values are copied into from other files; returns where it begins.
+    """The same around a hole that the values are copied into from other files.
 
     A few bytes are skipped before, so that values lie at the same place of a page in both files: the kernel copies whole pages
     faster than parts of two.

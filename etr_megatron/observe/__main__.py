@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import load_rows, plot, summary
-from etr_megatron.status import exit_with
+from etr_megatron.status import code_of_printing
 
 _RUN_DIR = "a run's directory, such as runs/<run.name>"
 
@@ -60,4 +60,4 @@ def _rollout(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    sys.exit(code_of_printing(main))

@@ -139,16 +139,11 @@ def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:
     """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
-    from etr_megatron.checks import check_experts, check_layout, check_mlp, check_without_experts
+    from etr_megatron.checks import check_architecture
 
-    parallel, model = config.parallel, config.model.path
-    assert parallel.tp != "auto"
-    check_layout(model, arch.heads, arch.kv_heads, arch.layers, parallel.tp, parallel.pp, parallel)
-    check_experts(model, arch.experts, parallel, parallel.tp)
-    if arch.experts is None:
-        check_without_experts(model, config)
-    if arch.has_dense_layers:
-        check_mlp(model, arch.intermediate_size, parallel.tp)
+    model, tp = config.model.path, config.parallel.tp
+    assert tp != "auto"
+    check_architecture(model, arch, config, tp)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if 0 < arch.max_positions < wanted:
         raise UserError(

@@ -25,11 +25,13 @@ def misfit(plan: Plan) -> str:
     if not plan.ranks_fit:
         found.append(f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} of {gib(usable(plan.gpu_memory))} usable GiB")
     if not plan.server_fits:
-        found.append(
-            f"a server's weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB, and the rest does "
-            f"not hold one sample of {plan.work.longest:,} tokens"
-        )
+        found.append(f"a server's {_server_misfit(plan)}")
     return ", and ".join(found)
+
+
+def _server_misfit(plan: Plan) -> str:
+    pool = f"weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB"
+    return f"{pool}, and the rest does not hold one sample of {plan.work.longest:,} tokens"
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -87,10 +89,7 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     words = "fits" if plan.fits else "ranks fit" if plan.ranks_fit else "DOES NOT FIT"
     yield f"{words}: rank {rank.rank} (stage {rank.stage}) needs {gib(rank.peak)} of {gib(room)} usable GiB, to {phase}"
     if not plan.server_fits:
-        yield (
-            f"servers DO NOT FIT: weights take {gib(plan.server.weights)} of a pool of {gib(plan.server.pool)} GiB, and the "
-            f"rest does not hold one sample of {plan.work.longest:,} tokens"
-        )
+        yield f"servers DO NOT FIT: {_server_misfit(plan)}"
     if plan.fits and advice:
         yield "would fit as well, and be faster:"
     for suggestion in advice:

@@ -128,8 +128,8 @@ def _model(config: Config, world_size: int) -> tuple[str, str]:
 
 def _servers(config: Config) -> str:
     """The interpreter of the servers, on the nodes that start some."""
-    has_some = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
-    starts = config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls and has_some
-    if not starts or shutil.which(config.sglang.python):
+    from etr_megatron.checks import starts_servers
+
+    if not starts_servers(config) or shutil.which(config.sglang.python):
         return ""
     return f"sglang.python={config.sglang.python} is not an executable"
