@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import etr_megatron.policy  # noqa: F401  (its import makes megatron.core importable without a GPU)
 from etr_megatron.checkpoint.saving import _Writer, disk_full_anywhere
 
 

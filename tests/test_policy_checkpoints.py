@@ -55,10 +55,19 @@ CHANGES = {
 }
 
 
-def check(gangs, model: str, tmp_path, before: tuple[int, list[str]], after: tuple[int, list[str]]) -> None:
-    job = {"function": "tests.test_policy_checkpoints:update_twice", "model": model}
-    wanted = gangs(before[0]).run(**job, overrides=before[1], save=str(tmp_path))[0]
-    for found in gangs(after[0]).run(**job, overrides=after[1], load=str(tmp_path)):
+UPDATE_TWICE = "tests.test_policy_checkpoints:update_twice"
+
+
+def check(
+    gangs,
+    model: str,
+    tmp_path,
+    before: tuple[int, list[str]],
+    after: tuple[int, list[str]],
+    functions: tuple[str, str] = (UPDATE_TWICE, UPDATE_TWICE),
+) -> None:
+    wanted = gangs(before[0]).run(function=functions[0], model=model, overrides=before[1], save=str(tmp_path))[0]
+    for found in gangs(after[0]).run(function=functions[1], model=model, overrides=after[1], load=str(tmp_path)):
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
         assert found["lr"] == wanted["lr"]

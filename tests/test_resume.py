@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch.distributed as dist
 
-import etr_megatron.policy  # noqa: F401  (its import makes megatron.core importable without a GPU)
 from etr_megatron import trainer as module
 from etr_megatron.config import load_config
 from etr_megatron.errors import RequeueError

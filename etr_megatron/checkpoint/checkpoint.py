@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
 from torch.distributed.checkpoint import CheckpointException
 
-from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere
+from etr_megatron.checkpoint.optimizer_shards import store_by_rank
+from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
@@ -71,7 +72,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             temporary.mkdir(parents=True)
         dist.barrier()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
-        dist_checkpointing.save(sharded, str(temporary), sharded_strategy=TorchDistSave())
+        dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
@@ -158,6 +159,7 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
     if optimizer:
         if policy.config.train.distributed_optimizer:
             _create_adam_state(policy.optimizer)
+            store_by_rank(policy.optimizer)
         state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_METADATA)
     if rng:
         layout = policy.layout

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -65,3 +67,8 @@ class TorchDistSave(SaveShardedStrategy):
             storage_writer=_Writer(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
+
+
+def shared_among_replicas(strategy: SaveShardedStrategy) -> SaveShardedStrategy:
+    """The strategy, whose tensors are written by all data- and context-parallel ranks in turn and not by the first of them."""
+    return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group(with_context_parallel=True))

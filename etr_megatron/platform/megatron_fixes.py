@@ -6,7 +6,6 @@ they are left alone.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ def apply() -> None:
     """Mend the defects in this process; call after the CPU shim is installed and before models are built."""
     from megatron.core.optimizer import distrib_optimizer
 
-    _mend_buckets_in_checkpoints(distrib_optimizer.DistributedOptimizer)
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
@@ -26,45 +24,6 @@ def apply() -> None:
     _mend_selective_recompute()
     _mend_experts()
     _mend_uneven_collectives()
-
-
-def _mend_buckets_in_checkpoints(cls: Any) -> None:
-    """`sharded_param_state_fully_reshardable` reads parameters from the wrong places when a bucket before theirs is padded.
-
-    Places count the padding at a bucket's end, the gathered state (`get_parameter_state_dp_zero`) leaves it out. Silent but for
-    a warning, "param range exceeds unpadded buffer": a run with a tied embedding and PP 2, whose embedding is a bucket of its
-    own, resumed with shifted weights (a loss of 0.306 instead of 0.165). Other users of the gathered state expect it as it is.
-    """
-    if hasattr(cls, "_etr_original_fully_reshardable"):
-        return
-    cls._etr_original_fully_reshardable = cls.sharded_param_state_fully_reshardable
-    gather = cls.get_parameter_state_dp_zero
-
-    def gather_with_padding(self: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        state = gather(self, *args, **kwargs)
-        for index, buffer in enumerate(self.buffers) if state is not None else ():
-            for tensors in state[index].values():
-                for name, tensor in tensors.items():
-                    if torch.is_tensor(tensor):
-                        tensors[name] = _with_padding(tensor, buffer)
-        return state
-
-    def fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.get_parameter_state_dp_zero = partial(gather_with_padding, self)
-        try:
-            return self._etr_original_fully_reshardable(*args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero
-
-    cls.sharded_param_state_fully_reshardable = fully_reshardable
-
-
-def _with_padding(gathered: Tensor, buffer: Any) -> Tensor:
-    """A buffer's state [elements without padding] with every bucket at its own offset, [elements with padding]."""
-    whole = gathered.new_zeros(buffer.numel)
-    for bucket, part in zip(buffer.buckets, gathered.split([one.numel_unpadded for one in buffer.buckets]), strict=True):
-        whole[bucket.offset : bucket.offset + len(part)] = part
-    return whole
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:

@@ -1,0 +1,143 @@
+"""The distributed optimizer's state in a checkpoint: every rank writes and reads what it holds, and nothing else.
+
+Megatron's own form that other layouts can read (`fully_reshardable`) gathers, at a save, the whole state of a model-parallel
+rank on every data-parallel rank (12 bytes a parameter in host memory, eight times over on a node), and one of them writes it;
+at a load each reads all of it and keeps its part. But a part is known well enough to be stored as it is: a data-parallel rank
+holds a range of every flattened parameter, a range of a tensor is a few boxes, and boxes of any size are what torch_dist
+stores. Tensors have the names and shapes of that form, so that either form is read as the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+"""Of every parameter, fp32; Adam's step is one for all and lies with the parameter groups."""
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes along every axis."""
+
+
+def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
+    """The boxes that the elements [begin, end) of a flattened tensor are, in their order: at most 2 n - 1 of n axes."""
+    if begin >= end:
+        return
+    if len(shape) <= 1:
+        yield (begin,), (end - begin,)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-begin // inner), end // inner  # whole rows are [first, last)
+    if first > last:  # within one row
+        first = last = begin // inner
+        yield from _boxes_of_row(shape, first, begin - first * inner, end - first * inner)
+        return
+    if begin < first * inner:
+        yield from _boxes_of_row(shape, first - 1, begin - (first - 1) * inner, inner)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    if last * inner < end:
+        yield from _boxes_of_row(shape, last, 0, end - last * inner)
+
+
+def _boxes_of_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[Box]:
+    for offsets, sizes in boxes_of_range(shape[1:], begin, end):
+        yield (row, *offsets), (1, *sizes)
+
+
+def store_by_rank(optimizer: Any) -> None:
+    """Make a distributed optimizer (or the ones in a chain) store its state as this module does; other optimizers are left."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if hasattr(one, "sharded_param_state_fully_reshardable"):
+            one.sharded_param_state_fully_reshardable = partial(_sharded_param_state, one)
+            one.load_parameter_state_from_fully_reshardable = partial(_load_param_state, one)
+
+
+def _own_ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+    """(model parameter, begin, end): what this rank holds of the flattened parameter, in a fixed order."""
+    for ranges_by_dtype in optimizer.gbuf_ranges:
+        for buckets in ranges_by_dtype.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    yield parameter, ranges["param"].start, ranges["param"].end
+
+
+def _sharded_param_state(
+    optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+) -> dict[int, dict[str, list[ShardedTensor]]]:
+    """In the place of Megatron's method: sharded tensors by parameter and state; new fp32 CPU memory where `is_loading`."""
+    places = {place.data: place for place in nested_values(model_sharded_state_dict) if isinstance(place, ShardedBase)}
+    found: dict[int, dict[str, list[ShardedTensor]]] = {}
+    for number, (parameter, begin, end) in enumerate(_own_ranges(optimizer)):
+        if is_loading:
+            states = {state: torch.empty(end - begin, dtype=torch.float32) for state in _STATES}
+        else:
+            held = optimizer._get_main_param_and_optimizer_states(parameter)
+            states = {state: held[state].detach().reshape(-1).to(torch.float32) for state in _STATES}
+        # Optimizer states of one parameter are on one rank of its data-parallel group alone; no other rank is its replica.
+        place = places[parameter]
+        place = replace(place, replica_id=(*place.replica_id[:2], optimizer.distributed_optimizer_instance_id))
+        found[number] = {
+            state: list(_pieces(place, f"optimizer.state.{state}.{place.key}", values, begin))
+            for state, values in states.items()
+        }
+    return found
+
+
+def _pieces(place: ShardedTensor | ShardedTensorFactory, key: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
+    """Boxes of `values` [n], elements from `begin` on of the flattened local tensor that lies at `place`; views of `values`."""
+    for base, part in _contiguous_parts(place, key):
+        size = math.prod(part.local_shape)
+        low, high = max(begin - base, 0), min(begin + len(values) - base, size)
+        at = max(base - begin, 0)
+        prepended = part.prepend_axis_num
+        for offsets, sizes in boxes_of_range(part.local_shape, low, high):
+            count = math.prod(sizes)
+            sizes = (*[1] * prepended, *sizes)
+            offsets = (*[0] * prepended, *offsets)
+            yield replace(
+                part,
+                data=values[at : at + count].view(sizes),
+                dtype=torch.float32,
+                local_shape=sizes,
+                global_offset=tuple(whole + local for whole, local in zip(part.global_offset, offsets, strict=True)),
+                axis_fragmentations=None,  # boxes of any size
+                prepend_axis_num=0,
+            )
+            at += count
+
+
+def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory, key: str) -> list[tuple[int, ShardedTensor]]:
+    """(offset in the flattened local tensor, sharded tensor without data): one, or as many as a factory makes of it.
+
+    Gate and up projections are one parameter and lie apart in the whole; where, a factory says for a tensor that it is given.
+    """
+    empty = torch.empty(place.data.shape, dtype=torch.float32, device="meta")
+    if not isinstance(place, ShardedTensorFactory):
+        return [(0, replace(place, key=key, data=None, dtype=torch.float32))]
+    parts = list(nested_values(replace(place, key=key, data=empty).build()))
+    for part in parts:
+        if not part.data.is_contiguous():
+            raise NotImplementedError(f"{place.key}: parts that are not whole rows of the parameter cannot be stored by ranges")
+    return [
+        (part.data.storage_offset(), part.without_data()) for part in sorted(parts, key=lambda one: one.data.storage_offset())
+    ]
+
+
+@torch.no_grad()
+def _load_param_state(optimizer: Any, state: dict[int, dict[str, list[Tensor]]]) -> None:
+    """In the place of Megatron's method: the tensors that `_sharded_param_state` asked for, into the optimizer."""
+    for number, (parameter, _, _) in enumerate(_own_ranges(optimizer)):
+        held = {name: torch.cat([piece.reshape(-1) for piece in pieces]) for name, pieces in state[number].items()}
+        optimizer._set_main_param_and_optimizer_states(parameter, held)
+    synchronise = getattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers", None)
+    if synchronise is not None:  # of Megatron's optimizer that keeps its state on the CPU
+        synchronise()

@@ -1,0 +1,108 @@
+"""The distributed optimizer's state in checkpoints: boxes of ranges, who writes what, and Megatron's own form."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etr_megatron.checkpoint.optimizer_shards import boxes_of_range
+from tests.hf_models import random_sequences
+from tests.policy_jobs import build, make_batch
+from tests.test_policy_checkpoints import BASE, check, update_twice
+
+SHARDED = "train.distributed_optimizer=true"
+
+
+@st.composite
+def ranges(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    begin, end = sorted(draw(st.tuples(*[st.integers(0, math.prod(shape))] * 2)))
+    return shape, begin, end
+
+
+@given(ranges())
+def test_boxes_of_a_range_are_its_elements_in_order(problem):
+    shape, begin, end = problem
+    whole = np.arange(math.prod(shape)).reshape(shape)
+    boxes = list(boxes_of_range(shape, begin, end))
+    found = [whole[tuple(map(slice, offsets, np.add(offsets, sizes)))].reshape(-1) for offsets, sizes in boxes]
+    assert np.concatenate([[], *found]).tolist() == list(range(begin, end))
+    assert all(math.prod(sizes) > 0 for _, sizes in boxes)
+    assert len(boxes) <= 2 * len(shape) - 1
+
+
+def save_once(model: str, overrides: list[str], folder: str) -> int:
+    """A checkpoint after one update; returns the elements of the optimizer's state that this rank holds."""
+    from etr_megatron import checkpoint
+
+    policy = build(model, [*BASE, *overrides])
+    policy.update(make_batch(random_sequences()))
+    checkpoint.save(Path(folder), 1, policy, {}, keep=1)
+    optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    return sum(state["exp_avg"].numel() for one in optimizers for state in one.optimizer.state.values())
+
+
+def written(folder: Path) -> dict[str, Counter[int]]:
+    """Elements that every rank wrote, of Adam's first moments and of the model."""
+    metadata = pickle.loads((folder / "step_000001" / ".metadata").read_bytes())
+    sizes = {
+        (name, tuple(chunk.offsets)): math.prod(chunk.sizes)
+        for name, tensor in metadata.state_dict_metadata.items()
+        for chunk in getattr(tensor, "chunks", [])
+    }
+    found = {"exp_avg": Counter(), "model": Counter()}
+    for index, place in metadata.storage_data.items():
+        rank = int(place.relative_path.split("_")[2])
+        elements = sizes.get((index.fqn, tuple(index.offset or ())), 0)  # none: an object
+        if "optimizer.state.exp_avg." in index.fqn:
+            found["exp_avg"][rank] += elements
+        elif "optimizer.state." not in index.fqn:
+            found["model"][rank] += elements
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "layout"),
+    [("qwen3", 3, ["parallel.tp=1"]), ("qwen3", 4, ["parallel.tp=2"]), ("qwen3_moe", 4, ["parallel.tp=1", "parallel.ep=2"])],
+    ids=["dp3", "tp2_dp2", "ep2_dp4"],
+)
+def test_every_data_parallel_rank_writes_what_it_holds(gangs, hf_models, tmp_path, family, ranks, layout):
+    job = {"function": "tests.test_optimizer_shards:save_once", "model": hf_models[family], "folder": str(tmp_path)}
+    held = gangs(ranks).run(**job, overrides=[*layout, SHARDED])
+    found = written(tmp_path)
+    # What is on several tensor-parallel ranks (norms) is written by one of them.
+    assert all(0.9 * held[rank] <= found["exp_avg"][rank] <= held[rank] for rank in range(ranks)), (held, found)
+    if "parallel.tp=1" in layout:
+        assert sum(found["exp_avg"].values()) == sum(found["model"].values())
+    mean = sum(found["model"].values()) / ranks
+    assert all(0.5 * mean < found["model"][rank] < 1.5 * mean for rank in range(ranks)), found["model"]
+
+
+def in_megatrons_form(model: str, overrides: list[str], save: str | None = None, load: str | None = None) -> dict[str, Any]:
+    """`update_twice` with checkpoints in the form that Megatron gives them."""
+    from etr_megatron.checkpoint import checkpoint
+
+    ours, checkpoint.store_by_rank = checkpoint.store_by_rank, lambda optimizer: None
+    try:
+        return update_twice(model, overrides, save, load)
+    finally:
+        checkpoint.store_by_rank = ours
+        dist.barrier()
+
+
+@pytest.mark.parametrize("ours", ["saves", "loads"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
+def test_megatrons_form_and_ours_are_read_as_each_other(gangs, hf_models, tmp_path, family, ours):
+    functions = {"saves": ("update_twice", "in_megatrons_form"), "loads": ("in_megatrons_form", "update_twice")}[ours]
+    before, after = (f"tests.test_optimizer_shards:{name}" for name in functions)
+    layout = (2, ["parallel.tp=1", SHARDED])
+    check(gangs, hf_models[family], tmp_path, layout, (3, layout[1]), functions=(before, after))
