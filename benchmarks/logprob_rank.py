@@ -6,12 +6,9 @@ A job names world, rank, store (file of the rendezvous), result (file to write),
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import datetime
-import gc
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.logprob_contestants import CONTESTANTS, REFERENCE, Contestant  # noqa: E402
 from benchmarks.logprob_problem import Problem, make_problem  # noqa: E402
+from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
@@ -95,25 +93,15 @@ def time_all(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, l
     return seconds
 
 
-def _resident(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
-
-
 def measure_peak(contestant: Contestant, problem: Problem) -> int:
-    """Bytes of resident memory that one pass needs beyond what is there before it.
-
-    The heap's free pages go back to the kernel first, so that none is reused unseen, and the kernel's high-water mark is set
-    back to what is resident now (writing 5 to clear_refs), so that nothing earlier hides the pass.
-    """
+    """Bytes of resident memory that one pass needs beyond what is there before it."""
     problem.forget_gradients()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    contestant.run(problem)
-    problem.collect_weight_gradient()
-    return _resident("VmHWM") - before
+
+    def one_pass() -> None:
+        contestant.run(problem)
+        problem.collect_weight_gradient()
+
+    return peak_beyond(one_pass)
 
 
 def _join(job: dict[str, Any]) -> dist.ProcessGroup | None:

@@ -1,0 +1,138 @@
+"""Checkpoints of the distributed optimizer: seconds and memory of a save and a load, against Megatron's form, on CPU over gloo.
+
+    python -m benchmarks.checkpoint            # 57M parameters on 2 ranks; needs a machine with nothing else to do
+    python -m benchmarks.checkpoint --quick    # a tiny model, whose figures mean nothing
+
+Contestants: `by_rank`, ours; `megatron`, the form of Megatron that other layouts can read (`fully_reshardable`), which gathers
+the state on every data-parallel rank; `megatron_mem_efficient`, the same gathered on the first of them alone. All go through
+the same writer and reader, and the weights are the same in all. In processes of their own for each contestant, round robin:
+one save and one load are timed, both with the peak of resident memory beyond what was there before, of the largest rank, and
+with the bytes that the kernel counts as read; the slowest rank counts. A load puts back what the save wrote, which is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment_environment import environment
+from benchmarks.output import prepare_output
+from etr_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONTESTANTS = ("by_rank", "megatron", "megatron_mem_efficient")
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32_000}
+TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 301}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 1 round")
+    parser.add_argument("--rounds", type=int, help="saves and loads of each contestant (default 5, quick 1)")
+    parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks (2)")
+    parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/checkpoint[_quick].json)")
+    options = parser.parse_args(argv)
+    options.rounds = options.rounds if options.rounds is not None else 1 if options.quick else 5
+    options.output = options.output or RESULTS / ("checkpoint_quick.json" if options.quick else "checkpoint.json")
+    for name in ("rounds", "ranks"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    prepare_output(options.output)
+    return options
+
+
+def run_ranks(contestant: str, model: Path, ranks: int) -> dict[str, float]:
+    """The largest figures of any of fresh ranks. Raises RuntimeError when one fails, after ending the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryDirectory(prefix="checkpoint", dir=model.parent) as folder:
+        results = [Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
+        job = {"contestant": contestant, "model": str(model), "folder": folder, "ranks": ranks, "port": port}
+        command = [sys.executable, "-m", "benchmarks.checkpoint_rank"]
+        started = [
+            subprocess.Popen([*command, json.dumps({**job, "rank": rank, "result": str(path)})], cwd=ROOT, env=env)
+            for rank, path in enumerate(results)
+        ]
+        try:
+            while any(rank.poll() is None for rank in started) and not any(rank.poll() for rank in started):
+                time.sleep(0.05)
+            if any(rank.poll() != 0 for rank in started):
+                raise RuntimeError(f"a rank of {contestant} failed, see above")
+            found = [json.loads(path.read_text()) for path in results]
+            return {key: max(rank[key] for rank in found) for key in found[0]}
+        finally:
+            for rank in started:
+                rank.kill()
+                rank.wait()
+
+
+def write_model(path: Path, sizes: dict[str, int]) -> int:
+    """A random Qwen3 in HuggingFace format; returns its parameters."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": sizes["hidden_size"] // 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=False))
+    model.save_pretrained(path)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of every contestant's figures."""
+    return {
+        name: {key: statistics.median(one[key] for one in found) for key in found[0]} for name, found in rounds.items() if found
+    }
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Medians as text, and ours over the others."""
+    lines = [f"{'':<24}{'save s':>10}{'MiB':>10}{'load s':>10}{'MiB':>10}{'read MiB':>10}"]
+    columns = ("save_s", "save_peak_bytes", "load_s", "load_peak_bytes", "load_read_bytes")
+    for name, one in found.items():
+        cells = [f"{one[key]:>10.2f}" if key.endswith("_s") else f"{one[key] / 2**20:>10.0f}" for key in columns]
+        lines.append(f"{name:<24}{''.join(cells)}")
+    for name in CONTESTANTS[1:]:
+        ratios = ", ".join(f"{key} {found['by_rank'][key] / found[name][key]:.2f}" for key in columns)
+        lines.append(f"by_rank / {name}: {ratios}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; returns the exit code: 0, or 2 for a wrong option."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {"environment": environment(ROOT), "ranks": options.ranks}
+    with tempfile.TemporaryDirectory(prefix="checkpoint") as folder:
+        model = Path(folder) / "model"
+        result["parameters"] = write_model(model, TINY if options.quick else WIDE)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+        for number in range(options.rounds):
+            for place in range(len(CONTESTANTS)):
+                name = CONTESTANTS[(number + place) % len(CONTESTANTS)]
+                rounds[name].append(run_ranks(name, model, options.ranks))
+    result.update(rounds=rounds, medians=medians(rounds))
+    print(table(result["medians"]))
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""One rank of the checkpoint benchmark: `python -m benchmarks.checkpoint_rank JOB`, started by `benchmarks.checkpoint`.
+
+JOB is JSON: contestant, model, folder (for the checkpoint), rank, ranks, port and result (file to write).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.platform.lifetime import die_with_parent
+
+die_with_parent()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import etr_megatron.checkpoint.checkpoint as implementation  # noqa: E402
+from benchmarks.resident import peak_beyond  # noqa: E402
+from etr_megatron import checkpoint  # noqa: E402
+from etr_megatron.config import load_config, resolve  # noqa: E402
+from etr_megatron.policy import Policy, configured_layout, init_world  # noqa: E402
+from etr_megatron.weights import read_architecture  # noqa: E402
+
+
+def choose(contestant: str) -> None:
+    """Make checkpoints in this process the contestant's."""
+    if contestant != "by_rank":
+        implementation.store_by_rank = lambda optimizer: None
+    if contestant == "megatron_mem_efficient":
+        implementation._OPTIMIZER_METADATA["distrib_optim_fully_reshardable_mem_efficient"] = True
+
+
+def states(policy: Policy) -> list[Tensor]:
+    """Adam's moments and fp32 weights of this rank, the tensors themselves."""
+    optimizers = [one.optimizer for one in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])]
+    return [
+        tensor
+        for one in optimizers
+        for parameter, state in one.state.items()
+        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"])
+    ]
+
+
+def fill(policy: Policy, seed: int) -> None:
+    """Other values in all states, weights and moments."""
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    for tensor in states(policy):
+        tensor.uniform_(generator=generator)
+
+
+def read_bytes() -> int:
+    """Bytes that this process has asked the kernel for."""
+    return int(re.search(r"^rchar: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, int]:
+    """(seconds, bytes of resident memory beyond what was there before)."""
+    dist.barrier()
+    start = time.perf_counter()
+    peak = peak_beyond(run)
+    return time.perf_counter() - start, peak
+
+
+def run_job(job: dict[str, Any]) -> dict[str, float]:
+    """What goes into the result file."""
+    layout = ["parallel.tp=1", "train.distributed_optimizer=true"]
+    config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["ranks"], cuda=False)
+    policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
+    implementation._create_adam_state(policy.optimizer)  # as after an update
+    choose(job["contestant"])
+    folder = Path(job["folder"]) / "checkpoints"
+    fill(policy, 1)
+    wanted = [tensor.clone() for tensor in states(policy)]
+    save_s, save_peak = timed(lambda: checkpoint.save(folder, 1, policy, {}, keep=1))
+    fill(policy, 2)
+    before = read_bytes()
+    load_s, load_peak = timed(lambda: checkpoint.load(folder, 1, policy))
+    read = read_bytes() - before
+    if not all(torch.equal(*pair) for pair in zip(states(policy), wanted, strict=True)):
+        raise RuntimeError(f"{job['contestant']}: a load did not put back what was saved; its time would mean nothing")
+    return {
+        "save_s": save_s,
+        "save_peak_bytes": save_peak,
+        "load_s": load_s,
+        "load_peak_bytes": load_peak,
+        "load_read_bytes": read,
+    }
+
+
+def main() -> None:
+    """Run the job of the command line and write its result."""
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    rank = {"RANK": job["rank"], "LOCAL_RANK": job["rank"], "WORLD_SIZE": job["ranks"]}
+    os.environ.update({name: str(value) for name, value in rank.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    init_world(600)
+    Path(job["result"]).write_text(json.dumps(run_job(job)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The checkpoint benchmark: one whole run of a tiny model, and its options."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import checkpoint
+
+
+@pytest.mark.slow
+def test_a_tiny_run_is_written(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert checkpoint.main(["--quick", "--ranks", "3", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["ranks"] == 3 and result["medians"].keys() == set(checkpoint.CONTESTANTS)
+    # 12 bytes of optimizer state a parameter and 4 of its weight, of which a rank reads a third and all.
+    least = result["parameters"] * (12 / 3 + 4)
+    assert least < result["medians"]["by_rank"]["load_read_bytes"] < 0.8 * result["medians"]["megatron"]["load_read_bytes"]
+    assert "by_rank / megatron: save_s" in capsys.readouterr().out
+
+
+def test_wrong_options_are_one_sentence(tmp_path, capsys):
+    assert checkpoint.main(["--ranks", "0", "--output", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err == "--ranks is 0; it must be at least 1\n"
