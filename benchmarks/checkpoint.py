@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
 from benchmarks.output import prepare_output
 from etr_megatron.errors import UserError
@@ -53,30 +50,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run_ranks(contestant: str, model: Path, ranks: int) -> dict[str, float]:
-    """The largest figures of any of fresh ranks. Raises RuntimeError when one fails, after ending the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    """A save and a load by fresh ranks: the largest figures of any. Raises RuntimeError when one fails."""
     with tempfile.TemporaryDirectory(prefix="checkpoint", dir=model.parent) as folder:
-        results = [Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
-        job = {"contestant": contestant, "model": str(model), "folder": folder, "ranks": ranks, "port": port}
-        command = [sys.executable, "-m", "benchmarks.checkpoint_rank"]
-        started = [
-            subprocess.Popen([*command, json.dumps({**job, "rank": rank, "result": str(path)})], cwd=ROOT, env=env)
-            for rank, path in enumerate(results)
-        ]
-        try:
-            while any(rank.poll() is None for rank in started) and not any(rank.poll() for rank in started):
-                time.sleep(0.05)
-            if any(rank.poll() != 0 for rank in started):
-                raise RuntimeError(f"a rank of {contestant} failed, see above")
-            found = [json.loads(path.read_text()) for path in results]
-            return {key: max(rank[key] for rank in found) for key in found[0]}
-        finally:
-            for rank in started:
-                rank.kill()
-                rank.wait()
+        job = {"contestant": contestant, "model": str(model), "folder": folder}
+        found = fresh_ranks.run_ranks("benchmarks.checkpoint_rank", job, ranks, contestant)
+    return {key: max(rank[key] for rank in found) for key in found[0]}
 
 
 def write_model(path: Path, sizes: dict[str, int]) -> int:

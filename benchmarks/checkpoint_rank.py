@@ -1,12 +1,12 @@
 """One rank of the checkpoint benchmark: `python -m benchmarks.checkpoint_rank JOB`, started by `benchmarks.checkpoint`.
 
-JOB is JSON: contestant, model, folder (for the checkpoint), rank, ranks, port and result (file to write).
+JOB is JSON: contestant, model, folder (for the checkpoint), rank, world, store (file of the rendezvous) and result
+(file to write).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -26,7 +26,7 @@ import etr_megatron.checkpoint.checkpoint as implementation  # noqa: E402
 from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
-from etr_megatron.policy import Policy, configured_layout, init_world  # noqa: E402
+from etr_megatron.policy import Policy, configured_layout  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 
@@ -72,7 +72,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, int]:
 def run_job(job: dict[str, Any]) -> dict[str, float]:
     """What goes into the result file."""
     layout = ["parallel.tp=1", "train.distributed_optimizer=true"]
-    config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["ranks"], cuda=False)
+    config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["world"], cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
     implementation._create_adam_state(policy.optimizer)  # as after an update
     choose(job["contestant"])
@@ -99,9 +99,7 @@ def main() -> None:
     """Run the job of the command line and write its result."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    rank = {"RANK": job["rank"], "LOCAL_RANK": job["rank"], "WORLD_SIZE": job["ranks"]}
-    os.environ.update({name: str(value) for name, value in rank.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-    init_world(600)
+    dist.init_process_group("gloo", init_method=f"file://{job['store']}", world_size=job["world"], rank=job["rank"])
     Path(job["result"]).write_text(json.dumps(run_job(job)))
     dist.barrier()
     dist.destroy_process_group()

@@ -22,15 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
 from benchmarks.logprob_report import table, targets_as_json
 from benchmarks.output import prepare_output
@@ -85,23 +82,8 @@ def _size(text: str) -> tuple[int, int, int]:
 
 def run_ranks(job: dict[str, Any], tp: int) -> list[dict[str, Any]]:
     """Results of `tp` fresh ranks, in order. Raises RuntimeError when one fails, after ending the others."""
-    with tempfile.TemporaryDirectory(prefix="logprob") as folder:
-        results = [Path(folder) / f"rank{rank}.json" for rank in range(tp)]
-        common = {**job, "world": tp, "store": f"{folder}/store"}
-        jobs = [{**common, "rank": rank, "result": str(path)} for rank, path in enumerate(results)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "benchmarks.logprob_rank"]
-        ranks = [subprocess.Popen([*command, json.dumps(one)], cwd=ROOT, env=env) for one in jobs]
-        try:
-            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-                time.sleep(0.05)
-            if any(rank.poll() != 0 for rank in ranks):
-                raise RuntimeError(f"a rank of the {job['kind']} job of {', '.join(job['contestants'])} failed, see above")
-            return [json.loads(path.read_text()) for path in results]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+    what = f"the {job['kind']} job of {', '.join(job['contestants'])}"
+    return fresh_ranks.run_ranks("benchmarks.logprob_rank", job, tp, what)
 
 
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:

@@ -20,17 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
 from benchmarks.output import prepare_output
 from benchmarks.reshard_problem import CASES, LLAMA_70B, elements, lower_bound
@@ -64,26 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run_ranks(number: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Results of fresh ranks, in order. Raises RuntimeError when one fails, after ending the others."""
     case = CASES[number]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"case": number, "quick": options.quick, "dtype": options.dtype, "rounds": options.rounds, "port": port}
-    with tempfile.TemporaryDirectory(prefix="reshard") as folder:
-        results = [Path(folder) / f"rank{rank}.json" for rank in range(case.processes)]
-        jobs = [{**job, "rank": rank, "result": str(path)} for rank, path in enumerate(results)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "benchmarks.reshard_rank"]
-        ranks = [subprocess.Popen([*command, json.dumps(one)], cwd=ROOT, env=env) for one in jobs]
-        try:
-            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-                time.sleep(0.05)
-            if any(rank.poll() != 0 for rank in ranks):
-                raise RuntimeError(f"a rank of {case.name} failed, see above")
-            return [json.loads(path.read_text()) for path in results]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+    job = {"case": number, "quick": options.quick, "dtype": options.dtype, "rounds": options.rounds}
+    return fresh_ranks.run_ranks("benchmarks.reshard_rank", job, case.processes, case.name)
 
 
 def planning_seconds(arch: Architecture, source: TrainingLayout, destination: Any, start: int | None = None) -> float:

@@ -1,6 +1,7 @@
 """One rank of the resharding benchmark: `python -m benchmarks.reshard_rank JOB`, started by `benchmarks.reshard`; JOB is JSON.
 
-A job names case (its number), quick, dtype, rounds, rank, port and result (file to write).
+A job names case (its number), quick, dtype, rounds, rank, world, store (file of the rendezvous) and result (file to
+write).
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{job['port']}",
+        init_method=f"file://{job['store']}",
         rank=job["rank"],
-        world_size=CASES[job["case"]].processes,
+        world_size=job["world"],
         timeout=datetime.timedelta(minutes=10),
     )
     Path(job["result"]).write_text(json.dumps(run_job(job)))
