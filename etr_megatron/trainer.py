@@ -82,6 +82,7 @@ class Trainer:
                 raise
 
     def _save_what_is_trained(self) -> None:
+        self._phases.stop_asking()
         if self.step > self.trained:
             self.sampler.put_back(self.step)
         self.step = self.trained
@@ -129,7 +130,7 @@ class Trainer:
 
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
-        return self.sampler.take(self.step, self._watch.phase)
+        return self.sampler.take(self.step, self._watch.phase, self._stop_request)
 
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""

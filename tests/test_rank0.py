@@ -28,7 +28,16 @@ def body():
     time.sleep(7)  # more than a collective may take
     return "groups"
 
+def until_stopped(anywhere):
+    while not anywhere():
+        time.sleep(0.05)
+    raise InterruptedError("told to stop")
+
 try:
+    if case == "stopped":  # rank 1 is told while rank 0 works, and what rank 0 learns from it
+        asked = threading.Event()
+        threading.Timer(1.0 if rank else 1000, asked.set).start()
+        rank0.on_rank0_until_stopped(until_stopped, asked.is_set)
     print(rank0.on_rank0(body, long=case != "short"))
     print(rank0.on_rank0(lambda: "again", long=True), flush=True)
 except Exception as error:
@@ -70,3 +79,7 @@ def test_an_error_of_rank_0_is_every_ranks():
 @pytest.mark.slow
 def test_a_rank_0_that_stops_without_a_word_is_named():
     assert run_ranks("stops", silence_s=6) == ["TimeoutError: rank 1: rank 0 has given no sign of life for 6 s\n"]
+
+
+def test_rank_0_learns_while_it_works_that_another_rank_must_stop():
+    assert run_ranks("stopped") == ["InterruptedError: told to stop\n"] * 2

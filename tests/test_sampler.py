@@ -12,6 +12,7 @@ from etr_megatron.config import Config, load_config
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
+from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError
 from etr_megatron.rollout.engine import Drawn
@@ -43,12 +44,12 @@ class Engine:
         self.asked += sum(not draw.drawn for draw in draws)
         self._under_way += [(draw, []) for draw in draws]
 
-    def wait(self):
+    def wait(self, timeout_s):
         if self.is_gone:
             raise EngineGoneError("no server is left")
-        finished = []
-        while not finished:
-            finished = self._draw()
+        finished, rounds = [], 0
+        while not finished and rounds < 100 * timeout_s:
+            finished, rounds = self._draw(), rounds + 1
         return finished
 
     def _draw(self):
@@ -119,6 +120,21 @@ def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
             versions = sample.token_versions()
             assert sample.rollout_logprobs.tolist() == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
             assert sample.finish_reason == "stop" and sample.reward is not None and sample.text
+
+
+def test_a_rank_that_must_stop_is_not_kept_by_responses_and_all_is_still_in_hand():
+    engine = Engine(lambda problem, index: 2 if problem.id == "p0" else 10**6)
+    hand, looks = hand_of(engine), iter([False, False, True])
+    with pytest.raises(StopAskedError, match=r"told to stop \(SIGTERM\) in the rollout of step 1"):
+        hand.take(1, timer, lambda: next(looks))
+    state = through_disk(hand.state_dict())
+    resumed_engine = Engine()
+    resumed = hand_of(resumed_engine)
+    resumed.load_state_dict(state)
+    resumed._cursor.load_state_dict(hand._cursor.state_dict())
+    resumed.resume()  # after a sync of the same weights
+    taken = resumed.take(1, timer)
+    assert names(taken) == ["p0", "p1", "p2", "p3"] and resumed_engine.asked == 6  # the two of p0 are not drawn again
 
 
 def test_without_staleness_a_step_takes_the_next_prompts_and_nothing_is_left_in_hand():
@@ -286,7 +302,7 @@ def test_when_the_engine_is_gone_all_is_still_in_hand():
     engine = Engine(lambda problem, index: 4 if problem.id == "p0" else 9)
     hand = hand_of(engine)
     hand._ask(1, 4)
-    hand._accept(engine.wait())
+    hand._accept(engine.wait(1.0))
     engine.is_gone = True
     with pytest.raises(EngineGoneError):
         hand.take(1, timer)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
-from tests.runs import REPO
+from tests.runs import REPO, wait_for
 
 
 @contextlib.contextmanager
@@ -67,6 +69,27 @@ def test_a_request_that_servers_call_wrong_ends_a_run_in_one_sentence_with_what_
         assert "Traceback" not in output
         status = json.loads((runs.directory("gone") / "status.json").read_text())
         assert (status["state"], status["step"]) == ("failed", 1)
+        code, output = runs.finish(*options(url))
+    assert code == 0, output
+    assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
+
+
+def generated(url: str) -> int:
+    """Requests that the server was given."""
+    with urllib.request.urlopen(f"{url}/state", timeout=10) as reply:
+        return len(json.load(reply)["prompts"])
+
+
+@pytest.mark.slow
+def test_sigterm_does_not_wait_for_responses(runs):
+    with server(tokens_per_s=0.1) as url:  # four minutes for a response
+        process = runs.start(*options(url), "sglang.probe_every=0", "run.stop_grace_s=60")
+        wait_for(lambda: generated(url) == 24)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=50)
+    assert process.returncode == 75, out + err
+    assert "told to stop (SIGTERM) in the rollout of step 1; step 0 is saved" in err and "Traceback" not in out + err
+    with server() as url:
         code, output = runs.finish(*options(url))
     assert code == 0, output
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]

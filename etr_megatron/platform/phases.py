@@ -30,6 +30,10 @@ class Phases:
         # The world may be NCCL, which has no monitored barrier.
         self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
+    def stop_asking(self) -> None:
+        """Every rank knows that the run stops: from here on ranks meet to save."""
+        self._stopping = True
+
     def meet(self, phase: str) -> None:
         """Wait for every rank to arrive.
 

@@ -98,8 +98,11 @@ class StreamingEngine(RolloutEngine, Protocol):
         """Begin, in this order as far as there is room; each is answered once, by `wait` or `stop`."""
         ...
 
-    def wait(self) -> list[Drawn]:
-        """What has been drawn since the last call; waits until there is something. Raises EngineGoneError and RefusedError."""
+    def wait(self, timeout_s: float) -> list[Drawn]:
+        """What has been drawn since the last call; waits until there is something, or at most so long.
+
+        Raises EngineGoneError and RefusedError.
+        """
         ...
 
     def stop(self, *, abort: bool) -> list[Drawn]:

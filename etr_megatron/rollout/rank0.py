@@ -33,14 +33,28 @@ def on_rank0(body: Callable[[], T], *, long: bool = False) -> T:
     long: it may take longer than the group's deadline for a collective, as generating does: the others wait for as long as rank
     0 gives signs of life, and raise TimeoutError when it does not. `body` then needs deadlines of its own.
     """
-    if long and dist.get_world_size() > 1:
-        # A connection of its own: another thread's wait on the default one would keep it from being used.
-        store = dist.distributed_c10d._get_default_store().clone()
-        return _broadcast(body, dist.PrefixStore(f"on_rank0/{next(_numbers)}", store))
-    return _broadcast(body, None)
+    return _broadcast(body, _signs() if long else None)
 
 
-def _broadcast(body: Callable[[], T], signs: dist.Store | None) -> T:
+def on_rank0_until_stopped(body: Callable[[Callable[[], bool]], T], must_stop: Callable[[], bool]) -> T:
+    """As `on_rank0` with `long`; `body` is given what says, when it is asked, whether `must_stop()` holds on some rank."""
+    signs = _signs()
+
+    def anywhere() -> bool:
+        return must_stop() or (signs is not None and signs.check(["stop"]))
+
+    return _broadcast(lambda: body(anywhere), signs, must_stop)
+
+
+def _signs() -> dist.Store | None:
+    """Where ranks leave each other signs during one call; None where there is one rank."""
+    if dist.get_world_size() == 1:
+        return None
+    # A connection of its own: another thread's wait on the default one would keep it from being used.
+    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", dist.distributed_c10d._get_default_store().clone())
+
+
+def _broadcast(body: Callable[[], T], signs: dist.Store | None, must_stop: Callable[[], bool] = lambda: False) -> T:
     box: list[tuple[bool, Any] | None] = [None]
     if dist.get_rank() == 0:
         with _signs_of_life(signs):
@@ -49,7 +63,7 @@ def _broadcast(body: Callable[[], T], signs: dist.Store | None) -> T:
             except Exception as error:  # to be raised on every rank, this one included
                 box[0] = (False, error)
     elif signs is not None:
-        _wait_for(signs)
+        _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # all of a step's tokens would be pickled for nobody
         dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
@@ -77,10 +91,13 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
         store.set("done", "")
 
 
-def _wait_for(store: dist.Store) -> None:
-    """Until rank 0 is done."""
-    seen, last, pause = -1, time.monotonic(), 0.0005
+def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
+    """Until rank 0 is done; tells it when this rank must stop."""
+    seen, last, pause, told = -1, time.monotonic(), 0.0005, False
     while not store.check(["done"]):
+        if not told and must_stop():
+            store.set("stop", "")
+            told = True
         beats = store.add("beats", 0)
         if beats != seen:
             seen, last = beats, time.monotonic()

@@ -21,6 +21,14 @@ Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
 """Adds a block's time to that of a phase."""
 
 
+MustStop = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody tells this rank to stop."""
+    return False
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """What a step trains on: `rollout.prompts_per_step` rewarded groups, complete. counts: how they came about, for metrics."""
@@ -32,8 +40,12 @@ class Rollouts:
 class Sampler(Protocol):
     """Every method but `state_dict` is a collective: all ranks call it with the same arguments and get the same result."""
 
-    def take(self, step: int, timer: Timer) -> Rollouts:
-        """The groups of a step. What the engine or the grader raises is raised on every rank."""
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
+        """The groups of a step. What the engine or the grader raises is raised on every rank.
+
+        must_stop: whether this rank was told to stop. Where responses are waited for, StopAskedError is then raised on every
+        rank, with all that was drawn still in hand.
+        """
         ...
 
     def put_back(self, step: int) -> None:
@@ -98,8 +110,8 @@ class RoundSampler:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
         self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step that was begun, and the cursor then
 
-    def take(self, step: int, timer: Timer) -> Rollouts:
-        """See `Sampler.take`."""
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
+        """See `Sampler.take`; ranks that draw themselves are done with a step before they look whether they must stop."""
         self._before = step, self._cursor.state_dict()
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
         limit = max(wanted, min(wanted + replacements(self._config), len(self._cursor)))
@@ -160,7 +172,7 @@ class ReplaySampler:
         self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
         self._wanted = config.rollout.prompts_per_step
 
-    def take(self, step: int, timer: Timer) -> Rollouts:
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups."""
         with timer("rollout"):
             found, counts = on_rank0(lambda: read_record(self._folder, step))

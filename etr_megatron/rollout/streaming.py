@@ -13,13 +13,17 @@ from typing import Any
 
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
+from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
 from etr_megatron.rollout.engine import Draw, Drawn, StreamingEngine
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
-from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
+from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
+from etr_megatron.rollout.sampler import MustStop, Rollouts, Timer, is_flat, never, replacements, sampling_of
 from etr_megatron.types import Group, Sample
+
+_LOOK_S = 1.0
+"""How often a wait for responses looks whether a rank must stop."""
 
 
 class StreamingSampler:
@@ -31,11 +35,11 @@ class StreamingSampler:
         self._cursor = cursor
         self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader)
 
-    def take(self, step: int, timer: Timer) -> Rollouts:
-        """See `Sampler.take`. After an EngineGoneError all is still in hand."""
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
+        """See `Sampler.take`. After an EngineGoneError or a StopAskedError all is still in hand."""
         # Rank 0 times its waits and its grading apart.
         with nullcontext() if self._hand is not None else timer("rollout"):
-            return on_rank0(lambda: self._hand.take(step, timer), long=True)
+            return on_rank0_until_stopped(lambda anywhere: self._hand.take(step, timer, anywhere), must_stop)
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`."""
@@ -76,7 +80,7 @@ class Hand:
         self._counts: Counter[str] = Counter()
         self._grades: list[tuple[Grade, str]] = []
 
-    def take(self, step: int, timer: Timer) -> Rollouts:
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`."""
         rollout = self._config.rollout
         ahead = rollout.max_staleness * rollout.prompts_per_step
@@ -88,8 +92,10 @@ class Hand:
             self._ask(step, wanted)
             if self._is_enough() or not any(held.missing for held in self._groups):
                 break
+            if must_stop():
+                raise StopAskedError(f"told to stop (SIGTERM) in the rollout of step {step}")
             with timer("rollout"):
-                self._accept(self._engine.wait())
+                self._accept(self._engine.wait(_LOOK_S))
             with timer("reward"):
                 self._judge()
         report_errors(self._grades)

@@ -24,9 +24,10 @@ class RunConfig:
     """Deadline, in seconds, of every collective and of every rank's arrival at a phase; the latter's error names who is
     missing. While rank 0 has SGLang servers generate the others wait for as long as it gives signs of life."""
     stop_grace_s: float = 25.0
-    """After SIGTERM the run stops at its next phase, saves and ends with the state `requeue`; a rank that is not done by so
-    many seconds ends without. To be longer than a phase and a checkpoint take; 0 ends at once. torchrun itself kills after 30 s
-    unless told otherwise (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`); our launcher tells it."""
+    """After SIGTERM the run stops at its next phase, or while it waits for servers' responses, saves and ends with the state
+    `requeue`; a rank that is not done by so many seconds ends without. To be longer than a training phase and a checkpoint
+    take; 0 ends at once. torchrun itself kills after 30 s unless told otherwise (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`); our
+    launcher tells it."""
 
 
 @dataclass(frozen=True)

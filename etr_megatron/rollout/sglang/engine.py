@@ -166,10 +166,10 @@ class SglangEngine:
         self._draws |= {draw.key: draw for draw in draws}
         self._control.run(self._control.stream.submit({draw.key: self._request(draw) for draw in draws}))
 
-    def wait(self) -> list[Drawn]:
+    def wait(self, timeout_s: float) -> list[Drawn]:
         """See `StreamingEngine.wait`."""
         assert self._control is not None
-        return [self._drawn(key, reply) for key, reply in self._control.stream.wait()]
+        return [self._drawn(key, reply) for key, reply in self._control.stream.wait(timeout_s)]
 
     def stop(self, *, abort: bool) -> list[Drawn]:
         """See `StreamingEngine.stop`."""

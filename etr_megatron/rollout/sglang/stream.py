@@ -59,15 +59,18 @@ class RequestStream:
         self._waiting.extend(requests)
         self._dispatch()
 
-    def wait(self) -> list[tuple[int, Generated]]:
-        """Every reply that has come since the last call, at least one; from any thread.
+    def wait(self, timeout_s: float | None = None) -> list[tuple[int, Generated]]:
+        """Every reply that has come since the last call, at least one unless that takes longer; from any thread.
 
         Raises EngineGoneError when no server is left to answer, and RefusedError, after which that request is forgotten.
         """
         if self._next is not None:
             error, self._next = self._next, None
             raise error
-        return self._taken(self._replies.get())
+        try:
+            return self._taken(self._replies.get(timeout=timeout_s))
+        except queue.Empty:
+            return []
 
     async def stop(self, *, abort: bool) -> list[tuple[int, Generated]]:
         """Every reply since the last call; nothing is under way any more. abort: cut off what is, else wait for it.
