@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if "--dry-run" in arguments:
             from etr_megatron.planner.dry_run import dry_run
 
-            dry_run([argument for argument in arguments if argument != "--dry-run"])
-            return 0
+            return dry_run([argument for argument in arguments if argument != "--dry-run"])
         nproc, config_path, overrides, grace_s = prepare(arguments)
     except UserError as error:
         return _refuse(str(error))

@@ -116,6 +116,16 @@ def test_a_checkpoint_that_is_there_is_compared_with_its_config(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["launch", "train"])
+def test_a_reader_who_leaves_ends_a_dry_run_without_a_word(module: str) -> None:
+    command = [sys.executable, "-m", f"etr_megatron.{module}", "--dry-run", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.slow
 def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
     command = [sys.executable, "-m", "etr_megatron.train", "--dry-run", "--config", CONFIGS / "qwen3_8b_8gpu.yaml", "--gpus"]
     done = subprocess.run([*command, "8"], capture_output=True, text=True)

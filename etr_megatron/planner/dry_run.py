@@ -22,6 +22,7 @@ from etr_megatron.planner.advice import suggestions
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.plan import Plan, check_options, make_plan
 from etr_megatron.planner.report import misfit, render
+from etr_megatron.status import code_of_printing
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
@@ -29,7 +30,17 @@ if TYPE_CHECKING:
 _MOST_GPUS = 1024
 
 
-def dry_run(argv: Sequence[str]) -> None:
+def dry_run(argv: Sequence[str]) -> int:
+    """The exit code of `check_and_print`: 0, or 141 where the reader of what is printed has left."""
+
+    def main() -> int:
+        check_and_print(argv)
+        return 0
+
+    return code_of_printing(main)
+
+
+def check_and_print(argv: Sequence[str]) -> None:
     """Check and print, as `CONFIG [--gpus N] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]` says; `--config CONFIG` is
     taken as well.
 
