@@ -55,6 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model, 2 rounds")
     parser.add_argument("--rounds", type=int, help="timed syncs of each contestant (default 5, quick 2)")
+    parser.add_argument("--bucket-mib", type=int, help="size of a bucket (default that of sglang.bucket_mib, one bucket)")
     parser.add_argument("--output", type=Path, help="JSON (default benchmarks/results/weight_sync.json or ..._quick.json)")
     options = parser.parse_args(argv)
     options.rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
@@ -171,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         overrides = [] if options.quick else LARGE
+        if options.bucket_mib is not None:
+            overrides = [*overrides, f"sglang.bucket_mib={options.bucket_mib}"]
         config = load_config(ROOT / CONFIG, overrides)
         python = ROOT / config.sglang.python
         if not python.exists():

@@ -30,5 +30,7 @@ def test_buckets_hold_every_tensor_once_and_at_most_the_limit_unless_they_hold_o
 
 
 def test_wrong_options_are_one_sentence(tmp_path, capsys):
+    assert weight_sync.main(["--bucket-mib", "0", "--output", str(tmp_path / "x.json")]) == 2
+    assert "sglang.bucket_mib" in capsys.readouterr().err
     assert weight_sync.main(["--rounds", "0", "--output", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err == "--rounds is 0; it must be at least 1\n"
