@@ -20,6 +20,7 @@ from tests.policy_jobs import build, make_batch
 from tests.test_policy_checkpoints import BASE, check, update_twice
 
 SHARDED = "train.distributed_optimizer=true"
+OVERLAP = ["train.overlap_grad_reduce=true", "train.overlap_param_gather=true"]
 
 
 @st.composite
@@ -106,3 +107,10 @@ def test_megatrons_form_and_ours_are_read_as_each_other(gangs, hf_models, tmp_pa
     before, after = (f"tests.test_optimizer_shards:{name}" for name in functions)
     layout = (2, ["parallel.tp=1", SHARDED])
     check(gangs, hf_models[family], tmp_path, layout, (3, layout[1]), functions=(before, after))
+
+
+@pytest.mark.parametrize("grads", ["float32", "bfloat16"])
+def test_a_bf16_model_goes_on_from_its_fp32_weights(gangs, hf_models, tmp_path, grads):
+    bf16 = ["model.dtype=bfloat16", f"train.grads_dtype={grads}", *OVERLAP, SHARDED]
+    layout = (3, ["parallel.tp=1", *bf16])
+    check(gangs, hf_models["qwen3"], tmp_path, layout, layout)
