@@ -203,6 +203,22 @@ def test_files_and_index_that_contradict_each_other_are_refused_by_name(tmp_path
         SafetensorsDir(two_files(tmp_path, index))
 
 
+def test_a_file_beside_the_index_that_transformers_would_read_instead_is_refused(tmp_path):
+    two_files(tmp_path, {"both": "x.safetensors", "x_alone": "x.safetensors", "y_alone": "y.safetensors"})
+    save_file({"both": torch.full((3,), 2.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model\.safetensors and an .*index\.json that does not name it; remove the one"):
+        SafetensorsDir(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"both": "model.safetensors"}}))
+    assert SafetensorsDir(tmp_path).read("both", (0,), (3,)).tolist() == [2.0] * 3
+
+
+def test_a_type_that_cannot_be_read_is_named_and_is_no_damage(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(2, dtype=torch.uint16)}, file)
+    with pytest.raises(UserError, match=r"model\.safetensors: x is of type U16; known are F64, F32"):
+        SafetensorsDir(tmp_path)
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, layout):
