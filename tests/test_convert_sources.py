@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
+from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.errors import UserError
 from etr_megatron.weights.quantize import quantize_blocks
 from tests.test_convert import assert_same_bits, tensors_of
@@ -93,3 +94,35 @@ def test_fp8_of_some_layers_with_scales_of_either_type_is_what_it_stands_for(hf,
     found = there_and_back(hf)
     assert_same_bits(found, wanted)
     assert any(not torch.equal(found[name], tensors[name].bfloat16()) for name in tensors)
+
+
+def test_verify_compares_bits_and_not_numbers(hf):
+    """A NaN is the same as itself, 0 is another value than -0."""
+    tensors, name = tensors_of(hf), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5], tensors[name][4, 6] = float("nan"), 0.0
+    save_file(tensors, hf / "model.safetensors")
+    assert_same_bits(there_and_back(hf), tensors)
+    tensors[name][4, 6] = -0.0
+    save_file(tensors, hf / "model.safetensors")
+    assert verify(hf, hf.parent / "megatron", Ranks(), logits=False).differing == [name]
+
+
+def test_headers_and_tensors_in_written_files_are_aligned(tmp_path):
+    """As the format's library has it: readers map a file into memory and view the values where they lie."""
+    tensors = {
+        "x": torch.arange(15.0).view(3, 5).to(torch.float8_e4m3fn),
+        "x_scale_inv": torch.tensor([[0.5]]),
+        "odd": torch.tensor([1.0, 2.0, 3.0]).bfloat16(),
+        "last": torch.tensor([4.0]),
+    }
+    listed = [TensorToWrite(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = SafetensorsWriter(tmp_path, listed, 10**6)
+    writer.create()
+    for name, tensor in tensors.items():
+        writer.write(name, (0,) * tensor.dim(), tensor)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert all(header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0 for name, tensor in tensors.items())
+    assert_same_bits(tensors_of(tmp_path), tensors)
