@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from etr_megatron.rollout.sglang.delivery import Bucket
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
+from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
+from etr_megatron.weights import TrainingLayout, read_architecture
 from etr_megatron.weights.transport import Wire, wire
+from tests.transport_jobs import shards_from
 
 
 class Launch:
@@ -88,7 +94,7 @@ class NcclLike:
 
 
 def run(job: str, **arguments: Any) -> Any:
-    """A job of `tests.transport_jobs` whose wires in the world take this for NCCL, with tensors on the CPU."""
+    """A job, `module:function` of tests, whose wires in the world take this for NCCL, with tensors on the CPU."""
 
     def open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> NcclLike:
         assert backend == "nccl"
@@ -100,4 +106,25 @@ def run(job: str, **arguments: Any) -> Any:
         mock.patch.object(wire, "_device_of", lambda backend: torch.device("cpu")),
         mock.patch.object(Wire, "in_world", in_world),
     ):
-        return getattr(import_module("tests.transport_jobs"), job)(**arguments)
+        module, _, function = job.partition(":")
+        return getattr(import_module(f"tests.{module}"), function)(**arguments)
+
+
+def whole_tensors(model: str, source: TrainingLayout) -> dict[str, torch.Tensor]:
+    """What rank 0 has handed over for the servers after two syncs, nothing on the others."""
+    found: dict[str, torch.Tensor] = {}
+
+    def post(bucket: Bucket) -> Future[None]:
+        found.update({field.name: field.view(bucket.flat).clone() for field in bucket.fields})
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    rank = dist.get_rank()
+    settings = SendSettings(read_architecture(model), torch.float32, None, 50_000, "nccl", 20.0)
+    tensors = WholeTensors(source, settings, Outbox(post) if rank == 0 else None, NodeBuckets({}, 1))
+    for version in (1, 2):
+        found.clear()
+        tensors.sync(version, shards_from(model, source, rank))
+    tensors.close()
+    return found
