@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights import open_checkpoint, read_architecture
 from tests.hf_models import rewrite_config_as_published
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 def config_with(model: str, folder: Path, change: dict[str, Any], *, without: str = "") -> Path:
@@ -56,6 +59,9 @@ def refusal(read: Any, folder: Path) -> str:
         ("num_experts", 0, "num_experts is 0; a positive integer is wanted"),
         ("num_experts_per_tok", None, "num_experts_per_tok is null; a positive integer is wanted"),
         ("moe_intermediate_size", {}, "moe_intermediate_size is {}; a positive integer is wanted"),
+        ("num_experts_per_tok", 7, "num_experts_per_tok is 7, of 6 experts"),
+        ("num_experts_per_tok", 1, "num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient"),
+        ("num_key_value_heads", 3, "num_attention_heads is 4, which is no multiple of num_key_value_heads 3"),
         ("architectures", 3, "architectures is 3; supported are "),
         ("architectures", [["Qwen3ForCausalLM"]], "architectures is [['Qwen3ForCausalLM']]; supported are "),
     ],
@@ -63,6 +69,97 @@ def refusal(read: Any, folder: Path) -> str:
 def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, value, sentence):
     folder = config_with(hf_models["qwen3_moe"], tmp_path, {name: value})
     assert refusal(read_architecture, folder).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # transformers takes the class from here, a server from `architectures`
+        ({"model_type": "llama"}, "model_type is 'llama'; the qwen3 family is supported with 'qwen3' only"),
+        # transformers attends to later tokens then, servers do not
+        ({"is_causal": False}, "is_causal is False; the qwen3 family is supported with True only"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; the qwen3 family is supported with False only"),
+        ({"attention_bias": True}, "attention_bias is True; the qwen3 family is supported with False only"),
+        ({"mlp_bias": True}, "mlp_bias is True; the qwen3 family is supported with False only"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            'layer_types is ["full_attention", "sliding_attention"]; only',
+        ),
+        ({"layer_types": "x"}, 'layer_types is "x"; only a list of full_attention is supported'),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; only 1 is supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; known are default and"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_type 3 is not supported"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
+        (
+            {"rope_scaling": {**LLAMA3, "type": "default"}},
+            "rope_scaling has the type 'default' and the rope_type 'llama3'; remove the wrong one",
+        ),
+        (
+            {"rope_parameters": {"full_attention": LLAMA3, "rope_theta": 1e4}},
+            "rope_parameters has several rotary embeddings (full_attention, rope_theta); only one is supported",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters say different things; remove the one that is wrong",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 777}, "rope_theta": 1e6},
+            "rope_theta is 777 in rope_parameters, 1e+06 in config.json itself; remove what is wrong",
+        ),
+        # transformers forgets rope_parameters where there is a rope_scaling
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 777}, "rope_theta": None},
+            "rope_theta is 10000 in rope_scaling, 777 in rope_parameters; remove what is wrong",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings is 64, and 32 for the rotary embedding; remove the wrong one",
+        ),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, 'factor is "8"; a positive number is wanted'),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "field 'low_freq_factor' is missing"),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
+            "field 'original_max_position_embeddings' is missing",
+        ),
+        # of which transformers makes max_position_embeddings
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}, "original_max_position_embeddings": 32},
+            "field 'original_max_position_embeddings' is missing",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_others_would_read_as_another_model_is_refused(hf_models, tmp_path, change, sentence):
+    """None of it shows in a tensor's name or shape."""
+    folder = config_with(hf_models["qwen3"], tmp_path, change)
+    assert refusal(read_architecture, folder).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 777.0},
+        {"rope_theta": 777},
+        {"rope_parameters": {"rope_theta": 777.0}, "rope_theta": None},
+        {"rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}, "rope_theta": 777.0},
+        {"rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {**LLAMA3, "type": "llama3"}},
+        {"rope_scaling": {("type" if key == "rope_type" else key): value for key, value in LLAMA3.items()}},
+        {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 777.0}, "rope_theta": 777.0},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
+        {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 4, "is_causal": True, "use_sliding_window": False},
+        {"layer_types": None},
+    ],
+    ids=lambda change: "-".join(change),
+)
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 500000.0}], ids=["", "theta"])
+def test_a_rotary_embedding_is_what_transformers_reads_however_it_is_written(hf_models, tmp_path, change, theta):
+    folder = config_with(hf_models["qwen3"], tmp_path, theta | change)
+    theirs = {key: value for key, value in AutoConfig.from_pretrained(folder).rope_parameters.items() if value is not None}
+    ours = read_architecture(folder).rope
+    assert ours == {key: theirs[key] for key in ours} and set(theirs) - set(ours) <= {"type", "partial_rotary_factor"}
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "rms_norm_eps", "num_experts_per_tok"])

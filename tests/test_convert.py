@@ -142,8 +142,13 @@ LAYOUTS = {
     "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "pp2vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
+    "pp2uneven": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1"]),
 }
-ONLY_OF = {"ep2": ("qwen3_moe", "qwen3_moe_dense"), "pp2vpp2": ("llama", "qwen3_moe")}
+ONLY_OF = {
+    "ep2": ("qwen3_moe", "qwen3_moe_dense"),
+    "pp2vpp2": ("llama", "qwen3_moe"),
+    "pp2uneven": ("qwen2", "qwen3_moe_dense"),
+}
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if family in ONLY_OF.get(layout, FAMILIES)]
 
 

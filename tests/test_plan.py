@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -60,6 +61,9 @@ def training_layouts(arch: Architecture) -> list[TrainingLayout]:
         divides = arch.kv_heads % tp == arch.layers % (pp * vpp) == tp * dp % ((etp or tp) * ep) == 0
         if divides and tp * pp * dp <= 16:
             found.append(TrainingLayout(tp=tp, pp=pp, vpp=vpp, dp=dp, ep=ep, etp=etp))
+            if arch.layers == 4 and (pp, vpp) == (2, 1):
+                found.append(replace(found[-1], first_stage_layers=1))
+                found.append(replace(found[-1], first_stage_layers=None, last_stage_layers=1))
     return found
 
 

@@ -29,6 +29,8 @@ def model_elements(model: str, *, without: str = "") -> int:
         ("qwen2", TrainingLayout(pp=2), ServerLayout(tp=2), 50_000),
         ("qwen3_tied", TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), 1),
         ("qwen3", TrainingLayout(dp=2), ServerLayout(servers=2), 100_000),
+        ("qwen3_moe", TrainingLayout(dp=2, ep=2), ServerLayout(tp=2, ep=2), 100_000),
+        ("qwen3_moe_dense", TrainingLayout(tp=2, ep=2, etp=1), ServerLayout(tp=2), 50_000),
     ],
 )
 def test_what_receivers_cut_equals_the_checkpoint(gangs, hf_models, family, source, destination, bucket_bytes):

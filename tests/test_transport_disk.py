@@ -36,9 +36,18 @@ def read(directory, model: str, destination: ServerLayout, rank: int, version: i
     return shards
 
 
-@pytest.mark.parametrize("source", [TrainingLayout(tp=2), TrainingLayout(pp=2), TrainingLayout(dp=2)])
-def test_what_ranks_write_is_the_checkpoint_and_readers_get_their_shards(gangs, hf_models, tmp_path, source):
-    model = hf_models["qwen3_tied"]
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [
+        ("qwen3_tied", TrainingLayout(tp=2)),
+        ("qwen3_tied", TrainingLayout(pp=2)),
+        ("qwen3_tied", TrainingLayout(dp=2)),
+        ("qwen3_moe", TrainingLayout(dp=2, ep=2)),
+        ("qwen3_moe_dense", TrainingLayout(tp=2, ep=2, etp=1)),
+    ],
+)
+def test_what_ranks_write_is_the_checkpoint_and_readers_get_their_shards(gangs, hf_models, tmp_path, family, source):
+    model = hf_models[family]
     found = gangs(2).run(
         "tests.transport_jobs:write_to_disk",
         directory=str(tmp_path),

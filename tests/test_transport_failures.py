@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore
 
 from etr_megatron.weights import ServerLayout, TrainingLayout
-from etr_megatron.weights.checksum import checksum
+from etr_megatron.weights.checksum import _CHUNK, checksum
 from etr_megatron.weights.transport import SyncError, Versions, Wire
 from etr_megatron.weights.transport.board import Board
 
@@ -144,7 +144,7 @@ class NeverDone:
 def test_an_nccl_message_ends_when_another_rank_has_given_up():
     store = HashStore()
     wire = Wire.__new__(Wire)
-    wire.device, wire.board, wire._group, wire._parts = torch.device("cuda"), Board(store, 0, 3, timeout_s=60), None, []
+    wire._backend, wire.board, wire._group, wire._parts = "nccl", Board(store, 0, 3, timeout_s=60), None, []
     other = Board(store, 2, 3, timeout_s=60)
     other.report("OSError: the device fell off")
     start = time.monotonic()
@@ -188,6 +188,12 @@ def test_a_checksum_sees_two_flipped_bits_and_exchanged_words(words, data):
     swapped = tensor.clone()
     swapped[[first, second]] = tensor[[second, first]]
     assert (checksum(swapped) == before) == torch.equal(swapped, tensor)
+
+
+def test_a_checksum_of_many_words_sees_exchanged_parts_of_them():
+    """They are weighted some at a time."""
+    first, second, rest = torch.arange(2 * _CHUNK + 5).split([_CHUNK, _CHUNK, 5])
+    assert checksum(torch.cat((first, second, rest))) != checksum(torch.cat((second, first, rest)))
 
 
 def test_a_checksum_sees_exchanged_parts_and_length_and_nothing_else():

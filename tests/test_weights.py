@@ -26,6 +26,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.torch_dist_dir import Chunk, _overlapping
+from etr_megatron.weights.torch_saved import find_values
 from tests.hf_models import FAMILIES
 from tests.reads import bytes_read_by
 
@@ -201,6 +202,47 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path, file, val
 def test_files_and_index_that_contradict_each_other_are_refused_by_name(tmp_path, index, message):
     with pytest.raises(UserError, match=message):
         SafetensorsDir(two_files(tmp_path, index))
+
+
+def test_a_file_beside_the_index_that_transformers_would_read_instead_is_refused(tmp_path):
+    two_files(tmp_path, {"both": "x.safetensors", "x_alone": "x.safetensors", "y_alone": "y.safetensors"})
+    save_file({"both": torch.full((3,), 2.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model\.safetensors and an .*index\.json that does not name it; remove the one"):
+        SafetensorsDir(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"both": "model.safetensors"}}))
+    assert SafetensorsDir(tmp_path).read("both", (0,), (3,)).tolist() == [2.0] * 3
+
+
+def test_a_type_that_cannot_be_read_is_named_and_is_no_damage(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(2, dtype=torch.uint16)}, file)
+    with pytest.raises(UserError, match=r"model\.safetensors: x is of type U16; known are F64, F32"):
+        SafetensorsDir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_dense"),
+    [
+        (lambda whole: whole, True),
+        (lambda whole: whole[2:5], False),
+        (lambda whole: whole[:3], False),
+        (lambda whole: whole[:, 1:4], False),
+        (lambda whole: whole.t(), False),
+    ],
+    ids=["whole", "rows", "first rows", "columns", "transposed"],
+)
+def test_values_are_found_in_a_saved_tensor_where_they_are_dense_and_all_of_its_storage(tmp_path, stored, is_dense):
+    """`torch.save` writes a storage in full, whatever part of it the tensor is."""
+    tensor = stored(torch.arange(42.0).view(6, 7))
+    torch.save(tensor, tmp_path / "saved")
+    content = b"before" + (tmp_path / "saved").read_bytes()
+    (tmp_path / "saved").write_bytes(content + b"after")
+    found = find_values(tmp_path / "saved", 6, len(content) - 6, torch.float32, tuple(tensor.shape))
+    assert (found is not None) == is_dense
+    if is_dense:
+        out = torch.empty(tensor.shape)
+        found.read_into((0, 0), out)
+        assert torch.equal(out, tensor)
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=lambda x: f"tp{x[0]}pp{x[1]}")

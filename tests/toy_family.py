@@ -49,7 +49,7 @@ def unregister() -> None:
 def write_toy(qwen2: str, path: Path) -> None:
     """The qwen2 checkpoint under the toy family's names, which stand in the same order."""
     config = json.loads((Path(qwen2) / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"architectures": ["ToyForCausalLM"]}))
+    (path / "config.json").write_text(json.dumps(config | {"architectures": ["ToyForCausalLM"], "model_type": "toy"}))
     names = ([name for weight in weights_of(read_architecture(folder)) for name in weight.hf] for folder in (qwen2, path))
     tensors = load_file(f"{qwen2}/model.safetensors")
     save_file({ours: tensors[theirs] for theirs, ours in zip(*names, strict=True)}, path / "model.safetensors")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.layout import WholeLayout
-from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.transport import (
     BroadcastTransport,
     DiskWriter,
@@ -120,6 +120,45 @@ def _midway(
         error = str(failed)
     versions = transport.versions
     return {"error": error, "seconds": time.monotonic() - start, "complete": versions.complete, "begun": versions.begun}
+
+
+def _flip(shards: dict[str, torch.Tensor]) -> None:
+    """One bit of the spoilt weight, on a rank that has it."""
+    if SPOILT in shards:
+        shards[SPOILT].view(torch.uint8)[7, 33] ^= 4
+
+
+def corrupted(kind: str, model: str, place: str, directory: str, fp8_block: int | None = None) -> tuple[str, int | None]:
+    """The error and the complete version after a sync of two ranks with checksums, in which one bit is flipped.
+
+    kind: broadcast, to one receiver, or disk. place: `gathered` where a full tensor has been put together, `cut` where a
+    receiver has taken its shard from one.
+    """
+    source, destination, rank = TrainingLayout(tp=2), ServerLayout(), dist.get_rank()
+    arch, wire = read_architecture(model), Wire.in_world(timeout_s=60)
+    options = dict(dtype=torch.float32, fp8_block=fp8_block, checksums=True)
+    if kind == "broadcast":
+        transport = BroadcastTransport(source, destination, arch, wire, bucket_bytes=20_000, **options)
+    else:
+        transport = DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
+    whole = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)
+    sources = shards_from(model, source, rank) if rank < 2 else None
+    destinations = empty_shards(whole, 0, torch.float32) if rank == 2 else None
+    transport.sync(2, sources, destinations)
+    for step in transport._gather.exchanges if place == "gathered" and rank < 2 else ():
+        step.run = lambda given, full, run=step.run: (run(given, full), _flip(full))
+    if place == "cut" and rank == 2:
+        compare = transport._compare
+        transport._compare = lambda *given: (_flip(given[-1]) if SPOILT in _names(given[0]) else None, compare(*given))
+    try:
+        transport.sync(3, sources, destinations)
+    except SyncError as error:
+        return str(error), transport.versions.complete
+    return "", transport.versions.complete
+
+
+def _names(plan: Plan) -> set[str]:
+    return {transfer.weight.megatron for some in plan.pairs.values() for transfer in some}
 
 
 if __name__ == "__main__":

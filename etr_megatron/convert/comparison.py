@@ -90,6 +90,7 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
     result = Verification()
     weights = list(weights_of(arch))
     total = sum(torch.Size(shape).numel() * stored.dtype(w.stored).itemsize for w in weights for shape in w.shapes)
+    quantiser = Quantiser(stored, arch, source.block) if isinstance(source, Fp8Dir) else None
     with progress_bar(total, ranks) as bar:
         for weight in weights:
             differing = set()
@@ -98,20 +99,19 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
                 if not torch.equal(_bits(values), _bits(wanted)):
                     differing.add(name)
                 bar.update(values.nbytes)
-            rounded = {name for name in differing if _is_quantised(name, weight, arch, stored, source)}
+            rounded = {name for name in differing if quantiser and _is_quantised(name, weight, quantiser, stored, source)}
             result.tensors += len(weight.hf)
             result.rounded += [name for name in weight.hf if name in rounded]
             result.differing += [name for name in weight.hf if name in differing - rounded]
     return result
 
 
-def _is_quantised(name: str, weight: Weight, arch: Architecture, stored: TorchDistDir, source: SafetensorsDir) -> bool:
+def _is_quantised(name: str, weight: Weight, quantiser: Quantiser, stored: TorchDistDir, source: Fp8Dir) -> bool:
     """Whether a tensor is FP8 and, with its scales, what the stored values, or these in bf16, become when quantised."""
-    if not isinstance(source, Fp8Dir) or name not in source.quantized:
+    if name not in source.quantized:
         return False
     dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
-    quantisers = (Quantiser(stored, arch, source.block, dtype) for dtype in dtypes)
-    return any(_equals_panels(quantiser.panels(name, weight), name, source) for quantiser in quantisers)
+    return any(_equals_panels(quantiser.panels(name, weight, dtype), name, source) for dtype in dtypes)
 
 
 def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, source: Fp8Dir) -> bool:

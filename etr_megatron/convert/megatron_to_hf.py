@@ -49,13 +49,13 @@ def to_hf(
         listed = [tensor for some in tensors for tensor in some]
         writer = ranks.together(lambda: SafetensorsWriter(folder, listed, max_file_bytes))
         ranks.first(writer.create)
-        quantiser = Quantiser(source, arch, fp8_block, dtype) if fp8_block else None
+        quantiser = Quantiser(source, arch, fp8_block) if fp8_block else None
 
         def convert() -> None:
             with progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
                 for i in mine:
                     if quantiser is not None and weights[i].fp8:
-                        _quantise(quantiser, weights[i], writer)
+                        _quantise(quantiser, weights[i], dtype, writer)
                         bar.update(sizes[i])
                     else:
                         _convert(source, weights[i], arch, writer, bar.update)
@@ -103,10 +103,10 @@ def _convert(
             written(writer.write(stored.name, begin, values))
 
 
-def _quantise(quantiser: Quantiser, weight: Weight, writer: SafetensorsWriter) -> None:
-    """Write a weight in FP8."""
+def _quantise(quantiser: Quantiser, weight: Weight, dtype: torch.dtype | None, writer: SafetensorsWriter) -> None:
+    """Write a weight in FP8, its values rounded to `dtype` first where it is given."""
     for name in weight.hf:
-        for first, values, scales in quantiser.panels(name, weight):
+        for first, values, scales in quantiser.panels(name, weight, dtype):
             writer.write(name, (first, 0), values)
             writer.write(_scale_name(name), (first // quantiser.block, 0), scales)
 

@@ -19,20 +19,22 @@ _PANEL = 2**22
 class Quantiser:
     """Quantises HF tensors one at a time, each put together first.
 
-    block: rows and columns that have a scale in common. dtype: what values are rounded to before; None leaves them as they are
-    stored.
+    block: rows and columns that have a scale in common.
     """
 
-    def __init__(self, source: TorchDistDir, arch: Architecture, block: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, source: TorchDistDir, arch: Architecture, block: int) -> None:
         self.block = block
-        self._source, self._arch, self._dtype = source, arch, dtype
+        self._source, self._arch = source, arch
         # The kernel takes longer to clear new memory for a tensor than the tensor takes to be read.
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def panels(self, name: str, weight: Weight) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The HF tensor of that name a few rows of blocks at a time: (first row, FP8 values, scales), new."""
+    def panels(self, name: str, weight: Weight, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The HF tensor of that name a few rows of blocks at a time: (first row, FP8 values, scales), new.
+
+        dtype: what values are rounded to before; None leaves them as they are stored. One iterator at a time.
+        """
         shape = weight.shapes[weight.hf.index(name)]
-        full = self._tensor(shape, self._dtype or self._source.dtype(weight.stored))
+        full = self._tensor(shape, dtype or self._source.dtype(weight.stored))
         for _, begin, values in self._source.parts(weight, self._arch, only=name):
             box(full, begin, tuple(values.shape)).copy_(values)
         step = self.block * max(1, _PANEL // (self.block * shape[1]))

@@ -10,12 +10,13 @@ from etr_megatron.errors import UserError
 from etr_megatron.weights.hf_config import (
     optional_bool,
     optional_layers,
-    optional_object,
     positive_int,
     positive_number,
     read_config,
+    spelled,
 )
 from etr_megatron.weights.map import TABLES
+from etr_megatron.weights.rope import read_rope
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -23,7 +24,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-"""HuggingFace architecture -> family of the weight map."""
+"""HuggingFace architecture -> family of the weight map, which is called as `model_type` in config.json."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Experts:
 class Architecture:
     """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
-    rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors).
+    rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors), see
+    `read_rope`.
     qkv_bias, qk_norm: biases on q/k/v, RMSNorm on queries and keys per head; what the family's table has rows for.
     """
 
@@ -74,40 +76,40 @@ class Architecture:
         return self.experts is not None and layer not in self.experts.dense_layers
 
 
-def _rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Both spellings: `rope_theta` + `rope_scaling` as published, `rope_parameters` as transformers 5 writes it."""
-    rope = {**optional_object(config, "rope_scaling", source), **optional_object(config, "rope_parameters", source)}
-    stated = rope if rope.get("rope_theta") is not None else config
-    rope["rope_theta"] = positive_number(stated, "rope_theta", source, 10000.0)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"{source}: rope_type {rope['rope_type']!r} is not supported; known are default and llama3")
-    return rope
-
-
 def _has_rows(family: str, part: str) -> bool:
     """Whether the family's table has a row with this in its Megatron name."""
     return any(part in row.megatron for row in TABLES[family])
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
-    wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+    """What transformers or a server would do otherwise than the model here, and no tensor shows. Raises UserError."""
+    wanted = {"model_type": family, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "is_causal": True}
     if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{source}: layer_types is {spelled(kinds)}; only a list of full_attention is supported")
 
 
 def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
     """Published configs say num_experts, transformers 5 writes num_local_experts."""
     step = positive_int(config, "decoder_sparse_step", source, 1)
     dense = {layer for layer in range(layers) if (layer + 1) % step} | set(optional_layers(config, "mlp_only_layers", source))
+    count = positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source)
+    per_token = positive_int(config, "num_experts_per_tok", source)
+    normalized = optional_bool(config, "norm_topk_prob", source)
+    if per_token > count:
+        raise UserError(f"{source}: num_experts_per_tok is {per_token}, of {count} experts")
+    if per_token == 1 and normalized:
+        raise UserError(f"{source}: num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient")
     return Experts(
-        count=positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source),
-        per_token=positive_int(config, "num_experts_per_tok", source),
+        count=count,
+        per_token=per_token,
         intermediate_size=positive_int(config, "moe_intermediate_size", source),
-        normalized=optional_bool(config, "norm_topk_prob", source),
+        normalized=normalized,
         dense_layers=frozenset(dense & set(range(layers))),
     )
 
@@ -131,6 +133,9 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     family = FAMILIES[known[0]]
     _refuse_unsupported(config, family, source)
     heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
+    kv_heads = positive_int(config, "num_key_value_heads", source, heads)
+    if heads % kv_heads:
+        raise UserError(f"{source}: num_attention_heads is {heads}, which is no multiple of num_key_value_heads {kv_heads}")
     layers = positive_int(config, "num_hidden_layers", source)
     return Architecture(
         family=family,
@@ -138,7 +143,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         hidden_size=hidden,
         intermediate_size=positive_int(config, "intermediate_size", source),
         heads=heads,
-        kv_heads=positive_int(config, "num_key_value_heads", source, heads),
+        kv_heads=kv_heads,
         head_dim=positive_int(config, "head_dim", source, hidden // heads),
         vocab_size=positive_int(config, "vocab_size", source),
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
@@ -146,6 +151,6 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         qk_norm=_has_rows(family, "q_layernorm."),
         norm_eps=positive_number(config, "rms_norm_eps", source),
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
-        rope=_rope(config, source),
+        rope=read_rope(config, source),
         experts=_experts(config, layers, source) if _has_rows(family, ".experts.") else None,
     )

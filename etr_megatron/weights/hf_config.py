@@ -22,7 +22,7 @@ def read_config(source: Path) -> dict[str, Any]:
     except ValueError as error:  # also of text that is not UTF-8
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{source} holds {_spelled(config)}; an object with the model's fields is wanted")
+        raise UserError(f"{source} holds {spelled(config)}; an object with the model's fields is wanted")
     return config
 
 
@@ -73,11 +73,11 @@ def _field(config: dict[str, Any], name: str, source: Path, default: Any, fits: 
     if name not in config:
         raise UserError(f"{source}: field {name!r} is missing")
     if not fits(config[name]):
-        raise UserError(f"{source}: {name} is {_spelled(config[name])}; {wanted} is wanted")
+        raise UserError(f"{source}: {name} is {spelled(config[name])}; {wanted} is wanted")
     return config[name]
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
     """As it stands in the file, its beginning at least."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

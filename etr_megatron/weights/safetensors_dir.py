@@ -17,6 +17,9 @@ from etr_megatron.weights.listing import listed
 
 INDEX = "model.safetensors.index.json"
 
+_ALONE = "model.safetensors"
+"""The file of a checkpoint without an index. transformers prefers it to an index, SGLang the other way round."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,8 +41,9 @@ class SafetensorsDir:
     """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the bytes that are asked for.
 
     Where there is an index, a tensor is that of the file which the index names for it, whatever other files hold of its name.
-    Raises UserError when the directory holds no safetensors file, one that is cut off or broken (naming it), none of a tensor
-    where the index says, or a tensor of which no index says which of two files it is in.
+    Raises UserError when the directory holds no safetensors file, one that is cut off or broken (naming it), a tensor of a type
+    that is not in `DTYPES`, none of a tensor where the index says, a tensor of which no index says which of two files it is in,
+    or two checkpoints, one with an index and one without.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -111,6 +115,8 @@ def _index(folder: Path) -> dict[str, str]:
 def _files(folder: Path, wanted: set[str]) -> list[Path]:
     """The directory's safetensors files, those that its index names (`wanted`) where it has one."""
     files = sorted(folder.glob("*.safetensors"))
+    if wanted and _ALONE not in wanted and folder / _ALONE in files:
+        raise UserError(f"{folder} holds {_ALONE} and an {INDEX} that does not name it; remove the one that is out of date")
     missing = sorted(wanted - {file.name for file in files})
     if missing:
         raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there; fetch the checkpoint again")
@@ -122,7 +128,8 @@ def _files(folder: Path, wanted: set[str]) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file. Raises ValueError, KeyError or TypeError where the header does not fit the file."""
+    """The tensors of a file. Raises ValueError, KeyError or TypeError where the header does not fit the file, UserError for a
+    type that is not known."""
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -133,6 +140,8 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has {end - begin} bytes, not those of {list(shape)}")

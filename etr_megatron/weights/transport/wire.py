@@ -41,7 +41,7 @@ class Wire:
 
     def __init__(self, store: dist.Store, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> None:
         self.rank, self.world, self.bytes_sent = rank, world, 0
-        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self.device = _device_of(backend)
         self.board = Board(dist.PrefixStore("board", store), rank, world, timeout_s)
         self.board.meet("begin")
         self._backend, self._store = backend, store
@@ -52,11 +52,15 @@ class Wire:
         self.board.meet("open")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
-        """A process group. Raises SyncError where the others do not come."""
+        """A process group whose ranks are connected. Raises SyncError where the others do not come."""
         try:
-            return _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
-        except RuntimeError as error:
+            group = _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
+            if self._backend == "nccl":
+                # Its ranks connect at their first message, which all must take part in; a bucket may be of some of them alone.
+                self._finish(group.allreduce([torch.zeros(1, device=self.device)]))
+        except (RuntimeError, TimeoutError) as error:
             raise self.board.fail(f"could not connect to the others ({error})") from error
+        return group
 
     @classmethod
     def in_world(cls, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
@@ -82,7 +86,7 @@ class Wire:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
         """Post messages, which must be posted on both sides in the same order; returns what to `wait` for."""
         self.bytes_sent += sum(tensor.nbytes for tensor, _ in sends)
-        if self.device.type == "cuda":
+        if self._backend == "nccl":
             return self._exchange_as_one(sends, receives)
         posts = [(other, self._group.recv, tensor) for tensor, other in receives]
         posts += [(other, self._group.send, tensor) for tensor, other in sends]
@@ -127,7 +131,7 @@ class Wire:
 
     def _finish(self, work: Any) -> None:
         # NCCL's own wait returns at once and has no deadline, and its connections outlive a failure at the other end.
-        for look in itertools.count() if self.device.type == "cuda" else ():
+        for look in itertools.count() if self._backend == "nccl" else ():
             if work.is_completed():
                 break
             if self.board.left() <= 0 or (look % _LOOKS == _LOOKS - 1 and self.board.has_failed()):
@@ -154,8 +158,13 @@ class Wire:
         """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
         for group in groups:
-            if self.device.type == "cuda" and group is not None:
+            if self._backend == "nccl" and group is not None:
                 group.abort()
+
+
+def _device_of(backend: str) -> torch.device:
+    """Where the tensors of a backend's messages are."""
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
 def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> Any:

@@ -1,0 +1,71 @@
+"""The rotary embedding of a config.json, published or as transformers 5 writes it, in one form.
+
+Where a file says it twice and differently, transformers and servers take one or the other, without a word: that is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.hf_config import optional_object, positive_int, positive_number
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+
+
+def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """`rope_type` ("default" or "llama3"), `rope_theta` and, for llama3, the four values that its scaling depends on.
+
+    Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
+    source: the file, for messages. Raises UserError for what is missing, contradictory or not supported.
+    """
+    places = {name: _place(config, name, source) for name in ("rope_scaling", "rope_parameters")}
+    places = {name: place for name, place in places.items() if place}
+    rest = [{key: value for key, value in place.items() if key != "rope_theta"} for place in places.values()]
+    if rest and rest[0] != rest[-1]:
+        raise UserError(f"{source}: rope_scaling and rope_parameters say different things; remove the one that is wrong")
+    scaling = rest[0] if rest else {}
+    rope = {"rope_type": scaling.get("rope_type", "default"), "rope_theta": _theta(config, places, source)}
+    for place in (config, *places.values()):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            raise UserError(f"{source}: partial_rotary_factor is {place['partial_rotary_factor']}; only 1 is supported")
+    if rope["rope_type"] == "llama3":
+        rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
+        rope["original_max_position_embeddings"] = _original_positions(config, scaling, source)
+    return rope
+
+
+def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
+    """One of the two objects without its nulls; `type` is what `rope_type` used to be called."""
+    place = {key: value for key, value in optional_object(config, name, source).items() if value is not None}
+    kinds = [place.pop(key) for key in ("type", "rope_type") if key in place]
+    if len(kinds) > 1 and kinds[0] != kinds[1]:
+        raise UserError(f"{source}: {name} has the type {kinds[0]!r} and the rope_type {kinds[1]!r}; remove the wrong one")
+    if any(isinstance(value, dict) for value in place.values()):
+        raise UserError(f"{source}: {name} has several rotary embeddings ({', '.join(place)}); only one is supported")
+    if kinds and kinds[0] not in ("default", "llama3"):
+        raise UserError(f"{source}: rope_type {kinds[0]!r} is not supported; known are default and llama3")
+    return place | ({"rope_type": kinds[0]} if kinds else {})
+
+
+def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Path) -> float:
+    """Where an object has none, transformers takes that of the config itself, and 10,000 where that has none."""
+    outside = positive_number(config, "rope_theta", source, 10000.0)
+    found = {name: positive_number(place, "rope_theta", source, outside) for name, place in places.items()}
+    if config.get("rope_theta") is not None or not places:
+        found["config.json itself"] = outside
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{value:g} in {name}" for name, value in found.items())
+        raise UserError(f"{source}: rope_theta is {said}; remove what is wrong")
+    return next(iter(found.values()))
+
+
+def _original_positions(config: dict[str, Any], scaling: dict[str, Any], source: Path) -> int:
+    """Where it stands outside as well, SGLang prefers that, and transformers in one of the two spellings."""
+    name = "original_max_position_embeddings"
+    inside = positive_int(scaling, name, source)
+    outside = positive_int(config, name, source, inside)
+    if inside != outside:
+        raise UserError(f"{source}: {name} is {outside}, and {inside} for the rotary embedding; remove the wrong one")
+    return inside

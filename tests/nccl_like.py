@@ -1,0 +1,130 @@
+"""A stand-in for NCCL where there are no GPUs: gloo under the rules that NCCL has and gloo has not."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from etr_megatron.rollout.sglang.delivery import Bucket
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
+from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
+from etr_megatron.weights import TrainingLayout, read_architecture
+from etr_megatron.weights.transport import Wire, wire
+from tests.transport_jobs import shards_from
+
+
+class Launch:
+    """Work that goes on by itself and cannot be waited for with a deadline, as NCCL's."""
+
+    def __init__(self, posts: Sequence[Callable[[], Any]]) -> None:
+        works = [post() for post in posts]
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(works,), daemon=True)
+        self._thread.start()
+
+    def _run(self, works: Sequence[Any]) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, _timeout: datetime.timedelta) -> None:
+        """NCCL's returns at once: it is the GPU's stream that waits."""
+        if self._thread.is_alive():
+            raise AssertionError("values are used before they are there")
+        if self._error is not None:
+            raise self._error
+
+
+class NcclLike:
+    """What `Wire` uses of `ProcessGroupNCCL`.
+
+    Ranks connect at the first thing that they do, and all of them must take part in that (see `torch.distributed.
+    batch_isend_irecv`); messages are part of a launch.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> None:
+        self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, timeout)
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, world, timeout)
+        self._posts: list[Callable[[], Any]] | None = None
+
+    def _connect(self) -> None:
+        if self._connecting is not None:
+            self._connecting.barrier().wait()
+            self._connecting = None
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> Launch:
+        self._connect()
+        return Launch([lambda: self._group.allreduce(tensors)])
+
+    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> Launch:
+        self._connect()
+        return Launch([lambda: self._group.broadcast(tensors, options)])
+
+    def _start_coalescing(self) -> None:
+        self._posts = []
+
+    def send(self, tensors: list[torch.Tensor], other: int, tag: int) -> None:
+        self._connect()
+        self._posts.append(partial(self._group.send, tensors, other, tag))
+
+    def recv(self, tensors: list[torch.Tensor], other: int, tag: int) -> None:
+        self._connect()
+        self._posts.append(partial(self._group.recv, tensors, other, tag))
+
+    def _end_coalescing(self) -> Launch:
+        posts, self._posts = self._posts, None
+        return Launch(posts)
+
+    def abort(self) -> None:
+        """Connections end with the object, as those of gloo."""
+
+
+def run(job: str, **arguments: Any) -> Any:
+    """A job, `module:function` of tests, whose wires in the world take this for NCCL, with tensors on the CPU."""
+
+    def open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> NcclLike:
+        assert backend == "nccl"
+        return NcclLike(store, rank, world, datetime.timedelta(seconds=timeout_s))
+
+    in_world = partial(Wire.in_world, backend="nccl")
+    with (
+        mock.patch.object(wire, "_open_group", open_group),
+        mock.patch.object(wire, "_device_of", lambda backend: torch.device("cpu")),
+        mock.patch.object(Wire, "in_world", in_world),
+    ):
+        module, _, function = job.partition(":")
+        return getattr(import_module(f"tests.{module}"), function)(**arguments)
+
+
+def whole_tensors(model: str, source: TrainingLayout) -> dict[str, torch.Tensor]:
+    """What rank 0 has handed over for the servers after two syncs, nothing on the others."""
+    found: dict[str, torch.Tensor] = {}
+
+    def post(bucket: Bucket) -> Future[None]:
+        found.update({field.name: field.view(bucket.flat).clone() for field in bucket.fields})
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    rank = dist.get_rank()
+    settings = SendSettings(read_architecture(model), torch.float32, None, 50_000, "nccl", 20.0)
+    tensors = WholeTensors(source, settings, Outbox(post) if rank == 0 else None, NodeBuckets({}, 1))
+    for version in (1, 2):
+        found.clear()
+        tensors.sync(version, shards_from(model, source, rank))
+    tensors.close()
+    return found
