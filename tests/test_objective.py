@@ -127,6 +127,11 @@ def test_etr_without_elasticity_is_grpo_bit_for_bit():
         assert torch.equal(a, b)
 
 
+def test_no_gradient_goes_through_the_radii():
+    advantage, variance = torch.tensor([1.5, -0.5], requires_grad=True), torch.tensor([0.3, 0.3], requires_grad=True)
+    assert not any(radii.requires_grad for radii in elastic_bounds(**PRESETS["etr"])(advantage, variance))
+
+
 def test_dapo_raises_the_upper_bound_alone():
     low, high = elastic_bounds(**PRESETS["dapo"])(torch.tensor([1.5, -0.5]), torch.tensor([0.3, 0.3]))
     assert low.tolist() == [pytest.approx(0.2)] * 2 and high.tolist() == [pytest.approx(0.28)] * 2
@@ -252,6 +257,7 @@ def test_weights_sum_the_token_losses_as_defined(how):
         "constant_length": np.mean([x.sum() / 7 for x in losses]),
     }[how]
     assert found == pytest.approx(wanted)
+    assert all(map(math.isfinite, token_weights([0, 0], how, constant_length=7)))  # nothing to train on
 
 
 def test_kl_estimators_by_definition():
