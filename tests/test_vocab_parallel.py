@@ -83,6 +83,12 @@ def test_shapes_that_do_not_fit_are_refused():
     h, w, targets, _ = case(3, 4, 9)
     with pytest.raises(ValueError, match="do not fit a shard of 10 rows"):
         vocab_parallel_logprob(h, w, targets, shard=VocabShard(10, 9))
+    with pytest.raises(ValueError, match=r"torch\.float64.* do not fit"):
+        vocab_parallel_logprob(h.double(), w.double(), targets, shard=VocabShard(9, 9))
+
+
+def test_a_column_of_padding_is_nobodys_target():
+    assert VocabShard(16, 10).columns(torch.tensor([0, 9, 10, 15, 16, -1])).tolist() == [0, 9, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("world", [2, 4])
