@@ -125,6 +125,9 @@ def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
     worse[3][2] += 1.0
     with pytest.raises(RuntimeError, match=r"sample p1@3/1\), more than rollout\.max_logprob_gap=0\.0001"):
         check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
+    worse[7][0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"by nan on average \(worst nan, sample p3@3/0\)"):
+        check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
 
 
 def radii(preset: str, step: int = 1, seed: int = 1):
