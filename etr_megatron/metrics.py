@@ -40,10 +40,11 @@ def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tens
     if mean <= config.rollout.max_logprob_gap:
         return True
     gap = gap.where(comparable, 0.0)
-    by_sample = [part.max().item() if len(part) else 0.0 for part in gap.split([len(old) for old in batch.old_logp])]
+    parts = gap.split([len(old) for old in batch.old_logp])
+    worst = torch.stack([part.max() if len(part) else gap.new_zeros(()) for part in parts]).argmax()  # a NaN is the largest
     raise RuntimeError(
         f"the engine's log-probs differ from the trainer's by {mean:.2e} on average (worst {gap.max():.2e}, sample "
-        f"{batch.names[by_sample.index(max(by_sample))]}), more than rollout.max_logprob_gap={config.rollout.max_logprob_gap:g}"
+        f"{batch.names[worst]}), more than rollout.max_logprob_gap={config.rollout.max_logprob_gap:g}"
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.config import load_config, resolve
 from etr_megatron.metrics import check_logprob_gap, step_metrics
-from etr_megatron.objective import PASS_RATE_BINS, resolve_loss
+from etr_megatron.objective import PASS_RATE_BINS, LossSettings, resolve_loss
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.policy import PolicyBatch, TokenLogprobs, Update
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings
@@ -40,16 +40,21 @@ def logprobs(value: float = -1.0, seed: int | None = None) -> TokenLogprobs:
 
 
 def batch_of(
-    *overrides: str, step: int = 1, old: TokenLogprobs | None = None, reference: TokenLogprobs | None = None
+    *overrides: str,
+    step: int = 1,
+    old: TokenLogprobs | None = None,
+    reference: TokenLogprobs | None = None,
+    reward_range: tuple[float, float] = (0.0, 1.0),
 ) -> PolicyBatch:
-    return build_batch(groups(), config(*overrides), step, old=old or logprobs(), reference=reference)
+    return build_batch(groups(reward_range), config(*overrides), step, old=old or logprobs(), reference=reference)
 
 
-def groups() -> list[Group]:
+def groups(reward_range: tuple[float, float] = (0.0, 1.0)) -> list[Group]:
+    """Whose wrong and right answers get the ends of the range."""
     made = []
     for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
         samples = [
-            Sample(i, list(range(n)), [-1.0] * n, "stop" if i else "length", 7, reward=r, reward_status="ok")
+            Sample(i, list(range(n)), [-1.0] * n, "stop" if i else "length", 7, reward=reward_range[int(r)], reward_status="ok")
             for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
         ]
         made.append(Group(f"p{number}@3", Problem(f"p{number}", "", "", [1, 2]), samples))
@@ -85,6 +90,30 @@ def test_advantages_and_ranges_come_from_each_samples_own_group():
     assert batch.clip_high[8].item() == pytest.approx(0.140, abs=1e-3)
 
 
+def test_variance_pass_rate_and_accuracy_are_taken_in_the_declared_range_of_rewards():
+    plain, ends = batch_of(), ["reward.range_min=-1", "reward.range_max=3"]
+    batch = batch_of(*ends, reward_range=(-1.0, 3.0))
+    torch.testing.assert_close(batch.variance, plain.variance)
+    assert batch.variance[7].item() == pytest.approx(0.75) and torch.equal(batch.pass_rate_bin, plain.pass_rate_bin)
+    torch.testing.assert_close(batch.clip_high, plain.clip_high, atol=1e-6, rtol=0)
+    row = step_metrics(3, groups((-1.0, 3.0)), batch, [update(33.0, ratio_squared=33.0)], config(*ends))
+    assert row["accuracy"] == pytest.approx(4 / 11) and row["reward_mean"] == pytest.approx(-1 + 4 * 4 / 11)
+
+
+def test_delta_is_added_to_the_deviation_that_the_advantage_is_divided_by():
+    # Of 1 right in 4 the deviation is sqrt(3) / 4.
+    assert batch_of("objective.delta=0.5").advantage[7].item() == pytest.approx(0.75 / (math.sqrt(3) / 4 + 0.5))
+
+
+def test_every_number_of_the_objective_reaches_the_loss():
+    given = ["dual_clip=3", "kl_coef=0.3", "kl_estimator=k2", "entropy_coef=0.02", "log_ratio_bound=5", "options={power: 0.5}"]
+    own = "objective.loss=tests.test_policy_losses:pull_up"  # that alone may have options
+    found = loss_settings(config(own, *(f"objective.{one}" for one in given)).objective)
+    assert found == LossSettings(
+        log_ratio_bound=5.0, kl_coef=0.3, kl_estimator="k2", entropy_coef=0.02, dual_clip=3.0, options={"power": 0.5}
+    )
+
+
 def with_old(gap: float) -> PolicyBatch:
     return batch_of(old=logprobs(-1.0 + gap))
 
@@ -96,10 +125,13 @@ def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
     worse[3][2] += 1.0
     with pytest.raises(RuntimeError, match=r"sample p1@3/1\), more than rollout\.max_logprob_gap=0\.0001"):
         check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
+    worse[7][0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"by nan on average \(worst nan, sample p3@3/0\)"):
+        check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
 
 
-def radii(preset: str, step: int = 1):
-    batch = batch_of(f"objective.preset={preset}", step=step)
+def radii(preset: str, step: int = 1, seed: int = 1):
+    batch = batch_of(f"objective.preset={preset}", f"run.seed={seed}", step=step)
     return batch.clip_low, batch.advantage != 0
 
 
@@ -113,12 +145,13 @@ def test_the_matched_control_is_fixed_at_etrs_mean_radius_over_the_tokens_that_l
 
 def test_the_shuffled_control_deals_out_the_same_radii_to_other_samples():
     etr, active = radii("etr")
-    dealt = [radii("etr_shuffled", step)[0] for step in (1, 2, 1)]
+    dealt = [radii("etr_shuffled", *of)[0] for of in ((1, 1), (2, 1), (1, 1), (1, 2))]
     for found in dealt:
         assert sorted(found[active].tolist()) == sorted(etr[active].tolist())
         assert torch.equal(found[~active], etr[~active])
     assert not torch.equal(dealt[0], etr) and not torch.equal(dealt[0], dealt[1])
     assert torch.equal(dealt[0], dealt[2])
+    assert not torch.equal(dealt[0], dealt[3])  # of another seed of the run
 
 
 def test_the_inverted_control_gives_less_where_the_variance_is_highest():
@@ -217,6 +250,26 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
     with pytest.raises(FloatingPointError) as caught:
         watch.check(replace(inputs, **{name: broken}), 0.0)
     assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
+    # An earlier token is named before an earlier input.
+    variance = inputs.variance.clone()
+    variance[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^variance is nan at .*: position 0 in the response of sample p1@3/0"):
+        watch.check(replace(inputs, **{name: broken, "variance": variance}), 0.0)
+
+
+def test_of_gradients_that_are_not_finite_the_earliest_token_is_named():
+    batch = batch_of()
+    micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
+    logp, entropy = torch.zeros(2, 9).requires_grad_().unbind()
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp.detach(), entropy.detach())
+    watch = RowWatch(batch, micro, loss="mine:loss", rank=0)
+    watch.watch(slice(None), logp, entropy)
+    logp_factor, entropy_factor = torch.ones(2, 9)
+    logp_factor[5] = entropy_factor[3] = float("nan")
+    (logp * logp_factor + entropy * entropy_factor).sum().backward()
+    wanted = r"of objective\.loss mine:loss with respect to entropy .*: position 1 in the response of sample p3@3/3, on rank 0"
+    with pytest.raises(FloatingPointError, match=wanted):
+        watch.check(inputs, 0.0)
 
 
 def test_a_loss_that_is_not_finite_names_its_samples() -> None:
@@ -247,11 +300,12 @@ def metrics_row(batch: PolicyBatch, *overrides: str, updates: list[Update] | Non
 
 def test_metrics_are_means_over_all_tokens_of_all_updates():
     updates = [
-        update(10.0, ratio=11.0, ratio_squared=13.0, clip_upper=1.0, clip_radius=2.0),
+        update(10.0, ratio=11.0, ratio_squared=13.0, clip_upper=1.0, clip_radius=2.0, kl=3.0),
         update(30.0, ratio=29.0, ratio_squared=37.0, clip_upper=3.0, clip_lower=2.0, loss=3.0, grad_norm=4.0, lr=2e-3),
     ]
     row = metrics_row(with_old(1e-2), updates=updates)
     assert row["ratio_mean"] == 1.0 and row["clip_frac_upper"] == 0.1 and row["clip_frac_lower"] == 0.05
+    assert row["clip_radius_mean"] == 0.05 and row["kl"] == 0.075
     assert row["effective_sample_size"] == pytest.approx(40**2 / (40 * 50))
     assert row["loss"] == 2.0 and row["grad_norm"] == 3.0 and row["lr"] == 2e-3
     assert row["zero_variance_groups"] == 1 and row["truncated"] == 4 and row["weight_version"] == 7
@@ -268,7 +322,7 @@ def test_a_losss_own_rows_become_metrics_of_their_own():
 
 def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
     # Pass rates 1/2, 2/3, 0 and 1/4: two groups in the third bin, one in the second, one without variance.
-    batch = batch_of()
+    batch = batch_of("objective.eps_high=0.28")
     assert batch.pass_rate_bin.tolist() == [2, 2, 2, 2, 2, -1, -1, 1, 1, 1, 1]
     sums = {"tokens_pass_25_50": 10.0, "clip_upper_pass_25_50": 2.0, "clip_radius_pass_25_50": 1.5}
     sums |= {"tokens_pass_50_75": 15.0, "clip_lower_pass_50_75": 3.0}
@@ -277,9 +331,10 @@ def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
     assert not any(key.endswith(("_pass_0_25", "_pass_75_100")) for key in row)
     assert row["clip_frac_upper_pass_25_50"] == 0.2 and row["clip_frac_lower_pass_50_75"] == 0.2
     assert row["clip_radius_mean_pass_25_50"] == 0.15
-    # Of the fourth group's 10 tokens 9 belong to wrong answers (radius 0.140) and 1 to the right one (0.230).
-    assert row["clip_radius_p10_pass_25_50"] == row["clip_radius_p90_pass_25_50"] == pytest.approx(0.140, abs=1e-3)
-    radius = torch.cat([torch.full((n,), x) for n, x in zip(FLAT_LENGTHS, batch.clip_low.tolist(), strict=True)])
+    # Of the fourth group's 10 tokens 9 belong to wrong answers (radii 0.140 and 1.4 x that) and 1 to the right one.
+    assert row["clip_radius_p10_pass_25_50"] == row["clip_radius_p90_pass_25_50"] == pytest.approx(1.2 * 0.140, abs=1e-3)
+    means = ((batch.clip_low + batch.clip_high) / 2).tolist()
+    radius = torch.cat([torch.full((n,), x) for n, x in zip(FLAT_LENGTHS, means, strict=True)])
     for percent in (10, 90):
         wanted = np.quantile(radius.numpy(), percent / 100, method="inverted_cdf")
         assert row[f"clip_radius_p{percent}"] == pytest.approx(float(wanted))
@@ -289,14 +344,23 @@ def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_metrics_tell_how_often_the_correction_acted(how, level):
     overrides = [f"objective.correction={how}", f"objective.correction_level={level}", "objective.correction_cap=1.3"]
+    overrides.append("objective.correction_floor=0.8")
     old = logprobs(seed=7)
     row = metrics_row(batch_of(*overrides, old=old), *overrides)
     weights, acted = [], []
     for logp in old.logp:  # the engine's log-probs are all -1
         log_weight = logp.double().numpy() + 1.0
         weight = np.exp(log_weight if level == "token" else np.full_like(log_weight, log_weight.sum()))
-        outside = weight > 1.3 if how == "truncate" else (weight > 1.3) | (weight < 0.5)
+        outside = weight > 1.3 if how == "truncate" else (weight > 1.3) | (weight < 0.8)
         weights.extend(np.minimum(weight, 1.3) if how == "truncate" else np.where(outside, 0.0, weight))
         acted.extend(outside)
     assert 0 < np.mean(acted) < 1
     assert row["correction_frac"] == pytest.approx(np.mean(acted)) and row["correction_mean"] == pytest.approx(np.mean(weights))
+
+
+def test_the_corrections_log_ratio_is_bounded_like_the_losss():
+    overrides = ["objective.correction=truncate", "objective.correction_cap=9", "objective.log_ratio_bound=0.5"]
+    weights = torch.cat(batch_of(*overrides, old=logprobs(seed=7)).correction)
+    log_weights = torch.cat(logprobs(seed=7).logp) + 1.0
+    assert log_weights.min() < -0.5 and log_weights.max() > 0.5
+    torch.testing.assert_close(weights, log_weights.clamp(-0.5, 0.5).exp())

@@ -174,6 +174,46 @@ def test_presets_that_are_compared_differ_in_the_clip_range_alone():
     assert len(compared) == 9 and all(values == rest[0] for values in rest)
 
 
+RANGES = {  # micro, macro, control, eps0 low / high, eps_min, eps_max
+    "etr": ("tanh", "variance", "none", 0.2, 0.2, 0.05, 0.4),
+    "grpo": ("none", "none", "none", 0.2, 0.2, 0.0, 0.99),
+    "dapo": ("none", "none", "none", 0.2, 0.28, 0.0, 0.99),
+    "etr_micro": ("tanh", "none", "none", 0.2, 0.2, 0.05, 0.4),
+    "etr_macro": ("none", "variance", "none", 0.2, 0.2, 0.05, 0.4),
+    "etr_second_order": ("linear", "std", "none", 0.2, 0.2, 0.0, 0.4),
+    "etr_matched": ("tanh", "variance", "matched", 0.2, 0.2, 0.05, 0.4),
+    "etr_shuffled": ("tanh", "variance", "shuffled", 0.2, 0.2, 0.05, 0.4),
+    "etr_inverted_macro": ("tanh", "inverse_variance", "none", 0.2, 0.2, 0.05, 0.4),
+    "dr_grpo": ("none", "none", "none", 0.2, 0.2, 0.0, 0.99),
+    "gspo": ("none", "none", "none", 3e-4, 4e-4, 0.0, 0.99),
+    "cispo": ("none", "none", "none", 1.0, 4.0, 0.0, 4.0),
+    "rloo": ("none", "none", "none", 0.2, 0.2, 0.0, 0.99),
+}
+
+
+def test_the_presets_ranges_are_those_of_their_definitions():
+    keys = ("micro", "macro", "control", "eps_low", "eps_high", "eps_min", "eps_max")
+    assert {name: tuple(values[key] for key in keys) for name, values in PRESETS.items()} == RANGES
+    for name, values in PRESETS.items():
+        assert values["alpha"] == (0.5 if values["micro"] == "tanh" else 0.0), name
+        assert values["gamma"] == (0.5 if "variance" in values["macro"] else 0.0), name
+
+
+ALGORITHMS = {  # loss, aggregation, baseline, normalize, kl_in, where it is not GRPO's
+    "dr_grpo": ("clipped", "constant_length", "group_mean", False, "loss"),
+    "gspo": ("gspo", "sequence_mean", "group_mean", True, "loss"),
+    "cispo": ("cispo", "token_mean", "group_mean", True, "loss"),
+    "rloo": ("reinforce", "constant_length", "leave_one_out", False, "reward"),
+}
+
+
+def test_the_presets_are_otherwise_the_algorithms_that_they_are_named_after():
+    keys = ("loss", "aggregation", "baseline", "normalize", "kl_in")
+    for name, values in PRESETS.items():
+        wanted = ALGORITHMS.get(name, ("clipped", "token_mean", "group_mean", True, "loss"))
+        assert tuple(values[key] for key in keys) == wanted, name
+
+
 def test_the_presets_are_those_that_can_be_named():
     hint = get_type_hints(type(Config().objective))["preset"]
     assert hint.__args__ == tuple(PRESETS)

@@ -223,8 +223,10 @@ def test_chunks_of_a_token_local_loss_add_up(name, seed, ends) -> None:
 def test_a_chunk_has_no_sequences_to_sum() -> None:
     case, logp, entropy = random_case(0)
     known = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    with pytest.raises(UserError, match="marked token-local asks for sums over sequences"):
-        resolve_loss("gspo")(known.at(slice(0, 3), known.logp[:3], known.entropy[:3]))
+    chunk = known.at(slice(0, 3), known.logp[:3], known.entropy[:3])
+    for rows in (chunk, chunk.at(slice(None), chunk.logp, chunk.entropy)):
+        with pytest.raises(UserError, match="marked token-local asks for sums over sequences"):
+            resolve_loss("gspo")(rows)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -278,21 +280,26 @@ def test_correction_leaves_kl_and_entropy_alone() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str) -> None:
-    case, logp, entropy = random_case(8)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator: str) -> None:
+    case, logp, entropy = random_case(9, LossSettings(kl_estimator=estimator, log_ratio_bound=0.7))
     r, bins = case.rows, np.array([-1, 2, 0, 0, 3])[case.index]
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
     sums = diagnostic_sums(inputs, resolve_loss(name)(inputs), torch.tensor(bins))
-    ratio = np.exp(logp - r["old_logp"])
+    ratio = np.exp(np.clip(logp - r["old_logp"], -0.7, 0.7))
     if name == "gspo":
-        own = [np.exp((logp - r["old_logp"])[case.index == i].mean()) for i in range(len(case.lengths))]
-        ratio = np.array(own)[case.index]
+        means = np.array([(logp - r["old_logp"])[case.index == i].mean() for i in range(len(case.lengths))])
+        ratio = np.exp(np.clip(means, -0.7, 0.7))[case.index]
     above, below = ratio > 1 + r["clip_high"], ratio < 1 - r["clip_low"]
+    gains = r["advantage"] > 0
+    assert all((rows & sign).any() for rows in (above, below) for sign in (gains, ~gains))
     if name in ("clipped", "gspo"):
-        above, below = above & (r["advantage"] > 0), below & (r["advantage"] < 0)
+        above, below = above & gains, below & ~gains
     if name == "reinforce":
         above, below = np.zeros_like(above), np.zeros_like(below)
     x = r["ref_logp"] - logp
+    bounded = np.clip(x, -0.7, 0.7)
+    assert (x != bounded).any()
     rows = {
         "tokens": np.ones_like(logp),
         "entropy": entropy,
@@ -301,9 +308,8 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str) -> None:
         "clip_upper": above,
         "clip_lower": below,
         "clip_radius": (r["clip_low"] + r["clip_high"]) / 2,
-        "kl": np.exp(x) - 1 - x,
+        "kl": {"k1": -x, "k2": x**2 / 2, "k3": np.exp(bounded) - 1 - bounded}[estimator],
     }
-    assert name == "reinforce" or (above.any() and below.any())
     wanted = {key: values.sum() for key, values in rows.items()}
     for place, bin_name in enumerate(PASS_RATE_BINS):
         wanted |= {f"{key}_{bin_name}": values[bins == place].sum() for key, values in rows.items()}

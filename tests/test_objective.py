@@ -127,6 +127,11 @@ def test_etr_without_elasticity_is_grpo_bit_for_bit():
         assert torch.equal(a, b)
 
 
+def test_no_gradient_goes_through_the_radii():
+    advantage, variance = torch.tensor([1.5, -0.5], requires_grad=True), torch.tensor([0.3, 0.3], requires_grad=True)
+    assert not any(radii.requires_grad for radii in elastic_bounds(**PRESETS["etr"])(advantage, variance))
+
+
 def test_dapo_raises_the_upper_bound_alone():
     low, high = elastic_bounds(**PRESETS["dapo"])(torch.tensor([1.5, -0.5]), torch.tensor([0.3, 0.3]))
     assert low.tolist() == [pytest.approx(0.2)] * 2 and high.tolist() == [pytest.approx(0.28)] * 2
@@ -197,7 +202,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
         torch.testing.assert_close(getattr(shuffled, field.name), getattr(statistics, field.name)[order], **close)
     for found, radius in zip(shuffled_radii, radii, strict=True):
         torch.testing.assert_close(found, radius[order], atol=1e-6, rtol=1e-9)
-    bins, shuffled_bins = (pass_rate_bins(one.pass_rate.round(decimals=9), one.variance) for one in (statistics, shuffled))
+    bins, shuffled_bins = (pass_rate_bins(one.pass_rate, one.variance) for one in (statistics, shuffled))
     assert torch.equal(shuffled_bins, bins[order])
 
 
@@ -252,6 +257,7 @@ def test_weights_sum_the_token_losses_as_defined(how):
         "constant_length": np.mean([x.sum() / 7 for x in losses]),
     }[how]
     assert found == pytest.approx(wanted)
+    assert all(map(math.isfinite, token_weights([0, 0], how, constant_length=7)))  # nothing to train on
 
 
 def test_kl_estimators_by_definition():
@@ -371,6 +377,16 @@ def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
     bins = pass_rate_bins(statistics.pass_rate, statistics.variance).tolist()
     found = {name: bins[ids.index(name)] for name in rewards}
     assert found == {"none": -1, "fifth": 0, "quarter": 1, "half": 2, "most": 3, "all": -1, "equal": -1}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.1, 1.0), (-1.0, 0.9), (0.0, 0.3)])
+@pytest.mark.parametrize("size", [4, 12, 32, 64])
+def test_a_pass_rate_on_the_edge_of_a_bin_belongs_to_the_upper_one_in_any_range_of_rewards(low, high, size):
+    for quarters in (1, 2, 3):
+        right = quarters * size // 4
+        rewards = [high] * right + [low] * (size - right)
+        statistics = group_statistics(rewards, ["g"] * size, reward_range=(low, high))
+        assert pass_rate_bins(statistics.pass_rate, statistics.variance).tolist() == [quarters] * size
 
 
 def test_a_kl_without_a_reference_is_refused_not_left_out():

@@ -49,10 +49,12 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], whol
     return {name: before[name] - tensor for name, tensor in policy.export()}
 
 
-def reference(model: str, sequences: list, aux_coef: float = 0.0) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
+def reference(
+    model: str, sequences: list, aux_coef: float = 0.0, apart: bool = False
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
     """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens).
 
-    aux_coef: of the experts' balancing loss over the tokens of all sequences.
+    aux_coef: of the experts' balancing loss over the tokens of all sequences; apart: of each sequence, weighted by its tokens.
     """
     # Its grouped matrix products are for smaller types only.
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
@@ -73,10 +75,13 @@ def reference(model: str, sequences: list, aux_coef: float = 0.0) -> tuple[list[
         surrogate = torch.minimum(ratio * advantage, bounded * advantage)
         clipped += int((ratio * advantage > bounded * advantage).sum())
         loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
-    for logits in (torch.cat(parts) for parts in routed.values() if aux_coef):
+    tokens = sum(len(prompt) + len(response) for prompt, response in sequences)
+    balanced = (logits for parts in routed.values() for logits in (parts if apart else [torch.cat(parts)]))
+    for logits in balanced if aux_coef else ():
         chosen = logits.topk(hf.config.num_experts_per_tok).indices
         share = torch.nn.functional.one_hot(chosen, logits.shape[1]).double().mean((0, 1))
-        loss = loss + aux_coef * logits.shape[1] * (share * logits.softmax(-1).mean(0)).sum()
+        unevenness = logits.shape[1] * (share * logits.softmax(-1).mean(0)).sum()
+        loss = loss + aux_coef * len(logits) / tokens * unevenness
     loss.backward()
     gradients = by_published_names({name: parameter.grad for name, parameter in hf.named_parameters()})
     return olds, gradients, clipped / sum(len(old) for old in olds)
@@ -177,6 +182,27 @@ def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models
     sequences = without_padding(2)[:1] * 4
     wanted = reference(hf_models["qwen3_moe"], sequences, AUX)
     overrides = ["parallel.tp=1", f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
+    check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
+
+
+UNEVEN = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "dp2": (2, ["parallel.tp=1"]),
+    "dp2_tp2_sp_etp1": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_microbatches_and_ranks_of_uneven_lengths_count_by_their_tokens_in_the_balancing_loss(gangs, hf_models, layout):
+    # None goes into a microbatch with another, and two replicas get 28 and 24 tokens.
+    lengths = (12, 12, 8, 4)
+    sequences = [(prompt, response[:n]) for (prompt, response), n in zip(without_padding(4), lengths, strict=True)]
+    wanted = reference(hf_models["qwen3_moe"], sequences, AUX, apart=True)
+    router = "model.layers.1.mlp.gate.weight"
+    together = reference(hf_models["qwen3_moe"], sequences, AUX)
+    assert (wanted[1][router] - together[1][router]).abs().max() > 1e-3
+    world, overrides = UNEVEN[layout]
+    overrides = [*overrides, f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
     check(gangs, hf_models["qwen3_moe"], wanted, (world, overrides), "single_pass", sequences)
 
 

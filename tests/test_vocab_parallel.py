@@ -44,6 +44,18 @@ def test_values_and_gradients_equal_float64_log_softmax(rows, hidden, vocab, tem
         torch.testing.assert_close(found.detach().double(), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["logp_alone", "entropy_alone"])
+def test_a_loss_of_one_of_the_two_has_its_gradient(used):
+    h, w, targets, upstream = case(11, 7, 131)
+    upstream[1 - used] = 0.0
+    wanted = reference(h, w, targets, upstream, 0.6)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    found = vocab_parallel_logprob(h, w, targets, shard=VocabShard(131, 131), temperature=0.6, chunk_rows=4)
+    (upstream[used] * found[used]).sum().backward()
+    torch.testing.assert_close(h.grad.double(), wanted[2], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(w.grad.double(), wanted[3], atol=2e-5, rtol=1e-5)
+
+
 def test_logprobs_are_never_above_zero_at_odd_vocabulary_sizes():
     for vocab in (2, 3, 127, 129, 301):
         h, w, targets, _ = case(9, 6, vocab, seed=vocab)
@@ -71,6 +83,12 @@ def test_shapes_that_do_not_fit_are_refused():
     h, w, targets, _ = case(3, 4, 9)
     with pytest.raises(ValueError, match="do not fit a shard of 10 rows"):
         vocab_parallel_logprob(h, w, targets, shard=VocabShard(10, 9))
+    with pytest.raises(ValueError, match=r"torch\.float64.* do not fit"):
+        vocab_parallel_logprob(h.double(), w.double(), targets, shard=VocabShard(9, 9))
+
+
+def test_a_column_of_padding_is_nobodys_target():
+    assert VocabShard(16, 10).columns(torch.tensor([0, 9, 10, 15, 16, -1])).tolist() == [0, 9, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -1,4 +1,4 @@
-"""How many matrix products the head takes: what its two ways through a loss are chosen by."""
+"""How many matrix products and messages the head takes, and which wait for which."""
 
 from __future__ import annotations
 
@@ -43,3 +43,14 @@ def test_products_of_each_way_through_the_head(way: str, products: int, chunk_ro
         else:
             vocab_parallel_loss(hidden, weight, case.targets, case.token_loss, **options)[0].backward()
     assert counted.multiplications == products * rows * width * vocab
+
+
+def test_shards_exchange_sixteen_bytes_a_row_once_a_chunk_and_where_asked_behind_the_next_chunks_product(gangs) -> None:
+    case = loss_case(9, 24, 301)  # three chunks of three rows
+    orders = {
+        False: ["logits", "gather 48", "wait"] * 3,
+        True: ["logits", "gather 48", *["logits", "gather 48", "wait"] * 2, "wait"],
+    }
+    for overlap, wanted in orders.items():
+        for found in gangs(2).run("tests.vocab_jobs:events_of_the_chunks", case=case, overlap=overlap):
+            assert found == wanted

@@ -46,9 +46,13 @@ def one_rank(case: Case, single_pass: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("single_pass", [True, False], ids=["single_pass", "recompute"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)], ids=["fp32", "bf16"])
-def test_values_and_gradients_equal_float64_autograd(interpreted, single_pass, dtype, tolerance):
-    case = loss_case(7, 12, 131, dtype=dtype)
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [((7, 12, 131), torch.float32, 2e-5), ((7, 12, 131), torch.bfloat16, 6e-2), ((1, 129, 4099), torch.float32, 2e-5)],
+    ids=["fp32", "bf16", "one_row_two_tiles_fp32"],
+)
+def test_values_and_gradients_equal_float64_autograd(interpreted, single_pass, size, dtype, tolerance):
+    case = loss_case(*size, dtype=dtype)
     found = interpreted.run("tests.test_vocab_parallel_triton:one_rank", case=case, single_pass=single_pass)[0]
     for name, wanted in case.answer().items():
         torch.testing.assert_close(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, sweep, vocab_parallel_logprob, vocab_parallel_loss
 from tests.vocab_cases import Case
 
 
@@ -54,3 +57,35 @@ def single_pass(case: Case, already: float, overlap: bool, backend: str = "auto"
         "hidden_grad": hidden.grad,
         "weight_grad": weight.main_grad - already,
     }
+
+
+class _Watched:
+    """A collective under way that tells when it is waited for."""
+
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self._work, self._events = work, events
+
+    def wait(self) -> None:
+        self._events.append("wait")
+        self._work.wait()
+
+
+def events_of_the_chunks(case: Case, overlap: bool) -> list[str]:
+    """What `single_pass` does chunk by chunk: "logits" computed, a "gather" of so many bytes started, a "wait" for one."""
+    events: list[str] = []
+    gather, logits = dist.all_gather_into_tensor, sweep.chunk_logits
+
+    def watched_gather(out: torch.Tensor, own: torch.Tensor, **options: Any) -> _Watched:
+        events.append(f"gather {own.nbytes}")
+        return _Watched(gather(out, own, **options), events)
+
+    def watched_logits(*arguments: Any) -> torch.Tensor:
+        events.append("logits")
+        return logits(*arguments)
+
+    with (
+        mock.patch.object(sweep.dist, "all_gather_into_tensor", watched_gather),
+        mock.patch.object(sweep, "chunk_logits", watched_logits),
+    ):
+        single_pass(case, 0.0, overlap)
+    return events

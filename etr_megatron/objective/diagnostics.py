@@ -20,7 +20,8 @@ def pass_rate_bins(pass_rate: Tensor, variance: Tensor) -> Tensor:
 
     pass_rate: [N], the verifier's mean reward in its declared range, as a share. variance: v_g [N].
     """
-    place = (pass_rate * len(PASS_RATE_BINS)).long().clamp(0, len(PASS_RATE_BINS) - 1)
+    # A quarter may come as 0.24999999999999997, where the rewards' range is no power of two.
+    place = (pass_rate.round(decimals=9) * len(PASS_RATE_BINS)).long().clamp(0, len(PASS_RATE_BINS) - 1)
     return torch.where(variance > 0, place, -1)
 
 

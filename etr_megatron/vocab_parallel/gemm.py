@@ -87,4 +87,4 @@ def add_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
         step = weight_grad_block(hidden.shape[1])
         for begin in range(0, grad.shape[1], step):
             block = slice(begin, begin + step)
-            total[block] += grad[:, block].t() @ hidden
+            total[block] += (grad[:, block].t() @ hidden).float()  # adding bf16 makes the same copy where nobody sees it

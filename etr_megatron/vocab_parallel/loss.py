@@ -11,11 +11,10 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
     + the larger of
         4 b v              a temporary of b rows for the statistics: on CPU what makes 2^18 elements, at least one row
         4 t + 2 c v        a temporary of a tile of t elements for the gradient and, in bf16, the gradient as an operand
-        2 c v + 2 u H      in bf16 on CPU, that and the product of u = 2^20 / H rows of the weight, before it is added in fp32
+        2 c v + 6 u H      in bf16 on CPU, that and the product of u = 2^20 / H rows of the weight, in bf16 and then in fp32
 
 with no temporaries (b = t = 0) where the row passes are Triton's. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
-more: the hidden gradient is cast when the chunks are gone. What a bf16 product itself takes on a CPU is not
-counted: 50 MiB at V = 32,000 and 83 MiB at 151,936 (benchmarks/README.md).
+more: the hidden gradient is cast when the chunks are gone.
 """
 
 from __future__ import annotations
@@ -169,6 +168,6 @@ def single_pass_bytes(
         tile = 4 * math.prod(torch_rows.tile_shape(chunk, real, device))
     if dtype != torch.float32:
         operand = 2 * chunk * real
-        product = 2 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
+        product = 6 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
     needed += max(statistics, operand + max(tile, product))
     return needed if dtype == torch.float32 else max(needed, 6 * rows * hidden_size)

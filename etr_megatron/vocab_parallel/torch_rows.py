@@ -87,9 +87,9 @@ def row_gradient(
             torch.exp(block.sub_(log_sum[rows]), out=p)
             torch.mul(block.mul_(slope[rows]).add_(offset[rows]), p, out=out[rows, tile])
     # Another shard's target leaves what is there: without a choice of rows, for which a GPU would have to be waited for.
-    index = columns.clamp(min=0)[:, None]
-    kept = torch.where(columns[:, None] >= 0, target[:, None].to(out.dtype), out.gather(1, index))
-    return out.scatter_(1, index, kept)
+    # Not by scatter_, which on CPU converts all of a bf16 matrix to fp32 and back.
+    at = torch.arange(len(out), device=out.device), columns.clamp(min=0)
+    return out.index_put_(at, torch.where(columns >= 0, target.to(out.dtype), out[at]))
 
 
 def _target_entry(
