@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -102,7 +103,10 @@ def warm_start(
     demonstrations = _demonstrations(tiny, arithmetic)
     loss_value = None
     model.train()
-    with tqdm(total=tiny.warm_start_steps, desc="warm start of the tiny policy", disable=not progress) as bar:
+    what = "warm start of the tiny policy"
+    if progress and not sys.stderr.isatty():  # a log gets one line, not a bar drawn hundreds of times
+        print(f"{what}: {tiny.warm_start_steps} steps", file=sys.stderr, flush=True)
+    with tqdm(total=tiny.warm_start_steps, desc=what, disable=None if progress else True, dynamic_ncols=True) as bar:
         for _ in range(tiny.warm_start_steps):
             input_ids, labels = _batch(list(itertools.islice(demonstrations, tiny.warm_start_batch)), tokenizer)
             # Padding is on the right, so causal attention alone keeps it away from every position that counts.
