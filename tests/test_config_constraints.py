@@ -41,9 +41,21 @@ def test_no_number_may_be_minus_one(key):
     assert any(f"{key} = -1" in problem for problem in validate(config_with(**{key.replace(".", "__"): -1}), 2))
 
 
+@pytest.mark.parametrize("key", [key for key in numeric_keys() if key.endswith("_s")])
+def test_no_wait_may_be_longer_than_the_system_can_wait(key):
+    """poll takes milliseconds as a C int; `run.phase_timeout_s=1e10` was a traceback of torch's store."""
+    path = key.replace(".", "__")
+    assert validate(config_with(**{path: 1e6}), 2) == []
+    assert any(f"{key} = 2147484.0: must be at most 1e+06" in p for p in validate(config_with(**{path: 2147484.0}), 2))
+
+
 @pytest.mark.parametrize(
     ("values", "keys"),
     [
+        (dict(run__steps=2**31), ["run.steps"]),
+        (dict(rollout__top_k=10**22), ["rollout.top_k"]),
+        (dict(reward__workers=1025), ["reward.workers"]),
+        (dict(arithmetic__max_digits=1001), ["arithmetic.max_digits"]),
         (dict(run__name="a/b"), ["run.name"]),
         (dict(run__name=".."), ["run.name"]),
         (dict(run__name=""), ["run.name"]),
