@@ -54,6 +54,7 @@ def test_no_wait_may_be_longer_than_the_system_can_wait(key):
     [
         (dict(run__steps=2**31), ["run.steps"]),
         (dict(rollout__top_k=10**22), ["rollout.top_k"]),
+        (dict(rollout__max_response_tokens=3073), ["data.max_prompt_tokens", "rollout.max_response_tokens"]),
         (dict(reward__workers=1025), ["reward.workers"]),
         (dict(arithmetic__max_digits=1001), ["arithmetic.max_digits"]),
         (dict(run__name="a/b"), ["run.name"]),

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
 from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
 from etr_megatron.data.prompts import tokenize_prompts
@@ -20,7 +21,6 @@ from etr_megatron.data.prompts import tokenize_prompts
 PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _TOKENIZER_EXERCISES = 2000
 _WARMUP_SHARE = 0.05
-_CONTEXT_LENGTH = 4096
 
 # transformers maps `model_type: qwen3` to Qwen2Tokenizer, which rebuilds normaliser and pre-tokeniser by itself and keeps
 # only vocabulary and merges. With Qwen2's own rules (every digit on its own, then bytes) both ways of loading agree.
@@ -60,7 +60,7 @@ def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTraine
         pad_token=PAD_TOKEN,
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=_CONTEXT_LENGTH,
+        model_max_length=TINY_POSITIONS,
     )
 
 
@@ -75,7 +75,7 @@ def new_model(tiny: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForC
             num_attention_heads=tiny.heads,
             num_key_value_heads=tiny.heads // 2,
             head_dim=tiny.head_dim,
-            max_position_embeddings=_CONTEXT_LENGTH,
+            max_position_embeddings=TINY_POSITIONS,
             initializer_range=tiny.hidden_size**-0.5,
             tie_word_embeddings=False,
             bos_token_id=None,
