@@ -80,6 +80,8 @@ def test_no_wait_may_be_longer_than_the_system_can_wait(key):
         (dict(reward__range_min=1.0), ["reward.range_min", "reward.range_max"]),
         (dict(rollout__samples_per_prompt=1), ["rollout.samples_per_prompt"]),
         (dict(rollout__temperature=0.0), ["rollout.temperature"]),
+        (dict(rollout__temperature=1e-39), ["rollout.temperature"]),
+        (dict(eval__temperature=1e-39), ["eval.temperature"]),
         (dict(rollout__top_p=0.0), ["rollout.top_p"]),
         (dict(rollout__top_p=1.1), ["rollout.top_p"]),
         (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),

@@ -102,6 +102,9 @@ AT_MOST = {
     "reward.workers": 1024,  # processes of rank 0's machine
 }
 
+COLDEST = 1e-3
+"""Of a temperature that is not 0: logits divided by a much smaller one are infinite, and the draw is of nothing."""
+
 NOT_EMPTY = (
     "run.name",
     "run.dir",
@@ -133,6 +136,9 @@ def bounds(config: Config) -> Iterator[Violation]:
     for key in SECONDS:
         if get(config, key) > LONGEST_S:
             yield Violation((key,), f"must be at most {LONGEST_S:g}")
+    for key in ("rollout.temperature", "eval.temperature"):
+        if 0 < get(config, key) < COLDEST:
+            yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0, the likeliest token" if "eval" in key else ""))
     for key, most in AT_MOST.items():
         if get(config, key) > most:
             yield Violation((key,), f"must be at most {most}")
