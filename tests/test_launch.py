@@ -157,6 +157,19 @@ def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.Mo
         prepare(["--nproc", "8", small, "run.platform=auto"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "other"), [("train", ", or the whole job by bash examples/run_etr.sh"), ("preflight", "")])
+def test_a_ranks_command_without_torchrun_is_one_sentence(small: str, module: str, other: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", f"etr_megatron.{module}", "--config", small]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: RANK is not set: python -m etr_megatron.{module} is what every rank runs; start it by torchrun "
+        f"--nproc-per-node N -m etr_megatron.{module}{other}\n"
+    )
+
+
 # How a mistake that a rank meets is reported
 
 
