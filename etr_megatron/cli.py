@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from etr_megatron.errors import UserError
@@ -52,6 +53,16 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     if config is not None:
         return Path(config), overrides
     return default_config(cuda=_runs_on_cuda(overrides)), overrides
+
+
+def require_torchrun(module: str) -> None:
+    """Raise `UserError` in a process that is no rank. module: what was started, with `python -m`."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is not set: python -m {module} is what every rank runs; start it by torchrun --nproc-per-node N -m "
+            f"{module}" + (", or the whole job by bash examples/run_etr.sh" if module.endswith(".train") else "")
+        )
 
 
 def default_config(cuda: bool) -> Path:

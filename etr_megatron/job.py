@@ -15,7 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from etr_megatron import platform
 from etr_megatron.config import Config, doubts
-from etr_megatron.data import ProblemSet, PromptCursor, Split, build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.data import (
+    ProblemSet,
+    PromptCursor,
+    Split,
+    build_tiny_policy,
+    load_tokenizer,
+    open_problems,
+    refuse_unknown_tokens,
+)
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.platform.together import together
@@ -66,6 +74,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
+    refuse_unknown_tokens([*problems, *held_out], architecture.vocab_size, model_dir)
     engine = None
     if config.rollout.replay is None:
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory)))
@@ -163,12 +172,17 @@ def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
-    """End-of-sequence ids of generation_config.json (a chat model may have several) and of the tokenizer."""
+    """End-of-sequence ids of generation_config.json (a chat model may have several) and of the tokenizer. Raises UserError."""
+    from etr_megatron.weights.hf_config import read_config
+
     stops = {tokenizer_eos} if tokenizer_eos is not None else set()
     file = model_dir / "generation_config.json"
     if file.is_file():
-        named = json.loads(file.read_text()).get("eos_token_id")
-        stops |= set(named) if isinstance(named, list) else {named} - {None}
+        named = read_config(file).get("eos_token_id")
+        ids = named if isinstance(named, list) else [named]
+        if not all(isinstance(one, int) for one in ids if one is not None):
+            raise UserError(f"{file}: eos_token_id is {json.dumps(named)}; a token's number, or a list of them, is wanted")
+        stops |= set(ids) - {None}
     if not stops:
         raise UserError(f"{model_dir} names no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
     return stops

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
+_BYTES_OF_A_PROCESS = 300 * 2**20
+"""What a rank on CPU holds that it shares with no other before it has a model: Python, torch, Megatron and transformers."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check, start, watch; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -59,8 +63,21 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     nproc = asked if asked is not None else default_nproc(config, gpus)
     if gpus and nproc > gpus:
         raise UserError(f"--nproc {nproc}: this machine has {gpus} GPUs, and every process needs one of its own")
+    if not gpus:
+        _refuse_more_than_fit(nproc, asked is not None)
     check_inputs(resolve(config, nproc, cuda=gpus > 0), nproc)
     return nproc, config_path, overrides, config.run.stop_grace_s
+
+
+def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
+    """Raise UserError for processes that have no room even before they hold a model: starting them would stop the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if nproc * _BYTES_OF_A_PROCESS > memory:
+        said = f"--nproc {nproc}" if asked else f"the layout of parallel asks for {nproc} processes"
+        raise UserError(
+            f"{said}: they would take {nproc * _BYTES_OF_A_PROCESS / 2**30:.0f} GiB on this machine without a GPU, which has "
+            f"{memory / 2**30:.0f} GiB; choose fewer"
+        )
 
 
 def default_nproc(config: Config, gpus: int) -> int:

@@ -8,7 +8,7 @@ import sys
 
 from etr_megatron import platform
 from etr_megatron.checks import check_inputs
-from etr_megatron.cli import parse_args
+from etr_megatron.cli import parse_args, require_torchrun
 from etr_megatron.config import load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.status import exit_code_of
@@ -41,6 +41,7 @@ def _run(argv: list[str]) -> None:
     config = resolve(config, world, cuda=platform.uses_cuda())
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_inputs(config, world)
+    require_torchrun("etr_megatron.train")
     # Collections in the middle of loading 4,000 modules would take a fifth of the time to the first step.
     gc.disable()
     from etr_megatron.job import run_rank

@@ -97,20 +97,21 @@ class Trainer:
         config = self.config
         self._sync()
         start = self._evaluate() if self.step == 0 else {}
+        self._make_up_for_evaluation()
         self._watch.lap()
         while self.step < config.run.steps:
             self.step += 1
             rollouts = self._roll_out()
             batch, updates = self._train(rollouts.groups)
             row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts
+            if start:
+                row["eval_accuracy_start"] = start.pop("eval_accuracy")
             self._keep(rollouts, batch)
             self.trained = self._version = self.step
             self._unrecorded = row, rollouts.groups
             self._sync()
-            if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.run.steps):
+            if self._is_evaluated(self.step):
                 row |= self._evaluate()
-            if start:
-                row["eval_accuracy_start"] = start.pop("eval_accuracy")
             self._record(row, rollouts.groups)
             if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
                 self._save()
@@ -173,6 +174,20 @@ class Trainer:
         grade_groups(groups, self._grader)
         right = sum(sample.reward == self.config.reward.range_max for group in groups for sample in group.samples)
         return {"eval_accuracy": right / len(groups)}
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(every) and (step % every == 0 or step == self.config.run.steps)
+
+    def _make_up_for_evaluation(self) -> None:
+        """Evaluate after the step that was taken up, where its row says that a stop came before its evaluation."""
+        if self.step == 0 or not self._is_evaluated(self.step):
+            return
+        if not on_rank0(lambda: self._recorder is not None and self._recorder.lacks(self.step, "eval_accuracy")):
+            return
+        found = self._evaluate()
+        if found and self._recorder is not None:
+            self._recorder.complete(self.step, found)
 
     def _record(self, row: dict[str, Any], groups: list[Group]) -> None:
         self._unrecorded = None

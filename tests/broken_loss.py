@@ -1,6 +1,12 @@
-"""A user's policy loss with the usual mistake: a root whose derivative at zero is infinite, and NaN after `where`."""
+"""A user's policy loss with the usual mistake: a root whose derivative at zero is infinite, and NaN after `where`; and one
+that is there when the run is told to stop."""
 
 from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,3 +27,16 @@ def root_of_zero(inputs: LossInputs) -> LossOutputs:
 def root_of_zero_unmarked(inputs: LossInputs) -> LossOutputs:
     """The same without the promise, so that its gradients are formed when Megatron goes backward."""
     return root_of_zero(inputs)
+
+
+_calls = itertools.count(1)
+
+
+@token_local
+def told_to_stop(inputs: LossInputs) -> LossOutputs:
+    """The plain policy gradient; from the `call`-th call on rank 0 gets SIGTERM, once, where the file STOP_FLAG is."""
+    flag = Path(os.environ["STOP_FLAG"])
+    if dist.get_rank() == 0 and next(_calls) >= inputs.settings.options["call"] and flag.exists():
+        flag.unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return regularized(inputs, (inputs.logp - inputs.old_logp).exp() * inputs.advantage)

@@ -41,9 +41,22 @@ def test_no_number_may_be_minus_one(key):
     assert any(f"{key} = -1" in problem for problem in validate(config_with(**{key.replace(".", "__"): -1}), 2))
 
 
+@pytest.mark.parametrize("key", [key for key in numeric_keys() if key.endswith("_s")])
+def test_no_wait_may_be_longer_than_the_system_can_wait(key):
+    """poll takes milliseconds as a C int; `run.phase_timeout_s=1e10` was a traceback of torch's store."""
+    path = key.replace(".", "__")
+    assert validate(config_with(**{path: 1e6}), 2) == []
+    assert any(f"{key} = 2147484.0: must be at most 1e+06" in p for p in validate(config_with(**{path: 2147484.0}), 2))
+
+
 @pytest.mark.parametrize(
     ("values", "keys"),
     [
+        (dict(run__steps=2**31), ["run.steps"]),
+        (dict(rollout__top_k=10**22), ["rollout.top_k"]),
+        (dict(rollout__max_response_tokens=3073), ["data.max_prompt_tokens", "rollout.max_response_tokens"]),
+        (dict(reward__workers=1025), ["reward.workers"]),
+        (dict(arithmetic__max_digits=1001), ["arithmetic.max_digits"]),
         (dict(run__name="a/b"), ["run.name"]),
         (dict(run__name=".."), ["run.name"]),
         (dict(run__name=""), ["run.name"]),
@@ -67,6 +80,8 @@ def test_no_number_may_be_minus_one(key):
         (dict(reward__range_min=1.0), ["reward.range_min", "reward.range_max"]),
         (dict(rollout__samples_per_prompt=1), ["rollout.samples_per_prompt"]),
         (dict(rollout__temperature=0.0), ["rollout.temperature"]),
+        (dict(rollout__temperature=1e-39), ["rollout.temperature"]),
+        (dict(eval__temperature=1e-39), ["eval.temperature"]),
         (dict(rollout__top_p=0.0), ["rollout.top_p"]),
         (dict(rollout__top_p=1.1), ["rollout.top_p"]),
         (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from etr_megatron.convert import Ranks, comparison, to_megatron
 from etr_megatron.weights import read_architecture
 from tests.test_convert_failures import refusal
 from tests.test_data_sources import byte_tokenizer
+from tools.convert_hf import main
 
 
 @pytest.fixture
@@ -62,3 +64,32 @@ def test_a_prompt_without_tokens_is_refused_before_anything_is_compared(capsys, 
     monkeypatch.setattr(comparison, "_compare_tensors", lambda *_: pytest.fail("compared"))
     argv = ("verify", "--hf", hf, "--megatron", megatron, "--prompt", "")
     assert refusal(capsys, *argv) == "error: --prompt has no tokens; give another one\n"
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_compared(capsys, hf, megatron, monkeypatch):
+    monkeypatch.setattr(comparison, "_compare_tensors", lambda *_: pytest.fail("compared"))
+    file = hf / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["1"] = 70_000
+    file.write_text(json.dumps(content))
+    said = refusal(capsys, "verify", "--hf", hf, "--megatron", megatron, "--prompt", "12+7=")
+    assert said.startswith(f"error: {hf}: the tokenizer makes token 70000 of the prompt, and the model has 301 (vocab_size")
+
+
+@pytest.mark.parametrize("change", [{"model_type": "unknown"}, {"pad_token_id": 99_999}, {"layer_types": ["x"]}])
+def test_a_config_that_transformers_does_not_take_is_refused_before_anything_is_compared(
+    capsys, hf, megatron, monkeypatch, change
+):
+    file = hf / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(["verify", "--hf", str(hf), "--megatron", str(megatron), "--no-logits"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(comparison, "_compare_tensors", lambda *_: pytest.fail("compared"))
+    said = refusal(capsys, "verify", "--hf", hf, "--megatron", megatron)
+    assert said.startswith(f"error: transformers cannot build the model of {file} (")
+
+
+def test_a_tokenizer_that_does_not_load_is_named_by_the_option(capsys, hf, megatron):
+    (hf / "tokenizer.json").write_text("{}")
+    said = refusal(capsys, "verify", "--hf", hf, "--megatron", megatron)
+    assert said.startswith(f"error: --hf: the tokenizer in '{hf}' cannot be loaded (KeyError: ")

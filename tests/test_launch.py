@@ -138,6 +138,8 @@ def test_prepare_returns_what_to_start(small: str) -> None:
         (["--nproc", "3", "parallel.tp=2"], ["parallel.tp", "3", "2"]),
         (["--nproc=0"], ["--nproc 0: must be a whole number"]),
         (["--nproc"], ["--nproc"]),
+        (["--nproc", "100000"], ["--nproc 100000: they would take 29297 GiB", "choose fewer"]),
+        (["parallel.cp=100000"], ["the layout of parallel asks for 100000 processes: they would take 29297 GiB"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -153,6 +155,19 @@ def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     with pytest.raises(UserError, match="--nproc 8: this machine has 4 GPUs"):
         prepare(["--nproc", "8", small, "run.platform=auto"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "other"), [("train", ", or the whole job by bash examples/run_etr.sh"), ("preflight", "")])
+def test_a_ranks_command_without_torchrun_is_one_sentence(small: str, module: str, other: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", f"etr_megatron.{module}", "--config", small]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: RANK is not set: python -m etr_megatron.{module} is what every rank runs; start it by torchrun "
+        f"--nproc-per-node N -m etr_megatron.{module}{other}\n"
+    )
 
 
 # How a mistake that a rank meets is reported

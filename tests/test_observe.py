@@ -150,6 +150,22 @@ def test_cut_back_keeps_rows_up_to_the_step_byte_for_byte(tmp_path: Path) -> Non
     assert log.cut_back(0) == 4 and log.rows() == []
 
 
+def test_a_value_found_out_later_joins_the_last_row_and_no_other(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(make_row(1))
+    log.append(make_row(2, loss=math.inf))
+    before = log.path.read_text().splitlines()
+    for step, values in ((1, {"eval_accuracy": 0.5}), (2, {"loss": 0.5})):
+        with pytest.raises(ValueError, match="metrics row of step 2 cannot be given"):
+            log.complete(step, values)
+    log.complete(2, {"eval_accuracy": 0.5})
+    first, second = log.rows()
+    assert log.path.read_text().splitlines()[0] == before[0] and first == json.loads(before[0])
+    assert second == json.loads(before[1]) | {"eval_accuracy": 0.5} and second["loss"] is None
+    log.append(make_row(3))
+    assert [row["step"] for row in log.rows()] == [1, 2, 3]
+
+
 def test_a_torn_last_line_does_not_count_and_is_not_glued_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).append(make_row(1))

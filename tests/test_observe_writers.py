@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import types
@@ -178,6 +179,20 @@ def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.Cap
         "truncated 60 samples",
         "zero variance 30 groups",
     } <= lines
+
+
+@pytest.mark.parametrize(("key", "value"), [("reward_mean", None), ("truncated", "x"), ("entropy", [1])])
+def test_report_names_a_row_that_somebody_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    run = make_run(tmp_path)
+    file = RunDirectory(run).metrics.path
+    *before, last = file.read_text().splitlines(keepends=True)
+    row = {name: number for name, number in json.loads(last).items() if name != key}
+    file.write_text("".join(before) + json.dumps(row | ({key: value} if value else {})) + "\n")
+    assert report([str(run)]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"error: {file}: {key} of step {row['step']} is missing or no number; mend or remove the line\n"
 
 
 def test_report_works_as_a_module_and_names_what_is_missing(tmp_path: Path) -> None:

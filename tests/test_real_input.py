@@ -62,6 +62,30 @@ def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):
     assert f"problems.jsonl:4 of '{problems}'" in printed and "data.on_bad_row=skip" in printed
 
 
+def larger_vocabulary(content):
+    """Of another model, with the token of a digit where this one has no embedding."""
+    content["model"]["vocab"]["1"] = 70_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "spoil", "sentence"),
+    [
+        ("tokenizer.json", larger_vocabulary, "the tokenizer makes token 70000 of a prompt, and the model has "),
+        ("config.json", lambda content: content.update(pad_token_id=70_000), "transformers cannot build the model of "),
+        ("generation_config.json", lambda content: content.update(eos_token_id="x"), 'eos_token_id is "x"; a token\'s number'),
+    ],
+    ids=["tokenizer", "config", "generation config"],
+)
+def test_files_of_a_model_that_do_not_fit_it_are_one_sentence(runs, model, file, spoil, sentence):
+    content = json.loads((model / file).read_text())
+    spoil(content)
+    (model / file).write_text(json.dumps(content))
+    code, printed = runs.finish(f"model.path={model}", f"run.name={file}")
+    assert code == 2 and "Traceback" not in printed
+    assert printed.count("error: ") == 1 and str(model) in printed and sentence in printed
+
+
 @pytest.mark.slow
 def test_plain_torchrun_runs_the_script_on_one_process(runs):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]

@@ -35,6 +35,8 @@ def by_command(prompt, response, answer):
             open(flag, "w").close()
             os._exit(7)
         return 1.0
+    if response == "sys.exit":
+        raise SystemExit(3)
     if response == "raise":
         raise ValueError("no such thing")
     if response == "print":
@@ -239,11 +241,12 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
 
 def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     config = RewardConfig(function=user_rewards, workers=1)
-    responses = ["raise", "1.5", "-0.1", "float('nan')", "'1'", "None", "True", "print", "torch"]
+    responses = ["raise", "1.5", "-0.1", "float('nan')", "'1'", "None", "sys.exit", "True", "print", "torch"]
     with GraderPool(config) as pool:
         grades = pool.grade([request(response) for response in responses])
-    assert [grade.status for grade in grades] == ["error"] * 6 + ["ok"] * 3
-    assert [grade.reward for grade in grades] == [0.0] * 6 + [1.0, 0.25, 0.0]
+    assert [grade.status for grade in grades] == ["error"] * 7 + ["ok"] * 3
+    assert grades[6].detail.endswith("raised SystemExit: 3")
+    assert [grade.reward for grade in grades] == [0.0] * 7 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
     assert "returned 1.5, outside of reward.range_min = 0.0 to reward.range_max = 1.0" in grades[1].detail
 

@@ -179,8 +179,32 @@ def test_sigterm_saves_and_asks_to_be_started_again(runs, straight):
     trained = len(runs.rows("preempted"))
     assert (status["state"], status["step"]) == ("requeue", trained) and 2 <= trained < 6
 
-    assert runs.finish(*options)[0] == 0
+    code, printed = runs.finish(*options)
+    assert code == 0 and "Warning" not in printed, printed
     assert runs.rows("preempted") == without_evaluation(straight.rows("straight"))
+
+
+@pytest.mark.parametrize(("steps", "call"), [(1, 1), (4, 8)])
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(runs, tmp_path, monkeypatch, steps, call):
+    """Without that the last one, which says what came of the run, would never be."""
+    flag = tmp_path / "flag"
+    monkeypatch.setenv("STOP_FLAG", str(flag))
+    loss = ("objective.loss=tests.broken_loss:told_to_stop", f"objective.options={{call: {call}}}")
+    options = (*loss, f"run.steps={steps}", "eval.every=1", "checkpoint.every=0")
+    assert runs.finish(f"run.name=whole_{steps}", *options)[0] == 0
+    wanted = runs.rows(f"whole_{steps}")
+    assert all("eval_accuracy" in row for row in wanted) and "eval_accuracy_start" in wanted[0]
+
+    flag.touch()
+    stopped = (f"run.name=stopped_{steps}", *options, "observe.tensorboard=true")
+    code, printed = runs.finish(*stopped)
+    assert code == 75, printed
+    assert "before the weight sync of step" in printed
+    assert "eval_accuracy" not in runs.rows(f"stopped_{steps}")[-1]
+    assert runs.finish(*stopped)[0] == 0
+    assert runs.rows(f"stopped_{steps}") == wanted
+    assert runs.finish(*stopped)[0] == 0  # nothing is left to make up for
+    assert runs.rows(f"stopped_{steps}") == wanted
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes a small disk in a mount namespace of its own")

@@ -111,6 +111,14 @@ def test_the_warm_start_learns_to_end_a_boxed_solution():
     assert solution_loss() < 1.0
 
 
+@pytest.mark.parametrize(("progress", "printed"), [(True, "warm start of the tiny policy: 2 steps\n"), (False, "")])
+def test_a_log_gets_one_line_of_the_warm_start_and_no_bar(capsys, progress, printed):
+    tiny = replace(SMALL, warm_start_steps=2)
+    tokenizer = train_tokenizer(tiny, ARITHMETIC)
+    warm_start(new_model(tiny, tokenizer), tokenizer, tiny, ARITHMETIC, progress=progress)
+    assert capsys.readouterr().err == printed
+
+
 def test_the_same_settings_give_the_same_weights_and_leave_the_caller_as_he_was(tmp_path, policy):
     torch.set_num_threads(2)
     torch.manual_seed(11)

@@ -12,6 +12,7 @@ from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.load import load_config
 from etr_megatron.config.presets import LOSSES, PRESETS
 from etr_megatron.config.resolve import resolve
+from etr_megatron.config.run_paths import path_of_run
 from etr_megatron.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "dump_yaml",
     "fill_objective",
     "load_config",
+    "path_of_run",
     "resolve",
     "tensor_parallel",
     "to_dict",

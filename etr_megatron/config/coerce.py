@@ -15,6 +15,8 @@ import yaml
 
 _FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INT = re.compile(r"[+-]?\d[\d_]*")
+_LONGEST_INT = 1000
+"""Python reads no number of more than 4300 digits."""
 
 
 class Mismatch(ValueError):
@@ -95,7 +97,7 @@ def _scalar(node: yaml.Node, hint: Any) -> bool | int | float:
     text = node.value
     if hint is bool and node.tag == "tag:yaml.org,2002:bool":
         return text.lower() in ("true", "yes", "on")
-    if hint is int and _INT.fullmatch(text):
+    if hint is int and _INT.fullmatch(text) and len(text) <= _LONGEST_INT:
         return int(text)
     if hint is float and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)

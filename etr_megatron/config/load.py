@@ -96,7 +96,7 @@ def _read_override(override: str, problems: list[str]) -> _Setting | None:
         return None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         node = None
     else:
         # An empty value is no document; it means null, as it does in a file.
@@ -119,8 +119,9 @@ def _read_file(path: Path, problems: list[str]) -> list[_Setting]:
         line = f":{mark.line + 1}" if mark else ""
         problems.append(f"{path}{line}: not valid YAML, {error.problem or error.context}")
         return []
-    except yaml.YAMLError as error:
-        problems.append(f"{path}: not valid YAML, {error}")
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        problems.append(f"{path}: not valid YAML, {reason}")
         return []
     if root is None:
         return []

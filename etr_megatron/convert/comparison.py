@@ -18,6 +18,7 @@ from etr_megatron.convert.quantiser import Quantiser
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.source import find_megatron
 from etr_megatron.errors import UserError
+from etr_megatron.platform.transformers_errors import transformers_errors
 from etr_megatron.weights import (
     Architecture,
     SafetensorsDir,
@@ -67,7 +68,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
     prompt: None is `PROMPT`. One process. Tensors are read part by part, those to be quantised one at a time; for the logits
     both models are in memory. Raises UserError for directories that cannot be read or hold other architectures, and for a
-    prompt without tokens or without a tokenizer.
+    prompt without tokens, without a tokenizer, or with another model's.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -75,7 +76,10 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     found = find_megatron(megatron, config_from=hf)
     stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
     check_torch_dist(stored, arch)
-    tokens = _tokens(hf, arch, prompt) if logits else None  # a prompt without any is refused before hours of reading
+    tokens = None
+    if logits:  # what would fail for them is refused before hours of reading
+        _refuse_unknown_to_transformers(hf)
+        tokens = _tokens(hf, arch, prompt)
     result = _compare_tensors(arch, stored, source, ranks)
     if tokens is not None:
         ours = _megatron_logits(arch, found.weights, tokens)
@@ -155,12 +159,25 @@ def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
         text.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt is not UTF-8; give another one") from None
-    ids = load_tokenizer(hf).encode(text)
+    ids = load_tokenizer(hf, named="--hf").encode(text)
     if not ids:
         raise UserError("--prompt has no tokens; give another one")
     if 0 < arch.max_positions < len(ids):
         raise UserError(f"--prompt has {len(ids)} tokens, the model {arch.max_positions} positions; give a shorter one")
+    if max(ids) >= arch.vocab_size:
+        raise UserError(
+            f"{hf}: the tokenizer makes token {max(ids)} of the prompt, and the model has {arch.vocab_size} (vocab_size of "
+            "config.json); copy the tokenizer files of this very model there"
+        )
     return torch.tensor([ids])
+
+
+def _refuse_unknown_to_transformers(hf: Path) -> None:
+    """Raise UserError where transformers will not build the model. Nothing is read, and no memory taken for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with transformers_errors(hf), torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -196,7 +213,8 @@ def _transformers_logits(
         kind = getattr(transformers, config.architectures[0])
         model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+        with transformers_errors(hf):
+            model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     model = model.to(platform.device()).eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored.get(name, usual)))

@@ -14,6 +14,7 @@ WRITE_BYTES = 2**17
 _COPY_BYTES = 2**23
 _NOT_POSSIBLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
 """What the kernel says of files between which it cannot copy; then bytes go through this process."""
+_FAILED_DISK = (errno.EIO, errno.ESTALE)
 _WORTH_WRITING = 2**18
 """Bytes below which the kernel is left to decide when to bring them to the disk."""
 
@@ -21,11 +22,16 @@ _WORTH_WRITING = 2**18
 def copy_bytes(source: Path, begin: int, target: Path, at: int, count: int) -> None:
     """Copy `count` bytes from `begin` of `source` to `at` of `target`, which exists, within the kernel if it can.
 
-    Raises UserError where `source` ends too early, OSError for a disk that is full.
+    Raises UserError where `source` ends too early or a disk fails, OSError for one that is full.
     """
     with open(source, "rb", buffering=0) as file, open(target, "r+b", buffering=0) as out:
         while count:
-            done = _copy_some(file.fileno(), begin, out.fileno(), at, min(count, _COPY_BYTES))
+            try:
+                done = _copy_some(file.fileno(), begin, out.fileno(), at, min(count, _COPY_BYTES))
+            except OSError as error:  # which names neither of the two
+                if error.errno not in _FAILED_DISK:
+                    raise
+                raise UserError(f"{source} cannot be copied to {target} ({error.strerror})") from error
             if done == 0:
                 raise UserError(f"{source} ends at byte {begin}, in the middle of a tensor; fetch the checkpoint again")
             start_writeback(out.fileno(), at, done)

@@ -59,7 +59,7 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     lock = _lock(out, partial)
     try:
         for leftover in partial.iterdir():  # of one that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         free = shutil.disk_usage(partial).free
         if free < size + _SPARE_BYTES:
             partial.rmdir()

@@ -51,16 +51,18 @@ def _model_of_run(weights: Path) -> Path:
     file = weights.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{weights} holds no config.json; name the model's HuggingFace directory with --config-from")
-    from etr_megatron.config import load_config
+    from etr_megatron.config import load_config, path_of_run
 
     config = load_config(file, [])
     if config.model.path == "tiny":
-        from etr_megatron.data import build_tiny_policy  # transformers, which nothing else here needs
+        from etr_megatron.data import build_tiny_policy, tiny_policy_path  # transformers, which nothing else here needs
 
-        return build_tiny_policy(config.tiny, config.arithmetic, progress=False)
-    if not Path(config.model.path).is_dir():
+        made = path_of_run(tiny_policy_path(config.tiny, config.arithmetic), file.parent, config)
+        return made if made.is_dir() else build_tiny_policy(config.tiny, config.arithmetic, progress=True)
+    model = path_of_run(config.model.path, file.parent, config)
+    if not model.is_dir():
         raise UserError(
             f"{file} says that the run started from {config.model.path}, which is not there; name the model's HuggingFace "
             "directory with --config-from"
         )
-    return Path(config.model.path)
+    return model

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -88,3 +89,13 @@ def open_problems(
             "raise it"
         )
     return ProblemSet(problems, skipped_too_long=too_long, skipped_broken=rows.broken)
+
+
+def refuse_unknown_tokens(problems: Sequence[Problem], vocab_size: int, model_dir: str | Path) -> None:
+    """Raise UserError where a prompt has a token that the model has no embedding for: its tokenizer is another model's."""
+    largest = max((max(problem.prompt_ids, default=0) for problem in problems), default=0)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{model_dir}: the tokenizer makes token {largest} of a prompt, and the model has {vocab_size} (vocab_size of "
+            "config.json); copy the tokenizer files of this very model there"
+        )

@@ -15,19 +15,19 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.t
 _PLACEHOLDER = "{prompt}"
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a HuggingFace directory; never asks the network.
+def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a HuggingFace directory; never asks the network. named: what it was given as, for messages.
 
     Raises:
         UserError: no such directory, no tokenizer in it, or one that encodes text to nothing.
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"model.path: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
+        raise UserError(f"{named}: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
     # Without its files transformers 5 makes an empty tokenizer of the class that config.json suggests, and says nothing.
     if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
-            f"model.path: {str(path)!r} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the model's "
+            f"{named}: {str(path)!r} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the model's "
             "tokenizer files there"
         )
     try:
@@ -35,12 +35,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # damaged files surface as OSError, ValueError, KeyError or tokenizers' bare Exception
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"model.path: the tokenizer in {str(path)!r} cannot be loaded ({type(error).__name__}: {reason}); copy the "
+            f"{named}: the tokenizer in {str(path)!r} cannot be loaded ({type(error).__name__}: {reason}); copy the "
             "model's tokenizer files anew"
         ) from error
     if not tokenizer.encode("12 + 7", add_special_tokens=False):
         raise UserError(
-            f"model.path: the tokenizer in {str(path)!r} loads as {type(tokenizer).__name__} and encodes text to nothing; its "
+            f"{named}: the tokenizer in {str(path)!r} loads as {type(tokenizer).__name__} and encodes text to nothing; its "
             "files do not fit the model type in config.json"
         )
     return tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
 from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
 from etr_megatron.data.prompts import tokenize_prompts
@@ -19,7 +21,6 @@ from etr_megatron.data.prompts import tokenize_prompts
 PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _TOKENIZER_EXERCISES = 2000
 _WARMUP_SHARE = 0.05
-_CONTEXT_LENGTH = 4096
 
 # transformers maps `model_type: qwen3` to Qwen2Tokenizer, which rebuilds normaliser and pre-tokeniser by itself and keeps
 # only vocabulary and merges. With Qwen2's own rules (every digit on its own, then bytes) both ways of loading agree.
@@ -59,7 +60,7 @@ def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTraine
         pad_token=PAD_TOKEN,
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=_CONTEXT_LENGTH,
+        model_max_length=TINY_POSITIONS,
     )
 
 
@@ -74,7 +75,7 @@ def new_model(tiny: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForC
             num_attention_heads=tiny.heads,
             num_key_value_heads=tiny.heads // 2,
             head_dim=tiny.head_dim,
-            max_position_embeddings=_CONTEXT_LENGTH,
+            max_position_embeddings=TINY_POSITIONS,
             initializer_range=tiny.hidden_size**-0.5,
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -102,7 +103,10 @@ def warm_start(
     demonstrations = _demonstrations(tiny, arithmetic)
     loss_value = None
     model.train()
-    with tqdm(total=tiny.warm_start_steps, desc="warm start of the tiny policy", disable=not progress) as bar:
+    what = "warm start of the tiny policy"
+    if progress and not sys.stderr.isatty():  # a log gets one line, not a bar drawn hundreds of times
+        print(f"{what}: {tiny.warm_start_steps} steps", file=sys.stderr, flush=True)
+    with tqdm(total=tiny.warm_start_steps, desc=what, disable=None if progress else True, dynamic_ncols=True) as bar:
         for _ in range(tiny.warm_start_steps):
             input_ids, labels = _batch(list(itertools.islice(demonstrations, tiny.warm_start_batch)), tokenizer)
             # Padding is on the right, so causal attention alone keeps it away from every position that counts.

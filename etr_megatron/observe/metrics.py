@@ -133,6 +133,23 @@ class MetricsLog:
         """All whole rows, oldest first; a last line without its newline (a kill in mid-write) does not count."""
         return [row for _, row in self._lines()]
 
+    def last(self) -> MetricsRow | None:
+        """The newest whole row."""
+        lines = self._lines()
+        return lines[-1][1] if lines else None
+
+    def complete(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the last row, in one step: after a crash the file holds the old row or the new one.
+
+        Raises `ValueError` when the last row is not of `step` or has one of the values, and what `append` raises of values.
+        """
+        *before, (_, row) = self._lines()
+        if row["step"] != step or values.keys() & row.keys():
+            raise ValueError(f"metrics row of step {row['step']} cannot be given {sorted(values)} of step {step}")
+        given = {key: math.nan if value is None else value for key, value in row.items()}
+        line = json.dumps(_checked(cast(MetricsRow, given | values)), allow_nan=False) + "\n"
+        write_atomically(self.path, b"".join(kept for kept, _ in before) + line.encode())
+
     def cut_back(self, step: int) -> int:
         """Keep the rows up to and including `step`, byte for byte, and return how many were dropped."""
         lines = self._lines()

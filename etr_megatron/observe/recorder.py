@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
+from typing import cast
 
 from etr_megatron.config import Config
 from etr_megatron.observe.metrics import MetricsRow
@@ -39,6 +40,17 @@ class Recorder:
             writer.write(row)
         if self._progress is not None:
             self._progress.update(row)
+
+    def lacks(self, step: int, key: str) -> bool:
+        """Whether the last row is of `step` and has no `key`."""
+        row = self._metrics.last()
+        return row is not None and row["step"] == step and key not in row
+
+    def complete(self, step: int, values: dict[str, float]) -> None:
+        """Add to the last row, which is of `step`, what was found out about the step later."""
+        self._metrics.complete(step, values)
+        for writer in self._writers:
+            writer.write(cast(MetricsRow, {"step": step, **values}))
 
     def close(self) -> None:
         """Flush and close; closing twice is fine."""

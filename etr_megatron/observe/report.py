@@ -25,14 +25,22 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+_SUMMARISED = ("reward_mean", "tokens_per_s", "time_step", "truncated", "zero_variance_groups", "reward_timeouts")
+"""What every row has, also one of rollouts alone."""
+
+
 def load_rows(run: Path) -> list[MetricsRow]:
-    """The rows of the run directory `run`; raises `UserError` when there are none."""
+    """The rows of the run directory `run`; raises `UserError` when there are none or one is not of numbers."""
     path = RunDirectory(run).metrics.path
     if not path.exists():
         raise UserError(f"{path} does not exist; give the directory of a run, such as runs/<run.name>")
     rows = RunDirectory(run).metrics.rows()
     if not rows:
         raise UserError(f"{path} has no rows yet; wait for the first step")
+    for row in rows:
+        for key in (*_SUMMARISED, *row):
+            if key not in row or not isinstance(row.get(key), int | float | None):
+                raise UserError(f"{path}: {key} of step {row['step']} is missing or no number; mend or remove the line")
     return rows
 
 
@@ -42,7 +50,7 @@ def summary(rows: list[MetricsRow]) -> str:
     first = _mean(row["reward_mean"] for row in rows[:tenth])
     last = _mean(row["reward_mean"] for row in rows[-tenth:])
     trained = [row for row in rows if "loss" in row]
-    upper, lower = _mean(row["clip_frac_upper"] for row in trained), _mean(row["clip_frac_lower"] for row in trained)
+    upper, lower = _mean(row.get("clip_frac_upper") for row in trained), _mean(row.get("clip_frac_lower") for row in trained)
     clipped = f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower"
     tokens = sum((row["tokens_per_s"] or 0) * (row["time_step"] or 0) for row in rows)
     lines = [
@@ -52,9 +60,9 @@ def summary(rows: list[MetricsRow]) -> str:
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
-        f"truncated         {_count(sum(row['truncated'] for row in rows), 'sample')}",
-        f"zero variance     {_count(sum(row['zero_variance_groups'] for row in rows), 'group')}",
-        f"reward timeouts   {sum(row['reward_timeouts'] for row in rows)}",
+        f"truncated         {_count(sum(row['truncated'] or 0 for row in rows), 'sample')}",
+        f"zero variance     {_count(sum(row['zero_variance_groups'] or 0 for row in rows), 'group')}",
+        f"reward timeouts   {sum(row['reward_timeouts'] or 0 for row in rows)}",
     ]
     return "\n".join(lines)
 

@@ -78,13 +78,13 @@ def _tokens(sample: dict[str, Any], pieces: Pieces | None) -> list[str]:
 
 def tokenizer_pieces(run: Path) -> Pieces | None:
     """By the tokenizer of the run's model, None where it cannot be had any more."""
-    from etr_megatron.config import load_config
+    from etr_megatron.config import load_config, path_of_run
     from etr_megatron.data import load_tokenizer, tiny_policy_path
 
     try:
         config = load_config(RunDirectory(run).config_file, [])
-        folder = tiny_policy_path(config.tiny, config.arithmetic) if config.model.path == "tiny" else Path(config.model.path)
-        tokenizer = load_tokenizer(folder)
+        name = tiny_policy_path(config.tiny, config.arithmetic) if config.model.path == "tiny" else config.model.path
+        tokenizer = load_tokenizer(path_of_run(name, run, config))
     except (UserError, OSError, ValueError, yaml.YAMLError):
         return None
     return lambda ids: [tokenizer.decode([token]) for token in ids]

@@ -49,6 +49,7 @@ def prepare_megatron() -> None:
     os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     if not uses_cuda():
         from etr_megatron.platform import cpu_shim
 

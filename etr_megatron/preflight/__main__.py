@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron import platform
-from etr_megatron.cli import parse_args
+from etr_megatron.cli import parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
@@ -34,6 +34,7 @@ def _run(argv: list[str]) -> None:
     path, overrides = parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(path, overrides)
+    require_torchrun("etr_megatron.preflight")
     os.environ["ETR_PLATFORM"] = config.run.platform
     config = resolve(config, world, cuda=platform.uses_cuda())
 

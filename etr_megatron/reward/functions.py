@@ -42,7 +42,7 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
     try:
         value = function(request.prompt, request.response, request.answer)
         reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
     if math.isnan(reward):
         return Grade(config.range_min, "error", f"{config.function} returned {value!r:.100}, which is no number")

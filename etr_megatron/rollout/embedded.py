@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from etr_megatron.platform.transformers_errors import transformers_errors
 from etr_megatron.rollout.engine import Sampling, sample_seed
 from etr_megatron.rollout.sampling import draw
 from etr_megatron.types import Problem, Sample
@@ -112,14 +113,15 @@ class EmbeddedEngine:
 
 def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model in HF format; of a `torch_dist` directory, or of a quantised one, without its weights, which the first update
-    brings as they are trained."""
-    config = AutoConfig.from_pretrained(model_dir)
-    quantized = getattr(config, "quantization_config", None) is not None
-    if quantized:
-        del config.quantization_config
-    if quantized or is_torch_dist(model_dir):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    brings as they are trained. Raises UserError where transformers does not build it."""
+    with transformers_errors(model_dir):
+        config = AutoConfig.from_pretrained(model_dir)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if quantized:
+            del config.quantization_config
+        if quantized or is_torch_dist(model_dir):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
         embedding, head = _embedding_and_head(arch)
         wanted[head] = wanted[embedding]
     _refuse_difference(checkpoint.path, arch, wanted, found)
+    _refuse_integers(checkpoint, wanted)
 
 
 def _embedding_and_head(arch: Architecture) -> tuple[str, str]:
@@ -89,6 +91,7 @@ def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
         if weight.split == "vocab" and name in found and found[name][0] >= arch.vocab_size:
             wanted[name] = (found[name][0], *wanted[name][1:])
     _refuse_difference(checkpoint.path, arch, wanted, found, _contents(arch))
+    _refuse_integers(checkpoint, wanted)
     checkpoint.refuse_gaps(wanted)
 
 
@@ -132,6 +135,13 @@ def _refuse_difference(
     problems = [f"{what} ({listed(names, limit=limit)})" for what, names, limit in kinds if names]
     if problems:
         raise UserError(f"{path}: config.json does not fit the weights: {'; '.join(problems)}")
+
+
+def _refuse_integers(checkpoint: SafetensorsDir | TorchDistDir, names: Iterable[str]) -> None:
+    """Raise UserError for tensors that are no weights but what is left of quantised ones where config.json does not say so."""
+    found = [f"{name} of {checkpoint.dtype(name)}" for name in names if not checkpoint.dtype(name).is_floating_point]
+    if found:
+        raise UserError(f"{checkpoint.path}: weights have to be floating-point numbers, unlike {listed(found, limit=_SHAPES)}")
 
 
 def _tensors(names: list[str]) -> str:

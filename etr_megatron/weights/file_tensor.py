@@ -51,7 +51,10 @@ class FileTensor:
 
     def _read(self, descriptor: int, into: memoryview, offset: int) -> None:
         while into:  # the kernel reads at most 2 GiB at a time
-            count = os.preadv(descriptor, [into], offset)
+            try:
+                count = os.preadv(descriptor, [into], offset)
+            except OSError as error:  # of the disk or the network; the system names no file
+                raise UserError(f"{self.file} cannot be read at byte {offset} ({error.strerror})") from error
             if count == 0:
                 raise UserError(f"{self.file} ends at byte {offset}, in the middle of a tensor; fetch the checkpoint again")
             into, offset = into[count:], offset + count

@@ -19,7 +19,7 @@ def read_config(source: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror})") from None
-    except ValueError as error:  # also of text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8, or nested without an end
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source} holds {spelled(config)}; an object with the model's fields is wanted")

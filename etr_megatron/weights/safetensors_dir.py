@@ -55,7 +55,7 @@ class SafetensorsDir:
                 found = _read_header(file)
             except PermissionError as error:
                 raise UserError(f"{file} cannot be read ({error.strerror})") from None
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{file} is not a complete safetensors file ({error}); fetch the checkpoint again") from None
             for name, stored in found.items():
                 if placed.get(name, file.name) == file.name:
@@ -143,6 +143,8 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(isinstance(number, int) for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has a shape or a place that is no whole number")
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has {end - begin} bytes, not those of {list(shape)}")
         if not 0 <= begin <= end <= total - 8 - length:

@@ -82,15 +82,20 @@ class TorchDistDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         metadata = read_metadata(self.path)
-        self._tensors: dict[str, Record] = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if hasattr(entry, "chunks") and not _OPTIMIZER.match(name)
-        }
-        self._chunks: dict[str, list[Chunk]] = {name: [] for name in self._tensors}
         self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
         self._indexed: dict[str, dict[Index, list[Chunk]]] = {}
-        self._place_chunks(metadata.storage_data)
+        try:
+            self._tensors: dict[str, Record] = {
+                name: entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if hasattr(entry, "chunks") and not _OPTIMIZER.match(name)
+            }
+            self._chunks: dict[str, list[Chunk]] = {name: [] for name in self._tensors}
+            self._place_chunks(metadata.storage_data)
+            if not all(isinstance(self.dtype(name), torch.dtype) for name in self._tensors):
+                raise TypeError("a tensor has no type")
+        except (AttributeError, TypeError, ValueError, LookupError) as error:  # it is a pickle, and parts of it were altered
+            raise UserError(f"{self.path / METADATA_FILE} is damaged ({error}); fetch the checkpoint again") from error
 
     def _place_chunks(self, storage: dict[Record, Record]) -> None:
         """Find each chunk in its file. Raises UserError where it is not there in full."""
@@ -221,5 +226,8 @@ def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
             return found
         with open(chunk.file, "rb") as file:
             return torch.load(Slice(file, chunk.begin, chunk.length), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise UserError(f"{chunk.file} is damaged at byte {chunk.begin} ({error}); fetch the checkpoint again") from error
+    except (RuntimeError, ValueError, LookupError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if getattr(error, "filename", None) is not None:  # of a file that may not be opened, which the system names
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{chunk.file} is damaged at byte {chunk.begin} ({reason}); fetch the checkpoint again") from error

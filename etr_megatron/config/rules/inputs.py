@@ -8,6 +8,9 @@ from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
 
+TINY_POSITIONS = 4096
+"""Context of the generated policy."""
+
 EXTRACTORS = ("boxed", "hash", "last_number")
 OPERATORS = ("+", "-", "*")
 
@@ -30,6 +33,12 @@ def tiny(config: Config) -> Iterator[Violation]:
         yield Violation(("tiny.head_dim",), "must be even, as rotary embeddings turn pairs of dimensions")
     if config.model.path == "tiny" and tiny.layers < config.parallel.pp:
         yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer")
+    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.model.path == "tiny" and wanted > TINY_POSITIONS:
+        yield Violation(
+            ("data.max_prompt_tokens", "rollout.max_response_tokens"),
+            f"the tiny model has a context of {TINY_POSITIONS} tokens",
+        )
 
 
 def arithmetic(config: Config) -> Iterator[Violation]:

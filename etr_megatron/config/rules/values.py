@@ -86,6 +86,25 @@ NOT_NEGATIVE = (
     "train.moe_aux_loss_coef",
     "eval.temperature",
 )
+SECONDS = (
+    "run.phase_timeout_s",
+    "run.stop_grace_s",
+    "reward.timeout_s",
+    "sglang.startup_timeout_s",
+    "sglang.request_timeout_s",
+    "sglang.hang_timeout_s",
+    "sglang.update_timeout_s",
+)
+LONGEST_S = 1e6
+"""Of a wait: eleven days. What the system and torch wait with counts milliseconds in 32 bits."""
+AT_MOST = {
+    "arithmetic.max_digits": 1000,  # Python writes out no number of more than 4300 digits, and a product has twice as many
+    "reward.workers": 1024,  # processes of rank 0's machine
+}
+
+COLDEST = 1e-3
+"""Of a temperature that is not 0: logits divided by a much smaller one are infinite, and the draw is of nothing."""
+
 NOT_EMPTY = (
     "run.name",
     "run.dir",
@@ -106,12 +125,23 @@ def bounds(config: Config) -> Iterator[Violation]:
     for key, least in AT_LEAST.items():
         if get(config, key) < least:
             yield Violation((key,), f"must be at least {least}")
+        elif get(config, key) >= 2**31 and not key.endswith("seed"):
+            yield Violation((key,), "must be below 2**31")
     for key in POSITIVE:
         if get(config, key) <= 0:
             yield Violation((key,), "must be greater than 0")
     for key in NOT_NEGATIVE:
         if get(config, key) < 0:
             yield Violation((key,), "must not be negative")
+    for key in SECONDS:
+        if get(config, key) > LONGEST_S:
+            yield Violation((key,), f"must be at most {LONGEST_S:g}")
+    for key in ("rollout.temperature", "eval.temperature"):
+        if 0 < get(config, key) < COLDEST:
+            yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0, the likeliest token" if "eval" in key else ""))
+    for key, most in AT_MOST.items():
+        if get(config, key) > most:
+            yield Violation((key,), f"must be at most {most}")
     for key in NOT_EMPTY:
         if not get(config, key):
             yield Violation((key,), "must not be empty")
