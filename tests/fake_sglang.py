@@ -11,8 +11,8 @@ over a version), old (no begin and end of an update: SGLang before 0.5.21), toke
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
-seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), says (by route, what it adds to
-/server_info and /model_info). POST /behave changes them in a server that runs.
+seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), logprob (of every token), says (by
+route, what it adds to /server_info and /model_info). POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
     meta = {
-        "output_token_logprobs": [[-0.5, token, None] for token in ids],
+        "output_token_logprobs": [[BEHAVIOUR.get("logprob", -0.5), token, None] for token in ids],
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }

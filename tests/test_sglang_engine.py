@@ -247,6 +247,20 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
     assert "more than rollout.max_logprob_gap = 0.001 allows" in error
 
 
+def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
+    gangs, hf_models, tmp_path
+):
+    with servers({}, {"logprob": -0.9}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
+        found, other = gangs(2).run("tests.sglang_sync_jobs:one_probed_wrong", **job)
+    what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
+    assert found["failed"] == [{"SGLang server 1": f"{what}, more than rollout.max_logprob_gap = 0.001 allows"}, {}]
+    (first, wrong, third), after = found["prompts"]
+    assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # the probe's own prompt, and no other
+    assert after[1] > 2 and sum(after) == 2 * (3 + 12)
+    assert found["served"] == other["served"] == 24
+
+
 def test_nothing_is_generated_from_random_weights(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), generate_first=True, probe_every=0, **OWN)
     (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
