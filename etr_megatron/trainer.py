@@ -3,8 +3,9 @@ Megatron steps under an elastic trust region, and the new weights go back to the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, sequences_of
@@ -17,6 +18,7 @@ from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
 from etr_megatron.rollout import (
     EngineGoneError,
+    NeedsSyncError,
     RefusedError,
     RolloutEngine,
     Rollouts,
@@ -29,6 +31,10 @@ from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group, Problem
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -131,7 +137,17 @@ class Trainer:
 
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
-        return self.sampler.take(self.step, self._watch.phase, self._stop_request)
+        return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
+
+    def _with_servers(self, draw: Callable[[], T]) -> T:
+        """Again after a sync of the same weights, where servers have to be brought back for it."""
+        while True:
+            try:
+                return draw()
+            except NeedsSyncError as error:
+                if self._recorder is not None:
+                    logger.warning("%s", error)
+                self._sync()
 
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
         """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""
@@ -170,7 +186,8 @@ class Trainer:
             step=-1,  # the same draws at every evaluation, none of them a training step's
         )
         self._phases.meet(f"evaluation after step {self.step}")
-        groups = generate_groups(self.engine, self._held_out, sampling, self._decode)
+        engine = self.engine
+        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode))
         grade_groups(groups, self._grader)
         right = sum(sample.reward == self.config.reward.range_max for group in groups for sample in group.samples)
         return {"eval_accuracy": right / len(groups)}

@@ -4,13 +4,15 @@ Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
 this request on it has the weights that it was started with), drop_at (it closes the connection and says nothing), fail_prompt,
-abort_prompt, die_prompt (first token of prompts that it does this at), busy (it says nothing of itself while it generates),
+abort_prompt, die_prompt, die_late (first token of prompts that it does this at; late: after 30 tokens of a chain), busy (it
+says nothing of itself while it generates),
 die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes
 over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
-hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), seconds (for a
-response), seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), says (by route, what it
-adds to /server_info and /model_info). POST /behave changes them in a server that runs.
+hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
+number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
+seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), logprob (of every token), says (by
+route, what it adds to /server_info and /model_info). POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -123,6 +125,10 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     STATE.prompt_versions.append(STATE.version)
     STATE.rids.append(body.get("rid"))
     _act("generate", number)
+    if number == BEHAVIOUR.get("die_once", [None])[0]:
+        with contextlib.suppress(FileExistsError):
+            Path(BEHAVIOUR["die_once"][1]).touch(exist_ok=False)
+            os._exit(9)
     first = body["input_ids"][0]
     if BEHAVIOUR.get("die_prompt") == first:
         os._exit(9)
@@ -143,7 +149,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
     meta = {
-        "output_token_logprobs": [[-0.5, token, None] for token in ids],
+        "output_token_logprobs": [[BEHAVIOUR.get("logprob", -0.5), token, None] for token in ids],
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }
@@ -160,6 +166,8 @@ def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
     STATE.running.add(body.get("rid"))
     while (drawn := int((time.monotonic() - started) * rate)) < count and body.get("rid") not in STATE.aborted:
         time.sleep(0.005)
+        if BEHAVIOUR.get("die_late") == body["input_ids"][0] and drawn >= 30:
+            os._exit(9)
     chain = [(last + 1 + i) % 97 for i in range(count)]
     return (chain, "length") if drawn >= count else (chain[:drawn], "abort")
 

@@ -24,7 +24,7 @@ from etr_megatron.config import Config, SglangConfig
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
-from etr_megatron.rollout import EngineGoneError, Sampling, StreamingSampler
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling, StreamingSampler
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.rollout.sglang.senders import WholeSender
@@ -178,12 +178,12 @@ def _gaps_by_version(
     return gaps
 
 
-def fake_sync(model: str, directory: str, overrides: list[str], syncs: int = 1, **settings: Any) -> dict[str, Any]:
-    """States of fake servers after syncs, the sums that they should have, and the servers that failed."""
+def fake_sync(model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), **settings: Any) -> dict:
+    """States of fake servers after syncs of these versions, the sums that they should have, and the servers that failed."""
     policy = build(model, overrides)
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
-        for version in range(1, syncs + 1):
+        for version in versions:
             engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}
         return {"states": states_of(engine), "sums": sums_of(policy, settings.get("fp8", False)), "failed": failed}
@@ -203,8 +203,13 @@ def killed_between(model: str, directory: str, number: int, **settings: Any) -> 
             pid = victim["SGLang server 0"]["pid"]
             threading.Timer(0.3, os.kill, (pid, number)).start()
         problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
-        groups = engine.generate(problems, Sampling(2, 5, 1.0, seed=1, step=1))
-        failed = engine._control.fleet.failed if engine._control is not None else {}
+        sampling, failed = Sampling(2, 5, 1.0, seed=1, step=1), {}
+        try:
+            engine.generate(problems, sampling)
+        except NeedsSyncError:
+            failed = engine._control.fleet.failed if engine._control is not None else {}
+            engine.update_weights(policy.export(), 1)
+        groups = engine.generate(problems, sampling)
         engine.update_weights(policy.export(), 2)
         states = states_of(engine)
         return {"ids": [[s.response_ids.tolist() for s in group] for group in groups], "failed": failed, "states": states}
@@ -311,9 +316,9 @@ def on_first_request(client: Any, what: Callable[[], None]) -> None:
 
 
 def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
-    """Two real servers at an address; with requests under way the first hangs; the second is killed in the next sync, and the
-    first, which was started again, with requests under way after it. What was generated, what failed and when, whether servers
-    ask for a key, and log-prob gaps after the sync."""
+    """Two real servers at an address; with requests under way the first hangs, and is back for the rest of them after a sync;
+    the second is killed in the sync after that, and the first with requests under way after it. What was generated, what failed
+    and when, whether servers ask for a key, and log-prob gaps after the sync."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address):
         engine = engine_of(policy, model, directory, nodes="every", **settings)
@@ -333,8 +338,13 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
         first = engine._control.fleet.clients[0]
         on_first_request(first, process(0).suspend)
         problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
-        groups = engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=1))
+        sampling = Sampling(4, tokens, TEMPERATURE, seed=1, step=1)
+        with pytest.raises(NeedsSyncError):
+            engine.generate(problems, sampling)
         found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
+        engine.update_weights(policy.export(), 1)
+        groups = engine.generate(problems, sampling)
+        found["failed_then"] = engine._control.fleet.failed
         samples = [(prompts[i], sample.response_ids) for i, group in enumerate(groups) for sample in group]
         policy.update(replace(make_batch(samples), old_logp=policy.logprobs(samples).logp))
         engine.update_weights(KillsAsItIsRead(policy), 2)

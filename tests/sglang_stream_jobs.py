@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,7 +14,8 @@ from etr_megatron.config import Config
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
-from etr_megatron.rollout import StreamingSampler
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, StreamingSampler
+from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.types import Problem
 from tests.policy_jobs import build
 from tests.sglang_jobs import Problems, behaving, engine_of, states_of
@@ -34,26 +36,71 @@ def _lost_while_streaming(
 ) -> dict:
     policy = build(model, ["parallel.tp=1"])
     engine = engine_of(policy, model, directory, probe_every=0, servers=2, **settings)
-    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**rollout, samples_per_prompt=2, backend="sglang"))
+    sampler = _sampler(engine, steps, rollout)
+    found: dict[str, Any] = {"steps": [], "failed": [], "pid": 0}
+    try:
+        for step in range(1, steps + 1):
+            sync(sampler, engine, policy, step)
+            if step == 2:
+                found["pid"] = states_of(engine)["SGLang server 0"]["pid"]
+                threading.Timer(0.3, os.kill, (found["pid"], number)).start()
+            groups, failed = _take(sampler, engine, policy, step)
+            found["steps"].append([asdict(group) for group in groups.groups])
+            sampler.pause()  # at the latest now a server that hangs is found out
+            found["failed"].append(failed | engine._control.fleet.failed)
+        return found | {"states": states_of(engine)}
+    finally:
+        engine.close()
+
+
+def poisoned(
+    model: str, directory: str, steps: int, rollout: dict, poison: int, training_s: float, **settings: Any
+) -> dict[str, Any]:
+    """Steps of a sampler on fake servers of the job that die of the prompt of problem number `poison`, with a sync before each,
+    begun anew whenever no server is left. Returns the steps' groups and counts, and how often servers were gone."""
+    with behaving({"die_prompt": 3 + poison}):
+        policy, gone = build(model, ["parallel.tp=1"]), 0
+        while True:
+            engine = engine_of(policy, model, directory, probe_every=0, **settings)
+            sampler, found = _sampler(engine, steps, rollout), []
+            try:
+                for step in range(1, steps + 1):
+                    sync(sampler, engine, policy, step)
+                    taken, failed = _take(sampler, engine, policy, step)
+                    time.sleep(training_s)
+                    found.append(([asdict(group) for group in taken.groups], taken.counts, failed))
+                return {"steps": found, "gone": gone}
+            except EngineGoneError:
+                gone += 1
+            finally:
+                engine.close()
+
+
+def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any]) -> StreamingSampler:
+    settings = {"samples_per_prompt": 2, "backend": "sglang"} | rollout
+    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**settings))
     problems = Problems(Problem(f"p{i}", "", "", [3 + i, 7]) for i in range(40))
 
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
         return [Grade(float(i % 2), "ok", "") for i in range(len(requests))]
 
-    sampler = StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, grade)
-    found: dict[str, Any] = {"steps": [], "failed": [], "pid": 0}
-    try:
-        for step in range(1, steps + 1):
-            sampler.pause()
-            engine.update_weights(policy.export(), step)
-            sampler.resume()
-            if step == 2:
-                found["pid"] = states_of(engine)["SGLang server 0"]["pid"]
-                threading.Timer(0.3, os.kill, (found["pid"], number)).start()
-            groups = sampler.take(step, lambda _phase: nullcontext()).groups
-            found["steps"].append([asdict(group) for group in groups])
-            found["failed"].append(engine._control.fleet.failed)
-        sampler.pause()
-        return found | {"states": states_of(engine)}
-    finally:
-        engine.close()
+    return StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, grade)
+
+
+def sync(sampler: StreamingSampler, engine: SglangEngine, policy: Any, version: int) -> None:
+    """As before a step."""
+    sampler.pause()
+    engine.update_weights(policy.export(), version)
+    sampler.resume()
+
+
+def _take(sampler: StreamingSampler, engine: SglangEngine, policy: Any, step: int) -> tuple[Rollouts, dict[str, str]]:
+    """As the trainer does, and the servers that were failed at the end or when a sync was needed."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            taken = sampler.take(step, lambda _phase: nullcontext())
+            return taken, failed | engine._control.fleet.failed
+        except NeedsSyncError:
+            failed |= engine._control.fleet.failed
+            sync(sampler, engine, policy, step)

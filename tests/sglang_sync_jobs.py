@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
+from etr_megatron.rollout.sglang.senders import Sequences
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
+from etr_megatron.types import Problem
 from etr_megatron.weights.transport import verify
 from etr_megatron.weights.transport.board import Board, SyncError
 from tests.nodes import as_a_node_at
@@ -130,4 +134,31 @@ def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dic
         return found
     finally:
         dist.barrier()  # the servers of all ranks are looked at
+        engine.close()
+
+
+def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, Any]:
+    """Syncs of fake servers, whose log-probs are right at -0.5; the second server's are so only from the second sync on. After
+    each sync and the generation behind it, which servers had failed and how many prompts each had been given."""
+    policy = build(model, ["parallel.tp=2"])
+    engine = engine_of(policy, model, directory, probe_every=1, **settings)
+    found: dict[str, Any] = {"failed": [], "prompts": [], "served": 0}
+
+    class Right(type(policy.export())):
+        def logprobs(self, sequences: Sequences) -> list[torch.Tensor]:
+            return [torch.full((len(ids),), -0.5) for _, ids in sequences]
+
+    control = engine._control
+    try:
+        for version in (1, 2):
+            engine.update_weights(Right(policy), version)
+            problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(12)]
+            found["served"] += len(engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version)))
+            if control is not None:
+                found["failed"].append(control.fleet.failed)
+                states = [control.run(client.get("/state", timeout_s=10)) for client in control.fleet.clients]
+                found["prompts"].append([len(state["prompts"]) for state in states])
+                control.run(control.fleet.clients[1].call("/behave", {"logprob": -0.5}, timeout_s=10))
+        return found
+    finally:
         engine.close()

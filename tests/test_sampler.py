@@ -14,7 +14,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
-from etr_megatron.rollout import EngineGoneError
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.engine import Drawn
 from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
@@ -33,12 +33,13 @@ def problems(count: int = 40) -> Problems:
 class Engine:
     """Draws a token of every request at a time; token n of a response is n, its log-prob -n - version / 10.
 
-    beside: tokens that are drawn of each between a step's groups and the weight sync.
+    beside: tokens that are drawn of each between a step's groups and the weight sync. bad: ids of problems that it gives up.
     """
 
-    def __init__(self, lengths=lambda problem, index: 4, beside: int = 0) -> None:
+    def __init__(self, lengths=lambda problem, index: 4, beside: int = 0, bad=()) -> None:
+        self._bad = bad
         self.weight_version, self._lengths, self._under_way, self._beside = 0, lengths, [], beside
-        self.asked, self.is_gone = 0, False
+        self.asked, self.is_gone, self.needs_sync = 0, False, False
 
     def submit(self, draws):
         self.asked += sum(not draw.drawn for draw in draws)
@@ -47,6 +48,8 @@ class Engine:
     def wait(self, timeout_s):
         if self.is_gone:
             raise EngineGoneError("no server is left")
+        if self.needs_sync:
+            raise NeedsSyncError("the last one")
         finished, rounds = [], 0
         while not finished and rounds < 100 * timeout_s:
             finished, rounds = self._draw(), rounds + 1
@@ -57,7 +60,10 @@ class Engine:
             drawn.append(len(draw.drawn) + len(drawn))
         under_way, self._under_way, found = self._under_way, [], []
         for draw, drawn in under_way:
-            if len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index):
+            if draw.problem.id in self._bad:
+                why = f"{draw.problem.id} is bad"
+                found.append(Drawn(draw.key, [], [], "abort", self.weight_version, given_up=why))
+            elif len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index):
                 found.append(self._answer(draw, drawn, "stop"))
             else:
                 self._under_way.append((draw, drawn))
@@ -314,6 +320,52 @@ def test_when_the_engine_is_gone_all_is_still_in_hand():
     again.resume()
     assert names(again.take(1, timer)) == ["p0", "p1", "p2", "p3"]
     assert new.asked == 6  # p0 was complete
+
+
+@pytest.mark.parametrize("options", [{}, {"max_staleness": 1, "partial": True}], ids=["synchronous", "partial"])
+def test_a_group_that_the_engine_gives_up_is_replaced_and_counted(options):
+    engine = Engine(bad=("p1", "p6"))
+    hand = hand_of(engine, **options)
+    found = []
+    for step in (1, 2, 3):
+        taken = hand.take(step, timer)
+        assert len(taken.groups) == 4
+        assert_whole(taken)
+        found.append((names(taken), taken.counts.get("groups_given_up", 0)))
+        sync(hand, engine)
+    used = [name for step, _ in found for name in step]
+    assert len(set(used)) == 12 and not {"p1", "p6"} & set(used)
+    assert sum(count for _, count in found) == 2
+    if not options:
+        assert found[0] == (["p0", "p2", "p3", "p4"], 1) and found[2][1] == 0
+
+
+def test_a_step_gives_up_no_more_groups_than_it_trains_on_and_begins_anew_after_that():
+    hand = hand_of(Engine(bad=[f"p{number}" for number in range(5)]))
+    with pytest.raises(RefusedError, match="5 groups of a step of 4 were given up, the last as p4 is bad"):
+        hand.take(1, timer)
+    assert names(hand.take(1, timer)) == ["p5", "p6", "p7", "p8"]
+
+
+def test_with_no_other_problem_left_a_group_that_is_given_up_is_one_sentence():
+    with pytest.raises(RefusedError, match="1 groups of a step of 4 were given up, the last as p2 is bad"):
+        hand_of(Engine(bad=["p2"]), count=4).take(1, timer)
+
+
+def test_a_step_goes_on_after_the_sync_that_its_servers_needed_with_what_there_is():
+    engine = Engine(lambda problem, index: 9 if problem.id == "p3" else 4)
+    hand = hand_of(engine)
+    hand._ask(1, 4)
+    hand._accept(engine.wait())
+    engine.needs_sync = True
+    with pytest.raises(NeedsSyncError):
+        hand.take(1, timer)
+    engine.needs_sync = False
+    hand.pause()
+    hand.resume()
+    taken = hand.take(1, timer)
+    assert names(taken) == ["p0", "p1", "p2", "p3"] and engine.asked == 8
+    assert_whole(taken, lambda problem, index: 9 if problem.id == "p3" else 4)
 
 
 @pytest.mark.parametrize(

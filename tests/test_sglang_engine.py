@@ -48,7 +48,9 @@ def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tm
             folder = tmp_path / "weights" / f"version_{number:06d}"
             folder.mkdir(parents=True)
             (folder / "version.json").write_text(f'{{"version": {number}, "run": ""}}')
-    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=overrides, syncs=2, servers=2, sync=sync, **OWN)
+    job = dict(
+        model=hf_models["qwen3"], directory=str(tmp_path), overrides=overrides, versions=(1, 2, 2), servers=2, sync=sync, **OWN
+    )
     found = gangs(2).run("tests.sglang_jobs:fake_sync", **job)[0]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"] and not found["failed"]
     for state in found["states"].values():
@@ -80,7 +82,7 @@ def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(g
     with servers({}, {what: 1}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=["parallel.tp=2"], urls=urls, sync=sync)
         # Two syncs: some transports have only one bucket in each. Others have many: ranks go on to the next one meanwhile.
-        found = gangs(2).run("tests.sglang_jobs:fake_sync", syncs=2, update_timeout_s=6, bucket_bytes=1 << 16, **job)[0]
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", versions=(1, 2), update_timeout_s=6, bucket_bytes=1 << 16, **job)[0]
     assert list(found["failed"]) == ["SGLang server 1"]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 2"]
     for state in found["states"].values():
@@ -152,7 +154,7 @@ def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_befor
         ("SGLang server 0", "SGLang server 1"), "2"
     )
     restarted = found["states"]["SGLang server 0"]["log"]
-    assert restarted.count("/update_weight_version") == 1  # it is a new process
+    assert restarted.count("/update_weight_version") == 2  # it is a new process, which was there for two syncs of three
     assert restarted.index("/update_weights_from_distributed") < restarted.index("/continue_generation")
 
 
@@ -243,6 +245,20 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
         (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
     assert error.startswith("UserError: SGLang server 0: after weight sync 1 its log-probs differ by ")
     assert "more than rollout.max_logprob_gap = 0.001 allows" in error
+
+
+def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
+    gangs, hf_models, tmp_path
+):
+    with servers({}, {"logprob": -0.9}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
+        found, other = gangs(2).run("tests.sglang_sync_jobs:one_probed_wrong", **job)
+    what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
+    assert found["failed"] == [{"SGLang server 1": f"{what}, more than rollout.max_logprob_gap = 0.001 allows"}, {}]
+    (first, wrong, third), after = found["prompts"]
+    assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # the probe's own prompt, and no other
+    assert after[1] > 2 and sum(after) == 2 * (3 + 12)
+    assert found["served"] == other["served"] == 24
 
 
 def test_nothing_is_generated_from_random_weights(gangs, hf_models, tmp_path):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import httpx
@@ -17,10 +18,11 @@ import pytest
 import torch
 
 from etr_megatron.rollout import EngineGoneError, RefusedError
-from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
+from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.weights.transport.whole import Field
 from tests.runs import REPO
@@ -38,7 +40,7 @@ def tokens_of(request: Request) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def fleet_of(*behaviours: dict, concurrency: int = 4, **timeouts: float):
+async def fleet_of(*behaviours: dict, **timeouts: float):
     """A fleet of one server per behaviour."""
     processes = [
         subprocess.Popen(
@@ -54,12 +56,16 @@ async def fleet_of(*behaviours: dict, concurrency: int = 4, **timeouts: float):
             ]
             for client in clients:
                 await client.learn_routes((), timeout_s=10)
-            yield Fleet(clients, concurrency=concurrency, **{"timeout_s": 20.0, "hang_timeout_s": 120.0, **timeouts})
+            yield Fleet(clients, **{"timeout_s": 20.0, "hang_timeout_s": 120.0, **timeouts})
     finally:
         for process in processes:
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+async def generate(fleet: Fleet, requests: Sequence[Request], concurrency: int = 4) -> list[Generated]:
+    return await RequestStream(fleet, concurrency=concurrency, exclusive=False).answer(requests)
 
 
 def one_by_one(tensors=TENSORS) -> list[Bucket]:
@@ -98,7 +104,7 @@ def has_all(state: dict, tensors=TENSORS) -> bool:
 def test_responses_come_back_in_the_order_of_the_requests():
     async def body():
         async with fleet_of({}, {}) as fleet:
-            return await fleet.generate(REQUESTS), fleet.failed
+            return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
@@ -109,8 +115,8 @@ def test_responses_come_back_in_the_order_of_the_requests():
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
 def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(what):
     async def body():
-        async with fleet_of({what: 5}, {}, timeout_s=3.0) as fleet:
-            return await fleet.generate(REQUESTS), fleet.failed
+        async with fleet_of({what: 5}, {}, {}, timeout_s=3.0) as fleet:
+            return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
@@ -119,8 +125,8 @@ def test_requests_of_a_server_that_fails_are_done_again_elsewhere_exactly_once(w
 
 def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
     async def body():
-        async with fleet_of({"stop_at": 5}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
-            return await fleet.generate(REQUESTS), fleet.failed
+        async with fleet_of({"stop_at": 5}, {}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+            return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
@@ -131,7 +137,7 @@ def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests()
 def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_cancelled():
     async def body():
         async with fleet_of({"seconds": 3.0}, hang_timeout_s=1.0) as fleet:
-            slow = await fleet.generate(REQUESTS[:2])
+            slow = await generate(fleet, REQUESTS[:2])
             asking = asyncio.create_task(fleet.ask(fleet.clients[0], REQUESTS[2]))
             await asyncio.sleep(0.5)
             asking.cancel()
@@ -147,8 +153,8 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
 @pytest.mark.slow
 def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone():
     async def body():
-        async with fleet_of({"seconds": 0.7, "busy": True}, hang_timeout_s=3.0, concurrency=1) as fleet:
-            return await fleet.generate(REQUESTS[:6]), fleet.failed
+        async with fleet_of({"seconds": 0.7, "busy": True}, hang_timeout_s=3.0) as fleet:
+            return await generate(fleet, REQUESTS[:6], concurrency=1), fleet.failed
 
     found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]] and not failed
@@ -160,8 +166,8 @@ def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_fa
     async def body():
         async with fleet_of({}, {}) as fleet:
             with pytest.raises(RefusedError) as refusal:
-                await fleet.generate([*REQUESTS[:5], too_long, *REQUESTS[5:]])
-            return str(refusal.value), fleet.failed, await fleet.generate(REQUESTS)
+                await generate(fleet, [*REQUESTS[:5], too_long, *REQUESTS[5:]])
+            return str(refusal.value), fleet.failed, await generate(fleet, REQUESTS)
 
     said, failed, found = asyncio.run(body())
     assert re.match(r"server [01]: /generate answered 400: .+maximum context length", said)
@@ -173,8 +179,8 @@ def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is
     """As one at `sglang.urls` may have been started with a shorter context than the others."""
 
     async def body(*others: dict):
-        async with fleet_of({"refuse_at": 0}, *others, concurrency=1) as fleet:
-            return await fleet.generate(REQUESTS[:5]), fleet.failed
+        async with fleet_of({"refuse_at": 0}, *others) as fleet:
+            return await generate(fleet, REQUESTS[:5], concurrency=1), fleet.failed
 
     found, failed = asyncio.run(body({}))
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:5]]
@@ -185,12 +191,12 @@ def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is
 
 def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it_has_the_weights():
     async def body():
-        async with fleet_of({"forget_at": 5}, {}) as fleet:
+        async with fleet_of({"forget_at": 5}, {}, {}) as fleet:
             await sync(fleet, 3)
-            found, failed = await fleet.generate(REQUESTS), fleet.failed
+            found, failed = await generate(fleet, REQUESTS), fleet.failed
             fleet.rejoin(fleet.clients[0])
             await sync(fleet, 4)
-            return found, failed, await fleet.generate(REQUESTS), fleet.failed
+            return found, failed, await generate(fleet, REQUESTS), fleet.failed
 
     found, failed, again, then = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
@@ -219,8 +225,8 @@ def test_a_reply_that_comes_in_drops_has_one_deadline_all_the_same():
 
 def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done():
     async def body():
-        async with fleet_of({"die_at": 0, "seconds": 0.0}, {}, concurrency=64) as fleet:
-            return await fleet.generate(REQUESTS[:3])
+        async with fleet_of({"die_at": 0, "seconds": 0.0}, {}, {}) as fleet:
+            return await generate(fleet, REQUESTS[:3], concurrency=64)
 
     assert [one.ids for one in asyncio.run(body())] == [tokens_of(request) for request in REQUESTS[:3]]
 
@@ -228,7 +234,7 @@ def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done
 def test_when_no_server_is_left_the_error_names_each_with_its_reason():
     async def body():
         async with fleet_of({"die_at": 2}, {"fail_at": 1, "unwell": True}) as fleet:
-            await fleet.generate(REQUESTS)
+            await generate(fleet, REQUESTS)
 
     with pytest.raises(EngineGoneError, match=r"server 0: /generate failed: .+; server 1: /generate answered 500"):
         asyncio.run(body())
@@ -238,7 +244,7 @@ def test_a_weight_update_is_paused_for_flushed_and_versioned_in_order():
     async def body():
         async with fleet_of({}, {}) as fleet:
             await sync(fleet, 7)
-            return [await state_of(client) for client in fleet.clients], (await fleet.generate(REQUESTS[:1]))[0].version
+            return [await state_of(client) for client in fleet.clients], (await generate(fleet, REQUESTS[:1]))[0].version
 
     states, version = asyncio.run(body())
     for state in states:
@@ -302,7 +308,7 @@ def test_a_server_that_keeps_its_old_version_takes_no_more_requests():
     async def body():
         async with fleet_of({"stale": True}, {}) as fleet:
             await sync(fleet, 4)
-            return await fleet.generate(REQUESTS[:6]), fleet.failed, await state_of(fleet.clients[0])
+            return await generate(fleet, REQUESTS[:6]), fleet.failed, await state_of(fleet.clients[0])
 
     found, failed, state = asyncio.run(body())
     assert {one.version for one in found} == {"4"} and not state["paused"]

@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+from etr_megatron.rollout.record import read_record
 from tests.runs import REPO, wait_for
 
 
@@ -93,3 +94,22 @@ def test_sigterm_does_not_wait_for_responses(runs):
         code, output = runs.finish(*options(url))
     assert code == 0, output
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_with_one_server_left_has_the_other_back_before_it_draws_what_that_may_have_died_of(runs, tmp_path, monkeypatch):
+    """In the middle of its second step, of the same weights; no sample is lost, none is there twice."""
+    file = tmp_path / "died"
+    monkeypatch.setenv("FAKE_SGLANG", json.dumps({"die_once": [20, str(file)], "seconds": 0.05}))
+    own = [f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]", "sglang.servers=2"]
+    own += ["sglang.probe_every=0", "sglang.concurrency=6", "rollout.record=true"]
+    code, output = runs.finish(*(one for one in options("") if "urls" not in one), *own)
+    assert code == 0 and file.exists(), output
+    assert "may have died of, is not given to the last server" in output and "Traceback" not in output
+    assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
+    steps = [read_record(runs.directory("gone") / "recorded", step)[0] for step in (1, 2, 3)]
+    ids = [group["id"] for groups in steps for group in groups]
+    assert len(ids) == len(set(ids)) == 3 * len(steps[0])
+    for step, groups in enumerate(steps, 1):
+        for sample in (sample for group in groups for sample in group["samples"]):
+            assert sample["weight_version"] == step - 1 and sample["finish_reason"] == "length"

@@ -28,7 +28,7 @@ while True:
     except OSError:
         time.sleep(0.1)
 """
-COMMAND = ServerCommand(sys.executable, ("-c", SERVER), (), tells_version=True, api_key="key")
+COMMAND = ServerCommand(sys.executable, ("-c", SERVER), (), told_by="weight_version", api_key="key")
 OTHERS = {
     "a server of another job": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "etr-0123456789abcdef"}')},
     "a server of SGLang's": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "default"}')},

@@ -14,12 +14,15 @@ import pytest
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.rollout import RefusedError
+from etr_megatron.rollout.sglang import server
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.router import NAME, Router
+from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.runs import REPO
 from tests.test_lifetime import gone
-from tests.test_sglang_fleet import PARAMETERS, fleet_of, state_of, sync, tokens_of
+from tests.test_sglang_fleet import PARAMETERS, fleet_of, generate, state_of, sync, tokens_of
+from tests.test_sglang_ports import answering
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
@@ -60,22 +63,24 @@ def requires_router(test):
 
 @requires_router
 def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_leave_and_join_the_router(tmp_path):
+    others = [replace(one, prompt_ids=[500 + token for token in one.prompt_ids]) for one in REQUESTS]  # cached nowhere
+
     async def body():
-        async with fleet_of({}, {"die_at": 14}, {}, concurrency=8, timeout_s=60.0) as fleet:
+        async with fleet_of({}, {"die_at": 5}, {}, {}, timeout_s=60.0) as fleet:
             third = fleet.clients[2]
             fleet.mark_failed(third, "not yet")
             with router_before(fleet, tmp_path) as router:
-                first = await fleet.generate(REQUESTS)
+                first = await generate(fleet, REQUESTS, concurrency=8)
                 failed, lonely = fleet.failed, await prompts_of(fleet, 2)
                 fleet.rejoin(third)  # as after a restart: another process at another address
-                again = await fleet.generate(REQUESTS)
+                again = await generate(fleet, others, concurrency=8)
                 states = [await prompts_of(fleet, number) for number in (0, 2)]
                 key = "s3cret" in (tmp_path / "sglang_router.log").read_text()
                 return first, again, failed, lonely, states, router.is_up, key
 
     first, again, failed, lonely, states, is_up, key = asyncio.run(body())
-    wanted = [tokens_of(request) for request in REQUESTS]
-    assert [one.ids for one in first] == wanted == [one.ids for one in again]
+    assert [one.ids for one in first] == [tokens_of(request) for request in REQUESTS]
+    assert [one.ids for one in again] == [tokens_of(request) for request in others]
     assert failed == {"server 1": "does not answer", "server 2": "not yet"} and lonely == []
     assert is_up and not key
     assert states[1] and len(states[1]) % SAMPLES == 0  # the one that came back has traffic, in whole groups
@@ -85,9 +90,9 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
 @requires_router
 def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline_of_its_requests(tmp_path):
     async def body():
-        async with fleet_of({}, {"stop_at": 3}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+        async with fleet_of({}, {"stop_at": 3}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
             with router_before(fleet, tmp_path) as router:
-                return await fleet.generate(REQUESTS), fleet.failed, router.is_up
+                return await generate(fleet, REQUESTS), fleet.failed, router.is_up
 
     found, failed, is_up = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
@@ -97,10 +102,10 @@ def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline
 @requires_router
 def test_behind_the_router_a_server_that_was_started_anew_is_found_by_its_weights(tmp_path):
     async def body():
-        async with fleet_of({}, {"forget_at": 9}, timeout_s=60.0) as fleet:
+        async with fleet_of({}, {"forget_at": 9}, {}, timeout_s=60.0) as fleet:
             await sync(fleet, 3)
             with router_before(fleet, tmp_path) as router:
-                return await fleet.generate(REQUESTS), fleet.failed, router.is_up
+                return await generate(fleet, REQUESTS), fleet.failed, router.is_up
 
     found, failed, is_up = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS] and is_up
@@ -110,14 +115,14 @@ def test_behind_the_router_a_server_that_was_started_anew_is_found_by_its_weight
 @requires_router
 def test_without_its_router_a_fleet_goes_on_and_has_it_back_when_it_is_started_again(tmp_path):
     async def body():
-        async with fleet_of({"seconds": 0.05}, {"seconds": 0.05}, concurrency=4, timeout_s=60.0) as fleet:
+        async with fleet_of({"seconds": 0.05}, {"seconds": 0.05}, timeout_s=60.0) as fleet:
             with router_before(fleet, tmp_path) as router:
-                generating = asyncio.create_task(fleet.generate(REQUESTS))
+                generating = asyncio.create_task(generate(fleet, REQUESTS))
                 await asyncio.sleep(0.3)
                 os.kill(pid_of(router), signal.SIGKILL)
                 first, was_up = await generating, router.is_up
                 await asyncio.to_thread(router.restart_if_down)
-                again = await fleet.generate(REQUESTS[:8])
+                again = await generate(fleet, REQUESTS[:8])
                 return first, was_up, again, router.is_up, fleet.failed
 
     first, was_up, again, is_up, failed = asyncio.run(body())
@@ -162,13 +167,32 @@ def test_what_a_router_refuses_and_a_server_takes_is_no_wrong_request():
     async def body(**server):
         async with fleet_of(server, {"refuse_all": True}, timeout_s=60.0) as fleet:
             fleet.router = Refusing(fleet.clients.pop())
-            return await fleet.generate(REQUESTS[:6]), fleet.router.why, fleet.failed
+            return await generate(fleet, REQUESTS[:6]), fleet.router.why, fleet.failed
 
     found, why, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]]
     assert "server 1: /generate answered 400" in why and not failed
     with pytest.raises(RefusedError, match="server 0: /generate answered 400"):
         asyncio.run(body(refuse_all=True))
+
+
+@requires_router
+@pytest.mark.parametrize("who", ["a router of another job", "something that answers everything"])
+def test_what_answers_at_its_port_is_not_taken_for_the_router(tmp_path, monkeypatch, who):
+    with contextlib.ExitStack() as stack:
+        if who == "a router of another job":
+            other = Router(SETTINGS, None, api_key=None, logs=tmp_path / "other")
+            stack.callback(other.stop)
+            other.start()
+            taken = int(other.client.url.rsplit(":", 1)[1])
+        else:
+            taken = stack.enter_context(answering({"/health": (200, b"OK")}))
+        ports = [taken]
+        monkeypatch.setattr(server, "free_port", lambda host: ports.pop() if ports else free_port(host))
+        router = Router(SETTINGS, None, api_key=None, logs=tmp_path)
+        stack.callback(router.stop)
+        router.start()
+        assert not ports and router.is_up and not router.client.url.endswith(f":{taken}")
 
 
 def test_a_router_that_is_not_installed_is_one_sentence(tmp_path):

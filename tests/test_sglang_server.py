@@ -190,7 +190,8 @@ def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model
     if sync == "disk":  # to a server that a killed job left in the middle of a sync
         job |= dict(startup_timeout_s=30)
         for route in ("/pause_generation", "/begin_weight_update"):
-            httpx.post(server.url + route, json={"mode": "retract"} if "pause" in route else {}).raise_for_status()
+            reply = httpx.post(server.url + route, json={"mode": "retract"} if "pause" in route else {})
+            assert reply.status_code == 200 or (reply.status_code == 404 and "begin" in route)  # before 0.5.21
     found = gangs(world).run("tests.sglang_jobs:gaps", urls=(server.url,), sync=sync, probe_every=1, **job)
     for rank in found:
         assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
@@ -259,7 +260,7 @@ def test_servers_that_die_or_hang_lose_no_sample_and_come_back_with_the_weights(
         "tests.sglang_jobs:killed_for_real", deadline_s=600.0, probe_every=1, hang_timeout_s=10.0, **OWN, **job
     )
     assert found["failed"] == {"SGLang server 0": "gave no sign of life within 10 s"}
-    assert list(found["failed_in_sync"]) == ["SGLang server 1"]
+    assert found["failed_then"] == {} and list(found["failed_in_sync"]) == ["SGLang server 1"]
     assert found["lengths"] == [[found["tokens"]] * 4] * len(PROMPTS)
     assert found["keyless"] == [401]
     assert found["served"] == ["SGLang server 0"] and found["versions"] == ["2"]

@@ -32,3 +32,28 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
     again = found["states"]["SGLang server 0"]
     assert again["pid"] != found["pid"] and again["prompts"]
     assert all(version.isdigit() for version in again["prompt_versions"])  # a sync's, and not what it was started with
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("servers", "gone"), [(1, 2), (2, 0), (3, 0)])
+@pytest.mark.parametrize(
+    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
+)
+def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs, hf_models, tmp_path, servers, gone, rollout):
+    """With one server it is lost twice, but not a third time when the job is started again."""
+    sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=5, samples_per_prompt=3)
+    # What may stay in hand while others are ready is there in the end, as tests take a moment and go on beside training.
+    steps, training_s = (6, 1.5) if rollout else (3, 0.0)
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), steps=steps, servers=servers, concurrency=8, **OWN)
+    job |= dict(training_s=training_s)
+    (found,) = gangs(1).run("tests.sglang_stream_jobs:poisoned", poison=2, rollout=rollout | sizes, **job)
+    assert found["gone"] == gone
+    groups = [group for step, _, _ in found["steps"] for group in step]
+    names = [group["problem"]["id"] for group in groups]
+    assert len(set(names)) == len(names) == steps * PER_STEP and "p2" not in names
+    assert {"p0", "p1", "p3"} < set(names)  # its neighbours, which are not blamed
+    for group in groups:
+        tokens = [(sum(group["problem"]["prompt_ids"]) + i) % 97 for i in range(5)]
+        assert [one["response_ids"].tolist() for one in group["samples"]] == [tokens] * 3
+    assert sum(counts.get("groups_given_up", 0) for _, counts, _ in found["steps"]) == 1
+    assert len(found["steps"][0][2]) <= 2

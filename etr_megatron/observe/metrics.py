@@ -58,6 +58,7 @@ class MetricsRow(StepMetrics, total=False):
     groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
     groups_dropped: int  # groups left out because their rewards are all equal
     groups_filled: int  # of these, trained on because there were too few others
+    groups_given_up: int  # groups that no server survived, or answered; there where there were any
     staleness_mean: float  # with max_staleness: weight syncs between a token and its training, mean over tokens
     staleness_max: int
     groups_redone: int  # groups with tokens that had become too old and were drawn anew

@@ -2,13 +2,22 @@
 
 from etr_megatron.rollout.collect import generate_groups, grade_groups
 from etr_megatron.rollout.embedded import EmbeddedEngine
-from etr_megatron.rollout.engine import EngineGoneError, RefusedError, RolloutEngine, Sampling, StreamingEngine, sample_seed
+from etr_megatron.rollout.engine import (
+    EngineGoneError,
+    NeedsSyncError,
+    RefusedError,
+    RolloutEngine,
+    Sampling,
+    StreamingEngine,
+    sample_seed,
+)
 from etr_megatron.rollout.sampler import ReplaySampler, Rollouts, RoundSampler, Sampler
 from etr_megatron.rollout.streaming import StreamingSampler
 
 __all__ = [
     "EmbeddedEngine",
     "EngineGoneError",
+    "NeedsSyncError",
     "RefusedError",
     "ReplaySampler",
     "RolloutEngine",

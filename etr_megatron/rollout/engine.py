@@ -36,6 +36,11 @@ class EngineGoneError(RuntimeError):
     """The engine can generate nothing any more, on any rank; the policy is unharmed."""
 
 
+class NeedsSyncError(RuntimeError):
+    """What is left to be drawn may have killed a server, and is not risked at the last one: a weight sync, after which it is to
+    be asked again, brings others back."""
+
+
 class RefusedError(UserError):
     """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
 
@@ -43,14 +48,18 @@ class RefusedError(UserError):
 class RolloutEngine(Protocol):
     """Every method is a collective: all ranks call it with the same arguments and get the same result.
 
-    An engine that has lost what it generates with raises EngineGoneError on every rank, one that will not RefusedError.
+    An engine that has lost what it generates with raises EngineGoneError on every rank, one that will not RefusedError, one
+    that has lost too much of it NeedsSyncError.
     """
 
     weight_version: int
     """Version of the weights that the next response is drawn from."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
-        """`sampling.samples` responses to each problem, in order; rewards and texts are not filled in."""
+        """`sampling.samples` responses to each problem, in order; rewards and texts are not filled in.
+
+        One that the engine has given up is empty, with finish reason "abort".
+        """
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -82,13 +91,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What came after `Draw.drawn`, all of it from weights of one version. finish_reason: "abort" when it was cut off."""
+    """What came after `Draw.drawn`, all of it from weights of one version. finish_reason: "abort" when it was cut off.
+
+    given_up: why nobody is asked for this response any more, empty where that is not so.
+    """
 
     key: int
     ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     weight_version: int
+    given_up: str = ""
 
 
 class StreamingEngine(RolloutEngine, Protocol):
@@ -101,7 +114,7 @@ class StreamingEngine(RolloutEngine, Protocol):
     def wait(self, timeout_s: float) -> list[Drawn]:
         """What has been drawn since the last call; waits until there is something, or at most so long.
 
-        Raises EngineGoneError and RefusedError.
+        Raises EngineGoneError, NeedsSyncError and RefusedError.
         """
         ...
 

@@ -6,6 +6,7 @@ The states of a group, and why no request spans a weight sync: docs/rollout.md, 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -16,11 +17,13 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
-from etr_megatron.rollout.engine import Draw, Drawn, StreamingEngine
+from etr_megatron.rollout.engine import Draw, Drawn, RefusedError, StreamingEngine
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sampler import MustStop, Rollouts, Timer, is_flat, never, replacements, sampling_of
 from etr_megatron.types import Group, Sample
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 """How often a wait for responses looks whether a rank must stop."""
@@ -36,7 +39,7 @@ class StreamingSampler:
         self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. After an EngineGoneError or a StopAskedError all is still in hand."""
+        """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all is still in hand."""
         # Rank 0 times its waits and its grading apart.
         with nullcontext() if self._hand is not None else timer("rollout"):
             return on_rank0_until_stopped(lambda anywhere: self._hand.take(step, timer, anywhere), must_stop)
@@ -74,22 +77,23 @@ class Hand:
         self._groups: list[InHand] = []
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
-        self._under_way: dict[int, Sample] = {}
+        self._under_way: dict[int, tuple[InHand, Sample]] = {}
         self._asked_for = 0  # the step that prompts are asked for, and the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
-        self._grades: list[tuple[Grade, str]] = []
+        self._grades: list[tuple[Grade, str]] = []  # of the step
+        self._given_up = ""  # why the last group was
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`."""
         rollout = self._config.rollout
         ahead = rollout.max_staleness * rollout.prompts_per_step
         wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
-        self._grades = []
         with timer("reward"):
             self._judge()  # what was completed while the ranks trained
         while True:
             self._ask(step, wanted)
+            self._refuse_if_too_few()
             if self._is_enough() or not any(held.missing for held in self._groups):
                 break
             if must_stop():
@@ -98,7 +102,8 @@ class Hand:
                 self._accept(self._engine.wait(_LOOK_S))
             with timer("reward"):
                 self._judge()
-        report_errors(self._grades)
+        grades, self._grades = self._grades, []
+        report_errors(grades)
         taken = self._choose(step)
         if step < self._config.run.steps:
             self._ask(step + 1, ahead)
@@ -162,17 +167,35 @@ class Hand:
         for held in groups:
             for sample in held.missing:
                 key = next(self._keys)
-                self._under_way[key] = sample
+                self._under_way[key] = held, sample
                 sampling = sampling_of(self._config, held.step)
                 draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
         self._engine.submit(draws)
 
     def _accept(self, drawn: Iterable[Drawn]) -> None:
         for one in drawn:
-            sample = self._under_way.pop(one.key)
+            held, sample = self._under_way.pop(one.key)
+            if one.given_up:
+                self._give_up(held, one.given_up)
+                continue
             extend(sample, one)
             if sample.finish_reason != "abort":
                 sample.text = self._decode(sample.response_ids.tolist())
+
+    def _give_up(self, group: InHand, why: str) -> None:
+        """A group is complete or not at all: what else of it is under way is for nobody."""
+        left = [held for held in self._groups if held is not group]
+        if len(left) < len(self._groups):
+            logger.warning("group %s is given up: %s", group.group.id, why)
+            self._groups, self._given_up = left, why
+            self._counts["groups_given_up"] += 1
+
+    def _refuse_if_too_few(self) -> None:
+        """Raises RefusedError when more groups of a step are given up than one trains on, or too few problems are left."""
+        wanted, given_up = self._config.rollout.prompts_per_step, self._counts["groups_given_up"]
+        if given_up > wanted or (given_up and len(self._groups) < wanted):
+            del self._counts["groups_given_up"]  # who mends it and starts again begins at none
+            raise RefusedError(f"{given_up} groups of a step of {wanted} were given up, the last as {self._given_up}")
 
     def _judge(self) -> None:
         """Reward what is complete, and leave out what teaches nothing."""
@@ -220,6 +243,8 @@ class Hand:
         if rollout.max_staleness:
             counts |= {"staleness_mean": ages / max(tokens, 1), "staleness_max": oldest}
             counts |= {"groups_redone": self._counts["groups_redone"], "groups_in_hand": len(self._groups)}
+        if self._counts["groups_given_up"]:
+            counts["groups_given_up"] = self._counts["groups_given_up"]
         if rollout.partial:
             counts["samples_continued"] = sum(bool(sample.weight_versions) for sample in samples)
         return counts

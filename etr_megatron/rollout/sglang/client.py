@@ -35,13 +35,14 @@ class Generated:
     """What a server generated for one request.
 
     ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
-    the server names it.
+    the server names it. given_up: why no server is asked for it any more, if so; there are no tokens then.
     """
 
     ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     version: str
+    given_up: str = ""
 
 
 @dataclass(frozen=True)

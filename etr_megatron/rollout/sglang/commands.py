@@ -61,7 +61,7 @@ def server_command(
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
-    return ServerCommand(config.python, config.launch, own, environment, host, tells_version=True, api_key=api_key)
+    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key)
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:

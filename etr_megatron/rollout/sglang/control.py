@@ -28,6 +28,7 @@ from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import Outbox
 from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
 from etr_megatron.rollout.sglang.stream import RequestStream
+from etr_megatron.rollout.sglang.suspicions import Suspicions
 from etr_megatron.rollout.sglang.sync import Transaction
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
 
 _PROBE_TOKENS = 8
+_SUSPICIONS = "suspicions.json"
 _HEALTH_S = 5.0
 """For a server, which is asked to generate a token, to say that it is well."""
 
@@ -69,7 +71,7 @@ class Control:
     """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
 
     expected: what servers at `sglang.urls` must have room for. host: this machine's address for weights. api_key: of all
-    servers, None where they ask for none. logs: see `Router`.
+    servers, None where they ask for none. logs: directory for what a router prints and what servers may have died of.
     """
 
     def __init__(
@@ -96,14 +98,18 @@ class Control:
         self._router = Router(config, self._http, api_key=key, logs=logs) if config.router is not None else None
         self.fleet = fleet = Fleet(
             list(self._clients.values()),
-            concurrency=config.concurrency,
             timeout_s=config.request_timeout_s,
             hang_timeout_s=config.hang_timeout_s,
             router=self._router,
         )
         self._comebacks = Comebacks(names)
         self._released: list[tuple[str, int]] = []
-        self.stream = RequestStream(fleet, concurrency=config.concurrency, exclusive=not config.urls)
+        self.stream = RequestStream(
+            fleet,
+            concurrency=config.concurrency,
+            exclusive=not config.urls,
+            suspicions=Suspicions.read(logs / _SUSPICIONS),
+        )
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
         if sync_of(config) == "tensor" and config.urls:

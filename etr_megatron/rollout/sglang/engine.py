@@ -146,14 +146,14 @@ class SglangEngine:
         return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`. Raises EngineGoneError on every rank when no server is left."""
+        """See `RolloutEngine.generate`. Raises EngineGoneError, NeedsSyncError and RefusedError on every rank."""
         requests = [
-            Request(problem.prompt_ids, self._parameters(problem, index, sampling))
+            Request(problem.prompt_ids, self._parameters(problem, index, sampling), problem.id)
             for problem in problems
             for index in range(sampling.samples)
         ]
         self._require_weights()
-        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.fleet.generate(requests)), long=True)
+        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.stream.answer(requests)), long=True)
         samples = [
             Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, self.weight_version)
             for number, one in enumerate(found)
@@ -182,7 +182,7 @@ class SglangEngine:
     def _request(self, draw: Draw) -> Request:
         parameters = self._parameters(draw.problem, draw.index, draw.sampling)
         left = draw.sampling.max_tokens - len(draw.drawn)
-        return Request([*draw.problem.prompt_ids, *draw.drawn], replace(parameters, max_new_tokens=left))
+        return Request([*draw.problem.prompt_ids, *draw.drawn], replace(parameters, max_new_tokens=left), draw.problem.id)
 
     def _drawn(self, key: int, reply: Generated) -> Drawn:
         draw, finish = self._draws.pop(key), reply.finish_reason
@@ -191,7 +191,7 @@ class SglangEngine:
                 finish = "stop"
             elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
                 finish = "length"
-        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version)
+        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.

@@ -12,7 +12,7 @@ from typing import Any
 
 from etr_megatron.rollout.engine import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
-from etr_megatron.rollout.sglang.failures import Failures
+from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.pulse import Pulse
 from etr_megatron.rollout.sglang.router import Router
 
@@ -26,10 +26,21 @@ _WELL_S = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be generated."""
+    """One response to be generated. problem: whose; requests without it are of one problem if their prompts are the same."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
+    problem: str = ""
+
+    @property
+    def problem_id(self) -> str:
+        """Of whose responses this is one."""
+        return self.problem or " ".join(map(str, self.prompt_ids))
+
+    @property
+    def size(self) -> str:
+        """In words."""
+        return f"{len(self.prompt_ids)} prompt tokens and up to {self.parameters.max_new_tokens} to follow"
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,14 @@ class _Asking:
 class Fleet:
     """Clients of all servers, and which of them take traffic.
 
-    concurrency: requests under way per server; more wait here, so that a server that fails loses few. timeout_s: of one
-    response; hang_timeout_s: for a server in doubt to say that it lives, see `Pulse`. router: chooses the server of a request,
-    if there is one.
+    timeout_s: of one response; hang_timeout_s: for a server in doubt to say that it lives, see `Pulse`. router: chooses the
+    server of a request, if there is one.
     """
 
     def __init__(
         self,
         clients: Sequence[ServerClient],
         *,
-        concurrency: int,
         timeout_s: float,
         hang_timeout_s: float,
         router: Router | None = None,
@@ -62,7 +71,9 @@ class Fleet:
         self.clients, self.router = list(clients), router
         self.version: str | None = None
         """Of the weights that responses must come from; None, before the first sync, is any."""
-        self._concurrency, self._timeout_s, self._hang_timeout_s = concurrency, timeout_s, hang_timeout_s
+        self.apart: str | None = None
+        """The server that the router is to give nothing."""
+        self._timeout_s, self._hang_timeout_s = timeout_s, hang_timeout_s
         self._failed: dict[str, str] = {}
         self._joins: Counter[str] = Counter()
         self._marks = 0
@@ -122,16 +133,17 @@ class Fleet:
         may differ: when it takes the request, who refused has failed; when it does not RefusedError is raised, which is no
         server's failure. Of what is refused through a router `client` itself is asked: the router may have limits of its own.
 
-        failures: of this request before, one object for all its attempts. A request that fails wherever it goes takes no more
-        than a few servers with it, see `_failed_at`.
+        failures: of this request before, one object for all its attempts; it says what has died. Raises GivenUpError where the
+        request fails for its own sake, see `_failed_at`.
         """
         router, marks = self.router, self._marks
-        routed = router is not None and await router.leads_to(one.url for one in self.serving)
+        behind = [one for one in self.serving if one.name != self.apart]
+        routed = router is not None and await router.leads_to(one.url for one in behind)
         asked = router.client if router is not None and routed else client
         answer = partial(self._reply, request=request, rid=rid, may_abort=may_abort)
         asking = _Asking(request, rid, failures if failures is not None else Failures(), answer)
         try:
-            return await answer(asked, self.serving if routed else [client])
+            return await answer(asked, behind if routed else [client])
         except RefusedError as refusal:
             if router is not None and routed:
                 return await self._ask_past(router, client, asking, refusal)
@@ -147,8 +159,8 @@ class Fleet:
         """Mark a server that a request failed at, if it is the server that failed; the request is to be asked again.
 
         The last server is only marked when it is not well. For a connection that breaks none is marked that is well, once a
-        request: what the server may still have of it is cut off. Raises RefusedError when the request fails for its own sake,
-        and is not to be asked again: it would fail at the next server as well, and in the end at all.
+        request: what the server may still have of it is cut off. Raises GivenUpError when the request failed at servers that
+        were well after it: it would fail at the next as well, and in the end at all.
         """
         failures = asking.failures
         is_broken = isinstance(error, ServerError) and error.broken
@@ -157,19 +169,21 @@ class Fleet:
             logger.warning("%s; the server is well, and the request is done again", error)
             return
         has_no_part = isinstance(error, ServerError) and not error.reached
-        is_known, is_last = client.name in self._failed, self.serving == [client]
+        is_last = self.serving == [client]
         if has_no_part or not is_last:
             self.mark_failed(client, str(error))
         if has_no_part:
             return
-        well = not is_known and await self._is_well(client)
+        well = await self._is_well(client)
         failures.add(str(error), well=well)
         if is_last and not well:
             self.mark_failed(client, str(error))
-        await self._refuse_if_its_own(asking)
+        if failures.are_its_own:
+            said = "; ".join(failures.said)
+            raise GivenUpError(f"a request with {asking.request.size} failed {len(failures.said)} times: {said}")
 
     async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: Exception) -> None:
-        """Mark the servers that are not well, or give up the router. marks: when the request began. Raises RefusedError."""
+        """Mark the servers that are not well, or give up the router. marks: when the request began."""
         async with self._looking:
             if router.is_up and self._marks == marks:
                 await self.for_all(self._see_that_it_is_well)
@@ -177,17 +191,26 @@ class Fleet:
                 router.give_up(str(error))
                 return
         asking.failures.add(str(error), well=False)
-        await self._refuse_if_its_own(asking)
 
-    async def _refuse_if_its_own(self, asking: _Asking) -> None:
-        """While no server is well it is the servers that fail, or whatever is common to them."""
-        failures, request = asking.failures, asking.request
-        if not failures.may_be_its_own:
-            return
-        if failures.are_its_own or any(await asyncio.gather(*map(self._is_well, self.serving))):
-            size = f"{len(request.prompt_ids)} prompt tokens and up to {request.parameters.max_new_tokens} to follow"
-            said = "; ".join(failures.said)
-            raise RefusedError(f"a request with {size} failed {len(failures.said)} times and is not tried again: {said}")
+    async def survives(self, client: ServerClient, request: Request, rid: str) -> bool | None:
+        """Whether `client` lives after a request that another may have died of; it is marked if not.
+
+        None: it was not well before, or not reached. Whatever else a request may fail for is seen when it is asked again.
+        """
+        if not await self._is_well(client):
+            self.mark_failed(client, "is not well")
+            return None
+        try:
+            with self._pulse.watch([client]):
+                await client.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
+        except RefusedError:
+            return True
+        except ServerError as error:
+            if await self._is_well(client):
+                return True
+            self.mark_failed(client, str(error))
+            return False if error.reached else None
+        return True
 
     async def _is_well(self, client: ServerClient, rid: str | None = None) -> bool:
         """Whether it lives, has the weights and generates, and whether it took note of an abort of `rid`."""
@@ -289,45 +312,3 @@ class Fleet:
     async def abort_all(self, timeout_s: float) -> bool:
         """Have serving servers cut off all that they have in hand; as `for_all`."""
         return await self.call_all("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)
-
-    async def generate(self, requests: Sequence[Request]) -> list[Generated]:
-        """All responses, in the order of the requests, each exactly once.
-
-        A request whose server fails is done again elsewhere, from its beginning. Raises EngineGoneError when no server is left,
-        and RefusedError.
-        """
-        failures = [Failures() for _ in requests]
-        found: dict[int, Generated] = {}
-        self.refuse_if_gone()
-        while len(found) < len(requests):  # once more when a server failed after the others had run out of work
-            waiting: asyncio.Queue[int] = asyncio.Queue()
-            for number in range(len(requests)):
-                if number not in found:
-                    waiting.put_nowait(number)
-            work = partial(self._work, requests=requests, failures=failures, waiting=waiting, found=found)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    for _ in range(min(self._concurrency, waiting.qsize())):
-                        for client in self.serving:  # in turn: the first requests go to all servers alike
-                            tasks.create_task(work(client))
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from group
-            self.refuse_if_gone()
-        return [found[number] for number in range(len(requests))]
-
-    async def _work(
-        self,
-        client: ServerClient,
-        *,
-        requests: Sequence[Request],
-        failures: Sequence[Failures],
-        waiting: asyncio.Queue[int],
-        found: dict[int, Generated],
-    ) -> None:
-        """One of a server's places: takes requests until there are none, or its server has failed."""
-        while client.name not in self._failed and not waiting.empty():
-            number = waiting.get_nowait()
-            try:
-                found[number] = await self.ask(client, requests[number], failures=failures[number])
-            except ServerError:
-                waiting.put_nowait(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,12 +98,25 @@ def _answers(url: str) -> bool:
 
 
 def _is_ours(process: ServerProcess) -> bool | None:
-    """Whether what answers at its port is the server that was started, by the version that only this one was given.
+    """Whether what answers at its port is the server that was started, by what only this one was given.
 
     One that cannot tell it is believed. None: it was not to be learnt, so it is asked again.
     """
-    if process.identity is None:
-        return True
+    if process.told_by == "request_id":
+        return _calls_a_request_so(process)
+    return _says_its_version(process) if process.told_by == "weight_version" else True
+
+
+def _calls_a_request_so(process: ServerProcess) -> bool | None:
+    name = secrets.token_hex(8)
+    try:
+        with httpx.stream("GET", f"{process.url}/health", timeout=_ASK_S, headers={process.identity: name}) as reply:
+            return None if reply.status_code >= 500 else reply.headers.get("x-request-id") == name
+    except httpx.HTTPError:
+        return None
+
+
+def _says_its_version(process: ServerProcess) -> bool | None:
     said, end = b"", time.monotonic() + _ASK_S
     try:
         with httpx.stream("GET", f"{process.url}/model_info", timeout=_ASK_S, headers=process.headers) as reply:

@@ -54,7 +54,8 @@ class Router:
         arguments += ["--policy", str(self._config.router), "--request-timeout-secs", str(timeout_s)]
         arguments += ["--disable-health-check", "--disable-retries", "--disable-circuit-breaker"]
         arguments += ["--shutdown-grace-period-secs", "1"]
-        command = ServerCommand(self._config.python, self._config.router_launch, tuple(arguments), host=_HOST)
+        python, launch = self._config.python, self._config.router_launch
+        command = ServerCommand(python, launch, tuple(arguments), host=_HOST, told_by="request_id")
         self._host = Host({NAME: command}, self._logs, self._config.startup_timeout_s)
         started = self._host.start([NAME])[NAME]
         if started.problem is not None:

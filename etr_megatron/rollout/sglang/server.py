@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from etr_megatron.rollout.sglang.arguments import require_interpreter
 
@@ -29,8 +30,9 @@ class ServerCommand:
     python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
     launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
     arguments: SGLang's. environment: added to the job's own. host: the address it listens at.
-    tells_version: it takes `--weight-version` and says it at /model_info, by which it is told from another process that took
-    its port. api_key: what it asks for.
+    told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and says it
+    at /model_info. "request_id": it takes `--request-id-headers`, and calls a request what that header says. None: not at all.
+    api_key: what it asks for.
     """
 
     python: str
@@ -38,7 +40,7 @@ class ServerCommand:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
-    tells_version: bool = False
+    told_by: Literal["weight_version", "request_id"] | None = None
     api_key: str | None = field(default=None, repr=False)
 
 
@@ -79,7 +81,7 @@ class ServerProcess:
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
         # Of this start alone. Not the served model's name: the router tells models apart by that, and would not mix servers.
-        self.identity = f"etr-{secrets.token_hex(8)}" if command.tells_version else None
+        self.identity = f"etr-{secrets.token_hex(8)}"
         log.parent.mkdir(parents=True, exist_ok=True)
         self._report: int | None
         self._report, report = os.pipe()
@@ -97,9 +99,15 @@ class ServerProcess:
         os.close(report)
 
     def _arguments(self) -> Sequence[str]:
-        identity = () if self.identity is None else ("--weight-version", self.identity)
+        options = {"weight_version": "--weight-version", "request_id": "--request-id-headers"}
+        identity = () if self.told_by is None else (options[self.told_by], self.identity)
         address = ("--host", self._command.host, "--port", str(self.port))
         return (*self._command.launch, *self._command.arguments, *identity, *address)
+
+    @property
+    def told_by(self) -> str | None:
+        """See `ServerCommand`."""
+        return self._command.told_by
 
     @property
     def url(self) -> str:

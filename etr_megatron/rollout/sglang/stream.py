@@ -6,14 +6,19 @@ import asyncio
 import itertools
 import queue
 import uuid
-from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-from etr_megatron.rollout.engine import EngineGoneError, RefusedError
+from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
-from etr_megatron.rollout.sglang.failures import Failures
+from etr_megatron.rollout.sglang.dispatch import Dispatch
+from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
+from etr_megatron.rollout.sglang.suspicions import Suspicions
 
 _ABORT_TIMEOUT_S = 20.0
 """For a server to take note of an abort; one that is slower hangs."""
@@ -23,46 +28,68 @@ _GIVE_BACK_S = 5.0
 _HELD_S = 60.0
 """For servers that take note of aborts to give back what they have; one that then still holds a request never will."""
 
-_Reply = tuple[int, Generated] | EngineGoneError | RefusedError
+_TEST_TOKENS = 16
+"""Of a prompt that is tested; one that passed, and was at a server's death again, is tested to its end."""
+
+_Error = EngineGoneError | NeedsSyncError | RefusedError
+_Reply = tuple[int, Generated] | _Error
 
 
 class _Running(NamedTuple):
+    key: int
     client: ServerClient
     task: asyncio.Task[None]
 
 
 class RequestStream:
-    """Requests under way at the servers of a fleet, where least is under way first.
+    """Requests under way at the servers of a fleet, see `Dispatch`.
 
     Every key is answered once: with the whole reply, or at `stop` with what there was. A request whose server fails is done
-    again elsewhere, from its beginning. All methods but `wait` run in the event loop of the fleet's clients.
+    again elsewhere, from its beginning; one that fails for its own sake is answered with why it is given up. All methods but
+    `wait` run in the event loop of the fleet's clients.
 
     concurrency: requests under way per server. exclusive: nobody else has requests at the servers, so that one word to each
-    cuts off whatever is under way; a fleet with a router must be.
+    cuts off whatever is under way; a fleet with a router must be. suspicions: of problems at which servers may have died.
     """
 
-    def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool) -> None:
-        self._fleet, self._concurrency, self._exclusive = fleet, concurrency, exclusive
+    def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool, suspicions: Suspicions | None = None) -> None:
+        self._fleet, self._exclusive, self._suspicions = fleet, exclusive, suspicions or Suspicions()
         self._requests: dict[int, Request] = {}
         self._failures: defaultdict[int, Failures] = defaultdict(Failures)
-        self._waiting: deque[int] = deque()
+        self._dispatch = Dispatch(concurrency, self._suspicions.deaths)
         self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
-        self._load: Counter[str] = Counter()
         self._is_stopping = False
+        self._failed_before: set[str] | None = None
+        """Servers that the last weight sync did not bring back; None until there are requests after it."""
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
-        self._next: EngineGoneError | RefusedError | None = None  # it came right after the replies that `wait` returned
+        self._next: _Error | None = None  # it came right after the replies that `wait` returned
+        self._awaited: dict[int, asyncio.Future[Generated]] = {}  # what `answer` has asked, by keys below 0
+        self._own_keys = itertools.count(-1, -1)
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
-        """Begin, in this order; keys are new."""
-        self._requests |= requests
-        self._waiting.extend(requests)
-        self._dispatch()
+        """Begin, in this order; keys are new, and 0 or more."""
+        self._add(requests)
+
+    async def answer(self, requests: Sequence[Request]) -> list[Generated]:
+        """All responses, in the order of the requests, before whatever else waits.
+
+        Raises EngineGoneError, NeedsSyncError and RefusedError; none of the requests is under way then.
+        """
+        keyed = dict(zip(self._own_keys, requests, strict=False))
+        found = {key: asyncio.get_running_loop().create_future() for key in keyed}
+        self._awaited |= found
+        self._add(dict(reversed(keyed.items())), first=True)
+        try:
+            return await asyncio.gather(*found.values())
+        finally:
+            self._withdraw(found.keys())
 
     def wait(self, timeout_s: float | None = None) -> list[tuple[int, Generated]]:
         """Every reply that has come since the last call, at least one unless that takes longer; from any thread.
 
-        Raises EngineGoneError when no server is left to answer, and RefusedError, after which that request is forgotten.
+        Raises EngineGoneError when no server is left to answer, NeedsSyncError when none is left that may be lost, and
+        RefusedError, after which that request is forgotten.
         """
         if self._next is not None:
             error, self._next = self._next, None
@@ -93,7 +120,8 @@ class RequestStream:
         self._next = None
         self._failures.clear()
         self._requests.clear()
-        self._waiting.clear()
+        self._dispatch.clear()
+        self._failed_before = None
         replies = []
         while not self._replies.empty():
             reply = self._replies.get()
@@ -116,53 +144,129 @@ class RequestStream:
             except queue.Empty:
                 return replies
 
-    def _dispatch(self) -> None:
-        """Give waiting requests to servers that have room."""
-        while self._waiting and not self._is_stopping:
-            free = [client for client in self._fleet.serving if self._load[client.name] < self._concurrency]
-            if not free:
-                break
-            client = self._least_loaded(free)
-            # The dot: SGLang's scheduler cuts off every request whose id begins with what it is given.
-            key, rid = self._waiting.popleft(), f"{self._name}-{next(self._attempts)}."
-            self._load[client.name] += 1
-            self._running[rid] = _Running(client, asyncio.get_running_loop().create_task(self._one(client, key, rid)))
-        if self._waiting and not self._running:
-            try:
-                self._fleet.refuse_if_gone()
-            except EngineGoneError as error:
-                self._replies.put(error)
+    def _add(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
+        if self._failed_before is None:
+            self._failed_before = set(self._fleet.failed)
+        for key, request in requests.items():
+            self._requests[key] = request
+            if (why := self._suspicions.given_up.get(request.problem_id)) is not None:
+                self._answer(key, _given_up(why))
+            else:
+                self._dispatch.add(key, request.problem_id, first=first)
+        self._begin()
 
-    def _least_loaded(self, clients: Sequence[ServerClient]) -> ServerClient:
-        return min(clients, key=lambda one: self._load[one.name])
+    def _withdraw(self, keys: Collection[int]) -> None:
+        """Nobody waits for these any more."""
+        for key in keys:
+            del self._awaited[key]
+            self._requests.pop(key, None)
+        self._dispatch.withdraw(keys)
+        for running in self._running.values():
+            if running.key in keys:
+                running.task.cancel()
+
+    def _begin(self) -> None:
+        """Give waiting requests to servers that have room."""
+        fleet, loop = self._fleet, asyncio.get_running_loop()
+        while not self._is_stopping:
+            clients = {client.name: client for client in fleet.serving}
+            spare_last = not self._failed_before.issuperset(fleet.failed)
+            routed = fleet.router is not None
+            order = self._dispatch.next(list(clients), spare_last=spare_last, routed=routed)
+            fleet.apart = self._dispatch.apart
+            if order is None:
+                break
+            # The dot: SGLang's scheduler cuts off every request whose id begins with what it is given.
+            rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
+            work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
+            self._running[rid] = _Running(order.key, client, loop.create_task(work))
+        if self._dispatch.waits and not self._running and not self._is_stopping:
+            self._fail()
+
+    def _fail(self) -> None:
+        """Whoever waits hears why nothing of it can begin."""
+        error: _Error
+        try:
+            self._fleet.refuse_if_gone()
+            names = ", ".join(name for name in self._fleet.failed if name not in self._failed_before)
+            error = NeedsSyncError(
+                f"what {names} had, and may have died of, is not given to the last server: others are needed"
+            )
+        except EngineGoneError as gone:
+            error = gone
+        for future in self._awaited.values():
+            if not future.done():
+                future.set_exception(error)
+        if any(key >= 0 for key in self._requests):
+            self._replies.put(error)
 
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
         request, failures = self._requests[key], self._failures[key]
-
-        def elsewhere(others: Sequence[ServerClient]) -> ServerClient:
-            """Where the request goes that a server called wrong: there it is to be cut off, and no longer here."""
-            nonlocal client
-            self._load[client.name] -= 1
-            client = self._least_loaded(others)
-            self._load[client.name] += 1
-            self._running[rid] = self._running[rid]._replace(client=client)
-            return client
-
+        deaths, outcome = failures.deaths, None
         try:
-            reply = await self._fleet.ask(
-                client, request, rid, failures=failures, may_abort=lambda: self._is_stopping, elsewhere=elsewhere
+            outcome = await self._fleet.ask(
+                client,
+                request,
+                rid,
+                failures=failures,
+                may_abort=lambda: self._is_stopping,
+                elsewhere=partial(self._move, rid),
             )
         except RefusedError as error:
-            del self._requests[key], self._failures[key]
-            self._replies.put(error)
+            outcome = error
+        except GivenUpError as error:
+            outcome = _given_up(str(error))
         except (Exception, asyncio.CancelledError):  # whatever it was: a request that nobody answers is waited for
-            self._waiting.appendleft(key)
+            pass
+        at = self._running.pop(rid).client
+        if failures.deaths > deaths:
+            self._dispatch.suspect(request.problem_id, at.name if self._fleet.router is None else "")
+        self._dispatch.ended(key)
+        if outcome is None and key in self._requests:
+            self._dispatch.again(key)
         else:
-            del self._requests[key], self._failures[key]
-            self._replies.put((key, reply))
-        self._load[client.name] -= 1
+            self._dispatch.forget(key)
+        if outcome is not None:
+            if isinstance(outcome, Generated) and outcome.finish_reason != "abort":
+                self._dispatch.clear_of_suspicion(request.problem_id)
+            self._answer(key, outcome)
+        self._suspicions.write(self._dispatch.deaths)
+        self._begin()
+
+    def _move(self, rid: str, others: Sequence[ServerClient]) -> ServerClient:
+        """Where a request goes that a server called wrong: there it is to be cut off, and no longer here."""
+        clients = {client.name: client for client in others}
+        client = clients[self._dispatch.move(self._running[rid].key, clients)]
+        self._running[rid] = self._running[rid]._replace(client=client)
+        return client
+
+    async def _test(self, client: ServerClient, key: int, rid: str) -> None:
+        request, survived = self._requests[key], None
+        parameters, problem = request.parameters, request.problem_id
+        if self._dispatch.deaths[problem] == 1:
+            parameters = replace(parameters, max_new_tokens=min(_TEST_TOKENS, parameters.max_new_tokens))
+        with suppress(Exception, asyncio.CancelledError):  # then it is tested again
+            survived = await self._fleet.survives(client, replace(request, parameters=parameters), rid)
         del self._running[rid]
-        self._dispatch()
+        keys = self._dispatch.end_test(survived=None if survived and self._is_stopping else survived)
+        if survived is False:
+            why = f"problem {problem}, {request.size}: {client.name} was lost with it alone, and another with it among others"
+            self._suspicions.give_up(problem, why)
+            for each in keys:
+                self._answer(each, _given_up(why))
+        self._suspicions.write(self._dispatch.deaths)
+        self._begin()
+
+    def _answer(self, key: int, outcome: Generated | RefusedError) -> None:
+        self._requests.pop(key, None)
+        self._failures.pop(key, None)
+        if key >= 0:
+            self._replies.put((key, outcome) if isinstance(outcome, Generated) else outcome)
+        elif key in self._awaited and not self._awaited[key].done():
+            if isinstance(outcome, Generated):
+                self._awaited[key].set_result(outcome)
+            else:
+                self._awaited[key].set_exception(outcome)
 
     async def _abort_all(self) -> None:
         if not self._exclusive:
@@ -196,3 +300,7 @@ class RequestStream:
         except ServerError as error:
             self._fleet.mark_failed(running.client, str(error))
             running.task.cancel()
+
+
+def _given_up(why: str) -> Generated:
+    return Generated([], [], "abort", "", why)

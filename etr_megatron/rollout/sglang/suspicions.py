@@ -1,0 +1,56 @@
+"""Problems that servers may have died of, in a file: a run that is started again would lose the same servers to them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from etr_megatron.errors import UserError
+from etr_megatron.platform.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Suspicions:
+    """deaths: by the problem's id, of servers that had it among others and no answer yet. given_up: of problems that a server
+    died of alone, why. file: None keeps them in memory alone."""
+
+    file: Path | None = None
+    deaths: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Suspicions:
+        """What `write` wrote last; none where there is no such file, or it is none of ours."""
+        try:
+            found = json.loads(file.read_text())
+            return cls(file, dict(found["deaths"]), dict(found["given_up"]))
+        except FileNotFoundError:
+            return cls(file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is left out of account: %s", file, error)
+            return cls(file)
+
+    def write(self, deaths: Mapping[str, int]) -> None:
+        """Where they are others than before. A disk that takes nothing is said: it is not what a run ends for."""
+        if self.deaths != deaths:
+            self.deaths = dict(deaths)
+            self._write()
+
+    def give_up(self, problem: str, why: str) -> None:
+        """Nobody is asked this any more."""
+        self.given_up[problem] = why
+        self._write()
+
+    def _write(self) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, json.dumps({"deaths": self.deaths, "given_up": self.given_up}, indent=1).encode())
+        except (UserError, OSError) as error:
+            logger.warning("problems that servers may have died of are not kept: %s", error)
