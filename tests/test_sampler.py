@@ -356,7 +356,7 @@ def test_a_step_goes_on_after_the_sync_that_its_servers_needed_with_what_there_i
     engine = Engine(lambda problem, index: 9 if problem.id == "p3" else 4)
     hand = hand_of(engine)
     hand._ask(1, 4)
-    hand._accept(engine.wait())
+    hand._accept(engine.wait(1.0))
     engine.needs_sync = True
     with pytest.raises(NeedsSyncError):
         hand.take(1, timer)
