@@ -187,7 +187,7 @@ class Trainer:
         )
         self._phases.meet(f"evaluation after step {self.step}")
         engine = self.engine
-        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode))
+        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode, self._stop_request))
         grade_groups(groups, self._grader)
         right = sum(sample.reward == self.config.reward.range_max for group in groups for sample in group.samples)
         return {"eval_accuracy": right / len(groups)}

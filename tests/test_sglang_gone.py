@@ -82,18 +82,32 @@ def generated(url: str) -> int:
 
 
 @pytest.mark.slow
-def test_sigterm_does_not_wait_for_responses(runs):
+@pytest.mark.parametrize("phase", ["rollout", "evaluation"])
+def test_sigterm_does_not_wait_for_responses(runs, phase):
+    evaluates = ["eval.every=1"] if phase == "evaluation" else []  # before the first step, of 8 problems
     with server(tokens_per_s=0.1) as url:  # four minutes for a response
-        process = runs.start(*options(url), "sglang.probe_every=0", "run.stop_grace_s=60")
-        wait_for(lambda: generated(url) == 24)
+        process = runs.start(*options(url), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
+        wait_for(lambda: generated(url) == (8 if evaluates else 24))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=50)
     assert process.returncode == 75, out + err
-    assert "told to stop (SIGTERM) in the rollout of step 1; step 0 is saved" in err and "Traceback" not in out + err
+    where = "while responses were waited for" if evaluates else "in the rollout of step 1"
+    assert f"told to stop (SIGTERM) {where}; step 0 is saved" in err and "Traceback" not in out + err
     with server() as url:
-        code, output = runs.finish(*options(url))
+        code, output = runs.finish(*options(url), *evaluates)
     assert code == 0, output
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_sigterm_does_not_wait_for_a_server_that_gives_nothing_back(runs):
+    with server(hang_at=30) as url:  # in the second step, for an hour
+        process = runs.start(*options(url), "run.stop_grace_s=40")
+        wait_for(lambda: generated(url) > 40)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=50)
+    assert process.returncode == 75, out + err
+    assert "step 1 is saved" in err and "Traceback" not in out + err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
-from etr_megatron.rollout.engine import RolloutEngine, Sampling
+from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.types import Group, Problem, Sample
 
 logger = logging.getLogger(__name__)
@@ -18,10 +18,12 @@ Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 Decode = Callable[[list[int]], str]
 
 
-def generate_groups(engine: RolloutEngine, problems: Sequence[Problem], sampling: Sampling, decode: Decode) -> list[Group]:
-    """One group per problem, texts filled in by `decode`, rewards not."""
+def generate_groups(
+    engine: RolloutEngine, problems: Sequence[Problem], sampling: Sampling, decode: Decode, must_stop: MustStop = never
+) -> list[Group]:
+    """One group per problem, texts filled in by `decode`, rewards not. must_stop: see `RolloutEngine.generate`."""
     groups = []
-    for problem, samples in zip(problems, engine.generate(problems, sampling), strict=True):
+    for problem, samples in zip(problems, engine.generate(problems, sampling, must_stop), strict=True):
         for sample in samples:
             sample.text = decode(sample.response_ids.tolist())
         groups.append(Group(id=f"{problem.id}@{sampling.step}", problem=problem, samples=samples))

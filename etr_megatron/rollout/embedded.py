@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils import logging as transformers_logging
 
 from etr_megatron.platform.transformers_errors import transformers_errors
-from etr_megatron.rollout.engine import Sampling, sample_seed
+from etr_megatron.rollout.engine import MustStop, Sampling, never, sample_seed
 from etr_megatron.rollout.sampling import draw
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import is_torch_dist
@@ -37,8 +37,8 @@ class EmbeddedEngine:
         self._device, self._batch_samples = device, batch_samples
         self._stop_ids = frozenset(stop_ids)
 
-    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`."""
+    def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
+        """See `RolloutEngine.generate`; ranks that draw themselves are done before they look whether they must stop."""
         jobs = [(number, index) for number in range(len(problems)) for index in range(sampling.samples)]
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
         mine = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,14 @@ class RefusedError(UserError):
     """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
 
 
+MustStop = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody tells this rank to stop."""
+    return False
+
+
 class RolloutEngine(Protocol):
     """Every method is a collective: all ranks call it with the same arguments and get the same result.
 
@@ -55,10 +63,11 @@ class RolloutEngine(Protocol):
     weight_version: int
     """Version of the weights that the next response is drawn from."""
 
-    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
+    def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """`sampling.samples` responses to each problem, in order; rewards and texts are not filled in.
 
-        One that the engine has given up is empty, with finish reason "abort".
+        One that the engine has given up is empty, with finish reason "abort". must_stop: whether this rank was told to stop; an
+        engine whose responses are drawn elsewhere then raises StopAskedError on every rank.
         """
         ...
 

@@ -12,21 +12,13 @@ from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, Grader, generate_groups, grade_groups
-from etr_megatron.rollout.engine import RolloutEngine, Sampling
+from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
 from etr_megatron.types import Group
 
 Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
 """Adds a block's time to that of a phase."""
-
-
-MustStop = Callable[[], bool]
-
-
-def never() -> bool:
-    """Nobody tells this rank to stop."""
-    return False
 
 
 @dataclass(frozen=True)

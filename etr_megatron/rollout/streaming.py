@@ -17,10 +17,10 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
-from etr_megatron.rollout.engine import Draw, Drawn, RefusedError, StreamingEngine
+from etr_megatron.rollout.engine import Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
-from etr_megatron.rollout.sampler import MustStop, Rollouts, Timer, is_flat, never, replacements, sampling_of
+from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
 logger = logging.getLogger(__name__)

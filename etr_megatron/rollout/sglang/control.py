@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ import httpx
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.engine import RefusedError
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.rollout.engine import MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
@@ -56,6 +57,12 @@ _ROUTES = (
 _RELEASE = ("/release_memory_occupation", "/resume_memory_occupation")
 PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
+
+_LOOK_S = 1.0
+"""How often a wait for responses looks whether a rank must stop."""
+
+_CLOSE_S = 5.0
+"""For servers to give back what was cut off when the job ends; nobody is going to read it."""
 
 _PROBE_TOKENS = 8
 _SUSPICIONS = "suspicions.json"
@@ -127,6 +134,15 @@ class Control:
     def run(self, what: Coroutine[Any, Any, T]) -> T:
         """Run in the loop's thread and wait."""
         return asyncio.run_coroutine_threadsafe(what, self.loop).result()
+
+    def run_until_stopped(self, what: Coroutine[Any, Any, T], must_stop: MustStop) -> T:
+        """The same, until `must_stop()` holds: then `what` is given up, and StopAskedError raised."""
+        future = asyncio.run_coroutine_threadsafe(what, self.loop)
+        while not wait([future], timeout=_LOOK_S).done:
+            if must_stop():
+                future.cancel()
+                raise StopAskedError("told to stop (SIGTERM) while responses were waited for")
+        return future.result()
 
     def start_router(self) -> None:
         """If there is to be one. Raises UserError when it does not start."""
@@ -283,7 +299,7 @@ class Control:
 
     def close(self) -> None:
         """Cut off what is under way, leave the weight group, stop the loop."""
-        self.run(self.stream.stop(abort=True))
+        self.run(self.stream.stop(abort=True, held_s=_CLOSE_S))
         self.run(self._delivery.close())
         self.run(self._http.aclose())
         if self._router is not None:

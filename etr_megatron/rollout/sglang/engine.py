@@ -13,8 +13,8 @@ import torch.distributed as dist
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.platform.together import together
-from etr_megatron.rollout.engine import Draw, Drawn, Sampling, sample_seed
-from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.engine import Draw, Drawn, MustStop, Sampling, never, sample_seed
+from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK, server_command, sync_of
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
@@ -145,7 +145,7 @@ class SglangEngine:
         dist.all_gather_object(found, own)
         return {name: started for some in found for name, started in some.items()}
 
-    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[list[Sample]]:
+    def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Raises EngineGoneError, NeedsSyncError and RefusedError on every rank."""
         requests = [
             Request(problem.prompt_ids, self._parameters(problem, index, sampling), problem.id)
@@ -153,7 +153,9 @@ class SglangEngine:
             for index in range(sampling.samples)
         ]
         self._require_weights()
-        found: list[Generated] = on_rank0(lambda: self._control.run(self._control.stream.answer(requests)), long=True)
+        found: list[Generated] = on_rank0_until_stopped(
+            lambda anywhere: self._control.run_until_stopped(self._control.stream.answer(requests), anywhere), must_stop
+        )
         samples = [
             Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, self.weight_version)
             for number, one in enumerate(found)

@@ -99,19 +99,21 @@ class RequestStream:
         except queue.Empty:
             return []
 
-    async def stop(self, *, abort: bool) -> list[tuple[int, Generated]]:
+    async def stop(self, *, abort: bool, held_s: float | None = None) -> list[tuple[int, Generated]]:
         """Every reply since the last call; nothing is under way any more. abort: cut off what is, else wait for it.
+
+        held_s: seconds after which a server that took note of an abort and gives nothing back has failed; 60 unless told.
 
         A key that has no reply then (its servers have failed, or it had not begun) is forgotten.
         """
         self._is_stopping = abort
-        loop = asyncio.get_running_loop()
-        end = loop.time() + _HELD_S
+        loop, held_s = asyncio.get_running_loop(), _HELD_S if held_s is None else held_s
+        end = loop.time() + held_s
         while self._running:
             if abort:
                 await self._abort_all()
                 if loop.time() > end:
-                    self._give_up_holders()
+                    self._give_up_holders(held_s)
             # Once more after a while: an abort may have come before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
@@ -282,9 +284,9 @@ class RequestStream:
             for task in late:
                 task.cancel()
 
-    def _give_up_holders(self) -> None:
+    def _give_up_holders(self, held_s: float) -> None:
         """Of requests that should have come back long ago. Behind a router it is not known who they are."""
-        why = f"took note of aborts, and did not give back within {_HELD_S:g} s what it had"
+        why = f"took note of aborts, and did not give back within {held_s:g} s what it had"
         router = self._fleet.router
         for running in list(self._running.values()):
             if router is None:
