@@ -281,6 +281,11 @@ def test_a_loss_that_is_not_finite_names_its_samples() -> None:
         RowWatch(batch, micro, loss="mine:loss", rank=3).check(inputs, float("inf"))
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
     assert str(caught.value) == f"objective.loss mine:loss is inf where all of its inputs are finite: {wanted}"
+    empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # of a rank with fewer samples than others
+    nothing = torch.zeros(0)
+    inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
+    with pytest.raises(FloatingPointError, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):
+        RowWatch(batch, empty, loss="mine:loss", rank=1).check(inputs, float("nan"))
 
 
 # Metrics.

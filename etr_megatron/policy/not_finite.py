@@ -53,9 +53,9 @@ class RowWatch:
         self._check_gradients()
         if not torch.isfinite(torch.tensor(loss)):
             samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
+            where = f"samples {samples}" if samples else "a microbatch without rows, of which a mean is NaN"
             raise FloatingPointError(
-                f"objective.loss {self._loss} is {loss} where all of its inputs are finite: samples {samples}, on rank "
-                f"{self._rank}"
+                f"objective.loss {self._loss} is {loss} where all of its inputs are finite: {where}, on rank {self._rank}"
             )
         self._waits_for_backward = True
 
