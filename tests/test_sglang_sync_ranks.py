@@ -43,7 +43,7 @@ def test_with_checksums_a_server_that_holds_something_else_than_its_source_is_fo
     if not checksums:
         assert errors == ["", ""]
     else:  # the server's own worker has seen it, hence the server has failed, and it was the last one
-        assert all("pieces differ from their source after the transfer, first " in error for error in errors)
+        assert all("pieces that differ from their source after the transfer: " in error for error in errors)
         assert all("that source rank 1 sent" in error for error in errors)
 
 

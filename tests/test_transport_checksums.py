@@ -24,6 +24,6 @@ def test_a_flipped_bit_is_named_on_every_rank_and_nobody_has_a_version(gangs, hf
         fp8_block=fp8_block,
     )
     for error, complete in found:
-        assert "1 pieces differ from their source after the transfer, first model.layers.2.mlp.down_proj.weight" in error
+        assert "pieces that differ from their source after the transfer: 1, first model.layers.2.mlp.down_proj.weight" in error
         assert complete is None
     assert [path.name for path in tmp_path.iterdir()] == (["version_000002"] if kind == "disk" else [])

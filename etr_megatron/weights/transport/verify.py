@@ -49,7 +49,7 @@ def refuse_differing(wire: Wire, differing: Sequence[Transfer]) -> None:
     if differing:
         first = differing[0]
         raise wire.board.fail(
-            f"{len(differing)} pieces differ from their source after the transfer, first {first.weight.server} (of "
+            f"pieces that differ from their source after the transfer: {len(differing)}, first {first.weight.server} (of "
             f"{', '.join(first.weight.hf)}), {list(first.size)} from {list(first.destination_at)} that source rank "
             f"{first.source} sent"
         )
