@@ -76,6 +76,18 @@ def test_integers_are_no_weights_in_either_format(capsys, hf, megatron, tmp_path
     assert not list(tmp_path.glob("out*"))
 
 
+def test_what_a_clone_without_git_lfs_holds_is_told_apart_from_a_broken_file(capsys, hf, tmp_path):
+    (hf / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 900\n")
+    said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+    assert "model.safetensors is not a complete safetensors file (it is a pointer of Git LFS: git lfs pull brings" in said
+
+
+def test_weights_in_torchs_own_format_are_named(capsys, hf, tmp_path):
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+    assert said.startswith(f"error: {hf} holds pytorch_model.bin but no .safetensors file, the only kind that is read;")
+
+
 def spoil_metadata(megatron: Path, spoil) -> None:
     with open(megatron / ".metadata", "rb") as file:
         metadata = pickle.load(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     LossInputs,
     LossOutputs,
+    LossSettings,
     diagnostic_sums,
     refuse_if_rows_interact,
     register_loss,
@@ -23,6 +26,7 @@ from etr_megatron.objective import (
 )
 from tests.loss_cases import random_case
 from tests.policy_jobs import build, make_batch
+from tests.runs import REPO
 
 LOCAL = [name for name in LOSSES if resolve_loss(name).token_local]
 SEQUENCES = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
@@ -226,3 +230,19 @@ def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) ->
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="registered already"):
         register_loss("clipped", token_local=True)(squared)
+
+
+def test_the_documented_loss_is_what_it_says(tmp_path, monkeypatch):
+    lines = (REPO / "docs" / "etr.md").read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("    from etr_megatron.objective import"))
+    code = list(itertools.takewhile(lambda line: not line or line.startswith("    "), lines[begin:]))
+    (tmp_path / "documented_losses.py").write_text(textwrap.dedent("\n".join(code)))
+    monkeypatch.syspath_prepend(tmp_path)
+    case, logp, entropy = random_case(3, LossSettings(options={"power": 0.5}))
+    loss = resolve_loss("documented_losses:tempered")
+    outputs = loss(case.inputs(torch.tensor(logp, requires_grad=True), torch.tensor(entropy)))
+    gate = np.sqrt(case.rows["variance"])
+    surrogate = gate * np.exp(logp - case.rows["old_logp"]) * case.rows["advantage"]
+    wanted = -(case.rows["weight"] * case.rows["correction"] * surrogate).sum()
+    assert loss.token_local and outputs.loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert torch.equal(outputs.rows["gate"], torch.tensor(case.rows["variance"]) ** 0.5)

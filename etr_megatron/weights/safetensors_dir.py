@@ -123,6 +123,12 @@ def _files(folder: Path, wanted: set[str]) -> list[Path]:
     if wanted:
         files = [file for file in files if file.name in wanted]
     if not files:
+        other = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
+        if other:
+            raise UserError(
+                f"{folder} holds {other[0]} but no .safetensors file, the only kind that is read; save_pretrained of "
+                "transformers writes the model anew as one"
+            )
         raise UserError(f"{folder} holds no .safetensors file; it is not a HuggingFace checkpoint directory")
     return files
 
@@ -132,7 +138,10 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
     type that is not known."""
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        if first == b"version ":
+            raise ValueError("it is a pointer of Git LFS: git lfs pull brings the file itself")
+        length = int.from_bytes(first, "little")
         if total < 8 or length > total - 8:
             raise ValueError(f"its header of {length} bytes does not fit into {total}")
         header: dict[str, Any] = json.loads(file.read(length))
