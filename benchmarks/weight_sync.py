@@ -126,7 +126,7 @@ async def measure(url: str, buckets: Sequence[Bucket], rounds: int) -> dict[str,
     async with httpx.AsyncClient(transport=Connections()) as http:
         client = ServerClient("server", url, http)
         await client.learn_routes((), timeout_s=TIMEOUT_S)
-        fleet = Fleet([client], concurrency=4, timeout_s=TIMEOUT_S, hang_timeout_s=TIMEOUT_S)
+        fleet = Fleet([client], timeout_s=TIMEOUT_S, hang_timeout_s=TIMEOUT_S)
         ways = deliveries(fleet)
         syncs, wanted = Syncs(fleet, ways), None
         for way in ways:

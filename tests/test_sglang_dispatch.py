@@ -31,7 +31,7 @@ def dispatch_of(prompts: str, concurrency: int = 2, deaths=None) -> Dispatch:
 def dies(dispatch: Dispatch, server: str, *orders: Order) -> None:
     """With these under way, one after the other."""
     for order in orders:
-        dispatch.suspect("pqrstu"[order.key] if isinstance(order.key, int) else "", server)
+        dispatch.suspect("pqrstu"[order.key], server)
         dispatch.ended(order.key)
         dispatch.again(order.key)
 
@@ -96,6 +96,17 @@ def test_a_prompt_is_not_tested_at_the_server_that_died_with_it_unless_that_is_t
         dispatch = dispatch_of("p")
         dies(dispatch, "a", *begin(dispatch, ["a"]))
         assert begin(dispatch, servers) == [Order(0, where, True)]
+
+
+def test_a_prompt_is_tested_when_all_of_it_is_back_from_the_server_that_died_and_that_death_counts_once():
+    dispatch = dispatch_of("pp")
+    begin(dispatch, ["a"])
+    dies(dispatch, "a", Order(0, "a", False))
+    assert begin(dispatch, ["b", "c"]) == []
+    dispatch.suspect("p", "a")
+    dispatch.ended(1)
+    dispatch.again(1)
+    assert begin(dispatch, ["b", "c"]) == [Order(0, "b", True)] and dispatch.deaths == {"p": 1}
 
 
 def test_behind_a_router_no_server_is_idle_before_all_are():

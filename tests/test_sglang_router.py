@@ -88,6 +88,22 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
 
 
 @requires_router
+def test_behind_the_router_a_prompt_that_servers_die_of_is_found_alone_and_given_up(tmp_path):
+    poison = Request([100, 7, 7], PARAMETERS)
+
+    async def body():
+        async with fleet_of(*[{"die_prompt": 100, "seconds": 0.05}] * 4, timeout_s=60.0) as fleet:
+            with router_before(fleet, tmp_path) as router:
+                found = await generate(fleet, [*REQUESTS[:20], *[poison] * 3, *REQUESTS[20:]], concurrency=8)
+                return found, fleet.failed, router.is_up
+
+    found, failed, is_up = asyncio.run(body())
+    assert all("was lost with it alone" in one.given_up for one in found[20:23])
+    assert [one.ids for one in found[:20] + found[23:]] == [tokens_of(request) for request in REQUESTS]
+    assert 2 <= len(failed) <= 3 and is_up  # the router may have had it at two
+
+
+@requires_router
 def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline_of_its_requests(tmp_path):
     async def body():
         async with fleet_of({}, {"stop_at": 3}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:

@@ -178,7 +178,9 @@ class Dispatch:
             idle = [self.apart, *idle]
         for name in idle:
             for prompt in self._held:
-                if self._suspects[prompt] != name or len(serving) == 1:
+                # What else of it was at the server that died has to be back, or its end would count as another death.
+                is_back = prompt not in self._homes
+                if is_back and (self._suspects[prompt] != name or len(serving) == 1):
                     self.apart = name
                     self._load[name] += 1
                     self._testing = prompt, name

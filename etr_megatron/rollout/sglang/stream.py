@@ -260,8 +260,9 @@ class RequestStream:
         self._begin()
 
     def _answer(self, key: int, outcome: Generated | RefusedError) -> None:
-        self._requests.pop(key, None)
         self._failures.pop(key, None)
+        if self._requests.pop(key, None) is None:  # nobody waits for it
+            return
         if key >= 0:
             self._replies.put((key, outcome) if isinstance(outcome, Generated) else outcome)
         elif key in self._awaited and not self._awaited[key].done():
