@@ -300,3 +300,19 @@ def test_reference_is_current_and_documents_every_key():
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_config_is_valid(path):
     load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
+        (["rollout.partial=true", "rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
+        (["rollout.backend=sglang", "rollout.partial=true"], "set max_staleness to at least 1"),
+        (["rollout.max_oversample=0.9"], "must be at least 1"),
+        (["rollout.replay=runs/first"], "there is no engine to evaluate with"),
+        (["rollout.replay=runs/first", "rollout.only=true", "eval.every=0"], "leave out one of them"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_config(None, overrides)

@@ -8,7 +8,7 @@ import json
 import pytest
 from safetensors.torch import load, save
 
-from etr_megatron.config import Config, load_config
+from etr_megatron.config import Config
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
@@ -366,22 +366,6 @@ def test_a_step_goes_on_after_the_sync_that_its_servers_needed_with_what_there_i
     taken = hand.take(1, timer)
     assert names(taken) == ["p0", "p1", "p2", "p3"] and engine.asked == 8
     assert_whole(taken, lambda problem, index: 9 if problem.id == "p3" else 4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
-        (["rollout.partial=true", "rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
-        (["rollout.backend=sglang", "rollout.partial=true"], "set max_staleness to at least 1"),
-        (["rollout.max_oversample=0.9"], "must be at least 1"),
-        (["rollout.replay=runs/first"], "there is no engine to evaluate with"),
-        (["rollout.replay=runs/first", "rollout.only=true", "eval.every=0"], "leave out one of them"),
-    ],
-)
-def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
-    with pytest.raises(UserError, match=words):
-        load_config(None, overrides)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
