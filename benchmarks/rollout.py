@@ -217,7 +217,7 @@ def _measure(options: argparse.Namespace) -> None:
         if "server" in options.part:
             shape = QUICK["short"] if options.quick else SERVER
             with real_server(folder / "server") as url:
-                found = compare("SGLang on CPU", shape, url, options.rounds, folder)
+                found = compare("SGLang on CPU", shape, url, options.rounds, folder / "server")
             keep("server", pair_table(found), cases=[found])
 
 

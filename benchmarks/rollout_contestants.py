@@ -26,6 +26,7 @@ from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.types import Problem
+from etr_megatron.weights import read_architecture
 
 STEPS = 10_000
 """More than any measurement has."""
@@ -96,8 +97,9 @@ class Sampled:
 
     def __init__(self, config: Config, problems: list[Problem], decode: Decode, directory: Path) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        # There is no weight sync: architecture and dtype are those of nothing.
-        serving = Serving(QUICK_DENSE, "float32", "gloo", [], directory, temperature=1.0, max_gap=1.0)
+        # There is no weight sync. A server without a model does not say what it serves; a real one does, in a config.json.
+        architecture = read_architecture(directory) if (directory / "config.json").exists() else QUICK_DENSE
+        serving = Serving(architecture, "float32", "gloo", [], directory, temperature=1.0, max_gap=1.0)
         self.engine = SglangEngine(config.sglang, directory, serving)
         cursor = PromptCursor(problems, seed=1, shuffle=False)
         self.sampler = StreamingSampler(config, self.engine, cursor, decode, _grade)

@@ -10,6 +10,9 @@ from benchmarks import rollout
 from benchmarks.rollout_contestants import BareLoop, Shape, config_of, make_problems
 from benchmarks.rollout_report import pair_result, pair_table, tail_result, tail_table
 from benchmarks.rollout_server import Responses
+from tests.runs import REPO
+
+PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own_ratios():
@@ -55,6 +58,14 @@ def test_a_quick_run_measures_the_client_and_the_tail_and_is_written(tmp_path):
     assert case["contestants"].keys() == {"sampler", "bare_loop", "bare_connections"}
     assert case["ratio"].keys() == {"bare_loop", "bare_connections"} and len(case["ratios"]["bare_loop"]) == 1
     assert found["tail"]["settings"]["partial"]["min_s"] >= 0 and "server" not in found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
+def test_a_quick_run_on_a_real_server_is_written(tmp_path):
+    output = tmp_path / "result.json"
+    assert rollout.main(["--quick", "--rounds", "1", "--part", "server", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["server"]["cases"][0]["ratio"].keys() == {"bare_loop", "bare_connections"}
 
 
 def test_wrong_options_are_one_sentence(tmp_path, capsys):
