@@ -143,6 +143,20 @@ def test_a_link_in_what_a_killed_conversion_left_is_removed_and_what_it_leads_to
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "kept").touch()
     (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / ".conversion").touch()
     (tmp_path / "out.unfinished" / "link").symlink_to(tmp_path / "mine")
     to_hf(megatron, tmp_path / "out", Ranks())
     assert not (tmp_path / "out" / "link").exists() and (tmp_path / "mine" / "kept").exists()
+    assert not (tmp_path / "out" / ".conversion").exists()
+
+
+def test_a_directory_that_only_has_the_name_of_an_unfinished_one_is_kept(capsys, hf, tmp_path):
+    partial = tmp_path / "out.unfinished"
+    partial.mkdir()
+    (partial / "thesis").write_text("years of work")
+    said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
+    assert (
+        said
+        == f"error: --out {tmp_path}/out: {partial} is there and no conversion has left it; remove it or choose another --out\n"
+    )
+    assert (partial / "thesis").read_text() == "years of work" and not (tmp_path / "out").exists()

@@ -23,6 +23,9 @@ SEEN_S = 30.0
 
 _MARKER = ".seen_by_all"
 
+_OURS = ".conversion"
+"""In every directory that a conversion has begun: what lies in another is not its to remove."""
+
 
 @contextmanager
 def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
@@ -31,7 +34,7 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     size: bytes that will be written, compared with the free space first. Rank 0 makes, removes and renames. Raises UserError
     when `out` holds something, another conversion writes there, a rank does not see rank 0's directory under that name, or the
     disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays, until the
-    same conversion is started again.
+    same conversion is started again. A directory of that name that no conversion has left is refused, whatever it holds.
     """
     if not out.name or out.resolve().name != out.name:
         raise UserError(f"--out {out} must end in the name of a new directory")
@@ -58,11 +61,12 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     """Make the unfinished directory; returns a descriptor of it that holds its lock."""
     lock = _lock(out, partial)
     try:
-        for leftover in partial.iterdir():  # of one that was killed
+        _claim(out, partial)
+        for leftover in set(partial.iterdir()) - {partial / _OURS}:  # of one that was killed
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         free = shutil.disk_usage(partial).free
         if free < size + _SPARE_BYTES:
-            partial.rmdir()
+            shutil.rmtree(partial)
             raise UserError(
                 f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some "
                 "or choose another --out"
@@ -101,6 +105,16 @@ def _lock(out: Path, partial: Path) -> int:
         os.close(lock)
 
 
+def _claim(out: Path, partial: Path) -> None:
+    """Mark the unfinished directory as a conversion's; one that holds something and has no mark is somebody else's."""
+    if not (partial / _OURS).exists() and any(partial.iterdir()):
+        raise UserError(f"--out {out}: {partial} is there and no conversion has left it; remove it or choose another --out")
+    try:
+        (partial / _OURS).touch()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
 def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
     """Raise UserError where a rank does not see rank 0's directory under this name. A collective.
 
@@ -136,4 +150,6 @@ def _finish(partial: Path, out: Path) -> None:
     for path in [*partial.rglob("*"), partial]:  # tensors, and what was copied beside them
         sync_to_disk(path)
     os.rename(partial, out)  # also onto an empty directory
+    with suppress(OSError):  # all is there, whether this goes or not
+        (out / _OURS).unlink()
     sync_to_disk(out.parent)
