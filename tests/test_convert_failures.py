@@ -215,7 +215,7 @@ def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, befor
     hook: Python that `rank` runs first. before: Python that both run before that.
     """
     program = f"{before}import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
-    program += "\nos._exit(convert_hf.main(sys.argv[1:]))"
+    program += "\nconvert_hf.run_and_leave()"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}

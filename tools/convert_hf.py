@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -134,6 +135,21 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(work) or code
 
 
+def run_and_leave() -> NoReturn:
+    """Run and end this process: with 1, after the traceback, where what is raised is a defect of ours.
+
+    Not through the interpreter's own end: that would end torch.distributed's threads, which they do not survive.
+    """
+    try:
+        code = code_of_printing(main)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def give_up(reason: str, code: int = 2) -> NoReturn:
     """End this process, which may wait in a collective, with a sentence."""
     report_user_error(UserError(reason + _unfinished(sys.argv[1:])))
@@ -169,7 +185,4 @@ if __name__ == "__main__":
     end_on_signals()
     # Garbage is looked for at every 700 new objects otherwise, which takes a fifth of the time in which modules are loaded.
     gc.set_threshold(100_000)
-    exit_code = code_of_printing(main)
-    sys.stderr.flush()
-    # Not sys.exit: the interpreter would end torch.distributed's threads, which they do not survive.
-    os._exit(exit_code)
+    run_and_leave()
