@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 import etr_megatron.checkpoint.checkpoint as implementation  # noqa: E402
 from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron import checkpoint  # noqa: E402
+from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
@@ -40,7 +41,7 @@ def choose(contestant: str) -> None:
 
 def states(policy: Policy) -> list[Tensor]:
     """Adam's moments and fp32 weights of this rank, the tensors themselves."""
-    optimizers = [one.optimizer for one in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])]
+    optimizers = [one.optimizer for one in optimizers_of(policy.optimizer)]
     return [
         tensor
         for one in optimizers

@@ -29,8 +29,9 @@ def _run(argv: list[str]) -> None:
     if "--dry-run" in argv:
         from etr_megatron.planner.dry_run import dry_run
 
-        code = dry_run([argument for argument in argv if argument != "--dry-run"])
-        return os._exit(code) if code else None
+        if code := dry_run([argument for argument in argv if argument != "--dry-run"]):
+            os._exit(code)
+        return
     # Megatron counts on it: kernels start in the order of their launches, messages before the products that hide them. CUDA
     # reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +48,21 @@ def hf_models(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("hf")
     return {name: write_model(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture
+def hf(hf_models, tmp_path):
+    """A copy of a small Qwen3 checkpoint, to be changed."""
+    return Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
+
+
+@pytest.fixture
+def megatron(hf, tmp_path):
+    """What `hf` is as a torch_dist checkpoint."""
+    from etr_megatron.convert import Ranks, to_megatron
+
+    to_megatron(hf, tmp_path / "megatron", Ranks())
+    return tmp_path / "megatron"
 
 
 @pytest.fixture(scope="session")

@@ -6,30 +6,18 @@ import errno
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from etr_megatron.convert import Ranks, to_hf, to_megatron, torch_dist_writer
+from etr_megatron.convert import Ranks, to_hf, torch_dist_writer
 from etr_megatron.errors import UserError
 from etr_megatron.weights import TorchDistDir, check_checkpoint
 from tests.test_convert_failures import refusal
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
-
-
-@pytest.fixture
-def hf(hf_models, tmp_path):
-    return Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
-
-
-@pytest.fixture
-def megatron(hf, tmp_path):
-    to_megatron(hf, tmp_path / "megatron", Ranks())
-    return tmp_path / "megatron"
 
 
 def change_header(file: Path, change) -> None:

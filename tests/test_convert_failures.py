@@ -24,17 +24,6 @@ from tests.gang import ROOT
 from tools.convert_hf import main
 
 
-@pytest.fixture
-def hf(hf_models, tmp_path):
-    return Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
-
-
-@pytest.fixture
-def megatron(hf, tmp_path):
-    to_megatron(hf, tmp_path / "megatron", Ranks())
-    return tmp_path / "megatron"
-
-
 def refusal(capsys, *argv: str | Path) -> str:
     """The sentence; nothing else is printed."""
     assert main([str(part) for part in argv]) == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from etr_megatron.convert import Ranks, comparison, to_megatron
+from etr_megatron.convert import comparison
 from etr_megatron.weights import read_architecture
 from tests.test_convert_failures import refusal
 from tests.test_data_sources import byte_tokenizer
@@ -23,12 +23,6 @@ def hf(hf_models, tmp_path):
     folder = Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def megatron(hf, tmp_path):
-    to_megatron(hf, tmp_path / "megatron", Ranks())
-    return tmp_path / "megatron"
 
 
 def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etr_megatron.checkpoint.optimizer_shards import boxes_of_range
+from etr_megatron.checkpoint.optimizer_shards import boxes_of_range, optimizers_of
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 from tests.test_policy_checkpoints import BASE, check, update_twice
@@ -48,8 +48,7 @@ def save_once(model: str, overrides: list[str], folder: str) -> int:
     policy = build(model, [*BASE, *overrides])
     policy.update(make_batch(random_sequences()))
     checkpoint.save(Path(folder), 1, policy, {}, keep=1)
-    optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-    return sum(state["exp_avg"].numel() for one in optimizers for state in one.optimizer.state.values())
+    return sum(state["exp_avg"].numel() for one in optimizers_of(policy.optimizer) for state in one.optimizer.state.values())
 
 
 def written(folder: Path) -> dict[str, Counter[int]]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
 from torch.distributed.checkpoint import CheckpointException
 
-from etr_megatron.checkpoint.optimizer_shards import store_by_rank
+from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_rank
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import no_room, sync_to_disk
@@ -169,7 +169,7 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
 
 def _create_adam_state(optimizer: Any) -> None:
     """The distributed optimizer reads torch Adam's state before the first step would create it."""
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in optimizers_of(optimizer):
         inner = one.optimizer
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if isinstance(inner, torch.optim.Adam) and not inner.state[parameter]:

@@ -53,9 +53,14 @@ def _boxes_of_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Ite
         yield (row, *offsets), (1, *sizes)
 
 
+def optimizers_of(optimizer: Any) -> list[Any]:
+    """Those of a chain, or the one itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def store_by_rank(optimizer: Any) -> None:
     """Make a distributed optimizer (or the ones in a chain) store its state as this module does; other optimizers are left."""
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for one in optimizers_of(optimizer):
         if hasattr(one, "sharded_param_state_fully_reshardable"):
             one.sharded_param_state_fully_reshardable = partial(_sharded_param_state, one)
             one.load_parameter_state_from_fully_reshardable = partial(_load_param_state, one)
@@ -84,17 +89,15 @@ def _sharded_param_state(
             states = {state: held[state].detach().reshape(-1).to(torch.float32) for state in _STATES}
         # Optimizer states of one parameter are on one rank of its data-parallel group alone; no other rank is its replica.
         place = places[parameter]
-        place = replace(place, replica_id=(*place.replica_id[:2], optimizer.distributed_optimizer_instance_id))
-        found[number] = {
-            state: list(_pieces(place, f"optimizer.state.{state}.{place.key}", values, begin))
-            for state, values in states.items()
-        }
+        replica = (*place.replica_id[:2], optimizer.distributed_optimizer_instance_id)
+        parts = _contiguous_parts(replace(place, replica_id=replica))
+        found[number] = {state: list(_pieces(parts, state, values, begin)) for state, values in states.items()}
     return found
 
 
-def _pieces(place: ShardedTensor | ShardedTensorFactory, key: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
-    """Boxes of `values` [n], elements from `begin` on of the flattened local tensor that lies at `place`; views of `values`."""
-    for base, part in _contiguous_parts(place, key):
+def _pieces(parts: list[tuple[int, ShardedTensor]], state: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
+    """Boxes of a state's `values` [n], as views: elements from `begin` on of the flattened local tensor of these parts."""
+    for base, part in parts:
         size = math.prod(part.local_shape)
         low, high = max(begin - base, 0), min(begin + len(values) - base, size)
         at = max(base - begin, 0)
@@ -105,6 +108,7 @@ def _pieces(place: ShardedTensor | ShardedTensorFactory, key: str, values: Tenso
             offsets = (*[0] * prepended, *offsets)
             yield replace(
                 part,
+                key=f"optimizer.state.{state}.{part.key}",
                 data=values[at : at + count].view(sizes),
                 dtype=torch.float32,
                 local_shape=sizes,
@@ -115,21 +119,19 @@ def _pieces(place: ShardedTensor | ShardedTensorFactory, key: str, values: Tenso
             at += count
 
 
-def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory, key: str) -> list[tuple[int, ShardedTensor]]:
+def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[int, ShardedTensor]]:
     """(offset in the flattened local tensor, sharded tensor without data): one, or as many as a factory makes of it.
 
     Gate and up projections are one parameter and lie apart in the whole; where, a factory says for a tensor that it is given.
     """
-    empty = torch.empty(place.data.shape, dtype=torch.float32, device="meta")
     if not isinstance(place, ShardedTensorFactory):
-        return [(0, replace(place, key=key, data=None, dtype=torch.float32))]
-    parts = list(nested_values(replace(place, key=key, data=empty).build()))
+        return [(0, replace(place, data=None))]
+    empty = torch.empty(place.data.shape, device="meta")
+    parts = sorted(nested_values(replace(place, data=empty).build()), key=lambda part: part.data.storage_offset())
     for part in parts:
         if not part.data.is_contiguous():
             raise NotImplementedError(f"{place.key}: parts that are not whole rows of the parameter cannot be stored by ranges")
-    return [
-        (part.data.storage_offset(), part.without_data()) for part in sorted(parts, key=lambda one: one.data.storage_offset())
-    ]
+    return [(part.data.storage_offset(), part.without_data()) for part in parts]
 
 
 @torch.no_grad()

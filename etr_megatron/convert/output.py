@@ -21,10 +21,9 @@ _SPARE_BYTES = 16 * 2**20
 SEEN_S = 30.0
 """After which a file of rank 0's is taken for invisible: a network file system may keep an older listing for about as long."""
 
-_MARKER = ".seen_by_all"
-
 _OURS = ".conversion"
-"""In every directory that a conversion has begun: what lies in another is not its to remove."""
+"""In every directory that a conversion has begun: what lies in another is not its to remove. By what is written into it ranks
+tell that they see the same one."""
 
 
 @contextmanager
@@ -122,7 +121,7 @@ def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
-    marker, token = partial / _MARKER, ranks.agreed(secrets.token_hex(16))
+    marker, token = partial / _OURS, ranks.agreed(secrets.token_hex(16))
     ranks.first(lambda: marker.write_text(token))
 
     def look() -> None:
@@ -136,7 +135,6 @@ def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
             time.sleep(0.1)
 
     ranks.together(look)
-    ranks.first(marker.unlink)
 
 
 def _holds(file: Path, text: str) -> bool:

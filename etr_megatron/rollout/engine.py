@@ -45,6 +45,9 @@ class RefusedError(UserError):
     """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
 
 
+LOOK_S = 1.0
+"""How often a wait for responses looks whether a rank must stop."""
+
 MustStop = Callable[[], bool]
 
 

@@ -17,16 +17,13 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
-from etr_megatron.rollout.engine import Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
+from etr_megatron.rollout.engine import LOOK_S, Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
 logger = logging.getLogger(__name__)
-
-_LOOK_S = 1.0
-"""How often a wait for responses looks whether a rank must stop."""
 
 
 class StreamingSampler:
@@ -99,7 +96,7 @@ class Hand:
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) in the rollout of step {step}")
             with timer("rollout"):
-                self._accept(self._engine.wait(_LOOK_S))
+                self._accept(self._engine.wait(LOOK_S))
             with timer("reward"):
                 self._judge()
         grades, self._grades = self._grades, []

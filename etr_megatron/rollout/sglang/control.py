@@ -16,7 +16,7 @@ import httpx
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.rollout.engine import MustStop, RefusedError
+from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
@@ -57,9 +57,6 @@ _ROUTES = (
 _RELEASE = ("/release_memory_occupation", "/resume_memory_occupation")
 PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
-
-_LOOK_S = 1.0
-"""How often a wait for responses looks whether a rank must stop."""
 
 _CLOSE_S = 5.0
 """For servers to give back what was cut off when the job ends; nobody is going to read it."""
@@ -138,7 +135,7 @@ class Control:
     def run_until_stopped(self, what: Coroutine[Any, Any, T], must_stop: MustStop) -> T:
         """The same, until `must_stop()` holds: then `what` is given up, and StopAskedError raised."""
         future = asyncio.run_coroutine_threadsafe(what, self.loop)
-        while not wait([future], timeout=_LOOK_S).done:
+        while not wait([future], timeout=LOOK_S).done:
             if must_stop():
                 future.cancel()
                 raise StopAskedError("told to stop (SIGTERM) while responses were waited for")
