@@ -12,6 +12,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import path_errors
+from etr_megatron.platform.world import number_apart
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
@@ -247,10 +248,23 @@ def check_replay(config: Config) -> None:
         )
 
 
+def nodes_apart(config: Config) -> int:
+    """How many nodes of the job have servers and no ranks."""
+    return config.sglang.dedicated_nodes if has_servers(config) else 0
+
+
+def has_servers(config: Config) -> bool:
+    """Whether servers are part of the job."""
+    return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls
+
+
 def starts_servers(config: Config) -> bool:
     """Whether this node is to start servers; a machine without torchrun counts as the first node."""
-    is_one_of_theirs = config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
-    return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls and is_one_of_theirs
+    if not has_servers(config):
+        return False
+    if apart := nodes_apart(config):
+        return number_apart(apart) is not None
+    return config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
 
 
 def check_servers(config: Config) -> None:

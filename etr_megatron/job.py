@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from etr_megatron import platform
+from etr_megatron.checks import nodes_apart
 from etr_megatron.config import Config, doubts
 from etr_megatron.data import (
     ProblemSet,
@@ -33,6 +34,7 @@ from etr_megatron.types import Problem
 if TYPE_CHECKING:
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
+    from etr_megatron.rollout.sglang import ServerNodes
     from etr_megatron.weights import Architecture
 
 
@@ -60,6 +62,7 @@ def _model_dir(config: Config) -> Path:
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
+    from etr_megatron.rollout.engine import never
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -67,6 +70,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     require_fp8(config.fp8)  # before minutes are spent on servers
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
+    nodes = _server_nodes(config, stack) if layout.rank == 0 else None
     problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
     held_out: list[Problem] = []
     if config.data.eval is not None:
@@ -77,7 +81,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     refuse_unknown_tokens([*problems, *held_out], architecture.vocab_size, model_dir)
     engine = None
     if config.rollout.replay is None:
-        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory)))
+        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory, nodes)))
     cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
     decode, grader = partial(tokenizer.decode, skip_special_tokens=True), pool.grade if pool is not None else None
     trainer = Trainer(
@@ -90,6 +94,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         directory=directory,
         grader=grader,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
+        asked_to_stop=nodes.asked_to_stop if nodes is not None else never,
     )
     # Modules and model live to the end. Looking through them in each full collection would hold up a rank, and with it all.
     gc.freeze()
@@ -117,10 +122,23 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
         print(f"warning: {doubt}", file=sys.stderr)
 
 
+def _server_nodes(config: Config, stack: ExitStack) -> ServerNodes | None:
+    """The nodes that are set apart for servers, until `stack` is closed; None where there are none."""
+    from etr_megatron.rollout.sglang import ServerNodes
+
+    apart = nodes_apart(config)
+    return stack.enter_context(ServerNodes(apart, config.sglang)) if apart else None
+
+
 def _engine(
-    config: Config, model_dir: Path, architecture: Architecture, stop_ids: set[int], directory: RunDirectory
+    config: Config,
+    model_dir: Path,
+    architecture: Architecture,
+    stop_ids: set[int],
+    directory: RunDirectory,
+    nodes: ServerNodes | None,
 ) -> RolloutEngine:
-    """The rollout engine that `rollout.backend` names; a collective."""
+    """The rollout engine that `rollout.backend` names; a collective. nodes: on rank 0, where some are set apart for servers."""
     from etr_megatron.policy.policy import DTYPES
 
     if config.rollout.backend == "embedded":
@@ -144,7 +162,7 @@ def _engine(
         temperature=config.rollout.temperature,
         max_gap=config.rollout.max_logprob_gap,
     )
-    return SglangEngine(config.sglang, model_dir, serving)
+    return SglangEngine(config.sglang, model_dir, serving, nodes)
 
 
 def _sampler(

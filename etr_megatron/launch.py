@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import check_inputs, starts_servers
+from etr_megatron.checks import check_inputs, nodes_apart, starts_servers
 from etr_megatron.cli import USAGE, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
+from etr_megatron.platform.world import place_of
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest)
     config = load_config(config_path, overrides)
+    place_of(nodes_apart(config))  # of one node none can be set apart
 
     import torch  # after the config: it takes seconds, and a wrong key should not
 

@@ -7,10 +7,11 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import check_inputs
+from etr_megatron.checks import check_inputs, nodes_apart
 from etr_megatron.cli import parse_args, require_torchrun
-from etr_megatron.config import load_config, resolve
+from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.platform.world import Place, place_of
 from etr_megatron.status import exit_code_of
 
 
@@ -36,18 +37,34 @@ def _run(argv: list[str]) -> None:
     # reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
-    config = resolve(config, world, cuda=platform.uses_cuda())
+    place = place_of(nodes_apart(config))
+    os.environ["WORLD_SIZE"] = str(place.ranks)
+    config = resolve(config, place.ranks, cuda=platform.uses_cuda())
+    if place.apart is not None:
+        _serve(config, place)
+        return
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        check_inputs(config, world)
+        check_inputs(config, place.ranks)
     require_torchrun("etr_megatron.train")
     # Collections in the middle of loading 4,000 modules would take a fifth of the time to the first step.
     gc.disable()
     from etr_megatron.job import run_rank
 
     run_rank(config)
+
+
+def _serve(config: Config, place: Place) -> None:
+    """What a node does that is set apart for servers: one of its processes keeps these, the others have nothing to do."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return
+    from etr_megatron.rollout.sglang import ServerNode
+
+    assert place.apart is not None
+    node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s)
+    if code := node.serve(lambda: check_inputs(config, place.ranks)):
+        os._exit(code)
 
 
 if __name__ == "__main__":

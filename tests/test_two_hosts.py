@@ -153,6 +153,36 @@ def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_ho
     assert status["state"] in ("failed", "requeue") and status["step"] >= 2
 
 
+def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_loss_stops_the_run_with_all_saved(
+    hosts, runs, tmp_path
+):
+    options = ("run.name=apart", "run.steps=200", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
+    options += ("sglang.dedicated_nodes=1", "sglang.servers=2", f"sglang.python={sys.executable}")
+    options += ("sglang.launch=[-m,tests.fake_sglang]", "rollout.max_logprob_gap=100", "sglang.update_timeout_s=30")
+    outputs, folder = [tmp_path / "host0.log", tmp_path / "host1.log"], runs.directory("apart") / "servers"
+    slow = {"FAKE_SGLANG": json.dumps({"seconds": 0.5}), "ETR_RESTARTS": "0"}
+    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
+    try:
+        wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
+        logs = [(folder / f"sglang_server_{server}.log").read_text() for server in range(2)]
+        ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
+        urls = [f"http://{ADDRESSES[1]}:{port}/state" for port in ports]
+        key = json.loads((folder / f".{ADDRESSES[1]}_1.yaml").read_text().removeprefix("api-key: "))
+        assert [hosts.get(0, url)[0] for url in urls] == [401, 401]
+        states = [json.loads(hosts.get(0, url, key)[1]) for url in urls]
+        assert all(int(state["version"]) >= 2 and state["prompts"] for state in states)
+        os.killpg(processes[1].pid, signal.SIGKILL)
+        assert processes[0].wait(180) != 0
+        wait_for(lambda: all(gone(state["pid"]) for state in states), deadline_s=30)
+    finally:
+        end(processes)
+    status = json.loads((runs.directory("apart") / "status.json").read_text())
+    assert status["state"] == "requeue" and status["step"] >= 2, outputs[0].read_text()[-3000:]
+    assert "no SGLang server is left: SGLang server 0: " in status["message"]
+    saved = runs.directory("apart") / "checkpoints" / f"step_{status['step']:06d}"
+    assert saved.is_dir()
+
+
 def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
     command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "preflight"]

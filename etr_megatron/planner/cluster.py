@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, SglangConfig
 from etr_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Cluster:
 
     colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
     first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all are alike.
-    server_nodes: nodes, the first ones, that have servers; None is all.
+    server_nodes: nodes, the first ones, that have servers; None is all. dedicated_nodes: the last ones, that have nothing else.
     """
 
     gpus: int
@@ -34,6 +34,7 @@ class Cluster:
     outside: bool = False
     first_node_ranks: int | None = None
     server_nodes: int | None = None
+    dedicated_nodes: int = 0
 
     def shares_gpu(self, rank: int) -> bool:
         """Whether a colocated server has the rank's GPU: servers lie side by side from a node's first GPU on."""
@@ -51,7 +52,7 @@ class Cluster:
     @property
     def ranks_per_node(self) -> int:
         """What torchrun is given as --nproc-per-node, on the first node `first_node_ranks` where that is a number."""
-        return self.ranks // self.nodes if self.first_node_ranks is None else self.gpus_per_node
+        return self.ranks // (self.nodes - self.dedicated_nodes) if self.first_node_ranks is None else self.gpus_per_node
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
@@ -76,6 +77,8 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
         raise UserError(
             f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} take {on_a_node} GPUs of a node that has {gpus_per_node}"
         )
+    if sglang.dedicated_nodes:
+        return _with_dedicated_nodes(sglang, gpus, gpus_per_node)
     nodes = gpus // gpus_per_node if sglang.nodes == "every" else 1
     colocated = sglang.placement == "colocated"
     ranks = gpus if colocated else gpus - nodes * on_a_node
@@ -97,6 +100,16 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
         first_node_ranks=first,
         server_nodes=nodes,
     )
+
+
+def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -> Cluster:
+    apart, nodes = sglang.dedicated_nodes, gpus // gpus_per_node
+    if apart >= nodes:
+        raise UserError(
+            f"sglang.dedicated_nodes={apart} of the {nodes} node{'s' * (nodes > 1)} that {gpus} GPUs are leave none to train on"
+        )
+    ranks = (nodes - apart) * gpus_per_node
+    return Cluster(gpus, gpus_per_node, ranks, apart * sglang.servers, sglang.tp, dedicated_nodes=apart)
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

@@ -41,7 +41,8 @@ def _head(plan: Plan) -> Iterator[str]:
     cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
     yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
     first = "" if cluster.first_node_ranks is None else f", the first with {cluster.first_node_ranks}"
-    nodes = f"{cluster.nodes} nodes with {cluster.ranks_per_node} ranks{first}"
+    apart = f", {cluster.dedicated_nodes} for servers alone" if cluster.dedicated_nodes else ""
+    nodes = f"{cluster.nodes} nodes with {cluster.ranks_per_node} ranks{first}{apart}"
     yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {nodes}"
     yield f"training   {cluster.ranks} ranks: {cut}"
     if plan.config.rollout.backend == "embedded":

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron import platform
+from etr_megatron.checks import nodes_apart
 from etr_megatron.cli import parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.platform.world import place_of
 from etr_megatron.status import exit_code_of
 
 TIMEOUT_S = 120.0
@@ -36,7 +38,8 @@ def _run(argv: list[str]) -> None:
     config = load_config(path, overrides)
     require_torchrun("etr_megatron.preflight")
     os.environ["ETR_PLATFORM"] = config.run.platform
-    config = resolve(config, world, cuda=platform.uses_cuda())
+    ranks = place_of(nodes_apart(config)).ranks
+    config = resolve(config, ranks, cuda=platform.uses_cuda())
 
     import torch.distributed as dist
 
@@ -46,7 +49,7 @@ def _run(argv: list[str]) -> None:
     _meet()
     token, token_file = _leave_token(config)
     dist.barrier()
-    own = _own_facts(config, world, time.time(), token_file)
+    own = _own_facts(config, ranks, time.time(), token_file)
     facts: list[Any] = [None] * world
     dist.all_gather_object(facts, own)
     if dist.get_rank() == 0:

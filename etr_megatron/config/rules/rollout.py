@@ -132,6 +132,8 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         yield Violation(("sglang.placement", "sglang.urls"), what)
     if external and sglang.nodes == "every":
         yield Violation(("sglang.nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+    if sglang.dedicated_nodes > 0:
+        yield from _dedicated_nodes(sglang)
     if external and sglang.router is not None:
         yield Violation(("sglang.router", "sglang.urls"), "the job's router is for servers that the job started")
     if external and sglang.sync == "sharded":
@@ -142,6 +144,20 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         yield Violation(
             ("sglang.sync", "sglang.placement"),
             "colocated servers take tensor or disk: NCCL has no group with two processes on one GPU",
+        )
+
+
+def _dedicated_nodes(sglang: SglangConfig) -> Iterator[Violation]:
+    if sglang.urls:
+        yield Violation(("sglang.dedicated_nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+    elif sglang.placement == "colocated":
+        yield Violation(("sglang.dedicated_nodes", "sglang.placement"), "nodes set apart have no ranks to share GPUs with")
+    if sglang.nodes == "every":
+        yield Violation(("sglang.dedicated_nodes", "sglang.nodes"), "servers are on nodes of their own or on every node")
+    if sglang.sync == "tensor":
+        yield Violation(
+            ("sglang.dedicated_nodes", "sglang.sync"),
+            "tensor needs a rank on the servers' machine; take broadcast, sharded or disk",
         )
 
 

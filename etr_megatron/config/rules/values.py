@@ -35,6 +35,7 @@ AT_LEAST: dict[str, int] = {
     "rollout.batch_samples": 1,
     "rollout.max_staleness": 0,
     "sglang.servers": 1,
+    "sglang.dedicated_nodes": 0,
     "sglang.tp": 1,
     "sglang.ep": 1,
     "sglang.probe_every": 0,

@@ -63,6 +63,9 @@ class SglangConfig:
     policy is trained. `external`: they run already, at `sglang.urls`. null: `external` with `sglang.urls`, else `dedicated`."""
     nodes: Literal["first", "every"] = "first"
     """Which nodes have servers: the one of rank 0, or `every` one, `sglang.servers` each."""
+    dedicated_nodes: int = 0
+    """Nodes that are set apart for servers, `sglang.servers` each: the last ones of torchrun's, which have no ranks. 0: servers
+    are on nodes that train, see `nodes`."""
     tp: int = 1
     """Tensor parallel size of each server."""
     ep: int = 1

@@ -2,5 +2,6 @@
 
 from etr_megatron.rollout.sglang.client import ServerError
 from etr_megatron.rollout.sglang.engine import Serving, SglangEngine
+from etr_megatron.rollout.sglang.server_nodes import ServerNode, ServerNodes
 
-__all__ = ["ServerError", "Serving", "SglangEngine"]
+__all__ = ["ServerError", "ServerNode", "ServerNodes", "Serving", "SglangEngine"]

@@ -74,7 +74,8 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    ranks = 0 if config.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    alone = config.placement == "colocated" or config.dedicated_nodes > 0
+    ranks = 0 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     taken = [gpus.index(gpu) for gpu in config.devices if gpu in gpus[:ranks]]
     if taken:
         way_out = f"start {min(taken)} here (--nproc-per-node)" if min(taken) else "name others"

@@ -16,7 +16,7 @@ from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, Sampling, never, sample_seed
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK, server_command, sync_of
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
@@ -24,6 +24,7 @@ from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WeightSource, WholeSender
+from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
@@ -48,28 +49,33 @@ class Serving:
 
 
 class SglangEngine:
-    """See `RolloutEngine`. Servers are started by rank 0, or by the first rank of every node, or are given by `config.urls`.
+    """See `RolloutEngine`. Servers are started by rank 0, by the first rank of every node or on nodes of their own, or are
+    those of `config.urls`.
 
     model_dir: has the config.json of what servers that are started here serve; their weights come by `update_weights`, without
     which nothing is generated.
     """
 
-    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving) -> None:
-        """A collective. Raises UserError on every rank when a server does not start or does not answer."""
+    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving, nodes: ServerNodes | None = None) -> None:
+        """A collective. nodes: on rank 0, where some are set apart. Raises UserError on every rank when a server does not start
+        or does not answer."""
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
         self._draws: dict[int, Draw] = {}
         self._control: Control | None = None
-        self._host: Host | None = None
+        self._host: Host | ServerNodes | None = None
         addresses = addresses_of(config)
-        key = on_rank0(lambda: new_key(addresses.values()) if addresses else None)
-        names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(addresses))]
+        apart = on_rank0(lambda: nodes.meet(config.startup_timeout_s) if nodes is not None else [], long=True)
+        places = [*addresses.values(), *apart]
+        key = on_rank0(lambda: new_key(places) if places else None)
+        names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(places))]
         own_address = on_rank0(lambda: own_address_of(config, addresses))
         self._hosts = {
             rank: names[place * config.servers : (place + 1) * config.servers] for place, rank in enumerate(addresses)
         }
-        self._host = together(lambda: self._own_host(model_dir, addresses, key))
+        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, serving.backend == "nccl")
+        self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
             lambda: (
                 Control(
@@ -94,25 +100,15 @@ class SglangEngine:
             self.close()
             raise
 
-    def _own_host(self, model_dir: Path, addresses: Mapping[int, str], key: str | None) -> Host | None:
+    def _own_host(
+        self, names: Sequence[str], nodes: ServerNodes | None, addresses: Mapping[int, str], setting: ServerSetting
+    ) -> Host | ServerNodes | None:
         """For the servers that this rank starts, if it does."""
-        config, serving, rank = self._config, self._serving, dist.get_rank()
-        if rank not in addresses:
-            return None
-        commands = {
-            name: server_command(
-                config,
-                model_dir,
-                serving.dtype,
-                place=place,
-                host=addresses[rank],
-                folder=serving.directory,
-                api_key=key,
-                cuda=serving.backend == "nccl",
-            )
-            for place, name in enumerate(self._hosts[rank])
-        }
-        return Host(commands, serving.directory, config.startup_timeout_s)
+        rank = dist.get_rank()
+        if nodes is not None:
+            nodes.prepare(names, setting)
+            return nodes
+        return host_of(self._config, self._hosts[rank], addresses[rank], setting) if rank in addresses else None
 
     def _make_sender(self, address: str) -> Sender:
         config, serving, control = self._config, self._serving, self._control

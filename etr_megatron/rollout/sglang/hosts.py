@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,6 @@ from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
 _POLL_S = 0.5
 _ASK_S = 5.0
 _MOST_BYTES = 1 << 16
-_STARTS = 3
-"""At ports that others turn out to have before the server is given up."""
 
 
 class Started(NamedTuple):
@@ -26,11 +24,28 @@ class Started(NamedTuple):
     problem: str | None
 
 
-class Host:
-    """Starts, restarts and ends servers. commands: by the servers' names. logs: directory for what they print."""
+class AbandonedError(RuntimeError):
+    """Nobody waits any more for the servers that are being started."""
 
-    def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float) -> None:
+
+class Host:
+    """Starts, restarts and ends servers. commands: by the servers' names. logs: directory for what they print.
+
+    abandoned: whether nobody is left to use them; `start` then raises AbandonedError.
+    """
+
+    STARTS = 3
+    """At ports that others turn out to have before the server is given up."""
+
+    def __init__(
+        self,
+        commands: Mapping[str, ServerCommand],
+        logs: Path,
+        startup_timeout_s: float,
+        abandoned: Callable[[], bool] | None = None,
+    ) -> None:
         self._commands, self._logs, self._timeout_s = dict(commands), logs, startup_timeout_s
+        self._abandoned = abandoned or (lambda: False)
         self._processes: dict[str, ServerProcess] = {}
 
     def start(self, names: Iterable[str]) -> dict[str, Started]:
@@ -43,7 +58,7 @@ class Host:
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s
-        return {name: self._wait_for(name, deadline, starts=_STARTS) for name in own}
+        return {name: self._wait_for(name, deadline, starts=self.STARTS) for name in own}
 
     def _launch(self, name: str) -> None:
         log = self._logs / f"{name.replace(' ', '_').lower()}.log"
@@ -53,6 +68,8 @@ class Host:
         """starts: how many this one makes with those that it may still have."""
         process = self._processes[name]
         while process.is_running:
+            if self._abandoned():
+                raise AbandonedError(name)
             if _answers(process.url):  # asked once even when others took all of the time
                 is_ours = _is_ours(process)
                 if is_ours:
@@ -77,8 +94,8 @@ class Host:
         process = self._processes[name]
         process.stop()
         if starts <= 1:
-            what = f"{name} was started {_STARTS} times, and each time another process had taken its port, last {process.url}"
-            return Started(process.url, what)
+            what = f"{name} was started {self.STARTS} times, and each time another process had taken its port"
+            return Started(process.url, f"{what}, last {process.url}")
         self._launch(name)
         return self._wait_for(name, time.monotonic() + self._timeout_s, starts=starts - 1)
 

@@ -16,7 +16,7 @@ from etr_megatron.config import SglangConfig
 
 def addresses_of(config: SglangConfig) -> dict[int, str]:
     """Rank -> address of its servers, of the ranks that start some; a collective."""
-    if config.urls:
+    if config.urls or config.dedicated_nodes:
         return {}
     if config.nodes == "first":
         return {0: "127.0.0.1"}

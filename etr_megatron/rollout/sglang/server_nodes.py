@@ -1,0 +1,308 @@
+"""Nodes that have servers and no ranks: what rank 0 orders there, and who does it.
+
+Both sides leave each other messages in the store that torchrun keeps on the first node; no collective reaches such a node, and
+where it is lost the run goes on with the others' servers. Keys, for node N:
+
+    N/hello     address of the node, or why it cannot have servers
+    N/order/K   the K-th order; N/reply/K what came of it
+    N/beats     counts up while the node lives, and `beats` while rank 0 does
+    N/stop      the node was sent SIGTERM
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.platform.background import beside
+from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.rollout.rank0 import BEAT_S, SILENCE_S
+from etr_megatron.rollout.sglang.commands import server_command
+from etr_megatron.rollout.sglang.hosts import AbandonedError, Host, Started
+from etr_megatron.rollout.sglang.places import address_towards
+from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
+
+_LOOK_S = 0.1
+_CONNECT_S = 300.0
+LOST_S = 30.0
+"""Silence after which a node's servers are not waited for."""
+_END_S = 60.0
+"""For a node to end its servers."""
+
+
+class ServerSetting(NamedTuple):
+    """What servers are started with besides the config. folder: for what belongs to servers, seen by all nodes."""
+
+    model_dir: str
+    dtype: str
+    folder: str
+    api_key: str | None
+    cuda: bool
+
+
+def host_of(
+    config: SglangConfig,
+    names: Sequence[str],
+    address: str,
+    setting: ServerSetting,
+    abandoned: Callable[[], bool] | None = None,
+) -> Host:
+    """For the servers of this machine. Raises UserError where it has too few GPUs for them."""
+    folder = Path(setting.folder)
+    commands = {
+        name: server_command(
+            config,
+            Path(setting.model_dir),
+            setting.dtype,
+            place=place,
+            host=address,
+            folder=folder,
+            api_key=setting.api_key,
+            cuda=setting.cuda,
+        )
+        for place, name in enumerate(names)
+    }
+    return Host(commands, folder, config.startup_timeout_s, abandoned)
+
+
+def _connect() -> dist.Store:
+    """To the store of the job, as its ranks do."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=datetime.timedelta(seconds=_CONNECT_S)))
+    return dist.PrefixStore("server_nodes", store)
+
+
+class _Pulse:
+    """Whether the other side of a store lives, by a counter of its beats. One per thread, as its store."""
+
+    def __init__(self, store: dist.Store, key: str) -> None:
+        self._store, self._key = store, key
+        self._seen, self._last = -1, time.monotonic()
+
+    def silence_s(self) -> float:
+        """For how long it has not beaten."""
+        beats = self._store.add(self._key, 0)
+        if beats != self._seen:
+            self._seen, self._last = beats, time.monotonic()
+        return time.monotonic() - self._last
+
+
+class ServerNodes:
+    """Rank 0's side: the nodes' servers as those of one `Host`, and, as a context, the nodes' end with the run's."""
+
+    def __init__(self, count: int, config: SglangConfig, store: dist.Store | None = None) -> None:
+        """store: of the job; None connects to it."""
+        self._count, self._config = count, config
+        self._store = store if store is not None else _connect()
+        self._names: list[list[str]] = [[] for _ in range(count)]
+        self._addresses: list[str] = []
+        self._orders = [0] * count
+        self._silences = [0.0] * count
+        self._stop_asked = threading.Event()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ServerNodes:
+        self._stack.enter_context(beside(self._beat, "server_nodes"))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """The nodes end as the run did."""
+        code = 0
+        if error is not None:
+            code = REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT if isinstance(error, UserError) else 1
+        with suppress(RuntimeError):  # a store that is gone has ended them, too
+            for node in range(self._count):
+                self._post(node, {"do": "end", "code": code, "why": str(error or "")})
+        self._stack.close()
+
+    def _beat(self, done: threading.Event) -> None:
+        """Say that rank 0 lives, and look who of the nodes does and who was sent SIGTERM."""
+        store = self._store.clone()
+        pulses = [_Pulse(store, f"{node}/beats") for node in range(self._count)]
+        with suppress(RuntimeError):
+            while not done.wait(BEAT_S):
+                store.add("beats", 1)
+                self._silences = [pulse.silence_s() for pulse in pulses]
+                if any(store.check([f"{node}/stop"]) for node in range(self._count)):
+                    self._stop_asked.set()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a node was sent SIGTERM, which stands for the job."""
+        return self._stop_asked.is_set()
+
+    def meet(self, timeout_s: float) -> list[str]:
+        """Their addresses, in order. Raises UserError for those that have no servers to give, or are not there in time."""
+        deadline = time.monotonic() + timeout_s
+        missing = set(range(self._count))
+        hellos: dict[int, Any] = {}
+        while missing and time.monotonic() < deadline:
+            for node in sorted(missing):
+                if self._store.check([f"{node}/hello"]):
+                    hellos[node] = json.loads(self._store.get(f"{node}/hello"))
+                    missing.remove(node)
+            time.sleep(_LOOK_S)
+        for node, said in sorted(hellos.items()):
+            if said["problem"]:
+                raise UserError(f"server node {node} ({said['address']}): {said['problem']}")
+        if missing:
+            who = ", ".join(map(str, sorted(missing)))
+            raise UserError(f"server node {who} of sglang.dedicated_nodes={self._count} was not there within {timeout_s:g} s")
+        self._addresses = [hellos[node]["address"] for node in range(self._count)]
+        return list(self._addresses)
+
+    def prepare(self, names: Sequence[str], setting: ServerSetting) -> None:
+        """Tell the nodes, which have met, which servers are theirs. Raises UserError for one that cannot have its own."""
+        each = self._config.servers
+        self._names = [list(names[node * each : (node + 1) * each]) for node in range(self._count)]
+        orders = {node: {"do": "prepare", "names": own, "setting": setting._asdict()} for node, own in enumerate(self._names)}
+        for node, said in self._ask(orders, _END_S).items():
+            if isinstance(said, str):
+                raise UserError(f"{self._name(node)}: {said}")
+
+    def start(self, names: Iterable[str]) -> dict[str, Started]:
+        """See `Host.start`; servers of a node that is lost do not serve."""
+        asked = set(names)
+        own = {node: [name for name in mine if name in asked] for node, mine in enumerate(self._names)}
+        orders = {node: {"do": "start", "names": mine} for node, mine in own.items() if mine}
+        found: dict[str, Started] = {}
+        for node, said in self._ask(orders, Host.STARTS * self._config.startup_timeout_s + _END_S).items():
+            if isinstance(said, str):
+                found |= {name: Started("", f"{name} cannot be started on {self._name(node)}: {said}") for name in own[node]}
+            else:
+                found |= {name: Started(*started) for name, started in said.items()}
+        return found
+
+    def stop(self, names: Iterable[str] | None = None) -> None:
+        """See `Host.stop`."""
+        asked = None if names is None else set(names)
+        own = {node: [name for name in mine if asked is None or name in asked] for node, mine in enumerate(self._names)}
+        with suppress(RuntimeError):  # a store that is gone has ended them, too
+            self._ask({node: {"do": "stop", "names": mine} for node, mine in own.items() if mine}, _END_S)
+
+    def _name(self, node: int) -> str:
+        return f"server node {node} ({self._addresses[node]})"
+
+    def _post(self, node: int, order: Mapping[str, Any]) -> int:
+        number = self._orders[node]
+        self._orders[node] += 1
+        self._store.set(f"{node}/order/{number}", json.dumps(order))
+        return number
+
+    def _ask(self, orders: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, Any]:
+        """Node -> its reply; a sentence where it could not do it, or does not answer."""
+        keys = {node: f"{node}/reply/{self._post(node, order)}" for node, order in orders.items()}
+        found: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while keys:
+            for node, key in list(keys.items()):
+                if self._store.check([key]):
+                    found[node] = json.loads(self._store.get(key))
+                elif (silence := self._silences[node]) > LOST_S:
+                    found[node] = f"it has given no sign of life for {silence:.0f} s"
+                elif time.monotonic() > deadline:
+                    found[node] = f"it did not answer within {timeout_s:g} s"
+                if node in found:
+                    del keys[node]
+            if keys:
+                time.sleep(_LOOK_S)
+        return {node: found[node] for node in orders}
+
+
+class ServerNode:
+    """The node's side, one process: does as it is told until the run ends."""
+
+    def __init__(self, number: int, config: SglangConfig, stop_grace_s: float, store: dist.Store | None = None) -> None:
+        """number: among the nodes that are set apart. store: of the job; None connects to it."""
+        self._number, self._config, self._grace_s = number, config, stop_grace_s
+        self._store = store if store is not None else _connect()
+        self._address = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        self._host: Host | None = None
+        self._stop_request = StopRequest()
+        self._lost = threading.Event()
+
+    def serve(self, check: Callable[[], None] = lambda: None) -> int:
+        """The exit code of the node, which is the run's. check: whether this machine can have servers; it raises UserError."""
+        try:
+            check()
+        except UserError as error:
+            self._say_hello(str(error))
+            raise
+        with self._stop_request.on_sigterm(self._grace_s), beside(self._beat, "server_node"):
+            self._say_hello("")
+            try:
+                return self._obey()
+            finally:
+                if self._host is not None:
+                    self._host.stop()
+
+    def _say_hello(self, problem: str) -> None:
+        self._store.set(f"{self._number}/hello", json.dumps({"address": self._address, "problem": problem}))
+
+    def _obey(self) -> int:
+        for number in range(sys.maxsize):
+            order = self._next(f"{self._number}/order/{number}")
+            if order is None:
+                break
+            if order["do"] == "end":
+                if order["code"]:
+                    print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
+                return int(order["code"])
+            try:
+                reply = self._do(order)
+            except UserError as error:
+                reply = str(error)
+            except AbandonedError:
+                break
+            self._store.set(f"{self._number}/reply/{number}", json.dumps(reply))
+        what = f"server node {self._number}: rank 0 gives no sign of life any more; the servers are ended"
+        print(what, file=sys.stderr, flush=True)
+        return 1
+
+    def _next(self, key: str) -> Any:
+        """The order; None when rank 0 is lost."""
+        try:
+            while not self._store.check([key]):
+                if self._lost.wait(_LOOK_S):
+                    return None
+            return json.loads(self._store.get(key))
+        except RuntimeError:  # the store is gone, and rank 0's torchrun with it
+            return None
+
+    def _do(self, order: Mapping[str, Any]) -> Any:
+        if order["do"] == "prepare":
+            setting = ServerSetting(**order["setting"])
+            self._host = host_of(self._config, order["names"], self._address, setting, self._lost.is_set)
+            return None
+        assert self._host is not None
+        if order["do"] == "start":
+            return self._host.start(order["names"])
+        self._host.stop(order["names"])
+        return None
+
+    def _beat(self, done: threading.Event) -> None:
+        """Say that the node lives and whether it has to stop, and look whether rank 0 lives."""
+        try:
+            store = self._store.clone()
+            pulse = _Pulse(store, "beats")
+            while not done.wait(BEAT_S):
+                store.add(f"{self._number}/beats", 1)
+                if self._stop_request():
+                    store.set(f"{self._number}/stop", "")
+                if pulse.silence_s() > SILENCE_S:
+                    break
+        except RuntimeError:
+            pass
+        self._lost.set()

@@ -1,0 +1,297 @@
+"""Nodes that have servers and no ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch.distributed as dist
+
+from etr_megatron.checks import nodes_apart, starts_servers
+from etr_megatron.config import SglangConfig, load_config
+from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.platform.world import Place, place_of
+from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
+from etr_megatron.rollout.sglang.server import free_port
+from etr_megatron.rollout.sglang.server_nodes import ServerSetting
+from tests.runs import REPO, Runs, wait_for
+from tests.test_lifetime import gone
+
+FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
+
+
+def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int | None = None) -> None:
+    """What torchrun says to a process."""
+    said = {"WORLD_SIZE": nodes * processes if world is None else world, "LOCAL_WORLD_SIZE": processes}
+    said |= {"GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}
+    for name, value in said.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_last_nodes_are_set_apart_and_the_others_are_a_world_without_them(monkeypatch):
+    for node, apart in enumerate((None, None, None, 0, 1)):
+        torchrun(monkeypatch, nodes=5, processes=4, node=node)
+        assert place_of(2) == Place(12, apart)
+    assert place_of(0) == Place(20, None)
+
+
+def test_without_torchrun_a_process_is_a_world_of_its_own(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_of(0) == Place(1, None)
+    with pytest.raises(UserError, match=r"dedicated_nodes=1: the job has 1 node, of which at least one must be left to train"):
+        place_of(1)
+
+
+def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
+    torchrun(monkeypatch, nodes=2, processes=4, node=0)
+    with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
+        place_of(2)
+    torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
+    with pytest.raises(UserError, match=r"7 processes on 2 nodes, of which this one has 4"):
+        place_of(1)
+
+
+def test_only_the_nodes_set_apart_start_servers(monkeypatch):
+    options = ["rollout.backend=sglang", "sglang.dedicated_nodes=1", "eval.every=0"]
+    config = load_config("configs/cpu_tiny.yaml", options)
+    found = []
+    for node in range(3):
+        torchrun(monkeypatch, nodes=3, processes=1, node=node)
+        found.append(starts_servers(config))
+    assert found == [False, False, True]
+    for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
+        assert nodes_apart(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
+
+
+class Node:
+    """A node of servers in a thread, on `store`, and what came of it."""
+
+    def __init__(self, number: int, config: SglangConfig, store: dist.Store, check: Any = lambda: None) -> None:
+        self.node = ServerNode(number, config, 0.0, store)
+        self.code: int | None = None
+        self.error: BaseException | None = None
+        self._check = check
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.code = self.node.serve(self._check)
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(server_nodes, "BEAT_S", 0.05)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def sglang(**settings: Any) -> SglangConfig:
+    launch = ("-m", "tests.fake_sglang")
+    return SglangConfig(python=sys.executable, launch=launch, startup_timeout_s=60.0, dedicated_nodes=2, **settings)
+
+
+def setting(folder: Path) -> ServerSetting:
+    return ServerSetting(str(folder / "model"), "float32", str(folder / "servers"), None, False)
+
+
+def test_rank_0_starts_stops_and_restarts_servers_of_all_nodes_and_each_ends_as_the_run_did(store, tmp_path):
+    config = sglang(servers=2)
+    names = [f"server {number}" for number in range(4)]
+    nodes = [Node(number, config, store) for number in range(2)]
+    with pytest.raises(RequeueError), ServerNodes(2, config, store) as rank0:
+        assert rank0.meet(30) == ["127.0.0.1", "127.0.0.1"]
+        rank0.prepare(names, setting(tmp_path))
+        started = rank0.start(names)
+        assert list(started) == names and all(one.problem is None for one in started.values())
+        assert len({one.url for one in started.values()}) == 4
+        pids = {name: httpx.get(f"{one.url}/state").json()["pid"] for name, one in started.items()}
+        again = rank0.start(["server 1", "server 3"])
+        assert list(again) == ["server 1", "server 3"]
+        assert gone(pids["server 1"]) and gone(pids["server 3"]) and not gone(pids["server 0"])
+        rank0.stop(["server 0"])
+        assert gone(pids["server 0"]) and not gone(pids["server 2"])
+        raise RequeueError("step 3 is saved")
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [75, 75] and gone(pids["server 2"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (UserError("no"), 2), (ValueError("a defect"), 1)])
+def test_a_node_ends_with_the_code_of_the_run(store, tmp_path, capsys, error, code):
+    config = sglang()
+    nodes = [Node(number, config, store) for number in range(2)]
+    with contextlib.suppress(UserError, ValueError), ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+        if error is not None:
+            raise error
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [code, code]
+    assert (str(error) in capsys.readouterr().err) == (error is not None)
+
+
+def test_a_machine_that_can_have_no_servers_and_one_that_is_not_there_are_named(store):
+    def refuse() -> None:
+        raise UserError("sglang.python: .venv-sglang/bin/python does not exist")
+
+    config = sglang()
+    nodes = [Node(0, config, store), Node(1, config, store, refuse)]
+    nodes[1].join()
+    assert isinstance(nodes[1].error, UserError)
+    what = r"server node 1 \(127\.0\.0\.1\): sglang\.python: \.venv-sglang/bin/python does not exist"
+    with pytest.raises(UserError, match=what), ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+    nodes[0].join()
+    assert nodes[0].code == 2
+    with pytest.raises(UserError, match=r"server node 2 of sglang\.dedicated_nodes=3 was not there within 0\.3 s"):
+        ServerNodes(3, config, _with_hellos(store, 2)).meet(0.3)
+
+
+def _with_hellos(store: dist.Store, count: int) -> dist.Store:
+    found = dist.PrefixStore(f"with {count}", store)
+    for node in range(count):
+        found.set(f"{node}/hello", json.dumps({"address": "127.0.0.1", "problem": ""}))
+    return found
+
+
+def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_nodes, "LOST_S", 0.5)
+    config = sglang()
+    node = Node(0, config, store)
+    store.set("1/hello", json.dumps({"address": "10.0.0.9", "problem": ""}))  # a node that has lived that long
+    store.set("1/reply/0", "null")
+    with ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+        started = rank0.start(["server 0", "server 1"])
+        assert started["server 0"].problem is None
+        lost = "server 1 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
+        assert started["server 1"].problem.startswith(lost)
+    node.join()
+
+
+def test_a_node_that_hears_nothing_of_rank_0_ends_its_servers_and_itself(store, tmp_path, monkeypatch, capsys):
+    config = sglang()
+    node = Node(0, config, store)
+    store.set("1/hello", json.dumps({"address": "127.0.0.1", "problem": ""}))
+    store.set("1/reply/0", "null")
+    rank0 = ServerNodes(2, config, store)
+    with rank0:
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+        pid = httpx.get(f"{rank0.start(['server 0'])['server 0'].url}/state").json()["pid"]
+        monkeypatch.setattr(rank0, "_post", lambda *_: 0)  # it is killed: nothing more is said
+    monkeypatch.setattr(server_nodes, "SILENCE_S", 0.5)
+    node.join()
+    assert node.code == 1 and gone(pid)
+    assert "rank 0 gives no sign of life any more; the servers are ended" in capsys.readouterr().err
+
+
+def test_a_sigterm_of_a_node_is_heard_by_rank_0(store):
+    with ServerNodes(2, sglang(), store) as rank0:
+        assert not rank0.asked_to_stop()
+        store.set("1/stop", "")
+        wait_for(rank0.asked_to_stop, deadline_s=30)
+
+
+class Torchruns:
+    """One torchrun a node on this machine, numbered as asked for."""
+
+    def __init__(self, runs: Runs, folder: Path, nodes: int) -> None:
+        self._runs, self._folder, self._nodes = runs, folder, nodes
+        self._port = free_port("127.0.0.1")
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *options: str, **environment: str) -> None:
+        for node in range(self._nodes):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self._nodes), "--nproc-per-node", "1"]
+            command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self._port)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+            with open(self.output(node), "w") as file:
+                script = ["examples/run_etr.sh", *self._runs.command(*options)[3:]]
+                process = subprocess.Popen([*command, *script], cwd=REPO, env=env, stdout=file, stderr=file)
+            self.processes.append(process)
+
+    def output(self, node: int) -> Path:
+        return self._folder / f"node{node}.log"
+
+    def said(self) -> str:
+        return "\n".join(self.output(node).read_text()[-3000:] for node in range(self._nodes))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def three_nodes(runs, tmp_path):
+    found = Torchruns(runs, tmp_path, 3)
+    yield found
+    found.end()
+
+
+OPTIONS = ("run.name=apart", "rollout.backend=sglang", "sglang.dedicated_nodes=2", *FAKE, "rollout.max_logprob_gap=100")
+OPTIONS += ("eval.every=0", "checkpoint.every=0", "sglang.update_timeout_s=20")
+
+
+def servers_of(runs: Runs) -> list[dict[str, Any]]:
+    """States of the servers that nodes 1 and 2 have started."""
+    logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
+    ports = [next(line for line in log.read_text().splitlines() if line.isdigit()) for log in logs]
+    return [httpx.get(f"http://127.0.0.1:{port}/state").json() for port in ports]
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes):
+    three_nodes.start(*OPTIONS, "run.steps=12", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
+    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
+    states = servers_of(runs)
+    assert all(state["prompts"] for state in states)
+    agent = three_nodes.processes[2]
+    node = parent(parent(states[1]["pid"]))  # the server's watchdog, and who started that
+    assert parent(node) == agent.pid
+    agent.kill()  # and with it the node
+    wait_for(lambda: gone(states[1]["pid"]), deadline_s=60)
+    status = runs.directory("apart") / "status.json"
+    wait_for(lambda: json.loads(status.read_text())["state"] == "finished", deadline_s=240)
+    assert len(runs.rows("apart")) == 12
+    wait_for(lambda: gone(states[0]["pid"]), deadline_s=60)  # torchrun still waits five minutes for the one that is lost
+    assert "SGLang server 1 takes no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_node_of_servers_saves_the_run_and_ends_it_to_be_started_again(runs, three_nodes):
+    three_nodes.start(*OPTIONS, "run.steps=500", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
+    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
+    states = servers_of(runs)
+    begun = time.monotonic()
+    three_nodes.processes[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(120) for process in three_nodes.processes]
+    assert all(codes) and time.monotonic() - begun < 60, three_nodes.said()
+    status = json.loads((runs.directory("apart") / "status.json").read_text())
+    assert status["state"] == "requeue" and status["step"] == len(runs.rows("apart")) >= 2
+    assert "told to stop (SIGTERM)" in three_nodes.output(0).read_text()
+    assert all(gone(state["pid"]) for state in states)
