@@ -3,7 +3,7 @@
 #
 #   bash examples/torchrun_node.sh NODES PROCESSES_PER_NODE HEAD[:PORT] CONFIG [key=value ...]
 #
-# PROCESSES_PER_NODE is the number of its GPUs, less those of dedicated servers. torchrun must be on the PATH: source
+# PROCESSES_PER_NODE is the number of its GPUs, less those of servers beside its ranks. torchrun must be on the PATH: source
 # .venv/bin/activate, or start this in the container.
 #
 # A node that is lost may be started again with this command, up to ETR_RESTARTS (3) times: the others wait for it, and all go on

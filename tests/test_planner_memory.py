@@ -211,6 +211,8 @@ def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> No
     config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), [])
     assert "sglang.nodes=every" in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 16))]
     assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 8))]
+    apart = load_config(QWEN_32B.with_name("qwen3_32b_64gpu_async.yaml"), [])
+    assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(apart, make_plan(apart, 64))]
 
 
 def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:

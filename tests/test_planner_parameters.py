@@ -86,6 +86,8 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
     assert (first.ranks, first.first_node_ranks, first.ranks_per_node) == (14, 6, 8)  # the second node has no server
     shared = divide(load_config(None, [*keys, "sglang.placement=colocated", "sglang.nodes=every"]), gpus=16)
     assert (shared.ranks, shared.servers) == (16, 2)
+    whole = divide(load_config(None, [*keys, "sglang.servers=4", "sglang.dedicated_nodes=2"]), gpus=40)
+    assert (whole.ranks, whole.servers, whole.ranks_per_node, whole.first_node_ranks) == (24, 8, 8, None)
     assert divide(load_config(None, ["rollout.backend=sglang", "sglang.urls=[http://a:1]"]), gpus=16).ranks == 16
 
 
@@ -96,6 +98,8 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
         (["sglang.tp=8"], 8, "leave none to train on"),
         (["sglang.tp=8"], 16, "take all 8 GPUs of the first node, where rank 0"),
         ([], 12, "is no multiple of the 8 GPUs of a node"),
+        (["sglang.dedicated_nodes=2"], 16, r"dedicated_nodes=2 of the 2 nodes that 16 GPUs are leave none to train on"),
+        (["sglang.dedicated_nodes=1", "sglang.servers=9"], 16, "take 9 GPUs of a node that has 8"),
     ],
 )
 def test_servers_that_cannot_be_placed_are_refused(overrides: list[str], gpus: int, told: str) -> None:

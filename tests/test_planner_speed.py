@@ -150,7 +150,8 @@ def test_a_sync_by_memory_depends_on_where_the_servers_are(gpus, outside, parts)
 @pytest.mark.parametrize("sync", ["tensor", "disk", "broadcast", "sharded"])
 def test_weights_for_servers_in_fp8_are_quantised_before_they_are_sent(sync) -> None:
     config = MODELS.parent / "qwen3_32b_64gpu_async.yaml"
-    settings = ([f"sglang.sync={sync}", f"sglang.fp8={fp8}"] for fp8 in ("false", "true"))
+    beside = ["sglang.dedicated_nodes=0", "sglang.nodes=every", "sglang.servers=1"]  # which tensor needs
+    settings = ([*beside, f"sglang.sync={sync}", f"sglang.fp8={fp8}"] for fp8 in ("false", "true"))
     plain, fp8 = (make_plan(load_config(config, overrides), 64).time.sync for overrides in settings)
     # They are gathered as they are trained, over NVLink and the network.
     gathered = 0.0 if sync == "sharded" else 65.5e9 / 360e9 + 65.5e9 / 40e9

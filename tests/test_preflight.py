@@ -91,6 +91,16 @@ def test_every_node_that_starts_servers_must_have_their_interpreter(tmp_path, mo
     assert facts_of(tmp_path, *options).servers_error == f"sglang.python={tmp_path / 'none'} is not an executable" * is_told
 
 
+def test_of_nodes_set_apart_for_servers_only_these_must_have_their_interpreter(tmp_path, monkeypatch):
+    options = ("rollout.backend=sglang", "sglang.dedicated_nodes=1", f"sglang.python={tmp_path / 'none'}")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    found = []
+    for number in range(3):
+        monkeypatch.setenv("GROUP_RANK", str(number))
+        found.append(facts_of(tmp_path, *options).servers_error)
+    assert found == ["", "", f"sglang.python={tmp_path / 'none'} is not an executable"]
+
+
 def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path, monkeypatch):
     def refuse(config, world_size):
         raise PermissionError(13, "Permission denied", f"{config.model.path}/config.json")

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch.distributed as dist
 
+from etr_megatron import launch
 from etr_megatron.checks import nodes_apart, starts_servers
 from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.errors import RequeueError, UserError
@@ -72,6 +73,28 @@ def test_only_the_nodes_set_apart_start_servers(monkeypatch):
     assert found == [False, False, True]
     for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
         assert nodes_apart(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
+
+
+def test_one_machine_cannot_set_itself_apart(capsys):
+    assert launch.main(["configs/cpu_tiny.yaml", "rollout.backend=sglang", "sglang.dedicated_nodes=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: sglang.dedicated_nodes=1: the job has 1 node, of which at least one must be left to train")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; take broadcast, sharded or disk"),
+        ("sglang.nodes=every", "servers are on nodes of their own or on every node"),
+        ("sglang.placement=colocated", "nodes set apart have no ranks to share GPUs with"),
+        ("sglang.urls=[http://a:1]", "servers that run already are on the nodes where they are"),
+        ("sglang.dedicated_nodes=-1", "must be at least 0"),
+    ],
+)
+def test_what_contradicts_nodes_for_servers_alone_is_refused(setting, told):
+    with pytest.raises(UserError) as refusal:
+        load_config("configs/cpu_tiny.yaml", ["rollout.backend=sglang", "sglang.dedicated_nodes=1", setting])
+    assert told in str(refusal.value) and str(refusal.value).startswith("invalid configuration, 1 problem:")
 
 
 class Node:

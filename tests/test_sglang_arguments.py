@@ -126,9 +126,10 @@ def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     [
         (dict(placement="colocated", servers=4, tp=2), "8", ["0,1", "2,3", "4,5", "6,7"]),
         (dict(servers=2, tp=2), "4", ["4,5", "6,7"]),  # dedicated
+        (dict(servers=2, tp=4, dedicated_nodes=1), "8", ["0,1,2,3", "4,5,6,7"]),
         (dict(placement="colocated", devices=("7", "5"), servers=2), "8", ["7", "5"]),
     ],
-    ids=["colocated", "dedicated", "named"],
+    ids=["colocated", "dedicated", "whole node", "named"],
 )
 def test_servers_of_a_machine_have_different_gpus(tmp_path, monkeypatch, settings, ranks, wanted):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)

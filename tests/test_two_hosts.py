@@ -14,6 +14,8 @@ import pytest
 
 from tests.runs import REPO, Runs, wait_for
 from tests.test_lifetime import gone
+from tests.test_sglang_server import ARGUMENTS, LAUNCH
+from tests.test_sglang_server import PYTHON as SGLANG
 
 pytestmark = pytest.mark.slow
 
@@ -181,6 +183,25 @@ def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_
     assert "no SGLang server is left: SGLang server 0: " in status["message"]
     saved = runs.directory("apart") / "checkpoints" / f"step_{status['step']:06d}"
     assert saved.is_dir()
+
+
+@pytest.mark.skipif(not SGLANG.exists(), reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
+def test_a_host_trains_on_what_sglang_on_the_other_generates_with_its_log_probs(hosts, runs, tmp_path):
+    """The probe of a sync and the gate of the first step compare them."""
+    quoted = ",".join(f"'{argument}'" for argument in ARGUMENTS)
+    options = ("run.name=apart", "run.steps=2", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
+    options += ("sglang.dedicated_nodes=1", f"sglang.launch=[{LAUNCH}]", f"sglang.arguments=[{quoted}]")
+    options += ("sglang.mem_fraction=0.3", "sglang.probe_every=1")
+    outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
+    processes = [hosts.start(host, *node(runs, *options), output=outputs[host], ETR_RESTARTS="0") for host in range(2)]
+    try:
+        codes = [process.wait(400) for process in processes]
+    finally:
+        end(processes)
+    assert codes == [0, 0], "\n".join(output.read_text()[-3000:] for output in outputs)
+    rows = runs.rows("apart")
+    assert [row["weight_version"] for row in rows] == [0, 1] and all(row["logprob_gap_mean"] < 1e-5 for row in rows)
+    assert not (runs.directory("apart") / "servers" / "sglang_server_1.log").exists()
 
 
 def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):

@@ -99,7 +99,7 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     for step in (-0.1, 0.1):
         if 0 < round(fraction + step, 2) < 1:
             yield "sglang", {"mem_fraction": round(fraction + step, 2)}
-    if sglang.nodes == "first" and plan.cluster.nodes > 1:
+    if sglang.nodes == "first" and not sglang.dedicated_nodes and plan.cluster.nodes > 1:
         yield "sglang", {"nodes": "every"}
     if not plan.server_fits:
         yield "sglang", {"tp": 2 * sglang.tp} | ({"servers": sglang.servers // 2} if sglang.servers > 1 else {})

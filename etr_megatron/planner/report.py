@@ -41,8 +41,9 @@ def _head(plan: Plan) -> Iterator[str]:
     cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
     yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
     first = "" if cluster.first_node_ranks is None else f", the first with {cluster.first_node_ranks}"
-    apart = f", {cluster.dedicated_nodes} for servers alone" if cluster.dedicated_nodes else ""
-    nodes = f"{cluster.nodes} nodes with {cluster.ranks_per_node} ranks{first}{apart}"
+    apart = cluster.dedicated_nodes
+    train = f"{cluster.nodes} nodes with" if not apart else f"{cluster.nodes} nodes, {apart} for servers alone, the others with"
+    nodes = f"{train} {cluster.ranks_per_node} ranks{first}"
     yield f"GPUs       {cluster.gpus} of {plan.gpu_memory:g} GiB; {nodes}"
     yield f"training   {cluster.ranks} ranks: {cut}"
     if plan.config.rollout.backend == "embedded":

@@ -39,6 +39,7 @@ _LOOK_S = 0.1
 _CONNECT_S = 300.0
 LOST_S = 30.0
 """Silence after which a node's servers are not waited for."""
+_HEARD_S = 5.0
 _END_S = 60.0
 """For a node to end its servers."""
 
@@ -124,8 +125,8 @@ class ServerNodes:
         if error is not None:
             code = REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT if isinstance(error, UserError) else 1
         with suppress(RuntimeError):  # a store that is gone has ended them, too
-            for node in range(self._count):
-                self._post(node, {"do": "end", "code": code, "why": str(error or "")})
+            # Heard before the store ends, which it does with the torchrun of this process.
+            self._ask(dict.fromkeys(range(self._count), {"do": "end", "code": code, "why": str(error or "")}), _HEARD_S)
         self._stack.close()
 
     def _beat(self, done: threading.Event) -> None:
@@ -257,6 +258,7 @@ class ServerNode:
             if order is None:
                 break
             if order["do"] == "end":
+                self._store.set(f"{self._number}/reply/{number}", "null")
                 if order["code"]:
                     print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
                 return int(order["code"])
