@@ -124,9 +124,10 @@ class ServerNodes:
         code = 0
         if error is not None:
             code = REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT if isinstance(error, UserError) else 1
+        end = {"do": "end", "code": code, "why": str(error or "")}
         with suppress(RuntimeError):  # a store that is gone has ended them, too
             # Heard before the store ends, which it does with the torchrun of this process.
-            self._ask(dict.fromkeys(range(self._count), {"do": "end", "code": code, "why": str(error or "")}), _HEARD_S)
+            self._ask({node: end for node in range(self._count)}, _HEARD_S)
         self._stack.close()
 
     def _beat(self, done: threading.Event) -> None:
