@@ -88,6 +88,7 @@ class State:
 
     def __init__(self) -> None:
         self.version, self.paused, self.in_update = "default", False, False
+        self.load_format = "auto"
         self.released: set[str] = set()
         self.sums: dict[str, float] = {}
         self.most_payload_bytes = 0
@@ -244,6 +245,8 @@ def load_directory(body: dict[str, Any]) -> tuple[int, Any]:
     from etr_megatron.weights import SafetensorsDir
 
     _act("bucket", next(STATE.buckets), "_bucket")
+    if (body.get("load_format") or STATE.load_format) == "dummy":
+        return 400, {"success": False, "message": "Failed to get model loader: DummyModelLoader."}
     files = SafetensorsDir(body["model_path"])
     for name, shape in files.shapes().items():
         STATE.sums[name] = files.read(name, (0,) * len(shape), shape).double().sum().item()
@@ -354,6 +357,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
     STATE.version = arguments.weight_version or STATE.version
+    STATE.load_format = arguments.load_format or STATE.load_format
     if arguments.config:
         Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
     ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset
