@@ -11,8 +11,9 @@ over a version), old (no begin and end of an update: SGLang before 0.5.21), toke
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
-seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), logprob (of every token), says (by
-route, what it adds to /server_info and /model_info). POST /behave changes them in a server that runs.
+seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
+unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info).
+POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -236,6 +237,8 @@ def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
     offer = server_loader.Offer.read(named[0][1])
     if STATE.model is None:
         STATE.model = ToyServer(offer.plan(), offer.rank, torch.float32)
+        if BEHAVIOUR.get("misfit"):
+            STATE.model.named_parameters = lambda: [("model.norm.weight", torch.zeros(3))]
     server_entry.load(STATE.model, named)
     STATE.sums = {name: tensor.double().sum().item() for name, tensor in STATE.model.named_parameters()}
     return 200, {"success": True, "message": ""}
