@@ -69,7 +69,7 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
-        check_server_heads(model, architecture.heads, config.sglang.tp)
+        check_served(model, architecture, config.sglang.tp, config.sglang.ep)
     check_checkpoint(name, values=True)
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if architecture.max_positions < wanted:
@@ -192,12 +192,35 @@ def check_without_experts(model: str, config: Config) -> None:
         raise UserError(f"{model} has no experts to cut over parallel.etp={config.parallel.etp}; set it to null")
 
 
-def check_server_heads(model: str, heads: int, tp: int) -> None:
-    """Attention splits over the ranks of a server. tp: `sglang.tp`."""
+def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
+    """A server can cut the model over its ranks, and serves it as it is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
+    heads, experts = architecture.heads, architecture.experts
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
             f"choose a sglang.tp that divides {heads}"
+        )
+    if experts is None:
+        if ep > 1:
+            raise UserError(f"{model} has no experts to spread over sglang.ep={ep}; set sglang.ep to 1")
+        return
+    if experts.count % ep:
+        raise UserError(
+            f"{model} has {experts.count} experts, which sglang.ep={ep} does not divide, and a server would refuse to start; "
+            f"choose a sglang.ep that divides {experts.count}"
+        )
+    if experts.intermediate_size % (tp // ep):
+        raise UserError(
+            f"{model} has experts of width {experts.intermediate_size}, which the {tp // ep} ranks of each (sglang.tp={tp} / "
+            f"sglang.ep={ep}) do not divide, and a server would refuse to start; choose a sglang.tp and a sglang.ep that do"
+        )
+    # It would start with either, and leave random what it takes for weights of its own.
+    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if experts.dense_layers else ""
+    unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
+    if unserved:
+        raise UserError(
+            f"{model} has experts and {unserved}, where SGLang's Qwen3-MoE has experts in all layers and a head of its own; "
+            "set rollout.backend to embedded"
         )
 
 

@@ -11,8 +11,9 @@ over a version), old (no begin and end of an update: SGLang before 0.5.21), toke
 can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
-seconds_per_bucket, refuse_weights (whatever brings some), unwell (it says so of itself), logprob (of every token), says (by
-route, what it adds to /server_info and /model_info). POST /behave changes them in a server that runs.
+seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
+unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info).
+POST /behave changes them in a server that runs.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class State:
 
     def __init__(self) -> None:
         self.version, self.paused, self.in_update = "default", False, False
+        self.load_format = "auto"
         self.released: set[str] = set()
         self.sums: dict[str, float] = {}
         self.most_payload_bytes = 0
@@ -235,6 +237,8 @@ def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
     offer = server_loader.Offer.read(named[0][1])
     if STATE.model is None:
         STATE.model = ToyServer(offer.plan(), offer.rank, torch.float32)
+        if BEHAVIOUR.get("misfit"):
+            STATE.model.named_parameters = lambda: [("model.norm.weight", torch.zeros(3))]
     server_entry.load(STATE.model, named)
     STATE.sums = {name: tensor.double().sum().item() for name, tensor in STATE.model.named_parameters()}
     return 200, {"success": True, "message": ""}
@@ -244,6 +248,8 @@ def load_directory(body: dict[str, Any]) -> tuple[int, Any]:
     from etr_megatron.weights import SafetensorsDir
 
     _act("bucket", next(STATE.buckets), "_bucket")
+    if (body.get("load_format") or STATE.load_format) == "dummy":
+        return 400, {"success": False, "message": "Failed to get model loader: DummyModelLoader."}
     files = SafetensorsDir(body["model_path"])
     for name, shape in files.shapes().items():
         STATE.sums[name] = files.read(name, (0,) * len(shape), shape).double().sum().item()
@@ -354,6 +360,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
     STATE.version = arguments.weight_version or STATE.version
+    STATE.load_format = arguments.load_format or STATE.load_format
     if arguments.config:
         Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
     ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset

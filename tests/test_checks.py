@@ -79,6 +79,28 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
     assert "has 28 attention heads, which sglang.tp=8 does not divide, and a server would refuse to start" in message
 
 
+@pytest.mark.parametrize(
+    ("family", "servers", "sentence"),
+    [
+        ("qwen3", dict(tp=2, ep=2), "has no experts to spread over sglang.ep=2; set sglang.ep to 1"),
+        ("qwen3_moe", dict(tp=4, ep=4), "has 6 experts, which sglang.ep=4 does not divide, and a server would refuse to start"),
+        ("qwen3_moe_wide", dict(tp=4, ep=2), "has experts of width 27, which the 2 ranks of each (sglang.tp=4 / sglang.ep=2)"),
+        ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), where SGLang's"),
+        ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), where SGLang's Qwen3-MoE has"),
+    ],
+)
+def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
+    config: Config, hf_models: dict[str, str], tmp_path: Path, family: str, servers: dict, sentence: str
+) -> None:
+    changes = {"qwen3_moe_wide": {"moe_intermediate_size": 27}, "qwen3_moe_tied": {"tie_word_embeddings": True}}.get(family, {})
+    shipped = hf_models["qwen3_moe" if changes else family]
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(Path(shipped, "config.json").read_text()) | changes))
+    asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(**servers))
+    assert f"the model in {tmp_path} {sentence}" in refusal(asked)
+    embedded = refusal(replace(asked, rollout=RolloutConfig()))
+    assert "SGLang" not in embedded and "sglang." not in embedded
+
+
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     message = refusal(with_model(config, tmp_path))

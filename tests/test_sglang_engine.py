@@ -91,6 +91,23 @@ def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(g
 
 
 @pytest.mark.slow
+def test_a_server_whose_parameters_are_another_models_says_so_and_does_not_cost_the_others_their_shards(
+    gangs, hf_models, tmp_path
+):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync="sharded")
+    why = "the server's parameters are not those of the offer: there is no model.embed_tokens.weight; "
+    with servers({}, {"misfit": True}) as urls:
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", overrides=["parallel.tp=2"], versions=(1, 2), urls=urls, **job)[0]
+        assert list(found["failed"]) == ["SGLang server 1"] and found["failed"]["SGLang server 1"].startswith(why)
+        (state,) = found["states"].values()
+        check_sums(state, found["sums"])
+        assert state["version"] == "2"
+        (error,) = gangs(1).run("tests.sglang_jobs:refused", urls=urls[1:], **job)
+        assert error.startswith(f"EngineGoneError: no SGLang server is left: SGLang server 0: {why}")
+        assert httpx.get(urls[1] + "/health").status_code == 200
+
+
+@pytest.mark.slow
 def test_a_server_that_says_it_is_well_and_fails_at_every_sync_is_tried_at_growing_distances(gangs, hf_models, tmp_path):
     """Also one that nobody has to start: all ranks wait for it in the sync that it fails at."""
     with servers({}, {}) as urls:

@@ -11,6 +11,8 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,9 @@ def model(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    """One for all transports; it starts with the checkpoint's weights, as one that is not the job's would."""
-    folder = tmp_path_factory.mktemp("sglang")
-    config = SglangConfig(**{**OWN, "arguments": (*ARGUMENTS, "--load-format", "auto")}, sync="sharded")
+@contextmanager
+def started(config: SglangConfig, model: str, folder: Path) -> Iterator[ServerProcess]:
+    """A server that is not the job's, answering."""
     where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False)
     command = server_command(config, Path(model), "float32", **where)
     process = ServerProcess("server", command, folder / "server.log")
@@ -78,6 +78,14 @@ def server(model, tmp_path_factory):
         yield process
     finally:
         process.stop()
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """One for all transports; it starts with the checkpoint's weights, as one that is not the job's would."""
+    config = SglangConfig(**{**OWN, "arguments": (*ARGUMENTS, "--load-format", "auto")}, sync="sharded")
+    with started(config, model, tmp_path_factory.mktemp("sglang")) as process:
+        yield process
 
 
 def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, model):

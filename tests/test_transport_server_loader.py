@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_other_tensors_and_unknown_parameters_are_refused():
     offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
     with pytest.raises(ValueError, match=r"those of the offer: there is no model\.embed_tokens\.weight; .*; and \d+ more$"):
         server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
+
+
+@pytest.mark.parametrize("order", ["load_up_proj_weight_first", "w13_swiglu_interleaved"])
+def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_their_shapes_are_the_same(hf_models, order):
+    arch = read_architecture(hf_models["qwen3_moe"])
+    offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), arch, timeout_s=1)
+    model = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2)})
+    model["experts"].quant_method = SimpleNamespace(**{order: True})
+    with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in an order of its own \({order}\)"):
+        server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
+    setattr(model["experts"].quant_method, order, False)
+    with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):
+        server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
 
 
 def test_the_loader_imports_neither_megatron_nor_a_server():

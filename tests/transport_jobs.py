@@ -161,6 +161,9 @@ class ToyServer:
     def named_parameters(self) -> Any:
         return self._parameters.items()
 
+    def named_modules(self) -> Any:
+        return ()
+
 
 def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None

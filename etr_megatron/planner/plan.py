@@ -153,14 +153,14 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
 
 
 def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
-    """A server can cut attention over its ranks, and in FP8 every matrix at whole blocks.
+    """A server can cut the model over its ranks, in FP8 every matrix at whole blocks, and serves it as it is trained.
 
-    Raises UserError where it would refuse to start, ValueError for a matrix that cannot be cut at all.
+    Raises UserError where it would not, ValueError for a matrix that cannot be cut at all.
     """
-    from etr_megatron.checks import check_server_heads
+    from etr_megatron.checks import check_served
     from etr_megatron.weights import weights_of
 
-    check_server_heads(model, arch.heads, layout.tp)
+    check_served(model, arch, layout.tp, layout.ep)
     for weight in weights_of(arch) if fp8 else ():
         if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
             continue  # layers and experts are alike

@@ -244,7 +244,8 @@ class Control:
 
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
-        body = {"model_path": str(directory.absolute()), "flush_cache": False}
+        # By itself a server loads as it was started, and the job's own, which were with `dummy`, refuse to.
+        body = {"model_path": str(directory.absolute()), "load_format": "auto", "flush_cache": False}
         self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 

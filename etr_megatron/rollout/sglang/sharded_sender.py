@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from etr_megatron.rollout.sglang.senders import SendSettings, WeightSource
 from etr_megatron.weights import ServerLayout
 from etr_megatron.weights.transport import ShardedTransport, Wire
 from etr_megatron.weights.transport.board import Board
-from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer
+from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer, refusal_key
 
 _REPORT_AFTER_S = 1.0
 """By then the ranks are in the sync whose failure they are told."""
@@ -62,20 +62,23 @@ class OfferCalls:
             call.add_done_callback(look)
             self._calls.append((client, call))
 
-    def settle(self, failed: bool) -> bool:
-        """Hear the servers out. Those that did not do their part are marked; whether there are any."""
-        return asyncio.run_coroutine_threadsafe(self._settle(failed), self._loop).result()
+    def settle(self, failed: bool, refusals: Mapping[int, str]) -> bool:
+        """Hear the servers out. Those that did not do their part are marked; whether there are any.
 
-    async def _settle(self, failed: bool) -> bool:
+        refusals: by the server's number in the sync, why it takes no weights.
+        """
+        return asyncio.run_coroutine_threadsafe(self._settle(failed, refusals), self._loop).result()
+
+    async def _settle(self, failed: bool, refusals: Mapping[int, str]) -> bool:
         calls = [call for _, call in self._calls]
         await asyncio.wait(calls, timeout=_GRACE_S if failed else self._timeout_s)
-        guilty: dict[ServerClient, str] = {}
+        guilty: dict[ServerClient, str] = {self._calls[number][0]: why for number, why in refusals.items()}
         for client, call in self._calls:
             if not call.done():
                 call.cancel()
                 guilty[client] = f"it did not {'end its part of the weight sync' if failed else 'confirm the weights'}"
             elif call.exception() is not None:
-                guilty[client] = str(call.exception())
+                guilty.setdefault(client, str(call.exception()))
         if failed:
             well = await asyncio.gather(*(client.is_alive(min(LIVENESS_S, self._timeout_s)) for client, _ in self._calls))
             for (client, _), good in zip(self._calls, well, strict=True):
@@ -121,7 +124,7 @@ class ShardedSender:
         except RuntimeError as failure:  # a SyncError, or what torch says of a group that was not formed
             error = failure
             self._leave()
-        lost = on_rank0(lambda: self._calls.settle(error is not None))
+        lost = on_rank0(lambda: self._calls.settle(error is not None, self._refusals(offer) if error is not None else {}))
         if error is not None and not lost:
             raise error
         return error is None
@@ -149,6 +152,14 @@ class ShardedSender:
             backend=settings.backend,
             timeout_s=settings.timeout_s,
         )
+
+    def _refusals(self, offer: Offer) -> dict[int, str]:
+        """Of a sync that has failed, which this rank has the store of: a server's number -> why a worker of it refused."""
+        found, store = {}, self._left
+        for rank in range(offer.destination.world):
+            if store is not None and store.check([refusal_key(rank)]):
+                found.setdefault(rank // offer.destination.tp, store.get(refusal_key(rank)).decode())
+        return found
 
     def _open_store(self) -> int:
         self._store = self._tcp_store(0, is_master=True)

@@ -16,12 +16,14 @@ it too, at another port as long as process 0 still has the one before, closed or
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture, Experts
@@ -29,6 +31,7 @@ from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX
+from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.collective import shards_wanted
 from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.sharded import ShardedTransport
@@ -36,6 +39,18 @@ from etr_megatron.weights.transport.wire import Wire
 
 MESSAGE_NAME = "etr_megatron.sync_offer"
 """Name of the tiny tensor."""
+
+_OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved")
+"""What a layer's `quant_method` says when its fused experts are not gate above up, in shapes that are the same."""
+
+
+class MisfitError(ValueError):
+    """A worker's parameters are not those of an offer."""
+
+
+def refusal_key(rank: int) -> str:
+    """Where process 0's store has why a rank of the destination takes no weights."""
+    return f"refused/{rank}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,14 @@ class Offer:
         itemsize = getattr(torch, self.dtype).itemsize
         return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
 
+    def refuse(self, reason: str) -> None:
+        """Tell the training ranks, which else would wait for this worker. Raises RuntimeError where their store is gone."""
+        timeout = datetime.timedelta(seconds=self.timeout_s)
+        store = dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store.set(refusal_key(self.rank), reason)
+        process, processes = self.source.world + self.rank, self.source.world + self.destination.world
+        Board(dist.PrefixStore("board", store), process, processes, self.timeout_s).report(reason)
+
     def transport(self, process: int) -> ShardedTransport:
         """The transport of a process; a collective of the training ranks (from 0) and all workers (behind them)."""
         plan = self.plan()
@@ -103,7 +126,7 @@ class Offer:
 def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
     """A worker's parameters by `Weight.megatron`: views, an expert's of its place in the fused parameter.
 
-    Raises ValueError naming the parameters that the server does not have, or has in another shape.
+    Raises MisfitError naming the parameters that the server does not have, or has in another shape.
     """
     found, problems = {}, []
     local_experts = offer.arch.experts.count // offer.destination.ep if offer.arch.experts is not None else 1
@@ -123,8 +146,19 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
                 found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
     if problems:
         differing = listed(list(dict.fromkeys(problems)), "; ")  # an expert's parameter is met once for each of them
-        raise ValueError(f"the server's parameters are not those of the offer: {differing}")
+        raise MisfitError(f"the server's parameters are not those of the offer: {differing}")
     return found
+
+
+def refuse_other_orders(model: Any) -> None:
+    """Raise MisfitError where a layer of the worker's keeps the rows of its experts in an order of its own."""
+    for name, module in model.named_modules():
+        for order in _OWN_ORDERS:
+            if getattr(getattr(module, "quant_method", None), order, False):
+                raise MisfitError(
+                    f"the server keeps the experts of {name} in an order of its own ({order}); start it with another "
+                    "--moe-runner-backend (triton), or send whole tensors (sglang.sync=broadcast)"
+                )
 
 
 _open: dict[str, ShardedTransport] = {}
@@ -143,13 +177,16 @@ def complete_version() -> int | None:
 def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
 
-    named_tensors: the tiny tensor alone. Raises ValueError for another message or an unknown parameter, SyncError when the sync
-    does not complete; where it had begun, the parameters then hold a mixture, and `complete_version` is None.
+    named_tensors: the tiny tensor alone. Raises ValueError for another message, MisfitError for parameters that the offer is
+    not for, SyncError when the sync does not complete; where it had begun, the parameters then hold a mixture, and
+    `complete_version` is None.
     """
     tensors = dict(named_tensors)
     if tensors.keys() != {MESSAGE_NAME}:
         raise ValueError(f"this loader takes the tensor {MESSAGE_NAME} alone, not {', '.join(sorted(tensors))}")
     offer = Offer.read(tensors[MESSAGE_NAME])
+    if offer.arch.experts is not None:
+        refuse_other_orders(model)
     shards = {name: tensor.data for name, tensor in server_shards(dict(model.named_parameters()), offer).items()}
     key = json.dumps(asdict(replace(offer, version=0)), default=sorted)
     if key not in _open:

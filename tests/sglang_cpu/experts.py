@@ -1,0 +1,32 @@
+"""Expert parallelism for SGLang's torch path of experts, which has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def skip_experts_of_other_ranks() -> None:
+    """Have the path leave an expert of another rank out, as SGLang's kernels for GPUs do.
+
+    For those the dispatcher gives a rank -1 (`token_dispatcher/standard.py`): the rank that has the expert adds it, in the sum
+    over ranks that follows. The torch path counts the tokens of each expert with the -1 as an index, and dies of it
+    (`fused_moe_native.py`, 0.5.21). Here it is handed what a token's rank has, as so many tokens of one expert each.
+    """
+    from sglang.srt.layers.moe import fused_moe_native
+
+    of_own = fused_moe_native.moe_forward_native
+
+    def of_any(layer: Any, tokens: Tensor, chosen: Any, config: Any) -> Tensor:
+        """layer: the rank's experts. tokens [T, H]. chosen: topk_ids and topk_weights [T, K], ids local or -1. -> [T, H]."""
+        is_own = chosen.topk_ids >= 0
+        if is_own.all():
+            return of_own(layer, tokens, chosen, config)
+        found, rows = tokens.new_zeros(tokens.shape), is_own.nonzero()[:, 0]
+        if len(rows):
+            one_each = {name: getattr(chosen, name)[is_own].unsqueeze(1) for name in ("topk_ids", "topk_weights")}
+            found.index_add_(0, rows, of_own(layer, tokens[rows], chosen._replace(**one_each), config))
+        return found
+
+    fused_moe_native.moe_forward_native = of_any

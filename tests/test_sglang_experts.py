@@ -1,0 +1,93 @@
+"""A mixture of experts on real SGLang servers on CPU: weight syncs of every transport into cut and spread experts."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from etr_megatron.config import SglangConfig
+from tests.test_sglang_server import OWN, PROMPTS, PYTHON, started
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it"),
+]
+_TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+TRAINERS = {
+    "ep2": ("parallel.tp=1", "parallel.ep=2"),
+    "pp2": ("parallel.tp=1", "parallel.pp=2"),
+    "tp2": _TP2,
+    "tp2_ep2_etp1": (*_TP2, "parallel.ep=2", "parallel.etp=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Key/value heads that TP4 divides, and experts of a width that TP4 x 32 does: on CPU SGLang pads others."""
+    path = tmp_path_factory.mktemp("hf") / "qwen3_moe"
+    torch.manual_seed(3)
+    sizes = dict(vocab_size=301, hidden_size=48, head_dim=8, num_hidden_layers=2, max_position_embeddings=512)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
+    experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=128, norm_topk_prob=True)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1)).float().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def url_of(model, tmp_path_factory):
+    """`url_of(tp, ep)` is that of a running server; one at a time. It has a config.json alone: all it knows comes by a sync."""
+    with ExitStack() as stack:
+        running: dict[tuple[int, int], str] = {}
+
+        def get(tp: int, ep: int) -> str:
+            if (tp, ep) not in running:
+                stack.close()
+                running.clear()
+                folder = tmp_path_factory.mktemp("sglang")
+                shutil.copy(Path(model) / "config.json", folder)
+                config = SglangConfig(**OWN, tp=tp, ep=ep, sync="sharded")
+                running[tp, ep] = stack.enter_context(started(config, str(folder), folder)).url
+            return running[tp, ep]
+
+        yield get
+
+
+def least_bytes(model: str, tp: int) -> int:
+    """What the workers of a server need of a sync in fp32: norms and routers all of them, of everything else each its part. An
+    expert is in one place, or cut over some, whatever EP is."""
+    tensors = load_file(f"{model}/model.safetensors")
+    return sum(tensor.nbytes * (tp if "norm" in name or "mlp.gate." in name else 1) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "sync", "trainer"),
+    [
+        (1, 1, "broadcast", "ep2"),
+        (1, 1, "tensor", "tp2"),
+        (1, 1, "disk", "pp2"),
+        (1, 1, "sharded", "tp2_ep2_etp1"),
+        (2, 1, "broadcast", "pp2"),
+        (2, 1, "sharded", "ep2"),
+        (2, 2, "broadcast", "ep2"),
+        (2, 2, "tensor", "ep2"),
+        (2, 2, "disk", "ep2"),
+        (2, 2, "sharded", "tp2"),
+        (4, 2, "sharded", "ep2"),
+    ],
+)
+def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
+    gangs, model, url_of, tmp_path, tp, ep, sync, trainer
+):
+    served = dict(urls=(url_of(tp, ep),), tp=tp, ep=ep, sync=sync, probe_every=1)
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS[trainer])
+    found = gangs(2).run("tests.sglang_jobs:gaps", **served, **job)
+    for rank in found:
+        assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
+    if sync == "sharded":
+        assert sum(rank["bytes"] for rank in found) == least_bytes(model, tp)
