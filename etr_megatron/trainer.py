@@ -53,11 +53,12 @@ class Trainer:
         directory: RunDirectory,
         grader: Grader | None,
         recorder: Callable[[int], Recorder] | None,
+        stop_request: StopRequest | None = None,
     ) -> None:
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._open_recorder, self._recorder = recorder, None
-        self._stop_request = StopRequest()
+        self._stop_request = stop_request or StopRequest()
         self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
         self._watch = Stopwatch()
         self.step = 0

@@ -54,8 +54,9 @@ class SglangEngine:
     which nothing is generated.
     """
 
-    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving) -> None:
-        """A collective. Raises UserError on every rank when a server does not start or does not answer."""
+    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving, *, must_stop: MustStop = never) -> None:
+        """A collective. Raises UserError on every rank when a server does not start or does not answer, and StopAskedError when
+        `must_stop()` comes to hold on a rank that waits for servers to start."""
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
@@ -88,7 +89,7 @@ class SglangEngine:
         self._sender = self._make_sender(own_address)
         try:
             on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
-            started = self._start(names)
+            started = self._start(names, must_stop)
             on_rank0(lambda: self._control.open(started))
         except BaseException:
             self.close()
@@ -138,9 +139,9 @@ class SglangEngine:
             return WholeSender(settings, None, None, shared)
         return WholeSender(settings, control.outbox, control.serving, shared)
 
-    def _start(self, names: Sequence[str]) -> dict[str, Started]:
+    def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
-        own = together(lambda: self._host.start(names) if self._host is not None else {})
+        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
         return {name: started for some in found for name, started in some.items()}
