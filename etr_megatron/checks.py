@@ -71,13 +71,7 @@ def check_model(config: Config, world_size: int) -> None:
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
         check_served(model, architecture, config.sglang.tp, config.sglang.ep)
     check_checkpoint(name, values=True)
-    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if architecture.max_positions < wanted:
-        raise UserError(
-            f"{name} has a context of {architecture.max_positions} tokens (max_position_embeddings), fewer than "
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} plus rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens}; lower one of them"
-        )
+    check_context(architecture, config)
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
 
@@ -91,6 +85,16 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
         check_without_experts(model, config)
     if architecture.has_dense_layers:
         check_mlp(model, architecture.intermediate_size, tp)
+
+
+def check_context(architecture: Architecture, config: Config) -> None:
+    """The longest sample is within the model's context; the tiny one's is as long as is wanted."""
+    model, prompt, response = config.model.path, config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if model != "tiny" and architecture.max_positions < prompt + response:
+        raise UserError(
+            f"{model} has a context of {architecture.max_positions} tokens (max_position_embeddings), fewer than "
+            f"data.max_prompt_tokens={prompt} plus rollout.max_response_tokens={response}; lower one of them"
+        )
 
 
 def check_layout(

@@ -6,7 +6,8 @@ import gc
 import json
 import os
 import sys
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ from etr_megatron.data import (
 )
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
+from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
 from etr_megatron.types import Problem
@@ -49,7 +52,10 @@ def run_rank(config: Config) -> None:
     with ExitStack() as stack:
         # Graders are started before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
         grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
-        _train(config, model_dir, grader, stack)
+        # torchrun sends SIGTERM as well, when another rank has failed. That one comes to none of the meetings, without which
+        # nobody stops as if nothing were lost.
+        stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s))
+        _train(config, model_dir, grader, stack, stop)
 
 
 def _model_dir(config: Config) -> Path:
@@ -59,10 +65,9 @@ def _model_dir(config: Config) -> Path:
     return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress and not quiet)
 
 
-def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack) -> None:
+def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
-    from etr_megatron.rollout.engine import never
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -70,18 +75,22 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     require_fp8(config.fp8)  # before minutes are spent on servers
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
-    nodes = _server_nodes(config, stack) if layout.rank == 0 else None
+    nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
     problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
     held_out: list[Problem] = []
     if config.data.eval is not None:
         held_out = _problems(config, "eval", tokenizer, report=layout.rank == 0)[: config.eval.problems]
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
+    stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
+    phases = Phases(config.run.phase_timeout_s, must_stop=stop)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
     refuse_unknown_tokens([*problems, *held_out], architecture.vocab_size, model_dir)
+    phases.meet("start of the rollout engine")
     engine = None
     if config.rollout.replay is None:
-        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory, nodes)))
+        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory, stop, nodes)))
+    phases.meet("loading of the model")
     cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
     decode, grader = partial(tokenizer.decode, skip_special_tokens=True), pool.grade if pool is not None else None
     trainer = Trainer(
@@ -94,7 +103,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         directory=directory,
         grader=grader,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
-        asked_to_stop=nodes.asked_to_stop if nodes is not None else never,
+        stop_request=stop,
     )
     # Modules and model live to the end. Looking through them in each full collection would hold up a rank, and with it all.
     gc.freeze()
@@ -122,12 +131,32 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
         print(f"warning: {doubt}", file=sys.stderr)
 
 
-def _server_nodes(config: Config, stack: ExitStack) -> ServerNodes | None:
-    """The nodes that are set apart for servers, until `stack` is closed; None where there are none."""
+def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> ServerNodes | None:
+    """The nodes that are set apart for servers, until `stack` is closed; None where there are none. SIGTERM to one of them
+    stops the job."""
     from etr_megatron.rollout.sglang import ServerNodes
 
-    apart = nodes_apart(config)
-    return stack.enter_context(ServerNodes(apart, config.sglang)) if apart else None
+    if not (apart := nodes_apart(config)):
+        return None
+    nodes = stack.enter_context(ServerNodes(apart, config.sglang))
+    stop.heed(nodes.asked_to_stop)
+    return nodes
+
+
+@contextmanager
+def _stopped_before_a_step(directory: RunDirectory, config: Config, *, reports: bool) -> Iterator[None]:
+    """Within, a stop that all ranks have agreed on while nothing was begun is one of a run to be started again. (The trainer
+    sees to those that come later.)"""
+    from etr_megatron.checkpoint import latest_step
+
+    try:
+        yield
+    except StopAskedError as error:
+        words = f"{error}: start again with the same command to go on"
+        if reports:
+            with suppress(UserError):
+                directory.write_status("requeue", latest_step(directory.checkpoints) or 0, config.run.steps, words)
+        raise RequeueError(words) from error
 
 
 def _engine(
@@ -136,9 +165,11 @@ def _engine(
     architecture: Architecture,
     stop_ids: set[int],
     directory: RunDirectory,
+    stop: StopRequest,
     nodes: ServerNodes | None,
 ) -> RolloutEngine:
-    """The rollout engine that `rollout.backend` names; a collective. nodes: on rank 0, where some are set apart for servers."""
+    """The rollout engine that `rollout.backend` names; a collective. nodes: on rank 0, where some are set apart for servers.
+    Raises StopAskedError where `stop` ends the wait for its servers."""
     from etr_megatron.policy.policy import DTYPES
 
     if config.rollout.backend == "embedded":
@@ -162,7 +193,7 @@ def _engine(
         temperature=config.rollout.temperature,
         max_gap=config.rollout.max_logprob_gap,
     )
-    return SglangEngine(config.sglang, model_dir, serving, nodes)
+    return SglangEngine(config.sglang, model_dir, serving, nodes, must_stop=stop)
 
 
 def _sampler(

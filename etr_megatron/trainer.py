@@ -28,7 +28,6 @@ from etr_megatron.rollout import (
     grade_groups,
 )
 from etr_megatron.rollout.collect import Decode, Grader
-from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group, Problem
@@ -54,15 +53,13 @@ class Trainer:
         directory: RunDirectory,
         grader: Grader | None,
         recorder: Callable[[int], Recorder] | None,
-        asked_to_stop: MustStop = never,
+        stop_request: StopRequest | None = None,
     ) -> None:
-        """asked_to_stop: whether somebody other than this rank was sent SIGTERM for the job."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._open_recorder, self._recorder = recorder, None
-        self._stop_request = StopRequest()
-        self._must_stop: MustStop = lambda: self._stop_request() or asked_to_stop()
-        self._phases = Phases(config.run.phase_timeout_s, must_stop=self._must_stop)
+        self._stop_request = stop_request or StopRequest()
+        self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
         self._watch = Stopwatch()
         self.step = 0
         self.trained = 0
@@ -141,7 +138,7 @@ class Trainer:
 
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
-        return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._must_stop))
+        return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _with_servers(self, draw: Callable[[], T]) -> T:
         """Again after a sync of the same weights, where servers have to be brought back for it."""
@@ -191,7 +188,7 @@ class Trainer:
         )
         self._phases.meet(f"evaluation after step {self.step}")
         engine = self.engine
-        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode, self._must_stop))
+        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode, self._stop_request))
         grade_groups(groups, self._grader)
         right = sum(sample.reward == self.config.reward.range_max for group in groups for sample in group.samples)
         return {"eval_accuracy": right / len(groups)}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
-from etr_megatron.config import load_config
+from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.flops import head_flops
 from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
-from etr_megatron.planner.activations import Split, passes_in_flight, saved_by_layer, stage_activations
+from etr_megatron.planner.activations import EXPERT_IMBALANCE, Split, passes_in_flight, saved_by_layer, stage_activations
 from etr_megatron.planner.architecture import MODELS
+from etr_megatron.planner.cuda_graphs import _prefill_sizes, graph_bytes
 from etr_megatron.weights import TrainingLayout, read_architecture
 
 QWEN_32B = MODELS.parent / "qwen3_32b_32gpu.yaml"
+SGLANG = list((MODELS.parents[1] / ".venv-sglang").glob("lib/*/site-packages/sglang/srt/arg_groups/cuda_graph_hook.py"))
 GIB = 2**30
 
 
@@ -123,6 +129,66 @@ def test_a_layers_saved_bytes_are_its_tensors() -> None:
     assert saved_by_layer(arch, 0, Split(tokens, 2, True, 2), 2) == cut
 
 
+def in_fp8(recipe: str, *, tp: int = 1) -> int:
+    return saved_by_layer(read_architecture(MODELS / "Qwen3-8B"), 0, Split(128, tp, tp > 1, 2, recipe), tp)
+
+
+def test_in_fp8_a_layer_keeps_one_quantised_copy_of_what_matrix_products_alone_need() -> None:
+    tokens, hidden, q, kv, mlp = 128, 4096, 32 * 128, 8 * 128, 12288
+    # In bfloat16 as before: what the norms, those of q and k, attention and the gate get, and what attention gives.
+    own = 2 * tokens * (2 * hidden + (q + kv) + (q + 2 * kv) + q + 2 * mlp) + 4 * tokens * 32
+    inputs = tokens * (2 * hidden + mlp)  # of the first products of attention and MLP, and of the last one
+    assert in_fp8("tensorwise") == own + inputs
+    assert in_fp8("blockwise") == own + inputs + 4 * inputs // 128  # fp32 scales
+    assert in_fp8("mxfp8") == own + inputs + inputs // 32
+    assert in_fp8("delayed") == own + inputs + tokens * q  # attention's output once more
+    assert in_fp8("tensorwise", tp=2) == (own + inputs) // 2
+    assert in_fp8("none") == own + 2 * inputs
+
+
+def test_in_fp8_the_router_keeps_the_norm_of_experts_as_it_is() -> None:
+    arch = read_architecture(MODELS / "Qwen3-30B-A3B")
+    assert arch.experts is not None
+    plain, fp8 = (saved_by_layer(arch, 0, Split(128, 1, False, 2, recipe), 1) for recipe in ("none", "tensorwise"))
+    routed = int(128 * arch.experts.per_token * EXPERT_IMBALANCE)
+    assert plain - fp8 == 128 * arch.hidden_size + routed * (arch.hidden_size + arch.experts.intermediate_size)
+
+
+def test_layers_that_stay_in_bf16_are_counted_so() -> None:
+    config = QWEN_32B.with_name("qwen3_32b_64gpu_async_fp8.yaml")
+    every, inner = (make_plan(load_config(config, [f"fp8.first_last_layers_bf16={value}"]), 64) for value in ("false", "true"))
+    split = Split(every.work.microbatch_tokens, 4, True, 2)
+    whole, cut = (saved_by_layer(every.arch, 0, replace(split, fp8=recipe), 4) for recipe in ("none", "blockwise"))
+    differences = [b.activations - a.activations for a, b in zip(every.ranks[::8], inner.ranks[::8], strict=True)]
+    working = whole // 2 - cut // 2  # the layer that goes backward, the largest of a stage
+    assert differences == [4 * (whole - cut) + working, 0, 0, whole - cut + working]  # passes in flight
+
+
+def test_graphs_of_colocated_servers_stay_in_every_phase() -> None:
+    assert graph_bytes(SglangConfig(), 80) == (2 * 256 + 8 * 58) * 2**20  # sequences, numbers of tokens up to 8192
+    assert graph_bytes(SglangConfig(tp=4), 80) == graph_bytes(SglangConfig(tp=8), 140) == (2 * 512 + 8 * 58) * 2**20
+    assert graph_bytes(SglangConfig(), 48) == (2 * 32 + 8 * 50) * 2**20
+    assert graph_bytes(SglangConfig(arguments=("--disable-cuda-graph",)), 80) == 0
+    for asked in (("--cuda-graph-max-bs", "16"), ("--cuda-graph-max-bs-decode=16",)):
+        assert graph_bytes(SglangConfig(arguments=asked), 80) == (2 * 16 + 8 * 58) * 2**20
+    with_graphs, without = plan(), plan("sglang.arguments=[--disable-cuda-graph]")
+    for rank, other in zip(with_graphs.ranks, without.ranks, strict=True):
+        assert rank.graphs == graph_bytes(with_graphs.config.sglang, 80)
+        assert {rank.phases[name] - other.phases[name] for name in rank.phases} == {rank.graphs}
+    apart = plan("sglang.placement=dedicated", "sglang.servers=1", "sglang.sync=broadcast", gpus=64)
+    assert {rank.graphs for rank in apart.ranks} == {0}
+
+
+@pytest.mark.skipif(not SGLANG, reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
+def test_prefill_is_captured_for_as_many_numbers_of_tokens_as_in_sglang() -> None:
+    parts = ast.parse(SGLANG[0].read_text()).body  # its import needs more than this function
+    (sizes,) = (part for part in parts if getattr(part, "name", "") == "generate_prefill_cuda_graph_batch_sizes")
+    found: dict[str, Callable[[int], list[int]]] = {}
+    exec(compile(ast.Module([sizes], []), SGLANG[0], "exec"), found)
+    for most in (2048, 4096, 8192, 16384):
+        assert _prefill_sizes(most) == found[sizes.name](most)
+
+
 def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     layout, split = TrainingLayout(tp=2, pp=2, dp=1), Split(1000, 2, True, 2)
@@ -184,8 +250,8 @@ def test_what_does_not_fit_is_told_with_settings_that_help_and_each_does() -> No
 
 def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_known() -> None:
     config = load_config(QWEN_32B, [])
-    tight = make_plan(config, 32, gpu_memory=64.0)
-    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=64.0) if suggestion.fits]
+    tight = make_plan(config, 32, gpu_memory=68.0)
+    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=68.0) if suggestion.fits]
     counted = [suggestion.is_counted for suggestion in fitting]
     assert counted == sorted(counted, reverse=True) and {True, False} == set(counted)
     text = render(tight, fitting)

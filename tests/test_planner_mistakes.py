@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from etr_megatron.checks import check_inputs
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan, render
@@ -58,6 +59,18 @@ def test_a_mistake_that_no_number_of_gpus_mends_is_told_as_such() -> None:
     for arguments, told in ((["model.path=models/Nobody-1B"], "^model.path: "), (["--gpu-memory", "0"], "^--gpu-memory 0: ")):
         with pytest.raises(UserError, match=told):
             dry_run(["--config", str(CONFIG), *arguments])
+
+
+def test_a_context_that_is_too_short_is_the_same_sentence_in_a_plan_and_in_a_job(hf_models) -> None:
+    overrides = [f"model.path={hf_models['qwen3']}", "data.max_prompt_tokens=100", "rollout.max_response_tokens=500"]
+    config = load_config(None, [*overrides, "parallel.tp=1", "sglang.tp=1"])
+    said = []
+    for check in (lambda: check_inputs(config, 1), lambda: make_plan(config, 1, gpus_per_node=1)):
+        with pytest.raises(UserError) as caught:
+            check()
+        said.append(str(caught.value))
+    short = "has a context of 512 tokens (max_position_embeddings), fewer than data.max_prompt_tokens=100 plus "
+    assert said == [f"{hf_models['qwen3']} {short}rollout.max_response_tokens=500; lower one of them"] * 2
 
 
 def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:

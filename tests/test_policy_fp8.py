@@ -100,8 +100,8 @@ def test_the_optimizer_does_not_start_from_what_weights_held_in_fp8_were_made_wi
     chunk.weight.clear_high_precision_init_val = lambda: cleared.append("weight")
     monkeypatch.setattr(megatron_weights, "is_torch_dist", lambda directory: False)
     monkeypatch.setattr(megatron_weights, "open_checkpoint", lambda directory: None)
-    monkeypatch.setattr(megatron_weights, "load_hf_weights", lambda chunks, checkpoint: cleared.append("loaded"))
-    megatron_weights.load_weights([chunk], "somewhere")
+    monkeypatch.setattr(megatron_weights, "load_hf_weights", lambda models, checkpoint: cleared.append("loaded"))
+    megatron_weights.load_weights([[chunk]], "somewhere")
     assert cleared == ["loaded", "weight"]
 
 

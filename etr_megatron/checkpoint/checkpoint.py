@@ -28,6 +28,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.files import no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
+from etr_megatron.policy.replicas import ReadOnce
 
 _NAME = re.compile(r"step_(\d{6,})$")
 TRAINER_FILE = "trainer.json"
@@ -108,7 +109,7 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     _refuse_other_optimizer(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
-        state = dist_checkpointing.load(wanted, str(path))
+        state = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
             f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, or start "

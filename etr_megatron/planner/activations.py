@@ -6,11 +6,20 @@ of this decoder: grouped-query attention without a stored score matrix (flash at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, TrainingLayout
+
+FP8_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
+"""Bytes of an element of a matrix product's input that Transformer Engine keeps for the weight's gradient, scales included.
+
+In 2.11 it keeps one copy of the two that it makes, the one scaled by columns (with sequence parallelism, where a scale is a
+tensor's, the one by rows, which alone can be gathered): `update_usage` at the end of the forward passes of
+pytorch/module/linear.py, layernorm_linear.py and grouped_linear.py. Scales: an fp32 one for 128 values
+(Float8BlockQuantizer.get_scale_shape), a byte for 32 (MXFP8), one for a tensor.
+"""
 
 EXPERT_IMBALANCE = 1.25
 """Assumed: tokens of the rank whose experts are chosen most, over an even share."""
@@ -20,13 +29,14 @@ EXPERT_IMBALANCE = 1.25
 class Split:
     """How the tokens of a microbatch and the width of a layer are spread over ranks.
 
-    tokens: of a context-parallel rank. element: bytes of an activation.
+    tokens: of a context-parallel rank. element: bytes of an activation. fp8: `fp8.recipe`.
     """
 
     tokens: int
     tp: int
     sequence_parallel: bool
     element: int
+    fp8: str = "none"
 
     @property
     def whole(self) -> int:
@@ -43,24 +53,37 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
     """Bytes that a layer keeps. etp: tensor parallelism of an expert.
 
     Two norms keep input and output, the projections their inputs, attention q, k, v, its output and a log-sum-exp per head,
-    the gated MLP both halves and their product.
+    the gated MLP both halves and their product. In FP8 what matrix products alone keep is their own copy.
     """
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     normed = q + kv if arch.qk_norm else 0
     attention = split.tokens * (2 * q + 2 * kv + normed) // split.tp
     softmax = 4 * split.tokens * arch.heads // split.tp
-    between = 4 * split.whole * arch.hidden_size
-    return split.element * (between + attention + _mlp(arch, layer, split, etp)) + softmax
+    norm = split.whole * arch.hidden_size
+    kept, inputs = _mlp(arch, layer, split, etp)
+    kept, inputs = kept + attention + 2 * norm, inputs + norm
+    if split.fp8 == "none":
+        return split.element * (kept + inputs) + softmax
+    if split.fp8 == "delayed":
+        # Attention keeps its output in the model's type. With other recipes Megatron has the projection behind it use that
+        # one (set_save_original_input in transformer/attention.py).
+        inputs += split.tokens * q // split.tp
+    return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + softmax
 
 
-def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Elements. Of experts also the tokens brought to them and, for the router's gradient, what comes back."""
-    experts = arch.experts
+def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
+    """(elements that are kept whatever the products, inputs of products that nothing else keeps), with the output of the norm
+    before. Of experts also the tokens brought to them and, for the router's gradient, what comes back; the router, which is
+    not in FP8, keeps the norm's output."""
+    experts, norm = arch.experts, split.whole * arch.hidden_size
     if experts is None or not arch.has_experts(layer):
-        return 3 * split.tokens * arch.intermediate_size // split.tp
+        product = split.tokens * arch.intermediate_size // split.tp
+        return 2 * product, norm + product
     # Sequence parallelism spreads tokens over TP; a token goes to `per_token` experts, wherever they are.
     routed = int(split.whole * experts.per_token * etp * EXPERT_IMBALANCE)
-    return routed * (2 * arch.hidden_size + 3 * experts.intermediate_size // etp) + 3 * split.whole * experts.count
+    product = routed * experts.intermediate_size // etp
+    back = routed * arch.hidden_size
+    return norm + back + 2 * product + 3 * split.whole * experts.count, back + product
 
 
 def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> int:
@@ -76,14 +99,26 @@ def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> i
 
 
 def stage_activations(
-    arch: Architecture, layout: TrainingLayout, stage: int, split: Split, microbatches: int, recompute: str
+    arch: Architecture,
+    layout: TrainingLayout,
+    stage: int,
+    split: Split,
+    microbatches: int,
+    recompute: str,
+    *,
+    ends_in_bf16: bool = False,
 ) -> int:
-    """Bytes that a rank of `stage` holds when it holds most. recompute: `train.recompute`.
+    """Bytes that a rank of `stage` holds when it holds most. recompute: `train.recompute`. ends_in_bf16: whether the first and
+    the last layer are, in FP8 (`fp8.first_last_layers_bf16`).
 
     `selective` recomputes attention alone, of which flash attention stores nothing worth mentioning: it counts like `none`.
     """
     layers = [layer for layer in range(arch.layers) if layout.chunk_of(layer, arch)[0] == stage]
-    saved = [saved_by_layer(arch, layer, split, layout.expert_tp) for layer in layers]
+    whole = replace(split, fp8="none")
+    saved = [
+        saved_by_layer(arch, layer, whole if ends_in_bf16 and layer in (0, arch.layers - 1) else split, layout.expert_tp)
+        for layer in layers
+    ]
     flights = passes_in_flight(layout, stage, microbatches) / layout.vpp
     # The layer that goes backward has its gradients beside what it saved, about half as much again.
     working = max(saved) // 2

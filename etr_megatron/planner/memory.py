@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from etr_megatron.config import Config
 from etr_megatron.planner.activations import Split, head_bytes, stage_activations
 from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
+from etr_megatron.planner.cuda_graphs import graph_bytes
 from etr_megatron.planner.parameters import RankParameters, largest_weight, parameters_by_rank
 from etr_megatron.planner.workload import Workload
 
@@ -30,8 +31,8 @@ class RankMemory:
     """Bytes of a rank.
 
     reference: the frozen model of a KL term. activations, head: while it trains. export: a full weight and a bucket while
-    weights are sent. server: what a server on the same GPU takes while it generates. embedded, cache: the embedded engine's
-    weights, and keys and values of its largest batch while it generates.
+    weights are sent. server: what a server on the same GPU takes while it generates. graphs: its CUDA graphs, which stay.
+    embedded, cache: the embedded engine's weights, and keys and values of its largest batch while it generates.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class RankMemory:
     head: int
     export: int
     server: int
+    graphs: int
     embedded: int
     cache: int
 
@@ -55,8 +57,8 @@ class RankMemory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of every phase. A colocated server that has released its memory still has a process of its own."""
-        other = RUNTIME // 2 if self.server else 0
+        """Peak of every phase. A colocated server that has released its memory still has a process of its own, and graphs."""
+        other = RUNTIME // 2 + self.graphs if self.server else 0
         return {
             "train": self.resident + self.activations + self.head + other,
             "sync": self.resident + self.export + self.server + other,
@@ -73,13 +75,14 @@ class RankMemory:
 class ServerMemory:
     """Bytes of a server's GPU. pool: what it may take for weights and KV cache. token: a token's keys and values there.
 
-    parameters: elements, not bytes.
+    parameters: elements, not bytes. graphs: see `graph_bytes`.
     """
 
     parameters: int
     weights: int
     pool: int
     token: int
+    graphs: int
 
     @property
     def cache_tokens(self) -> int:
@@ -107,8 +110,10 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
     heads = max(1, arch.kv_heads // layout.tp)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
-    pool = 0 if config.rollout.backend == "embedded" else int(fraction * gpu_memory_gib * GIB)
-    return ServerMemory(held.total, weights, pool, 2 * arch.layers * heads * arch.head_dim * element)
+    is_embedded = config.rollout.backend == "embedded"
+    pool = 0 if is_embedded else int(fraction * gpu_memory_gib * GIB)
+    graphs = 0 if is_embedded else graph_bytes(config.sglang, gpu_memory_gib)
+    return ServerMemory(held.total, weights, pool, 2 * arch.layers * heads * arch.head_dim * element, graphs)
 
 
 def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:
@@ -117,7 +122,15 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
     stages = [
-        stage_activations(arch, layout, stage, split, work.most_microbatches, config.train.recompute)
+        stage_activations(
+            arch,
+            layout,
+            stage,
+            split,
+            work.most_microbatches,
+            config.train.recompute,
+            ends_in_bf16=config.fp8.first_last_layers_bf16,
+        )
         for stage in range(layout.pp)
     ]
     element = 4 if config.model.dtype == "float32" else 2
@@ -140,6 +153,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 head=head if stage == layout.pp - 1 else 0,
                 export=export,
                 server=server.pool if cluster.shares_gpu(rank) else 0,
+                graphs=server.graphs if cluster.shares_gpu(rank) else 0,
                 embedded=server.weights if is_embedded else 0,
                 cache=batch * server.token if is_embedded else 0,
             )
@@ -153,6 +167,7 @@ def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
         tp=layout.tp,
         sequence_parallel=config.parallel.sequence_parallel,
         element=4 if config.model.dtype == "float32" else 2,
+        fp8=config.fp8.recipe,
     )
 
 

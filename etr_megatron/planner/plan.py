@@ -139,17 +139,11 @@ def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:
     """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
-    from etr_megatron.checks import check_architecture
+    from etr_megatron.checks import check_architecture, check_context
 
-    model, tp = config.model.path, config.parallel.tp
-    assert tp != "auto"
-    check_architecture(model, arch, config, tp)
-    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if 0 < arch.max_positions < wanted:
-        raise UserError(
-            f"{model} has a context of {arch.max_positions} tokens, fewer than data.max_prompt_tokens plus "
-            f"rollout.max_response_tokens = {wanted}; lower one of them"
-        )
+    assert config.parallel.tp != "auto"
+    check_architecture(config.model.path, arch, config, config.parallel.tp)
+    check_context(arch, config)
 
 
 def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,20 +19,25 @@ class StopRequest:
     """Whether this rank was told to stop: `request()`."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._asked, self._listening = threading.Event(), False
+        self._others: list[Callable[[], bool]] = []
 
     def __call__(self) -> bool:
-        """True once a SIGTERM has arrived within `on_sigterm`."""
-        return self._asked.is_set()
+        """True once a SIGTERM has arrived within `on_sigterm`, or somebody says so who is to be heeded."""
+        return self._asked.is_set() or any(other() for other in self._others)
+
+    def heed(self, other: Callable[[], bool]) -> None:
+        """`other` says whether a process was sent SIGTERM that has no rank."""
+        self._others.append(other)
 
     @contextmanager
     def on_sigterm(self, grace_s: float) -> Iterator[StopRequest]:
         """Within, SIGTERM sets the request, and `grace_s` seconds later ends the process with exit code 128 + SIGTERM.
 
         grace_s: 0 leaves SIGTERM as it is. To be entered in the main thread. More signals change nothing: a scheduler and
-        torchrun may both send one.
+        torchrun may both send one. Entered within itself it does nothing more.
         """
-        if grace_s <= 0:
+        if grace_s <= 0 or self._listening:
             yield self
             return
         reading, writing = socket.socketpair()
@@ -42,9 +47,11 @@ class StopRequest:
         wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s), name="sigterm", daemon=True)
         watcher.start()
+        self._listening = True
         try:
             yield self
         finally:
+            self._listening = False
             finished.set()
             signal.set_wakeup_fd(wakeup_before)
             signal.signal(signal.SIGTERM, before)

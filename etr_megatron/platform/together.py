@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_full_behind
+from etr_megatron.platform.phases import StopAskedError
 
 T = TypeVar("T")
 
@@ -16,8 +17,8 @@ T = TypeVar("T")
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do `work` on every rank of the group (None: all) and wait for the others: what it returned here. A collective.
 
-    Raises this rank's own error, or, where only others failed, the first of theirs: a UserError as it is, a full disk as
-    OSError, anything else as RuntimeError. A process without ranks only does it.
+    Raises this rank's own error, or, where only others failed, the first of theirs: a UserError or StopAskedError as it is, a
+    full disk as OSError, anything else as RuntimeError. A process without ranks only does it.
     """
     if not dist.is_initialized():
         return work()
@@ -39,4 +40,6 @@ def _for_others(error: Exception) -> Exception:
     full = disk_full_behind(error)
     if full is not None:
         return OSError(full.errno, full.strerror)
+    if isinstance(error, StopAskedError):
+        return StopAskedError(str(error))
     return UserError(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {dist.get_rank()} failed: {error}")

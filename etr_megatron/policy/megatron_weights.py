@@ -19,19 +19,21 @@ from etr_megatron.errors import UserError
 from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
+from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
 
 
-def load_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
-    """Copy this rank's shards of a checkpoint into its chunks' parameters (in place; the chunks own them). A collective.
+def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | Path) -> None:
+    """Copy this rank's shards of a checkpoint into the parameters of models (in place; each the chunks that own them), which
+    all get the same. A collective: what several ranks hold is read by one of them.
 
-    Raises UserError for a checkpoint that does not fit the model or cannot be read.
+    Raises UserError, on every rank, for a checkpoint that does not fit the model or cannot be read.
     """
     if is_torch_dist(checkpoint_dir):
-        load_megatron_weights(chunks, checkpoint_dir)
+        load_megatron_weights(models, checkpoint_dir)
     else:
-        load_hf_weights(chunks, open_checkpoint(checkpoint_dir))
-    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        load_hf_weights(models, open_checkpoint(checkpoint_dir))
+    for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
         # Of a weight held in FP8 Transformer Engine keeps the random values that it was made with; the optimizer would start
         # from those.
         if hasattr(parameter, "clear_high_precision_init_val"):
@@ -39,7 +41,7 @@ def load_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> N
 
 
 @torch.no_grad()
-def load_megatron_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
+def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | Path) -> None:
     """The same for a `torch_dist` directory, written by any layout or by `tools/convert_hf.py`. A collective.
 
     Optimizer state that may be there is left alone.
@@ -52,16 +54,16 @@ def load_megatron_weights(chunks: Sequence[PolicyModel], checkpoint_dir: str | P
             for name, part in chunk.sharded_state_dict().items()
             if not isinstance(part, ShardedObject)
         }
-        for number, chunk in enumerate(chunks)
+        for number, chunk in enumerate(models[0])
     }
     try:
         with warnings.catch_warnings():
             # Megatron asks torch for what torch has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
-            state = dist_checkpointing.load(wanted, str(checkpoint_dir))
+            state = dist_checkpointing.load(wanted, str(checkpoint_dir), ReadOnce())
     except (CheckpointException, CheckpointingException, KeyError) as error:
         raise UserError(f"{checkpoint_dir} does not fit this model ({reason(error)})") from error
-    for number, chunk in enumerate(chunks):
+    for number, chunk in ((number, chunk) for chunks in models for number, chunk in enumerate(chunks)):
         found = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
         missing = set(found.missing_keys) & dict(chunk.named_parameters()).keys()
         if missing:
@@ -81,7 +83,7 @@ def megatron_logits(arch: Architecture, checkpoint_dir: str | Path, layout: Layo
     """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from a model in fp32 without an optimizer; for one rank."""
     config = transformer_config(arch, layout, sequence_parallel=False, dtype=torch.float32)
     (model,) = build_chunks(arch, config, layout)
-    load_weights([model.eval()], checkpoint_dir)
+    load_weights([[model.eval()]], checkpoint_dir)
     tokens = tokens.to(platform.device())
     hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
     return (hidden @ model.head_weight().t()).transpose(0, 1)[..., : arch.vocab_size].cpu()

@@ -18,6 +18,7 @@ from torch import Tensor
 from etr_megatron import platform
 from etr_megatron.policy.model_config import block_spec, rotary_frequencies, uses_transformer_engine
 from etr_megatron.policy.parallel import Layout
+from etr_megatron.policy.replicas import read_once
 from etr_megatron.vocab_parallel import VocabShard
 from etr_megatron.weights import (
     Architecture,
@@ -146,13 +147,15 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, tor
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[PolicyModel], checkpoint: SafetensorsDir) -> None:
-    """Copy this rank's shards of a HuggingFace checkpoint into the chunks' parameters (in place; the chunks own them).
+def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: SafetensorsDir) -> None:
+    """Copy this rank's shards of a HuggingFace checkpoint into the parameters of models (in place; each the chunks that own
+    them), which all get the same. A collective.
 
-    Only the byte ranges that the rank needs are read. Raises ValueError naming parameters whose shape is not the map's.
+    Only the byte ranges that the rank needs are read, by one of the ranks that need them. Raises ValueError naming parameters
+    whose shape is not the map's.
     """
-    layout, arch = chunks[0].layout, chunks[0].arch
-    own = own_parameters(chunks)
+    layout, arch = models[0][0].layout, models[0][0].arch
+    own, *others = (own_parameters(chunks) for chunks in models)
     shards = {name: megatron_shard(weight, arch, *layout.cut(weight)) for name, (weight, _) in own.items()}
     differing = [
         f"{name} is {tuple(parameter.shape)}, the map says {shards[name].shape}"
@@ -161,8 +164,9 @@ def load_hf_weights(chunks: Sequence[PolicyModel], checkpoint: SafetensorsDir) -
     ]
     if differing:
         raise ValueError(listed(differing, "; "))
-    for name, (weight, parameter) in own.items():
-        parameter.copy_(read_shard(weight, shards[name], checkpoint.read))
+    for name, values in read_once(own, lambda name: read_shard(own[name][0], shards[name], checkpoint.read)):
+        for parameters in (own, *others):
+            parameters[name][1].copy_(values)
 
 
 @torch.no_grad()

@@ -90,14 +90,13 @@ class Policy:
             fp8=config.fp8,
         )
         self.chunks = build_chunks(arch, self._megatron, layout)
-        load_weights(self.chunks, checkpoint_dir)
-        self._balance: ExpertBalance | None = None
-        if arch.experts is not None:
-            self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self.reference: list[PolicyModel] | None = None
         if config.objective.kl_coef > 0:
             self.reference = [chunk.requires_grad_(False) for chunk in build_chunks(arch, self._megatron, layout)]
-            load_weights(self.reference, checkpoint_dir)
+        load_weights([chunks for chunks in (self.chunks, self.reference) if chunks is not None], checkpoint_dir)
+        self._balance: ExpertBalance | None = None
+        if arch.experts is not None:
+            self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
         self.optimizer = get_megatron_optimizer(optimizer_config(config), self._ddp)
         self.scheduler = lr_scheduler(self.optimizer, config)

@@ -56,9 +56,17 @@ class SglangEngine:
     which nothing is generated.
     """
 
-    def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving, nodes: ServerNodes | None = None) -> None:
+    def __init__(
+        self,
+        config: SglangConfig,
+        model_dir: Path,
+        serving: Serving,
+        nodes: ServerNodes | None = None,
+        *,
+        must_stop: MustStop = never,
+    ) -> None:
         """A collective. nodes: on rank 0, where some are set apart. Raises UserError on every rank when a server does not start
-        or does not answer."""
+        or does not answer, and StopAskedError when `must_stop()` comes to hold on a rank that waits for servers to start."""
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
@@ -66,7 +74,7 @@ class SglangEngine:
         self._control: Control | None = None
         self._host: Host | ServerNodes | None = None
         addresses = addresses_of(config)
-        apart = on_rank0(lambda: nodes.meet(config.startup_timeout_s) if nodes is not None else [], long=True)
+        apart = on_rank0(lambda: nodes.meet(config.startup_timeout_s, must_stop) if nodes is not None else [], long=True)
         places = [*addresses.values(), *apart]
         key = on_rank0(lambda: new_key(places) if places else None)
         names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(places))]
@@ -94,7 +102,7 @@ class SglangEngine:
         self._sender = self._make_sender(own_address)
         try:
             on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
-            started = self._start(names)
+            started = self._start(names, must_stop)
             on_rank0(lambda: self._control.open(started))
         except BaseException:
             self.close()
@@ -134,9 +142,9 @@ class SglangEngine:
             return WholeSender(settings, None, None, shared)
         return WholeSender(settings, control.outbox, control.serving, shared)
 
-    def _start(self, names: Sequence[str]) -> dict[str, Started]:
+    def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
-        own = together(lambda: self._host.start(names) if self._host is not None else {})
+        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
         return {name: started for some in found for name, started in some.items()}

@@ -28,10 +28,12 @@ import torch.distributed as dist
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.background import beside
+from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import BEAT_S, SILENCE_S
 from etr_megatron.rollout.sglang.commands import server_command
-from etr_megatron.rollout.sglang.hosts import AbandonedError, Host, Started
+from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.rollout.sglang.places import address_towards
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
@@ -54,13 +56,7 @@ class ServerSetting(NamedTuple):
     cuda: bool
 
 
-def host_of(
-    config: SglangConfig,
-    names: Sequence[str],
-    address: str,
-    setting: ServerSetting,
-    abandoned: Callable[[], bool] | None = None,
-) -> Host:
+def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: ServerSetting) -> Host:
     """For the servers of this machine. Raises UserError where it has too few GPUs for them."""
     folder = Path(setting.folder)
     commands = {
@@ -76,7 +72,7 @@ def host_of(
         )
         for place, name in enumerate(names)
     }
-    return Host(commands, folder, config.startup_timeout_s, abandoned)
+    return Host(commands, folder, config.startup_timeout_s)
 
 
 def _connect() -> dist.Store:
@@ -145,8 +141,9 @@ class ServerNodes:
         """Whether a node was sent SIGTERM, which stands for the job."""
         return self._stop_asked.is_set()
 
-    def meet(self, timeout_s: float) -> list[str]:
-        """Their addresses, in order. Raises UserError for those that have no servers to give, or are not there in time."""
+    def meet(self, timeout_s: float, must_stop: MustStop = never) -> list[str]:
+        """Their addresses, in order. Raises UserError for those that have no servers to give, or are not there in time, and
+        StopAskedError when `must_stop()` comes to hold."""
         deadline = time.monotonic() + timeout_s
         missing = set(range(self._count))
         hellos: dict[int, Any] = {}
@@ -155,6 +152,8 @@ class ServerNodes:
                 if self._store.check([f"{node}/hello"]):
                     hellos[node] = json.loads(self._store.get(f"{node}/hello"))
                     missing.remove(node)
+            if missing and must_stop():
+                raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
             time.sleep(_LOOK_S)
         for node, said in sorted(hellos.items()):
             if said["problem"]:
@@ -174,13 +173,13 @@ class ServerNodes:
             if isinstance(said, str):
                 raise UserError(f"{self._name(node)}: {said}")
 
-    def start(self, names: Iterable[str]) -> dict[str, Started]:
+    def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
         """See `Host.start`; servers of a node that is lost do not serve."""
         asked = set(names)
         own = {node: [name for name in mine if name in asked] for node, mine in enumerate(self._names)}
         orders = {node: {"do": "start", "names": mine} for node, mine in own.items() if mine}
         found: dict[str, Started] = {}
-        for node, said in self._ask(orders, Host.STARTS * self._config.startup_timeout_s + _END_S).items():
+        for node, said in self._ask(orders, Host.STARTS * self._config.startup_timeout_s + _END_S, must_stop).items():
             if isinstance(said, str):
                 found |= {name: Started("", f"{name} cannot be started on {self._name(node)}: {said}") for name in own[node]}
             else:
@@ -203,8 +202,9 @@ class ServerNodes:
         self._store.set(f"{node}/order/{number}", json.dumps(order))
         return number
 
-    def _ask(self, orders: Mapping[int, Mapping[str, Any]], timeout_s: float) -> dict[int, Any]:
-        """Node -> its reply; a sentence where it could not do it, or does not answer."""
+    def _ask(self, orders: Mapping[int, Mapping[str, Any]], timeout_s: float, must_stop: MustStop = never) -> dict[int, Any]:
+        """Node -> its reply; a sentence where it could not do it, or does not answer. Raises StopAskedError when `must_stop()`
+        comes to hold: the nodes give up what they are at with the next order."""
         keys = {node: f"{node}/reply/{self._post(node, order)}" for node, order in orders.items()}
         found: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -218,6 +218,8 @@ class ServerNodes:
                     found[node] = f"it did not answer within {timeout_s:g} s"
                 if node in found:
                     del keys[node]
+            if keys and must_stop():
+                raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
             if keys:
                 time.sleep(_LOOK_S)
         return {node: found[node] for node in orders}
@@ -264,11 +266,11 @@ class ServerNode:
                     print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
                 return int(order["code"])
             try:
-                reply = self._do(order)
+                reply = self._do(order, f"{self._number}/order/{number + 1}")
             except UserError as error:
                 reply = str(error)
-            except AbandonedError:
-                break
+            except StopAskedError:  # nobody waits for the reply
+                continue
             self._store.set(f"{self._number}/reply/{number}", json.dumps(reply))
         what = f"server node {self._number}: rank 0 gives no sign of life any more; the servers are ended"
         print(what, file=sys.stderr, flush=True)
@@ -284,14 +286,16 @@ class ServerNode:
         except RuntimeError:  # the store is gone, and rank 0's torchrun with it
             return None
 
-    def _do(self, order: Mapping[str, Any]) -> Any:
+    def _do(self, order: Mapping[str, Any], following: str) -> Any:
+        """The reply. following: key of the next order; where that is there, this one has been given up. Raises
+        StopAskedError."""
         if order["do"] == "prepare":
             setting = ServerSetting(**order["setting"])
-            self._host = host_of(self._config, order["names"], self._address, setting, self._lost.is_set)
+            self._host = host_of(self._config, order["names"], self._address, setting)
             return None
         assert self._host is not None
         if order["do"] == "start":
-            return self._host.start(order["names"])
+            return self._host.start(order["names"], lambda: self._lost.is_set() or self._store.check([following]))
         self._host.stop(order["names"])
         return None
 
