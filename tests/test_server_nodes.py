@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from etr_megatron import launch
 from etr_megatron.checks import nodes_apart, starts_servers
 from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.world import Place, place_of
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
 from etr_megatron.rollout.sglang.server import free_port
@@ -155,6 +157,19 @@ def test_rank_0_starts_stops_and_restarts_servers_of_all_nodes_and_each_ends_as_
     for node in nodes:
         node.join()
     assert [node.code for node in nodes] == [75, 75] and gone(pids["server 2"])
+
+
+def test_a_stop_does_not_wait_for_servers_that_a_node_starts(store, tmp_path):
+    config = replace(sglang(), launch=("-m", "tests.deaf_server"), startup_timeout_s=900.0)
+    nodes = [Node(number, config, store) for number in range(2)]
+    asked = iter([False, True])
+    with pytest.raises(StopAskedError), ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+        rank0.start(["server 0", "server 1"], lambda: next(asked, True))
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [1, 1]
 
 
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (UserError("no"), 2), (ValueError("a defect"), 1)])
