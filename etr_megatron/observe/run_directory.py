@@ -135,8 +135,17 @@ class RunDirectory:
         status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
 
+    def read_state(self) -> str | None:
+        """The state in status.json, None where there is no such file. Raises UserError for a file that holds none."""
+        if not self.status_file.exists():
+            return None
+        try:
+            return str(json.loads(self.status_file.read_text())["state"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.status_file} does not hold a run's state ({error}); remove it") from error
+
     def _is_finished(self) -> bool:
-        return self.status_file.exists() and json.loads(self.status_file.read_text())["state"] == "finished"
+        return self.read_state() == "finished"
 
     def _started_with(self) -> dict[str, Any]:
         try:
