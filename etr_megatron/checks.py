@@ -268,6 +268,8 @@ def check_replay(config: Config) -> None:
     folder = Path(config.rollout.replay) / RECORDED
     there = set(recorded_steps(folder))
     missing = [step for step in range(1, config.run.steps + 1) if step not in there]
+    if not there:
+        raise UserError(f"rollout.replay: {folder} has no recorded steps; rollout.record makes them")
     if missing:
         raise UserError(
             f"rollout.replay: {folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is "

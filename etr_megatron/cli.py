@@ -55,6 +55,11 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     return default_config(cuda=_runs_on_cuda(overrides)), overrides
 
 
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether -h or --help is among the arguments."""
+    return not {"-h", "--help"}.isdisjoint(argv)
+
+
 def require_torchrun(module: str) -> None:
     """Raise `UserError` in a process that is no rank. module: what was started, with `python -m`."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -21,7 +21,7 @@ def import_function(path: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way; it is his to read about
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way, and a script ends in sys.exit
         raise ImportPathError(
             f"importing {module_name} failed with {type(error).__name__}: {error} (looked in {os.getcwd()} and PYTHONPATH)"
         ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etr_megatron.checks import check_inputs, nodes_apart, starts_servers
-from etr_megatron.cli import USAGE, parse_args
+from etr_megatron.cli import USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
@@ -32,7 +32,7 @@ _BYTES_OF_A_PROCESS = 300 * 2**20
 def main(argv: list[str] | None = None) -> int:
     """Check, start, watch; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
         return 0
     try:
@@ -163,8 +163,8 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
             rest.append(argument)
     if nproc is None:
         return None, rest
-    if not nproc.isdecimal() or int(nproc) < 1:
-        raise UserError(f"--nproc {nproc}: must be a whole number of processes, at least 1")
+    if not nproc.isdecimal() or len(nproc) > 9 or int(nproc) < 1:
+        raise UserError(f"--nproc {nproc}: must be a whole number of processes, from 1 to 999999999")
     return int(nproc), rest
 
 

@@ -6,6 +6,7 @@ then break because their peer has left, see the file and end quietly instead of 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -59,14 +60,23 @@ def exit_code_of(body: Callable[[], None]) -> int:
 
 
 def code_of_printing(main: Callable[[], int]) -> int:
-    """The exit code of a command that prints: what `main` returns, or 141, as after SIGPIPE, where its reader has left."""
+    """The exit code of a command that prints: what `main` returns; 141, as after SIGPIPE, where its reader has left; 2, and a
+    sentence, where what it prints goes to a disk that is full."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the start, and print has printed nothing
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        # The interpreter would flush what is left in the end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except OSError as error:
+        # What a file of its own meets has a name, or is a UserError.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        print(f"error: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+        code = USER_ERROR_EXIT
+    # The interpreter would flush what is left in the end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -8,7 +8,7 @@ import sys
 
 from etr_megatron import platform
 from etr_megatron.checks import check_inputs, nodes_apart
-from etr_megatron.cli import parse_args, require_torchrun
+from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.world import Place, place_of
@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    if asks_for_help(argv):
+        print(f"usage: torchrun ... -m etr_megatron.train {USAGE}")
+        return
     if "--dry-run" in argv:
         from etr_megatron.planner.dry_run import dry_run
 

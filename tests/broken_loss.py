@@ -1,11 +1,13 @@
-"""A user's policy loss with the usual mistake: a root whose derivative at zero is infinite, and NaN after `where`; and one
-that is there when the run is told to stop."""
+"""A user's policy losses that fail: one with the usual mistake, a root whose derivative at zero is infinite, and NaN after
+`where`; some that raise; and one that is there when the run is told to stop."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import signal
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +29,20 @@ def root_of_zero(inputs: LossInputs) -> LossOutputs:
 def root_of_zero_unmarked(inputs: LossInputs) -> LossOutputs:
     """The same without the promise, so that its gradients are formed when Megatron goes backward."""
     return root_of_zero(inputs)
+
+
+def needs_an_option(inputs: LossInputs) -> LossOutputs:
+    """Fails without the option `margin`, in a function that it calls."""
+    return regularized(inputs, inputs.logp * _margin(inputs.settings.options))
+
+
+def _margin(options: Mapping[str, float]) -> float:
+    return options["margin"]
+
+
+def leaves(inputs: LossInputs) -> LossOutputs:
+    """Ends the process, and says that all is well."""
+    sys.exit(0)
 
 
 _calls = itertools.count(1)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron.config import load_config, resolve
+from etr_megatron.errors import UserError
 from etr_megatron.policy import Policy, PolicyBatch, configured_layout
 from etr_megatron.weights import TABLES, read_architecture
 from etr_megatron.weights.map import Row
@@ -118,7 +119,7 @@ def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_
             policy.chunks[0].embedding.word_embeddings.weight[sequences[-1][0][0]] = float("nan")
     try:
         policy.update(batch)
-    except FloatingPointError as error:
+    except (FloatingPointError, UserError) as error:
         return str(error)
     return ""
 

@@ -13,6 +13,7 @@ import torch
 
 from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.config import load_config, resolve
+from etr_megatron.errors import UserError
 from etr_megatron.metrics import check_logprob_gap, step_metrics
 from etr_megatron.objective import PASS_RATE_BINS, LossSettings, resolve_loss
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
@@ -257,35 +258,37 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
         watch.check(replace(inputs, **{name: broken, "variance": variance}), 0.0)
 
 
-def test_of_gradients_that_are_not_finite_the_earliest_token_is_named():
+@pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
+def test_of_gradients_that_are_not_finite_the_earliest_token_is_named(loss, error):
     batch = batch_of()
     micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
     logp, entropy = torch.zeros(2, 9).requires_grad_().unbind()
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), logp.detach(), entropy.detach())
-    watch = RowWatch(batch, micro, loss="mine:loss", rank=0)
+    watch = RowWatch(batch, micro, loss=loss, rank=0)
     watch.watch(slice(None), logp, entropy)
     logp_factor, entropy_factor = torch.ones(2, 9)
     logp_factor[5] = entropy_factor[3] = float("nan")
     (logp * logp_factor + entropy * entropy_factor).sum().backward()
-    wanted = r"of objective\.loss mine:loss with respect to entropy .*: position 1 in the response of sample p3@3/3, on rank 0"
-    with pytest.raises(FloatingPointError, match=wanted):
+    wanted = rf"of objective\.loss {loss} with respect to entropy .*: position 1 in the response of sample p3@3/3, on rank 0"
+    with pytest.raises(error, match=wanted):
         watch.check(inputs, 0.0)
 
 
-def test_a_loss_that_is_not_finite_names_its_samples() -> None:
+@pytest.mark.parametrize(("loss", "error"), [("clipped", FloatingPointError), ("mine:loss", UserError)])
+def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
     batch = batch_of()
     micro = pack(batch.sequences, [2, 10], multiple=1, device=torch.device("cpu"))
     values = torch.zeros(9)
     inputs = loss_inputs(batch, micro, loss_settings(config().objective)).at(slice(None), values, values)
-    with pytest.raises(FloatingPointError) as caught:
-        RowWatch(batch, micro, loss="mine:loss", rank=3).check(inputs, float("inf"))
+    with pytest.raises(error) as caught:
+        RowWatch(batch, micro, loss=loss, rank=3).check(inputs, float("inf"))
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
-    assert str(caught.value) == f"objective.loss mine:loss is inf where all of its inputs are finite: {wanted}"
+    assert str(caught.value) == f"objective.loss {loss} is inf where all of its inputs are finite: {wanted}"
     empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # of a rank with fewer samples than others
     nothing = torch.zeros(0)
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
-    with pytest.raises(FloatingPointError, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):
-        RowWatch(batch, empty, loss="mine:loss", rank=1).check(inputs, float("nan"))
+    with pytest.raises(error, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):
+        RowWatch(batch, empty, loss=loss, rank=1).check(inputs, float("nan"))
 
 
 # Metrics.

@@ -138,6 +138,7 @@ def test_prepare_returns_what_to_start(small: str) -> None:
         (["--nproc", "3", "parallel.tp=2"], ["parallel.tp", "3", "2"]),
         (["--nproc=0"], ["--nproc 0: must be a whole number"]),
         (["--nproc"], ["--nproc"]),
+        (["--nproc", "9" * 400], ["must be a whole number of processes, from 1 to 999999999"]),
         (["--nproc", "100000"], ["--nproc 100000: they would take 29297 GiB", "choose fewer"]),
         (["parallel.cp=100000"], ["the layout of parallel asks for 100000 processes: they would take 29297 GiB"]),
     ],

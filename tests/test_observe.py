@@ -303,6 +303,17 @@ def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     directory.prepare(Config())
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path, name: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: .*Is a directory"):
+        directory.prepare(Config())
+        directory.cut_back(0)
+
+
 def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,6 +63,25 @@ def reports_now_and_then(inputs: LossInputs) -> LossOutputs:
     return regularized(inputs, inputs.logp, {"gap": inputs.logp, **extra})
 
 
+def returns_no_rows(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum(), None)
+
+
+def asks_another_rank(inputs: LossInputs) -> LossOutputs:
+    dist.all_reduce(inputs.weight.sum())
+    return regularized(inputs, inputs.logp)
+
+
+@token_local
+def changes_what_its_gradient_needs(inputs: LossInputs) -> LossOutputs:
+    ratio = (inputs.logp - inputs.old_logp).exp()  # exp's derivative is its result
+    return regularized(inputs, ratio.clamp_(max=2.0) * inputs.advantage)
+
+
+def changes_what_its_gradient_needs_unmarked(inputs: LossInputs) -> LossOutputs:
+    return changes_what_its_gradient_needs(inputs)
+
+
 def takes_too_much(inputs: LossInputs, beta: float) -> LossOutputs:
     return LossOutputs(inputs.logp.sum() * beta)
 
@@ -91,6 +110,7 @@ def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
         ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
         ("forgets_the_policy", "without a gradient"),
         ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
+        ("returns_no_rows", r"returned rows that are no tensors by name \(NoneType\)"),
     ],
 )
 def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) -> None:
@@ -98,6 +118,12 @@ def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) 
     inputs = case.inputs(torch.tensor(logp, requires_grad=True), torch.tensor(entropy))
     with pytest.raises(UserError, match=f"objective.loss tests.test_own_losses:{function} .*{complaint}"):
         resolve_loss(f"tests.test_own_losses:{function}")(inputs)
+
+
+def test_a_message_between_ranks_that_fails_inside_of_a_loss_is_not_called_the_losses_fault() -> None:
+    case, logp, entropy = random_case(1)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        resolve_loss("tests.test_own_losses:asks_another_rank")(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
 @token_local
@@ -183,6 +209,13 @@ def test_rows_that_change_their_names_between_chunks_stop_the_update_with_a_sent
     assert "tests.test_own_losses:reports_now_and_then" in error and "rows['above']" in error
 
 
+@pytest.mark.parametrize("loss", ["changes_what_its_gradient_needs", "changes_what_its_gradient_needs_unmarked"])
+def test_an_operation_in_place_that_spoils_a_losses_gradient_is_told_with_its_name(gangs, hf_models, loss) -> None:
+    job = {"model": hf_models["llama"], "sequences": SEQUENCES, "loss": loss, "factors": [{}]}
+    ((error,),) = gangs(1).run("tests.test_own_losses:errors_of_updates", **job)
+    assert error.startswith(f"objective.loss tests.test_own_losses:{loss} raised in its gradient RuntimeError: one of the var")
+
+
 @token_local
 def compares_with_the_mean(inputs: LossInputs) -> LossOutputs:
     return regularized(inputs, inputs.logp * (inputs.advantage - inputs.advantage.mean()))
@@ -225,6 +258,13 @@ def test_rows_that_have_other_names_on_another_rank_stop_the_update_on_every_ran
 def test_a_loss_that_cannot_be_had_is_a_user_error(path: str, complaint: str) -> None:
     with pytest.raises(UserError, match=f"objective.loss is '{path}'.*{complaint}"):
         resolve_loss(path)
+
+
+def test_a_script_that_leaves_when_it_is_imported_does_not_end_the_run_as_if_all_were_well(tmp_path, monkeypatch) -> None:
+    (tmp_path / "script_with_a_loss.py").write_text("import sys\n\ndef f(inputs): ...\n\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="importing script_with_a_loss failed with SystemExit: 0"):
+        resolve_loss("script_with_a_loss:f")
 
 
 def test_names_are_unique() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -183,4 +184,26 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gang
     assert message == (
         f"{tmp_path}/step_000001 was written with train.distributed_optimizer={before}, whose state the other optimizer does "
         "not read; set that, or start under another run.name"
+    )
+
+
+def error_of_a_damaged_checkpoint(model: str, folder: str, file: str) -> str:
+    """Of a load after `file` of the checkpoint was cut off."""
+    from etr_megatron import checkpoint
+
+    policy = build(model, ["parallel.tp=1"])
+    checkpoint.save(Path(folder), 0, policy, {"step": 0, "tensors": {"drawn": torch.ones(2)}}, keep=1)
+    (path,) = Path(folder).glob(f"step_*/{file}")
+    os.truncate(path, 10)
+    with pytest.raises(UserError) as error:
+        checkpoint.load(Path(folder), 0, policy)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["trainer.json", "trainer.safetensors", "metadata.json", "common.pt", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named_and_said_to_be_removed(gangs, hf_models, tmp_path, file):
+    job = dict(model=hf_models["qwen3"], folder=str(tmp_path), file=file)
+    (error,) = gangs(1).run("tests.test_policy_checkpoints:error_of_a_damaged_checkpoint", **job)
+    assert (
+        error.startswith(f"{tmp_path / 'step_000000'} ") and "damaged" in error and "remove it" in error and "()" not in error
     )

@@ -31,7 +31,7 @@ def test_a_recorded_step_comes_back_exactly(tmp_path):
 
 
 def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="has no recorded steps"):
+    with pytest.raises(UserError, match=r"has no recorded steps; rollout\.record makes them$"):
         read_record(tmp_path, 1)
     write_record(tmp_path, 4, [group()], {}, None)
     with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 1"):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from etr_megatron.observe import METRIC_KEYS, RunDirectory
-from tests.runs import Runs, wait_for
+from tests.runs import REPO, Runs, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -121,13 +121,25 @@ def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs)
 def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(runs):
     loss = ("objective.loss=tests.broken_loss:root_of_zero", "objective.options={rank: 1}")
     code, output = runs.finish("run.name=broken", "--nproc", "2", "parallel.tp=1", *loss)
-    assert code == 1
+    assert code == 2 and "Traceback" not in output
     assert re.search(
         r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite where all of its "
         r"inputs are: position 0 in the response of sample \S+, on rank 1\n",
         output,
     )
     assert not runs.rows("broken")
+
+
+@pytest.mark.parametrize("loss", ["needs_an_option", "leaves"])
+def test_a_loss_that_fails_stops_the_run_with_a_sentence_and_its_own_traceback(runs, loss):
+    code, printed = runs.finish("run.name=failing", "eval.every=0", "--nproc", "2", f"objective.loss=tests.broken_loss:{loss}")
+    assert code == 2, printed
+    raised = {"needs_an_option": "KeyError: 'margin'", "leaves": "SystemExit: 0"}[loss]
+    assert printed.count(f"error: objective.loss tests.broken_loss:{loss} raised {raised}\nTraceback (most recent") == 1
+    # The traceback is of the user's code alone, to its end.
+    assert set(re.findall(r'File "(.*)", line', printed)) == {str(REPO / "tests" / "broken_loss.py")}, printed
+    assert {"needs_an_option": 'return options["margin"]', "leaves": "sys.exit(0)"}[loss] in printed
+    assert raised in json.loads((runs.directory("failing") / "status.json").read_text())["message"]
 
 
 def test_a_finished_run_without_checkpoints_is_not_written_over(runs):

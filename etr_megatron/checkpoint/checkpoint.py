@@ -10,7 +10,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
 from torch.distributed.checkpoint import CheckpointException
@@ -100,9 +104,28 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
     """Bring the policy to the state of `step` (in place) and return the trainer's state. A collective.
 
     The trainer's tensors are returned on rank 0 alone. The layout may differ from the one that saved; RNG states are then left
-    as seeded. Raises UserError for a checkpoint that does not fit the model.
+    as seeded. Raises UserError for a checkpoint that does not fit the model, or is damaged.
     """
     path = _path(checkpoints, step)
+    with _damage_told(path):
+        return _load(path, step, policy)
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """What readers say of files that are cut off or torn becomes a UserError."""
+    try:
+        yield
+    except (ValueError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError, RuntimeError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        is_torchs = "PytorchStreamReader" in what or "corrupted" in what  # of torch.load, which has no error of its own
+        is_damage = is_torchs or not isinstance(error, (ValueError, RuntimeError))
+        if not is_damage and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise
+        raise UserError(f"{path} is damaged ({what}); remove it, and the run goes on from the checkpoint before it") from error
+
+
+def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
@@ -112,8 +135,8 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
         state = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
-            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, or start "
-            "under another run.name"
+            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, start under "
+            "another run.name or, where it is damaged, remove it"
         ) from error
     for name, chunk in _chunks(policy).items():
         chunk.load_state_dict(state[name], strict=False)

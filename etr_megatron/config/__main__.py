@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from etr_megatron.config.reference import render_reference
+from etr_megatron.status import code_of_printing
 
-sys.stdout.write(render_reference())
+
+def main(argv: list[str] | None = None) -> int:
+    """Print it; the exit code. There are no options."""
+    argparse.ArgumentParser(prog="python -m etr_megatron.config", description=__doc__).parse_args(argv)
+    print(render_reference(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(code_of_printing(main))

@@ -11,7 +11,7 @@ and `objective.loss=my_package.my_losses:my_loss`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError, import_function
 from etr_megatron.objective.inputs import LossInputs, LossOutputs
+from etr_megatron.objective.own_code import told_as_the_losses
 
 LossFunction = Callable[[LossInputs], LossOutputs]
 
@@ -39,13 +40,29 @@ class PolicyLoss:
     _first_rows: list[frozenset[str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """The function's outputs, checked; raises UserError for outputs of another type or shape, and for other names of rows
-        than those of this object's first call."""
-        outputs = self.function(inputs)
+        """The function's outputs, checked; raises UserError for outputs of another type or shape, for other names of rows than
+        those of this object's first call, and for whatever a loss of the user's own raises."""
+        if ":" not in self.name:
+            outputs = self.function(inputs)
+        else:
+            if is_first := not self._first_rows:
+                # The gradient that is tried below is that of an alias, which what watches the policy's tensors does not see.
+                inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
+            with told_as_the_losses(self.name):
+                outputs = self.function(inputs)
         fault = _fault(outputs, inputs) or self._other_rows(outputs)
         if fault:
             raise UserError(f"objective.loss {self.name} {fault}; see LossOutputs in etr_megatron/objective/inputs.py")
+        if ":" in self.name and is_first:
+            self._try_gradient(outputs, inputs)
         return outputs
+
+    def _try_gradient(self, outputs: LossOutputs, inputs: LossInputs) -> None:
+        """Raises UserError where that fails, as after an operation in place: backward itself cannot tell whose fault it is."""
+        policys = [values for values in (inputs.logp, inputs.entropy) if values.requires_grad]
+        if policys and outputs.loss.requires_grad:
+            with told_as_the_losses(self.name, "in its gradient "):
+                torch.autograd.grad(outputs.loss, policys, retain_graph=True, allow_unused=True)
 
     def _other_rows(self, outputs: LossOutputs) -> str:
         """Which name of `outputs.rows` is new or missing, empty when none is."""
@@ -139,6 +156,8 @@ def _fault(outputs: object, inputs: LossInputs) -> str:
         return f"returned a loss that is no scalar tensor of floats ({_described(loss)})"
     if torch.is_grad_enabled() and inputs.logp.requires_grad and not loss.requires_grad:
         return "returned a loss without a gradient: it depends on neither inputs.logp nor inputs.entropy"
+    if not isinstance(outputs.rows, Mapping):
+        return f"returned rows that are no tensors by name ({_described(outputs.rows)})"
     for name, rows in outputs.rows.items():
         if not isinstance(rows, Tensor) or rows.shape != inputs.logp.shape:
             return f"returned rows[{name!r}] that is no tensor of shape {list(inputs.logp.shape)} ({_described(rows)})"

@@ -18,7 +18,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
 from etr_megatron.observe.run_lock import locked
-from etr_megatron.platform.files import disk_errors, write_atomically
+from etr_megatron.platform.files import disk_errors, path_errors, write_atomically
 from etr_megatron.types import Group
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,10 @@ class RunDirectory:
         it keeps the settings that the run was started with, and a warning lists the keys that differ.
         Raises `UserError` when the directory is used and resuming is off, cannot be written, or the disk is full.
         """
+        with path_errors():
+            return self._prepare(config)
+
+    def _prepare(self, config: Config) -> list[str]:
         self.refuse_if_used(config.checkpoint.resume)
         for folder in (self.root, self.rollouts, self.checkpoints):
             with disk_errors(folder):
@@ -124,10 +128,14 @@ class RunDirectory:
         return save_rollouts(self.rollouts, step, groups)
 
     def cut_back(self, step: int) -> None:
-        """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew)."""
-        self.metrics.cut_back(step)
-        cut_back_rollouts(self.rollouts, step)
-        cut_back_rollouts(self.recorded, step)
+        """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew).
+
+        Raises `UserError` where one of them is no file, or may not be read.
+        """
+        with path_errors():
+            self.metrics.cut_back(step)
+            cut_back_rollouts(self.rollouts, step)
+            cut_back_rollouts(self.recorded, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
         """Replace status.json: the state, the last finished step of `steps`, and for "failed" and "requeue" why."""
@@ -135,8 +143,17 @@ class RunDirectory:
         status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
 
+    def read_state(self) -> str | None:
+        """The state in status.json, None where there is no such file. Raises UserError for a file that holds none."""
+        if not self.status_file.exists():
+            return None
+        try:
+            return str(json.loads(self.status_file.read_text())["state"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.status_file} does not hold a run's state ({error}); remove it") from error
+
     def _is_finished(self) -> bool:
-        return self.status_file.exists() and json.loads(self.status_file.read_text())["state"] == "finished"
+        return self.read_state() == "finished"
 
     def _started_with(self) -> dict[str, Any]:
         try:

@@ -7,31 +7,36 @@ from a new one of the same name. For the scripts of a scheduler: torchrun's own 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from etr_megatron.cli import parse_args
+from etr_megatron.cli import asks_for_help, parse_args
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.observe.run_directory import RunDirectory
+from etr_megatron.platform.files import path_errors
+from etr_megatron.status import code_of_printing
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the state; the exit code is 2 for a user's mistake."""
     arguments = sys.argv[1:] if argv is None else argv
+    if asks_for_help(arguments):
+        print(f"usage: {__doc__.replace('`', '')}", end="")
+        return 0
+    words: tuple[object, ...] = ("none", 0)
     try:
         config = load_config(*parse_args([argument for argument in arguments if argument != "--written"]))
+        directory = RunDirectory(Path(config.run.dir) / config.run.name)
+        with path_errors():
+            if state := directory.read_state():
+                words = state, directory.status_file.stat().st_mtime_ns
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    file = RunDirectory(Path(config.run.dir) / config.run.name).status_file
-    words = ["none", 0]
-    if file.exists():
-        words = [json.loads(file.read_text())["state"], file.stat().st_mtime_ns]
     print(*(words if "--written" in arguments else words[:1]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_printing(main))

@@ -75,7 +75,7 @@ def reason(error: BaseException) -> str:
     the list of all that is there."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     cause = next((failure[0] for failure in failures), error)
-    return str(cause).partition("\n")[0].partition(": [")[0].strip("'\"")
+    return str(cause).partition("\n")[0].partition(": [")[0].strip("'\"") or type(cause).__name__
 
 
 @torch.no_grad()

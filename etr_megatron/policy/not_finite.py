@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from etr_megatron.errors import UserError
 from etr_megatron.objective import LossInputs
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
@@ -15,12 +16,14 @@ from etr_megatron.policy.packing import Microbatch
 class RowWatch:
     """Holds what a policy loss gets, and its gradients with respect to log-prob and entropy, against NaN and infinity.
 
-    One for every microbatch and rank. Gradients of a token-local loss are formed chunk by chunk inside the head, those of
-    others when Megatron goes backward; rows are only marked as they come, since asking for a value waits for the device.
+    One for every microbatch and rank. What a loss of the user's own makes of finite inputs is a UserError, everything else a
+    FloatingPointError. Gradients of a token-local loss are formed chunk by chunk inside the head, those of others when Megatron
+    goes backward; rows are only marked as they come, since asking for a value waits for the device.
     """
 
     def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
         self._batch, self._micro, self._loss, self._rank = batch, micro, loss, rank
+        self._losses_error = UserError if ":" in loss else FloatingPointError
         self._broken = torch.zeros(2, len(micro.targets), dtype=torch.bool, device=micro.row_sample.device)
         self._waits_for_backward = False
 
@@ -38,7 +41,7 @@ class RowWatch:
             self._check_gradients()
 
     def check(self, inputs: LossInputs, loss: float) -> None:
-        """Raise FloatingPointError when a row of any input, its gradient, or the loss is NaN or infinite.
+        """Raise FloatingPointError when a row of any input is NaN or infinite, and the loss's error when its gradient or it is.
 
         inputs: all rows of the microbatch, the policy's values filled in. The error names the input, the sample, the token's
         position in the response (from 0) and the rank. Gradients that come later are checked as they come.
@@ -54,7 +57,7 @@ class RowWatch:
         if not torch.isfinite(torch.tensor(loss)):
             samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
             where = f"samples {samples}" if samples else "a microbatch without rows, of which a mean is NaN"
-            raise FloatingPointError(
+            raise self._losses_error(
                 f"objective.loss {self._loss} is {loss} where all of its inputs are finite: {where}, on rank {self._rank}"
             )
         self._waits_for_backward = True
@@ -63,7 +66,7 @@ class RowWatch:
         if not bool(self._broken.any()):
             return
         row, place = self._broken.T.nonzero()[0].tolist()
-        raise FloatingPointError(
+        raise self._losses_error(
             f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite where all "
             f"of its inputs are: {self._place(row)}"
         )

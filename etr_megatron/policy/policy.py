@@ -141,7 +141,7 @@ class Policy:
         """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
 
         Raises FloatingPointError for a log-prob, loss or gradient of a loss that is not finite (see `RowWatch`), RuntimeError
-        for such gradients of parameters, UserError for a loss whose outputs are not what they should be.
+        for such gradients of parameters, UserError for a loss of the user's own that fails or returns what it should not.
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()

@@ -12,7 +12,7 @@ from typing import Any
 
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
-from etr_megatron.cli import parse_args, require_torchrun
+from etr_megatron.cli import asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    if asks_for_help(argv):
+        print("usage: torchrun ... -m etr_megatron.preflight [CONFIG] [key=value ...]")
+        return
     path, overrides = parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(path, overrides)

@@ -67,7 +67,7 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
     """The groups of a step as `group_from_json` takes them, and the sampler's metrics. Raises UserError when there are none."""
     path = record_path(folder, step)
     if not path.is_file():
-        raise UserError(f"{folder} {_what_there_is(folder)}, but not step {step}")
+        raise UserError(f"{folder} {_what_there_is(folder, step)}")
     try:
         head, *groups = map(json.loads, path.read_text().splitlines())
         return groups, head["counts"]
@@ -75,9 +75,11 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
         raise UserError(f"{path} is not a recorded step ({error})") from error
 
 
-def _what_there_is(folder: Path) -> str:
+def _what_there_is(folder: Path, missing: int) -> str:
     steps = recorded_steps(folder)
-    return f"has recorded steps {steps[0]} to {steps[-1]}" if steps else "has no recorded steps (rollout.record makes them)"
+    if not steps:
+        return "has no recorded steps; rollout.record makes them"
+    return f"has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 
 def write_reached(folder: Path, reached: Reached) -> None:

@@ -103,6 +103,12 @@ AT_MOST = {
     "reward.workers": 1024,  # processes of rank 0's machine
 }
 
+SHORTEST_MEETING_S = 1.0
+"""Of `run.phase_timeout_s`: ranks that are started do not find each other sooner."""
+LARGEST_LR = 1e3
+LEAST_EPS = 1e-30
+"""Of Adam's epsilon: float32 has no smaller one, and without it a weight whose gradient is 0 becomes NaN."""
+
 COLDEST = 1e-3
 """Of a temperature that is not 0: logits divided by a much smaller one are infinite, and the draw is of nothing."""
 
@@ -137,6 +143,13 @@ def bounds(config: Config) -> Iterator[Violation]:
     for key in SECONDS:
         if get(config, key) > LONGEST_S:
             yield Violation((key,), f"must be at most {LONGEST_S:g}")
+    if 0 < config.run.phase_timeout_s < SHORTEST_MEETING_S:
+        yield Violation(("run.phase_timeout_s",), f"must be at least {SHORTEST_MEETING_S:g}")
+    for key in ("train.lr", "tiny.warm_start_lr"):
+        if get(config, key) > LARGEST_LR:
+            yield Violation((key,), f"must be at most {LARGEST_LR:g}")
+    if 0 < config.train.adam_eps < LEAST_EPS:
+        yield Violation(("train.adam_eps",), f"must be at least {LEAST_EPS:g}")
     for key in ("rollout.temperature", "eval.temperature"):
         if 0 < get(config, key) < COLDEST:
             yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0, the likeliest token" if "eval" in key else ""))

@@ -1,0 +1,42 @@
+"""What is said of a policy loss of a user's own that raises."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from etr_megatron.errors import UserError
+
+
+@contextmanager
+def told_as_the_losses(name: str, where: str = "") -> Iterator[None]:
+    """Whatever the body, one call, raises becomes a UserError that names the loss and has the traceback below that call.
+
+    where: what is said between `raised` and the error. sys.exit counts: the rank would end as if its work were done. A
+    `UserError` passes, and so does what a message between ranks raises: then it is another rank that failed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if _is_a_messages(error):
+            raise
+        frames = list(_frames(error))
+        below = frames[2] if len(frames) > 2 else None  # without this file's own line and that of the call
+        told = "".join(traceback.format_exception(type(error), error, below)).rstrip()
+        raise UserError(f"objective.loss {name} raised {where}{type(error).__name__}: {error}\n{told}") from error
+
+
+def _frames(error: BaseException) -> Iterator[TracebackType]:
+    at = error.__traceback__
+    while at is not None:
+        yield at
+        at = at.tb_next
+
+
+def _is_a_messages(error: BaseException) -> bool:
+    modules = (frame.tb_frame.f_globals.get("__name__", "") for frame in _frames(error))
+    return any(module.startswith("torch.distributed.") for module in modules)

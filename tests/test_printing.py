@@ -1,0 +1,63 @@
+"""Commands that print: to a full disk, to nobody, and what they say of themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import REPO
+
+PLAN = (str(REPO / "tools" / "plan.py"), "--config", str(REPO / "configs" / "cpu_tiny.yaml"), "--gpus", "2")
+COMMANDS = {
+    "config": ("-m", "etr_megatron.config"),
+    "run_state": ("-m", "etr_megatron.observe.run_state", str(REPO / "configs" / "cpu_tiny.yaml"), "run.name=none"),
+    "plan": PLAN,
+}
+
+
+def run(*arguments: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
+    """One of Python's commands in a shell that sends its output elsewhere."""
+    command = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_output_that_finds_a_full_disk_is_one_sentence_and_exit_code_2(command: str, unbuffered: tuple[str, ...]) -> None:
+    done = run(*unbuffered, *COMMANDS[command], redirect=">/dev/full")
+    assert (done.returncode, done.stderr) == (2, "error: what is printed cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_output_that_goes_nowhere_is_no_failure(command: str) -> None:
+    done = run(*COMMANDS[command], redirect=">&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_reference_takes_no_arguments() -> None:
+    done = run("-m", "etr_megatron.config", "configs/cpu_tiny.yaml")
+    assert done.returncode == 2 and "unrecognized arguments: configs/cpu_tiny.yaml" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("module", ["train", "preflight", "observe.run_state", "config", "observe"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_module_that_is_run_says_how(module: str, option: str) -> None:
+    done = run("-m", f"etr_megatron.{module}", option)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b'{"step": 3', b"\xff\xfe"])
+def test_a_damaged_status_file_is_one_sentence_for_scripts_and_for_the_next_start(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "status.json").write_bytes(text)
+    job = (str(REPO / "configs" / "cpu_tiny.yaml"), f"run.dir={tmp_path}", "run.name=mine")
+    for command in ("observe.run_state", "launch"):
+        done = run("-m", f"etr_megatron.{command}", *job)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: {tmp_path}/mine/status.json does not hold a run's state (")
