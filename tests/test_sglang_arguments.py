@@ -89,6 +89,8 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(placement="colocated", urls=("http://a:1",)), "servers that run already are external"),
         (dict(placement="colocated", sync="broadcast"), "colocated servers take tensor or disk"),
         (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job started"),
+        (dict(arguments=("--enable-eplb",), sync="sharded"), "--enable-eplb puts experts elsewhere than sharded writes them"),
+        (dict(arguments=("--ep-num-redundant-experts=2",), sync="sharded"), "puts experts elsewhere"),
         (dict(checksums=True), "only servers of sync: sharded can be asked for checksums"),
         (dict(urls=("http://a:1",), router="random"), "the job's router is for servers that the job started"),
         (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
@@ -97,6 +99,12 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
 def test_settings_that_cannot_be_meant_are_refused(settings, problem):
     found = validate(replace(Config(), sglang=SglangConfig(**settings)), 2)
     assert len(found) == 1 and problem in found[0]
+
+
+def test_experts_that_move_are_no_trouble_where_servers_place_them_themselves():
+    for sync in ("broadcast", "tensor", "disk"):
+        settings = SglangConfig(arguments=("--enable-eplb", "--init-expert-location", "trivial"), sync=sync)
+        assert validate(replace(Config(), sglang=settings), 2) == []
 
 
 def command_of(tmp_path: Path, api_key: str | None = None, place: int = 0, cuda: bool = True, **settings):

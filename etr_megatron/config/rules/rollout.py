@@ -90,6 +90,9 @@ SET_BY_THE_JOB = {
 }
 """Arguments of a server that must be what the job, and its weight sync, take them to be -> the key that sets them."""
 
+_MOVES_EXPERTS = ("--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts")
+"""Arguments with which an expert is not where it would be by its number, in parameters of shapes that may be the same."""
+
 
 def sglang(config: Config) -> Iterator[Violation]:
     """Servers."""
@@ -170,3 +173,8 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             yield Violation(("sglang.arguments",), f"{name} is set by the job" + (f", see {key}" if key else ""))
         elif name in typed and getattr(sglang, typed[name]) is not None:
             yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice")
+        elif name in _MOVES_EXPERTS and sglang.sync == "sharded":
+            yield Violation(
+                ("sglang.arguments", "sglang.sync"),
+                f"{name} puts experts elsewhere than sharded writes them; use broadcast, tensor or disk",
+            )
