@@ -159,6 +159,9 @@ def test_layers_that_stay_in_bf16_are_counted_so() -> None:
     every, inner = (make_plan(load_config(config, [f"fp8.first_last_layers_bf16={value}"]), 64) for value in ("false", "true"))
     split = Split(every.work.microbatch_tokens, 4, True, 2)
     whole, cut = (saved_by_layer(every.arch, 0, replace(split, fp8=recipe), 4) for recipe in ("none", "blockwise"))
+    layer = 2 * 5120 * 8192 + 2 * 5120 * 1024 + 3 * 5120 * 25600  # q and output, k and v, MLP
+    copies = [a.parameters - b.parameters for a, b in zip(every.ranks[::8], inner.ranks[::8], strict=True)]
+    assert copies == [2 * layer // 4, 0, 0, 2 * layer // 4]
     differences = [b.activations - a.activations for a, b in zip(every.ranks[::8], inner.ranks[::8], strict=True)]
     working = whole // 2 - cut // 2  # the layer that goes backward, the largest of a stage
     assert differences == [4 * (whole - cut) + working, 0, 0, whole - cut + working]  # passes in flight

@@ -16,7 +16,8 @@ STAND_INS = {
     # Takes its own options off and runs the rest here.
     "srun": 'echo "$*" >>"$CALLS"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     # A job whose ranks end as the test wants, after the preflight passed.
-    "torchrun": 'case "$*" in *preflight*) exit 0 ;; esac; [ -z "$STATE" ] || echo "$STATE" >"$STATUS"; exit $CODE',
+    "torchrun": 'case "$*" in *${TERM_AT:-nowhere}*) kill -TERM $PPID; exit 1 ;; *preflight*) exit 0 ;; esac\n'
+    '[ -z "$STATE" ] || echo "$STATE" >"$STATUS"; exit $CODE',
 }
 
 
@@ -70,6 +71,17 @@ def test_a_job_that_fails_before_its_first_step_is_not_queued_for_ever(job, tmp_
     code, called = job("", 1)
     assert code == 1 and not any("requeue" in line for line in called)
     assert job("requeue", 1)[0] == 0  # another one that asks for it, by the same word
+
+
+@pytest.mark.parametrize("term_at", ["preflight", "run_etr.sh"])
+def test_a_job_that_is_told_to_stop_before_its_ranks_say_anything_goes_back_too(job, tmp_path, term_at):
+    for left in ("", json.dumps({"state": "requeue"})):
+        (tmp_path / "runs" / "job" / "status.json").unlink(missing_ok=True)
+        if left:
+            (tmp_path / "runs" / "job" / "status.json").write_text(left)
+        code, called = job("", 1, TERM_AT=term_at)
+        assert code == 0 and called[-1] == "scontrol requeue 42"
+        assert sum("run_etr.sh" in line for line in called) == (term_at == "run_etr.sh") * (2 if left else 1)
 
 
 def test_the_commands_run_in_a_container_where_one_is_named(job):

@@ -137,8 +137,9 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     is_embedded = config.rollout.backend == "embedded"
     batch = min(config.rollout.batch_samples, work.samples) * work.longest
     export = 2 * largest_weight(arch) * element + 2 * config.sglang.bucket_mib * 2**20
+    in_bf16 = (0, arch.layers - 1) if config.fp8.first_last_layers_bf16 else ()
     found = []
-    for rank, held in enumerate(parameters_by_rank(arch, layout)):
+    for rank, held in enumerate(parameters_by_rank(arch, layout, unquantised=in_bf16)):
         stage = rank // layout.stage_ranks
         found.append(
             RankMemory(

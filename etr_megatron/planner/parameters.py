@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -28,8 +29,11 @@ class RankParameters:
         return self.dense + self.expert
 
 
-def parameters_by_rank(arch: Architecture, placement: Placement) -> list[RankParameters]:
-    """Of every rank of a placement. Raises ValueError where the placement does not fit the architecture."""
+def parameters_by_rank(
+    arch: Architecture, placement: Placement, *, unquantised: Container[int | None] = ()
+) -> list[RankParameters]:
+    """Of every rank of a placement. unquantised: layers whose matrices FP8 leaves alone. Raises ValueError where the placement
+    does not fit the architecture."""
     from etr_megatron.weights import weights_of
 
     dense, expert, matrices = ([0] * placement.world for _ in range(3))
@@ -39,7 +43,7 @@ def parameters_by_rank(arch: Architecture, placement: Placement) -> list[RankPar
             elements = prod(holding.shard.shape)
             for rank in holding.ranks:
                 kind[rank] += elements
-                matrices[rank] += elements if weight.fp8 else 0
+                matrices[rank] += elements if weight.fp8 and weight.layer not in unquantised else 0
     return [RankParameters(*counts) for counts in zip(dense, expert, matrices, strict=True)]
 
 
