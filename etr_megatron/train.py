@@ -42,8 +42,10 @@ def _run(argv: list[str]) -> None:
     path, overrides = parse_args(argv)
     config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
-    place = place_of(nodes_apart(config))
-    os.environ["WORLD_SIZE"] = str(place.ranks)
+    apart = nodes_apart(config)
+    place = place_of(apart)
+    if apart:  # the ranks' world is one without these nodes
+        os.environ["WORLD_SIZE"] = str(place.ranks)
     config = resolve(config, place.ranks, cuda=platform.uses_cuda())
     if place.apart is not None:
         _serve(config, place)
