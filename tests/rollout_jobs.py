@@ -5,14 +5,36 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import torch
+from safetensors.torch import load_file
 
 from etr_megatron.rollout import EmbeddedEngine, Sampling
 from etr_megatron.types import Problem, Sample
 from tests.policy_jobs import build, make_batch
+from tests.reads import bytes_read_by
 
 
 def _engine(model: str, stop_ids: list[int]) -> EmbeddedEngine:
-    return EmbeddedEngine(model, dtype=torch.float32, device=torch.device("cpu"), batch_samples=4, stop_ids=stop_ids)
+    """With the weights of the model's own file."""
+    engine = EmbeddedEngine(model, dtype=torch.float32, device=torch.device("cpu"), batch_samples=4, stop_ids=stop_ids)
+    engine.update_weights(load_file(f"{model}/model.safetensors").items(), version=0)
+    return engine
+
+
+def reads_weights(model: str) -> tuple[int, str]:
+    """Bytes that a new engine reads, and what it says when it is to generate."""
+    engines = []
+
+    def make() -> None:
+        options = dict(dtype=torch.float32, device=torch.device("cpu"), batch_samples=4, stop_ids=[])
+        engines.append(EmbeddedEngine(model, **options))
+
+    make()  # imports
+    read = bytes_read_by(make)
+    try:
+        engines[0].generate(_problems([[1, 2]]), Sampling(1, 2, 1.0, seed=1, step=1))
+    except RuntimeError as error:
+        return read, str(error)
+    return read, ""
 
 
 def _problems(prompts: list[list[int]]) -> list[Problem]:

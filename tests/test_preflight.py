@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from etr_megatron.config import load_config, resolve
 from etr_megatron.planner.parameters import total_parameters
-from etr_megatron.preflight.__main__ import _checkpoint_bytes
+from etr_megatron.preflight import network
+from etr_megatron.preflight.__main__ import PAIR_TIMEOUT_S, TIMEOUT_S, _checkpoint_bytes
 from etr_megatron.preflight.facts import NodeFacts, collect
 from etr_megatron.preflight.findings import findings, gib, table
-from etr_megatron.preflight.network import _pairs
+from etr_megatron.preflight.network import _pairs, rounds
 from etr_megatron.weights import read_architecture
 
 REPO = Path(__file__).resolve().parents[1]
@@ -151,6 +157,38 @@ def test_a_slow_pair_and_a_broken_one_are_named():
         ("all-reduce between nodes", "ok", "5 pairs, median 10.00 GB/s"),
     ]
     assert gib(3 << 30) == "3.0 GiB"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_every_two_nodes_meet_once_and_none_is_in_two_pairs_of_a_round(count):
+    found = list(rounds(count))
+    assert len(found) == (count if count % 2 else count - 1)
+    assert all(len({*itertools.chain(*pairs)}) == 2 * len(pairs) for pairs in found)
+    assert sorted(itertools.chain(*found)) == list(itertools.combinations(range(count), 2))
+
+
+def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
+    """(check, state) where every rank is a node, and the first of two that are stuck does not answer the other."""
+    real = network._all_reduce
+
+    def all_reduce(group, device, size):
+        if group is not None and dist.get_rank() == stuck[0] and dist.get_process_group_ranks(group) == list(stuck):
+            time.sleep(4)
+            raise RuntimeError("no route")
+        return real(group, device, size)
+
+    with mock.patch.object(network, "_all_reduce", all_reduce):
+        nodes = list(range(dist.get_world_size()))
+        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=2)
+    return [(one.check, one.state) for one in found]
+
+
+def test_a_pair_that_does_not_answer_is_named_on_every_rank_and_the_others_are_measured(gangs):
+    assert PAIR_TIMEOUT_S < TIMEOUT_S / 1.5  # in which the others wait
+    for found in gangs(4).run("tests.test_preflight:measured", stuck=(1, 2)):
+        checks = [check for check, state in found if state == "FAILED"]
+        assert checks == ["all-reduce of nodes 1 and 2", "all-reduce of all ranks"]
+        assert ("all-reduce between nodes", "ok") in found
 
 
 def test_the_table_ends_with_what_failed():

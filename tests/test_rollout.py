@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,9 @@ def test_top_p_and_top_k_cut_the_draw_and_leave_the_logprob_alone():
     tokens, logp = draw(logits.expand(2, 4), torch.tensor([0.1, 0.999999]).double(), temperature=1.0, top_p=0.7)
     assert tokens.tolist() == [0, 1]
     assert logp.exp().tolist() == [pytest.approx(0.5), pytest.approx(0.3)]
+
+
+def test_an_engine_reads_no_weights_and_draws_nothing_before_it_has_some(gangs, hf_models):
+    read, said = gangs(1).run("tests.rollout_jobs:reads_weights", model=hf_models["qwen3"])[0]
+    assert read < Path(hf_models["qwen3"], "model.safetensors").stat().st_size / 5
+    assert said == "the engine has no weights before the first update_weights"

@@ -21,6 +21,8 @@ from etr_megatron.status import exit_code_of
 
 TIMEOUT_S = 120.0
 """Deadline of the ranks' meeting and of every collective."""
+PAIR_TIMEOUT_S = 60.0
+"""Of what two nodes do alone, while the others wait for them in a collective."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +63,7 @@ def _run(argv: list[str]) -> None:
     numbers: list[Any] = [None] * world
     dist.all_gather_object(numbers, number)
     size = (256 << 20) if platform.uses_cuda() else (8 << 20)
-    network = measure(numbers, device=platform.device(), size=size, timeout_s=TIMEOUT_S)
+    network = measure(numbers, device=platform.device(), size=size, timeout_s=PAIR_TIMEOUT_S)
     if dist.get_rank() == 0:
         nodes = sorted((one for one in facts if one is not None), key=lambda node: node.number)
         found = findings(nodes, token=token, needed_bytes=_checkpoint_bytes(config)) + network

@@ -1,12 +1,11 @@
-"""How fast every pair of nodes, and all ranks together, reduce a buffer. Collective; rank by rank the same calls."""
+"""How fast every pair of nodes, and all ranks together, reduce a buffer. A collective."""
 
 from __future__ import annotations
 
 import datetime
-import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,31 +17,49 @@ SLOW = 0.5
 
 
 def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s: float) -> list[Finding]:
-    """All-reduce of `size` bytes between the first ranks of every two nodes, one pair after the other, then over the world.
+    """All-reduce of `size` bytes between the first ranks of every two nodes, in rounds of pairs without a common one, then over
+    the world.
 
     nodes: torchrun's node number of every rank. Returns the findings on every rank. A pair that does not finish by
-    `timeout_s` is named, where the backend lets a process survive that (gloo does, NCCL ends it and says so itself).
+    `timeout_s` is named, where the backend lets a process survive that (gloo does, NCCL ends it and says so itself); the others
+    wait for it, so that the world's own deadline is to be longer.
     """
     firsts = [nodes.index(number) for number in sorted(set(nodes))]
     speeds: dict[tuple[int, int], float | str] = {}
-    for a, b in itertools.combinations(range(len(firsts)), 2):
-        speeds[a, b] = _pair((firsts[a], firsts[b]), device, size, timeout_s)
+    for pairs in rounds(len(firsts)):
+        own = next(((a, b) for a, b in pairs if dist.get_rank() in (firsts[a], firsts[b])), None)
+        speed = None if own is None else _pair((firsts[own[0]], firsts[own[1]]), device, size, timeout_s)
+        found: list[tuple[tuple[int, int] | None, float | str | None]] = [(None, None)] * len(nodes)
+        dist.all_gather_object(found, (own, speed))
+        for pair, told in found:
+            # What went wrong may have gone wrong on one side alone.
+            if pair is not None and told is not None and not isinstance(speeds.get(pair), str):
+                speeds[pair] = told
+    speeds = dict(sorted(speeds.items()))
     whole = _all_reduce(None, device, size) if all(isinstance(speed, float) for speed in speeds.values()) else "not measured"
     return [*_pairs(speeds), _finding("all-reduce of all ranks", whole)]
 
 
+def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
+    """Every two of so many, (smaller, larger), each once, in as few rounds as there are of pairs that have none in common: one
+    stays, the others go round (Kirkman 1847)."""
+    places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
+    for _ in range(len(places) - 1):
+        couples = zip(places[: len(places) // 2], reversed(places), strict=False)
+        yield [(min(a, b), max(a, b)) for a, b in couples if a is not None and b is not None]
+        places[1:] = [places[-1], *places[1:-1]]
+
+
 def _pair(ranks: tuple[int, int], device: torch.device, size: int, timeout_s: float) -> float | str:
-    """Bytes per second between two ranks, or what went wrong, on every rank."""
-    group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s))
-    box: list[float | str] = [0.0]
-    if dist.get_rank() in ranks:
+    """Bytes per second between two ranks, of which this is one, or what went wrong."""
+    try:
+        group = dist.new_group(sorted(ranks), datetime.timedelta(seconds=timeout_s), use_local_synchronization=True)
         try:
-            box = [_all_reduce(group, device, size)]
-        except RuntimeError as error:
-            box = [str(error).splitlines()[0]]
-        dist.destroy_process_group(group)
-    dist.broadcast_object_list(box, src=ranks[0])
-    return box[0]
+            return _all_reduce(group, device, size)
+        finally:
+            dist.destroy_process_group(group)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
 
 
 def _all_reduce(group: dist.ProcessGroup | None, device: torch.device, size: int, rounds: int = 3) -> float:

@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from etr_megatron.platform.transformers_errors import transformers_errors
 from etr_megatron.rollout.engine import MustStop, Sampling, never, sample_seed
 from etr_megatron.rollout.sampling import draw
 from etr_megatron.types import Problem, Sample
-from etr_megatron.weights import is_torch_dist
 
 
 class EmbeddedEngine:
     """A replica of the policy in HF format, decoding batches of at most `batch_samples` responses.
+
+    Of model_dir its config.json is read alone: weights, which every rank would read all of, come with the first update.
 
     Batches are cut before they are spread over the ranks, so that what a response is computed together with does not depend on
     the layout: the same weights give the same samples on any number of ranks.
@@ -31,14 +33,17 @@ class EmbeddedEngine:
     def __init__(
         self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, batch_samples: int, stop_ids: Iterable[int]
     ) -> None:
-        self.weight_version = 0
+        self.weight_version, self._has_weights = 0, False
         transformers_logging.disable_progress_bar()  # a bar per rank, under the run's own
         self._model = _replica(model_dir, dtype).to(device).eval().requires_grad_(False)
         self._device, self._batch_samples = device, batch_samples
         self._stop_ids = frozenset(stop_ids)
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`; ranks that draw themselves are done before they look whether they must stop."""
+        """See `RolloutEngine.generate`; ranks that draw themselves are done before they look whether they must stop. Raises
+        RuntimeError before the first update."""
+        if not self._has_weights:
+            raise RuntimeError("the engine has no weights before the first update_weights")
         jobs = [(number, index) for number in range(len(problems)) for index in range(sampling.samples)]
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
         mine = []
@@ -65,7 +70,7 @@ class EmbeddedEngine:
         problems += [f"{name} is missing" for name in wanted]
         if problems:
             raise ValueError(f"weight update {version}: " + "; ".join(problems))
-        self.weight_version = version
+        self.weight_version, self._has_weights = version, True
 
     def release(self) -> None:
         """See `RolloutEngine.release`: the replica is small and stays."""
@@ -112,16 +117,14 @@ class EmbeddedEngine:
 
 
 def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in HF format; of a `torch_dist` directory, or of a quantised one, without its weights, which the first update
-    brings as they are trained. Raises UserError where transformers does not build it."""
-    with transformers_errors(model_dir):
+    """The model in HF format, whatever is in its parameters. Raises UserError where transformers does not build it."""
+    with transformers_errors(model_dir), no_init_weights():
         config = AutoConfig.from_pretrained(model_dir)
-        quantized = getattr(config, "quantization_config", None) is not None
-        if quantized:
+        if getattr(config, "quantization_config", None) is not None:  # it is trained, and served here, in `dtype`
             del config.quantization_config
-        if quantized or is_torch_dist(model_dir):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # a part of the initialisation that is left out
+        return model
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
