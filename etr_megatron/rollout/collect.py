@@ -57,12 +57,16 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     """Answers that cannot be graded are reported with the first one's reason. grades: of a step, with the problems' ids.
 
     Raises UserError when none can be: a reward function that always fails must not look like a policy that is always wrong.
+    Where all only take too long that is said: a judge that others load as well may be quicker at the next step.
     """
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
+    late = [grade for grade, _ in grades if grade.status == "timeout"]
+    if late and len(late) == len(grades):
+        logger.warning("none of %d answers was graded, and all count as wrong: %s", len(late), late[0].detail)
     if not failed:
         return
     grade, name = failed[0]
     what = f"{len(failed)} of {len(grades)} answers could not be graded; the first, to problem {name}: {grade.detail}"
-    if len(failed) == len(grades):
+    if len(failed) + len(late) == len(grades):
         raise UserError(f"{what}; mend reward.function or the reference answers")
     logger.warning("%s", what)
