@@ -58,7 +58,7 @@ class SglangEngine:
 
     def __init__(self, config: SglangConfig, model_dir: Path, serving: Serving, nodes: ServerNodes | None = None) -> None:
         """A collective. nodes: on rank 0, where some are set apart. Raises UserError on every rank when a server does not start
-        or does not answer."""
+        or does not answer, and StopAskedError when such a node is told to stop while it is waited for."""
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
@@ -94,7 +94,7 @@ class SglangEngine:
         self._sender = self._make_sender(own_address)
         try:
             on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
-            started = self._start(names)
+            started = self._start(names, nodes.asked_to_stop if nodes is not None else never)
             on_rank0(lambda: self._control.open(started))
         except BaseException:
             self.close()
@@ -134,9 +134,11 @@ class SglangEngine:
             return WholeSender(settings, None, None, shared)
         return WholeSender(settings, control.outbox, control.serving, shared)
 
-    def _start(self, names: Sequence[str]) -> dict[str, Started]:
+    def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
-        own = together(lambda: self._host.start(names) if self._host is not None else {})
+        if self._config.dedicated_nodes:  # a node that hangs is waited for longer than a collective may take
+            return on_rank0(lambda: self._host.start(names, must_stop), long=True)
+        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
         return {name: started for some in found for name, started in some.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
 
 _POLL_S = 0.5
@@ -24,58 +26,44 @@ class Started(NamedTuple):
     problem: str | None
 
 
-class AbandonedError(RuntimeError):
-    """Nobody waits any more for the servers that are being started."""
-
-
 class Host:
-    """Starts, restarts and ends servers. commands: by the servers' names. logs: directory for what they print.
-
-    abandoned: whether nobody is left to use them; `start` then raises AbandonedError.
-    """
+    """Starts, restarts and ends servers. commands: by the servers' names. logs: directory for what they print."""
 
     STARTS = 3
     """At ports that others turn out to have before the server is given up."""
 
-    def __init__(
-        self,
-        commands: Mapping[str, ServerCommand],
-        logs: Path,
-        startup_timeout_s: float,
-        abandoned: Callable[[], bool] | None = None,
-    ) -> None:
+    def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float) -> None:
         self._commands, self._logs, self._timeout_s = dict(commands), logs, startup_timeout_s
-        self._abandoned = abandoned or (lambda: False)
         self._processes: dict[str, ServerProcess] = {}
 
-    def start(self, names: Iterable[str]) -> dict[str, Started]:
+    def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Start those of these servers that are of this machine, anew if they run, and wait until each answers or has failed.
 
-        Raises UserError when the interpreter does not exist.
+        Raises UserError when the interpreter does not exist, StopAskedError when `must_stop()` comes to hold.
         """
         own = [name for name in names if name in self._commands]
         self.stop(own)
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s
-        return {name: self._wait_for(name, deadline, starts=self.STARTS) for name in own}
+        return {name: self._wait_for(name, deadline, must_stop, starts=self.STARTS) for name in own}
 
     def _launch(self, name: str) -> None:
         log = self._logs / f"{name.replace(' ', '_').lower()}.log"
         self._processes[name] = ServerProcess(name, self._commands[name], log)
 
-    def _wait_for(self, name: str, deadline: float, *, starts: int) -> Started:
+    def _wait_for(self, name: str, deadline: float, must_stop: MustStop, *, starts: int) -> Started:
         """starts: how many this one makes with those that it may still have."""
         process = self._processes[name]
         while process.is_running:
-            if self._abandoned():
-                raise AbandonedError(name)
             if _answers(process.url):  # asked once even when others took all of the time
                 is_ours = _is_ours(process)
                 if is_ours:
                     return Started(process.url, None)
                 if is_ours is False:
-                    return self._move(name, starts)
+                    return self._move(name, must_stop, starts)
+            if must_stop():
+                raise StopAskedError(f"told to stop (SIGTERM) while {name} was waited for")
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_S)
@@ -86,10 +74,10 @@ class Host:
         words = process.last_words()
         process.stop()
         if starts > 1 and "address already in use" in words.lower():  # somebody took the port since it was found free
-            return self._move(name, starts)
+            return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
 
-    def _move(self, name: str, starts: int) -> Started:
+    def _move(self, name: str, must_stop: MustStop, starts: int) -> Started:
         """Start a server at another port, as somebody else has its own."""
         process = self._processes[name]
         process.stop()
@@ -97,7 +85,7 @@ class Host:
             what = f"{name} was started {self.STARTS} times, and each time another process had taken its port"
             return Started(process.url, f"{what}, last {process.url}")
         self._launch(name)
-        return self._wait_for(name, time.monotonic() + self._timeout_s, starts=starts - 1)
+        return self._wait_for(name, time.monotonic() + self._timeout_s, must_stop, starts=starts - 1)
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """End those of these servers (None: all) that run on this machine and wait until nothing of them is left."""
