@@ -86,18 +86,13 @@ def default_nproc(config: Config, gpus: int) -> int:
     """One process per GPU that dedicated servers leave; on CPU what the layout asks for, and two for `parallel.tp: auto` where
     there are two cores."""
     if gpus:
-        return max(1, gpus - _gpus_of_servers(config))
+        alone = starts_servers(config) and config.sglang.placement != "colocated"
+        return max(1, gpus - (config.sglang.gpus_of_a_node if alone else 0))
     parallel = config.parallel
     if parallel.tp == "auto":
         return max(parallel.pp * max(parallel.ep, parallel.cp), min(2, os.cpu_count() or 1))
     experts = parallel.ep * (parallel.tp if parallel.etp is None else parallel.etp)
     return parallel.pp * max(parallel.tp * parallel.cp, experts)
-
-
-def _gpus_of_servers(config: Config) -> int:
-    """GPUs of this machine that servers have for themselves."""
-    sglang = config.sglang
-    return sglang.servers * sglang.tp if starts_servers(config) and sglang.placement != "colocated" else 0
 
 
 def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:

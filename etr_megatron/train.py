@@ -67,7 +67,7 @@ def _serve(config: Config, place: Place) -> None:
     from etr_megatron.rollout.sglang import ServerNode
 
     assert place.apart is not None
-    node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s)
+    node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s, patience_s=config.run.phase_timeout_s)
     if code := node.serve(lambda: check_inputs(config, place.ranks)):
         os._exit(code)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,9 @@ from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.world import Place, place_of
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
-from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.server_nodes import ServerSetting
-from tests.runs import REPO, Runs, wait_for
+from tests.runs import wait_for
 from tests.test_lifetime import gone
-
-FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
 
 
 def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int | None = None) -> None:
@@ -103,7 +97,7 @@ class Node:
     """A node of servers in a thread, on `store`, and what came of it."""
 
     def __init__(self, number: int, config: SglangConfig, store: dist.Store, check: Any = lambda: None) -> None:
-        self.node = ServerNode(number, config, 0.0, store)
+        self.node = ServerNode(number, config, 0.0, patience_s=60.0, store=store)
         self.code: int | None = None
         self.error: BaseException | None = None
         self._check = check
@@ -122,9 +116,15 @@ class Node:
 
 
 @pytest.fixture
-def store(monkeypatch):
+def quick(monkeypatch):
+    """Beats, and little patience in the end with stand-ins, which hear nothing."""
     monkeypatch.setattr(server_nodes, "BEAT_S", 0.05)
+    monkeypatch.setattr(server_nodes, "_HEARD_S", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+@pytest.fixture
+def store(quick):
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -159,19 +159,6 @@ def test_rank_0_starts_stops_and_restarts_servers_of_all_nodes_and_each_ends_as_
     assert [node.code for node in nodes] == [75, 75] and gone(pids["server 2"])
 
 
-def test_a_stop_does_not_wait_for_servers_that_a_node_starts(store, tmp_path):
-    config = replace(sglang(), launch=("-m", "tests.deaf_server"), startup_timeout_s=900.0)
-    nodes = [Node(number, config, store) for number in range(2)]
-    asked = iter([False, True])
-    with pytest.raises(StopAskedError), ServerNodes(2, config, store) as rank0:
-        rank0.meet(30)
-        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
-        rank0.start(["server 0", "server 1"], lambda: next(asked, True))
-    for node in nodes:
-        node.join()
-    assert [node.code for node in nodes] == [1, 1]
-
-
 @pytest.mark.parametrize(("error", "code"), [(None, 0), (UserError("no"), 2), (ValueError("a defect"), 1)])
 def test_a_node_ends_with_the_code_of_the_run(store, tmp_path, capsys, error, code):
     config = sglang()
@@ -192,31 +179,36 @@ def test_a_machine_that_can_have_no_servers_and_one_that_is_not_there_are_named(
 
     config = sglang()
     nodes = [Node(0, config, store), Node(1, config, store, refuse)]
-    nodes[1].join()
-    assert isinstance(nodes[1].error, UserError)
     what = r"server node 1 \(127\.0\.0\.1\): sglang\.python: \.venv-sglang/bin/python does not exist"
     with pytest.raises(UserError, match=what), ServerNodes(2, config, store) as rank0:
         rank0.meet(30)
-    nodes[0].join()
-    assert nodes[0].code == 2
-    with pytest.raises(UserError, match=r"server node 2 of sglang\.dedicated_nodes=3 was not there within 0\.3 s"):
-        ServerNodes(3, config, _with_hellos(store, 2)).meet(0.3)
+    for node in nodes:
+        node.join()
+    assert nodes[0].code == 2 and isinstance(nodes[1].error, UserError)
+    missing = r"server node 2 of sglang\.dedicated_nodes=3 was not there within 0\.3 s"
+    with pytest.raises(UserError, match=missing), ServerNodes(3, config, store) as rank0:
+        for node in range(2):
+            stand_in(store, node)
+        rank0.meet(0.3)
 
 
-def _with_hellos(store: dist.Store, count: int) -> dist.Store:
-    found = dist.PrefixStore(f"with {count}", store)
-    for node in range(count):
-        found.set(f"{node}/hello", json.dumps({"address": "127.0.0.1", "problem": ""}))
-    return found
+def session(store: dist.Store) -> dist.Store:
+    """Of the rank 0 that there is."""
+    return dist.PrefixStore(store.get("session").decode(), store)
+
+
+def stand_in(store: dist.Store, node: int, address: str = "127.0.0.1") -> None:
+    """A node that says where it is, answers its first order, and is not heard of again."""
+    session(store).set(f"{node}/hello", json.dumps({"address": address, "problem": ""}))
+    session(store).set(f"{node}/reply/0", "null")
 
 
 def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_path, monkeypatch):
     monkeypatch.setattr(server_nodes, "LOST_S", 0.5)
     config = sglang()
     node = Node(0, config, store)
-    store.set("1/hello", json.dumps({"address": "10.0.0.9", "problem": ""}))  # a node that has lived that long
-    store.set("1/reply/0", "null")
     with ServerNodes(2, config, store) as rank0:
+        stand_in(store, 1, "10.0.0.9")
         rank0.meet(30)
         rank0.prepare(["server 0", "server 1"], setting(tmp_path))
         started = rank0.start(["server 0", "server 1"])
@@ -229,14 +221,13 @@ def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_
 def test_a_node_that_hears_nothing_of_rank_0_ends_its_servers_and_itself(store, tmp_path, monkeypatch, capsys):
     config = sglang()
     node = Node(0, config, store)
-    store.set("1/hello", json.dumps({"address": "127.0.0.1", "problem": ""}))
-    store.set("1/reply/0", "null")
     rank0 = ServerNodes(2, config, store)
     with rank0:
+        stand_in(store, 1)
         rank0.meet(30)
         rank0.prepare(["server 0", "server 1"], setting(tmp_path))
         pid = httpx.get(f"{rank0.start(['server 0'])['server 0'].url}/state").json()["pid"]
-        monkeypatch.setattr(rank0, "_post", lambda *_: 0)  # it is killed: nothing more is said
+        crash(rank0, monkeypatch)
     monkeypatch.setattr(server_nodes, "SILENCE_S", 0.5)
     node.join()
     assert node.code == 1 and gone(pid)
@@ -246,90 +237,155 @@ def test_a_node_that_hears_nothing_of_rank_0_ends_its_servers_and_itself(store, 
 def test_a_sigterm_of_a_node_is_heard_by_rank_0(store):
     with ServerNodes(2, sglang(), store) as rank0:
         assert not rank0.asked_to_stop()
-        store.set("1/stop", "")
+        session(store).set("1/stop", "")
         wait_for(rank0.asked_to_stop, deadline_s=30)
 
 
-class Torchruns:
-    """One torchrun a node on this machine, numbered as asked for."""
-
-    def __init__(self, runs: Runs, folder: Path, nodes: int) -> None:
-        self._runs, self._folder, self._nodes = runs, folder, nodes
-        self._port = free_port("127.0.0.1")
-        self.processes: list[subprocess.Popen] = []
-
-    def start(self, *options: str, **environment: str) -> None:
-        for node in range(self._nodes):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self._nodes), "--nproc-per-node", "1"]
-            command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self._port)]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
-            with open(self.output(node), "w") as file:
-                script = ["examples/run_etr.sh", *self._runs.command(*options)[3:]]
-                process = subprocess.Popen([*command, *script], cwd=REPO, env=env, stdout=file, stderr=file)
-            self.processes.append(process)
-
-    def output(self, node: int) -> Path:
-        return self._folder / f"node{node}.log"
-
-    def said(self) -> str:
-        return "\n".join(self.output(node).read_text()[-3000:] for node in range(self._nodes))
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
+def crash(rank0: ServerNodes, monkeypatch) -> None:
+    """It is killed: nothing more is said."""
+    monkeypatch.setattr(rank0, "_post", lambda *_: 0)
 
 
-@pytest.fixture
-def three_nodes(runs, tmp_path):
-    found = Torchruns(runs, tmp_path, 3)
-    yield found
-    found.end()
+def test_what_an_earlier_start_of_the_job_left_in_the_store_is_nobodys(store, tmp_path, monkeypatch):
+    """torchrun keeps one store through its restarts."""
+    config = sglang()
+    names = ["server 0", "server 1"]
+    rank0 = ServerNodes(2, config, store)
+    with rank0:
+        for node in range(2):
+            stand_in(store, node, "10.0.0.9")
+        rank0.meet(30)
+        rank0.prepare(names, setting(tmp_path))
+        for node, name in enumerate(names):
+            started = json.dumps({name: ("http://10.0.0.9:1", None)})
+            session(store).set(f"{node}/reply/1", started)
+        assert rank0.start(names)["server 1"].url == "http://10.0.0.9:1"
+        session(store).set("1/stop", "")
+        rank0._ask({1: {"do": "end", "code": 3, "why": ""}}, 0.0)
+        crash(rank0, monkeypatch)
+    nodes = [Node(number, config, store) for number in range(2)]
+    time.sleep(0.5)  # nobody is there whom they could obey
+    with ServerNodes(2, config, store) as rank0:
+        assert rank0.meet(30) == ["127.0.0.1", "127.0.0.1"]
+        rank0.prepare(names, setting(tmp_path))
+        started = rank0.start(names)
+        assert all(httpx.get(f"{started[name].url}/state").status_code == 200 for name in names)
+        assert not rank0.asked_to_stop()
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [0, 0]
 
 
-OPTIONS = ("run.name=apart", "rollout.backend=sglang", "sglang.dedicated_nodes=2", *FAKE, "rollout.max_logprob_gap=100")
-OPTIONS += ("eval.every=0", "checkpoint.every=0", "sglang.update_timeout_s=20")
+def test_a_node_leaves_an_earlier_rank_0_for_the_one_that_was_started_since(store, monkeypatch, capsys):
+    """Its own torchrun, which does not know of that, then starts it again."""
+    config = sglang()
+    node = Node(0, config, store)
+    before = ServerNodes(2, config, store)
+    with before:
+        stand_in(store, 1)
+        before.meet(30)
+        crash(before, monkeypatch)
+        with contextlib.suppress(UserError), ServerNodes(2, config, store) as rank0:
+            node.join()
+            again = Node(0, config, store)
+            stand_in(store, 1)
+            rank0.meet(30)
+            raise UserError("no")
+    again.join()
+    assert (node.code, again.code) == (1, 2)
 
 
-def servers_of(runs: Runs) -> list[dict[str, Any]]:
-    """States of the servers that nodes 1 and 2 have started."""
-    logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
-    ports = [next(line for line in log.read_text().splitlines() if line.isdigit()) for log in logs]
-    return [httpx.get(f"http://127.0.0.1:{port}/state").json() for port in ports]
+def test_a_node_waits_for_a_rank_0_that_has_more_to_do_before_it_comes(store, monkeypatch):
+    monkeypatch.setattr(server_nodes, "SILENCE_S", 0.2)
+    node = Node(0, sglang(), store)
+    time.sleep(1.0)
+    monkeypatch.setattr(server_nodes, "SILENCE_S", 30.0)
+    with ServerNodes(2, sglang(), store) as rank0:
+        stand_in(store, 1)
+        assert rank0.meet(5) == ["127.0.0.1", "127.0.0.1"]
+    node.join()
+    assert node.code == 0
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_node_ends_with_its_own_problem_or_a_sentence_where_rank_0_never_comes(store, capsys, refused):
+    def check() -> None:
+        if refused:
+            raise UserError("no interpreter")
+
+    node = ServerNode(0, sglang(), 0.0, patience_s=0.3, store=store)
+    if refused:
+        with pytest.raises(UserError, match="no interpreter"):
+            node.serve(check)
+        return
+    assert node.serve(check) == 1
+    assert "server node 0: rank 0 was not there within 0.3 s" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes):
-    three_nodes.start(*OPTIONS, "run.steps=12", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
-    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
-    states = servers_of(runs)
-    assert all(state["prompts"] for state in states)
-    agent = three_nodes.processes[2]
-    node = parent(parent(states[1]["pid"]))  # the server's watchdog, and who started that
-    assert parent(node) == agent.pid
-    agent.kill()  # and with it the node
-    wait_for(lambda: gone(states[1]["pid"]), deadline_s=60)
-    status = runs.directory("apart") / "status.json"
-    wait_for(lambda: json.loads(status.read_text())["state"] == "finished", deadline_s=240)
-    assert len(runs.rows("apart")) == 12
-    wait_for(lambda: gone(states[0]["pid"]), deadline_s=60)  # torchrun still waits five minutes for the one that is lost
-    assert "SGLang server 1 takes no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
+def test_a_node_whose_store_is_gone_ends_its_servers_and_says_so(quick, tmp_path, capsys):
+    owner = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mine, theirs = (dist.TCPStore("127.0.0.1", owner.port, is_master=False, wait_for_workers=False) for _ in range(2))
+    node = Node(0, sglang(), theirs)
+    rank0 = ServerNodes(2, sglang(), mine)
+    with rank0:
+        stand_in(mine, 1)
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+        pid = httpx.get(f"{rank0.start(['server 0'])['server 0'].url}/state").json()["pid"]
+        del owner
+        node.join()
+    assert node.error is None and node.code == 1 and gone(pid)
+    assert "rank 0 gives no sign of life any more; the servers are ended" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_sigterm_to_a_node_of_servers_saves_the_run_and_ends_it_to_be_started_again(runs, three_nodes):
-    three_nodes.start(*OPTIONS, "run.steps=500", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
-    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
-    states = servers_of(runs)
+def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_servers(store, tmp_path):
+    """A server that takes its minutes does not hold it up."""
+    config = sglang()
+    config = dataclasses.replace(config, launch=("-c", "import time; time.sleep(60)"))
+    nodes = [Node(number, config, store) for number in range(2)]
     begun = time.monotonic()
-    three_nodes.processes[1].send_signal(signal.SIGTERM)
-    codes = [process.wait(120) for process in three_nodes.processes]
-    assert all(codes) and time.monotonic() - begun < 60, three_nodes.said()
-    status = json.loads((runs.directory("apart") / "status.json").read_text())
-    assert status["state"] == "requeue" and status["step"] == len(runs.rows("apart")) >= 2
-    assert "told to stop (SIGTERM)" in three_nodes.output(0).read_text()
-    assert all(gone(state["pid"]) for state in states)
+    with pytest.raises(StopAskedError), ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+        threading.Timer(1.0, nodes[1].node._stop_request._asked.set).start()
+        try:
+            rank0.start(["server 0", "server 1"], rank0.asked_to_stop)
+        finally:
+            rank0.stop()
+    for node in nodes:
+        node.join()
+    assert time.monotonic() - begun < 30
+    with pytest.raises(StopAskedError), ServerNodes(3, config, store) as rank0:
+        session(store).set("1/stop", "")
+        rank0.meet(30, rank0.asked_to_stop)
+
+
+def test_a_start_that_was_answered_or_given_up_is_not_made_up_for(store, tmp_path):
+    """As of a node that was started again, or has said nothing for a while."""
+    config = sglang()
+    with ServerNodes(2, config, store) as rank0:
+        order = {"do": "start", "names": ["server 0"]}
+        rank0._post(0, {"do": "prepare", "names": ["server 0"], "setting": setting(tmp_path)._asdict()})
+        for _ in range(3):
+            rank0._post(0, order)
+        session(store).set("0/reply/1", "null")
+        node = Node(0, config, store)
+        wait_for(lambda: session(store).check(["0/reply/3"]), deadline_s=60)
+        assert session(store).get("0/reply/1") == b"null" and not session(store).check(["0/reply/2"])
+        log = (tmp_path / "servers" / "server_0.log").read_text()
+        assert sum(line.isdigit() for line in log.splitlines()) == 1
+    node.join()
+
+
+def test_a_node_that_cannot_write_where_servers_log_is_named(store, tmp_path):
+    config = sglang()
+    (tmp_path / "servers").write_text("a file")
+    nodes = [Node(number, config, store) for number in range(2)]
+    asked = setting(tmp_path)._replace(api_key="secret")
+    what = r"server node 0 \(127\.0\.0\.1\): .*File exists.*servers"
+    with pytest.raises(UserError, match=what), ServerNodes(2, config, store) as rank0:
+        rank0.meet(30)
+        rank0.prepare(["server 0", "server 1"], asked)
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [2, 2]

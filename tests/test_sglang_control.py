@@ -45,6 +45,27 @@ def test_that_colocated_servers_on_cpu_give_up_no_memory_is_said(hf_models, tmp_
     assert [record.getMessage() for record in caplog.records if "sglang" in record.getMessage()] == [said] * is_said
 
 
+@pytest.mark.parametrize(
+    ("urls", "key", "hosts"),
+    [
+        (("http://10.0.0.9:1", "http://127.0.0.1:2", "http://10.0.0.8:1", "http://10.0.0.9:3"), None, "10.0.0.9, 10.0.0.8"),
+        (("http://10.0.0.9:1",), "secret", None),
+        (("http://127.0.0.1:1", "http://localhost:2"), None, None),
+        ((), None, None),
+    ],
+)
+def test_that_servers_on_other_machines_have_no_key_is_said_once(hf_models, tmp_path, caplog, monkeypatch, urls, key, hosts):
+    monkeypatch.delenv("ETR_SGLANG_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("ETR_SGLANG_API_KEY", key)
+    expected, names = Expected(read_architecture(hf_models["qwen3"]), "float32", 1, False), list(map(str, range(len(urls))))
+    with caplog.at_level("WARNING"):
+        Control(SglangConfig(urls=urls), names, expected, host="127.0.0.1", api_key=None, backend="gloo", logs=tmp_path).close()
+    said = f"sglang.urls: whoever reaches {hosts} can give servers there other weights; start them with --api-key, and set "
+    said += "ETR_SGLANG_API_KEY"
+    assert [record.getMessage() for record in caplog.records] == [said] * (hosts is not None)
+
+
 @pytest.mark.slow
 def test_a_trainer_beside_an_installed_sglang_imports_nothing_of_it(tmp_path):
     for name in ("sglang", "sglang_router"):

@@ -72,7 +72,7 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     sglang = config.sglang
     if sglang.urls:
         return Cluster(gpus, gpus_per_node, gpus, servers=len(sglang.urls), server_tp=sglang.tp, outside=True)
-    on_a_node = sglang.servers * sglang.tp
+    on_a_node = sglang.gpus_of_a_node
     if on_a_node > gpus_per_node:
         raise UserError(
             f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} take {on_a_node} GPUs of a node that has {gpus_per_node}"

@@ -101,10 +101,10 @@ def sglang(config: Config) -> Iterator[Violation]:
         yield Violation(("sglang.urls",), "every server's address must be http://host:port")
     if len(set(sglang.urls)) < len(sglang.urls):
         yield Violation(("sglang.urls",), "must not name a server twice")
-    if sglang.devices and len(sglang.devices) != sglang.servers * sglang.tp:
+    if sglang.devices and len(sglang.devices) != sglang.gpus_of_a_node:
         yield Violation(
             ("sglang.devices", "sglang.servers", "sglang.tp"),
-            f"{sglang.servers} servers of tp {sglang.tp} take {sglang.servers * sglang.tp} GPUs",
+            f"{sglang.servers} servers of tp {sglang.tp} take {sglang.gpus_of_a_node} GPUs",
         )
     if sglang.ep >= 1 and sglang.tp % sglang.ep:
         yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, whose ranks the experts are spread over")

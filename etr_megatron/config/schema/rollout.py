@@ -117,3 +117,8 @@ class SglangConfig:
     """For a server to say that it lives while responses are under way, which a busy one does between two batches."""
     update_timeout_s: float = 300.0
     """Deadline of every request and wait of a weight sync."""
+
+    @property
+    def gpus_of_a_node(self) -> int:
+        """That the servers of one node take."""
+        return self.servers * self.tp

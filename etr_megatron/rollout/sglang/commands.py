@@ -92,7 +92,7 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
             beside = f" beside those of {ranks} ranks"
             way_out = ", start fewer ranks, or set sglang.placement=colocated, where servers share the ranks' GPUs"
         raise UserError(
-            f"sglang.servers={config.servers} of sglang.tp={config.tp} take {config.servers * config.tp} GPUs{beside}, and "
+            f"sglang.servers={config.servers} of sglang.tp={config.tp} take {config.gpus_of_a_node} GPUs{beside}, and "
             f"this machine has {len(gpus)}; lower one of them{way_out}"
         )
     return tuple(gpus[first : first + config.tp])

@@ -25,6 +25,7 @@ from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, 
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.places import hosts_away
 from etr_megatron.rollout.sglang.router import Router
 from etr_megatron.rollout.sglang.senders import Outbox
 from etr_megatron.rollout.sglang.sharded_sender import OfferCalls
@@ -96,6 +97,12 @@ class Control:
         threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True).start()
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if not key and (away := hosts_away(config.urls)):
+            logger.warning(
+                "sglang.urls: whoever reaches %s can give servers there other weights; start them with --api-key, and set %s",
+                ", ".join(dict.fromkeys(away)),
+                API_KEY_VARIABLE,
+            )
         self._http = httpx.AsyncClient(transport=Connections(), headers=headers)
         urls = config.urls or ("",) * len(names)
         self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}

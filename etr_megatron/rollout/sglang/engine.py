@@ -144,6 +144,8 @@ class SglangEngine:
 
     def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
+        if self._config.dedicated_nodes:  # a node that hangs is waited for longer than a collective may take
+            return on_rank0(lambda: self._host.start(names, must_stop), long=True)
         own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)

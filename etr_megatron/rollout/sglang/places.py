@@ -40,11 +40,15 @@ def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
     """Where servers, and ranks of other nodes, find rank 0, which alone can say so. addresses: see `addresses_of`."""
     if config.host is not None:
         return config.host
-    away = [host for host in (urlsplit(url).hostname or "" for url in config.urls) if not is_loopback(host)]
-    if away:
+    if away := hosts_away(config.urls):
         return address_towards(away[0])
     has_nodes = len(addresses) > 1 or int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     return os.environ["MASTER_ADDR"] if has_nodes else "127.0.0.1"
+
+
+def hosts_away(urls: Iterable[str]) -> list[str]:
+    """The hosts of these addresses that are not this machine's loopback interface."""
+    return [host for host in (urlsplit(url).hostname or "" for url in urls) if not is_loopback(host)]
 
 
 def new_key(addresses: Iterable[str]) -> str | None:

@@ -3,21 +3,25 @@
 Both sides leave each other messages in the store that torchrun keeps on the first node; no collective reaches such a node, and
 where it is lost the run goes on with the others' servers. Keys, for node N:
 
-    N/hello     address of the node, or why it cannot have servers
-    N/order/K   the K-th order; N/reply/K what came of it
-    N/beats     counts up while the node lives, and `beats` while rank 0 does
-    N/stop      the node was sent SIGTERM
+    session       a name that rank 0 gives itself; what follows lies behind it. torchrun may keep one store through restarts,
+                  where what was left in an earlier one must be nobody's: nodes join a session that has a beat
+    beats         counts up while rank 0 lives, and `N/beats` while the node does
+    N/hello       address of the node, or why it cannot have servers
+    N/order/K     the K-th order; N/reply/K what came of it. One that has a successor without a reply is not waited for any more
+    N/stop        the node was sent SIGTERM
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +42,13 @@ from etr_megatron.rollout.sglang.places import address_towards
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
 _LOOK_S = 0.1
-_CONNECT_S = 300.0
 LOST_S = 30.0
 """Silence after which a node's servers are not waited for."""
 _HEARD_S = 5.0
 _END_S = 60.0
 """For a node to end its servers."""
+_SESSION = "session"
+_GONE = "gives no sign of life any more; the servers are ended"
 
 
 class ServerSetting(NamedTuple):
@@ -75,10 +80,10 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
     return Host(commands, folder, config.startup_timeout_s)
 
 
-def _connect() -> dist.Store:
-    """To the store of the job, as its ranks do."""
+def _connect(patience_s: float) -> dist.Store:
+    """To the store of the job, as its ranks do. patience_s: for rank 0, whose process may be where the store is."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=datetime.timedelta(seconds=_CONNECT_S)))
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=datetime.timedelta(seconds=patience_s)))
     return dist.PrefixStore("server_nodes", store)
 
 
@@ -101,9 +106,11 @@ class ServerNodes:
     """Rank 0's side: the nodes' servers as those of one `Host`, and, as a context, the nodes' end with the run's."""
 
     def __init__(self, count: int, config: SglangConfig, store: dist.Store | None = None) -> None:
-        """store: of the job; None connects to it."""
+        """store: of the job; None connects to it, which is there."""
         self._count, self._config = count, config
-        self._store = store if store is not None else _connect()
+        self._name_of_session = secrets.token_hex(8)
+        self._root = store if store is not None else _connect(_END_S)
+        self._store = dist.PrefixStore(self._name_of_session, self._root)
         self._names: list[list[str]] = [[] for _ in range(count)]
         self._addresses: list[str] = []
         self._orders = [0] * count
@@ -112,6 +119,7 @@ class ServerNodes:
         self._stack = ExitStack()
 
     def __enter__(self) -> ServerNodes:
+        self._root.set(_SESSION, self._name_of_session)
         self._stack.enter_context(beside(self._beat, "server_nodes"))
         return self
 
@@ -152,8 +160,7 @@ class ServerNodes:
                 if self._store.check([f"{node}/hello"]):
                     hellos[node] = json.loads(self._store.get(f"{node}/hello"))
                     missing.remove(node)
-            if missing and must_stop():
-                raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
+            self._refuse_if(must_stop)
             time.sleep(_LOOK_S)
         for node, said in sorted(hellos.items()):
             if said["problem"]:
@@ -174,7 +181,7 @@ class ServerNodes:
                 raise UserError(f"{self._name(node)}: {said}")
 
     def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """See `Host.start`; servers of a node that is lost do not serve."""
+        """See `Host.start`; servers of a node that is lost do not serve. Raises StopAskedError when `must_stop()` holds."""
         asked = set(names)
         own = {node: [name for name in mine if name in asked] for node, mine in enumerate(self._names)}
         orders = {node: {"do": "start", "names": mine} for node, mine in own.items() if mine}
@@ -192,6 +199,11 @@ class ServerNodes:
         own = {node: [name for name in mine if asked is None or name in asked] for node, mine in enumerate(self._names)}
         with suppress(RuntimeError):  # a store that is gone has ended them, too
             self._ask({node: {"do": "stop", "names": mine} for node, mine in own.items() if mine}, _END_S)
+
+    @staticmethod
+    def _refuse_if(must_stop: MustStop) -> None:
+        if must_stop():
+            raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
 
     def _name(self, node: int) -> str:
         return f"server node {node} ({self._addresses[node]})"
@@ -218,9 +230,8 @@ class ServerNodes:
                     found[node] = f"it did not answer within {timeout_s:g} s"
                 if node in found:
                     del keys[node]
-            if keys and must_stop():
-                raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
             if keys:
+                self._refuse_if(must_stop)
                 time.sleep(_LOOK_S)
         return {node: found[node] for node in orders}
 
@@ -228,87 +239,132 @@ class ServerNodes:
 class ServerNode:
     """The node's side, one process: does as it is told until the run ends."""
 
-    def __init__(self, number: int, config: SglangConfig, stop_grace_s: float, store: dist.Store | None = None) -> None:
-        """number: among the nodes that are set apart. store: of the job; None connects to it."""
-        self._number, self._config, self._grace_s = number, config, stop_grace_s
-        self._store = store if store is not None else _connect()
+    def __init__(
+        self,
+        number: int,
+        config: SglangConfig,
+        stop_grace_s: float,
+        *,
+        patience_s: float,
+        store: dist.Store | None = None,
+    ) -> None:
+        """number: among the nodes that are set apart. patience_s: for rank 0. store: of the job; None connects to it."""
+        self._number, self._config, self._grace_s, self._patience_s = number, config, stop_grace_s, patience_s
+        self._root = store
         self._address = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         self._host: Host | None = None
         self._stop_request = StopRequest()
         self._lost = threading.Event()
 
     def serve(self, check: Callable[[], None] = lambda: None) -> int:
-        """The exit code of the node, which is the run's. check: whether this machine can have servers; it raises UserError."""
-        try:
-            check()
-        except UserError as error:
-            self._say_hello(str(error))
-            raise
-        with self._stop_request.on_sigterm(self._grace_s), beside(self._beat, "server_node"):
-            self._say_hello("")
+        """The exit code of the node, which is the run's. check: whether this machine can have servers; it raises UserError, and
+        so does this, when rank 0 has heard of it."""
+        with self._stop_request.on_sigterm(self._grace_s):
+            problem = None
             try:
-                return self._obey()
-            finally:
-                if self._host is not None:
-                    self._host.stop()
+                check()
+            except UserError as error:
+                problem = error
+            session = self._join()
+            if session is None:
+                if problem is not None:
+                    raise problem
+                return self._without_rank0(f"was not there within {self._patience_s:g} s")
+            self._store = dist.PrefixStore(session, self._root)
+            if problem is not None:
+                self._say_hello(str(problem))
+                raise problem
+            with beside(lambda done: self._beat(session, done), "server_node"):
+                try:
+                    self._say_hello("")
+                    return self._obey()
+                except dist.DistError:  # the store is gone, and rank 0, or its torchrun, with it
+                    return self._without_rank0(_GONE)
+                finally:
+                    if self._host is not None:
+                        self._host.stop()
+
+    def _join(self) -> str | None:
+        """The name of rank 0's session; None when there is no living one in time."""
+        deadline = time.monotonic() + self._patience_s
+        before: dict[str, int] = {}
+        try:
+            if self._root is None:
+                self._root = _connect(self._patience_s)
+            while time.monotonic() < deadline:
+                if self._root.check([_SESSION]):
+                    name = self._root.get(_SESSION).decode()
+                    beats = self._root.add(f"{name}/beats", 0)
+                    if beats != before.setdefault(name, beats):
+                        return name
+                time.sleep(_LOOK_S)
+        except dist.DistError:
+            pass
+        return None
 
     def _say_hello(self, problem: str) -> None:
         self._store.set(f"{self._number}/hello", json.dumps({"address": self._address, "problem": problem}))
 
+    def _without_rank0(self, what: str) -> int:
+        print(f"server node {self._number}: rank 0 {what}", file=sys.stderr, flush=True)
+        return 1
+
     def _obey(self) -> int:
-        for number in range(sys.maxsize):
-            order = self._next(f"{self._number}/order/{number}")
-            if order is None:
-                break
+        for number, order in self._orders():
+            reply_key = f"{self._number}/reply/{number}"
             if order["do"] == "end":
-                self._store.set(f"{self._number}/reply/{number}", "null")
+                self._store.set(reply_key, "null")
                 if order["code"]:
                     print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
                 return int(order["code"])
+            if order["do"] == "start" and (self._store.check([reply_key]) or self._is_over(number)):
+                continue  # it was for the process before this one, or nobody waits for it any more
             try:
-                reply = self._do(order, f"{self._number}/order/{number + 1}")
-            except UserError as error:
+                reply = self._do(order, number)
+            except (UserError, OSError) as error:
                 reply = str(error)
-            except StopAskedError:  # nobody waits for the reply
+            except StopAskedError:
                 continue
-            self._store.set(f"{self._number}/reply/{number}", json.dumps(reply))
-        what = f"server node {self._number}: rank 0 gives no sign of life any more; the servers are ended"
-        print(what, file=sys.stderr, flush=True)
-        return 1
+            self._store.set(reply_key, json.dumps(reply))
+        return self._without_rank0(_GONE)
 
-    def _next(self, key: str) -> Any:
-        """The order; None when rank 0 is lost."""
-        try:
-            while not self._store.check([key]):
+    def _orders(self) -> Iterator[tuple[int, Any]]:
+        """As they come, until rank 0 is lost."""
+        for number in itertools.count():
+            while not self._store.check([self._order(number)]):
                 if self._lost.wait(_LOOK_S):
-                    return None
-            return json.loads(self._store.get(key))
-        except RuntimeError:  # the store is gone, and rank 0's torchrun with it
-            return None
+                    return
+            yield number, json.loads(self._store.get(self._order(number)))
 
-    def _do(self, order: Mapping[str, Any], following: str) -> Any:
-        """The reply. following: key of the next order; where that is there, this one has been given up. Raises
-        StopAskedError."""
+    def _order(self, number: int) -> str:
+        return f"{self._number}/order/{number}"
+
+    def _is_over(self, number: int) -> bool:
+        """Whether nobody waits for this order."""
+        return self._lost.is_set() or self._store.check([self._order(number + 1)])
+
+    def _do(self, order: Mapping[str, Any], number: int) -> Any:
         if order["do"] == "prepare":
             setting = ServerSetting(**order["setting"])
             self._host = host_of(self._config, order["names"], self._address, setting)
             return None
         assert self._host is not None
         if order["do"] == "start":
-            return self._host.start(order["names"], lambda: self._lost.is_set() or self._store.check([following]))
+            return self._host.start(order["names"], lambda: self._is_over(number))
         self._host.stop(order["names"])
         return None
 
-    def _beat(self, done: threading.Event) -> None:
-        """Say that the node lives and whether it has to stop, and look whether rank 0 lives."""
+    def _beat(self, session: str, done: threading.Event) -> None:
+        """Say that the node lives and whether it has to stop, and look whether rank 0 lives and has not been started anew."""
         try:
-            store = self._store.clone()
+            root = self._root.clone()
+            store = dist.PrefixStore(session, root)
             pulse = _Pulse(store, "beats")
             while not done.wait(BEAT_S):
                 store.add(f"{self._number}/beats", 1)
                 if self._stop_request():
                     store.set(f"{self._number}/stop", "")
-                if pulse.silence_s() > SILENCE_S:
+                if pulse.silence_s() > SILENCE_S or root.get(_SESSION).decode() != session:
                     break
         except RuntimeError:
             pass

@@ -1,0 +1,135 @@
+"""Runs whose servers are on nodes of their own, as one torchrun a node starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from etr_megatron.rollout.sglang.server import free_port
+from tests.runs import REPO, Runs, wait_for
+from tests.test_lifetime import gone
+
+pytestmark = pytest.mark.slow
+
+
+class Torchruns:
+    """One torchrun a node on this machine, numbered as asked for."""
+
+    def __init__(self, runs: Runs, folder: Path, nodes: int) -> None:
+        self._runs, self._folder, self._nodes = runs, folder, nodes
+        self._port = free_port("127.0.0.1")
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *options: str, processes: int = 1, restarts: int = 0, **environment: str) -> None:
+        for node in range(self._nodes):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self._nodes)]
+            command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+            command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self._port)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+            with open(self.output(node), "w") as file:
+                script = ["examples/run_etr.sh", *self._runs.command(*options)[3:]]
+                process = subprocess.Popen([*command, *script], cwd=REPO, env=env, stdout=file, stderr=file)
+            self.processes.append(process)
+
+    def output(self, node: int) -> Path:
+        return self._folder / f"node{node}.log"
+
+    def said(self) -> str:
+        return "\n".join(self.output(node).read_text()[-3000:] for node in range(self._nodes))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def three_nodes(runs, tmp_path):
+    found = Torchruns(runs, tmp_path, 3)
+    yield found
+    found.end()
+
+
+FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
+OPTIONS = ("run.name=apart", "rollout.backend=sglang", "sglang.dedicated_nodes=2", *FAKE, "rollout.max_logprob_gap=100")
+OPTIONS += ("eval.every=0", "checkpoint.every=0", "sglang.update_timeout_s=20")
+
+
+def servers_of(runs: Runs) -> list[dict[str, Any]]:
+    """States of the servers that nodes 1 and 2 have started."""
+    logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
+    ports = [next(line for line in log.read_text().splitlines() if line.isdigit()) for log in logs]
+    return [httpx.get(f"http://127.0.0.1:{port}/state").json() for port in ports]
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes):
+    three_nodes.start(*OPTIONS, "run.steps=12", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
+    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
+    states = servers_of(runs)
+    assert all(state["prompts"] for state in states)
+    agent = three_nodes.processes[2]
+    node = parent(parent(states[1]["pid"]))  # the server's watchdog, and who started that
+    assert parent(node) == agent.pid
+    agent.kill()  # and with it the node
+    wait_for(lambda: gone(states[1]["pid"]), deadline_s=60)
+    status = runs.directory("apart") / "status.json"
+    wait_for(lambda: json.loads(status.read_text())["state"] == "finished", deadline_s=240)
+    assert len(runs.rows("apart")) == 12
+    wait_for(lambda: gone(states[0]["pid"]), deadline_s=60)  # torchrun still waits five minutes for the one that is lost
+    assert "SGLang server 1 takes no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
+
+
+def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_anew(runs, three_nodes):
+    """Of the torchruns with --node-rank each keeps to its own processes, and their one store outlives these."""
+    three_nodes.start(
+        *OPTIONS, "checkpoint.every=1", "run.steps=8", "sglang.sync=disk", restarts=2, FAKE_SGLANG=json.dumps({"seconds": 0.3})
+    )
+    wait_for(lambda: len(runs.rows("apart")) >= 3, deadline_s=180)
+    before = servers_of(runs)
+    agent = three_nodes.processes[0].pid
+    (rank0,) = map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split())
+    os.kill(rank0, signal.SIGKILL)
+    codes = [process.wait(200) for process in three_nodes.processes]
+    assert codes == [0, 0, 0], three_nodes.said()
+    assert [row["step"] for row in runs.rows("apart")] == list(range(1, 9))
+    assert all(gone(state["pid"]) for state in before)
+    logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
+    assert [sum(line.isdigit() for line in log.read_text().splitlines()) for log in logs] == [2, 2]
+
+
+def test_several_servers_a_node_take_what_several_ranks_send_them_shard_by_shard(runs, three_nodes):
+    options = ("sglang.sync=sharded", "sglang.servers=2", "run.steps=3")
+    three_nodes.start(*OPTIONS, *options, processes=2)
+    codes = [process.wait(200) for process in three_nodes.processes]
+    assert codes == [0, 0, 0], three_nodes.said()
+    assert [row["weight_version"] for row in runs.rows("apart")] == [0, 1, 2]
+    logs = sorted(path.name for path in (runs.directory("apart") / "servers").glob("sglang_server_*.log"))
+    assert logs == [f"sglang_server_{number}.log" for number in range(4)]
+    assert "takes no more requests" not in three_nodes.said()
+
+
+def test_sigterm_to_a_node_of_servers_saves_the_run_and_ends_it_to_be_started_again(runs, three_nodes):
+    three_nodes.start(*OPTIONS, "run.steps=500", FAKE_SGLANG=json.dumps({"seconds": 0.3}))
+    wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
+    states = servers_of(runs)
+    begun = time.monotonic()
+    three_nodes.processes[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(120) for process in three_nodes.processes]
+    assert all(codes) and time.monotonic() - begun < 60, three_nodes.said()
+    status = json.loads((runs.directory("apart") / "status.json").read_text())
+    assert status["state"] == "requeue" and status["step"] == len(runs.rows("apart")) >= 2
+    assert "told to stop (SIGTERM)" in three_nodes.output(0).read_text()
+    assert all(gone(state["pid"]) for state in states)
