@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,4 +113,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

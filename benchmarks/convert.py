@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment_environment import environment
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.process_cost import Cost, cost_of
 from etr_megatron.errors import UserError
 
@@ -211,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

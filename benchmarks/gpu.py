@@ -28,7 +28,7 @@ import torch
 from benchmarks import gpu_head, gpu_policy, gpu_step
 from benchmarks.experiment_environment import environment
 from benchmarks.gpu_device import device_facts, release_memory
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,4 +121,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
 from benchmarks.logprob_report import table, targets_as_json
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.targets import summary
 from etr_megatron.errors import UserError
 
@@ -142,4 +142,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

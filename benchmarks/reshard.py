@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import fresh_ranks
 from benchmarks.experiment_environment import environment
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.reshard_problem import CASES, LLAMA_70B, elements, lower_bound
 from benchmarks.reshard_report import PLANNING_LIMITS, case_result, table
 from etr_megatron.errors import UserError
@@ -117,4 +117,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

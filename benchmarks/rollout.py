@@ -34,7 +34,7 @@ from typing import Any
 import httpx
 
 from benchmarks.experiment_environment import environment
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.rollout_contestants import Sampled, Shape, config_of, contestants, make_problems, tokenizer_of
 from benchmarks.rollout_report import pair_result, pair_table, tail_result, tail_table
 from etr_megatron.config import load_config
@@ -222,4 +222,4 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

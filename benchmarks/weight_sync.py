@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiment_environment import environment
-from benchmarks.output import prepare_output
+from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.rollout import CONFIG, real_server, tokenizer_of
 from benchmarks.targets import summary
 from etr_megatron.config import Config, load_config
@@ -200,4 +200,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code_of_stoppable(main))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +18,7 @@ from benchmarks.logprob_contestants import Contestant
 from benchmarks.logprob_problem import make_problem
 from benchmarks.logprob_report import table, targets
 from benchmarks.targets import summary
+from tests.runs import REPO, wait_for
 
 LOSSES = [name for name, one in logprob_contestants.CONTESTANTS.items() if one.has_loss and name != "megatron_core"]
 
@@ -191,3 +197,20 @@ def test_quick_run_on_two_ranks_writes_what_it_measured_beside_what_was_there(tm
         assert all(error <= 1e-2 for error in one["errors"].values())
     assert [target["text"] for target in case["targets"]] == ["time / shard_softmax"]
     assert "TP2 bfloat16 T=40 H=24 V=1506" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_stopped_leaves_no_process_and_no_temporary_file(tmp_path, number):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "benchmarks.logprob", "--quick", "--output", str(tmp_path / "found.json")]
+    process = subprocess.Popen(
+        command, cwd=REPO, env={**os.environ, "TMPDIR": str(temporary)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: any(temporary.iterdir()) and psutil.Process(process.pid).children())
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and b"Traceback" not in told
+    assert not any(temporary.iterdir()) and not psutil.wait_procs(ranks, timeout=10)[1]

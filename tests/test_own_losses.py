@@ -63,6 +63,10 @@ def reports_now_and_then(inputs: LossInputs) -> LossOutputs:
     return regularized(inputs, inputs.logp, {"gap": inputs.logp, **extra})
 
 
+def makes_a_square(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp[:, None] * inputs.advantage[:, None])
+
+
 def returns_no_rows(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(inputs.logp.sum(), None)
 
@@ -110,6 +114,7 @@ def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
         ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
         ("forgets_the_policy", "without a gradient"),
         ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
+        ("makes_a_square", r"raised ValueError: the surrogate has shape \[18, 1\] where \[18\] is wanted, a value a row\n"),
         ("returns_no_rows", r"returned rows that are no tensors by name \(NoneType\)"),
     ],
 )

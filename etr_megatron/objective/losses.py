@@ -38,10 +38,12 @@ def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] | None = None) -> LossOutputs:
     """The loss of a policy term: -sum_t w_t c_t surrogate_t + kl_coef sum_t w_t KL_t - entropy_coef sum_t w_t H_t.
 
-    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`. Raises ValueError for a KL without log-probs of a
-    reference.
+    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`. Raises ValueError for a surrogate of another
+    shape, which would be spread over the rows without a word ([R, 1] to R x R), and for a KL without log-probs of a reference.
     """
     settings, weight = inputs.settings, inputs.weight
+    if surrogate.shape != weight.shape:
+        raise ValueError(f"the surrogate has shape {list(surrogate.shape)} where {list(weight.shape)} is wanted, a value a row")
     loss = -(weight * inputs.correction * surrogate).sum()
     if settings.kl_coef:
         if inputs.ref_logp is None:
