@@ -17,7 +17,7 @@ import yaml
 from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
 from etr_megatron.errors import UserError
 from etr_megatron.objective import PASS_RATE_BINS
-from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory, Stopwatch
+from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.platform.files import disk_errors
 from etr_megatron.types import Group, Problem, Sample
@@ -384,26 +384,3 @@ def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
         "notes.txt",
     }
     assert [row["step"] for row in directory.metrics.rows()] == [1, 2]
-
-
-def test_stopwatch_adds_up_phases_and_restarts_at_each_lap() -> None:
-    now = [100.0]
-    watch = Stopwatch(clock=lambda: now[0])
-    for phase, seconds in (("rollout", 3.0), ("reward", 1.5), ("rollout", 0.25), ("sync", 2.0)):
-        with watch.phase(phase):  # type: ignore[arg-type]
-            now[0] += seconds
-        now[0] += 0.5
-    expected = {"time_rollout": 3.25, "time_reward": 1.5, "time_train": 0.0, "time_sync": 2.0, "time_step": 8.75}
-    assert watch.lap() == expected
-    now[0] += 4.0
-    assert watch.lap() == dict.fromkeys(expected, 0.0) | {"time_step": 4.0}
-
-
-def test_stopwatch_phases_do_not_nest_and_count_when_they_raise() -> None:
-    now = [0.0]
-    watch = Stopwatch(clock=lambda: now[0])
-    with pytest.raises(RuntimeError, match="'reward' inside phase 'train'"), watch.phase("train"):
-        now[0] += 2.0
-        with watch.phase("reward"):
-            pass
-    assert watch.lap()["time_train"] == 2.0
