@@ -229,7 +229,7 @@ def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
     if file.is_file():
         named = read_config(file).get("eos_token_id")
         ids = named if isinstance(named, list) else [named]
-        if not all(isinstance(one, int) for one in ids if one is not None):
+        if not all(type(one) is int for one in ids if one is not None):  # a bool is none
             raise UserError(f"{file}: eos_token_id is {json.dumps(named)}; a token's number, or a list of them, is wanted")
         stops |= set(ids) - {None}
     if not stops:

@@ -74,6 +74,7 @@ def larger_vocabulary(content):
         ("tokenizer.json", larger_vocabulary, "the tokenizer makes token 70000 of a prompt, and the model has "),
         ("config.json", lambda content: content.update(pad_token_id=70_000), "transformers cannot build the model of "),
         ("generation_config.json", lambda content: content.update(eos_token_id="x"), 'eos_token_id is "x"; a token\'s number'),
+        ("generation_config.json", lambda content: content.update(eos_token_id=True), "eos_token_id is true; a token's number"),
     ],
     ids=["tokenizer", "config", "generation config"],
 )
