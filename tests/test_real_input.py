@@ -76,7 +76,7 @@ def larger_vocabulary(content):
         ("generation_config.json", lambda content: content.update(eos_token_id="x"), 'eos_token_id is "x"; a token\'s number'),
         ("generation_config.json", lambda content: content.update(eos_token_id=True), "eos_token_id is true; a token's number"),
     ],
-    ids=["tokenizer", "config", "generation config"],
+    ids=["tokenizer", "config", "eos that is a word", "eos that is true"],
 )
 def test_files_of_a_model_that_do_not_fit_it_are_one_sentence(runs, model, file, spoil, sentence):
     content = json.loads((model / file).read_text())
