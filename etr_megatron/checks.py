@@ -26,8 +26,7 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
-    problems: list[str] = []
-    checks: tuple[Callable[[], None], ...] = (
+    _refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
         lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
@@ -38,6 +37,19 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: require_wandb(config),
         lambda: check_replay(config),
     )
+
+
+def check_server_node(config: Config, world_size: int) -> None:
+    """The same for a node that is set apart for servers: these need the model and their own environment.
+
+    The run directory is not looked at: the run may be under way when such a node is started again. world_size: of the ranks.
+    """
+    _refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
+
+
+def _refuse_all(*checks: Callable[[], None]) -> None:
+    """Raise one `UserError` with every problem found."""
+    problems: list[str] = []
     for check in checks:
         try:
             with path_errors():

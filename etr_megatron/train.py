@@ -7,7 +7,7 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import check_inputs, nodes_apart
+from etr_megatron.checks import check_inputs, check_server_node, nodes_apart
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
@@ -68,7 +68,7 @@ def _serve(config: Config, place: Place) -> None:
 
     assert place.apart is not None
     node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s, patience_s=config.run.phase_timeout_s)
-    if code := node.serve(lambda: check_inputs(config, place.ranks)):
+    if code := node.serve(lambda: check_server_node(config, place.ranks)):
         os._exit(code)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import httpx
 import pytest
 import torch.distributed as dist
 
-from etr_megatron.rollout.sglang import shared_memory
+from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang import ServerNode, ServerNodes, Serving, SglangEngine, shared_memory
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
 from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
@@ -77,3 +80,30 @@ def on_two_nodes(
     finally:
         dist.barrier()  # the other rank's servers are looked at
         engine.close()
+
+
+def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
+    """Two ranks, the first of which has a node of servers in a thread; what these are sent. collective_s: the deadline of a
+    collective while servers start."""
+    policy = build(model, ["parallel.tp=2"])
+    config = SglangConfig(bucket_mib=1, update_timeout_s=60, probe_every=0, dedicated_nodes=1, **settings)
+    serving = Serving(policy.arch, "float32", "gloo", (), Path(directory), temperature=1.0, max_gap=1.0)
+    with ExitStack() as stack:
+        nodes = None
+        if dist.get_rank() == 0:
+            stack.enter_context(as_a_node_at("127.0.0.1"))
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            client = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+            node = ServerNode(0, config, 0.0, patience_s=60.0, store=client)
+            threading.Thread(target=node.serve, daemon=True).start()
+            nodes = stack.enter_context(ServerNodes(1, config, store))
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=collective_s), dist.group.WORLD)
+        try:
+            engine = SglangEngine(config, Path(model), serving, nodes)
+        finally:
+            dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+        try:
+            engine.update_weights(policy.export(), 1)
+            return {"states": states_of(engine), "sums": sums_of(policy)}
+        finally:
+            engine.close()

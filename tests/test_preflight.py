@@ -100,11 +100,13 @@ def test_every_node_that_starts_servers_must_have_their_interpreter(tmp_path, mo
 def test_of_nodes_set_apart_for_servers_only_these_must_have_their_interpreter(tmp_path, monkeypatch):
     options = ("rollout.backend=sglang", "sglang.dedicated_nodes=1", f"sglang.python={tmp_path / 'none'}")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    found = []
-    for number in range(3):
-        monkeypatch.setenv("GROUP_RANK", str(number))
-        found.append(facts_of(tmp_path, *options).servers_error)
-    assert found == ["", "", f"sglang.python={tmp_path / 'none'} is not an executable"]
+    error = f"sglang.python={tmp_path / 'none'} is not an executable"
+    for router, wanted in (((), ["", "", error]), (("sglang.router=cache_aware",), [error, "", error])):
+        found = []
+        for number in range(3):
+            monkeypatch.setenv("GROUP_RANK", str(number))
+            found.append(facts_of(tmp_path, *options, *router).servers_error)
+        assert found == wanted
 
 
 def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_path, monkeypatch):

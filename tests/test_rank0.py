@@ -18,6 +18,10 @@ rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=4))
+if case == "left":  # by the ranks of an earlier start, whose store this is
+    for number in range(4):
+        for word in ("stop", "done"):
+            dist.distributed_c10d._get_default_store().set(f"on_rank0/{number}/{word}", "")
 
 def body():
     if case == "stops":
@@ -38,6 +42,8 @@ try:
         asked = threading.Event()
         threading.Timer(1.0 if rank else 1000, asked.set).start()
         rank0.on_rank0_until_stopped(until_stopped, asked.is_set)
+    if case == "left":
+        rank0.on_rank0_until_stopped(lambda anywhere: print("stop" if anywhere() else "go on"), lambda: False)
     print(rank0.on_rank0(body, long=case != "short"))
     print(rank0.on_rank0(lambda: "again", long=True), flush=True)
 except Exception as error:
@@ -70,6 +76,11 @@ def run_ranks(case: str, silence_s: float = 60) -> list[str]:
 def test_what_takes_longer_than_a_collective_may_is_waited_for_as_long_as_rank_0_lives():
     assert run_ranks("long") == ["groups\nagain\n"] * 2
     assert "groups" not in run_ranks("short")[1]  # as it was, and as it is for everything that is not long
+
+
+@pytest.mark.slow
+def test_what_the_ranks_of_an_earlier_start_have_left_in_the_store_is_not_read():
+    assert run_ranks("left") == ["go on\ngroups\nagain\n", "groups\nagain\n"]
 
 
 def test_an_error_of_rank_0_is_every_ranks():

@@ -15,82 +15,13 @@ import httpx
 import pytest
 import torch.distributed as dist
 
-from etr_megatron import launch
-from etr_megatron.checks import nodes_apart, starts_servers
-from etr_megatron.config import SglangConfig, load_config
+from etr_megatron.config import SglangConfig
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.platform.world import Place, place_of
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
 from etr_megatron.rollout.sglang.server_nodes import ServerSetting
 from tests.runs import wait_for
 from tests.test_lifetime import gone
-
-
-def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int | None = None) -> None:
-    """What torchrun says to a process."""
-    said = {"WORLD_SIZE": nodes * processes if world is None else world, "LOCAL_WORLD_SIZE": processes}
-    said |= {"GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}
-    for name, value in said.items():
-        monkeypatch.setenv(name, str(value))
-
-
-def test_the_last_nodes_are_set_apart_and_the_others_are_a_world_without_them(monkeypatch):
-    for node, apart in enumerate((None, None, None, 0, 1)):
-        torchrun(monkeypatch, nodes=5, processes=4, node=node)
-        assert place_of(2) == Place(12, apart)
-    assert place_of(0) == Place(20, None)
-
-
-def test_without_torchrun_a_process_is_a_world_of_its_own(monkeypatch):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert place_of(0) == Place(1, None)
-    with pytest.raises(UserError, match=r"dedicated_nodes=1: the job has 1 node, of which at least one must be left to train"):
-        place_of(1)
-
-
-def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
-    torchrun(monkeypatch, nodes=2, processes=4, node=0)
-    with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
-        place_of(2)
-    torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
-    with pytest.raises(UserError, match=r"7 processes on 2 nodes, of which this one has 4"):
-        place_of(1)
-
-
-def test_only_the_nodes_set_apart_start_servers(monkeypatch):
-    options = ["rollout.backend=sglang", "sglang.dedicated_nodes=1", "eval.every=0"]
-    config = load_config("configs/cpu_tiny.yaml", options)
-    found = []
-    for node in range(3):
-        torchrun(monkeypatch, nodes=3, processes=1, node=node)
-        found.append(starts_servers(config))
-    assert found == [False, False, True]
-    for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
-        assert nodes_apart(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
-
-
-def test_one_machine_cannot_set_itself_apart(capsys):
-    assert launch.main(["configs/cpu_tiny.yaml", "rollout.backend=sglang", "sglang.dedicated_nodes=1"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: sglang.dedicated_nodes=1: the job has 1 node, of which at least one must be left to train")
-
-
-@pytest.mark.parametrize(
-    ("setting", "told"),
-    [
-        ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; take broadcast, sharded or disk"),
-        ("sglang.nodes=every", "servers are on nodes of their own or on every node"),
-        ("sglang.placement=colocated", "nodes set apart have no ranks to share GPUs with"),
-        ("sglang.urls=[http://a:1]", "servers that run already are on the nodes where they are"),
-        ("sglang.dedicated_nodes=-1", "must be at least 0"),
-    ],
-)
-def test_what_contradicts_nodes_for_servers_alone_is_refused(setting, told):
-    with pytest.raises(UserError) as refusal:
-        load_config("configs/cpu_tiny.yaml", ["rollout.backend=sglang", "sglang.dedicated_nodes=1", setting])
-    assert told in str(refusal.value) and str(refusal.value).startswith("invalid configuration, 1 problem:")
 
 
 class Node:
@@ -242,8 +173,7 @@ def test_a_sigterm_of_a_node_is_heard_by_rank_0(store):
 
 
 def crash(rank0: ServerNodes, monkeypatch) -> None:
-    """It is killed: nothing more is said."""
-    monkeypatch.setattr(rank0, "_post", lambda *_: 0)
+    monkeypatch.setattr(rank0, "_post", lambda *_: 0)  # it is killed: nothing more is said
 
 
 def test_what_an_earlier_start_of_the_job_left_in_the_store_is_nobodys(store, tmp_path, monkeypatch):
@@ -340,8 +270,7 @@ def test_a_node_whose_store_is_gone_ends_its_servers_and_says_so(quick, tmp_path
 
 def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_servers(store, tmp_path):
     """A server that takes its minutes does not hold it up."""
-    config = sglang()
-    config = dataclasses.replace(config, launch=("-c", "import time; time.sleep(60)"))
+    config = dataclasses.replace(sglang(), launch=("-c", "import time; time.sleep(60)"))
     nodes = [Node(number, config, store) for number in range(2)]
     begun = time.monotonic()
     with pytest.raises(StopAskedError), ServerNodes(2, config, store) as rank0:
@@ -362,14 +291,13 @@ def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_serv
 
 def test_a_start_that_was_answered_or_given_up_is_not_made_up_for(store, tmp_path):
     """As of a node that was started again, or has said nothing for a while."""
-    config = sglang()
-    with ServerNodes(2, config, store) as rank0:
+    with ServerNodes(2, sglang(), store) as rank0:
         order = {"do": "start", "names": ["server 0"]}
         rank0._post(0, {"do": "prepare", "names": ["server 0"], "setting": setting(tmp_path)._asdict()})
         for _ in range(3):
             rank0._post(0, order)
         session(store).set("0/reply/1", "null")
-        node = Node(0, config, store)
+        node = Node(0, sglang(), store)
         wait_for(lambda: session(store).check(["0/reply/3"]), deadline_s=60)
         assert session(store).get("0/reply/1") == b"null" and not session(store).check(["0/reply/2"])
         log = (tmp_path / "servers" / "server_0.log").read_text()
@@ -382,8 +310,10 @@ def test_a_node_that_cannot_write_where_servers_log_is_named(store, tmp_path):
     (tmp_path / "servers").write_text("a file")
     nodes = [Node(number, config, store) for number in range(2)]
     asked = setting(tmp_path)._replace(api_key="secret")
-    what = r"server node 0 \(127\.0\.0\.1\): .*File exists.*servers"
-    with pytest.raises(UserError, match=what), ServerNodes(2, config, store) as rank0:
+    with (
+        pytest.raises(UserError, match=r"server node 0 \(127\.0\.0\.1\): .*File exists.*servers"),
+        ServerNodes(2, config, store) as rank0,
+    ):
         rank0.meet(30)
         rank0.prepare(["server 0", "server 1"], asked)
     for node in nodes:

@@ -212,6 +212,15 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
     assert [one for one in ranks[0]["warnings"] if "/dev/shm" in one] == [said.format(rank, size) for rank in full]
 
 
+def test_ranks_wait_for_a_node_of_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path):
+    """As one may be that hangs: only rank 0 has a part in it."""
+    launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=4, python=sys.executable, launch=("-c", launch))
+    found = gangs(2).run("tests.sglang_node_jobs:beside_a_node_of_servers", **job)[0]
+    assert list(found["states"]) == ["SGLang server 0"]
+    check_sums(found["states"]["SGLang server 0"], found["sums"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
 def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_comes_back_with_the_next_weights(

@@ -127,9 +127,10 @@ def _model(config: Config, world_size: int) -> tuple[str, str]:
 
 
 def _servers(config: Config) -> str:
-    """The interpreter of the servers, on the nodes that start some."""
-    from etr_megatron.checks import starts_servers
+    """The interpreter of the servers, on the nodes that start some or their router."""
+    from etr_megatron.checks import has_servers, starts_servers
 
-    if not starts_servers(config) or shutil.which(config.sglang.python):
+    has_router = has_servers(config) and config.sglang.router is not None and os.environ.get("GROUP_RANK", "0") == "0"
+    if not (starts_servers(config) or has_router) or shutil.which(config.sglang.python):
         return ""
     return f"sglang.python={config.sglang.python} is not an executable"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from etr_megatron.platform.background import beside
+from etr_megatron.platform.job_store import job_store
 
 T = TypeVar("T")
 
@@ -47,11 +48,11 @@ def on_rank0_until_stopped(body: Callable[[Callable[[], bool]], T], must_stop: C
 
 
 def _signs() -> dist.Store | None:
-    """Where ranks leave each other signs during one call; None where there is one rank."""
+    """Where ranks leave each other signs during one call; None where there is one rank. A collective."""
     if dist.get_world_size() == 1:
         return None
     # A connection of its own: another thread's wait on the default one would keep it from being used.
-    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", dist.distributed_c10d._get_default_store().clone())
+    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", job_store().clone())
 
 
 def _broadcast(body: Callable[[], T], signs: dist.Store | None, must_stop: Callable[[], bool] = lambda: False) -> T:

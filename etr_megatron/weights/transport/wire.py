@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from etr_megatron.platform.job_store import job_store
 from etr_megatron.weights.transport.board import Board, SyncError
 
 Message = tuple[Tensor, int]
@@ -65,8 +66,7 @@ class Wire:
     @classmethod
     def in_world(cls, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
         """A wire of all ranks of torch.distributed's world, which must be there; a collective of it."""
-        store = dist.distributed_c10d._get_default_store()
-        named = dist.PrefixStore(f"weight_sync_{next(_names)}", store)
+        named = dist.PrefixStore(f"weight_sync_{next(_names)}", job_store())
         return cls(named, dist.get_rank(), dist.get_world_size(), backend=backend, timeout_s=timeout_s)
 
     @classmethod

@@ -1,0 +1,26 @@
+"""Where ranks leave each other words besides their collectives."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch.distributed as dist
+
+_named: tuple[Any, str] | None = None
+
+
+def job_store() -> dist.Store:
+    """The store of the world of ranks, behind a name that this start of the ranks has alone. A collective.
+
+    torchrun may keep one store through its restarts (`--max-restarts`), where the ranks of this start would otherwise read what
+    those before them have left: that one must stop, that one has failed.
+    """
+    global _named
+    world = dist.group.WORLD
+    if _named is None or _named[0] is not world:
+        name = [secrets.token_hex(8)]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(name, src=0)
+        _named = world, name[0]
+    return dist.PrefixStore(_named[1], dist.distributed_c10d._get_default_store())

@@ -1,0 +1,97 @@
+"""Which nodes are set apart for servers, and what is asked of them and of a config that has some."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+
+from etr_megatron import launch
+from etr_megatron.checks import check_inputs, check_server_node, nodes_apart, starts_servers
+from etr_megatron.config import load_config, resolve
+from etr_megatron.errors import UserError
+from etr_megatron.platform.world import Place, place_of
+
+FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
+
+
+def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int | None = None) -> None:
+    """What torchrun says to a process."""
+    said = {"WORLD_SIZE": nodes * processes if world is None else world, "LOCAL_WORLD_SIZE": processes}
+    said |= {"GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}
+    for name, value in said.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_last_nodes_are_set_apart_and_the_others_are_a_world_without_them(monkeypatch):
+    for node, apart in enumerate((None, None, None, 0, 1)):
+        torchrun(monkeypatch, nodes=5, processes=4, node=node)
+        assert place_of(2) == Place(12, apart)
+    assert place_of(0) == Place(20, None)
+
+
+def test_without_torchrun_a_process_is_a_world_of_its_own(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_of(0) == Place(1, None)
+    with pytest.raises(UserError, match=r"dedicated_nodes=1: the job has 1 node, of which at least one must be left to train"):
+        place_of(1)
+
+
+def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
+    torchrun(monkeypatch, nodes=2, processes=4, node=0)
+    with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
+        place_of(2)
+    torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
+    with pytest.raises(UserError, match=r"7 processes on 2 nodes, of which this one has 4"):
+        place_of(1)
+
+
+def test_only_the_nodes_set_apart_start_servers(monkeypatch):
+    options = ["rollout.backend=sglang", "sglang.dedicated_nodes=1", "eval.every=0"]
+    config = load_config("configs/cpu_tiny.yaml", options)
+    found = []
+    for node in range(3):
+        torchrun(monkeypatch, nodes=3, processes=1, node=node)
+        found.append(starts_servers(config))
+    assert found == [False, False, True]
+    for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
+        assert nodes_apart(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 0
+
+
+def test_one_machine_cannot_set_itself_apart(capsys):
+    assert launch.main(["configs/cpu_tiny.yaml", "rollout.backend=sglang", "sglang.dedicated_nodes=1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: sglang.dedicated_nodes=1: the job has 1 node, of which at least one must be left to train")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; take broadcast, sharded or disk"),
+        ("sglang.nodes=every", "servers are on nodes of their own or on every node"),
+        ("sglang.placement=colocated", "nodes set apart have no ranks to share GPUs with"),
+        ("sglang.urls=[http://a:1]", "servers that run already are on the nodes where they are"),
+        ("sglang.dedicated_nodes=-1", "must be at least 0"),
+    ],
+)
+def test_what_contradicts_nodes_for_servers_alone_is_refused(setting, told):
+    with pytest.raises(UserError) as refusal:
+        load_config("configs/cpu_tiny.yaml", ["rollout.backend=sglang", "sglang.dedicated_nodes=1", setting])
+    assert told in str(refusal.value) and str(refusal.value).startswith("invalid configuration, 1 problem:")
+
+
+def test_a_node_set_apart_needs_its_servers_environment_and_no_data_and_may_come_back_to_a_run_under_way(monkeypatch, tmp_path):
+    torchrun(monkeypatch, nodes=2, processes=1, node=1)
+    options = ["rollout.backend=sglang", "sglang.dedicated_nodes=1", f"run.dir={tmp_path}", "run.name=used"]
+    options += ["checkpoint.resume=false", f"data.train={tmp_path / 'none.jsonl'}"]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text("{}")
+    there = resolve(load_config("configs/cpu_tiny.yaml", [*options, *FAKE]), 1, cuda=False)
+    check_server_node(there, 1)
+    with pytest.raises(UserError, match=r"none\.jsonl(.|\n)*holds an earlier run"):
+        check_inputs(there, 1)
+    missing = dataclasses.replace(there.sglang, python="none", arguments=("--trust-remote-code",))
+    with pytest.raises(UserError, match="none"):
+        check_server_node(dataclasses.replace(there, sglang=missing), 1)
