@@ -309,9 +309,10 @@ def starts_servers(config: Config) -> bool:
 
 
 def check_servers(config: Config) -> None:
-    """The servers that this node is to start have the arguments that they are given."""
+    """The servers that this node is to start have their interpreter and the arguments that they are given."""
     if not starts_servers(config):
         return
-    from etr_megatron.rollout.sglang.arguments import check_arguments
+    from etr_megatron.rollout.sglang.arguments import check_arguments, require_interpreter
 
+    require_interpreter(config.sglang.python)
     check_arguments(config.sglang)

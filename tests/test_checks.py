@@ -43,6 +43,21 @@ def test_the_default_job_passes(config: Config) -> None:
     check_inputs(config, 2)
 
 
+def test_an_interpreter_of_servers_that_cannot_be_run_is_told_before_anything_is_started(
+    config: Config, tmp_path: Path
+) -> None:
+    text = tmp_path / "python"
+    text.write_text("")
+    for path, told in ((tmp_path / "none", "does not exist"), (text, "may not be executed")):
+        served = replace(
+            config,
+            rollout=replace(config.rollout, backend="sglang"),
+            sglang=replace(config.sglang, python=str(path)),
+        )
+        assert refusal(served, 2).startswith(f"sglang.python: {path} {told}; ")
+    check_inputs(replace(served, rollout=config.rollout), 2)
+
+
 def test_a_complete_checkpoint_passes(config: Config, hf_models: dict[str, str], tmp_path: Path) -> None:
     config = replace(config, data=DataConfig(max_prompt_tokens=256))  # these models' context is 512
     for model in map(Path, hf_models.values()):
