@@ -193,6 +193,7 @@ def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_pat
     assert not found["has_key"] and found["keyless"] == [200, 200] and len(found["states"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [(), (1,), (0, 1)], ids=["room", "full on one node", "full on both"])
 def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf_models, tmp_path, full):
     """Each is handed segments that its node's rank made; where a node has no room, the bytes, and a warning names the rank."""
@@ -212,6 +213,7 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
     assert [one for one in ranks[0]["warnings"] if "/dev/shm" in one] == [said.format(rank, size) for rank in full]
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_node_of_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path):
     """As one may be that hangs: only rank 0 has a part in it."""
     launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
@@ -273,6 +275,7 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
     assert "more than rollout.max_logprob_gap = 0.001 allows" in error
 
 
+@pytest.mark.slow
 def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
     gangs, hf_models, tmp_path
 ):
