@@ -104,6 +104,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         grader=grader,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
         stop_request=stop,
+        phases=phases,
     )
     # Modules and model live to the end. Looking through them in each full collection would hold up a rank, and with it all.
     gc.freeze()

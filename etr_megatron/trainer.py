@@ -53,13 +53,14 @@ class Trainer:
         directory: RunDirectory,
         grader: Grader | None,
         recorder: Callable[[int], Recorder] | None,
-        stop_request: StopRequest | None = None,
+        stop_request: StopRequest,
+        phases: Phases,
     ) -> None:
+        """stop_request: of this rank, listening. phases: where ranks meet, which look at it."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._open_recorder, self._recorder = recorder, None
-        self._stop_request = stop_request or StopRequest()
-        self._phases = Phases(config.run.phase_timeout_s, must_stop=self._stop_request)
+        self._stop_request, self._phases = stop_request, phases
         self._watch = Stopwatch()
         self.step = 0
         self.trained = 0
@@ -74,19 +75,18 @@ class Trainer:
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
         SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
         """
-        with self._stop_request.on_sigterm(self.config.run.stop_grace_s):
-            try:
-                self._resume()
-            except StopAskedError as error:  # there is nothing yet that is not saved
-                raise RequeueError(f"{error}: start again with the same command to go on") from error
-            try:
-                self._roll_out_only() if self.config.rollout.only else self._run_steps()
-            except (EngineGoneError, StopAskedError) as error:
-                self._save_what_is_trained()
-                raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
-            except RefusedError:  # starting again would not mend it
-                self._save_what_is_trained()
-                raise
+        try:
+            self._resume()
+        except StopAskedError as error:  # there is nothing yet that is not saved
+            raise RequeueError(f"{error}: start again with the same command to go on") from error
+        try:
+            self._roll_out_only() if self.config.rollout.only else self._run_steps()
+        except (EngineGoneError, StopAskedError) as error:
+            self._save_what_is_trained()
+            raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+        except RefusedError:  # starting again would not mend it
+            self._save_what_is_trained()
+            raise
 
     def _save_what_is_trained(self) -> None:
         self._phases.stop_asking()

@@ -59,7 +59,8 @@ def told_to_stop_while_loading() -> tuple[str, list[int]]:
 
     with mock.patch.object(module, "checkpoint", SimpleNamespace(latest_step=lambda folder: 7, load=load)):
         try:
-            trainer.run()
+            with trainer._stop_request.on_sigterm(60):
+                trainer.run()
         except RequeueError as error:
             return str(error), saved
     return "", saved

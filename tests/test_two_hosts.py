@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,18 @@ def end(processes: list[subprocess.Popen]) -> None:
         process.wait()
 
 
+def states_of_two(hosts: Hosts, folder: Path, addresses: tuple[str, str], key_file: str) -> list[dict[str, Any]]:
+    """Of fake servers at these addresses, which ask for the key of that file and have had weights and prompts."""
+    logs = [(folder / f"sglang_server_{server}.log").read_text() for server in range(2)]
+    ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
+    urls = [f"http://{address}:{port}/state" for address, port in zip(addresses, ports, strict=True)]
+    key = json.loads((folder / key_file).read_text().removeprefix("api-key: "))
+    assert [hosts.get(0, url)[0] for url in urls] == [401, 401]
+    states = [json.loads(hosts.get(0, url, key)[1]) for url in urls]
+    assert all(int(state["version"]) >= 2 and state["prompts"] for state in states)
+    return states
+
+
 def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happened(hosts, runs, tmp_path):
     options = ("run.name=hosts", "checkpoint.every=1", "checkpoint.keep=2", "eval.every=0")
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
@@ -138,13 +151,7 @@ def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_ho
     processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
     try:
         wait_for(lambda: len(runs.rows("hosts")) >= 2, deadline_s=180)
-        logs = [(folder / f"sglang_server_{host}.log").read_text() for host in range(2)]
-        ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
-        urls = [f"http://{address}:{port}/state" for address, port in zip(ADDRESSES, ports, strict=True)]
-        key = json.loads((folder / f".{ADDRESSES[1]}_0.yaml").read_text().removeprefix("api-key: "))
-        assert [hosts.get(0, url)[0] for url in urls] == [401, 401]
-        states = [json.loads(hosts.get(0, url, key)[1]) for url in urls]
-        assert all(int(state["version"]) >= 2 and state["prompts"] for state in states)
+        states = states_of_two(hosts, folder, ADDRESSES, f".{ADDRESSES[1]}_0.yaml")
         assert states[0]["sums"].keys() == states[1]["sums"].keys() != set()
         os.killpg(processes[1].pid, signal.SIGKILL)
         assert processes[0].wait(120) != 0
@@ -166,13 +173,7 @@ def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_
     processes = [hosts.start(host, *node(runs, *options), output=outputs[host], **slow) for host in range(2)]
     try:
         wait_for(lambda: len(runs.rows("apart")) >= 2, deadline_s=180)
-        logs = [(folder / f"sglang_server_{server}.log").read_text() for server in range(2)]
-        ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
-        urls = [f"http://{ADDRESSES[1]}:{port}/state" for port in ports]
-        key = json.loads((folder / f".{ADDRESSES[1]}_1.yaml").read_text().removeprefix("api-key: "))
-        assert [hosts.get(0, url)[0] for url in urls] == [401, 401]
-        states = [json.loads(hosts.get(0, url, key)[1]) for url in urls]
-        assert all(int(state["version"]) >= 2 and state["prompts"] for state in states)
+        states = states_of_two(hosts, folder, (ADDRESSES[1], ADDRESSES[1]), f".{ADDRESSES[1]}_1.yaml")
         os.killpg(processes[1].pid, signal.SIGKILL)
         assert processes[0].wait(180) != 0
         wait_for(lambda: all(gone(state["pid"]) for state in states), deadline_s=30)

@@ -35,6 +35,8 @@ from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.replicas import ReadOnce
 
 _NAME = re.compile(r"step_(\d{6,})$")
+_TORN = (json.JSONDecodeError, UnicodeDecodeError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError)
+"""What readers raise of a file that is cut off, torn or gone."""
 TRAINER_FILE = "trainer.json"
 """Written last into a checkpoint: what is not tensors, and the layout it was made with."""
 _TENSORS_FILE = "trainer.safetensors"
@@ -116,11 +118,10 @@ def _damage_told(path: Path) -> Iterator[None]:
     """What readers say of files that are cut off or torn becomes a UserError."""
     try:
         yield
-    except (ValueError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError, RuntimeError) as error:
+    except (*_TORN, ValueError, RuntimeError) as error:
         what = str(error).partition("\n")[0] or type(error).__name__
-        is_torchs = "PytorchStreamReader" in what or "corrupted" in what  # of torch.load, which has no error of its own
-        is_damage = is_torchs or not isinstance(error, (ValueError, RuntimeError))
-        if not is_damage and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        # torch.load has no error of its own.
+        if not isinstance(error, _TORN) and "PytorchStreamReader" not in what and "corrupted" not in what:
             raise
         raise UserError(f"{path} is damaged ({what}); remove it, and the run goes on from the checkpoint before it") from error
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,18 +43,17 @@ class PolicyLoss:
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """The function's outputs, checked; raises UserError for outputs of another type or shape, for other names of rows than
         those of this object's first call, and for whatever a loss of the user's own raises."""
-        if ":" not in self.name:
+        is_users = ":" in self.name
+        is_tried = is_users and not self._first_rows
+        if is_tried:
+            # The gradient that is tried below is that of an alias, which what watches the policy's tensors does not see.
+            inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
+        with told_as_the_losses(self.name) if is_users else nullcontext():
             outputs = self.function(inputs)
-        else:
-            if is_first := not self._first_rows:
-                # The gradient that is tried below is that of an alias, which what watches the policy's tensors does not see.
-                inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
-            with told_as_the_losses(self.name):
-                outputs = self.function(inputs)
         fault = _fault(outputs, inputs) or self._other_rows(outputs)
         if fault:
             raise UserError(f"objective.loss {self.name} {fault}; see LossOutputs in etr_megatron/objective/inputs.py")
-        if ":" in self.name and is_first:
+        if is_tried:
             self._try_gradient(outputs, inputs)
         return outputs
 

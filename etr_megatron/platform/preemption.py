@@ -19,7 +19,7 @@ class StopRequest:
     """Whether this rank was told to stop: `request()`."""
 
     def __init__(self) -> None:
-        self._asked, self._listening = threading.Event(), False
+        self._asked = threading.Event()
         self._others: list[Callable[[], bool]] = []
 
     def __call__(self) -> bool:
@@ -35,9 +35,9 @@ class StopRequest:
         """Within, SIGTERM sets the request, and `grace_s` seconds later ends the process with exit code 128 + SIGTERM.
 
         grace_s: 0 leaves SIGTERM as it is. To be entered in the main thread. More signals change nothing: a scheduler and
-        torchrun may both send one. Entered within itself it does nothing more.
+        torchrun may both send one.
         """
-        if grace_s <= 0 or self._listening:
+        if grace_s <= 0:
             yield self
             return
         reading, writing = socket.socketpair()
@@ -47,11 +47,9 @@ class StopRequest:
         wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s), name="sigterm", daemon=True)
         watcher.start()
-        self._listening = True
         try:
             yield self
         finally:
-            self._listening = False
             finished.set()
             signal.set_wakeup_fd(wakeup_before)
             signal.signal(signal.SIGTERM, before)

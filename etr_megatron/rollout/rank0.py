@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from etr_megatron.platform.background import beside
+from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store
 
 T = TypeVar("T")
@@ -94,15 +95,12 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
 
 def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
     """Until rank 0 is done; tells it when this rank must stop."""
-    seen, last, pause, told = -1, time.monotonic(), 0.0005, False
+    heart, pause, told = Heartbeat(store, "beats"), 0.0005, False
     while not store.check(["done"]):
         if not told and must_stop():
             store.set("stop", "")
             told = True
-        beats = store.add("beats", 0)
-        if beats != seen:
-            seen, last = beats, time.monotonic()
-        elif time.monotonic() - last > SILENCE_S:
+        if heart.silence_s() > SILENCE_S:
             raise TimeoutError(f"rank {dist.get_rank()}: rank 0 has given no sign of life for {SILENCE_S:g} s")
         time.sleep(pause)
         pause = min(_GROWTH * pause, _LONGEST_PAUSE_S)

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.background import beside
+from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.rollout.engine import MustStop, never
@@ -87,21 +88,6 @@ def _connect(patience_s: float) -> dist.Store:
     return dist.PrefixStore("server_nodes", store)
 
 
-class _Pulse:
-    """Whether the other side of a store lives, by a counter of its beats. One per thread, as its store."""
-
-    def __init__(self, store: dist.Store, key: str) -> None:
-        self._store, self._key = store, key
-        self._seen, self._last = -1, time.monotonic()
-
-    def silence_s(self) -> float:
-        """For how long it has not beaten."""
-        beats = self._store.add(self._key, 0)
-        if beats != self._seen:
-            self._seen, self._last = beats, time.monotonic()
-        return time.monotonic() - self._last
-
-
 class ServerNodes:
     """Rank 0's side: the nodes' servers as those of one `Host`, and, as a context, the nodes' end with the run's."""
 
@@ -137,11 +123,11 @@ class ServerNodes:
     def _beat(self, done: threading.Event) -> None:
         """Say that rank 0 lives, and look who of the nodes does and who was sent SIGTERM."""
         store = self._store.clone()
-        pulses = [_Pulse(store, f"{node}/beats") for node in range(self._count)]
+        hearts = [Heartbeat(store, f"{node}/beats") for node in range(self._count)]
         with suppress(RuntimeError):
             while not done.wait(BEAT_S):
                 store.add("beats", 1)
-                self._silences = [pulse.silence_s() for pulse in pulses]
+                self._silences = [heart.silence_s() for heart in hearts]
                 if any(store.check([f"{node}/stop"]) for node in range(self._count)):
                     self._stop_asked.set()
 
@@ -182,9 +168,8 @@ class ServerNodes:
 
     def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
         """See `Host.start`; servers of a node that is lost do not serve. Raises StopAskedError when `must_stop()` holds."""
-        asked = set(names)
-        own = {node: [name for name in mine if name in asked] for node, mine in enumerate(self._names)}
-        orders = {node: {"do": "start", "names": mine} for node, mine in own.items() if mine}
+        own = self._by_node(names)
+        orders = {node: {"do": "start", "names": mine} for node, mine in own.items()}
         found: dict[str, Started] = {}
         for node, said in self._ask(orders, Host.STARTS * self._config.startup_timeout_s + _END_S, must_stop).items():
             if isinstance(said, str):
@@ -195,10 +180,15 @@ class ServerNodes:
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """See `Host.stop`."""
+        orders = {node: {"do": "stop", "names": mine} for node, mine in self._by_node(names).items()}
+        with suppress(RuntimeError):  # a store that is gone has ended them, too
+            self._ask(orders, _END_S)
+
+    def _by_node(self, names: Iterable[str] | None) -> dict[int, list[str]]:
+        """Of these servers (None: all) a node's own, of the nodes that have some."""
         asked = None if names is None else set(names)
         own = {node: [name for name in mine if asked is None or name in asked] for node, mine in enumerate(self._names)}
-        with suppress(RuntimeError):  # a store that is gone has ended them, too
-            self._ask({node: {"do": "stop", "names": mine} for node, mine in own.items() if mine}, _END_S)
+        return {node: mine for node, mine in own.items() if mine}
 
     @staticmethod
     def _refuse_if(must_stop: MustStop) -> None:
@@ -359,12 +349,12 @@ class ServerNode:
         try:
             root = self._root.clone()
             store = dist.PrefixStore(session, root)
-            pulse = _Pulse(store, "beats")
+            heart = Heartbeat(store, "beats")
             while not done.wait(BEAT_S):
                 store.add(f"{self._number}/beats", 1)
                 if self._stop_request():
                     store.set(f"{self._number}/stop", "")
-                if pulse.silence_s() > SILENCE_S or root.get(_SESSION).decode() != session:
+                if heart.silence_s() > SILENCE_S or root.get(_SESSION).decode() != session:
                     break
         except RuntimeError:
             pass
