@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.logprob_problem import Problem
-from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, gemm, vocab_parallel_logprob, vocab_parallel_loss
 
 ALL_ROWS = slice(None)
 
@@ -149,11 +149,16 @@ def recompute(problem: Problem) -> Tensor:
     return loss.detach()
 
 
-def _bare_products(problem: Problem, chunk_rows: int) -> Tensor:
+def _scratch(problem: Problem, name: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if name not in problem.scratch:
+        hidden, columns = problem.hidden, len(problem.weight)
+        problem.scratch[name] = torch.empty(rows, columns, dtype=dtype), torch.zeros(hidden.shape, dtype=dtype)
+    return problem.scratch[name]
+
+
+def _bare_products(problem: Problem, name: str, chunk_rows: int) -> Tensor:
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    if chunk_rows not in problem.scratch:
-        problem.scratch[chunk_rows] = torch.empty(chunk_rows, len(weight), dtype=weight.dtype), torch.empty_like(hidden)
-    buffer, grad_hidden = problem.scratch[chunk_rows]
+    buffer, grad_hidden = _scratch(problem, name, chunk_rows, weight.dtype)
     for begin in range(0, len(hidden), chunk_rows):
         rows = slice(begin, begin + chunk_rows)
         logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(hidden[rows])])
@@ -164,12 +169,21 @@ def _bare_products(problem: Problem, chunk_rows: int) -> Tensor:
 
 def gemms(problem: Problem) -> Tensor:
     """(d) The three products alone, over all rows at once, into buffers that stay: the floor. No loss, no collective."""
-    return _bare_products(problem, len(problem.hidden))
+    return _bare_products(problem, "gemms", len(problem.hidden))
 
 
 def gemms_chunked(problem: Problem) -> Tensor:
     """(d) as `gemms`, a quarter of the rows at a time; the floor is the faster of the two."""
-    return _bare_products(problem, -(-len(problem.hidden) // 4))
+    return _bare_products(problem, "gemms_chunked", -(-len(problem.hidden) // 4))
+
+
+def gemms_ours(problem: Problem) -> Tensor:
+    """(d) over all rows at once by the functions that `single_pass` has its products from, oneDNN's in fp32."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits, grad_hidden = _scratch(problem, "gemms_ours", len(hidden), torch.float32)
+    gemm.logits_into(logits, hidden, weight, 1.0)
+    gemm.add_gradients(grad_hidden, problem.weight.main_grad, logits.to(weight.dtype), hidden, weight)
+    return torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -191,4 +205,5 @@ CONTESTANTS: dict[str, Contestant] = {
     "shard_softmax": Contestant(shard_softmax),
     "gemms": Contestant(gemms, has_entropy=False, has_loss=False),
     "gemms_chunked": Contestant(gemms_chunked, has_entropy=False, has_loss=False),
+    "gemms_ours": Contestant(gemms_ours, has_entropy=False, has_loss=False),
 }

@@ -23,7 +23,7 @@ class Problem:
 
     hidden: [T, H] leaf, the same on every rank. weight: [V/TP, H] leaf with `main_grad`, fp32 [V/TP, H], which a contestant
     adds its weight gradient to. targets: int64 [T]. old_logp, advantages: fp32 [T]. scratch: buffers that the bare products
-    keep between calls, by the rows of a chunk: its logits, and the gradient of hidden.
+    keep between calls, by the contestant's name: logits of a chunk, and the gradient of hidden.
     """
 
     hidden: Tensor
@@ -33,7 +33,7 @@ class Problem:
     advantages: Tensor
     shard: VocabShard
     entropy_bonus: float = _ENTROPY_BONUS
-    scratch: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scratch: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def token_loss(self, rows: slice, logp: Tensor, entropy: Tensor | None) -> Tensor:
         """Clipped surrogate with entropy bonus of some rows, summed and divided by the T of the whole problem."""

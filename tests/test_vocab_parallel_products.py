@@ -23,6 +23,9 @@ class CountsProducts(TorchDispatchMode):
         if name in ("mm", "addmm"):
             left, right = args[-2:]
             self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        if name == "_linear_pointwise":
+            left, right = args[:2]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[0]
         return func(*args, **(kwargs or {}))
 
 

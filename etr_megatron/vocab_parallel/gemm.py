@@ -1,90 +1,77 @@
 """The head's three matrix products, all with an fp32 result.
 
-fp32 operands: one library call each, into place. bf16 on CUDA: the same, cuBLAS writes fp32. bf16 on CPU: torch has no product
-of bf16 operands with an fp32 result, so each product is rounded to bf16 once before it is added in fp32.
+On CUDA one library call each, into place; cuBLAS writes fp32 from bf16 operands. On CPU a block of the weight at a time, which
+stays in the cache between the products that need it. bf16 on CPU: torch has no product of bf16 operands with an fp32 result, so
+each product is rounded to bf16 once before it is added in fp32.
+
+In fp32 on CPU the products are oneDNN's: `torch.mm` takes those of MKL, which on CPUs that are not Intel's leave AVX-512 unused
+and take 2.2 times as long (benchmarks/README.md). Where torch was built without oneDNN they are torch.mm's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2 << 20
-"""Of the weight, or its bf16 gradient, that a product on CPU takes at a time."""
-
-_FEW_ROWS = 256
-"""Up to so many rows, products on CPU wait for the weight and its gradient more than they compute; both then go together over a
-block that stays in the cache, in a tenth less time. With more rows the calls cost more than that saves."""
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
+"""Of the weight, the most that a product on CPU takes at a time: so much, and so many rows."""
 
 
-def _writes_fp32(operand: Tensor) -> bool:
-    return operand.is_cuda and operand.dtype != torch.float32
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_ONEDNN = _has_onednn()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] @ right [N, K]^T on CPU, a new tensor of their dtype."""
+    if _ONEDNN and left.dtype == torch.float32:
+        # What torch.compile makes of a linear layer. It would copy a `left` that is not contiguous itself.
+        return torch.ops.mkldnn._linear_pointwise(left.contiguous(), right, None, "none", [], "")
+    return left @ right.t()
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of the weight, a block at a time."""
+    step = block_rows(weight.shape[1], weight.element_size())
+    for begin in range(0, len(weight), step):
+        yield slice(begin, begin + step)
+
+
+def block_rows(hidden_size: int, element_size: int) -> int:
+    """Rows of the weight that a product on CPU takes at a time."""
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (element_size * hidden_size)))
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
     if hidden.is_cpu:
-        # A few rows of the weight at a time: with few rows of `hidden` MKL takes 1.2 times as long for all columns in one call.
-        step = max(256, _weight_rows(weight))
-        for begin in range(0, len(weight), step):
-            columns = slice(begin, begin + step)
-            _logits_at_once(out[:, columns], hidden, weight[columns], scale)
+        for block in _blocks(weight):
+            columns = out[:, block].copy_(_product(hidden, weight[block]))
+            if scale != 1:
+                columns.mul_(scale)
         return out
-    return _logits_at_once(out, hidden, weight, scale)
-
-
-def _logits_at_once(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     if hidden.dtype == torch.float32:
         return torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
-    if _writes_fp32(hidden):
-        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(hidden @ weight.t())
+    torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     return out if scale == 1 else out.mul_(scale)
 
 
-def gradients_into(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """`hidden_grad_into` (`grad_hidden`) and, with a `total`, `add_weight_grad`, from the same gradient of the logits."""
-    if total is None or not grad.is_cpu or grad.dtype != torch.float32 or len(grad) > _FEW_ROWS:
-        hidden_grad_into(grad_hidden, grad, weight)
-        if total is not None:
-            add_weight_grad(total, grad, hidden)
+def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """grad_hidden [rows, H] += grad [rows, n] @ weight [n, H] and, with a `total`, [n, H] += grad^T @ hidden [rows, H].
+
+    grad, hidden and weight have one dtype. Both sums are fp32, added to in place, and the caller's.
+    """
+    if grad.is_cpu:
+        for block in _blocks(weight):
+            grad_hidden += _product(grad[:, block], weight[block].t()).float()
+            if total is not None:
+                total[block] += _product(grad[:, block].t(), hidden.t()).float()
         return
-    grad_hidden.zero_()
-    step = _weight_rows(weight)
-    for begin in range(0, len(weight), step):
-        block = slice(begin, begin + step)
-        grad_hidden.addmm_(grad[:, block], weight[block])
-        add_weight_grad(total[block], grad[:, block], hidden)
-
-
-def _weight_rows(weight: Tensor) -> int:
-    return max(1, _BLOCK_BYTES // (weight.element_size() * weight.shape[1]))
-
-
-def hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
-    """out [rows, H] fp32 = grad [rows, real] @ weight [real, H]."""
-    if grad.dtype == torch.float32:
-        torch.mm(grad, weight, out=out)
-    elif _writes_fp32(grad):
-        torch.mm(grad, weight, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(grad @ weight)
-
-
-def weight_grad_block(hidden_size: int) -> int:
-    """Rows of the weight whose bf16 gradient `add_weight_grad` makes at a time on CPU."""
-    return max(1, _BLOCK_BYTES // (2 * hidden_size))
-
-
-def add_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [real, H] fp32 += grad [rows, real]^T @ hidden [rows, H], in place; `total` is the caller's."""
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden)
-    elif _writes_fp32(grad):
-        torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
-    else:
-        step = weight_grad_block(hidden.shape[1])
-        for begin in range(0, grad.shape[1], step):
-            block = slice(begin, begin + step)
-            total[block] += (grad[:, block].t() @ hidden).float()  # adding bf16 makes the same copy where nobody sees it
+    into = {} if grad.dtype == torch.float32 else {"out_dtype": torch.float32}
+    torch.addmm(grad_hidden, grad, weight, out=grad_hidden, **into)
+    if total is not None:
+        torch.addmm(total, grad.t(), hidden, out=total, **into)

@@ -8,10 +8,13 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
     + 4 c v                logits, which become their own gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
-    + the larger of
+    + the largest of
         4 b v              a temporary of b rows for the statistics: on CPU what makes 2^18 elements, at least one row
-        4 t + 2 c v        a temporary of a tile of t elements for the gradient and, in bf16, the gradient as an operand
-        2 c v + 6 u H      in bf16 on CPU, that and the product of u = 2^20 / H rows of the weight, in bf16 and then in fp32
+        4 t + 2 c g        a temporary of a tile of t elements for the gradient and, in bf16, the gradient of g columns as an
+                           operand: of 8192 at most on CPU, else of all
+        4 (u c + m H)      on CPU: a copy of the gradient of u columns and a product of m rows, the more of c and u, where
+                           u = 2^18 / H, at most 1024
+        6 m H + 2 c g      in bf16 on CPU, instead, with u = 2^19 / H: the product comes in bf16, and then in fp32
 
 with no temporaries (b = t = 0) where the row passes are Triton's. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
 more: the hidden gradient is cast when the chunks are gone.
@@ -30,7 +33,7 @@ from torch import Tensor
 from etr_megatron.vocab_parallel import gemm, torch_rows
 from etr_megatron.vocab_parallel.logprob import check_shapes, logprob_through
 from etr_megatron.vocab_parallel.shard import VocabShard
-from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, sweep
+from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, columns_at_a_time, sweep
 from etr_megatron.vocab_parallel.weight_grad import WeightGrad, has_main_grad, weight_grad
 
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
@@ -164,10 +167,14 @@ def single_pass_bytes(
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
     statistics = tile = operand = product = 0
     if head.rows_on(device) is torch_rows:
+        columns = columns_at_a_time(real, device)
         statistics = 4 * torch_rows.block_rows(chunk, real, device) * real
-        tile = 4 * math.prod(torch_rows.tile_shape(chunk, real, device))
+        tile = 4 * math.prod(torch_rows.tile_shape(chunk, columns, device))
     if dtype != torch.float32:
-        operand = 2 * chunk * real
-        product = 6 * min(gemm.weight_grad_block(hidden_size), real) * hidden_size if device.type == "cpu" else 0
+        operand = 2 * chunk * columns_at_a_time(real, device)
+    if device.type == "cpu":
+        block = min(real, gemm.block_rows(hidden_size, dtype.itemsize))
+        product = max(chunk, block) * hidden_size
+        product = 4 * (block * chunk + product) if dtype == torch.float32 else 6 * product
     needed += max(statistics, operand + max(tile, product))
     return needed if dtype == torch.float32 else max(needed, 6 * rows * hidden_size)

@@ -21,6 +21,8 @@ _CHUNK_ROWS = {"cpu": (128, 384), "cuda": (1024, 1024)}
 """Rows of a chunk where nobody says otherwise: a quarter of all, between these. Every chunk reads and writes the whole weight
 gradient once, so what it costs beyond its products falls with its rows, whatever the size of the shard."""
 
+_COLUMNS = 8192
+"""Columns of the logits' gradient that are formed at a time on CPU, and used up while they are in the cache."""
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -122,6 +124,11 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return target.sum(0) - peak - log_total, log_total - weighted / total, peak + log_total
 
 
+def columns_at_a_time(real: int, device: torch.device) -> int:
+    """Columns whose gradient `add_gradients` forms and uses up at a time: all on CUDA."""
+    return max(1, min(real, _COLUMNS)) if device.type == "cpu" else max(1, real)
+
+
 def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Logits of the shard's real columns into `out` [rows, real]; padded columns are never computed, so they need no mask."""
     return gemm.logits_into(out, hidden, weight[: head.shard.real], 1 / head.temperature)
@@ -171,21 +178,27 @@ def add_gradients(
 ) -> None:
     """Turn a chunk's logits into their gradient and that into the gradients of its hidden rows and of the weight.
 
-    g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden, grad_hidden: all rows, [R, H]; the chunk's part
-    of `grad_hidden` (fp32, the caller's) is written. grad_weight: fp32 [Vp/TP, H], added to in place, or None.
-    In fp32 the gradient takes over the chunk's buffer; in bf16 it is one more, gone when this returns.
+    g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden: all rows, [R, H]. grad_hidden [R, H], of which
+    this is about the chunk's rows, and grad_weight [Vp/TP, H] or None: fp32, the caller's, added to in place.
+    In fp32 the gradient takes over the chunk's buffer; in bf16 it is a tensor of its own, of `columns_at_a_time`.
     """
-    real, scale = head.shard.real, 1 / head.temperature
-    if real == 0:
-        return
-    grad = head.rows_on(hidden.device).row_gradient(
-        chunk.logits,
-        chunk.columns,
-        chunk.log_sum,
-        chunk.entropy,
-        g_logp * scale,
-        None if g_entropy is None else g_entropy * scale,
-        chunk.logits if weight.dtype == torch.float32 else torch.empty_like(chunk.logits, dtype=weight.dtype),
-    )
-    total = None if grad_weight is None else grad_weight[:real]
-    gemm.gradients_into(grad_hidden[chunk.rows], total, grad, hidden[chunk.rows], weight[:real])
+    scale, passes = 1 / head.temperature, head.rows_on(hidden.device)
+    g_logp, g_entropy = g_logp * scale, None if g_entropy is None else g_entropy * scale
+    step = columns_at_a_time(head.shard.real, hidden.device)
+    operand = None
+    if weight.dtype != torch.float32:
+        operand = torch.empty(len(chunk.logits), step, dtype=weight.dtype, device=weight.device)
+    for begin in range(0, head.shard.real, step):
+        part = slice(begin, min(begin + step, head.shard.real))
+        logits, here = chunk.logits[:, part], (chunk.columns >= begin) & (chunk.columns < part.stop)
+        grad = passes.row_gradient(
+            logits,
+            torch.where(here, chunk.columns - begin, -1),
+            chunk.log_sum,
+            chunk.entropy,
+            g_logp,
+            g_entropy,
+            logits if operand is None else operand[:, : logits.shape[1]],
+        )
+        total = None if grad_weight is None else grad_weight[part]
+        gemm.add_gradients(grad_hidden[chunk.rows], total, grad, hidden[chunk.rows], weight[part])
