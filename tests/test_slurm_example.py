@@ -12,7 +12,8 @@ import pytest
 from tests.runs import REPO
 
 STAND_INS = {
-    "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" != show ] || printf "node7\\nnode8\\n"',
+    "scontrol": 'echo "scontrol $*" >>"$CALLS"\n'
+    'case "$*" in "show host"*) printf "node7\\nnode8\\n" ;; "show job 42") echo "   JobState=$JOB_STATE Reason=None" ;; esac',
     # Takes its own options off and runs the rest here.
     "srun": 'echo "$*" >>"$CALLS"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     # A job whose ranks end as the test wants, after the preflight passed.
@@ -35,6 +36,7 @@ def job(tmp_path):
     def run(state: str, code: int, **environment: str) -> tuple[int, list[str]]:
         env = {**os.environ, "PATH": f"{programs}:{os.path.dirname(sys.executable)}:/usr/bin:/bin", "CALLS": str(calls)}
         env |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+        env |= {"JOB_STATE": "RUNNING"}
         env |= {"STATE": json.dumps({"state": state}) if state else "", "STATUS": str(status), "CODE": str(code), **environment}
         command = ["bash", "examples/slurm.sbatch", "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", "run.name=job"]
         done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
@@ -82,6 +84,12 @@ def test_a_job_that_is_told_to_stop_before_its_ranks_say_anything_goes_back_too(
         code, called = job("", 1, TERM_AT=term_at)
         assert code == 0 and called[-1] == "scontrol requeue 42"
         assert sum("run_etr.sh" in line for line in called) == (term_at == "run_etr.sh") * (2 if left else 1)
+
+
+@pytest.mark.parametrize("environment", [{}, {"TERM_AT": "run_etr.sh"}, {"TERM_AT": "preflight"}])
+def test_a_job_that_somebody_has_cancelled_stays_out_of_the_queue(job, environment):
+    code, called = job("" if environment else "requeue", 1, JOB_STATE="CANCELLED", **environment)
+    assert code == 143 and not any("scontrol requeue" in line for line in called)
 
 
 def test_the_commands_run_in_a_container_where_one_is_named(job):

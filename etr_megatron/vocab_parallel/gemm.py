@@ -4,8 +4,8 @@ On CUDA one library call each, into place; cuBLAS writes fp32 from bf16 operands
 stays in the cache between the products that need it. bf16 on CPU: torch has no product of bf16 operands with an fp32 result, so
 each product is rounded to bf16 once before it is added in fp32.
 
-In fp32 on CPU the products are oneDNN's: `torch.mm` takes those of MKL, which on CPUs that are not Intel's leave AVX-512 unused
-and take 2.2 times as long (benchmarks/README.md). Where torch was built without oneDNN they are torch.mm's.
+In fp32 on CPU the products are oneDNN's: `torch.mm` has them from MKL, which took 2.2 times as long on an AMD EPYC
+(benchmarks/README.md). Where torch was built without oneDNN they are torch.mm's.
 """
 
 from __future__ import annotations
@@ -66,12 +66,20 @@ def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidde
     grad, hidden and weight have one dtype. Both sums are fp32, added to in place, and the caller's.
     """
     if grad.is_cpu:
-        for block in _blocks(weight):
-            grad_hidden += _product(grad[:, block], weight[block].t()).float()
-            if total is not None:
-                total[block] += _product(grad[:, block].t(), hidden.t()).float()
+        _add_gradients_on_cpu(grad_hidden, total, grad, hidden, weight)
         return
     into = {} if grad.dtype == torch.float32 else {"out_dtype": torch.float32}
     torch.addmm(grad_hidden, grad, weight, out=grad_hidden, **into)
     if total is not None:
         torch.addmm(total, grad.t(), hidden, out=total, **into)
+
+
+def _add_gradients_on_cpu(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    by_block = grad.dtype == torch.float32
+    if not by_block:  # every block would be rounded to bf16
+        grad_hidden += (grad @ weight).float()
+    for block in _blocks(weight):
+        if by_block:
+            grad_hidden += _product(grad[:, block], weight[block].t())
+        if total is not None:
+            total[block] += _product(grad[:, block].t(), hidden.t()).float()
