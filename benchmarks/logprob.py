@@ -8,9 +8,9 @@ Measured is forward and backward of a clipped surrogate with entropy bonus, from
 
 Contestants: `single_pass` and `recompute`, ours; (a) `gathered`, the vocabulary gathered over TP, log_softmax and entropy by
 autograd; (b) `megatron_core`, its vocab_parallel_cross_entropy, without the entropy it does not have; (c) `shard_softmax`, a
-shard version that saves the softmax and gives entropy; (d) `gemms` and `gemms_chunked`, the three products alone by torch.mm,
-of which the faster is the floor, and `gemms_ours`, by the functions that ours has its products from. All in
-`logprob_contestants.py`. Loss and gradients of each are compared with (a) before any is timed.
+shard version that saves the softmax and gives entropy; (d) the three products alone, the fastest of which is the floor: `gemms`
+and `gemms_chunked` by torch.mm, `gemms_ours` by the functions that ours has its products from. All in `logprob_contestants.py`.
+Loss and gradients of each are compared with (a) before any is timed.
 
 Time: one process per rank with one thread and gloo; all contestants in the same processes, round robin; the slowest rank
 counts. Memory: fresh processes for each contestant; peak resident memory of one pass beyond inputs, weight and weight gradient,

@@ -168,12 +168,12 @@ def _bare_products(problem: Problem, name: str, chunk_rows: int) -> Tensor:
 
 
 def gemms(problem: Problem) -> Tensor:
-    """(d) The three products alone, over all rows at once, into buffers that stay: the floor. No loss, no collective."""
+    """(d) The three products alone by torch.mm, over all rows at once, into buffers that stay. No loss, no collective."""
     return _bare_products(problem, "gemms", len(problem.hidden))
 
 
 def gemms_chunked(problem: Problem) -> Tensor:
-    """(d) as `gemms`, a quarter of the rows at a time; the floor is the faster of the two."""
+    """(d) as `gemms`, a quarter of the rows at a time."""
     return _bare_products(problem, "gemms_chunked", -(-len(problem.hidden) // 4))
 
 
