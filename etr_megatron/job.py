@@ -48,21 +48,22 @@ def run_rank(config: Config) -> None:
     stays, and is not looked through again.
     Raises UserError and RequeueError, each with one sentence, when the run cannot go on.
     """
-    model_dir = _model_dir(config)
+    checkpoint = initial_checkpoint(config)
     with ExitStack() as stack:
         # Graders are started before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
         grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
         # torchrun sends SIGTERM as well, when another rank has failed. That one comes to none of the meetings, without which
         # nobody stops as if nothing were lost.
         stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s))
-        _train(config, model_dir, grader, stack, stop)
+        _train(config, checkpoint, grader, stack, stop)
 
 
-def _model_dir(config: Config) -> Path:
+def initial_checkpoint(config: Config) -> Path:
+    """What the policy starts from; the tiny one is built where it is not there yet. Raises UserError where it cannot be."""
     if config.model.path != "tiny":
         return Path(config.model.path)
-    quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0
-    return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress and not quiet)
+    # Of all ranks one builds, whichever is there first, and that one shows it.
+    return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress)
 
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:

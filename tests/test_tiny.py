@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
+from etr_megatron.config.schema import ArithmeticConfig, Config, DataConfig, TinyConfig
 from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
 from etr_megatron.data.arithmetic import Exercise, worked_solution
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
+from etr_megatron.job import initial_checkpoint
 
 ARITHMETIC = ArithmeticConfig(min_digits=1, max_digits=1, train_problems=20, eval_problems=5)
 SMALL = TinyConfig(
@@ -117,6 +118,14 @@ def test_a_log_gets_one_line_of_the_warm_start_and_no_bar(capsys, progress, prin
     tokenizer = train_tokenizer(tiny, ARITHMETIC)
     warm_start(new_model(tiny, tokenizer), tokenizer, tiny, ARITHMETIC, progress=progress)
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_whichever_rank_builds_shows_it(tmp_path, monkeypatch, capsys, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    config = Config(tiny=replace(SMALL, cache_dir=str(tmp_path)), arithmetic=ARITHMETIC)
+    initial_checkpoint(config)
+    assert capsys.readouterr().err.count("warm start of the tiny policy: 4 steps\n") == 1
 
 
 def test_the_same_settings_give_the_same_weights_and_leave_the_caller_as_he_was(tmp_path, policy):
