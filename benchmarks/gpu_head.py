@@ -81,24 +81,25 @@ def products(problem: Problem) -> None:
     """The head's products, into buffers that stay; noise stands in for the logits' gradient, as zeros would save power."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     step = Head(problem.shard).rows_of_chunk(len(hidden), hidden.device)
-    if step not in problem.scratch:
+    if "products" not in problem.scratch:
         buffer = torch.empty(step, len(weight), dtype=torch.float32, device=hidden.device)
-        problem.scratch[step] = buffer, torch.randn(step, len(weight), dtype=hidden.dtype, device=hidden.device)
-        problem.scratch[0] = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device), buffer
-    (buffer, grad), (grad_hidden, _) = problem.scratch[step], problem.scratch[0]
+        problem.scratch["products"] = buffer, torch.randn(step, len(weight), dtype=hidden.dtype, device=hidden.device)
+        problem.scratch["hidden"] = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device), buffer
+    (buffer, grad), (grad_hidden, _) = problem.scratch["products"], problem.scratch["hidden"]
     for begin in range(0, len(hidden), step):
         rows = slice(begin, begin + step)
         count = len(hidden[rows])
         gemm.logits_into(buffer[:count], hidden[rows], weight, 1.0)
-        gemm.gradients_into(grad_hidden[rows], problem.weight.main_grad, grad[:count], hidden[rows], weight)
+        gemm.add_gradients(grad_hidden[rows], problem.weight.main_grad, grad[:count], hidden[rows], weight)
 
 
 def products_at_once(problem: Problem) -> None:
     """The three products over all rows; only the weight's gradient is fp32."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    logits = hidden @ weight.t()
+    logits, total = hidden @ weight.t(), problem.weight.main_grad
     torch.mm(logits, weight)
-    gemm.add_weight_grad(problem.weight.main_grad, logits, hidden)
+    into = {} if logits.dtype == torch.float32 else {"out_dtype": torch.float32}
+    torch.addmm(total, logits.t(), hidden, out=total, **into)
 
 
 def results(run: Callable[[Problem], Tensor], problem: Problem) -> dict[str, Tensor]:

@@ -13,13 +13,19 @@ from tests.runs import REPO
 
 STAND_INS = {
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\n'
-    'case "$*" in "show host"*) printf "node7\\nnode8\\n" ;; "show job 42") echo "   JobState=$JOB_STATE Reason=None" ;; esac',
+    'case "$*" in "show host"*) printf "node7\\nnode8\\n" ;; "show job 42") echo "$JOB" ;; esac',
     # Takes its own options off and runs the rest here.
     "srun": 'echo "$*" >>"$CALLS"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     # A job whose ranks end as the test wants, after the preflight passed.
     "torchrun": 'case "$*" in *${TERM_AT:-nowhere}*) kill -TERM $PPID; exit 1 ;; *preflight*) exit 0 ;; esac\n'
     '[ -z "$STATE" ] || echo "$STATE" >"$STATUS"; exit $CODE',
 }
+
+
+def shown(state: str, reason: str = "None", preempted: str = "None") -> str:
+    """Of `scontrol show job`, what the script looks for and what is around it."""
+    times = f"PreemptEligibleTime=2026-11-28T10:00:00 PreemptTime={preempted}"
+    return f"JobId=42 JobName=etr\n   JobState={state} Reason={reason} Dependency=(null)\n   {times}\n   SuspendTime=None"
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def job(tmp_path):
     def run(state: str, code: int, **environment: str) -> tuple[int, list[str]]:
         env = {**os.environ, "PATH": f"{programs}:{os.path.dirname(sys.executable)}:/usr/bin:/bin", "CALLS": str(calls)}
         env |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
-        env |= {"JOB_STATE": "RUNNING"}
+        env |= {"JOB": shown("RUNNING")}
         env |= {"STATE": json.dumps({"state": state}) if state else "", "STATUS": str(status), "CODE": str(code), **environment}
         command = ["bash", "examples/slurm.sbatch", "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", "run.name=job"]
         done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
@@ -86,10 +92,18 @@ def test_a_job_that_is_told_to_stop_before_its_ranks_say_anything_goes_back_too(
         assert sum("run_etr.sh" in line for line in called) == (term_at == "run_etr.sh") * (2 if left else 1)
 
 
+# Slurm has it COMPLETING as long as the script runs.
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "CANCELLED,COMPLETING"])
 @pytest.mark.parametrize("environment", [{}, {"TERM_AT": "run_etr.sh"}, {"TERM_AT": "preflight"}])
-def test_a_job_that_somebody_has_cancelled_stays_out_of_the_queue(job, environment):
-    code, called = job("" if environment else "requeue", 1, JOB_STATE="CANCELLED", **environment)
+def test_a_job_that_somebody_has_cancelled_stays_out_of_the_queue(job, environment, state):
+    code, called = job("" if environment else "requeue", 1, JOB=shown(state), **environment)
     assert code == 143 and not any("scontrol requeue" in line for line in called)
+
+
+@pytest.mark.parametrize("ended_by", [{"reason": "TimeLimit"}, {"preempted": "2026-11-28T11:00:00"}])
+def test_a_job_whose_time_is_over_or_that_gives_way_to_others_goes_back(job, ended_by):
+    code, called = job("requeue", 1, JOB=shown("COMPLETING", **ended_by))
+    assert code == 0 and called[-1] == "scontrol requeue 42"
 
 
 def test_the_commands_run_in_a_container_where_one_is_named(job):

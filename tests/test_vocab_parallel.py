@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob
+from tests.vocab_jobs import pieces
 
 
 def case(rows: int, hidden: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -28,18 +29,20 @@ def reference(hidden, weight, targets, upstream, temperature):
     return logp.detach(), entropy.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize(("rows", "hidden", "vocab"), [(1, 5, 3), (11, 7, 131), (6, 33, 1009)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_values_and_gradients_equal_float64_log_softmax(rows, hidden, vocab, temperature, chunk_rows):
+def test_values_and_gradients_equal_float64_log_softmax(rows, hidden, vocab, temperature, chunk_rows, small_pieces):
     h, w, targets, upstream = case(rows, hidden, vocab)
     wanted = reference(h, w, targets, upstream, temperature)
     h, w = h.requires_grad_(), w.requires_grad_()
     padded = torch.cat([w, torch.full((13, hidden), 3.0)])  # padding must take no part whatever it holds
-    logp, entropy = vocab_parallel_logprob(
-        h, padded, targets, shard=VocabShard(vocab + 13, vocab), temperature=temperature, chunk_rows=chunk_rows
-    )
-    (upstream[0] * logp + upstream[1] * entropy).sum().backward()
+    with pieces(small_pieces):
+        logp, entropy = vocab_parallel_logprob(
+            h, padded, targets, shard=VocabShard(vocab + 13, vocab), temperature=temperature, chunk_rows=chunk_rows
+        )
+        (upstream[0] * logp + upstream[1] * entropy).sum().backward()
     for found, expected in zip((logp, entropy, h.grad, w.grad), wanted, strict=True):
         torch.testing.assert_close(found.detach().double(), expected, atol=2e-5, rtol=1e-5)
 
@@ -91,14 +94,14 @@ def test_a_column_of_padding_is_nobodys_target():
     assert VocabShard(16, 10).columns(torch.tensor([0, 9, 10, 15, 16, -1])).tolist() == [0, 9, -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
-def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab):
+def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, small_pieces):
     h, w, targets, upstream = case(10, 24, vocab)
     wanted = reference(h, w, targets, upstream, 0.7)
-    replies = gangs(world).run(
-        "tests.vocab_jobs:sharded", hidden=h, weight=w, targets=targets, upstream=upstream, temperature=0.7
-    )
+    inputs = {"hidden": h, "weight": w, "targets": targets, "upstream": upstream, "temperature": 0.7}
+    replies = gangs(world).run("tests.vocab_jobs:sharded", **inputs, small_pieces=small_pieces)
     weight_grad = torch.cat([reply["weight_grad"] for reply in replies])
     assert not weight_grad[vocab:].any()
     torch.testing.assert_close(weight_grad[:vocab].double(), wanted[3], atol=2e-5, rtol=1e-5)

@@ -9,9 +9,18 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import logprob
-from etr_megatron.vocab_parallel import VocabShard, gemm, single_pass_bytes, sweep, torch_rows, vocab_parallel_loss
+from etr_megatron.vocab_parallel import (
+    VocabShard,
+    gemm,
+    single_pass_bytes,
+    sweep,
+    torch_rows,
+    vocab_parallel_logprob,
+    vocab_parallel_loss,
+)
 from tests.memory import peak_bytes
 from tests.vocab_cases import Case, loss_case
+from tests.vocab_jobs import pieces
 
 
 def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -23,14 +32,13 @@ def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = 
     return weight
 
 
-@pytest.fixture(params=["default", "small_blocks", "without_onednn"])
+@pytest.fixture(params=["default", "small_pieces", "without_onednn"])
 def products(request, monkeypatch):
-    """How a CPU does the products: a vocabulary of these tests is one block, unless blocks are small."""
-    if request.param == "small_blocks":
-        monkeypatch.setattr(gemm, "_BLOCK_BYTES", 4 * 33 * 10)
-        monkeypatch.setattr(sweep, "_COLUMNS", 37)
+    """How a CPU does the products: a vocabulary of these tests is one piece, unless pieces are small."""
     if request.param == "without_onednn":
         monkeypatch.setattr(gemm, "_ONEDNN", False)
+    with pieces(request.param == "small_pieces"):
+        yield
 
 
 @pytest.mark.usefixtures("products")
@@ -60,13 +68,15 @@ def test_values_and_gradients_equal_float64_autograd(rows, hidden, vocab, chunk_
         )
 
 
+@pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
-def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap):
+def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap, small_pieces):
     case = loss_case(10, 24, vocab)
     wanted = case.answer()
-    replies = gangs(world).run("tests.vocab_jobs:single_pass", case=case, already=1.5, overlap=overlap)
+    options = {"already": 1.5, "overlap": overlap, "small_pieces": small_pieces}
+    replies = gangs(world).run("tests.vocab_jobs:single_pass", case=case, **options)
     weight_grad = torch.cat([reply["weight_grad"] for reply in replies])
     assert not weight_grad[vocab:].any()
     torch.testing.assert_close(weight_grad[:vocab].double(), wanted["weight_grad"], atol=2e-5, rtol=1e-5)
@@ -141,8 +151,10 @@ def test_without_gradients_the_buffer_stays_untouched():
     with torch.no_grad():
         loss, _, _ = run(case, weight)
     frozen = with_main_grad(case.weight.detach()).requires_grad_(False)
-    run(case, frozen)[0].backward()
+    through_frozen, _, states = run(case, frozen)
+    through_frozen.backward()
     torch.testing.assert_close(loss.double(), case.answer()["loss"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states.grad.double(), case.answer()["hidden_grad"], atol=2e-5, rtol=1e-5)
     assert not weight.main_grad.any() and not weight.grad_added_to_main_grad and not frozen.main_grad.any()
 
 
@@ -226,9 +238,24 @@ def test_bf16_gradients_are_summed_in_fp32_over_many_chunks():
     assert (sums[1] - sums[0]).norm() < 0.005 * wanted.norm()
 
 
+@pytest.mark.parametrize("way", ["single_pass", "recompute"])
+def test_bf16_gradients_of_hidden_states_are_summed_in_fp32_over_many_groups_of_columns(monkeypatch, way):
+    case = loss_case(64, 48, 2000, dtype=torch.bfloat16)
+    found = []
+    for columns in (2000, 8):
+        monkeypatch.setattr(sweep, "_COLUMNS", columns)
+        weight = with_main_grad(case.weight) if way == "single_pass" else case.weight.clone().requires_grad_()
+        loss, _, states = run(case, weight)
+        loss.backward()
+        found.append(states.grad.double())
+    # A product and the sum are rounded once each. A sum kept in bf16 would lose 2^-9 of its size in each of 250 additions.
+    assert 0 < (found[1] - found[0]).norm() < 0.005 * found[0].norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 40_000, 32), (200, 256, 3_000, 64), (4096, 512, 1_000, 64)]
+    ("rows", "hidden", "vocab", "chunk_rows"),
+    [(96, 24, 40_000, 32), (200, 256, 3_000, 64), (4096, 512, 1_000, 64), (140, 700, 500, 70)],
 )
 def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_rows):
     case = loss_case(rows, hidden, vocab, dtype=dtype)
@@ -245,6 +272,20 @@ def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_
     )
     measured = peak_bytes(lambda: forward()[0].backward())
     assert 0.95 * wanted <= measured <= 1.05 * wanted, (measured, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_takes_as_much_memory_as_the_single_pass(dtype):
+    case = loss_case(200, 256, 3000, dtype=dtype)
+    states, weight, shard = case.hidden.requires_grad_(), with_main_grad(case.weight), VocabShard(3000, 3000)
+
+    def forward_and_backward():
+        logp, entropy = vocab_parallel_logprob(states, weight, case.targets, shard=shard, chunk_rows=64)
+        case.token_loss(slice(None), logp, entropy).backward()
+
+    formula = single_pass_bytes(200, 256, shard, dtype=dtype, device=torch.device("cpu"), chunk_rows=64)
+    measured = peak_bytes(forward_and_backward)
+    assert 0.95 * formula <= measured <= 1.05 * formula, (measured, formula)
 
 
 def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tuple[int, int]:
@@ -265,7 +306,9 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
 
 @pytest.mark.parametrize("overlap", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 20_001, 32), (2048, 256, 901, 64)])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocab", "chunk_rows"), [(96, 24, 20_001, 32), (2048, 256, 901, 64), (600, 512, 2001, 33)]
+)
 def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hidden, vocab, chunk_rows, overlap):
     case = loss_case(rows, hidden, vocab, dtype=dtype)
     replies = gangs(2).run(

@@ -12,6 +12,7 @@ import torch
 from etr_megatron.vocab_parallel import VocabShard, vocab_parallel_logprob, vocab_parallel_loss
 from tests.gang import Gang
 from tests.vocab_cases import Case, loss_case
+from tests.vocab_jobs import pieces
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
@@ -25,8 +26,13 @@ def interpreted():
     gang.stop()
 
 
-def one_rank(case: Case, single_pass: bool) -> dict[str, torch.Tensor]:
+def one_rank(case: Case, single_pass: bool, small_pieces: bool) -> dict[str, torch.Tensor]:
     """Values and gradients of the whole vocabulary on one rank, by either way through the head."""
+    with pieces(small_pieces):
+        return values_and_gradients(case, single_pass)
+
+
+def values_and_gradients(case: Case, single_pass: bool) -> dict[str, torch.Tensor]:
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     weight.main_grad = torch.zeros(weight.shape)
     options = {
@@ -47,13 +53,20 @@ def one_rank(case: Case, single_pass: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("single_pass", [True, False], ids=["single_pass", "recompute"])
 @pytest.mark.parametrize(
-    ("size", "dtype", "tolerance"),
-    [((7, 12, 131), torch.float32, 2e-5), ((7, 12, 131), torch.bfloat16, 6e-2), ((1, 129, 4099), torch.float32, 2e-5)],
-    ids=["fp32", "bf16", "one_row_two_tiles_fp32"],
+    ("size", "dtype", "tolerance", "small_pieces"),
+    [
+        ((7, 12, 131), torch.float32, 2e-5, False),
+        ((7, 12, 131), torch.bfloat16, 6e-2, False),
+        ((1, 129, 4099), torch.float32, 2e-5, False),
+        ((7, 12, 131), torch.float32, 2e-5, True),
+        ((7, 12, 131), torch.bfloat16, 6e-2, True),
+    ],
+    ids=["fp32", "bf16", "one_row_two_tiles_fp32", "groups_of_columns_fp32", "groups_of_columns_bf16"],
 )
-def test_values_and_gradients_equal_float64_autograd(interpreted, single_pass, size, dtype, tolerance):
+def test_values_and_gradients_equal_float64_autograd(interpreted, single_pass, size, dtype, tolerance, small_pieces):
     case = loss_case(*size, dtype=dtype)
-    found = interpreted.run("tests.test_vocab_parallel_triton:one_rank", case=case, single_pass=single_pass)[0]
+    job = {"case": case, "single_pass": single_pass, "small_pieces": small_pieces}
+    found = interpreted.run("tests.test_vocab_parallel_triton:one_rank", **job)[0]
     for name, wanted in case.answer().items():
         torch.testing.assert_close(
             found[name].double(), wanted, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n} {m}"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from etr_megatron.vocab_parallel import VocabShard, sweep, vocab_parallel_logprob, vocab_parallel_loss
+from etr_megatron.vocab_parallel import VocabShard, gemm, sweep, vocab_parallel_logprob, vocab_parallel_loss
 from tests.vocab_cases import Case
 
 
-def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.Tensor]:
+@contextmanager
+def pieces(small: bool) -> Iterator[None]:
+    """What a CPU takes at a time: where `small`, a vocabulary of these tests is several groups of columns of several blocks."""
+    if not small:
+        yield
+        return
+    with mock.patch.object(gemm, "_BLOCK_ROWS", 10), mock.patch.object(sweep, "_COLUMNS", 37):
+        yield
+
+
+def sharded(hidden, weight, targets, upstream, temperature, small_pieces) -> dict[str, torch.Tensor]:
     """This rank's results over shards of 128 rows (or what a padded multiple of 128 leaves each rank)."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = weight.shape[0]
@@ -22,12 +34,15 @@ def sharded(hidden, weight, targets, upstream, temperature) -> dict[str, torch.T
     own[: len(real)] = real
     shard = VocabShard(size, vocab, dist.group.WORLD)
     h, w = hidden.clone().requires_grad_(), own.clone().requires_grad_()
-    logp, entropy = vocab_parallel_logprob(h, w, targets, shard=shard, temperature=temperature, chunk_rows=3)
-    (upstream[0] * logp + upstream[1] * entropy).sum().backward()
+    with pieces(small_pieces):
+        logp, entropy = vocab_parallel_logprob(h, w, targets, shard=shard, temperature=temperature, chunk_rows=3)
+        (upstream[0] * logp + upstream[1] * entropy).sum().backward()
     return {"hidden_grad": h.grad, "logp": logp.detach(), "entropy": entropy.detach(), "weight_grad": w.grad}
 
 
-def single_pass(case: Case, already: float, overlap: bool, backend: str = "auto") -> dict[str, torch.Tensor]:
+def single_pass(
+    case: Case, already: float, overlap: bool, backend: str = "auto", small_pieces: bool = False
+) -> dict[str, torch.Tensor]:
     """This rank's share of the single-pass loss, its gradient added to a buffer that holds `already` everywhere."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = case.weight.shape[0]
@@ -38,17 +53,18 @@ def single_pass(case: Case, already: float, overlap: bool, backend: str = "auto"
     weight.requires_grad_()
     weight.main_grad = torch.full_like(weight, already)
     hidden = case.hidden.clone().requires_grad_()
-    loss, logp, entropy = vocab_parallel_loss(
-        hidden,
-        weight,
-        case.targets,
-        case.token_loss,
-        shard=VocabShard(size, vocab, dist.group.WORLD),
-        temperature=case.temperature,
-        chunk_rows=3,
-        overlap=overlap,
-        backend=backend,
-    )
+    with pieces(small_pieces):
+        loss, logp, entropy = vocab_parallel_loss(
+            hidden,
+            weight,
+            case.targets,
+            case.token_loss,
+            shard=VocabShard(size, vocab, dist.group.WORLD),
+            temperature=case.temperature,
+            chunk_rows=3,
+            overlap=overlap,
+            backend=backend,
+        )
     loss.backward()
     return {
         "loss": loss.detach(),

@@ -14,9 +14,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
 """Of the weight, the most that a product on CPU takes at a time: so much, and so many rows."""
+
+_ROWS = 32
+"""oneDNN makes a program for each shape it is given, in half a millisecond, and keeps it, in half a megabyte. So the rows, as
+many as a microbatch has tokens, come in multiples of this."""
 
 
 def _has_onednn() -> bool:
@@ -26,9 +31,16 @@ def _has_onednn() -> bool:
 _ONEDNN = _has_onednn()
 
 
+def padded_rows(rows: int, dtype: torch.dtype) -> int:
+    """Rows that a product on CPU is computed with when it is asked for of `rows`; those beyond them are zeros."""
+    return -(-rows // _ROWS) * _ROWS if _ONEDNN and dtype == torch.float32 else rows
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left [M, K] @ right [N, K]^T on CPU, a new tensor of their dtype."""
     if _ONEDNN and left.dtype == torch.float32:
+        if not (right.is_contiguous() or right.t().is_contiguous()):
+            right = right.contiguous()  # as it is, it would be multiplied element by element, hundreds of times as slowly
         # What torch.compile makes of a linear layer. It would copy a `left` that is not contiguous itself.
         return torch.ops.mkldnn._linear_pointwise(left.contiguous(), right, None, "none", [], "")
     return left @ right.t()
@@ -49,8 +61,10 @@ def block_rows(hidden_size: int, element_size: int) -> int:
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
     """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
     if hidden.is_cpu:
+        more = padded_rows(len(hidden), hidden.dtype) - len(hidden)
+        states = pad(hidden, (0, 0, 0, more)) if more else hidden
         for block in _blocks(weight):
-            columns = out[:, block].copy_(_product(hidden, weight[block]))
+            columns = out[:, block].copy_(_product(states, weight[block])[: len(hidden)])
             if scale != 1:
                 columns.mul_(scale)
         return out
@@ -75,11 +89,14 @@ def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidde
 
 
 def _add_gradients_on_cpu(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    by_block = grad.dtype == torch.float32
+    by_block, rows = grad.dtype == torch.float32, len(grad)
     if not by_block:  # every block would be rounded to bf16
         grad_hidden += (grad @ weight).float()
+    more = padded_rows(rows, grad.dtype) - rows
+    states = pad(hidden, (0, 0, 0, more)) if more else hidden
     for block in _blocks(weight):
+        part = grad[:, block]
         if by_block:
-            grad_hidden += _product(grad[:, block], weight[block].t())
+            grad_hidden += _product(pad(part, (0, 0, 0, more)) if more else part, weight[block].t())[:rows]
         if total is not None:
-            total[block] += _product(grad[:, block].t(), hidden.t()).float()
+            total[block] += _product(pad(part.t(), (0, more)) if more else part.t(), states.t()).float()

@@ -12,8 +12,9 @@ Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c ro
         4 b v              a temporary of b rows for the statistics: on CPU what makes 2^18 elements, at least one row
         4 t + 2 c g        a temporary of a tile of t elements for the gradient and, in bf16, the gradient of g columns as an
                            operand: of 8192 at most on CPU, else of all
-        4 (u c + m H)      on CPU: a copy of the gradient of u columns and a product of m rows, the more of c and u, where
-                           u = 2^18 / H, at most 1024
+        4 (u d + m H)      on CPU: a copy of the gradient of u columns and a product of m rows, the more of d and u, where
+                           u = 2^18 / H, at most 1024 and v, and d = c, with oneDNN the next multiple of 32; if that is another
+                           number than c, + 4 d H for a copy of the hidden rows
         6 m H + 2 c g      in bf16 on CPU, instead, with u = 2^19 / H: the product comes in bf16, and then in fp32
 
 with no temporaries (b = t = 0) where the row passes are Triton's. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
@@ -174,7 +175,9 @@ def single_pass_bytes(
         operand = 2 * chunk * columns_at_a_time(real, device)
     if device.type == "cpu":
         block = min(real, gemm.block_rows(hidden_size, dtype.itemsize))
-        product = max(chunk, block) * hidden_size
-        product = 4 * (block * chunk + product) if dtype == torch.float32 else 6 * product
+        padded = gemm.padded_rows(chunk, dtype)
+        product = max(padded, block) * hidden_size
+        copies = block * padded + (padded * hidden_size if padded != chunk else 0)
+        product = 4 * (copies + product) if dtype == torch.float32 else 6 * product
     needed += max(statistics, operand + max(tile, product))
     return needed if dtype == torch.float32 else max(needed, 6 * rows * hidden_size)

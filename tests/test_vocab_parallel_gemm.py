@@ -1,0 +1,84 @@
+"""The head's matrix products on CPU, in whatever blocks they come and however their operands lie in memory, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from etr_megatron.vocab_parallel import gemm
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows_adjacent": torch.clone,
+    "columns_adjacent": lambda x: x.t().contiguous().t(),
+    "part_of_wider_rows": lambda x: torch.cat([torch.full_like(x, 9.0), x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every_other_column": lambda x: torch.stack([x, x + 1], 2).flatten(1)[:, ::2],
+    "every_other_row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "one_row_for_all": lambda x: x[:1].expand(x.shape),
+    "from_an_odd_address": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.fixture(params=["onednn", "torch"], autouse=True)
+def library(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(gemm, "_ONEDNN", False)
+
+
+@pytest.fixture(params=[1 << 20, 240], ids=["one_block", "small_blocks"])
+def block_bytes(request, monkeypatch):
+    monkeypatch.setattr(gemm, "_BLOCK_BYTES", request.param)
+
+
+def whole(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """-1, 0 and 1: their products are exact in every type, in any order."""
+    generator = torch.Generator().manual_seed(100 * rows + columns)
+    return torch.randint(-1, 2, (rows, columns), generator=generator).to(dtype)
+
+
+SIZES = pytest.mark.parametrize(("rows", "hidden", "columns"), [(1, 5, 3), (7, 12, 131), (4, 1, 50), (5, 33, 1), (1, 1, 1)])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@DTYPES
+@SIZES
+def test_logits_are_the_scaled_product(rows, hidden, columns, dtype, layout):
+    states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
+    out = torch.full((rows, columns + 2), torch.nan)
+    for scale in (1.0, 0.5):
+        found = gemm.logits_into(out[:, 1:-1], states, weight, scale)
+        assert torch.equal(found, scale * (states.float() @ weight.float().t()))
+        assert found.data_ptr() == out[:, 1:].data_ptr() and out[:, [0, -1]].isnan().all()
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_total", [True, False])
+@DTYPES
+@SIZES
+def test_both_gradients_are_added_to_what_is_there(rows, hidden, columns, dtype, with_total, layout):
+    states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
+    grad = torch.nn.functional.pad(whole(rows, columns, dtype), (1, 1), value=torch.nan)[:, 1:-1]  # a group of columns
+    before = grad.clone()
+    grad_hidden = torch.full((rows, hidden), 2.5)
+    total = torch.full((columns, hidden), -1.5) if with_total else None
+    gemm.add_gradients(grad_hidden, total, grad, states, weight)
+    assert torch.equal(grad_hidden, 2.5 + grad.float() @ weight.float())
+    assert total is None or torch.equal(total, -1.5 + grad.float().t() @ states.float())
+    assert torch.equal(grad, before)
+
+
+def test_no_columns_leave_everything_as_it_is():
+    none, states, grad_hidden = torch.zeros(0, 4), torch.ones(3, 4), torch.ones(3, 4)
+    assert gemm.logits_into(torch.empty(3, 0), states, none, 0.5).shape == (3, 0)
+    gemm.add_gradients(grad_hidden, torch.zeros(0, 4), torch.zeros(3, 0), states, none)
+    assert grad_hidden.eq(1).all()
+
+
+def test_blocks_are_limited_in_bytes_and_in_rows():
+    assert [gemm.block_rows(hidden, 4) for hidden in (8, 256, 512, 1024, 1 << 20)] == [1024, 1024, 512, 256, 1]
+    assert gemm.block_rows(1024, 2) == 512
