@@ -298,8 +298,11 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
     options = {"chunk_rows": chunk_rows, "overlap": overlap}
 
     def forward_and_backward():
+        states.grad = None
         vocab_parallel_loss(states, weight, case.targets, case.token_loss, shard=shard, **options)[0].backward()
 
+    # A process's first collective and backward import modules, whose frames hold a gradient so that autograd copies it.
+    forward_and_backward()
     formula = single_pass_bytes(*states.shape, shard, dtype=dtype, device=states.device, **options)
     return peak_bytes(forward_and_backward), formula
 
