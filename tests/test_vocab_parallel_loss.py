@@ -301,8 +301,8 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
         states.grad = None
         vocab_parallel_loss(states, weight, case.targets, case.token_loss, shard=shard, **options)[0].backward()
 
-    # A process's first collective and backward import modules, whose frames hold a gradient so that autograd copies it.
-    forward_and_backward()
+    # The first count in a process imports modules, whose frames hold a gradient for a while, and autograd copies what others hold.
+    peak_bytes(forward_and_backward)
     formula = single_pass_bytes(*states.shape, shard, dtype=dtype, device=states.device, **options)
     return peak_bytes(forward_and_backward), formula
 
