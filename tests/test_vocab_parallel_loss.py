@@ -301,7 +301,7 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
         states.grad = None
         vocab_parallel_loss(states, weight, case.targets, case.token_loss, shard=shard, **options)[0].backward()
 
-    # The first count in a process imports modules, whose frames hold a gradient for a while, and autograd copies what others hold.
+    # In the first count of a process something holds the gradient for a while, and autograd copies what others hold.
     peak_bytes(forward_and_backward)
     formula = single_pass_bytes(*states.shape, shard, dtype=dtype, device=states.device, **options)
     return peak_bytes(forward_and_backward), formula
