@@ -322,8 +322,11 @@ def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hid
 
 def test_chunks_are_of_equal_size_within_their_limits():
     head, cpu = sweep.Head(VocabShard(50, 50)), torch.device("cpu")
-    assert [head.rows_of_chunk(rows, cpu) for rows in (0, 7, 200, 512, 1200, 2048)] == [1, 7, 100, 128, 300, 342]
-    assert sweep.Head(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(100, cpu) == 50
+    wanted = {0: 1, 7: 7, 50: 50, 200: 128, 512: 128, 1200: 320, 1281: 352, 2048: 352}
+    assert {rows: head.rows_of_chunk(rows, cpu) for rows in wanted} == wanted
+    assert [sweep.Head(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(rows, cpu) for rows in (60, 100, 130)] == [60, 64, 64]
+    assert [sweep.Head(VocabShard(50, 50), chunk_rows=7).rows_of_chunk(rows, cpu) for rows in (5, 10, 700)] == [5, 7, 7]
+    assert [head.rows_of_chunk(rows, torch.device("cuda")) for rows in (4096, 1500, 300)] == [1024, 768, 300]
 
 
 def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_used():
