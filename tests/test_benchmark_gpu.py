@@ -79,13 +79,13 @@ def test_a_wrong_head_is_refused(monkeypatch):
 
 
 def test_products_are_the_heads_three():
-    problem = gpu_head.make_problem(300, 24, 91, torch.float32, CPU)
+    problem = gpu_head.make_problem(384, 24, 91, torch.float32, CPU)
     gpu_head.products(problem)
     (buffer, grad), (grad_hidden, _) = problem.scratch["products"], problem.scratch["hidden"]
     weight, hidden = problem.weight.detach(), problem.hidden.detach()
-    torch.testing.assert_close(buffer, hidden[200:] @ weight.t(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffer, hidden[256:] @ weight.t(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_hidden, torch.cat([grad, grad, grad]) @ weight, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(problem.weight.main_grad, grad.t() @ hidden.view(3, 100, 24).sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(problem.weight.main_grad, grad.t() @ hidden.view(3, 128, 24).sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_the_target_is_in_bf16_of_the_backend_that_runs_by_default():

@@ -72,6 +72,17 @@ def test_both_gradients_are_added_to_what_is_there(rows, hidden, columns, dtype,
     assert torch.equal(grad, before)
 
 
+def test_in_bf16_the_hidden_states_gradient_is_rounded_once_whatever_the_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    grad, weight = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in ((5, 400), (400, 12)))
+    found = []
+    for rows in (1024, 10):
+        monkeypatch.setattr(gemm, "_BLOCK_ROWS", rows)
+        found.append(torch.zeros(5, 12))
+        gemm.add_gradients(found[-1], None, grad, torch.zeros(5, 12, dtype=torch.bfloat16), weight)
+    assert torch.equal(found[1], found[0]) and torch.equal(found[0], found[0].to(torch.bfloat16).float())
+
+
 def test_no_columns_leave_everything_as_it_is():
     none, states, grad_hidden = torch.zeros(0, 4), torch.ones(3, 4), torch.ones(3, 4)
     assert gemm.logits_into(torch.empty(3, 0), states, none, 0.5).shape == (3, 0)

@@ -68,6 +68,20 @@ def test_values_and_gradients_equal_float64_autograd(rows, hidden, vocab, chunk_
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_at_the_edges_of_a_group_of_columns_count_once(monkeypatch, dtype):
+    case = loss_case(6, 12, 111, dtype=dtype)
+    case.targets = torch.tensor([0, 36, 37, 73, 74, 110])
+    case.token_loss = lambda _, logp, __: (logp * torch.arange(1.0, 7.0)).sum()
+    found = []
+    for columns in (111, 37):
+        monkeypatch.setattr(sweep, "_COLUMNS", columns)
+        weight = with_main_grad(case.weight)
+        run(case, weight)[0].backward()
+        found.append(weight.main_grad)
+    torch.testing.assert_close(*found, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-5)
+
+
 @pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
@@ -255,7 +269,7 @@ def test_bf16_gradients_of_hidden_states_are_summed_in_fp32_over_many_groups_of_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "hidden", "vocab", "chunk_rows"),
-    [(96, 24, 40_000, 32), (200, 256, 3_000, 64), (4096, 512, 1_000, 64), (140, 700, 500, 70)],
+    [(96, 24, 40_000, 32), (200, 256, 3_000, 64), (4096, 512, 1_000, 64), (140, 4096, 500, 70)],
 )
 def test_peak_memory_is_what_the_formula_says(dtype, rows, hidden, vocab, chunk_rows):
     case = loss_case(rows, hidden, vocab, dtype=dtype)
@@ -325,8 +339,11 @@ def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hid
 
 def test_chunks_are_of_equal_size_within_their_limits():
     head, cpu = sweep.Head(VocabShard(50, 50)), torch.device("cpu")
-    assert [head.rows_of_chunk(rows, cpu) for rows in (0, 7, 200, 512, 1200, 2048)] == [1, 7, 100, 128, 300, 342]
-    assert sweep.Head(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(100, cpu) == 50
+    wanted = {0: 1, 7: 7, 50: 50, 200: 128, 512: 128, 1200: 320, 1281: 352, 2048: 352}
+    assert {rows: head.rows_of_chunk(rows, cpu) for rows in wanted} == wanted
+    assert [sweep.Head(VocabShard(50, 50), chunk_rows=64).rows_of_chunk(rows, cpu) for rows in (60, 100, 130)] == [60, 64, 64]
+    assert [sweep.Head(VocabShard(50, 50), chunk_rows=7).rows_of_chunk(rows, cpu) for rows in (5, 10, 700)] == [5, 7, 7]
+    assert [head.rows_of_chunk(rows, torch.device("cuda")) for rows in (4096, 1500, 300)] == [1024, 768, 300]
 
 
 def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_used():

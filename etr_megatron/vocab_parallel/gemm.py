@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
 """Of the weight, the most that a product on CPU takes at a time: so much, and so many rows."""
 
-_ROWS = 32
+ROWS = 32
 """oneDNN makes a program for each shape it is given, in half a millisecond, and keeps it, in half a megabyte. So the rows, as
 many as a microbatch has tokens, come in multiples of this."""
 
@@ -33,7 +33,7 @@ _ONEDNN = _has_onednn()
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
     """Rows that a product on CPU is computed with when it is asked for of `rows`; those beyond them are zeros."""
-    return -(-rows // _ROWS) * _ROWS if _ONEDNN and dtype == torch.float32 else rows
+    return -(-rows // ROWS) * ROWS if _ONEDNN and dtype == torch.float32 else rows
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ _COLUMNS = 8192
 Backend = Literal["auto", "torch", "triton"]
 
 
+def _in_multiples(rows: int) -> int:
+    return -(-rows // gemm.ROWS) * gemm.ROWS
+
+
 @dataclass(frozen=True)
 class Head:
     """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device.
@@ -53,11 +57,12 @@ class Head:
         return torch_rows
 
     def rows_of_chunk(self, rows: int, device: torch.device) -> int:
-        """Rows of a chunk when there are `rows` in all: equal chunks, the last may be smaller; the same on every rank."""
+        """Rows of a chunk when there are `rows` in all, the same on every rank: chunks that are as equal as multiples of
+        `gemm.ROWS` within the limit can be; the last may be smaller."""
         least, most = _CHUNK_ROWS["cpu" if device.type == "cpu" else "cuda"]
-        limit = self.chunk_rows or min(most, max(least, -(-rows // 4)))
+        limit = self.chunk_rows or min(most, max(least, _in_multiples(-(-rows // 4))))
         chunks = max(1, -(-rows // limit))
-        return max(1, -(-rows // chunks))
+        return max(1, min(rows, limit, _in_multiples(-(-rows // chunks))))
 
     def buffers_on(self, device: torch.device) -> int:
         """Chunks of logits that are alive at a time."""
