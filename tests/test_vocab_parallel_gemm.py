@@ -38,38 +38,40 @@ def whole(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-1, 2, (rows, columns), generator=generator).to(dtype)
 
 
-SIZES = pytest.mark.parametrize(("rows", "hidden", "columns"), [(1, 5, 3), (7, 12, 131), (4, 1, 50), (5, 33, 1), (1, 1, 1)])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SIZES = [(1, 5, 3), (7, 12, 131), (4, 1, 50), (5, 33, 1), (1, 1, 1)]
+"""(rows, H, columns)."""
+
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @pytest.mark.usefixtures("block_bytes")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@DTYPES
-@SIZES
-def test_logits_are_the_scaled_product(rows, hidden, columns, dtype, layout):
-    states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
-    out = torch.full((rows, columns + 2), torch.nan)
-    for scale in (1.0, 0.5):
-        found = gemm.logits_into(out[:, 1:-1], states, weight, scale)
-        assert torch.equal(found, scale * (states.float() @ weight.float().t()))
-        assert found.data_ptr() == out[:, 1:].data_ptr() and out[:, [0, -1]].isnan().all()
+@LAYOUT
+@DTYPE
+def test_logits_are_the_scaled_product(dtype, layout):
+    for rows, hidden, columns in SIZES:
+        states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
+        out = torch.full((rows, columns + 2), torch.nan)
+        for scale in (1.0, 0.5):
+            found = gemm.logits_into(out[:, 1:-1], states, weight, scale)
+            assert torch.equal(found, scale * (states.float() @ weight.float().t())), (rows, hidden, columns, scale)
+            assert found.data_ptr() == out[:, 1:].data_ptr() and out[:, [0, -1]].isnan().all()
 
 
 @pytest.mark.usefixtures("block_bytes")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("with_total", [True, False])
-@DTYPES
-@SIZES
-def test_both_gradients_are_added_to_what_is_there(rows, hidden, columns, dtype, with_total, layout):
-    states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
-    grad = torch.nn.functional.pad(whole(rows, columns, dtype), (1, 1), value=torch.nan)[:, 1:-1]  # a group of columns
-    before = grad.clone()
-    grad_hidden = torch.full((rows, hidden), 2.5)
-    total = torch.full((columns, hidden), -1.5) if with_total else None
-    gemm.add_gradients(grad_hidden, total, grad, states, weight)
-    assert torch.equal(grad_hidden, 2.5 + grad.float() @ weight.float())
-    assert total is None or torch.equal(total, -1.5 + grad.float().t() @ states.float())
-    assert torch.equal(grad, before)
+@LAYOUT
+@DTYPE
+def test_both_gradients_are_added_to_what_is_there(dtype, layout):
+    for rows, hidden, columns in SIZES:
+        states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
+        grad = torch.nn.functional.pad(whole(rows, columns, dtype), (1, 1), value=torch.nan)[:, 1:-1]  # a group of columns
+        before = grad.clone()
+        for total in (torch.full((columns, hidden), -1.5), None):
+            grad_hidden = torch.full((rows, hidden), 2.5)
+            gemm.add_gradients(grad_hidden, total, grad, states, weight)
+            assert torch.equal(grad_hidden, 2.5 + grad.float() @ weight.float()), (rows, hidden, columns)
+            assert total is None or torch.equal(total, -1.5 + grad.float().t() @ states.float()), (rows, hidden, columns)
+        assert torch.equal(grad, before)
 
 
 def test_in_bf16_the_hidden_states_gradient_is_rounded_once_whatever_the_blocks(monkeypatch):
