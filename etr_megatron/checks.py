@@ -34,6 +34,7 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_loss(config),
         lambda: check_servers(config),
         lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_used(config.checkpoint.resume),
+        lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_unwritable(),
         lambda: require_wandb(config),
         lambda: check_replay(config),
     )

@@ -292,6 +292,34 @@ def test_a_run_directory_that_may_not_be_looked_into_is_a_user_error(tmp_path: P
         RunDirectory(tmp_path / "run").refuse_if_used(resume=True)
 
 
+@pytest.mark.parametrize("place", ["file/run", "file/deeper/run"])
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_started(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run: cannot be written \(Not a directory\); choose another run.dir or run.name$"):
+        RunDirectory(tmp_path / place).refuse_if_unwritable()
+    with pytest.raises(UserError, match=r"^/proc/x/y: cannot be written"):
+        RunDirectory(Path("/proc/x/y")).refuse_if_unwritable()
+
+
+def test_a_look_whether_a_place_can_be_written_leaves_it_as_it_is(tmp_path: Path) -> None:
+    for _ in range(2):
+        RunDirectory(tmp_path / "a" / "b" / "run").refuse_if_unwritable()
+        assert not any(tmp_path.iterdir())
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    RunDirectory(tmp_path / "a" / "run").refuse_if_unwritable()
+    assert (tmp_path / "a" / "run").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"run: \xff\xfe", b"- run", b"run: ["])
+def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: bytes) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.config_file.write_bytes(content)
+    (directory.checkpoints / "step_000001").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml: not .*restore it or remove it"):
+        directory.prepare(Config())
+
+
 def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     config = Config(checkpoint=CheckpointConfig(resume=False))
     directory = RunDirectory(tmp_path / "run")

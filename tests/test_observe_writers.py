@@ -204,6 +204,12 @@ def test_report_works_as_a_module_and_names_what_is_missing(tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_report_names_what_is_no_file_of_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert report([str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'run' / 'metrics.jsonl'}: Is a directory\n"
+
+
 def test_report_picture_needs_matplotlib_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +219,10 @@ def test_report_picture_needs_matplotlib_and_says_so(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_report_draws_a_picture(tmp_path: Path) -> None:
+def test_report_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    assert report([str(make_run(tmp_path)), "--png", str(tmp_path / "curves.png")]) == 0
+    assert report([str(make_run(tmp_path)), "--png", str(tmp_path / "nowhere" / "curves.png")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --png {tmp_path / 'nowhere' / 'curves.png'}: cannot be written (No such file or directory)\n"
+    assert report([str(tmp_path / "run"), "--png", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -56,7 +56,11 @@ def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(m
 
 
 def test_a_mistake_that_no_number_of_gpus_mends_is_told_as_such() -> None:
-    for arguments, told in ((["model.path=models/Nobody-1B"], "^model.path: "), (["--gpu-memory", "0"], "^--gpu-memory 0: ")):
+    for arguments, told in (
+        (["model.path=models/Nobody-1B"], "^model.path: "),
+        (["--gpu-memory", "0"], "^--gpu-memory 0: "),
+        (["--nproc", "2"], "^--dry-run starts no processes: give --gpus"),
+    ):
         with pytest.raises(UserError, match=told):
             dry_run(["--config", str(CONFIG), *arguments])
 

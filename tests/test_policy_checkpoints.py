@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -187,22 +186,28 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gang
     )
 
 
-def error_of_a_damaged_checkpoint(model: str, folder: str, file: str) -> str:
-    """Of a load after `file` of the checkpoint was cut off."""
+def error_of_a_damaged_checkpoint(model: str, folder: str, file: str, content: bytes | None) -> str:
+    """Of a load after `file` of the checkpoint was cut off, or had another `content`."""
     from etr_megatron import checkpoint
 
     policy = build(model, ["parallel.tp=1"])
     checkpoint.save(Path(folder), 0, policy, {"step": 0, "tensors": {"drawn": torch.ones(2)}}, keep=1)
     (path,) = Path(folder).glob(f"step_*/{file}")
-    os.truncate(path, 10)
+    path.write_bytes(path.read_bytes()[:10] if content is None else content)
     with pytest.raises(UserError) as error:
         checkpoint.load(Path(folder), 0, policy)
     return str(error.value)
 
 
-@pytest.mark.parametrize("file", ["trainer.json", "trainer.safetensors", "metadata.json", "common.pt", "__0_0.distcp"])
-def test_a_damaged_checkpoint_is_named_and_said_to_be_removed(gangs, hf_models, tmp_path, file):
-    job = dict(model=hf_models["qwen3"], folder=str(tmp_path), file=file)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *((name, None) for name in ("trainer.json", "trainer.safetensors", "metadata.json", "common.pt", "__0_0.distcp")),
+        ("trainer.json", b"[]"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_said_to_be_removed(gangs, hf_models, tmp_path, file, content):
+    job = dict(model=hf_models["qwen3"], folder=str(tmp_path), file=file, content=content)
     (error,) = gangs(1).run("tests.test_policy_checkpoints:error_of_a_damaged_checkpoint", **job)
     assert (
         error.startswith(f"{tmp_path / 'step_000000'} ") and "damaged" in error and "remove it" in error and "()" not in error

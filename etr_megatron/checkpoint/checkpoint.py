@@ -128,6 +128,8 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
+    if not isinstance(trainer, dict):
+        raise json.JSONDecodeError(f"{TRAINER_FILE} is no object", "", 0)
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     _refuse_other_optimizer(path, trainer, policy)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import load_rows, plot, summary
+from etr_megatron.platform.files import path_errors
 from etr_megatron.status import code_of_printing
 
 _RUN_DIR = "a run's directory, such as runs/<run.name>"
@@ -38,7 +39,8 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves (needs matplotlib)")
     arguments = parser.parse_args(argv)
-    rows = load_rows(arguments.run_dir)
+    with path_errors():
+        rows = load_rows(arguments.run_dir)
     print(summary(rows))
     if arguments.png is not None:
         plot(rows, arguments.png)

@@ -11,7 +11,6 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe.metrics import MetricsRow
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
-from etr_megatron.platform.files import disk_errors
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward_mean",)),
@@ -84,8 +83,10 @@ def plot(rows: list[MetricsRow], path: Path) -> None:
         axes.set_xlabel("step")
         if len(keys) > 1:
             axes.legend(fontsize="small")
-    with disk_errors(path):
+    try:
         figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"--png {path}: cannot be written ({error.strerror})") from error
 
 
 def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +101,20 @@ class RunDirectory:
                 "the directory"
             )
 
+    def refuse_if_unwritable(self) -> None:
+        """Raise `UserError` where the directory cannot be made or written to; nothing that was not there is left behind."""
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        with disk_errors(self.root):
+            try:
+                for path in reversed(missing):
+                    path.mkdir(exist_ok=True)
+                if not os.access(self.root, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root))
+            finally:
+                for path in missing:
+                    with suppress(OSError):  # not made, or somebody has begun to use it
+                        path.rmdir()
+
     def prepare(self, config: Config) -> list[str]:
         """Make the directories and config.yaml; return the keys in which `config` differs from the run's start.
 
@@ -158,7 +173,7 @@ class RunDirectory:
     def _started_with(self) -> dict[str, Any]:
         try:
             loaded = yaml.safe_load(self.config_file.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             place = " ".join(str(error).split())
             raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
         if not isinstance(loaded, dict):

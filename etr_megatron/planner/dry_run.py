@@ -55,6 +55,8 @@ def check_and_print(argv: Sequence[str]) -> None:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"--dry-run: {error}") from None
+    if any(argument.partition("=")[0] == "--nproc" for argument in rest):
+        raise UserError("--dry-run starts no processes: give --gpus in the place of --nproc")
     options = dict(gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
     path, overrides = parse_args(rest)
     config = load_config(path, overrides)

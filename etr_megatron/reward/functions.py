@@ -51,6 +51,6 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
             config.range_min,
             "error",
             f"{config.function} returned {reward}, outside of reward.range_min = {config.range_min} to "
-            f"reward.range_max = {config.range_max}",
+            f"reward.range_max = {config.range_max}; set these to what it can give",
         )
     return Grade(reward, "ok", "")

@@ -20,7 +20,7 @@ def train(config: Config) -> Iterator[Violation]:
         if train.lr_warmup_updates >= updates:
             yield Violation(
                 ("train.lr_warmup_updates", "run.steps", "train.epochs", "train.minibatches"),
-                f"the warm-up must end before the run does, which has {updates} optimizer steps",
+                f"the warm-up must end before the run does, which has {updates} optimizer steps; lower lr_warmup_updates",
             )
     if train.overlap_param_gather and not (train.distributed_optimizer and train.overlap_grad_reduce):
         yield Violation(
