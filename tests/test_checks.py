@@ -221,7 +221,10 @@ def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) ->
     assert message.startswith("reward.function is 'no_such_module_here:grade'")
     assert "no_such_module_here" in message.partition(": ")[2]
     assert "floor_lamp" in refusal(replace(config, reward=RewardConfig(function="math:floor_lamp")))
-    check_inputs(replace(config, reward=RewardConfig(function="math:fsum")), 1)
+    assert refusal(replace(config, reward=RewardConfig(function="math:fsum"))) == (
+        "reward.function is 'math:fsum': it must be callable with three arguments, the prompt, the response and the answer"
+    )
+    check_inputs(replace(config, reward=RewardConfig(function="tests.rewards:digit_sum_is_even")), 1)
 
 
 def test_a_loss_that_cannot_be_imported_or_called_is_refused(config: Config) -> None:

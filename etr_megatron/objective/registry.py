@@ -10,17 +10,15 @@ and `objective.loss=my_package.my_losses:my_loss`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
-from etr_megatron.imports import ImportPathError, import_function
+from etr_megatron.imports import ImportPathError, import_function, takes
 from etr_megatron.objective.inputs import LossInputs, LossOutputs
 from etr_megatron.objective.own_code import told_as_the_losses
 
@@ -132,19 +130,9 @@ def resolve_loss(name: str) -> PolicyLoss:
         function = import_function(name)
     except ImportPathError as error:
         raise UserError(f"objective.loss is {name!r}: {error}") from error
-    if not _takes_one_argument(function):
+    if not takes(function, 1):
         raise UserError(f"objective.loss is {name!r}: it must be callable with one argument, the LossInputs")
     return PolicyLoss(name, function, bool(getattr(function, "token_local", False)))
-
-
-def _takes_one_argument(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature: calling it will tell
-        return True
-    return True
 
 
 def _fault(outputs: object, inputs: LossInputs) -> str:

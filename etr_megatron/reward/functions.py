@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import import_function
+from etr_megatron.imports import ImportPathError, import_function, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
@@ -16,7 +16,7 @@ Grader = Callable[[GradeRequest], Grade]
 def load_grader(config: RewardConfig) -> Grader:
     """The grader that `config.function` names, ready to grade (imports done, parsers warm).
 
-    Raises ImportPathError if the user's module or function cannot be had.
+    Raises ImportPathError if the user's module or function cannot be had, or takes other arguments.
     """
     if config.function == "math":
         from etr_megatron.reward import symbolic
@@ -24,6 +24,8 @@ def load_grader(config: RewardConfig) -> Grader:
         symbolic.warm_up()
         return lambda request: _grade_math(request, config)
     function = import_function(config.function)
+    if not takes(function, 3):
+        raise ImportPathError("it must be callable with three arguments, the prompt, the response and the answer")
     return lambda request: _grade_custom(function, request, config)
 
 
