@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from etr_megatron.errors import UserError
@@ -28,6 +32,26 @@ def test_a_recorded_step_comes_back_exactly(tmp_path):
     assert [group_from_json(one) for one in found] == [group("a"), group("b")]
     assert counts == {"groups_asked": 3}
     assert found[1]["samples"][0]["old_logprobs"] == [-0.2, -0.3, 0.0]
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\r\n", "\n"], ids=ascii)
+def test_texts_may_hold_any_line_break(tmp_path, odd):
+    sample = Sample(0, [5], [-0.1], "stop", 4, f"an{odd}swer{odd}", 1.0, "ok")
+    one = Group("a@1", Problem("a", f"6 times{odd}7?", f"4{odd}2", [1]), [sample])
+    write_record(tmp_path / "recorded", 1, [one, one], {}, None)
+    assert [group_from_json(found) for found in read_record(tmp_path / "recorded", 1)[0]] == [one, one]
+    assert len(listing(tmp_path, 1).split("\n")) == 2
+
+
+def test_a_record_is_utf_8_in_any_locale(tmp_path):
+    write_record(tmp_path, 5, [group()], {}, None)
+    script = (
+        "import sys; from pathlib import Path; from etr_megatron.rollout.record import read_record; "
+        "print(ascii(read_record(Path(sys.argv[1]), 5)[0][0]['samples'][0]['text']))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ascii("x €"), done.stderr
 
 
 def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):

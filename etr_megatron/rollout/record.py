@@ -60,7 +60,7 @@ def write_record(
         lines.append(line)
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(record_path(folder, step), text.encode())
+    write_atomically(record_path(folder, step), text.encode("utf-8"))
 
 
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -69,7 +69,9 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
     if not path.is_file():
         raise UserError(f"{folder} {_what_there_is(folder, step)}")
     try:
-        head, *groups = map(json.loads, path.read_text().splitlines())
+        # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        head, *groups = map(json.loads, lines)
         return groups, head["counts"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not a recorded step ({error})") from error
