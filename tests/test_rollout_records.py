@@ -11,7 +11,7 @@ import pytest
 from etr_megatron.errors import UserError
 from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
-from etr_megatron.rollout.record import group_from_json, read_record, write_record
+from etr_megatron.rollout.record import group_from_json, read_record, recorded_steps, write_record
 from etr_megatron.types import Group, Problem, Sample
 from tests.runs import wait_for
 
@@ -64,6 +64,15 @@ def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(UserError, match=r"step_000004\.jsonl is not a recorded step"):
         read_record(tmp_path, 4)
+
+
+def test_files_that_are_no_steps_do_not_count(tmp_path):
+    write_record(tmp_path, 4, [group()], {}, None)
+    for name in ("step_000001 (copy).jsonl", "step_old.jsonl", "step_.jsonl", "step_2.jsonl", ".step_000003.jsonl.7.tmp"):
+        (tmp_path / name).write_text("")
+    assert recorded_steps(tmp_path) == [4]
+    with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 2"):
+        read_record(tmp_path, 2)
 
 
 @pytest.mark.slow
