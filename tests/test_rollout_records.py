@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch.distributed as dist
 
+from etr_megatron.config import Config
+from etr_megatron.config.schema import RolloutConfig
 from etr_megatron.errors import UserError
 from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
+from etr_megatron.rollout import ReplaySampler
 from etr_megatron.rollout.record import group_from_json, read_record, recorded_steps, write_record
 from etr_megatron.types import Group, Problem, Sample
 from tests.runs import wait_for
@@ -73,6 +78,29 @@ def test_files_that_are_no_steps_do_not_count(tmp_path):
     assert recorded_steps(tmp_path) == [4]
     with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 2"):
         read_record(tmp_path, 2)
+
+
+@pytest.fixture
+def replayed(tmp_path):
+    """What a replay of the run in `tmp_path` gets for step 1, with settings of `rollout`."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def take(**settings):
+        config = Config(rollout=RolloutConfig(replay=str(tmp_path), **settings))
+        return ReplaySampler(config, cursor=None).take(1, lambda _: nullcontext())
+
+    yield take
+    dist.destroy_process_group()
+
+
+def test_a_replay_with_other_numbers_than_the_records_is_refused(tmp_path, replayed):
+    write_record(tmp_path / "recorded", 1, [group("a"), group("b")], {"groups_asked": 3}, None)
+    found = replayed(prompts_per_step=2, samples_per_prompt=2)
+    assert found.groups == [group("a"), group("b")] and found.counts == {"groups_asked": 3}
+    with pytest.raises(UserError, match=r"has 2 groups; set rollout\.prompts_per_step=2 to replay it$"):
+        replayed(prompts_per_step=4, samples_per_prompt=2)
+    with pytest.raises(UserError, match=r"has groups of 2 samples; set rollout\.samples_per_prompt=2 to replay it$"):
+        replayed(prompts_per_step=2, samples_per_prompt=8)
 
 
 @pytest.mark.slow
