@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
 from etr_megatron.rollout import ReplaySampler
-from etr_megatron.rollout.record import group_from_json, read_record, recorded_steps, write_record
+from etr_megatron.rollout.record import group_from_json, group_to_json, read_record, recorded_steps, write_record
 from etr_megatron.types import Group, Problem, Sample
 from tests.runs import wait_for
 
@@ -101,6 +102,64 @@ def test_a_replay_with_other_numbers_than_the_records_is_refused(tmp_path, repla
         replayed(prompts_per_step=4, samples_per_prompt=2)
     with pytest.raises(UserError, match=r"has groups of 2 samples; set rollout\.samples_per_prompt=2 to replay it$"):
         replayed(prompts_per_step=2, samples_per_prompt=8)
+
+
+def damaged(**changes) -> str:
+    """A recorded step whose first sample, its problem or its group has other values; None takes one out."""
+    one = group_to_json(group())
+    for place in (one, one["problem"], one["samples"][0]):
+        place.update({key: changes[key] for key in changes.keys() & place.keys()})
+        for key in [key for key in place if key in changes and changes[key] is None]:
+            del place[key]
+    return '{"step": 1, "counts": {}}\n' + json.dumps(one) + "\n"
+
+
+DAMAGES = [
+    ("", "it is empty"),
+    ("\n", "it is empty"),
+    ('{"step": 1, "counts": {}}\n', "it has no groups"),
+    ("[1]\n" + damaged().split("\n")[1] + "\n", "line 1: the head is not a JSON object"),
+    ('{"step": 1}\n' + damaged().split("\n")[1] + "\n", "line 1: `counts`"),
+    ('{"step": 1, "counts": [1]}\n' + damaged().split("\n")[1] + "\n", "line 1: `counts`"),
+    (damaged() + "7\n", "line 3: a group is not a JSON object"),
+    (damaged() + "{\n", "line 3: not JSON"),
+    (damaged(id=None), "line 2: `id`"),
+    (damaged(problem=None), "line 2: `problem`"),
+    (damaged(samples=None), "line 2: `samples`"),
+    (damaged(samples=[]), "line 2: `samples`"),
+    (damaged(samples=[3]), "line 2: a sample is not a JSON object"),
+    (damaged(answer=None), "line 2: `answer`"),
+    (damaged(prompt=7), "line 2: `prompt`"),
+    (damaged(reward=None), "line 2: `reward`"),
+    (damaged(reward="1"), "line 2: `reward`"),
+    (damaged(response_ids=None), "line 2: `response_ids`"),
+    (damaged(response_ids=["a", "b", "c"]), "line 2: `response_ids`"),
+    (damaged(response_ids=[5, 6]), "line 2: `rollout_logprobs`"),
+    (damaged(rollout_logprobs=[None, 0, 0]), "line 2: `rollout_logprobs`"),
+    (damaged(weight_versions=[1]), "line 2: `weight_versions`"),
+    (damaged().replace('"text"', '"old_logprobs": [0.5], "text"'), "line 2: `old_logprobs`"),
+    (damaged().replace('"answer"', '"more": 1, "answer"'), "line 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), DAMAGES, ids=[f"{number} {why}" for number, (_, why) in enumerate(DAMAGES)])
+def test_a_damaged_record_is_one_sentence(tmp_path, replayed, capsys, text, why):
+    path = tmp_path / "recorded" / "step_000001.jsonl"
+    path.parent.mkdir()
+    path.write_text(text)
+    for more in ([], ["--sample", "a@5/0"]):
+        assert main(["rollout", str(tmp_path), "--step", "1", *more]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {path} is not a recorded step ({why}") and not printed.out
+        assert printed.err.count("\n") == 1
+    with pytest.raises(UserError, match="is not a recorded step"):
+        replayed(prompts_per_step=1, samples_per_prompt=2)
+
+
+def test_what_is_no_damage_is_read(tmp_path, replayed):
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "step_000001.jsonl").write_text(damaged().replace('"text"', '"later": [0.5], "text"').strip())
+    assert replayed(prompts_per_step=1, samples_per_prompt=2).groups == [group()]
 
 
 @pytest.mark.slow

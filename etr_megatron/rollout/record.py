@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import write_atomically
+from etr_megatron.rollout.record_checks import check_group, check_head
 from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
@@ -67,17 +68,38 @@ def write_record(
 
 
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The groups of a step as `group_from_json` takes them, and the sampler's metrics. Raises UserError when there are none."""
+    """The groups of a step as `group_from_json` takes them, and the sampler's metrics.
+
+    Raises UserError when there are none, or the file is damaged: whoever reads them can rely on what `group_to_json` writes.
+    """
     path = record_path(folder, step)
     if not path.is_file():
         raise UserError(f"{folder} {_what_there_is(folder, step)}")
     try:
-        # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        head, *groups = map(json.loads, lines)
-        return groups, head["counts"]
-    except (ValueError, KeyError) as error:
+        head, groups = _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not a recorded step ({error})") from error
+    return groups, head["counts"]
+
+
+def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line and the groups; raises ValueError saying what is wrong with them."""
+    # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
+    lines = text.removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise ValueError("it is empty")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+            (check_group if number > 1 else check_head)(found[-1])
+        except json.JSONDecodeError as error:  # its own text speaks of line 1
+            raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+    if len(found) == 1:
+        raise ValueError("it has no groups")
+    return found[0], found[1:]
 
 
 def _what_there_is(folder: Path, missing: int) -> str:
