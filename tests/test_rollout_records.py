@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 
+import pytest
+import torch.distributed as dist
+
+from etr_megatron.config import Config
+from etr_megatron.config.schema import RolloutConfig
 from etr_megatron.errors import UserError
 from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
-from etr_megatron.rollout.record import group_from_json, read_record, write_record
+from etr_megatron.rollout import ReplaySampler
+from etr_megatron.rollout.record import group_from_json, group_to_json, read_record, recorded_steps, write_record
 from etr_megatron.types import Group, Problem, Sample
 from tests.runs import wait_for
 
@@ -30,6 +40,26 @@ def test_a_recorded_step_comes_back_exactly(tmp_path):
     assert found[1]["samples"][0]["old_logprobs"] == [-0.2, -0.3, 0.0]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\r\n", "\n"], ids=ascii)
+def test_texts_may_hold_any_line_break(tmp_path, odd):
+    sample = Sample(0, [5], [-0.1], "stop", 4, f"an{odd}swer{odd}", 1.0, "ok")
+    one = Group("a@1", Problem("a", f"6 times{odd}7?", f"4{odd}2", [1]), [sample])
+    write_record(tmp_path / "recorded", 1, [one, one], {}, None)
+    assert [group_from_json(found) for found in read_record(tmp_path / "recorded", 1)[0]] == [one, one]
+    assert len(listing(tmp_path, 1).split("\n")) == 2
+
+
+def test_a_record_is_utf_8_in_any_locale(tmp_path):
+    write_record(tmp_path, 5, [group()], {}, None)
+    script = (
+        "import sys; from pathlib import Path; from etr_megatron.rollout.record import read_record; "
+        "print(ascii(read_record(Path(sys.argv[1]), 5)[0][0]['samples'][0]['text']))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ascii("x €"), done.stderr
+
+
 def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"has no recorded steps; rollout\.record makes them$"):
         read_record(tmp_path, 1)
@@ -40,6 +70,96 @@ def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(UserError, match=r"step_000004\.jsonl is not a recorded step"):
         read_record(tmp_path, 4)
+
+
+def test_files_that_are_no_steps_do_not_count(tmp_path):
+    write_record(tmp_path, 4, [group()], {}, None)
+    for name in ("step_000001 (copy).jsonl", "step_old.jsonl", "step_.jsonl", "step_2.jsonl", ".step_000003.jsonl.7.tmp"):
+        (tmp_path / name).write_text("")
+    assert recorded_steps(tmp_path) == [4]
+    with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 2"):
+        read_record(tmp_path, 2)
+
+
+@pytest.fixture
+def replayed(tmp_path):
+    """What a replay of the run in `tmp_path` gets for step 1, with settings of `rollout`."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def take(**settings):
+        config = Config(rollout=RolloutConfig(replay=str(tmp_path), **settings))
+        return ReplaySampler(config, cursor=None).take(1, lambda _: nullcontext())
+
+    yield take
+    dist.destroy_process_group()
+
+
+def test_a_replay_with_other_numbers_than_the_records_is_refused(tmp_path, replayed):
+    write_record(tmp_path / "recorded", 1, [group("a"), group("b")], {"groups_asked": 3}, None)
+    found = replayed(prompts_per_step=2, samples_per_prompt=2)
+    assert found.groups == [group("a"), group("b")] and found.counts == {"groups_asked": 3}
+    with pytest.raises(UserError, match=r"has 2 groups; set rollout\.prompts_per_step=2 to replay it$"):
+        replayed(prompts_per_step=4, samples_per_prompt=2)
+    with pytest.raises(UserError, match=r"has groups of 2 samples; set rollout\.samples_per_prompt=2 to replay it$"):
+        replayed(prompts_per_step=2, samples_per_prompt=8)
+
+
+def damaged(**changes) -> str:
+    """A recorded step whose first sample, its problem or its group has other values; None takes one out."""
+    one = group_to_json(group())
+    for place in (one, one["problem"], one["samples"][0]):
+        place.update({key: changes[key] for key in changes.keys() & place.keys()})
+        for key in [key for key in place if key in changes and changes[key] is None]:
+            del place[key]
+    return '{"step": 1, "counts": {}}\n' + json.dumps(one) + "\n"
+
+
+DAMAGES = [
+    ("", "it is empty"),
+    ("\n", "it is empty"),
+    ('{"step": 1, "counts": {}}\n', "it has no groups"),
+    ("[1]\n" + damaged().split("\n")[1] + "\n", "line 1: the head is not a JSON object"),
+    ('{"step": 1}\n' + damaged().split("\n")[1] + "\n", "line 1: `counts`"),
+    ('{"step": 1, "counts": [1]}\n' + damaged().split("\n")[1] + "\n", "line 1: `counts`"),
+    (damaged() + "7\n", "line 3: a group is not a JSON object"),
+    (damaged() + "{\n", "line 3: not JSON"),
+    (damaged(id=None), "line 2: `id`"),
+    (damaged(problem=None), "line 2: `problem`"),
+    (damaged(samples=None), "line 2: `samples`"),
+    (damaged(samples=[]), "line 2: `samples`"),
+    (damaged(samples=[3]), "line 2: a sample is not a JSON object"),
+    (damaged(answer=None), "line 2: `answer`"),
+    (damaged(prompt=7), "line 2: `prompt`"),
+    (damaged(reward=None), "line 2: `reward`"),
+    (damaged(reward="1"), "line 2: `reward`"),
+    (damaged(response_ids=None), "line 2: `response_ids`"),
+    (damaged(response_ids=["a", "b", "c"]), "line 2: `response_ids`"),
+    (damaged(response_ids=[5, 6]), "line 2: `rollout_logprobs`"),
+    (damaged(rollout_logprobs=[None, 0, 0]), "line 2: `rollout_logprobs`"),
+    (damaged(weight_versions=[1]), "line 2: `weight_versions`"),
+    (damaged().replace('"text"', '"old_logprobs": [0.5], "text"'), "line 2: `old_logprobs`"),
+    (damaged().replace('"answer"', '"more": 1, "answer"'), "line 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), DAMAGES, ids=[f"{number} {why}" for number, (_, why) in enumerate(DAMAGES)])
+def test_a_damaged_record_is_one_sentence(tmp_path, replayed, capsys, text, why):
+    path = tmp_path / "recorded" / "step_000001.jsonl"
+    path.parent.mkdir()
+    path.write_text(text)
+    for more in ([], ["--sample", "a@5/0"]):
+        assert main(["rollout", str(tmp_path), "--step", "1", *more]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {path} is not a recorded step ({why}") and not printed.out
+        assert printed.err.count("\n") == 1
+    with pytest.raises(UserError, match="is not a recorded step"):
+        replayed(prompts_per_step=1, samples_per_prompt=2)
+
+
+def test_what_is_no_damage_is_read(tmp_path, replayed):
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "step_000001.jsonl").write_text(damaged().replace('"text"', '"later": [0.5], "text"').strip())
+    assert replayed(prompts_per_step=1, samples_per_prompt=2).groups == [group()]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ The first line says how the step was sampled; every other is one group, with tok
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,11 +18,13 @@ from safetensors.torch import save
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import write_atomically
+from etr_megatron.rollout.record_checks import check_group, check_head
 from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
 """The folder's name in a run directory."""
 _REACHED = "reached.safetensors"
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ def record_path(folder: Path, step: int) -> Path:
 
 
 def recorded_steps(folder: Path) -> list[int]:
-    """The steps that `folder` has, in order."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    """The steps that `folder` has, in order. Files with other names than `record_path` gives, such as copies, do not count."""
+    found = ((path, _STEP_FILE.fullmatch(path.name)) for path in folder.glob("step_*.jsonl"))
+    return sorted(int(match[1]) for path, match in found if match and path == record_path(folder, int(match[1])))
 
 
 def write_record(
@@ -60,19 +64,42 @@ def write_record(
         lines.append(line)
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(record_path(folder, step), text.encode())
+    write_atomically(record_path(folder, step), text.encode("utf-8"))
 
 
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The groups of a step as `group_from_json` takes them, and the sampler's metrics. Raises UserError when there are none."""
+    """The groups of a step as `group_from_json` takes them, and the sampler's metrics.
+
+    Raises UserError when there are none, or the file is damaged: whoever reads them can rely on what `group_to_json` writes.
+    """
     path = record_path(folder, step)
     if not path.is_file():
         raise UserError(f"{folder} {_what_there_is(folder, step)}")
     try:
-        head, *groups = map(json.loads, path.read_text().splitlines())
-        return groups, head["counts"]
-    except (ValueError, KeyError) as error:
+        head, groups = _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not a recorded step ({error})") from error
+    return groups, head["counts"]
+
+
+def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line and the groups; raises ValueError saying what is wrong with them."""
+    # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
+    lines = text.removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise ValueError("it is empty")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+            (check_group if number > 1 else check_head)(found[-1])
+        except json.JSONDecodeError as error:  # its own text speaks of line 1
+            raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+    if len(found) == 1:
+        raise ValueError("it has no groups")
+    return found[0], found[1:]
 
 
 def _what_there_is(folder: Path, missing: int) -> str:

@@ -162,17 +162,24 @@ class ReplaySampler:
 
     def __init__(self, config: Config, cursor: PromptCursor) -> None:
         self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
-        self._wanted = config.rollout.prompts_per_step
+        self._wanted, self._size = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups."""
+        """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups or samples."""
         with timer("rollout"):
             found, counts = on_rank0(lambda: read_record(self._folder, step))
         if len(found) != self._wanted:
             raise UserError(
                 f"step {step} in {self._folder} has {len(found)} groups; set rollout.prompts_per_step={len(found)} to replay it"
             )
-        return Rollouts([group_from_json(group) for group in found], counts)
+        groups = [group_from_json(group) for group in found]
+        for group in groups:
+            if (size := len(group.samples)) != self._size:
+                raise UserError(
+                    f"step {step} in {self._folder} has groups of {size} samples; set rollout.samples_per_prompt={size} to "
+                    "replay it"
+                )
+        return Rollouts(groups, counts)
 
     def put_back(self, step: int) -> None:
         """A record is there to be read again."""

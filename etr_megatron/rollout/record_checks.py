@@ -1,0 +1,78 @@
+"""Whether a line of a recorded step holds what was written: people copy, cut and edit these files.
+
+Every function raises ValueError saying what is wrong.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+Kinds = dict[str, type | tuple[type, ...]]
+
+_HEAD: Kinds = {"counts": dict}
+_GROUP: Kinds = {"id": str, "problem": dict, "samples": list}
+_PROBLEM: Kinds = {"id": str, "prompt": str, "answer": str, "prompt_ids": list}
+_SAMPLE: Kinds = {
+    "index": int,
+    "response_ids": list,
+    "rollout_logprobs": list,
+    "finish_reason": str,
+    "weight_version": int,
+    "text": str,
+    "reward": (int, float),
+    "reward_status": str,
+    "weight_versions": list,
+}
+
+
+def check_head(head: Any) -> None:
+    """The first line."""
+    _check_keys("the head", head, _HEAD)
+    if not all(isinstance(count, int | float) for count in head["counts"].values()):
+        raise ValueError("`counts` is not of numbers")
+
+
+def check_group(group: Any) -> None:
+    """Any other line."""
+    _check_keys("a group", group, _GROUP)
+    problem = group["problem"]
+    _check_keys("a problem", problem, _PROBLEM)
+    if more := sorted(problem.keys() - _PROBLEM.keys()):
+        raise ValueError(f"`{more[0]}` is nothing that a problem has")
+    _check_numbers(problem, "prompt_ids", "i")
+    if not group["samples"]:
+        raise ValueError("`samples` is empty")
+    for sample in group["samples"]:
+        _check_sample(sample)
+
+
+def _check_sample(sample: Any) -> None:
+    _check_keys("a sample", sample, _SAMPLE)
+    tokens = len(sample["response_ids"])
+    _check_numbers(sample, "response_ids", "i")
+    _check_numbers(sample, "rollout_logprobs", "d", tokens)
+    if sample["weight_versions"]:
+        _check_numbers(sample, "weight_versions", "i", tokens)
+    if sample.get("old_logprobs") is not None:
+        _check_numbers(sample, "old_logprobs", "d", tokens)
+
+
+def _check_keys(what: str, found: Any, kinds: Kinds) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    for key, kind in kinds.items():
+        if key not in found:
+            raise ValueError(f"`{key}` is missing in {what}")
+        if not isinstance(found[key], kind):
+            raise ValueError(f"`{key}` of {what} is {type(found[key]).__name__}")
+
+
+def _check_numbers(found: dict[str, Any], key: str, code: str, count: int | None = None) -> None:
+    """That they fit into an array of the type `code`, and are as many as there are tokens."""
+    try:
+        numbers = array(code, found[key])
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"`{key}` is not a list of numbers ({error})") from error
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"`{key}` has {len(numbers)} values for {count} tokens")
