@@ -157,7 +157,7 @@ class RunDirectory:
 
     def _started_with(self) -> dict[str, Any]:
         try:
-            loaded = yaml.safe_load(self.config_file.read_text())
+            loaded = yaml.safe_load(self.config_file.read_bytes())  # YAML knows its encoding, whatever the locale
         except yaml.YAMLError as error:
             place = " ".join(str(error).split())
             raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
