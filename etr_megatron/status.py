@@ -7,6 +7,7 @@ then break because their peer has left, see the file and end quietly instead of 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -61,7 +62,9 @@ def exit_code_of(body: Callable[[], None]) -> int:
 
 def code_of_printing(main: Callable[[], int]) -> int:
     """The exit code of a command that prints: what `main` returns; 141, as after SIGPIPE, where its reader has left; 2, and a
-    sentence, where what it prints goes to a disk that is full."""
+    sentence, where what it prints goes to a disk that is full. Characters that the output's encoding lacks are spelled out."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         if sys.stdout is not None:  # closed from the start, and print has printed nothing

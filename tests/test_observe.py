@@ -342,6 +342,15 @@ def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path,
         directory.cut_back(0)
 
 
+def test_a_config_of_a_run_that_is_no_text_is_a_user_error(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    directory.config_file.write_bytes(b"run: {name: \xff\xfe}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not YAML"):
+        directory.prepare(Config())
+
+
 def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,21 @@ def test_output_that_finds_a_full_disk_is_one_sentence_and_exit_code_2(command: 
 def test_output_that_goes_nowhere_is_no_failure(command: str) -> None:
     done = run(*COMMANDS[command], redirect=">&-")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"6 \u20ac \ud83d"), ("utf-8", r"6 € \ud83d")])
+def test_what_the_output_cannot_encode_is_spelled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    one = {"id": "a@1", "problem": {"id": "a", "prompt": "6 € \ud83d", "answer": "42", "prompt_ids": [1]}}
+    sample = {"index": 0, "response_ids": [], "rollout_logprobs": [], "finish_reason": "stop", "weight_version": 0, "text": ""}
+    one["samples"] = [sample | {"reward": 1.0, "reward_status": "ok", "weight_versions": []}]
+    (tmp_path / "recorded").mkdir()
+    lines = json.dumps({"step": 1, "counts": {}}), json.dumps(one)
+    (tmp_path / "recorded" / "step_000001.jsonl").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = run("-m", "etr_megatron.observe", "rollout", str(tmp_path), "--step", "1", "--sample", "a@1/0")
+    assert done.returncode == 0 and shown in done.stdout, done.stderr
 
 
 def test_the_reference_takes_no_arguments() -> None:

@@ -172,8 +172,8 @@ class RunDirectory:
 
     def _started_with(self) -> dict[str, Any]:
         try:
-            loaded = yaml.safe_load(self.config_file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            loaded = yaml.safe_load(self.config_file.read_bytes())  # YAML knows its encoding, whatever the locale
+        except yaml.YAMLError as error:
             place = " ".join(str(error).split())
             raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
         if not isinstance(loaded, dict):
