@@ -1,0 +1,193 @@
+"""The run directory: its parts, who may use it, and what a place that cannot be written or read is refused with."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
+from etr_megatron.errors import UserError
+from etr_megatron.observe import RunDirectory
+from etr_megatron.types import Group, Problem, Sample
+from tests.test_observe import make_row
+
+
+def test_a_run_directory_has_its_parts(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "runs" / "first")
+    assert directory.prepare(Config(run=RunConfig(seed=7), arithmetic=ArithmeticConfig(operators=("+", "-")))) == []
+    directory.write_status("running", step=0, steps=100)
+    assert {path.name for path in directory.root.iterdir()} == {
+        "config.yaml",
+        "rollouts",
+        "checkpoints",
+        "status.json",
+    }
+    written = yaml.safe_load(directory.config_file.read_text())
+    assert written["run"]["seed"] == 7 and written["arithmetic"]["operators"] == ["+", "-"]
+    assert json.loads(directory.status_file.read_text())["state"] == "running"
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written"):
+        RunDirectory(tmp_path / "file" / "run").prepare(Config())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_a_run_directory_where_none_can_be_made_is_a_user_error() -> None:
+    directory, said = RunDirectory(Path("/proc/x/y")), r"^/proc/x/y: cannot be written \(No such file or directory\)"
+    with pytest.raises(UserError, match=said), directory.locked():
+        pass
+    with pytest.raises(UserError, match=said):
+        directory.prepare(Config())
+
+
+def test_a_run_name_that_is_too_long_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose another run\.dir or run\.name$"):
+        RunDirectory(tmp_path / ("x" * 300)).refuse_if_used(resume=True)
+
+
+def test_a_run_directory_that_may_not_be_looked_into_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: bool) -> os.stat_result:  # as root, whom no mode keeps out, sees it too
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"/run: cannot be written \(Permission denied\)"):
+        RunDirectory(tmp_path / "run").refuse_if_used(resume=True)
+
+
+@pytest.mark.parametrize("place", ["file/run", "file/deeper/run"])
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_started(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run: cannot be written \(Not a directory\); choose another run.dir or run.name$"):
+        RunDirectory(tmp_path / place).refuse_if_unwritable()
+    with pytest.raises(UserError, match=r"^/proc/x/y: cannot be written"):
+        RunDirectory(Path("/proc/x/y")).refuse_if_unwritable()
+
+
+def test_a_look_whether_a_place_can_be_written_leaves_it_as_it_is(tmp_path: Path) -> None:
+    for _ in range(2):
+        RunDirectory(tmp_path / "a" / "b" / "run").refuse_if_unwritable()
+        assert not any(tmp_path.iterdir())
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    RunDirectory(tmp_path / "a" / "run").refuse_if_unwritable()
+    assert (tmp_path / "a" / "run").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"run: \xff\xfe", b"- run", b"run: ["])
+def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: bytes) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.config_file.write_bytes(content)
+    (directory.checkpoints / "step_000001").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml: not .*restore it or remove it"):
+        directory.prepare(Config())
+
+
+def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
+    config = Config(checkpoint=CheckpointConfig(resume=False))
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(config)
+    directory.prepare(config)  # a start that came to nothing has left nothing to protect
+    directory.metrics.append(make_row(1))
+    with pytest.raises(UserError, match=r"checkpoint\.resume is false"):
+        directory.prepare(config)
+    directory.prepare(Config())
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path, name: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: .*Is a directory"):
+        directory.prepare(Config())
+        directory.cut_back(0)
+
+
+def test_a_config_of_a_run_that_is_no_text_is_a_user_error(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    directory.config_file.write_bytes(b"run: {name: \xff\xfe}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not YAML"):
+        directory.prepare(Config())
+
+
+def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    before = directory.config_file.read_bytes()
+    changed = Config(objective=ObjectiveConfig(preset="grpo", kl_coef=0.1), run=RunConfig(steps=200))
+    with caplog.at_level("WARNING"):
+        assert directory.prepare(changed) == ["objective.preset", "objective.kl_coef"]
+    assert "objective.preset ('etr' -> 'grpo')" in caplog.text and "run.steps" not in caplog.text
+    assert directory.config_file.read_bytes() == before
+
+
+def test_resuming_for_more_steps_writes_the_config_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    with caplog.at_level("WARNING"):
+        assert directory.prepare(Config(run=RunConfig(steps=200))) == []
+    assert caplog.text == "" and yaml.safe_load(directory.config_file.read_text())["run"]["steps"] == 200
+
+
+def make_group() -> Group:
+    samples = [
+        Sample(0, [5, 6, 7], [-0.5, -1.0, -0.75], "stop", 4, "es sind \\boxed{42} €", 1.0, "ok"),
+        Sample(1, [], [], "length", 4, "", 0.0, "timeout"),
+    ]
+    return Group("train.jsonl:3@12", Problem("train.jsonl:3", "6 times 7?", "42", [1, 2]), samples)
+
+
+def test_saved_rollouts_are_readable_one_sample_per_line(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    path = directory.save_rollouts(12, [make_group()])
+    assert path == directory.rollouts / "step_000012.jsonl"
+    assert "€" in path.read_text()  # not \u20ac: people read it
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {
+        "step": 12,
+        "group": "train.jsonl:3@12",
+        "problem": "train.jsonl:3",
+        "sample": 0,
+        "prompt": "6 times 7?",
+        "response": "es sind \\boxed{42} €",
+        "answer": "42",
+        "reward": 1.0,
+        "status": "ok",
+        "finish_reason": "stop",
+        "weight_version": 4,
+        "tokens": 3,
+        "mean_logprob": -0.75,
+    }
+    assert second["mean_logprob"] is None and second["status"] == "timeout" and second["finish_reason"] == "length"
+
+
+def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    for step in (1, 2, 3, 1_000_000):
+        directory.metrics.append(make_row(step))
+        directory.save_rollouts(step, [make_group()])
+    (directory.rollouts / "notes.txt").write_text("mine")
+    directory.cut_back(2)
+    assert {path.name for path in directory.rollouts.iterdir()} == {
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+        "notes.txt",
+    }
+    assert [row["step"] for row in directory.metrics.rows()] == [1, 2]
