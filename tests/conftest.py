@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,15 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.gang import Gang
-
-
-def pytest_collection_modifyitems(items):
-    """Files with most slow tests go first, so that at the end no process has a long one left while the others have none.
-
-    (pytest-xdist's own order, most tests first, begins with hundreds of quick ones: `--no-loadscope-reorder` leaves it out.)
-    """
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_collection_finish():

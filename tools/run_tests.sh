@@ -24,4 +24,4 @@ unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # What a file's tests share, such as a server, is made once: a file stays in one process.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
