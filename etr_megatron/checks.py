@@ -26,6 +26,7 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
     _refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
@@ -33,8 +34,8 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_reward(config),
         lambda: check_loss(config),
         lambda: check_servers(config),
-        lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_used(config.checkpoint.resume),
-        lambda: RunDirectory(Path(config.run.dir) / config.run.name).refuse_if_unwritable(),
+        lambda: directory.refuse_if_used(config.checkpoint.resume),
+        directory.refuse_if_unwritable,
         lambda: require_wandb(config),
         lambda: check_replay(config),
     )

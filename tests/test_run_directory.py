@@ -51,6 +51,8 @@ def test_a_run_directory_where_none_can_be_made_is_a_user_error() -> None:
 def test_a_run_name_that_is_too_long_is_refused_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose another run\.dir or run\.name$"):
         RunDirectory(tmp_path / ("x" * 300)).refuse_if_used(resume=True)
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\); choose another run\.dir or run\.name$"):
+        RunDirectory(tmp_path / ("x" * 300)).refuse_if_unwritable()
 
 
 def test_a_run_directory_that_may_not_be_looked_into_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,16 +82,6 @@ def test_a_look_whether_a_place_can_be_written_leaves_it_as_it_is(tmp_path: Path
     assert (tmp_path / "a" / "run").is_dir()
 
 
-@pytest.mark.parametrize("content", [b"run: \xff\xfe", b"- run", b"run: ["])
-def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: bytes) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.prepare(Config())
-    directory.config_file.write_bytes(content)
-    (directory.checkpoints / "step_000001").mkdir()
-    with pytest.raises(UserError, match=r"config\.yaml: not .*restore it or remove it"):
-        directory.prepare(Config())
-
-
 def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     config = Config(checkpoint=CheckpointConfig(resume=False))
     directory = RunDirectory(tmp_path / "run")
@@ -112,12 +104,16 @@ def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path,
         directory.cut_back(0)
 
 
-def test_a_config_of_a_run_that_is_no_text_is_a_user_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"run: {name: \xff\xfe}\n", "not YAML"), (b"run: [", "not YAML"), (b"- run", "not a configuration")],
+)
+def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(Config())
     directory.metrics.append(make_row(1))
-    directory.config_file.write_bytes(b"run: {name: \xff\xfe}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: not YAML"):
+    directory.config_file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.yaml: {said}.*restore it or remove it"):
         directory.prepare(Config())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -45,16 +45,21 @@ LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
+def operands(dtype: torch.dtype, layout: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states [rows, H] and weight [columns, H] of all sizes."""
+    for rows, hidden, columns in SIZES:
+        yield LAYOUTS[layout](whole(rows, hidden, dtype)), LAYOUTS[layout](whole(columns, hidden, dtype))
+
+
 @pytest.mark.usefixtures("block_bytes")
 @LAYOUT
 @DTYPE
 def test_logits_are_the_scaled_product(dtype, layout):
-    for rows, hidden, columns in SIZES:
-        states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
-        out = torch.full((rows, columns + 2), torch.nan)
+    for states, weight in operands(dtype, layout):
+        out = torch.full((len(states), len(weight) + 2), torch.nan)
         for scale in (1.0, 0.5):
             found = gemm.logits_into(out[:, 1:-1], states, weight, scale)
-            assert torch.equal(found, scale * (states.float() @ weight.float().t())), (rows, hidden, columns, scale)
+            assert torch.equal(found, scale * (states.float() @ weight.float().t())), (states.shape, weight.shape, scale)
             assert found.data_ptr() == out[:, 1:].data_ptr() and out[:, [0, -1]].isnan().all()
 
 
@@ -62,8 +67,8 @@ def test_logits_are_the_scaled_product(dtype, layout):
 @LAYOUT
 @DTYPE
 def test_both_gradients_are_added_to_what_is_there(dtype, layout):
-    for rows, hidden, columns in SIZES:
-        states, weight = (LAYOUTS[layout](whole(n, hidden, dtype)) for n in (rows, columns))
+    for states, weight in operands(dtype, layout):
+        (rows, hidden), columns = states.shape, len(weight)
         grad = torch.nn.functional.pad(whole(rows, columns, dtype), (1, 1), value=torch.nan)[:, 1:-1]  # a group of columns
         before = grad.clone()
         for total in (torch.full((columns, hidden), -1.5), None):

@@ -123,13 +123,17 @@ def _damage_told(path: Path) -> Iterator[None]:
         # torch.load has no error of its own.
         if not isinstance(error, _TORN) and "PytorchStreamReader" not in what and "corrupted" not in what:
             raise
-        raise UserError(f"{path} is damaged ({what}); remove it, and the run goes on from the checkpoint before it") from error
+        raise _damaged(path, what) from error
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged ({what}); remove it, and the run goes on from the checkpoint before it")
 
 
 def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     if not isinstance(trainer, dict):
-        raise json.JSONDecodeError(f"{TRAINER_FILE} is no object", "", 0)
+        raise _damaged(path, f"{TRAINER_FILE} is no object")
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     _refuse_other_optimizer(path, trainer, policy)

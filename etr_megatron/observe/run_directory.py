@@ -103,8 +103,8 @@ class RunDirectory:
 
     def refuse_if_unwritable(self) -> None:
         """Raise `UserError` where the directory cannot be made or written to; nothing that was not there is left behind."""
-        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
         with disk_errors(self.root):
+            missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
             try:
                 for path in reversed(missing):
                     path.mkdir(exist_ok=True)

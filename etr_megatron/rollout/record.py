@@ -6,7 +6,6 @@ The first line says how the step was sampled; every other is one group, with tok
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +23,6 @@ from etr_megatron.types import Group, Problem, Sample
 RECORDED = "recorded"
 """The folder's name in a run directory."""
 _REACHED = "reached.safetensors"
-_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ def record_path(folder: Path, step: int) -> Path:
 
 def recorded_steps(folder: Path) -> list[int]:
     """The steps that `folder` has, in order. Files with other names than `record_path` gives, such as copies, do not count."""
-    found = ((path, _STEP_FILE.fullmatch(path.name)) for path in folder.glob("step_*.jsonl"))
-    return sorted(int(match[1]) for path, match in found if match and path == record_path(folder, int(match[1])))
+    found = ((path, path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    return sorted(int(step) for path, step in found if step.isdecimal() and path == record_path(folder, int(step)))
 
 
 def write_record(

@@ -31,9 +31,19 @@ def _has_onednn() -> bool:
 _ONEDNN = _has_onednn()
 
 
+def in_multiples(rows: int) -> int:
+    """The next multiple of `ROWS`."""
+    return -(-rows // ROWS) * ROWS
+
+
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
     """Rows that a product on CPU is computed with when it is asked for of `rows`; those beyond them are zeros."""
-    return -(-rows // ROWS) * ROWS if _ONEDNN and dtype == torch.float32 else rows
+    return in_multiples(rows) if _ONEDNN and dtype == torch.float32 else rows
+
+
+def _with_zeros(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
+    """With so many rows and columns of zeros behind it; itself where there are none."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -62,7 +72,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Te
     """out [rows, real] fp32 = scale * hidden [rows, H] @ weight [real, H]^T; returns `out`, owned by the caller."""
     if hidden.is_cpu:
         more = padded_rows(len(hidden), hidden.dtype) - len(hidden)
-        states = pad(hidden, (0, 0, 0, more)) if more else hidden
+        states = _with_zeros(hidden, rows=more)
         for block in _blocks(weight):
             columns = out[:, block].copy_(_product(states, weight[block])[: len(hidden)])
             if scale != 1:
@@ -93,10 +103,10 @@ def _add_gradients_on_cpu(grad_hidden: Tensor, total: Tensor | None, grad: Tenso
     if not by_block:  # every block would be rounded to bf16
         grad_hidden += (grad @ weight).float()
     more = padded_rows(rows, grad.dtype) - rows
-    states = pad(hidden, (0, 0, 0, more)) if more else hidden
+    states = _with_zeros(hidden, rows=more)
     for block in _blocks(weight):
         part = grad[:, block]
         if by_block:
-            grad_hidden += _product(pad(part, (0, 0, 0, more)) if more else part, weight[block].t())[:rows]
+            grad_hidden += _product(_with_zeros(part, rows=more), weight[block].t())[:rows]
         if total is not None:
-            total[block] += _product(pad(part.t(), (0, more)) if more else part.t(), states.t()).float()
+            total[block] += _product(_with_zeros(part.t(), columns=more), states.t()).float()

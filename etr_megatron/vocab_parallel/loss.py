@@ -167,12 +167,12 @@ def single_pass_bytes(
     chunk = head.rows_of_chunk(rows, device)
     needed = 4 * rows * hidden_size + 16 * rows + 4 * head.buffers_on(device) * chunk * real
     statistics = tile = operand = product = 0
+    columns = columns_at_a_time(real, device)
     if head.rows_on(device) is torch_rows:
-        columns = columns_at_a_time(real, device)
         statistics = 4 * torch_rows.block_rows(chunk, real, device) * real
         tile = 4 * math.prod(torch_rows.tile_shape(chunk, columns, device))
     if dtype != torch.float32:
-        operand = 2 * chunk * columns_at_a_time(real, device)
+        operand = 2 * chunk * columns
     if device.type == "cpu":
         block = min(real, gemm.block_rows(hidden_size, dtype.itemsize))
         padded = gemm.padded_rows(chunk, dtype)

@@ -27,10 +27,6 @@ _COLUMNS = 8192
 Backend = Literal["auto", "torch", "triton"]
 
 
-def _in_multiples(rows: int) -> int:
-    return -(-rows // gemm.ROWS) * gemm.ROWS
-
-
 @dataclass(frozen=True)
 class Head:
     """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device.
@@ -60,9 +56,9 @@ class Head:
         """Rows of a chunk when there are `rows` in all, the same on every rank: chunks that are as equal as multiples of
         `gemm.ROWS` within the limit can be; the last may be smaller."""
         least, most = _CHUNK_ROWS["cpu" if device.type == "cpu" else "cuda"]
-        limit = self.chunk_rows or min(most, max(least, _in_multiples(-(-rows // 4))))
+        limit = self.chunk_rows or min(most, max(least, gemm.in_multiples(-(-rows // 4))))
         chunks = max(1, -(-rows // limit))
-        return max(1, min(rows, limit, _in_multiples(-(-rows // chunks))))
+        return max(1, min(rows, limit, gemm.in_multiples(-(-rows // chunks))))
 
     def buffers_on(self, device: torch.device) -> int:
         """Chunks of logits that are alive at a time."""
