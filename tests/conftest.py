@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.gang import Gang
+from tests.gang import Gangs
 
 
 def pytest_collection_finish():
@@ -25,20 +25,9 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def gangs():
-    """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew."""
-    running: dict[int, Gang] = {}
-
-    def get(world: int) -> Gang:
-        gang = running.get(world)
-        if gang is None or not gang.alive or gang.is_worn_out:
-            if gang is not None:
-                gang.stop()
-            running[world] = Gang(world)
-        return running[world]
-
-    yield get
-    for gang in running.values():
-        gang.stop()
+    running = Gangs()
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -94,3 +94,22 @@ class Gang:
         for worker in self._workers:
             worker.kill()
             worker.wait()
+
+
+class Gangs:
+    """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Gang] = {}
+
+    def __call__(self, world: int) -> Gang:
+        gang = self._running.get(world)
+        if gang is None or not gang.alive or gang.is_worn_out:
+            if gang is not None:
+                gang.stop()
+            gang = self._running[world] = Gang(world)
+        return gang
+
+    def stop(self) -> None:
+        for gang in self._running.values():
+            gang.stop()

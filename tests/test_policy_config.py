@@ -41,6 +41,13 @@ def test_layouts_and_options_that_cannot_be_are_refused(parallel, train, message
     assert message in problem
 
 
+def test_the_optimizer_of_a_float32_model_cannot_be_offloaded():
+    """Megatron's fails with "can't optimize a non-leaf Tensor"."""
+    train = TrainConfig(optimizer_offload=True, distributed_optimizer=True)
+    (problem,) = validate(Config(model=ModelConfig(path="somewhere", dtype="float32"), train=train), 1)
+    assert "Megatron offloads the optimizer of bfloat16 weights alone; set model.dtype to bfloat16 or auto" in problem
+
+
 @pytest.mark.parametrize(
     ("fp8", "dtype", "train", "message"),
     [

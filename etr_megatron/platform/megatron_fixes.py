@@ -1,11 +1,12 @@
 """Defects of megatron-core 0.16.1, most of which show without Transformer Engine and apex only, where Adam is torch's.
 
-Each entry names the defect, where it is and how it would be noticed. With TE or apex the code paths of those are not taken, and
-they are left alone.
+Each entry names the defect, where it is and how it would be noticed. With TE or apex the code paths of most are not taken, and
+those are left alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,27 +16,61 @@ from torch import Tensor
 
 def apply() -> None:
     """Mend the defects in this process; call after the CPU shim is installed and before models are built."""
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import HybridDeviceOptimizer, distrib_optimizer
 
+    _mend_offloaded_optimizer(HybridDeviceOptimizer)
+    _mend_step_of_optimizers_without_parameters()
+    _mend_bf16_optimizers_without_parameters()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
-    _mend_optimizers_without_parameters(distrib_optimizer.DistributedOptimizer)
     _mend_selective_recompute()
     _mend_experts()
     _mend_uneven_collectives()
+
+
+def _mend_offloaded_optimizer(cls: Any) -> None:
+    """`cpu_offloading/hybrid_optimizer.py` keeps the classes of its two Adams in the parameter groups, and so in a checkpoint.
+
+    `torch.load` reads weights only, no classes: `WeightsUnpickler error: Unsupported global`, and no run could be resumed. The
+    optimizer that loads has classes of its own.
+    """
+    if hasattr(cls, "_etr_original_state_dict"):
+        return
+    cls._etr_original_state_dict = cls.state_dict
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        found = self._etr_original_state_dict()
+        groups = [
+            {key: value for key, value in group.items() if not isinstance(value, type)} for group in found["param_groups"]
+        ]
+        return {**found, "param_groups": groups}
+
+    cls.state_dict = state_dict
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:
     """`distrib_optimizer.py` expects TE's FusedAdam, whose states have no `step`, on load.
 
     - `_set_main_param_and_optimizer_states` copies into leaf views without no_grad and looks for a saved `step` (KeyError).
+    - `state_dict` asks the states of an optimizer without parameters for the step (see below).
     - `load_state_dict` gives every state the SAME `step` tensor, so Adam counts it up once per parameter. Silent: the first
       step after a resume is right, the second drifts (4.851482 instead of 4.851872 in the loss of a four-layer model).
     """
     if hasattr(cls, "_etr_original_load_state_dict"):
         return
-    cls._etr_original_load_state_dict = cls.load_state_dict
+    cls._etr_original_load_state_dict, cls._etr_step = cls.load_state_dict, 0
+    state_dict_with_parameters = cls.state_dict
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        if self.optimizer.state:
+            return state_dict_with_parameters(self)
+        groups = self.optimizer.state_dict()["param_groups"]
+        kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        found: dict[str, Any] = {"optimizer": {"param_groups": [{**group, "step": self._etr_step} for group in kept]}}
+        if self.grad_scaler:
+            found["grad_scaler"] = self.grad_scaler.state_dict()
+        return found
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -51,54 +86,75 @@ def _mend_distributed_optimizer(cls: Any) -> None:
             if "step" in state:
                 state["step"] = state["step"].clone()
 
+    cls.state_dict = state_dict
     cls._set_main_param_and_optimizer_states = set_states
     cls.load_state_dict = load_state_dict
 
 
-def _mend_optimizers_without_parameters(cls: Any) -> None:
-    """A checkpoint takes Adam's step from the states of rank 0's parameters, and an optimizer may have none there.
+def _mend_step_of_optimizers_without_parameters() -> None:
+    """A checkpoint takes Adam's step from rank 0's optimizers, and one may have no parameters there, and so no step.
 
-    Experts have an optimizer of their own, without parameters on a pipeline stage without experts. The distributed one's
-    `state_dict` then fails (`assert len(steps) == 1`), the others leave `common_step` out and the step is lost. It is that of
-    the rank's other optimizer.
+    Experts have an optimizer of their own, without parameters on a pipeline stage without experts. Their step is lost,
+    silently: after a resume their moments are corrected as at the first step. (Without TE the distributed optimizer's
+    `state_dict` fails: `assert len(steps) == 1`.) It is that of the rank's other optimizer.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-    if hasattr(cls, "_etr_step"):
+    if hasattr(ChainedOptimizer, "_etr_original_sharded_state_dict"):
         return
-    cls._etr_step = 0.0
-    state_dict_with_parameters, sharded_state_dict_of_chain = cls.state_dict, ChainedOptimizer.sharded_state_dict
-
-    def state_dict(self: Any) -> dict[str, Any]:
-        if self.optimizer.state:
-            return state_dict_with_parameters(self)
-        groups = self.optimizer.state_dict()["param_groups"]
-        kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        found: dict[str, Any] = {"optimizer": {"param_groups": [{**group, "step": self._etr_step} for group in kept]}}
-        if self.grad_scaler:
-            found["grad_scaler"] = self.grad_scaler.state_dict()
-        return found
+    ChainedOptimizer._etr_original_sharded_state_dict = ChainedOptimizer.sharded_state_dict
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for one in self.chained_optimizers:
-            one._etr_step = _step_of(self.chained_optimizers)
-        found = sharded_state_dict_of_chain(self, *args, **kwargs)
-        if len(self.chained_optimizers) > 1:
-            states = [one.get("optimizer", one).get("state") for one in found.values()]
-            steps = [state["common_step"] for state in states if state and "common_step" in state]
-            for state in states if steps else ():
-                if state is not None:
-                    state.setdefault("common_step", steps[0])
+        chain = self.chained_optimizers
+        in_states = _step_in(place for one in chain for place in one.optimizer.state.values())
+        step = _step_in(group for one in chain for group in one.optimizer.param_groups) if in_states is None else in_states
+        for one in chain:
+            one._etr_step = step or 0
+        found = self._etr_original_sharded_state_dict(*args, **kwargs)
+        if len(chain) > 1 and step is not None:
+            for part in found.values():
+                _complete_step(part.get("optimizer", part), step, in_states is None)
         return found
 
-    cls.state_dict = state_dict
     ChainedOptimizer.sharded_state_dict = sharded_state_dict
 
 
-def _step_of(optimizers: Any) -> float:
-    """Adam's step, the same for all parameters that a rank has; 0 before the first."""
-    states = [state for one in optimizers for state in one.optimizer.state.values()]
-    return float(states[0]["step"]) if states and "step" in states[0] else 0.0
+def _step_in(places: Iterable[dict[str, Any]]) -> int | None:
+    """Adam's step, which is one for all parameters: torch keeps it beside each one's moments, TE and apex in the groups."""
+    return next((int(place["step"]) for place in places if "step" in place), None)
+
+
+def _complete_step(state: dict[str, Any], step: int, in_groups: bool) -> None:
+    """In the state of one optimizer of a chain, in place, where it is read from; the distributed one's is always in groups."""
+    if in_groups or "state" not in state:
+        for group in state["param_groups"]:
+            group.setdefault("step", step)
+    else:
+        state["state"].setdefault("common_step", torch.tensor(float(step)))
+
+
+def _mend_bf16_optimizers_without_parameters() -> None:
+    """`optimizer.py` stores an empty list of fp32 weights for the whole model when rank 0's optimizer has no parameters.
+
+    No rank can load its own then: `Cannot merge two lists with different lengths`. See above for when there are none.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as cls
+
+    if hasattr(cls, "_etr_original_sharded_state_dict"):
+        return
+    cls._etr_original_sharded_state_dict = cls.sharded_state_dict
+    original_load_state_dict, key = cls.load_state_dict, "fp32_from_fp16_params"
+
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = self._etr_original_sharded_state_dict(*args, **kwargs)
+        if not any(found[key]):
+            del found[key]
+        return found
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        original_load_state_dict(self, {key: [[] for _ in self.fp32_from_float16_groups], **state_dict})
+
+    cls.sharded_state_dict, cls.load_state_dict = sharded_state_dict, load_state_dict
 
 
 def _mend_selective_recompute() -> None:

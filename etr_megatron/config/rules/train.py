@@ -31,6 +31,11 @@ def train(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("train.optimizer_offload", "train.distributed_optimizer"), "only the distributed optimizer can be offloaded"
         )
+    if train.optimizer_offload and config.model.dtype == "float32":
+        yield Violation(
+            ("train.optimizer_offload", "model.dtype"),
+            "Megatron offloads the optimizer of bfloat16 weights alone; set model.dtype to bfloat16 or auto",
+        )
     if train.grads_dtype == "bfloat16" and config.model.dtype == "float32":
         yield Violation(("train.grads_dtype", "model.dtype"), "gradients of a float32 model are float32")
 

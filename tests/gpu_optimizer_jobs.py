@@ -1,0 +1,146 @@
+"""What ranks run for the tests of the optimizers that exist on a GPU alone, on CPU.
+
+"offloaded" is Megatron's own, for whom the weights' memory stands for a GPU's: weights say that they are on one while it
+decides what to keep apart, and memory is not pinned. "fused" has the form of Transformer Engine's and apex's Adam, by a
+stand-in that computes with torch. Where either of these is installed, `platform.megatron_fixes` leaves alone what it mends for
+torch's own Adam, and so it does here, which needs processes of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from etr_megatron.platform import cpu_shim, megatron_fixes
+
+cpu_shim.install()
+
+from megatron.core import optimizer as megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import HybridDeviceOptimizer, distrib_optimizer, optimizer_config  # noqa: E402
+
+distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+optimizer_config.is_te_min_version = lambda *_args, **_kwargs: True
+
+from etr_megatron import checkpoint  # noqa: E402
+from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
+from etr_megatron.config import load_config, resolve  # noqa: E402
+from etr_megatron.policy import Policy, configured_layout  # noqa: E402
+from etr_megatron.weights import read_architecture  # noqa: E402
+from tests.hf_models import random_sequences  # noqa: E402
+from tests.policy_jobs import make_batch  # noqa: E402
+
+megatron_fixes._mend_experts()  # which Transformer Engine and a GPU would have made needless
+
+BASE = ["model.dtype=bfloat16", "train.lr=1e-3", "train.lr_warmup_updates=1"]
+
+
+@contextmanager
+def _weights_on_a_gpu(optimizer: HybridDeviceOptimizer):
+    on_gpu = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    with (
+        patch.object(torch.Tensor, "is_cuda", property(lambda tensor: id(tensor) in on_gpu)),
+        patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+    ):
+        yield
+
+
+_groups_of, _init = HybridDeviceOptimizer._get_sub_optimizer_param_groups, HybridDeviceOptimizer.__init__
+
+
+def _groups(self: Any, offload_fraction: float) -> Any:
+    with _weights_on_a_gpu(self):
+        return _groups_of(self, offload_fraction)
+
+
+def _init_unpinned(self: Any, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **{**kwargs, "pin_cpu_grads": False})
+
+
+HybridDeviceOptimizer._get_sub_optimizer_param_groups = _groups
+HybridDeviceOptimizer.__init__ = _init_unpinned
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Keeps its step in the groups, from the first update of one that has parameters, as Transformer Engine's and apex's do."""
+
+    def __init__(self, params: Any, adam_w_mode: bool, **options: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), step = group["betas"], group["step"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(parameter))
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2)
+                size = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], size, value=-group["lr"] / (1 - beta1**step))
+
+
+@contextmanager
+def _fused_adam():
+    with (
+        patch.multiple(megatron_optimizer, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
+        patch.object(distrib_optimizer, "Adam", FusedAdam),
+    ):
+        yield
+
+
+def build(model: str, overrides: list[str], kind: str) -> Policy:
+    settings = [f"model.path={model}", *BASE, *overrides]
+    config = resolve(load_config(None, settings), torch.distributed.get_world_size(), cuda=False)
+    # Set where the rules, which refuse it on CPU, have been through.
+    config = replace(config, train=replace(config.train, optimizer_offload=kind == "offloaded"))
+    with _fused_adam() if kind == "fused" else nullcontext():
+        return Policy(read_architecture(model), model, config, configured_layout(config))
+
+
+def updates(policy: Policy, count: int) -> list[tuple[float, float, float]]:
+    batch = make_batch(random_sequences())
+    return [(found.loss, found.grad_norm, found.lr) for found in (policy.update(batch) for _ in range(count))]
+
+
+def _weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.float().clone() for name, tensor in policy.export()}
+
+
+def _numbers_apart(policy: Policy) -> int:
+    """Of how many weights this rank keeps an fp32 copy and moments apart from the weights themselves."""
+    inner = [one.optimizer for one in optimizers_of(policy.optimizer)]
+    assert all(isinstance(one, HybridDeviceOptimizer) and one.gpu_optimizer is None for one in inner)
+    return sum(copy.numel() for one in inner for copy in one.gpu_params_map_cpu_copy.values())
+
+
+def train_save_and_go_on(model: str, overrides: list[str], there: str, kind: str) -> dict[str, Any]:
+    """Three updates with torch's Adam and that of this `kind`, a checkpoint of the latter after the second, and the third."""
+    plain, policy = build(model, overrides, "torch"), build(model, overrides, kind)
+    checkpoint.save(Path(there), 0, policy, {}, keep=2)
+    found = {"plain": updates(plain, 3), "updates": updates(policy, 2)}
+    checkpoint.save(Path(there), 2, policy, {}, keep=2)
+    found["saved"] = _weights(policy)
+    found["updates"] += updates(policy, 1)
+    found["weights"] = {"plain": _weights(plain), kind: _weights(policy)}
+    if kind == "offloaded":
+        found["apart"] = _numbers_apart(policy)
+    return found
+
+
+def resume(model: str, overrides: list[str], there: str, kind: str, step: int, count: int) -> dict[str, Any]:
+    """The weights as loaded, `count` updates after them, and the weights then."""
+    policy = build(model, overrides, kind)
+    checkpoint.load(Path(there), step, policy)
+    loaded = _weights(policy)
+    return {"loaded": loaded, "updates": updates(policy, count), "weights": _weights(policy)}

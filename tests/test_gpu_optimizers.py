@@ -1,0 +1,81 @@
+"""Optimizers that exist on a GPU alone, on CPU: what stands in for the GPU is in `gpu_optimizer_jobs`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gang import Gangs
+
+pytestmark = pytest.mark.slow
+
+TP2 = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+LAYOUTS = {
+    "dp2": ("qwen3", ["parallel.tp=1"]),
+    "ep2": ("qwen3_moe", ["parallel.tp=1", "parallel.ep=2"]),
+    "pp2_first_stage_without_experts": ("qwen3_moe_dense", ["parallel.tp=1", "parallel.pp=2"]),
+}
+DISTRIBUTED = ["train.distributed_optimizer=true"]
+KINDS = {"offloaded": ("offloaded", DISTRIBUTED), "fused": ("fused", []), "fused_distributed": ("fused", DISTRIBUTED)}
+
+
+@pytest.fixture(scope="module")
+def own_gangs():
+    """Ranks of this file's own, as Megatron is changed in them."""
+    running = Gangs()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request, kind, own_gangs, hf_models, tmp_path_factory):
+    family, layout = LAYOUTS[request.param]
+    there = str(tmp_path_factory.mktemp("run"))
+    job = {"model": hf_models[family], "overrides": [*layout, *kind[1]], "there": there, "kind": kind[0]}
+    return job, own_gangs(2).run("tests.gpu_optimizer_jobs:train_save_and_go_on", **job)
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=0, rtol=0, msg=name)
+
+
+def test_it_updates_as_torch_does_and_each_rank_its_share(trained):
+    job, ranks = trained
+    if job["kind"] == "offloaded":  # vocabularies are padded; norms and the router are on both ranks where experts are apart
+        shares, weights = [rank["apart"] for rank in ranks], sum(tensor.numel() for tensor in ranks[0]["saved"].values())
+        assert min(shares) > 0.3 * weights and weights <= sum(shares) < 1.3 * weights
+    for rank in ranks:
+        assert [seen[0] for seen in rank["updates"]] == pytest.approx([seen[0] for seen in rank["plain"]], rel=1e-3)
+        assert [seen[1:] for seen in rank["updates"]] == [pytest.approx(seen[1:], rel=1e-2) for seen in rank["plain"]]
+        for name, tensor in rank["weights"]["plain"].items():  # a rounding of bf16 apart here and there
+            torch.testing.assert_close(rank["weights"][job["kind"]][name], tensor, atol=1e-4, rtol=2**-7, msg=name)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_resumed_run_goes_on_bit_for_bit(own_gangs, trained, step):
+    job, straight = trained
+    resumed = own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **job, step=step, count=3 - step)
+    for found, wanted in zip(resumed, straight, strict=True):
+        assert found["updates"] == wanted["updates"][step:]
+        assert_same(found["weights"], wanted["weights"][job["kind"]])
+        if step:
+            assert_same(found["loaded"], wanted["saved"])
+
+
+def test_another_layout_goes_on_with_it(own_gangs, trained):
+    job, straight = trained
+    elsewhere = {**job, "overrides": [*TP2, *job["overrides"][-1:]] if "optimizer" in job["overrides"][-1] else TP2}
+    resumed = own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **elsewhere, step=2, count=1)
+    for found, wanted in zip(resumed, straight, strict=True):
+        assert_same(found["loaded"], wanted["saved"])
+        assert found["updates"] == [pytest.approx(wanted["updates"][2], rel=0.03)]  # bf16 of other partial sums
+        # Adam without its moments, or with its step at 1, moves weights by their whole learning rate, 1e-3, or more.
+        moved = [(found["weights"][name] - tensor).abs().sum() for name, tensor in wanted["weights"][job["kind"]].items()]
+        assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 1e-4
