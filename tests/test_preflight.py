@@ -175,16 +175,17 @@ def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
 
     def all_reduce(group, device, size):
         if group is not None and dist.get_rank() == stuck[0] and dist.get_process_group_ranks(group) == list(stuck):
-            time.sleep(4)
+            time.sleep(10)
             raise RuntimeError("no route")
         return real(group, device, size)
 
     with mock.patch.object(network, "_all_reduce", all_reduce):
         nodes = list(range(dist.get_world_size()))
-        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=2)
+        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=6)  # what a busy machine may take
     return [(one.check, one.state) for one in found]
 
 
+@pytest.mark.slow
 def test_a_pair_that_does_not_answer_is_named_on_every_rank_and_the_others_are_measured(gangs):
     assert PAIR_TIMEOUT_S < TIMEOUT_S / 1.5  # in which the others wait
     for found in gangs(4).run("tests.test_preflight:measured", stuck=(1, 2)):

@@ -22,13 +22,12 @@ from pathlib import Path
 from etr_megatron.observe.run_lock import locked
 with locked(Path(sys.argv[1])):
     if sys.argv[2] == "forks":
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
+            print(os.getpid(), flush=True)  # by itself, when it has let go
             time.sleep(60)
             os._exit(0)
     else:
-        child = subprocess.Popen(["sleep", "60"], close_fds=False).pid
-    print(child, flush=True)
+        print(subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
     signal.pause()
 """
 

@@ -58,7 +58,7 @@ def test_tensors_in_requests_arrive_as_well(near, workers):
     assert all(has_all(state, large) and state["version"] == "2" for state in states) and not failed
     for number, state in enumerate(states):
         assert (state["most_payload_bytes"] > 130 * 257 * 4) == (f"server {number}" not in near)
-    assert segments_of(os.getpid()) == before
+    assert segments_of(os.getpid()) <= before  # those of tests before may have gone
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_segment_that_a_living_reader_has_open_keeps_its_bytes_after_its_owner
     assert torch.equal(read, wanted)
     del memory, read
     gc.collect()
-    assert segments_of(os.getpid()) == before
+    assert segments_of(os.getpid()) <= before  # those of tests before may have gone
 
 
 def test_a_buffer_that_knows_what_is_to_come_does_not_grow():
