@@ -25,12 +25,14 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     """The config file and the overrides that a command line names; without a config `default_config` decides.
 
-    Raises `UserError` for an unknown option or a second config.
+    Raises `UserError` for an unknown option, an empty argument or a second config.
     """
     config: str | None = None
     overrides: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
+        if not argument:
+            raise UserError("an argument is empty, perhaps of a variable that is not set; give a config file or key=value")
         if argument == "--config":
             named = next(arguments, None)
             if named is None:

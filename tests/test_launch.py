@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,11 +45,12 @@ def test_config_and_overrides_come_in_any_order() -> None:
         ("--config a.yaml b.yaml", "two configs are named"),
         ("a.yaml --fast", "unknown option --fast"),
         ("--config", "--config is the last argument"),
+        ("a.yaml ''", "an argument is empty"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused(line: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_args(line.split())
+        parse_args(shlex.split(line))
     assert part in str(caught.value)
 
 

@@ -18,6 +18,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.objective import PASS_RATE_BINS
 from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
+from etr_megatron.observe.report import load_rows
 from etr_megatron.platform.files import disk_errors
 
 # Written out once more, from the specification: the code's own list is what is under test.
@@ -244,3 +245,13 @@ def test_an_atomic_write_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monke
         directory.write_status("finished", step=9, steps=9)
     assert directory.status_file.read_bytes() == before
     assert not list(directory.root.glob(".*"))
+
+
+def test_what_is_no_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=rf"metrics\.jsonl is a file; give the directory of a run, such as {tmp_path}"):
+        load_rows(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl has no rows yet"):
+        load_rows(tmp_path)
+    with pytest.raises(UserError, match=r"none/metrics\.jsonl does not exist; give the directory of a run"):
+        load_rows(tmp_path / "none")

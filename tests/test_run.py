@@ -170,11 +170,13 @@ def test_ctrl_c_ends_at_once_and_leaves_no_process(runs):
     wait_for(lambda: len(runs.rows("stopped")) >= 1)
     members = family(process.pid)
     assert len(members) >= 5  # launcher, two ranks, two graders
+    assert RunDirectory(runs.directory("stopped")).read_state() == "running"
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in printed
     assert_nobody_is_left(members)
+    assert RunDirectory(runs.directory("stopped")).read_state() == "interrupted"
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(runs, straight):

@@ -106,7 +106,7 @@ def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"run: {name: \xff\xfe}\n", "not YAML"), (b"run: [", "not YAML"), (b"- run", "not a configuration")],
+    [(b"run: {name: \xff\xfe}\n", "not YAML"), (b"run: [", "not YAML"), (b"- run", "not a conf"), (b"run: 3", "not a conf")],
 )
 def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     directory = RunDirectory(tmp_path / "run")

@@ -31,6 +31,8 @@ _SUMMARISED = ("reward_mean", "tokens_per_s", "time_step", "truncated", "zero_va
 def load_rows(run: Path) -> list[MetricsRow]:
     """The rows of the run directory `run`; raises `UserError` when there are none or one is not of numbers."""
     path = RunDirectory(run).metrics.path
+    if run.is_file():
+        raise UserError(f"{run} is a file; give the directory of a run, such as {run.parent}")
     if not path.exists():
         raise UserError(f"{path} does not exist; give the directory of a run, such as runs/<run.name>")
     rows = RunDirectory(run).metrics.rows()

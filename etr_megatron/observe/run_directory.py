@@ -16,9 +16,9 @@ import yaml
 
 from etr_megatron.config import Config, dump_yaml, to_dict
 from etr_megatron.errors import UserError
+from etr_megatron.observe import run_lock
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
-from etr_megatron.observe.run_lock import locked
 from etr_megatron.platform.files import disk_errors, path_errors, write_atomically
 from etr_megatron.types import Group
 
@@ -76,7 +76,7 @@ class RunDirectory:
 
     def locked(self, patience_s: float | None = None) -> AbstractContextManager[None]:
         """Keep every other process from running here; see `run_lock.locked` for `patience_s` and what it raises."""
-        return locked(self.lock_file, patience_s)
+        return run_lock.locked(self.lock_file, patience_s)
 
     def is_used(self) -> bool:
         """Whether a run got as far as writing results here."""
@@ -159,13 +159,17 @@ class RunDirectory:
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
 
     def read_state(self) -> str | None:
-        """The state in status.json, None where there is no such file. Raises UserError for a file that holds none."""
+        """The state in status.json, "interrupted" where the process of a "running" one is gone, None where there is no such file.
+
+        Raises UserError for a file that holds none.
+        """
         if not self.status_file.exists():
             return None
         try:
-            return str(json.loads(self.status_file.read_text())["state"])
+            state = str(json.loads(self.status_file.read_text())["state"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.status_file} does not hold a run's state ({error}); remove it") from error
+        return "interrupted" if state == "running" and run_lock.is_free(self.lock_file) else state
 
     def _is_finished(self) -> bool:
         return self.read_state() == "finished"
@@ -176,7 +180,7 @@ class RunDirectory:
         except yaml.YAMLError as error:
             place = " ".join(str(error).split())
             raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
-        if not isinstance(loaded, dict):
+        if not isinstance(loaded, dict) or not all(isinstance(section, dict) for section in loaded.values()):
             raise UserError(f"{self.config_file}: not a configuration; restore it or remove it")
         return loaded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -50,6 +51,21 @@ def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+def is_free(file: Path) -> bool:
+    """Whether no process holds the lock now, as far as that can be found out: not where it may not be opened, or is none."""
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # whoever starts in this moment asks again
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _lock(descriptor: int, file: Path, patience_s: float) -> None:

@@ -1,6 +1,7 @@
 """`python -m etr_megatron.observe.run_state [--written] CONFIG [key=value ...]`: what became of the run of these arguments.
 
-Prints one word: the state in the run's status.json (running, finished, failed, requeue), or `none` where there is no run yet.
+Prints one word: the state in the run's status.json (running, finished, failed, requeue), `interrupted` where that is of a run
+that was killed or ended by Ctrl-C, or `none` where there is no run yet.
 With --written a second one: when that was written, in nanoseconds, so that a script can tell the state that it has found before
 from a new one of the same name. For the scripts of a scheduler: torchrun's own exit code is 1 for all but success.
 """

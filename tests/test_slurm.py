@@ -1,0 +1,79 @@
+"""examples/slurm.sbatch under Slurm itself; `tests/test_slurm_example.py` has what it does step by step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests import slurm_cluster
+from tests.runs import wait_for
+from tests.slurm_cluster import SlurmCluster
+from tests.test_two_hosts import Hosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())]
+
+OPTIONS = ("checkpoint.every=2", "eval.every=0", "checkpoint.keep=2")
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[SlurmCluster]:
+    hosts = Hosts()
+    cluster = SlurmCluster(hosts)
+    try:
+        hosts.connect()
+        cluster.start()
+        yield cluster
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', error)}")
+    finally:
+        cluster.stop()
+        hosts.remove()
+
+
+def submit(slurm: SlurmCluster, runs, *overrides: str, options: tuple[str, ...] = (), preflight: str = "0") -> str:
+    """The example's job, with one process on each of two nodes."""
+    arguments = runs.command(*OPTIONS, *overrides)[3:]
+    return slurm.submit(*options, "examples/slurm.sbatch", *arguments, ETR_PROCESSES="1", ETR_PREFLIGHT=preflight)
+
+
+def state_of(runs, name: str) -> str:
+    status = runs.directory(name) / "status.json"
+    return json.loads(status.read_text())["state"] if status.exists() else ""
+
+
+def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, runs):
+    code, printed = runs.finish("run.name=straight", *OPTIONS)
+    assert code == 0, printed
+    job = submit(slurm, runs, "run.name=queued", preflight="1")
+    wait_for(lambda: len(runs.rows("queued")) >= 2, deadline_s=180)
+    slurm.submit("--partition=high", "--wrap", "true")
+    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=90)
+    assert state_of(runs, "queued") == "requeue" and len(runs.rows("queued")) < 6
+    wait_for(lambda: slurm.show(job)["JobState"] == "COMPLETED", deadline_s=240)
+    assert slurm.show(job)["Restarts"] == "1" and state_of(runs, "queued") == "finished"
+    assert runs.rows("queued") == runs.rows("straight")
+    assert slurm.output(job).count("all-reduce between nodes  ok") == 2  # of the preflight, each time
+
+
+def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm, runs):
+    # Told 100 seconds before its two minutes are over; Slurm looks twice a minute.
+    job = submit(slurm, runs, "run.name=limit", "run.steps=500", options=("--time=2", "--signal=TERM@100"))
+    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=180)
+    slurm.run("scancel", job)
+    assert state_of(runs, "limit") == "requeue" and len(runs.rows("limit")) >= 2
+
+
+def test_a_job_that_somebody_cancels_saves_and_stays_out_of_the_queue(slurm, runs):
+    job = submit(slurm, runs, "run.name=cancelled", "run.steps=500")
+    wait_for(lambda: len(runs.rows("cancelled")) >= 3, deadline_s=180)
+    slurm.run("scancel", job)
+    wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}") == "", deadline_s=90)
+    shown = slurm.show(job)
+    assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("CANCELLED", "0", "143:0")
+    rows = runs.rows("cancelled")
+    assert state_of(runs, "cancelled") == "requeue" and len(rows) < 500
+    code, printed = runs.finish("run.name=cancelled", *OPTIONS, f"run.steps={len(rows) + 1}")
+    assert code == 0 and runs.rows("cancelled")[: len(rows)] == rows, printed  # nothing that was trained is trained again
