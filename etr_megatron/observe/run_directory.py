@@ -159,7 +159,7 @@ class RunDirectory:
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
 
     def read_state(self) -> str | None:
-        """The state in status.json, "interrupted" where the process of a "running" one is gone, None where there is no such file.
+        """The state in status.json, None without such a file; "interrupted" where the process of a "running" one is gone.
 
         Raises UserError for a file that holds none.
         """
