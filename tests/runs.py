@@ -63,6 +63,16 @@ class Runs:
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return rows if times else [{key: row[key] for key in row if key not in TIMES} for row in rows]
 
+    def saved_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of steps up to the last checkpoint, times included: started again, the run must not train these again."""
+        saves = (self.directory(name) / "checkpoints").glob("step_*/trainer.json")
+        last = max((int(save.parent.name.removeprefix("step_")) for save in saves), default=0)
+        return [row for row in self.rows(name, times=True) if row["step"] <= last]
+
+    def assert_went_on(self, name: str, saved: list[dict[str, Any]]) -> None:
+        """A run is deterministic: that its metrics are right does not say that it went on from its checkpoint."""
+        assert saved and self.rows(name, times=True)[: len(saved)] == saved
+
 
 def wait_for(condition: Callable[[], bool], deadline_s: float = 120.0, poll_s: float = 0.02) -> None:
     end = time.monotonic() + deadline_s

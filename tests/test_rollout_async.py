@@ -68,8 +68,10 @@ def test_partial_rollouts_killed_and_resumed_lose_nothing_and_repeat_nothing(run
         wait_for(lambda: len(runs.rows("killed")) >= 3, deadline_s=200)
         process.kill()
         process.communicate()
+        saved = runs.saved_rows("killed")
         code, printed = runs.finish(*options("killed", url, *partial))
     assert code == 0, printed
+    runs.assert_went_on("killed", saved)
     steps = groups_of(runs, "killed")
     ages = assert_whole(steps, 4)
     assert len(ages) > 1

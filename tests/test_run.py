@@ -63,13 +63,14 @@ def test_kill_9_and_the_same_command_give_the_same_run_bit_for_bit(runs, straigh
     process.kill()
     process.wait()
     assert_nobody_is_left(members)
-    before = runs.rows("killed")
+    before, saved = runs.rows("killed"), runs.saved_rows("killed")
     # A save that was cut short is not a checkpoint.
     (runs.directory("killed") / "checkpoints" / ".step_000005.unfinished").mkdir()
     code, printed = runs.finish("run.name=killed")
     assert code == 0, printed
     wanted, resumed = straight.rows("straight"), runs.rows("killed")
     assert wanted == resumed
+    runs.assert_went_on("killed", saved)
     assert all(row["reward_timeouts"] == 0 for row in wanted)
     assert before[:4] == wanted[:4]
 
@@ -106,8 +107,10 @@ def test_kill_9_during_a_save_loses_nothing_and_leaves_no_rest(runs, straight):
     wait_for(lambda: len(runs.rows("cut")) >= 2 and any(saves.glob(".step_*.unfinished/*")), poll_s=0.002)
     process.kill()
     process.wait()
+    saved = runs.saved_rows("cut")
     code, printed = runs.finish("run.name=cut", "checkpoint.every=1")
     assert code == 0, printed
+    runs.assert_went_on("cut", saved)
     assert runs.rows("cut") == straight.rows("straight")
     assert not list(saves.glob(".step_*"))
 
@@ -192,10 +195,13 @@ def test_sigterm_saves_and_asks_to_be_started_again(runs, straight):
     status = json.loads((runs.directory("preempted") / "status.json").read_text())
     trained = len(runs.rows("preempted"))
     assert (status["state"], status["step"]) == ("requeue", trained) and 2 <= trained < 6
+    saved = runs.saved_rows("preempted")
+    assert len(saved) == trained
 
     code, printed = runs.finish(*options)
     assert code == 0 and "Warning" not in printed, printed
     assert runs.rows("preempted") == without_evaluation(straight.rows("straight"))
+    runs.assert_went_on("preempted", saved)
 
 
 @pytest.mark.parametrize(("steps", "call"), [(1, 1), (4, 8)])

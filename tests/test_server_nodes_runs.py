@@ -101,10 +101,12 @@ def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_ane
     before = servers_of(runs)
     agent = three_nodes.processes[0].pid
     (rank0,) = map(int, Path(f"/proc/{agent}/task/{agent}/children").read_text().split())
+    saved = runs.saved_rows("apart")
     os.kill(rank0, signal.SIGKILL)
     codes = [process.wait(200) for process in three_nodes.processes]
     assert codes == [0, 0, 0], three_nodes.said()
     assert [row["step"] for row in runs.rows("apart")] == list(range(1, 9))
+    runs.assert_went_on("apart", saved)
     assert all(gone(state["pid"]) for state in before)
     logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
     assert [sum(line.isdigit() for line in log.read_text().splitlines()) for log in logs] == [2, 2]

@@ -322,8 +322,10 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
     wait_for(lambda: not processes_of(runs.folder) and not any(map(psutil.pid_exists, pids)), deadline_s=40.0)
+    saved = runs.saved_rows("served")
     code, output = runs.finish(*options, deadline_s=500.0)
     assert code == 0, output
     assert [row["step"] for row in runs.rows("served")] == [1, 2, 3, 4]
+    runs.assert_went_on("served", saved)
     time.sleep(1)
     assert not processes_of(runs.folder)

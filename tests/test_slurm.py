@@ -51,10 +51,12 @@ def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, ru
     wait_for(lambda: len(runs.rows("queued")) >= 2, deadline_s=180)
     slurm.submit("--partition=high", "--wrap", "true")
     wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=90)
-    assert state_of(runs, "queued") == "requeue" and len(runs.rows("queued")) < 6
+    saved = runs.saved_rows("queued")
+    assert state_of(runs, "queued") == "requeue" and len(saved) == len(runs.rows("queued")) < 6
     wait_for(lambda: slurm.show(job)["JobState"] == "COMPLETED", deadline_s=240)
     assert slurm.show(job)["Restarts"] == "1" and state_of(runs, "queued") == "finished"
     assert runs.rows("queued") == runs.rows("straight")
+    runs.assert_went_on("queued", saved)
     assert slurm.output(job).count("all-reduce between nodes  ok") == 2  # of the preflight, each time
 
 
@@ -73,7 +75,8 @@ def test_a_job_that_somebody_cancels_saves_and_stays_out_of_the_queue(slurm, run
     wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}") == "", deadline_s=90)
     shown = slurm.show(job)
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("CANCELLED", "0", "143:0")
-    rows = runs.rows("cancelled")
-    assert state_of(runs, "cancelled") == "requeue" and len(rows) < 500
-    code, printed = runs.finish("run.name=cancelled", *OPTIONS, f"run.steps={len(rows) + 1}")
-    assert code == 0 and runs.rows("cancelled")[: len(rows)] == rows, printed  # nothing that was trained is trained again
+    saved = runs.saved_rows("cancelled")
+    assert state_of(runs, "cancelled") == "requeue" and len(saved) == len(runs.rows("cancelled")) < 500
+    code, printed = runs.finish("run.name=cancelled", *OPTIONS, f"run.steps={len(saved) + 1}")
+    assert code == 0, printed
+    runs.assert_went_on("cancelled", saved)

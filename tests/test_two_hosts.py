@@ -127,8 +127,8 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
         wait_for(lambda: len(runs.rows("hosts")) >= 2, deadline_s=180)
         os.killpg(processes[1].pid, signal.SIGKILL)  # as when its power fails; ranks and graders end with it
         processes[1].wait()
-        trained = len(runs.rows("hosts"))
-        assert trained < 6
+        saved = runs.saved_rows("hosts")
+        assert len(saved) < 6
         processes.append(hosts.start(1, *node(runs, *options), output=outputs[1]))
         assert [processes[index].wait(240) for index in (0, 2)] == [0, 0], "\n".join(
             output.read_text()[-4000:] for output in outputs
@@ -139,6 +139,7 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
     code, printed = runs.finish("run.name=one_host", "eval.every=0", "--nproc", "2")
     assert code == 0, printed
     assert len(runs.rows("hosts")) == 6 and runs.rows("hosts") == runs.rows("one_host")
+    runs.assert_went_on("hosts", saved)
 
 
 def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_host(hosts, runs, tmp_path):
