@@ -37,7 +37,7 @@ NODE = NodeFacts(
     shm_free=8 << 30,
     open_files=65536,
     token="t",
-    model="abc",
+    model={"config.json": "abc", "model.safetensors": "def"},
 )
 
 
@@ -71,8 +71,15 @@ def test_equal_nodes_pass_every_check():
         ({"clock": 97.5}, "clocks", "warning", "node 0 (a) is 2.5 s ahead of node 1 (b)"),
         ({"token": ""}, "run.dir is shared", "FAILED", "node 1 (b) cannot see what rank 0 writes there"),
         ({"run_dir_free": 3 << 30}, "disk", "FAILED", "3.0 GiB free in run.dir, checkpoints take 40.0 GiB on node 1 (b)"),
-        ({"model": "", "model_error": "no config.json"}, "model", "FAILED", "no config.json on node 1 (b)"),
-        ({"model": "xyz"}, "the same model", "FAILED", "config.json differs: abc on node 0 (a); xyz on node 1 (b)"),
+        ({"model": {}, "model_error": "no config.json"}, "model", "FAILED", "no config.json on node 1 (b)"),
+        (
+            {"model": {"config.json": "abc", "model.safetensors": "xyz"}},
+            *("the same model", "FAILED", "model.safetensors differs: def on node 0 (a); xyz on node 1 (b)"),
+        ),
+        (
+            {"model": {"config.json": "abc"}},
+            *("the same model", "FAILED", "model.safetensors differs: def on node 0 (a); missing on node 1 (b)"),
+        ),
         ({"servers_error": "no python"}, "rollout servers", "FAILED", "no python on node 1 (b)"),
         ({"shm_free": 64 << 20}, "/dev/shm", "warning", "0.1 GiB free on node 1 (b)"),
         ({"open_files": 1024}, "open files", "warning", "1024 on node 1 (b)"),
@@ -87,6 +94,20 @@ def facts_of(tmp_path, *overrides):
     config = resolve(load_config(None, [f"run.dir={tmp_path}", "run.platform=cpu", *overrides]), 2, cuda=False)
     (tmp_path / "token").write_text("t")
     return collect(config, 2, clock=0.0, token_file=tmp_path / "token")
+
+
+def test_weights_that_differ_between_nodes_are_found_though_their_config_is_the_same(tmp_path, hf):
+    """The ranks of a run read a weight once for all, so that two nodes with other weights would train a mixture."""
+    (hf / "tokenizer.json").write_text("{}")
+    options = (f"model.path={hf}", "parallel.tp=2", "data.max_prompt_tokens=64", "rollout.max_response_tokens=64")
+    facts, model = facts_of(tmp_path, *options), hf / "model.safetensors"
+    mine = facts.model
+    assert not facts.model_error and {"config.json", "model.safetensors"} <= mine.keys()
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    model.write_bytes(data)
+    theirs = facts_of(tmp_path, *options).model
+    assert {name for name in mine if mine[name] != theirs[name]} == {"model.safetensors"}
 
 
 @pytest.mark.parametrize(("nodes", "number", "is_told"), [("every", 1, True), ("first", 1, False), ("first", 0, True)])
@@ -115,7 +136,7 @@ def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_pa
 
     monkeypatch.setattr("etr_megatron.checks.check_model", refuse)
     found = facts_of(tmp_path, "model.path=/data/model")
-    assert (found.model, found.model_error) == ("", "/data/model/config.json: Permission denied")
+    assert (found.model, found.model_error) == ({}, "/data/model/config.json: Permission denied")
 
 
 def test_a_run_directory_that_may_not_be_looked_at_has_no_room(tmp_path, monkeypatch):

@@ -30,6 +30,11 @@ PACKAGES = (
     "math-verify",
 )
 
+_MODEL_FILES = ("*.json", "*.safetensors", "*.distcp", ".metadata", "*.txt", "*.model", "*.jinja")
+"""Configuration, weights of either kind, tokenizer and its template."""
+
+_SAMPLES, _SAMPLE_BYTES = 8, 64 * 1024
+
 
 @dataclass(frozen=True)
 class NodeFacts:
@@ -38,7 +43,7 @@ class NodeFacts:
     number: torchrun's GROUP_RANK. clock: its time() right after all ranks met. versions: package -> version, "-" where it is
     not installed. devices: name of each GPU, none on CPU. run_dir_free, shm_free: room on the disk of `run.dir`, in /dev/shm.
     open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" where it saw none.
-    model: digest of the model's config.json, and model_error: why the model cannot be read, "" where it can.
+    model: digest of every file of the model, and model_error: why the model cannot be read, "" where it can.
     servers_error: why rollout servers cannot be started there, "" where they can or need not.
     """
 
@@ -51,7 +56,7 @@ class NodeFacts:
     shm_free: int = 0
     open_files: int = 0
     token: str = ""
-    model: str = ""
+    model: dict[str, str] = field(default_factory=dict)
     model_error: str = ""
     servers_error: str = ""
 
@@ -112,18 +117,30 @@ def _read_token(file: Path, wait_s: float = 5.0) -> str:
             time.sleep(0.1)
 
 
-def _model(config: Config, world_size: int) -> tuple[str, str]:
-    """(digest of config.json, why the model cannot be used)."""
+def _model(config: Config, world_size: int) -> tuple[dict[str, str], str]:
+    """(digests of its files by name, why the model cannot be used)."""
     from etr_megatron.checks import check_model
 
     if config.model.path == "tiny":
-        return "tiny", ""
+        return {"tiny": ""}, ""
     try:
         with path_errors():
             check_model(config, world_size)
+            found = (file for pattern in _MODEL_FILES for file in Path(config.model.path).glob(pattern))
+            return {file.name: _digest(file) for file in found if file.is_file()}, ""
     except UserError as error:
-        return "", str(error)
-    return hashlib.sha256((Path(config.model.path) / "config.json").read_bytes()).hexdigest()[:12], ""
+        return {}, str(error)
+
+
+def _digest(file: Path) -> str:
+    """Of its size and of samples, which take milliseconds for any size: the header of a safetensors file is in the first."""
+    size, found = file.stat().st_size, hashlib.sha256()
+    found.update(str(size).encode())
+    with file.open("rb") as opened:
+        for number in range(_SAMPLES):
+            opened.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            found.update(opened.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:12]
 
 
 def _servers(config: Config) -> str:

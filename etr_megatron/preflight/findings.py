@@ -82,11 +82,14 @@ def shared_directory(nodes: Sequence[NodeFacts], token: str) -> Finding:
 
 
 def same_model(nodes: Sequence[NodeFacts]) -> Finding:
-    """The model's config.json is the same on all nodes that can read it."""
-    found = _by([node for node in nodes if node.model], lambda node: node.model)
-    if len(found) > 1:
-        return Finding("the same model", "FAILED", f"config.json differs: {_spell(found)}")
-    return Finding("the same model", "ok", next(iter(found), "-"))
+    """The model's files are the same on all nodes that can read it, as far as samples of them tell."""
+    readable = [node for node in nodes if node.model]
+    names = sorted({name for node in readable for name in node.model})
+    for name in names:
+        found = _by(readable, lambda node, name=name: node.model.get(name, "missing"))
+        if len(found) > 1:
+            return Finding("the same model", "FAILED", f"{name} differs: {_spell(found)}")
+    return Finding("the same model", "ok", f"{len(names)} files, by samples" if len(names) > 1 else next(iter(names), "-"))
 
 
 def table(found: Sequence[Finding]) -> str:
