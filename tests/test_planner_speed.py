@@ -175,3 +175,12 @@ def test_the_readme_says_the_errors_that_are_computed() -> None:
 def test_the_table_of_the_documentation_is_the_one_that_is_computed() -> None:
     documented = (MODELS.parents[1] / "docs" / "planner.md").read_text()
     assert table() in documented
+
+
+def test_the_head_makes_its_logits_twice_for_a_loss_that_does_not_say_that_it_is_token_local() -> None:
+    def seconds_of_training(*overrides: str) -> float:
+        settings = ["model.path=Qwen3-8B", "parallel.tp=2", *overrides]
+        return make_plan(load_config(None, settings), 8, gpu=H100).time.train
+
+    once, twice = seconds_of_training(), seconds_of_training("train.grads_dtype=bfloat16")
+    assert once < twice == seconds_of_training("objective.loss=tests.broken_loss:leaves")

@@ -108,4 +108,6 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"  train      {time.train:8.1f} s, pipeline bubble {time.bubble:.1%}"
     yield f"  sync       {time.sync:8.1f} s"
     how = "generation beside training" if time.overlapped else "one after the other"
+    if plan.config.train.optimizer_offload:
+        how += ", the optimizer's update on the CPU not counted"
     yield f"  step       {time.step:8.1f} s, {how}; {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"

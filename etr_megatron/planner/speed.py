@@ -58,8 +58,9 @@ def step_time(
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
     # The head forms its gradients in its forward pass where the loss is token-local and their buffer fp32; else it makes its
-    # logits twice.
-    heads = 4 if config.objective.loss == "gspo" or config.train.grads_dtype == "bfloat16" else 3
+    # logits twice. Only its own module says whether a user's loss is, and a plan imports none.
+    loss = config.objective.loss
+    heads = 4 if loss == "gspo" or ":" in loss or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
     model_bytes = _model_bytes(arch, config)
     return StepTime(
