@@ -3,7 +3,7 @@
 #
 #   install_gpu.sh transformer-engine VERSION JOBS
 #   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam and the fused weight gradient; the package of that name on PyPI is another
-#   install_gpu.sh product FOLDER                     this project, in place
+#   install_gpu.sh product FOLDER [WORKSPACE]         this project, in place
 set -euo pipefail
 
 versions() {
@@ -32,9 +32,13 @@ case $step in
         ;;
     product)
         python3 -m pip install --constraint "$constraints" --editable "$1[router]"
-        # Rollout servers run in the same environment here; configs look for it where a checkout has one of its own.
-        install --directory /workspace/.venv-sglang/bin
-        ln --symbolic --force "$(command -v python3)" /workspace/.venv-sglang/bin/python
+        # Rollout servers run in the same environment here; configs look for it where a checkout has one of its own. Not a link:
+        # to the Python of a virtual environment it would be one to the Python that this was made from.
+        servers=${2:-/workspace}/.venv-sglang/bin
+        install --directory "$servers"
+        printf '#!/bin/sh\nexec "%s" "$@"\n' "$(command -v python3)" >"$servers/python"
+        chmod 755 "$servers/python"
+        "$servers/python" -c 'from importlib.metadata import version; version("sglang"), version("etr_megatron")'
         ;;
     *)
         echo "error: unknown step $step" >&2

@@ -161,6 +161,29 @@ def test_apex_comes_from_git_at_a_commit(gpu_step):
     assert code == 0 and f"git+https://github.com/NVIDIA/apex.git@{commit}" in called and "--cuda_ext" in called
 
 
+@pytest.mark.slow
+def test_servers_of_the_gpu_image_run_in_the_environment_of_the_product(tmp_path):
+    """The base image's Python may be one of a virtual environment, which a link to it would leave."""
+    base, workspace = tmp_path / "base", tmp_path / "workspace"
+    subprocess.run([sys.executable, "-m", "venv", base], check=True)
+    (packages,) = base.glob("lib/python3*/site-packages")
+    for name, version in {"torch": "2.11.0", "sglang": "0.5.17"}.items():
+        (packages / f"{name}.py").touch()
+        (packages / f"{name}-{version}.dist-info").mkdir()
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    copy = shutil.copytree(REPO, tmp_path / "opt", ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env |= {"PATH": f"{base / 'bin'}:/usr/bin:/bin", "PIP_NO_DEPS": "1"}
+    step = ["bash", str(copy / "docker" / "install_gpu.sh"), "product", str(copy), str(workspace)]
+    done = subprocess.run(step, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    asked = [workspace / ".venv-sglang" / "bin" / "python", "-c", "import sys, sglang, etr_megatron; print(sys.prefix)"]
+    said = subprocess.run(asked, cwd=workspace, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{base}\n"
+
+
 def test_an_unknown_step_is_refused(gpu_step):
     assert gpu_step("nothing")[:2] == (2, "error: unknown step nothing\n")
 
