@@ -31,12 +31,12 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     overrides: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        if not argument:
+        if argument in ("", "--config="):
             raise UserError("an argument is empty, perhaps of a variable that is not set; give a config file or key=value")
         if argument == "--config":
             named = next(arguments, None)
-            if named is None:
-                raise UserError("--config is the last argument; it must be followed by a config file")
+            if not named:
+                raise UserError("--config must be followed by a config file, and is by nothing")
         elif argument.startswith("--config="):
             named = argument.removeprefix("--config=")
         elif argument == "--rollout-only":

@@ -44,7 +44,9 @@ def test_config_and_overrides_come_in_any_order() -> None:
         ("a.yaml b.yaml", "two configs are named, a.yaml and b.yaml"),
         ("--config a.yaml b.yaml", "two configs are named"),
         ("a.yaml --fast", "unknown option --fast"),
-        ("--config", "--config is the last argument"),
+        ("--config", "--config must be followed by a config file"),
+        ("--config ''", "--config must be followed by a config file"),
+        ("--config=", "an argument is empty"),
         ("a.yaml ''", "an argument is empty"),
     ],
 )
