@@ -166,6 +166,12 @@ def test_the_published_sync_lies_between_the_transports() -> None:
     assert found["sharded"] < found["broadcast"] < SYNC_32B < found["tensor"] < found["disk"]
 
 
+def test_the_docs_say_the_estimates_of_a_sync_that_are_computed() -> None:
+    docs = " ".join((MODELS.parents[1] / "docs" / "planner.md").read_text().split())
+    for transport, seconds in sync_of_32b().items():
+        assert f"{seconds:.1f} s by `{transport}` ({seconds / SYNC_32B - 1:+.0%})" in docs
+
+
 def test_the_readme_says_the_errors_that_are_computed() -> None:
     sync, one_step_off = (round(100 * (1 - row.estimate().time.step / row.step)) for row in ROWS[:2])
     readme = " ".join((MODELS.parents[1] / "README.md").read_text().split())
