@@ -6,25 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 VOCAB = 301
 _COMMON = dict(
     vocab_size=VOCAB,
     hidden_size=48,
     intermediate_size=80,
-    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
+    head_dim=16,
     max_position_embeddings=512,
     rms_norm_eps=1e-6,
     initializer_range=0.1,
@@ -37,26 +28,26 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-_MIXTURE = dict(**_COMMON, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
+_MIXTURE = dict(**_COMMON, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(**_COMMON, head_dim=16, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False)),
-    "qwen3_tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, norm_topk_prob=True, tie_word_embeddings=False)),
+    "llama": (LlamaForCausalLM, dict(**_COMMON, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)),
+    "qwen2": (Qwen2ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, dict(**_COMMON, tie_word_embeddings=False)),
+    "qwen3_tied": (Qwen3ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
+    "qwen3_moe": (Qwen3MoeForCausalLM, dict(**_MIXTURE, norm_topk_prob=True, tie_word_embeddings=False)),
     # Layers 1 and 3 would have experts; one in the list of dense layers leaves the first half without any.
-    "qwen3_moe_dense": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True)
+    "qwen3_moe_dense": (
+        Qwen3MoeForCausalLM,
+        dict(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True),
     ),
 }
 
 
-def write_model(name: str, path: Path) -> str:
-    """Write the family's model with norms and biases away from their initial ones and zeros."""
+def write_model(name: str, path: Path, layers: int = 4) -> str:
+    """Write the family's model with norms and biases away from their initial ones and zeros. layers: how deep it is."""
     torch.manual_seed(sum(map(ord, name)))
-    model = FAMILIES[name]().float()
+    kind, settings = FAMILIES[name]
+    model = kind(kind.config_class(num_hidden_layers=layers, **settings)).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hf_models import random_sequences
+from tests.gang import Gangs
+from tests.hf_models import random_sequences, write_model
 from tests.test_policy_training import BASE, assert_same_run
 
 VPP2 = ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]
@@ -46,6 +47,22 @@ MIXTURES = {
     "cp2_tp2_sp_ep2_etp1": (4, [*CP2_TP2, "parallel.ep=2", "parallel.etp=1"]),
 }
 
+DEEP = {
+    # Three stages and more: the one before is not the one after, as it is of two.
+    "pp4_vpp2": (4, ["parallel.tp=1", "parallel.pp=4", "parallel.vpp=2", SMALL]),
+    # Chunks of one layer on the first and the last stage, of two between them.
+    "pp3_vpp2_uneven": (
+        3,
+        [
+            *("parallel.tp=1", "parallel.pp=3", "parallel.vpp=2", SMALL),
+            *("parallel.first_stage_layers=2", "parallel.last_stage_layers=2"),
+        ],
+    ),
+}
+# Experts are cut as TP is: with etp=1 the copies of an expert would be where those of a dense weight are, and the one's group
+# taken for the other's would not show.
+EVERYTHING = [*CP2_TP2, "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", SMALL, SHARDED]
+
 
 @pytest.fixture(scope="module")
 def single(gangs, hf_models):
@@ -58,6 +75,13 @@ def single(gangs, hf_models):
         return done[family, extra]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def deep(gangs, tmp_path_factory):
+    """A model of eight layers, and its run in one process and one microbatch."""
+    model = write_model("qwen3", tmp_path_factory.mktemp("deep"), layers=8)
+    return model, *run(gangs, model, 1, ["parallel.tp=1"])
 
 
 def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
@@ -80,3 +104,22 @@ def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]
     for found in run(gangs, hf_models[family], world, overrides):
         assert_same_run(found, single(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", DEEP)
+def test_those_of_chunks_on_three_stages_and_more_too(gangs, deep, layout):
+    world, overrides = DEEP[layout]
+    model, wanted = deep
+    for found in run(gangs, model, world, overrides):
+        assert_same_run(found, wanted)
+
+
+@pytest.mark.slow
+def test_those_of_a_mixture_split_in_every_way_at_once_too(hf_models, single):
+    own = Gangs()  # stopped right away: eight processes are more than any other test of a session needs
+    try:
+        for found in run(own, hf_models["qwen3_moe"], 8, EVERYTHING):
+            assert_same_run(found, single("qwen3_moe"))
+    finally:
+        own.stop()

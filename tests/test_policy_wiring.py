@@ -1,0 +1,154 @@
+"""What shows nowhere in a run on CPU: what Megatron is told where Transformer Engine is, and what microbatches are made of."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from etr_megatron.config import Config, Fp8Config, load_config, resolve
+from etr_megatron.policy import Layout, Policy
+from etr_megatron.policy import policy as policy_module
+from etr_megatron.policy.model_config import TransformerConfig, transformer_config, uses_transformer_engine
+from etr_megatron.policy.packing import Microbatch
+from etr_megatron.weights import read_architecture
+from tests.test_policy_fp8 import ONE_RANK
+
+TRANSFORMER_ENGINE, FUSED_GRADIENTS = "transformer_engine", "fused_weight_gradient_mlp_cuda"
+"""Packages: of the second, apex's kernel, only whether it is there is asked."""
+
+
+def on_machine(monkeypatch, *packages: str, platform: str = "cuda") -> None:
+    """A machine that has these of the packages, as far as our code and Megatron's settings ask."""
+    find_spec = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None):
+        if name in (TRANSFORMER_ENGINE, FUSED_GRADIENTS):
+            return object() if name in packages else None
+        return find_spec(name, package)
+
+    monkeypatch.setenv("ETR_PLATFORM", platform)
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr("megatron.core.transformer.transformer_config.is_te_min_version", lambda *_args, **_options: True)
+    monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", object())
+
+
+def told(model: str, layout: Layout = ONE_RANK, **options) -> TransformerConfig:
+    return transformer_config(read_architecture(model), layout, sequence_parallel=False, dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize(
+    ("platform", "packages", "used"),
+    [("cuda", [TRANSFORMER_ENGINE], True), ("cuda", [], False), ("cpu", [TRANSFORMER_ENGINE], False)],
+)
+def test_transformer_engine_is_used_on_cuda_where_it_is_installed_and_computes_a_ranks_experts_in_one(
+    hf_models, monkeypatch, platform, packages, used
+):
+    on_machine(monkeypatch, *packages, platform=platform)
+    assert uses_transformer_engine() == used
+    assert told(hf_models["qwen3_moe"]).moe_grouped_gemm == used
+    assert not told(hf_models["qwen3"]).moe_grouped_gemm
+
+
+@pytest.mark.parametrize(
+    ("packages", "fused"),
+    [
+        ([TRANSFORMER_ENGINE, FUSED_GRADIENTS], True),
+        ([TRANSFORMER_ENGINE], False),
+        # Of Megatron's own layers none is fused.
+        ([FUSED_GRADIENTS], False),
+    ],
+)
+def test_gradients_are_added_up_in_their_product_where_transformer_engine_and_apexs_kernel_are(
+    hf_models, monkeypatch, packages, fused
+):
+    on_machine(monkeypatch, *packages)
+    assert told(hf_models["qwen3"]).gradient_accumulation_fusion == fused
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "padded"),
+    [("qwen3_moe", "blockwise", True), ("qwen3_moe", "none", False), ("qwen3", "blockwise", False)],
+)
+def test_in_fp8_each_experts_tokens_are_padded(hf_models, monkeypatch, family, recipe, padded):
+    on_machine(monkeypatch, TRANSFORMER_ENGINE)
+    assert told(hf_models[family], fp8=Fp8Config(recipe=recipe)).moe_router_padding_for_quantization == padded
+
+
+@pytest.mark.parametrize("exchange", ["p2p", "a2a"])
+def test_megatron_is_told_how_context_parallel_ranks_exchange(hf_models, exchange):
+    layout = replace(ONE_RANK, world=2, cp=2)
+    assert told(hf_models["qwen3"], layout, cp_comm=exchange).cp_comm_type == exchange
+
+
+def test_a_policy_hands_on_all_settings_of_the_model(hf_models, monkeypatch):
+    class BuiltUpTo(Exception):
+        pass
+
+    def refuse(arch, layout, **options):
+        raise BuiltUpTo(options)
+
+    monkeypatch.setattr(policy_module, "require_fp8", lambda fp8: None)
+    monkeypatch.setattr(policy_module, "transformer_config", refuse)
+    config = configured(
+        *("parallel.tp=2", "parallel.cp=2", "parallel.cp_comm=a2a", "parallel.sequence_parallel=true", "fp8.recipe=mxfp8"),
+        *("train.recompute=full", "train.moe_aux_loss_coef=0.25", "train.moe_router_fp32=true"),
+    )
+    with pytest.raises(BuiltUpTo) as reached:
+        Policy(read_architecture(hf_models["qwen3_moe"]), hf_models["qwen3_moe"], config, ONE_RANK)
+    (options,) = reached.value.args
+    assert options == dict(
+        sequence_parallel=True,
+        dtype=torch.bfloat16,
+        recompute="full",
+        cp_comm="a2a",
+        aux_loss_coef=0.25,
+        router_fp32=True,
+        fp8=Fp8Config(recipe="mxfp8"),
+    )
+
+
+def configured(*overrides: str) -> Config:
+    return resolve(load_config(None, ["model.path=somewhere", *overrides]), 4, cuda=True)
+
+
+def microbatches(model: str, config: Config, layout: Layout, sequences: list) -> list[Microbatch]:
+    """Those of a policy of which there is nothing else."""
+    policy = object.__new__(Policy)
+    policy.arch, policy.config, policy.layout = read_architecture(model), config, layout
+    return policy._microbatches(sequences)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sequence_parallel", "tokens"),
+    [("none", "false", 5), ("none", "true", 6), ("blockwise", "false", 128), ("blockwise", "true", 256)],
+)
+def test_a_microbatch_is_padded_to_what_fp8_and_sequence_parallelism_need(hf_models, recipe, sequence_parallel, tokens):
+    config = configured("parallel.tp=2", f"fp8.recipe={recipe}", f"parallel.sequence_parallel={sequence_parallel}")
+    layout = replace(ONE_RANK, world=2, tp=2)
+    (batch,) = microbatches(hf_models["qwen3"], config, layout, [([7, 8, 9], [1, 2])])
+    assert batch.tokens.shape == (1, tokens)
+
+
+def shared_out(model: str, sizes: list[tuple[int, int]]) -> list[Microbatch]:
+    """The one microbatch of each of two ranks; sizes: of prompts and responses."""
+    found = []
+    for rank in range(2):
+        layout = replace(ONE_RANK, rank=rank, world=2, dp=2, dp_rank=rank)
+        sequences = [([1] * prompt, [2] * response) for prompt, response in sizes]
+        found += microbatches(model, configured("train.tokens_per_microbatch=512"), layout, sequences)
+    return found
+
+
+def test_ranks_get_as_many_rows_of_logits_where_samples_are_equally_long(hf_models):
+    # By tokens alone the first goes with the third.
+    batches = shared_out(hf_models["qwen3"], [(60, 1), (1, 60), (60, 1), (1, 60)])
+    assert [len(batch.rows) for batch in batches] == [61, 61]
+
+
+def test_a_long_sample_that_attention_makes_costly_is_a_ranks_only_one(hf_models):
+    # By tokens alone a short one may as well go with it: 90 of them and 60, or 60 and 90.
+    batches = shared_out(hf_models["qwen3"], [(59, 1), (29, 1), (29, 1), (29, 1)])
+    assert sorted(batch.samples for batch in batches) == [(0,), (1, 2, 3)]
