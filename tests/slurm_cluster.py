@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from tests.runs import REPO, wait_for
@@ -120,8 +121,13 @@ class SlurmCluster:
         """What `scontrol show job` says of it."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
 
+    def said(self) -> str:
+        """The last words of every daemon."""
+        return " | ".join(f"{path.name}: {path.read_text()[-200:].strip()}" for path in self.folder.glob("*.out"))
+
     def stop(self) -> None:
-        self.run("scancel", "--user=root", "--signal=KILL", "--full")
+        with suppress(subprocess.TimeoutExpired):
+            self.run("scancel", "--user=root", "--signal=KILL", "--full")
         for daemon in reversed(self._daemons):
             os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
