@@ -37,11 +37,13 @@ SchedulerParameters=bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
 GresTypes=gpu
-KillWait=60
+KillWait=120
+MessageTimeout=60
+SlurmdTimeout=0
 MpiDefault=none
 NodeName={nodes[0]} NodeAddr={addresses[0]} CPUs=1 Gres=gpu:8
 NodeName={nodes[1]} NodeAddr={addresses[1]} CPUs=1 Gres=gpu:8
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE GraceTime=60
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE GraceTime=120
 PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE PreemptMode=OFF
 """
 

@@ -196,13 +196,13 @@ def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
 
     def all_reduce(group, device, size):
         if group is not None and dist.get_rank() == stuck[0] and dist.get_process_group_ranks(group) == list(stuck):
-            time.sleep(10)
+            time.sleep(16)
             raise RuntimeError("no route")
         return real(group, device, size)
 
     with mock.patch.object(network, "_all_reduce", all_reduce):
         nodes = list(range(dist.get_world_size()))
-        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=6)  # what a busy machine may take
+        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=12)  # what a busy machine may take
     return [(one.check, one.state) for one in found]
 
 

@@ -41,6 +41,17 @@ def submit(slurm: SlurmCluster, runs, *overrides: str, options: tuple[str, ...] 
     return slurm.submit(*options, "examples/slurm.sbatch", *arguments, ETR_PROCESSES="1", ETR_PREFLIGHT=preflight)
 
 
+def wait_for_rows(slurm: SlurmCluster, runs, name: str, count: int, job: str) -> None:
+    """Until a job that runs has trained so many steps; its own words where it does not."""
+
+    def is_there() -> bool:
+        state = slurm.show(job)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING"), slurm.output(job)[-3000:]
+        return len(runs.rows(name)) >= count
+
+    wait_for(is_there, deadline_s=300, poll_s=0.2)
+
+
 def state_of(runs, name: str) -> str:
     status = runs.directory(name) / "status.json"
     return json.loads(status.read_text())["state"] if status.exists() else ""
@@ -50,9 +61,9 @@ def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, ru
     code, printed = runs.finish("run.name=straight", *OPTIONS)
     assert code == 0, printed
     job = submit(slurm, runs, "run.name=queued", preflight="1")
-    wait_for(lambda: len(runs.rows("queued")) >= 2, deadline_s=180)
+    wait_for_rows(slurm, runs, "queued", 2, job)
     slurm.submit("--partition=high", "--wrap", "true")
-    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=90)
+    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=240)
     saved = runs.saved_rows("queued")
     assert state_of(runs, "queued") == "requeue" and len(saved) == len(runs.rows("queued")) < 6
     wait_for(lambda: slurm.show(job)["JobState"] == "COMPLETED", deadline_s=240)
@@ -65,16 +76,16 @@ def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, ru
 def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm, runs):
     # Told 100 seconds before its two minutes are over; Slurm looks twice a minute.
     job = submit(slurm, runs, "run.name=limit", "run.steps=500", options=("--time=2", "--signal=TERM@100"))
-    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=180)
+    wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=240)
     slurm.run("scancel", job)
     assert state_of(runs, "limit") == "requeue" and len(runs.rows("limit")) >= 2
 
 
 def test_a_job_that_somebody_cancels_saves_and_stays_out_of_the_queue(slurm, runs):
     job = submit(slurm, runs, "run.name=cancelled", "run.steps=500")
-    wait_for(lambda: len(runs.rows("cancelled")) >= 3, deadline_s=180)
+    wait_for_rows(slurm, runs, "cancelled", 3, job)
     slurm.run("scancel", job)
-    wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}") == "", deadline_s=90)
+    wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}") == "", deadline_s=240)
     shown = slurm.show(job)
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("CANCELLED", "0", "143:0")
     saved = runs.saved_rows("cancelled")

@@ -3,7 +3,8 @@
 #
 #   bash tools/run_tests.sh [--fast] [pytest arguments]     --fast leaves out the tests marked slow
 #
-# Three files of tests at a time, as most tests wait for processes half of their time; `-n 0` runs all in one process.
+# Two files of tests at a time, as most tests wait for processes half of their time; three take longer on two cores. `-n 0` runs
+# all in one process.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,4 +25,4 @@ unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # What a file's tests share, such as a server, is made once: a file stays in one process.
-exec .venv/bin/python -m pytest -n 3 --dist loadfile "${selection[@]}" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
