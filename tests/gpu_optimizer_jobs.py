@@ -9,7 +9,6 @@ torch's own Adam, and so it does here, which needs processes of its own.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,11 +27,9 @@ optimizer_config.is_te_min_version = lambda *_args, **_kwargs: True
 
 from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
-from etr_megatron.config import load_config, resolve  # noqa: E402
-from etr_megatron.policy import Policy, configured_layout  # noqa: E402
-from etr_megatron.weights import read_architecture  # noqa: E402
+from etr_megatron.policy import Policy  # noqa: E402
+from tests import policy_jobs  # noqa: E402
 from tests.hf_models import random_sequences  # noqa: E402
-from tests.policy_jobs import make_batch  # noqa: E402
 
 megatron_fixes._mend_experts()  # which Transformer Engine and a GPU would have made needless
 
@@ -100,16 +97,12 @@ def _fused_adam():
 
 
 def build(model: str, overrides: list[str], kind: str) -> Policy:
-    settings = [f"model.path={model}", *BASE, *overrides]
-    config = resolve(load_config(None, settings), torch.distributed.get_world_size(), cuda=False)
-    # Set where the rules, which refuse it on CPU, have been through.
-    config = replace(config, train=replace(config.train, optimizer_offload=kind == "offloaded"))
     with _fused_adam() if kind == "fused" else nullcontext():
-        return Policy(read_architecture(model), model, config, configured_layout(config))
+        return policy_jobs.build(model, [*BASE, *overrides], optimizer_offload=kind == "offloaded")
 
 
 def updates(policy: Policy, count: int) -> list[tuple[float, float, float]]:
-    batch = make_batch(random_sequences())
+    batch = policy_jobs.make_batch(random_sequences())
     return [(found.loss, found.grad_norm, found.lr) for found in (policy.update(batch) for _ in range(count))]
 
 

@@ -16,8 +16,10 @@ from etr_megatron.weights import TABLES, read_architecture
 from etr_megatron.weights.map import Row
 
 
-def build(model: str, overrides: list[str]) -> Policy:
+def build(model: str, overrides: list[str], **train: Any) -> Policy:
+    """train: settings of that section which the rules would refuse on CPU; set where the config has been through them."""
     config = resolve(load_config(None, [f"model.path={model}", *overrides]), dist.get_world_size(), cuda=False)
+    config = replace(config, train=replace(config.train, **train))
     return Policy(read_architecture(model), model, config, configured_layout(config))
 
 

@@ -51,9 +51,9 @@ PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE PreemptMode=OFF
 def missing() -> str:
     """Why there can be no cluster here, or nothing."""
     absent = [name for name in PROGRAMS if not shutil.which(name)]
-    if absent or os.geteuid() != 0:
-        return "Slurm's daemons run as root" if not absent else f"no {', '.join(absent)} (Debian: slurm-wlm, munge)"
-    return ""
+    if absent:
+        return f"no {', '.join(absent)} (Debian: slurm-wlm, munge)"
+    return "Slurm's daemons run as root" if os.geteuid() != 0 else ""
 
 
 class SlurmCluster:
@@ -136,5 +136,6 @@ class SlurmCluster:
         for name in self._hosts.names:  # steps have sessions of their own
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
-                os.kill(int(pid), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)

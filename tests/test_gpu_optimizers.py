@@ -69,9 +69,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(own_gangs, trained, step):
             assert_same(found["loaded"], wanted["saved"])
 
 
-def test_another_layout_goes_on_with_it(own_gangs, trained):
+def test_another_layout_goes_on_with_it(own_gangs, kind, trained):
     job, straight = trained
-    elsewhere = {**job, "overrides": [*TP2, *job["overrides"][-1:]] if "optimizer" in job["overrides"][-1] else TP2}
+    elsewhere = {**job, "overrides": [*TP2, *kind[1]]}
     resumed = own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **elsewhere, step=2, count=1)
     for found, wanted in zip(resumed, straight, strict=True):
         assert_same(found["loaded"], wanted["saved"])

@@ -28,7 +28,7 @@ from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
-from etr_megatron.rollout.sglang.server import ServerProcess
+from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.weights import read_architecture
 from tests.nodes import own_address
 from tests.runs import REPO, wait_for
@@ -60,29 +60,16 @@ def model(tmp_path_factory):
 
 
 @contextmanager
-def started(config: SglangConfig, model: str, folder: Path) -> Iterator[ServerProcess]:
+def started(config: SglangConfig, model: str, folder: Path) -> Iterator[Started]:
     """A server that is not the job's, answering."""
     where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False)
-    command = server_command(config, Path(model), "float32", **where)
-    process, starts = ServerProcess("server", command, folder / "server.log"), 3
-
-    def answers() -> bool:
-        nonlocal process, starts
-        if not process.is_running:
-            words, starts = process.last_words(40), starts - 1
-            # SGLang takes more ports than it is given, and another test may be quicker with one.
-            assert starts and "address already in use" in words, words
-            process = ServerProcess("server", command, folder / "server.log")
-        try:
-            return httpx.get(f"{process.url}/health", timeout=2).status_code == 200
-        except httpx.HTTPError:
-            return False
-
+    host = Host({"server": server_command(config, Path(model), "float32", **where)}, folder, startup_timeout_s=400.0)
     try:
-        wait_for(answers, deadline_s=400.0, poll_s=0.5)
-        yield process
+        found = host.start(["server"])["server"]
+        assert found.problem is None, found.problem
+        yield found
     finally:
-        process.stop()
+        host.stop()
 
 
 @pytest.fixture(scope="module")

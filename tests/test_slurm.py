@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
+from etr_megatron.observe import RunDirectory
 from tests import slurm_cluster
 from tests.runs import wait_for
 from tests.slurm_cluster import SlurmCluster
@@ -52,9 +52,8 @@ def wait_for_rows(slurm: SlurmCluster, runs, name: str, count: int, job: str) ->
     wait_for(is_there, deadline_s=300, poll_s=0.2)
 
 
-def state_of(runs, name: str) -> str:
-    status = runs.directory(name) / "status.json"
-    return json.loads(status.read_text())["state"] if status.exists() else ""
+def state_of(runs, name: str) -> str | None:
+    return RunDirectory(runs.directory(name)).read_state()
 
 
 def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, runs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import Config
+from etr_megatron.config import LOSSES, Config
 from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
@@ -60,7 +60,7 @@ def step_time(
     # The head forms its gradients in its forward pass where the loss is token-local and their buffer fp32; else it makes its
     # logits twice. Only its own module says whether a user's loss is, and a plan imports none.
     loss = config.objective.loss
-    heads = 4 if loss == "gspo" or ":" in loss or config.train.grads_dtype == "bfloat16" else 3
+    heads = 4 if loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
     model_bytes = _model_bytes(arch, config)
     return StepTime(
