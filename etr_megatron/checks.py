@@ -65,10 +65,11 @@ def _refuse_all(*checks: Callable[[], None]) -> None:
 def check_model(config: Config, world_size: int) -> None:
     """The checkpoint is complete, of a supported architecture, and can be split over the layout."""
     name = config.model.path
-    tp, pp = tensor_parallel(config.parallel, world_size), config.parallel.pp
+    tp = tensor_parallel(config.parallel, world_size)
     if name == "tiny":
         tiny = config.tiny
-        check_layout("the tiny model", tiny.heads, tiny.heads // 2, tiny.layers, tp, pp, config.parallel)
+        check_attention("the tiny model", tiny.heads, tiny.heads // 2, tiny.head_dim, tp, config.parallel)
+        check_layers("the tiny model", tiny.layers, config.parallel)
         check_mlp("the tiny model", tiny.intermediate_size, tp)
         check_without_experts("the tiny model", config)
         return
@@ -93,7 +94,8 @@ def check_model(config: Config, world_size: int) -> None:
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
     """The model can be split over the layout, and no option is about experts that it does not have."""
     parallel = config.parallel
-    check_layout(model, architecture.heads, architecture.kv_heads, architecture.layers, tp, parallel.pp, parallel)
+    check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
+    check_layers(model, architecture.layers, parallel)
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:
         check_without_experts(model, config)
@@ -111,36 +113,39 @@ def check_context(architecture: Architecture, config: Config) -> None:
         )
 
 
-def check_layout(
-    model: str, heads: int, kv_heads: int, layers: int, tp: int, pp: int, parallel: ParallelConfig | None = None
-) -> None:
-    """Attention splits over `tp` and layers over `pp` (with `parallel` over its chunks and uneven stages as well); the
-    vocabulary needs no check, it is padded."""
+def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: int, parallel: ParallelConfig) -> None:
+    """Attention splits over `tp`; with more ranks than key/value heads, neighbours share one."""
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
             f"divides {heads}"
         )
-    if kv_heads < tp:
+    if kv_heads % tp and tp % kv_heads:
         raise UserError(
-            f"{model} has {kv_heads} key/value heads, fewer than parallel.tp={tp}, which is not supported yet; choose "
-            f"parallel.tp <= {kv_heads}"
+            f"{model} has {kv_heads} key/value heads, of which parallel.tp={tp} is neither a divisor nor a multiple; choose a "
+            "parallel.tp that is"
         )
-    if kv_heads % tp:
+    if 2 * kv_heads * head_dim % tp:
         raise UserError(
-            f"{model} has {kv_heads} key/value heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
-            f"divides {kv_heads}"
+            f"{model} has {2 * kv_heads * head_dim} rows of keys and values, which parallel.tp={tp} does not divide; choose a "
+            "smaller parallel.tp"
         )
-    if parallel is not None and parallel.cp_comm == "a2a" and kv_heads // tp % parallel.cp:
+    held = max(1, kv_heads // tp)
+    if parallel.cp_comm == "a2a" and held % parallel.cp:
         raise UserError(
-            f"{model} has {kv_heads // tp} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} "
+            f"{model} has {held} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} "
             "does not divide, as parallel.cp_comm=a2a needs; set that to p2p"
         )
-    if parallel is not None and (parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None)):
+
+
+def check_layers(model: str, layers: int, parallel: ParallelConfig) -> None:
+    """Layers split over `parallel.pp`, its chunks and uneven stages as well. The vocabulary needs no check, it is padded."""
+    if parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None):
         check_stages(model, layers, parallel)
-    elif layers < pp or layers % pp:
+    elif layers % parallel.pp:
         raise UserError(
-            f"{model} has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+            f"{model} has {layers} layers, which parallel.pp={parallel.pp} does not divide; choose a parallel.pp that divides "
+            f"{layers}"
         )
 
 

@@ -43,11 +43,12 @@ FAMILIES = {
 }
 
 
-def write_model(name: str, path: Path, layers: int = 4) -> str:
-    """Write the family's model with norms and biases away from their initial ones and zeros. layers: how deep it is."""
+def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
+    """Write the family's model with norms and biases away from their initial ones and zeros. layers: how deep it is; changes:
+    of its sizes."""
     torch.manual_seed(sum(map(ord, name)))
     kind, settings = FAMILIES[name]
-    model = kind(kind.config_class(num_hidden_layers=layers, **settings)).float()
+    model = kind(kind.config_class(num_hidden_layers=layers, **{**settings, **changes})).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.checks import check_inputs, check_layout
+from etr_megatron.checks import check_attention, check_inputs, check_layers
 from etr_megatron.config import (
     Config,
     DataConfig,
@@ -135,40 +135,50 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(config: Config, hf_mo
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "layers", "tp", "pp", "sentence"),
+    ("heads", "kv_heads", "tp", "sentence"),
     [
-        (14, 2, 6, 4, 1, "m has 14 attention heads, which parallel.tp=4 does not divide; choose a parallel.tp that"),
-        (16, 2, 6, 4, 1, "m has 2 key/value heads, fewer than parallel.tp=4, which is not supported yet; choose"),
-        (12, 6, 6, 4, 1, "m has 6 key/value heads, which parallel.tp=4 does not divide; choose a parallel.tp that"),
-        (16, 4, 6, 4, 4, "m has 6 layers, which parallel.pp=4 does not divide; choose a parallel.pp that divides 6"),
-        (16, 4, 2, 1, 4, "m has 2 layers, which parallel.pp=4 does not divide; choose a parallel.pp that divides 2"),
+        (14, 2, 4, "m has 14 attention heads, which parallel.tp=4 does not divide; choose a parallel.tp that divides 14"),
+        (12, 6, 4, "m has 6 key/value heads, of which parallel.tp=4 is neither a divisor nor a multiple; choose a parallel.tp"),
+        (12, 2, 3, "m has 2 key/value heads, of which parallel.tp=3 is neither a divisor nor a multiple; choose a parallel.tp"),
+        (64, 1, 64, "m has 32 rows of keys and values, which parallel.tp=64 does not divide; choose a smaller parallel.tp"),
     ],
 )
-def test_a_model_that_the_layout_cannot_split_is_refused(
-    heads: int, kv_heads: int, layers: int, tp: int, pp: int, sentence: str
-) -> None:
+def test_heads_that_tensor_parallel_ranks_cannot_split_are_refused(heads: int, kv_heads: int, tp: int, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_layout("m", heads, kv_heads, layers, tp, pp)
+        check_attention("m", heads, kv_heads, 16, tp, ParallelConfig())
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(("layers", "pp"), [(6, 4), (2, 4)])
+def test_layers_that_stages_cannot_split_are_refused(layers: int, pp: int) -> None:
+    with pytest.raises(UserError) as caught:
+        check_layers("m", layers, ParallelConfig(pp=pp))
+    assert str(caught.value) == (
+        f"m has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+    )
 
 
 def test_heads_that_context_parallel_ranks_cannot_exchange_are_refused() -> None:
     ring, exchange = (ParallelConfig(tp=2, cp=4, cp_comm=how) for how in ("p2p", "a2a"))
-    check_layout("m", 16, 4, 6, 2, 1, ring)
-    check_layout("m", 16, 8, 6, 2, 1, exchange)
-    with pytest.raises(UserError) as caught:
-        check_layout("m", 16, 4, 6, 2, 1, exchange)
-    assert str(caught.value).startswith("m has 2 key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 does not")
+    check_attention("m", 16, 4, 16, 2, ring)
+    check_attention("m", 16, 8, 16, 2, exchange)
+    for kv_heads, held in ((4, 2), (1, 1)):
+        with pytest.raises(UserError) as caught:
+            check_attention("m", 16, kv_heads, 16, 2, exchange)
+        begin = f"m has {held} key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 does not"
+        assert str(caught.value).startswith(begin)
 
 
-def test_a_layout_that_splits_evenly_passes() -> None:
-    check_layout("m", heads=14, kv_heads=2, layers=24, tp=2, pp=3)
+def test_a_layout_that_splits_evenly_or_shares_heads_passes() -> None:
+    check_attention("m", heads=14, kv_heads=2, head_dim=16, tp=2, parallel=ParallelConfig())
+    check_attention("m", heads=16, kv_heads=2, head_dim=16, tp=8, parallel=ParallelConfig())
+    check_layers("m", 24, ParallelConfig(pp=3))
 
 
 def test_mlps_that_the_layout_cannot_split_are_refused(config: Config) -> None:
     odd = replace(config, tiny=replace(config.tiny, intermediate_size=193), parallel=ParallelConfig(tp=2))
     assert refusal(odd, 2).startswith("the tiny model has MLPs of width 193 (intermediate_size), which parallel.tp=2 does not")
-    check_inputs(replace(odd, parallel=ParallelConfig(tp=1)), 2)
+    check_inputs(replace(odd, parallel=ParallelConfig(tp=1)), 4)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +195,9 @@ def test_options_for_experts_are_refused_for_a_model_without_any(
 
 
 def test_tp_auto_is_checked_at_the_size_it_will_have(config: Config) -> None:
-    odd = replace(config, tiny=replace(config.tiny, heads=2))  # 1 key/value head
+    odd = replace(config, tiny=replace(config.tiny, intermediate_size=193))
     check_inputs(odd, 1)
-    assert "the tiny model has 1 key/value heads, fewer than parallel.tp=2" in refusal(odd, world_size=2)
+    assert "the tiny model has MLPs of width 193 (intermediate_size), which parallel.tp=2" in refusal(odd, world_size=2)
     check_inputs(replace(odd, parallel=ParallelConfig(tp=1)), 2)
 
 

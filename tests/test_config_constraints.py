@@ -261,9 +261,12 @@ def test_sequence_parallel_on_one_rank_is_refused_once_the_world_is_known():
     assert "needs tp > 1" in validate(config, 1)[0]
 
 
-def test_tiny_key_value_heads_must_be_divisible_by_tp():
-    assert "key/value heads" in validate(config_with(parallel__tp=4), 4)[0]
-    assert validate(config_with(parallel__tp=4, model__path="elsewhere"), 4) == []
+@pytest.mark.parametrize(("heads", "tp", "refused"), [(4, 4, False), (8, 2, False), (6, 4, True), (12, 4, True), (4, 8, True)])
+def test_heads_of_the_tiny_model_must_be_divided_or_shared_evenly_by_tp(heads: int, tp: int, refused: bool):
+    problems = validate(config_with(parallel__tp=tp, tiny__heads=heads), tp)
+    assert len(problems) == refused
+    assert all(f"and be a divisor or a multiple of the {heads // 2} key/value heads" in problem for problem in problems)
+    assert validate(config_with(parallel__tp=tp, tiny__heads=heads, model__path="elsewhere"), tp) == []
 
 
 def test_resolve_leaves_nothing_open_on_cpu():

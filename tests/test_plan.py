@@ -58,8 +58,10 @@ def training_layouts(arch: Architecture) -> list[TrainingLayout]:
     """All small ones that the model fits into."""
     found = []
     for tp, pp, vpp, dp, ep, etp in product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 3), (1, 2, 4), (None, 1, 2)):
-        divides = arch.kv_heads % tp == arch.layers % (pp * vpp) == tp * dp % ((etp or tp) * ep) == 0
-        if divides and tp * pp * dp <= 16:
+        rows = 3 * (arch.heads + 2 * arch.kv_heads)
+        attention = arch.heads % tp == rows % tp == 0 and 0 in (arch.kv_heads % tp, tp % arch.kv_heads)
+        divides = arch.layers % (pp * vpp) == tp * dp % ((etp or tp) * ep) == 0
+        if attention and divides and tp * pp * dp <= 16:
             found.append(TrainingLayout(tp=tp, pp=pp, vpp=vpp, dp=dp, ep=ep, etp=etp))
             if arch.layers == 4 and (pp, vpp) == (2, 1):
                 found.append(replace(found[-1], first_stage_layers=1))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from etr_megatron.checks import check_layout, check_stages
+from etr_megatron.checks import check_layers, check_stages
 from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, load_config, validate
 from etr_megatron.errors import UserError
 from etr_megatron.policy.model_config import (
@@ -97,7 +97,7 @@ def test_bfloat16_gradients_are_for_a_bfloat16_model():
 )
 def test_layers_that_do_not_divide_into_chunks_or_uneven_stages_are_refused(layers, parallel, sentence):
     with pytest.raises(UserError) as caught:
-        check_layout("m", 4, 2, layers, 1, parallel["pp"], ParallelConfig(tp=1, **parallel))
+        check_layers("m", layers, ParallelConfig(tp=1, **parallel))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 

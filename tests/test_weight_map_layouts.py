@@ -173,7 +173,8 @@ def test_a_column_split_is_a_run_of_rows_on_both_sides():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (TrainingLayout(tp=16), "8 query groups cannot be cut into tensor parallelism of 16"),
+        (TrainingLayout(tp=12), "8 query groups cannot be cut into tensor parallelism of 12"),
+        (TrainingLayout(tp=64), "linear_qkv.weight has 96 rows to cut, which tensor parallelism of 64 does not divide"),
         (TrainingLayout(pp=3), "4 layers do not divide into 3 stages of 1 chunks"),
         (TrainingLayout(dp=4, ep=4), "6 experts do not divide over expert parallelism of 4"),
     ],

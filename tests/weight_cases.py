@@ -24,10 +24,10 @@ _SIZES = dict(
 _EXPERTS = dict(count=6, per_token=3, intermediate_size=56)
 
 
-def _arch(family: str, *, tied: bool = False, experts: Experts | None = None) -> Architecture:
+def _arch(family: str, *, tied: bool = False, experts: Experts | None = None, **sizes: int) -> Architecture:
     qk_norm = family in ("qwen3", "qwen3_moe")
     return Architecture(
-        family=family, tied_embeddings=tied, qkv_bias=family == "qwen2", qk_norm=qk_norm, experts=experts, **_SIZES
+        family=family, tied_embeddings=tied, qkv_bias=family == "qwen2", qk_norm=qk_norm, experts=experts, **{**_SIZES, **sizes}
     )
 
 
@@ -36,6 +36,8 @@ ARCHITECTURES = {
     "llama_tied": _arch("llama", tied=True),
     "qwen2": _arch("qwen2"),
     "qwen2_tied": _arch("qwen2", tied=True),
+    # At TP4 and TP8 ranks share a key/value head; at TP8 their rows begin and end inside of heads.
+    "qwen2_few_heads": _arch("qwen2", kv_heads=2, head_dim=12),
     "qwen3": _arch("qwen3"),
     "qwen3_tied": _arch("qwen3", tied=True),
     "qwen3_moe": _arch("qwen3_moe", experts=Experts(**_EXPERTS, normalized=True)),

@@ -7,8 +7,9 @@ quantised, what is checked before a run. How a weight is cut (`split`) is worked
     column      rows  [r n/TP, (r+1) n/TP)                     of one HF tensor
     row         columns [r n/TP, (r+1) n/TP)                   of one HF tensor
     vocab       rows, after padding the vocabulary with zero rows
-    qkv         Megatron: for each of the rank's query groups its query heads, its key head, its value head; server: the rank's
-                query heads, then its key heads, then its value heads (weight or bias)
+    qkv         Megatron: for each of the rank's query groups its query heads, its key head, its value head, and an even part of
+                a group where there are fewer than ranks; server: the rank's query heads, then its key heads, then its value
+                heads (weight or bias)
     gate_up     the rank's rows of gate, then its rows of up
 """
 

@@ -98,6 +98,28 @@ def _plain(weight: Weight, tp: int, rank: int) -> Shard:
     raise ValueError(f"{weight.megatron}: unknown split kind {weight.split!r}")
 
 
+def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
+    """The rank's even part of all query groups below each other, each of which is its query heads, key head and value head.
+
+    With more ranks than groups a rank has a part of one, wherever that ends: Megatron gathers the products of all ranks.
+    """
+    if arch.kv_heads % tp and tp % arch.kv_heads:
+        raise ValueError(f"{arch.kv_heads} query groups cannot be cut into tensor parallelism of {tp}")
+    total = sum(shape[0] for shape in weight.shapes)
+    if total % tp:
+        raise ValueError(f"{weight.megatron} has {total} rows to cut, which tensor parallelism of {tp} does not divide")
+    begin, end = rank * total // tp, (rank + 1) * total // tp
+    pieces, row = [], 0
+    for group in range(arch.kv_heads):
+        for hf, shape in enumerate(weight.shapes):
+            height = shape[0] // arch.kv_heads
+            first, last = max(begin - row, 0), min(end - row, height)
+            if first < last:
+                pieces.append(_rows(weight, hf, group * height + first, group * height + last, 0))
+            row += height
+    return _stack(pieces)
+
+
 def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
     """The part of tensor-parallel rank `rank` of `tp` in a Megatron parameter.
 
@@ -106,12 +128,7 @@ def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sh
     if weight.split == "vocab":
         return _vocab(weight, arch, padded_vocab_size(arch.vocab_size, tp) // tp, rank)
     if weight.split == "qkv":
-        if arch.kv_heads % tp:
-            raise ValueError(f"{arch.kv_heads} query groups cannot be cut into tensor parallelism of {tp}")
-        groups = arch.kv_heads // tp
-        heights = [shape[0] // arch.kv_heads for shape in weight.shapes]
-        mine = range(rank * groups, (rank + 1) * groups)
-        return _stack([_rows(weight, hf, g * h, (g + 1) * h, 0) for g in mine for hf, h in enumerate(heights)])
+        return _query_groups(weight, arch, tp, rank)
     return _plain(weight, tp, rank)
 
 

@@ -63,9 +63,13 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
             ("parallel.sequence_parallel", "parallel.tp"),
             f"tp is 1 on {world_size} ranks, and sequence parallelism needs tp > 1; start more ranks or set it to false",
         )
-    heads = config.tiny.heads
-    if config.model.path == "tiny" and heads >= 2 and heads % 2 == 0 and (heads // 2) % tp:
-        yield Violation(("tiny.heads", "parallel.tp"), f"the {heads // 2} key/value heads must be divisible by tp = {tp}")
+    heads, kv_heads = config.tiny.heads, config.tiny.heads // 2
+    if config.model.path == "tiny" and heads >= 2 and heads % 2 == 0 and (heads % tp or (kv_heads % tp and tp % kv_heads)):
+        yield Violation(
+            ("tiny.heads", "parallel.tp"),
+            f"tp = {tp} must divide the {heads} attention heads, and be a divisor or a multiple of the {kv_heads} key/value "
+            "heads",
+        )
 
 
 def _experts_layout(config: Config, stage_ranks: int, tp: int) -> Iterator[Violation]:
