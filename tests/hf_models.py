@@ -28,12 +28,14 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+_YARN_ROPE = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=32)
 _MIXTURE = dict(**_COMMON, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
 FAMILIES = {
     "llama": (LlamaForCausalLM, dict(**_COMMON, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)),
     "qwen2": (Qwen2ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, dict(**_COMMON, tie_word_embeddings=False)),
     "qwen3_tied": (Qwen3ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
+    "qwen3_yarn": (Qwen3ForCausalLM, dict(**_COMMON, rope_parameters=_YARN_ROPE, tie_word_embeddings=False)),
     "qwen3_moe": (Qwen3MoeForCausalLM, dict(**_MIXTURE, norm_topk_prob=True, tie_word_embeddings=False)),
     # Layers 1 and 3 would have experts; one in the list of dense layers leaves the first half without any.
     "qwen3_moe_dense": (

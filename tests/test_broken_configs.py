@@ -14,6 +14,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.weights import open_checkpoint, read_architecture
 from tests.hf_models import rewrite_config_as_published
 
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
@@ -88,9 +89,22 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
         ({"layer_types": "x"}, 'layer_types is "x"; only a list of full_attention is supported'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; only 1 is supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; known are default and"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; known are default,"),
         ({"rope_scaling": {"rope_type": 3}}, "rope_type 3 is not supported"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
+        # transformers reads the first alone, SGLang the second alone
+        (
+            {"rope_scaling": {**YARN, "attention_factor": 1.2}},
+            "attention_factor is 1.2 for rope_type yarn, which is supported without it",
+        ),
+        (
+            {"rope_scaling": {**YARN, "attn_factor": 1.2}},
+            "attn_factor is 1.2 for rope_type yarn, which is supported without it",
+        ),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate is false for rope_type yarn, which is supported without it"),
+        ({"rope_scaling": {**YARN, "factor": None}}, "field 'factor' is missing"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast is -1; a positive number is wanted"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "field 'original_max_position_embeddings' is missing"),
         (
             {"rope_scaling": {**LLAMA3, "type": "default"}},
             "rope_scaling has the type 'default' and the rope_type 'llama3'; remove the wrong one",
@@ -149,6 +163,8 @@ def test_what_others_would_read_as_another_model_is_refused(hf_models, tmp_path,
         {"rope_scaling": {("type" if key == "rope_type" else key): value for key, value in LLAMA3.items()}},
         {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 777.0}, "rope_theta": 777.0},
         {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
+        {"rope_scaling": YARN},
+        {"rope_scaling": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": True, "attention_factor": None}},
         {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 4, "is_causal": True, "use_sliding_window": False},
         {"layer_types": None},
     ],
@@ -159,7 +175,11 @@ def test_a_rotary_embedding_is_what_transformers_reads_however_it_is_written(hf_
     folder = config_with(hf_models["qwen3"], tmp_path, theta | change)
     theirs = {key: value for key, value in AutoConfig.from_pretrained(folder).rope_parameters.items() if value is not None}
     ours = read_architecture(folder).rope
-    assert ours == {key: theirs[key] for key in ours} and set(theirs) - set(ours) <= {"type", "partial_rotary_factor"}
+    assert ours == {key: theirs[key] for key in ours} and set(theirs) - set(ours) <= {
+        "type",
+        "partial_rotary_factor",
+        "truncate",
+    }
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "rms_norm_eps", "num_experts_per_tok"])

@@ -149,6 +149,10 @@ def test_gradients_equal_autograd_through_transformers(gangs, hf_models, referen
     check(gangs, hf_models[family], references(family), LAYOUTS[layout], way)
 
 
+def test_gradients_with_a_context_extended_by_yarn_equal_autograd_through_transformers(gangs, hf_models, references):
+    check(gangs, hf_models["qwen3_yarn"], references("qwen3_yarn"), LAYOUTS["tp1"], "single_pass")
+
+
 @pytest.mark.parametrize("layout", MIXTURES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
 def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gangs, hf_models, references, family, layout):

@@ -68,6 +68,15 @@ def test_logprobs_and_entropy_equal_transformers(gangs, hf_models, family, layou
     check(gangs, hf_models[family], *LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "cp2"])
+def test_logprobs_and_entropy_with_a_context_extended_by_yarn_equal_transformers(gangs, hf_models, layout):
+    check(gangs, hf_models["qwen3_yarn"], *LAYOUTS[layout])
+
+
+def test_padded_logits_with_a_context_extended_by_yarn_equal_transformers(gangs, hf_models):
+    check_logits(gangs, hf_models["qwen3_yarn"], *LAYOUTS["tp1"])
+
+
 @pytest.mark.parametrize("layout", MIXTURES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
 def test_logprobs_and_entropy_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):

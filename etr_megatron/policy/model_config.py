@@ -59,6 +59,7 @@ def transformer_config(
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
+        softmax_scale=softmax_scale(arch),
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
@@ -174,10 +175,24 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
 
 
 def rotary_frequencies(arch: Architecture) -> torch.Tensor:
-    """Inverse frequencies, fp32 [head_dim / 2], as transformers computes them (Llama 3.1's scaling included)."""
+    """Inverse frequencies, fp32 [head_dim / 2], as transformers computes them (scaled for Llama 3.1 and YaRN)."""
+    return _rotary(arch)[0]
+
+
+def softmax_scale(arch: Architecture) -> float | None:
+    """What attention multiplies the products of queries and keys with; None for the usual head_dim ** -0.5.
+
+    YaRN (arXiv 2309.00071) lengthens both, as transformers and servers do by their cosines and sines: the same number twice.
+    """
+    factor = _rotary(arch)[1]
+    return None if factor == 1.0 else factor**2 * arch.head_dim**-0.5
+
+
+def _rotary(arch: Architecture) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies, factor of queries and keys)."""
     if arch.rope["rope_type"] == "default":
         exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
-        return 1.0 / (arch.rope["rope_theta"] ** exponent)
+        return 1.0 / (arch.rope["rope_theta"] ** exponent), 1.0
     from transformers.configuration_utils import PreTrainedConfig  # a second of start-up, for few models
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -188,7 +203,4 @@ def rotary_frequencies(arch: Architecture) -> torch.Tensor:
         max_position_embeddings=arch.max_positions,
         rope_parameters=dict(arch.rope),
     )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[arch.rope["rope_type"]](config, torch.device("cpu"))
-    if factor != 1.0:
-        raise ValueError(f"rope_type {arch.rope['rope_type']} scales attention by {factor}, which the policy does not apply")
-    return frequencies
+    return ROPE_INIT_FUNCTIONS[arch.rope["rope_type"]](config, torch.device("cpu"))

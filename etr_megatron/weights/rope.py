@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.hf_config import optional_object, positive_int, positive_number
+from etr_megatron.weights.hf_config import optional_object, positive_int, positive_number, spelled
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
+_YARN_OPTIONAL = ("beta_fast", "beta_slow")
+_YARN_OTHER = ("attention_factor", "attn_factor", "extrapolation_factor", "mscale", "mscale_all_dim", "truncate")
+"""Of these transformers reads some and servers others."""
+
 
 def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """`rope_type` ("default" or "llama3"), `rope_theta` and, for llama3, the four values that its scaling depends on.
+    """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, what their scaling depends on.
 
     Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
     source: the file, for messages. Raises UserError for what is missing, contradictory or not supported.
@@ -32,8 +36,19 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
             raise UserError(f"{source}: partial_rotary_factor is {place['partial_rotary_factor']}; only 1 is supported")
     if rope["rope_type"] == "llama3":
         rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
+    if rope["rope_type"] == "yarn":
+        _refuse_other_yarn(scaling, source)
+        rope["factor"] = positive_number(scaling, "factor", source)
+        rope |= {name: positive_number(scaling, name, source) for name in _YARN_OPTIONAL if name in scaling}
+    if rope["rope_type"] != "default":
         rope["original_max_position_embeddings"] = _original_positions(config, scaling, source)
     return rope
+
+
+def _refuse_other_yarn(scaling: dict[str, Any], source: Path) -> None:
+    for name in _YARN_OTHER:
+        if name in scaling and not (name == "truncate" and scaling[name] is True):
+            raise UserError(f"{source}: {name} is {spelled(scaling[name])} for rope_type yarn, which is supported without it")
 
 
 def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
@@ -44,8 +59,8 @@ def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: {name} has the type {kinds[0]!r} and the rope_type {kinds[1]!r}; remove the wrong one")
     if any(isinstance(value, dict) for value in place.values()):
         raise UserError(f"{source}: {name} has several rotary embeddings ({', '.join(place)}); only one is supported")
-    if kinds and kinds[0] not in ("default", "llama3"):
-        raise UserError(f"{source}: rope_type {kinds[0]!r} is not supported; known are default and llama3")
+    if kinds and kinds[0] not in ("default", "llama3", "yarn"):
+        raise UserError(f"{source}: rope_type {kinds[0]!r} is not supported; known are default, llama3 and yarn")
     return place | ({"rope_type": kinds[0]} if kinds else {})
 
 
