@@ -11,7 +11,14 @@ from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
-from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
+from etr_megatron.metrics import (
+    check_logprob_gap,
+    drawn_from,
+    evaluation_metrics,
+    rollout_metrics,
+    step_metrics,
+    training_speed,
+)
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
@@ -103,16 +110,15 @@ class Trainer:
     def _run_steps(self) -> None:
         config = self.config
         self._sync()
-        start = self._evaluate() if self.step == 0 else {}
+        start = {f"{key}_start": value for key, value in self._evaluate().items()} if self.step == 0 else {}
         self._make_up_for_evaluation()
         self._watch.lap()
         while self.step < config.run.steps:
             self.step += 1
             rollouts = self._roll_out()
             batch, updates = self._train(rollouts.groups)
-            row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts
-            if start:
-                row["eval_accuracy_start"] = start.pop("eval_accuracy")
+            row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | start
+            start = {}
             self._keep(rollouts, batch)
             self.trained = self._version = self.step
             self._unrecorded = row, rollouts.groups
@@ -176,11 +182,11 @@ class Trainer:
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
-        """Accuracy on held-out problems under the engine's current weights; empty when there are none."""
+        """How many responses to held-out problems are right under the engine's current weights; empty when there are none."""
         if self.engine is None or not self._held_out or not self.config.eval.every:
             return {}
         sampling = Sampling(
-            samples=1,
+            samples=self.config.eval.samples,
             max_tokens=self.config.rollout.max_response_tokens,
             temperature=self.config.eval.temperature,
             seed=self.config.run.seed,
@@ -190,8 +196,7 @@ class Trainer:
         engine = self.engine
         groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode, self._stop_request))
         grade_groups(groups, self._grader)
-        right = sum(sample.reward == self.config.reward.range_max for group in groups for sample in group.samples)
-        return {"eval_accuracy": right / len(groups)}
+        return evaluation_metrics(groups, self.config)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.config.eval.every

@@ -14,7 +14,7 @@ import torch
 from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.metrics import check_logprob_gap, step_metrics
+from etr_megatron.metrics import check_logprob_gap, evaluation_metrics, step_metrics
 from etr_megatron.objective import PASS_RATE_BINS, LossSettings, resolve_loss
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.policy import PolicyBatch, TokenLogprobs, Update
@@ -304,6 +304,20 @@ def update(tokens: float, *, loss: float = 1.0, grad_norm: float = 2.0, lr: floa
 def metrics_row(batch: PolicyBatch, *overrides: str, updates: list[Update] | None = None) -> dict:
     updates = updates or [update(33.0, ratio=33.0, ratio_squared=33.0)]
     return step_metrics(3, groups(), batch, updates, config(*overrides))
+
+
+def test_an_evaluation_counts_right_responses_and_problems_that_any_of_them_is_right_for():
+    """Of three problems the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
+    rewards = [(1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5)]
+    graded = [
+        Group(f"g{i}", Problem(f"p{i}", "", "", [1]), [Sample(j, [2], [-1.0], "stop", 0, reward=r) for j, r in enumerate(pair)])
+        for i, pair in enumerate(rewards)
+    ]
+    twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
+    assert evaluation_metrics(graded, twice) == {"eval_accuracy": 0.5, "eval_pass_at_k": pytest.approx(2 / 3)}
+    for group in graded:
+        del group.samples[0]
+    assert evaluation_metrics(graded, config("reward.range_min=-1")) == {"eval_accuracy": pytest.approx(2 / 3)}
 
 
 def test_metrics_are_means_over_all_tokens_of_all_updates():

@@ -86,6 +86,8 @@ def test_no_wait_may_be_longer_than_the_system_can_wait(key):
         (dict(rollout__temperature=0.0), ["rollout.temperature"]),
         (dict(rollout__temperature=1e-39), ["rollout.temperature"]),
         (dict(eval__temperature=1e-39), ["eval.temperature"]),
+        (dict(eval__samples=0), ["eval.samples"]),
+        (dict(eval__samples=4), ["eval.samples", "eval.temperature"]),
         (dict(rollout__top_p=0.0), ["rollout.top_p"]),
         (dict(rollout__top_p=1.1), ["rollout.top_p"]),
         (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),

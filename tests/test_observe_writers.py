@@ -161,6 +161,7 @@ def make_run(root: Path) -> Path:
     directory.prepare(Config())
     for step in range(1, 31):
         extra = {"eval_accuracy_start": 0.125} if step == 1 else {"eval_accuracy": step / 40} if step % 10 == 0 else {}
+        extra |= {key.replace("accuracy", "pass_at_k"): value + 0.125 for key, value in extra.items()}
         row = make_row(step, reward_mean=step / 64, clip_frac_upper=0.02, clip_frac_lower=0.01, **extra)
         row["tokens_per_s"], row["time_step"] = 100.0, 3.0
         directory.metrics.append(row)
@@ -173,6 +174,7 @@ def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.Cap
     assert {
         "reward first tenth 0.031, last tenth 0.453",  # means of steps 1..3 and 28..30 over 64
         "eval accuracy 0.125 (step 0) to 0.750 (step 30)",
+        "eval pass@k 0.250 (step 0) to 0.875 (step 30)",
         "clipped tokens 2.00% at the upper bound, 1.00% at the lower",
         "response tokens 9,000",
         "time 1m 30s",

@@ -209,10 +209,11 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(runs, tmp_path, mo
     flag = tmp_path / "flag"
     monkeypatch.setenv("STOP_FLAG", str(flag))
     loss = ("objective.loss=tests.broken_loss:told_to_stop", "objective.options={call: 4}")
-    options = (*loss, "run.steps=2", "eval.every=1", "checkpoint.every=0")
+    options = (*loss, "run.steps=2", "eval.every=1", "checkpoint.every=0", "eval.samples=4", "eval.temperature=1.0")
     assert runs.finish("run.name=whole", *options)[0] == 0
     wanted = runs.rows("whole")
-    assert all("eval_accuracy" in row for row in wanted) and "eval_accuracy_start" in wanted[0]
+    assert all(row["eval_accuracy"] < row["eval_pass_at_k"] for row in wanted)
+    assert wanted[0]["eval_accuracy_start"] < wanted[0]["eval_pass_at_k_start"] and "eval_pass_at_k_start" not in wanted[1]
 
     flag.touch()
     stopped = ("run.name=made_up_for", *options, "observe.tensorboard=true")

@@ -52,8 +52,10 @@ class StepMetrics(TypedDict):
 class MetricsRow(StepMetrics, total=False):
     """A row; the keys below are there only on some steps, and so are those of `PASS_RATE_KEYS` and `loss/...`."""
 
-    eval_accuracy: float  # on held-out problems, after the step's updates
-    eval_accuracy_start: float  # on held-out problems, before any update: in the first row only
+    eval_accuracy: float  # share of right responses to held-out problems, after the step's updates
+    eval_accuracy_start: float  # the same before any update: in the first row only
+    eval_pass_at_k: float  # with eval.samples: share of held-out problems with a right response among so many
+    eval_pass_at_k_start: float
     reward_shaped_mean: float  # over samples, of what is trained on, where that is not the verifier's reward
     groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
     groups_dropped: int  # groups left out because their rewards are all equal

@@ -57,7 +57,8 @@ def summary(rows: list[MetricsRow]) -> str:
     lines = [
         f"steps             {rows[0]['step']} to {rows[-1]['step']} ({len(rows)} rows)",
         f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
-        f"eval accuracy     {_evaluations(rows)}",
+        f"eval accuracy     {_evaluations(rows, 'eval_accuracy')}",
+        *([f"eval pass@k       {_evaluations(rows, 'eval_pass_at_k')}"] if _points(rows, "eval_pass_at_k") else []),
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
@@ -95,15 +96,15 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
     points: list[tuple[int, float]] = []
     for row in rows:
         values: dict[str, Any] = dict(row)
-        if key == "eval_accuracy" and values.get("eval_accuracy_start") is not None:
-            points.append((row["step"] - 1, values["eval_accuracy_start"]))
+        if values.get(f"{key}_start") is not None:
+            points.append((row["step"] - 1, values[f"{key}_start"]))
         if values.get(key) is not None:
             points.append((row["step"], values[key]))
     return points
 
 
-def _evaluations(rows: list[MetricsRow]) -> str:
-    points = _points(rows, "eval_accuracy")
+def _evaluations(rows: list[MetricsRow], key: str) -> str:
+    points = _points(rows, key)
     if not points:
         return "not evaluated"
     (first_step, first), (last_step, last) = points[0], points[-1]

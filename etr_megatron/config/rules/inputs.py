@@ -63,6 +63,10 @@ def data(config: Config) -> Iterator[Violation]:
     for key in ("data.eval", "data.id_column"):
         if get(config, key) == "":
             yield Violation((key,), "must not be empty; null is none")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        yield Violation(
+            ("eval.samples", "eval.temperature"), "greedy responses to a problem are all the same; set a temperature above 0"
+        )
 
 
 def reward(config: Config) -> Iterator[Violation]:

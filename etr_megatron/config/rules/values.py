@@ -51,6 +51,7 @@ AT_LEAST: dict[str, int] = {
     "parallel.ep": 1,
     "eval.every": 0,
     "eval.problems": 1,
+    "eval.samples": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "observe.rollouts_every": 0,

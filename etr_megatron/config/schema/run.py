@@ -38,6 +38,9 @@ class EvalConfig:
     """Steps between evaluations (also before the first and after the last); 0 is never."""
     problems: int = 128
     """At most so many problems of `data.eval`."""
+    samples: int = 1
+    """Responses to each problem; `eval_accuracy` is the share of all that are right (avg@k), and with more than one
+    `eval_pass_at_k` the share of problems with a right one (pass@k). More than one needs a temperature."""
     temperature: float = 0.0
     """0 is greedy."""
 
