@@ -20,6 +20,7 @@ from etr_megatron.objective import (
 )
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
 from etr_megatron.types import Group
+from etr_megatron.weights import Experts
 
 Sequences = tuple[tuple[Sequence[int], Sequence[int]], ...]
 
@@ -29,14 +30,40 @@ def sequences_of(groups: Sequence[Group]) -> Sequences:
     return tuple((group.problem.prompt_ids, sample.response_ids) for group in groups for sample in group.samples)
 
 
+def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
+    """`PolicyBatch.routing` from the samples. layers: those with experts.
+
+    Raises RuntimeError naming a sample whose engine chose experts of another model, or for other tokens.
+    """
+    found = []
+    for group in groups:
+        for sample in group.samples:
+            chosen = torch.tensor(np.asarray(sample.routing, dtype=np.uint8))
+            tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
+            of_token = layers * experts.per_token
+            if len(chosen) % of_token or len(chosen) > tokens * of_token or bool((chosen >= experts.count).any()):
+                raise RuntimeError(
+                    f"the engine says of sample {group.id}/{sample.index} that it chose {len(chosen)} experts up to "
+                    f"{int(chosen.max())}, where {tokens} tokens have {of_token} each, of {experts.count}"
+                )
+            found.append(chosen.view(-1, layers, experts.per_token))
+    return tuple(found)
+
+
 def build_batch(
-    groups: Sequence[Group], config: Config, step: int, *, old: TokenLogprobs, reference: TokenLogprobs | None
+    groups: Sequence[Group],
+    config: Config,
+    step: int,
+    *,
+    old: TokenLogprobs,
+    reference: TokenLogprobs | None,
+    routing: tuple[torch.Tensor, ...] | None = None,
 ) -> PolicyBatch:
     """All samples of a step with what the loss needs to know of them; aggregation weights are for the step as one batch.
 
     The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: of the groups'
-    sequences; the reference is there when the objective has a KL term. Raises ValueError for a reward outside of the declared
-    range.
+    sequences; the reference is there when the objective has a KL term. routing: see `routing_of`. Raises ValueError for a
+    reward outside of the declared range.
     """
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
@@ -77,6 +104,7 @@ def build_batch(
         old_entropy=old.entropy,
         ref_logp=None if reference is None else reference.logp,
         correction=_correction(old, rollout_logp, config),
+        routing=routing,
     )
 
 

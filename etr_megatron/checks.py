@@ -13,6 +13,7 @@ from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.world import number_apart
+from etr_megatron.types import MOST_REPLAYED
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
@@ -99,6 +100,11 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:
         check_without_experts(model, config)
+    elif config.train.routing_replay and architecture.experts.count > MOST_REPLAYED:
+        raise UserError(
+            f"{model} has {architecture.experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay takes; "
+            "set it to false"
+        )
     if architecture.has_dense_layers:
         check_mlp(model, architecture.intermediate_size, tp)
 
@@ -211,6 +217,8 @@ def check_without_experts(model: str, config: Config) -> None:
         raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
     if config.train.moe_router_fp32:
         raise UserError(f"{model} has no experts, whose router train.moe_router_fp32 is about; set it to false")
+    if config.train.routing_replay:
+        raise UserError(f"{model} has no experts, whose choice train.routing_replay is about; set it to false")
     if config.parallel.etp is not None:
         raise UserError(f"{model} has no experts to cut over parallel.etp={config.parallel.etp}; set it to null")
 

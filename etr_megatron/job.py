@@ -194,6 +194,7 @@ def _engine(
         directory=directory.servers,
         temperature=config.rollout.temperature,
         max_gap=config.rollout.max_logprob_gap,
+        routing=config.train.routing_replay,
     )
     return SglangEngine(config.sglang, model_dir, serving, nodes, must_stop=stop)
 

@@ -98,6 +98,7 @@ def step_metrics(
         "logprob_gap_mean": gap.mean().item(),
         "logprob_gap_max": gap.max().item(),
         **_engine_mismatch(batch, config),
+        **_replayed(batch),
         **_shaped_reward(batch, config),
         **{name: _mean([update.balance[name] for update in updates]) for name in updates[0].balance},
         **_by_pass_rate(batch, total),
@@ -125,6 +126,17 @@ def training_speed(
     rate = step / seconds / policy.layout.world
     peak = BF16_PEAK.get(torch.cuda.get_device_name()) if platform.uses_cuda() else None
     return {"tflops_per_gpu": rate / 1e12} | ({} if peak is None else {"mfu": rate / peak})
+
+
+def _replayed(batch: PolicyBatch) -> dict[str, float]:
+    """Of the positions that predict a response token, those whose experts the engine has said."""
+    if batch.routing is None:
+        return {}
+    known = sum(
+        min(max(len(routing) - len(prompt) + 1, 0), len(response))
+        for routing, (prompt, response) in zip(batch.routing, batch.sequences, strict=True)
+    )
+    return {"routing_replayed": known / sum(len(response) for _, response in batch.sequences)}
 
 
 def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:

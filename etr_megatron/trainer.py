@@ -7,8 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from etr_megatron import checkpoint
-from etr_megatron.batching import build_batch, minibatches, sequences_of
+from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.metrics import (
@@ -163,13 +165,21 @@ class Trainer:
             if self.engine is not None:
                 self.engine.release()
             sequences, has_reference = sequences_of(groups), self.policy.reference is not None
-            old = self.policy.logprobs(sequences)
+            routing = self._routing(groups)
+            old = self.policy.logprobs(sequences, routing=routing)
             reference = self.policy.logprobs(sequences, reference=True) if has_reference else None
-            batch = build_batch(groups, self.config, self.step, old=old, reference=reference)
+            batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
             parts = minibatches(batch, groups, self.config)
             return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
+
+    def _routing(self, groups: list[Group]) -> tuple[Tensor, ...] | None:
+        """The experts that the engine chose, where they are to be chosen again."""
+        arch = self.policy.arch
+        if not self.config.train.routing_replay or arch.experts is None:
+            return None
+        return routing_of(groups, arch.experts, sum(map(arch.has_experts, range(arch.layers))))
 
     def _sync(self) -> None:
         """The policy's weights to the engine; what is under way there waits, or ends, before."""

@@ -13,6 +13,9 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "error"]
 
+MOST_REPLAYED = 256
+"""Experts that `Sample.routing` can tell apart: there are so many numbers that each is a byte."""
+
 
 @dataclass(slots=True)
 class Problem:
@@ -41,6 +44,8 @@ class Sample:
     finish_reason: "abort" is a response that is not finished; it is in no group that is trained on.
     weight_version: version of the weights that its last token was drawn from.
     weight_versions: of each token, where the response was continued after a weight sync; else empty.
+    routing: with routing replay, the experts that the engine chose: for each token that it computed (prompt and response, the
+        last one not), layer with experts and expert of a token one number; empty, or of fewer tokens, where it did not say.
 
     Any sequence will do for the three that are per token; they are kept as arrays of type "i", "d" and "i".
     """
@@ -54,6 +59,7 @@ class Sample:
     reward: float | None = None
     reward_status: RewardStatus | None = None
     weight_versions: array[int] = field(default_factory=lambda: array("i"))
+    routing: array[int] = field(default_factory=lambda: array("B"))
 
     def __post_init__(self) -> None:
         self.response_ids = array("i", self.response_ids)

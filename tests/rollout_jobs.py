@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import torch
 from safetensors.torch import load_file
 
+from etr_megatron.batching import routing_of, sequences_of
 from etr_megatron.rollout import EmbeddedEngine, Sampling
-from etr_megatron.types import Problem, Sample
+from etr_megatron.types import Group, Problem, Sample
 from tests.policy_jobs import build, make_batch
 from tests.reads import bytes_read_by
 
@@ -41,8 +42,8 @@ def _problems(prompts: list[list[int]]) -> list[Problem]:
     return [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
 
 
-def generate(model, prompts, temperature, samples, max_tokens, stop_ids=()) -> list[list[dict]]:
-    sampling = Sampling(samples, max_tokens, temperature, seed=3, step=2)
+def generate(model, prompts, temperature, samples, max_tokens, stop_ids=(), routing=False) -> list[list[dict]]:
+    sampling = Sampling(samples, max_tokens, temperature, seed=3, step=2, routing=routing)
     groups = _engine(model, list(stop_ids)).generate(_problems(prompts), sampling)
     return [[asdict(sample) for sample in group] for group in groups]
 
@@ -68,6 +69,25 @@ def gap_after_update(model, prompts, overrides) -> tuple[float, float, float]:
     changed = max((a - b).abs().max().item() for a, b in zip(policy.logprobs(sequences).logp, old, strict=True))
     engine.update_weights(policy.export(), version=1)
     return before, gap(1)[0], changed
+
+
+def gaps_in_bf16(model, prompts, overrides) -> tuple[dict[str, float], dict[str, float]]:
+    """Of log-probs between engine and trainer in bf16: each with its own experts, and with the engine's in both."""
+    policy = build(model, [*overrides, "model.dtype=bfloat16"])
+    engine = EmbeddedEngine(model, dtype=torch.bfloat16, device=torch.device("cpu"), batch_samples=4, stop_ids=[])
+    engine.update_weights(policy.export(), version=0)
+    samples = engine.generate(_problems(prompts), Sampling(4, 40, 1.0, seed=1, step=1, routing=True))
+    groups = [Group(problem.id, problem, some) for problem, some in zip(_problems(prompts), samples, strict=True)]
+    arch, sequences = policy.arch, sequences_of(groups)
+    engine_logp = torch.tensor([logp for group in groups for sample in group.samples for logp in sample.rollout_logprobs])
+    routings = (None, routing_of(groups, arch.experts, sum(map(arch.has_experts, range(arch.layers)))))
+    own, replayed = (torch.cat(policy.logprobs(sequences, routing=routing).logp) for routing in routings)
+    return gaps_of(own - engine_logp), gaps_of(replayed - engine_logp)
+
+
+def gaps_of(difference: torch.Tensor) -> dict[str, float]:
+    size = difference.abs()
+    return {"mean": size.mean().item(), "p99": size.quantile(0.99).item(), "max": size.max().item()}
 
 
 def bad_update(model) -> tuple[str, int]:

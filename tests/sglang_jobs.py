@@ -44,10 +44,12 @@ def engine_of(
     max_gap: float = 1e-5,
     stop_ids: Sequence[int] = (),
     bucket_bytes: int | None = None,
+    routing: bool = False,
     **settings: Any,
 ) -> SglangEngine:
     """bucket_bytes: less than `bucket_mib` allows, as the tests' models are small; of `broadcast` and `tensor`."""
-    serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), temperature=TEMPERATURE, max_gap=max_gap)
+    limits = dict(temperature=TEMPERATURE, max_gap=max_gap)
+    serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), **limits, routing=routing)
     engine = SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
     if bucket_bytes is not None and isinstance(engine._sender, WholeSender):
         engine._sender._settings = replace(engine._sender._settings, bucket_bytes=bucket_bytes)
@@ -83,6 +85,25 @@ def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[s
         engine.release()
         policy.update(replace(make_batch(sequences), old_logp=trainer))
     return {"gaps": found, "bytes": sent[1] - sent[0]}
+
+
+def routed(
+    model: str, directory: str, prompts: list[list[int]], overrides: list[str], **settings: Any
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of prompt and response of two samples to each prompt, and what the server says of their experts."""
+    policy = build(model, [*overrides, f"rollout.temperature={TEMPERATURE}"])
+    engine = engine_of(policy, model, directory, **settings)
+    try:
+        engine.update_weights(policy.export(), version=1)
+        problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
+        groups = engine.generate(problems, Sampling(2, 8, TEMPERATURE, seed=1, step=1, routing=True))
+    finally:
+        engine.close()
+    return [
+        ([*prompt, *sample.response_ids], sample.routing.tolist())
+        for prompt, group in zip(prompts, groups, strict=True)
+        for sample in group
+    ]
 
 
 def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:

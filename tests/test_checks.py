@@ -183,7 +183,12 @@ def test_mlps_that_the_layout_cannot_split_are_refused(config: Config) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("train", "moe_aux_loss_coef", 0.1), ("train", "moe_router_fp32", True), ("parallel", "etp", 1)],
+    [
+        ("train", "moe_aux_loss_coef", 0.1),
+        ("train", "moe_router_fp32", True),
+        ("train", "routing_replay", True),
+        ("parallel", "etp", 1),
+    ],
 )
 def test_options_for_experts_are_refused_for_a_model_without_any(
     config: Config, hf_models: dict[str, str], section: str, key: str, value: object

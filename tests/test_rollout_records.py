@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
 
 from etr_megatron.config import Config
-from etr_megatron.config.schema import RolloutConfig
+from etr_megatron.config.schema import RolloutConfig, TrainConfig
 from etr_megatron.errors import UserError
 from etr_megatron.observe.__main__ import main
 from etr_megatron.observe.rollout_view import listing, view
@@ -27,7 +28,7 @@ NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
 def group(name: str = "a") -> Group:
     samples = [
         Sample(0, [5, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x €", 1.0, "ok", [3, 4, 4]),
-        Sample(1, [8], [-0.25], "length", 4, "y", 0.0, "timeout"),
+        Sample(1, [8], [-0.25], "length", 4, "y", 0.0, "timeout", routing=array("B", [0, 255, 17, 3])),
     ]
     return Group(f"{name}@5", Problem(name, "6 times 7?", "42", [1, 2]), samples)
 
@@ -86,8 +87,8 @@ def replayed(tmp_path):
     """What a replay of the run in `tmp_path` gets for step 1, with settings of `rollout`."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    def take(**settings):
-        config = Config(rollout=RolloutConfig(replay=str(tmp_path), **settings))
+    def take(train=None, **settings):
+        config = Config(rollout=RolloutConfig(replay=str(tmp_path), **settings), train=train or TrainConfig())
         return ReplaySampler(config, cursor=None).take(1, lambda _: nullcontext())
 
     yield take
@@ -102,6 +103,25 @@ def test_a_replay_with_other_numbers_than_the_records_is_refused(tmp_path, repla
         replayed(prompts_per_step=4, samples_per_prompt=2)
     with pytest.raises(UserError, match=r"has groups of 2 samples; set rollout\.samples_per_prompt=2 to replay it$"):
         replayed(prompts_per_step=2, samples_per_prompt=8)
+
+
+def test_routing_is_only_replayed_from_records_that_have_it(tmp_path, replayed):
+    asked = dict(train=TrainConfig(routing_replay=True), prompts_per_step=1, samples_per_prompt=2)
+    write_record(tmp_path / "recorded", 1, [group()], {}, None)
+    assert replayed(**asked).groups == [group()]
+    without = group()
+    without.samples[1].routing = array("B")
+    write_record(tmp_path / "recorded", 1, [without], {}, None)
+    with pytest.raises(UserError, match=r"not say which experts were chosen; set train\.routing_replay=false to replay it$"):
+        replayed(**asked)
+    assert replayed(**asked | {"train": TrainConfig()}).groups == [without]
+
+
+def test_records_from_before_there_was_a_routing_are_read(tmp_path, replayed):
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "step_000001.jsonl").write_text(damaged(routing=None))
+    (found,) = replayed(prompts_per_step=1, samples_per_prompt=2).groups
+    assert found.samples[0] == group().samples[0]
 
 
 def damaged(**changes) -> str:
@@ -138,6 +158,8 @@ DAMAGES = [
     (damaged(rollout_logprobs=[None, 0, 0]), "line 2: `rollout_logprobs`"),
     (damaged(weight_versions=[1]), "line 2: `weight_versions`"),
     (damaged().replace('"text"', '"old_logprobs": [0.5], "text"'), "line 2: `old_logprobs`"),
+    (damaged(routing="AA=A"), "line 2: `routing`"),
+    (damaged(routing=[1, 2]), "line 2: `routing`"),
     (damaged().replace('"answer"', '"more": 1, "answer"'), "line 2"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from array import array
 
 import pytest
 from safetensors.torch import load, save
@@ -16,7 +17,7 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import InHand, pack, unpack
+from etr_megatron.rollout.in_hand import InHand, extend, pack, unpack
 from etr_megatron.rollout.sampler import chosen
 from etr_megatron.rollout.streaming import Hand
 from etr_megatron.types import Group, Problem, Sample
@@ -277,6 +278,7 @@ def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
 
 def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
     mixed = Sample(0, [70_123, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x € \u0000", 1.0, "ok", [3, 4, 4])
+    mixed.routing = array("B", [5, 0, 255])
     begun, not_begun = Sample(1, [8], [-0.25], "abort", 4), Sample(0, [], [], "abort", 2)
     problem = Problem("p", "6 times 7?", "42", [1, 2])
     groups = [
@@ -287,6 +289,21 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
     assert unpack(json.loads(json.dumps(found)), load(save(tensors))) == groups
     assert "70123" not in json.dumps(found) and tensors["response_ids"].tolist() == [70_123, 6, 7, 8]
     assert unpack([], load(save(pack([])[1]))) == unpack([], {}) == []
+    before = {name: tensor for name, tensor in tensors.items() if not name.startswith("routing")}
+    mixed.routing = array("B")
+    assert unpack(found, before) == groups  # a checkpoint from before there was a routing
+
+
+def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
+    """Its keys and values were made anew from its first token on."""
+    sample = Sample(0, [], [], "abort", 1)
+    extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
+    assert not sample.routing
+    extend(sample, Drawn(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
+    extend(sample, Drawn(0, [], [], "abort", 2))
+    assert sample.routing == array("B", [1, 2, 3])
+    extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
+    assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])

@@ -118,6 +118,12 @@ def value_of(arguments: tuple[str, ...], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
+def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_path):
+    where = dict(place=0, host="10.0.0.7", folder=tmp_path, api_key=None, cuda=False)
+    asked, plain = (server_command(SglangConfig(), tmp_path, "bfloat16", **where, routing=routing) for routing in (True, False))
+    assert set(asked.arguments) - set(plain.arguments) == {"--enable-return-routed-experts"}
+
+
 def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     command = command_of(
         tmp_path, tp=4, ep=2, mem_fraction=0.7, context_length=4096, place=1, devices=tuple("01234567"), arguments=("--x", "1")

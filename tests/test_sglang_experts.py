@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from etr_megatron.config import SglangConfig
+from tests.test_rollout import as_sets, experts_chosen
 from tests.test_sglang_server import OWN, PROMPTS, PYTHON, started
 
 pytestmark = [
@@ -52,7 +53,7 @@ def url_of(model, tmp_path_factory):
                 folder = tmp_path_factory.mktemp("sglang")
                 shutil.copy(Path(model) / "config.json", folder)
                 config = SglangConfig(**OWN, tp=tp, ep=ep, sync="sharded")
-                running[tp, ep] = stack.enter_context(started(config, str(folder), folder)).url
+                running[tp, ep] = stack.enter_context(started(config, str(folder), folder, routing=True)).url
             return running[tp, ep]
 
         yield get
@@ -91,3 +92,13 @@ def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
         assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
     if sync == "sharded":
         assert sum(rank["bytes"] for rank in found) == least_bytes(model, tp)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(4, 2)])
+def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(gangs, model, url_of, tmp_path, tp, ep):
+    served = dict(urls=(url_of(tp, ep),), tp=tp, ep=ep, sync="broadcast", routing=True)
+    job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS["ep2"])
+    for samples in gangs(2).run("tests.sglang_jobs:routed", **served, **job):
+        assert len(samples) == 2 * len(PROMPTS)
+        for tokens, routing in samples:
+            assert as_sets(routing, layers=2, per_token=3) == experts_chosen(model, tokens)[:-1]

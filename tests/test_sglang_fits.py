@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
 def test_sizes_that_shapes_follow_from_are_compared(hf_models, served, tmp_path, family, changes, problem):
     server = served(family, **changes)
     assert expected(hf_models, family).misfit(server, {}) == problem.format(tmp_path / "config.json")
+
+
+def test_a_server_that_cannot_say_which_experts_it_chose_is_refused_where_they_are_replayed(hf_models, served):
+    job, plain = replace(expected(hf_models, "qwen3_moe"), routing=True), expected(hf_models, "qwen3_moe")
+    server = served("qwen3_moe") | {"enable_return_routed_experts": False}
+    assert job.misfit(server, {}) == "it was started without --enable-return-routed-experts, which train.routing_replay needs"
+    assert plain.misfit(server, {}) is None
+    assert job.misfit(server | {"enable_return_routed_experts": True}, {}) is None
 
 
 def test_a_file_at_the_same_path_that_is_of_another_model_than_the_server_says_is_not_believed(hf_models, served):

@@ -60,9 +60,9 @@ def model(tmp_path_factory):
 
 
 @contextmanager
-def started(config: SglangConfig, model: str, folder: Path) -> Iterator[Started]:
+def started(config: SglangConfig, model: str, folder: Path, *, routing: bool = False) -> Iterator[Started]:
     """A server that is not the job's, answering."""
-    where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False)
+    where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False, routing=routing)
     host = Host({"server": server_command(config, Path(model), "float32", **where)}, folder, startup_timeout_s=400.0)
     try:
         found = host.start(["server"])["server"]

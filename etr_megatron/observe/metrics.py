@@ -69,6 +69,7 @@ class MetricsRow(StepMetrics, total=False):
     mfu: float  # that over the device's peak in bf16; only on devices whose peak is known
     load_balancing_loss: float  # with moe_aux_loss_coef: Megatron's without the coefficient, 1 is even; mean over tokens
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert over the mean, mean over layers
+    routing_replayed: float  # with routing_replay: share of response tokens predicted with the engine's choice of experts
     samples_continued: int  # with partial rollouts: the step's samples with tokens from weights of several versions
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from etr_megatron import platform
 from etr_megatron.policy.parallel import Layout
+from etr_megatron.policy.routing import routers
 from etr_megatron.weights import Architecture
 
 
@@ -31,7 +31,7 @@ class ExpertBalance:
         self._shares = layout.cp * (layout.tp if tp_shares else 1)
         # Of every layer the tokens of each expert, then all tokens, then the sum of tokens times this rank's part of the loss.
         self._sums = torch.zeros(arch.layers, arch.experts.count + 2, dtype=torch.float64, device=platform.device())
-        for router in _routers(chunks):
+        for router in routers(chunks):
             router.register_forward_hook(self._count)
 
     def take(self) -> dict[str, float]:
@@ -60,8 +60,3 @@ class ExpertBalance:
         if tracked is not None:
             self._sums[layer, -1] += chosen.shape[0] * tracked["values"][layer]
             tracked["values"][layer] = 0.0
-
-
-def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
-    for chunk in chunks:
-        yield from (module for module in chunk.modules() if isinstance(module, TopKRouter))

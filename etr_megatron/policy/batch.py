@@ -19,6 +19,8 @@ class PolicyBatch:
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
     rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens]; old_entropy is for the
     metrics, ref_logp is there with a KL term, correction with an off-policy correction.
+    routing: with routing replay, per sample uint8 [tokens, layers with experts, experts of a token]: which experts the engine
+    chose for the first tokens of prompt and response; for the others the policy does.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,7 @@ class PolicyBatch:
     old_entropy: tuple[Tensor, ...] | None = None
     ref_logp: tuple[Tensor, ...] | None = None
     correction: tuple[Tensor, ...] | None = None
+    routing: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

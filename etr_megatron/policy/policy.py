@@ -43,6 +43,7 @@ from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
+from etr_megatron.policy.routing import RoutingReplay
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture
@@ -95,8 +96,10 @@ class Policy:
             self.reference = [chunk.requires_grad_(False) for chunk in build_chunks(arch, self._megatron, layout)]
         load_weights([chunks for chunks in (self.chunks, self.reference) if chunks is not None], checkpoint_dir)
         self._balance: ExpertBalance | None = None
+        self._routing: RoutingReplay | None = None
         if arch.experts is not None:
             self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
+            self._routing = RoutingReplay(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
         self.optimizer = get_megatron_optimizer(optimizer_config(config), self._ddp)
         self.scheduler = lr_scheduler(self.optimizer, config)
@@ -109,15 +112,22 @@ class Policy:
         self._policy_loss = resolve_loss(config.objective.loss)
         self._unchecked = self._policy_loss.token_local and config.objective.loss not in LOSSES
 
-    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, reference: bool = False) -> TokenLogprobs:
+    def logprobs(
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        reference: bool = False,
+        routing: Sequence[Tensor] | None = None,
+    ) -> TokenLogprobs:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
 
-        sequences: (prompt ids, response ids) of each sample.
+        sequences: (prompt ids, response ids) of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         """
         chunks = self.reference if reference else self._ddp
         if chunks is None:
             raise RuntimeError("no reference model: objective.kl_coef is 0")
         micro = self._microbatches(sequences)
+        self._replay(micro, routing)
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
             tensors, options = self._head_inputs(chunks[-1], hidden, batch)
@@ -148,6 +158,7 @@ class Policy:
         self.optimizer.zero_grad()
         lr = self.optimizer.param_groups[0]["lr"]
         micro = self._microbatches(batch.sequences)
+        self._replay(micro, batch.routing)
         if self.config.train.moe_aux_loss_coef:
             self._megatron.moe_aux_loss_coeff = self._aux_loss_weight(micro)
         # Read once: every reading waits for the device.
@@ -200,6 +211,11 @@ class Policy:
         multiple = token_multiple(config.fp8, layout.tp, sequence_parallel=config.parallel.sequence_parallel)
         place = dict(multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
         return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
+
+    def _replay(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> None:
+        """Have the passes of these microbatches choose the experts that they are told to, if any."""
+        if self._routing is not None:
+            self._routing.begin(micro, routing)
 
     def _aux_loss_weight(self, micro: Sequence[Microbatch]) -> float:
         """What Megatron must multiply the experts' balancing loss by, for its mean over the tokens of the optimizer step.

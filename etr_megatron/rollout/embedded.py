@@ -5,7 +5,9 @@ It is fed through the same by-name update that a server gets, returns the same f
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -48,7 +50,9 @@ class EmbeddedEngine:
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
         mine = []
         for batch in batches[dist.get_rank() :: dist.get_world_size()]:
-            mine.extend(zip(batch, self._decode([(problems[n], i) for n, i in batch], sampling), strict=True))
+            with _Routing(self._model) if sampling.routing else nullcontext() as routing:
+                drawn = self._decode([(problems[n], i) for n, i in batch], sampling, routing)
+            mine.extend(zip(batch, drawn, strict=True))
         shares: list[list[tuple[tuple[int, int], Sample]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine)
         found = {job: sample for share in shares for job, sample in share}
@@ -80,7 +84,7 @@ class EmbeddedEngine:
         del self._model
 
     @torch.no_grad()
-    def _decode(self, jobs: list[tuple[Problem, int]], sampling: Sampling) -> list[Sample]:
+    def _decode(self, jobs: list[tuple[Problem, int]], sampling: Sampling, routing: _Routing | None = None) -> list[Sample]:
         """Responses of one batch, by a KV cache over prompts padded on the left; rows leave the batch when they are done."""
         state = _Batch(jobs, sampling, self._device)
         cache = DynamicCache(config=self._model.config)
@@ -96,6 +100,8 @@ class EmbeddedEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
+            if routing is not None:
+                state.append_routing(rows.tolist(), routing.of_pass(len(rows)), mask[:, -tokens.shape[1] :])
             drawn, logp = draw(
                 out.logits[:, -1],
                 state.uniform[rows, step],
@@ -141,6 +147,32 @@ def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
+class _Routing:
+    """What the routers of a replica choose, pass by pass, while the block lasts."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self._hooks = model, ExitStack()
+        self._chosen: list[Tensor] = []
+
+    def __enter__(self) -> _Routing:
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+        for module in self._model.modules():
+            if isinstance(module, Qwen3MoeTopKRouter):
+                hook = module.register_forward_hook(lambda _module, _inputs, output: self._chosen.append(output[2]))
+                self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def of_pass(self, rows: int) -> Tensor:
+        """Of the pass that was just made over so many rows: uint8 [rows, tokens, layers with experts, experts of a token]."""
+        found = torch.stack(self._chosen, 1).to("cpu", torch.uint8)
+        self._chosen.clear()
+        return found.view(rows, -1, *found.shape[1:])
+
+
 class _Batch:
     """What has been drawn so far for the rows of one batch."""
 
@@ -149,6 +181,7 @@ class _Batch:
         self._ids: list[list[int]] = [[] for _ in jobs]
         self._logprobs: list[list[float]] = [[] for _ in jobs]
         self._stopped = [False] * len(jobs)
+        self._routing = [array("B") for _ in jobs]
         generator = torch.Generator()
         rows = []
         for problem, index in jobs:
@@ -179,9 +212,15 @@ class _Batch:
                 alive.append(place)
         return alive
 
+    def append_routing(self, rows: list[int], chosen: Tensor, mask: Tensor) -> None:
+        """Note the experts of a pass, uint8 [rows, tokens, layers, experts of a token]. mask [rows, tokens]: 0 is padding."""
+        for place, row in enumerate(rows):
+            self._routing[row].frombytes(chosen[place][mask[place].bool().cpu()].numpy().tobytes())
+
     def samples(self, weight_version: int) -> list[Sample]:
         """The finished rows."""
+        parts = zip(self._jobs, self._ids, self._logprobs, self._stopped, self._routing, strict=True)
         return [
-            Sample(index, ids, logprobs, "stop" if stopped else "length", weight_version)
-            for (_, index), ids, logprobs, stopped in zip(self._jobs, self._ids, self._logprobs, self._stopped, strict=True)
+            Sample(index, ids, logprobs, "stop" if stopped else "length", weight_version, routing=routing)
+            for (_, index), ids, logprobs, stopped, routing in parts
         ]

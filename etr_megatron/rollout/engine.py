@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from etr_megatron.types import FinishReason, Problem, Sample
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run."""
+    """How to draw responses. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing:
+    whether to say which experts were chosen."""
 
     samples: int
     max_tokens: int
@@ -24,6 +26,7 @@ class Sampling:
     step: int
     top_p: float = 1.0
     top_k: int = 0
+    routing: bool = False
 
 
 def sample_seed(sampling: Sampling, problem: Problem, index: int) -> int:
@@ -105,6 +108,7 @@ class Draw:
 class Drawn:
     """What came after `Draw.drawn`, all of it from weights of one version. finish_reason: "abort" when it was cut off.
 
+    routing: of all tokens from the prompt's first on, see `Sample`.
     given_up: why nobody is asked for this response any more, empty where that is not so.
     """
 
@@ -114,6 +118,7 @@ class Drawn:
     finish_reason: FinishReason
     weight_version: int
     given_up: str = ""
+    routing: array[int] = field(default_factory=lambda: array("B"))
 
 
 class StreamingEngine(RolloutEngine, Protocol):

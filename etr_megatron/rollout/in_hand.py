@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,13 @@ from etr_megatron.rollout.engine import Drawn
 from etr_megatron.rollout.record import group_from_json, group_to_json
 from etr_megatron.types import Group, Problem, Sample
 
-_COLUMNS = {"response_ids": np.int32, "rollout_logprobs": np.float64, "weight_versions": np.int32, "text": np.uint8}
+_COLUMNS = {
+    "response_ids": np.int32,
+    "rollout_logprobs": np.float64,
+    "weight_versions": np.int32,
+    "routing": np.uint8,
+    "text": np.uint8,
+}
 """What a checkpoint has of all samples in one tensor each; log-probs exactly as they came. Texts are UTF-8."""
 
 
@@ -76,6 +81,8 @@ def extend(sample: Sample, drawn: Drawn) -> None:
     sample.finish_reason = drawn.finish_reason
     sample.weight_version = versions[-1] if versions else drawn.weight_version
     sample.weight_versions = versions if len(set(versions)) > 1 else array("i")
+    if drawn.routing:  # of what was there before as well: its keys and values were made anew
+        sample.routing = drawn.routing
 
 
 def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -89,9 +96,8 @@ def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tens
         parts = [getattr(sample, name) for sample in samples]
         if name == "text":
             parts = [text.encode() for text in parts]
-        lengths = [len(part) for part in parts]
-        columns[name] = torch.from_numpy(np.fromiter(chain.from_iterable(parts), dtype, sum(lengths)))
-        columns[f"{name}.lengths"] = torch.tensor(lengths, dtype=torch.int64)
+        columns[name] = torch.from_numpy(np.concatenate([np.empty(0, dtype), *(np.frombuffer(part, dtype) for part in parts)]))
+        columns[f"{name}.lengths"] = torch.tensor([len(part) for part in parts], dtype=torch.int64)
     return [_without_columns(held) for held in groups], columns
 
 
@@ -103,7 +109,7 @@ def _without_columns(held: InHand) -> dict[str, Any]:
 
 def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) -> list[InHand]:
     """What `pack` made."""
-    parts = {name: _parts(name, columns) for name in _COLUMNS}
+    parts = {name: _parts(name, columns) for name in _COLUMNS if name in columns}
     groups = []
     for one in found:
         samples = [sample | {name: next(part) for name, part in parts.items()} for sample in one["group"]["samples"]]
@@ -111,6 +117,9 @@ def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) ->
     return groups
 
 
-def _parts(name: str, columns: Mapping[str, Tensor]) -> Iterator[list[Any] | str]:
-    for part in columns[name].split(columns[f"{name}.lengths"].tolist()) if columns else ():
-        yield part.numpy().tobytes().decode() if name == "text" else part.tolist()
+def _parts(name: str, columns: Mapping[str, Tensor]) -> Iterator[list[Any] | str | array[int]]:
+    for part in columns[name].split(columns[f"{name}.lengths"].tolist()):
+        if name == "text":
+            yield part.numpy().tobytes().decode()
+        else:
+            yield array("B", part.numpy().tobytes()) if name == "routing" else part.tolist()

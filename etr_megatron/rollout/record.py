@@ -5,6 +5,7 @@ The first line says how the step was sampled; every other is one group, with tok
 
 from __future__ import annotations
 
+import base64
 import json
 from array import array
 from collections.abc import Sequence
@@ -140,9 +141,14 @@ def group_from_json(found: dict[str, Any]) -> Group:
     """The group that `group_to_json` wrote; what was added to its samples is left out."""
     known = {field.name for field in fields(Sample)}
     samples = [Sample(**{key: value for key, value in one.items() if key in known}) for one in found["samples"]]
+    for sample in samples:
+        if isinstance(sample.routing, str):
+            sample.routing = array("B", base64.b64decode(sample.routing))
     return Group(found["id"], Problem(**found["problem"]), samples)
 
 
 def _plain(one: Problem | Sample) -> dict[str, Any]:
     values = {field.name: getattr(one, field.name) for field in fields(one)}
+    if isinstance(one, Sample):  # a hundred times as many numbers as tokens
+        values["routing"] = base64.b64encode(one.routing).decode()
     return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}

@@ -5,6 +5,7 @@ Every function raises ValueError saying what is wrong.
 
 from __future__ import annotations
 
+import base64
 from array import array
 from typing import Any
 
@@ -54,8 +55,17 @@ def _check_sample(sample: Any) -> None:
     _check_numbers(sample, "rollout_logprobs", "d", tokens)
     if sample["weight_versions"]:
         _check_numbers(sample, "weight_versions", "i", tokens)
+    if "routing" in sample:
+        _check_routing(sample["routing"])
     if sample.get("old_logprobs") is not None:
         _check_numbers(sample, "old_logprobs", "d", tokens)
+
+
+def _check_routing(found: Any) -> None:
+    try:
+        base64.b64decode(found, validate=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`routing` is not in base64 ({error})") from error
 
 
 def _check_keys(what: str, found: Any, kinds: Kinds) -> None:

@@ -75,6 +75,7 @@ def sampling_of(config: Config, step: int) -> Sampling:
         top_k=rollout.top_k,
         seed=config.run.seed,
         step=step,
+        routing=config.train.routing_replay,
     )
 
 
@@ -163,6 +164,7 @@ class ReplaySampler:
     def __init__(self, config: Config, cursor: PromptCursor) -> None:
         self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
         self._wanted, self._size = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
+        self._needs_routing = config.train.routing_replay
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups or samples."""
@@ -179,6 +181,11 @@ class ReplaySampler:
                     f"step {step} in {self._folder} has groups of {size} samples; set rollout.samples_per_prompt={size} to "
                     "replay it"
                 )
+        if self._needs_routing and not any(sample.routing for group in groups for sample in group.samples):
+            raise UserError(
+                f"step {step} in {self._folder} does not say which experts were chosen; set train.routing_replay=false to "
+                "replay it"
+            )
         return Rollouts(groups, counts)
 
     def put_back(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Expert parallelism for SGLang's torch path of experts, which has none."""
+"""What SGLang's experts lack on CPU: expert parallelism of their torch path, and memory for what the router chose."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def skip_experts_of_other_ranks() -> None:
         return found
 
     fused_moe_native.moe_forward_native = of_any
+
+
+def leave_host_memory_unpinned() -> None:
+    """Have SGLang keep what its routers choose (`--enable-return-routed-experts`) in plain memory.
+
+    It registers that memory with CUDA, which is not there (`mem_cache/pool_host/common.py`, 0.5.21).
+    """
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS, alloc_with_host_register
+
+    ALLOC_MEMORY_FUNCS["cpu"] = lambda *sizes, **options: alloc_with_host_register(*sizes, **{**options, "pin_memory": False})

@@ -34,12 +34,13 @@ if __name__ == "__main__":
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(_cores[i % len(_cores)]) for i in _ranks))
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force=False: None  # SGLang would ask for "spawn"
-    from experts import skip_experts_of_other_ranks
+    from experts import leave_host_memory_unpinned, skip_experts_of_other_ranks
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     skip_experts_of_other_ranks()
+    leave_host_memory_unpinned()
     try:
         run_server(prepare_server_args(sys.argv[1:]))
     finally:

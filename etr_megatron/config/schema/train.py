@@ -50,6 +50,10 @@ class TrainConfig:
     """Weight of the experts' load-balancing loss, averaged over tokens (models with experts); 0 is off."""
     moe_router_fp32: bool = False
     """Compute the router's product in float32 whatever the model's type (models with experts)."""
+    routing_replay: bool = False
+    """Train every token with the experts that the engine chose for it (models with experts; Rollout Routing Replay, arXiv
+    2510.11370): the engine and all updates of a step then choose alike, whatever they round. Servers at `sglang.urls` need
+    `--enable-return-routed-experts`."""
     head_chunk_rows: int | None = None
     """Loss rows per chunk of the LM head: `rows x V/TP` fp32 logits exist at a time, twice that with TP on CUDA; null is at
     most 384 on CPU, 1024 on CUDA."""

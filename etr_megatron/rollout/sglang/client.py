@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import numpy as np
 
 from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.types import FinishReason
@@ -35,7 +38,8 @@ class Generated:
     """What a server generated for one request.
 
     ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
-    the server names it. given_up: why no server is asked for it any more, if so; there are no tokens then.
+    the server names it. given_up: why no server is asked for it any more, if so; there are no tokens then. routing: where it
+    was asked for, the experts of all tokens but the last, the prompt's included, see `Sample`.
     """
 
     ids: list[int]
@@ -43,11 +47,12 @@ class Generated:
     finish_reason: FinishReason
     version: str
     given_up: str = ""
+    routing: array[int] = field(default_factory=lambda: array("B"))
 
 
 @dataclass(frozen=True)
 class GenerateParameters:
-    """Sampling of one request, in SGLang's terms."""
+    """Sampling of one request, in SGLang's terms. routing: whether the reply is to say which experts were chosen."""
 
     max_new_tokens: int
     temperature: float
@@ -56,6 +61,7 @@ class GenerateParameters:
     seed: int
     stop_ids: Sequence[int]
     ignore_eos: bool = False
+    routing: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The `sampling_params` of `/generate`."""
@@ -168,6 +174,7 @@ class ServerClient:
             "sampling_params": parameters.as_json(),
             "return_logprob": True,
             "logprob_start_len": -1,
+            **({"return_routed_experts": True} if parameters.routing else {}),
             **({} if rid is None else {"rid": rid}),
         }
         try:
@@ -183,7 +190,8 @@ class ServerClient:
             # A request that is cut off before it began has no log-probs.
             pairs = meta["output_token_logprobs"] if ids or finish_reason != "abort" else []
             logprobs, of = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
-            found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")))
+            routing = _routing(meta) if parameters.routing and finish_reason != "abort" else array("B")
+            found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")), routing=routing)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(f"{self.name}: /generate answered without {error}: {str(reply)[:300]}") from error
         if of != ids:
@@ -193,3 +201,9 @@ class ServerClient:
     async def abort(self, rid: str, *, timeout_s: float) -> None:
         """Cut off the request of this name; one that the server does not have is none. Raises ServerError."""
         await self.call("/abort_request", {"rid": rid, "abort_all": False}, timeout_s=timeout_s)
+
+
+def _routing(meta: dict[str, Any]) -> array[int]:
+    """SGLang's: int32 [tokens, layers, experts of a token] in base64, `state_capturer/routed_experts.py` of 0.5.21."""
+    experts = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), np.int32)
+    return array("B", experts.astype(np.uint8).tobytes())

@@ -18,6 +18,8 @@ FP8_BLOCK = 128
 LOADER = "etr_megatron.weights.transport.server_entry.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
+ROUTING = "--enable-return-routed-experts"
+
 
 def sync_of(config: SglangConfig) -> str:
     """The transport of weight syncs, null resolved."""
@@ -25,9 +27,19 @@ def sync_of(config: SglangConfig) -> str:
 
 
 def server_command(
-    config: SglangConfig, model_dir: Path, dtype: str, *, place: int, host: str, folder: Path, api_key: str | None, cuda: bool
+    config: SglangConfig,
+    model_dir: Path,
+    dtype: str,
+    *,
+    place: int,
+    host: str,
+    folder: Path,
+    api_key: str | None,
+    cuda: bool,
+    routing: bool = False,
 ) -> ServerCommand:
-    """The command of server number `place` of a node. folder: for what it reads besides, written here.
+    """The command of server number `place` of a node. folder: for what it reads besides, written here. routing: it has to say
+    which experts it chooses.
 
     The server starts with random weights: it gets the policy's before its first request, and model_dir needs a config.json
     alone, so that a checkpoint of Megatron's serves as well. An api_key is handed over in a file that only the user may read.
@@ -50,6 +62,8 @@ def server_command(
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if config.placement == "colocated" and cuda:
         arguments += ["--enable-memory-saver"]
+    if routing:
+        arguments += [ROUTING]
     environment = {}
     if sync_of(config) == "sharded":
         arguments += ["--custom-weight-loader", LOADER]

@@ -36,7 +36,7 @@ class Serving:
 
     dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
     directory: for what belongs to servers. temperature, max_gap: of a probe, the sampler's and the largest mean difference of
-    its log-probs from the trainer's.
+    its log-probs from the trainer's. routing: whether they will be asked which experts they choose.
     """
 
     architecture: Architecture
@@ -46,6 +46,7 @@ class Serving:
     directory: Path
     temperature: float
     max_gap: float
+    routing: bool = False
 
 
 class SglangEngine:
@@ -82,14 +83,15 @@ class SglangEngine:
         self._hosts = {
             rank: names[place * config.servers : (place + 1) * config.servers] for place, rank in enumerate(addresses)
         }
-        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, serving.backend == "nccl")
+        cuda = serving.backend == "nccl"
+        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
         self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
             lambda: (
                 Control(
                     config,
                     names,
-                    Expected.of(config, serving.architecture, serving.dtype),
+                    Expected.of(config, serving.architecture, serving.dtype, routing=serving.routing),
                     host=own_address,
                     api_key=key,
                     backend=serving.backend,
@@ -163,7 +165,14 @@ class SglangEngine:
             lambda anywhere: self._control.run_until_stopped(self._control.stream.answer(requests), anywhere), must_stop
         )
         samples = [
-            Sample(number % sampling.samples, one.ids, one.logprobs, one.finish_reason, self.weight_version)
+            Sample(
+                number % sampling.samples,
+                one.ids,
+                one.logprobs,
+                one.finish_reason,
+                self.weight_version,
+                routing=one.routing,
+            )
             for number, one in enumerate(found)
         ]
         return [samples[begin : begin + sampling.samples] for begin in range(0, len(samples), sampling.samples)]
@@ -199,7 +208,7 @@ class SglangEngine:
                 finish = "stop"
             elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
                 finish = "length"
-        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up)
+        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, reply.routing)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
@@ -284,4 +293,5 @@ class SglangEngine:
             top_k=sampling.top_k,
             seed=sample_seed(sampling, problem, index),
             stop_ids=self._stop_ids,
+            routing=sampling.routing,
         )

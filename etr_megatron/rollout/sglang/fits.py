@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.config import SglangConfig
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK, ROUTING, sync_of
 from etr_megatron.weights import FAMILIES, Architecture
 
 _SIZES = {
@@ -34,18 +34,19 @@ class Expected:
     """What servers are sent.
 
     dtype: as torch names it. tp: workers of each server that the sync counts on; None where it does not matter, as with `disk`.
-    fp8: whether matrices come in FP8, in blocks with scales.
+    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it is asked which experts it chooses.
     """
 
     architecture: Architecture
     dtype: str
     tp: int | None
     fp8: bool
+    routing: bool = False
 
     @classmethod
-    def of(cls, config: SglangConfig, architecture: Architecture, dtype: str) -> Expected:
+    def of(cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False) -> Expected:
         """Of a job."""
-        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8)
+        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing)
 
     def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
         """The first thing that certainly does not fit, with both values; None also for whatever the server does not say.
@@ -73,6 +74,8 @@ class Expected:
             if isinstance(found := config.get(field), int) and found != wanted:
                 yield f"its {field} is {found}, by {file}, the job's is {wanted}"
         yield from self._quantisation(server, file, config)
+        if self.routing and server.get("enable_return_routed_experts") is False:
+            yield f"it was started without {ROUTING}, which train.routing_replay needs"
 
     def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
         stored = config.get("quantization_config") or {}

@@ -53,13 +53,15 @@ _GONE = "gives no sign of life any more; the servers are ended"
 
 
 class ServerSetting(NamedTuple):
-    """What servers are started with besides the config. folder: for what belongs to servers, seen by all nodes."""
+    """What servers are started with besides the config. folder: for what belongs to servers, seen by all nodes. routing:
+    whether they are to say which experts they choose."""
 
     model_dir: str
     dtype: str
     folder: str
     api_key: str | None
     cuda: bool
+    routing: bool = False
 
 
 def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: ServerSetting) -> Host:
@@ -75,6 +77,7 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
             folder=folder,
             api_key=setting.api_key,
             cuda=setting.cuda,
+            routing=setting.routing,
         )
         for place, name in enumerate(names)
     }

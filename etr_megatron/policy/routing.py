@@ -1,0 +1,104 @@
+"""The experts that the rollout engine chose, chosen again in training (Rollout Routing Replay, arXiv 2510.11370).
+
+A router's choice is a step function: engine and trainer, which round differently, choose other experts for some tokens, and a
+token's log-prob then jumps. With the engine's choice both compute the same function, and every update of a step the same one.
+What a router gives to the chosen experts is still its own, and so is the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from etr_megatron.policy.packing import Microbatch
+from etr_megatron.policy.parallel import Layout
+from etr_megatron.weights import Architecture
+
+TopK = Callable[..., tuple[Tensor, Tensor]]
+
+
+def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
+    """Of all layers with experts of a stage's chunks."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, TopKRouter))
+
+
+class RoutingReplay:
+    """Has the routers of a stage's chunks choose what they are told to, pass by pass.
+
+    Takes the place of Megatron's `RouterReplay`, which has to be told before every pass whether it goes forward or backward;
+    here a router counts: microbatches come to a layer in one order, and once more in that order where recomputation does.
+    """
+
+    def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
+        """tp_shares: whether tensor-parallel ranks have different tokens (sequence parallelism)."""
+        assert arch.experts is not None
+        mixtures = [layer for layer in range(arch.layers) if arch.has_experts(layer)]
+        self._shape = len(mixtures), arch.experts.per_token
+        self._layout, self._tp_shares = layout, tp_shares
+        self._micro: Sequence[Microbatch] = ()
+        self._routing: Sequence[Tensor] | None = None
+        self._latest: tuple[int, Tensor] | None = None
+        self._layers = [_Layer(self, mixtures.index(router.layer_number - 1)) for router in routers(chunks)]
+        for router, layer in zip(routers(chunks), self._layers, strict=True):
+            router.router_replay = layer
+
+    def begin(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> None:
+        """Before the passes of these microbatches. routing: of the samples that they number, see `PolicyBatch`; None: the
+        routers choose themselves."""
+        self._micro, self._routing, self._latest = micro, routing, None
+        for layer in self._layers:
+            layer.begin()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the routers have a choice made for them."""
+        return self._routing is not None
+
+    def told(self, number: int) -> Tensor:
+        """Of microbatch `number`: int16 [tokens that this rank routes, layers with experts, experts of a token]; -1 where
+        nothing is known: what comes after a sample's known tokens, padding and dummy sequences."""
+        if self._latest is None or self._latest[0] != number:  # a pass asks layer by layer
+            self._latest = number, self._of_this_rank(self._micro[number])
+        return self._latest[1]
+
+    def _of_this_rank(self, batch: Microbatch) -> Tensor:
+        assert self._routing is not None
+        found = torch.full((batch.tokens.shape[1], *self._shape), -1, dtype=torch.int16)
+        positions, offsets = batch.positions[0].cpu(), batch.offsets.tolist()
+        for place, sample in enumerate(batch.samples):
+            begin, end = (offset // self._layout.cp for offset in offsets[place : place + 2])
+            routing, own = self._routing[sample], positions[begin:end]
+            known = own < len(routing)
+            found[begin:end][known] = routing[own[known]].to(torch.int16)
+        return found.chunk(self._layout.tp)[self._layout.tp_rank] if self._tp_shares else found
+
+
+class _Layer:
+    """What a router asks, as Megatron asks its own `RouterReplay`. index: among the model's layers with experts."""
+
+    def __init__(self, owner: RoutingReplay, index: int) -> None:
+        self._owner, self._index = owner, index
+        self._passes = {True: 0, False: 0}
+
+    def begin(self) -> None:
+        """No microbatch has come yet."""
+        self._passes = {True: 0, False: 0}
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, choose: TopK
+    ) -> tuple[Tensor, Tensor]:
+        """scores [T, experts]: (those of the chosen [T, topk], the chosen, int64 [T, topk])."""
+        own, chosen = choose(scores, topk, num_groups, group_topk)
+        if not self._owner.is_told:
+            return own, chosen
+        # Passes with and without a gradient are counted apart: recomputation has one of each for every microbatch.
+        with_gradient = torch.is_grad_enabled()
+        told = self._owner.told(self._passes[with_gradient])[:, self._index].to(scores.device, torch.int64)
+        self._passes[with_gradient] += 1
+        chosen = torch.where(told < 0, chosen, told)
+        return scores.gather(1, chosen), chosen

@@ -1,0 +1,119 @@
+"""Experts that somebody else chose, in every layout of the policy, against transformers told the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests import test_policy_gradients
+from tests.hf_models import by_published_names, random_sequences
+from tests.policy_jobs import build, make_batch
+
+EXPERTS, PER_TOKEN = 6, 3
+TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+LAYOUTS = {
+    "tp1": (1, ["parallel.tp=1"]),
+    "recomputed": (1, ["parallel.tp=1", "train.recompute=full"]),
+    "tp2": (2, [*TP2]),
+    "dp2": (2, ["parallel.tp=1"]),
+    "cp2_ep2": (2, ["parallel.tp=1", "parallel.cp=2", "parallel.ep=2"]),
+    "pp2_recomputed": (2, ["parallel.tp=1", "parallel.pp=2", "train.recompute=full"]),
+    "pp2_vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
+    "tp2_cp2_ep2_etp1": (4, [*TP2, "parallel.cp=2", "parallel.ep=2", "parallel.etp=1"]),
+}
+MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1}  # layers with experts
+
+
+def sequences() -> list:
+    return random_sequences(5)
+
+
+def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
+    """uint8 [tokens but the last, layers, experts of a token] of every sample. lacking: of so many more nothing is known."""
+    generator = torch.Generator().manual_seed(11)
+    found = []
+    for prompt, response in sequences():
+        count = max(0, len(prompt) + len(response) - 1 - lacking)
+        keys = torch.rand(count, layers, EXPERTS, generator=generator)
+        found.append(keys.argsort(-1)[..., :PER_TOKEN].to(torch.uint8))
+    return found
+
+
+class Told:
+    """transformers' routers choose what they are told, where they are told something, for one sequence at a time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.routing: Tensor | None = None
+        routers = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeTopKRouter"]
+        for index, router in enumerate(routers):
+            router.forward = lambda hidden, router=router, index=index: self._route(router, index, hidden)
+
+    def _route(self, router: torch.nn.Module, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = hidden.reshape(-1, router.hidden_dim) @ router.weight.t()
+        probabilities = logits.softmax(-1)
+        chosen = probabilities.topk(router.top_k).indices
+        told = self.routing[:, index].long()
+        chosen[: len(told)] = told
+        given = probabilities.gather(1, chosen)
+        return logits, given / given.sum(-1, keepdim=True) if router.norm_topk_prob else given, chosen
+
+
+def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Log-probs of the responses, and gradients by HF name of minus their sum weighted as `step` weighs them."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
+    told, logps, loss = Told(hf), [], 0.0
+    batch = make_batch(sequences())
+    for i, (prompt, response) in enumerate(sequences()):
+        told.routing = routing[i]
+        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / test_policy_gradients.TEMPERATURE
+        logps.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        loss = loss - batch.weight[i].double() * batch.advantage[i].double() * logps[-1].sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    return [logp.detach() for logp in logps], by_published_names(gradients)
+
+
+def step(
+    model: str, routing: list[Tensor], overrides: list[str]
+) -> tuple[list[list[float]], list[list[float]], dict[str, Tensor]]:
+    """Log-probs as told and as the policy itself routes, and Adam's step of a REINFORCE loss by HF name."""
+    policy = build(model, [*test_policy_gradients.BASE, *overrides, "objective.loss=reinforce", "objective.entropy_coef=0"])
+    batch = make_batch(sequences())
+    told = policy.logprobs(batch.sequences, routing=routing)
+    own = policy.logprobs(batch.sequences)
+    before = {name: tensor.clone() for name, tensor in policy.export()}
+    policy.update(replace(batch, old_logp=told.logp, routing=tuple(routing)))
+    change = {name: before[name] - tensor for name, tensor in policy.export()}
+    return [x.tolist() for x in told.logp], [x.tolist() for x in own.logp], change
+
+
+def check(gangs, model: str, routing: list[Tensor], layout: tuple[int, list[str]]) -> None:
+    logps, gradients = reference(model, routing)
+    world, overrides = layout
+    job = dict(model=model, routing=routing, overrides=[*overrides, "train.tokens_per_microbatch=48"])
+    for told, own, change in gangs(world).run("tests.test_routing_replay:step", **job):
+        for found, wanted, other in zip(told, logps, own, strict=True):
+            torch.testing.assert_close(torch.tensor(found).double(), wanted, atol=1e-5, rtol=1e-5)
+            assert max(abs(a - b) for a, b in zip(found, other, strict=True)) > 1e-3
+        for name, gradient in gradients.items():
+            wanted = gradient / (gradient.abs() + 1)
+            torch.testing.assert_close(change[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logprobs_and_gradients_are_those_of_the_experts_that_were_told(gangs, hf_models, layout):
+    check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"]), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp1", "pp2_vpp2"])
+def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
+    check(gangs, hf_models["qwen3_moe_dense"], random_routing(MIXTURES["qwen3_moe_dense"]), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
+def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, layout):
+    check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"], lacking=2), LAYOUTS[layout])
