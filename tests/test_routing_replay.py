@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from etr_megatron.config import load_config
+from etr_megatron.data import build_tiny_policy
 from tests import test_policy_gradients
-from tests.hf_models import by_published_names, random_sequences
+from tests.hf_models import by_published_names, random_sequences, write_model
 from tests.policy_jobs import build, make_batch
 
 EXPERTS, PER_TOKEN = 6, 3
@@ -117,3 +123,37 @@ def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
 def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"], lacking=2), LAYOUTS[layout])
+
+
+@pytest.fixture
+def mixture(runs, tmp_path):
+    """A mixture in HuggingFace format with the tiny policy's tokenizer."""
+    config = load_config(runs.config, runs.command()[4:])
+    tiny = build_tiny_policy(config.tiny, config.arithmetic, progress=False)
+    folder = Path(write_model("qwen3_moe", tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / file, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_trains_with_the_engines_experts_and_so_does_one_that_replays_it(runs, mixture):
+    options = (f"model.path={mixture}", "--nproc", "2", "parallel.tp=1", "parallel.ep=2", "train.routing_replay=true")
+    options += ("eval.every=0", "checkpoint.every=0", "run.steps=2", "data.max_prompt_tokens=256")
+    code, printed = runs.finish("run.name=recorded", "rollout.record=true", *options)
+    assert code == 0, printed
+    rows = runs.rows("recorded")
+    assert [row["routing_replayed"] for row in rows] == [1.0, 1.0] and all(row["logprob_gap_max"] < 1e-4 for row in rows)
+
+    file = runs.directory("recorded") / "recorded" / "step_000002.jsonl"
+    head, *groups = map(json.loads, file.read_text().splitlines())
+    for group in groups:
+        for sample in group["samples"]:
+            others = bytes(5 - expert for expert in base64.b64decode(sample["routing"]))  # of six, and all different still
+            sample["routing"] = base64.b64encode(others).decode()
+    file.write_text("".join(json.dumps(line) + "\n" for line in (head, *groups)))
+    code, printed = runs.finish("run.name=again", f"rollout.replay={runs.directory('recorded')}", *options)
+    assert code == 0, printed
+    same, other = runs.rows("again")
+    assert same == rows[0]
+    assert other["routing_replayed"] == 1.0 and other["logprob_gap_mean"] > 1e-2
