@@ -12,7 +12,8 @@ can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of p
 hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
 seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
-unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info).
+unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info),
+says_no_experts (though it is asked which it chose).
 POST /behave changes them in a server that runs.
 """
 
@@ -27,6 +28,7 @@ import json
 import os
 import pickle
 import signal
+import struct
 import sys
 import threading
 import time
@@ -155,6 +157,9 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         "finish_reason": {"type": finish},
         "weight_version": STATE.version,
     }
+    if body.get("return_routed_experts") and not BEHAVIOUR.get("says_no_experts"):
+        chosen = [number for token in [*body["input_ids"], *ids][:-1] for number in (token % 4, 4 + token % 3)]
+        meta["routed_experts"] = base64.b64encode(struct.pack(f"<{len(chosen)}i", *chosen)).decode()
     return 200, {"output_ids": ids, "meta_info": meta}
 
 

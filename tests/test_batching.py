@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from array import array
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from etr_megatron.batching import build_batch, minibatches, routing_of
+from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.metrics import check_logprob_gap, evaluation_metrics, step_metrics
@@ -23,7 +22,6 @@ from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.packing import pack
 from etr_megatron.types import Group, Problem, Sample
-from etr_megatron.weights import Experts
 
 LENGTHS = [[3, 1], [2, 5, 4], [6, 2], [1, 1, 1, 7]]
 FLAT_LENGTHS = [n for lengths in LENGTHS for n in lengths]
@@ -62,32 +60,6 @@ def groups(reward_range: tuple[float, float] = (0.0, 1.0)) -> list[Group]:
         ]
         made.append(Group(f"p{number}@3", Problem(f"p{number}", "", "", [1, 2]), samples))
     return made
-
-
-def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
-    experts = Experts(count=6, per_token=2, intermediate_size=1, normalized=True)
-
-    def told(*numbers: int) -> list[Group]:
-        sample = Sample(0, [7, 8], [-1.0] * 2, "stop", 1, routing=array("B", numbers))
-        return [Group("p@1", Problem("p", "", "", [1, 2, 3]), [sample])]
-
-    (found,) = routing_of(told(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # four of five tokens
-    assert found.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 4
-    assert [len(one) for one in routing_of(told(), experts, layers=3)] == [0]
-    for wrong in ([0, 1, 2, 3, 4], [0] * 6 * 6, [0, 1, 2, 3, 4, 6]):
-        with pytest.raises(RuntimeError, match=r"^the engine says of sample p@1/0 that it chose \d+ experts up to \d, where 5"):
-            routing_of(told(*wrong), experts, layers=3)
-
-
-def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
-    """Of 5 tokens, 3 of them the prompt's, the last two are predicted by tokens 3 and 4."""
-    batch = batch_of()
-    prompts, responses = zip(*batch.sequences, strict=True)
-    counts = [len(prompts[0]) + len(responses[0]) - 1, len(prompts[1]), *[0] * (len(batch) - 2)]
-    routing = tuple(torch.zeros(count, 1, 2, dtype=torch.uint8) for count in counts)
-    row = metrics_row(replace(batch, routing=routing))
-    assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))
-    assert "routing_replayed" not in metrics_row(batch)
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])

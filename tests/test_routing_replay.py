@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from etr_megatron.batching import routing_of
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
+from etr_megatron.rollout.engine import Drawn
+from etr_megatron.rollout.in_hand import extend
+from etr_megatron.types import Group, Problem, Sample
+from etr_megatron.weights import Experts
 from tests import test_policy_gradients
 from tests.hf_models import by_published_names, random_sequences, write_model
 from tests.policy_jobs import build, make_batch
+from tests.test_batching import batch_of, metrics_row
 
 EXPERTS, PER_TOKEN = 6, 3
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -123,6 +130,44 @@ def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
 def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"], lacking=2), LAYOUTS[layout])
+
+
+def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
+    experts = Experts(count=6, per_token=2, intermediate_size=1, normalized=True)
+
+    def told(*numbers: int) -> list[Group]:
+        sample = Sample(0, [7, 8], [-1.0] * 2, "stop", 1, routing=array("B", numbers))
+        return [Group("p@1", Problem("p", "", "", [1, 2, 3]), [sample])]
+
+    (found,) = routing_of(told(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # four of five tokens
+    assert found.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 4
+    assert [len(one) for one in routing_of(told(), experts, layers=3)] == [0]
+    for wrong in ([0, 1, 2, 3, 4], [0] * 6 * 6, [0, 1, 2, 3, 4, 6]):
+        with pytest.raises(RuntimeError, match=r"^the engine says of sample p@1/0 that it chose \d+ experts up to \d, where 5"):
+            routing_of(told(*wrong), experts, layers=3)
+
+
+def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
+    """Of the first sample all, of the second the first response token, which the prompt's last token predicts."""
+    batch = batch_of()
+    prompts, responses = zip(*batch.sequences, strict=True)
+    counts = [len(prompts[0]) + len(responses[0]) - 1, len(prompts[1]), *[0] * (len(batch) - 2)]
+    routing = tuple(torch.zeros(count, 1, 2, dtype=torch.uint8) for count in counts)
+    row = metrics_row(replace(batch, routing=routing))
+    assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))
+    assert "routing_replayed" not in metrics_row(batch)
+
+
+def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
+    """Its keys and values were made anew from its first token on."""
+    sample = Sample(0, [], [], "abort", 1)
+    extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
+    assert not sample.routing
+    extend(sample, Drawn(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
+    extend(sample, Drawn(0, [], [], "abort", 2))
+    assert sample.routing == array("B", [1, 2, 3])
+    extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
+    assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
 
 
 @pytest.fixture

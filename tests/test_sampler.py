@@ -17,7 +17,7 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import InHand, extend, pack, unpack
+from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
 from etr_megatron.rollout.streaming import Hand
 from etr_megatron.types import Group, Problem, Sample
@@ -292,18 +292,6 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
     before = {name: tensor for name, tensor in tensors.items() if not name.startswith("routing")}
     mixed.routing = array("B")
     assert unpack(found, before) == groups  # a checkpoint from before there was a routing
-
-
-def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
-    """Its keys and values were made anew from its first token on."""
-    sample = Sample(0, [], [], "abort", 1)
-    extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
-    assert not sample.routing
-    extend(sample, Drawn(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
-    extend(sample, Drawn(0, [], [], "abort", 2))
-    assert sample.routing == array("B", [1, 2, 3])
-    extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
-    assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])

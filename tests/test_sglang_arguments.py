@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.config import Config, SglangConfig, validate
+from etr_megatron.config import Config, SglangConfig, TrainConfig, validate
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import check_arguments, known_arguments
 from etr_megatron.rollout.sglang.commands import LOADER, server_command
@@ -99,6 +99,14 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
 def test_settings_that_cannot_be_meant_are_refused(settings, problem):
     found = validate(replace(Config(), sglang=SglangConfig(**settings)), 2)
     assert len(found) == 1 and problem in found[0]
+
+
+def test_a_router_and_routing_replay_are_refused_together():
+    config = replace(Config(), sglang=SglangConfig(router="cache_aware"), train=TrainConfig(routing_replay=True))
+    (problem,) = validate(config, 2)
+    assert problem.startswith(
+        'sglang.router = "cache_aware", train.routing_replay = true: sglang-router (0.3.2) does not pass on'
+    )
 
 
 def test_experts_that_move_are_no_trouble_where_servers_place_them_themselves():

@@ -101,6 +101,38 @@ def has_all(state: dict, tensors=TENSORS) -> bool:
     return state["sums"] == {name: tensor.double().sum().item() for name, tensor in tensors.items()}
 
 
+ASKED = replace(PARAMETERS, routing=True)
+
+
+def experts_of(request: Request) -> list[int]:
+    """What a fake server says of all tokens but the last, of two experts each."""
+    tokens = [*request.prompt_ids, *tokens_of(request)][:-1]
+    return [number for token in tokens for number in (token % 4, 4 + token % 3)]
+
+
+def test_experts_are_those_that_the_server_says_where_it_is_asked():
+    requests = [Request([3, 7], ASKED), Request([4, 7], PARAMETERS), Request([50, 9, 8], ASKED)]
+
+    async def body():
+        async with fleet_of({}) as fleet:
+            return await generate(fleet, requests)
+
+    found = asyncio.run(body())
+    assert [one.routing.tolist() for one in found] == [experts_of(requests[0]), [], experts_of(requests[2])]
+
+
+def test_a_server_that_does_not_say_which_experts_it_chose_is_left_out():
+    requests = [Request([3, 7], ASKED), Request([50, 9, 8], ASKED)]
+
+    async def body():
+        async with fleet_of({"says_no_experts": True}, {}) as fleet:
+            return await generate(fleet, requests), fleet.failed
+
+    found, failed = asyncio.run(body())
+    assert [one.routing.tolist() for one in found] == [experts_of(one) for one in requests]
+    assert list(failed) == ["server 0"] and "answered without 'routed_experts'" in failed["server 0"]
+
+
 def test_responses_come_back_in_the_order_of_the_requests():
     async def body():
         async with fleet_of({}, {}) as fleet:

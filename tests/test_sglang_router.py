@@ -21,7 +21,7 @@ from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.runs import REPO
 from tests.test_lifetime import gone
-from tests.test_sglang_fleet import PARAMETERS, fleet_of, generate, state_of, sync, tokens_of
+from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, state_of, sync, tokens_of
 from tests.test_sglang_ports import answering
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
@@ -85,6 +85,21 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
     assert is_up and not key
     assert states[1] and len(states[1]) % SAMPLES == 0  # the one that came back has traffic, in whole groups
     assert all(states[1].count(prompt) == SAMPLES for prompt in states[1])
+
+
+@requires_router
+def test_the_router_does_not_pass_on_that_experts_are_asked_for_and_the_servers_are_asked_themselves(tmp_path):
+    """Why `train.routing_replay` refuses `sglang.router`."""
+    requests = [replace(one, parameters=ASKED) for one in REQUESTS[:6]]
+
+    async def body():
+        async with fleet_of({}, {}, timeout_s=60.0) as fleet:
+            with router_before(fleet, tmp_path) as router:
+                return await generate(fleet, requests), router.is_up, fleet.failed
+
+    found, is_up, failed = asyncio.run(body())
+    assert [one.routing.tolist() for one in found] == [experts_of(one) for one in requests]
+    assert not is_up and not failed
 
 
 @requires_router

@@ -7,13 +7,16 @@ What a router gives to the chosen experts is still its own, and so is the gradie
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from etr_megatron import platform
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
@@ -40,7 +43,7 @@ class RoutingReplay:
         mixtures = [layer for layer in range(arch.layers) if arch.has_experts(layer)]
         self._shape = len(mixtures), arch.experts.per_token
         self._layout, self._tp_shares = layout, tp_shares
-        self._micro: Sequence[Microbatch] = ()
+        self._places: list[_Places] = []
         self._routing: Sequence[Tensor] | None = None
         self._latest: tuple[int, Tensor] | None = None
         self._layers = [_Layer(self, mixtures.index(router.layer_number - 1)) for router in routers(chunks)]
@@ -50,7 +53,9 @@ class RoutingReplay:
     def begin(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> None:
         """Before the passes of these microbatches. routing: of the samples that they number, see `PolicyBatch`; None: the
         routers choose themselves."""
-        self._micro, self._routing, self._latest = micro, routing, None
+        # Read once, before the passes: every reading waits for the device.
+        self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
+        self._routing, self._latest = routing, None
         for layer in self._layers:
             layer.begin()
 
@@ -63,19 +68,32 @@ class RoutingReplay:
         """Of microbatch `number`: int16 [tokens that this rank routes, layers with experts, experts of a token]; -1 where
         nothing is known: what comes after a sample's known tokens, padding and dummy sequences."""
         if self._latest is None or self._latest[0] != number:  # a pass asks layer by layer
-            self._latest = number, self._of_this_rank(self._micro[number])
+            self._latest = number, self._of_this_rank(self._places[number]).to(platform.device())
         return self._latest[1]
 
-    def _of_this_rank(self, batch: Microbatch) -> Tensor:
+    def _of_this_rank(self, places: _Places) -> Tensor:
         assert self._routing is not None
-        found = torch.full((batch.tokens.shape[1], *self._shape), -1, dtype=torch.int16)
-        positions, offsets = batch.positions[0].cpu(), batch.offsets.tolist()
-        for place, sample in enumerate(batch.samples):
-            begin, end = (offset // self._layout.cp for offset in offsets[place : place + 2])
-            routing, own = self._routing[sample], positions[begin:end]
+        found = torch.full((len(places.positions), *self._shape), -1, dtype=torch.int16)
+        for sample, (begin, end) in zip(places.samples, itertools.pairwise(places.offsets), strict=False):
+            routing, own = self._routing[sample], places.positions[begin:end]
             known = own < len(routing)
             found[begin:end][known] = routing[own[known]].to(torch.int16)
         return found.chunk(self._layout.tp)[self._layout.tp_rank] if self._tp_shares else found
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a context-parallel rank's tokens of a microbatch are from: their places in their sequences [T], and where each
+    sequence begins among them; `samples` number the sequences, of which a dummy may come last."""
+
+    samples: Sequence[int]
+    positions: Tensor
+    offsets: list[int]
+
+    @classmethod
+    def of(cls, batch: Microbatch, cp: int) -> _Places:
+        """Of a microbatch, whose offsets are those of all `cp` ranks' tokens."""
+        return cls(batch.samples, batch.positions[0].cpu(), [offset // cp for offset in batch.offsets.tolist()])
 
 
 class _Layer:
@@ -98,7 +116,7 @@ class _Layer:
             return own, chosen
         # Passes with and without a gradient are counted apart: recomputation has one of each for every microbatch.
         with_gradient = torch.is_grad_enabled()
-        told = self._owner.told(self._passes[with_gradient])[:, self._index].to(scores.device, torch.int64)
+        told = self._owner.told(self._passes[with_gradient])[:, self._index].long()
         self._passes[with_gradient] += 1
         chosen = torch.where(told < 0, chosen, told)
         return scores.gather(1, chosen), chosen

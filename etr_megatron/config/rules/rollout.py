@@ -125,6 +125,11 @@ def sglang(config: Config) -> Iterator[Violation]:
             ("sglang.placement", "rollout.max_staleness"),
             "colocated servers generate and train by turns; set max_staleness to 0, or give the servers GPUs of their own",
         )
+    if sglang.router is not None and config.train.routing_replay:
+        yield Violation(
+            ("sglang.router", "train.routing_replay"),
+            "sglang-router (0.3.2) does not pass on to servers that their experts are asked for; leave out one of them",
+        )
     yield from _arguments(sglang)
 
 
