@@ -198,7 +198,7 @@ def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     layout, split = TrainingLayout(tp=2, pp=2, dp=1), Split(1000, 2, True, 2)
     saved = saved_by_layer(arch, 0, split, 2)
     one = 500 * 4096 * 2  # tokens over TP
-    # Two microbatches in flight, 18 layers, of which the one that is computed again has its input among them; four are handed on.
+    # Two microbatches in flight, 18 layers; the one that is computed again has its input among them. Four are handed on.
     beside = saved // 2 + 4 * one
     assert stage_activations(arch, layout, 0, split, 8, "full") == (2 * 18 - 1) * one + saved + beside
     assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + beside
