@@ -1,9 +1,9 @@
 """What gang ranks run to count what a policy keeps for its backward passes.
 
-Layers are Megatron's own, built by the policy's code. On CPU its norms, rotary embedding and gate are not fused and keep more
-than Transformer Engine's, so that `like_transformer_engine` puts in their place what saves the tensors that version 2.11 saves
-(the file of each is named below), wherever and however Megatron calls them. Attention and matrix products are torch's and
-Megatron's: both save what the fused ones do.
+Layers are Megatron's own, built by the policy's code. On CPU norms and rotary embedding are not fused and keep more than
+Transformer Engine's, so that `like_transformer_engine` puts in their place what saves the tensors that version 2.11 saves (the
+file of each is named below), wherever and however Megatron calls them. The gate is Megatron's fused one. Attention and matrix
+products are torch's and Megatron's: both save what Transformer Engine's do.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ def like_transformer_engine() -> Iterator[None]:
         mock.patch.object(model_config, "_fusions", lambda fused: fusions),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused_rope),
         mock.patch.multiple(fused_bias_swiglu, **{name: _in_rows(getattr(fused_bias_swiglu, name)) for name in gates}),
-        torch.compiler.set_stance("force_eager"),
     ):
         yield
 

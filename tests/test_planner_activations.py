@@ -1,6 +1,6 @@
 """What the planner says is kept for backward passes, against what Megatron's layers and schedules keep on CPU.
 
-Norms, rotary embedding and gate are stand-ins that save what Transformer Engine's do (`tests/activation_jobs.py`).
+Norms and rotary embedding are stand-ins that save what Transformer Engine's do (`tests/activation_jobs.py`).
 """
 
 from __future__ import annotations
