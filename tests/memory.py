@@ -17,7 +17,9 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
+    """peak: most bytes alive at a time in tensors created inside, since the last `restart`."""
+
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, int] = {}
@@ -30,6 +32,11 @@ class _Storages(TorchDispatchMode):
             if storage._cdata not in given:
                 self._count(storage)
         return found
+
+    def restart(self) -> int:
+        """Bytes alive now, from which the peak is looked for anew."""
+        self.peak = self._now
+        return self._now
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -46,6 +53,6 @@ class _Storages(TorchDispatchMode):
 
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Most bytes alive at a time in tensors created inside `function`; temporaries inside one operator do not show."""
-    with _Storages() as storages:
+    with Storages() as storages:
         function()
     return storages.peak

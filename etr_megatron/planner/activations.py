@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from etr_megatron.weights import Architecture, TrainingLayout
+    from etr_megatron.weights import Architecture, Experts, TrainingLayout
 
 FP8_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
 """Bytes of an element of a matrix product's input that Transformer Engine keeps for the weight's gradient, scales included.
@@ -52,38 +52,76 @@ def layer_input(arch: Architecture, split: Split) -> int:
 def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     """Bytes that a layer keeps. etp: tensor parallelism of an expert.
 
-    Two norms keep input and output, the projections their inputs, attention q, k, v, its output and a log-sum-exp per head,
-    the gated MLP both halves and their product. In FP8 what matrix products alone keep is their own copy.
+    Two norms keep input and output, those of q and k their inputs, the projections theirs, attention q, k, v and its output,
+    the gated MLP both halves and their product. In fp32 every normed row has a scale and every head of a token a log-sum-exp.
+    In FP8 what matrix products alone keep is their own copy.
     """
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     normed = q + kv if arch.qk_norm else 0
     attention = split.tokens * (2 * q + 2 * kv + normed) // split.tp
-    softmax = 4 * split.tokens * arch.heads // split.tp
+    of_heads = arch.heads + (arch.heads + arch.kv_heads if arch.qk_norm else 0)
+    apart = 4 * (2 * split.whole + split.tokens * of_heads // split.tp) + _routing(arch, layer, split, etp)
     norm = split.whole * arch.hidden_size
     kept, inputs = _mlp(arch, layer, split, etp)
     kept, inputs = kept + attention + 2 * norm, inputs + norm
     if split.fp8 == "none":
-        return split.element * (kept + inputs) + softmax
+        return split.element * (kept + inputs) + apart
     if split.fp8 == "delayed":
         # Attention keeps its output in the model's type. With other recipes Megatron has the projection behind it use that
         # one (set_save_original_input in transformer/attention.py).
         inputs += split.tokens * q // split.tp
-    return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + softmax
+    return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + apart
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
     """(elements that are kept whatever the products, inputs of products that nothing else keeps), with the output of the norm
-    before. Of experts also the tokens brought to them and, for the router's gradient, what comes back; the router, which is
-    not in FP8, keeps the norm's output."""
+    before. Of experts also the tokens brought to them; the router, which is not in FP8, keeps the norm's output. What comes
+    back is not kept: the router's weights have been multiplied into the gate's product (`WeightedSwiGLUFunction`)."""
     experts, norm = arch.experts, split.whole * arch.hidden_size
     if experts is None or not arch.has_experts(layer):
         product = split.tokens * arch.intermediate_size // split.tp
         return 2 * product, norm + product
-    # Sequence parallelism spreads tokens over TP; a token goes to `per_token` experts, wherever they are.
-    routed = int(split.whole * experts.per_token * etp * EXPERT_IMBALANCE)
+    routed = _routed(experts, split, etp)
     product = routed * experts.intermediate_size // etp
-    back = routed * arch.hidden_size
-    return norm + back + 2 * product + 3 * split.whole * experts.count, back + product
+    return norm + 2 * product, routed * arch.hidden_size + product
+
+
+def _routed(experts: Experts, split: Split, etp: int) -> int:
+    """Tokens that a rank's experts are given: sequence parallelism spreads tokens over TP, and each goes to `per_token`
+    experts, wherever they are."""
+    return int(split.whole * experts.per_token * etp * EXPERT_IMBALANCE)
+
+
+def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
+    """Bytes of a router's choice, none of a dense layer: of every expert whether a token goes there and with what weight, of
+    the chosen ones two indices in 64 bits; the softmax in fp32, of the chosen ones' logits or, where they are not normalised,
+    of all; a weight for every token that the rank's experts are given."""
+    experts = arch.experts
+    if experts is None or not arch.has_experts(layer):
+        return 0
+    logits = experts.per_token if experts.normalized else experts.count
+    choice = experts.count * (1 + split.element) + 2 * 8 * experts.per_token + 4 * logits
+    return split.whole * choice + _routed(experts, split, etp) * split.element
+
+
+def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
+    """Bytes that a layer keeps more with `train.recompute: selective`. Recomputed is attention alone, whose scores flash
+    attention does not store: it saves a log-sum-exp. What is kept is v as it lies in the projection's output, and so all of
+    that output, where attention itself would keep a copy of v."""
+    return split.tokens * (split.element * (arch.heads + arch.kv_heads) * arch.head_dim - 4 * arch.heads) // split.tp
+
+
+def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
+    """Bytes beside what a layer saved when its backward pass holds most: about half as much again. With experts that is while
+    the gradient of what came back is sorted, when there are two of it, with ETP also a rank's own part, and two of the layer's
+    output. They are in the model's type, in FP8 too."""
+    whole = replace(split, fp8="none")
+    half = saved_by_layer(arch, layer, whole, etp) // 2
+    if arch.experts is None or not arch.has_experts(layer):
+        return half
+    routed = _routed(arch.experts, split, etp)
+    back = 2 * routed + (routed // etp if etp > 1 else 0)
+    return max(half, (back + 2 * split.whole) * arch.hidden_size * split.element)
 
 
 def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> int:
@@ -111,7 +149,7 @@ def stage_activations(
     """Bytes that a rank of `stage` holds when it holds most. recompute: `train.recompute`. ends_in_bf16: whether the first and
     the last layer are, in FP8 (`fp8.first_last_layers_bf16`).
 
-    `selective` recomputes attention alone, of which flash attention stores nothing worth mentioning: it counts like `none`.
+    Of a pipeline the schedule holds what a pass has handed on, until it is gone backward through, and two on their way.
     """
     layers = [layer for layer in range(arch.layers) if layout.chunk_of(layer, arch)[0] == stage]
     whole = replace(split, fp8="none")
@@ -119,25 +157,40 @@ def stage_activations(
         saved_by_layer(arch, layer, whole if ends_in_bf16 and layer in (0, arch.layers - 1) else split, layout.expert_tp)
         for layer in layers
     ]
-    flights = passes_in_flight(layout, stage, microbatches) / layout.vpp
-    # The layer that goes backward has its gradients beside what it saved, about half as much again.
-    working = max(saved) // 2
+    if recompute == "selective":
+        saved = [each + beside_recomputed_attention(arch, split) for each in saved]
+    passes = passes_in_flight(layout, stage, microbatches)
+    flights, one = passes / layout.vpp, layer_input(arch, split)
+    handed_on = 0
+    if layout.pp > 1:  # the last chunk hands on nothing
+        handed_on = one * (2 if layout.vpp == 1 and stage == layout.pp - 1 else 2 + passes)
+    working = max(gradients_of_layer(arch, layer, split, layout.expert_tp) for layer in layers)
     if recompute == "full":
-        return int(flights * len(layers) * layer_input(arch, split)) + max(saved) + working
-    return int(flights * sum(saved)) + working
+        # The layer that is computed again saves its input, which was kept, once more under the same address.
+        return int(flights * len(layers) * one) + max(saved) - one + working + handed_on
+    return int(flights * sum(saved)) + working + handed_on
 
 
 def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bool = False) -> int:
-    """Bytes of the head and loss on the last stage: hidden states gathered over the sequence with their gradient, the loss
-    rows' with theirs in fp32, and the chunk's logits: in fp32, twice with TP, and their gradient in the model's type.
+    """Bytes of the head and loss on the last stage: what the last norm got and gave, the loss rows with their gradient in fp32,
+    and the logits of a chunk. Every token is counted as a loss row.
 
-    own_sum: the gradient buffer is not fp32, so that the head sums its weight's gradient beside it, in fp32, and hands it over
-    in the model's type. Every token is counted as a loss row.
+    own_sum: the gradient buffer is not fp32, so that the head sums its weight's gradient beside it, in fp32, and hands it and
+    the rows' over in the model's type. It does so in the backward pass, when the last norm's output is gone.
     """
     from etr_megatron.weights import padded_vocab_size
 
-    hidden = split.tokens * arch.hidden_size * (3 * split.element + 4)
+    norm, rows = layer_input(arch, split), split.tokens * arch.hidden_size
     vocab = padded_vocab_size(arch.vocab_size, split.tp) // split.tp
+    chunk = _chunk_bytes(split, chunk_rows, vocab)
+    if not own_sum:
+        return 2 * norm + rows * (split.element + 4) + chunk
+    total = vocab * arch.hidden_size
+    handing_over = (total + rows) * split.element
+    return norm + rows * (split.element + 4) + 4 * total + max(chunk, handing_over)
+
+
+def _chunk_bytes(split: Split, chunk_rows: int, vocab: int) -> int:
+    """Of the head's chunk on a GPU: logits in fp32, twice with TP, and their gradient in the model's type. vocab: of a rank."""
     buffers = 2 if split.tp > 1 else 1
-    gradient = vocab * arch.hidden_size * (4 + split.element) if own_sum else 0
-    return hidden + min(chunk_rows, split.tokens) * vocab * (4 * buffers + split.element) + gradient
+    return min(chunk_rows, split.tokens) * vocab * (4 * buffers + split.element)

@@ -37,7 +37,7 @@ class TrainConfig:
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: none, core attention only, or whole layers."""
+    """Activation recomputation: none, core attention only (with flash attention more is kept, not less), or whole layers."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False

@@ -1,0 +1,285 @@
+"""What gang ranks run to count what a policy keeps for its backward passes.
+
+Layers are Megatron's own, built by the policy's code. On CPU norms and rotary embedding are not fused and keep more than
+Transformer Engine's, so that `like_transformer_engine` puts in their place what saves the tensors that version 2.11 saves (the
+file of each is named below), wherever and however Megatron calls them. The gate is Megatron's fused one. Attention and matrix
+products are torch's and Megatron's: both save what Transformer Engine's do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from etr_megatron.policy import Policy, model_config
+from etr_megatron.policy.local_layers import LocalRMSNorm, PackedAttention
+from tests.memory import Storages
+from tests.policy_jobs import build, make_batch
+
+_ROWS = 64
+"""Rows at a time of what a fused kernel does in registers: no temporary of a whole tensor's size shows in what is measured."""
+
+
+class _Norm(torch.autograd.Function):
+    """Saves its input, made contiguous, and an fp32 scale for every row: ops/basic/rmsnorm.py, and `inputmat` and `rsigma` of
+    module/layernorm_linear.py."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        out = torch.empty_like(x)
+        for to, rows, some in _by_rows(out, x, scale):
+            some.copy_(torch.rsqrt(rows.float().pow(2).mean(-1) + eps))
+            to.copy_((rows.float() * some[:, None]).to(x.dtype) * weight)
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        of_input, of_weight = torch.empty_like(x), torch.zeros_like(ctx.weight, dtype=torch.float32)
+        for to, own, rows, some in _by_rows(of_input, grad.contiguous(), x, scale):
+            normed = rows.float() * some[:, None]
+            wide = own.float() * ctx.weight.float()
+            to.copy_((wide - normed * (wide * normed).mean(-1, keepdim=True)) * some[:, None])
+            of_weight += (own.float() * normed).sum(0)
+        return of_input, of_weight.to(ctx.weight.dtype), None
+
+
+def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some rows of each; the first tensors [..., H] and [...] are contiguous."""
+    width = tensors[0].shape[-1]
+    flat = [x.view(-1, width) if x.dim() == tensors[0].dim() else x.view(-1) for x in tensors]
+    return zip(*(x.split(_ROWS) for x in flat), strict=True)
+
+
+class Norm(LocalRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Rope(torch.autograd.Function):
+    """Saves the frequencies, which all layers share, and makes a tensor of its own: `FusedRoPEFunc` of attention/rope.py."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, freqs: Tensor) -> Tensor:
+        ctx.save_for_backward(freqs)
+        return _rotated(t, freqs, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _rotated(grad, ctx.saved_tensors[0], -1.0), None
+
+
+def _rotated(t: Tensor, freqs: Tensor, sign: float) -> Tensor:
+    """t [T, heads, D] of one sequence."""
+    angles = freqs[: len(t), 0]
+    left, right = t.float().chunk(2, -1)
+    turned = torch.cat((-right, left), -1) * angles.sin() * sign
+    return (t.float() * angles.cos() + turned).to(t.dtype).contiguous()
+
+
+def fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, cp_rank: int = 0) -> Tensor:
+    assert len(cu_seqlens) == 2 and cp_size == 1
+    return _Rope.apply(t, freqs)
+
+
+class Attention(PackedAttention):
+    """Of one sequence. Values come as part of what the projection made, in another layout than queries and keys, of which
+    `get_qkv_layout` of attention/dot_product_attention/utils.py makes three contiguous tensors."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        split = (x.contiguous().transpose(0, 1)[None] for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*split, is_causal=True, scale=self.scale, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)
+
+
+def _in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of rows, without temporaries of a whole tensor's size: what the compiler makes of Megatron's fused ones."""
+
+    def run(*tensors: Tensor) -> Any:
+        whole: tuple[Tensor, ...] = ()
+        for number, part in enumerate(zip(*(x.split(_ROWS) for x in tensors), strict=True)):
+            found = function(*part)
+            several = found if isinstance(found, tuple) else (found,)
+            whole = whole or tuple(x.new_empty(len(tensors[0]), *x.shape[1:]) for x in several)
+            for to, x in zip(whole, several, strict=True):
+                to[number * _ROWS :][:_ROWS].copy_(x)
+        return whole if isinstance(found, tuple) else whole[0]
+
+    return run
+
+
+@contextlib.contextmanager
+def like_transformer_engine() -> Iterator[None]:
+    """Policies that are built and run inside have layers that keep what Transformer Engine's keep."""
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.common.embeddings import rope_utils
+
+    gates = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
+    fusions = dict(bias_activation_fusion=True, bias_dropout_fusion=True, apply_rope_fusion=True)
+    with (
+        mock.patch.object(model_config, "LocalRMSNorm", Norm),
+        mock.patch.object(model_config, "PackedAttention", Attention),
+        mock.patch.object(model_config, "_fusions", lambda fused: fusions),
+        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused_rope),
+        mock.patch.multiple(fused_bias_swiglu, **{name: _in_rows(getattr(fused_bias_swiglu, name)) for name in gates}),
+    ):
+        yield
+
+
+@dataclass
+class LayerPass:
+    """A forward pass of a layer. saved: bytes of storages that nothing before it had saved. routed: tokens that the rank's
+    experts were given."""
+
+    layer: int
+    saved: int = 0
+    routed: int = 0
+
+
+class Kept:
+    """Bytes of the storages, parameters apart, that autograd has saved in a policy's layers and that are still there
+    ("layers"), and of what the stage has handed on and the schedule holds ("outputs"), now and at their peaks."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.passes: list[LayerPass] = []
+        self.now = {"layers": 0, "outputs": 0}
+        self.peak = dict(self.now)
+        self._alive = {x.untyped_storage()._cdata for chunk in policy.chunks for x in chunk.parameters()}
+        self._inside: list[str] = []
+        for chunk in policy.chunks:
+            # Between its layers a block saves for the recomputation of each.
+            chunk.decoder.register_forward_pre_hook(lambda *_: self._inside.append("block"))
+            chunk.decoder.register_forward_hook(partial(self._hand_on, last=chunk.post_process))
+            if chunk.post_process:
+                chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: self._inside.clear())
+            for layer in chunk.decoder.layers:
+                layer.register_forward_pre_hook(self._enter)
+                layer.register_forward_hook(lambda *_: self._inside.remove("layer"))
+                if hasattr(layer.mlp, "experts"):
+                    layer.mlp.experts.register_forward_pre_hook(self._route)
+
+    def _enter(self, layer: torch.nn.Module, *_given: Any) -> None:
+        self._inside.append("layer")
+        self.passes.append(LayerPass(layer.layer_number - 1))
+
+    def _route(self, _experts: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.passes[-1].routed = len(given[0])
+
+    def _hand_on(self, _block: torch.nn.Module, _given: Any, output: Tensor, *, last: bool) -> None:
+        self._inside.clear()
+        if not last:
+            self._count(output.untyped_storage(), "outputs")
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A hook of `saved_tensors_hooks`."""
+        if self._inside:
+            added = self._count(tensor.untyped_storage(), "layers")
+            if "layer" in self._inside:
+                self.passes[-1].saved += added
+        return tensor.detach()
+
+    def _count(self, storage: torch.UntypedStorage, kind: str) -> int:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return 0
+        self._alive.add(key)
+        self.now[kind] += size
+        self.peak[kind] = max(self.peak[kind], self.now[kind])
+        weakref.finalize(storage, self._forget, key, size, kind)
+        return size
+
+    def _forget(self, key: int, size: int, kind: str) -> None:
+        self._alive.remove(key)
+        self.now[kind] -= size
+
+
+def kept(model: str, sequences: Sequence, overrides: Sequence[str]) -> dict[str, Any]:
+    """What an update keeps, with every sample in a microbatch of its own: the passes of the first of three, and the least of
+    their peaks, since gloo's threads may hold a tensor a moment longer."""
+    peaks = []
+    with like_transformer_engine():
+        policy = _policy(model, sequences, overrides)
+        found = Kept(policy)
+        for _ in range(3):
+            found.peak = dict(found.now)
+            with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
+                policy.update(make_batch(list(sequences)))
+            peaks.append(found.peak)
+    passes = [one for one in found.passes[: len(found.passes) // 3] if one.saved]
+    return {"passes": passes, "left": found.now, "peak": {kind: min(peak[kind] for peak in peaks) for kind in found.now}}
+
+
+def _policy(model: str, sequences: Sequence, overrides: Sequence[str]) -> Policy:
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    return build(model, ["model.dtype=bfloat16", f"train.tokens_per_microbatch={longest}", *overrides])
+
+
+def gradient_norms(model: str, sequences: Sequence, overrides: Sequence[str]) -> tuple[float, float]:
+    """Of an update with the stand-ins, and of one without."""
+    batch = make_batch(list(sequences))
+    with like_transformer_engine():
+        other = _policy(model, sequences, overrides).update(batch)
+    return other.grad_norm, _policy(model, sequences, overrides).update(batch).grad_norm
+
+
+def around_head(model: str, sequences: Sequence, overrides: Sequence[str]) -> int:
+    """Most bytes of tensors from the last norm's forward pass to its backward one, beside those that were there before."""
+    seen: dict[str, int] = {}
+    with like_transformer_engine():
+        policy = _policy(model, sequences, overrides)
+        norm = policy.chunks[-1].decoder.final_layernorm
+        with Storages() as storages:
+            norm.register_forward_pre_hook(lambda *_: seen.update(before=_settled(storages)))
+            norm.register_full_backward_pre_hook(lambda *_: seen.update(peak=storages.peak))
+            policy.update(make_batch(list(sequences)))
+    return seen["peak"] - seen["before"]
+
+
+def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -> int:
+    """Most bytes of tensors in the last layer's backward pass, beside those that were there before its forward pass: the least
+    of some updates, since gloo's threads may hold a tensor a moment longer."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    seen: dict[str, int] = {}
+    found: list[int] = []
+
+    def before(_layer: torch.nn.Module, _given: Any, named: dict[str, Tensor]) -> None:
+        get_global_memory_buffer().buffer.clear()  # else it is there or not, as the calls before were
+        seen["before"] = _settled(storages)
+        named["hidden_states"].register_hook(lambda _grad: seen.update(peak=storages.peak))
+
+    def after(_layer: torch.nn.Module, _given: Any, made: tuple[Tensor, ...]) -> None:
+        made[0].register_hook(lambda _grad: seen.update(forward=_settled(storages)))
+
+    with like_transformer_engine():
+        policy = _policy(model, sequences, overrides)
+        layer = policy.chunks[-1].decoder.layers[-1]
+        with Storages() as storages:
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            layer.register_forward_hook(after)
+            for _ in range(3 if dist.get_world_size() > 1 else 1):
+                policy.update(make_batch(list(sequences)))
+                found.append(seen["peak"] - seen["before"])
+    return min(found)
+
+
+def _settled(storages: Storages) -> int:
+    """Bytes alive once gloo's threads have let go of what they were given, from which the peak is looked for anew."""
+    if dist.get_world_size() > 1:
+        time.sleep(0.1)
+    return storages.restart()

@@ -1,0 +1,225 @@
+"""What the planner says is kept for backward passes, against what Megatron's layers and schedules keep on CPU.
+
+Norms and rotary embedding are stand-ins that save what Transformer Engine's do (`tests/activation_jobs.py`).
+"""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+
+from etr_megatron.planner import activations
+from etr_megatron.planner.activations import (
+    Split,
+    beside_recomputed_attention,
+    gradients_of_layer,
+    head_bytes,
+    layer_input,
+    passes_in_flight,
+    saved_by_layer,
+    stage_activations,
+)
+from etr_megatron.vocab_parallel import VocabShard
+from etr_megatron.vocab_parallel.loss import single_pass_bytes
+from etr_megatron.vocab_parallel.sweep import Head
+from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size, read_architecture
+from tests.activation_jobs import LayerPass
+from tests.gang import Gangs
+from tests.hf_models import VOCAB, write_model
+
+JOBS = "tests.activation_jobs"
+TP1, TP2, SP = "parallel.tp=1", "parallel.tp=2", "parallel.sequence_parallel=true"
+TOKENS = 128
+
+
+def samples(count: int, tokens: int = TOKENS) -> list[tuple[list[int], list[int]]]:
+    """Of one length, with a prompt of one token: all others are loss rows."""
+    chosen = random.Random(3)
+    return [([7], [chosen.randrange(VOCAB) for _ in range(tokens - 1)]) for _ in range(count)]
+
+
+def frequencies(arch: Architecture, tokens: int = TOKENS) -> int:
+    """Bytes of the rotary embedding's angles, which a model chunk makes once for all its layers and passes."""
+    return 4 * tokens * arch.head_dim
+
+
+def with_routed(arch: Architecture, split: Split, etp: int, found: LayerPass) -> mock._patch:
+    """The planner with the tokens that a rank's experts were really given, in place of the imbalance that it assumes."""
+    even = split.whole * arch.experts.per_token * etp if arch.experts is not None else 1
+    return mock.patch.object(activations, "EXPERT_IMBALANCE", Fraction(found.routed, even))
+
+
+LAYERS = {
+    "qwen3": ("qwen3", 1, [TP1], 1),
+    "qwen3_tp2": ("qwen3", 2, [TP2], 2),
+    "qwen3_tp2_sp": ("qwen3", 2, [TP2, SP], 2),
+    "llama": ("llama", 1, [TP1], 1),
+    "llama_tp2_sp": ("llama", 2, [TP2, SP], 2),
+    "qwen2_with_biases": ("qwen2", 1, [TP1], 1),
+    "experts": ("qwen3_moe", 1, [TP1], 1),
+    "experts_ep2": ("qwen3_moe", 2, [TP1, "parallel.ep=2"], 1),
+    "experts_tp2_sp": ("qwen3_moe", 2, [TP2, SP], 2),
+    "experts_tp2_sp_ep2": ("qwen3_moe", 2, [TP2, SP, "parallel.ep=2", "parallel.etp=1"], 1),
+    # Layers with and without experts, whose weights are not normalised.
+    "some_experts": ("qwen3_moe_dense", 1, [TP1], 1),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, hf_models: dict[str, str], case: str) -> None:
+    family, world, overrides, etp = LAYERS[case]
+    arch, tp = read_architecture(hf_models[family]), 2 if TP2 in overrides else 1
+    replicas = world // tp
+    split = Split(TOKENS, tp, SP in overrides, 2)
+    for reply in gangs(world).run(f"{JOBS}:kept", model=hf_models[family], sequences=samples(replicas), overrides=overrides):
+        passes = reply["passes"]
+        assert [one.layer for one in passes] == list(range(arch.layers))
+        passes[0].saved -= frequencies(arch)
+        for one in passes:
+            with with_routed(arch, split, etp, one):
+                assert saved_by_layer(arch, one.layer, split, etp) == one.saved
+        assert reply["left"] == {"layers": frequencies(arch), "outputs": 0}
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3_tp2_sp", "llama_tp2_sp"])
+def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_projection(
+    gangs: Gangs, hf_models: dict[str, str], case: str
+) -> None:
+    family, world, overrides, _ = LAYERS[case]
+    arch, split = read_architecture(hf_models[family]), Split(TOKENS, world, SP in overrides, 2)
+    expected = saved_by_layer(arch, 0, split, 1) + beside_recomputed_attention(arch, split)
+    settings = [*overrides, "train.recompute=selective"]
+    for reply in gangs(world).run(f"{JOBS}:kept", model=hf_models[family], sequences=samples(1), overrides=settings):
+        of_mask = 4  # what kind of mask it is: on the CPU on a GPU, too
+        assert {one.saved - of_mask for one in reply["passes"][1:]} == {expected}
+    recomputed, plain = (stage_activations(arch, TrainingLayout(tp=world), 0, split, 1, how) for how in ("selective", "none"))
+    assert recomputed - plain == arch.layers * beside_recomputed_attention(arch, split) > 0
+
+
+def test_the_stand_ins_train_as_the_policys_own_layers_do(gangs: Gangs, hf_models: dict[str, str]) -> None:
+    job = {"model": hf_models["qwen3_moe"], "sequences": samples(2), "overrides": [TP1]}
+    (norms,) = gangs(1).run(f"{JOBS}:gradient_norms", **job)
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and norms[0] > 0
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model("qwen3", tmp_path_factory.mktemp("deep") / "qwen3", layers=8)
+
+
+SCHEDULES = {
+    "pp2": (2, 1, 4),
+    "pp2_vpp2": (2, 2, 6),
+    "pp4": (4, 1, 6),
+    "pp4_few_microbatches": (4, 1, 2),
+    "pp4_vpp2": (4, 2, 8),
+    "pp4_vpp2_all_forward_first": (4, 2, 4),
+}
+FOUR = {name for name, (stages, *_) in SCHEDULES.items() if stages == 4}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("schedule", [pytest.param(name, marks=[pytest.mark.slow] * (name in FOUR)) for name in SCHEDULES])
+def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, schedule: str, recompute: str) -> None:
+    pp, vpp, microbatches = SCHEDULES[schedule]
+    overrides = [TP1, f"parallel.pp={pp}", f"parallel.vpp={vpp}", f"train.recompute={recompute}"]
+    replies = gangs(pp).run(f"{JOBS}:kept", model=deep, sequences=samples(microbatches), overrides=overrides)
+    arch, layout, split = read_architecture(deep), TrainingLayout(pp=pp, vpp=vpp), Split(TOKENS, 1, False, 2)
+    layers, one, saved = arch.layers // pp // vpp, layer_input(arch, split), saved_by_layer(arch, 0, split, 1)
+    for stage, reply in enumerate(replies):
+        held, passes = reply["peak"]["layers"] - vpp * frequencies(arch), passes_in_flight(layout, stage, microbatches)
+        expected = passes * layers * one + saved - one if recompute == "full" else passes * layers * saved
+        ahead = held - expected  # inputs of passes that have not begun, or whose backward pass has just ended
+        assert ahead in (0, one, 2 * one)
+        planned = stage_activations(arch, layout, stage, split, microbatches, recompute)
+        planned -= gradients_of_layer(arch, 0, split, 1)
+        assert planned - 2 * one <= held + reply["peak"]["outputs"] <= planned
+        assert reply["left"]["outputs"] == 0
+
+
+def of_sizes(path: Path, sizes: tuple[int, int, int, int], **more: int) -> str:
+    """Write a model of one layer. sizes: hidden, MLP's, query heads, key and value heads."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    common = dict(vocab_size=VOCAB, num_hidden_layers=1, tie_word_embeddings=False, max_position_embeddings=2048, head_dim=16)
+    kind = Qwen3MoeForCausalLM if more else Qwen3ForCausalLM
+    torch.manual_seed(1)
+    kind(kind.config_class(**common, **dict(zip(names, sizes, strict=True)), **more)).save_pretrained(path)
+    return str(path)
+
+
+SHAPES = {
+    "qwen3_8b": ((128, 384, 8, 2), {}),
+    "qwen3_32b": ((128, 640, 12, 2), {}),
+    "qwen3_30b_a3b": ((128, 384, 16, 2), dict(num_experts=32, num_experts_per_tok=8, moe_intermediate_size=48)),
+}
+"""Widths in about the proportions of those models."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "overrides"),
+    [
+        ("qwen3_8b", [TP1]),
+        ("qwen3_32b", [TP1]),
+        ("qwen3_32b", [TP2, SP]),
+        ("qwen3_30b_a3b", [TP1]),
+        ("qwen3_30b_a3b", [TP2, SP]),
+    ],
+)
+def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: Path, shape: str, overrides: list[str]) -> None:
+    sizes, more = SHAPES[shape]
+    model, tp = of_sizes(tmp_path, sizes, **more), len(overrides)
+    arch, found = read_architecture(model), {}
+    for tokens in (512, 1024):
+        job = dict(model=model, sequences=samples(1, tokens), overrides=overrides)
+        found[tokens] = gangs(tp).run(f"{JOBS}:around_backward", **job)[0]
+    split = Split(1024 - 512, tp, tp > 1, 2)  # what is there for these tokens is no gradient of a weight
+    with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
+        saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
+    measured = found[1024] - found[512] - (saved - layer_input(arch, split))  # the input was there before
+    if more:  # far from half of what is saved: 0.57 and 1.14 times
+        assert measured == pytest.approx(counted, rel=0.06)
+    else:
+        assert counted == saved // 2
+        assert 0.41 * saved < measured < 0.53 * saved
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose hidden states are larger than what else there is of a row."""
+    return of_sizes(tmp_path_factory.mktemp("wide"), (1024, 64, 4, 2))
+
+
+@pytest.mark.parametrize("grads", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("world", "overrides", "tokens"), [(1, [TP1], 1024), (1, [TP1], 256), (2, [TP2], 256), (2, [TP2, SP], 256)]
+)
+def test_the_head_holds_what_is_counted(
+    gangs: Gangs, wide: str, world: int, overrides: list[str], tokens: int, grads: str
+) -> None:
+    rows = 64
+    settings = [*overrides, f"train.head_chunk_rows={rows}", f"train.grads_dtype={grads}"]
+    found = gangs(world).run(f"{JOBS}:around_head", model=wide, sequences=samples(1, tokens), overrides=settings)[0]
+    arch, split = read_architecture(wide), Split(tokens, world, SP in overrides, 2)
+    size, hidden = padded_vocab_size(VOCAB, world) // world, arch.hidden_size
+    shard = VocabShard(size, VOCAB)  # of rank 0
+    cpu = dict(dtype=torch.bfloat16, device=torch.device("cpu"), chunk_rows=rows)
+    chunk = single_pass_bytes(tokens, hidden, shard, **cpu) - 4 * tokens * hidden - 16 * tokens
+    with mock.patch.object(activations, "_chunk_bytes", lambda *_: chunk):  # CPU's: it forms logits and products in parts
+        planned = head_bytes(arch, split, rows, own_sum=grads == "bfloat16")
+    # The last norm's input was there before. Numbers of rows, such as advantages, are not counted.
+    assert found == pytest.approx(planned - layer_input(arch, split), abs=128 * tokens)
+
+
+def test_a_chunk_of_the_head_is_what_the_head_says_itself() -> None:
+    gpu = torch.device("cuda")
+    with mock.patch("etr_megatron.vocab_parallel.triton_rows.is_available", lambda _device: True):
+        own = single_pass_bytes(4096, 64, VocabShard(512, 512), dtype=torch.bfloat16, device=gpu)
+    assert activations._chunk_bytes(Split(4096, 1, False, 2), 1024, 512) == own - 4 * 4096 * 64 - 16 * 4096
+    assert Head(VocabShard(512, 512, group=object())).buffers_on(gpu) == 2  # type: ignore[arg-type]
+    assert activations._chunk_bytes(Split(4096, 2, True, 2), 1024, 512) == own - 4 * 4096 * 64 - 16 * 4096 + 4 * 1024 * 512
