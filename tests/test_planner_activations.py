@@ -62,6 +62,7 @@ LAYERS = {
     "llama": ("llama", 1, [TP1], 1),
     "llama_tp2_sp": ("llama", 2, [TP2, SP], 2),
     "qwen2_with_biases": ("qwen2", 1, [TP1], 1),
+    "qwen3_shared_heads": ("one_kv_head", 2, [TP2, SP], 2),
     "experts": ("qwen3_moe", 1, [TP1], 1),
     "experts_ep2": ("qwen3_moe", 2, [TP1, "parallel.ep=2"], 1),
     "experts_tp2_sp": ("qwen3_moe", 2, [TP2, SP], 2),
@@ -71,13 +72,19 @@ LAYERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def models(hf_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("shared") / "qwen3"
+    return hf_models | {"one_kv_head": write_model("qwen3", folder, num_key_value_heads=1)}
+
+
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, hf_models: dict[str, str], case: str) -> None:
+def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, models: dict[str, str], case: str) -> None:
     family, world, overrides, etp = LAYERS[case]
-    arch, tp = read_architecture(hf_models[family]), 2 if TP2 in overrides else 1
+    arch, tp = read_architecture(models[family]), 2 if TP2 in overrides else 1
     replicas = world // tp
     split = Split(TOKENS, tp, SP in overrides, 2)
-    for reply in gangs(world).run(f"{JOBS}:kept", model=hf_models[family], sequences=samples(replicas), overrides=overrides):
+    for reply in gangs(world).run(f"{JOBS}:kept", model=models[family], sequences=samples(replicas), overrides=overrides):
         passes = reply["passes"]
         assert [one.layer for one in passes] == list(range(arch.layers))
         passes[0].saved -= frequencies(arch)
@@ -87,15 +94,15 @@ def test_a_layer_keeps_to_the_byte_what_is_counted(gangs: Gangs, hf_models: dict
         assert reply["left"] == {"layers": frequencies(arch), "outputs": 0}
 
 
-@pytest.mark.parametrize("case", ["qwen3", "qwen3_tp2_sp", "llama_tp2_sp"])
+@pytest.mark.parametrize("case", ["qwen3", "qwen3_tp2_sp", "llama_tp2_sp", "qwen3_shared_heads"])
 def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_projection(
-    gangs: Gangs, hf_models: dict[str, str], case: str
+    gangs: Gangs, models: dict[str, str], case: str
 ) -> None:
     family, world, overrides, _ = LAYERS[case]
-    arch, split = read_architecture(hf_models[family]), Split(TOKENS, world, SP in overrides, 2)
+    arch, split = read_architecture(models[family]), Split(TOKENS, world, SP in overrides, 2)
     expected = saved_by_layer(arch, 0, split, 1) + beside_recomputed_attention(arch, split)
     settings = [*overrides, "train.recompute=selective"]
-    for reply in gangs(world).run(f"{JOBS}:kept", model=hf_models[family], sequences=samples(1), overrides=settings):
+    for reply in gangs(world).run(f"{JOBS}:kept", model=models[family], sequences=samples(1), overrides=settings):
         of_mask = 4  # what kind of mask it is: on the CPU on a GPU, too
         assert {one.saved - of_mask for one in reply["passes"][1:]} == {expected}
     recomputed, plain = (stage_activations(arch, TrainingLayout(tp=world), 0, split, 1, how) for how in ("selective", "none"))

@@ -56,11 +56,10 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
     the gated MLP both halves and their product. In fp32 every normed row has a scale and every head of a token a log-sum-exp.
     In FP8 what matrix products alone keep is their own copy.
     """
-    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    normed = q + kv if arch.qk_norm else 0
-    attention = split.tokens * (2 * q + 2 * kv + normed) // split.tp
-    of_heads = arch.heads + (arch.heads + arch.kv_heads if arch.qk_norm else 0)
-    apart = 4 * (2 * split.whole + split.tokens * of_heads // split.tp) + _routing(arch, layer, split, etp)
+    heads, kv_heads = _heads_of_a_rank(arch, split.tp)
+    normed = heads + kv_heads if arch.qk_norm else 0
+    attention = split.tokens * arch.head_dim * (2 * heads + 2 * kv_heads + normed)
+    apart = 4 * (2 * split.whole + split.tokens * (heads + normed)) + _routing(arch, layer, split, etp)
     norm = split.whole * arch.hidden_size
     kept, inputs = _mlp(arch, layer, split, etp)
     kept, inputs = kept + attention + 2 * norm, inputs + norm
@@ -69,8 +68,13 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
     if split.fp8 == "delayed":
         # Attention keeps its output in the model's type. With other recipes Megatron has the projection behind it use that
         # one (set_save_original_input in transformer/attention.py).
-        inputs += split.tokens * q // split.tp
+        inputs += split.tokens * heads * arch.head_dim
     return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + apart
+
+
+def _heads_of_a_rank(arch: Architecture, tp: int) -> tuple[int, int]:
+    """Query heads, and key or value heads, of which one is shared where there are fewer than ranks."""
+    return arch.heads // tp, max(1, arch.kv_heads // tp)
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
@@ -107,8 +111,11 @@ def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
 def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
     """Bytes that a layer keeps more with `train.recompute: selective`. Recomputed is attention alone, whose scores flash
     attention does not store: it saves a log-sum-exp. What is kept is v as it lies in the projection's output, and so all of
-    that output, where attention itself would keep a copy of v."""
-    return split.tokens * (split.element * (arch.heads + arch.kv_heads) * arch.head_dim - 4 * arch.heads) // split.tp
+    that output, where attention itself would keep a copy of v. Ranks that share a key/value head have gathered the outputs of
+    all."""
+    heads, kv_heads = _heads_of_a_rank(arch, split.tp)
+    output = heads + 2 * kv_heads if arch.kv_heads >= split.tp else arch.heads + 2 * arch.kv_heads
+    return split.tokens * (split.element * (output - kv_heads) * arch.head_dim - 4 * heads)
 
 
 def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
