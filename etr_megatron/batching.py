@@ -38,7 +38,7 @@ def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[
     found = []
     for group in groups:
         for sample in group.samples:
-            chosen = torch.tensor(np.asarray(sample.routing, dtype=np.uint8))
+            chosen = torch.from_numpy(np.frombuffer(sample.routing, dtype=np.uint8))  # the sample's own memory
             tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
             of_token = layers * experts.per_token
             if len(chosen) % of_token or len(chosen) > tokens * of_token or bool((chosen >= experts.count).any()):

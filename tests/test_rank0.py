@@ -5,9 +5,14 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from array import array
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
+from etr_megatron.rollout import rank0
+from etr_megatron.types import Sample
 from tests.runs import REPO
 
 PROGRAM = """
@@ -94,3 +99,16 @@ def test_a_rank_0_that_stops_without_a_word_is_named():
 
 def test_rank_0_learns_while_it_works_that_another_rank_must_stop():
     assert run_ranks("stopped") == ["InterruptedError: told to stop\n"] * 2
+
+
+def spread(piece: int, count: int) -> list[Sample]:
+    """What rank 0 has of many samples, on every rank."""
+    samples = [Sample(i, [i, 7], [-0.5, -i], "stop", i, routing=array("B", [i % 256] * 40)) for i in range(count)]
+    with mock.patch.object(rank0, "PIECE", piece):
+        return rank0.on_rank0(lambda: samples if dist.get_rank() == 0 else [])
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 1000, 7])
+def test_what_rank_0_has_is_every_ranks_in_however_many_pieces_it_travels(gangs, piece):
+    alone, *others = gangs(3).run("tests.test_rank0:spread", piece=piece, count=30)
+    assert len(alone) == 30 and alone[29].routing == array("B", [29] * 40) and others == [alone, alone]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
+from etr_megatron import platform
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store
@@ -22,6 +25,9 @@ BEAT_S = 2.0
 
 SILENCE_S = 60.0
 """After which it is taken for lost. Where its process ends, torchrun ends the others before that."""
+
+PIECE = 64 << 20
+"""Bytes that travel at a time."""
 
 _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
 """Between two looks of a waiting rank, of which there may be hundreds."""
@@ -67,12 +73,31 @@ def _broadcast(body: Callable[[], T], signs: dist.Store | None, must_stop: Calla
     elif signs is not None:
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # all of a step's tokens would be pickled for nobody
-        dist.broadcast_object_list(box, src=0)
+        box[0] = _shared(box[0])
     assert box[0] is not None
     succeeded, found = box[0]
     if not succeeded:
         raise found
     return found
+
+
+def _shared(own: Any) -> Any:
+    """What rank 0 has, pickled for the others.
+
+    With NCCL it travels through GPUs' memory, of which a piece is taken at a time: a step's groups have gigabytes with the
+    experts of all tokens, and the GPUs may be full of servers.
+    """
+    device, is_source = platform.device(), dist.get_rank() == 0
+    given = bytearray(pickle.dumps(own)) if is_source else bytearray()
+    size = torch.tensor(len(given), device=device)
+    dist.broadcast(size, src=0)
+    pickled = torch.frombuffer(given or bytearray(int(size)), dtype=torch.uint8)
+    for piece in pickled.split(PIECE):
+        moved = piece.to(device)
+        dist.broadcast(moved, src=0)
+        if moved is not piece and not is_source:
+            piece.copy_(moved)
+    return own if is_source else pickle.loads(pickled.numpy())
 
 
 @contextmanager
