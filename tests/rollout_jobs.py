@@ -72,9 +72,13 @@ def gap_after_update(model, prompts, overrides) -> tuple[float, float, float]:
 
 
 def gaps_in_bf16(model, prompts, overrides) -> tuple[dict[str, float], dict[str, float]]:
+    """See `gaps_of_experts`."""
+    return gaps_of_experts(build(model, [*overrides, "model.dtype=bfloat16"]), model, prompts, torch.device("cpu"))
+
+
+def gaps_of_experts(policy, model, prompts, device) -> tuple[dict[str, float], dict[str, float]]:
     """Of log-probs between engine and trainer in bf16: each with its own experts, and with the engine's in both."""
-    policy = build(model, [*overrides, "model.dtype=bfloat16"])
-    engine = EmbeddedEngine(model, dtype=torch.bfloat16, device=torch.device("cpu"), batch_samples=4, stop_ids=[])
+    engine = EmbeddedEngine(model, dtype=torch.bfloat16, device=device, batch_samples=4, stop_ids=[])
     engine.update_weights(policy.export(), version=0)
     samples = engine.generate(_problems(prompts), Sampling(4, 40, 1.0, seed=1, step=1, routing=True))
     groups = [Group(problem.id, problem, some) for problem, some in zip(_problems(prompts), samples, strict=True)]

@@ -12,6 +12,7 @@ from benchmarks.gpu_device import RECIPES, recipes_left_out
 from benchmarks.gpu_policy import make_batch
 from tests.gpu.conftest import DEVICE
 from tests.gpu.policies import build, sequences, write_qwen3
+from tests.rollout_jobs import gaps_of_experts
 
 LEFT_OUT = recipes_left_out(DEVICE)
 
@@ -74,6 +75,13 @@ def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32
     assert len(names) >= 3 * 2 * (5 if device.type == "cuda" else 1)  # layers, matrices, and grouped ones by expert
     gap = (torch.cat(policy.logprobs(pairs).logp).double() - exact).abs().mean()
     assert gap < limit, f"mean gap {gap:.2e}, limit {limit:.2e}"
+
+
+def test_with_the_engines_experts_logprobs_are_nearer_to_the_engines(world, device, tmp_path):
+    model, prompts = write_qwen3(tmp_path / "model", mixture=True), [prompt for prompt, _ in sequences()]
+    own, replayed = gaps_of_experts(build(model), model, prompts, device)
+    print(f"gaps with experts of their own {own}, with the engine's {replayed}")
+    assert 0 < replayed["mean"] < own["mean"] and replayed["p99"] < own["p99"]
 
 
 def test_layers_are_transformer_engines(world, device, model):
