@@ -189,11 +189,11 @@ def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: P
     with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
         saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
     measured = found[1024] - found[512] - (saved - layer_input(arch, split))  # the input was there before
-    if more:  # far from half of what is saved: 0.57 and 1.14 times
-        assert measured == pytest.approx(counted, rel=0.06)
+    if more or tp > 1:  # 0.57 and 1.14 times what is saved, and 0.53 times
+        assert measured == pytest.approx(counted, rel=0.06 if more else 0.001)
     else:
         assert counted == saved // 2
-        assert 0.41 * saved < measured < 0.53 * saved
+        assert 0.41 * saved < measured < 0.45 * saved
 
 
 @pytest.fixture(scope="module")

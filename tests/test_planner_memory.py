@@ -11,7 +11,14 @@ import pytest
 from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.flops import head_flops
 from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
-from etr_megatron.planner.activations import EXPERT_IMBALANCE, Split, passes_in_flight, saved_by_layer, stage_activations
+from etr_megatron.planner.activations import (
+    EXPERT_IMBALANCE,
+    Split,
+    gradients_of_layer,
+    passes_in_flight,
+    saved_by_layer,
+    stage_activations,
+)
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cuda_graphs import _prefill_sizes, graph_bytes
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -53,11 +60,13 @@ def test_the_interleaved_schedule_holds_chunks_for_the_stages_behind_and_all_chu
 
 def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
     plain, interleaved = plan(), plan("parallel.vpp=2")
-    # Stage 0 of 4: 11 passes of 8 layers, where it held 4 of 16, beside half a layer that goes backward and hidden states of
-    # every pass and two more for the next stage.
+    # Stage 0 of 4: 11 passes of 8 layers, where it held 4 of 16, beside the gradients of a layer and hidden states of every
+    # pass and two more for the next stage.
+    split = Split(plain.work.microbatch_tokens, 4, True, 2)
+    saved, gradients = saved_by_layer(plain.arch, 0, split, 4), gradients_of_layer(plain.arch, 0, split, 4)
     one = plain.work.microbatch_tokens // 4 * 5120 * 2
-    layers = (plain.ranks[0].activations - 6 * one) / (4 * 16 + 0.5)
-    assert (interleaved.ranks[0].activations - 13 * one) / (11 * 8 + 0.5) == pytest.approx(layers, rel=1e-6)
+    assert plain.ranks[0].activations == 4 * 16 * saved + gradients + 6 * one
+    assert interleaved.ranks[0].activations == 11 * 8 * saved + gradients + 13 * one
     assert interleaved.time.bubble == pytest.approx(plain.time.bubble / 2)
 
 
@@ -199,7 +208,8 @@ def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     saved = saved_by_layer(arch, 0, split, 2)
     one = 500 * 4096 * 2  # tokens over TP
     # Two microbatches in flight, 18 layers; the one that is computed again has its input among them. Four are handed on.
-    beside = saved // 2 + 4 * one
+    # At the gate: the gradients of its halves, over TP, and of the layer's output, whole and a rank's own part.
+    beside = 1000 * (2 * 12288 // 2 + 4096 + 4096 // 2) * 2 + 4 * one
     assert stage_activations(arch, layout, 0, split, 8, "full") == (2 * 18 - 1) * one + saved + beside
     assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + beside
 

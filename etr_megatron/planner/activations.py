@@ -119,16 +119,21 @@ def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
 
 
 def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Bytes beside what a layer saved when its backward pass holds most: about half as much again. With experts that is while
-    the gradient of what came back is sorted, when there are two of it, with ETP also a rank's own part, and two of the layer's
-    output. They are in the model's type, in FP8 too."""
-    whole = replace(split, fp8="none")
-    half = saved_by_layer(arch, layer, whole, etp) // 2
+    """Bytes beside what a layer saved when its backward pass holds most, at least half as much again.
+
+    That is at the gate, with the gradients of its halves and of the layer's output, with sequence parallelism also gathered;
+    with experts while the gradient of what came back is sorted, when there are two of it, with ETP also a rank's own part, and
+    two of the layer's output. They are in the model's type, in FP8 too.
+    """
+    half = saved_by_layer(arch, layer, replace(split, fp8="none"), etp) // 2
     if arch.experts is None or not arch.has_experts(layer):
-        return half
-    routed = _routed(arch.experts, split, etp)
-    back = 2 * routed + (routed // etp if etp > 1 else 0)
-    return max(half, (back + 2 * split.whole) * arch.hidden_size * split.element)
+        outputs = split.whole + (split.tokens if split.sequence_parallel else 0)
+        most = 2 * split.tokens * arch.intermediate_size // split.tp + outputs * arch.hidden_size
+    else:
+        routed = _routed(arch.experts, split, etp)
+        back = 2 * routed + (routed // etp if etp > 1 else 0)
+        most = (back + 2 * split.whole) * arch.hidden_size
+    return max(half, split.element * most)
 
 
 def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> int:
