@@ -24,6 +24,7 @@ from etr_megatron.rollout import (
     Rollouts,
     Sampler,
     Sampling,
+    UngradedError,
     generate_groups,
     grade_groups,
 )
@@ -73,7 +74,8 @@ class Trainer:
         """From the newest checkpoint, or from the start, to `run.steps`.
 
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
-        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
+        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong, and
+        UngradedError, with one of all that was trained, when rewards cannot be had.
         """
         try:
             self._resume()
@@ -86,6 +88,10 @@ class Trainer:
             raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
         except RefusedError:  # starting again would not mend it
             self._save_what_is_trained()
+            raise
+        except UngradedError:
+            if self.trained:  # else the run, once it is mended, is another one, and begins anew
+                self._save_what_is_trained()
             raise
 
     def _save_what_is_trained(self) -> None:

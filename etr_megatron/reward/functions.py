@@ -12,6 +12,9 @@ from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
 
+ROUNDING = 1e-6
+"""How far beyond its range, as a share of it, a reward may lie and be taken for its end: what a sum of float32 is off by."""
+
 
 def load_grader(config: RewardConfig) -> Grader:
     """The grader that `config.function` names, ready to grade (imports done, parsers warm).
@@ -46,13 +49,13 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
         reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
     except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
-    if math.isnan(reward):
-        return Grade(config.range_min, "error", f"{config.function} returned {value!r:.100}, which is no number")
-    if not config.range_min <= reward <= config.range_max:
-        return Grade(
-            config.range_min,
-            "error",
+    if not math.isfinite(reward):
+        return Grade(config.range_min, "error", f"{config.function} returned {value!r:.100}, which is no finite number")
+    within = min(max(reward, config.range_min), config.range_max)
+    if abs(reward - within) > ROUNDING * (config.range_max - config.range_min):
+        detail = (
             f"{config.function} returned {reward}, outside of reward.range_min = {config.range_min} to "
-            f"reward.range_max = {config.range_max}; set these to what it can give",
+            f"reward.range_max = {config.range_max}"
         )
-    return Grade(reward, "ok", "")
+        return Grade(config.range_min, "out_of_range", detail)
+    return Grade(within, "ok", "")
