@@ -65,7 +65,11 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
         )
     heads = config.tiny.heads
     if config.model.path == "tiny" and heads >= 2 and heads % 2 == 0 and (heads // 2) % tp:
-        yield Violation(("tiny.heads", "parallel.tp"), f"the {heads // 2} key/value heads must be divisible by tp = {tp}")
+        yield Violation(
+            ("tiny.heads", "parallel.tp"),
+            f"the {heads // 2} key/value heads must be divisible by tp = {tp}",
+            given=("model.path",),
+        )
 
 
 def _experts_layout(config: Config, stage_ranks: int, tp: int) -> Iterator[Violation]:
