@@ -274,21 +274,17 @@ def check_loss(config: Config) -> None:
 
 
 def check_replay(config: Config) -> None:
-    """The recorded run has every step that is asked for."""
-    if config.rollout.replay is None:
+    """The recorded run has every step that is asked for, undamaged as far as can be seen quickly, and of the size asked for."""
+    rollout = config.rollout
+    if rollout.replay is None:
         return
-    from etr_megatron.rollout.record import RECORDED, recorded_steps
+    from etr_megatron.rollout.record import RECORDED
+    from etr_megatron.rollout.replayable import survey
 
-    folder = Path(config.rollout.replay) / RECORDED
-    there = set(recorded_steps(folder))
-    missing = [step for step in range(1, config.run.steps + 1) if step not in there]
-    if not there:
-        raise UserError(f"rollout.replay: {folder} has no recorded steps; rollout.record makes them")
-    if missing:
-        raise UserError(
-            f"rollout.replay: {folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is "
-            "there (rollout.record makes it)"
-        )
+    folder = Path(rollout.replay) / RECORDED
+    problems = survey(folder, config.run.steps, rollout.prompts_per_step, rollout.samples_per_prompt)
+    if problems:
+        raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
 
 
 def nodes_apart(config: Config) -> int:

@@ -6,6 +6,7 @@ The first line says how the step was sampled; every other is one group, with tok
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +24,8 @@ from etr_megatron.types import Group, Problem, Sample
 RECORDED = "recorded"
 """The folder's name in a run directory."""
 _REACHED = "reached.safetensors"
+_LONGEST_HEAD = 2**16
+_LINE_END = len("}\n")
 
 
 @dataclass(frozen=True)
@@ -80,24 +83,46 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
     return groups, head["counts"]
 
 
+def glance_at_record(folder: Path, step: int) -> None:
+    """As `read_record`, of a file that is there, by its beginning and its end alone: is it cut off, or no record at all?"""
+    path = record_path(folder, step)
+    with path.open("rb") as file:
+        head = file.readline(_LONGEST_HEAD)
+        groups = file.read(1)
+        file.seek(-min(_LINE_END, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        end = file.read()
+    try:
+        _parsed_line(1, head.decode("utf-8"))
+        if not groups:
+            raise ValueError("it has no groups")
+        if not end.removesuffix(b"\n").endswith(b"}"):
+            raise ValueError("its last line is cut off")
+    except ValueError as error:
+        raise UserError(f"{path} is not a recorded step ({error})") from error
+
+
 def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The first line and the groups; raises ValueError saying what is wrong with them."""
     # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise ValueError("it is empty")
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-            (check_group if number > 1 else check_head)(found[-1])
-        except json.JSONDecodeError as error:  # its own text speaks of line 1
-            raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from error
-    if len(found) == 1:
+    head, *groups = (_parsed_line(number, line) for number, line in enumerate(lines, start=1))
+    if not groups:
         raise ValueError("it has no groups")
-    return found[0], found[1:]
+    return head, groups
+
+
+def _parsed_line(number: int, line: str) -> dict[str, Any]:
+    """The head, which is line 1, or a group."""
+    try:
+        found = json.loads(line)
+        (check_group if number > 1 else check_head)(found)
+    except json.JSONDecodeError as error:  # its own text speaks of line 1
+        raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    return found
 
 
 def _what_there_is(folder: Path, missing: int) -> str:

@@ -1,0 +1,58 @@
+"""Whether a recorded run can be replayed, found out before the first step: a damaged one would else be met hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps
+
+READ_BYTES = 128 * 2**20
+"""So much of a record, from its first step on, is read through, which takes two seconds; of the rest a look at the ends of
+every file has to do. Long responses make a hundred MB a step, and these are read as the run comes to them."""
+
+TOLD = 3
+"""Damaged steps that are told one by one."""
+
+
+def survey(folder: Path, steps: int, prompts: int, samples: int) -> list[str]:
+    """What keeps steps 1 to `steps` of `folder`, `prompts` groups of `samples` each, from being replayed; a sentence each."""
+    there = recorded_steps(folder)
+    if not there:
+        what = f"{folder} has no recorded steps" if folder.is_dir() else f"there is no directory {folder}"
+        return [f"{what}; give the directory of a run that was made with rollout.record=true"]
+    found, damaged, left, misfit = [], [], READ_BYTES, None
+    if missing := sorted(set(range(1, steps + 1)) - set(there)):
+        found.append(
+            f"{folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is there "
+            "(rollout.record makes it)"
+        )
+    for step in (step for step in there if 1 <= step <= steps):
+        try:
+            if left <= 0:
+                glance_at_record(folder, step)
+                continue
+            left -= record_path(folder, step).stat().st_size
+            groups, _ = read_record(folder, step)
+            misfit = misfit or misfit_of(folder, step, groups, prompts, samples)
+        except UserError as error:
+            damaged.append(str(error))
+    more = [f"{folder} has {len(damaged) - TOLD} more damaged steps"] if len(damaged) > TOLD else []
+    return [*found, *([misfit] if misfit else []), *damaged[:TOLD], *more]
+
+
+def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], prompts: int, samples: int) -> str | None:
+    """A sentence where the groups of a step are not `prompts`, or not of `samples` each; None where they are."""
+    odd = next((size for group in groups if (size := len(group["samples"])) != samples), None)
+    if len(groups) != prompts and odd is not None:
+        what, keys = f"{len(groups)} groups of {odd} samples", [("prompts_per_step", len(groups)), ("samples_per_prompt", odd)]
+    elif len(groups) != prompts:
+        what, keys = f"{len(groups)} groups", [("prompts_per_step", len(groups))]
+    elif odd is not None:
+        what, keys = f"groups of {odd} samples", [("samples_per_prompt", odd)]
+    else:
+        return None
+    settings = " and ".join(f"rollout.{key}={value}" for key, value in keys)
+    return f"step {step} in {folder} has {what}; set {settings} to replay it"
