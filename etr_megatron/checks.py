@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill_objective, tensor_parallel
+from etr_megatron.config import (
+    LOSSES,
+    Config,
+    DataConfig,
+    InvalidConfigError,
+    ParallelConfig,
+    fill_objective,
+    tensor_parallel,
+)
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
@@ -26,7 +36,7 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
-    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    directory = _directory(config)
     _refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
@@ -37,7 +47,7 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: directory.refuse_if_used(config.checkpoint.resume),
         directory.refuse_if_unwritable,
         lambda: require_wandb(config),
-        lambda: check_replay(config),
+        lambda: check_replay(config, config.run.steps),
     )
 
 
@@ -49,8 +59,51 @@ def check_server_node(config: Config, world_size: int) -> None:
     _refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
 
+@contextmanager
+def beside_inputs() -> Iterator[None]:
+    """Tell what is wrong with a config, met inside the block, together with what it names and is not there or cannot be had.
+
+    Only with what is quickly seen: who has misspelled a key need not wait until the data is read. What goes by a key that is
+    wrong itself is left out.
+    """
+    try:
+        yield
+    except InvalidConfigError as error:
+        checks = _quick_checks(error.config)
+        problems = _problems(check for check, keys in checks if error.doubtful.isdisjoint(keys))
+        raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
+
+
+def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
+    """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
+    directory = _directory(config)
+    yield lambda: check_model_is_there(config), ("model.path",)
+    for split in ("train", "eval"):
+        source, hub_split = getattr(config.data, split), getattr(config.data, f"{split}_split")
+        if Path(source or "").suffix in (".jsonl", ".parquet") and not Path(source).exists():  # else it would be read
+            yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
+    yield lambda: check_reward(config), ("reward.function",)
+    yield lambda: check_loss(config), ("objective.loss", "objective.preset")
+    yield lambda: directory.refuse_if_used(config.checkpoint.resume), ("run.dir", "run.name", "checkpoint.resume")
+    yield directory.refuse_if_unwritable, ("run.dir", "run.name")
+    yield lambda: require_wandb(config), ("observe.wandb_project",)
+    yield lambda: check_replay(config, 0), ("rollout.replay",)
+    size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps")
+    yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
+
+
+def _directory(config: Config) -> RunDirectory:
+    return RunDirectory(Path(config.run.dir) / config.run.name)
+
+
 def _refuse_all(*checks: Callable[[], None]) -> None:
     """Raise one `UserError` with every problem found."""
+    if problems := _problems(checks):
+        raise UserError("\n".join(problems))
+
+
+def _problems(checks: Iterable[Callable[[], None]]) -> list[str]:
+    """What the checks raise, each once: data.train and data.eval may share a problem."""
     problems: list[str] = []
     for check in checks:
         try:
@@ -58,8 +111,7 @@ def _refuse_all(*checks: Callable[[], None]) -> None:
                 check()
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))  # data.train and data.eval may share a problem
+    return list(dict.fromkeys(problems))
 
 
 def check_model(config: Config, world_size: int) -> None:
@@ -72,11 +124,7 @@ def check_model(config: Config, world_size: int) -> None:
         check_mlp("the tiny model", tiny.intermediate_size, tp)
         check_without_experts("the tiny model", config)
         return
-    if not Path(name).is_dir():
-        raise UserError(
-            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
-            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
-        )
+    check_model_is_there(config)
     from etr_megatron.weights import check_checkpoint, read_architecture
 
     architecture = read_architecture(name)
@@ -88,6 +136,16 @@ def check_model(config: Config, world_size: int) -> None:
     check_context(architecture, config)
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
+
+
+def check_model_is_there(config: Config) -> None:
+    """There is a directory of that name."""
+    name = config.model.path
+    if name != "tiny" and not Path(name).is_dir():
+        raise UserError(
+            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
+            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
+        )
 
 
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
@@ -273,8 +331,8 @@ def check_loss(config: Config) -> None:
     resolve_loss(name)
 
 
-def check_replay(config: Config) -> None:
-    """The recorded run has every step that is asked for, undamaged as far as can be seen quickly, and of the size asked for."""
+def check_replay(config: Config, steps: int) -> None:
+    """The recorded run has so many steps (0: any at all), undamaged as far as is quickly seen, and of the size asked for."""
     rollout = config.rollout
     if rollout.replay is None:
         return
@@ -282,7 +340,7 @@ def check_replay(config: Config) -> None:
     from etr_megatron.rollout.replayable import survey
 
     folder = Path(rollout.replay) / RECORDED
-    problems = survey(folder, config.run.steps, rollout.prompts_per_step, rollout.samples_per_prompt)
+    problems = survey(folder, steps, rollout.prompts_per_step, rollout.samples_per_prompt)
     if problems:
         raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
 

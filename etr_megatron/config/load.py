@@ -84,8 +84,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     found = [one for one in violations(config) if problems.unread.isdisjoint(depends_on(one, config))]
     told = [*problems.told, *(render(violation, config, sources) for violation in found)]
     if told:
-        head = f"invalid configuration, {len(told)} problem{'s' if len(told) > 1 else ''}:"
-        raise InvalidConfigError(head, told, config, problems.unread | wrong_alone(found))
+        raise InvalidConfigError("invalid configuration", told, config, problems.unread | wrong_alone(found))
     return config
 
 
