@@ -19,6 +19,7 @@ import datasets
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
 from etr_megatron.data.arithmetic import ArithmeticSplit, exercises
+from etr_megatron.data.hub import hub_or_cache
 from etr_megatron.errors import UserError
 
 _NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip")
@@ -188,15 +189,18 @@ def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
 
 
 def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
-    """A split of a hub dataset, from the local cache of `datasets` when offline."""
+    """A split of a hub dataset, from the local cache of `datasets` when offline, or where there is no network."""
     name, _, subset = source.partition(":")
-    try:
-        return datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # hub clients raise types of their own (httpx, huggingface_hub) with no common base
-        raise UserError(
-            f"{key}: dataset {source!r} (split {split!r}) could not be loaded ({_first_line(error)}); check name and split, "
-            "or download it where there is a network and give a .jsonl or .parquet file"
-        ) from error
+    with hub_or_cache(name) as unreachable:
+        try:
+            return datasets.load_dataset(name, subset or None, split=split)
+        except Exception as error:  # hub clients raise types of their own (httpx, huggingface_hub) with no common base
+            is_absent = unreachable is not None and isinstance(error, ConnectionError)
+            reason = f"it is not in the cache, and {unreachable}" if is_absent else _first_line(error)
+            raise UserError(
+                f"{key}: dataset {source!r} (split {split!r}) could not be loaded ({reason}); check name and split, or "
+                "download it where there is a network and give a .jsonl or .parquet file"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:
