@@ -36,7 +36,6 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
-    directory = _directory(config)
     _refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
@@ -44,8 +43,7 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_reward(config),
         lambda: check_loss(config),
         lambda: check_servers(config),
-        lambda: directory.refuse_if_used(config.checkpoint.resume),
-        directory.refuse_if_unwritable,
+        lambda: check_directory(config),
         lambda: require_wandb(config),
         lambda: check_replay(config, config.run.steps),
     )
@@ -76,7 +74,6 @@ def beside_inputs() -> Iterator[None]:
 
 def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
     """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
-    directory = _directory(config)
     yield lambda: check_model_is_there(config), ("model.path",)
     for split in ("train", "eval"):
         source, hub_split = getattr(config.data, split), getattr(config.data, f"{split}_split")
@@ -84,16 +81,11 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
             yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
     yield lambda: check_reward(config), ("reward.function",)
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
-    yield lambda: directory.refuse_if_used(config.checkpoint.resume), ("run.dir", "run.name", "checkpoint.resume")
-    yield directory.refuse_if_unwritable, ("run.dir", "run.name")
+    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
     yield lambda: check_replay(config, 0), ("rollout.replay",)
     size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps")
     yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
-
-
-def _directory(config: Config) -> RunDirectory:
-    return RunDirectory(Path(config.run.dir) / config.run.name)
 
 
 def _refuse_all(*checks: Callable[[], None]) -> None:
@@ -307,6 +299,13 @@ def check_source(key: str, source: str | None, split: str, data: DataConfig) -> 
     from etr_megatron.data import read_rows
 
     read_rows(source, split, data, key)
+
+
+def check_directory(config: Config) -> None:
+    """The run can be written, and begun or gone on with as `checkpoint.resume` says."""
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    directory.refuse_if_unwritable()
+    directory.refuse_if_used(config.checkpoint.resume)
 
 
 def check_reward(config: Config) -> None:

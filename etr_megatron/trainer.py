@@ -13,6 +13,7 @@ from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
 from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, step_metrics, training_speed
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
+from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
@@ -245,6 +246,7 @@ class Trainer:
         keeps what a directory held for a while."""
         return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
 
+    @path_errors()
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one, and forget what was written after it.
 

@@ -61,8 +61,7 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     lock = _lock(out, partial)
     try:
         _claim(out, partial)
-        for leftover in set(partial.iterdir()) - {partial / _OURS}:  # of one that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        _empty(out, partial)
         free = shutil.disk_usage(partial).free
         if free < size + _SPARE_BYTES:
             shutil.rmtree(partial)
@@ -112,6 +111,17 @@ def _claim(out: Path, partial: Path) -> None:
         (partial / _OURS).touch()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
+def _empty(out: Path, partial: Path) -> None:
+    """Remove what a conversion that was killed has left."""
+    try:
+        for leftover in set(partial.iterdir()) - {partial / _OURS}:
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    except OSError as error:  # its file is named as seen from its own directory, or not at all
+        raise UserError(
+            f"--out {out}: what is left in {partial} cannot be removed ({error.strerror}); remove it or choose another --out"
+        ) from error
 
 
 def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:

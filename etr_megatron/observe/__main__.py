@@ -55,10 +55,10 @@ def _rollout(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="N")
     parser.add_argument("--sample", metavar="ID", help="<group>/<number>; without it the step's samples are listed")
     arguments = parser.parse_args(argv)
-    if arguments.sample is None:
-        print(listing(arguments.run_dir, arguments.step))
-        return
-    print(view(arguments.run_dir, arguments.step, arguments.sample, tokenizer_pieces(arguments.run_dir)))
+    run, step, sample = arguments.run_dir, arguments.step, arguments.sample
+    with path_errors():
+        text = listing(run, step) if sample is None else view(run, step, sample, tokenizer_pieces(run))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import write_atomically
+from etr_megatron.platform.files import entries, write_atomically
 from etr_megatron.rollout.record_checks import check_group, check_head
 from etr_megatron.types import Group, Problem, Sample
 
@@ -44,7 +44,7 @@ def record_path(folder: Path, step: int) -> Path:
 
 def recorded_steps(folder: Path) -> list[int]:
     """The steps that `folder` has, in order. Files with other names than `record_path` gives, such as copies, do not count."""
-    found = ((path, path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    found = ((path, path.stem.removeprefix("step_")) for path in entries(folder, "step_*.jsonl"))
     return sorted(int(step) for path, step in found if step.isdecimal() and path == record_path(folder, int(step)))
 
 
