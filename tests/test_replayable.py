@@ -83,7 +83,9 @@ def test_all_that_keeps_a_record_from_being_replayed_is_told_at_once(recorded, s
 def test_a_directory_that_is_no_recorded_run_is_told_from_one_that_is_not_there(tmp_path):
     assert survey(tmp_path / "recorded", 1, 3, 2)[0].startswith(f"there is no directory {tmp_path / 'recorded'}; ")
     (tmp_path / "recorded").mkdir()
-    assert survey(tmp_path / "recorded", 1, 3, 2)[0].startswith(f"{tmp_path / 'recorded'} has no recorded steps; give the ")
+    assert survey(tmp_path / "recorded", 1, 3, 2)[0].startswith(
+        f"{tmp_path / 'recorded'} has no recorded steps; rollout.record makes"
+    )
 
 
 def test_a_large_record_is_not_read_through_before_the_start(recorded, monkeypatch):

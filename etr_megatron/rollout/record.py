@@ -75,7 +75,7 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
     """
     path = record_path(folder, step)
     if not path.is_file():
-        raise UserError(f"{folder} {_what_there_is(folder, step)}")
+        raise UserError(what_there_is(folder, step))
     try:
         head, groups = _parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -125,11 +125,14 @@ def _parsed_line(number: int, line: str) -> dict[str, Any]:
     return found
 
 
-def _what_there_is(folder: Path, missing: int) -> str:
+def what_there_is(folder: Path, missing: int) -> str:
+    """Where the record in `folder` has no step `missing`: what it has."""
     steps = recorded_steps(folder)
+    if not folder.is_dir():
+        return f"there is no directory {folder}; give the directory of a run that was made with rollout.record=true"
     if not steps:
-        return "has no recorded steps; rollout.record makes them"
-    return f"has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
+        return f"{folder} has no recorded steps; rollout.record makes them"
+    return f"{folder} has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 
 def write_reached(folder: Path, reached: Reached) -> None:

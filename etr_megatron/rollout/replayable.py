@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps
+from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps, what_there_is
 
 READ_BYTES = 128 * 2**20
 """So much of a record, from its first step on, is read through, which takes two seconds; of the rest a look at the ends of
@@ -21,8 +21,7 @@ def survey(folder: Path, steps: int, prompts: int, samples: int) -> list[str]:
     """What keeps steps 1 to `steps` of `folder`, `prompts` groups of `samples` each, from being replayed; a sentence each."""
     there = recorded_steps(folder)
     if not there:
-        what = f"{folder} has no recorded steps" if folder.is_dir() else f"there is no directory {folder}"
-        return [f"{what}; give the directory of a run that was made with rollout.record=true"]
+        return [what_there_is(folder, 1)]
     found, damaged, left, misfit = [], [], READ_BYTES, None
     if missing := sorted(set(range(1, steps + 1)) - set(there)):
         found.append(
