@@ -84,7 +84,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
     yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
     yield lambda: check_replay(config, 0), ("rollout.replay",)
-    size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps")
+    size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
     yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
 
 
@@ -339,8 +339,7 @@ def check_replay(config: Config, steps: int) -> None:
     from etr_megatron.rollout.replayable import survey
 
     folder = Path(rollout.replay) / RECORDED
-    problems = survey(folder, steps, rollout.prompts_per_step, rollout.samples_per_prompt)
-    if problems:
+    if problems := survey(folder, steps, config):
         raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
 
 

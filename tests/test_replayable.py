@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from etr_megatron.checks import check_inputs
-from etr_megatron.config import Config, ModelConfig, RolloutConfig, RunConfig
+from etr_megatron.config import Config, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 from etr_megatron.errors import UserError
 from etr_megatron.rollout import replayable
-from etr_megatron.rollout.record import record_path, write_record
+from etr_megatron.rollout.record import group_to_json, record_path, write_record
 from etr_megatron.rollout.replayable import survey
 from etr_megatron.types import Group, Problem, Sample
 
@@ -19,6 +19,11 @@ from etr_megatron.types import Group, Problem, Sample
 def group(name: str) -> Group:
     samples = [Sample(index, [5, 6], [-0.1, -0.5], "stop", 4, "x", 1.0, "ok") for index in range(2)]
     return Group(name, Problem(name, "6 times 7?", "42", [1, 2]), samples)
+
+
+def look(folder: Path, steps: int, prompts: int, samples: int, **reward: float) -> list[str]:
+    rollout = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=samples)
+    return survey(folder, steps, Config(rollout=rollout, reward=RewardConfig(**reward)))
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def size(request, monkeypatch) -> str:
 
 
 def test_a_whole_record_is_replayable(recorded, size):
-    assert survey(recorded, 10, 3, 2) == survey(recorded, 4, 3, 2) == []
+    assert look(recorded, 10, 3, 2) == look(recorded, 4, 3, 2) == []
 
 
 @pytest.mark.parametrize(
@@ -56,21 +61,21 @@ def test_a_whole_record_is_replayable(recorded, size):
 def test_a_step_that_is_damaged_is_known_before_it_is_reached(recorded, size, damage, why):
     path = record_path(recorded, 7)
     path.write_bytes(damage(path.read_bytes()))
-    (told,) = survey(recorded, 10, 3, 2)
+    (told,) = look(recorded, 10, 3, 2)
     assert told.startswith(f"{path} is not a recorded step (") and why in told
-    assert survey(recorded, 6, 3, 2) == []  # a run of fewer steps never meets it
+    assert look(recorded, 6, 3, 2) == []  # a run of fewer steps never meets it
 
 
 def test_of_a_small_record_every_line_is_looked_at(recorded):
     path = record_path(recorded, 10)
     path.write_text(path.read_text().replace('"reward"', '"rewards"', 1))
-    assert survey(recorded, 10, 3, 2) == [f"{path} is not a recorded step (line 2: `reward` is missing in a sample)"]
+    assert look(recorded, 10, 3, 2) == [f"{path} is not a recorded step (line 2: `reward` is missing in a sample)"]
 
 
 def test_all_that_keeps_a_record_from_being_replayed_is_told_at_once(recorded, size):
     for step in (5, 6, 7, 8, 9):
         record_path(recorded, step).write_text("")
-    missing, misfit, *damaged, more = survey(recorded, 12, 4, 8)
+    missing, misfit, *damaged, more = look(recorded, 12, 4, 8)
     assert missing.endswith("has 10 recorded steps, but not step 11; set run.steps to what is there (rollout.record makes it)")
     assert misfit == (
         f"step 1 in {recorded} has 3 groups of 2 samples; set rollout.prompts_per_step=3 and rollout.samples_per_prompt=2 to "
@@ -80,10 +85,18 @@ def test_all_that_keeps_a_record_from_being_replayed_is_told_at_once(recorded, s
     assert more == f"{recorded} has 2 more damaged steps"
 
 
+def test_rewards_of_another_range_are_told_before_the_first_step(recorded, size):
+    (told,) = look(recorded, 10, 3, 2, range_min=-1.0, range_max=0.5)
+    assert told == (
+        f"step 1 in {recorded} has a reward of 1.0, outside of reward.range_min = -1.0 to reward.range_max = 0.5; set these "
+        "two as the recorded run had them"
+    )
+
+
 def test_a_directory_that_is_no_recorded_run_is_told_from_one_that_is_not_there(tmp_path):
-    assert survey(tmp_path / "recorded", 1, 3, 2)[0].startswith(f"there is no directory {tmp_path / 'recorded'}; ")
+    assert look(tmp_path / "recorded", 1, 3, 2)[0].startswith(f"there is no directory {tmp_path / 'recorded'}; ")
     (tmp_path / "recorded").mkdir()
-    assert survey(tmp_path / "recorded", 1, 3, 2)[0].startswith(
+    assert look(tmp_path / "recorded", 1, 3, 2)[0].startswith(
         f"{tmp_path / 'recorded'} has no recorded steps; rollout.record makes"
     )
 
@@ -91,14 +104,12 @@ def test_a_directory_that_is_no_recorded_run_is_told_from_one_that_is_not_there(
 def test_a_large_record_is_not_read_through_before_the_start(recorded, monkeypatch):
     size, read = record_path(recorded, 1).stat().st_size, []
     monkeypatch.setattr(replayable, "READ_BYTES", 2 * size)
-    monkeypatch.setattr(replayable, "read_record", lambda folder, step: read.append(step) or ([vars_of(group("a"))] * 3, {}))
+    monkeypatch.setattr(
+        replayable, "read_record", lambda folder, step: read.append(step) or ([group_to_json(group("a"))] * 3, {})
+    )
     for step in range(11, 2001):
         os.link(record_path(recorded, 1), record_path(recorded, step))
-    assert survey(recorded, 2000, 3, 2) == [] and read == [1, 2]
-
-
-def vars_of(one: Group) -> dict:
-    return {"samples": one.samples}
+    assert look(recorded, 2000, 3, 2) == [] and read == [1, 2]
 
 
 def test_a_replay_that_cannot_be_is_told_beside_other_mistakes(recorded, tmp_path):

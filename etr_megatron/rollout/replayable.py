@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps, what_there_is
 
@@ -17,8 +18,8 @@ TOLD = 3
 """Damaged steps that are told one by one."""
 
 
-def survey(folder: Path, steps: int, prompts: int, samples: int) -> list[str]:
-    """What keeps steps 1 to `steps` of `folder`, `prompts` groups of `samples` each, from being replayed; a sentence each."""
+def survey(folder: Path, steps: int, config: Config) -> list[str]:
+    """What keeps steps 1 to `steps` of `folder` from being replayed under `config`, a sentence each."""
     there = recorded_steps(folder)
     if not there:
         return [what_there_is(folder, 1)]
@@ -35,23 +36,32 @@ def survey(folder: Path, steps: int, prompts: int, samples: int) -> list[str]:
                 continue
             left -= record_path(folder, step).stat().st_size
             groups, _ = read_record(folder, step)
-            misfit = misfit or misfit_of(folder, step, groups, prompts, samples)
+            misfit = misfit or misfit_of(folder, step, groups, config)
         except UserError as error:
             damaged.append(str(error))
     more = [f"{folder} has {len(damaged) - TOLD} more damaged steps"] if len(damaged) > TOLD else []
     return [*found, *([misfit] if misfit else []), *damaged[:TOLD], *more]
 
 
-def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], prompts: int, samples: int) -> str | None:
-    """A sentence where the groups of a step are not `prompts`, or not of `samples` each; None where they are."""
+def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], config: Config) -> str | None:
+    """A sentence where a step's groups are not what `config` says: how many, of how many samples, rewarded in what range."""
+    prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     odd = next((size for group in groups if (size := len(group["samples"])) != samples), None)
-    if len(groups) != prompts and odd is not None:
-        what, keys = f"{len(groups)} groups of {odd} samples", [("prompts_per_step", len(groups)), ("samples_per_prompt", odd)]
-    elif len(groups) != prompts:
-        what, keys = f"{len(groups)} groups", [("prompts_per_step", len(groups))]
-    elif odd is not None:
-        what, keys = f"groups of {odd} samples", [("samples_per_prompt", odd)]
-    else:
+    has, settings = [], []
+    if len(groups) != prompts:
+        has.append(f"{len(groups)} groups")
+        settings.append(f"rollout.prompts_per_step={len(groups)}")
+    if odd is not None:
+        has.append(f"of {odd} samples" if has else f"groups of {odd} samples")
+        settings.append(f"rollout.samples_per_prompt={odd}")
+    if settings:
+        return f"step {step} in {folder} has {' '.join(has)}; set {' and '.join(settings)} to replay it"
+    low, high = config.reward.range_min, config.reward.range_max
+    rewards = (sample["reward"] for group in groups for sample in group["samples"])
+    outside = next((reward for reward in rewards if not low <= reward <= high), None)
+    if outside is None:
         return None
-    settings = " and ".join(f"rollout.{key}={value}" for key, value in keys)
-    return f"step {step} in {folder} has {what}; set {settings} to replay it"
+    return (
+        f"step {step} in {folder} has a reward of {outside}, outside of reward.range_min = {low} to reward.range_max = {high}; "
+        "set these two as the recorded run had them"
+    )

@@ -162,14 +162,14 @@ class ReplaySampler:
     """The groups of a recorded run. It needs no engine; prompts are not dealt out."""
 
     def __init__(self, config: Config, cursor: PromptCursor) -> None:
-        self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
-        self._wanted, self._size = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
+        self._config, self._cursor = config, cursor
+        self._folder = Path(config.rollout.replay or "") / RECORDED
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups or samples."""
+        """See `Sampler.take`. Raises UserError when the step was not recorded, or is not of the config's size."""
         with timer("rollout"):
             found, counts = on_rank0(lambda: read_record(self._folder, step))
-        if misfit := misfit_of(self._folder, step, found, self._wanted, self._size):
+        if misfit := misfit_of(self._folder, step, found, self._config):
             raise UserError(misfit)
         return Rollouts([group_from_json(group) for group in found], counts)
 
