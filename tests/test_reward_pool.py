@@ -249,6 +249,7 @@ def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     assert [grade.reward for grade in grades] == [0.0] * 7 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
     assert "returned inf, which is no finite number" in grades[1].detail
+    assert "returned None, which is no finite number" in grades[5].detail
 
 
 def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):

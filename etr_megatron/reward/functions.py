@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,11 +47,15 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
     """A user's function may fail on one answer: that answer is an error with its message, the run goes on."""
     try:
         value = function(request.prompt, request.response, request.answer)
-        reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
     except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
+    try:
+        reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except Exception:  # numpy's and torch's types raise what they like
+        reward = float("nan")
     if not math.isfinite(reward):
-        return Grade(config.range_min, "error", f"{config.function} returned {value!r:.100}, which is no finite number")
+        shown = reprlib.repr(value)  # survives a value that cannot show itself
+        return Grade(config.range_min, "error", f"{config.function} returned {shown}, which is no finite number")
     within = min(max(reward, config.range_min), config.range_max)
     if abs(reward - within) > ROUNDING * (config.range_max - config.range_min):
         detail = (
