@@ -81,7 +81,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
             yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
     yield lambda: check_reward(config), ("reward.function",)
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
-    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume")
+    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
     yield lambda: check_replay(config, 0), ("rollout.replay",)
     size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
@@ -302,8 +302,12 @@ def check_source(key: str, source: str | None, split: str, data: DataConfig) -> 
 
 
 def check_directory(config: Config) -> None:
-    """The run can be written, and begun or gone on with as `checkpoint.resume` says."""
+    """The run can be written, and begun or gone on with as `checkpoint.resume` says; it is not the one that it replays."""
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if config.rollout.replay is not None and os.path.realpath(config.rollout.replay) == os.path.realpath(directory.root):
+        raise UserError(
+            f"{directory.root} is the run that rollout.replay names, and would be written over; choose another run.name"
+        )
     directory.refuse_if_unwritable()
     directory.refuse_if_used(config.checkpoint.resume)
 

@@ -112,6 +112,21 @@ def test_a_large_record_is_not_read_through_before_the_start(recorded, monkeypat
     assert look(recorded, 2000, 3, 2) == [] and read == [1, 2]
 
 
+@pytest.mark.parametrize("state", ["failed", "finished"])
+def test_a_run_is_not_replayed_into_itself(recorded, state):
+    """As one whose name is in the config would be; it would forget what it has recorded after its last checkpoint."""
+    run = recorded.parent
+    (run / "status.json").write_text(f'{{"state": "{state}"}}')
+    (run / "link").symlink_to(run)
+    rollout = RolloutConfig(replay=str(run / "link"), prompts_per_step=3, samples_per_prompt=2)
+    config = Config(run=RunConfig(dir=str(run.parent), name=run.name, steps=3), rollout=rollout)
+    with pytest.raises(UserError) as caught:
+        check_inputs(config, 1)
+    assert (
+        str(caught.value) == f"{run} is the run that rollout.replay names, and would be written over; choose another run.name"
+    )
+
+
 def test_a_replay_that_cannot_be_is_told_beside_other_mistakes(recorded, tmp_path):
     rollout = RolloutConfig(replay=str(recorded.parent), prompts_per_step=3, samples_per_prompt=4)
     model, run = ModelConfig(path=str(tmp_path / "nowhere")), RunConfig(dir=str(tmp_path / "runs"), steps=11)
