@@ -86,6 +86,8 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
     from etr_megatron.convert.hf_files import DTYPES
 
     start = time.monotonic()
+    named = {name: getattr(asked, name) for name in ("hf", "megatron", "out") if hasattr(asked, name)}
+    convert.refuse_mistaken(ranks, **named)
     if asked.command == "verify":
         return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt))
     dtype = DTYPES[asked.dtype] if asked.dtype else None
