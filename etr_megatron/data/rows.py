@@ -114,15 +114,17 @@ def _checked(located: Iterator[tuple[str, Any]], source: str, config: DataConfig
 
 
 def _require_columns(rows: list[Mapping[str, Any]], source: str, config: DataConfig, key: str) -> None:
-    """A column that no row has is a wrong config, not many broken rows."""
+    """Columns that no row has are a wrong config, not many broken rows."""
     available = {column: None for row in rows for column in row}
-    for setting in ("prompt_column", "answer_column", "id_column"):
-        column = getattr(config, setting)
-        if rows and column is not None and column not in available:
-            raise UserError(
-                f"{key}: {source!r} has no column {column!r} (data.{setting}); its columns are "
-                + ", ".join(map(repr, available))
-            )
+    wanted = {setting: getattr(config, setting) for setting in ("prompt_column", "answer_column", "id_column")}
+    missing = [
+        f"column {column!r} (data.{setting})"
+        for setting, column in wanted.items()
+        if column is not None and column not in available
+    ]
+    if rows and missing:
+        columns = ", ".join(map(repr, available))
+        raise UserError(f"{key}: {source!r} has no {' and no '.join(missing)}; its columns are {columns}")
 
 
 def _row(raw: Mapping[str, Any], place: str, config: DataConfig) -> Row:
