@@ -14,7 +14,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
-from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError, UngradedError
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.engine import Drawn
 from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
@@ -366,24 +366,6 @@ def test_a_step_goes_on_after_the_sync_that_its_servers_needed_with_what_there_i
     taken = hand.take(1, timer)
     assert names(taken) == ["p0", "p1", "p2", "p3"] and engine.asked == 8
     assert_whole(taken, lambda problem, index: 9 if problem.id == "p3" else 4)
-
-
-@pytest.mark.parametrize("status", ["error", "out_of_range"])
-@pytest.mark.parametrize("options", [{}, {"dynamic_sampling": True}], ids=["static", "dynamic"])
-def test_what_could_not_be_graded_is_graded_again_once_that_is_mended(status, options):
-    engine = Engine()
-    hand = hand_of(engine, **options)
-    grade, hand._grader = hand._grader, lambda requests: [Grade(0.0, status, "it gave 2.0")] * len(requests)
-    with pytest.raises(UngradedError, match=r" answers .*: it gave 2\.0; "):
-        hand.take(1, timer)
-    hand.put_back(1)
-    resumed = hand_of(Engine())
-    resumed._cursor.load_state_dict(hand._cursor.state_dict())
-    resumed.load_state_dict(through_disk(hand.state_dict()))
-    resumed._grader = grade
-    taken = resumed.take(1, timer)
-    assert names(taken) == ["p0", "p1", "p2", "p3"] and not resumed._engine.asked
-    assert all(sample.reward_status == "ok" for group in taken.groups for sample in group.samples)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
