@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config, DataConfig, ParallelConfig, fill_objective, tensor_parallel
+from etr_megatron.config import (
+    LOSSES,
+    Config,
+    DataConfig,
+    InvalidConfigError,
+    ParallelConfig,
+    fill_objective,
+    tensor_parallel,
+)
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
@@ -27,7 +37,6 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
-    directory = RunDirectory(Path(config.run.dir) / config.run.name)
     _refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
@@ -35,10 +44,9 @@ def check_inputs(config: Config, world_size: int) -> None:
         lambda: check_reward(config),
         lambda: check_loss(config),
         lambda: check_servers(config),
-        lambda: directory.refuse_if_used(config.checkpoint.resume),
-        directory.refuse_if_unwritable,
+        lambda: check_directory(config),
         lambda: require_wandb(config),
-        lambda: check_replay(config),
+        lambda: check_replay(config, config.run.steps),
     )
 
 
@@ -50,8 +58,45 @@ def check_server_node(config: Config, world_size: int) -> None:
     _refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
 
+@contextmanager
+def beside_inputs() -> Iterator[None]:
+    """Tell what is wrong with a config, met inside the block, together with what it names and is not there or cannot be had.
+
+    Only with what is quickly seen: who has misspelled a key need not wait until the data is read. What goes by a key that is
+    wrong itself is left out.
+    """
+    try:
+        yield
+    except InvalidConfigError as error:
+        checks = _quick_checks(error.config)
+        problems = _problems(check for check, keys in checks if error.doubtful.isdisjoint(keys))
+        raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
+
+
+def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
+    """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
+    yield lambda: check_model_is_there(config), ("model.path",)
+    for split in ("train", "eval"):
+        source, hub_split = getattr(config.data, split), getattr(config.data, f"{split}_split")
+        if Path(source or "").suffix in (".jsonl", ".parquet") and not Path(source).exists():  # else it would be read
+            yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
+    yield lambda: check_reward(config), ("reward.function",)
+    yield lambda: check_loss(config), ("objective.loss", "objective.preset")
+    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay")
+    yield lambda: require_wandb(config), ("observe.wandb_project",)
+    yield lambda: check_replay(config, 0), ("rollout.replay",)
+    size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
+    yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
+
+
 def _refuse_all(*checks: Callable[[], None]) -> None:
     """Raise one `UserError` with every problem found."""
+    if problems := _problems(checks):
+        raise UserError("\n".join(problems))
+
+
+def _problems(checks: Iterable[Callable[[], None]]) -> list[str]:
+    """What the checks raise, each once: data.train and data.eval may share a problem."""
     problems: list[str] = []
     for check in checks:
         try:
@@ -59,8 +104,7 @@ def _refuse_all(*checks: Callable[[], None]) -> None:
                 check()
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))  # data.train and data.eval may share a problem
+    return list(dict.fromkeys(problems))
 
 
 def check_model(config: Config, world_size: int) -> None:
@@ -74,11 +118,7 @@ def check_model(config: Config, world_size: int) -> None:
         check_mlp("the tiny model", tiny.intermediate_size, tp)
         check_without_experts("the tiny model", config)
         return
-    if not Path(name).is_dir():
-        raise UserError(
-            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
-            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
-        )
+    check_model_is_there(config)
     from etr_megatron.weights import check_checkpoint, read_architecture
 
     architecture = read_architecture(name)
@@ -90,6 +130,16 @@ def check_model(config: Config, world_size: int) -> None:
     check_context(architecture, config)
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
+
+
+def check_model_is_there(config: Config) -> None:
+    """There is a directory of that name."""
+    name = config.model.path
+    if name != "tiny" and not Path(name).is_dir():
+        raise UserError(
+            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
+            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
+        )
 
 
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
@@ -264,6 +314,17 @@ def check_source(key: str, source: str | None, split: str, data: DataConfig) -> 
     read_rows(source, split, data, key)
 
 
+def check_directory(config: Config) -> None:
+    """The run can be written, and begun or gone on with as `checkpoint.resume` says; it is not the one that it replays."""
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    if config.rollout.replay is not None and os.path.realpath(config.rollout.replay) == os.path.realpath(directory.root):
+        raise UserError(
+            f"{directory.root} is the run that rollout.replay names, and would be written over; choose another run.name"
+        )
+    directory.refuse_if_unwritable()
+    directory.refuse_if_used(config.checkpoint.resume)
+
+
 def check_reward(config: Config) -> None:
     """A reward function of the user's own can be imported."""
     if config.reward.function == "math":
@@ -286,22 +347,17 @@ def check_loss(config: Config) -> None:
     resolve_loss(name)
 
 
-def check_replay(config: Config) -> None:
-    """The recorded run has every step that is asked for."""
-    if config.rollout.replay is None:
+def check_replay(config: Config, steps: int) -> None:
+    """The recorded run has so many steps (0: any at all), undamaged as far as is quickly seen, and of the size asked for."""
+    rollout = config.rollout
+    if rollout.replay is None:
         return
-    from etr_megatron.rollout.record import RECORDED, recorded_steps
+    from etr_megatron.rollout.record import RECORDED
+    from etr_megatron.rollout.replayable import survey
 
-    folder = Path(config.rollout.replay) / RECORDED
-    there = set(recorded_steps(folder))
-    missing = [step for step in range(1, config.run.steps + 1) if step not in there]
-    if not there:
-        raise UserError(f"rollout.replay: {folder} has no recorded steps; rollout.record makes them")
-    if missing:
-        raise UserError(
-            f"rollout.replay: {folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is "
-            "there (rollout.record makes it)"
-        )
+    folder = Path(rollout.replay) / RECORDED
+    if problems := survey(folder, steps, config):
+        raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
 
 
 def nodes_apart(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from etr_megatron.errors import UserError
@@ -55,6 +56,13 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     if config is not None:
         return Path(config), overrides
     return default_config(cuda=_runs_on_cuda(overrides)), overrides
+
+
+def given_path(text: str) -> Path:
+    """For argparse: a path that is not empty, which would be the working directory."""
+    if not text:
+        raise ArgumentTypeError("it is empty, perhaps of a variable that is not set")
+    return Path(text)
 
 
 def asks_for_help(argv: list[str]) -> bool:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import check_inputs, nodes_apart, starts_servers
+from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, starts_servers
 from etr_megatron.cli import USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
@@ -56,7 +56,8 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     """
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest)
-    config = load_config(config_path, overrides)
+    with beside_inputs():
+        config = load_config(config_path, overrides)
     place_of(nodes_apart(config))  # of one node none can be set apart
 
     import torch  # after the config: it takes seconds, and a wrong key should not
@@ -67,7 +68,9 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
         raise UserError(f"--nproc {nproc}: this machine has {gpus} GPUs, and every process needs one of its own")
     if not gpus:
         _refuse_more_than_fit(nproc, asked is not None)
-    check_inputs(resolve(config, nproc, cuda=gpus > 0), nproc)
+    with beside_inputs():
+        config = resolve(config, nproc, cuda=gpus > 0)
+    check_inputs(config, nproc)
     return nproc, config_path, overrides, config.run.stop_grace_s
 
 

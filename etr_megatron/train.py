@@ -7,7 +7,7 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import check_inputs, check_server_node, nodes_apart
+from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, nodes_apart
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
@@ -40,13 +40,15 @@ def _run(argv: list[str]) -> None:
     # reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
-    config = load_config(path, overrides)
+    with beside_inputs():
+        config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
     apart = nodes_apart(config)
     place = place_of(apart)
     if apart:  # the ranks' world is one without these nodes
         os.environ["WORLD_SIZE"] = str(place.ranks)
-    config = resolve(config, place.ranks, cuda=platform.uses_cuda())
+    with beside_inputs():
+        config = resolve(config, place.ranks, cuda=platform.uses_cuda())
     if place.apart is not None:
         _serve(config, place)
         return

@@ -22,6 +22,7 @@ from etr_megatron.metrics import (
     training_speed,
 )
 from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
+from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.policy import Policy, PolicyBatch, Update
@@ -33,6 +34,7 @@ from etr_megatron.rollout import (
     Rollouts,
     Sampler,
     Sampling,
+    UngradedError,
     generate_groups,
     grade_groups,
 )
@@ -82,7 +84,8 @@ class Trainer:
         """From the newest checkpoint, or from the start, to `run.steps`.
 
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
-        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong.
+        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong, and
+        UngradedError, with one of all that was trained, when rewards cannot be had.
         """
         try:
             self._resume()
@@ -95,6 +98,10 @@ class Trainer:
             raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
         except RefusedError:  # starting again would not mend it
             self._save_what_is_trained()
+            raise
+        except UngradedError:
+            if self.trained:  # else the run, once it is mended, is another one, and begins anew
+                self._save_what_is_trained()
             raise
 
     def _save_what_is_trained(self) -> None:
@@ -254,6 +261,7 @@ class Trainer:
         keeps what a directory held for a while."""
         return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
 
+    @path_errors()
     def _resume(self) -> None:
         """Take up the newest checkpoint, if there is one, and forget what was written after it.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
-RewardStatus = Literal["ok", "timeout", "error"]
+RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
 
 MOST_REPLAYED = 256
 """Experts that `Sample.routing` can tell apart: there are so many numbers that each is a byte."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
+_answers = itertools.count()
+
 
 def digit_sum_is_even(prompt: str, response: str, answer: str) -> float:
     return float(sum(int(c) for c in response if c.isdigit()) % 2 == 0)
@@ -9,3 +13,8 @@ def digit_sum_is_even(prompt: str, response: str, answer: str) -> float:
 
 def always_fails(prompt: str, response: str, answer: str) -> float:
     raise KeyError("gold")
+
+
+def doubled_after_30_answers(prompt: str, response: str, answer: str) -> float:
+    """0 or 1, and later in the life of a grader 0 or 2."""
+    return digit_sum_is_even(prompt, response, answer) * (1 if next(_answers) < 30 else 2)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.checks import check_attention, check_inputs, check_layers
+from etr_megatron.checks import beside_inputs, check_attention, check_inputs, check_layers
 from etr_megatron.config import (
     Config,
     DataConfig,
+    InvalidConfigError,
     ModelConfig,
     ObjectiveConfig,
     ObserveConfig,
@@ -20,8 +21,12 @@ from etr_megatron.config import (
     RolloutConfig,
     RunConfig,
     SglangConfig,
+    load_config,
+    resolve,
 )
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.record import write_record
+from etr_megatron.types import Group, Problem, Sample
 
 
 @pytest.fixture
@@ -270,3 +275,57 @@ def test_every_problem_is_told_at_once(config: Config, tmp_path: Path, monkeypat
     )
     model, data, wandb = refusal(broken).splitlines()
     assert model.startswith("model.path") and data.startswith("data.train") and "pip install wandb" in wandb
+
+
+def told_beside(tmp_path: Path, *overrides: str) -> list[str]:
+    """What is told of a config with a misspelled key and `overrides`, but for that key."""
+    with pytest.raises(InvalidConfigError) as caught, beside_inputs():
+        load_config(None, [f"run.dir={tmp_path}/runs", "train.lrr=1", *overrides])
+    head, misspelled, *others = str(caught.value).splitlines()
+    assert head == f"invalid configuration, {1 + len(others)} problem{'s' if others else ''}:" and "train.lrr" in misspelled
+    return [other.removeprefix("  - ") for other in others]
+
+
+def test_what_a_wrong_config_names_and_is_not_there_is_told_with_its_other_mistakes(tmp_path: Path) -> None:
+    there = ["reward.function=tests.rewards:always_fails", f"data.train={__file__}"]  # read later, if ever
+    assert told_beside(tmp_path, *there) == []
+    missing = [
+        f"model.path={tmp_path}/m",
+        f"data.eval={tmp_path}/no.jsonl",
+        "reward.function=nobody:f",
+        "objective.loss=nobody:f",
+    ]
+    replayed = [f"rollout.replay={tmp_path}/r", "eval.every=0"]
+    told = told_beside(tmp_path, *missing, *replayed)
+    beginnings = [
+        "model.path: ",
+        "data.eval: ",
+        "reward.function is ",
+        "objective.loss is ",
+        "rollout.replay: ",
+    ]
+    assert [line[: len(one)] for line, one in zip(told, beginnings, strict=True)] == beginnings
+
+
+def test_what_goes_by_a_key_that_is_wrong_itself_is_not_told_beside_it(tmp_path: Path) -> None:
+    pathless = told_beside(
+        tmp_path, "model.pth=/nowhere", "data.train=", "reward.function=no", "rollout.replay=", "eval.every=0"
+    )
+    assert [line.split(" ")[0] for line in pathless] == ["model.pth", "data.train", "reward.function"]
+    counted = told_beside(tmp_path, "run.steps=many", f"rollout.replay={tmp_path}/r", "eval.every=0")
+    assert [line.split(" ")[0] for line in counted] == ["run.steps", "rollout.replay:"]  # that it is there needs no number
+
+
+def test_a_recorded_run_of_another_size_is_told_with_other_mistakes(tmp_path: Path) -> None:
+    sample = Sample(0, [5], [-0.1], "stop", 4, "x", 1.0, "ok")
+    write_record(tmp_path / "r", 1, [Group("a", Problem("a", "?", "1", [1]), [sample])], {}, None)
+    (tmp_path / "r").rename(tmp_path / "recorded")
+    (told,) = told_beside(tmp_path, f"rollout.replay={tmp_path}", "eval.every=0", "run.steps=1", "train.minibatches=1")
+    assert "set rollout.prompts_per_step=1 and rollout.samples_per_prompt=1 to replay it" in told
+
+
+def test_a_layout_that_cannot_be_is_told_together_with_what_is_not_there(tmp_path: Path) -> None:
+    config = load_config(None, [f"model.path={tmp_path}/m", "parallel.tp=2"])
+    told = r"on 3 ranks, 2 problems:\n  - parallel\.tp = 2.*\n  - model\.path: "
+    with pytest.raises(InvalidConfigError, match=told), beside_inputs():
+        resolve(config, 3, cuda=False)

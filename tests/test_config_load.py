@@ -150,6 +150,34 @@ def test_a_key_of_wrong_type_causes_no_second_complaint_about_its_default(tmp_pa
 
 
 @pytest.mark.parametrize(
+    "override",
+    ["model.path=", "model.pth=models/large", "modell.path=models/large", "model=models/large", "path=models/large"],
+)
+def test_a_key_that_could_not_be_read_causes_no_complaint_that_depends_on_it(tmp_path, override):
+    """Were the model the tiny one, as it is where nothing is said, it would have too few layers and too short a context."""
+    text = "parallel:\n  pp: 4\nrollout:\n  max_response_tokens: 8192\n"
+    assert "problem:\n" in message(write(tmp_path, text), override)
+    assert "invalid configuration, 3 problems:" in message(write(tmp_path, text), "train.lrr=1")
+
+
+def test_a_preset_that_is_none_causes_no_complaint_about_what_another_would_have_given():
+    assert "3 problems" in message(None, "objective.eps_low=0.9", "objective.eps_high=0.9", "train.lrr=1")
+    text = message(
+        None, "objective.preset=no_such", "objective.eps_low=0.9", "objective.correction_floor=9", "train.minibatches=0"
+    )
+    assert "3 problems" in text and "eps_max" not in text and "objective.correction_floor = 9.0" in text
+
+
+def test_of_a_file_that_cannot_be_read_no_key_is_known_but_those_of_the_command_line(tmp_path):
+    text = message(tmp_path / "none.yaml", "parallel.pp=4", "rollout.top_p=2", "train.min_lr=1", "train.lr=0.1")
+    assert "3 problems" in text and "cannot be read" in text and "rollout.top_p = 2" in text and "train.min_lr = 1" in text
+
+
+def test_a_section_that_is_none_causes_no_complaint_about_its_defaults(tmp_path):
+    assert "1 problem:" in message(write(tmp_path, "model: large\nparallel:\n  pp: 4\n"))
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("run:\n  steps: 1\n bad: [\n", ":3: not valid YAML"),

@@ -42,7 +42,7 @@ def refusal(capsys, *argv: str | Path) -> str:
         (["to-hf", "--megatron", "x", "--out", "y", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be between 0.001 and"),
         (["to-hf", "--megatron", "x", "--out", "y"], "--megatron x is not a directory"),
         (["to-megatron", "--hf", "x", "--out", "y"], "x/config.json does not exist: --hf must be"),
-        (["verify", "--hf", "x", "--megatron", "y"], "x/config.json does not exist: --hf must be"),
+        (["verify", "--hf", "x", "--megatron", "/"], "x/config.json does not exist: --hf must be"),
     ],
 )
 def test_a_wrong_command_is_refused(capsys, argv, sentence):

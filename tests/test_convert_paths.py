@@ -118,3 +118,29 @@ def test_a_file_system_without_locks_is_only_warned_of(hf_models, tmp_path, monk
     with caplog.at_level("WARNING"):
         assert main(["to-megatron", "--hf", hf_models["qwen3"], "--out", str(tmp_path / "out")]) == 0
     assert f"{tmp_path}/out.unfinished: its file system has no locks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "sentences"),
+    [
+        (
+            ("to-megatron", "--hf", "HERE/none", "--out", "HERE/full"),
+            ["HERE/none/config.json does not exist: --hf must be", "--out HERE/full exists already"],
+        ),
+        (
+            ("to-hf", "--megatron", "HERE/none", "--out", "HERE/full"),
+            ["--megatron HERE/none is not a directory", "--out HERE/full exists already"],
+        ),
+        (
+            ("verify", "--hf", "HERE/full", "--megatron", "HERE/none"),
+            ["HERE/full/config.json does not exist", "--megatron HERE/none is not a directory"],
+        ),
+    ],
+)
+def test_directories_that_are_mistaken_are_told_together(capsys, tmp_path, command, sentences):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main([part.replace("HERE", str(tmp_path)) for part in command]) == 2
+    said = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    wanted = [sentence.replace("HERE", str(tmp_path)) for sentence in sentences]
+    assert [line[: len(one)] for line, one in zip(said, wanted, strict=True)] == wanted

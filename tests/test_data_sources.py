@@ -174,6 +174,14 @@ def test_bad_parquet_is_refused(tmp_path, tokenizer):
         opened(empty, tokenizer)
 
 
+def test_all_columns_that_no_row_has_are_told_at_once(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "c.jsonl", [GOOD])
+    with pytest.raises(UserError) as caught:
+        opened(source, tokenizer, prompt_column="problem", answer_column="solution")
+    told = "has no column 'problem' (data.prompt_column) and no column 'solution' (data.answer_column); its columns are "
+    assert told in str(caught.value)
+
+
 def test_a_hub_dataset_is_loaded_by_name_config_and_split(tokenizer, monkeypatch):
     import datasets
 

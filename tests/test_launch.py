@@ -62,6 +62,22 @@ def shipped_configs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(cli, "CONFIGS", folder)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("tools/plan.py", "--gpus", "8", "--config", ""), "--config"),
+        (("tools/convert_hf.py", "to-megatron", "--hf", "", "--out", "out"), "--hf"),
+        (("tools/convert_hf.py", "to-hf", "--megatron", "run", "--out="), "--out"),
+        (("-m", "etr_megatron.observe", ""), "RUN_DIR"),
+        (("-m", "etr_megatron.observe", "runs/a", "--png", ""), "--png"),
+    ],
+)
+def test_a_path_that_is_empty_is_not_taken_for_the_working_directory(command: tuple[str, ...], option: str) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"argument {option}: it is empty, perhaps of a variable that is not set" in done.stderr
+
+
 def test_without_a_config_cpu_runs_the_small_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shipped_configs(monkeypatch, tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -34,8 +34,8 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--mean-prompt", "0"], "--mean-prompt 0: must be greater than 0 and at most data.max_prompt_tokens = 1024"),
         (["--mean-response", "nan"], "--mean-response nan: must be greater than 0"),
         (["--mean-response", "9000"], "at most rollout.max_response_tokens = 8192"),
-        (["--gpus", "0"], "--gpus 0 and --gpus-per-node 8 must be at least 1"),
-        (["--gpus-per-node", "-1"], "must be at least 1"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 1"),
         (["--gpus", "100000000"], "--gpus 100000000: no more than 65536 can be planned"),
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
@@ -53,6 +53,14 @@ def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(m
     assert tool(monkeypatch, *arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and told in said.err
+
+
+def test_numbers_that_cannot_be_meant_are_told_all_at_once(monkeypatch, capsys) -> None:
+    assert tool(monkeypatch, "--gpus", "0", "--gpus-per-node", "0", "--gpu-memory", "0", "--mean-prompt", "0") == 2
+    options = [line.removeprefix("error: ").split(" ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert options == ["--gpus", "--gpus-per-node", "--gpu-memory", "--mean-prompt"]
+    with pytest.raises(UserError, match=r"^--gpus-per-node 0: must be at least 1\n--gpu-memory 0: must be"):
+        dry_run(["--config", str(CONFIG), "--gpu-memory", "0", "--gpus-per-node", "0"])
 
 
 def test_a_mistake_that_no_number_of_gpus_mends_is_told_as_such() -> None:

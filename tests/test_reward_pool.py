@@ -241,14 +241,23 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
 
 def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     config = RewardConfig(function=user_rewards, workers=1)
-    responses = ["raise", "1.5", "-0.1", "float('nan')", "'1'", "None", "sys.exit", "True", "print", "torch"]
+    responses = ["raise", "float('inf')", "-float('inf')", "float('nan')", "'1'", "None", "sys.exit", "True", "print", "torch"]
     with GraderPool(config) as pool:
         grades = pool.grade([request(response) for response in responses])
     assert [grade.status for grade in grades] == ["error"] * 7 + ["ok"] * 3
     assert grades[6].detail.endswith("raised SystemExit: 3")
     assert [grade.reward for grade in grades] == [0.0] * 7 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
-    assert "returned 1.5, outside of reward.range_min = 0.0 to reward.range_max = 1.0" in grades[1].detail
+    assert "returned inf, which is no finite number" in grades[1].detail
+    assert "returned None, which is no finite number" in grades[5].detail
+
+
+def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):
+    with GraderPool(RewardConfig(function=user_rewards, workers=1, range_max=3.0)) as pool:
+        grades = pool.grade([request(one) for one in ["4", "3.1", "-0.1", "3.000001", "-1e-7", "2.9999999"]])
+    assert [grade.status for grade in grades] == ["out_of_range"] * 3 + ["ok"] * 3
+    assert [grade.reward for grade in grades] == [0.0, 0.0, 0.0, 3.0, 0.0, 2.9999999]
+    assert grades[0].detail.endswith("returned 4.0, outside of reward.range_min = 0.0 to reward.range_max = 3.0")
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_the_view_of_a_rollout_compares_both_log_probs_of_every_token(tmp_path):
     assert shown[-3].split() == ["0", "5", "'<5>'", "3", "-0.1000", "-0.2000", "1.0e-01"]
     assert shown[-1].split()[3] == "4"
     write_record(tmp_path / "recorded", 6, [group("a")], {}, None)
-    assert "the trainer's log-probs were not recorded" in view(tmp_path, 6, "a@5/1")
+    shown = view(tmp_path, 6, "a@5/1", "its tokenizer is gone")
+    assert "the trainer's log-probs were not recorded" in shown and "tokens have no text here: its tokenizer is gone\n" in shown
     with pytest.raises(UserError, match="has no sample b@5/0"):
-        view(tmp_path, 5, "b@5/0")
+        view(tmp_path, 5, "b@5/0", "")

@@ -121,6 +121,23 @@ def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs)
     assert "24 of 24 answers could not be graded" in printed and "KeyError" in printed
 
 
+def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(runs):
+    own = ("run.name=outside", "eval.every=0", "checkpoint.every=0", "--nproc", "2")
+    code, printed = runs.finish(*own, "reward.function=tests.rewards:doubled_after_30_answers")
+    assert code == 2 and "Traceback" not in printed
+    told = (
+        r"error: \d+ of 24 answers got a reward that cannot be; the first, to problem \S+: "
+        r"tests\.rewards:doubled_after_30_answers returned 2\.0, outside "
+        r"of reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
+    )
+    assert re.search(told, printed), printed
+    saved = runs.saved_rows("outside")
+    assert 1 <= len(saved) < 6
+    code, printed = runs.finish(*own)
+    assert code == 0, printed
+    runs.assert_went_on("outside", saved)
+
+
 def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(runs):
     loss = ("objective.loss=tests.broken_loss:root_of_zero", "objective.options={rank: 1}")
     code, output = runs.finish("run.name=broken", "--nproc", "2", "parallel.tp=1", *loss)

@@ -12,7 +12,10 @@ from etr_megatron import data
 from etr_megatron.config import Config, ModelConfig, RunConfig, dump_yaml, path_of_run
 from etr_megatron.convert import Ranks, to_megatron
 from etr_megatron.data import load_tokenizer, tiny_policy_path
+from etr_megatron.observe.__main__ import main as observe
 from etr_megatron.observe.rollout_view import tokenizer_pieces
+from etr_megatron.rollout.record import write_record
+from etr_megatron.types import Group, Problem, Sample
 from tests.test_convert_failures import refusal
 from tests.test_data_sources import byte_tokenizer
 from tools.convert_hf import main
@@ -71,7 +74,25 @@ def test_a_run_is_converted_and_read_from_another_directory(run, capsys):
     assert load_tokenizer("out").encode("12") == byte_tokenizer().encode("12")
     assert [path.name for path in Path().iterdir()] == ["out"]
     pieces = tokenizer_pieces(run)
-    assert pieces is not None and "".join(pieces(byte_tokenizer().encode("12+7="))) == "12+7="
+    assert not isinstance(pieces, str) and "".join(pieces(byte_tokenizer().encode("12+7="))) == "12+7="
+
+
+def test_a_rollout_whose_tokenizer_is_gone_is_shown_by_ids_and_says_what_is_missing(run, capsys):
+    sample = Sample(0, [5, 6], [-0.1, -0.5], "stop", 4, "x", 1.0, "ok")
+    write_record(run / "recorded", 1, [Group("a@1", Problem("a", "?", "1", [1]), [sample])], {}, None)
+    (model,) = (file.parent for file in run.parents[1].rglob("tokenizer.json"))
+    command = ["rollout", str(run), "--step", "1", "--sample", "a@1/0"]
+    assert observe(command) == 0 and "no text here" not in capsys.readouterr().out
+    (model / "tokenizer.json").write_text("{")
+    assert observe(command) == 0
+    assert f"tokens have no text here: model.path: the tokenizer in '{model}' cannot be loaded" in capsys.readouterr().out
+    shutil.rmtree(model)
+    assert observe(command) == 0
+    said = capsys.readouterr().out
+    assert "tokens have no text here: the tokenizer was in " in said and "and there is no such directory any more\n" in said
+    assert model.name in said and said.splitlines()[-1].split()[:2] == ["1", "6"]
+    (run / "config.yaml").unlink()
+    assert observe(command) == 0 and "config.yaml cannot be read: No such file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run", ["model"], indirect=True)

@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
 from etr_megatron.status import code_of_printing, exit_code_of, report_user_error
 
@@ -40,21 +41,21 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
     command = commands.add_parser("to-megatron", help="HuggingFace to torch_dist, which loads in any layout")
-    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="HuggingFace checkpoint")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    command.add_argument("--hf", type=given_path, required=True, metavar="DIR", help="HuggingFace checkpoint")
+    command.add_argument("--out", type=given_path, required=True, metavar="DIR", help="new directory")
     command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the tensors (default: as they are)")
     dtype = "type of the tensors; what is quantised is rounded to it first (default: as they are)"
     command = commands.add_parser("to-hf", help="torch_dist, or a training run's checkpoint, to HuggingFace")
     _add_megatron(command)
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    command.add_argument("--out", type=given_path, required=True, metavar="DIR", help="new directory")
     command.add_argument("--dtype", choices=["bf16", "fp32"], help=dtype)
     command.add_argument("--fp8-block", type=int, choices=[128], help="quantise to FP8 in blocks of 128 x 128")
     command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     command.add_argument(
-        "--config-from", type=Path, metavar="DIR", help="where config.json and the tokenizer are, if elsewhere"
+        "--config-from", type=given_path, metavar="DIR", help="where config.json and the tokenizer are, if elsewhere"
     )
     command = commands.add_parser("verify", help="compare tensor by tensor, then the logits of a prompt")
-    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="HuggingFace checkpoint")
+    command.add_argument("--hf", type=given_path, required=True, metavar="DIR", help="HuggingFace checkpoint")
     _add_megatron(command)
     command.add_argument("--no-logits", action="store_true", help="tensors alone; logits need both models in memory, in fp32")
     command.add_argument("--prompt", help="prompt of the logits")
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_megatron(command: argparse.ArgumentParser) -> None:
     what = "torch_dist checkpoint, a run's step_* directory, or a run (its newest checkpoint)"
-    command.add_argument("--megatron", type=Path, required=True, metavar="DIR", help=what)
+    command.add_argument("--megatron", type=given_path, required=True, metavar="DIR", help=what)
 
 
 def run(argv: list[str]) -> int:
@@ -85,6 +86,8 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
     from etr_megatron.convert.hf_files import DTYPES
 
     start = time.monotonic()
+    named = {name: getattr(asked, name) for name in ("hf", "megatron", "out") if hasattr(asked, name)}
+    convert.refuse_mistaken(ranks, **named)
     if asked.command == "verify":
         return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt))
     dtype = DTYPES[asked.dtype] if asked.dtype else None

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 
+from etr_megatron.cli import given_path
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan, render, suggestions
@@ -20,7 +21,7 @@ from etr_megatron.status import code_of_printing
 def main() -> int:
     """Parse, plan, print; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", type=given_path, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, those of its servers included")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a GPU (80)")
     parser.add_argument("--gpus-per-node", type=int, default=8)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_rank
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import no_room, sync_to_disk
+from etr_megatron.platform.files import disk_errors, entries, no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.replicas import ReadOnce
@@ -74,9 +74,10 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
     rank0 = dist.get_rank() == 0
     try:
         if rank0:
-            for leftover in checkpoints.glob(".step_*.unfinished"):  # of saves that were killed
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
+            with disk_errors(checkpoints):
+                for leftover in entries(checkpoints, ".step_*.unfinished"):  # of saves that were killed
+                    shutil.rmtree(leftover)
+                temporary.mkdir(parents=True)
         dist.barrier()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
         dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from etr_megatron.config.defaults import fill_objective, tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
+from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.load import load_config
 from etr_megatron.config.presets import LOSSES, PRESETS
 from etr_megatron.config.resolve import resolve
@@ -42,6 +43,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "Fp8Config",
+    "InvalidConfigError",
     "ModelConfig",
     "ObjectiveConfig",
     "ObserveConfig",

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
 from etr_megatron.config.coerce import Mismatch, coerce, describe
+from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.schema import Config
-from etr_megatron.config.validate import render, violations
-from etr_megatron.errors import UserError
+from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
 
 OVERRIDE = "command line"
 """Source of a value that an override gave."""
 
 SECTIONS: dict[str, dict[str, Any]] = {section: get_type_hints(cls) for section, cls in get_type_hints(Config).items()}
 """Annotation of every key of every section."""
+
+KEYS = frozenset(f"{section}.{name}" for section, names in SECTIONS.items() for name in names)
+
+
+@dataclass
+class _Problems:
+    """What is told, and the keys whose values could not be read, so that nothing can be said about these."""
+
+    told: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+
+    def tell(self, problem: str, unread: Collection[str] = ()) -> None:
+        self.told.append(problem)
+        self.unread.update(unread)
 
 
 @dataclass(frozen=True)
@@ -41,11 +55,11 @@ class _Setting:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (None: the defaults), apply `overrides` (`section.key=value`, later ones win), check everything.
 
-    Raises one UserError that lists every problem: unknown sections and keys with the nearest known one, values of the
+    Raises one InvalidConfigError that lists every problem: unknown sections and keys with the nearest known one, values of the
     wrong type, and violated constraints, each with its key, value and source (file and line, or command line).
     Layout constraints that need the world size are checked by `validate` and `resolve`.
     """
-    problems: list[str] = []
+    problems = _Problems()
     settings = _read_file(Path(path), problems) if path is not None else []
     for override in overrides:
         setting = _read_override(override, problems)
@@ -54,23 +68,23 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     config = Config()
     sources: dict[str, str] = {}
-    broken: set[str] = set()
     # The last setting of a key is the one that counts: an override also mends a bad value in the file.
     for setting in {s.key: s for s in settings}.values():
         try:
             value = _value(setting)
         except Mismatch as mismatch:
-            broken.add(setting.key)
-            problems.append(f"{setting.key} = {setting.shown} ({setting.source}): must be {mismatch}")
+            problems.tell(f"{setting.key} = {setting.shown} ({setting.source}): must be {mismatch}", [setting.key])
             continue
         section = replace(getattr(config, setting.section), **{setting.name: value})
         config = replace(config, **{setting.section: section})
         sources[setting.key] = setting.source
+        if setting.source == OVERRIDE:  # whatever the file would have said of it
+            problems.unread.discard(setting.key)
 
-    problems += [render(violation, config, sources) for violation in violations(config) if not broken & set(violation.keys)]
-    if problems:
-        head = f"invalid configuration, {len(problems)} problem{'s' if len(problems) > 1 else ''}:"
-        raise UserError("\n".join([head, *(f"  - {problem}" for problem in problems)]))
+    found = [one for one in violations(config) if problems.unread.isdisjoint(depends_on(one, config))]
+    told = [*problems.told, *(render(violation, config, sources) for violation in found)]
+    if told:
+        raise InvalidConfigError("invalid configuration", told, config, problems.unread | wrong_alone(found))
     return config
 
 
@@ -83,14 +97,15 @@ def _value(setting: _Setting) -> Any:
     return coerce(setting.node, hint, setting.verbatim)
 
 
-def _read_override(override: str, problems: list[str]) -> _Setting | None:
+def _read_override(override: str, problems: _Problems) -> _Setting | None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals:
-        problems.append(f"{override} ({OVERRIDE}): an override is written section.key=value")
+        problems.tell(f"{override} ({OVERRIDE}): an override is written section.key=value")
         return None
     if not dot:
-        problems.append(f"{section} ({OVERRIDE}): an override is written section.key=value{_hint(section)}")
+        near, hint = _nearest(section)
+        problems.tell(f"{section} ({OVERRIDE}): an override is written section.key=value{hint}", near)
         return None
     if not _known(section, name, OVERRIDE, problems):
         return None
@@ -104,31 +119,32 @@ def _read_override(override: str, problems: list[str]) -> _Setting | None:
     return _Setting(section, name, node, _shorten(text), OVERRIDE, verbatim=text)
 
 
-def _read_file(path: Path, problems: list[str]) -> list[_Setting]:
+def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        problems.append(f"config file {path} cannot be read: {error.strerror}")
+        problems.tell(f"config file {path} cannot be read: {error.strerror}", KEYS)
         return []
     except UnicodeDecodeError as error:
-        problems.append(f"config file {path} is not UTF-8 text (byte {error.start})")
+        problems.tell(f"config file {path} is not UTF-8 text (byte {error.start})", KEYS)
         return []
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problems.append(f"{path}{line}: not valid YAML, {error.problem or error.context}")
+        problems.tell(f"{path}{line}: not valid YAML, {error.problem or error.context}", KEYS)
         return []
     except (yaml.YAMLError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        problems.append(f"{path}: not valid YAML, {reason}")
+        problems.tell(f"{path}: not valid YAML, {reason}", KEYS)
         return []
     if root is None:
         return []
     settings: list[_Setting] = []
     for section, node, source in _entries(root, str(path), "", problems):
         if section not in SECTIONS:
-            problems.append(f"{section} ({source}): unknown section{_hint(section)}")
+            near, hint = _nearest(section)
+            problems.tell(f"{section} ({source}): unknown section{hint}", near)
         elif not (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):  # a section all commented out
             settings += [
                 _Setting(section, name, value, _shorten(text[value.start_mark.index : value.end_mark.index]), where)
@@ -138,58 +154,69 @@ def _read_file(path: Path, problems: list[str]) -> list[_Setting]:
     return settings
 
 
-def _entries(node: yaml.Node, path: str, prefix: str, problems: list[str]) -> list[tuple[str, yaml.Node, str]]:
+def _entries(node: yaml.Node, path: str, prefix: str, problems: _Problems) -> list[tuple[str, yaml.Node, str]]:
     """(key, value, file:line) of a mapping; a node that is none, and keys given twice, are problems."""
     where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
         what = f"{prefix[:-1]} ({where})" if prefix else where
-        problems.append(f"{what}: must be a mapping of {'keys to values' if prefix else 'sections'}")
+        unread = [key for key in KEYS if key.startswith(prefix)]
+        problems.tell(f"{what}: must be a mapping of {'keys to values' if prefix else 'sections'}", unread)
         return []
     entries: dict[str, tuple[str, yaml.Node, str]] = {}
     for key_node, value in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{where}: a key must be plain text")
+            problems.tell(f"{where}: a key must be plain text")
             continue
         key = key_node.value
         if key in entries:
-            problems.append(f"{prefix}{key} ({where}): given twice, first at {entries[key][2]}")
+            problems.tell(f"{prefix}{key} ({where}): given twice, first at {entries[key][2]}")
         entries[key] = (key, value, where)
     return list(entries.values())
 
 
-def _known(section: str, name: str, source: str, problems: list[str]) -> bool:
+def _known(section: str, name: str, source: str, problems: _Problems) -> bool:
     if section not in SECTIONS:
         near = difflib.get_close_matches(section, SECTIONS, n=1)
-        exact = [s for s in near if name in SECTIONS[s]]
-        hint = f"; did you mean {exact[0]}.{name}?" if exact else _hint(name) or _hint(section)
-        problems.append(f"{section}.{name} ({source}): unknown section {section}{hint}")
+        exact = [f"{one}.{name}" for one in near if name in SECTIONS[one]]
+        keys, hint = _suggestion(exact) if exact else _nearest(name)
+        if not keys:
+            keys, hint = _nearest(section)
+        problems.tell(f"{section}.{name} ({source}): unknown section {section}{hint}", keys)
         return False
     if name not in SECTIONS[section]:
-        problems.append(f"{section}.{name} ({source}): unknown key{_hint(name, section)}")
+        keys, hint = _nearest(name, section)
+        problems.tell(f"{section}.{name} ({source}): unknown key{hint}", keys)
         return False
     return True
 
 
-def _hint(name: str, section: str | None = None) -> str:
-    """`; did you mean ...?`: the key of that name in another section, else the nearest key here, else anywhere."""
+def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
+    """What may have been meant: the key of that name in another section, else the nearest key here, else anywhere.
+
+    Returns the keys (of a section, all of its), and `; did you mean ...?`.
+    """
     everywhere: dict[str, list[str]] = {}
     for known_section, keys in SECTIONS.items():
         for key in keys:
             everywhere.setdefault(key, []).append(f"{known_section}.{key}")
     if name in everywhere:
-        return f"; did you mean {' or '.join(everywhere[name])}?"
+        return _suggestion(everywhere[name])
     here: Collection[str] = SECTIONS if section is None else SECTIONS[section]
     near = difflib.get_close_matches(name, here, n=1)
     if not near:  # `promts` for `prompts_per_step`: a near beginning counts too
         beginnings = {key[: len(name) + 1]: key for key in here}
         near = [beginnings[match] for match in difflib.get_close_matches(name, beginnings, n=1, cutoff=0.75)]
     if near:
-        return f"; did you mean {f'{section}.' if section else ''}{near[0]}?"
+        return _suggestion([f"{section}.{near[0]}" if section else near[0]])
     near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
-    if near:
-        return f"; did you mean {' or '.join(everywhere[near[0]])}?"
-    return f"; known are {', '.join(sorted(here))}"
+    return _suggestion(everywhere[near[0]]) if near else ([], f"; known are {', '.join(sorted(here))}")
+
+
+def _suggestion(names: list[str]) -> tuple[list[str], str]:
+    """Keys or sections that may have been meant, as keys and in words."""
+    keys = [key for name in names for key in KEYS if key == name or key.startswith(f"{name}.")]
+    return keys, f"; did you mean {' or '.join(names)}?"
 
 
 def _shorten(text: str) -> str:

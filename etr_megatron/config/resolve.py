@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective, tensor_parallel
+from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.rules import train
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import render, validate
-from etr_megatron.errors import UserError
 
 LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 """Mean gap between rollout and trainer log-probs (nats per token) above which the first step is refused."""
@@ -18,7 +18,7 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
     """A config without open ends: no `auto`, and null only where null is a meaning ("none", "off").
 
     world_size: ranks in the job, at least 1. cuda: whether this machine has a CUDA device.
-    Raises UserError that lists every violated constraint, those of the layout on `world_size` ranks included, and
+    Raises InvalidConfigError that lists every violated constraint, those of the layout on `world_size` ranks included, and
     `run.platform: cuda` asked for without a device.
     """
     problems = validate(config, world_size)
@@ -27,7 +27,7 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
     if config.run.platform == "cpu" or not cuda:
         problems += [render(violation, config) for violation in train.on_cpu(config)]
     if problems:
-        raise UserError("\n".join([f"invalid configuration on {world_size} ranks:", *(f"  - {p}" for p in problems)]))
+        raise InvalidConfigError(f"invalid configuration on {world_size} ranks", problems, config)
 
     platform = ("cuda" if cuda else "cpu") if config.run.platform == "auto" else config.run.platform
     dtype = ("bfloat16" if platform == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from etr_megatron.config.defaults import fill_objective
@@ -32,6 +32,18 @@ def violations(config: Config, world_size: int | None = None) -> list[Violation]
     if world_size is not None:
         found.extend(parallel.layout(config, world_size))
     return found
+
+
+def depends_on(violation: Violation, config: Config) -> set[str]:
+    """The keys whose values make it one, the preset's included where it gives one of these."""
+    keys = {*violation.keys, *violation.given}
+    is_inherited = any(key.startswith("objective.") and get(config, key) is None for key in keys)
+    return keys | ({"objective.preset"} if is_inherited else set())
+
+
+def wrong_alone(found: Iterable[Violation]) -> set[str]:
+    """The keys whose value is wrong whatever the others are."""
+    return {one.keys[0] for one in found if len(one.keys) == 1}
 
 
 def render(violation: Violation, config: Config, sources: Mapping[str, str] | None = None) -> str:

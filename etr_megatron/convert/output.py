@@ -35,8 +35,7 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays, until the
     same conversion is started again. A directory of that name that no conversion has left is refused, whatever it holds.
     """
-    if not out.name or out.resolve().name != out.name:
-        raise UserError(f"--out {out} must end in the name of a new directory")
+    refuse_existing(out)
     partial = out.with_name(out.name + ".unfinished")
     lock = ranks.first(lambda: _prepare(out, partial, size))
     try:
@@ -61,8 +60,7 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     lock = _lock(out, partial)
     try:
         _claim(out, partial)
-        for leftover in set(partial.iterdir()) - {partial / _OURS}:  # of one that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        _empty(out, partial)
         free = shutil.disk_usage(partial).free
         if free < size + _SPARE_BYTES:
             shutil.rmtree(partial)
@@ -76,7 +74,10 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
     return lock
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise UserError for what is no name of a new directory."""
+    if not out.name or out.resolve().name != out.name:
+        raise UserError(f"--out {out} must end in the name of a new directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already and is not an empty directory; choose another one or remove it")
 
@@ -84,7 +85,7 @@ def _refuse_existing(out: Path) -> None:
 def _lock(out: Path, partial: Path) -> int:
     """Make and lock the unfinished directory; until it is locked another conversion may rename or remove it at any moment."""
     while True:
-        _refuse_existing(out)
+        refuse_existing(out)
         try:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # of a path that cannot be, such as one below /proc, "no such file" as well
@@ -112,6 +113,17 @@ def _claim(out: Path, partial: Path) -> None:
         (partial / _OURS).touch()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
+def _empty(out: Path, partial: Path) -> None:
+    """Remove what a conversion that was killed has left."""
+    try:
+        for leftover in set(partial.iterdir()) - {partial / _OURS}:
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    except OSError as error:  # its file is named as seen from its own directory, or not at all
+        raise UserError(
+            f"--out {out}: what is left in {partial} cannot be removed ({error.strerror}); remove it or choose another --out"
+        ) from error
 
 
 def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:

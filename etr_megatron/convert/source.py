@@ -27,14 +27,19 @@ def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
     config_from: where config.json and the tokenizer are; None: in the directory itself, else where the run's `model.path` is.
     Raises UserError where there is no such checkpoint or no config.json.
     """
-    if not path.is_dir():
-        raise UserError(f"--megatron {path} is not a directory")
+    refuse_no_directory(path)
     weights = path if is_torch_dist(path) else _newest_step(path)
     config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights))
     if not (config / "config.json").is_file():
         said = f"--config-from {config}" if config_from else str(config)
         raise UserError(f"{said} holds no config.json; name the model's HuggingFace directory with --config-from")
     return MegatronSource(weights, config, "--config-from" if config_from else "--megatron")
+
+
+def refuse_no_directory(path: Path) -> None:
+    """Raise UserError where no Megatron checkpoint can be."""
+    if not path.is_dir():
+        raise UserError(f"--megatron {path} is not a directory")
 
 
 def _newest_step(path: Path) -> Path:

@@ -19,6 +19,7 @@ import datasets
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
 from etr_megatron.data.arithmetic import ArithmeticSplit, exercises
+from etr_megatron.data.hub import hub_or_cache
 from etr_megatron.errors import UserError
 
 _NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip")
@@ -113,15 +114,17 @@ def _checked(located: Iterator[tuple[str, Any]], source: str, config: DataConfig
 
 
 def _require_columns(rows: list[Mapping[str, Any]], source: str, config: DataConfig, key: str) -> None:
-    """A column that no row has is a wrong config, not many broken rows."""
+    """Columns that no row has are a wrong config, not many broken rows."""
     available = {column: None for row in rows for column in row}
-    for setting in ("prompt_column", "answer_column", "id_column"):
-        column = getattr(config, setting)
-        if rows and column is not None and column not in available:
-            raise UserError(
-                f"{key}: {source!r} has no column {column!r} (data.{setting}); its columns are "
-                + ", ".join(map(repr, available))
-            )
+    wanted = {setting: getattr(config, setting) for setting in ("prompt_column", "answer_column", "id_column")}
+    missing = [
+        f"column {column!r} (data.{setting})"
+        for setting, column in wanted.items()
+        if column is not None and column not in available
+    ]
+    if rows and missing:
+        columns = ", ".join(map(repr, available))
+        raise UserError(f"{key}: {source!r} has no {' and no '.join(missing)}; its columns are {columns}")
 
 
 def _row(raw: Mapping[str, Any], place: str, config: DataConfig) -> Row:
@@ -188,15 +191,18 @@ def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
 
 
 def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
-    """A split of a hub dataset, from the local cache of `datasets` when offline."""
+    """A split of a hub dataset, from the local cache of `datasets` when offline, or where there is no network."""
     name, _, subset = source.partition(":")
-    try:
-        return datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # hub clients raise types of their own (httpx, huggingface_hub) with no common base
-        raise UserError(
-            f"{key}: dataset {source!r} (split {split!r}) could not be loaded ({_first_line(error)}); check name and split, "
-            "or download it where there is a network and give a .jsonl or .parquet file"
-        ) from error
+    with hub_or_cache(name) as unreachable:
+        try:
+            return datasets.load_dataset(name, subset or None, split=split)
+        except Exception as error:  # hub clients raise types of their own (httpx, huggingface_hub) with no common base
+            is_absent = unreachable is not None and isinstance(error, ConnectionError)
+            reason = f"it is not in the cache, and {unreachable}" if is_absent else _first_line(error)
+            raise UserError(
+                f"{key}: dataset {source!r} (split {split!r}) could not be loaded ({reason}); check name and split, or "
+                "download it where there is a network and give a .jsonl or .parquet file"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

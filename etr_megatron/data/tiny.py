@@ -53,17 +53,18 @@ def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progres
         UserError: the cache cannot be written, or another process is still building after `timeout_s`.
     """
     finished = tiny_policy_path(tiny, arithmetic)
-    if finished.is_dir():
-        return finished
     try:
+        if finished.is_dir():
+            return finished
         finished.parent.mkdir(parents=True, exist_ok=True)
         with _only_builder(finished, timeout_s) as build:
             if build:
                 _build(finished, tiny, arithmetic, progress=progress)
     except (OSError, SafetensorError) as error:
+        way_out = "name" if isinstance(error, PermissionError) else "free space there or name"
         raise UserError(
             f"tiny.cache_dir {tiny.cache_dir!r} cannot hold the tiny policy ({getattr(error, 'strerror', None) or error}): "
-            "free space there or name another directory"
+            f"{way_out} another directory"
         ) from error
     return finished
 

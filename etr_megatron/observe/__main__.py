@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import load_rows, plot, summary
 from etr_megatron.platform.files import path_errors
@@ -36,8 +36,8 @@ def _report(argv: list[str]) -> None:
         prog="python -m etr_megatron.observe",
         description="Report of a run directory; `rollout RUN_DIR` shows a recorded rollout instead.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=_RUN_DIR)
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the curves (needs matplotlib)")
+    parser.add_argument("run_dir", type=given_path, metavar="RUN_DIR", help=_RUN_DIR)
+    parser.add_argument("--png", type=given_path, metavar="FILE", help="also draw the curves (needs matplotlib)")
     arguments = parser.parse_args(argv)
     with path_errors():
         rows = load_rows(arguments.run_dir)
@@ -51,14 +51,14 @@ def _rollout(argv: list[str]) -> None:
     from etr_megatron.observe.rollout_view import listing, tokenizer_pieces, view  # slow to import
 
     parser = argparse.ArgumentParser(prog="python -m etr_megatron.observe rollout", description="A recorded rollout.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=f"{_RUN_DIR}, made with rollout.record=true")
+    parser.add_argument("run_dir", type=given_path, metavar="RUN_DIR", help=f"{_RUN_DIR}, made with rollout.record=true")
     parser.add_argument("--step", type=int, required=True, metavar="N")
     parser.add_argument("--sample", metavar="ID", help="<group>/<number>; without it the step's samples are listed")
     arguments = parser.parse_args(argv)
-    if arguments.sample is None:
-        print(listing(arguments.run_dir, arguments.step))
-        return
-    print(view(arguments.run_dir, arguments.step, arguments.sample, tokenizer_pieces(arguments.run_dir)))
+    run, step, sample = arguments.run_dir, arguments.step, arguments.sample
+    with path_errors():
+        text = listing(run, step) if sample is None else view(run, step, sample, tokenizer_pieces(run))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,17 @@ def listing(run: Path, step: int) -> str:
     return "\n".join(lines)
 
 
-def view(run: Path, step: int, name: str, pieces: Pieces | None = None) -> str:
+def view(run: Path, step: int, name: str, pieces: Pieces | str) -> str:
     """The sample `name` (`<group>/<index>`, as `listing` has it) of a recorded step.
 
-    pieces: without it tokens are shown by their ids alone. Raises UserError when the step or the sample is not there.
+    pieces: or why there are none; tokens are then shown by their ids alone, and that is said. Raises UserError when the step or
+    the sample is not there.
     """
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
             if f"{group['id']}/{sample['index']}" == name:
-                return "\n".join([*_facts(name, group["problem"], sample), "", *_tokens(sample, pieces)])
+                missing = [f"tokens have no text here: {pieces}"] if isinstance(pieces, str) else []
+                return "\n".join([*_facts(name, group["problem"], sample), "", *missing, *_tokens(sample, pieces)])
     raise UserError(f"step {step} of {run} has no sample {name}; leave out --sample to see which there are")
 
 
@@ -61,9 +63,9 @@ def _indented(text: str) -> list[str]:
     return [f"    {line}" for line in text.splitlines() or [""]]
 
 
-def _tokens(sample: dict[str, Any], pieces: Pieces | None) -> list[str]:
+def _tokens(sample: dict[str, Any], pieces: Pieces | str) -> list[str]:
     ids = sample["response_ids"]
-    texts = [repr(text) for text in pieces(ids)] if pieces is not None else [""] * len(ids)
+    texts = [""] * len(ids) if isinstance(pieces, str) else [repr(text) for text in pieces(ids)]
     versions = sample["weight_versions"] or [sample["weight_version"]] * len(ids)
     old = sample.get("old_logprobs") or [None] * len(ids)
     width = max([4, *map(len, texts)])
@@ -76,15 +78,18 @@ def _tokens(sample: dict[str, Any], pieces: Pieces | None) -> list[str]:
     return lines
 
 
-def tokenizer_pieces(run: Path) -> Pieces | None:
-    """By the tokenizer of the run's model, None where it cannot be had any more."""
+def tokenizer_pieces(run: Path) -> Pieces | str:
+    """By the tokenizer of the run's model; why not, in a sentence, where it cannot be had any more."""
     from etr_megatron.config import load_config, path_of_run
     from etr_megatron.data import load_tokenizer, tiny_policy_path
 
     try:
         config = load_config(RunDirectory(run).config_file, [])
         name = tiny_policy_path(config.tiny, config.arithmetic) if config.model.path == "tiny" else config.model.path
-        tokenizer = load_tokenizer(path_of_run(name, run, config))
-    except (UserError, OSError, ValueError, yaml.YAMLError):
-        return None
+        path = path_of_run(name, run, config)
+        if not path.is_dir():
+            return f"the tokenizer was in {path}, the run's model.path, and there is no such directory any more"
+        tokenizer = load_tokenizer(path)
+    except (UserError, OSError, ValueError, yaml.YAMLError) as error:
+        return " ".join(str(error).split())
     return lambda ids: [tokenizer.decode([token]) for token in ids]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.platform.files import disk_errors, write_atomically
+from etr_megatron.platform.files import disk_errors, entries, write_atomically
 from etr_megatron.types import Group, Sample
 
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
@@ -29,10 +29,9 @@ def save_rollouts(directory: Path, step: int, groups: Iterable[Group]) -> Path:
 
 def cut_back_rollouts(directory: Path, step: int) -> int:
     """Remove the files of steps after `step` and return how many there were."""
-    later = [
-        path for path in directory.glob("step_*.jsonl") if (match := _STEP_FILE.fullmatch(path.name)) and int(match[1]) > step
-    ]
     with disk_errors(directory):
+        found = entries(directory, "step_*.jsonl")
+        later = [path for path in found if (match := _STEP_FILE.fullmatch(path.name)) and int(match[1]) > step]
         for path in later:
             path.unlink()
     return len(later)

@@ -19,7 +19,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe import run_lock
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.observe.rollouts import cut_back_rollouts, save_rollouts
-from etr_megatron.platform.files import disk_errors, path_errors, write_atomically
+from etr_megatron.platform.files import disk_errors, entries, path_errors, write_atomically
 from etr_megatron.types import Group
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class RunDirectory:
         """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or when
         the directory cannot be looked into."""
         with disk_errors(self.root):
-            is_used, is_over = self.is_used(), self._is_finished() and not any(self.checkpoints.glob("step_*"))
+            is_used, is_over = self.is_used(), self._is_finished() and not entries(self.checkpoints, "step_*")
         if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
@@ -102,7 +102,10 @@ class RunDirectory:
             )
 
     def refuse_if_unwritable(self) -> None:
-        """Raise `UserError` where the directory cannot be made or written to; nothing that was not there is left behind."""
+        """Raise `UserError` where the directory cannot be made or written to, or holds what this user may not go on from.
+
+        Nothing that was not there is left behind.
+        """
         with disk_errors(self.root):
             missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
             try:
@@ -114,6 +117,21 @@ class RunDirectory:
                 for path in missing:
                     with suppress(OSError):  # not made, or somebody has begun to use it
                         path.rmdir()
+        self._refuse_what_is_anothers()
+
+    def _refuse_what_is_anothers(self) -> None:
+        """What another user, or root in a container, has left in a directory that all may write to would else be met at the
+        step that needs it, such as the first checkpoint's."""
+        for folder in (self.rollouts, self.recorded, self.checkpoints, self.tensorboard, self.servers):
+            _require(folder, os.R_OK | os.W_OK | os.X_OK)
+        steps = entries(self.checkpoints, "step_*")
+        for folder in steps:  # each is removed one day
+            _require(folder, os.R_OK | os.W_OK | os.X_OK)
+        _require(self.lock_file, os.R_OK | os.W_OK)
+        for file in (self.config_file, self.metrics.path, self.status_file, *entries(self.recorded, "*.safetensors")):
+            _require(file, os.R_OK)
+        for file in (file for folder in steps for file in entries(folder, "*")):
+            _require(file, os.R_OK)
 
     def prepare(self, config: Config) -> list[str]:
         """Make the directories and config.yaml; return the keys in which `config` differs from the run's start.
@@ -183,6 +201,13 @@ class RunDirectory:
         if not isinstance(loaded, dict) or not all(isinstance(section, dict) for section in loaded.values()):
             raise UserError(f"{self.config_file}: not a configuration; restore it or remove it")
         return loaded
+
+
+def _require(path: Path, mode: int) -> None:
+    """Raise UserError for a path that is there and may not be used in these ways (see `os.access`)."""
+    if path.exists() and not os.access(path, mode):
+        what = "written" if mode & os.W_OK else "read"
+        raise UserError(f"{path}: cannot be {what} (Permission denied); choose another run.dir or run.name")
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

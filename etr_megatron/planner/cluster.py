@@ -55,15 +55,20 @@ class Cluster:
         return self.ranks // (self.nodes - self.dedicated_nodes) if self.first_node_ranks is None else self.gpus_per_node
 
 
+def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
+    """Numbers that cannot be meant."""
+    counts = {"--gpus": gpus, "--gpus-per-node": gpus_per_node}
+    found = [f"{option} {count}: must be at least 1" for option, count in counts.items() if count < 1]
+    return found + ([f"--gpus {gpus}: no more than {MOST_GPUS} can be planned"] if gpus > MOST_GPUS else [])
+
+
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     """Give a job's GPUs to ranks and servers as `rollout.backend` and `sglang` say.
 
     Raises UserError where servers do not fit on a node or leave no GPU to train on.
     """
-    if gpus < 1 or gpus_per_node < 1:
-        raise UserError(f"--gpus {gpus} and --gpus-per-node {gpus_per_node} must be at least 1")
-    if gpus > MOST_GPUS:
-        raise UserError(f"--gpus {gpus}: no more than {MOST_GPUS} can be planned")
+    if problems := gpu_problems(gpus, gpus_per_node):
+        raise UserError("\n".join(problems))
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} is no multiple of the {gpus_per_node} GPUs of a node")

@@ -79,7 +79,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
 
     Raises UserError where there is none, and for what no number of GPUs would mend.
     """
-    check_options(config, options.get("gpu_memory", 80.0))
+    check_options(config, 1, **options)
     architecture_of(config)
     reason = ""
     for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
@@ -98,6 +98,8 @@ def check_weights(config: Config) -> str:
     """A sentence on the checkpoint. Raises UserError where its tensors are not those of its config.json."""
     from etr_megatron.weights import check_checkpoint
 
+    if config.model.path == "tiny":
+        return "the tiny model is made when the job starts: there are no weights to look at yet"
     if not Path(config.model.path).is_dir():
         return f"{config.model.path} is not here: its weights were not looked at"
     check_checkpoint(config.model.path)

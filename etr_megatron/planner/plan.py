@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from etr_megatron.config import Config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.planner.architecture import architecture_of
-from etr_megatron.planner.cluster import Cluster, divide, server_layout
+from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout
 from etr_megatron.planner.hardware import H100, Hardware
 from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
@@ -99,7 +99,7 @@ def make_plan(
     gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on so
     many GPUs, or whose layout the model cannot be cut into, and as `check_options`.
     """
-    check_options(config, gpu_memory, prompt, response)
+    check_options(config, gpus, gpu_memory=gpu_memory, gpus_per_node=gpus_per_node, prompt=prompt, response=response)
     cluster = divide(config, gpus, gpus_per_node)
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
@@ -126,15 +126,26 @@ def make_plan(
     )
 
 
-def check_options(config: Config, gpu_memory: float = 80.0, prompt: float | None = None, response: float | None = None) -> None:
-    """What `make_plan` is given beside the config. Raises UserError for a number that cannot be meant."""
+def check_options(
+    config: Config,
+    gpus: int,
+    *,
+    gpu_memory: float = 80.0,
+    gpus_per_node: int = 8,
+    prompt: float | None = None,
+    response: float | None = None,
+) -> None:
+    """What `make_plan` is given beside the config. Raises one UserError for all numbers that cannot be meant."""
+    problems = gpu_problems(gpus, gpus_per_node)
     if not 0 < gpu_memory < inf:
-        raise UserError(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
+        problems.append(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
     longest = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
     longest |= {"rollout.max_response_tokens": config.rollout.max_response_tokens}
     for option, mean, (key, most) in zip(("prompt", "response"), (prompt, response), longest.items(), strict=True):
         if mean is not None and not 0 < mean <= most:
-            raise UserError(f"--mean-{option} {mean:g}: must be greater than 0 and at most {key} = {most}")
+            problems.append(f"--mean-{option} {mean:g}: must be greater than 0 and at most {key} = {most}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ def path_errors() -> Iterator[None]:
         name = os.fsdecode(error.filename)
         name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
         raise UserError(f"{name}: {os.strerror(error.errno)}") from error
+
+
+def entries(folder: Path, pattern: str) -> list[Path]:
+    """As `Path.glob`, which finds nothing in a folder that may not be looked into: there OSError is raised."""
+    return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)] if folder.is_dir() else []
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from etr_megatron.imports import ImportPathError, import_function, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
+
+ROUNDING = 1e-6
+"""How far beyond its range, as a share of it, a reward may lie and be taken for its end: what a sum of float32 is off by."""
 
 
 def load_grader(config: RewardConfig) -> Grader:
@@ -43,16 +47,20 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
     """A user's function may fail on one answer: that answer is an error with its message, the run goes on."""
     try:
         value = function(request.prompt, request.response, request.answer)
-        reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
     except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
-    if math.isnan(reward):
-        return Grade(config.range_min, "error", f"{config.function} returned {value!r:.100}, which is no number")
-    if not config.range_min <= reward <= config.range_max:
-        return Grade(
-            config.range_min,
-            "error",
+    try:
+        reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except Exception:  # numpy's and torch's types raise what they like
+        reward = float("nan")
+    if not math.isfinite(reward):
+        shown = reprlib.repr(value)  # survives a value that cannot show itself
+        return Grade(config.range_min, "error", f"{config.function} returned {shown}, which is no finite number")
+    within = min(max(reward, config.range_min), config.range_max)
+    if abs(reward - within) > ROUNDING * (config.range_max - config.range_min):
+        detail = (
             f"{config.function} returned {reward}, outside of reward.range_min = {config.range_min} to "
-            f"reward.range_max = {config.range_max}; set these to what it can give",
+            f"reward.range_max = {config.range_max}"
         )
-    return Grade(reward, "ok", "")
+        return Grade(config.range_min, "out_of_range", detail)
+    return Grade(within, "ok", "")

@@ -21,8 +21,8 @@ class Grade:
     """The verdict on one response.
 
     reward: within `reward.range_min` and `reward.range_max`; the minimum where the status is not "ok".
-    status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), or "error" (the
-        reward function failed, left its range, or crashed its process twice).
+    status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), "error" (the reward
+        function failed, or crashed its process twice), or "out_of_range" (it gave what the config says that it cannot give).
     detail: what was compared, or what went wrong; for people.
     """
 

@@ -1,6 +1,6 @@
 """Sampling of responses: the engine protocol, the embedded engine, groups with rewards, what a step trains on."""
 
-from etr_megatron.rollout.collect import generate_groups, grade_groups
+from etr_megatron.rollout.collect import UngradedError, generate_groups, grade_groups
 from etr_megatron.rollout.embedded import EmbeddedEngine
 from etr_megatron.rollout.engine import (
     EngineGoneError,
@@ -27,6 +27,7 @@ __all__ = [
     "Sampling",
     "StreamingEngine",
     "StreamingSampler",
+    "UngradedError",
     "generate_groups",
     "grade_groups",
     "sample_seed",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
+from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.types import Group, Problem, Sample
 
 logger = logging.getLogger(__name__)
 
 Grader = Callable[[Sequence[GradeRequest]], list[Grade]]
 Decode = Callable[[list[int]], str]
+
+
+class UngradedError(UserError):
+    """Rewards cannot be had, or not be believed, until a person has mended something; the policy is unharmed."""
 
 
 def generate_groups(
@@ -33,21 +36,34 @@ def generate_groups(
 def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
     """Fill in rewards and their status (in place; the caller owns the groups). `grader` is given on rank 0, None elsewhere.
 
-    A collective. Raises UserError as `report_errors` does.
+    A collective. Raises UngradedError on every rank, as `grade_samples` and `report_errors` do.
     """
     samples = [(group.problem, sample) for group in groups for sample in group.samples]
-    box: list[list[Grade] | None] = [None]
-    if grader is not None:
-        box[0] = grade_samples(samples, grader)
-        report_errors([(grade, problem.id) for grade, (problem, _) in zip(box[0], samples, strict=True)])
-    dist.broadcast_object_list(box, src=0)
-    for (_, sample), grade in zip(samples, box[0], strict=True):
+
+    def graded() -> list[Grade]:
+        assert grader is not None
+        grades = grade_samples(samples, grader)
+        report_errors([(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)])
+        return grades
+
+    for (_, sample), grade in zip(samples, on_rank0(graded), strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
 
 
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
-    """Fill in rewards and their status (in place), on this rank alone."""
+    """Fill in rewards and their status (in place), on this rank alone.
+
+    Raises UngradedError, with nothing filled in, for a reward outside of the range that the config gives. Which of the two is
+    wrong nobody here knows, and to train on, counting what may be the best answers as the worst, would undo the policy.
+    """
     grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer) for problem, sample in samples])
+    outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
+    if outside:
+        grade, problem = outside[0]
+        raise UngradedError(
+            f"{len(outside)} of {len(grades)} answers got a reward that cannot be; the first, to problem {problem.id}: "
+            f"{grade.detail}; set these two to the least and the most that it gives, or mend it"
+        )
     for (_, sample), grade in zip(samples, grades, strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
     return grades
@@ -56,7 +72,7 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     """Answers that cannot be graded are reported with the first one's reason. grades: of a step, with the problems' ids.
 
-    Raises UserError when none can be: a reward function that always fails must not look like a policy that is always wrong.
+    Raises UngradedError when none can be: a reward function that always fails must not look like a policy that is always wrong.
     Where all only take too long that is said: a judge that others load as well may be quicker at the next step.
     """
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
@@ -68,5 +84,5 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     grade, name = failed[0]
     what = f"{len(failed)} of {len(grades)} answers could not be graded; the first, to problem {name}: {grade.detail}"
     if len(failed) + len(late) == len(grades):
-        raise UserError(f"{what}; mend reward.function or the reference answers")
+        raise UngradedError(f"{what}; mend reward.function or the reference answers")
     logger.warning("%s", what)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,13 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import write_atomically
+from etr_megatron.platform.files import entries, write_atomically
 from etr_megatron.rollout.record_checks import check_group, check_head
 from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
 """The folder's name in a run directory."""
 _REACHED = "reached.safetensors"
+_LONGEST_HEAD = 2**16
+_LINE_END = len("}\n")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def record_path(folder: Path, step: int) -> Path:
 
 def recorded_steps(folder: Path) -> list[int]:
     """The steps that `folder` has, in order. Files with other names than `record_path` gives, such as copies, do not count."""
-    found = ((path, path.stem.removeprefix("step_")) for path in folder.glob("step_*.jsonl"))
+    found = ((path, path.stem.removeprefix("step_")) for path in entries(folder, "step_*.jsonl"))
     return sorted(int(step) for path, step in found if step.isdecimal() and path == record_path(folder, int(step)))
 
 
@@ -73,12 +76,30 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
     """
     path = record_path(folder, step)
     if not path.is_file():
-        raise UserError(f"{folder} {_what_there_is(folder, step)}")
+        raise UserError(what_there_is(folder, step))
     try:
         head, groups = _parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not a recorded step ({error})") from error
     return groups, head["counts"]
+
+
+def glance_at_record(folder: Path, step: int) -> None:
+    """As `read_record`, of a file that is there, by its beginning and its end alone: is it cut off, or no record at all?"""
+    path = record_path(folder, step)
+    with path.open("rb") as file:
+        head = file.readline(_LONGEST_HEAD)
+        groups = file.read(1)
+        file.seek(-min(_LINE_END, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        end = file.read()
+    try:
+        _parsed_line(1, head.decode("utf-8"))
+        if not groups:
+            raise ValueError("it has no groups")
+        if not end.removesuffix(b"\n").endswith(b"}"):
+            raise ValueError("its last line is cut off")
+    except ValueError as error:
+        raise UserError(f"{path} is not a recorded step ({error})") from error
 
 
 def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -87,25 +108,32 @@ def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise ValueError("it is empty")
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-            (check_group if number > 1 else check_head)(found[-1])
-        except json.JSONDecodeError as error:  # its own text speaks of line 1
-            raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from error
-    if len(found) == 1:
+    head, *groups = (_parsed_line(number, line) for number, line in enumerate(lines, start=1))
+    if not groups:
         raise ValueError("it has no groups")
-    return found[0], found[1:]
+    return head, groups
 
 
-def _what_there_is(folder: Path, missing: int) -> str:
+def _parsed_line(number: int, line: str) -> dict[str, Any]:
+    """The head, which is line 1, or a group."""
+    try:
+        found = json.loads(line)
+        (check_group if number > 1 else check_head)(found)
+    except json.JSONDecodeError as error:  # its own text speaks of line 1
+        raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    return found
+
+
+def what_there_is(folder: Path, missing: int) -> str:
+    """Where the record in `folder` has no step `missing`: what it has."""
     steps = recorded_steps(folder)
+    if not folder.is_dir():
+        return f"there is no directory {folder}; give the directory of a run that was made with rollout.record=true"
     if not steps:
-        return "has no recorded steps; rollout.record makes them"
-    return f"has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
+        return f"{folder} has no recorded steps; rollout.record makes them"
+    return f"{folder} has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 
 def write_reached(folder: Path, reached: Reached) -> None:

@@ -15,6 +15,7 @@ from etr_megatron.rollout.collect import Decode, Grader, generate_groups, grade_
 from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
+from etr_megatron.rollout.replayable import misfit_of
 from etr_megatron.types import Group
 
 Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
@@ -162,31 +163,16 @@ class ReplaySampler:
     """The groups of a recorded run. It needs no engine; prompts are not dealt out."""
 
     def __init__(self, config: Config, cursor: PromptCursor) -> None:
-        self._folder, self._cursor = Path(config.rollout.replay or "") / RECORDED, cursor
-        self._wanted, self._size = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
-        self._needs_routing = config.train.routing_replay
+        self._config, self._cursor = config, cursor
+        self._folder = Path(config.rollout.replay or "") / RECORDED
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. Raises UserError when the step was not recorded, or has another number of groups or samples."""
+        """See `Sampler.take`. Raises UserError when the step was not recorded, or is not of the config's size."""
         with timer("rollout"):
             found, counts = on_rank0(lambda: read_record(self._folder, step))
-        if len(found) != self._wanted:
-            raise UserError(
-                f"step {step} in {self._folder} has {len(found)} groups; set rollout.prompts_per_step={len(found)} to replay it"
-            )
-        groups = [group_from_json(group) for group in found]
-        for group in groups:
-            if (size := len(group.samples)) != self._size:
-                raise UserError(
-                    f"step {step} in {self._folder} has groups of {size} samples; set rollout.samples_per_prompt={size} to "
-                    "replay it"
-                )
-        if self._needs_routing and not any(sample.routing for group in groups for sample in group.samples):
-            raise UserError(
-                f"step {step} in {self._folder} does not say which experts were chosen; set train.routing_replay=false to "
-                "replay it"
-            )
-        return Rollouts(groups, counts)
+        if misfit := misfit_of(self._folder, step, found, self._config):
+            raise UserError(misfit)
+        return Rollouts([group_from_json(group) for group in found], counts)
 
     def put_back(self, step: int) -> None:
         """A record is there to be read again."""

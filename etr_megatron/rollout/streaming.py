@@ -16,7 +16,7 @@ from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
-from etr_megatron.rollout.collect import Decode, Grader, grade_samples, report_errors
+from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
 from etr_megatron.rollout.engine import LOOK_S, Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
@@ -100,7 +100,11 @@ class Hand:
             with timer("reward"):
                 self._judge()
         grades, self._grades = self._grades, []
-        report_errors(grades)
+        try:
+            report_errors(grades)
+        except UngradedError:
+            self._forget_failures()
+            raise
         taken = self._choose(step)
         if step < self._config.run.steps:
             self._ask(step + 1, ahead)
@@ -204,6 +208,14 @@ class Hand:
         self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
         for held in complete:
             held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
+
+    def _forget_failures(self) -> None:
+        """What could not be graded is to be graded again, when that has been mended."""
+        for held in self._groups:
+            failed = [one for one in held.group.samples if one.reward_status not in ("ok", None)]
+            for sample in failed:
+                sample.reward = sample.reward_status = None
+            held.is_left_out = held.is_left_out and not failed
 
     def _is_enough(self) -> bool:
         """Enough groups are ready, and none that was redone is open: else a long response might be redone for ever."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import entries
 from etr_megatron.weights.file_tensor import FileTensor
 from etr_megatron.weights.listing import listed
 
@@ -114,7 +115,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _files(folder: Path, wanted: set[str]) -> list[Path]:
     """The directory's safetensors files, those that its index names (`wanted`) where it has one."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(entries(folder, "*.safetensors"))
     if wanted and _ALONE not in wanted and folder / _ALONE in files:
         raise UserError(f"{folder} holds {_ALONE} and an {INDEX} that does not name it; remove the one that is out of date")
     missing = sorted(wanted - {file.name for file in files})

@@ -32,12 +32,13 @@ def tiny(config: Config) -> Iterator[Violation]:
     if tiny.head_dim % 2:
         yield Violation(("tiny.head_dim",), "must be even, as rotary embeddings turn pairs of dimensions")
     if config.model.path == "tiny" and tiny.layers < config.parallel.pp:
-        yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer")
+        yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer", given=("model.path",))
     wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if config.model.path == "tiny" and wanted > TINY_POSITIONS:
         yield Violation(
             ("data.max_prompt_tokens", "rollout.max_response_tokens"),
             f"the tiny model has a context of {TINY_POSITIONS} tokens",
+            given=("model.path",),
         )
 
 
@@ -53,6 +54,7 @@ def arithmetic(config: Config) -> Iterator[Violation]:
             yield Violation(
                 ("arithmetic.train_problems", "arithmetic.eval_problems", "arithmetic.max_digits"),
                 f"there are at most {possible} different problems; ask for fewer, or allow more digits",
+                given=("arithmetic.operators", "data.train", "data.eval"),
             )
 
 

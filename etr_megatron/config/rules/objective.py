@@ -28,12 +28,14 @@ def objective(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("objective.kl_in", "objective.kl_estimator"),
             "a reward is a constant, so that only k1 pulls to the reference there; set kl_estimator to k1, or kl_in to loss",
+            given=("objective.kl_coef",),
         )
     if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.normalize:
         yield Violation(
             ("objective.kl_in", "objective.normalize"),
             "in a group whose rewards are otherwise equal, dividing by the deviation makes advantages of full size of the KL "
             "alone, however small it is; set normalize to false, or kl_in to loss",
+            given=("objective.kl_coef",),
         )
     if objective.correction_floor > objective.correction_cap:
         yield Violation(
@@ -61,7 +63,11 @@ def clip_range(config: Config) -> Iterator[Violation]:
     """The radii."""
     objective = config.objective
     if objective.loss in ("clipped", "gspo") and objective.eps_max >= 1:
-        yield Violation(("objective.eps_max",), "must be below 1, else the lower clip bound 1 - eps is not positive")
+        yield Violation(
+            ("objective.eps_max",),
+            "must be below 1, else the lower clip bound 1 - eps is not positive",
+            given=("objective.loss",),
+        )
     if objective.eps_min > objective.eps_max:
         yield Violation(("objective.eps_min", "objective.eps_max"), "eps_min must not exceed eps_max")
         return

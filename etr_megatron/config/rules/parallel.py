@@ -69,6 +69,7 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
             ("tiny.heads", "parallel.tp"),
             f"tp = {tp} must divide the {heads} attention heads, and be a divisor or a multiple of the {kv_heads} key/value "
             "heads",
+            given=("model.path",),
         )
 
 

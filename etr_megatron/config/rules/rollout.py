@@ -118,6 +118,7 @@ def sglang(config: Config) -> Iterator[Violation]:
             yield Violation(
                 ("sglang.context_length", "data.max_prompt_tokens", "rollout.max_response_tokens"),
                 f"servers refuse a prompt with a response of together {longest} tokens, which the other two allow",
+                given=("sglang.urls",),
             )
     yield from _placement(sglang)
     if sglang.placement == "colocated" and config.rollout.max_staleness:

@@ -63,11 +63,13 @@ def fp8(config: Config) -> Iterator[Violation]:
             ("fp8.param", "train.distributed_optimizer"),
             "only the distributed optimizer updates weights that are held in FP8; set distributed_optimizer to true, or "
             "param to false",
+            given=("fp8.recipe",),
         )
     if fp8.param and config.train.optimizer_offload:
         yield Violation(
             ("fp8.param", "train.optimizer_offload"),
             "the offloaded optimizer updates weights in bfloat16 only; set one of them to false",
+            given=("fp8.recipe",),
         )
 
 

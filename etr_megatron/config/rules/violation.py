@@ -10,10 +10,15 @@ from etr_megatron.config.schema import Config
 
 @dataclass(frozen=True)
 class Violation:
-    """A constraint that does not hold. keys: the `section.key`s it is about. message: the constraint and the way out."""
+    """A constraint that does not hold.
+
+    keys: the `section.key`s it is about. message: the constraint and the way out. given: other keys that it depends on, which
+    are not shown.
+    """
 
     keys: tuple[str, ...]
     message: str
+    given: tuple[str, ...] = ()
 
 
 def get(config: Config, key: str) -> Any:

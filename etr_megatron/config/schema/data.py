@@ -67,7 +67,7 @@ class RewardConfig:
     range_min: float = 0.0
     """Lowest reward the function can give; with `range_max` it normalises the group variance."""
     range_max: float = 1.0
-    """Highest reward the function can give."""
+    """Highest reward the function can give; one outside of the two stops the run."""
     workers: int = 2
     """Grader processes."""
     timeout_s: float = 10.0

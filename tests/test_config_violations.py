@@ -1,0 +1,155 @@
+"""Every rule of the config: what it says, and what it depends on."""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from etr_megatron.config import Config, validate
+from etr_megatron.config.load import KEYS
+from etr_megatron.config.rules import get
+from etr_megatron.config.validate import depends_on, violations
+from tests.test_config_constraints import config_with
+
+VIOLATIONS = [
+    (dict(run__steps=2**31), ["run.steps"]),
+    (dict(rollout__top_k=10**22), ["rollout.top_k"]),
+    (dict(rollout__max_response_tokens=3073), ["data.max_prompt_tokens", "rollout.max_response_tokens"]),
+    (dict(reward__workers=1025), ["reward.workers"]),
+    (dict(run__phase_timeout_s=0.5), ["run.phase_timeout_s"]),
+    (dict(train__lr=1e38), ["train.lr"]),
+    (dict(tiny__warm_start_lr=1e38), ["tiny.warm_start_lr"]),
+    (dict(train__adam_eps=1e-300), ["train.adam_eps"]),
+    (dict(arithmetic__max_digits=1001), ["arithmetic.max_digits"]),
+    (dict(run__name="a/b"), ["run.name"]),
+    (dict(run__name=".."), ["run.name"]),
+    (dict(run__name=""), ["run.name"]),
+    (dict(run__name="a "), ["run.name"]),
+    (dict(run__seed=2**32), ["run.seed"]),
+    (dict(tiny__heads=3), ["tiny.heads"]),
+    (dict(tiny__head_dim=15), ["tiny.head_dim"]),
+    (dict(tiny__layers=1, parallel__pp=2, parallel__tp=1), ["parallel.pp", "tiny.layers"]),
+    (dict(arithmetic__min_digits=4), ["arithmetic.min_digits", "arithmetic.max_digits"]),
+    (dict(arithmetic__operators=("+", "/")), ["arithmetic.operators"]),
+    (dict(arithmetic__operators=()), ["arithmetic.operators"]),
+    (dict(arithmetic__operators=("+", "+")), ["arithmetic.operators"]),
+    (dict(arithmetic__min_digits=1, arithmetic__max_digits=1), ["arithmetic.train_problems"]),
+    (dict(data__prompt_template="Q:"), ["data.prompt_template"]),
+    (dict(data__eval=""), ["data.eval"]),
+    (dict(reward__function="mine"), ["reward.function"]),
+    (dict(reward__function="mine:"), ["reward.function"]),
+    (dict(reward__function="my file.py:f"), ["reward.function"]),
+    (dict(reward__extract=("boxed", "xml")), ["reward.extract"]),
+    (dict(reward__extract=()), ["reward.extract"]),
+    (dict(reward__range_min=1.0), ["reward.range_min", "reward.range_max"]),
+    (dict(rollout__samples_per_prompt=1), ["rollout.samples_per_prompt"]),
+    (dict(rollout__temperature=0.0), ["rollout.temperature"]),
+    (dict(rollout__temperature=1e-39), ["rollout.temperature"]),
+    (dict(eval__temperature=1e-39), ["eval.temperature"]),
+    (dict(eval__samples=0), ["eval.samples"]),
+    (dict(eval__samples=4), ["eval.samples", "eval.temperature"]),
+    (
+        dict(sglang__router="random", train__routing_replay=True, rollout__backend="sglang"),
+        ["sglang.router", "train.routing_replay"],
+    ),
+    (dict(rollout__top_p=0.0), ["rollout.top_p"]),
+    (dict(rollout__top_p=1.1), ["rollout.top_p"]),
+    (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),
+    (dict(objective__eps_max=1.0), ["objective.eps_max"]),
+    (dict(objective__eps_min=0.5), ["objective.eps_min", "objective.eps_max"]),
+    (dict(objective__eps_high=0.5), ["objective.eps_high"]),
+    (dict(objective__alpha=1.5), ["objective.alpha"]),
+    (dict(objective__gamma=1.5), ["objective.gamma"]),
+    (dict(objective__log_ratio_bound=100.0), ["objective.log_ratio_bound"]),
+    (dict(objective__loss="ppo"), ["objective.loss"]),
+    (dict(objective__loss="my file.py:f"), ["objective.loss"]),
+    (dict(objective__loss=""), ["objective.loss"]),
+    (dict(objective__loss="gspo", objective__eps_max=1.0), ["objective.eps_max"]),
+    (dict(objective__dual_clip=1.0), ["objective.dual_clip"]),
+    (dict(objective__options={"margin": 0.1}), ["objective.options", "objective.loss"]),
+    (dict(objective__preset="gspo", objective__dual_clip=3.0), ["objective.dual_clip", "objective.loss"]),
+    (
+        dict(objective__kl_coef=0.1, objective__kl_in="reward", objective__kl_estimator="k3", objective__normalize=False),
+        ["objective.kl_estimator"],
+    ),
+    (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__kl_estimator="k2"), ["objective.kl_in"]),
+    (dict(objective__kl_coef=0.1, objective__kl_in="reward"), ["objective.normalize"]),
+    (dict(objective__preset="rloo", objective__kl_coef=0.1, objective__normalize=True), ["objective.kl_in"]),
+    (dict(rollout__backend="sglang", sglang__context_length=511, data__max_prompt_tokens=256), ["sglang.context_length"]),
+    (dict(objective__correction_cap=0.0, objective__correction_floor=0.0), ["objective.correction_cap"]),
+    (dict(objective__correction_floor=3.0), ["objective.correction_floor", "objective.correction_cap"]),
+    (dict(reward__overlong_buffer=300), ["reward.overlong_buffer", "rollout.max_response_tokens"]),
+    (dict(reward__overlong_penalty=-0.5), ["reward.overlong_penalty"]),
+    (dict(train__min_lr=1.0), ["train.min_lr", "train.lr"]),
+    (dict(train__adam_beta2=1.0), ["train.adam_beta2"]),
+    (dict(train__lr_warmup_updates=400), ["train.lr_warmup_updates", "run.steps"]),
+    (dict(parallel__tp=1, parallel__sequence_parallel=True), ["parallel.sequence_parallel", "parallel.tp"]),
+    (dict(parallel__vpp=2), ["parallel.vpp", "parallel.pp"]),
+    (dict(parallel__first_stage_layers=1), ["parallel.first_stage_layers", "parallel.pp"]),
+    (dict(parallel__ep=2), ["parallel.ep", "model.path"]),
+    (dict(parallel__etp=0), ["parallel.etp"]),
+    (dict(train__head_chunk_rows=0), ["train.head_chunk_rows"]),
+    (dict(train__overlap_param_gather=True, train__distributed_optimizer=True), ["train.overlap_grad_reduce"]),
+    (dict(train__optimizer_offload=True), ["train.distributed_optimizer"]),
+    (
+        dict(train__optimizer_offload=True, train__distributed_optimizer=True, model__dtype="float32"),
+        ["train.optimizer_offload", "model.dtype"],
+    ),
+    (dict(train__grads_dtype="bfloat16", model__dtype="float32"), ["train.grads_dtype", "model.dtype"]),
+    (dict(fp8__param=True), ["fp8.param", "fp8.recipe"]),
+    (dict(fp8__recipe="delayed", model__dtype="float32"), ["fp8.recipe", "model.dtype"]),
+    (dict(fp8__recipe="delayed", fp8__first_last_layers_bf16=True), ["fp8.first_last_layers_bf16"]),
+    (dict(fp8__recipe="tensorwise", fp8__param=True), ["fp8.param", "train.distributed_optimizer"]),
+    (dict(rollout__partial=True, rollout__backend="sglang"), ["rollout.partial", "rollout.max_staleness"]),
+    (dict(rollout__max_staleness=1), ["rollout.max_staleness", "rollout.backend"]),
+    (dict(rollout__replay="runs/a"), ["rollout.replay", "eval.every"]),
+    (dict(rollout__replay="runs/a", rollout__only=True, eval__every=0), ["rollout.only"]),
+    (dict(sglang__urls=("nowhere",)), ["sglang.urls"]),
+    (dict(sglang__devices=("0", "1")), ["sglang.devices", "sglang.servers", "sglang.tp"]),
+    (dict(sglang__ep=2), ["sglang.ep", "sglang.tp"]),
+    (dict(sglang__placement="external"), ["sglang.placement", "sglang.urls"]),
+    (dict(sglang__nodes="every", sglang__urls=("http://a:1",)), ["sglang.nodes", "sglang.urls"]),
+    (dict(sglang__checksums=True), ["sglang.checksums", "sglang.sync"]),
+    (dict(sglang__placement="colocated", sglang__sync="broadcast"), ["sglang.sync", "sglang.placement"]),
+    (dict(sglang__dedicated_nodes=1, sglang__nodes="every"), ["sglang.dedicated_nodes", "sglang.nodes"]),
+    (dict(sglang__dedicated_nodes=1, sglang__sync="tensor"), ["sglang.dedicated_nodes", "sglang.sync"]),
+    (dict(sglang__arguments=("--dtype",)), ["sglang.arguments"]),
+    (dict(sglang__arguments=("--context-length",), sglang__context_length=9000), ["sglang.context_length"]),
+    (dict(sglang__arguments=("--enable-eplb",), sglang__sync="sharded"), ["sglang.sync"]),
+]
+
+
+@pytest.mark.parametrize(("values", "keys"), VIOLATIONS)
+def test_violated_constraint_names_its_keys(values, keys):
+    problems = validate(config_with(**values), None)
+    assert len(problems) == 1
+    assert all(f"{key} = " in problems[0] for key in keys)
+
+
+def other_values(key: str, value: Any) -> list[Any]:
+    """Some that a key may have besides `value`."""
+    section, name = key.split(".")
+    hint = get_type_hints(get_type_hints(Config)[section])[name]
+    if get_origin(hint) is tuple:
+        return [other for other in ((), ("another",)) if other != value]
+    choices = [choice for one in (hint, *get_args(hint)) if get_origin(one) is Literal for choice in get_args(one)]
+    numbers = {bool: [True, False], int: [0, 1, 2, 10**6], float: [0.0, 1e-3, 0.3, 1.0, 1e6]}
+    kinds = {hint, *get_args(hint)}
+    plain = [value for kind in numbers if kind in kinds for value in numbers[kind]]
+    texts = ["", "another", "none:here"] if str in kinds and not choices else []
+    others = [None] if NoneType in kinds else []
+    return [other for other in [*choices, *plain, *texts, *others] if other != value]
+
+
+@pytest.mark.parametrize(("values", "keys"), VIOLATIONS)
+def test_a_violation_knows_every_key_that_it_depends_on(values, keys):
+    """So that none is told where one of these could not be read and has its default."""
+    config = config_with(**values)
+    (violation,) = violations(config)
+    known = depends_on(violation, config)
+    for key in sorted(KEYS - known):
+        for other in other_values(key, get(config, key)):
+            changed = config_with(**{**values, key.replace(".", "__"): other})
+            assert violation.keys in [one.keys for one in violations(changed)], (key, other)

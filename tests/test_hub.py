@@ -1,0 +1,122 @@
+"""Datasets by name: what is told, and how soon, where the hub cannot be reached; one that is slow is waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from etr_megatron.config import DataConfig
+from etr_megatron.data import hub
+from etr_megatron.data.rows import read_rows
+from etr_megatron.errors import UserError
+
+NOBODY = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Sets the hub's address, for tests that are not offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    hub.why_unreachable.cache_clear()
+    yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
+    hub.why_unreachable.cache_clear()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `datasets` is asked for, and whether it may use the network."""
+    found = []
+
+    def load_dataset(name, subset, *, split):
+        found.append((name, constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_dict({"question": ["1+1?"], "answer": ["2"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return found
+
+
+@contextmanager
+def server(status: int = 200, delay_s: float = 0.0):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            time.sleep(delay_s)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+def test_without_a_network_a_name_that_is_not_in_the_cache_is_one_sentence_within_seconds(endpoint):
+    endpoint(NOBODY)
+    start = time.monotonic()
+    for key in ("data.train", "data.eval"):
+        with pytest.raises(UserError) as caught:
+            read_rows("owner/no-such-set", "train", DataConfig(), key)
+        assert str(caught.value).startswith(
+            f"{key}: dataset 'owner/no-such-set' (split 'train') could not be loaded (it is not in the cache, and {NOBODY} "
+            "cannot be reached: "
+        )
+        assert str(caught.value).partition("Connection refused); check name and split")[1]
+    assert time.monotonic() - start < 10  # the hub's clients alone take 46
+
+
+def test_without_a_network_what_is_in_the_cache_is_taken_from_there(endpoint, asked):
+    endpoint(NOBODY)
+    assert len(read_rows("owner/set", "train", DataConfig(), "data.train").good) == 1
+    assert asked == [("owner/set", True, True)]
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+@pytest.mark.parametrize(("status", "delay_s"), [(200, 3.0), (404, 0.0), (503, 0.0)], ids=["slow", "refuses", "busy"])
+def test_a_hub_that_answers_is_left_to_its_clients_however_slow_it_is(endpoint, asked, status, delay_s):
+    with server(status, delay_s) as address:
+        endpoint(address)
+        read_rows("owner/set", "train", DataConfig(), "data.train")
+    assert asked == [("owner/set", False, False)]
+
+
+def test_a_network_that_comes_up_while_it_is_asked_for_is_used(endpoint, asked, monkeypatch):
+    with server() as address:
+        endpoint(NOBODY)
+        monkeypatch.setattr(hub, "_PAUSES_S", (0.0,))
+        session, addresses = hub.get_session(), iter([NOBODY, address])
+
+        class Session:
+            def head(self, _, **options):
+                return session.head(next(addresses), **options)
+
+        monkeypatch.setattr(hub, "get_session", Session)
+        read_rows("owner/set", "train", DataConfig(), "data.train")
+    assert asked == [("owner/set", False, False)]
+
+
+def test_a_network_that_swallows_everything_is_not_waited_for_long(endpoint, monkeypatch):
+    monkeypatch.setattr(hub, "_ask", lambda _: time.sleep(5))
+    monkeypatch.setattr(hub, "PATIENCE_S", 0.2)
+    assert hub.why_unreachable(NOBODY) == "no answer in 0.2 s"
+
+
+def test_a_name_that_can_be_none_of_the_hub_is_not_asked_for_there(endpoint, monkeypatch, tmp_path):
+    endpoint(NOBODY)
+    monkeypatch.setattr(hub, "_ask", lambda _: pytest.fail("asked"))
+    (tmp_path / "folder").mkdir()
+    for source in ("/nowhere/problems", "a/b/c", str(tmp_path / "folder")):
+        with pytest.raises(UserError, match="could not be loaded"):
+            read_rows(source, "train", DataConfig(), "data.train")
