@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import weakref
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,11 @@ def step(
     told = policy.logprobs(batch.sequences, routing=routing)
     own = policy.logprobs(batch.sequences)
     before = {name: tensor.clone() for name, tensor in policy.export()}
-    policy.update(replace(batch, old_logp=told.logp, routing=tuple(routing)))
+    given = tuple(one.clone() for one in routing)
+    held = weakref.ref(given[0])
+    policy.update(replace(batch, old_logp=told.logp, routing=given))
+    del given
+    assert held() is None  # a step's are gigabytes, and there is no use for them any more
     change = {name: before[name] - tensor for name, tensor in policy.export()}
     return [x.tolist() for x in told.logp], [x.tolist() for x in own.logp], change
 
