@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from etr_megatron.config import Config
+from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     ElasticBounds,
     control_radii,
@@ -33,7 +34,8 @@ def sequences_of(groups: Sequence[Group]) -> Sequences:
 def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
     """`PolicyBatch.routing` from the samples. layers: those with experts.
 
-    Raises RuntimeError naming a sample whose engine chose experts of another model, or for other tokens.
+    Raises RuntimeError naming a sample whose engine chose experts of another model, or for other tokens, and UserError where it
+    kept no note of its choice, and says 0.
     """
     found = []
     for group in groups:
@@ -41,12 +43,19 @@ def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[
             chosen = torch.from_numpy(np.frombuffer(sample.routing, dtype=np.uint8))  # the sample's own memory
             tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
             of_token = layers * experts.per_token
-            if len(chosen) % of_token or len(chosen) > tokens * of_token or bool((chosen >= experts.count).any()):
+            highest = int(chosen.max()) if len(chosen) else 0  # not `chosen >= count`, where 256 would be the byte 0
+            if len(chosen) % of_token or len(chosen) > tokens * of_token or highest >= experts.count:
                 raise RuntimeError(
-                    f"the engine says of sample {group.id}/{sample.index} that it chose {len(chosen)} experts up to "
-                    f"{int(chosen.max())}, where {tokens} tokens have {of_token} each, of {experts.count}"
+                    f"the engine says of sample {group.id}/{sample.index} that it chose {len(chosen)} experts up to {highest}, "
+                    f"where {tokens} tokens have {of_token} each, of {experts.count}"
                 )
             found.append(chosen.view(-1, layers, experts.per_token))
+            if experts.per_token > 1 and bool((found[-1][..., 0] == found[-1][..., 1]).any()):
+                raise UserError(
+                    f"the engine says of sample {group.id}/{sample.index} that a token has one expert twice; SGLang says so "
+                    "where the kernel of its experts chooses by itself, as on Blackwell: add --moe-runner-backend,triton to "
+                    "sglang.arguments, or set train.routing_replay to false"
+                )
     return tuple(found)
 
 

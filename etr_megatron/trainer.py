@@ -117,26 +117,33 @@ class Trainer:
             self._save()
 
     def _run_steps(self) -> None:
-        config = self.config
         self._sync()
         start = {f"{key}_start": value for key, value in self._evaluate().items()} if self.step == 0 else {}
         self._make_up_for_evaluation()
         self._watch.lap()
-        while self.step < config.run.steps:
+        while self.step < self.config.run.steps:
             self.step += 1
-            rollouts = self._roll_out()
-            batch, updates = self._train(rollouts.groups)
-            row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | start
+            self._run_step(start)
             start = {}
-            self._keep(rollouts, batch)
-            self.trained = self._version = self.step
-            self._unrecorded = row, rollouts.groups
-            self._sync()
-            if self._is_evaluated(self.step):
-                row |= self._evaluate()
-            self._record(row, rollouts.groups)
-            if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
-                self._save()
+
+    def _run_step(self, start: dict[str, Any]) -> None:
+        """One step. start: of its row, what was known before it.
+
+        A method of its own, so that its groups are gone when the next step's come: with all tokens' experts they are gigabytes.
+        """
+        config = self.config
+        rollouts = self._roll_out()
+        batch, updates = self._train(rollouts.groups)
+        row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | start
+        self._keep(rollouts, batch)
+        self.trained = self._version = self.step
+        self._unrecorded = row, rollouts.groups
+        self._sync()
+        if self._is_evaluated(self.step):
+            row |= self._evaluate()
+        self._record(row, rollouts.groups)
+        if config.checkpoint.every and (self.step % config.checkpoint.every == 0 or self.step == config.run.steps):
+            self._save()
 
     def _roll_out_only(self) -> None:
         """Rollouts and rewards of the steps that are left, all under the weights that there are."""

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from etr_megatron.config import Config
-from etr_megatron.config.schema import RolloutConfig, RunConfig
+from etr_megatron.config.schema import RolloutConfig, RunConfig, TrainConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, StreamingSampler
@@ -76,9 +76,26 @@ def poisoned(
                 engine.close()
 
 
-def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any]) -> StreamingSampler:
+def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **settings: Any) -> list[list[dict[str, Any]]]:
+    """Groups of the steps of a sampler that asks a fake server of the job for experts, with a sync before each."""
+    with behaving({"tokens_per_s": 40}):
+        policy = build(model, ["parallel.tp=1"])
+        engine = engine_of(policy, model, directory, probe_every=0, routing=True, **settings)
+        sampler, found = _sampler(engine, steps, rollout, routing=True), []
+        try:
+            for step in range(1, steps + 1):
+                sync(sampler, engine, policy, step)
+                taken, _ = _take(sampler, engine, policy, step)
+                found.append([asdict(group) for group in taken.groups])
+            return found
+        finally:
+            engine.close()
+
+
+def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any], routing: bool = False) -> StreamingSampler:
     settings = {"samples_per_prompt": 2, "backend": "sglang"} | rollout
-    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**settings))
+    train = TrainConfig(routing_replay=routing)
+    config = Config(run=RunConfig(steps=steps), rollout=RolloutConfig(**settings), train=train)
     problems = Problems(Problem(f"p{i}", "", "", [3 + i, 7]) for i in range(40))
 
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import weakref
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from etr_megatron.batching import routing_of
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.engine import Drawn
 from etr_megatron.rollout.in_hand import extend
-from etr_megatron.types import Group, Problem, Sample
+from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample
 from etr_megatron.weights import Experts
 from tests import test_policy_gradients
 from tests.hf_models import by_published_names, random_sequences, write_model
@@ -99,7 +101,11 @@ def step(
     told = policy.logprobs(batch.sequences, routing=routing)
     own = policy.logprobs(batch.sequences)
     before = {name: tensor.clone() for name, tensor in policy.export()}
-    policy.update(replace(batch, old_logp=told.logp, routing=tuple(routing)))
+    given = tuple(one.clone() for one in routing)
+    held = weakref.ref(given[0])
+    policy.update(replace(batch, old_logp=told.logp, routing=given))
+    del given
+    assert held() is None  # a step's are gigabytes, and there is no use for them any more
     change = {name: before[name] - tensor for name, tensor in policy.export()}
     return [x.tolist() for x in told.logp], [x.tolist() for x in own.logp], change
 
@@ -132,19 +138,36 @@ def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, l
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"], lacking=2), LAYOUTS[layout])
 
 
+def told_by(*numbers: int) -> list[Group]:
+    """A sample of five tokens whose engine says these."""
+    sample = Sample(0, [7, 8], [-1.0] * 2, "stop", 1, routing=array("B", numbers))
+    return [Group("p@1", Problem("p", "", "", [1, 2, 3]), [sample])]
+
+
 def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
     experts = Experts(count=6, per_token=2, intermediate_size=1, normalized=True)
-
-    def told(*numbers: int) -> list[Group]:
-        sample = Sample(0, [7, 8], [-1.0] * 2, "stop", 1, routing=array("B", numbers))
-        return [Group("p@1", Problem("p", "", "", [1, 2, 3]), [sample])]
-
-    (found,) = routing_of(told(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # four of five tokens
+    (found,) = routing_of(told_by(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # four of five tokens
     assert found.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 4
-    assert [len(one) for one in routing_of(told(), experts, layers=3)] == [0]
+    assert [len(one) for one in routing_of(told_by(), experts, layers=3)] == [0]
     for wrong in ([0, 1, 2, 3, 4], [0] * 6 * 6, [0, 1, 2, 3, 4, 6]):
         with pytest.raises(RuntimeError, match=r"^the engine says of sample p@1/0 that it chose \d+ experts up to \d, where 5"):
-            routing_of(told(*wrong), experts, layers=3)
+            routing_of(told_by(*wrong), experts, layers=3)
+
+
+def test_all_that_a_byte_can_say_are_experts_of_a_model_that_has_so_many():
+    experts = Experts(count=MOST_REPLAYED, per_token=2, intermediate_size=1, normalized=True)
+    (found,) = routing_of(told_by(0, 255, 128, 1), experts, layers=1)
+    assert found.tolist() == [[[0, 255]], [[128, 1]]]
+
+
+def test_zeros_of_an_engine_that_did_not_note_its_choice_are_no_routing():
+    """SGLang's buffer, where the kernel of the experts chooses as well and nothing is written to it."""
+    with pytest.raises(
+        UserError, match=r"^the engine says of sample p@1/0 that a token has one expert twice; .*,triton to sglang"
+    ):
+        routing_of(told_by(*[0] * 24), Experts(count=6, per_token=2, intermediate_size=1, normalized=True), layers=3)
+    (found,) = routing_of(told_by(*[0] * 4), Experts(count=6, per_token=1, intermediate_size=1, normalized=True), layers=1)
+    assert len(found) == 4  # of one expert each that may be so
 
 
 def test_the_share_of_tokens_whose_experts_are_replayed_is_told():

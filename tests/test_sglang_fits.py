@@ -75,6 +75,15 @@ def test_a_server_that_cannot_say_which_experts_it_chose_is_refused_where_they_a
     assert job.misfit(server, {}) == "it was started without --enable-return-routed-experts, which train.routing_replay needs"
     assert plain.misfit(server, {}) is None
     assert job.misfit(server | {"enable_return_routed_experts": True}, {}) is None
+    able = server | {"enable_return_routed_experts": True}
+    for kernel in ("auto", "triton", "flashinfer_trtllm_routed"):
+        assert job.misfit(able | {"moe_runner_backend": kernel}, {}) is None
+    silent = able | {"moe_runner_backend": "flashinfer_trtllm"}
+    assert job.misfit(silent, {}) == (
+        "its moe_runner_backend is flashinfer_trtllm, which keeps no note of the experts that it chooses, as "
+        "train.routing_replay needs; start it with --moe-runner-backend triton"
+    )
+    assert plain.misfit(silent, {}) is None
 
 
 def test_a_file_at_the_same_path_that_is_of_another_model_than_the_server_says_is_not_believed(hf_models, served):

@@ -57,3 +57,18 @@ def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs,
         assert [one["response_ids"].tolist() for one in group["samples"]] == [tokens] * 3
     assert sum(counts.get("groups_given_up", 0) for _, counts, _ in found["steps"]) == 1
     assert len(found["steps"][0][2]) <= 2
+
+
+@pytest.mark.parametrize(
+    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
+)
+def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_continued(gangs, hf_models, tmp_path, rollout):
+    sizes = dict(prompts_per_step=2, max_response_tokens=TOKENS)
+    job = dict(model=hf_models["qwen3_moe"], directory=str(tmp_path), steps=3, **OWN)
+    (steps,) = gangs(1).run("tests.sglang_stream_jobs:routed", rollout=rollout | sizes, **job)
+    found = [(group["problem"]["prompt_ids"], one) for step in steps for group in step for one in group["samples"]]
+    assert len(found) == 3 * 2 * 2
+    for prompt, one in found:
+        tokens = [*prompt, *one["response_ids"]]
+        assert one["routing"].tolist() == [number for token in tokens[:-1] for number in (token % 4, 4 + token % 3)]
+    assert any(one["weight_versions"] for _, one in found) == bool(rollout)

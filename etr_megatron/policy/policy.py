@@ -11,6 +11,7 @@ Every method is a collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,13 +128,12 @@ class Policy:
         if chunks is None:
             raise RuntimeError("no reference model: objective.kl_coef is 0")
         micro = self._microbatches(sequences)
-        self._replay(micro, routing)
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
             tensors, options = self._head_inputs(chunks[-1], hidden, batch)
             return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
 
-        with torch.no_grad():
+        with torch.no_grad(), self._replaying(micro, routing):
             found = run_schedule(chunks, micro, collect, forward_only=True)
         sizes = [len(response) for _, response in sequences]
         starts = torch.tensor([0, *sizes]).cumsum(0)
@@ -158,12 +158,12 @@ class Policy:
         self.optimizer.zero_grad()
         lr = self.optimizer.param_groups[0]["lr"]
         micro = self._microbatches(batch.sequences)
-        self._replay(micro, batch.routing)
         if self.config.train.moe_aux_loss_coef:
             self._megatron.moe_aux_loss_coeff = self._aux_loss_weight(micro)
         # Read once: every reading waits for the device.
         scale = self.optimizer.get_loss_scale().item()
-        outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
+        with self._replaying(micro, batch.routing):
+            outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         totals: dict[str, float] = {}
@@ -212,10 +212,9 @@ class Policy:
         place = dict(multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
         return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
 
-    def _replay(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> None:
-        """Have the passes of these microbatches choose the experts that they are told to, if any."""
-        if self._routing is not None:
-            self._routing.begin(micro, routing)
+    def _replaying(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> AbstractContextManager[None]:
+        """Have the passes of these microbatches, made while it lasts, choose the experts that they are told to, if any."""
+        return nullcontext() if self._routing is None else self._routing.replaying(micro, routing)
 
     def _aux_loss_weight(self, micro: Sequence[Microbatch]) -> float:
         """What Megatron must multiply the experts' balancing loss by, for its mean over the tokens of the optimizer step.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,19 @@ class RoutingReplay:
         for router, layer in zip(routers(chunks), self._layers, strict=True):
             router.router_replay = layer
 
-    def begin(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> None:
-        """Before the passes of these microbatches. routing: of the samples that they number, see `PolicyBatch`; None: the
-        routers choose themselves."""
+    @contextmanager
+    def replaying(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> Iterator[None]:
+        """The passes of these microbatches are made while the block lasts. routing: of the samples that they number, see
+        `PolicyBatch`; None: the routers choose themselves."""
         # Read once, before the passes: every reading waits for the device.
         self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
-        self._routing, self._latest = routing, None
+        self._routing = routing
         for layer in self._layers:
             layer.begin()
+        try:
+            yield
+        finally:  # the next step's come, gigabytes again, before there are passes again
+            self._places, self._routing, self._latest = [], None, None
 
     @property
     def is_told(self) -> bool:

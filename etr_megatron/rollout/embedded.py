@@ -214,8 +214,9 @@ class _Batch:
 
     def append_routing(self, rows: list[int], chosen: Tensor, mask: Tensor) -> None:
         """Note the experts of a pass, uint8 [rows, tokens, layers, experts of a token]. mask [rows, tokens]: 0 is padding."""
+        real = mask.bool().cpu()  # once: every reading waits for the device
         for place, row in enumerate(rows):
-            self._routing[row].frombytes(chosen[place][mask[place].bool().cpu()].numpy().tobytes())
+            self._routing[row].frombytes(chosen[place][real[place]].numpy().tobytes())
 
     def samples(self, weight_version: int) -> list[Sample]:
         """The finished rows."""

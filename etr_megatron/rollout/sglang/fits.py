@@ -29,6 +29,11 @@ _SIZES = {
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
+_SILENT = ("flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4", "triton_kernel")
+"""Kernels that choose experts by themselves: SGLang then answers with zeros (`layers/moe/topk.py`, 0.5.21). /server_info says
+what was taken for `auto`, on Blackwell the first."""
+
+
 @dataclass(frozen=True)
 class Expected:
     """What servers are sent.
@@ -76,6 +81,11 @@ class Expected:
         yield from self._quantisation(server, file, config)
         if self.routing and server.get("enable_return_routed_experts") is False:
             yield f"it was started without {ROUTING}, which train.routing_replay needs"
+        if self.routing and (kernel := server.get("moe_runner_backend")) in _SILENT:
+            yield (
+                f"its moe_runner_backend is {kernel}, which keeps no note of the experts that it chooses, as "
+                "train.routing_replay needs; start it with --moe-runner-backend triton"
+            )
 
     def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
         stored = config.get("quantization_config") or {}

@@ -1,0 +1,41 @@
+"""What a trainer still holds of a step when the next one begins."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from etr_megatron import trainer
+from etr_megatron.config import Config
+from etr_megatron.rollout import Rollouts
+
+
+class Anything:
+    """To be referred to weakly, which a list cannot be."""
+
+
+def test_the_groups_and_the_batch_of_a_step_are_gone_before_the_next_ones_groups_come():
+    """With routing replay both have the experts of every token: gigabytes on every rank."""
+    config, seen, alive = Config(), [], []
+
+    def take(*_: Any) -> Rollouts:
+        alive.append([one() is not None for one in seen])
+        group = Anything()
+        seen.append(weakref.ref(group))
+        return Rollouts([group])
+
+    def train(_groups: list) -> tuple[Anything, list]:
+        batch = Anything()
+        seen.append(weakref.ref(batch))
+        return batch, []
+
+    stubs = dict.fromkeys(("policy", "decode", "directory", "stop_request", "phases"), mock.MagicMock())
+    stubs |= {"engine": None, "grader": None, "recorder": None, "held_out": [], "sampler": mock.Mock(take=take)}
+    run = replace(config.run, steps=3)
+    one = trainer.Trainer(replace(config, run=run, checkpoint=replace(config.checkpoint, every=0)), **stubs)
+    keep_nothing = mock.patch.multiple(one, _train=train, _keep=lambda *_: None)
+    with keep_nothing, mock.patch.object(trainer, "step_metrics", lambda *_: {}):
+        one._run_steps()
+    assert alive == [[], [False] * 2, [False] * 4]
