@@ -230,6 +230,14 @@ def test_a_chunk_has_no_sequences_to_sum() -> None:
             resolve_loss("gspo")(rows)
 
 
+def test_what_sums_sequences_over_ranks_is_kept_when_the_policys_values_are_filled_in() -> None:
+    case, logp, entropy = random_case(0)
+    whole = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    of_three = replace(whole, sequences=replace(whole.sequences, reduce=lambda sums: 3 * sums))
+    found = of_three.at(slice(None), whole.logp, whole.entropy).sequences.mean(whole.logp)
+    torch.testing.assert_close(found, 3 * whole.sequences.mean(whole.logp))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_log_ratio_is_bounded_and_has_no_gradient_beyond(name: str, estimator: str) -> None:
