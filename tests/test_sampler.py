@@ -16,7 +16,6 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
 from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
 from etr_megatron.rollout.streaming import Hand
 from etr_megatron.types import Group, Problem, Sample
@@ -242,7 +241,10 @@ def test_tokens_that_would_be_too_old_are_drawn_anew_and_then_waited_for():
     for step in range(1, 9):
         taken = hand.take(step, timer)
         assert_whole(taken, long_p1)
-        assert taken.counts["staleness_max"] <= 1
+        ages = [
+            hand._engine.weight_version - v for group in taken.groups for one in group.samples for v in one.token_versions()
+        ]
+        assert taken.counts["staleness_max"] == max(ages) <= 1 and taken.counts["staleness_mean"] == sum(ages) / len(ages)
         redone.append(taken.counts["groups_redone"])
         if "p1" in names(taken):
             assert sum(redone) >= 1
@@ -273,20 +275,6 @@ def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
         return found
 
     assert run(3) == run(None)
-
-
-def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
-    mixed = Sample(0, [70_123, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x € \u0000", 1.0, "ok", [3, 4, 4])
-    begun, not_begun = Sample(1, [8], [-0.25], "abort", 4), Sample(0, [], [], "abort", 2)
-    problem = Problem("p", "6 times 7?", "42", [1, 2])
-    groups = [
-        InHand(Group("p@5", problem, [mixed, begun]), 5, is_redone=True),
-        InHand(Group("q@6", problem, [not_begun]), 6),
-    ]
-    found, tensors = pack(groups)
-    assert unpack(json.loads(json.dumps(found)), load(save(tensors))) == groups
-    assert "70123" not in json.dumps(found) and tensors["response_ids"].tolist() == [70_123, 6, 7, 8]
-    assert unpack([], load(save(pack([])[1]))) == unpack([], {}) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])
