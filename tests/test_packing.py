@@ -68,7 +68,7 @@ def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():
     assert two.row_position.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0] and two.row_sample.tolist() == [0] * 8 + [1]
 
 
-@pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (3, 128)])
+@pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (2, 4), (3, 128)])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1], []])
 def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(cp, multiple, numbers):
     sequences = [([7, 8, 9], [1, 2]), ([5], [3]), ([4] * 9, [6] * 23)]

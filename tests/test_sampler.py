@@ -201,6 +201,7 @@ def test_with_staleness_1_a_step_is_generated_while_the_one_before_trains_and_no
         taken = hand.take(step, timer)
         assert_whole(taken)
         assert names(taken) == [f"p{number}" for number in range(4 * step - 4, 4 * step)]
+        assert {group.id for group in taken.groups} == {f"{name}@{step}" for name in names(taken)}
         assert engine.asked == 8 * min(step + 1, 4)  # the next step's are under way, and none for a step that is not
         ages.append((taken.counts["staleness_mean"], taken.counts["staleness_max"]))
         sync(hand, engine)
@@ -290,6 +291,22 @@ def test_a_step_that_was_taken_and_not_trained_on_is_taken_again(options):
     again.resume()
     assert again.take(1, timer).groups == first.groups
     assert names(again.take(2, timer)) == ["p4", "p5", "p6", "p7"]
+
+
+def test_a_step_that_is_taken_again_has_its_own_groups_where_the_next_steps_are_complete_as_well():
+    hand = hand_of(Engine(), max_staleness=1)
+    first = hand.take(1, timer)
+    hand.put_back(1)
+    hand.pause()
+    assert hand.take(1, timer).groups == first.groups
+
+
+def test_a_step_of_which_no_answer_can_be_graded_stops_the_run_whatever_the_steps_before():
+    hand = hand_of(Engine())
+    hand.take(1, timer)
+    hand._grader = lambda requests: [Grade(0.0, "error", "it raised KeyError") for _ in requests]
+    with pytest.raises(UserError, match="8 of 8 answers could not be graded; the first, to problem p4: it raised KeyError"):
+        hand.take(2, timer)
 
 
 def test_when_the_engine_is_gone_all_is_still_in_hand():
