@@ -16,7 +16,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.metrics import step_metrics
 from etr_megatron.objective import LossSettings, resolve_loss
 from etr_megatron.policy import TokenLogprobs
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.packing import pack
 from tests.batches import LENGTHS, REWARDS, batch_of, config, groups, logprobs, metrics_row, update
@@ -199,16 +199,19 @@ def test_kl_in_the_reward_is_subtracted_before_the_groups_are_compared():
 
 
 def test_the_loss_gets_each_rows_values_in_the_microbatchs_order():
-    batch = batch_of("objective.correction=truncate", old=logprobs(seed=5), reference=logprobs(seed=6))
+    options = ["objective.correction=truncate", "objective.eps_high=0.28"]
+    batch = batch_of(*options, old=logprobs(seed=5), reference=logprobs(seed=6))
+    assert not torch.isclose(batch.clip_low, batch.clip_high).any()
     micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
-    inputs = loss_inputs(batch, micro, loss_settings(config().objective))
-    assert inputs.logp.isnan().all() and len(inputs.logp) == 2 + 7 + 2
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective), torch.neg)
+    assert inputs.logp.isnan().all() and len(inputs.logp) == 2 + 7 + 2 and inputs.sequences.reduce is torch.neg
     for name in ("old_logp", "rollout_logp", "ref_logp", "correction"):
         wanted = torch.cat([getattr(batch, name)[i] for i in (2, 10, 6)])
         assert torch.equal(getattr(inputs, name), wanted)
     at = [2] * 2 + [10] * 7 + [6] * 2
     for name in ("advantage", "clip_low", "clip_high", "weight", "group_mean", "group_std", "variance"):
         assert torch.equal(getattr(inputs, name), getattr(batch, name)[at])
+    assert pass_rate_bins_of_rows(batch, micro).tolist() == [2] * 2 + [1] * 7 + [-1] * 2
     assert inputs.sequences.index.tolist() == [0] * 2 + [1] * 7 + [2] * 2 and inputs.sequences.lengths.tolist() == [2, 7, 2]
     empty = loss_inputs(batch, pack(batch.sequences, [], multiple=2, device=torch.device("cpu")), inputs.settings)
     assert len(empty.old_logp) == 0 and len(empty.sequences.lengths) == 0
