@@ -76,10 +76,11 @@ def test_a_step_asks_for_no_more_than_it_may_and_there_are_and_is_filled_with_fl
 
 def test_no_step_asks_for_a_problem_twice_at_the_end_of_an_epoch():
     engine = Engine()
-    sampler = sampler_of(engine, flat=("p0", "p2", "p3"), count=7, shuffle=True, dynamic_sampling=True, max_oversample=1.75)
-    for step in range(1, 21):
+    options = dict(prompts_per_step=2, dynamic_sampling=True, max_oversample=2)
+    sampler = sampler_of(engine, flat=("p0", "p3"), count=5, shuffle=True, **options)
+    for step in range(1, 31):
         sampler.take(step, timer)
-    for step in range(1, 21):
+    for step in range(1, 31):
         asked = [one for ids, sampling in engine.asked if sampling.step == step for one in ids]
         assert len(set(asked)) == len(asked)
 
