@@ -17,6 +17,8 @@ from etr_megatron.config import Config, ObserveConfig, RunConfig, to_dict
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Progress, Recorder, RunDirectory, TensorBoardWriter, WandbWriter
 from etr_megatron.observe.__main__ import main as report
+from etr_megatron.observe.progress import format_seconds
+from etr_megatron.observe.report import summary
 from tests.test_observe import full_disk, make_row
 
 
@@ -228,3 +230,27 @@ def test_report_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said == f"error: --png {tmp_path / 'nowhere' / 'curves.png'}: cannot be written (No such file or directory)\n"
     assert report([str(tmp_path / "run"), "--png", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_short_run_the_report_has_its_first_and_last_step_and_a_reward_of_zero_counts() -> None:
+    rows = [make_row(step, reward_mean=(step - 1) / 8) for step in range(1, 10)]
+    assert "first tenth 0.000, last tenth 1.000" in summary(rows) and "clipped tokens" in summary(rows)
+    rows = [make_row(step, reward_mean=0.5 * (step % 2)) for step in range(1, 21)]
+    assert "first tenth 0.250, last tenth 0.250" in summary(rows)
+    for row in rows:
+        del row["loss"]  # as where only rollouts were drawn
+    assert "clipped tokens" not in summary(rows)
+
+
+def test_the_bar_of_a_resumed_run_goes_on_from_its_step() -> None:
+    stream = Terminal()
+    progress = Progress(total=30, done=25, stream=stream)
+    progress.update(make_row(26))
+    progress.update(make_row(28))
+    progress.close()
+    assert "25/30" in stream.getvalue() and "28/30" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.4, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m")])
+def test_a_time_is_told_in_its_own_unit(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
