@@ -148,6 +148,32 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     assert "4/4" in last and "reward 0.500" in last and stream.getvalue().count("\n") == 1
 
 
+def test_what_was_found_out_later_joins_the_last_row_everywhere_unless_it_is_there(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    with Recorder(Config(), directory) as recorder:
+        assert not recorder.lacks(1, "eval_accuracy")
+        recorder.record(make_row(1))
+        recorder.record(make_row(2))
+        assert recorder.lacks(2, "eval_accuracy") and not recorder.lacks(1, "eval_accuracy") and not recorder.lacks(2, "loss")
+        recorder.complete(2, {"eval_accuracy": 0.75})
+        assert not recorder.lacks(2, "eval_accuracy")
+    assert [row.get("eval_accuracy") for row in directory.metrics.rows()] == [None, 0.75]
+    assert curve(directory.tensorboard, "eval_accuracy") == [(2, 0.75)]
+
+
+def test_a_resumed_recorder_counts_its_own_steps_for_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0, None, lambda: now[0]))
+    with Recorder(Config(), RunDirectory(tmp_path / "run"), resumed_at=98) as recorder:
+        now[0] = 7.0
+        (tmp_path / "run").mkdir(exist_ok=True)
+        recorder.record(make_row(99))
+    assert capsys.readouterr().err.rstrip().endswith(" 7s left")
+
+
 def test_recorder_writes_the_row_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(Config())
