@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.reward import GradeRequest, load_grader
 from etr_megatron.reward.exact import plain_number, tidy
 from etr_megatron.reward.extract import MAX_ANSWER_CHARS, extract_answer, reference_answer
 from etr_megatron.reward.math_reward import UnusableReferenceError, equal, judge
@@ -213,6 +214,12 @@ def test_an_endless_answer_is_wrong_without_being_parsed():
     verdict = judge(r"\boxed{" + "(1+" * MAX_ANSWER_CHARS + "}", "5", RewardConfig(extract=("boxed",)))
     assert not verdict.correct
     assert "at most" in verdict.detail
+
+
+def test_right_and_wrong_are_the_ends_of_the_declared_range_and_no_reference_is_the_lowest():
+    grade = load_grader(RewardConfig(range_min=-1.0, range_max=3.0))
+    found = [grade(GradeRequest("", response, answer)) for response, answer in (("5", "5"), ("6", "5"), ("6", " "))]
+    assert [(one.reward, one.status) for one in found] == [(3.0, "ok"), (-1.0, "ok"), (-1.0, "error")]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "word " * MAX_ANSWER_CHARS])
