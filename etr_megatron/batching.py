@@ -124,7 +124,7 @@ def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> 
     per_update = len(groups) // config.train.minibatches
     parts = []
     for first in range(0, len(groups), per_update):
-        numbers = range(starts[first], ends[min(first + per_update, len(groups)) - 1])
+        numbers = range(starts[first], ends[first + per_update - 1])
         lengths = [len(batch.sequences[i][1]) for i in numbers]
         parts.append(batch.select(numbers, _weights(lengths, config)))
     return parts

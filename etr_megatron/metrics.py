@@ -183,7 +183,4 @@ def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, fl
     tokens = torch.tensor([len(response) for _, response in batch.sequences], dtype=torch.float64)[numbers]
     order = radius.argsort()
     share = tokens[order].cumsum(0) / tokens.sum()
-    return {
-        f"clip_radius_p{percent}": radius[order][(share < percent / 100).sum().clamp(max=len(order) - 1)].item()
-        for percent in (10, 90)
-    }
+    return {f"clip_radius_p{percent}": radius[order][(share < percent / 100).sum()].item() for percent in (10, 90)}

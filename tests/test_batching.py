@@ -1,4 +1,4 @@
-"""What happens before any split: advantages and ranges by group, minibatches of whole groups, denominators, the gate."""
+"""What happens before any split: advantages and ranges by group, minibatches of whole groups and denominators."""
 
 from __future__ import annotations
 
@@ -12,54 +12,16 @@ import pytest
 import torch
 
 from etr_megatron.batching import build_batch, minibatches
-from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.metrics import check_logprob_gap, evaluation_metrics, step_metrics
-from etr_megatron.objective import PASS_RATE_BINS, LossSettings, resolve_loss
-from etr_megatron.observe.metrics import PASS_RATE_KEYS
-from etr_megatron.policy import PolicyBatch, TokenLogprobs, Update
-from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings
+from etr_megatron.metrics import step_metrics
+from etr_megatron.objective import LossSettings, resolve_loss
+from etr_megatron.policy import TokenLogprobs
+from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.packing import pack
-from etr_megatron.types import Group, Problem, Sample
+from tests.batches import FLAT_LENGTHS, LENGTHS, REWARDS, batch_of, config, groups, logprobs, metrics_row, update
 
-LENGTHS = [[3, 1], [2, 5, 4], [6, 2], [1, 1, 1, 7]]
-FLAT_LENGTHS = [n for lengths in LENGTHS for n in lengths]
-REWARDS = [[1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
-
-
-def config(*overrides: str):
-    return resolve(load_config(None, ["rollout.prompts_per_step=4", "train.minibatches=2", *overrides]), 1, cuda=False)
-
-
-def logprobs(value: float = -1.0, seed: int | None = None) -> TokenLogprobs:
-    """Of every response token of `groups()`: `value`, or near it at random."""
-    logp = torch.full((sum(FLAT_LENGTHS),), value)
-    if seed is not None:
-        logp += 0.4 * torch.randn(len(logp), generator=torch.Generator().manual_seed(seed))
-    return TokenLogprobs(logp.split(FLAT_LENGTHS), torch.ones_like(logp).split(FLAT_LENGTHS))
-
-
-def batch_of(
-    *overrides: str,
-    step: int = 1,
-    old: TokenLogprobs | None = None,
-    reference: TokenLogprobs | None = None,
-    reward_range: tuple[float, float] = (0.0, 1.0),
-) -> PolicyBatch:
-    return build_batch(groups(reward_range), config(*overrides), step, old=old or logprobs(), reference=reference)
-
-
-def groups(reward_range: tuple[float, float] = (0.0, 1.0)) -> list[Group]:
-    """Whose wrong and right answers get the ends of the range."""
-    made = []
-    for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
-        samples = [
-            Sample(i, list(range(n)), [-1.0] * n, "stop" if i else "length", 7, reward=reward_range[int(r)], reward_status="ok")
-            for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
-        ]
-        made.append(Group(f"p{number}@3", Problem(f"p{number}", "", "", [1, 2]), samples))
-    return made
+SIZES = [len(lengths) for lengths in LENGTHS]
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
@@ -80,15 +42,43 @@ def test_minibatches_are_whole_groups_with_their_own_denominator(how):
         assert sum(weighted) == pytest.approx(wanted)
 
 
+def test_a_minibatch_has_its_own_samples_values_of_everything():
+    settings = config("objective.correction=truncate")
+    routing = tuple(torch.full((n, 1, 2), n) for n in FLAT_LENGTHS)
+    batch = build_batch(groups(), settings, 1, old=logprobs(seed=1), reference=logprobs(seed=2), routing=routing)
+    values = {name: value for name, value in vars(batch).items() if name != "weight"}
+    assert all(value is not None and len(value) == 11 for value in values.values())
+    for part, samples in zip(minibatches(batch, groups(), settings), (range(5), range(5, 11)), strict=True):
+        for name, value in values.items():
+            assert list(getattr(part, name)) == [value[i] for i in samples], name
+
+
 def test_advantages_and_ranges_come_from_each_samples_own_group():
     batch = batch_of()
     assert batch.advantage[:2].tolist() == pytest.approx([1.0, -1.0], abs=1e-4)
     assert batch.advantage[2:5].tolist() == pytest.approx([0.7071, 0.7071, -1.4142], abs=1e-3)
     assert batch.advantage[5:7].tolist() == [0.0, 0.0]
     assert batch.advantage[7:].tolist() == pytest.approx([1.7320, -0.5774, -0.5774, -0.5774], abs=1e-3)
+    for number, (of_group, rewards) in enumerate(zip(batch.group_mean.split(SIZES), REWARDS, strict=True)):
+        assert of_group.tolist() == pytest.approx([np.mean(rewards)] * len(rewards))
+        assert batch.group_std.split(SIZES)[number].tolist() == pytest.approx([np.std(rewards)] * len(rewards))
+        assert batch.variance.split(SIZES)[number].tolist() == pytest.approx([4 * np.var(rewards)] * len(rewards))
     # k of G = 1/4 with the etr preset: 0.230 for the correct response, 0.140 for a wrong one.
     assert batch.clip_high[7].item() == pytest.approx(0.230, abs=1e-3)
     assert batch.clip_high[8].item() == pytest.approx(0.140, abs=1e-3)
+
+
+def test_a_problem_that_two_of_a_steps_groups_ask_is_compared_within_each_of_them():
+    """As where the epoch ends between the steps for which they were asked."""
+    twice = [*groups()[:2], *(replace(group, id=f"{group.problem.id}@4") for group in groups()[:2])]
+    for group, rewards in zip(twice[2:], [(0.0, 0.0), (1.0, 0.0, 0.0)], strict=True):
+        for sample, reward in zip(group.samples, rewards, strict=True):
+            sample.reward = reward
+    old = TokenLogprobs(*(torch.ones(30).split([3, 1, 2, 5, 4] * 2) for _ in range(2)))
+    batch = build_batch(twice, config("objective.preset=dr_grpo"), 4, old=old, reference=None)
+    wanted = [0.5, -0.5, 1 / 3, 1 / 3, -2 / 3, 0, 0, 2 / 3, -1 / 3, -1 / 3]
+    assert batch.advantage.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert batch.names == tuple(f"p{p}@{step}/{i}" for step in (3, 4) for p, n in ((0, 2), (1, 3)) for i in range(n))
 
 
 def test_variance_pass_rate_and_accuracy_are_taken_in_the_declared_range_of_rewards():
@@ -115,22 +105,6 @@ def test_every_number_of_the_objective_reaches_the_loss():
     )
 
 
-def with_old(gap: float) -> PolicyBatch:
-    return batch_of(old=logprobs(-1.0 + gap))
-
-
-def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
-    check_logprob_gap(with_old(1e-6), config())
-    batch = with_old(1e-2)
-    worse = [logp.clone() for logp in batch.old_logp]
-    worse[3][2] += 1.0
-    with pytest.raises(RuntimeError, match=r"sample p1@3/1\), more than rollout\.max_logprob_gap=0\.0001"):
-        check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
-    worse[7][0] = float("nan")
-    with pytest.raises(RuntimeError, match=r"by nan on average \(worst nan, sample p3@3/0\)"):
-        check_logprob_gap(replace(batch, old_logp=tuple(worse)), config())
-
-
 def radii(preset: str, step: int = 1, seed: int = 1):
     batch = batch_of(f"objective.preset={preset}", f"run.seed={seed}", step=step)
     return batch.clip_low, batch.advantage != 0
@@ -152,7 +126,7 @@ def test_the_shuffled_control_deals_out_the_same_radii_to_other_samples():
         assert torch.equal(found[~active], etr[~active])
     assert not torch.equal(dealt[0], etr) and not torch.equal(dealt[0], dealt[1])
     assert torch.equal(dealt[0], dealt[2])
-    assert not torch.equal(dealt[0], dealt[3])  # of another seed of the run
+    assert not torch.equal(dealt[0], dealt[3]) and not torch.equal(dealt[1], dealt[3])  # of another seed of the run
 
 
 def test_the_inverted_control_gives_less_where_the_variance_is_highest():
@@ -203,6 +177,7 @@ def test_the_length_punishment_changes_what_is_trained_on_and_leaves_the_varianc
         first += len(rewards)
     assert shaped.advantage.tolist() == pytest.approx(wanted, abs=1e-6)
     assert torch.equal(shaped.variance, plain.variance) and shaped.advantage[5] != 0
+    assert torch.equal(shaped.pass_rate_bin, plain.pass_rate_bin)
     row = metrics_row(shaped, *overrides)
     assert row["reward_mean"] == pytest.approx(4 / 11) and row["reward_shaped_mean"] == pytest.approx(sum(flat) / 11)
     assert "reward_shaped_mean" not in metrics_row(plain)
@@ -214,6 +189,8 @@ def test_kl_in_the_reward_is_subtracted_before_the_groups_are_compared():
     in_loss = batch_of(*overrides, old=old, reference=reference)
     in_reward = batch_of(*overrides, "objective.kl_in=reward", old=old, reference=reference)
     assert torch.equal(in_loss.advantage, batch_of("objective.preset=dr_grpo").advantage)
+    for batch in (in_loss, in_reward):
+        assert batch.ref_logp == reference.logp and batch.old_logp == old.logp and batch.old_entropy == old.entropy
     kl = [float((a.double() - b.double()).sum()) for a, b in zip(old.logp, reference.logp, strict=True)]
     first = [1.0 - 0.5 * kl[0], 0.0 - 0.5 * kl[1]]
     assert in_reward.advantage[:2].tolist() == pytest.approx([(first[0] - first[1]) / 2, (first[1] - first[0]) / 2], abs=1e-6)
@@ -223,16 +200,19 @@ def test_kl_in_the_reward_is_subtracted_before_the_groups_are_compared():
 
 
 def test_the_loss_gets_each_rows_values_in_the_microbatchs_order():
-    batch = batch_of("objective.correction=truncate", old=logprobs(seed=5), reference=logprobs(seed=6))
+    options = ["objective.correction=truncate", "objective.eps_high=0.28"]
+    batch = batch_of(*options, old=logprobs(seed=5), reference=logprobs(seed=6))
+    assert not torch.isclose(batch.clip_low, batch.clip_high).any()
     micro = pack(batch.sequences, [2, 10, 6], multiple=1, device=torch.device("cpu"))
-    inputs = loss_inputs(batch, micro, loss_settings(config().objective))
-    assert inputs.logp.isnan().all() and len(inputs.logp) == 2 + 7 + 2
+    inputs = loss_inputs(batch, micro, loss_settings(config().objective), torch.neg)
+    assert inputs.logp.isnan().all() and len(inputs.logp) == 2 + 7 + 2 and inputs.sequences.reduce is torch.neg
     for name in ("old_logp", "rollout_logp", "ref_logp", "correction"):
         wanted = torch.cat([getattr(batch, name)[i] for i in (2, 10, 6)])
         assert torch.equal(getattr(inputs, name), wanted)
     at = [2] * 2 + [10] * 7 + [6] * 2
     for name in ("advantage", "clip_low", "clip_high", "weight", "group_mean", "group_std", "variance"):
         assert torch.equal(getattr(inputs, name), getattr(batch, name)[at])
+    assert pass_rate_bins_of_rows(batch, micro).tolist() == [2] * 2 + [1] * 7 + [-1] * 2
     assert inputs.sequences.index.tolist() == [0] * 2 + [1] * 7 + [2] * 2 and inputs.sequences.lengths.tolist() == [2, 7, 2]
     empty = loss_inputs(batch, pack(batch.sequences, [], multiple=2, device=torch.device("cpu")), inputs.settings)
     assert len(empty.old_logp) == 0 and len(empty.sequences.lengths) == 0
@@ -289,95 +269,6 @@ def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
     with pytest.raises(error, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):
         RowWatch(batch, empty, loss=loss, rank=1).check(inputs, float("nan"))
-
-
-# Metrics.
-
-
-def update(tokens: float, *, loss: float = 1.0, grad_norm: float = 2.0, lr: float = 1e-3, **sums: float) -> Update:
-    names = ("ratio", "ratio_squared", "clip_upper", "clip_lower", "clip_radius", "kl", "entropy")
-    every = {"tokens": tokens, **{name: sums.pop(name, 0.0) for name in names}}
-    by_bin = {f"{name}_{place}": sums.pop(f"{name}_{place}", 0.0) for name in every for place in PASS_RATE_BINS}
-    return Update(loss, {**every, **by_bin, **sums}, grad_norm, lr)
-
-
-def metrics_row(batch: PolicyBatch, *overrides: str, updates: list[Update] | None = None) -> dict:
-    updates = updates or [update(33.0, ratio=33.0, ratio_squared=33.0)]
-    return step_metrics(3, groups(), batch, updates, config(*overrides))
-
-
-def test_an_evaluation_counts_right_responses_and_problems_that_any_of_them_is_right_for():
-    """Of three problems the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
-    rewards = [(1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5)]
-    graded = [
-        Group(f"g{i}", Problem(f"p{i}", "", "", [1]), [Sample(j, [2], [-1.0], "stop", 0, reward=r) for j, r in enumerate(pair)])
-        for i, pair in enumerate(rewards)
-    ]
-    twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
-    assert evaluation_metrics(graded, twice) == {"eval_accuracy": 0.5, "eval_pass_at_k": pytest.approx(2 / 3)}
-    for group in graded:
-        del group.samples[0]
-    assert evaluation_metrics(graded, config("reward.range_min=-1")) == {"eval_accuracy": pytest.approx(2 / 3)}
-
-
-def test_metrics_are_means_over_all_tokens_of_all_updates():
-    updates = [
-        update(10.0, ratio=11.0, ratio_squared=13.0, clip_upper=1.0, clip_radius=2.0, kl=3.0),
-        update(30.0, ratio=29.0, ratio_squared=37.0, clip_upper=3.0, clip_lower=2.0, loss=3.0, grad_norm=4.0, lr=2e-3),
-    ]
-    row = metrics_row(with_old(1e-2), updates=updates)
-    assert row["ratio_mean"] == 1.0 and row["clip_frac_upper"] == 0.1 and row["clip_frac_lower"] == 0.05
-    assert row["clip_radius_mean"] == 0.05 and row["kl"] == 0.075
-    assert row["effective_sample_size"] == pytest.approx(40**2 / (40 * 50))
-    assert row["loss"] == 2.0 and row["grad_norm"] == 3.0 and row["lr"] == 2e-3
-    assert row["zero_variance_groups"] == 1 and row["truncated"] == 4 and row["weight_version"] == 7
-    assert row["reward_mean"] == pytest.approx(4 / 11) and row["response_tokens_mean"] == pytest.approx(33 / 11)
-    assert row["logprob_gap_mean"] == pytest.approx(1e-2, abs=1e-6) and row["entropy"] == 1.0
-    assert row["mismatch_kl"] == pytest.approx(math.exp(1e-2) - 1 - 1e-2, rel=1e-3)
-    assert row["correction_mean"] == 1.0 and row["correction_frac"] == 0.0
-
-
-def test_a_losss_own_rows_become_metrics_of_their_own():
-    row = metrics_row(with_old(0.0), updates=[update(40.0, ratio_squared=1.0, **{"loss/gap": 10.0, "loss/gap_pass_0_25": 4.0})])
-    assert row["loss/gap"] == 0.25 and "loss/gap_pass_0_25" not in row
-
-
-def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
-    # Pass rates 1/2, 2/3, 0 and 1/4: two groups in the third bin, one in the second, one without variance.
-    batch = batch_of("objective.eps_high=0.28")
-    assert batch.pass_rate_bin.tolist() == [2, 2, 2, 2, 2, -1, -1, 1, 1, 1, 1]
-    sums = {"tokens_pass_25_50": 10.0, "clip_upper_pass_25_50": 2.0, "clip_radius_pass_25_50": 1.5}
-    sums |= {"tokens_pass_50_75": 15.0, "clip_lower_pass_50_75": 3.0}
-    row = metrics_row(batch, updates=[update(33.0, ratio_squared=1.0, **sums)])
-    assert {key for key in row if "_pass_" in key} <= set(PASS_RATE_KEYS)
-    assert not any(key.endswith(("_pass_0_25", "_pass_75_100")) for key in row)
-    assert row["clip_frac_upper_pass_25_50"] == 0.2 and row["clip_frac_lower_pass_50_75"] == 0.2
-    assert row["clip_radius_mean_pass_25_50"] == 0.15
-    # Of the fourth group's 10 tokens 9 belong to wrong answers (radii 0.140 and 1.4 x that) and 1 to the right one.
-    assert row["clip_radius_p10_pass_25_50"] == row["clip_radius_p90_pass_25_50"] == pytest.approx(1.2 * 0.140, abs=1e-3)
-    means = ((batch.clip_low + batch.clip_high) / 2).tolist()
-    radius = torch.cat([torch.full((n,), x) for n, x in zip(FLAT_LENGTHS, means, strict=True)])
-    for percent in (10, 90):
-        wanted = np.quantile(radius.numpy(), percent / 100, method="inverted_cdf")
-        assert row[f"clip_radius_p{percent}"] == pytest.approx(float(wanted))
-
-
-@pytest.mark.parametrize("how", ["truncate", "mask"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_metrics_tell_how_often_the_correction_acted(how, level):
-    overrides = [f"objective.correction={how}", f"objective.correction_level={level}", "objective.correction_cap=1.3"]
-    overrides.append("objective.correction_floor=0.8")
-    old = logprobs(seed=7)
-    row = metrics_row(batch_of(*overrides, old=old), *overrides)
-    weights, acted = [], []
-    for logp in old.logp:  # the engine's log-probs are all -1
-        log_weight = logp.double().numpy() + 1.0
-        weight = np.exp(log_weight if level == "token" else np.full_like(log_weight, log_weight.sum()))
-        outside = weight > 1.3 if how == "truncate" else (weight > 1.3) | (weight < 0.8)
-        weights.extend(np.minimum(weight, 1.3) if how == "truncate" else np.where(outside, 0.0, weight))
-        acted.extend(outside)
-    assert 0 < np.mean(acted) < 1
-    assert row["correction_frac"] == pytest.approx(np.mean(acted)) and row["correction_mean"] == pytest.approx(np.mean(weights))
 
 
 def test_the_corrections_log_ratio_is_bounded_like_the_losss():

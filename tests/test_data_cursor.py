@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etr_megatron.data import ProblemSet, PromptCursor
+from etr_megatron.data.problems import refuse_unknown_tokens
 from etr_megatron.errors import UserError
 from etr_megatron.types import Problem
 
@@ -90,9 +92,18 @@ def test_a_step_larger_than_the_data_is_refused():
         PromptCursor(problem_set(5), seed=1, shuffle=True).next(6)
 
 
-def test_the_fingerprint_follows_token_ids_and_order():
+def test_the_fingerprint_follows_everything_of_a_problem_and_their_order():
     problems = list(problem_set(3))
-    retokenised = [*problems[:2], Problem(id="p2", prompt="q2", answer="1", prompt_ids=[9])]
-    prints = {ProblemSet(rows).fingerprint for rows in (problems, problems[::-1], retokenised)}
-    assert len(prints) == 3
+    others = [{"id": "p9"}, {"prompt": "q9"}, {"answer": "2"}, {"prompt_ids": [9]}]
+    changed = [[*problems[:2], replace(problems[2], **other)] for other in others]
+    prints = {ProblemSet(rows).fingerprint for rows in (problems, problems[::-1], *changed)}
+    assert len(prints) == 6
     assert ProblemSet(list(problems)).fingerprint in prints
+
+
+def test_a_prompt_with_a_token_that_the_model_has_not_is_refused_wherever_it_is():
+    problems = [Problem("a", "", "", [3, 9, 1]), Problem("b", "", "", [2, 8, 10, 4])]
+    refuse_unknown_tokens(problems, 11, "model")
+    refuse_unknown_tokens([], 11, "model")
+    with pytest.raises(UserError, match=r"^model: the tokenizer makes token 10 of a prompt, and the model has 10 "):
+        refuse_unknown_tokens(problems, 10, "model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,18 +15,13 @@ from etr_megatron.config import PRESETS
 from etr_megatron.objective import (
     ElasticBounds,
     GroupStatistics,
-    LossSettings,
     control_radii,
     group_statistics,
-    kl_estimate,
-    kl_penalty,
     overlong_punishment,
     pass_rate_bins,
-    resolve_loss,
     rollout_correction,
     token_weights,
 )
-from tests import loss_cases
 
 
 def numpy_statistics(rewards: np.ndarray, ids: list[str], preset: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +111,13 @@ def test_radii_of_known_pass_rates(k, size, form):
     assert (high[0].item(), high[-1].item()) == pytest.approx(wanted, abs=6e-4)
 
 
+def test_each_radius_is_kept_between_the_least_and_the_greatest():
+    """Of 0.2 and 0.3 times |A| four samples leave the range on either side, each radius at another sample."""
+    bounds = ElasticBounds("linear", "none", 0.0, 0.0, 0.2, 0.3, 0.12, 0.5)
+    low, high = bounds(torch.tensor([-0.3, 0.5, -2.0, 2.7], dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    assert low.tolist() == pytest.approx([0.12, 0.12, 0.4, 0.5]) and high.tolist() == pytest.approx([0.12, 0.15, 0.5, 0.5])
+
+
 def test_etr_without_elasticity_is_grpo_bit_for_bit():
     rewards, ids = random_case(3)
     statistics = group_statistics(rewards.tolist(), ids)
@@ -151,6 +153,7 @@ def test_variance_comes_from_the_verifier_and_advantage_from_the_shaped_reward()
     shaped, verified = [1.0, 0.5, -0.5, 0.0], [1.0, 1.0, 0.0, 0.0]
     statistics = group_statistics(shaped, ["g"] * 4, verifier_rewards=verified)
     assert statistics.variance.tolist() == [pytest.approx(1.0)] * 4
+    assert statistics.pass_rate.tolist() == [0.5] * 4
     wanted = (np.array(shaped) - np.mean(shaped)) / (np.std(shaped) + 1e-6)
     np.testing.assert_allclose(statistics.advantage.numpy(), wanted)
 
@@ -164,10 +167,25 @@ def test_uneven_groups_are_normalised_within_themselves():
 def test_reward_outside_of_the_declared_range_is_refused_by_name():
     with pytest.raises(ValueError, match=r"2\.0 of sample 1 in group 'b'.*reward\.range"):
         group_statistics([0.0, 2.0], ["a", "b"])
-    with pytest.raises(ValueError, match="sample 0 in group 'a' is nan"):
-        group_statistics([math.nan, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match=r"-0\.5 of sample 0 in group 'a'.*reward\.range"):
+        group_statistics([-0.5, 1.0], ["a", "b"])
     with pytest.raises(ValueError, match="known: group_mean, leave_one_out"):
         group_statistics([0.0, 1.0], ["a", "a"], baseline="median")
+
+
+def test_of_a_reward_that_is_not_finite_the_sample_is_named_and_whether_shaping_made_it():
+    with pytest.raises(ValueError, match=r"^reward of sample 0 in group 'a' is nan"):
+        group_statistics([math.nan, 1.0], ["a", "b"])
+    with pytest.raises(ValueError, match=r"^reward of sample 1 in group 'b' is inf"):
+        group_statistics([0.5, math.inf], ["a", "b"], verifier_rewards=[0.5, 1.0])
+    with pytest.raises(ValueError, match=r"^verifier reward of sample 1 in group 'b' is nan"):
+        group_statistics([0.5, 1.0], ["a", "b"], verifier_rewards=[0.5, math.nan])
+
+
+@pytest.mark.parametrize(("rewards", "ids", "verified"), [(2, 3, 2), (3, 2, 2), (2, 2, 3)])
+def test_as_many_rewards_group_ids_and_verifier_rewards_are_wanted(rewards, ids, verified):
+    with pytest.raises(ValueError, match=f"{rewards} rewards, {ids} group ids and {verified} verifier rewards"):
+        group_statistics([0.5] * rewards, ["g"] * ids, verifier_rewards=[0.5] * verified)
 
 
 @settings(max_examples=60, deadline=None)
@@ -260,56 +278,12 @@ def test_weights_sum_the_token_losses_as_defined(how):
     assert all(map(math.isfinite, token_weights([0, 0], how, constant_length=7)))  # nothing to train on
 
 
-def test_kl_estimators_by_definition():
-    logp = torch.tensor([-1.0, -2.0], dtype=torch.float64)
-    ref = torch.tensor([-1.5, -1.0], dtype=torch.float64)
-    x = (ref - logp).numpy()
-    np.testing.assert_allclose(kl_estimate(logp, ref, "k1").numpy(), -x)
-    np.testing.assert_allclose(kl_estimate(logp, ref, "k2").numpy(), x**2 / 2)
-    np.testing.assert_allclose(kl_estimate(logp, ref, "k3").numpy(), np.exp(x) - 1 - x)
-
-
-def test_mean_gradients_of_the_kl_estimators_are_those_their_docstring_names():
-    """Over all tokens of a small vocabulary, by their probability: the expectation itself instead of samples."""
-    generator = torch.Generator().manual_seed(0)
-    ref = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(0)
-    logits = torch.randn(7, dtype=torch.float64, generator=generator, requires_grad=True)
-
-    def gradient(value: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(value, logits)[0]
-
-    def mean_of_gradients(kind: str) -> torch.Tensor:
-        logp = logits.log_softmax(0)
-        return gradient((logp.detach().exp() * kl_estimate(logp, ref, kind)).sum())
-
-    logp = logits.log_softmax(0)
-    torch.testing.assert_close(mean_of_gradients("k1"), torch.zeros_like(ref))
-    torch.testing.assert_close(mean_of_gradients("k2"), gradient((logp.exp() * (logp - ref)).sum()))
-    logp = logits.log_softmax(0)
-    torch.testing.assert_close(mean_of_gradients("k3"), gradient((ref.exp() * (ref - logp)).sum()))
-
-
-def test_of_constants_in_the_reward_only_k1_has_the_gradient_of_the_kl():
-    """By the expectation itself, as above: the policy gradient of a reward is E[reward grad log pi]."""
-    generator = torch.Generator().manual_seed(0)
-    ref_logits, away = torch.randn(2, 7, dtype=torch.float64, generator=generator)
-    ref = ref_logits.log_softmax(0)
-
-    def gradients(distance: float) -> dict[str, torch.Tensor]:
-        logits = (ref_logits + distance * away).requires_grad_()
-        logp = logits.log_softmax(0)
-        p = logp.detach().exp()
-        values = {kind: (p * kl_estimate(logp, ref, kind).detach() * logp).sum() for kind in ("k1", "k2", "k3")}
-        values["kl"] = (logp.exp() * (logp - ref)).sum()
-        values["kl_from_ref"] = (ref.exp() * (ref - logp)).sum()
-        return {name: torch.autograd.grad(value, logits, retain_graph=True)[0] for name, value in values.items()}
-
-    far, near = gradients(1.0), gradients(0.01)
-    torch.testing.assert_close(far["k1"], far["kl"])
-    torch.testing.assert_close(far["k3"], far["kl"] - far["kl_from_ref"])
-    for kind in ("k2", "k3"):
-        assert (far[kind] - far["kl"]).norm() > 0.2 * far["kl"].norm()
-        assert near[kind].norm() < 0.02 * near["kl"].norm()
+def test_an_aggregation_that_cannot_be_had_is_refused():
+    for constant in (None, 0):
+        with pytest.raises(ValueError, match=r"constant_length needs objective\.constant_length"):
+            token_weights([3, 1], "constant_length", constant)
+    with pytest.raises(ValueError, match="known: token_mean, sequence_mean, constant_length"):
+        token_weights([3, 1], "mean")
 
 
 CORRECTIONS = {  # (how, level): weight of a token from its log ratio and its response's sum of log ratios, in NumPy
@@ -339,6 +313,13 @@ def test_corrections_equal_the_numpy_reference(how, level):
         assert 0 < (everything == 1.7).sum() < len(everything)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_where_engine_and_trainer_agree_no_correction_masks_at_a_cap_and_a_floor_of_1(level):
+    logp = [torch.tensor([-0.25, -2.0, -1.0])]
+    weights = rollout_correction(logp, logp, how="mask", level=level, cap=1.0, floor=1.0)[0]
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_corrections_off_far_off_and_misspelt():
     old, rollout = [torch.tensor([0.0, -500.0])], [torch.tensor([-500.0, 0.0])]
     options = dict(level="token", cap=2.0, floor=0.5)
@@ -365,10 +346,6 @@ def test_overlong_punishment_is_dapos_formula():
     assert overlong_punishment(20, max_length=20, buffer=20) == -1.0
 
 
-def test_kl_penalty_sums_k1_over_the_response():
-    assert kl_penalty(torch.tensor([-1.0, -2.5]), torch.tensor([-1.25, -2.0])) == pytest.approx(0.25 - 0.5)
-
-
 def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
     rewards = {"none": [0, 0, 0], "fifth": [1, 0, 0, 0, 0], "quarter": [0, 0, 1, 0], "half": [1, 0], "most": [1, 1, 1, 0]}
     rewards |= {"all": [1, 1], "equal": [0.5, 0.5]}
@@ -379,6 +356,11 @@ def test_pass_rate_bins_are_half_open_and_leave_out_groups_without_variance():
     assert found == {"none": -1, "fifth": 0, "quarter": 1, "half": 2, "most": 3, "all": -1, "equal": -1}
 
 
+def test_a_pass_rate_that_rounds_to_all_is_in_the_last_bin_while_its_group_has_variance():
+    statistics = group_statistics([1.0, 1.0, 1.0 - 1e-9], ["g"] * 3)
+    assert pass_rate_bins(statistics.pass_rate, statistics.variance).tolist() == [3] * 3
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.1, 1.0), (-1.0, 0.9), (0.0, 0.3)])
 @pytest.mark.parametrize("size", [4, 12, 32, 64])
 def test_a_pass_rate_on_the_edge_of_a_bin_belongs_to_the_upper_one_in_any_range_of_rewards(low, high, size):
@@ -387,10 +369,3 @@ def test_a_pass_rate_on_the_edge_of_a_bin_belongs_to_the_upper_one_in_any_range_
         rewards = [high] * right + [low] * (size - right)
         statistics = group_statistics(rewards, ["g"] * size, reward_range=(low, high))
         assert pass_rate_bins(statistics.pass_rate, statistics.variance).tolist() == [quarters] * size
-
-
-def test_a_kl_without_a_reference_is_refused_not_left_out():
-    case, logp, entropy = loss_cases.random_case(0, LossSettings(kl_coef=0.3))
-    inputs = replace(case.inputs(torch.tensor(logp), torch.tensor(entropy)), ref_logp=None)
-    with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no log-probs of a reference"):
-        resolve_loss("clipped")(inputs)

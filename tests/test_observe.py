@@ -112,6 +112,8 @@ def test_unknown_keys_and_values_that_are_no_numbers_are_refused(tmp_path: Path)
         log.append(make_row(1, rewards_mean=1.0))
     with pytest.raises(TypeError, match="loss is None"):
         log.append(make_row(1, loss=None))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="truncated is True"):
+        log.append(make_row(1, truncated=True))
     with pytest.raises(TypeError, match=r"step is 1\.0"):
         log.append(make_row(1) | {"step": 1.0})  # type: ignore[arg-type]
 
@@ -132,6 +134,12 @@ def test_a_step_cannot_be_written_twice(tmp_path: Path) -> None:
     MetricsLog(path).append(make_row(3))
     with pytest.raises(ValueError, match="step 3 after that of step 3"):
         MetricsLog(path).append(make_row(3))
+    log = MetricsLog(path)
+    log.append(make_row(5))
+    for step in (5, 4):
+        with pytest.raises(ValueError, match=f"step {step} after that of step 5"):
+            log.append(make_row(step))
+    assert [row["step"] for row in log.rows()] == [3, 5]
 
 
 def test_cut_back_keeps_rows_up_to_the_step_byte_for_byte(tmp_path: Path) -> None:

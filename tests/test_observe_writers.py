@@ -17,6 +17,8 @@ from etr_megatron.config import Config, ObserveConfig, RunConfig, to_dict
 from etr_megatron.errors import UserError
 from etr_megatron.observe import Progress, Recorder, RunDirectory, TensorBoardWriter, WandbWriter
 from etr_megatron.observe.__main__ import main as report
+from etr_megatron.observe.progress import format_seconds
+from etr_megatron.observe.report import summary
 from tests.test_observe import full_disk, make_row
 
 
@@ -146,6 +148,32 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     assert "4/4" in last and "reward 0.500" in last and stream.getvalue().count("\n") == 1
 
 
+def test_what_was_found_out_later_joins_the_last_row_everywhere_unless_it_is_there(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    with Recorder(Config(), directory) as recorder:
+        assert not recorder.lacks(1, "eval_accuracy")
+        recorder.record(make_row(1))
+        recorder.record(make_row(2))
+        assert recorder.lacks(2, "eval_accuracy") and not recorder.lacks(1, "eval_accuracy") and not recorder.lacks(2, "loss")
+        recorder.complete(2, {"eval_accuracy": 0.75})
+        assert not recorder.lacks(2, "eval_accuracy")
+    assert [row.get("eval_accuracy") for row in directory.metrics.rows()] == [None, 0.75]
+    assert curve(directory.tensorboard, "eval_accuracy") == [(2, 0.75)]
+
+
+def test_a_resumed_recorder_counts_its_own_steps_for_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0, None, lambda: now[0]))
+    with Recorder(Config(), RunDirectory(tmp_path / "run"), resumed_at=98) as recorder:
+        now[0] = 7.0
+        (tmp_path / "run").mkdir(exist_ok=True)
+        recorder.record(make_row(99))
+    assert capsys.readouterr().err.rstrip().endswith(" 7s left")
+
+
 def test_recorder_writes_the_row_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(Config())
@@ -228,3 +256,27 @@ def test_report_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said == f"error: --png {tmp_path / 'nowhere' / 'curves.png'}: cannot be written (No such file or directory)\n"
     assert report([str(tmp_path / "run"), "--png", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_short_run_the_report_has_its_first_and_last_step_and_a_reward_of_zero_counts() -> None:
+    rows = [make_row(step, reward_mean=(step - 1) / 8) for step in range(1, 10)]
+    assert "first tenth 0.000, last tenth 1.000" in summary(rows) and "clipped tokens" in summary(rows)
+    rows = [make_row(step, reward_mean=0.5 * (step % 2)) for step in range(1, 21)]
+    assert "first tenth 0.250, last tenth 0.250" in summary(rows)
+    for row in rows:
+        del row["loss"]  # as where only rollouts were drawn
+    assert "clipped tokens" not in summary(rows)
+
+
+def test_the_bar_of_a_resumed_run_goes_on_from_its_step() -> None:
+    stream = Terminal()
+    progress = Progress(total=30, done=25, stream=stream)
+    progress.update(make_row(26))
+    progress.update(make_row(28))
+    progress.close()
+    assert "25/30" in stream.getvalue() and "28/30" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.4, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m")])
+def test_a_time_is_told_in_its_own_unit(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

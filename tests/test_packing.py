@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from etr_megatron.errors import UserError
+from etr_megatron.policy.context import gathered_order, own_positions
 from etr_megatron.policy.packing import pack, refuse_unknown_tokens
 
 CPU = torch.device("cpu")
@@ -16,7 +17,7 @@ def test_rows_predict_exactly_the_response_tokens():
     batch = pack(sequences, [2, 0], multiple=1, device=CPU)
     assert batch.tokens.tolist() == [[4, 4, 6, 6, 6, 7, 8, 9, 1, 2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
-    assert batch.offsets.tolist() == [0, 5, 10] and batch.longest == 5
+    assert batch.offsets.tolist() == [0, 5, 10] and batch.longest == 5 and batch.offsets.dtype == torch.int32
     # Each row's successor in the packed tokens is its target.
     assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 6, 6, 1, 2]
     assert batch.row_sample.tolist() == [2, 2, 2, 0, 0]
@@ -68,7 +69,7 @@ def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():
     assert two.row_position.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0] and two.row_sample.tolist() == [0] * 8 + [1]
 
 
-@pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (3, 128)])
+@pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (2, 4), (3, 128)])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1], []])
 def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(cp, multiple, numbers):
     sequences = [([7, 8, 9], [1, 2]), ([5], [3]), ([4] * 9, [6] * 23)]
@@ -82,3 +83,15 @@ def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(c
         return zip(batch.row_sample.tolist(), batch.row_position.tolist(), batch.targets.tolist(), strict=True)
 
     assert sorted(row for part in parts for row in rows(part)) == sorted(rows(whole))
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+def test_gathered_tokens_of_context_parallel_ranks_are_put_back_behind_each_other(cp):
+    sequences = [([7, 8, 9], [1, 2]), ([5], [3]), (list(range(20, 29)), list(range(30, 53)))]
+    parts = [pack(sequences, [0, 1, 2], multiple=1, device=CPU, cp=cp, cp_rank=rank) for rank in range(cp)]
+    lengths = parts[0].offsets.diff().tolist()
+    ids = [[*prompt, *response] for prompt, response in sequences]
+    wanted = [token for one, length in zip(ids, lengths, strict=True) for token in [*one, *[0] * (length - len(one))]]
+    assert torch.cat([part.tokens[0] for part in parts])[gathered_order(lengths, cp)].tolist() == wanted
+    for rank, part in enumerate(parts):
+        assert torch.equal(own_positions(lengths, cp, rank), part.positions[0])

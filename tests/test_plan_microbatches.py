@@ -40,6 +40,26 @@ def test_every_sample_once_the_budget_kept_and_as_many_microbatches_on_every_ran
     assert plan == plan_microbatches(lengths, dp=dp, token_budget=budget, costs=costs, multiple=multiple)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "budget", "count"),
+    [
+        ([5, 5], 10, 1),  # exactly the budget
+        ([2] * 9, 5, 5),  # of which 18 / 5 would be 4, where one has no room
+        ([2] * 19, 5, 10),
+        ([8, 5, 5, 2, 1, 1] * 3, 11, 6),  # a part that had no room for 2 has some for 1
+        ([], 5, 1),
+    ],
+)
+def test_there_are_no_more_microbatches_than_are_needed(lengths, budget, count):
+    (plan,) = plan_microbatches(lengths, dp=1, token_budget=budget, costs=[n * n for n in lengths])
+    assert len(plan) == count
+
+
+def test_a_ranks_microbatches_come_costliest_first():
+    (plan,) = plan_microbatches([1, 2, 9, 3, 8], dp=1, token_budget=9)
+    assert [sum([1, 2, 9, 3, 8][i] for i in micro) for micro in plan] == [9, 8, 6]
+
+
 def optimum(costs: list[int], parts: int, lengths: list[int] | None = None, budget: int = 0) -> float:
     """The cheapest costliest part over all ways to put the items into parts; infinite where none keeps the budget.
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.reward import GradeRequest, load_grader
 from etr_megatron.reward.exact import plain_number, tidy
 from etr_megatron.reward.extract import MAX_ANSWER_CHARS, extract_answer, reference_answer
 from etr_megatron.reward.math_reward import UnusableReferenceError, equal, judge
@@ -27,6 +28,10 @@ ALL = ("boxed", "hash", "last_number")
         (r"\boxed 7, done", "7"),
         (r"\fbox{8}", "8"),
         (r"\boxed{3} and \boxed{4", "3"),
+        (r"\boxed{3}, then \boxed .", "3"),
+        (r"\boxed{\boxed 5} apples", "5"),
+        (r"} \boxed{4}", "4"),
+        (r"\boxedly 5", None),
         (r"\boxed{} 9", None),
         (r"\boxed{4", None),
         ("42", None),
@@ -118,6 +123,16 @@ def test_plain_number(text, value):
     assert (number.value, number.percent) == (value, False)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("50%", 50), (r"50\%", 50), ("-.5 %", Fraction(-1, 2)), ("1/3%", Fraction(1, 3)), (r"\frac12\%", Fraction(1, 2))],
+)
+def test_a_plain_percentage(text, value):
+    number = plain_number(text)
+    assert number is not None
+    assert (number.value, number.percent) == (value, True)
+
+
 @pytest.mark.parametrize("text", ["", "x", "1,2", "1/0", "1 2", "1e9999", "9^9", "--1", "1_000", "٣", "inf", "nan", "%"])
 def test_not_a_plain_number(text):
     assert plain_number(text) is None
@@ -140,21 +155,34 @@ def test_not_a_plain_number(text):
         ("50%", "0.5", True),
         ("0.5", "50%", True),
         ("50%", "0.5%", False),
+        ("0.5%", "50%", False),
+        ("50", "0.5", False),
+        ("0.5", "50", False),
         ("1/3", "0.333333", True),
         ("0.666667", "2/3", True),
         ("1/3", "0.33", False),
+        ("1/3", "0.33333", False),
+        ("1/3", "3.33333e-1", True),
         ("1/3", "0.333334", False),
         ("0.333333", "0.3333333", False),
         ("0.0000001", "0.0000002", False),
+        ("0.1234567", "0.123457", False),
+        ("0.00000025", "0.000000", False),
         ("72", "73", False),
         ("-3", "3", False),
         ("1.000", "1000", False),
         ("Friday", r"\text{Friday}", True),
         ("Friday", "Friday.", True),
+        ("Friday.", "Friday", True),
     ],
 )
 def test_plain_answers_are_compared_exactly(reference, candidate, same):
     assert equal(reference, candidate) is same
+
+
+@pytest.mark.parametrize(("text", "tidied"), [("**72**", "72"), ("−3", "-3"), (r"\left( 1,\, 2 \right).", "( 1, 2 )")])
+def test_tidying_leaves_what_carries_meaning(text, tidied):
+    assert tidy(text) == tidied
 
 
 def test_tidying_keeps_the_row_break_of_a_matrix():
@@ -167,10 +195,31 @@ def test_a_response_without_an_answer_is_wrong_and_says_so():
     assert "no answer found" in verdict.detail
 
 
+def test_the_first_hit_of_the_configs_order_is_compared_with_the_references_own():
+    response, reference = "#### 5\n\\boxed{6}", "3 + 3 = 6, not 5\n#### 6"
+    for order, correct in ((("boxed", "hash"), True), (("hash", "boxed"), False), (("last_number",), True)):
+        assert judge(response, reference, RewardConfig(extract=order)).correct is correct
+
+
+def test_an_answer_may_be_as_long_as_is_compared():
+    longest = "a" * MAX_ANSWER_CHARS
+    assert MAX_ANSWER_CHARS == 500
+    assert judge(rf"\boxed{{{longest}}}", longest, RewardConfig()).correct
+    assert "at most 500" in judge(rf"\boxed{{{longest}a}}", "5", RewardConfig()).detail
+    with pytest.raises(UnusableReferenceError, match="has 501 characters; at most 500"):
+        judge("5", longest + "a", RewardConfig())
+
+
 def test_an_endless_answer_is_wrong_without_being_parsed():
     verdict = judge(r"\boxed{" + "(1+" * MAX_ANSWER_CHARS + "}", "5", RewardConfig(extract=("boxed",)))
     assert not verdict.correct
     assert "at most" in verdict.detail
+
+
+def test_right_and_wrong_are_the_ends_of_the_declared_range_and_no_reference_is_the_lowest():
+    grade = load_grader(RewardConfig(range_min=-1.0, range_max=3.0))
+    found = [grade(GradeRequest("", response, answer)) for response, answer in (("5", "5"), ("6", "5"), ("6", " "))]
+    assert [(one.reward, one.status) for one in found] == [(3.0, "ok"), (-1.0, "ok"), (-1.0, "error")]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "word " * MAX_ANSWER_CHARS])

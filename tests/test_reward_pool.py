@@ -229,8 +229,9 @@ def test_slow_start_of_a_grader_costs_no_answer_its_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("response", "how"), [("die", "exit code 7"), ("segfault", "SIGSEGV")])
 def test_an_answer_that_crashes_two_graders_is_an_error(user_rewards, response, how):
     with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
-        grades = pool.grade([request("0.5"), request(response), request("1"), request("0.25")])
-    assert [(grade.reward, grade.status) for grade in grades] == [(0.5, "ok"), (0.0, "error"), (1.0, "ok"), (0.25, "ok")]
+        grades = pool.grade([request(one) for one in ("0.5", response, "1", *["0.25"] * 20)])  # of which some are sent ahead
+    wanted = [(0.5, "ok"), (0.0, "error"), (1.0, "ok"), *[(0.25, "ok")] * 20]
+    assert [(grade.reward, grade.status) for grade in grades] == wanted
     assert how in grades[1].detail
 
 
@@ -241,15 +242,16 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
 
 def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     config = RewardConfig(function=user_rewards, workers=1)
-    responses = ["raise", "float('inf')", "-float('inf')", "float('nan')", "'1'", "None", "sys.exit", "True", "print", "torch"]
+    values = ("float('inf')", "-float('inf')", "float('nan')", "'1'", "b'1'", "None")
+    responses = ["raise", *values, "sys.exit", "True", "print", "torch"]
     with GraderPool(config) as pool:
         grades = pool.grade([request(response) for response in responses])
-    assert [grade.status for grade in grades] == ["error"] * 7 + ["ok"] * 3
-    assert grades[6].detail.endswith("raised SystemExit: 3")
-    assert [grade.reward for grade in grades] == [0.0] * 7 + [1.0, 0.25, 0.0]
+    assert [grade.status for grade in grades] == ["error"] * 8 + ["ok"] * 3
+    assert grades[7].detail.endswith("raised SystemExit: 3")
+    assert [grade.reward for grade in grades] == [0.0] * 8 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
     assert "returned inf, which is no finite number" in grades[1].detail
-    assert "returned None, which is no finite number" in grades[5].detail
+    assert "returned None, which is no finite number" in grades[6].detail
 
 
 def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):

@@ -19,14 +19,12 @@ from etr_megatron.batching import routing_of
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import extend
 from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample
 from etr_megatron.weights import Experts
 from tests import test_policy_gradients
+from tests.batches import batch_of, metrics_row
 from tests.hf_models import by_published_names, random_sequences, write_model
 from tests.policy_jobs import build, make_batch
-from tests.test_batching import batch_of, metrics_row
 
 EXPERTS, PER_TOKEN = 6, 3
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -179,18 +177,6 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     row = metrics_row(replace(batch, routing=routing))
     assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))
     assert "routing_replayed" not in metrics_row(batch)
-
-
-def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
-    """Its keys and values were made anew from its first token on."""
-    sample = Sample(0, [], [], "abort", 1)
-    extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
-    assert not sample.routing
-    extend(sample, Drawn(0, [7], [-3.0], "abort", 1, routing=array("B", [1, 2, 3])))
-    extend(sample, Drawn(0, [], [], "abort", 2))
-    assert sample.routing == array("B", [1, 2, 3])
-    extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
-    assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -93,6 +94,56 @@ def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     directory.prepare(Config())
 
 
+@pytest.mark.parametrize("name", ["rollouts/step_000001.jsonl", "checkpoints/step_000001", "metrics.jsonl"])
+def test_any_result_makes_a_directory_used_and_an_empty_file_none(tmp_path: Path, name: str) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.path.touch()
+    assert not directory.is_used()
+    (directory.root / name).write_text("{}\n")
+    assert directory.is_used()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        directory.refuse_if_used(resume=False)
+    directory.refuse_if_used(resume=True)
+
+
+def test_a_finished_run_goes_on_from_a_checkpoint_alone(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.write_status("finished", step=3, steps=3)
+    with pytest.raises(UserError, match="holds a finished run without a checkpoint to continue from"):
+        directory.prepare(Config())
+    (directory.checkpoints / "step_000003").mkdir()
+    directory.prepare(Config())
+
+
+def test_the_settings_of_a_start_that_came_to_nothing_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config(run=RunConfig(seed=7)))
+    assert directory.prepare(Config(run=RunConfig(seed=8))) == [] and not caplog.messages
+    assert yaml.safe_load(directory.config_file.read_text())["run"]["seed"] == 8
+
+
+def test_a_key_that_the_start_did_not_know_is_no_change(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    settings = yaml.safe_load(directory.config_file.read_text())
+    del settings["objective"]["log_ratio_bound"]
+    directory.config_file.write_text(yaml.safe_dump(settings))
+    assert directory.prepare(Config()) == []
+
+
+def test_a_running_state_is_that_of_a_process_that_is_there(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.read_state() is None
+    for state in ("running", "finished", "failed", "requeue"):
+        with directory.locked():
+            directory.write_status(state, step=1, steps=3)
+            assert directory.read_state() == state
+        assert directory.read_state() == ("interrupted" if state == "running" else state)
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
 def test_a_directory_in_the_place_of_a_runs_file_is_a_user_error(tmp_path: Path, name: str) -> None:
     directory = RunDirectory(tmp_path / "run")
@@ -179,11 +230,11 @@ def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
     for step in (1, 2, 3, 1_000_000):
         directory.metrics.append(make_row(step))
         directory.save_rollouts(step, [make_group()])
-    (directory.rollouts / "notes.txt").write_text("mine")
+    shutil.copytree(directory.rollouts, directory.recorded)
+    for name in ("notes.txt", "step_000003.jsonl.jsonl"):
+        (directory.rollouts / name).write_text("mine")
     directory.cut_back(2)
-    assert {path.name for path in directory.rollouts.iterdir()} == {
-        "step_000001.jsonl",
-        "step_000002.jsonl",
-        "notes.txt",
-    }
+    kept = {"step_000001.jsonl", "step_000002.jsonl"}
+    assert {path.name for path in directory.rollouts.iterdir()} == {*kept, "notes.txt", "step_000003.jsonl.jsonl"}
+    assert {path.name for path in directory.recorded.iterdir()} == kept
     assert [row["step"] for row in directory.metrics.rows()] == [1, 2]

@@ -2,131 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from array import array
-
 import pytest
-from safetensors.torch import load, save
 
-from etr_megatron.config import Config
-from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
-from etr_megatron.rollout.engine import Drawn
-from etr_megatron.rollout.in_hand import InHand, pack, unpack
 from etr_megatron.rollout.sampler import chosen
-from etr_megatron.rollout.streaming import Hand
 from etr_megatron.types import Group, Problem, Sample
-
-
-class Problems(list):
-    fingerprint = "these"
-
-
-def problems(count: int = 40) -> Problems:
-    return Problems(Problem(f"p{number}", f"{number}?", str(number), [number, 7]) for number in range(count))
-
-
-class Engine:
-    """Draws a token of every request at a time; token n of a response is n, its log-prob -n - version / 10.
-
-    beside: tokens that are drawn of each between a step's groups and the weight sync. bad: ids of problems that it gives up.
-    """
-
-    def __init__(self, lengths=lambda problem, index: 4, beside: int = 0, bad=()) -> None:
-        self._bad = bad
-        self.weight_version, self._lengths, self._under_way, self._beside = 0, lengths, [], beside
-        self.asked, self.is_gone, self.needs_sync = 0, False, False
-
-    def submit(self, draws):
-        self.asked += sum(not draw.drawn for draw in draws)
-        self._under_way += [(draw, []) for draw in draws]
-
-    def wait(self, timeout_s):
-        if self.is_gone:
-            raise EngineGoneError("no server is left")
-        if self.needs_sync:
-            raise NeedsSyncError("the last one")
-        finished, rounds = [], 0
-        while not finished and rounds < 100 * timeout_s:
-            finished, rounds = self._draw(), rounds + 1
-        return finished
-
-    def _draw(self):
-        for draw, drawn in self._under_way:
-            drawn.append(len(draw.drawn) + len(drawn))
-        under_way, self._under_way, found = self._under_way, [], []
-        for draw, drawn in under_way:
-            if draw.problem.id in self._bad:
-                why = f"{draw.problem.id} is bad"
-                found.append(Drawn(draw.key, [], [], "abort", self.weight_version, given_up=why))
-            elif len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index):
-                found.append(self._answer(draw, drawn, "stop"))
-            else:
-                self._under_way.append((draw, drawn))
-        return found
-
-    def stop(self, *, abort):
-        found = [one for _ in range(self._beside) for one in self._draw()]
-        while self._under_way and not abort:
-            found += self._draw()
-        found += [self._answer(draw, drawn, "abort") for draw, drawn in self._under_way]
-        self._under_way = []
-        return found
-
-    def _answer(self, draw, drawn, finish):
-        return Drawn(draw.key, drawn, [-n - self.weight_version / 10 for n in drawn], finish, self.weight_version)
-
-
-def grader(flat=()):
-    """Rewards 0 and 1 in turn, as a group's samples come; all 0 for the problems in `flat`."""
-
-    def grade(requests):
-        return [Grade(0.0 if f"p{one.answer}" in flat else float(place % 2), "ok", "") for place, one in enumerate(requests)]
-
-    return grade
-
-
-def timer(_phase):
-    return contextlib.nullcontext()
-
-
-def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, **rollout) -> Hand:
-    settings = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=2, backend="sglang", **rollout)
-    config = Config(run=RunConfig(steps=steps), rollout=settings)
-    cursor = PromptCursor(problems(count), seed=1, shuffle=False)
-    return Hand(config, engine, cursor, lambda ids: " ".join(map(str, ids)), grader(flat))
-
-
-def through_disk(state: dict) -> dict:
-    """As a checkpoint keeps it: JSON but for the tensors."""
-    tensors = load(save(state.pop("tensors")))
-    return {**json.loads(json.dumps(state)), "tensors": tensors}
-
-
-def names(rollouts) -> list[str]:
-    return [group.problem.id for group in rollouts.groups]
-
-
-def sync(hand: Hand, engine: Engine) -> None:
-    hand.pause()
-    engine.weight_version += 1
-    hand.resume()
-
-
-def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
-    """Every group is complete, rewarded, and its tokens are one response without a gap."""
-    for group in rollouts.groups:
-        assert [sample.index for sample in group.samples] == [0, 1]
-        for sample in group.samples:
-            assert sample.response_ids.tolist() == list(range(lengths(group.problem, sample.index)))
-            versions = sample.token_versions()
-            assert sample.rollout_logprobs.tolist() == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
-            assert sample.finish_reason == "stop" and sample.reward is not None and sample.text
+from tests.hands import Engine, assert_whole, hand_of, names, problems, sync, through_disk, timer
 
 
 def test_a_rank_that_must_stop_is_not_kept_by_responses_and_all_is_still_in_hand():
@@ -203,6 +88,7 @@ def test_with_staleness_1_a_step_is_generated_while_the_one_before_trains_and_no
         taken = hand.take(step, timer)
         assert_whole(taken)
         assert names(taken) == [f"p{number}" for number in range(4 * step - 4, 4 * step)]
+        assert {group.id for group in taken.groups} == {f"{name}@{step}" for name in names(taken)}
         assert engine.asked == 8 * min(step + 1, 4)  # the next step's are under way, and none for a step that is not
         ages.append((taken.counts["staleness_mean"], taken.counts["staleness_max"]))
         sync(hand, engine)
@@ -243,7 +129,10 @@ def test_tokens_that_would_be_too_old_are_drawn_anew_and_then_waited_for():
     for step in range(1, 9):
         taken = hand.take(step, timer)
         assert_whole(taken, long_p1)
-        assert taken.counts["staleness_max"] <= 1
+        ages = [
+            hand._engine.weight_version - v for group in taken.groups for one in group.samples for v in one.token_versions()
+        ]
+        assert taken.counts["staleness_max"] == max(ages) <= 1 and taken.counts["staleness_mean"] == sum(ages) / len(ages)
         redone.append(taken.counts["groups_redone"])
         if "p1" in names(taken):
             assert sum(redone) >= 1
@@ -276,24 +165,6 @@ def test_a_hand_that_was_saved_goes_on_as_if_it_had_not_been(options):
     assert run(3) == run(None)
 
 
-def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
-    mixed = Sample(0, [70_123, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x € \u0000", 1.0, "ok", [3, 4, 4])
-    mixed.routing = array("B", [5, 0, 255])
-    begun, not_begun = Sample(1, [8], [-0.25], "abort", 4), Sample(0, [], [], "abort", 2)
-    problem = Problem("p", "6 times 7?", "42", [1, 2])
-    groups = [
-        InHand(Group("p@5", problem, [mixed, begun]), 5, is_redone=True),
-        InHand(Group("q@6", problem, [not_begun]), 6),
-    ]
-    found, tensors = pack(groups)
-    assert unpack(json.loads(json.dumps(found)), load(save(tensors))) == groups
-    assert "70123" not in json.dumps(found) and tensors["response_ids"].tolist() == [70_123, 6, 7, 8]
-    assert unpack([], load(save(pack([])[1]))) == unpack([], {}) == []
-    before = {name: tensor for name, tensor in tensors.items() if not name.startswith("routing")}
-    mixed.routing = array("B")
-    assert unpack(found, before) == groups  # a checkpoint from before there was a routing
-
-
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1}], ids=["synchronous", "ahead"])
 def test_a_step_that_was_taken_and_not_trained_on_is_taken_again(options):
     hand = hand_of(Engine(), **options)
@@ -307,6 +178,22 @@ def test_a_step_that_was_taken_and_not_trained_on_is_taken_again(options):
     again.resume()
     assert again.take(1, timer).groups == first.groups
     assert names(again.take(2, timer)) == ["p4", "p5", "p6", "p7"]
+
+
+def test_a_step_that_is_taken_again_has_its_own_groups_where_the_next_steps_are_complete_as_well():
+    hand = hand_of(Engine(), max_staleness=1)
+    first = hand.take(1, timer)
+    hand.put_back(1)
+    hand.pause()
+    assert hand.take(1, timer).groups == first.groups
+
+
+def test_a_step_of_which_no_answer_can_be_graded_stops_the_run_whatever_the_steps_before():
+    hand = hand_of(Engine())
+    hand.take(1, timer)
+    hand._grader = lambda requests: [Grade(0.0, "error", "it raised KeyError") for _ in requests]
+    with pytest.raises(UserError, match="8 of 8 answers could not be graded; the first, to problem p4: it raised KeyError"):
+        hand.take(2, timer)
 
 
 def test_when_the_engine_is_gone_all_is_still_in_hand():

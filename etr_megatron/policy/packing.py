@@ -116,10 +116,10 @@ class _Packed:
             begin, end = max(part.start, first), min(part.stop, length - 1)
             at = len(self.tokens) - part.start
             self.rows.extend(range(at + begin, at + end))
-            self.targets.extend(ids[begin + 1 : end + 1] if end > begin else ())
+            self.targets.extend(ids[begin + 1 : end + 1])
             self.row_sample.extend([sample] * (end - begin))
             self.row_position.extend(range(begin - first, end - first))
             self.tokens.extend(ids[part.start : part.stop])
-            self.tokens.extend([0] * (part.stop - max(part.start, min(part.stop, length))))
+            self.tokens.extend([0] * (part.stop - max(part.start, length)))
             self.positions.extend(part)
         self.offsets.append(self.offsets[-1] + padded)

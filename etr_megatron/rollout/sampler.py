@@ -83,7 +83,7 @@ def sampling_of(config: Config, step: int) -> Sampling:
 def replacements(config: Config) -> int:
     """Prompts that a step may ask for in the place of groups left out."""
     rollout = config.rollout
-    return int((rollout.max_oversample - 1) * rollout.prompts_per_step) if rollout.dynamic_sampling else 0
+    return int((rollout.max_oversample - 1) * rollout.prompts_per_step)
 
 
 def is_flat(group: Group) -> bool:

@@ -200,7 +200,7 @@ class Hand:
 
     def _judge(self) -> None:
         """Reward what is complete, and leave out what teaches nothing."""
-        complete = [held for held in self._groups if not held.missing and not held.is_left_out]
+        complete = [held for held in self._groups if not held.missing]
         samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
         if not samples:
             return
