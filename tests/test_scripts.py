@@ -121,7 +121,7 @@ def test_bad_input_through_bash_is_one_message_and_exit_code_2(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.tp=4", "--nproc", "4"], ["2 key/value heads", "parallel.tp=4"]),
+        (["parallel.tp=3", "--nproc", "3"], ["4 attention heads", "parallel.tp=3"]),
         (["rollout.max_response_tokens=500"], ["context of 512 tokens", "rollout.max_response_tokens=500"]),
         (["spoil"], ["config.json does not fit the weights", "gate_proj.weight", "[96, 48]"]),
     ],
