@@ -102,7 +102,7 @@ def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap, small
 
 def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
     states = case.hidden.clone().requires_grad_()
-    loss, logp, _ = vocab_parallel_loss(
+    loss, logp, entropy = vocab_parallel_loss(
         states,
         weight,
         case.targets,
@@ -112,6 +112,7 @@ def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
         backward_scale=scale,
         chunk_rows=chunk_rows,
     )
+    assert not (logp.requires_grad or entropy.requires_grad)  # values: a gradient through them would count twice
     return loss, logp, states
 
 
