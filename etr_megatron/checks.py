@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from etr_megatron.config import (
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
-from etr_megatron.platform.files import path_errors
+from etr_megatron.platform.files import problems_of, refuse_all
 from etr_megatron.platform.world import number_apart
 from etr_megatron.types import MOST_REPLAYED
 
@@ -37,7 +37,7 @@ def check_inputs(config: Config, world_size: int) -> None:
 
     Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
     """
-    _refuse_all(
+    refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
         lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
@@ -55,7 +55,7 @@ def check_server_node(config: Config, world_size: int) -> None:
 
     The run directory is not looked at: the run may be under way when such a node is started again. world_size: of the ranks.
     """
-    _refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
+    refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def beside_inputs() -> Iterator[None]:
         yield
     except InvalidConfigError as error:
         checks = _quick_checks(error.config)
-        problems = _problems(check for check, keys in checks if error.doubtful.isdisjoint(keys))
+        problems = problems_of(check for check, keys in checks if error.doubtful.isdisjoint(keys))
         raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
 
 
@@ -87,24 +87,6 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
     yield lambda: check_replay(config, 0), ("rollout.replay",)
     size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
     yield lambda: check_replay(config, config.run.steps), ("rollout.replay", *size)
-
-
-def _refuse_all(*checks: Callable[[], None]) -> None:
-    """Raise one `UserError` with every problem found."""
-    if problems := _problems(checks):
-        raise UserError("\n".join(problems))
-
-
-def _problems(checks: Iterable[Callable[[], None]]) -> list[str]:
-    """What the checks raise, each once: data.train and data.eval may share a problem."""
-    problems: list[str] = []
-    for check in checks:
-        try:
-            with path_errors():
-                check()
-        except UserError as error:
-            problems.append(str(error))
-    return list(dict.fromkeys(problems))
 
 
 def check_model(config: Config, world_size: int) -> None:

@@ -193,7 +193,7 @@ class Trainer:
         arch = self.policy.arch
         if not self.config.train.routing_replay or arch.experts is None:
             return None
-        return routing_of(groups, arch.experts, sum(map(arch.has_experts, range(arch.layers))))
+        return routing_of(groups, arch.experts, len(arch.expert_layers))
 
     def _sync(self) -> None:
         """The policy's weights to the engine; what is under way there waits, or ends, before."""

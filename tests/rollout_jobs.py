@@ -84,7 +84,7 @@ def gaps_of_experts(policy, model, prompts, device) -> tuple[dict[str, float], d
     groups = [Group(problem.id, problem, some) for problem, some in zip(_problems(prompts), samples, strict=True)]
     arch, sequences = policy.arch, sequences_of(groups)
     engine_logp = torch.tensor([logp for group in groups for sample in group.samples for logp in sample.rollout_logprobs])
-    routings = (None, routing_of(groups, arch.experts, sum(map(arch.has_experts, range(arch.layers)))))
+    routings = (None, routing_of(groups, arch.experts, len(arch.expert_layers)))
     own, replayed = (torch.cat(policy.logprobs(sequences, routing=routing).logp) for routing in routings)
     return gaps_of(own - engine_logp), gaps_of(replayed - engine_logp)
 

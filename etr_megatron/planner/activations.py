@@ -56,7 +56,7 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
     the gated MLP both halves and their product. In fp32 every normed row has a scale and every head of a token a log-sum-exp.
     In FP8 what matrix products alone keep is their own copy.
     """
-    heads, kv_heads = _heads_of_a_rank(arch, split.tp)
+    heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
     normed = heads + kv_heads if arch.qk_norm else 0
     attention = split.tokens * arch.head_dim * (2 * heads + 2 * kv_heads + normed)
     apart = 4 * (2 * split.whole + split.tokens * (heads + normed)) + _routing(arch, layer, split, etp)
@@ -70,11 +70,6 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
         # one (set_save_original_input in transformer/attention.py).
         inputs += split.tokens * heads * arch.head_dim
     return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + apart
-
-
-def _heads_of_a_rank(arch: Architecture, tp: int) -> tuple[int, int]:
-    """Query heads, and key or value heads, of which one is shared where there are fewer than ranks."""
-    return arch.heads // tp, max(1, arch.kv_heads // tp)
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
@@ -113,7 +108,7 @@ def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
     attention does not store: it saves a log-sum-exp. What is kept is v as it lies in the projection's output, and so all of
     that output, where attention itself would keep a copy of v. Ranks that share a key/value head have gathered the outputs of
     all."""
-    heads, kv_heads = _heads_of_a_rank(arch, split.tp)
+    heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
     output = heads + 2 * kv_heads if arch.kv_heads >= split.tp else arch.heads + 2 * arch.kv_heads
     return split.tokens * (split.element * (output - kv_heads) * arch.head_dim - 4 * heads)
 

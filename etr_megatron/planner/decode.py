@@ -83,7 +83,7 @@ def expert_share(arch: Architecture) -> float:
     experts = arch.experts
     if experts is None:
         return 0.0
-    of_all = sum(arch.has_experts(layer) for layer in range(arch.layers)) * 3 * arch.hidden_size * experts.intermediate_size
+    of_all = len(arch.expert_layers) * 3 * arch.hidden_size * experts.intermediate_size
     others = active_parameters(arch) - experts.per_token * of_all
     embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
     return experts.count * of_all / (experts.count * of_all + others + embeddings)

@@ -108,7 +108,7 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
     weights = held.total * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
-    heads = max(1, arch.kv_heads // layout.tp)
+    heads = arch.kv_heads_of_a_rank(layout.tp)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     is_embedded = config.rollout.backend == "embedded"
     pool = 0 if is_embedded else int(fraction * gpu_memory_gib * GIB)

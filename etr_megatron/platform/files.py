@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,24 @@ def path_errors() -> Iterator[None]:
         name = os.fsdecode(error.filename)
         name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
         raise UserError(f"{name}: {os.strerror(error.errno)}") from error
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """What the checks raise as UserError, or of paths (see `path_errors`), each once: two may share a problem."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            with path_errors():
+                check()
+        except UserError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def refuse_all(*checks: Callable[[], object]) -> None:
+    """Raise one UserError with every problem found."""
+    if problems := problems_of(checks):
+        raise UserError("\n".join(problems))
 
 
 def entries(folder: Path, pattern: str) -> list[Path]:

@@ -26,7 +26,7 @@ class ExpertBalance:
     def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
         """tp_shares: whether tensor-parallel ranks have different tokens (sequence parallelism)."""
         assert arch.experts is not None
-        self._mixtures = [layer for layer in range(arch.layers) if arch.has_experts(layer)]
+        self._mixtures = arch.expert_layers
         # Ranks that Megatron adds a microbatch's balancing loss up over, each with as many tokens.
         self._shares = layout.cp * (layout.tp if tp_shares else 1)
         # Of every layer the tokens of each expert, then all tokens, then the sum of tokens times this rank's part of the loss.

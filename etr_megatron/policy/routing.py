@@ -41,7 +41,7 @@ class RoutingReplay:
     def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
         """tp_shares: whether tensor-parallel ranks have different tokens (sequence parallelism)."""
         assert arch.experts is not None
-        mixtures = [layer for layer in range(arch.layers) if arch.has_experts(layer)]
+        mixtures = arch.expert_layers
         self._shape = len(mixtures), arch.experts.per_token
         self._layout, self._tp_shares = layout, tp_shares
         self._places: list[_Places] = []

@@ -102,8 +102,7 @@ def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tens
 
 
 def _without_columns(held: InHand) -> dict[str, Any]:
-    group = group_to_json(held.group)
-    group["samples"] = [{name: one[name] for name in one if name not in _COLUMNS} for one in group["samples"]]
+    group = group_to_json(held.group, without=_COLUMNS)
     return {"group": group, "step": held.step, "is_left_out": held.is_left_out, "is_redone": held.is_redone}
 
 

@@ -9,7 +9,7 @@ import base64
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,9 @@ def forget_reached(folder: Path) -> None:
     (folder / _REACHED).unlink(missing_ok=True)
 
 
-def group_to_json(group: Group) -> dict[str, Any]:
-    """Plain values that hold the group exactly."""
-    samples = [_plain(sample) for sample in group.samples]
+def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]:
+    """Plain values that hold the group exactly. without: fields of its samples that are kept elsewhere."""
+    samples = [_plain(sample, without) for sample in group.samples]
     return {"id": group.id, "problem": _plain(group.problem), "samples": samples}
 
 
@@ -175,8 +175,8 @@ def group_from_json(found: dict[str, Any]) -> Group:
     return Group(found["id"], Problem(**found["problem"]), samples)
 
 
-def _plain(one: Problem | Sample) -> dict[str, Any]:
-    values = {field.name: getattr(one, field.name) for field in fields(one)}
-    if isinstance(one, Sample):  # a hundred times as many numbers as tokens
-        values["routing"] = base64.b64encode(one.routing).decode()
+def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, Any]:
+    values = {field.name: getattr(one, field.name) for field in fields(one) if field.name not in without}
+    if "routing" in values:  # a hundred times as many numbers as tokens
+        values["routing"] = base64.b64encode(values["routing"]).decode()
     return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}

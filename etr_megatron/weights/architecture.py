@@ -75,6 +75,15 @@ class Architecture:
         """Whether the MLP of `layer` is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
+    @property
+    def expert_layers(self) -> list[int]:
+        """The layers that `has_experts` holds for."""
+        return [layer for layer in range(self.layers) if self.has_experts(layer)]
+
+    def kv_heads_of_a_rank(self, tp: int) -> int:
+        """Key/value heads on each of `tp` tensor-parallel ranks; where there are fewer, neighbours share one."""
+        return max(1, self.kv_heads // tp)
+
 
 def _has_rows(family: str, part: str) -> bool:
     """Whether the family's table has a row with this in its Megatron name."""
