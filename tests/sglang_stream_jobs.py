@@ -77,8 +77,12 @@ def poisoned(
 
 
 def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **settings: Any) -> list[list[dict[str, Any]]]:
-    """Groups of the steps of a sampler that asks a fake server of the job for experts, with a sync before each."""
-    with behaving({"tokens_per_s": 40}):
+    """Groups of the steps of a sampler that asks a fake server of the job for experts, with a sync before each.
+
+    Partial rollouts have every other response at a rate at which it has seconds to go when those beside it are complete,
+    so that a sync cuts it off.
+    """
+    with behaving({"tokens_per_s": 40, "odd_tokens_per_s": 6 if rollout.get("partial") else 40}):
         policy = build(model, ["parallel.tp=1"])
         engine = engine_of(policy, model, directory, probe_every=0, routing=True, **settings)
         sampler, found = _sampler(engine, steps, rollout, routing=True), []
