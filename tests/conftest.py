@@ -33,10 +33,10 @@ def gangs():
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory):
     """family -> directory of a small random HuggingFace checkpoint; every dimension is distinct."""
-    from tests.hf_models import FAMILIES, write_model
+    from tests.hf_models import ALIKE, FAMILIES, write_model
 
     root = tmp_path_factory.mktemp("hf")
-    return {name: write_model(name, root / name) for name in FAMILIES}
+    return {name: write_model(name, root / name) for name in FAMILIES | ALIKE}
 
 
 @pytest.fixture

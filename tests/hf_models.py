@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 VOCAB = 301
 _COMMON = dict(
@@ -43,13 +43,17 @@ FAMILIES = {
         dict(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True),
     ),
 }
+ALIKE = {
+    "mistral": (MistralForCausalLM, dict(**_COMMON, sliding_window=None, tie_word_embeddings=False)),
+}
+"""Of which the weight map has another family's table, so that few tests need them."""
 
 
 def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
     """Write the family's model with norms and biases away from their initial ones and zeros. layers: how deep it is; changes:
     of its sizes."""
     torch.manual_seed(sum(map(ord, name)))
-    kind, settings = FAMILIES[name]
+    kind, settings = (FAMILIES | ALIKE)[name]
     model = kind(kind.config_class(num_hidden_layers=layers, **{**settings, **changes})).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():

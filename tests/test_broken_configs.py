@@ -182,6 +182,14 @@ def test_a_rotary_embedding_is_what_transformers_reads_however_it_is_written(hf_
     }
 
 
+@pytest.mark.parametrize(("window", "without"), [(32, ""), (None, "sliding_window")])
+def test_a_window_of_attention_is_refused_also_where_transformers_takes_its_own(hf_models, tmp_path, window, without):
+    folder = config_with(hf_models["mistral"], tmp_path, {"sliding_window": window}, without=without)
+    taken = AutoConfig.from_pretrained(folder).sliding_window
+    message = f"sliding_window is {taken}; the mistral family is supported with null only"
+    assert taken is not None and refusal(read_architecture, folder) == message
+
+
 @pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "rms_norm_eps", "num_experts_per_tok"])
 def test_a_missing_field_is_named(hf_models, tmp_path, name):
     folder = config_with(hf_models["qwen3_moe"], tmp_path, {}, without=name)

@@ -149,8 +149,9 @@ def test_gradients_equal_autograd_through_transformers(gangs, hf_models, referen
     check(gangs, hf_models[family], references(family), LAYOUTS[layout], way)
 
 
-def test_gradients_with_a_context_extended_by_yarn_equal_autograd_through_transformers(gangs, hf_models, references):
-    check(gangs, hf_models["qwen3_yarn"], references("qwen3_yarn"), LAYOUTS["tp1"], "single_pass")
+@pytest.mark.parametrize("model", ["mistral", "qwen3_yarn"])  # the other: with a context extended by YaRN
+def test_gradients_of_other_models_equal_autograd_through_transformers(gangs, hf_models, references, model):
+    check(gangs, hf_models[model], references(model), LAYOUTS["tp1"], "single_pass")
 
 
 @pytest.mark.parametrize("layout", MIXTURES)

@@ -68,6 +68,11 @@ def test_logprobs_and_entropy_equal_transformers(gangs, hf_models, family, layou
     check(gangs, hf_models[family], *LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
+def test_logprobs_and_entropy_of_a_family_with_anothers_table_equal_transformers(gangs, hf_models, layout):
+    check(gangs, hf_models["mistral"], *LAYOUTS[layout])
+
+
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "cp2"])
 def test_logprobs_and_entropy_with_a_context_extended_by_yarn_equal_transformers(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_yarn"], *LAYOUTS[layout])

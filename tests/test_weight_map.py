@@ -27,8 +27,8 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
+from tests.hf_models import ALIKE, random_sequences
 from tests.hf_models import FAMILIES as MODELS
-from tests.hf_models import random_sequences
 from tests.test_convert import assert_same_bits, tensors_of
 from tests.toy_family import register, toy_family, unregister, write_toy
 from tests.weight_cases import ARCHITECTURES
@@ -45,7 +45,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", MODELS | ALIKE)
 def test_every_tensor_of_a_checkpoint_has_exactly_one_weight(hf_models, family):
     counts = Counter(name for weight in weights_of(read_architecture(hf_models[family])) for name in weight.hf)
     assert set(counts.values()) == {1}

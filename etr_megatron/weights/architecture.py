@@ -20,6 +20,7 @@ from etr_megatron.weights.rope import read_rope
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
@@ -98,6 +99,9 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
+    window = config.get("sliding_window", 4096)  # what transformers takes where nothing is said
+    if family == "mistral" and window is not None:
+        raise UserError(f"{source}: sliding_window is {spelled(window)}; the mistral family is supported with null only")
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{source}: layer_types is {spelled(kinds)}; only a list of full_attention is supported")

@@ -153,6 +153,7 @@ _EXPERTS = (
 )
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
+    "mistral": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "qwen2": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_MLP, *_END),
     "qwen3": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_END),
     "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_EXPERTS, *_END),

@@ -11,8 +11,8 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Directory of a HuggingFace checkpoint (Llama 3, Qwen2/2.5, Qwen3, Qwen3-MoE) or of what `tools/convert_hf.py to-megatron`
-    wrote, or `tiny`: a small Qwen3 made and warm-started here."""
+    """Directory of a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE) or of what `tools/convert_hf.py
+    to-megatron` wrote, or `tiny`: a small Qwen3 made and warm-started here."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Parameter type; `auto` is float32 on CPU and bfloat16 on CUDA."""
 
