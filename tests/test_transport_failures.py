@@ -175,6 +175,29 @@ def test_a_checksum_sees_every_change_of_one_byte(data, place, change):
     assert checksum(tensor) != before
 
 
+def murmur3(word):
+    """The 64-bit finaliser as MurmurHash3 publishes it, on Python's own integers."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 1):
+        word = (word ^ word >> 33) * factor % 2**64
+    return word
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_a_checksum_is_the_sum_of_words_and_places_scrambled(words):
+    found = checksum(torch.tensor(words, dtype=torch.uint64))
+    scrambled = (murmur3((word + place * 0x9E3779B97F4A7C15) % 2**64) for place, word in enumerate(words, start=1))
+    assert found % 2**64 == (8 * len(words) + sum(scrambled)) % 2**64
+
+
+def test_a_checksum_tells_a_word_from_the_one_that_is_complementary_to_it_at_its_place():
+    """The two come out alike where scrambling fills up with the sign."""
+    place = 0x9E3779B97F4A7C15
+    other = (-1 - 12345 - 2 * place) % 2**64
+    one, two = (checksum(torch.tensor([word], dtype=torch.uint64)) for word in (12345, other))
+    assert one != two
+
+
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=9), st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_checksum_sees_two_flipped_bits_and_exchanged_words(words, data):

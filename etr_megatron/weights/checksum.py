@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 16
-"""Words that are weighted at a time."""
+"""Words that are scrambled at a time."""
 
 
 @torch.no_grad()
@@ -14,8 +14,8 @@ def checksum(tensor: Tensor) -> int:
     """A signed 64-bit number of a tensor's bytes in order, whatever its dtype and strides; not cryptographic.
 
     The sum, modulo 2**64, over 64-bit words of a scrambled form of word and place. Scrambling can be undone, so one word
-    that differs always changes the sum. It is not linear (the finaliser of MurmurHash3), so two changes do not cancel: with
-    weights alone two flipped signs would.
+    that differs always changes the sum. It is not linear (the finaliser of MurmurHash3), so two changes do not cancel: if words
+    were multiplied by their places alone, two flipped signs would.
     """
     data = tensor.contiguous().flatten().view(torch.uint8)
     rest = data.numel() % 8
@@ -37,5 +37,11 @@ def _scrambled(words: Tensor, first: int) -> Tensor:
     places = torch.arange(first + 1, first + 1 + len(words), device=words.device)
     mixed = words + places * -7_046_029_254_386_353_131
     for factor in (-49_064_778_989_728_563, -4_265_267_296_055_464_877):
-        mixed = (mixed ^ (mixed >> 33)) * factor
-    return mixed ^ (mixed >> 33)
+        mixed = (mixed ^ _upper(mixed)) * factor
+    return mixed ^ _upper(mixed)
+
+
+def _upper(words: Tensor) -> Tensor:
+    """The upper 31 bits, at the lower end, without the copies of the sign that `>>` of a signed number brings: with them a word
+    and its complement would come out alike."""
+    return (words >> 33) & 0x7FFF_FFFF
