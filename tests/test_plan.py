@@ -155,14 +155,14 @@ def sent_by_replicas(plan: Plan, itemsize: int) -> dict[tuple[int, ...], dict[in
 
 @given(problems(servers_as_source=False))
 @settings(max_examples=40, deadline=None)
-def test_no_replica_sends_more_than_1_2_times_the_mean(problem):
+def test_no_replica_sends_more_than_1_1_times_the_mean(problem):
     arch, source, destination = problem
     plan = make_plan(source, destination, arch)
     largest_row = 2 * max(shape[-1] for weight in weights_of(arch) for shape in weight.shapes if len(shape) == 2)
     for ranks, loads in sent_by_replicas(plan, 2).items():
         mean = sum(loads.values()) / len(ranks)
         # One row is the least that can be given to somebody else.
-        assert max(loads.values()) <= max(1.2 * mean, mean + largest_row)
+        assert max(loads.values()) <= max(1.1 * mean, mean + largest_row)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_no_replica_sends_more_than_1_2_times_the_mean(problem):
         (TrainingLayout(tp=4, pp=2, dp=2), ServerLayout(tp=4, servers=5)),
     ],
 )
-def test_replicas_of_a_real_size_are_within_1_2_of_the_mean_without_allowance(source, destination):
+def test_replicas_of_a_real_size_are_within_1_1_of_the_mean_without_allowance(source, destination):
     arch = architecture(hidden_size=64, head_dim=16, intermediate_size=160, vocab_size=3001, qkv_bias=False, family="llama")
     for loads in sent_by_replicas(make_plan(source, destination, arch), 2).values():
-        assert max(loads.values()) <= 1.2 * sum(loads.values()) / len(loads)
+        assert max(loads.values()) <= 1.1 * sum(loads.values()) / len(loads)
 
 
 REAL = dict(family="qwen3", hidden_size=4096, heads=32, kv_heads=8, head_dim=128, intermediate_size=12288, vocab_size=151936)
@@ -193,14 +193,14 @@ REAL = dict(family="qwen3", hidden_size=4096, heads=32, kv_heads=8, head_dim=128
         (TrainingLayout(tp=4, pp=2, dp=4), ServerLayout(tp=2, servers=16), 0),
     ],
 )
-def test_replicas_of_a_large_model_are_within_1_2_of_the_mean_in_blocks_and_in_place(source, destination, start, fp8_block):
+def test_replicas_of_a_large_model_are_within_1_1_of_the_mean_in_blocks_and_in_place(source, destination, start, fp8_block):
     """What a process holds itself is not counted."""
     arch = architecture(**REAL, layers=8, qkv_bias=False, qk_norm=True)
     plan = make_plan(source, destination, arch, destination_start=start, fp8_block=fp8_block)
     loads = list(sent_by_replicas(plan, 2).values())
     assert loads
     for sent in loads:
-        assert max(sent.values()) <= 1.2 * sum(sent.values()) / len(sent)
+        assert max(sent.values()) <= 1.1 * sum(sent.values()) / len(sent)
 
 
 def test_an_embedding_larger_than_a_replicas_share_is_cut():

@@ -1,6 +1,7 @@
 """The engine without servers: a transformers replica in every rank, prompts spread over all of them.
 
-It is fed through the same by-name update that a server gets, returns the same fields, and is the default without a GPU.
+It is fed through the same by-name update that a server gets, returns the same fields, and is what `rollout.backend` is where
+nothing is said.
 """
 
 from __future__ import annotations

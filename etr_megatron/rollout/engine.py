@@ -60,7 +60,7 @@ def never() -> bool:
 
 
 class RolloutEngine(Protocol):
-    """Every method is a collective: all ranks call it with the same arguments and get the same result.
+    """Every method but `close` is a collective: all ranks call it with the same arguments and get the same result.
 
     An engine that has lost what it generates with raises EngineGoneError on every rank, one that will not RefusedError, one
     that has lost too much of it NeedsSyncError.
@@ -80,7 +80,8 @@ class RolloutEngine(Protocol):
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over the full set of HF tensors; only then does `weight_version` change.
 
-        Raises ValueError naming the tensors that are missing, unknown or of the wrong shape.
+        The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
+        see `SglangEngine.update_weights`.
         """
         ...
 

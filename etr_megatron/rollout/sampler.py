@@ -31,7 +31,8 @@ class Rollouts:
 
 
 class Sampler(Protocol):
-    """Every method but `state_dict` is a collective: all ranks call it with the same arguments and get the same result."""
+    """`take`, `pause` and `resume` are collectives: all ranks call them, and `take` returns the same to all. So do all call the
+    others, in which nobody waits."""
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """The groups of a step. What the engine or the grader raises is raised on every rank.
@@ -42,7 +43,7 @@ class Sampler(Protocol):
         ...
 
     def put_back(self, step: int) -> None:
-        """The groups of `step` will not be trained on now: they, or their prompts, are to be taken again. No collective.
+        """The groups of `step` will not be trained on now: they, or their prompts, are to be taken again.
 
         Nothing happens where that step has not begun.
         """
@@ -61,7 +62,7 @@ class Sampler(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there. Of the tensors rank 0's count."""
         ...
 
 

@@ -121,7 +121,7 @@ def handles(named: Sequence[tuple[str, Tensor]]) -> str:
     """Views of a `SharedMemory` as `/update_weights_from_tensor` takes them.
 
     For one process that reads them once: torch counts readers by what was pickled, and after a second reading of the same
-    handles the segment would be taken for unused. So a server that hands one worker's payload to several is not `near`.
+    handles the segment would be taken for unused. So every worker is sent handles of its own.
     """
     with _by_name():
         return base64.b64encode(ForkingPickler.dumps(list(named))).decode()
