@@ -11,9 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etr_megatron.weights.quantize import dequantize_blocks, dequantize_box, quantize_blocks
+from etr_megatron.weights.quantize import dequantize_box, quantize_blocks
 
 FP8 = torch.float8_e4m3fn
+
+
+def dequantize_blocks(
+    quantized: torch.Tensor, scale_inv: torch.Tensor, block: int = 128, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    out = torch.empty(quantized.shape, dtype=dtype)
+    dequantize_box(quantized, scale_inv, out, block)
+    return out
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Export:
-    """Weights as they are at the time of each call: views into the policy, which the next optimizer step changes."""
+    """Weights as they are at the time of each call. Shards are views into the policy, which the next optimizer step changes;
+    the full tensors of an iteration are copies."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -26,7 +27,7 @@ class Export:
         return export_hf_weights(self._policy.chunks)
 
     def shards(self) -> dict[str, Tensor]:
-        """This rank's parameters by `Weight.megatron`."""
+        """This rank's parameters by `Weight.megatron`; of one held in FP8 a copy in the type that it stands for."""
         own = own_parameters(self._policy.chunks).values()
         return {weight.megatron: plain_values(parameter) for weight, parameter in own}
 

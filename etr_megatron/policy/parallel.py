@@ -73,7 +73,7 @@ class Layout:
 
 
 def init_world(timeout_s: float) -> None:
-    """Join the world that torchrun describes in the environment; `timeout_s` is the deadline of every collective."""
+    """Join the world that torchrun describes in the environment; `timeout_s` is the deadline of its collectives."""
     if platform.uses_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
@@ -95,8 +95,9 @@ def init_layout(
 ) -> Layout:
     """Cut the world into model-parallel groups and seed the ranks. The groups of another, earlier layout are destroyed.
 
-    etp: tensor parallelism of an expert, None is `tp`. Raises RuntimeError (from Megatron) when TP x CP x PP or ETP x EP x PP
-    does not divide the world.
+    timeout_s: deadline of the groups' collectives, which Megatron takes in minutes: rounded, one at least. etp: tensor
+    parallelism of an expert, None is `tp`. Raises RuntimeError (from Megatron) when TP x CP x PP or ETP x EP x PP does not
+    divide the world.
     """
     sizes = (tp, pp, ep, tp if etp is None else etp, cp, vpp)
     if _sizes() != sizes:

@@ -1,9 +1,10 @@
 """Which samples go together: samples to data-parallel ranks, a rank's samples to microbatches. Pure Python.
 
 Invariants (tested): every sample exactly once; the same number of microbatches on every data-parallel rank, a multiple of
-`multiple`, and no more of them than the rank with the most needs; no microbatch over the token budget unless it is a single
-longer sample; the same plan for the same input. The costliest rank, and each rank's costliest microbatch, are as cheap as
-possible: exactly so up to `_EXACT` samples, unless the search is cut off, and greedily beyond.
+`multiple`; no microbatch over the token budget unless it is a single longer sample; the same plan for the same input. The
+costliest rank, and each rank's costliest microbatch, are as cheap as possible, and there are no more microbatches than the rank
+that needs most has to have: exactly so up to `_EXACT` samples, unless the search is cut off. Beyond, the costliest sample comes
+first, into the cheapest part that has room, which may take a few microbatches in a hundred more.
 """
 
 from __future__ import annotations

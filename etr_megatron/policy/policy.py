@@ -123,6 +123,7 @@ class Policy:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
 
         sequences: (prompt ids, response ids) of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
+        Raises UserError for a token that is none of the model's, RuntimeError where there is no reference.
         """
         chunks = self.reference if reference else self._ddp
         if chunks is None:
@@ -151,7 +152,8 @@ class Policy:
         """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
 
         Raises FloatingPointError for a log-prob, loss or gradient of a loss that is not finite (see `RowWatch`), RuntimeError
-        for such gradients of parameters, UserError for a loss of the user's own that fails or returns what it should not.
+        for such gradients of parameters, UserError for a loss of the user's own that fails or returns what it should not, and
+        for a token that is none of the model's.
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()

@@ -6,7 +6,7 @@ from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.layout import Holding, Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.map import TABLES, Weight, weights_of
 from etr_megatron.weights.plan import Plan, Transfer, make_plan
-from etr_megatron.weights.quantize import dequantize_blocks, quantize_blocks
+from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import Piece, Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
@@ -29,7 +29,6 @@ __all__ = [
     "Weight",
     "check_checkpoint",
     "check_torch_dist",
-    "dequantize_blocks",
     "is_torch_dist",
     "join_shards",
     "make_plan",

@@ -1,4 +1,5 @@
-"""Does a checkpoint directory hold the model that its config.json describes? From names and shapes alone."""
+"""Does a checkpoint directory hold the model that its config.json describes? From names, shapes and types, but where values are
+asked for."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
     """Compare config.json with the tensors of a HuggingFace or `torch_dist` directory and return the architecture.
 
     named: see `read_architecture`. The tensors are those of `open_checkpoint`, which reads FP8 as bf16. Raises UserError naming
-    a few differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows. (A
-    config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the files' lengths
-    are compared with what is said to lie in them as well.
+    a few differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows, those of
+    integers. (A config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the
+    files' lengths are compared with what is said to lie in them as well, and its chunks must make up every tensor.
 
     values: where a tied head is stored twice, also read both and refuse a head of its own, which would be lost.
     """

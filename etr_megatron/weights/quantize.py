@@ -79,21 +79,10 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def dequantize_blocks(quantized: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `quantize_blocks` returned as a new [rows, cols] matrix of `dtype`; the product is formed in fp32.
-
-    Raises ValueError where the scales' shape does not fit.
-    """
-    out = torch.empty(quantized.shape, dtype=dtype, device=quantized.device)
-    dequantize_box(quantized, scale_inv, out, block)
-    return out
-
-
-@torch.no_grad()
 def dequantize_box(
     quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int = BLOCK, begin: tuple[int, int] = (0, 0)
 ) -> None:
-    """Dequantise a box of a matrix that need not begin or end where a block does.
+    """What `quantize_blocks` returned as values again: all of a matrix, or a box that need not begin or end where a block does.
 
     quantized: float8_e4m3fn [rows, cols]. scale_inv: fp32, of the blocks that the box touches. out: [rows, cols], the caller's,
     overwritten with the products, which are formed in fp32. begin: row and column of the matrix at which the box begins. Raises

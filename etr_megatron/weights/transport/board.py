@@ -40,7 +40,7 @@ class Board:
         self._broken: str | None = None
 
     def start(self, version: int) -> None:
-        """Turn to a new sync, which begins with a meeting."""
+        """Turn to a new sync, which begins with a meeting. Raises SyncError where one has failed on this board before."""
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
