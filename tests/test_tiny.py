@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from etr_megatron.config.schema import ArithmeticConfig, Config, DataConfig, TinyConfig
 from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
-from etr_megatron.data.arithmetic import Exercise, worked_solution
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
 from etr_megatron.job import initial_checkpoint
@@ -96,7 +95,7 @@ def test_the_warm_start_learns_to_end_a_boxed_solution():
     tokenizer = train_tokenizer(tiny, ARITHMETIC)
     torch.manual_seed(0)
     model = new_model(tiny, tokenizer)
-    solution = tokenizer.encode(worked_solution(Exercise(3, "+", 4)) + "<|im_end|>")
+    solution = tokenizer.encode("3+4=7\n\\boxed{7}<|im_end|>")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 3+4?"}], add_generation_prompt=True, return_dict=False
     )

@@ -73,37 +73,27 @@ class Slips:
     wrong_digit: float = 0.0
 
 
-def worked_solution(exercise: Exercise) -> str:
-    """The right solution in its plainest wording; the boxed number is `exercise.result`."""
-    return _solution(exercise, Slips(), rng=None)
-
-
 def demonstration(exercise: Exercise, slips: Slips, rng: random.Random) -> str:
-    """A solution with slips, worded one way or another: order of the operands, `=` or `is`, line break, comma or semicolon.
+    """Columns, then the result that follows from them, slips included; without slips it is `exercise.result`.
 
-    The wording carries no information about the result. It gives the policy the entropy that a pretrained model has:
-    without it only the slips are uncertain, one token in a dozen, and importance ratios stay at 1 everywhere else.
+    Worded one way or another: order of the operands, `=` or `is`, line break, comma or semicolon. The wording carries no
+    information about the result. It gives the policy the entropy that a pretrained model has: without it only the slips are
+    uncertain, one token in a dozen, and importance ratios stay at 1 everywhere else.
     """
-    return _solution(exercise, slips, rng)
-
-
-def _solution(exercise: Exercise, slips: Slips, rng: random.Random | None) -> str:
-    """Columns, then the result that follows from them (slips included)."""
     width = max(len(str(exercise.a)), len(str(exercise.b)))
     tops = [int(digit) for digit in reversed(str(exercise.a).zfill(width))]
     bottoms = [exercise.b] * width if exercise.operator == "*" else map(int, reversed(str(exercise.b).zfill(width)))
     text, digits, carry = "", "", 0
     for column, (top, bottom) in enumerate(zip(tops, bottoms, strict=True)):
         last = column == width - 1
-        if rng and carry and rng.random() < slips.forgotten_carry:
+        if carry and rng.random() < slips.forgotten_carry:
             carry = 0
-        swapped = bool(rng and exercise.operator != "-" and rng.random() < 0.5)
+        swapped = exercise.operator != "-" and rng.random() < 0.5
         line, value, carry = _column(exercise.operator, top, bottom, carry, last=last, swapped=swapped)
-        if rng and rng.random() < slips.wrong_digit:
+        if rng.random() < slips.wrong_digit:
             value = max(0, value + rng.choice((-1, 1)))
             carry = carry if exercise.operator == "-" else value // 10
-        text += f"{line}{rng.choice(_EQUALS) if rng else _EQUALS[0]}{value}"
-        text += rng.choice(_SEPARATORS) if rng else _SEPARATORS[0]
+        text += f"{line}{rng.choice(_EQUALS)}{value}{rng.choice(_SEPARATORS)}"
         digits = str(value if last else value % 10) + digits
     return f"{text}\\boxed{{{int(digits)}}}"
 
