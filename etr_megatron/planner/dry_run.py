@@ -31,7 +31,7 @@ _MOST_GPUS = 1024
 
 
 def dry_run(argv: Sequence[str]) -> int:
-    """The exit code of `check_and_print`: 0, or 141 where the reader of what is printed has left."""
+    """`check_and_print`, and the exit code where that raises nothing: 0 but for what is said at `code_of_printing`."""
 
     def main() -> int:
         check_and_print(argv)

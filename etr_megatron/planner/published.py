@@ -1,4 +1,8 @@
-"""The planner held against runs that others have published. No assumption of `hardware` was chosen by these rows."""
+"""The planner held against runs that others have published. No assumption of `hardware` was chosen by these rows.
+
+They are of NeMo RL (https://github.com/NVIDIA-NeMo/RL), docs/about/performance-summary.md; the recipes are in
+examples/configs/recipes/llm/performance there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,6 @@ from etr_megatron.config import load_config
 from etr_megatron.planner.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-SOURCE = "NeMo RL, docs/about/performance-summary.md"
-"""https://github.com/NVIDIA-NeMo/RL; the recipes are in examples/configs/recipes/llm/performance there."""
 
 _NEMO = (
     "rollout.prompts_per_step=64",
