@@ -32,6 +32,7 @@ from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
+from etr_megatron.status import given_up
 from etr_megatron.types import Problem
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run_rank(config: Config) -> None:
         grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
         # torchrun sends SIGTERM as well, when another rank has failed. That one comes to none of the meetings, without which
         # nobody stops as if nothing were lost.
-        stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s))
+        stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s, given_up))
         _train(config, checkpoint, grader, stack, stop)
 
 

@@ -108,6 +108,13 @@ def read_status(path: Path) -> Reported | None:
     return Reported(report["message"], report["exit_code"])
 
 
+def given_up() -> int | None:
+    """2 where a rank of this node has reported a user's mistake; None for a run that goes on or is to be started again."""
+    path = _status_file()
+    reported = None if path is None else read_status(path)
+    return reported.exit_code if reported is not None and reported.exit_code == USER_ERROR_EXIT else None
+
+
 def _exit_code(error: UserError) -> int:
     return REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT
 

@@ -85,6 +85,13 @@ def test_a_context_that_is_too_short_is_the_same_sentence_in_a_plan_and_in_a_job
     assert said == [f"{hf_models['qwen3']} {short}rollout.max_response_tokens=500; lower one of them"] * 2
 
 
+def test_a_plan_of_a_replay_says_that_it_counts_rollouts() -> None:
+    settings = [], ["rollout.replay=runs/a", "eval.every=0"]
+    plain, replay = (render(make_plan(load_config(CONFIG, more), 8)) for more in settings)
+    note = "rollout.replay needs none of this"
+    assert note in replay and note not in plain
+
+
 def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:
     few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]  # which are estimated faster
     config = load_config(CONFIG, ["sglang.mem_fraction=0.15", *few])

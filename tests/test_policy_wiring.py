@@ -50,6 +50,8 @@ def test_transformer_engine_is_used_on_cuda_where_it_is_installed_and_computes_a
     assert uses_transformer_engine() == used
     assert told(hf_models["qwen3_moe"]).moe_grouped_gemm == used
     assert not told(hf_models["qwen3"]).moe_grouped_gemm
+    fusions = ("persist_layer_norm", "bias_dropout_fusion", "bias_activation_fusion", "apply_rope_fusion")
+    assert [getattr(told(hf_models["qwen3"]), name) for name in fusions] == [used] * len(fusions)
 
 
 @pytest.mark.parametrize(

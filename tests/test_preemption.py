@@ -16,14 +16,14 @@ RANK = """
 import hashlib, os, signal, sys, time
 from etr_megatron.platform.preemption import StopRequest
 stop, grace, what = StopRequest(), float(sys.argv[1]), sys.argv[2]
-with stop.on_sigterm(grace):
+with stop.on_sigterm(grace, lambda: 2 if what == "is for nobody" and stop() else None):
     print("up", flush=True)
     if what == "waits in C":  # where Python's own handlers do not run
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
     while not stop():
         time.sleep(0.01)
     print("asked", flush=True)
-    if what == "does not end":
+    if what in ("does not end", "is for nobody"):
         time.sleep(600)
 print("left", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flush=True)
 """
@@ -55,6 +55,11 @@ def test_a_rank_that_does_not_end_within_its_grace_is_ended(what):
     code, out, seconds = terminated(1.0, what)
     assert code == 128 + signal.SIGTERM and "left" not in out
     assert 0.9 < seconds < 20
+
+
+def test_a_rank_of_a_run_that_another_has_given_up_ends_with_its_exit_code_whatever_the_grace():
+    code, out, seconds = terminated(600.0, "is for nobody")
+    assert code == 2 and "left" not in out and seconds < 60
 
 
 def test_without_grace_sigterm_ends_at_once():

@@ -98,9 +98,16 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
 
 
 @pytest.mark.slow
-def test_plain_torchrun_prints_a_mistake_once_and_fails(runs):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [*torchrun, "examples/run_etr.sh", *runs.command("parallel.tp=2")[3:]]
+@pytest.mark.parametrize(
+    ("processes", "mistake"),
+    [
+        (3, "parallel.tp=2"),  # which every rank sees
+        (2, "reward.function=tests.late_mistake:none"),  # which the first sees when the other waits for it already
+    ],
+)
+def test_plain_torchrun_prints_a_mistake_once_and_does_not_have_to_kill_a_rank_that_waits(runs, processes, mistake):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*torchrun, "examples/run_etr.sh", *runs.command(mistake, "run.stop_grace_s=280")[3:]]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1 and "parallel.tp" in done.stderr
+    assert done.returncode == 1 and "SIGKILL" not in done.stderr
+    assert done.stderr.count("error: ") == 1 and mistake.split("=")[0] in done.stderr

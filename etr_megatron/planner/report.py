@@ -54,6 +54,8 @@ def _head(plan: Plan) -> Iterator[str]:
             f"rollout    {cluster.servers} servers of TP{cluster.server_tp}, {where}; KV cache of each: "
             f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"
         )
+    if plan.config.rollout.replay is not None:
+        yield "           (rollout.replay needs none of this, nor its time: planned is a run that makes its rollouts)"
     yield (
         f"a step     {work.samples:,} samples of {work.prompt:,.0f} + {work.response:,.0f} tokens on average (assumed unless "
         f"given), {work.longest:,} at most"

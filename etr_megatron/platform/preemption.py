@@ -11,8 +11,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LOOK_S = 0.2
+"""How often a rank that was told to stop looks whether another has given the run up."""
 
 
 class StopRequest:
@@ -31,11 +35,13 @@ class StopRequest:
         self._others.append(other)
 
     @contextmanager
-    def on_sigterm(self, grace_s: float) -> Iterator[StopRequest]:
+    def on_sigterm(self, grace_s: float, given_up: Callable[[], int | None] = lambda: None) -> Iterator[StopRequest]:
         """Within, SIGTERM sets the request, and `grace_s` seconds later ends the process with exit code 128 + SIGTERM.
 
-        grace_s: 0 leaves SIGTERM as it is. To be entered in the main thread. More signals change nothing: a scheduler and
-        torchrun may both send one.
+        grace_s: 0 leaves SIGTERM as it is. given_up: the exit code of a run that another rank has given up, after which
+        torchrun sends SIGTERM as well: the process ends with it, grace or not, as there is nothing to wait for. Asked in a
+        thread of its own. To be entered in the main thread. More signals change nothing: a scheduler and torchrun may both
+        send one.
         """
         if grace_s <= 0:
             yield self
@@ -45,7 +51,7 @@ class StopRequest:
         finished = threading.Event()
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # the wake-up byte is the message
         wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s), name="sigterm", daemon=True)
+        watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s, given_up), name="sigterm", daemon=True)
         watcher.start()
         try:
             yield self
@@ -57,12 +63,17 @@ class StopRequest:
             watcher.join()
             reading.close()
 
-    def _watch(self, reading: socket.socket, finished: threading.Event, grace_s: float) -> None:
+    def _watch(
+        self, reading: socket.socket, finished: threading.Event, grace_s: float, given_up: Callable[[], int | None]
+    ) -> None:
         while received := reading.recv(64):
             if signal.SIGTERM in received:
                 break
         else:
             return
         self._asked.set()
-        if not finished.wait(grace_s):
-            os._exit(128 + signal.SIGTERM)
+        end = time.monotonic() + grace_s
+        while not finished.wait(min(LOOK_S, max(0.0, end - time.monotonic()))):
+            code = 128 + signal.SIGTERM if time.monotonic() >= end else given_up()
+            if code is not None:
+                os._exit(code)
