@@ -1,4 +1,7 @@
-"""What can be wrong with a job's inputs, found in one process before any rank is started."""
+"""What can be wrong with a job's inputs, found in one process before any rank is started.
+
+Every check raises UserError, which names the key, its value and the way out.
+"""
 
 from __future__ import annotations
 

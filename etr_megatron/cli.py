@@ -26,7 +26,7 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     """The config file and the overrides that a command line names; without a config `default_config` decides.
 
-    Raises `UserError` for an unknown option, an empty argument or a second config.
+    Raises `UserError` for an unknown option, an empty argument, a second config, and as `default_config`.
     """
     config: str | None = None
     overrides: list[str] = []

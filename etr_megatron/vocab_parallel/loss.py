@@ -129,14 +129,17 @@ def vocab_parallel_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token-local loss of log-probs and entropies: (loss scalar, log-prob [R], entropy [R]), fp32, the loss differentiable.
 
-    hidden, weight, targets, shard, temperature, chunk_rows, backend, overlap:
-    as in `vocab_parallel_logprob`.
+    hidden, weight, targets, shard, temperature, chunk_rows, backend, overlap: as in `vocab_parallel_logprob`.
     token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
-    backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there.
+    backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there, on
+    CUDA an assertion of the device's, which is not waited for.
 
     The weight's gradient is added to `weight.main_grad` DURING FORWARD (DDP owns it), so a call with gradients enabled must be
     followed by exactly one backward. Without an fp32 `main_grad` log-probs go through `vocab_parallel_logprob` (4 matrix
     products) and `token_loss` is called once, with all rows. Without gradients nothing but the values is computed.
+
+    Collectives of the single pass: an all-gather per chunk, 16 bytes a row, and an all-reduce of its fp32 [rows, H], all in
+    forward. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)

@@ -108,7 +108,7 @@ class SglangConfig:
     concurrency: int = 128
     """Requests under way per server."""
     bucket_mib: int = 512
-    """Size of the pieces that a weight sync travels in."""
+    """Size of the pieces that a weight sync travels in; the files of `disk` have 1 GiB."""
     startup_timeout_s: float = 900.0
     """Deadline for a server to answer after its start."""
     request_timeout_s: float = 1800.0

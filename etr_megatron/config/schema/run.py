@@ -21,8 +21,9 @@ class RunConfig:
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a device."""
     phase_timeout_s: float = 1800.0
-    """Deadline, in seconds, of every collective and of every rank's arrival at a phase; the latter's error names who is
-    missing. While rank 0 has SGLang servers generate the others wait for as long as it gives signs of life."""
+    """Deadline, in seconds, of every collective (of model-parallel groups in whole minutes, one at least) and of every rank's
+    arrival at a phase; the latter's error names who is missing. While rank 0 has SGLang servers generate the others wait for
+    as long as it gives signs of life."""
     stop_grace_s: float = 25.0
     """After SIGTERM the run stops at its next phase, or while it waits for servers' responses, saves and ends with the state
     `requeue`; a rank that is not done by so many seconds ends without. To be longer than a training phase and a checkpoint
@@ -50,7 +51,7 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int = 25
-    """Steps between checkpoints (also after the last step); 0 is never."""
+    """Steps between checkpoints (also after the last step, and when a run is stopped); 0 is none but when it is stopped."""
     keep: int = 2
     """Last checkpoints kept."""
     resume: bool = True
