@@ -40,7 +40,7 @@ def describe(hint: Any) -> str:
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     """The value of `node` as `hint` wants it.
 
-    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float], or a union of these with None.
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float], or a union of these and None.
     verbatim: the text of a command-line override; text fields take it as it stands unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.

@@ -15,8 +15,9 @@ LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
-    """A config without open ends: no `auto`, and null only where null is a meaning ("none", "off").
+    """A config without `auto`, with the objective's fields and the limit of the log-prob gap filled in where they were null.
 
+    What is null then means what the schema says: "none", "off", or that whoever reads it chooses.
     world_size: ranks in the job, at least 1. cuda: whether this machine has a CUDA device.
     Raises InvalidConfigError that lists every violated constraint, those of the layout on `world_size` ranks included, and
     `run.platform: cuda` asked for without a device.
