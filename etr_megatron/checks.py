@@ -122,8 +122,8 @@ def check_model_is_there(config: Config) -> None:
     name = config.model.path
     if name != "tiny" and not Path(name).is_dir():
         raise UserError(
-            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Qwen2/2.5 or "
-            "Qwen3), one that tools/convert_hf.py wrote, or tiny"
+            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, "
+            "Qwen3 or Qwen3-MoE), one that tools/convert_hf.py wrote, or tiny"
         )
 
 

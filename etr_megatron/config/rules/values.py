@@ -100,7 +100,7 @@ SECONDS = (
 LONGEST_S = 1e6
 """Of a wait: eleven days. What the system and torch wait with counts milliseconds in 32 bits."""
 AT_MOST = {
-    "arithmetic.max_digits": 1000,  # Python writes out no number of more than 4300 digits, and a product has twice as many
+    "arithmetic.max_digits": 1000,  # Python writes out no number of more than 4300 digits
     "reward.workers": 1024,  # processes of rank 0's machine
 }
 
