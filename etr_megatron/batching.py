@@ -19,7 +19,7 @@ from etr_megatron.objective import (
     rollout_correction,
     token_weights,
 )
-from etr_megatron.policy import PolicyBatch, TokenLogprobs
+from etr_megatron.policy import PolicyBatch, StepRouting, TokenLogprobs
 from etr_megatron.types import Group
 from etr_megatron.weights import Experts
 
@@ -32,7 +32,7 @@ def sequences_of(groups: Sequence[Group]) -> Sequences:
 
 
 def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
-    """`PolicyBatch.routing` from the samples. layers: those with experts.
+    """`StepRouting.chosen` from the samples, where they have it. layers: those with experts.
 
     Raises RuntimeError naming a sample whose engine chose experts of another model, or for other tokens, and UserError where it
     kept no note of its choice, and says 0.
@@ -66,12 +66,12 @@ def build_batch(
     *,
     old: TokenLogprobs,
     reference: TokenLogprobs | None,
-    routing: tuple[torch.Tensor, ...] | None = None,
+    routing: StepRouting | None = None,
 ) -> PolicyBatch:
     """All samples of a step with what the loss needs to know of them; aggregation weights are for the step as one batch.
 
     The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: of the groups'
-    sequences; the reference is there when the objective has a KL term. routing: see `routing_of`. Raises ValueError for a
+    sequences; the reference is there when the objective has a KL term. routing: see `PolicyBatch`. Raises ValueError for a
     reward outside of the declared range.
     """
     objective = config.objective

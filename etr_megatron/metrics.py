@@ -133,8 +133,8 @@ def _replayed(batch: PolicyBatch) -> dict[str, float]:
     if batch.routing is None:
         return {}
     known = sum(
-        min(max(len(routing) - len(prompt) + 1, 0), len(response))
-        for routing, (prompt, response) in zip(batch.routing, batch.sequences, strict=True)
+        min(max(length - len(prompt) + 1, 0), len(response))
+        for length, (prompt, response) in zip(batch.routing.lengths, batch.sequences, strict=True)
     )
     return {"routing_replayed": known / sum(len(response) for _, response in batch.sequences)}
 

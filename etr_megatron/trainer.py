@@ -7,8 +7,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
 from etr_megatron.config import Config
@@ -25,7 +23,7 @@ from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
-from etr_megatron.policy import Policy, PolicyBatch, Update
+from etr_megatron.policy import Policy, PolicyBatch, StepRouting, Update
 from etr_megatron.rollout import (
     EngineGoneError,
     NeedsSyncError,
@@ -188,12 +186,12 @@ class Trainer:
             parts = minibatches(batch, groups, self.config)
             return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
 
-    def _routing(self, groups: list[Group]) -> tuple[Tensor, ...] | None:
+    def _routing(self, groups: list[Group]) -> StepRouting | None:
         """The experts that the engine chose, where they are to be chosen again."""
-        arch = self.policy.arch
-        if not self.config.train.routing_replay or arch.experts is None:
+        experts, layers = self.policy.arch.experts, len(self.policy.arch.expert_layers)
+        if not self.config.train.routing_replay or experts is None:
             return None
-        return routing_of(groups, arch.experts, len(arch.expert_layers))
+        return StepRouting.of(on_rank0(lambda: routing_of(groups, experts, layers), long=True, share=lambda _: None))
 
     def _sync(self) -> None:
         """The policy's weights to the engine; what is under way there waits, or ends, before."""

@@ -46,6 +46,7 @@ class Sample:
     weight_versions: of each token, where the response was continued after a weight sync; else empty.
     routing: with routing replay, the experts that the engine chose: for each token that it computed (prompt and response, the
         last one not), layer with experts and expert of a token one number; empty, or of fewer tokens, where it did not say.
+        Rank 0 has it; ranks that have not drawn it themselves may not.
 
     Any sequence will do for the three that are per token; they are kept as arrays of type "i", "d" and "i".
     """

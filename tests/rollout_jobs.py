@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from etr_megatron.batching import routing_of, sequences_of
+from etr_megatron.policy import StepRouting
 from etr_megatron.rollout import EmbeddedEngine, Sampling
 from etr_megatron.types import Group, Problem, Sample
 from tests.policy_jobs import build, make_batch
@@ -84,7 +85,7 @@ def gaps_of_experts(policy, model, prompts, device) -> tuple[dict[str, float], d
     groups = [Group(problem.id, problem, some) for problem, some in zip(_problems(prompts), samples, strict=True)]
     arch, sequences = policy.arch, sequences_of(groups)
     engine_logp = torch.tensor([logp for group in groups for sample in group.samples for logp in sample.rollout_logprobs])
-    routings = (None, routing_of(groups, arch.experts, len(arch.expert_layers)))
+    routings = (None, StepRouting.of(routing_of(groups, arch.experts, len(arch.expert_layers))))
     own, replayed = (torch.cat(policy.logprobs(sequences, routing=routing).logp) for routing in routings)
     return gaps_of(own - engine_logp), gaps_of(replayed - engine_logp)
 

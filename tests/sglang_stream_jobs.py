@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import torch.distributed as dist
+
 from etr_megatron.config import Config
 from etr_megatron.config.schema import RolloutConfig, RunConfig, TrainConfig
 from etr_megatron.data import PromptCursor
@@ -89,7 +91,7 @@ def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **se
         try:
             for step in range(1, steps + 1):
                 sync(sampler, engine, policy, step)
-                taken, _ = _take(sampler, engine, policy, step)
+                taken = sampler.take(step, lambda _phase: nullcontext())
                 found.append([asdict(group) for group in taken.groups])
             return found
         finally:
@@ -105,7 +107,8 @@ def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any], routing:
     def grade(requests: Sequence[GradeRequest]) -> list[Grade]:
         return [Grade(float(i % 2), "ok", "") for i in range(len(requests))]
 
-    return StreamingSampler(config, engine, PromptCursor(problems, seed=1, shuffle=False), str, grade)
+    cursor, grader = PromptCursor(problems, seed=1, shuffle=False), grade if dist.get_rank() == 0 else None
+    return StreamingSampler(config, engine, cursor, str, grader)
 
 
 def sync(sampler: StreamingSampler, engine: SglangEngine, policy: Any, version: int) -> None:

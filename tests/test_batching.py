@@ -15,7 +15,7 @@ from etr_megatron.batching import build_batch, minibatches
 from etr_megatron.errors import UserError
 from etr_megatron.metrics import step_metrics
 from etr_megatron.objective import LossSettings, resolve_loss
-from etr_megatron.policy import TokenLogprobs
+from etr_megatron.policy import StepRouting, TokenLogprobs
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
 from etr_megatron.policy.not_finite import RowWatch
 from etr_megatron.policy.packing import pack
@@ -44,13 +44,14 @@ def test_minibatches_are_whole_groups_with_their_own_denominator(how):
 
 def test_a_minibatch_has_its_own_samples_values_of_everything():
     settings = config("objective.correction=truncate")
-    routing = tuple(torch.full((n, 1, 2), n) for n in FLAT_LENGTHS)
+    routing = StepRouting(tuple(FLAT_LENGTHS), tuple(torch.full((n, 1, 2), n) for n in FLAT_LENGTHS))
     batch = build_batch(groups(), settings, 1, old=logprobs(seed=1), reference=logprobs(seed=2), routing=routing)
-    values = {name: value for name, value in vars(batch).items() if name != "weight"}
+    values = {name: value for name, value in vars(batch).items() if name not in ("weight", "routing")}
     assert all(value is not None and len(value) == 11 for value in values.values())
     for part, samples in zip(minibatches(batch, groups(), settings), (range(5), range(5, 11)), strict=True):
         for name, value in values.items():
             assert list(getattr(part, name)) == [value[i] for i in samples], name
+        assert list(part.routing.lengths) == [FLAT_LENGTHS[i] for i in samples] == [one[0, 0, 0] for one in part.routing.chosen]
 
 
 def test_advantages_and_ranges_come_from_each_samples_own_group():

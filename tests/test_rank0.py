@@ -108,6 +108,24 @@ def spread(piece: int, count: int) -> list[Sample]:
         return rank0.on_rank0(lambda: samples if dist.get_rank() == 0 else [])
 
 
+def shared_in_part(fails: bool) -> list[int]:
+    """What ranks get where rank 0 keeps something for itself."""
+
+    def odd(found: list[int]) -> list[int]:
+        if fails:
+            raise ValueError("not to be shared")
+        return found[1::2]
+
+    return rank0.on_rank0(lambda: [1, 2, 3, 4], share=odd)
+
+
+def test_what_rank_0_does_not_share_it_keeps_for_itself(gangs):
+    assert gangs(2).run(f"{__name__}:shared_in_part", fails=False) == [[1, 2, 3, 4], [2, 4]]
+    with pytest.raises(AssertionError) as caught:
+        gangs(2).run(f"{__name__}:shared_in_part", fails=True)
+    assert str(caught.value).count("ValueError: not to be shared") >= 2
+
+
 @pytest.mark.parametrize("piece", [1 << 20, 1000, 7])
 def test_what_rank_0_has_is_every_ranks_in_however_many_pieces_it_travels(gangs, piece):
     alone, *others = gangs(3).run("tests.test_rank0:spread", piece=piece, count=30)

@@ -9,9 +9,11 @@ import weakref
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +21,8 @@ from etr_megatron.batching import routing_of
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
+from etr_megatron.policy import StepRouting
+from etr_megatron.policy import routing as policy_routing
 from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample
 from etr_megatron.weights import Experts
 from tests import test_policy_gradients
@@ -96,12 +100,12 @@ def step(
     """Log-probs as told and as the policy itself routes, and Adam's step of a REINFORCE loss by HF name."""
     policy = build(model, [*test_policy_gradients.BASE, *overrides, "objective.loss=reinforce", "objective.entropy_coef=0"])
     batch = make_batch(sequences())
-    told = policy.logprobs(batch.sequences, routing=routing)
+    given = [one.clone() for one in routing] if dist.get_rank() == 0 else None
+    told = policy.logprobs(batch.sequences, routing=StepRouting.of(given))
     own = policy.logprobs(batch.sequences)
     before = {name: tensor.clone() for name, tensor in policy.export()}
-    given = tuple(one.clone() for one in routing)
-    held = weakref.ref(given[0])
-    policy.update(replace(batch, old_logp=told.logp, routing=given))
+    held = weakref.ref(given[0]) if given is not None else lambda: None
+    policy.update(replace(batch, old_logp=told.logp, routing=StepRouting.of(given)))
     del given
     assert held() is None  # a step's are gigabytes, and there is no use for them any more
     change = {name: before[name] - tensor for name, tensor in policy.export()}
@@ -134,6 +138,38 @@ def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
 def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"], lacking=2), LAYOUTS[layout])
+
+
+def handed_out(lengths: list[int], layers: int, piece: int) -> tuple[tuple[int, ...], dict[int, Tensor], int]:
+    """(lengths, what every rank gets of its own samples and layers, bytes that it keeps).
+
+    Rank r of 3 asks for the samples of number r modulo 3, the last for none, and for the layers of number r modulo 2.
+    """
+    rank = dist.get_rank()
+    whole = all_experts(lengths, layers) if rank == 0 else ["is not looked at"]
+    wanted = set(range(rank, len(lengths), 3)) if rank < 2 else set()
+    with mock.patch.object(policy_routing, "PIECE", piece):
+        routing = StepRouting.of(whole).select(range(len(lengths)))
+        found = routing.hand_out(wanted, range(rank % 2, layers, 2), (layers, PER_TOKEN))
+    return routing.lengths, found, sum(one.untyped_storage().nbytes() for one in found.values())
+
+
+def all_experts(lengths: list[int], layers: int) -> list[Tensor]:
+    """Of every sample other numbers in every place."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 256, (length, layers, PER_TOKEN), generator=generator, dtype=torch.uint8) for length in lengths]
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 300, 1])
+def test_a_rank_gets_the_experts_of_its_own_samples_and_layers_and_keeps_no_others(gangs, piece):
+    lengths, layers = [5, 0, 17, 9, 2, 31, 1], 5
+    whole = all_experts(lengths, layers)
+    for rank, (told, found, held) in enumerate(
+        gangs(3).run(f"{__name__}:handed_out", lengths=lengths, layers=layers, piece=piece)
+    ):
+        assert told == tuple(lengths) and sorted(found) == (list(range(rank, 7, 3)) if rank < 2 else [])
+        assert all(torch.equal(one, whole[i][:, rank % 2 :: 2]) for i, one in found.items())
+        assert held == sum(one.numel() for one in found.values())
 
 
 def told_by(*numbers: int) -> list[Group]:
@@ -173,8 +209,7 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     batch = batch_of()
     prompts, responses = zip(*batch.sequences, strict=True)
     counts = [len(prompts[0]) + len(responses[0]) - 1, len(prompts[1]), *[0] * (len(batch) - 2)]
-    routing = tuple(torch.zeros(count, 1, 2, dtype=torch.uint8) for count in counts)
-    row = metrics_row(replace(batch, routing=routing))
+    row = metrics_row(replace(batch, routing=StepRouting(tuple(counts), None)))
     assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))
     assert "routing_replayed" not in metrics_row(batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from array import array
 
 import pytest
 
@@ -65,10 +66,13 @@ def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs,
 def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_continued(gangs, hf_models, tmp_path, rollout):
     sizes = dict(prompts_per_step=2, max_response_tokens=TOKENS)
     job = dict(model=hf_models["qwen3_moe"], directory=str(tmp_path), steps=3, **OWN)
-    (steps,) = gangs(1).run("tests.sglang_stream_jobs:routed", rollout=rollout | sizes, **job)
+    steps, others = gangs(2).run("tests.sglang_stream_jobs:routed", rollout=rollout | sizes, **job)
     found = [(group["problem"]["prompt_ids"], one) for step in steps for group in step for one in group["samples"]]
     assert len(found) == 3 * 2 * 2
     for prompt, one in found:
         tokens = [*prompt, *one["response_ids"]]
         assert one["routing"].tolist() == [number for token in tokens[:-1] for number in (token % 4, 4 + token % 3)]
     assert any(one["weight_versions"] for _, one in found) == bool(rollout)
+    for _, one in found:  # which rank 0 alone has
+        one["routing"] = array("B")
+    assert others == steps

@@ -14,5 +14,16 @@ logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 from etr_megatron.policy.batch import PolicyBatch  # noqa: E402
 from etr_megatron.policy.parallel import Layout, configured_layout, init_layout, init_world  # noqa: E402
 from etr_megatron.policy.policy import Policy, TokenLogprobs, Update  # noqa: E402
+from etr_megatron.policy.routing import StepRouting  # noqa: E402
 
-__all__ = ["Layout", "Policy", "PolicyBatch", "TokenLogprobs", "Update", "configured_layout", "init_layout", "init_world"]
+__all__ = [
+    "Layout",
+    "Policy",
+    "PolicyBatch",
+    "StepRouting",
+    "TokenLogprobs",
+    "Update",
+    "configured_layout",
+    "init_layout",
+    "init_world",
+]

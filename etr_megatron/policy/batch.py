@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from etr_megatron.policy.routing import StepRouting
+
 
 @dataclass(frozen=True)
 class PolicyBatch:
@@ -19,8 +21,8 @@ class PolicyBatch:
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
     rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens]; old_entropy is for the
     metrics, ref_logp is there with a KL term, correction with an off-policy correction.
-    routing: with routing replay, per sample uint8 [tokens, layers with experts, experts of a token]: which experts the engine
-    chose for the first tokens of prompt and response; for the others the policy does.
+    routing: with routing replay, which experts the engine chose for the first tokens of prompt and response of each sample; for
+    the others the policy does.
     """
 
     names: tuple[str, ...]
@@ -38,7 +40,7 @@ class PolicyBatch:
     old_entropy: tuple[Tensor, ...] | None = None
     ref_logp: tuple[Tensor, ...] | None = None
     correction: tuple[Tensor, ...] | None = None
-    routing: tuple[Tensor, ...] | None = None
+    routing: StepRouting | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,9 +49,9 @@ class PolicyBatch:
         """The samples `numbers` as a batch of its own; `weight` [len(numbers)] has that batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
 
-        def pick(values: Tensor | tuple | None) -> Tensor | tuple | None:
+        def pick(values: Tensor | tuple | StepRouting | None) -> Tensor | tuple | StepRouting | None:
             if values is None or isinstance(values, Tensor):
                 return None if values is None else values[at]
-            return tuple(values[i] for i in numbers)
+            return values.select(numbers) if isinstance(values, StepRouting) else tuple(values[i] for i in numbers)
 
         return replace(self, **{**{name: pick(values) for name, values in vars(self).items()}, "weight": weight})

@@ -44,7 +44,7 @@ from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
-from etr_megatron.policy.routing import RoutingReplay
+from etr_megatron.policy.routing import RoutingReplay, StepRouting
 from etr_megatron.policy.schedule import run_schedule
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture
@@ -118,7 +118,7 @@ class Policy:
         sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
         *,
         reference: bool = False,
-        routing: Sequence[Tensor] | None = None,
+        routing: StepRouting | None = None,
     ) -> TokenLogprobs:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
 
@@ -214,7 +214,7 @@ class Policy:
         place = dict(multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
         return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
 
-    def _replaying(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> AbstractContextManager[None]:
+    def _replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> AbstractContextManager[None]:
         """Have the passes of these microbatches, made while it lasts, choose the experts that they are told to, if any."""
         return nullcontext() if self._routing is None else self._routing.replaying(micro, routing)
 

@@ -8,12 +8,14 @@ What a router gives to the chosen experts is still its own, and so is the gradie
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -23,6 +25,68 @@ from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Architecture
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
+
+PIECE = 64 << 20
+"""Bytes that are handed out at a time, or a sample's where it has more."""
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """The experts that the engine chose for N samples. Of a step they are gigabytes: rank 0 has them, and a pass's ranks get
+    those of their own samples and layers.
+
+    lengths: for how many of its first tokens a sample's are known; on every rank.
+    chosen: on rank 0 per sample uint8 [length, layers with experts, experts of a token]; None elsewhere.
+    """
+
+    lengths: tuple[int, ...]
+    chosen: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, chosen: Sequence[Tensor] | None) -> StepRouting:
+        """chosen: see there; what other ranks than 0 give is not looked at. A collective."""
+        own = tuple(chosen or ()) if dist.get_rank() == 0 else None
+        box = [None if own is None else tuple(map(len, own))]
+        dist.broadcast_object_list(box, src=0, device=platform.device())
+        assert box[0] is not None
+        return cls(box[0], own)
+
+    def select(self, numbers: Sequence[int]) -> StepRouting:
+        """Of the samples `numbers`, in their order."""
+        chosen = None if self.chosen is None else tuple(self.chosen[i] for i in numbers)
+        return StepRouting(tuple(self.lengths[i] for i in numbers), chosen)
+
+    def hand_out(self, samples: Collection[int], layers: Sequence[int], shape: tuple[int, int]) -> dict[int, Tensor]:
+        """What this rank asks for: of each of `samples` uint8 [length, len(layers), experts of a token], on the CPU.
+
+        shape: (layers with experts of the model, experts of a token). A collective: all is sent to all, and what a rank has not
+        asked for is not kept.
+        """
+        found = {}
+        for numbers in self._pieces(PIECE // math.prod(shape)):
+            sizes = [self.lengths[i] * math.prod(shape) for i in numbers]
+            if self.chosen is None:
+                piece = torch.empty(sum(sizes), dtype=torch.uint8, device=platform.device())
+            else:
+                piece = torch.cat([self.chosen[i].flatten() for i in numbers]).to(platform.device())
+            if dist.get_world_size() > 1:
+                dist.broadcast(piece, src=0)
+            for i, part in zip(numbers, piece.split(sizes), strict=True):
+                if i in samples:
+                    found[i] = part.view(-1, *shape)[:, layers].cpu()
+        return found
+
+    def _pieces(self, most: int) -> Iterator[list[int]]:
+        """Consecutive samples that are handed out together: of `most` tokens, or one."""
+        piece: list[int] = []
+        tokens = 0
+        for number, length in enumerate(self.lengths):
+            if piece and tokens + length > most:
+                yield piece
+                piece, tokens = [], 0
+            piece.append(number)
+            tokens += length
+        yield piece
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
@@ -45,19 +109,21 @@ class RoutingReplay:
         self._shape = len(mixtures), arch.experts.per_token
         self._layout, self._tp_shares = layout, tp_shares
         self._places: list[_Places] = []
-        self._routing: Sequence[Tensor] | None = None
+        self._routing: dict[int, Tensor] | None = None
         self._latest: tuple[int, Tensor] | None = None
-        self._layers = [_Layer(self, mixtures.index(router.layer_number - 1)) for router in routers(chunks)]
+        self._own = [mixtures.index(router.layer_number - 1) for router in routers(chunks)]
+        self._layers = [_Layer(self, place) for place in range(len(self._own))]
         for router, layer in zip(routers(chunks), self._layers, strict=True):
             router.router_replay = layer
 
     @contextmanager
-    def replaying(self, micro: Sequence[Microbatch], routing: Sequence[Tensor] | None) -> Iterator[None]:
-        """The passes of these microbatches are made while the block lasts. routing: of the samples that they number, see
-        `PolicyBatch`; None: the routers choose themselves."""
+    def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
+        """The passes of these microbatches are made while the block lasts. routing: of the samples that they number; None: the
+        routers choose themselves. A collective, where there is one."""
         # Read once, before the passes: every reading waits for the device.
         self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
-        self._routing = routing
+        if routing is not None:
+            self._routing = routing.hand_out({sample for batch in micro for sample in batch.samples}, self._own, self._shape)
         for layer in self._layers:
             layer.begin()
         try:
@@ -71,7 +137,7 @@ class RoutingReplay:
         return self._routing is not None
 
     def told(self, number: int) -> Tensor:
-        """Of microbatch `number`: int16 [tokens that this rank routes, layers with experts, experts of a token]; -1 where
+        """Of microbatch `number`: int16 [tokens that this rank routes, its layers with experts, experts of a token]; -1 where
         nothing is known: what comes after a sample's known tokens, padding and dummy sequences."""
         if self._latest is None or self._latest[0] != number:  # a pass asks layer by layer
             self._latest = number, self._of_this_rank(self._places[number]).to(platform.device())
@@ -79,7 +145,7 @@ class RoutingReplay:
 
     def _of_this_rank(self, places: _Places) -> Tensor:
         assert self._routing is not None
-        found = torch.full((len(places.positions), *self._shape), -1, dtype=torch.int16)
+        found = torch.full((len(places.positions), len(self._own), self._shape[1]), -1, dtype=torch.int16)
         for sample, (begin, end) in zip(places.samples, itertools.pairwise(places.offsets), strict=False):
             routing, own = self._routing[sample], places.positions[begin:end]
             known = own < len(routing)
@@ -103,7 +169,7 @@ class _Places:
 
 
 class _Layer:
-    """What a router asks, as Megatron asks its own `RouterReplay`. index: among the model's layers with experts."""
+    """What a router asks, as Megatron asks its own `RouterReplay`. index: among this rank's layers with experts."""
 
     def __init__(self, owner: RoutingReplay, index: int) -> None:
         self._owner, self._index = owner, index

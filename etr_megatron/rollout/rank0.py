@@ -35,23 +35,31 @@ _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
 _numbers = itertools.count()
 
 
-def on_rank0(body: Callable[[], T], *, long: bool = False) -> T:
+def whole(found: Any) -> Any:
+    """What is found, all of it."""
+    return found
+
+
+def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
     """What `body` returns on rank 0, or the exception that it raises there, on every rank. A collective.
 
     long: it may take longer than the group's deadline for a collective, as generating does: the others wait for as long as rank
     0 gives signs of life, and raise TimeoutError when it does not. `body` then needs deadlines of its own.
+    share: gives what the others get in its place, without what is for rank 0 alone.
     """
-    return _broadcast(body, _signs() if long else None)
+    return _broadcast(body, _signs() if long else None, share)
 
 
-def on_rank0_until_stopped(body: Callable[[Callable[[], bool]], T], must_stop: Callable[[], bool]) -> T:
+def on_rank0_until_stopped(
+    body: Callable[[Callable[[], bool]], T], must_stop: Callable[[], bool], share: Callable[[T], Any] = whole
+) -> T:
     """As `on_rank0` with `long`; `body` is given what says, when it is asked, whether `must_stop()` holds on some rank."""
     signs = _signs()
 
     def anywhere() -> bool:
         return must_stop() or (signs is not None and signs.check(["stop"]))
 
-    return _broadcast(lambda: body(anywhere), signs, must_stop)
+    return _broadcast(lambda: body(anywhere), signs, share, must_stop)
 
 
 def _signs() -> dist.Store | None:
@@ -62,20 +70,23 @@ def _signs() -> dist.Store | None:
     return dist.PrefixStore(f"on_rank0/{next(_numbers)}", job_store().clone())
 
 
-def _broadcast(body: Callable[[], T], signs: dist.Store | None, must_stop: Callable[[], bool] = lambda: False) -> T:
-    box: list[tuple[bool, Any] | None] = [None]
+def _broadcast(
+    body: Callable[[], T], signs: dist.Store | None, share: Callable[[T], Any], must_stop: Callable[[], bool] = lambda: False
+) -> T:
+    own: tuple[bool, Any] | None = None
+    others: tuple[bool, Any] | None = None
     if dist.get_rank() == 0:
         with _signs_of_life(signs):
             try:
-                box[0] = (True, body())
+                own = True, body()
+                others = True, share(own[1])
             except Exception as error:  # to be raised on every rank, this one included
-                box[0] = (False, error)
+                own = others = False, error
     elif signs is not None:
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # all of a step's tokens would be pickled for nobody
-        box[0] = _shared(box[0])
-    assert box[0] is not None
-    succeeded, found = box[0]
+        others = _shared(others)
+    succeeded, found = own or others
     if not succeeded:
         raise found
     return found
@@ -84,8 +95,7 @@ def _broadcast(body: Callable[[], T], signs: dist.Store | None, must_stop: Calla
 def _shared(own: Any) -> Any:
     """What rank 0 has, pickled for the others.
 
-    With NCCL it travels through GPUs' memory, of which a piece is taken at a time: a step's groups have gigabytes with the
-    experts of all tokens, and the GPUs may be full of servers.
+    With NCCL it travels through GPUs' memory, of which a piece is taken at a time: the GPUs may be full of servers.
     """
     device, is_source = platform.device(), dist.get_rank() == 0
     given = bytearray(pickle.dumps(own)) if is_source else bytearray()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,10 +31,17 @@ class Rollouts:
     groups: list[Group]
     counts: dict[str, float] = field(default_factory=dict)
 
+    def without_routing(self) -> Rollouts:
+        """The same (tokens are not copied) but for `Sample.routing`, of which there is none."""
+        groups = [replace(group, samples=[copy(sample) for sample in group.samples]) for group in self.groups]
+        for sample in (sample for group in groups for sample in group.samples):
+            sample.routing = array("B")
+        return Rollouts(groups, self.counts)
+
 
 class Sampler(Protocol):
-    """`take`, `pause` and `resume` are collectives: all ranks call them, and `take` returns the same to all. So do all call the
-    others, in which nobody waits."""
+    """`take`, `pause` and `resume` are collectives: all ranks call them, and `take` returns the same to all, but for
+    `Sample.routing`, of gigabytes, which rank 0 may have alone. So do all call the others, in which nobody waits."""
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """The groups of a step. What the engine or the grader raises is raised on every rank.
@@ -170,7 +179,10 @@ class ReplaySampler:
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. Raises UserError when the step was not recorded, or is not of the config's size."""
         with timer("rollout"):
-            found, counts = on_rank0(lambda: read_record(self._folder, step))
+            return on_rank0(lambda: self._read(step), long=True, share=Rollouts.without_routing)
+
+    def _read(self, step: int) -> Rollouts:
+        found, counts = read_record(self._folder, step)
         if misfit := misfit_of(self._folder, step, found, self._config):
             raise UserError(misfit)
         return Rollouts([group_from_json(group) for group in found], counts)

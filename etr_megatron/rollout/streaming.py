@@ -39,7 +39,9 @@ class StreamingSampler:
         """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all is still in hand."""
         # Rank 0 times its waits and its grading apart.
         with nullcontext() if self._hand is not None else timer("rollout"):
-            return on_rank0_until_stopped(lambda anywhere: self._hand.take(step, timer, anywhere), must_stop)
+            return on_rank0_until_stopped(
+                lambda anywhere: self._hand.take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
+            )
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`."""
