@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from etr_megatron.config import LOSSES
 from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     LossInputs,
     LossOutputs,
     LossSettings,
+    PolicyLoss,
     diagnostic_sums,
-    refuse_if_rows_interact,
     register_loss,
     regularized,
     resolve_loss,
@@ -28,7 +29,6 @@ from tests.loss_cases import random_case
 from tests.policy_jobs import build, make_batch
 from tests.runs import REPO
 
-LOCAL = [name for name in LOSSES if resolve_loss(name).token_local]
 SEQUENCES = [([7] * prompt, list(range(response))) for prompt, response in ((2, 3), (1, 7), (4, 1), (3, 6), (1, 2), (2, 8))]
 
 
@@ -41,12 +41,31 @@ def whole_sequences(inputs: LossInputs) -> LossOutputs:
     return regularized(inputs, inputs.sequences.spread(inputs.sequences.mean(inputs.logp)) * inputs.advantage)
 
 
+whole_sequences.token_local = False  # the mark, taken back
+
+
 def returns_a_tensor(inputs: LossInputs) -> torch.Tensor:
     return inputs.logp.sum()
 
 
 def returns_rows(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(inputs.logp)
+
+
+def returns_one_row(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum()[None])
+
+
+def returns_an_integer(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum().long())
+
+
+def returns_a_number(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum().item())
+
+
+def reports_a_number(inputs: LossInputs) -> LossOutputs:
+    return LossOutputs(inputs.logp.sum(), {"gap": inputs.logp.mean().item()})
 
 
 def forgets_the_policy(inputs: LossInputs) -> LossOutputs:
@@ -112,6 +131,10 @@ def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
     [
         ("returns_a_tensor", "returned Tensor instead of LossOutputs"),
         ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
+        ("returns_one_row", r"no scalar tensor of floats \(torch.float64, shape \[1\]\)"),
+        ("returns_an_integer", r"no scalar tensor of floats \(torch.int64, shape \[\]\)"),
+        ("returns_a_number", r"no scalar tensor of floats \(float\)"),
+        ("reports_a_number", r"rows\['gap'\] that is no tensor of shape \[18\] \(float\)"),
         ("forgets_the_policy", "without a gradient"),
         ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
         ("makes_a_square", r"raised ValueError: the surrogate has shape \[18, 1\] where \[18\] is wanted, a value a row\n"),
@@ -131,45 +154,97 @@ def test_a_message_between_ranks_that_fails_inside_of_a_loss_is_not_called_the_l
         resolve_loss("tests.test_own_losses:asks_another_rank")(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
+class CountsBackward(torch.autograd.Function):
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        CountsBackward.calls += 1
+        return gradient
+
+
+def counts_its_gradients(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, CountsBackward.apply(inputs.logp + inputs.entropy))
+
+
+@pytest.mark.parametrize(("name", "tries"), [("tests.test_own_losses:counts_its_gradients", 1), ("one_of_ours", 0)])
+def test_a_users_gradient_is_tried_in_the_first_call_alone_and_what_watches_the_policy_does_not_see_it(name, tries) -> None:
+    case, logp, entropy = random_case(1)
+    policys, seen = [torch.tensor(values, requires_grad=True) for values in (logp, entropy)], []
+    for values in policys:
+        values.register_hook(seen.append)
+    loss, before = PolicyLoss(name, counts_its_gradients, True), CountsBackward.calls
+    for _ in range(3):
+        outputs = loss(case.inputs(*policys))
+    assert CountsBackward.calls - before == tries and not seen
+    outputs.loss.backward()
+    assert len(seen) == 2
+    with torch.no_grad():
+        PolicyLoss(name, counts_its_gradients, True)(case.inputs(*policys))  # where there is none to try
+    resolve_loss("tests.test_own_losses:has_a_parameter")(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+
+
+PARAMETER = torch.ones((), requires_grad=True)
+
+
+def has_a_parameter(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp * PARAMETER)
+
+
+def spoils_its_entropys_gradient(inputs: LossInputs) -> LossOutputs:
+    return regularized(inputs, inputs.logp + inputs.entropy.exp().clamp_(max=0.1))
+
+
+def test_a_users_gradient_with_respect_to_the_entropy_is_tried_too() -> None:
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp, requires_grad=True), torch.tensor(entropy, requires_grad=True))
+    with pytest.raises(UserError, match="spoils_its_entropys_gradient raised in its gradient RuntimeError: one of the var"):
+        resolve_loss("tests.test_own_losses:spoils_its_entropys_gradient")(inputs)
+
+
+def test_what_a_loss_of_ours_raises_is_not_called_the_users_fault() -> None:
+    case, logp, entropy = random_case(1)
+    with pytest.raises(ValueError, match="the surrogate has shape"):
+        PolicyLoss("one_of_ours", makes_a_square, True)(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+
+
+def raised(path: str) -> str:
+    case, logp, entropy = random_case(1)
+    with pytest.raises(UserError) as caught:
+        resolve_loss(path)(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
+    return str(caught.value)
+
+
+def test_of_what_a_users_loss_raises_the_traceback_is_told_from_the_loss_on() -> None:
+    told = raised("tests.broken_loss:needs_an_option")
+    assert told.startswith("objective.loss tests.broken_loss:needs_an_option raised KeyError: 'margin'\nTraceback")
+    assert [line.rpartition(" in ")[2] for line in told.splitlines() if " in " in line] == ["needs_an_option", "_margin"]
+    # What has no frames of its own.
+    assert raised("builtins:len").endswith("\nTypeError: object of type 'LossInputs' has no len()")
+    assert "Traceback" not in raised("builtins:len")
+    assert "builtins:max raised TypeError" in raised("builtins:max")  # which does not say what it can be called with
+    assert "leaves raised SystemExit: 0" in raised("tests.broken_loss:leaves")
+
+
+@token_local
+def sums_a_sequence(inputs: LossInputs) -> LossOutputs:
+    return whole_sequences(inputs)
+
+
+def test_a_user_error_from_inside_of_a_loss_is_told_as_it_is() -> None:
+    case, logp, entropy = random_case(1)
+    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
+    with pytest.raises(UserError, match=r"^a loss that is marked token-local asks for sums"):
+        resolve_loss("tests.test_own_losses:sums_a_sequence")(inputs.at(slice(5), inputs.logp[:5], inputs.entropy[:5]))
+
+
 @token_local
 def takes_a_mean(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(-(inputs.logp * inputs.advantage).mean())
-
-
-@token_local
-def looks_at_its_neighbour(inputs: LossInputs) -> LossOutputs:
-    return regularized(inputs, inputs.logp * inputs.entropy.roll(1).detach())
-
-
-@pytest.mark.parametrize("name", ["takes_a_mean", "looks_at_its_neighbour"])
-def test_a_loss_marked_token_local_that_is_not_is_refused(name: str) -> None:
-    case, logp, entropy = random_case(1)
-    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    with pytest.raises(UserError, match=f"loss tests.test_own_losses:{name} is marked token-local, but a row's gradient"):
-        refuse_if_rows_interact(resolve_loss(f"tests.test_own_losses:{name}"), inputs)
-
-
-def test_rows_without_an_advantage_tell_as_well_whether_a_loss_is_token_local() -> None:
-    case, logp, entropy = random_case(1)
-    case.rows["advantage"] = np.zeros_like(logp)
-    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    with pytest.raises(UserError, match="is marked token-local, but a row's gradient"):
-        refuse_if_rows_interact(resolve_loss("tests.test_own_losses:takes_a_mean"), inputs)
-    assert refuse_if_rows_interact(resolve_loss("clipped"), inputs)
-
-
-def test_rows_without_any_gradient_cannot_tell() -> None:
-    case, logp, entropy = random_case(1)
-    case.rows["weight"] = np.zeros_like(logp)
-    inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    assert not refuse_if_rows_interact(resolve_loss("clipped"), inputs)
-
-
-@pytest.mark.parametrize("name", [*LOCAL, "tests.test_own_losses:squared"])
-def test_a_token_local_loss_passes_for_one(name: str) -> None:
-    for seed in range(5):
-        case, logp, entropy = random_case(seed)
-        assert refuse_if_rows_interact(resolve_loss(name), case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +326,23 @@ def test_rows_that_have_other_names_on_another_rank_stop_the_update_on_every_ran
 
 
 @pytest.mark.parametrize(
+    ("by_rank", "complaint"),
+    [
+        ([None, {"a"}, None, {"a"}], None),
+        ([None, {"a"}, {"a"}, {"b", "a"}], r"returned rows\['b'\] on rank 3 and not on rank 1;"),
+        ([{"b", "a"}, None, {"a"}], r"returned rows\['b'\] on rank 0 and not on rank 2;"),
+        ([set(), {7, "a"}], r"returned rows\[7\] on rank 1 and not on rank 0;"),
+    ],
+)
+def test_the_ranks_whose_rows_have_other_names_are_told_and_a_rank_without_rows_is_none(by_rank, complaint) -> None:
+    loss = resolve_loss("tests.test_own_losses:squared")
+    assert loss.row_names is None
+    names = [None if names is None else frozenset(names) for names in by_rank]
+    with pytest.raises(UserError, match=complaint) if complaint else nullcontext():
+        loss.refuse_other_names(names)
+
+
+@pytest.mark.parametrize(
     ("path", "complaint"),
     [
         ("nothing", "known are cispo, clipped, gspo, reinforce"),
@@ -270,6 +362,18 @@ def test_a_script_that_leaves_when_it_is_imported_does_not_end_the_run_as_if_all
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="importing script_with_a_loss failed with SystemExit: 0"):
         resolve_loss("script_with_a_loss:f")
+
+
+def test_a_module_is_looked_for_in_the_working_directory_after_everywhere_else(tmp_path, monkeypatch) -> None:
+    code = "def here(inputs): ...\n\nclass Losses:\n    @staticmethod\n    def nested(inputs): ...\n"
+    for folder, function in (("installed", "def installed(inputs): ...\n"), ("working", code)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "losses_in_two_places.py").write_text(function)
+    (tmp_path / "working" / "losses_beside_the_job.py").write_text(code)
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "installed")])
+    assert resolve_loss("losses_beside_the_job:here") and resolve_loss("losses_beside_the_job:Losses.nested")
+    assert resolve_loss("losses_in_two_places:installed")
 
 
 def test_names_are_unique() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etr_megatron.flops import sequence_flops
+from etr_megatron.policy import plan as planning
 from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.weights import read_architecture
 
@@ -53,6 +54,27 @@ def test_every_sample_once_the_budget_kept_and_as_many_microbatches_on_every_ran
 def test_there_are_no_more_microbatches_than_are_needed(lengths, budget, count):
     (plan,) = plan_microbatches(lengths, dp=1, token_budget=budget, costs=[n * n for n in lengths])
     assert len(plan) == count
+
+
+def test_parts_of_one_cost_that_have_room_for_other_samples_are_told_apart():
+    lengths = [3, 3, 5, 5, 7, 7]
+    (plan,) = plan_microbatches(lengths, dp=1, token_budget=10, costs=[1] * 6)
+    assert [sum(lengths[i] for i in micro) for micro in plan] == [10, 10, 10]
+
+
+def test_a_search_is_cut_off_after_so_many_partial_assignments(monkeypatch):
+    most, looked_at = 16 + 300 + 16, []  # greedily and by search to five ranks, then greedily to each one's microbatch
+
+    class Counted(planning._Search):
+        def _put(self, sample, part):
+            looked_at.append(sample)
+            assert len(looked_at) <= most
+            super()._put(sample, part)
+
+    monkeypatch.setattr(planning, "_Search", Counted)
+    monkeypatch.setattr(planning, "_SEARCH_STEPS", 300)
+    plan = plan_microbatches([n * n for n in range(31, 79, 3)], dp=5, token_budget=10**6)
+    assert sorted(itertools.chain(*itertools.chain(*plan))) == list(range(16)) and len(looked_at) == most
 
 
 def test_a_ranks_microbatches_come_costliest_first():

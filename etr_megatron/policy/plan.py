@@ -104,7 +104,7 @@ class _Search:
             return
         sample, seen = self.order[number], set()
         for part in sorted(range(len(self.parts)), key=lambda p: self.cost[p]):
-            alike = (self.cost[part], self.size[part], bool(self.parts[part]))
+            alike = (self.cost[part], self.size[part])
             if alike in seen or self.cost[part] + self.costs[sample] >= self.best_cost or not self._fits(sample, part):
                 continue
             if self.best_cost <= self.bound or self.steps <= 0:
