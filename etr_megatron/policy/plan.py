@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 _EXACT = 16
 _SEARCH_STEPS = 50_000
-"""Partial assignments that a search looks at before it takes the best one so far: tenths of a second."""
+"""Partial assignments that are looked at before the best one so far is taken, for the ranks and once more for the microbatches
+of all ranks: tenths of a second, for which every rank waits at every pass."""
 
 
 def plan_microbatches(
@@ -26,11 +27,11 @@ def plan_microbatches(
     multiple: of the microbatches of a rank. A rank gets empty microbatches when it has fewer samples than another.
     """
     costs = lengths if costs is None else costs
-    ranks = _balance(range(len(lengths)), costs, dp) or []  # without a limit there is always a way
+    ranks = _balance(range(len(lengths)), costs, dp, _SEARCH_STEPS) or []  # without a limit there is always a way
     count = max(1, *(_fewest(rank, lengths, token_budget) for rank in ranks))
     while True:
         whole = -(-count // multiple) * multiple
-        plan = [_balance(rank, costs, whole, lengths, token_budget) for rank in ranks]
+        plan = [_balance(rank, costs, whole, _SEARCH_STEPS // dp, lengths, token_budget) for rank in ranks]
         found = [rank for rank in plan if rank is not None]
         if len(found) == dp:
             return found
@@ -48,14 +49,15 @@ def _balance(
     samples: Sequence[int],
     costs: Sequence[int],
     parts: int,
+    steps: int,
     sizes: Sequence[int] | None = None,
     limit: int = 0,
 ) -> list[list[int]] | None:
-    """The samples in `parts` parts, costliest first, the costliest as cheap as can be found; None where nothing fits.
+    """The samples in `parts` parts, costliest first, the costliest as cheap as `steps` find it; None where nothing fits.
 
     With `sizes` a part is one sample, or its sizes add up to `limit` at most.
     """
-    search = _Search(sorted(samples, key=lambda i: (-costs[i], i)), costs, parts, sizes, limit)
+    search = _Search(sorted(samples, key=lambda i: (-costs[i], i)), costs, parts, steps, sizes, limit)
     search.greedy()
     if len(samples) <= _EXACT:
         search.descend(0)
@@ -67,15 +69,16 @@ def _balance(
 class _Search:
     """Depth-first search for the assignment whose costliest part is cheapest, the costliest sample first."""
 
-    def __init__(self, order: list[int], costs: Sequence[int], parts: int, sizes: Sequence[int] | None, limit: int) -> None:
-        self.order, self.costs, self.sizes, self.limit = order, costs, sizes, limit
+    def __init__(
+        self, order: list[int], costs: Sequence[int], parts: int, steps: int, sizes: Sequence[int] | None, limit: int
+    ) -> None:
+        self.order, self.costs, self.steps, self.sizes, self.limit = order, costs, steps, sizes, limit
         self.parts: list[list[int]] = [[] for _ in range(parts)]
         self.cost, self.size = [0] * parts, [0] * parts
         self.best: list[list[int]] | None = None
         self.best_cost: float = float("inf")
         # No assignment is cheaper than an even share, nor than its costliest sample.
         self.bound = max(-(-sum(costs[i] for i in order) // parts), max((costs[i] for i in order), default=0))
-        self.steps = _SEARCH_STEPS
 
     def greedy(self) -> None:
         """Each sample to the cheapest part that has room."""
