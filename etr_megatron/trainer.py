@@ -27,6 +27,7 @@ from etr_megatron.policy import Policy, PolicyBatch, StepRouting, Update
 from etr_megatron.rollout import (
     EngineGoneError,
     NeedsSyncError,
+    OtherModelError,
     RefusedError,
     RolloutEngine,
     Rollouts,
@@ -40,10 +41,14 @@ from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group, Problem
+from etr_megatron.weights.transport import SyncError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ROLL_CALL_S = 60.0
+"""For all ranks to come, of which none is in the middle of anything."""
 
 
 class Trainer:
@@ -82,8 +87,9 @@ class Trainer:
         """From the newest checkpoint, or from the start, to `run.steps`.
 
         Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
-        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong, and
-        UngradedError, with one of all that was trained, when rewards cannot be had.
+        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong;
+        UngradedError and OtherModelError, with one of all that was trained, when rewards or the policy's own responses cannot
+        be had; SyncError, with such a one where all ranks are left, when weights do not arrive.
         """
         try:
             self._resume()
@@ -97,10 +103,24 @@ class Trainer:
         except RefusedError:  # starting again would not mend it
             self._save_what_is_trained()
             raise
-        except UngradedError:
+        except (UngradedError, OtherModelError):
             if self.trained:  # else the run, once it is mended, is another one, and begins anew
                 self._save_what_is_trained()
             raise
+        except SyncError:
+            if self.trained and self._all_are_left():
+                self._save_what_is_trained()
+            raise
+
+    def _all_are_left(self) -> bool:
+        """Whether ranks can still meet to save, after a weight sync whose error may name one that is lost or hangs."""
+        self._phases.stop_asking()
+        try:
+            self._phases.meet("checkpoint after a weight sync that failed", within_s=ROLL_CALL_S)
+        except (TimeoutError, ConnectionError) as error:
+            logger.warning("what was trained since the last checkpoint is lost: %s", error)
+            return False
+        return True
 
     def _save_what_is_trained(self) -> None:
         self._phases.stop_asking()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 
 from etr_megatron import trainer as module
@@ -15,6 +17,8 @@ from etr_megatron.config import load_config
 from etr_megatron.errors import RequeueError
 from etr_megatron.platform.phases import Phases
 from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.rollout import OtherModelError, UngradedError
+from etr_megatron.weights.transport import SyncError
 
 
 def trainer_without_parts() -> tuple[Any, list[int]]:
@@ -69,3 +73,35 @@ def told_to_stop_while_loading() -> tuple[str, list[int]]:
 def test_sigterm_while_a_checkpoint_is_read_asks_to_be_started_again_and_saves_nothing(gangs):
     said = "told to stop (SIGTERM) before the resume: start again with the same command to go on"
     assert gangs(2).run("tests.test_resume:told_to_stop_while_loading") == [(said, []), (said, [])]
+
+
+def stopped_by(error: Exception, trained: int, *, lost: bool = False) -> tuple[str, list[int]]:
+    """(what a run ends with, what it saves) where every rank, with `lost` all but rank 1, meets this after `trained` steps."""
+    trainer, saved = trainer_without_parts()
+    trainer._resume = lambda: None
+
+    def steps() -> None:
+        trainer.step = trainer.trained = trained
+        raise KeyboardInterrupt if lost and dist.get_rank() == 1 else error
+
+    trainer._run_steps = steps
+    with mock.patch.multiple(module, ROLL_CALL_S=1.0, checkpoint=SimpleNamespace(latest_step=lambda folder: None)):
+        try:
+            trainer.run()
+        except type(error) as ended:
+            return str(ended), saved
+        except KeyboardInterrupt:
+            time.sleep(2.0)  # it hangs
+    return "", saved
+
+
+@pytest.mark.parametrize("error", [SyncError("no server"), OtherModelError("all of them"), UngradedError("no rewards")])
+def test_what_was_trained_is_saved_when_weights_or_rewards_do_not_arrive(gangs, error):
+    assert gangs(2).run("tests.test_resume:stopped_by", error=error, trained=3) == [(str(error), [3])] * 2
+    assert gangs(2).run("tests.test_resume:stopped_by", error=error, trained=0) == [(str(error), [])] * 2
+
+
+def test_nobody_waits_to_save_for_a_rank_that_a_failed_weight_sync_has_lost(gangs):
+    error = SyncError("rank 1 is missing")
+    (said, saved), _ = gangs(2).run("tests.test_resume:stopped_by", error=error, trained=3, lost=True)
+    assert (said, saved) == ("rank 1 is missing", [])

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from etr_megatron.rollout import EngineGoneError, RefusedError
+from etr_megatron.rollout.sglang import connections
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
@@ -221,3 +222,29 @@ def test_connections_are_used_again_and_one_that_breaks_is_replaced():
             return [*first, await five()]
 
     assert asyncio.run(body()) == [5, 5, 5, 6]
+
+
+def test_connections_that_nobody_has_used_for_long_are_closed(monkeypatch):
+    """Else those of the largest number of requests at once would stay, half closed, to the end of the run."""
+    monkeypatch.setattr(connections, "_IDLE_S", 0.2)
+    opened, closed = [], []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        closed.append(writer)
+
+    async def body():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with server, httpx.AsyncClient(transport=Connections()) as http:
+            await asyncio.gather(*(http.get(url) for _ in range(5)))
+            await asyncio.sleep(0.3)
+            await http.get(url)
+            async with asyncio.timeout(30):
+                while len(closed) < len(opened) - 1:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(body())

@@ -12,7 +12,7 @@ import pytest
 
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.hosts import Host
-from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, _without_torchrun
+from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, environment_of_server
 from tests.runs import REPO, wait_for
 from tests.test_lifetime import gone
 
@@ -100,6 +100,8 @@ def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypa
 
 
 def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):  # which is not asked for what is on the job's own machines
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 0.5)
     commands = {name: ServerCommand(sys.executable, ("-c", code), ()) for name, code in (("deaf", SERVER), ("well", ANSWERS))}
     host = Host(commands, tmp_path, startup_timeout_s=3.0)
@@ -110,11 +112,11 @@ def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not
         pids = pids_in(tmp_path / "deaf.log")
         assert len(pids) == 2 and all(map(gone, pids))
         host.stop(["deaf", "on another machine"])
-        assert httpx.get(f"{started['well'].url}/health").status_code == 200
+        assert httpx.get(f"{started['well'].url}/health", trust_env=False).status_code == 200
     finally:
         host.stop()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{started['well'].url}/health")
+        httpx.get(f"{started['well'].url}/health", trust_env=False)
 
 
 def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_path):
@@ -122,6 +124,8 @@ def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_pat
         ServerProcess("server", ServerCommand("nowhere/python", (), ()), tmp_path / "server.log")
 
 
-def test_a_server_inherits_nothing_that_torchrun_said_to_the_rank():
+def test_a_server_inherits_nothing_that_torchrun_said_to_the_rank_and_uses_no_proxy():
     inherited = {"RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "PATH": "/bin"}
-    assert _without_torchrun(inherited) == {"PATH": "/bin"}
+    inherited |= {"no_proxy": "elsewhere", "http_proxy": "http://proxy:1"}
+    kept = {"PATH": "/bin", "http_proxy": "http://proxy:1", "no_proxy": "*", "NO_PROXY": "*"}
+    assert environment_of_server(inherited) == kept

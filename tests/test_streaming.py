@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -161,3 +162,17 @@ def test_what_the_next_step_has_asked_for_is_known_after_a_step_that_is_taken_ag
     sync(hand, engine)
     with pytest.raises(RefusedError, match="2 groups of a step of 4 were given up, the last as p3 is bad"):
         hand.take(2, timer)
+
+
+def test_the_groups_of_a_step_are_let_go_when_it_is_trained():
+    """With routing replay they are gigabytes."""
+    engine = Engine()
+    hand = hand_of(engine)
+    taken = hand.take(1, timer)
+    tokens = [weakref.ref(one.response_ids) for group in taken.groups for one in group.samples]
+    hand.put_back(1)
+    assert names(hand.take(1, timer)) == names(taken)  # until then they may be taken again
+    del taken
+    assert all(one() is not None for one in tokens)
+    sync(hand, engine)
+    assert all(one() is None for one in tokens)

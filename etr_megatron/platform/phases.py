@@ -34,27 +34,28 @@ class Phases:
         """Every rank knows that the run stops: from here on ranks meet to save."""
         self._stopping = True
 
-    def meet(self, phase: str) -> None:
-        """Wait for every rank to arrive.
+    def meet(self, phase: str, within_s: float | None = None) -> None:
+        """Wait for every rank to arrive, for that long at most instead of `timeout_s`.
 
         Raises TimeoutError when some did not come in time and ConnectionError when they are gone, with the phase, the ranks
         and the seconds waited; StopAskedError when a rank must stop: once, so that ranks can still meet to save.
         """
         start = time.monotonic()
+        timeout = self._timeout if within_s is None else datetime.timedelta(seconds=within_s)
         try:
-            dist.monitored_barrier(self._group, timeout=self._timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
-            raise self._failure(phase, time.monotonic() - start, str(error)) from error
+            raise self._failure(phase, time.monotonic() - start, timeout, str(error)) from error
         asked = torch.tensor(int(self._must_stop() and not self._stopping))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
         if asked:
             self._stopping = True
             raise StopAskedError(f"told to stop (SIGTERM) before the {phase}")
 
-    def _failure(self, phase: str, waited_s: float, said: str) -> TimeoutError | ConnectionError:
+    def _failure(self, phase: str, waited_s: float, timeout: datetime.timedelta, said: str) -> TimeoutError | ConnectionError:
         missing = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
         # Rank 0 is told no more than which ranks it did not hear of: before the deadline, because their connections closed.
-        if waited_s < 0.99 * self._timeout.total_seconds() or "closed by peer" in said or "reset by peer" in said:
+        if waited_s < 0.99 * timeout.total_seconds() or "closed by peer" in said or "reset by peer" in said:
             who = f"rank {missing[1]}" if missing else "rank 0, which may have lost another"
             return ConnectionError(
                 f"rank {dist.get_rank()} lost at the {phase}, after {waited_s:.0f} s, its connection to {who}"

@@ -5,6 +5,7 @@ from etr_megatron.rollout.embedded import EmbeddedEngine
 from etr_megatron.rollout.engine import (
     EngineGoneError,
     NeedsSyncError,
+    OtherModelError,
     RefusedError,
     RolloutEngine,
     Sampling,
@@ -18,6 +19,7 @@ __all__ = [
     "EmbeddedEngine",
     "EngineGoneError",
     "NeedsSyncError",
+    "OtherModelError",
     "RefusedError",
     "ReplaySampler",
     "RolloutEngine",

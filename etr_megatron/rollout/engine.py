@@ -48,6 +48,10 @@ class RefusedError(UserError):
     """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
 
 
+class OtherModelError(UserError):
+    """All that there is to draw from computes something else than the trainer; the policy is unharmed."""
+
+
 LOOK_S = 1.0
 """How often a wait for responses looks whether a rank must stop."""
 

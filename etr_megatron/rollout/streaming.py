@@ -118,7 +118,11 @@ class Hand:
             self._groups = self._taken[1] + self._groups
 
     def pause(self) -> None:
-        """See `Sampler.pause`. With partial rollouts responses are cut off, else waited for."""
+        """See `Sampler.pause`. With partial rollouts responses are cut off, else waited for.
+
+        A sync comes when a step is trained: its groups are let go before the next one's come, of gigabytes with their experts.
+        """
+        self._taken = 0, []
         self._accept(self._engine.stop(abort=self._config.rollout.partial))
         self._under_way.clear()  # what an engine without servers could not answer is asked again
 

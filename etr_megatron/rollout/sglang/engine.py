@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
-from etr_megatron.errors import UserError
 from etr_megatron.platform.together import together
-from etr_megatron.rollout.engine import Draw, Drawn, MustStop, Sampling, never, sample_seed
+from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, never, sample_seed
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
@@ -214,8 +213,8 @@ class SglangEngine:
         """See `RolloutEngine.update_weights`.
 
         Servers that had ended are started again first, and serve once they have `version`. Raises, on every rank,
-        EngineGoneError when no server is left, SyncError naming ranks that are missing, UserError when all servers' log-probs
-        differ from ours.
+        EngineGoneError when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers'
+        log-probs differ from ours.
         """
         self._bring_back()
         with self._transaction(version):
@@ -245,7 +244,7 @@ class SglangEngine:
             on_rank0(lambda: self._control.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
-        """Leave out servers that give their tokens other log-probs than the trainer. Raises UserError when all do."""
+        """Leave out servers that give their tokens other log-probs than the trainer. Raises OtherModelError when all do."""
         found = on_rank0(lambda: self._control.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
@@ -257,7 +256,7 @@ class SglangEngine:
             what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
             limit = f"more than rollout.max_logprob_gap = {self._serving.max_gap:g} allows"
             if len(wrong) == len(gaps):
-                raise UserError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
+                raise OtherModelError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
             if self._control is not None:
                 self._control.mark_failed(name, f"{what}, {limit}")
 

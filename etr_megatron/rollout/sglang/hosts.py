@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +95,14 @@ class Host:
                 self._processes.pop(name).stop()
 
 
+def _asked(url: str, headers: Mapping[str, str] | None = None) -> AbstractContextManager[httpx.Response]:
+    """Past the proxies that the environment may name, as all requests to servers go."""
+    return httpx.stream("GET", url, timeout=_ASK_S, headers=headers, trust_env=False)
+
+
 def _answers(url: str) -> bool:
     try:
-        with httpx.stream("GET", f"{url}/health", timeout=_ASK_S) as reply:  # a body that never ends is not waited for
+        with _asked(f"{url}/health") as reply:  # a body that never ends is not waited for
             return reply.status_code == 200
     except httpx.HTTPError:
         return False
@@ -115,7 +121,7 @@ def _is_ours(process: ServerProcess) -> bool | None:
 def _calls_a_request_so(process: ServerProcess) -> bool | None:
     name = secrets.token_hex(8)
     try:
-        with httpx.stream("GET", f"{process.url}/health", timeout=_ASK_S, headers={process.identity: name}) as reply:
+        with _asked(f"{process.url}/health", {process.identity: name}) as reply:
             return None if reply.status_code >= 500 else reply.headers.get("x-request-id") == name
     except httpx.HTTPError:
         return None
@@ -124,7 +130,7 @@ def _calls_a_request_so(process: ServerProcess) -> bool | None:
 def _says_its_version(process: ServerProcess) -> bool | None:
     said, end = b"", time.monotonic() + _ASK_S
     try:
-        with httpx.stream("GET", f"{process.url}/model_info", timeout=_ASK_S, headers=process.headers) as reply:
+        with _asked(f"{process.url}/model_info", process.headers) as reply:
             if reply.status_code >= 500:
                 return None
             for piece in reply.iter_bytes():

@@ -48,10 +48,11 @@ _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "
 _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
-def _without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+def environment_of_server(inherited: Mapping[str, str]) -> dict[str, str]:
     """What a rank inherits, less what torchrun said to it: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would
-    look for each other in the job's store, for ever."""
-    return {k: v for k, v in environment.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
+    look for each other in the job's store, for ever. Nor are proxies for them, who ask each other and themselves alone."""
+    kept = {k: v for k, v in inherited.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
+    return {**kept, "no_proxy": "*", "NO_PROXY": "*"}
 
 
 _HANDED_OUT: deque[int] = deque(maxlen=1024)
@@ -93,7 +94,7 @@ class ServerProcess:
                 pass_fds=(report,),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**_without_torchrun(os.environ), **command.environment},
+                env={**environment_of_server(os.environ), **command.environment},
                 start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
             )
         os.close(report)
