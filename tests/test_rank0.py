@@ -22,7 +22,9 @@ from etr_megatron.rollout import rank0
 rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=4))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+dist.barrier()  # on a busy machine one may be there long before the other
+dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=4))
 if case == "left":  # by the ranks of an earlier start, whose store this is
     for number in range(4):
         for word in ("stop", "done"):
