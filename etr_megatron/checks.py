@@ -26,13 +26,10 @@ from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import problems_of, refuse_all
 from etr_megatron.platform.world import number_apart
-from etr_megatron.types import MOST_REPLAYED
+from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""One of these makes a directory's tokenizer loadable."""
 
 
 def check_inputs(config: Config, world_size: int) -> None:

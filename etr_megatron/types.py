@@ -13,6 +13,9 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
+"""Of which the directory of a model with its tokenizer has one at least."""
+
 MOST_REPLAYED = 256
 """Experts that `Sample.routing` can tell apart: there are so many numbers that each is a byte."""
 

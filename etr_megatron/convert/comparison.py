@@ -19,6 +19,7 @@ from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.source import find_megatron
 from etr_megatron.errors import UserError
 from etr_megatron.platform.transformers_errors import transformers_errors
+from etr_megatron.types import TOKENIZER_FILES
 from etr_megatron.weights import (
     Architecture,
     SafetensorsDir,
@@ -146,8 +147,6 @@ def _bits(values: Tensor) -> Tensor:
 
 def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
     """int64 [1, S]: the prompt's tokens; for None without a tokenizer numbers spread over the vocabulary. Raises UserError."""
-    from etr_megatron.checks import TOKENIZER_FILES
-
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
         if prompt is not None:
             raise UserError(f"{hf} has no tokenizer for --prompt; leave it out, and made-up tokens are compared")

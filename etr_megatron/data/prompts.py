@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from etr_megatron.config.schema import DataConfig
 from etr_megatron.errors import UserError
+from etr_megatron.types import TOKENIZER_FILES
 
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
 _PLACEHOLDER = "{prompt}"
 
 
@@ -25,9 +25,9 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
     if not directory.is_dir():
         raise UserError(f"{named}: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
     # Without its files transformers 5 makes an empty tokenizer of the class that config.json suggests, and says nothing.
-    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"{named}: {str(path)!r} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the model's "
+            f"{named}: {str(path)!r} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's "
             "tokenizer files there"
         )
     try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -38,3 +40,28 @@ def gathered_order(lengths: Sequence[int], cp: int) -> Tensor:
     starts = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
     own_starts = starts.repeat_interleave(torch.tensor(lengths) // cp)
     return torch.cat([own_starts + own_positions(lengths, cp, rank) for rank in range(cp)]).argsort()
+
+
+def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, on each of them, as a new tensor.
+
+    A collective, and another in the backward pass: what every rank makes of the sum goes back to all of its parts.
+    """
+    return _Summed.apply(values, group)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+def _all_reduced(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total

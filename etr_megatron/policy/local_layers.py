@@ -32,8 +32,7 @@ class LocalRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape and dtype of `x` [..., hidden_size]."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 def _length_buckets(lengths: list[int]) -> list[list[int]]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def refuse_unknown_tokens(sequences: Sequence[tuple[Sequence[int], Sequence[int]
     """
     for number, sequence in enumerate(sequences):
         for part, ids in zip(("prompt", "response"), sequence, strict=True):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            found = np.asarray(ids)
+            if len(found) and not 0 <= found.min() <= found.max() < vocab_size:
                 unknown = next(one for one in ids if not 0 <= one < vocab_size)
                 raise UserError(
                     f"the {part} of sample {number} holds token {unknown}, which the model does not know: its vocab_size is "

@@ -24,7 +24,6 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from etr_megatron import platform
 from etr_megatron.config import LOSSES, Config
@@ -32,7 +31,7 @@ from etr_megatron.flops import sequence_flops
 from etr_megatron.objective import LossInputs, LossOutputs, diagnostic_sums, refuse_if_rows_interact, resolve_loss
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
-from etr_megatron.policy.context import padded_length
+from etr_megatron.policy.context import padded_length, summed
 from etr_megatron.policy.export import Export
 from etr_megatron.policy.fp8 import require_fp8, token_multiple
 from etr_megatron.policy.loss_inputs import loss_inputs, loss_settings, pass_rate_bins_of_rows
@@ -168,13 +167,10 @@ class Policy:
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
-        totals: dict[str, float] = {}
         shares: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(shares, (self._policy_loss.row_names, outputs if self.layout.is_reporter else []))
+        dist.all_gather_object(shares, (self._policy_loss.row_names, _totals(outputs) if self.layout.is_reporter else {}))
         self._policy_loss.refuse_other_names([names for names, _ in shares])
-        for sums in (sums for _, share in shares for sums in share):
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
+        totals = _totals([share for _, share in shares])
         balance = {} if self._balance is None else self._balance.take()
         return Update(totals.pop("loss"), totals, float(grad_norm), lr, balance)
 
@@ -256,7 +252,7 @@ class Policy:
         scale: the optimizer's loss scale, with which Megatron goes backward. A token-local loss is evaluated chunk by chunk
         inside the head; one of whole sequences needs all rows first.
         """
-        reduce = partial(all_reduce, group=mpu.get_context_parallel_group()) if self.layout.cp > 1 else None
+        reduce = partial(summed, group=mpu.get_context_parallel_group()) if self.layout.cp > 1 else None
         known = loss_inputs(batch, micro, loss_settings(self.config.objective), reduce)
         tensors, options = self._head_inputs(self._ddp[-1], hidden, micro)
         parts: list[LossOutputs] = []
@@ -285,6 +281,15 @@ class Policy:
         """Of a user's loss, until rows could tell: the head may cut rows into chunks only where that changes nothing."""
         if self._unchecked and len(inputs.logp) > 1:
             self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
+
+
+def _totals(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The sum of each name's values."""
+    totals: dict[str, float] = {}
+    for sums in shares:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
