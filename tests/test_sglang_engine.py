@@ -271,7 +271,7 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
     with servers({}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
         (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
-    assert error.startswith("UserError: SGLang server 0: after weight sync 1 its log-probs differ by ")
+    assert error.startswith("OtherModelError: SGLang server 0: after weight sync 1 its log-probs differ by ")
     assert "more than rollout.max_logprob_gap = 0.001 allows" in error
 
 

@@ -60,11 +60,11 @@ class EmbeddedEngine:
         return [[found[number, index] for index in range(sampling.samples)] for number in range(len(problems))]
 
     @torch.no_grad()
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the tensors into the replica (in place; the replica owns its parameters). See `RolloutEngine.update_weights`."""
         wanted = _published_parameters(self._model)
         problems = []
-        for name, tensor in tensors:  # to the end even when something is wrong: the export is a collective
+        for name, tensor in weights:  # to the end even when something is wrong: the export is a collective
             parameter = wanted.pop(name, None)
             if parameter is None:
                 problems.append(f"{name} is unknown to the engine or came twice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.types import FinishReason, Problem, Sample
+from etr_megatron.weights import TrainingLayout
+from etr_megatron.weights.transport import Shards
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,24 @@ def never() -> bool:
     return False
 
 
+class WeightSource(Protocol):
+    """The policy's weights as they are now. layout: who holds what."""
+
+    layout: TrainingLayout
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Full HF tensors by name; a collective."""
+        ...
+
+    def shards(self) -> Shards:
+        """This rank's parameters by `Weight.megatron`."""
+        ...
+
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sequence[Tensor]:
+        """Log-probs of the responses in (prompt ids, response ids), as the sampler's temperature has them; a collective."""
+        ...
+
+
 class RolloutEngine(Protocol):
     """Every method but `close` is a collective: all ranks call it with the same arguments and get the same result.
 
@@ -81,8 +101,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the full set of HF tensors; only then does `weight_version` change.
+    def update_weights(self, weights: WeightSource, version: int) -> None:
+        """Take over all weights; only then does `weight_version` change.
 
         The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
         see `SglangEngine.update_weights`.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.platform.together import together
-from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, never, sample_seed
+from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
 from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
@@ -22,7 +22,7 @@ from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
-from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WeightSource, WholeSender
+from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample

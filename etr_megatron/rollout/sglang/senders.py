@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from etr_megatron.rollout.engine import WeightSource
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
@@ -21,26 +21,6 @@ from etr_megatron.weights.layout import WholeLayout
 from etr_megatron.weights.transport import DiskWriter, Shards, Wire, version_directory
 from etr_megatron.weights.transport.collective import CollectiveTransport
 from etr_megatron.weights.transport.whole import Gather, groups_of
-
-Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
-
-
-class WeightSource(Protocol):
-    """The policy's weights as they are now. layout: who holds what."""
-
-    layout: TrainingLayout
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Full HF tensors by name; a collective."""
-        ...
-
-    def shards(self) -> Shards:
-        """This rank's parameters by `Weight.megatron`."""
-        ...
-
-    def logprobs(self, sequences: Sequences) -> Sequence[Tensor]:
-        """Log-probs of the responses in (prompt ids, response ids), as the sampler's temperature has them; a collective."""
-        ...
 
 
 class Sender(Protocol):

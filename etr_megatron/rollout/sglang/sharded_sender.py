@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from etr_megatron.rollout.engine import WeightSource
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.commands import LOADER
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
-from etr_megatron.rollout.sglang.senders import SendSettings, WeightSource
+from etr_megatron.rollout.sglang.senders import SendSettings
 from etr_megatron.weights import ServerLayout
 from etr_megatron.weights.transport import ShardedTransport, Wire
 from etr_megatron.weights.transport.board import Board
