@@ -236,11 +236,6 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
             f"{model} has experts, which parallel.tp={tp} trains with parallel.sequence_parallel=true only; set that, or "
             "parallel.tp to 1"
         )
-    if experts.per_token == 1 and experts.normalized:
-        raise UserError(
-            f"{model} gives every token one expert of weight 1 (num_experts_per_tok=1 with norm_topk_prob), which Megatron's "
-            "router cannot do; it is not supported"
-        )
 
 
 def check_without_experts(model: str, config: Config) -> None:

@@ -53,7 +53,6 @@ def test_the_tiny_model_has_no_experts():
         (EXPERTS, dict(ep=4), 1, "m has 6 experts, which parallel.ep=4 does not divide"),
         (EXPERTS, dict(sequence_parallel=True), 8, "m has experts of width 28, which parallel.etp=8 does not divide"),
         (EXPERTS, dict(), 2, "m has experts, which parallel.tp=2 trains with parallel.sequence_parallel=true only"),
-        (replace(EXPERTS, per_token=1), dict(), 1, "m gives every token one expert of weight 1"),
     ],
 )
 def test_what_a_mixture_cannot_do_is_refused_in_one_sentence(experts, parallel, tp, sentence):

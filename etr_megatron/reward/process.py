@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.platform.lifetime import popen_from_lasting_thread
 from etr_megatron.reward.grade import GradeRequest
 
 _READ_BYTES = 1 << 16
@@ -43,9 +44,6 @@ class GraderProcess:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        # Not at the top: the worker imports this package as well, and `platform` imports torch.
-        from etr_megatron.platform.lifetime import popen_from_lasting_thread
-
         self._process: subprocess.Popen[bytes] = popen_from_lasting_thread(
             [sys.executable, "-m", "etr_megatron.reward.worker", str(os.getpid()), json.dumps(asdict(config))],
             stdin=subprocess.PIPE,
