@@ -17,7 +17,7 @@ def test_rows_predict_exactly_the_response_tokens():
     batch = pack(sequences, [2, 0], multiple=1, device=CPU)
     assert batch.tokens.tolist() == [[4, 4, 6, 6, 6, 7, 8, 9, 1, 2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
-    assert batch.offsets.tolist() == [0, 5, 10] and batch.longest == 5 and batch.offsets.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == [0, 5, 10] and batch.max_seqlen == 5 and batch.cu_seqlens.dtype == torch.int32
     # Each row's successor in the packed tokens is its target.
     assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 6, 6, 1, 2]
     assert batch.row_sample.tolist() == [2, 2, 2, 0, 0]
@@ -28,7 +28,7 @@ def test_rows_predict_exactly_the_response_tokens():
 def test_padding_is_a_sequence_of_its_own_without_loss_rows(numbers):
     batch = pack([([7, 8, 9], [1, 2])], numbers, multiple=4, device=CPU)
     assert batch.tokens.shape[1] % 4 == 0 and batch.tokens.shape[1] > 0
-    assert batch.offsets[-1] == batch.tokens.shape[1]
+    assert batch.cu_seqlens[-1] == batch.tokens.shape[1]
     assert len(batch.rows) == 2 * len(numbers)
 
 
@@ -61,7 +61,7 @@ def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():
     assert one.tokens.tolist() == [[10, 11, 12, 13, 22, 0, 0, 0, 30, 31, 0, 0]]
     assert two.tokens.tolist() == [[14, 15, 16, 17, 18, 19, 20, 21, 32, 33, 34, 35]]
     assert one.positions.tolist() == [[0, 1, 2, 3, 12, 13, 14, 15, 0, 1, 6, 7]]
-    assert one.offsets.tolist() == two.offsets.tolist() == [0, 16, 24] and one.longest == two.longest == 16
+    assert one.cu_seqlens.tolist() == two.cu_seqlens.tolist() == [0, 16, 24] and one.max_seqlen == two.max_seqlen == 16
     # The prompt's last token, on rank 0, predicts the response's first, on rank 1; the last token predicts nothing.
     assert (one.rows.tolist(), one.targets.tolist(), one.row_position.tolist()) == ([3], [14], [0])
     assert two.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]
@@ -77,7 +77,7 @@ def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(c
     whole = pack(sequences, numbers, multiple=1, device=CPU)
     assert {part.tokens.shape[1] % multiple for part in parts} == {0}
     assert len({part.tokens.shape[1] for part in parts}) == 1
-    assert parts[0].tokens.shape[1] * cp == parts[0].offsets[-1] > 0
+    assert parts[0].tokens.shape[1] * cp == parts[0].cu_seqlens[-1] > 0
 
     def rows(batch):
         return zip(batch.row_sample.tolist(), batch.row_position.tolist(), batch.targets.tolist(), strict=True)
@@ -89,7 +89,7 @@ def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(c
 def test_gathered_tokens_of_context_parallel_ranks_are_put_back_behind_each_other(cp):
     sequences = [([7, 8, 9], [1, 2]), ([5], [3]), (list(range(20, 29)), list(range(30, 53)))]
     parts = [pack(sequences, [0, 1, 2], multiple=1, device=CPU, cp=cp, cp_rank=rank) for rank in range(cp)]
-    lengths = parts[0].offsets.diff().tolist()
+    lengths = parts[0].cu_seqlens.diff().tolist()
     ids = [[*prompt, *response] for prompt, response in sequences]
     wanted = [token for one, length in zip(ids, lengths, strict=True) for token in [*one, *[0] * (length - len(one))]]
     assert torch.cat([part.tokens[0] for part in parts])[gathered_order(lengths, cp)].tolist() == wanted

@@ -77,8 +77,8 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
         assert batch.tokens.shape[1] % (tp * block) == 0
         # A sequence of its own: none of the real ones is stretched.
         real = len(numbers)
-        assert len(batch.offsets) - 1 - real in (0, 1)
-        assert batch.offsets[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
+        assert len(batch.cu_seqlens) - 1 - real in (0, 1)
+        assert batch.cu_seqlens[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
 
 
 def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imported(tmp_path):

@@ -19,8 +19,8 @@ from etr_megatron.policy.context import own_ranges, padded_length
 class Microbatch:
     """A context-parallel rank's part of packed sequences (THD): T tokens, of CP T in all, with R loss rows.
 
-    tokens, positions: int64 [1, T]. offsets: int32 [sequences + 1], over the tokens of all CP ranks. longest: tokens of the
-    longest sequence, on all CP ranks.
+    tokens, positions: int64 [1, T]. cu_seqlens: int32 [sequences + 1], where each begins, over the tokens of all CP ranks.
+    max_seqlen: tokens of the longest sequence, on all CP ranks.
     rows: int64 [R], flat places whose hidden state predicts a response token. targets: int64 [R], those tokens.
     row_sample: int64 [R], number in the optimizer step of the sample that a row belongs to. row_position: int64 [R], place of
     the target in that sample's response. samples: numbers of the samples, in the order of their rows.
@@ -28,8 +28,8 @@ class Microbatch:
 
     tokens: Tensor
     positions: Tensor
-    offsets: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
     rows: Tensor
     targets: Tensor
     row_sample: Tensor
@@ -77,7 +77,7 @@ def pack(
             raise ValueError(f"sample {number} has an empty prompt")
         packed.add([*prompt, *response], len(prompt), number)
     whole = math.lcm(multiple * cp, padded_length(1, cp))
-    missing = -packed.offsets[-1] % whole or (0 if packed.tokens else whole)
+    missing = -packed.cu_seqlens[-1] % whole or (0 if packed.tokens else whole)
     if missing:
         packed.add([0] * missing, missing, -1)
 
@@ -87,8 +87,8 @@ def pack(
     return Microbatch(
         tokens=integers(packed.tokens)[None],
         positions=integers(packed.positions)[None],
-        offsets=integers(packed.offsets, torch.int32),
-        longest=max(end - begin for begin, end in itertools.pairwise(packed.offsets)),
+        cu_seqlens=integers(packed.cu_seqlens, torch.int32),
+        max_seqlen=max(end - begin for begin, end in itertools.pairwise(packed.cu_seqlens)),
         rows=integers(packed.rows),
         targets=integers(packed.targets),
         row_sample=integers(packed.row_sample),
@@ -104,7 +104,7 @@ class _Packed:
         self.cp, self.cp_rank = cp, cp_rank
         self.tokens: list[int] = []
         self.positions: list[int] = []
-        self.offsets = [0]
+        self.cu_seqlens = [0]
         self.rows: list[int] = []
         self.targets: list[int] = []
         self.row_sample: list[int] = []
@@ -124,4 +124,4 @@ class _Packed:
             self.tokens.extend(ids[part.start : part.stop])
             self.tokens.extend([0] * (part.stop - max(part.start, length)))
             self.positions.extend(part)
-        self.offsets.append(self.offsets[-1] + padded)
+        self.cu_seqlens.append(self.cu_seqlens[-1] + padded)

@@ -164,8 +164,8 @@ class _Places:
 
     @classmethod
     def of(cls, batch: Microbatch, cp: int) -> _Places:
-        """Of a microbatch, whose offsets are those of all `cp` ranks' tokens."""
-        return cls(batch.samples, batch.positions[0].cpu(), [offset // cp for offset in batch.offsets.tolist()])
+        """Of a microbatch, whose `cu_seqlens` are of all `cp` ranks' tokens."""
+        return cls(batch.samples, batch.positions[0].cpu(), [offset // cp for offset in batch.cu_seqlens.tolist()])
 
 
 class _Layer:

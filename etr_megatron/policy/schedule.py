@@ -33,10 +33,10 @@ def run_schedule(
         batch = next(iterator)
         packed = PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=batch.offsets,
-            cu_seqlens_kv=batch.offsets,
-            max_seqlen_q=batch.longest,
-            max_seqlen_kv=batch.longest,
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
         )
         hidden = chunk(batch.tokens, batch.positions, None, packed_seq_params=packed)
         return hidden, partial(then, batch)
