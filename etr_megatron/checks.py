@@ -82,7 +82,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
             yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
     yield lambda: check_reward(config), ("reward.function",)
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
-    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay")
+    yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay", "rollout.only")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
     yield lambda: check_replay(config, 0), ("rollout.replay",)
     size = ("rollout.prompts_per_step", "rollout.samples_per_prompt", "run.steps", "reward.range_min", "reward.range_max")
@@ -299,7 +299,7 @@ def check_directory(config: Config) -> None:
             f"{directory.root} is the run that rollout.replay names, and would be written over; choose another run.name"
         )
     directory.refuse_if_unwritable()
-    directory.refuse_if_used(config.checkpoint.resume)
+    directory.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
 
 
 def check_reward(config: Config) -> None:

@@ -68,6 +68,7 @@ def initial_checkpoint(config: Config) -> Path:
 
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:
+    from etr_megatron.checkpoint import latest_step
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.trainer import Trainer
@@ -118,7 +119,8 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
             # On a full disk the note may not fit either; the error itself is what has to be heard.
             with suppress(UserError):
                 state = "requeue" if isinstance(error, RequeueError) else "failed"
-                directory.write_status(state, trainer.trained, config.run.steps, str(error))
+                done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # of a resume that was refused, too
+                directory.write_status(state, done, config.run.steps, str(error))
         raise
     finally:
         gc.unfreeze()  # else Triton's bindings report at the end whatever is left as leaked

@@ -39,7 +39,7 @@ from etr_megatron.rollout import (
 )
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.record import Reached, forget_reached, read_reached, write_reached, write_record
+from etr_megatron.rollout.record import Reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group, Problem
 from etr_megatron.weights.transport import SyncError
 
@@ -173,7 +173,7 @@ class Trainer:
             self._keep(rollouts)
             self._record(rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts, rollouts.groups)
             if self._recorder is not None:
-                write_reached(self._directory.recorded, Reached(self._version, self.step, self.sampler.state_dict()))
+                write_reached(self._directory.reached_file, Reached(self._version, self.step, self.sampler.state_dict()))
             self.trained = self.step
 
     def _roll_out(self) -> Rollouts:
@@ -297,16 +297,16 @@ class Trainer:
             self.sampler.load_state_dict(checkpoint.load(self._directory.checkpoints, step, self.policy))
             self.step = self.trained = self._version = step
         if self.config.rollout.only and self.config.checkpoint.resume:
-            reached = on_rank0(lambda: read_reached(self._directory.recorded))
+            reached = on_rank0(lambda: read_reached(self._directory.reached_file))
             if reached is not None and reached.version == self._version:
                 self.sampler.load_state_dict(reached.sampler)
                 self.step = self.trained = reached.step
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
-            if not self.config.rollout.only:
-                forget_reached(self._directory.recorded)
             if self.step >= self.config.run.steps:
-                print(f"{self._directory.root}: step {self.step} is done, which is all of run.steps; raise it to train on")
+                print(f"{self._directory.root}: step {self.step} is done, which is all of run.steps; raise it to go on")
+            elif self.step:
+                print(f"{self._directory.root}: goes on after step {self.step}")
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)

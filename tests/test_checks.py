@@ -25,6 +25,7 @@ from etr_megatron.config import (
     resolve,
 )
 from etr_megatron.errors import UserError
+from etr_megatron.observe import RunDirectory
 from etr_megatron.rollout.record import write_record
 from etr_megatron.types import Group, Problem, Sample
 
@@ -89,6 +90,9 @@ def test_a_path_that_the_system_refuses_is_one_sentence(config: Config, key: str
 
 def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
     assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    wanted = f"`tools/convert_hf.py to-hf --megatron {tmp_path}` makes one of this run"
+    assert refusal(with_model(config, tmp_path)).endswith(wanted)
 
 
 def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_started(config: Config, tmp_path: Path) -> None:
@@ -329,3 +333,17 @@ def test_a_layout_that_cannot_be_is_told_together_with_what_is_not_there(tmp_pat
     told = r"on 3 ranks, 2 problems:\n  - parallel\.tp = 2.*\n  - model\.path: "
     with pytest.raises(InvalidConfigError, match=told), beside_inputs():
         resolve(config, 3, cuda=False)
+
+
+def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(config: Config) -> None:
+    directory = RunDirectory(Path(config.run.dir) / config.run.name)
+    directory.prepare(config)
+    directory.recorded.mkdir()
+    (directory.recorded / "reached.safetensors").write_bytes(b"")
+    directory.write_status("finished", 2, 2)
+    assert refusal(config, 2).startswith(f"{directory.recorded} holds steps that --rollout-only has recorded, which training")
+    check_inputs(replace(config, rollout=replace(config.rollout, only=True)), 2)  # which goes on behind them
+    (directory.recorded / "reached.safetensors").unlink()
+    for only in (False, True):
+        asked = replace(config, rollout=replace(config.rollout, only=only))
+        assert refusal(asked, 2).startswith(f"{directory.root} holds a finished run without a checkpoint to continue from")

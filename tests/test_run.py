@@ -85,7 +85,7 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in unmoved], abs=2e-4), key
     code, printed = runs.finish("run.name=moved", "parallel.tp=1", "parallel.pp=2")
-    assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to train on" in printed
+    assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to go on" in printed
     assert runs.rows("moved") == moved
 
 

@@ -68,6 +68,7 @@ class RunDirectory:
         self.metrics = MetricsLog(root / "metrics.jsonl")
         self.rollouts = root / "rollouts"
         self.recorded = root / "recorded"
+        self.reached_file = self.recorded / "reached.safetensors"
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
         self.servers = root / "servers"
@@ -85,15 +86,24 @@ class RunDirectory:
             return True
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
-    def refuse_if_used(self, resume: bool) -> None:
-        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or when
-        the directory cannot be looked into."""
+    def refuse_if_used(self, resume: bool, *, only_records: bool = False) -> None:
+        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or that
+        training would remove, or when the directory cannot be looked into.
+
+        only_records: the run does not train (`rollout.only`), and goes on behind what such a one has recorded.
+        """
         with disk_errors(self.root):
-            is_used, is_over = self.is_used(), self._is_finished() and not entries(self.checkpoints, "step_*")
+            is_used, is_recorded = self.is_used(), self.reached_file.exists()
+            is_over = self._is_finished() and not entries(self.checkpoints, "step_*") and not (only_records and is_recorded)
         if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
                 "directory, or set checkpoint.resume=true to continue it"
+            )
+        if is_recorded and not only_records:
+            raise UserError(
+                f"{self.recorded} holds steps that --rollout-only has recorded, which training there would remove; move it "
+                "elsewhere, or choose another run.name"
             )
         if is_over:
             raise UserError(
@@ -144,7 +154,7 @@ class RunDirectory:
             return self._prepare(config)
 
     def _prepare(self, config: Config) -> list[str]:
-        self.refuse_if_used(config.checkpoint.resume)
+        self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
         for folder in (self.root, self.rollouts, self.checkpoints):
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,6 @@ from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
 """The folder's name in a run directory."""
-_REACHED = "reached.safetensors"
 _LONGEST_HEAD = 2**16
 _LINE_END = len("}\n")
 
@@ -136,27 +135,22 @@ def what_there_is(folder: Path, missing: int) -> str:
     return f"{folder} has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 
-def write_reached(folder: Path, reached: Reached) -> None:
+def write_reached(file: Path, reached: Reached) -> None:
     """Replace what was written before; raises UserError on a full disk."""
     state = dict(reached.sampler)
     tensors = state.pop("tensors", {})
     said = json.dumps({"version": reached.version, "step": reached.step, "sampler": state})
-    write_atomically(folder / _REACHED, save(tensors, metadata={"reached": said}))
+    write_atomically(file, save(tensors, metadata={"reached": said}))
 
 
-def read_reached(folder: Path) -> Reached | None:
+def read_reached(file: Path) -> Reached | None:
     """What `write_reached` wrote last, None when there is nothing."""
-    if not (folder / _REACHED).is_file():
+    if not file.is_file():
         return None
-    with safe_open(folder / _REACHED, "pt") as file:
-        found = json.loads(file.metadata()["reached"])
-        found["sampler"]["tensors"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with safe_open(file, "pt") as opened:
+        found = json.loads(opened.metadata()["reached"])
+        found["sampler"]["tensors"] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return Reached(**found)
-
-
-def forget_reached(folder: Path) -> None:
-    """The steps that were recorded are no more."""
-    (folder / _REACHED).unlink(missing_ok=True)
 
 
 def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     try:
         config = read_config(source)
     except FileNotFoundError:
-        raise UserError(f"{source} does not exist: {named} must be a HuggingFace checkpoint directory") from None
+        run = Path(model_dir, "checkpoints").is_dir()
+        way_out = f"; `tools/convert_hf.py to-hf --megatron {model_dir}` makes one of this run" if run else ""
+        raise UserError(f"{source} does not exist: {named} must be a HuggingFace checkpoint directory{way_out}") from None
     names = config.get("architectures") or []
     known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
     if not known:

@@ -65,7 +65,10 @@ def known_arguments(python: str, launch: tuple[str, ...]) -> frozenset[str]:
 def require_interpreter(python: str) -> None:
     """Raises UserError when it does not exist, or is nothing that can be run."""
     if not Path(python).is_file():
-        raise UserError(f"sglang.python: {python} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang")
+        raise UserError(
+            f"sglang.python: {Path(python).absolute()} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang "
+            "in the repository, and paths are relative to where a job is started"
+        )
     if not os.access(python, os.X_OK):
         raise UserError(f"sglang.python: {python} may not be executed; it must be a Python interpreter that has SGLang")
 
