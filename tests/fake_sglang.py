@@ -1,6 +1,7 @@
 """A process that speaks SGLang's protocol and breaks it on demand: `python -m tests.fake_sglang BEHAVIOUR`, BEHAVIOUR is JSON.
 
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
+(Servers that are not the job's are forked, see tests/fake_servers.py.)
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
 this request on it has the weights that it was started with), drop_at (it closes the connection and says nothing), fail_prompt,
@@ -148,7 +149,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     if BEHAVIOUR.get("tokens_per_s"):
         ids, finish = draw_slowly(body, count)
     else:
-        with BATCH:
+        with BATCH if BEHAVIOUR.get("busy") else contextlib.nullcontext():
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
@@ -329,7 +330,9 @@ WEIGHTS = {
     "/update_weights_from_tensor": take_tensors,
     "/update_weights_from_disk": load_directory,
 }
-BATCH: contextlib.AbstractContextManager = threading.Lock() if BEHAVIOUR.get("busy") else contextlib.nullcontext()
+BATCH = threading.Lock()
+"""Held while it generates, where it is `busy` then."""
+
 SCHEDULER = threading.Lock()
 """SGLang's scheduler does these one at a time, and says how it is: one that waits keeps the next from being heard."""
 
@@ -360,7 +363,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main() -> None:
+def start() -> threading.Thread:
+    """Print the port, and serve in a thread."""
     # A group needs a default one in the process; this one is of this process alone.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
@@ -372,8 +376,10 @@ def main() -> None:
     server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.daemon_threads = True
     print(server.server_port, flush=True)
-    threading.Thread(target=server.serve_forever).start()
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    return serving
 
 
 if __name__ == "__main__":
-    main()
+    start()

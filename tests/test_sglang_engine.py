@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
-import subprocess
 import sys
 
 import httpx
 import pytest
 
+from tests.fake_servers import servers
 from tests.nodes import own_address
-from tests.runs import REPO
 
 SYNCS = ("broadcast", "tensor", "disk", "sharded")
 OWN = {"python": sys.executable, "launch": ("-m", "tests.fake_sglang")}
-
-
-@contextlib.contextmanager
-def servers(*behaviours: dict):
-    """Addresses of fake servers that are not the job's."""
-    with contextlib.ExitStack() as stack:
-        urls = []
-        for one in behaviours:
-            command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(one)]
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO))
-            stack.callback(process.kill)
-            urls.append(f"http://127.0.0.1:{int(process.stdout.readline())}")
-        yield tuple(urls)
 
 
 def check_sums(state: dict, wanted: dict[str, float]) -> None:

@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
 import sys
 import urllib.request
 
 import pytest
 
 from etr_megatron.rollout.record import read_record
-from tests.runs import REPO, wait_for
+from tests.fake_servers import servers
+from tests.runs import wait_for
 
 
 @contextlib.contextmanager
 def server(**behaviour):
-    command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(behaviour)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with servers(behaviour) as (url,):
+        yield url
 
 
 def options(url: str) -> list[str]:
