@@ -14,7 +14,7 @@ hang_at_abort, stop_at (the whole process stops at this generate request; with h
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
 seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
 unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info),
-says_no_experts (though it is asked which it chose).
+says_no_experts (though it is asked which it chose), weightless (it can take no weights, and starts in no time: without torch).
 POST /behave changes them in a server that runs.
 """
 
@@ -41,12 +41,12 @@ from etr_megatron.platform.lifetime import die_with_parent
 
 die_with_parent()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.distributed import distributed_c10d as c10d  # noqa: E402
-
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
+if not BEHAVIOUR.get("weightless"):
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
 CONTEXT = 512
 DROP = 0
 """For a status: the connection is closed instead."""
@@ -366,7 +366,8 @@ class Handler(BaseHTTPRequestHandler):
 def start() -> threading.Thread:
     """Print the port, and serve in a thread."""
     # A group needs a default one in the process; this one is of this process alone.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not BEHAVIOUR.get("weightless"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
     STATE.version = arguments.weight_version or STATE.version
     STATE.load_format = arguments.load_format or STATE.load_format

@@ -21,9 +21,11 @@ def server(**behaviour):
         yield url
 
 
-def options(url: str) -> list[str]:
+def options(url: str, ranks: int = 1) -> list[str]:
+    """ranks: only one of them knows of the servers, and each takes seconds to begin."""
     return [
         "run.name=gone",
+        f"parallel.tp={ranks}",
         "run.steps=3",
         "checkpoint.every=0",  # the checkpoint is there because the servers are not
         "eval.every=0",
@@ -40,7 +42,7 @@ def options(url: str) -> list[str]:
 @pytest.mark.parametrize(("behaviour", "trained"), [({"die_at": 30}, 1), ({"die_at_bucket": 3}, 3)], ids=["rollout", "sync"])
 def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_again(runs, behaviour, trained):
     with server(**behaviour) as url:
-        code, output = runs.finish(*options(url))
+        code, output = runs.finish(*options(url, ranks=2))
     assert code == 75, output
     assert "no SGLang server is left: SGLang server 0: " in output and f"step {trained} is saved" in output
     assert "Traceback" not in output
@@ -80,7 +82,7 @@ def generated(url: str) -> int:
 def test_sigterm_does_not_wait_for_responses(runs, phase):
     evaluates = ["eval.every=1"] if phase == "evaluation" else []  # before the first step, of 8 problems
     with server(tokens_per_s=0.1) as url:  # four minutes for a response
-        process = runs.start(*options(url), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
+        process = runs.start(*options(url, ranks=2), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
         wait_for(lambda: generated(url) == (8 if evaluates else 24))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=50)
