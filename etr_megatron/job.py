@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
 from etr_megatron.config import Config, doubts
@@ -36,6 +34,8 @@ from etr_megatron.status import given_up
 from etr_megatron.types import Problem
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
     from etr_megatron.rollout.sglang import ServerNodes
@@ -178,7 +178,7 @@ def _engine(
     from etr_megatron.policy.policy import DTYPES
 
     if config.rollout.backend == "embedded":
-        from etr_megatron.rollout import EmbeddedEngine
+        from etr_megatron.rollout.embedded import EmbeddedEngine
 
         return EmbeddedEngine(
             model_dir,

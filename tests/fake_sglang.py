@@ -1,6 +1,7 @@
 """A process that speaks SGLang's protocol and breaks it on demand: `python -m tests.fake_sglang BEHAVIOUR`, BEHAVIOUR is JSON.
 
 Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
+(Servers that are not the job's are forked, see tests/fake_servers.py.)
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
 this request on it has the weights that it was started with), drop_at (it closes the connection and says nothing), fail_prompt,
@@ -13,7 +14,7 @@ hang_at_abort, stop_at (the whole process stops at this generate request; with h
 number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
 seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
 unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info),
-says_no_experts (though it is asked which it chose).
+says_no_experts (though it is asked which it chose), weightless (it can take no weights, and starts in no time: without torch).
 POST /behave changes them in a server that runs.
 """
 
@@ -40,12 +41,12 @@ from etr_megatron.platform.lifetime import die_with_parent
 
 die_with_parent()
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.distributed import distributed_c10d as c10d  # noqa: E402
-
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
+if not BEHAVIOUR.get("weightless"):
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
 CONTEXT = 512
 DROP = 0
 """For a status: the connection is closed instead."""
@@ -148,7 +149,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
     if BEHAVIOUR.get("tokens_per_s"):
         ids, finish = draw_slowly(body, count)
     else:
-        with BATCH:
+        with BATCH if BEHAVIOUR.get("busy") else contextlib.nullcontext():
             time.sleep(BEHAVIOUR.get("seconds", 0.01))
         ids = tokens_of(body["input_ids"], count)
     finish = "abort" if BEHAVIOUR.get("abort_at") == number or BEHAVIOUR.get("abort_prompt") == first else finish
@@ -329,7 +330,9 @@ WEIGHTS = {
     "/update_weights_from_tensor": take_tensors,
     "/update_weights_from_disk": load_directory,
 }
-BATCH: contextlib.AbstractContextManager = threading.Lock() if BEHAVIOUR.get("busy") else contextlib.nullcontext()
+BATCH = threading.Lock()
+"""Held while it generates, where it is `busy` then."""
+
 SCHEDULER = threading.Lock()
 """SGLang's scheduler does these one at a time, and says how it is: one that waits keeps the next from being heard."""
 
@@ -360,9 +363,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main() -> None:
+def start() -> threading.Thread:
+    """Print the port, and serve in a thread."""
     # A group needs a default one in the process; this one is of this process alone.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not BEHAVIOUR.get("weightless"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
     STATE.version = arguments.weight_version or STATE.version
     STATE.load_format = arguments.load_format or STATE.load_format
@@ -372,8 +377,10 @@ def main() -> None:
     server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.daemon_threads = True
     print(server.server_port, flush=True)
-    threading.Thread(target=server.serve_forever).start()
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    return serving
 
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -2,13 +2,19 @@
 
 gang.run("tests.policy_jobs:logprobs", tp=2) calls that function with those arguments on every rank and returns the list of what
 they returned. A rank that raises fails the test with its traceback; a call over its deadline kills the gang.
+
+Ranks are forked from one process (tests/gang_worker.py) that has imported what most of them need, which takes seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pickle
 import selectors
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -23,30 +29,71 @@ _MOST_THREADS = 200
 """A worker has about 60 to begin with."""
 
 
-class Gang:
-    """`world` worker processes that form one torch.distributed world over a file store."""
+class _Nursery:
+    """The process that workers are forked from; its environment is what there is when it is made. imports: of its own."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self._store = tempfile.mkdtemp(prefix="gang")
-        self._workers = [self._start(rank) for rank in range(world)]
+    def __init__(self, *imports: str) -> None:
+        self._socket, theirs = socket.socketpair()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "tests.gang_worker", *imports]
+        with theirs:
+            self._process = subprocess.Popen(command, stdin=theirs, env=env, cwd=ROOT)
+        self._replies = self._socket.makefile("r")
 
-    def _start(self, rank: int) -> subprocess.Popen:
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.world),
-            "GANG_STORE": f"file://{self._store}/store",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        command = [sys.executable, "-m", "tests.gang_worker"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT)
+    def ask(self, request: dict[str, Any], *files: int) -> int:
+        """The answer to `{"start": environment}` with the worker's stdin and stdout, its pid; or to `{"poll"|"end": pid}`,
+        whether it has ended."""
+        socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], files)
+        return int(self._replies.readline())
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._replies.close()
+        self._socket.close()
+
+
+class _Worker:
+    """A rank. It is reaped when it is killed here, not before, so that the pid is its own until then."""
+
+    def __init__(self, nursery: _Nursery, environment: dict[str, str]) -> None:
+        self._nursery = nursery
+        (stdin, ours), (theirs, stdout) = os.pipe(), os.pipe()
+        self.pid = nursery.ask({"start": environment}, stdin, stdout)
+        os.close(stdin)
+        os.close(stdout)
+        self.stdin, self.stdout = os.fdopen(ours, "wb"), os.fdopen(theirs, "rb")
 
     @property
     def alive(self) -> bool:
-        return all(worker.poll() is None for worker in self._workers)
+        return not self.stdout.closed and not self._nursery.ask({"poll": self.pid})
+
+    def kill(self) -> None:
+        if self.stdout.closed:
+            return
+        os.kill(self.pid, signal.SIGKILL)
+        self._nursery.ask({"end": self.pid})
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()
+
+
+class Gang:
+    """`world` worker processes that form one torch.distributed world over a file store. nursery: of its own without one."""
+
+    def __init__(self, world: int, nursery: _Nursery | None = None) -> None:
+        self.world = world
+        self._store = tempfile.mkdtemp(prefix="gang")
+        self._own_nursery = None if nursery else _Nursery()
+        self._workers = [self._start(nursery or self._own_nursery, rank) for rank in range(world)]
+
+    def _start(self, nursery: _Nursery, rank: int) -> _Worker:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
+        return _Worker(nursery, {**ranks, "GANG_STORE": f"file://{self._store}/store"})
+
+    @property
+    def alive(self) -> bool:
+        return all(worker.alive for worker in self._workers)
 
     @property
     def is_worn_out(self) -> bool:
@@ -93,13 +140,19 @@ class Gang:
     def stop(self) -> None:
         for worker in self._workers:
             worker.kill()
-            worker.wait()
+        if self._own_nursery:
+            self._own_nursery.stop()
 
 
 class Gangs:
-    """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew."""
+    """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew.
 
-    def __init__(self) -> None:
+    imports: modules that their process has before it forks.
+    """
+
+    def __init__(self, *imports: str) -> None:
+        self._imports = imports
+        self._nursery: _Nursery | None = None
         self._running: dict[int, Gang] = {}
 
     def __call__(self, world: int) -> Gang:
@@ -107,9 +160,12 @@ class Gangs:
         if gang is None or not gang.alive or gang.is_worn_out:
             if gang is not None:
                 gang.stop()
-            gang = self._running[world] = Gang(world)
+            self._nursery = self._nursery or _Nursery(*self._imports)
+            gang = self._running[world] = Gang(world, self._nursery)
         return gang
 
     def stop(self) -> None:
         for gang in self._running.values():
             gang.stop()
+        if self._nursery:
+            self._nursery.stop()

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from etr_megatron.batching import routing_of, sequences_of
 from etr_megatron.policy import StepRouting
-from etr_megatron.rollout import EmbeddedEngine, Sampling
+from etr_megatron.rollout import Sampling
+from etr_megatron.rollout.embedded import EmbeddedEngine
 from etr_megatron.types import Group, Problem, Sample
 from tests.policy_jobs import build, make_batch
 from tests.reads import bytes_read_by

@@ -21,6 +21,7 @@ rollout: {prompts_per_step: 6, samples_per_prompt: 4, max_response_tokens: 24, b
 train: {minibatches: 3, lr: 1.0e-3, tokens_per_microbatch: 256}
 reward: {timeout_s: 60, function: "tests.rewards:digit_sum_is_even"}
 eval: {every: 3, problems: 8}
+arithmetic: {train_problems: 512, eval_problems: 16}
 checkpoint: {every: 3}
 observe: {tensorboard: false}
 """

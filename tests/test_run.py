@@ -16,6 +16,9 @@ from tests.runs import REPO, Runs, wait_for
 
 pytestmark = pytest.mark.slow
 
+ONE_RANK = "parallel.tp=1"
+"""Where it is not about ranks that meet: on two cores two take nearly twice as long to begin."""
+
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, _tiny_cache):
@@ -84,7 +87,7 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     assert [row["step"] for row in moved] == [1, 2, 3, 4, 5, 6] and moved[4] != unmoved[4]
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in unmoved], abs=2e-4), key
-    code, printed = runs.finish("run.name=moved", "parallel.tp=1", "parallel.pp=2")
+    code, printed = runs.finish("run.name=moved", "parallel.tp=1")
     assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to go on" in printed
     assert runs.rows("moved") == moved
 
@@ -116,14 +119,14 @@ def test_kill_9_during_a_save_loses_nothing_and_leaves_no_rest(runs, straight):
 
 
 def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs):
-    code, printed = runs.finish("run.name=failing", "reward.function=tests.rewards:always_fails", "eval.every=0")
+    code, printed = runs.finish("run.name=failing", ONE_RANK, "eval.every=0", "reward.function=tests.rewards:always_fails")
     assert code == 2 and "Traceback" not in printed
     assert "24 of 24 answers could not be graded" in printed and "KeyError" in printed
 
 
 def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(runs):
-    own = ("run.name=outside", "eval.every=0", "checkpoint.every=0", "--nproc", "2")
-    code, printed = runs.finish(*own, "reward.function=tests.rewards:doubled_after_30_answers")
+    own = ("run.name=outside", "eval.every=0", "checkpoint.every=0")
+    code, printed = runs.finish(*own, "--nproc", "2", "reward.function=tests.rewards:doubled_after_30_answers")
     assert code == 2 and "Traceback" not in printed
     told = (
         r"error: \d+ of 24 answers got a reward that cannot be; the first, to problem \S+: "
@@ -133,7 +136,7 @@ def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(
     assert re.search(told, printed), printed
     saved = runs.saved_rows("outside")
     assert 1 <= len(saved) < 6
-    code, printed = runs.finish(*own)
+    code, printed = runs.finish(*own, ONE_RANK)
     assert code == 0, printed
     runs.assert_went_on("outside", saved)
 
@@ -150,9 +153,10 @@ def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(r
     assert not runs.rows("broken")
 
 
-@pytest.mark.parametrize("loss", ["needs_an_option", "leaves"])
-def test_a_loss_that_fails_stops_the_run_with_a_sentence_and_its_own_traceback(runs, loss):
-    code, printed = runs.finish("run.name=failing", "eval.every=0", "--nproc", "2", f"objective.loss=tests.broken_loss:{loss}")
+@pytest.mark.parametrize(("loss", "ranks"), [("needs_an_option", 2), ("leaves", 1)])
+def test_a_loss_that_fails_stops_the_run_with_a_sentence_and_its_own_traceback(runs, loss, ranks):
+    options = ("run.name=failing", "eval.every=0", f"parallel.tp={ranks}")
+    code, printed = runs.finish(*options, f"objective.loss=tests.broken_loss:{loss}")
     assert code == 2, printed
     raised = {"needs_an_option": "KeyError: 'margin'", "leaves": "SystemExit: 0"}[loss]
     assert printed.count(f"error: objective.loss tests.broken_loss:{loss} raised {raised}\nTraceback (most recent") == 1
@@ -163,7 +167,7 @@ def test_a_loss_that_fails_stops_the_run_with_a_sentence_and_its_own_traceback(r
 
 
 def test_a_finished_run_without_checkpoints_is_not_written_over(runs):
-    options = ("run.name=once", "run.steps=1", "checkpoint.every=0", "eval.every=0")
+    options = ("run.name=once", ONE_RANK, "run.steps=1", "checkpoint.every=0", "eval.every=0")
     assert runs.finish(*options)[0] == 0
     before = runs.rows("once", times=True)
     code, printed = runs.finish(*options)
@@ -172,7 +176,7 @@ def test_a_finished_run_without_checkpoints_is_not_written_over(runs):
 
 
 def test_a_second_start_is_refused_while_the_first_runs_and_changes_nothing_of_it(runs):
-    directory, options = RunDirectory(runs.directory("twice")), ("run.name=twice", "run.steps=1", "eval.every=0")
+    directory, options = RunDirectory(runs.directory("twice")), ("run.name=twice", ONE_RANK, "run.steps=1", "eval.every=0")
     with directory.locked():
         directory.metrics.path.write_text('{"step": 1}\n{"step": 2}\n')
         code, printed = runs.finish(*options)
@@ -226,7 +230,7 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(runs, tmp_path, mo
     flag = tmp_path / "flag"
     monkeypatch.setenv("STOP_FLAG", str(flag))
     loss = ("objective.loss=tests.broken_loss:told_to_stop", "objective.options={call: 4}")
-    options = (*loss, "run.steps=2", "eval.every=1", "checkpoint.every=0", "eval.samples=4", "eval.temperature=1.0")
+    options = (*loss, ONE_RANK, "run.steps=2", "eval.every=1", "checkpoint.every=0", "eval.samples=4", "eval.temperature=1.0")
     assert runs.finish("run.name=whole", *options)[0] == 0
     wanted = runs.rows("whole")
     assert all(row["eval_accuracy"] < row["eval_pass_at_k"] for row in wanted)
@@ -254,7 +258,7 @@ def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoin
         f'ls -A "{disk}/full/checkpoints" "{disk}/full/checkpoints/step_000001"; exit $code'
     )
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
-    code, printed = runs.finish("run.name=full", "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
+    code, printed = runs.finish("run.name=full", ONE_RANK, "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
     assert code == 2, printed
     assert "checkpoints: no space left on the device, while step 2 was saved" in printed
     assert "Traceback" not in printed

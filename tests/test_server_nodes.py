@@ -48,10 +48,11 @@ class Node:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Beats, and little patience in the end with stand-ins, which hear nothing."""
+    """Beats, servers, and little patience in the end with stand-ins, which hear nothing."""
     monkeypatch.setattr(server_nodes, "BEAT_S", 0.05)
     monkeypatch.setattr(server_nodes, "_HEARD_S", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("FAKE_SGLANG", json.dumps({"weightless": True}))
 
 
 @pytest.fixture

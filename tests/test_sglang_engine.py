@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
-import subprocess
 import sys
 
 import httpx
 import pytest
 
+from tests.fake_servers import servers
 from tests.nodes import own_address
-from tests.runs import REPO
 
 SYNCS = ("broadcast", "tensor", "disk", "sharded")
 OWN = {"python": sys.executable, "launch": ("-m", "tests.fake_sglang")}
-
-
-@contextlib.contextmanager
-def servers(*behaviours: dict):
-    """Addresses of fake servers that are not the job's."""
-    with contextlib.ExitStack() as stack:
-        urls = []
-        for one in behaviours:
-            command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(one)]
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO))
-            stack.callback(process.kill)
-            urls.append(f"http://127.0.0.1:{int(process.stdout.readline())}")
-        yield tuple(urls)
 
 
 def check_sums(state: dict, wanted: dict[str, float]) -> None:
@@ -42,16 +26,18 @@ def check_sums(state: dict, wanted: dict[str, float]) -> None:
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
 def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tmp_path, sync, layout):
-    overrides = [layout] if "tp" in layout else ["parallel.tp=1", layout]
+    """To servers of the job's own, and to some that were there before."""
+    of_own = "pp" in layout
+    overrides = ["parallel.tp=1", layout] if of_own else [layout]
     if sync == "disk":  # of a run that was killed, and begins anew from an older checkpoint
         for number in (7, 8):
             folder = tmp_path / "weights" / f"version_{number:06d}"
             folder.mkdir(parents=True)
             (folder / "version.json").write_text(f'{{"version": {number}, "run": ""}}')
-    job = dict(
-        model=hf_models["qwen3"], directory=str(tmp_path), overrides=overrides, versions=(1, 2, 2), servers=2, sync=sync, **OWN
-    )
-    found = gangs(2).run("tests.sglang_jobs:fake_sync", **job)[0]
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=overrides, versions=(1, 2, 2), sync=sync)
+    with servers(*[{}, {}] * (not of_own)) as urls:
+        job |= dict(servers=2, **OWN) if of_own else dict(urls=urls)
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", **job)[0]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"] and not found["failed"]
     for state in found["states"].values():
         check_sums(state, found["sums"])
@@ -187,6 +173,7 @@ def test_servers_on_every_node_ask_for_a_key_that_only_the_job_knows(gangs, hf_m
         check_sums(state, found["sums"])
 
 
+@pytest.mark.slow
 def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", **OWN)
     found = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)[0]
@@ -194,7 +181,7 @@ def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [(), (1,), (0, 1)], ids=["room", "full on one node", "full on both"])
+@pytest.mark.parametrize("full", [(1,), (0, 1)], ids=["full on one node", "full on both"])
 def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf_models, tmp_path, full):
     """Each is handed segments that its node's rank made; where a node has no room, the bytes, and a warning names the rank."""
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", servers=2, tp=2, **OWN)

@@ -11,7 +11,7 @@ import pytest
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.weights import read_architecture
-from tests.test_sglang_engine import servers
+from tests.fake_servers import servers
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +22,7 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.weights.transport.whole import Field
-from tests.runs import REPO
+from tests.fake_servers import servers
 
 CONTEXT = 512
 """Of a fake server."""
@@ -42,26 +39,12 @@ def tokens_of(request: Request) -> list[int]:
 @contextlib.asynccontextmanager
 async def fleet_of(*behaviours: dict, **timeouts: float):
     """A fleet of one server per behaviour."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_sglang", json.dumps(one)], stdout=subprocess.PIPE, text=True, cwd=REPO
-        )
-        for one in behaviours
-    ]
-    try:
+    with servers(*behaviours) as urls:
         async with httpx.AsyncClient() as http:
-            clients = [
-                ServerClient(f"server {i}", f"http://127.0.0.1:{int(process.stdout.readline())}", http)
-                for i, process in enumerate(processes)
-            ]
+            clients = [ServerClient(f"server {i}", url, http) for i, url in enumerate(urls)]
             for client in clients:
                 await client.learn_routes((), timeout_s=10)
             yield Fleet(clients, **{"timeout_s": 20.0, "hang_timeout_s": 120.0, **timeouts})
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
 
 
 async def generate(fleet: Fleet, requests: Sequence[Request], concurrency: int = 4) -> list[Generated]:

@@ -5,31 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
 import sys
 import urllib.request
 
 import pytest
 
 from etr_megatron.rollout.record import read_record
-from tests.runs import REPO, wait_for
+from tests.fake_servers import servers
+from tests.runs import wait_for
 
 
 @contextlib.contextmanager
 def server(**behaviour):
-    command = [sys.executable, "-m", "tests.fake_sglang", json.dumps(behaviour)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with servers(behaviour) as (url,):
+        yield url
 
 
-def options(url: str) -> list[str]:
+def options(url: str, ranks: int = 1) -> list[str]:
+    """ranks: only one of them knows of the servers, and each takes seconds to begin."""
     return [
         "run.name=gone",
+        f"parallel.tp={ranks}",
         "run.steps=3",
         "checkpoint.every=0",  # the checkpoint is there because the servers are not
         "eval.every=0",
@@ -46,7 +42,7 @@ def options(url: str) -> list[str]:
 @pytest.mark.parametrize(("behaviour", "trained"), [({"die_at": 30}, 1), ({"die_at_bucket": 3}, 3)], ids=["rollout", "sync"])
 def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_again(runs, behaviour, trained):
     with server(**behaviour) as url:
-        code, output = runs.finish(*options(url))
+        code, output = runs.finish(*options(url, ranks=2))
     assert code == 75, output
     assert "no SGLang server is left: SGLang server 0: " in output and f"step {trained} is saved" in output
     assert "Traceback" not in output
@@ -86,7 +82,7 @@ def generated(url: str) -> int:
 def test_sigterm_does_not_wait_for_responses(runs, phase):
     evaluates = ["eval.every=1"] if phase == "evaluation" else []  # before the first step, of 8 problems
     with server(tokens_per_s=0.1) as url:  # four minutes for a response
-        process = runs.start(*options(url), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
+        process = runs.start(*options(url, ranks=2), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
         wait_for(lambda: generated(url) == (8 if evaluates else 24))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=50)

@@ -30,9 +30,9 @@ from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.hosts import Host, Started
 from etr_megatron.weights import read_architecture
+from tests.fake_servers import servers
 from tests.nodes import own_address
 from tests.runs import REPO, wait_for
-from tests.test_sglang_engine import servers
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = "tests/sglang_cpu/launch.py"

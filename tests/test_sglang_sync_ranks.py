@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_sglang_engine import OWN, check_sums, servers
+from tests.fake_servers import servers
+from tests.test_sglang_engine import OWN, check_sums
 
 
 @pytest.mark.slow

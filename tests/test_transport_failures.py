@@ -21,29 +21,27 @@ from etr_megatron.weights.transport.board import Board
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("culprit", "fault", "message", "within_s"),
+    ("culprit", "fault", "message"),
     [
-        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not come within 2 s", 12),
-        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not come within 2 s", 12),
-        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not come within 2 s", 12),
-        (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 is gone: the connection was lost", 12),
+        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not come within 2 s"),
+        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not come within 2 s"),
+        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not come within 2 s"),
+        (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 is gone: the connection was lost"),
         (
             2,
             "wrong_shape",
             r"rank 2 failed: ValueError: .*decoder\.final_layernorm\.weight is \(47,\), the plan says \(48,\)",
-            4,
         ),
-        (0, "raise", r"rank 0 failed: OSError: the device fell off", 4),
+        (0, "raise", r"rank 0 failed: OSError: the device fell off"),
         (
             2,
             "flip",
             r"rank 2 failed: pieces that differ .*: 1, first model\.layers\.2\.mlp\.down_proj\.weight .*, "
             r"\[48, 40\] from \[0, 0\] that source rank 0 sent",
-            4,
         ),
     ],
 )
-def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_models, culprit, fault, message, within_s):
+def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_models, culprit, fault, message):
     found = gangs(3).run(
         "tests.transport_jobs:failing",
         model=hf_models["llama"],
@@ -61,7 +59,7 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
         # Who was away finds the others gone.
         if rank != culprit or fault not in ("hang", "lose_connection"):
             assert re.search(message, first), first
-            assert one["seconds"] < within_s
+            assert one["seconds"] < 50  # not the minute for which a rank hangs, or that the others would wait for it
         # Before the begin nothing has been written, and the version before is still there.
         assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
 

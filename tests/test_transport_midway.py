@@ -47,7 +47,7 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
         fault="raise",
         directory=str(tmp_path),
     )
-    check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 6)
+    check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 50)
     if kind == "disk":
         assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
 
@@ -91,7 +91,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
         assert rank == culprit or code == 0, err
     found = [json.loads(out) if out else None for _, out, _ in ranks]
     who = "the process that owns the store" if culprit == 0 else f"rank {culprit}"  # rank 0 has it with tcp://
-    check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 10)
+    check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 50)
 
 
 @pytest.mark.slow
@@ -99,4 +99,4 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
     found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)
-    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not come within 1\.5 s", 6)
+    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not come within 1\.5 s", 50)

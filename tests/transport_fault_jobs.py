@@ -31,6 +31,7 @@ from etr_megatron.weights.transport import (
     disk,
     exchange,
 )
+from tests.hang import Hang
 from tests.transport_jobs import empty_shards, shards_from
 
 SPOILT = "decoder.layers.2.mlp.linear_fc2.weight"
@@ -44,7 +45,6 @@ def _raise() -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "raise": _raise,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda: time.sleep(8),
 }
 
 
@@ -111,13 +111,16 @@ def _midway(
     transport.sync(2, sources, destinations)
     if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is under way when the other one gives up
+    hang = Hang()
     if rank == culprit:
-        (sources if sources is not None else destinations).fault = FAULTS[fault]
+        (sources if sources is not None else destinations).fault = hang if fault == "hang" else FAULTS[fault]
     start, error = time.monotonic(), ""
     try:
         transport.sync(3, sources, destinations)
     except SyncError as failed:
         error = str(failed)
+        if fault == "hang" and rank != culprit:
+            hang.given_up()
     versions = transport.versions
     return {"error": error, "seconds": time.monotonic() - start, "complete": versions.complete, "begun": versions.begun}
 

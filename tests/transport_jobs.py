@@ -31,6 +31,7 @@ from etr_megatron.weights.transport import (
     server_loader,
 )
 from etr_megatron.weights.transport.server_loader import Offer
+from tests.hang import Hang
 
 
 def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -320,13 +321,14 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)
     sources, destinations = in_roles(plan, model, dtype)
-    transport = ShardedTransport(plan, Wire.in_world(timeout_s=2), dtype=dtype, checksums=True)
+    patience_s = 2 if fault in ("absent", "hang") else 60
+    transport = ShardedTransport(plan, Wire.in_world(timeout_s=patience_s), dtype=dtype, checksums=True)
     for version in (1, 2):
         transport.sync(version, sources, destinations)
     start = time.monotonic()
-    rank = dist.get_rank()
+    rank, hang = dist.get_rank(), Hang()
     if rank == culprit:
-        _FAULTS[fault](transport, sources, destinations)
+        _FAULTS[fault](transport, sources, destinations, hang)
     found = {"errors": [], "before": 2, "complete": []}
     for _ in range(2):
         try:
@@ -334,6 +336,8 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
                 transport.sync(3, sources, destinations)
         except SyncError as error:
             found["errors"].append(str(error))
+            if rank != culprit and len(found["errors"]) == 1:
+                hang.given_up()
         found["complete"].append(transport.versions.complete)
         found.setdefault("seconds", time.monotonic() - start)
     dist.barrier()
@@ -343,36 +347,36 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
     return {**found, "after": again.versions.complete}
 
 
-def _absent(transport: ShardedTransport, *_shards: Any) -> None:
+def _absent(*_: Any) -> None:
     """The rank never comes to the sync."""
 
 
-def _wrong_shape(transport: ShardedTransport, sources: Any, destinations: Any) -> None:
+def _wrong_shape(transport: ShardedTransport, sources: Any, destinations: Any, _hang: Hang) -> None:
     shards = sources or destinations
     shards["decoder.final_layernorm.weight"] = torch.zeros(47)
 
 
-def _hang(transport: ShardedTransport, *_shards: Any) -> None:
+def _hang(transport: ShardedTransport, _sources: Any, _destinations: Any, hang: Hang) -> None:
     """The rank comes and then does nothing until all the others have given up."""
-    transport._transfer = lambda *_: time.sleep(8)
+    transport._transfer = hang
 
 
-def _raise(transport: ShardedTransport, *_shards: Any) -> None:
+def _raise(transport: ShardedTransport, *_: Any) -> None:
     def transfer(*_: Any) -> None:
         raise OSError("the device fell off")
 
     transport._transfer = transfer
 
 
-def _lose_connection(transport: ShardedTransport, *_shards: Any) -> None:
+def _lose_connection(transport: ShardedTransport, _sources: Any, _destinations: Any, hang: Hang) -> None:
     def transfer(*_: Any) -> None:
         transport.wire.close()
-        time.sleep(8)
+        hang()
 
     transport._transfer = transfer
 
 
-def _flip(transport: ShardedTransport, sources: Any, destinations: Any) -> None:
+def _flip(transport: ShardedTransport, sources: Any, destinations: Any, _hang: Hang) -> None:
     """One bit of what was received, in a place known to the test."""
     run = transport._exchange.run
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import datasets
 import httpx
 from huggingface_hub import constants, get_session
 
@@ -31,6 +30,8 @@ def hub_or_cache(name: str) -> Iterator[str | None]:
 
     Yields why that is so; None where it is not, or where offline is what was asked for.
     """
+    import datasets
+
     is_offline = datasets.config.HF_HUB_OFFLINE or constants.is_offline_mode()
     why = None if is_offline or not _is_of_the_hub(name) else why_unreachable(constants.ENDPOINT)
     if why is None:

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal, overload
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
 from etr_megatron.data.prompts import tokenize_prompts, user_message
 from etr_megatron.data.rows import arithmetic_rows, read_rows
 from etr_megatron.errors import UserError
 from etr_megatron.types import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "eval"]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from etr_megatron.config.schema import DataConfig
 from etr_megatron.errors import UserError
 from etr_megatron.types import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "{prompt}"
 
@@ -30,6 +33,8 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
             f"{named}: {str(path)!r} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's "
             "tokenizer files there"
         )
+    from transformers import AutoTokenizer  # two seconds, for which who only reads problems has no use
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # damaged files surface as OSError, ValueError, KeyError or tokenizers' bare Exception

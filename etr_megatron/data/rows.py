@@ -2,7 +2,8 @@
 
 .parquet and hub datasets are read by `datasets`. The lines of a .jsonl file are parsed here, because that reader names
 neither the line nor the file of what it cannot parse, cannot leave a line out, and stops where the type of a column that
-nobody asked for differs between lines.
+nobody asked for differs between lines. `datasets` is imported where it reads: it takes half a second of every rank's start, and
+arithmetic and .jsonl have no use for it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
 from etr_megatron.data.arithmetic import ArithmeticSplit, exercises
 from etr_megatron.data.hub import hub_or_cache
 from etr_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 _NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip")
 _PARQUET_BATCH = 1024
@@ -179,6 +181,8 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
 
 def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
     """Streamed from where it lies, with no copy in the cache of `datasets`."""
+    import datasets
+
     try:
         # A batch size of our own, because the reader's default (the first row group's size) fails on an empty file.
         return list(
@@ -192,6 +196,8 @@ def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
 
 def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
     """A split of a hub dataset, from the local cache of `datasets` when offline, or where there is no network."""
+    import datasets
+
     name, _, subset = source.partition(":")
     with hub_or_cache(name) as unreachable:
         try:

@@ -7,16 +7,19 @@ import math
 import random
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
 from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
 from etr_megatron.data.prompts import tokenize_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _TOKENIZER_EXERCISES = 2000
@@ -54,6 +57,8 @@ def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTraine
     rng = random.Random(tiny.warm_start_seed)
     texts = (f"{exercise.question}\nassistant\n{demonstration(exercise, Slips(), rng)}" for exercise in sources)
     tokenizer.train_from_iterator((f"system\nuser\n{text}" for text in texts), trainer)
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
@@ -66,6 +71,8 @@ def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTraine
 
 def new_model(tiny: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     """A Qwen3 with random weights from torch's global generator: qk-norm, grouped-query attention, untied embeddings, fp32."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),

@@ -1,7 +1,9 @@
-"""Sampling of responses: the engine protocol, the embedded engine, groups with rewards, what a step trains on."""
+"""Sampling of responses: the engine protocol, groups with rewards, what a step trains on.
+
+Who needs the embedded engine takes it from `embedded`: it imports transformers, which a record's reader does without.
+"""
 
 from etr_megatron.rollout.collect import UngradedError, generate_groups, grade_groups
-from etr_megatron.rollout.embedded import EmbeddedEngine
 from etr_megatron.rollout.engine import (
     EngineGoneError,
     NeedsSyncError,
@@ -16,7 +18,6 @@ from etr_megatron.rollout.sampler import ReplaySampler, Rollouts, RoundSampler, 
 from etr_megatron.rollout.streaming import StreamingSampler
 
 __all__ = [
-    "EmbeddedEngine",
     "EngineGoneError",
     "NeedsSyncError",
     "OtherModelError",

@@ -1,0 +1,95 @@
+"""Fake SGLang servers (tests/fake_sglang.py) that are not the job's, forked from one process of the test session.
+
+    with servers({}, {"die_at": 5}) as (first, second): ...
+
+What they import takes longer than most of their tests; the process that they are forked from has it. Run as a module this is
+that process: it reads lines of JSON, `{"start": BEHAVIOUR}` or `{"end": PID}`, and answers each with one, a server's
+`[pid, port]` or null. It reaps no server before it is told to end it, so that a pid stays that of its server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from tests.runs import REPO
+
+
+class _Nursery:
+    """The process that servers are forked from, as the session sees it."""
+
+    def __init__(self) -> None:
+        command, pipe = [sys.executable, "-m", "tests.fake_servers"], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=REPO)
+
+    def ask(self, **request: Any) -> Any:
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+_nursery: _Nursery | None = None
+
+
+@contextlib.contextmanager
+def servers(*behaviours: dict) -> Iterator[tuple[str, ...]]:
+    """Addresses of a server per behaviour; they are killed in the end."""
+    global _nursery
+    _nursery = _nursery or _Nursery()  # it ends with this process
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for behaviour in behaviours:
+            pid, port = _nursery.ask(start=behaviour)
+            stack.callback(_nursery.ask, end=pid)
+            urls.append(f"http://127.0.0.1:{port}")
+        yield tuple(urls)
+
+
+def _fork(behaviour: dict[str, Any]) -> list[int]:
+    """[pid, port] of a new server."""
+    reads, writes = os.pipe()
+    nursery, pid = os.getpid(), os.fork()
+    if pid:
+        os.close(writes)
+        with os.fdopen(reads) as port:
+            return [pid, int(port.readline())]
+    try:
+        sys.stdin.close()
+        os.dup2(writes, 1)  # the server prints its port
+        os.close(writes)
+        from etr_megatron.platform.lifetime import die_with_parent
+        from tests import fake_sglang
+
+        die_with_parent(nursery)
+        fake_sglang.BEHAVIOUR.update(behaviour)
+        server = fake_sglang.start()
+        os.dup2(2, 1)
+        server.join()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def main() -> None:
+    sys.argv[1:] = ["{}"]
+    from tests import fake_sglang  # noqa: F401  (what servers are forked with)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            found = _fork(request["start"])
+        else:
+            found = None
+            os.kill(request["end"], signal.SIGKILL)
+            os.waitpid(request["end"], 0)
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
