@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,20 @@ def hf_models(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("hf")
     return {name: write_model(name, root / name) for name in FAMILIES | ALIKE}
+
+
+@pytest.fixture
+def deadline():
+    """Fails a test that takes two minutes, where it would wait for ever and hold up all others."""
+
+    def fail(number, frame):
+        raise AssertionError("no end after two minutes")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 120, 30)  # again, should its clean-up wait as well
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

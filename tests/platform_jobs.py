@@ -6,7 +6,7 @@ import time
 
 import torch.distributed as dist
 
-from etr_megatron.platform.phases import Phases
+from etr_megatron.platform.phases import Phases, StopAskedError
 
 
 def meet_without(missing: int) -> str:
@@ -20,3 +20,20 @@ def meet_without(missing: int) -> str:
     except TimeoutError as error:
         return str(error)
     return "met"
+
+
+def stopped_once(told: int) -> list[str]:
+    """What a rank sees at four meetings where the rank `told` is told to stop before the second; it may save without."""
+    asked = [False]
+    phases, saving = (Phases(timeout_s=60, must_stop=lambda: asked[0] and dist.get_rank() == told) for _ in range(2))
+    seen = []
+    for number in range(4):
+        asked[0] = number > 0
+        try:
+            phases.meet(f"step {number}")
+            seen.append("met")
+        except StopAskedError as error:
+            seen.append(str(error))
+    saving.stop_asking()
+    saving.meet("save")
+    return seen

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
 from etr_megatron.data import load_tokenizer, open_problems
@@ -46,19 +48,21 @@ def opened(source: str, tokenizer: PreTrainedTokenizerFast, **settings: object):
 GOOD = {"question": "1+1?", "answer": "2"}
 
 
-def test_jsonl_rows_keep_order_ids_and_answers(tmp_path, tokenizer):
-    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "", {"question": "Größe? \\frac{1}{2}", "answer": 7, "x": [1]}])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL"])
+def test_jsonl_rows_keep_order_ids_and_answers(tmp_path, tokenizer, name):
+    source = write_jsonl(tmp_path / name, [GOOD, "", {"question": " Größe? \\frac{1}{2}\n", "answer": 7, "x": [1]}])
     problems = opened(source, tokenizer)
     assert [(p.id, p.prompt, p.answer) for p in problems] == [
-        ("a.jsonl:1", "1+1?", "2"),
-        ("a.jsonl:3", "Größe? \\frac{1}{2}", "7"),
+        (f"{name}:1", "1+1?", "2"),
+        (f"{name}:3", " Größe? \\frac{1}{2}\n", "7"),
     ]
     assert [tokenizer.decode(p.prompt_ids) for p in problems] == [p.prompt for p in problems]
     assert (problems.skipped_broken, problems.skipped_too_long) == (0, 0)
 
 
 BROKEN_LINES = [
-    ('{"question": "1+1?", "answer": ', "not JSON"),
+    ('{"question": "1+1?", "answer": ', "not JSON at character 32 ("),
+    ('{"question": "1+1?", "answer": }', "not JSON at character 32 ("),
     ('["a list"]', "a JSON list, not an object"),
     ('{"question": null, "answer": "2"}', "column 'question' is null"),
     ('{"answer": "2"}', "column 'question' is missing"),
@@ -67,7 +71,9 @@ BROKEN_LINES = [
     ('{"question": "1+1?"}', "column 'answer' is missing"),
     ('{"question": "1+1?", "answer": ["2"]}', "column 'answer' is list, not text or a number"),
     ('{"question": "1+1?", "answer": true}', "column 'answer' is bool, not text or a number"),
-    ('{"question": "1+1?", "answer": NaN}', "not a finite number"),
+    ('{"question": "1+1?", "answer": NaN}', "is nan, not a finite number"),
+    ('{"question": "1+1?", "answer": -Infinity}', "is -inf, not a finite number"),
+    ('{"question": "1+1?", "answer": ' + 5000 * "9" + "}", "not readable JSON (Exceeds the limit"),
     ('{"question": "1+1?", "answer": ""}', "column 'answer' is empty"),
     ('{"question": "1+\\ud83d?", "answer": "2"}', "column 'question' holds half a surrogate pair at character 3"),
     ("[" * 100_000, "not readable JSON"),
@@ -105,6 +111,13 @@ def test_a_missing_column_is_reported_with_the_available_ones(tmp_path, tokenize
         opened(source, tokenizer, prompt_column="problem", id_column="uid")
 
 
+def test_a_column_that_the_first_row_lacks_is_that_rows_mistake(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "f.jsonl", [{"question": "1+1?"}, GOOD])
+    with pytest.raises(UserError, match=r"f\.jsonl:1 .*column 'answer' is missing"):
+        opened(source, tokenizer)
+    assert [p.id for p in opened(source, tokenizer, on_bad_row="skip")] == ["f.jsonl:2"]
+
+
 def test_ids_of_the_id_column_must_be_unique(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "i.jsonl", [GOOD | {"uid": 4}, GOOD | {"uid": "5"}, GOOD | {"uid": 4}])
     with pytest.raises(UserError, match=r"i\.jsonl:3 .*id '4' is that of i\.jsonl:1 already"):
@@ -134,15 +147,28 @@ def test_long_prompts_are_skipped_and_counted_and_a_limit_that_leaves_none_is_re
         opened(source, tokenizer, max_prompt_tokens=8)
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet", "folder.jsonl"])
 def test_a_missing_file_is_refused_by_name(tmp_path, tokenizer, name):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=rf"data\.eval: there is no file .*{name}"):
+        open_problems(DataConfig(eval=str(tmp_path / name)), ARITHMETIC, "eval", tokenizer)
     with pytest.raises(UserError, match=rf"data\.train: there is no file .*{name}"):
         opened(str(tmp_path / name), tokenizer)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that cannot be read, even by root")
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
+    (tmp_path / "u.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"data\.train: .*u\.jsonl' cannot be read \(Input/output error\)"):
+        opened(str(tmp_path / "u.jsonl"), tokenizer)
+
+
 def test_other_file_types_are_not_taken_for_hub_names(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
-        opened(str(tmp_path / "a.csv"), tokenizer)
+    (tmp_path / "problems").write_text("")
+    endings = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip", ".CSV")
+    for source in [str(tmp_path / "problems"), *(str(tmp_path / f"a{ending}") for ending in endings)]:
+        with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
+            opened(source, tokenizer)
 
 
 def write_parquet(path: Path, **columns: list[object]) -> str:
@@ -152,10 +178,10 @@ def write_parquet(path: Path, **columns: list[object]) -> str:
 
 def test_parquet_is_read_without_a_copy_in_the_cache(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    source = write_parquet(tmp_path / "p.parquet", question=["1+1?", "2+2?"], answer=[2, 4])
+    source = write_parquet(tmp_path / "p.parquet", question=["1+1?", "2+2?"], answer=[Decimal("2.00"), Decimal("4.50")])
     assert [(p.id, p.prompt, p.answer) for p in opened(source, tokenizer)] == [
-        ("p.parquet:1", "1+1?", "2"),
-        ("p.parquet:2", "2+2?", "4"),
+        ("p.parquet:1", "1+1?", "2.00"),
+        ("p.parquet:2", "2+2?", "4.50"),
     ]
     assert not list(tmp_path.glob("cache/**/*.arrow"))
 
@@ -205,7 +231,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokeniz
         UserError, match=r"data\.train: dataset 'owner/no-such-set' \(split 'train'\) could not be loaded"
     ) as caught:
         opened("owner/no-such-set", tokenizer)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "is not in the cache, and" not in str(caught.value)  # as it was asked for
 
 
 def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):
@@ -232,12 +258,25 @@ def test_chat_template_holds_system_prompt_and_wrapped_prompt_and_opens_the_answ
     assert tokenizer.decode(wrapped.prompt_ids) == "<system>Be brief.<user>1+1? Use \\boxed{}.<assistant>"
     plain = opened(source, tokenizer, chat_template=False)[0]
     assert tokenizer.decode(plain.prompt_ids) == "1+1?"
+    # No system prompt is one thing, an empty one another: some templates write their own where there is none.
+    empty = opened(source, tokenizer, system_prompt="", prompt_template="{prompt} {prompt}")[0]
+    assert tokenizer.decode(empty.prompt_ids) == "<system><user>1+1? 1+1?<assistant>"
+
+
+def test_special_tokens_are_the_templates_where_there_is_one_else_the_tokenizers(tmp_path):
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    first = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = first
+    source = write_jsonl(tmp_path / "t.jsonl", [GOOD])
+    for chat_template, wanted in ((True, "<user>1+1?<assistant>"), (False, "<eos>1+1?")):
+        assert tokenizer.decode(opened(source, tokenizer, chat_template=chat_template)[0].prompt_ids) == wanted
 
 
 def test_settings_that_cannot_be_applied_are_refused(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "s.jsonl", [GOOD])
-    with pytest.raises(UserError, match=r"data\.system_prompt is set but no chat template"):
-        opened(source, tokenizer, system_prompt="Be brief.")
+    for system_prompt in ("Be brief.", ""):
+        with pytest.raises(UserError, match=r"data\.system_prompt is set but no chat template"):
+            opened(source, tokenizer, system_prompt=system_prompt)
     with pytest.raises(UserError, match=r"data\.prompt_template 'no place' lacks \{prompt\}"):
         opened(source, tokenizer, prompt_template="no place")
     refusing = byte_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
@@ -245,12 +284,25 @@ def test_settings_that_cannot_be_applied_are_refused(tmp_path, tokenizer):
         opened(source, refusing, system_prompt="Be brief.")
 
 
-def test_load_tokenizer_refuses_what_holds_none(tmp_path):
+def raise_two_lines(*_, **__):
+    raise OSError("first\nsecond")
+
+
+def test_load_tokenizer_refuses_what_holds_none(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model\.path: there is no directory"):
         load_tokenizer(tmp_path / "gone")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(UserError, match=r"model\.path: there is no directory"):
+        load_tokenizer(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"holds no tokenizer"):
         load_tokenizer(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raise_two_lines)
+    for name in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=r"^model\.path: the tokenizer in .* cannot be loaded \(OSError: first\); "):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+    monkeypatch.undo()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"the tokenizer in .* cannot be loaded"):
         load_tokenizer(tmp_path)
@@ -258,6 +310,7 @@ def test_load_tokenizer_refuses_what_holds_none(tmp_path):
 
 def test_load_tokenizer_refuses_one_that_encodes_to_nothing(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"hello": 0, "<eos>": 1}, unk_token=None))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(UserError, match=r"encodes text to nothing"):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
+import httpx
 import pytest
 from huggingface_hub import constants
 
@@ -114,9 +115,59 @@ def test_a_network_that_swallows_everything_is_not_waited_for_long(endpoint, mon
 
 
 def test_a_name_that_can_be_none_of_the_hub_is_not_asked_for_there(endpoint, monkeypatch, tmp_path):
+    addresses = []
     endpoint(NOBODY)
-    monkeypatch.setattr(hub, "_ask", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr(hub, "_ask", lambda address: addresses.append(address))
     (tmp_path / "folder").mkdir()
-    for source in ("/nowhere/problems", "a/b/c", str(tmp_path / "folder")):
+    monkeypatch.chdir(tmp_path)
+    for source in ("folder", "/nowhere", "/nowhere/problems", "a/b/c", str(tmp_path / "folder")):
         with pytest.raises(UserError, match="could not be loaded"):
             read_rows(source, "train", DataConfig(), "data.train")
+    assert not addresses
+    with hub.hub_or_cache("owner/set"):
+        assert addresses == [NOBODY]
+
+
+@pytest.mark.parametrize("module", [constants, datasets.config], ids=["huggingface_hub", "datasets"])
+def test_a_job_that_is_told_to_be_offline_does_not_ask(endpoint, asked, monkeypatch, module):
+    endpoint(NOBODY)
+    monkeypatch.setattr(hub, "_ask", lambda _: asked.append("the hub"))
+    monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    read_rows("owner/set", "train", DataConfig(), "data.train")
+    assert len(asked) == 1
+
+
+def test_a_dataset_of_the_cache_that_has_no_such_split_is_told_so(endpoint, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ValueError('Unknown split "train".\nShould be one of: test')
+
+    endpoint(NOBODY)
+    monkeypatch.setattr(hub, "_PAUSES_S", ())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r'could not be loaded \(ValueError: Unknown split "train"\.\); check name and split'):
+        read_rows("owner/set", "train", DataConfig(), "data.train")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (httpx.ConnectTimeout(""), "ConnectTimeout"),
+        (httpx.ProxyError("no such proxy"), "no such proxy"),
+        (httpx.ReadTimeout(""), None),
+        (httpx.RemoteProtocolError(""), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nobody_is_there_where_no_connection_is_made_three_times_and_somebody_where_it_is(monkeypatch, error, why):
+    asked, waited = [], []
+
+    class Session:
+        def head(self, address, *, timeout):
+            asked.append((address, timeout))
+            raise error
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert hub._ask(NOBODY) == why
+    assert asked == [(NOBODY, constants.HF_HUB_ETAG_TIMEOUT)] * (3 if why else 1)
+    assert waited == ([1.0, 2.0] if why else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import subprocess
@@ -9,11 +10,16 @@ import sys
 from importlib.machinery import SourceFileLoader
 
 import pytest
+import torch.distributed as dist
 
 from etr_megatron import train
 from etr_megatron.errors import UserError
 from etr_megatron.platform import cpu_shim
+from etr_megatron.platform.phases import Phases
 from tests.gang import ROOT
+
+WAITED, LOST = "rank 0 waited 10 s at the save for", "rank 0 lost at the save,"
+RANK_0 = "rank 0, which may have lost another"
 
 
 def python(code: str) -> str:
@@ -77,6 +83,30 @@ def test_a_missing_rank_is_named_with_the_phase(gangs):
     replies = gangs(2).run("tests.platform_jobs:meet_without", missing=1)
     assert re.fullmatch(r"rank 0 waited [2-9] s at the rollout of step 7 for rank 1", replies[0])
     assert replies[1] == "absent"
+
+
+def test_where_one_rank_is_told_to_stop_all_leave_the_same_meeting_and_meet_again_to_save(gangs):
+    wanted = ["met", "told to stop (SIGTERM) before the step 1", "met", "met"]
+    assert gangs(2).run("tests.platform_jobs:stopped_once", told=1) == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "said", "wanted"),
+    [
+        (10.0, "Ranks 1, 3 failed to pass monitoredBarrier in 10000 ms", TimeoutError(f"{WAITED} rank 1, 3")),
+        (9.95, "Rank 2 failed to pass monitoredBarrier", TimeoutError(f"{WAITED} rank 2")),
+        (10.0, "Timed out waiting for recv", TimeoutError(f"{WAITED} rank 0 or another")),
+        (3.0, "Rank 2 failed to pass", ConnectionError(f"{LOST} after 3 s, its connection to rank 2")),
+        (10.0, "Connection closed by peer", ConnectionError(f"{LOST} after 10 s, its connection to {RANK_0}")),
+        (10.0, "Connection reset by peer", ConnectionError(f"{LOST} after 10 s, its connection to {RANK_0}")),
+    ],
+)
+def test_who_is_missing_and_whether_he_is_waited_for_or_lost_is_read_from_what_gloo_says(monkeypatch, waited_s, said, wanted):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    phases = object.__new__(Phases)
+    phases._timeout = datetime.timedelta(seconds=10)
+    found = phases._failure("save", waited_s, said)
+    assert (type(found), str(found)) == (type(wanted), str(wanted))
 
 
 MEETING = """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,8 @@ import pytest
 from etr_megatron.config import RewardConfig
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest, GraderPool
+from etr_megatron.reward.pool import _Round
+from etr_megatron.reward.process import GraderProcess, Job
 
 REPO = Path(__file__).parents[1]
 USER_REWARDS = """
@@ -49,8 +52,16 @@ def by_command(prompt, response, answer):
         return "torch" in sys.modules
     return eval(response)
 
+def of_two(prompt, response):
+    return 1.0
+
 not_callable = 3
 """
+NOT_TO_BE_SHOWN = "type('Odd', (), {'__repr__': lambda self: 1 / 0})()"
+NO_NUMBER = "type('Odd', (), {'__float__': lambda self: 1 / 0})()"
+
+
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 @pytest.fixture
@@ -58,12 +69,6 @@ def user_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
     monkeypatch.chdir(tmp_path)
     return "my_rewards:by_command"
-
-
-@pytest.fixture(scope="module")
-def math_pool():
-    with GraderPool(RewardConfig(timeout_s=60.0)) as pool:
-        yield pool
 
 
 def request(response: str, answer: str = "5") -> GradeRequest:
@@ -86,126 +91,6 @@ def wait_until(condition, seconds: float = 20.0) -> bool:
     return condition()
 
 
-EQUIVALENT = [
-    ("x+1", "1+x"),
-    ("x^2+2x+1", "(x+1)^2"),
-    (r"\frac{x^2-1}{x-1}", "x+1"),
-    (r"\{1,2,3\}", r"\{3,2,1\}"),
-    ("[0,1)", r"\left[0, 1\right)"),
-    (r"(-\infty,2]\cup[3,\infty)", r"(-\infty, 2] \cup [3, \infty)"),
-    (r"\sqrt{8}", r"2\sqrt{2}"),
-    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
-    ("0.5", r"\frac{\sqrt{1}}{2}"),
-    ("(1,2)", "(1, 2)"),
-    ("5", "x=5"),
-    ("90", r"90^\circ"),
-    ("12", r"12\text{ cm}"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ("1.5", r"1\frac{1}{2}"),
-]
-DIFFERENT = [
-    ("x+1", "x+2"),
-    (r"\{1,2\}", r"\{1,3\}"),
-    ("[0,1)", "[0,1]"),
-    ("(1,2)", "(2,1)"),
-    (r"\sqrt{8}", r"3\sqrt{2}"),
-    ("Friday", "Monday"),
-    ("5", r"\pi"),
-    ("5", r"\frac{"),
-    ("5", r"}{\right)^_"),
-    ("5", "seventy"),
-]
-
-
-def test_symbolic_answers(math_pool):
-    requests = [request(rf"\boxed{{{candidate}}}", reference) for reference, candidate in EQUIVALENT + DIFFERENT]
-    grades = math_pool.grade(requests)
-    assert all(grade.status == "ok" for grade in grades)
-    wrong = [pair for pair, grade in zip(EQUIVALENT, grades, strict=False) if grade.reward != 1.0]
-    right = [pair for pair, grade in zip(DIFFERENT, grades[len(EQUIVALENT) :], strict=True) if grade.reward != 0.0]
-    assert (wrong, right) == ([], [])
-
-
-def test_gsm8k_reference_is_graded_and_order_is_kept(math_pool):
-    requests = [request(f"It is {n}.", f"work {n}+1\n#### {n + n % 2}") for n in range(512)]
-    start = time.monotonic()
-    grades = math_pool.grade(requests)
-    assert time.monotonic() - start < 5  # 0.15 s on an idle machine
-    assert [grade.reward for grade in grades] == [1.0 - n % 2 for n in range(512)]
-    assert math_pool.grade([]) == []
-
-
-def test_long_responses_pass_through_the_pipes(math_pool):
-    responses = ["filler " * 100_000 + f"é✓\ud800 \\boxed{{{n}}}" for n in range(12)]
-    grades = math_pool.grade([request(response, "3") for response in responses])
-    assert [grade.reward for grade in grades] == [float(n == 3) for n in range(12)]
-
-
-def test_answers_never_become_code(math_pool, tmp_path):
-    target = tmp_path / "touched"
-    payloads = [
-        f"__import__('os').system('touch {target}')",
-        f"\\operatorname{{__import__('os').system('touch {target}')}}(1)",
-        f"eval(compile(\"open('{target}', 'w')\", '', 'exec'))",
-        f"\\text{{__import__('os').system('touch {target}')}}",
-        f"\\mathrm{{open('{target}', 'w')}}^{{2}}",
-        f"1+__import__('os').system('touch {target}')+1",
-        f"\\sum_{{__import__('os').system('touch {target}')}}^{{3}} x",
-    ]
-    grades = math_pool.grade([request(f"\\boxed{{{payload}}}", "x+y") for payload in payloads])
-    assert [grade.reward for grade in grades] == [0.0] * len(payloads)
-    grades = math_pool.grade([request("\\boxed{x+y}", payload) for payload in payloads])
-    assert 1.0 not in [grade.reward for grade in grades]
-    assert not target.exists()
-
-
-def test_symbolic_refuses_code_in_every_way_it_could_run():
-    code = """
-import collections, os, subprocess
-import sympy
-from etr_megatron.reward import symbolic
-symbolic.warm_up()
-def refused(act):
-    try:
-        act()
-    except symbolic.RefusedError:
-        return True
-    return False
-evil = "__import__('os').getpid()"
-assert refused(lambda: sympy.sympify(evil)) and refused(lambda: sympy.S("(1).__class__"))
-assert sympy.sympify("12") == 12 and sympy.sympify("1.5") == 1.5
-attempts = [lambda: eval("1+1"), lambda: exec("a = 1"), lambda: compile("1", "<string>", "eval"), lambda: os.system("true"),
-            lambda: subprocess.Popen(["true"]), os.fork, lambda: os.execv("/bin/true", ["true"])]
-for attempt in attempts:
-    with symbolic.comparing():
-        assert refused(attempt), attempt
-with symbolic.comparing():
-    collections.namedtuple("Lazy", "import_ of_a_library")
-assert eval("1+1") == 2
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tower", "statuses"),
-    [
-        ("9^{9^{9^{9}}}", {"timeout"}),
-        ("10^{10^{10}}", {"timeout", "ok"}),  # or out of the grader's memory, which is wrong
-        (r"\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}", {"timeout", "ok"}),
-    ],
-)
-def test_a_computation_without_end_does_not_hang_and_is_never_right(tower, statuses):
-    with GraderPool(RewardConfig(workers=1, timeout_s=3.0)) as pool:
-        start = time.monotonic()
-        grade, after = pool.grade([request(rf"\boxed{{{tower}}}"), request("5")])
-        assert time.monotonic() - start < 30
-    assert grade.reward == 0.0
-    assert grade.status in statuses
-    assert after.reward == 1.0
-
-
 def test_timeout_kills_the_grader_and_the_rest_is_graded(user_rewards):
     config = RewardConfig(function=user_rewards, workers=2, timeout_s=1.0, range_min=-1.0)
     with GraderPool(config) as pool:
@@ -217,20 +102,95 @@ def test_timeout_kills_the_grader_and_the_rest_is_graded(user_rewards):
         assert set(before).isdisjoint(pool.worker_pids)
         assert all(gone(pid) for pid in before)
         assert pool.grade([request("0.75")]) == [Grade(0.75, "ok", "")]
+        replacements = pool.worker_pids
+    assert all(gone(pid) for pid in replacements)
 
 
-def test_slow_start_of_a_grader_costs_no_answer_its_time(tmp_path, monkeypatch):
-    (tmp_path / "slow_rewards.py").write_text("import time\ntime.sleep(2)\ndef f(p, r, a):\n    return 1.0\n")
-    monkeypatch.chdir(tmp_path)
-    with GraderPool(RewardConfig(function="slow_rewards:f", workers=1, timeout_s=1.0)) as pool:
+SLOW_REWARD = """
+import os, sys, time
+try:
+    os.close(os.open(__file__ + ".first", os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    time.sleep(1)
+    WHAT_THE_OTHERS_DO
+def f(prompt, response, answer):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def slow_reward(tmp_path, monkeypatch):
+    """A module on PYTHONPATH that one process imports at once; what all others do after a second is told."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(what_the_others_do: str, is_first_too: bool = False) -> str:
+        (tmp_path / "slow_rewards.py").write_text(SLOW_REWARD.replace("WHAT_THE_OTHERS_DO", what_the_others_do))
+        if is_first_too:
+            (tmp_path / "slow_rewards.py.first").write_text("")
+        return "slow_rewards:f"
+
+    return write
+
+
+def test_slow_start_of_a_grader_costs_no_answer_its_time(slow_reward):
+    with GraderPool(RewardConfig(function=slow_reward("time.sleep(1)", True), workers=1, timeout_s=1.0)) as pool:
         assert pool.grade([request("")])[0].status == "ok"
+
+
+def test_a_pool_is_there_when_its_last_grader_is(slow_reward):
+    with pytest.raises(UserError, match=r"ended while starting \(exit code 3\)"):
+        GraderPool(RewardConfig(function=slow_reward("os._exit(3)"), workers=2))
+
+
+def test_a_grader_that_never_gets_ready_stops_the_job(slow_reward, monkeypatch):
+    monkeypatch.setattr("etr_megatron.reward.pool.STARTUP_TIMEOUT_S", 0.5)
+    with pytest.raises(UserError, match=r"a grader process was not ready after 0 s"):
+        GraderPool(RewardConfig(function=slow_reward("time.sleep(600)", True), workers=1))
+
+
+def test_answers_are_spread_over_the_graders(user_rewards):
+    with GraderPool(RewardConfig(function=user_rewards, workers=2, range_max=1e9)) as pool:
+        assert {grade.reward for grade in pool.grade([request("os.getpid()")] * 2)} == set(pool.worker_pids)
+
+
+def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_late_it_is_read(user_rewards, monkeypatch):
+    wait, monotonic, late_s = _Round._wait, time.monotonic, []
+
+    def read_late(self):
+        found = wait(self)
+        late_s.extend([1000.0] * len(found))
+        return found
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    code = "float(prompt == 'prompt' and answer == '5' and os.environ['OMP_NUM_THREADS'] == '1')"
+    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
+        monkeypatch.setattr(_Round, "_wait", read_late)
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
+        assert pool.grade([request(code)]) == [Grade(1.0, "ok", "")] and late_s
+
+
+def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
+    worker = object.__new__(GraderProcess)
+    worker.inflight, worker.head_since = deque(Job(index, b"") for index in range(2)), 0.0
+    begin = time.monotonic()
+    assert worker.finish_head().index == 0 and worker.head_since >= begin
+    assert worker.finish_head().index == 1 and worker.head_since is None
+
+
+def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
+    with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
+        for pid in pool.worker_pids:
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: all(gone(pid) for pid in pool.worker_pids))
+        assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 @pytest.mark.parametrize(("response", "how"), [("die", "exit code 7"), ("segfault", "SIGSEGV")])
 def test_an_answer_that_crashes_two_graders_is_an_error(user_rewards, response, how):
-    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
-        grades = pool.grade([request(one) for one in ("0.5", response, "1", *["0.25"] * 20)])  # of which some are sent ahead
-    wanted = [(0.5, "ok"), (0.0, "error"), (1.0, "ok"), *[(0.25, "ok")] * 20]
+    with GraderPool(RewardConfig(function=user_rewards, workers=1, range_min=-1.0)) as pool:
+        # Some are sent ahead; what cost them their grader is not held against them.
+        grades = pool.grade([request(one) for one in ("0.5", response, "die once", *["0.25"] * 20)])
+    wanted = [(0.5, "ok"), (-1.0, "error"), (1.0, "ok"), *[(0.25, "ok")] * 20]
     assert [(grade.reward, grade.status) for grade in grades] == wanted
     assert how in grades[1].detail
 
@@ -241,17 +201,18 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
 
 
 def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
-    config = RewardConfig(function=user_rewards, workers=1)
+    config = RewardConfig(function=user_rewards, workers=1, range_min=-1.0)
     values = ("float('inf')", "-float('inf')", "float('nan')", "'1'", "b'1'", "None")
-    responses = ["raise", *values, "sys.exit", "True", "print", "torch"]
+    responses = ["raise", *values, "sys.exit", NOT_TO_BE_SHOWN, NO_NUMBER, "True", "print", "torch"]
     with GraderPool(config) as pool:
         grades = pool.grade([request(response) for response in responses])
-    assert [grade.status for grade in grades] == ["error"] * 8 + ["ok"] * 3
+    assert [grade.status for grade in grades] == ["error"] * 10 + ["ok"] * 3
     assert grades[7].detail.endswith("raised SystemExit: 3")
-    assert [grade.reward for grade in grades] == [0.0] * 8 + [1.0, 0.25, 0.0]
+    assert [grade.reward for grade in grades] == [-1.0] * 10 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
     assert "returned inf, which is no finite number" in grades[1].detail
     assert "returned None, which is no finite number" in grades[6].detail
+    assert all(grade.detail.endswith(", which is no finite number") for grade in (*grades[1:7], *grades[8:10]))
 
 
 def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):
@@ -268,6 +229,7 @@ def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_bot
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("my_rewards:absent", "has no absent"),
         ("my_rewards:not_callable", "not callable"),
+        ("my_rewards:of_two", "must be callable with three arguments"),
         ("exits:f", "ended while starting (exit code 3)"),
     ],
 )
@@ -292,7 +254,7 @@ def test_an_interrupted_round_leaves_no_reply_for_the_next(user_rewards, monkeyp
 
 def in_thread(act):
     results: list = []
-    thread = threading.Thread(target=lambda: results.append(act()))
+    thread = threading.Thread(target=lambda: results.append(act()), daemon=True)
     thread.start()
     thread.join()
     return results[0]
@@ -318,7 +280,7 @@ def test_concurrent_rounds_do_not_mix(user_rewards):
         def act(n: int) -> None:
             results[n] = [grade.reward for grade in pool.grade([request(f"{n}/8")] * 50)]
 
-        threads = [threading.Thread(target=act, args=(n,)) for n in range(4)]
+        threads = [threading.Thread(target=act, args=(n,), daemon=True) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -329,12 +291,23 @@ def test_concurrent_rounds_do_not_mix(user_rewards):
 def test_close_ends_the_graders_and_further_use_is_refused(user_rewards):
     pool = GraderPool(RewardConfig(function=user_rewards, workers=2))
     pids = pool.worker_pids
-    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)  # Ctrl-C goes to all processes of a terminal
+    assert len(pids) == 2 and pool.grade([request("1")] * 2) == [Grade(1.0, "ok", "")] * 2 and pool.worker_pids == pids
     pool.close()
     pool.close()
     assert all(gone(pid) for pid in pids)
     with pytest.raises(RuntimeError, match="closed"):
         pool.grade([request("1")])
+
+
+def test_a_grader_with_a_thread_of_the_users_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    code = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\ndef f(p, r, a): ...\n"
+    (tmp_path / "threaded_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with GraderPool(RewardConfig(function="threaded_rewards:f", workers=1)) as pool:
+        pids = pool.worker_pids
+    assert all(map(gone, pids))
 
 
 def test_idle_and_stuck_graders_end_when_their_parent_is_killed(user_rewards, tmp_path):

@@ -238,15 +238,47 @@ def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
     assert ids("only", 2) != ids("trained", 2)  # its weights stay those of the start
 
 
+SHOWN = """\
+sample        a@5/0
+reward        0.5 (ok)
+finish        stop, 3 tokens
+log-prob gap  mean 1.1e-01, largest 2.3e-01 at token 1
+answer        42
+prompt
+    6 times 7?
+response
+    x €
+    ~
+    y
+
+token       id  text   weights     engine    trainer        gap
+    0        5  '<5>'        3    -0.1000    -0.2000    1.0e-01
+    1        6  '<6>'        4    -0.3333    -0.1000    2.3e-01
+    2        7  '<7>'        4    -0.0000     0.0000    2.0e-09"""
+WITHOUT_TRAINER_AND_TOKENIZER = """\
+sample        a@5/1
+reward        0 (timeout)
+finish        length, 1 tokens
+log-prob gap  the trainer's log-probs were not recorded
+answer        42
+prompt
+    6 times 7?
+response
+    ~
+
+tokens have no text here: its tokenizer is gone
+token       id  text  weights     engine    trainer        gap
+    0        8              4    -0.2500"""
+
+
 def test_the_view_of_a_rollout_compares_both_log_probs_of_every_token(tmp_path):
-    write_record(tmp_path / "recorded", 5, [group("a")], {}, [[-0.2, -1 / 3, -0.5], [-0.25]])
-    assert listing(tmp_path, 5).splitlines()[1] == "a@5/1  reward 0, 1 tokens, length"
-    shown = view(tmp_path, 5, "a@5/0", lambda ids: [f"<{token}>" for token in ids]).splitlines()
-    assert "log-prob gap  mean 2.0e-01, largest 5.0e-01 at token 2" in shown and "    6 times 7?" in shown
-    assert shown[-3].split() == ["0", "5", "'<5>'", "3", "-0.1000", "-0.2000", "1.0e-01"]
-    assert shown[-1].split()[3] == "4"
-    write_record(tmp_path / "recorded", 6, [group("a")], {}, None)
-    shown = view(tmp_path, 6, "a@5/1", "its tokenizer is gone")
-    assert "the trainer's log-probs were not recorded" in shown and "tokens have no text here: its tokenizer is gone\n" in shown
-    with pytest.raises(UserError, match="has no sample b@5/0"):
-        view(tmp_path, 5, "b@5/0", "")
+    one = group("a")
+    one.samples[0].text, one.samples[0].reward, one.samples[1].text = "x €\n\ny", 0.5, ""
+    write_record(tmp_path / "recorded", 5, [one], {}, [[-0.2, -0.1, 0.0], [-0.25]])
+    assert listing(tmp_path, 5).splitlines() == ["a@5/0  reward 0.5, 3 tokens, stop", "a@5/1  reward 0, 1 tokens, length"]
+    assert view(tmp_path, 5, "a@5/0", lambda ids: [f"<{token}>" for token in ids]) == SHOWN.replace("~", "")
+    write_record(tmp_path / "recorded", 6, [one], {}, None)
+    assert view(tmp_path, 6, "a@5/1", "its tokenizer is gone") == WITHOUT_TRAINER_AND_TOKENIZER.replace("~", "")
+    for name in ("b@5/0", "a@5/"):
+        with pytest.raises(UserError, match=f"has no sample {name}; leave out --sample"):
+            view(tmp_path, 5, name, "")

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
 import fcntl
+import itertools
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,8 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
+from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, Config, DataConfig, TinyConfig
 from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.data import warm_start as warm_start_module
+from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
 from etr_megatron.job import initial_checkpoint
@@ -79,7 +86,9 @@ def test_digits_are_single_tokens_and_special_tokens_agree_with_the_model(policy
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id and config.bos_token_id is None
+    assert config.max_position_embeddings == tokenizer.model_max_length == TINY_POSITIONS
+    assert config.initializer_range == pytest.approx(40**-0.5)
 
 
 def test_prompts_of_the_run_are_templated_with_the_chat_template(policy):
@@ -109,6 +118,59 @@ def test_the_warm_start_learns_to_end_a_boxed_solution():
     warm_start(model, tokenizer, tiny, ARITHMETIC, progress=False)
     assert before > 4.0
     assert solution_loss() < 1.0
+
+
+def test_the_learning_rate_rises_over_a_twentieth_and_falls_as_a_cosine_to_zero():
+    shares = [warm_start_module._lr_share(step, 100) for step in range(101)]
+    assert shares[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert shares[5:] == pytest.approx([math.cos(math.pi * step / 95 / 2) ** 2 for step in range(96)])
+    assert warm_start_module._lr_share(0, 1) == 1.0
+
+
+def test_a_batch_is_learnt_from_the_solutions_and_their_ends_alone():
+    tokenizer = train_tokenizer(SMALL, ARITHMETIC)
+    pairs = [("What is 3+4?", "7"), ("What is 3+4+5?", "3+4=7, 12")]
+    input_ids, labels = warm_start_module._batch(pairs, tokenizer)
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    for (question, solution), ids, wanted in zip(pairs, input_ids, labels, strict=True):
+        prompt, answer = (tokenizer.encode(text) for text in (turn.format(question), f"{solution}<|im_end|>"))
+        padding = len(ids) - len(prompt) - len(answer)
+        assert ids.tolist() == prompt + answer + [tokenizer.pad_token_id] * padding
+        assert wanted.tolist() == [-100] * len(prompt) + answer + [-100] * padding
+    assert padding == 0  # of the longest
+
+
+def test_demonstrations_have_each_slip_as_often_as_is_asked_for():
+    tiny, slips = replace(SMALL, forgotten_carry=1.0, wrong_digit=0.0), Slips(forgotten_carry=1.0, wrong_digit=0.0)
+    arithmetic = replace(ARITHMETIC, max_digits=2)
+    exercises, rng = warm_start_exercises(arithmetic, tiny.warm_start_seed), random.Random(tiny.warm_start_seed)
+    wanted = [(one.question, demonstration(one, slips, rng)) for one in itertools.islice(exercises, 30)]
+    assert list(itertools.islice(warm_start_module._demonstrations(tiny, arithmetic), 30)) == wanted
+
+
+def test_the_warm_start_is_adamw_with_clipped_gradients_of_each_batch_alone():
+    tiny = replace(SMALL, warm_start_steps=3)
+    tokenizer = train_tokenizer(tiny, ARITHMETIC)
+    model = new_model(tiny, tokenizer)
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    demonstrations = warm_start_module._demonstrations(tiny, ARITHMETIC)
+    for share in (1.0, 1.0, math.cos(math.pi / 4) ** 2):
+        batch = list(itertools.islice(demonstrations, tiny.warm_start_batch))
+        input_ids, labels = warm_start_module._batch(batch, tokenizer)
+        logits = reference(input_ids=input_ids).logits[:, :-1].flatten(0, 1)
+        gradients = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()), reference.parameters()
+        )
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        assert norm > 1  # so that clipping shows
+        for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+            parameter.grad = gradient / norm
+        optimizer.param_groups[0]["lr"] = share * tiny.warm_start_lr
+        optimizer.step()
+    warm_start(model, tokenizer, tiny, ARITHMETIC, progress=False)
+    for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("progress", "printed"), [(True, "warm start of the tiny policy: 2 steps\n"), (False, "")])

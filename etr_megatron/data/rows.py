@@ -163,7 +163,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else what is cut off ends on a line 2
             except UnicodeDecodeError as error:
                 yield place, _BrokenRow(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
