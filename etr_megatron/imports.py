@@ -17,6 +17,8 @@ class ImportPathError(Exception):
 def import_function(path: str) -> Callable[..., Any]:
     """The callable that `path` names. Raises ImportPathError for a module or name that cannot be had, or is no callable."""
     module_name, _, attributes = path.partition(":")
+    if module_name.endswith(".py"):
+        raise ImportPathError(f"{module_name} is a file; a module is named without .py")
     # A rank that torchrun started as a script has the script's folder on its path, not the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -347,3 +347,8 @@ def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(co
     for only in (False, True):
         asked = replace(config, rollout=replace(config.rollout, only=only))
         assert refusal(asked, 2).startswith(f"{directory.root} holds a finished run without a checkpoint to continue from")
+
+
+def test_a_reward_named_by_its_file_is_told_how_a_module_is_named(config: Config) -> None:
+    message = refusal(replace(config, reward=RewardConfig(function="my_rewards.py:score")))
+    assert "my_rewards.py is a file; a module is named without .py" in message
