@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,8 @@ import psutil
 import pytest
 
 from etr_megatron.platform.lifetime import popen_from_lasting_thread
+
+pytestmark = pytest.mark.usefixtures("deadline")
 
 LIFETIME = Path(__file__).parents[1] / "etr_megatron" / "platform" / "lifetime.py"
 LOAD = f"""
@@ -97,6 +101,19 @@ def test_child_started_through_the_lasting_thread_outlives_the_thread_that_asked
         for child in children:
             child.kill()
             child.communicate()
+
+
+def test_a_forked_process_starts_its_children_by_a_thread_of_its_own():
+    assert popen_from_lasting_thread(["true"]).wait() == 0
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # ends it where it waits for its parent's thread
+        try:
+            os._exit(popen_from_lasting_thread(["true"]).wait())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_popen_raises_reaches_the_caller():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from etr_megatron.vocab_parallel import gemm
+from etr_megatron.vocab_parallel.weight_grad import weight_grad
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows_adjacent": torch.clone,
@@ -100,3 +101,13 @@ def test_no_columns_leave_everything_as_it_is():
 def test_blocks_are_limited_in_bytes_and_in_rows():
     assert [gemm.block_rows(hidden, 4) for hidden in (8, 256, 512, 1024, 1 << 20)] == [1024, 1024, 512, 256, 1]
     assert gemm.block_rows(1024, 2) == 512
+
+
+def test_a_bf16_weights_gradient_without_a_buffer_is_summed_in_fp32_and_handed_on_in_bf16():
+    weight = torch.ones(3, 4, dtype=torch.bfloat16)
+    grad = weight_grad(weight)
+    for _ in range(300):  # of which bf16 would keep 256
+        gemm.add_gradients(
+            torch.zeros(1, 4), grad.total, torch.ones_like(weight[:, :1].t()), torch.ones_like(weight[:1]), weight
+        )
+    assert grad.handed_to_autograd().equal(torch.full((3, 4), 300, dtype=torch.bfloat16))
