@@ -69,7 +69,7 @@ class StepRouting:
                 piece = torch.empty(sum(sizes), dtype=torch.uint8, device=platform.device())
             else:
                 piece = torch.cat([self.chosen[i].flatten() for i in numbers]).to(platform.device())
-            if dist.get_world_size() > 1:
+            if len(piece) and dist.get_world_size() > 1:  # nothing may be known of any of them
                 dist.broadcast(piece, src=0)
             for i, part in zip(numbers, piece.split(sizes), strict=True):
                 if i in samples:
