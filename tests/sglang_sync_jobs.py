@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from etr_megatron.batching import Sequences
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
-from etr_megatron.rollout.sglang.senders import Sequences
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.types import Problem
 from etr_megatron.weights.transport import verify
