@@ -103,9 +103,7 @@ def test_where_one_rank_is_told_to_stop_all_leave_the_same_meeting_and_meet_agai
 )
 def test_who_is_missing_and_whether_he_is_waited_for_or_lost_is_read_from_what_gloo_says(monkeypatch, waited_s, said, wanted):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    phases = object.__new__(Phases)
-    phases._timeout = datetime.timedelta(seconds=10)
-    found = phases._failure("save", waited_s, said)
+    found = object.__new__(Phases)._failure("save", waited_s, datetime.timedelta(seconds=10), said)
     assert (type(found), str(found)) == (type(wanted), str(wanted))
 
 
