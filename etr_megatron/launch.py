@@ -125,9 +125,11 @@ def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:
             return _report_crash(failed)
         except SignalException as received:
             reported = read_status(status_file)
-            if reported is None and received.sigval == signal.SIGINT:
-                return _refuse("interrupted; what came after the last checkpoint is lost, which SIGTERM would have saved", 130)
-            return 128 + received.sigval if reported is None else _refuse(*reported)
+            if reported is not None:
+                return _refuse(*reported)
+            code = 128 + received.sigval
+            lost = "interrupted; what came after the last checkpoint is lost, which SIGTERM would have saved"
+            return _refuse(lost, code) if received.sigval == signal.SIGINT else code
     return 0
 
 

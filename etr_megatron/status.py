@@ -50,8 +50,7 @@ def exit_code_of(body: Callable[[], None]) -> int:
         report_user_error(error)
         return _exit_code(error)
     except Exception:
-        path = _status_file()
-        reported = None if path is None else read_status(path)
+        reported = _reported()
         if reported is not None:
             return reported.exit_code
         raise
@@ -110,9 +109,14 @@ def read_status(path: Path) -> Reported | None:
 
 def given_up() -> int | None:
     """2 where a rank of this node has reported a user's mistake; None for a run that goes on or is to be started again."""
+    reported = _reported()
+    return USER_ERROR_EXIT if reported is not None and reported.exit_code == USER_ERROR_EXIT else None
+
+
+def _reported() -> Reported | None:
+    """What a rank of this node has reported."""
     path = _status_file()
-    reported = None if path is None else read_status(path)
-    return reported.exit_code if reported is not None and reported.exit_code == USER_ERROR_EXIT else None
+    return None if path is None else read_status(path)
 
 
 def _exit_code(error: UserError) -> int:

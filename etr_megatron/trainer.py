@@ -211,7 +211,9 @@ class Trainer:
         experts, layers = self.policy.arch.experts, len(self.policy.arch.expert_layers)
         if not self.config.train.routing_replay or experts is None:
             return None
-        return StepRouting.of(on_rank0(lambda: routing_of(groups, experts, layers), long=True, share=lambda _: None))
+        return on_rank0(
+            lambda: StepRouting.of(routing_of(groups, experts, layers)), long=True, share=StepRouting.without_chosen
+        )
 
     def _sync(self) -> None:
         """The policy's weights to the engine; what is under way there waits, or ends, before."""

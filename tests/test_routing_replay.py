@@ -23,6 +23,7 @@ from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
 from etr_megatron.policy import StepRouting
 from etr_megatron.policy import routing as policy_routing
+from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample
 from etr_megatron.weights import Experts
 from tests import test_policy_gradients
@@ -94,6 +95,11 @@ def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str
     return [logp.detach() for logp in logps], by_published_names(gradients)
 
 
+def on_every_rank(chosen: list[Tensor] | None) -> StepRouting:
+    """As the trainer hands rank 0's to the others."""
+    return on_rank0(lambda: StepRouting.of(chosen), share=StepRouting.without_chosen)
+
+
 def step(
     model: str, routing: list[Tensor], overrides: list[str]
 ) -> tuple[list[list[float]], list[list[float]], dict[str, Tensor]]:
@@ -101,11 +107,11 @@ def step(
     policy = build(model, [*test_policy_gradients.BASE, *overrides, "objective.loss=reinforce", "objective.entropy_coef=0"])
     batch = make_batch(sequences())
     given = [one.clone() for one in routing] if dist.get_rank() == 0 else None
-    told = policy.logprobs(batch.sequences, routing=StepRouting.of(given))
+    told = policy.logprobs(batch.sequences, routing=on_every_rank(given))
     own = policy.logprobs(batch.sequences)
     before = {name: tensor.clone() for name, tensor in policy.export()}
     held = weakref.ref(given[0]) if given is not None else lambda: None
-    policy.update(replace(batch, old_logp=told.logp, routing=StepRouting.of(given)))
+    policy.update(replace(batch, old_logp=told.logp, routing=on_every_rank(given)))
     del given
     assert held() is None  # a step's are gigabytes, and there is no use for them any more
     change = {name: before[name] - tensor for name, tensor in policy.export()}
@@ -149,7 +155,7 @@ def handed_out(lengths: list[int], layers: int, piece: int) -> tuple[tuple[int, 
     whole = all_experts(lengths, layers) if rank == 0 else ["is not looked at"]
     wanted = set(range(rank, len(lengths), 3)) if rank < 2 else set()
     with mock.patch.object(policy_routing, "PIECE", piece):
-        routing = StepRouting.of(whole).select(range(len(lengths)))
+        routing = on_every_rank(whole).select(range(len(lengths)))
         found = routing.hand_out(wanted, range(rank % 2, layers, 2), (layers, PER_TOKEN))
     return routing.lengths, found, sum(one.untyped_storage().nbytes() for one in found.values())
 

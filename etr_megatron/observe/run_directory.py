@@ -94,7 +94,7 @@ class RunDirectory:
         """
         with disk_errors(self.root):
             is_used, is_recorded = self.is_used(), self.reached_file.exists()
-            is_over = self._is_finished() and not entries(self.checkpoints, "step_*") and not (only_records and is_recorded)
+            is_over = self._is_finished() and not entries(self.checkpoints, "step_*") and not is_recorded
         if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "

@@ -43,13 +43,13 @@ class StepRouting:
     chosen: tuple[Tensor, ...] | None
 
     @classmethod
-    def of(cls, chosen: Sequence[Tensor] | None) -> StepRouting:
-        """chosen: see there; what other ranks than 0 give is not looked at. A collective."""
-        own = tuple(chosen or ()) if dist.get_rank() == 0 else None
-        box = [None if own is None else tuple(map(len, own))]
-        dist.broadcast_object_list(box, src=0, device=platform.device())
-        assert box[0] is not None
-        return cls(box[0], own)
+    def of(cls, chosen: Sequence[Tensor]) -> StepRouting:
+        """chosen: see there; on rank 0, from which the others get it `without_chosen`."""
+        return cls(tuple(map(len, chosen)), tuple(chosen))
+
+    def without_chosen(self) -> StepRouting:
+        """As other ranks than 0 have it."""
+        return StepRouting(self.lengths, None)
 
     def select(self, numbers: Sequence[int]) -> StepRouting:
         """Of the samples `numbers`, in their order."""
