@@ -3,7 +3,9 @@
 gang.run("tests.policy_jobs:logprobs", tp=2) calls that function with those arguments on every rank and returns the list of what
 they returned. A rank that raises fails the test with its traceback; a call over its deadline kills the gang.
 
-Ranks are forked from one process (tests/gang_worker.py) that has imported what most of them need, which takes seconds.
+Ranks are forked from one process (tests/gang_worker.py) that has imported what most of them need, which takes seconds. Between
+two calls they are stopped: gloo's threads, dozens in a rank, look a hundred times a second whether anything has come, and a dozen
+idle ranks took a quarter of two cores.
 """
 
 from __future__ import annotations
@@ -68,6 +70,10 @@ class _Worker:
     def alive(self) -> bool:
         return not self.stdout.closed and not self._nursery.ask({"poll": self.pid})
 
+    def signal(self, number: int) -> None:
+        if not self.stdout.closed:
+            os.kill(self.pid, number)
+
     def kill(self) -> None:
         if self.stdout.closed:
             return
@@ -102,6 +108,7 @@ class Gang:
 
     def run(self, function: str, *, deadline_s: float = 180.0, **arguments: Any) -> list[Any]:
         message = pickle.dumps((function, arguments))
+        self._signal(signal.SIGCONT)
         for worker in self._workers:
             worker.stdin.write(struct.pack("<Q", len(message)) + message)
             worker.stdin.flush()
@@ -110,7 +117,12 @@ class Gang:
         if failed:
             self.stop()
             raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))
+        self._signal(signal.SIGSTOP)
         return [replies[rank][1] for rank in range(self.world)]
+
+    def _signal(self, number: int) -> None:
+        for worker in self._workers:
+            worker.signal(number)
 
     def _collect(self, function: str, deadline: float) -> dict[int, tuple[bool, Any]]:
         replies: dict[int, tuple[bool, Any]] = {}
