@@ -4,8 +4,8 @@ gang.run("tests.policy_jobs:logprobs", tp=2) calls that function with those argu
 they returned. A rank that raises fails the test with its traceback; a call over its deadline kills the gang.
 
 Ranks are forked from one process (tests/gang_worker.py) that has imported what most of them need, which takes seconds. Between
-two calls they are stopped: gloo's threads, dozens in a rank, look a hundred times a second whether anything has come, and a dozen
-idle ranks took a quarter of two cores.
+two calls they are stopped: gloo's threads, dozens in a rank, look a hundred times a second whether anything has come, and a
+dozen idle ranks took a quarter of two cores.
 """
 
 from __future__ import annotations
