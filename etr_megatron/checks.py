@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import (
+    ARITHMETIC,
     LOSSES,
     Config,
-    DataConfig,
     InvalidConfigError,
     ParallelConfig,
+    Source,
     fill_objective,
+    response_limits,
+    sources_of,
     tensor_parallel,
 )
 from etr_megatron.errors import UserError
@@ -39,8 +42,7 @@ def check_inputs(config: Config, world_size: int) -> None:
     """
     refuse_all(
         lambda: check_model(config, world_size),
-        lambda: check_source("data.train", config.data.train, config.data.train_split, config.data),
-        lambda: check_source("data.eval", config.data.eval, config.data.eval_split, config.data),
+        *(partial(check_source, source, config) for source in sources_of(config.data)),
         lambda: check_reward(config),
         lambda: check_loss(config),
         lambda: check_servers(config),
@@ -76,11 +78,11 @@ def beside_inputs() -> Iterator[None]:
 def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
     """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
     yield lambda: check_model_is_there(config), ("model.path",)
-    for split in ("train", "eval"):
-        source, hub_split = getattr(config.data, split), getattr(config.data, f"{split}_split")
-        if Path(source or "").suffix in (".jsonl", ".parquet") and not Path(source).exists():  # else it would be read
-            yield partial(check_source, f"data.{split}", source, hub_split, config.data), (f"data.{split}",)
-    yield lambda: check_reward(config), ("reward.function",)
+    for source in sources_of(config.data):
+        path = Path(source.location)
+        if path.suffix in (".jsonl", ".parquet") and not path.exists():  # else it would be read
+            yield partial(check_source, source, config), (f"data.{source.split}",)
+    yield lambda: check_reward(config), ("reward.function", "reward.columns")
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
     yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay", "rollout.only")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
@@ -143,12 +145,13 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
 
 def check_context(architecture: Architecture, config: Config) -> None:
     """The longest sample is within the model's context; the tiny one's is as long as is wanted."""
-    model, prompt, response = config.model.path, config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    if model != "tiny" and architecture.max_positions < prompt + response:
-        raise UserError(
-            f"{model} has a context of {architecture.max_positions} tokens (max_position_embeddings), fewer than "
-            f"data.max_prompt_tokens={prompt} plus rollout.max_response_tokens={response}; lower one of them"
-        )
+    model, prompt = config.model.path, config.data.max_prompt_tokens
+    for key, response in response_limits(config).items():
+        if model != "tiny" and architecture.max_positions < prompt + response:
+            raise UserError(
+                f"{model} has a context of {architecture.max_positions} tokens (max_position_embeddings), fewer than "
+                f"data.max_prompt_tokens={prompt} plus {key}={response}; lower one of them"
+            )
 
 
 def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: int, parallel: ParallelConfig) -> None:
@@ -282,13 +285,13 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
         )
 
 
-def check_source(key: str, source: str | None, split: str, data: DataConfig) -> None:
-    """Every row of `source` can be used, or left out as `data.on_bad_row` says; a hub dataset is fetched, once for all."""
-    if source is None or source == "arithmetic":
+def check_source(source: Source, config: Config) -> None:
+    """Every row can be used, or left out as `data.on_bad_row` says; a hub dataset is fetched, once for all."""
+    if source.location == ARITHMETIC:
         return
     from etr_megatron.data import read_rows
 
-    read_rows(source, split, data, key)
+    read_rows(source, config.data, config.reward.columns)
 
 
 def check_directory(config: Config) -> None:

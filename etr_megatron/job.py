@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
-from etr_megatron.config import Config, doubts
+from etr_megatron.config import Config, Source, doubts, sources_of
 from etr_megatron.data import (
     ProblemSet,
     PromptCursor,
-    Split,
     build_tiny_policy,
     load_tokenizer,
     open_problems,
@@ -31,7 +30,6 @@ from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
-from etr_megatron.types import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +67,7 @@ def initial_checkpoint(config: Config) -> Path:
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:
     from etr_megatron.checkpoint import latest_step
+    from etr_megatron.evaluation import HeldOut
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.trainer import Trainer
@@ -79,16 +78,16 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
-    problems = _problems(config, "train", tokenizer, report=layout.rank == 0)
-    held_out: list[Problem] = []
-    if config.data.eval is not None:
-        held_out = _problems(config, "eval", tokenizer, report=layout.rank == 0)[: config.eval.problems]
+    (_, problems), *sets = (
+        (source.name, _problems(config, source, tokenizer, report=layout.rank == 0)) for source in sources_of(config.data)
+    )
+    held_out = HeldOut.of(sets, config.eval.problems)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
     phases = Phases(config.run.phase_timeout_s, must_stop=stop)
     architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
-    refuse_unknown_tokens([*problems, *held_out], architecture.vocab_size, model_dir)
+    refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
     engine = None
     if config.rollout.replay is None:
@@ -214,12 +213,12 @@ def _sampler(
     return kind(config, engine, cursor, decode, grader)
 
 
-def _problems(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
-    """The problems of a split; says how many rows were left out and why."""
-    found = open_problems(config.data, config.arithmetic, split, tokenizer)
+def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
+    """The problems of a source; says how many rows were left out and why."""
+    found = open_problems(source, config.data, config.arithmetic, tokenizer, config.reward.columns)
     if report and (found.skipped_too_long or found.skipped_broken):
         print(
-            f"data.{split}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
+            f"{source.key}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
             f"{config.data.max_prompt_tokens} and {found.skipped_broken} broken rows",
             file=sys.stderr,
         )

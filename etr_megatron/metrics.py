@@ -64,13 +64,6 @@ def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[
     }
 
 
-def evaluation_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """What graded responses to held-out problems say: avg@k, and with `eval.samples` pass@k over as many."""
-    right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
-    found = {"eval_accuracy": sum(map(sum, right)) / sum(map(len, right))}
-    return found if config.eval.samples == 1 else found | {"eval_pass_at_k": sum(map(any, right)) / len(right)}
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

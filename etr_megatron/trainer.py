@@ -11,10 +11,10 @@ from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
+from etr_megatron.evaluation import HeldOut, evaluate, evaluation_metrics
 from etr_megatron.metrics import (
     check_logprob_gap,
     drawn_from,
-    evaluation_metrics,
     rollout_metrics,
     step_metrics,
     training_speed,
@@ -32,15 +32,12 @@ from etr_megatron.rollout import (
     RolloutEngine,
     Rollouts,
     Sampler,
-    Sampling,
     UngradedError,
-    generate_groups,
-    grade_groups,
 )
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, read_reached, write_reached, write_record
-from etr_megatron.types import Group, Problem
+from etr_megatron.types import Group
 from etr_megatron.weights.transport import SyncError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +59,7 @@ class Trainer:
         policy: Policy,
         engine: RolloutEngine | None,
         sampler: Sampler,
-        held_out: list[Problem],
+        held_out: HeldOut,
         decode: Decode,
         directory: RunDirectory,
         grader: Grader | None,
@@ -227,20 +224,23 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """How many responses to held-out problems are right under the engine's current weights; empty when there are none."""
-        if self.engine is None or not self._held_out or not self.config.eval.every:
+        if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
-        sampling = Sampling(
-            samples=self.config.eval.samples,
-            max_tokens=self.config.rollout.max_response_tokens,
-            temperature=self.config.eval.temperature,
-            seed=self.config.run.seed,
-            step=-1,  # the same draws at every evaluation, none of them a training step's
-        )
         self._phases.meet(f"evaluation after step {self.step}")
-        engine = self.engine
-        groups = self._with_servers(lambda: generate_groups(engine, self._held_out, sampling, self._decode, self._stop_request))
-        grade_groups(groups, self._grader)
-        return evaluation_metrics(groups, self.config)
+        sets = evaluate(
+            self.engine,
+            self._held_out,
+            self.config,
+            decode=self._decode,
+            grader=self._grader,
+            must_stop=self._stop_request,
+            with_servers=self._with_servers,
+        )
+        observe = self.config.observe
+        if self._recorder is not None and observe.rollouts_every:
+            shown = [group for groups in sets.values() for group in groups[: observe.rollouts_groups]]
+            self._directory.save_evaluation(self.step, shown)
+        return evaluation_metrics(sets, self.config)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.config.eval.every

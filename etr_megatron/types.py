@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
@@ -25,15 +25,17 @@ class Problem:
     """One prompt with its verifiable answer.
 
     id: stable name of the row in its source (`<file>:<row>` unless the data has an id column).
-    prompt: the user's text, before the chat template.
+    prompt: the user's text, before the chat template; of several messages the last.
     answer: the reference answer as the verifier wants it.
     prompt_ids: token ids of the templated prompt, what the engine is given.
+    extra: further columns by name, plain values of JSON, for a reward of the user's own.
     """
 
     id: str
     prompt: str
     answer: str
     prompt_ids: list[int] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

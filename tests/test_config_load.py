@@ -47,6 +47,14 @@ def test_file_then_overrides_and_the_last_override_wins(tmp_path):
         ("data.eval=null", "data", "eval", None),
         ("data.eval=", "data", "eval", None),
         ("data.eval='null'", "data", "eval", "null"),
+        ("data.eval=my problems.jsonl", "data", "eval", "my problems.jsonl"),
+        ("data.eval={aime24: a.jsonl, 7: owner/b:main}", "data", "eval", {"aime24": "a.jsonl", "7": "owner/b:main"}),
+        ("data.prompt_column=reward_model.x: y", "data", "prompt_column", "reward_model.x: y"),
+        ("data.prompt_column=[question, problem]", "data", "prompt_column", ("question", "problem")),
+        ("data.prompt_column='[question]'", "data", "prompt_column", "[question]"),
+        ("data.id_column=[a, b.c]", "data", "id_column", ("a", "b.c")),
+        ("data.id_column=null", "data", "id_column", None),
+        ("eval.max_response_tokens=null", "eval", "max_response_tokens", None),
         ("rollout.max_logprob_gap=1e-2", "rollout", "max_logprob_gap", 1e-2),
         ("objective.micro=none", "objective", "micro", "none"),
         ("objective.micro=null", "objective", "micro", None),
@@ -214,7 +222,7 @@ def test_dumped_yaml_loads_to_an_equal_config(tmp_path):
     config = replace(
         resolve(Config(), 2, cuda=False),
         objective=ObjectiveConfig(preset="etr_second_order", micro="none", kl_coef=1e-7),
-        data=replace(Config().data, prompt_template='Q: "{prompt}"\nA: ✓', eval=None),
+        data=replace(Config().data, prompt_template='Q: "{prompt}"\nA: ✓', eval={"a": "b.jsonl"}, prompt_column=("p", "q")),
         run=replace(Config().run, name="null", dir="2024"),
     )
     assert load_config(write(tmp_path, dump_yaml(config))) == config

@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from etr_megatron.config import sources_of
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
-from etr_megatron.data import load_tokenizer, open_problems
+from etr_megatron.data import ProblemSet, load_tokenizer, open_problems
 from etr_megatron.errors import UserError
 
 ARITHMETIC = ArithmeticConfig(train_problems=50, eval_problems=20)
@@ -41,8 +42,13 @@ def write_jsonl(path: Path, lines: list[object]) -> str:
     return str(path)
 
 
-def opened(source: str, tokenizer: PreTrainedTokenizerFast, **settings: object):
-    return open_problems(replace(DataConfig(train=source), **settings), ARITHMETIC, "train", tokenizer)
+def opened_all(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[ProblemSet]:
+    return [open_problems(source, config, ARITHMETIC, tokenizer) for source in sources_of(config)]
+
+
+def opened(source: str, tokenizer: PreTrainedTokenizerFast, **settings: object) -> ProblemSet:
+    (found,) = opened_all(replace(DataConfig(train=source, eval=None), **settings), tokenizer)
+    return found
 
 
 GOOD = {"question": "1+1?", "answer": "2"}
@@ -151,7 +157,7 @@ def test_long_prompts_are_skipped_and_counted_and_a_limit_that_leaves_none_is_re
 def test_a_missing_file_is_refused_by_name(tmp_path, tokenizer, name):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UserError, match=rf"data\.eval: there is no file .*{name}"):
-        open_problems(DataConfig(eval=str(tmp_path / name)), ARITHMETIC, "eval", tokenizer)
+        opened_all(DataConfig(eval=str(tmp_path / name)), tokenizer)
     with pytest.raises(UserError, match=rf"data\.train: there is no file .*{name}"):
         opened(str(tmp_path / name), tokenizer)
 
@@ -219,8 +225,8 @@ def test_a_hub_dataset_is_loaded_by_name_config_and_split(tokenizer, monkeypatch
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     config = DataConfig(train="owner/set:main", eval="owner/set", train_split="tr", eval_split="te")
-    assert [p.id for p in open_problems(config, ARITHMETIC, "train", tokenizer)] == ["owner/set:main:tr:1"]
-    open_problems(config, ARITHMETIC, "eval", tokenizer)
+    train, held_out = opened_all(config, tokenizer)
+    assert [p.id for p in [*train, *held_out]] == ["owner/set:main:tr:1", "owner/set:te:1"]
     assert asked == [("owner/set", "main", "tr"), ("owner/set", None, "te")]
 
 
@@ -235,19 +241,13 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokeniz
 
 
 def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):
-    config = DataConfig()
-    train, held_out = (open_problems(config, ARITHMETIC, split, tokenizer) for split in ("train", "eval"))
+    train, held_out = opened_all(DataConfig(), tokenizer)
     assert (len(train), len(held_out)) == (50, 20)
     for problem in [*train, *held_out]:
         expression = problem.prompt.removeprefix("What is ").removesuffix("?")
         assert problem.id == f"arithmetic:{expression}"
         assert eval(expression) == int(problem.answer)
     assert not {p.prompt for p in train} & {p.prompt for p in held_out}
-
-
-def test_eval_that_is_null_is_a_defect_of_the_caller(tokenizer):
-    with pytest.raises(ValueError, match=r"data\.eval is null"):
-        open_problems(DataConfig(eval=None), ARITHMETIC, "eval", tokenizer)
 
 
 def test_chat_template_holds_system_prompt_and_wrapped_prompt_and_opens_the_answer(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
@@ -12,9 +13,9 @@ import httpx
 import pytest
 from huggingface_hub import constants
 
-from etr_megatron.config import DataConfig
+from etr_megatron.config import DataConfig, Source
 from etr_megatron.data import hub
-from etr_megatron.data.rows import read_rows
+from etr_megatron.data.rows import Rows, read_rows
 from etr_megatron.errors import UserError
 
 NOBODY = "http://127.0.0.1:1"
@@ -30,6 +31,13 @@ def endpoint(monkeypatch):
     hub.why_unreachable.cache_clear()
     yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
     hub.why_unreachable.cache_clear()
+
+
+SET = Source("data.train", "owner/set", "train", "train")
+
+
+def read(source: Source) -> Rows:
+    return read_rows(source, DataConfig())
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_without_a_network_a_name_that_is_not_in_the_cache_is_one_sentence_withi
     start = time.monotonic()
     for key in ("data.train", "data.eval"):
         with pytest.raises(UserError) as caught:
-            read_rows("owner/no-such-set", "train", DataConfig(), key)
+            read(Source(key, "owner/no-such-set", "train", "train"))
         assert str(caught.value).startswith(
             f"{key}: dataset 'owner/no-such-set' (split 'train') could not be loaded (it is not in the cache, and {NOBODY} "
             "cannot be reached: "
@@ -80,7 +88,7 @@ def test_without_a_network_a_name_that_is_not_in_the_cache_is_one_sentence_withi
 
 def test_without_a_network_what_is_in_the_cache_is_taken_from_there(endpoint, asked):
     endpoint(NOBODY)
-    assert len(read_rows("owner/set", "train", DataConfig(), "data.train").good) == 1
+    assert len(read(SET).good) == 1
     assert asked == [("owner/set", True, True)]
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
@@ -89,7 +97,7 @@ def test_without_a_network_what_is_in_the_cache_is_taken_from_there(endpoint, as
 def test_a_hub_that_answers_is_left_to_its_clients_however_slow_it_is(endpoint, asked, status, delay_s):
     with server(status, delay_s) as address:
         endpoint(address)
-        read_rows("owner/set", "train", DataConfig(), "data.train")
+        read(SET)
     assert asked == [("owner/set", False, False)]
 
 
@@ -104,7 +112,7 @@ def test_a_network_that_comes_up_while_it_is_asked_for_is_used(endpoint, asked, 
                 return session.head(next(addresses), **options)
 
         monkeypatch.setattr(hub, "get_session", Session)
-        read_rows("owner/set", "train", DataConfig(), "data.train")
+        read(SET)
     assert asked == [("owner/set", False, False)]
 
 
@@ -122,7 +130,7 @@ def test_a_name_that_can_be_none_of_the_hub_is_not_asked_for_there(endpoint, mon
     monkeypatch.chdir(tmp_path)
     for source in ("folder", "/nowhere", "/nowhere/problems", "a/b/c", str(tmp_path / "folder")):
         with pytest.raises(UserError, match="could not be loaded"):
-            read_rows(source, "train", DataConfig(), "data.train")
+            read(replace(SET, location=source))
     assert not addresses
     with hub.hub_or_cache("owner/set"):
         assert addresses == [NOBODY]
@@ -133,7 +141,7 @@ def test_a_job_that_is_told_to_be_offline_does_not_ask(endpoint, asked, monkeypa
     endpoint(NOBODY)
     monkeypatch.setattr(hub, "_ask", lambda _: asked.append("the hub"))
     monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    read_rows("owner/set", "train", DataConfig(), "data.train")
+    read(SET)
     assert len(asked) == 1
 
 
@@ -145,7 +153,7 @@ def test_a_dataset_of_the_cache_that_has_no_such_split_is_told_so(endpoint, monk
     monkeypatch.setattr(hub, "_PAUSES_S", ())
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r'could not be loaded \(ValueError: Unknown split "train"\.\); check name and split'):
-        read_rows("owner/set", "train", DataConfig(), "data.train")
+        read(SET)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from etr_megatron.metrics import check_logprob_gap, drawn_from, evaluation_metrics, rollout_metrics, training_speed
+from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, training_speed
 from etr_megatron.observe.metrics import PASS_RATE_KEYS
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
-from etr_megatron.types import Group, Problem, Sample
 from tests.batches import FLAT_LENGTHS, batch_of, config, groups, logprobs, metrics_row, update, with_old
 
 
@@ -57,20 +56,6 @@ def test_the_gate_names_the_worst_sample_beside_a_response_without_tokens():
     batch = replace(batch, rollout_logp=tuple(torch.full((n,), -1.0) for n in (0, 2, 1)))
     with pytest.raises(RuntimeError, match=r"worst 4\.00e-01, sample p1@3/0"):
         check_logprob_gap(batch, config())
-
-
-def test_an_evaluation_counts_right_responses_and_problems_that_any_of_them_is_right_for():
-    """Of three problems the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
-    rewards = [(1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5)]
-    graded = [
-        Group(f"g{i}", Problem(f"p{i}", "", "", [1]), [Sample(j, [2], [-1.0], "stop", 0, reward=r) for j, r in enumerate(pair)])
-        for i, pair in enumerate(rewards)
-    ]
-    twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
-    assert evaluation_metrics(graded, twice) == {"eval_accuracy": 0.5, "eval_pass_at_k": pytest.approx(2 / 3)}
-    for group in graded:
-        del group.samples[0]
-    assert evaluation_metrics(graded, config("reward.range_min=-1")) == {"eval_accuracy": pytest.approx(2 / 3)}
 
 
 def test_metrics_are_means_over_all_tokens_of_all_updates():

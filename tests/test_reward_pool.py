@@ -200,6 +200,24 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
         assert pool.grade([request("die once"), request("0.5")]) == [Grade(1.0, "ok", ""), Grade(0.5, "ok", "")]
 
 
+OF_COLUMNS = """
+def by_level(prompt, response, answer, columns):
+    return columns["extra_info.level"] * (response == columns["data_source"])
+"""
+
+
+def test_a_reward_of_the_users_own_is_given_the_columns_that_the_config_names(user_rewards, tmp_path):
+    (tmp_path / "of_columns.py").write_text(OF_COLUMNS)
+    config = RewardConfig(function="of_columns:by_level", columns=("data_source", "extra_info.level"), range_max=9.0)
+    extra = {"data_source": "größer", "extra_info.level": 7}
+    with GraderPool(config) as pool:
+        assert pool.grade([GradeRequest("?", "größer", "", extra)]) == [Grade(7.0, "ok", "")]
+    with pytest.raises(UserError, match="callable with four arguments, the prompt, the response, the answer and a dict of"):
+        GraderPool(RewardConfig(function=user_rewards, columns=("data_source",)))
+    with pytest.raises(UserError, match="callable with three arguments"):
+        GraderPool(RewardConfig(function="of_columns:by_level"))
+
+
 def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     config = RewardConfig(function=user_rewards, workers=1, range_min=-1.0)
     values = ("float('inf')", "-float('inf')", "float('nan')", "'1'", "b'1'", "None")

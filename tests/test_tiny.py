@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
+from etr_megatron.config import sources_of
 from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, Config, DataConfig, TinyConfig
 from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
@@ -93,7 +94,8 @@ def test_digits_are_single_tokens_and_special_tokens_agree_with_the_model(policy
 
 def test_prompts_of_the_run_are_templated_with_the_chat_template(policy):
     tokenizer = load_tokenizer(policy)
-    problem = open_problems(DataConfig(system_prompt="Add."), ARITHMETIC, "train", tokenizer)[0]
+    config = DataConfig(system_prompt="Add.")
+    problem = open_problems(sources_of(config)[0], config, ARITHMETIC, tokenizer)[0]
     assert tokenizer.decode(problem.prompt_ids) == (
         f"<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{problem.prompt}<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -7,7 +7,7 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
-from etr_megatron.config.defaults import fill_objective, tensor_parallel
+from etr_megatron.config.defaults import fill_objective, response_limits, tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.load import load_config
@@ -32,9 +32,11 @@ from etr_megatron.config.schema import (
     TinyConfig,
     TrainConfig,
 )
+from etr_megatron.config.sources import ARITHMETIC, Source, sources_of
 from etr_megatron.config.validate import doubts, validate
 
 __all__ = [
+    "ARITHMETIC",
     "LOSSES",
     "PRESETS",
     "ArithmeticConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SglangConfig",
+    "Source",
     "TinyConfig",
     "TrainConfig",
     "doubts",
@@ -60,6 +63,8 @@ __all__ = [
     "load_config",
     "path_of_run",
     "resolve",
+    "response_limits",
+    "sources_of",
     "tensor_parallel",
     "to_dict",
     "validate",

@@ -33,14 +33,15 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list of texts, such as [a, b]"
     if get_origin(hint) is dict:
-        return "numbers by name, such as {a: 0.5, b: 2}"
+        return "numbers by name, such as {a: 0.5, b: 2}" if get_args(hint)[1] is float else "texts by name, such as {a: b}"
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
 
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     """The value of `node` as `hint` wants it.
 
-    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float], or a union of these and None.
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float | str], or a union of these and None, str
+        last.
     verbatim: the text of a command-line override; text fields take it as it stands unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
@@ -66,7 +67,7 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
             raise Mismatch(describe(hint))
         return tuple(_text(child, None) for child in node.value)
     if get_origin(hint) is dict:
-        return _numbers(node, hint)
+        return _mapping(node, hint)
     if get_origin(hint) is Literal:
         text = _text(node, verbatim)
         if text not in get_args(hint):
@@ -77,12 +78,13 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
     return _scalar(node, hint)
 
 
-def _numbers(node: yaml.Node, hint: Any) -> dict[str, float]:
-    """A mapping from names, each given once, to finite numbers."""
+def _mapping(node: yaml.Node, hint: Any) -> dict[str, float] | dict[str, str]:
+    """From names, each given once, to finite numbers or texts."""
     if not isinstance(node, yaml.MappingNode):
         raise Mismatch(describe(hint))
+    of = get_args(hint)[1]
     try:
-        found = {_text(key, None): _scalar(value, float) for key, value in node.value}
+        found = {_text(key, None): _coerce_one(value, of, None) for key, value in node.value}
     except Mismatch:
         raise Mismatch(describe(hint)) from None
     if len(found) < len(node.value):

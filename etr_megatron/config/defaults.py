@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from etr_megatron.config.presets import PRESETS
-from etr_megatron.config.schema import ObjectiveConfig, ParallelConfig
+from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
@@ -28,3 +28,10 @@ def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:
     if parallel.tp != "auto":
         return parallel.tp
     return min(2, max(1, world_size // max(1, parallel.pp * parallel.cp)))
+
+
+def response_limits(config: Config) -> dict[str, int]:
+    """Most tokens of a response, by the key that says so: an evaluation, where there is any, may have a limit of its own."""
+    own = config.eval.max_response_tokens if config.eval.every and config.data.eval is not None else None
+    limits = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
+    return limits if own is None else limits | {"eval.max_response_tokens": own}

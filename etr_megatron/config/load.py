@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -91,7 +91,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def _value(setting: _Setting) -> Any:
     hint = SECTIONS[setting.section][setting.name]
     if setting.node is None:  # an override that is no YAML at all can still be plain text
-        if hint in (str, str | None):
+        if hint is str or str in get_args(hint):
             return setting.verbatim
         raise Mismatch(describe(hint))
     return coerce(setting.node, hint, setting.verbatim)

@@ -1,7 +1,7 @@
 """Prompts with verifiable answers: sources, templates, the resumable cursor; and the tiny policy with its arithmetic."""
 
 from etr_megatron.data.cursor import PromptCursor
-from etr_megatron.data.problems import ProblemSet, Split, open_problems, refuse_unknown_tokens
+from etr_megatron.data.problems import ProblemSet, open_problems, refuse_unknown_tokens
 from etr_megatron.data.prompts import load_tokenizer
 from etr_megatron.data.rows import read_rows
 from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
@@ -9,7 +9,6 @@ from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
 __all__ = [
     "ProblemSet",
     "PromptCursor",
-    "Split",
     "build_tiny_policy",
     "load_tokenizer",
     "open_problems",

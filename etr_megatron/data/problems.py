@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, overload
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
-from etr_megatron.data.prompts import tokenize_prompts, user_message
+from etr_megatron.config.sources import ARITHMETIC, Source
+from etr_megatron.data.prompts import conversation, tokenize_prompts
 from etr_megatron.data.rows import arithmetic_rows, read_rows
 from etr_megatron.errors import UserError
 from etr_megatron.types import Problem
@@ -19,14 +20,12 @@ from etr_megatron.types import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "eval"]
-
 
 @dataclass(frozen=True)
 class ProblemSet(Sequence[Problem]):
     """A list of problems in the order of their source, and what was left out of it.
 
-    problems: each with `prompt` (the user's message), `answer`, an id unique in the set, and `prompt_ids`.
+    problems: each with `prompt` (the user's last message), `answer`, an id unique in the set, and `prompt_ids`.
     skipped_too_long: prompts of more than `data.max_prompt_tokens` tokens.
     skipped_broken: rows left out under `data.on_bad_row: skip`.
     """
@@ -53,41 +52,41 @@ class ProblemSet(Sequence[Problem]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over every problem's id, text, answer and token ids, in order."""
+        """16 hex digits over every problem's id, text, answer, token ids and further columns, in order."""
         digest = hashlib.sha256()
         for problem in self.problems:
-            digest.update(json.dumps([problem.id, problem.prompt, problem.answer, problem.prompt_ids]).encode())
+            said = [problem.id, problem.prompt, problem.answer, problem.prompt_ids]
+            digest.update(json.dumps([*said, problem.extra] if problem.extra else said).encode())
         return digest.hexdigest()[:16]
 
 
 def open_problems(
-    config: DataConfig, arithmetic: ArithmeticConfig, split: Split, tokenizer: PreTrainedTokenizerBase
+    source: Source,
+    config: DataConfig,
+    arithmetic: ArithmeticConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: tuple[str, ...] = (),
 ) -> ProblemSet:
-    """Read `data.train` or `data.eval`, apply the templates, tokenise, and leave out what is broken or too long.
+    """Read a source, apply the templates, tokenise, and leave out what is broken or too long.
+
+    extra: `reward.columns`, which the problems keep.
 
     Raises:
         UserError: whatever `read_rows` and `tokenize_prompts` refuse, or nothing is left.
-        ValueError: `split` is eval and `data.eval` is null.
     """
-    key = f"data.{split}"
-    source = config.train if split == "train" else config.eval
-    if source is None:
-        raise ValueError("data.eval is null: there are no held-out problems to open")
-    if source == "arithmetic":
-        rows = arithmetic_rows(arithmetic, split)
-    else:
-        rows = read_rows(source, config.train_split if split == "train" else config.eval_split, config, key)
-    messages = [user_message(row.prompt, config) for row in rows.good]
+    is_generated = source.location == ARITHMETIC
+    rows = arithmetic_rows(arithmetic, source.split) if is_generated else read_rows(source, config, extra)
+    conversations = [conversation(row.prompt, config) for row in rows.good]
     problems, too_long = [], 0
-    for row, message, ids in zip(rows.good, messages, tokenize_prompts(messages, config, tokenizer), strict=True):
+    for row, messages, ids in zip(rows.good, conversations, tokenize_prompts(conversations, config, tokenizer), strict=True):
         if len(ids) > config.max_prompt_tokens:
             too_long += 1
             continue
-        problems.append(Problem(id=row.id, prompt=message, answer=row.answer, prompt_ids=list(ids)))
+        problems.append(Problem(row.id, messages[-1]["content"], row.answer, list(ids), row.extra))
     if not problems:
         raise UserError(
-            f"{key}: all {too_long} prompts of {source!r} are longer than data.max_prompt_tokens={config.max_prompt_tokens}; "
-            "raise it"
+            f"{source.key}: all {too_long} prompts of {source.location!r} are longer than "
+            f"data.max_prompt_tokens={config.max_prompt_tokens}; raise it"
         )
     return ProblemSet(problems, skipped_too_long=too_long, skipped_broken=rows.broken)
 

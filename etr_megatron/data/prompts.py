@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2.exceptions import TemplateError
 
 from etr_megatron.config.schema import DataConfig
+from etr_megatron.data.columns import Messages
 from etr_megatron.errors import UserError
 from etr_megatron.types import TOKENIZER_FILES
 
@@ -51,39 +52,45 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
     return tokenizer
 
 
-def user_message(prompt: str, config: DataConfig) -> str:
-    """`prompt` in `data.prompt_template`; other braces of the template (`\\boxed{}`) are kept.
+def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
+    """The messages that ask for a response: a problem's text in `data.prompt_template`, or chat messages with their last one in
+    it; before them `data.system_prompt`, unless they begin with a system message of their own.
+
+    Other braces of the template (`\\boxed{}`) are kept.
 
     Raises:
         UserError: the template lacks `{prompt}`.
     """
     if _PLACEHOLDER not in config.prompt_template:
         raise UserError(f"data.prompt_template {config.prompt_template!r} lacks {_PLACEHOLDER}; add it where the problem goes")
-    return config.prompt_template.replace(_PLACEHOLDER, prompt)
+    *before, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if config.system_prompt is not None and not (before and before[0]["role"] == "system"):
+        before = [{"role": "system", "content": config.system_prompt}, *before]
+    return [*before, {**last, "content": config.prompt_template.replace(_PLACEHOLDER, last["content"])}]
 
 
-def tokenize_prompts(messages: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each user message, in one batch: 7,000 prompts take about a second.
+def tokenize_prompts(
+    conversations: Sequence[Messages], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of each conversation, in one batch: 7,000 prompts take about a second.
 
     With the tokenizer's chat template (and `data.chat_template`) they end where the assistant's turn begins; without it they
-    are the message with the tokenizer's own special tokens.
+    are the user's message with the tokenizer's own special tokens.
 
     Raises:
-        UserError: the chat template refuses the messages, or `data.system_prompt` is set with no template to put it in.
+        UserError: the chat template refuses the messages, or there is no template for more than a user's message.
     """
-    if not messages:
+    if not conversations:
         return []
     if not (config.chat_template and tokenizer.chat_template):
+        without = "no chat template takes it (data.chat_template is off, or the tokenizer has none)"
         if config.system_prompt is not None:
-            raise UserError(
-                "data.system_prompt is set but no chat template takes it (data.chat_template is off, or the tokenizer has "
-                "none): put it into data.prompt_template"
-            )
-        return tokenizer(list(messages))["input_ids"]
-    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    conversations = [[*system, {"role": "user", "content": message}] for message in messages]
+            raise UserError(f"data.system_prompt is set but {without}: put it into data.prompt_template")
+        if any(len(messages) > 1 for messages in conversations):
+            raise UserError(f"a prompt has several chat messages but {without}: make one text of them")
+        return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
     try:
-        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(
             f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or set "

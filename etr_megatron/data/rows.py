@@ -9,15 +9,24 @@ arithmetic and .jsonl have no use for it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
+from etr_megatron.config.sources import Source
 from etr_megatron.data.arithmetic import ArithmeticSplit, exercises
+from etr_megatron.data.columns import (
+    BrokenRowError,
+    Columns,
+    Messages,
+    NoColumnError,
+    extra_of,
+    find_columns,
+    prompt_of,
+    text_of,
+)
 from etr_megatron.data.hub import hub_or_cache
 from etr_megatron.errors import UserError
 
@@ -33,12 +42,15 @@ class Row:
     """A prompt and its answer as they stand in the source.
 
     id: value of the id column, else `<file>:<line or row>` (counted from 1).
-    prompt, answer: text, not empty.
+    prompt: text, or the messages of a conversation that ends with the user's.
+    answer: text, not empty.
+    extra: further columns, for a reward of the user's own.
     """
 
     id: str
-    prompt: str
+    prompt: str | Messages
     answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -49,110 +61,82 @@ class Rows:
     broken: int = 0
 
 
-class _BrokenRow(Exception):
-    """Why a row cannot be used."""
-
-
 def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit) -> Rows:
     """Generated exercises as rows."""
     return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result)) for e in exercises(config, split)])
 
 
-def read_rows(source: str, hub_split: str, config: DataConfig, key: str) -> Rows:
-    """Rows of a .jsonl file, a .parquet file or a hub dataset (`name` or `name:config`).
+def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -> Rows:
+    """Rows of a .jsonl file, a .parquet file or a hub dataset (`name`, `name:config`, or a directory that holds one).
 
     Args:
-        source: value of `data.train` or `data.eval`.
-        hub_split: which split of a hub dataset.
+        source: not the generated one.
         config: column names and what happens to a broken row.
-        key: config key of `source`, for messages.
+        extra: further columns to keep; a row that lacks one has None.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
             `data.on_bad_row: fail`.
     """
-    suffix = Path(source).suffix.lower()
+    location, key = source.location, source.key
+    suffix = Path(location).suffix.lower()
     if suffix in (".jsonl", ".parquet"):
-        path = Path(source)
+        path = Path(location)
         if not path.is_file():
-            raise UserError(f"{key}: there is no file {source!r}; give the path of a .jsonl or .parquet file that exists")
+            raise UserError(f"{key}: there is no file {location!r}; give the path of a .jsonl or .parquet file that exists")
         located = _jsonl(path) if suffix == ".jsonl" else _numbered(_read_parquet(path, key), path.name)
-    elif suffix in _NOT_READ or Path(source).is_file():
-        raise UserError(f"{key}: {source!r} is neither .jsonl nor .parquet; convert it to one of them")
+    elif suffix in _NOT_READ or Path(location).is_file():
+        raise UserError(f"{key}: {location!r} is neither .jsonl nor .parquet; convert it to one of them")
     else:
-        located = _numbered(_open_hub(source, hub_split, key), f"{source}:{hub_split}")
-    return _checked(located, source, config, key)
+        located = _numbered(_open_hub(location, source.hub_split, key), f"{location}:{source.hub_split}")
+    return _checked(located, source, config, extra)
 
 
-def _checked(located: Iterator[tuple[str, Any]], source: str, config: DataConfig, key: str) -> Rows:
-    """Apply the column and row rules to (place, row) pairs; a row that could not be parsed comes as its `_BrokenRow`."""
+def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataConfig, extra: tuple[str, ...]) -> Rows:
+    """Apply the column and row rules to (place, row) pairs; a row that could not be parsed comes as its `BrokenRowError`."""
+    where = f"{source.key}: {source.location!r}"
     try:
         pairs = list(located)
     except OSError as error:
-        raise UserError(f"{key}: {source!r} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{where} cannot be read ({error.strerror}); check its permissions") from error
     if not pairs:
-        raise UserError(f"{key}: {source!r} holds no rows; give a dataset with at least one")
-    _require_columns([row for _, row in pairs if isinstance(row, Mapping)], source, config, key)
+        raise UserError(f"{where} holds no rows; give a dataset with at least one")
+    parsed = [row for _, row in pairs if isinstance(row, Mapping)]
+    try:
+        columns = find_columns(parsed, config, extra) if parsed else None
+    except NoColumnError as error:
+        raise UserError(f"{where} has {error}") from None
     rows, place_of_id = Rows(), {}
     for place, raw in pairs:
         try:
-            if isinstance(raw, _BrokenRow):
+            if isinstance(raw, BrokenRowError):
                 raise raw
-            row = _row(raw, place, config)
+            assert columns is not None
+            row = _row(raw, place, columns)
             if row.id in place_of_id:
-                raise _BrokenRow(f"id {row.id!r} is that of {place_of_id[row.id]} already")
-        except _BrokenRow as reason:
+                raise BrokenRowError(f"id {row.id!r} is that of {place_of_id[row.id]} already")
+        except BrokenRowError as reason:
             if config.on_bad_row == "fail":
                 raise UserError(
-                    f"{key}: {place} of {source!r} cannot be used: {reason}; mend it, or set data.on_bad_row=skip"
+                    f"{source.key}: {place} of {source.location!r} cannot be used: {reason}; mend it, or set "
+                    "data.on_bad_row=skip"
                 ) from None
             rows.broken += 1
             continue
         place_of_id[row.id] = place
         rows.good.append(row)
     if not rows.good:
-        raise UserError(f"{key}: none of the {len(pairs)} rows of {source!r} can be used; data.on_bad_row=fail names the first")
+        raise UserError(
+            f"{source.key}: none of the {len(pairs)} rows of {source.location!r} can be used; data.on_bad_row=fail names the "
+            "first"
+        )
     return rows
 
 
-def _require_columns(rows: list[Mapping[str, Any]], source: str, config: DataConfig, key: str) -> None:
-    """Columns that no row has are a wrong config, not many broken rows."""
-    available = {column: None for row in rows for column in row}
-    wanted = {setting: getattr(config, setting) for setting in ("prompt_column", "answer_column", "id_column")}
-    missing = [
-        f"column {column!r} (data.{setting})"
-        for setting, column in wanted.items()
-        if column is not None and column not in available
-    ]
-    if rows and missing:
-        columns = ", ".join(map(repr, available))
-        raise UserError(f"{key}: {source!r} has no {' and no '.join(missing)}; its columns are {columns}")
-
-
-def _row(raw: Mapping[str, Any], place: str, config: DataConfig) -> Row:
-    row_id = place if config.id_column is None else _text(raw, config.id_column, numbers=True)
-    prompt = _text(raw, config.prompt_column, numbers=False)
-    return Row(row_id, prompt, _text(raw, config.answer_column, numbers=True))
-
-
-def _text(raw: Mapping[str, Any], column: str, *, numbers: bool) -> str:
-    """The text in a column; with `numbers`, a finite number is written out."""
-    value = raw.get(column)
-    if value is None:
-        raise _BrokenRow(f"column {column!r} is {'null' if column in raw else 'missing'}")
-    if numbers and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise _BrokenRow(f"column {column!r} is {value}, not a finite number")
-        return str(value)
-    if not isinstance(value, str):
-        raise _BrokenRow(f"column {column!r} is {type(value).__name__}, not text{' or a number' if numbers else ''}")
-    if not value.strip():
-        raise _BrokenRow(f"column {column!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise _BrokenRow(f"column {column!r} holds half a surrogate pair at character {error.start + 1}") from None
-    return value
+def _row(raw: Mapping[str, Any], place: str, columns: Columns) -> Row:
+    row_id = place if columns.id is None else text_of(raw, columns.id, numbers=True)
+    prompt = prompt_of(raw, columns.prompt)
+    return Row(row_id, prompt, text_of(raw, columns.answer, numbers=True), extra_of(raw, columns.extra))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -165,13 +149,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else what is cut off ends on a line 2
             except UnicodeDecodeError as error:
-                yield place, _BrokenRow(f"not UTF-8 at byte {error.start + 1} of the line")
+                yield place, BrokenRowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
-                yield place, _BrokenRow(f"not JSON at character {error.colno} ({error.msg})")
+                yield place, BrokenRowError(f"not JSON at character {error.colno} ({error.msg})")
             except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
-                yield place, _BrokenRow(f"not readable JSON ({error})")
+                yield place, BrokenRowError(f"not readable JSON ({error})")
             else:
-                yield place, row if isinstance(row, dict) else _BrokenRow(f"a JSON {type(row).__name__}, not an object")
+                yield place, row if isinstance(row, dict) else BrokenRowError(f"a JSON {type(row).__name__}, not an object")
 
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig, TinyConfig
 from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
-from etr_megatron.data.prompts import tokenize_prompts
+from etr_megatron.data.prompts import conversation, tokenize_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -151,7 +151,7 @@ def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
 
     Prompts are templated as RL will template them; a solution ends with the end of the turn.
     """
-    prompts = tokenize_prompts([question for question, _ in pairs], DataConfig(), tokenizer)
+    prompts = tokenize_prompts([conversation(question, DataConfig()) for question, _ in pairs], DataConfig(), tokenizer)
     solutions = tokenizer([solution + TURN_END for _, solution in pairs], add_special_tokens=False)["input_ids"]
     longest = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
     input_ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)

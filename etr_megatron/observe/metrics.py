@@ -50,12 +50,19 @@ class StepMetrics(TypedDict):
 
 
 class MetricsRow(StepMetrics, total=False):
-    """A row; the keys below are there only on some steps, and so are those of `PASS_RATE_KEYS` and `loss/...`."""
+    """A row; the keys below are there only on some steps, and so are those of `PASS_RATE_KEYS`, `eval/...` and `loss/...`.
+
+    What an evaluation says is, of several held-out sets, the mean over sets; `eval/<name>/accuracy` and so on are a set's own.
+    """
 
     eval_accuracy: float  # share of right responses to held-out problems, after the step's updates
-    eval_accuracy_start: float  # the same before any update: in the first row only
+    eval_accuracy_start: float  # the same before any update: in the first row only, as the others with _start
     eval_pass_at_k: float  # with eval.samples: share of held-out problems with a right response among so many
     eval_pass_at_k_start: float
+    eval_response_tokens_mean: float  # tokens per response to a held-out problem
+    eval_response_tokens_mean_start: float
+    eval_truncated_frac: float  # share of responses to held-out problems cut at the evaluation's limit
+    eval_truncated_frac_start: float
     reward_shaped_mean: float  # over samples, of what is trained on, where that is not the verifier's reward
     groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
     groups_dropped: int  # groups left out because their rewards are all equal
@@ -94,6 +101,8 @@ OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
 """The keys that only some rows have."""
 LOSS_PREFIX = "loss/"
 """Begins the keys of what a loss reports beyond that, means over tokens."""
+SET_PREFIX = "eval/"
+"""Begins the keys of a held-out set with a name: `eval/<name>/accuracy`, and so on."""
 
 
 class MetricsLog:
@@ -207,15 +216,15 @@ def _checked(row: MetricsRow) -> dict[str, Any]:
     given: dict[str, Any] = dict(row)
     is_trained = any(key in given for key in METRIC_KEYS if key not in ROLLOUT_METRIC_KEYS)
     missing = [key for key in (METRIC_KEYS if is_trained else ROLLOUT_METRIC_KEYS) if key not in given]
-    of_the_loss = [key for key in given if key.startswith(LOSS_PREFIX)]
-    unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *of_the_loss)]
+    named_elsewhere = [key for key in given if key.startswith((SET_PREFIX, LOSS_PREFIX))]
+    unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *named_elsewhere)]
     if missing or unknown:
         raise ValueError(
             f"metrics row of step {given.get('step')}: missing keys {missing}, unknown keys {unknown}; the list of keys "
             "is etr_megatron.observe.metrics.MetricsRow"
         )
     checked: dict[str, Any] = {}
-    for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *of_the_loss):
+    for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *named_elsewhere):
         if key not in given:
             continue
         value = given[key]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.metrics import MetricsRow
+from etr_megatron.observe.metrics import SET_PREFIX, MetricsRow
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
 
@@ -59,6 +59,7 @@ def summary(rows: list[MetricsRow]) -> str:
         f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
         f"eval accuracy     {_evaluations(rows, 'eval_accuracy')}",
         *([f"eval pass@k       {_evaluations(rows, 'eval_pass_at_k')}"] if _points(rows, "eval_pass_at_k") else []),
+        *(f"  {name:<16}{_evaluations(rows, key)}" for name, key in _sets(rows).items()),
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
@@ -101,6 +102,12 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
         if values.get(key) is not None:
             points.append((row["step"], values[key]))
     return points
+
+
+def _sets(rows: list[MetricsRow]) -> dict[str, str]:
+    """Held-out sets with a name -> the key of their accuracy."""
+    keys = (key for row in rows for key in row if key.startswith(SET_PREFIX) and key.endswith("/accuracy"))
+    return {key.removeprefix(SET_PREFIX).removesuffix("/accuracy"): key for key in keys}
 
 
 def _evaluations(rows: list[MetricsRow], key: str) -> str:

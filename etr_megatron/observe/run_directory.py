@@ -54,6 +54,7 @@ class RunDirectory:
     config.yaml       the resolved configuration
     metrics.jsonl     one object per step (`MetricsLog`)
     rollouts/         samples to read, one file per saved step
+    evaluations/      responses to held-out problems to read, one file per evaluation
     recorded/         all groups of every step, to be replayed; belongs to the rollout room
     checkpoints/      belongs to the checkpoint room
     tensorboard/      event files, made from the same rows as metrics.jsonl
@@ -67,6 +68,7 @@ class RunDirectory:
         self.config_file = root / "config.yaml"
         self.metrics = MetricsLog(root / "metrics.jsonl")
         self.rollouts = root / "rollouts"
+        self.evaluations = root / "evaluations"
         self.recorded = root / "recorded"
         self.reached_file = self.recorded / "reached.safetensors"
         self.checkpoints = root / "checkpoints"
@@ -132,7 +134,7 @@ class RunDirectory:
     def _refuse_what_is_anothers(self) -> None:
         """What another user, or root in a container, has left in a directory that all may write to would else be met at the
         step that needs it, such as the first checkpoint's."""
-        for folder in (self.rollouts, self.recorded, self.checkpoints, self.tensorboard, self.servers):
+        for folder in (self.rollouts, self.evaluations, self.recorded, self.checkpoints, self.tensorboard, self.servers):
             _require(folder, os.R_OK | os.W_OK | os.X_OK)
         steps = entries(self.checkpoints, "step_*")
         for folder in steps:  # each is removed one day
@@ -170,6 +172,12 @@ class RunDirectory:
         """Write the samples of `groups` to `rollouts/step_<step>.jsonl` and return its path."""
         return save_rollouts(self.rollouts, step, groups)
 
+    def save_evaluation(self, step: int, groups: Iterable[Group]) -> Path:
+        """The same of responses to held-out problems after `step`, 0 before the first, in `evaluations/`."""
+        with disk_errors(self.evaluations):
+            self.evaluations.mkdir(exist_ok=True)
+        return save_rollouts(self.evaluations, step, groups)
+
     def cut_back(self, step: int) -> None:
         """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew).
 
@@ -177,8 +185,8 @@ class RunDirectory:
         """
         with path_errors():
             self.metrics.cut_back(step)
-            cut_back_rollouts(self.rollouts, step)
-            cut_back_rollouts(self.recorded, step)
+            for folder in (self.rollouts, self.evaluations, self.recorded):
+                cut_back_rollouts(folder, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
         """Replace status.json: the state, the last finished step of `steps`, and for "failed" and "requeue" why."""

@@ -28,8 +28,11 @@ def load_grader(config: RewardConfig) -> Grader:
         symbolic.warm_up()
         return lambda request: _grade_math(request, config)
     function = import_function(config.function)
-    if not takes(function, 3):
-        raise ImportPathError("it must be callable with three arguments, the prompt, the response and the answer")
+    if not takes(function, 4 if config.columns else 3):
+        wanted = "three arguments, the prompt, the response and the answer"
+        if config.columns:
+            wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
+        raise ImportPathError(f"it must be callable with {wanted}")
     return lambda request: _grade_custom(function, request, config)
 
 
@@ -46,7 +49,8 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
 def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: RewardConfig) -> Grade:
     """A user's function may fail on one answer: that answer is an error with its message, the run goes on."""
     try:
-        value = function(request.prompt, request.response, request.answer)
+        extra = (request.extra,) if config.columns else ()
+        value = function(request.prompt, request.response, request.answer, *extra)
     except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
     try:

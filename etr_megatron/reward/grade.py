@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from etr_megatron.types import RewardStatus
 
 
 @dataclass(frozen=True, slots=True)
 class GradeRequest:
-    """One response to be graded. answer: the reference answer, as the data has it."""
+    """One response to be graded. prompt: the user's message. answer: the reference answer, as the data has it. extra: what
+    `reward.columns` names."""
 
     prompt: str
     response: str
     answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A grader process: `python -m etr_megatron.reward.worker PARENT_PID CONFIG_JSON`, started by the pool only.
 
 Requests and replies are JSON, one object a line, on the pipes it was started with: first `{"ready": true}` or
-`{"fatal": "..."}`, then one `{"reward", "status", "detail"}` per `{"prompt", "response", "answer"}`, in order. End of
+`{"fatal": "..."}`, then one `{"reward", "status", "detail"}` per `{"prompt", "response", "answer", "extra"}`, in order. End of
 input ends it. It sets no time limits: the parent kills it.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
 
 def _config(text: str) -> RewardConfig:
     values = json.loads(text)
-    return RewardConfig(**{**values, "extract": tuple(values["extract"])})
+    return RewardConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -56,7 +56,7 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
     Raises UngradedError, with nothing filled in, for a reward outside of the range that the config gives. Which of the two is
     wrong nobody here knows, and to train on, counting what may be the best answers as the worst, would undo the policy.
     """
-    grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer) for problem, sample in samples])
+    grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra) for problem, sample in samples])
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
     if outside:
         grade, problem = outside[0]

@@ -39,7 +39,9 @@ def check_group(group: Any) -> None:
     _check_keys("a group", group, _GROUP)
     problem = group["problem"]
     _check_keys("a problem", problem, _PROBLEM)
-    if more := sorted(problem.keys() - _PROBLEM.keys()):
+    if not isinstance(problem.get("extra", {}), dict):  # which records of older versions do not have
+        raise ValueError(f"`extra` of a problem is {type(problem['extra']).__name__}")
+    if more := sorted(problem.keys() - {*_PROBLEM, "extra"}):
         raise ValueError(f"`{more[0]}` is nothing that a problem has")
     _check_numbers(problem, "prompt_ids", "i")
     if not group["samples"]:

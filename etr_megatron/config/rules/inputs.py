@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+from etr_megatron.config.defaults import response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
 
 TINY_POSITIONS = 4096
 """Context of the generated policy."""
+
+_SET_NAME = re.compile(r"[\w.-]+", re.ASCII)
+
+EVALUATED = ("eval.every", "data.eval")
+"""Whether there is an evaluation."""
 
 EXTRACTORS = ("boxed", "hash", "last_number")
 OPERATORS = ("+", "-", "*")
@@ -33,13 +40,13 @@ def tiny(config: Config) -> Iterator[Violation]:
         yield Violation(("tiny.head_dim",), "must be even, as rotary embeddings turn pairs of dimensions")
     if config.model.path == "tiny" and tiny.layers < config.parallel.pp:
         yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer", given=("model.path",))
-    wanted = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.model.path == "tiny" and wanted > TINY_POSITIONS:
-        yield Violation(
-            ("data.max_prompt_tokens", "rollout.max_response_tokens"),
-            f"the tiny model has a context of {TINY_POSITIONS} tokens",
-            given=("model.path",),
-        )
+    for key, tokens in response_limits(config).items():
+        if config.model.path == "tiny" and config.data.max_prompt_tokens + tokens > TINY_POSITIONS:
+            yield Violation(
+                ("data.max_prompt_tokens", key),
+                f"the tiny model has a context of {TINY_POSITIONS} tokens",
+                given=("model.path", *EVALUATED),
+            )
 
 
 def arithmetic(config: Config) -> Iterator[Violation]:
@@ -48,7 +55,8 @@ def arithmetic(config: Config) -> Iterator[Violation]:
     if task.max_digits < task.min_digits:
         yield Violation(("arithmetic.min_digits", "arithmetic.max_digits"), "min_digits must not exceed max_digits")
     yield from names(config, "arithmetic.operators", OPERATORS)
-    if "arithmetic" in (config.data.train, config.data.eval) and task.operators and 1 <= task.max_digits <= 18:
+    held_out = config.data.eval.values() if isinstance(config.data.eval, dict) else (config.data.eval,)
+    if "arithmetic" in (config.data.train, *held_out) and task.operators and 1 <= task.max_digits <= 18:
         possible = 10 ** (2 * task.max_digits) * len(set(task.operators))
         if possible < task.train_problems + task.eval_problems:
             yield Violation(
@@ -63,17 +71,34 @@ def data(config: Config) -> Iterator[Violation]:
     if "{prompt}" not in config.data.prompt_template:
         yield Violation(("data.prompt_template",), "must contain {prompt}, which stands for the problem's text")
     for key in ("data.eval", "data.id_column"):
-        if get(config, key) == "":
+        if get(config, key) is not None and not get(config, key):
             yield Violation((key,), "must not be empty; null is none")
+    for key in ("data.prompt_column", "data.answer_column", "data.id_column"):
+        names = get(config, key)
+        if isinstance(names, tuple) and not all(names):
+            yield Violation((key,), "must not have an empty name in it")
+    if isinstance(config.data.eval, dict):
+        yield from _held_out(config.data.eval)
     if config.eval.samples > 1 and config.eval.temperature == 0:
         yield Violation(
             ("eval.samples", "eval.temperature"), "greedy responses to a problem are all the same; set a temperature above 0"
         )
 
 
+def _held_out(sets: dict[str, str]) -> Iterator[Violation]:
+    if wrong := [name for name in sets if not _SET_NAME.fullmatch(name)]:
+        yield Violation(("data.eval",), f"the name of a set is of letters, digits, `_`, `-` and `.`, and {wrong[0]!r} is not")
+    if empty := [name for name, place in sets.items() if not place]:
+        yield Violation(("data.eval",), f"{empty[0]} names no source; leave it out, or give one")
+
+
 def reward(config: Config) -> Iterator[Violation]:
     """The verifier."""
     reward = config.reward
+    if reward.columns and reward.function == "math":
+        yield Violation(("reward.columns", "reward.function"), "math has no use for them; they are for a function of your own")
+    if len(set(reward.columns)) < len(reward.columns) or not all(reward.columns):
+        yield Violation(("reward.columns",), "must name columns, each once")
     yield from names(config, "reward.extract", EXTRACTORS)
     if reward.function != "math" and not IMPORT_PATH.fullmatch(reward.function):
         yield Violation(("reward.function",), "must be math, or a function's import path as package.module:function")

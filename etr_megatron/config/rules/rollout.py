@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from etr_megatron.config.defaults import response_limits
+from etr_megatron.config.rules.inputs import EVALUATED
 from etr_megatron.config.rules.violation import Violation
 from etr_megatron.config.schema import Config, SglangConfig
 
@@ -17,8 +19,11 @@ def rollout(config: Config) -> Iterator[Violation]:
             ("rollout.samples_per_prompt",),
             "must be at least 2: the advantage compares the responses to one prompt, and is 0 for a single one",
         )
-    if not 0 < rollout.top_p <= 1:
-        yield Violation(("rollout.top_p",), "must be greater than 0 and at most 1")
+    for key, top_p in (("rollout.top_p", rollout.top_p), ("eval.top_p", config.eval.top_p)):
+        if not 0 < top_p <= 1:
+            yield Violation((key,), "must be greater than 0 and at most 1")
+    if config.eval.max_response_tokens is not None and config.eval.max_response_tokens < 1:
+        yield Violation(("eval.max_response_tokens",), "must be at least 1; null is rollout.max_response_tokens")
     if rollout.max_logprob_gap is not None and rollout.max_logprob_gap <= 0:
         yield Violation(("rollout.max_logprob_gap",), "must be greater than 0; null takes the default of the dtype")
     updates = config.train.minibatches
@@ -113,13 +118,14 @@ def sglang(config: Config) -> Iterator[Violation]:
     if sglang.context_length is not None and sglang.context_length < 1:
         yield Violation(("sglang.context_length",), "must be at least 1")
     elif sglang.context_length is not None and not sglang.urls:
-        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        if sglang.context_length < longest:
-            yield Violation(
-                ("sglang.context_length", "data.max_prompt_tokens", "rollout.max_response_tokens"),
-                f"servers refuse a prompt with a response of together {longest} tokens, which the other two allow",
-                given=("sglang.urls",),
-            )
+        for key, tokens in response_limits(config).items():
+            longest = config.data.max_prompt_tokens + tokens
+            if sglang.context_length < longest:
+                yield Violation(
+                    ("sglang.context_length", "data.max_prompt_tokens", key),
+                    f"servers refuse a prompt with a response of together {longest} tokens, which the other two allow",
+                    given=("sglang.urls", *EVALUATED),
+                )
     yield from _placement(sglang)
     if sglang.placement == "colocated" and config.rollout.max_staleness:
         yield Violation(

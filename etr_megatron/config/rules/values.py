@@ -52,6 +52,7 @@ AT_LEAST: dict[str, int] = {
     "eval.every": 0,
     "eval.problems": 1,
     "eval.samples": 1,
+    "eval.top_k": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "observe.rollouts_every": 0,

@@ -11,23 +11,25 @@ class DataConfig:
     """Prompts and reference answers."""
 
     train: str = "arithmetic"
-    """`arithmetic`, a .jsonl or .parquet file, or the name of a hub dataset (`name` or `name:config`)."""
+    """`arithmetic`, a .jsonl or .parquet file, or a hub dataset: its name (`name` or `name:config`) or a directory that holds
+    one."""
     train_split: str = "train"
     """Split, for hub datasets."""
-    eval: str | None = "arithmetic"
-    """Held-out problems, named like `train`; null for none."""
+    eval: dict[str, str] | str | None = "arithmetic"
+    """Held-out problems, named like `train`; several sets by name, as `{aime24: a.jsonl, amc23: b.jsonl}`; null for none."""
     eval_split: str = "test"
     """Split of `eval`, for hub datasets."""
-    prompt_column: str = "question"
-    """Column with the problem's text."""
-    answer_column: str = "answer"
-    """Column with the reference answer."""
-    id_column: str | None = None
-    """Column with a stable id; without it `<file>:<line>`."""
+    prompt_column: tuple[str, ...] | str = "question"
+    """Column with the problem: text, or a list of chat messages that ends with the user's. `outer.inner` is a field of a nested
+    column. Of several, as `[question, problem]`, the first that a source has."""
+    answer_column: tuple[str, ...] | str = "answer"
+    """Column with the reference answer, text or a number; named like `prompt_column`."""
+    id_column: tuple[str, ...] | str | None = None
+    """Column with a stable id, named like `prompt_column`; without it `<file>:<line>`."""
     prompt_template: str = "{prompt}"
-    """Wrapped around the problem's text before the chat template."""
+    """Wrapped around the problem's text, or the last chat message's, before the chat template."""
     system_prompt: str | None = None
-    """System message, for chat templates."""
+    """System message, for chat templates, of prompts that have none of their own."""
     chat_template: bool = True
     """Apply the tokenizer's chat template when it has one."""
     max_prompt_tokens: int = 1024
@@ -62,6 +64,9 @@ class RewardConfig:
 
     function: str = "math"
     """`math` (math-verify), or `package.module:function` of your own: `f(prompt, response, answer) -> float`."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the data (`outer.inner` in a nested one) for a function of your own, which is then called as
+    `f(prompt, response, answer, columns)` with a dict of them; null where a row has none."""
     extract: tuple[str, ...] = ("boxed", "hash", "last_number")
     """Where the answer is looked for, first hit wins: `\\boxed{}`, after `####`, the last number."""
     range_min: float = 0.0

@@ -38,12 +38,18 @@ class EvalConfig:
     every: int = 10
     """Steps between evaluations (also before the first and after the last); 0 is never."""
     problems: int = 128
-    """At most so many problems of `data.eval`."""
+    """At most so many problems of each set of `data.eval`."""
     samples: int = 1
     """Responses to each problem; `eval_accuracy` is the share of all that are right (avg@k), and with more than one
     `eval_pass_at_k` the share of problems with a right one (pass@k). More than one needs a temperature."""
     temperature: float = 0.0
     """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    top_k: int = 0
+    """0 is off."""
+    max_response_tokens: int | None = None
+    """Most tokens of a response; null is `rollout.max_response_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,6 @@ class ObserveConfig:
     progress: bool = True
     """A bar on the terminal."""
     rollouts_every: int = 1
-    """Steps between saved rollouts; 0 is never."""
+    """Steps between saved rollouts; 0 is never, and no evaluation's responses either."""
     rollouts_groups: int = 4
-    """Groups written per saved step."""
+    """Groups written per saved step, and of each held-out set per evaluation."""

@@ -1,0 +1,139 @@
+"""Columns of a row: one of several names, and `outer.inner` for a value within a nested column."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from etr_megatron.config.schema import DataConfig
+
+_MOST_SHOWN = 24
+_ROLES = ("system", "user", "assistant", "tool")
+
+Messages = list[dict[str, str]]
+"""Of a conversation, each with `role` and `content`."""
+
+
+class BrokenRowError(Exception):
+    """Why a row cannot be used."""
+
+
+class NoColumnError(Exception):
+    """Columns that no row has, as a part of a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Where a source has what is wanted of its rows. id: None where rows are named by their place."""
+
+    prompt: str
+    answer: str
+    id: str | None
+    extra: tuple[str, ...]
+
+
+def find_columns(rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: tuple[str, ...]) -> Columns:
+    """The first of each setting's names that any row has. extra: of `reward.columns`; a source may lack them.
+
+    Raises NoColumnError: a column that no row has is a wrong config, not many broken rows.
+    """
+    available = {name: None for row in rows for name in _names(row)}
+    found: dict[str, str | None] = {}
+    missing = []
+    for setting in ("prompt_column", "answer_column", "id_column"):
+        wanted = getattr(config, setting)
+        names = (wanted,) if isinstance(wanted, str) else (wanted or ())
+        found[setting] = next((name for name in names if name in available), None)
+        if names and found[setting] is None:
+            missing.append(f"column {' or '.join(map(repr, names))} (data.{setting})")
+    if missing:
+        shown = [repr(name) for name in available]
+        rest = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
+        raise NoColumnError(f"no {' and no '.join(missing)}; its columns are {', '.join([*shown[:_MOST_SHOWN], *rest])}")
+    prompt, answer = found["prompt_column"], found["answer_column"]
+    assert prompt is not None and answer is not None  # an empty name is refused with the config
+    return Columns(prompt, answer, found["id_column"], extra)
+
+
+def _names(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in row.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{name}.")
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """What stands in a column, which may have dots in its own name; raises BrokenRowError where there is none."""
+    found: Any = row
+    for part in (column,) if column in row else column.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            raise BrokenRowError(f"column {column!r} is missing")
+        found = found[part]
+    if found is None:
+        raise BrokenRowError(f"column {column!r} is null")
+    return found
+
+
+def text_of(row: Mapping[str, Any], column: str, *, numbers: bool) -> str:
+    """The text in a column, not blank; with `numbers`, a finite number is written out. Raises BrokenRowError."""
+    value = value_of(row, column)
+    if numbers and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise BrokenRowError(f"column {column!r} is {value}, not a finite number")
+        return str(value)
+    if not isinstance(value, str):
+        raise BrokenRowError(f"column {column!r} is {type(value).__name__}, not text{' or a number' if numbers else ''}")
+    return _checked_text(value, f"column {column!r}")
+
+
+def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
+    """The text of a problem, or the messages of a conversation that ends with the user's. Raises BrokenRowError."""
+    value = value_of(row, column)
+    if not isinstance(value, list):
+        return text_of(row, column, numbers=False)
+    if not value:
+        raise BrokenRowError(f"column {column!r} is an empty list, not text or chat messages")
+    messages = [_message(one, f"message {number} of column {column!r}") for number, one in enumerate(value, start=1)]
+    if messages[-1]["role"] != "user":
+        raise BrokenRowError(f"the last message of column {column!r} is of {messages[-1]['role']}, not of user")
+    return messages
+
+
+def _message(one: Any, what: str) -> dict[str, str]:
+    if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
+        raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
+    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value is not None):
+        raise BrokenRowError(f"{what} has `{more[0]}`, and nothing but `role` and `content` is read")
+    if one["role"] not in _ROLES:
+        raise BrokenRowError(f"{what} is of {one['role']!r}, which is not one of {', '.join(_ROLES)}")
+    return {"role": one["role"], "content": _checked_text(one["content"], what)}
+
+
+def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """What further columns hold, None for one that the row lacks. Raises BrokenRowError for what JSON cannot say."""
+    found: dict[str, Any] = {}
+    for column in columns:
+        try:
+            value = value_of(row, column)
+        except BrokenRowError:
+            value = None
+        try:
+            # A copy, as the grader process gets it: a tuple is a list there, and a number that names something is text.
+            found[column] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BrokenRowError(f"column {column!r} cannot be given to a reward function as JSON ({error})") from None
+    return found
+
+
+def _checked_text(text: str, what: str) -> str:
+    if not text.strip():
+        raise BrokenRowError(f"{what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BrokenRowError(f"{what} holds half a surrogate pair at character {error.start + 1}") from None
+    return text

@@ -1,0 +1,90 @@
+"""Held-out problems: their sets, the responses of the current policy, and what these say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from etr_megatron.config import Config
+from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
+from etr_megatron.rollout.collect import Decode, Grader
+from etr_megatron.rollout.engine import MustStop
+from etr_megatron.types import Group, Problem
+
+WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
+"""Calls what draws responses, again where servers had to be brought back for it."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The problems of every set of `data.eval`, by the set's name, which is empty where `data.eval` names but one source.
+
+    Ids are unique over all sets: those of a set with a name begin with it.
+    """
+
+    sets: Mapping[str, Sequence[Problem]]
+
+    @classmethod
+    def of(cls, sets: Iterable[tuple[str, Sequence[Problem]]], at_most: int) -> HeldOut:
+        """The first problems of each set."""
+        return cls(
+            {
+                name: [replace(one, id=f"{name}/{one.id}") if name else one for one in problems[:at_most]]
+                for name, problems in sets
+            }
+        )
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Those of all sets, one set after the other."""
+        return [problem for problems in self.sets.values() for problem in problems]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    held_out: HeldOut,
+    config: Config,
+    *,
+    decode: Decode,
+    grader: Grader | None,
+    must_stop: MustStop,
+    with_servers: WithServers,
+) -> dict[str, list[Group]]:
+    """Graded responses to all held-out problems under the engine's current weights, by set. A collective; `grader` is rank 0's.
+
+    Raises UngradedError, and what `engine.generate` raises.
+    """
+    sampling = Sampling(
+        samples=config.eval.samples,
+        max_tokens=config.eval.max_response_tokens or config.rollout.max_response_tokens,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
+        seed=config.run.seed,
+        step=-1,  # the same draws at every evaluation, none of them a training step's
+    )
+    groups = with_servers(lambda: generate_groups(engine, held_out.problems, sampling, decode, must_stop))
+    grade_groups(groups, grader)
+    rest = iter(groups)
+    return {name: [next(rest) for _ in problems] for name, problems in held_out.sets.items()}
+
+
+def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> dict[str, float]:
+    """What graded responses to held-out problems say: the mean over sets, and what each set with a name says for itself."""
+    each = {name: _metrics_of(groups, config) for name, groups in sets.items()}
+    found = {f"eval_{key}": sum(one[key] for one in each.values()) / len(each) for key in next(iter(each.values()))}
+    return found | {f"eval/{name}/{key}": value for name, one in each.items() if name for key, value in one.items()}
+
+
+def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """avg@k, and with `eval.samples` pass@k over as many."""
+    right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
+    samples = [sample for group in groups for sample in group.samples]
+    accuracy = {"accuracy": sum(map(sum, right)) / len(samples)}
+    pass_at_k = {"pass_at_k": sum(map(any, right)) / len(right)} if config.eval.samples > 1 else {}
+    return {
+        **accuracy,
+        **pass_at_k,
+        "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
+        "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+    }

@@ -1,0 +1,120 @@
+"""Held-out sets: what is asked, and what the answers are counted as."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron.evaluation import HeldOut, evaluate, evaluation_metrics
+from etr_megatron.observe.metrics import MetricsLog
+from etr_megatron.reward import Grade
+from etr_megatron.rollout import collect
+from etr_megatron.types import FinishReason, Group, Problem, Sample
+from tests.batches import config
+from tests.test_observe import make_row
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(collect, "on_rank0", lambda draw: draw())
+
+
+def graded(*rewards: tuple[float, ...], tokens: int = 2, finish: FinishReason = "stop") -> list[Group]:
+    return [
+        Group(
+            f"g{i}",
+            Problem(f"p{i}", "", "", [1]),
+            [Sample(j, [2] * tokens, [-1.0] * tokens, finish, 0, reward=r) for j, r in enumerate(group)],
+        )
+        for i, group in enumerate(rewards)
+    ]
+
+
+def test_right_responses_and_problems_that_any_of_them_is_right_for_are_counted():
+    """Of three problems the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
+    groups = graded((1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5))
+    groups[2].samples[0].finish_reason = "length"
+    twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
+    assert evaluation_metrics({"": groups}, twice) == {
+        "eval_accuracy": 0.5,
+        "eval_pass_at_k": pytest.approx(2 / 3),
+        "eval_response_tokens_mean": 2.0,
+        "eval_truncated_frac": pytest.approx(1 / 6),
+    }
+    for group in groups:
+        del group.samples[0]
+    once = evaluation_metrics({"": groups}, config("reward.range_min=-1"))
+    assert once == {"eval_accuracy": pytest.approx(2 / 3), "eval_response_tokens_mean": 2.0, "eval_truncated_frac": 0.0}
+
+
+def test_of_several_sets_each_is_told_and_their_mean_whatever_their_sizes(tmp_path):
+    sets = {"hard": graded((0.0,), tokens=30, finish="length"), "easy-1.0": graded((1.0,), (1.0,), (0.0,), tokens=5)}
+    found = evaluation_metrics(sets, config())
+    assert found == {
+        "eval_accuracy": pytest.approx(1 / 3),
+        "eval_response_tokens_mean": 17.5,
+        "eval_truncated_frac": 0.5,
+        "eval/hard/accuracy": 0.0,
+        "eval/hard/response_tokens_mean": 30.0,
+        "eval/hard/truncated_frac": 1.0,
+        "eval/easy-1.0/accuracy": pytest.approx(2 / 3),
+        "eval/easy-1.0/response_tokens_mean": 5.0,
+        "eval/easy-1.0/truncated_frac": 0.0,
+    }
+    start = {f"{key}_start": value for key, value in found.items()}
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(make_row(1) | found | start)
+    assert found.items() <= log.rows()[0].items() and start.items() <= log.rows()[0].items()
+
+
+def test_the_first_problems_of_every_set_are_asked_once_under_names_that_are_theirs_alone():
+    sets = [("", [Problem("1", "a?", "", [1])]), ("b", [Problem("1", "b?", "", [2]), Problem("2", "b?", "", [3])])]
+    held_out = HeldOut.of(sets, 1)
+    assert [(problem.id, problem.prompt) for problem in held_out.problems] == [("1", "a?"), ("b/1", "b?")]
+    assert sets[1][1][0].id == "1"
+
+
+def test_an_evaluation_samples_as_its_own_settings_say_and_gives_the_groups_of_each_set(one_rank):
+    asked = []
+
+    class Engine:
+        def generate(self, problems, sampling, must_stop):
+            asked.append((len(problems), sampling))
+            return [[Sample(0, [7], [-1.0], "stop", 0), Sample(1, [8], [-1.0], "stop", 0)] for _ in problems]
+
+    sets = [("a", [Problem("1", "a?", "7", [1])]), ("b", [Problem("1", "b?", "8", [2]), Problem("2", "c?", "9", [3])])]
+    own = ("eval.samples=2", "eval.temperature=0.6", "eval.top_p=0.95", "eval.top_k=20", "eval.max_response_tokens=77")
+    found = evaluate(
+        Engine(),
+        HeldOut.of(sets, 5),
+        config(*own, "run.seed=3", "rollout.temperature=1.0", "rollout.top_p=0.5"),
+        decode=lambda ids: str(ids[0]),
+        grader=lambda requests: [Grade(float(one.response == one.answer), "ok", "") for one in requests],
+        must_stop=lambda: None,
+        with_servers=lambda draw: draw(),
+    )
+    ((count, sampling),) = asked
+    assert count == 3
+    assert (sampling.samples, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.6, 0.95, 20)
+    assert (sampling.max_tokens, sampling.seed, sampling.step, sampling.routing) == (77, 3, -1, False)
+    rewards = {name: [[sample.reward for sample in group.samples] for group in groups] for name, groups in found.items()}
+    assert rewards == {"a": [[1.0, 0.0]], "b": [[0.0, 1.0], [0.0, 0.0]]}
+
+
+def test_an_evaluation_is_limited_as_the_rollouts_are_where_it_has_no_limit_of_its_own(one_rank):
+    asked = []
+
+    class Engine:
+        def generate(self, problems, sampling, must_stop):
+            asked.append(sampling.max_tokens)
+            return [[Sample(0, [7], [-1.0], "stop", 0)] for _ in problems]
+
+    evaluate(
+        Engine(),
+        HeldOut.of([("", [Problem("1", "a?", "7", [1])])], 5),
+        config("rollout.max_response_tokens=31"),
+        decode=str,
+        grader=lambda requests: [Grade(0.0, "ok", "")] * len(requests),
+        must_stop=lambda: None,
+        with_servers=lambda draw: draw(),
+    )
+    assert asked == [31]
