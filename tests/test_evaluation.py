@@ -81,14 +81,17 @@ def test_an_evaluation_samples_as_its_own_settings_say_and_gives_the_groups_of_e
             asked.append((len(problems), sampling))
             return [[Sample(0, [7], [-1.0], "stop", 0), Sample(1, [8], [-1.0], "stop", 0)] for _ in problems]
 
-    sets = [("a", [Problem("1", "a?", "7", [1])]), ("b", [Problem("1", "b?", "8", [2]), Problem("2", "c?", "9", [3])])]
+    sets = [
+        ("a", [Problem("1", "a?", "", [1], {"truth": "7"})]),
+        ("b", [Problem("1", "b?", "", [2], {"truth": "8"}), Problem("2", "c?", "", [3], {"truth": "9"})]),
+    ]
     own = ("eval.samples=2", "eval.temperature=0.6", "eval.top_p=0.95", "eval.top_k=20", "eval.max_response_tokens=77")
     found = evaluate(
         Engine(),
         HeldOut.of(sets, 5),
         config(*own, "run.seed=3", "rollout.temperature=1.0", "rollout.top_p=0.5"),
         decode=lambda ids: str(ids[0]),
-        grader=lambda requests: [Grade(float(one.response == one.answer), "ok", "") for one in requests],
+        grader=lambda requests: [Grade(float(one.response == one.extra["truth"]), "ok", "") for one in requests],
         must_stop=lambda: None,
         with_servers=lambda draw: draw(),
     )

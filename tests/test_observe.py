@@ -17,7 +17,8 @@ from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.objective import PASS_RATE_BINS
 from etr_megatron.observe import METRIC_KEYS, MetricsLog, MetricsRow, RunDirectory
-from etr_megatron.observe.metrics import PASS_RATE_KEYS
+from etr_megatron.observe.metrics import OPTIONAL_METRIC_KEYS, PASS_RATE_KEYS
+from etr_megatron.observe.reference import render_reference
 from etr_megatron.observe.report import load_rows
 from etr_megatron.platform.files import disk_errors
 
@@ -263,3 +264,11 @@ def test_what_is_no_run_is_told(tmp_path: Path) -> None:
         load_rows(tmp_path)
     with pytest.raises(UserError, match=r"none/metrics\.jsonl does not exist; give the directory of a run"):
         load_rows(tmp_path / "none")
+
+
+def test_the_reference_is_current_and_explains_every_key() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    assert docs == render_reference(), "run: python -m etr_megatron.observe.reference > docs/metrics.md"
+    told = [line.split("`")[1] for line in docs.splitlines() if line.startswith("| `")]
+    assert told == [key for key in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS) if key not in PASS_RATE_KEYS]
+    assert not [line for line in docs.splitlines() if line.endswith("|  |")]

@@ -130,11 +130,16 @@ def test_progress_is_one_plain_line_per_step_off_a_terminal() -> None:
     progress.update(make_row(21, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4))
     now[0] = 30.0
     progress.update(make_row(22, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4, eval_accuracy=0.75))
+    now[0] = 43.0
+    of_sets = {"eval/aime24/accuracy": 0.25, "eval/amc23/accuracy": 0.75, "eval/amc23/pass_at_k": 1.0}
+    progress.update(make_row(23, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4, eval_accuracy=0.5, **of_sets))
     progress.close()
     # 10 s for 1 step, 79 to go; then 15 s per step, 78 to go.
     assert stream.getvalue().splitlines() == [
         "step 21/100: reward 0.500, entropy 1.250, 1,234 tokens/s, 13m 10s left",
         "step 22/100: reward 0.500, entropy 1.250, 1,234 tokens/s, eval accuracy 0.750, 19m 30s left",
+        "step 23/100: reward 0.500, entropy 1.250, 1,234 tokens/s, eval accuracy 0.500 (aime24 0.250, amc23 0.750), "
+        "18m 24s left",
     ]
 
 
@@ -190,6 +195,7 @@ def make_run(root: Path) -> Path:
     for step in range(1, 31):
         extra = {"eval_accuracy_start": 0.125} if step == 1 else {"eval_accuracy": step / 40} if step % 10 == 0 else {}
         extra |= {key.replace("accuracy", "pass_at_k"): value + 0.125 for key, value in extra.items()}
+        extra |= {key.replace("eval_", "eval/amc23/"): value / 2 for key, value in extra.items()}
         row = make_row(step, reward_mean=step / 64, clip_frac_upper=0.02, clip_frac_lower=0.01, **extra)
         row["tokens_per_s"], row["time_step"] = 100.0, 3.0
         directory.metrics.append(row)
@@ -203,6 +209,7 @@ def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.Cap
         "reward first tenth 0.031, last tenth 0.453",  # means of steps 1..3 and 28..30 over 64
         "eval accuracy 0.125 (step 0) to 0.750 (step 30)",
         "eval pass@k 0.250 (step 0) to 0.875 (step 30)",
+        "amc23 0.062 (step 0) to 0.375 (step 30)",
         "clipped tokens 2.00% at the upper bound, 1.00% at the lower",
         "response tokens 9,000",
         "time 1m 30s",

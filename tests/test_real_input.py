@@ -46,12 +46,23 @@ def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, m
     gsm8k = REPO / "configs" / "gsm8k.yaml"
     command = [sys.executable, "-m", "etr_megatron.launch", str(gsm8k), f"data.train={problems}", f"model.path={model}"]
     command += [f"run.dir={runs.folder / 'runs'}", "run.steps=2", "data.on_bad_row=skip", "rollout.prompts_per_step=4"]
-    command += ["rollout.max_response_tokens=16", f"data.eval={problems}", "eval.problems=5"]
+    sets = f"data.eval={{fruit: {problems}, sums: arithmetic}}"
+    command += [
+        *("rollout.max_response_tokens=16", "eval.max_response_tokens=64"),
+        *(sets, "eval.problems=5", "arithmetic.eval_problems=7"),
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "data.train: 12 problems; left out 1 over data.max_prompt_tokens=512 and 1 broken rows" in done.stderr
     rows = runs.rows("gsm8k")
-    assert [row["step"] for row in rows] == [1, 2] and rows[-1]["eval_accuracy"] == 0.0
+    assert [row["step"] for row in rows] == [1, 2]
+    for end, row in (("_start", rows[0]), ("", rows[-1])):
+        assert row[f"eval/fruit/accuracy{end}"] == 0.0 and row[f"eval/sums/accuracy{end}"] == 2 * row[f"eval_accuracy{end}"]
+        assert row[f"eval_response_tokens_mean{end}"] > 16
+    evaluations = runs.directory("gsm8k") / "evaluations"
+    assert sorted(path.name for path in evaluations.iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
+    asked = [json.loads(line)["problem"] for line in (evaluations / "step_000002.jsonl").read_text().splitlines()]
+    assert asked[:4] == [f"fruit/problems.jsonl:{line}" for line in (1, 2, 3, 5)] and asked[4].startswith("sums/arithmetic:")
     sample = json.loads((runs.directory("gsm8k") / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
     assert "apples" in sample["prompt"] and "\\boxed{}" in sample["prompt"] and "####" in sample["answer"]
 

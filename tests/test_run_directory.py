@@ -224,12 +224,20 @@ def test_saved_rollouts_are_readable_one_sample_per_line(tmp_path: Path) -> None
     assert second["mean_logprob"] is None and second["status"] == "timeout" and second["finish_reason"] == "length"
 
 
+def test_an_evaluation_before_the_first_step_is_no_result_that_another_start_would_mix_with_its_own(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    assert directory.save_evaluation(0, [make_group()]) == directory.evaluations / "step_000000.jsonl"
+    assert not directory.is_used()
+
+
 def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(Config())
     for step in (1, 2, 3, 1_000_000):
         directory.metrics.append(make_row(step))
         directory.save_rollouts(step, [make_group()])
+        directory.save_evaluation(step, [make_group()])
     shutil.copytree(directory.rollouts, directory.recorded)
     for name in ("notes.txt", "step_000003.jsonl.jsonl"):
         (directory.rollouts / name).write_text("mine")
@@ -237,4 +245,5 @@ def test_rollouts_and_metrics_are_cut_back_together(tmp_path: Path) -> None:
     kept = {"step_000001.jsonl", "step_000002.jsonl"}
     assert {path.name for path in directory.rollouts.iterdir()} == {*kept, "notes.txt", "step_000003.jsonl.jsonl"}
     assert {path.name for path in directory.recorded.iterdir()} == kept
+    assert {path.name for path in directory.evaluations.iterdir()} == kept
     assert [row["step"] for row in directory.metrics.rows()] == [1, 2]

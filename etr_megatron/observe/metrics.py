@@ -17,22 +17,22 @@ class StepMetrics(TypedDict):
 
     step: int  # rollout step, counted from 1
     weight_version: int  # of the newest weights that generated any of the step's rollouts
-    reward_mean: float  # over samples
-    accuracy: float  # share of samples with the highest reward
-    entropy: float  # nats per token
-    loss: float
+    reward_mean: float  # the verifier's reward, mean over samples
+    accuracy: float  # share of samples with the highest reward, `reward.range_max`
+    entropy: float  # of the policy before the updates, nats per token
+    loss: float  # mean over the step's updates
     grad_norm: float  # before clipping, mean over the step's updates
-    lr: float  # of the step's last update
-    ratio_mean: float  # importance ratio
+    lr: float  # learning rate of the step's last update
+    ratio_mean: float  # importance ratio of updated policy over old, mean over tokens
     effective_sample_size: float  # of the importance ratios, (sum r)^2 / (n sum r^2), as a share of the n tokens
     clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped; of `cispo`, whose weight it cut
-    clip_frac_lower: float  # the same of the lower bound
-    clip_radius_mean: float
-    clip_radius_p10: float  # percentiles over tokens
-    clip_radius_p90: float
+    clip_frac_lower: float  # the same for the lower bound
+    clip_radius_mean: float  # half the width of the clip range, mean over tokens
+    clip_radius_p10: float  # its 10th percentile over tokens
+    clip_radius_p90: float  # its 90th percentile over tokens
     kl: float  # to the reference model, nats per token; 0 without one
     logprob_gap_mean: float  # abs(engine - trainer), nats per token; of stale tokens it has the updates since in it
-    logprob_gap_max: float
+    logprob_gap_max: float  # largest of these gaps
     mismatch_kl: float  # KL(engine || trainer), k3, nats per token
     correction_mean: float  # off-policy weight of a token; 1 without a correction
     correction_frac: float  # share of tokens that the correction truncated or masked
@@ -42,11 +42,11 @@ class StepMetrics(TypedDict):
     reward_errors: int  # answers that the reward function failed on; they get the lowest reward
     response_tokens_mean: float  # tokens per sample
     tokens_per_s: float  # response tokens of the step / time_step
-    time_rollout: float  # seconds, as all times
-    time_reward: float
-    time_train: float
-    time_sync: float
-    time_step: float
+    time_rollout: float  # seconds that the step waited for responses
+    time_reward: float  # seconds that it waited for their rewards
+    time_train: float  # seconds of log-probs and updates
+    time_sync: float  # seconds of sending the weights to the engine
+    time_step: float  # seconds from the end of the step before, with evaluation and saving
 
 
 class MetricsRow(StepMetrics, total=False):
@@ -56,24 +56,24 @@ class MetricsRow(StepMetrics, total=False):
     """
 
     eval_accuracy: float  # share of right responses to held-out problems, after the step's updates
-    eval_accuracy_start: float  # the same before any update: in the first row only, as the others with _start
+    eval_accuracy_start: float  # the same before any update; all `..._start` are in the first row only
     eval_pass_at_k: float  # with eval.samples: share of held-out problems with a right response among so many
-    eval_pass_at_k_start: float
+    eval_pass_at_k_start: float  # the same before any update
     eval_response_tokens_mean: float  # tokens per response to a held-out problem
-    eval_response_tokens_mean_start: float
+    eval_response_tokens_mean_start: float  # the same before any update
     eval_truncated_frac: float  # share of responses to held-out problems cut at the evaluation's limit
-    eval_truncated_frac_start: float
-    reward_shaped_mean: float  # over samples, of what is trained on, where that is not the verifier's reward
+    eval_truncated_frac_start: float  # the same before any update
+    reward_shaped_mean: float  # the reward that is trained on, where that is not the verifier's: mean over samples
     groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
     groups_dropped: int  # groups left out because their rewards are all equal
-    groups_filled: int  # of these, trained on because there were too few others
-    groups_given_up: int  # groups that no server survived, or answered; there where there were any
+    groups_filled: int  # of the groups left out, those trained on after all because there were too few others
+    groups_given_up: int  # groups that no server survived, or answered, where there were any
     staleness_mean: float  # with max_staleness: weight syncs between a token and its training, mean over tokens
-    staleness_max: int
+    staleness_max: int  # largest such number of any token
     groups_redone: int  # groups with tokens that had become too old and were drawn anew
-    groups_in_hand: int  # begun or complete, for later steps
-    tflops_per_gpu: float  # of the model, without recomputation: log-probs and updates, over time_train and all ranks
-    mfu: float  # that over the device's peak in bf16; only on devices whose peak is known
+    groups_in_hand: int  # with max_staleness: groups begun or complete, for later steps
+    tflops_per_gpu: float  # of the model in log-probs and updates, over time_train and ranks; recomputation is not counted
+    mfu: float  # tflops_per_gpu over the device's peak in bf16, on devices whose peak is known
     load_balancing_loss: float  # with moe_aux_loss_coef: Megatron's without the coefficient, 1 is even; mean over tokens
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert over the mean, mean over layers
     routing_replayed: float  # with routing_replay: share of response tokens predicted with the engine's choice of experts
@@ -87,7 +87,7 @@ PASS_RATE_KEYS: tuple[str, ...] = tuple(
     for low in (0, 25, 50, 75)
     for key in ("clip_frac_upper", "clip_frac_lower", "clip_radius_mean", "clip_radius_p10", "clip_radius_p90")
 )
-"""The same of the tokens whose group's pass rate is from low to below high percent (above 0), on steps that have any."""
+"""The same of the tokens whose group's pass rate is from low to below high percent (and above 0), on steps that have any."""
 ROLLOUT_METRIC_KEYS: tuple[str, ...] = (
     *("step", "weight_version", "reward_mean", "accuracy", "zero_variance_groups", "truncated", "reward_timeouts"),
     *("reward_errors", "response_tokens_mean", "tokens_per_s"),
