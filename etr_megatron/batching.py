@@ -1,4 +1,4 @@
-"""From rewarded groups to what the policy trains on: everything that looks at a whole group happens here, before any split."""
+"""Turn rewarded groups into policy batches: everything that needs a whole group happens here, before any split."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def sequences_of(groups: Sequence[Group]) -> Sequences:
 
 
 def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
-    """`StepRouting.chosen` from the samples, where they have it. layers: those with experts.
+    """`StepRouting.chosen` from the samples that have routing. layers: number of layers with experts.
 
-    Raises RuntimeError naming a sample whose engine chose experts of another model, or for other tokens, and UserError where it
-    kept no note of its choice, and says 0.
+    Raises RuntimeError, naming the sample, if the engine's routing does not fit the model or the tokens, and UserError if the
+    engine did not record its choice and reports zeros.
     """
     found = []
     for group in groups:
         for sample in group.samples:
-            chosen = torch.from_numpy(np.frombuffer(sample.routing, dtype=np.uint8))  # the sample's own memory
+            chosen = torch.from_numpy(np.frombuffer(sample.routing, dtype=np.uint8))  # shares the sample's memory
             tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
             of_token = layers * experts.per_token
-            highest = int(chosen.max()) if len(chosen) else 0  # not `chosen >= count`, where 256 would be the byte 0
+            highest = int(chosen.max()) if len(chosen) else 0  # not `chosen >= count`: a count of 256 would wrap to 0 in uint8
             if len(chosen) % of_token or len(chosen) > tokens * of_token or highest >= experts.count:
                 raise RuntimeError(
                     f"the engine says of sample {group.id}/{sample.index} that it chose {len(chosen)} experts up to {highest}, "
@@ -68,11 +68,11 @@ def build_batch(
     reference: TokenLogprobs | None,
     routing: StepRouting | None = None,
 ) -> PolicyBatch:
-    """All samples of a step with what the loss needs to know of them; aggregation weights are for the step as one batch.
+    """All samples of a step with what the loss needs; aggregation weights treat the step as one batch.
 
-    The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: of the groups'
-    sequences; the reference is there when the objective has a KL term. routing: see `PolicyBatch`. Raises ValueError for a
-    reward outside of the declared range.
+    The groups must be rewarded. step: the rollout step, which seeds the `shuffled` control. old, reference: log-probs of the
+    groups' sequences; reference is None unless the objective has a KL term. routing: see `PolicyBatch`. Raises ValueError for
+    a reward outside the declared range.
     """
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
@@ -137,7 +137,7 @@ def _trained_rewards(
     old: TokenLogprobs,
     reference: TokenLogprobs | None,
 ) -> list[float]:
-    """The verifier's rewards [N] after shaping: the length punishment, and the KL where it goes into the reward."""
+    """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward"."""
     objective, limit = config.objective, config.rollout.max_response_tokens
     buffer, factor = config.reward.overlong_buffer, config.reward.overlong_penalty
     trained = [

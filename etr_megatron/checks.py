@@ -1,6 +1,6 @@
-"""What can be wrong with a job's inputs, found in one process before any rank is started.
+"""Check a job's inputs in one process, before any rank is started.
 
-Every check raises UserError, which names the key, its value and the way out.
+Every check raises UserError, which names the key, its value and the fix.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def check_inputs(config: Config, world_size: int) -> None:
-    """Look at the model, the data, the reward function, the loss and the run directory that `config` names.
+    """Check the model, data, reward function, loss, servers, run directory and recorded run that `config` names.
 
-    Weights are compared by their headers, data is read through. Raises one `UserError` with every problem found.
+    Weights are checked by their headers, data is read in full. Raises one `UserError` with every problem found.
     """
     refuse_all(
         lambda: check_model(config, world_size),
@@ -53,19 +53,19 @@ def check_inputs(config: Config, world_size: int) -> None:
 
 
 def check_server_node(config: Config, world_size: int) -> None:
-    """The same for a node that is set apart for servers: these need the model and their own environment.
+    """Check the inputs of a dedicated server node: servers need the model and their own environment.
 
-    The run directory is not looked at: the run may be under way when such a node is started again. world_size: of the ranks.
+    The run directory is not checked: the run may be in progress when such a node restarts. world_size: training ranks.
     """
     refuse_all(lambda: check_model(config, world_size), lambda: check_servers(config))
 
 
 @contextmanager
 def beside_inputs() -> Iterator[None]:
-    """Tell what is wrong with a config, met inside the block, together with what it names and is not there or cannot be had.
+    """Extend an InvalidConfigError raised inside the block with the problems of the config's inputs.
 
-    Only with what is quickly seen: who has misspelled a key need not wait until the data is read. What goes by a key that is
-    wrong itself is left out.
+    Runs quick checks only: a user with a misspelled key should not wait for the data to be read. Skips checks that depend on a
+    key that is itself wrong.
     """
     try:
         yield
@@ -76,11 +76,11 @@ def beside_inputs() -> Iterator[None]:
 
 
 def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
-    """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
+    """The fast checks (or fast parts of checks) of `check_inputs`, each with the keys it depends on."""
     yield lambda: check_model_is_there(config), ("model.path",)
     for source in sources_of(config.data):
         path = Path(source.location)
-        if path.suffix in (".jsonl", ".parquet") and not path.exists():  # else it would be read
+        if path.suffix in (".jsonl", ".parquet") and not path.exists():  # an existing file would be read in full
             yield partial(check_source, source, config), (f"data.{source.split}",)
     yield lambda: check_reward(config), ("reward.function", "reward.columns")
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
@@ -92,7 +92,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
 
 
 def check_model(config: Config, world_size: int) -> None:
-    """The checkpoint is complete, of a supported architecture, and can be split over the layout."""
+    """Check that the checkpoint is complete, of a supported architecture, and fits the parallel layout."""
     name = config.model.path
     tp = tensor_parallel(config.parallel, world_size)
     if name == "tiny":
@@ -117,7 +117,7 @@ def check_model(config: Config, world_size: int) -> None:
 
 
 def check_model_is_there(config: Config) -> None:
-    """There is a directory of that name."""
+    """Check that the model directory exists."""
     name = config.model.path
     if name != "tiny" and not Path(name).is_dir():
         raise UserError(
@@ -127,7 +127,7 @@ def check_model_is_there(config: Config) -> None:
 
 
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
-    """The model can be split over the layout, and no option is about experts that it does not have."""
+    """Check that the model fits the parallel layout, and that a dense model has no MoE options."""
     parallel = config.parallel
     check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
     check_layers(model, architecture.layers, parallel)
@@ -144,7 +144,7 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
 
 
 def check_context(architecture: Architecture, config: Config) -> None:
-    """The longest sample is within the model's context; the tiny one's is as long as is wanted."""
+    """Check that the longest sample fits in the model's context; the tiny model has no limit."""
     model, prompt = config.model.path, config.data.max_prompt_tokens
     for key, response in response_limits(config).items():
         if model != "tiny" and architecture.max_positions < prompt + response:
@@ -155,7 +155,7 @@ def check_context(architecture: Architecture, config: Config) -> None:
 
 
 def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: int, parallel: ParallelConfig) -> None:
-    """Attention splits over `tp`; with more ranks than key/value heads, neighbours share one."""
+    """Check that attention splits over `tp`; with more ranks than key/value heads, neighbouring ranks share one."""
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "
@@ -180,7 +180,7 @@ def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: in
 
 
 def check_layers(model: str, layers: int, parallel: ParallelConfig) -> None:
-    """Layers split over `parallel.pp`, its chunks and uneven stages as well. The vocabulary needs no check, it is padded."""
+    """Check that layers split over pipeline stages and chunks. The vocabulary needs no check because it is padded."""
     if parallel.vpp > 1 or (parallel.first_stage_layers, parallel.last_stage_layers) != (None, None):
         check_stages(model, layers, parallel)
     elif layers % parallel.pp:
@@ -191,7 +191,7 @@ def check_layers(model: str, layers: int, parallel: ParallelConfig) -> None:
 
 
 def check_mlp(model: str, width: int, tp: int) -> None:
-    """The gated MLP of a dense layer splits over `tp`."""
+    """Check that the gated MLP of a dense layer splits over `tp`."""
     if width % tp:
         raise UserError(
             f"{model} has MLPs of width {width} (intermediate_size), which parallel.tp={tp} does not divide; choose a "
@@ -200,7 +200,7 @@ def check_mlp(model: str, width: int, tp: int) -> None:
 
 
 def check_stages(model: str, layers: int, parallel: ParallelConfig) -> None:
-    """Layers divide into stages of `parallel.vpp` chunks, the first and the last stage having what is asked for."""
+    """Check that layers divide into stages of `parallel.vpp` chunks, given the sizes set for the first and last stages."""
     from etr_megatron.weights import TrainingLayout
 
     first, last = parallel.first_stage_layers, parallel.last_stage_layers
@@ -218,7 +218,7 @@ def check_stages(model: str, layers: int, parallel: ParallelConfig) -> None:
 
 
 def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig, tp: int) -> None:
-    """Experts split over `parallel.ep` and each over `parallel.etp`; a dense model has none. tp: what `auto` came to."""
+    """Check that experts split over `parallel.ep` and each expert over `parallel.etp`. tp: the resolved `parallel.tp`."""
     ep, etp = parallel.ep, tp if parallel.etp is None else parallel.etp
     if experts is None:
         if ep > 1:
@@ -242,7 +242,7 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
 
 
 def check_without_experts(model: str, config: Config) -> None:
-    """A dense model is given no option that would do nothing."""
+    """Refuse MoE options, which would have no effect on a dense model."""
     if config.train.moe_aux_loss_coef:
         raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
     if config.train.moe_router_fp32:
@@ -254,7 +254,7 @@ def check_without_experts(model: str, config: Config) -> None:
 
 
 def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
-    """A server can cut the model over its ranks, and serves it as it is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
+    """Check that a server can shard the model and serves the model that is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
     heads, experts = architecture.heads, architecture.experts
     if heads % tp:
         raise UserError(
@@ -275,7 +275,7 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
             f"{model} has experts of width {experts.intermediate_size}, which the {tp // ep} ranks of each (sglang.tp={tp} / "
             f"sglang.ep={ep}) do not divide, and a server would refuse to start; choose a sglang.tp and a sglang.ep that do"
         )
-    # It would start with either, and leave random what it takes for weights of its own.
+    # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
     unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if experts.dense_layers else ""
     unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
     if unserved:
@@ -286,7 +286,7 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
 
 
 def check_source(source: Source, config: Config) -> None:
-    """Every row can be used, or left out as `data.on_bad_row` says; a hub dataset is fetched, once for all."""
+    """Check that every row can be used, or skipped under `data.on_bad_row`; fetches a hub dataset once for all ranks."""
     if source.location == ARITHMETIC:
         return
     from etr_megatron.data import read_rows
@@ -295,7 +295,8 @@ def check_source(source: Source, config: Config) -> None:
 
 
 def check_directory(config: Config) -> None:
-    """The run can be written, and begun or gone on with as `checkpoint.resume` says; it is not the one that it replays."""
+    """Check that the run directory is writable, can be started or resumed under `checkpoint.resume`, and is not the replayed
+    run."""
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if config.rollout.replay is not None and os.path.realpath(config.rollout.replay) == os.path.realpath(directory.root):
         raise UserError(
@@ -306,7 +307,7 @@ def check_directory(config: Config) -> None:
 
 
 def check_reward(config: Config) -> None:
-    """A reward function of the user's own can be imported."""
+    """Check that a custom reward function can be imported."""
     if config.reward.function == "math":
         return
     from etr_megatron.reward import load_grader
@@ -318,7 +319,7 @@ def check_reward(config: Config) -> None:
 
 
 def check_loss(config: Config) -> None:
-    """A loss of the user's own can be imported and called."""
+    """Check that a custom loss can be imported and called."""
     name = fill_objective(config.objective).loss
     if name in LOSSES:
         return
@@ -328,7 +329,7 @@ def check_loss(config: Config) -> None:
 
 
 def check_replay(config: Config, steps: int) -> None:
-    """The recorded run has so many steps (0: any at all), undamaged as far as is quickly seen, and of the size asked for."""
+    """Check that the recorded run has `steps` steps (0: any), shows no damage at a quick look, and matches the config."""
     rollout = config.rollout
     if rollout.replay is None:
         return
@@ -341,17 +342,17 @@ def check_replay(config: Config, steps: int) -> None:
 
 
 def nodes_apart(config: Config) -> int:
-    """How many nodes of the job have servers and no ranks."""
+    """Number of dedicated server nodes, which have no training ranks."""
     return config.sglang.dedicated_nodes if has_servers(config) else 0
 
 
 def has_servers(config: Config) -> bool:
-    """Whether servers are part of the job."""
+    """Whether the job starts servers of its own."""
     return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls
 
 
 def starts_servers(config: Config) -> bool:
-    """Whether this node is to start servers; a machine without torchrun counts as the first node."""
+    """Whether this node starts servers; without torchrun it counts as the first node."""
     if not has_servers(config):
         return False
     if apart := nodes_apart(config):
@@ -360,7 +361,7 @@ def starts_servers(config: Config) -> bool:
 
 
 def check_servers(config: Config) -> None:
-    """The servers that this node is to start have their interpreter and the arguments that they are given."""
+    """Check the interpreter and the arguments of the servers that this node starts."""
     if not starts_servers(config):
         return
     from etr_megatron.rollout.sglang.arguments import check_arguments, require_interpreter

@@ -9,10 +9,10 @@ from pathlib import Path
 from etr_megatron.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""The shipped configs, beside the package in a checkout."""
+"""The shipped configs, next to the package in a checkout."""
 
 CPU_CONFIG = "cpu_tiny.yaml"
-"""What runs when nothing is named and there is no GPU."""
+"""The default config on a machine without a GPU."""
 
 USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
 
@@ -24,9 +24,9 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
 
 
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
-    """The config file and the overrides that a command line names; without a config `default_config` decides.
+    """The config file and the overrides on a command line; without a config, `default_config` chooses.
 
-    Raises `UserError` for an unknown option, an empty argument, a second config, and as `default_config`.
+    Raises `UserError` for an unknown option, an empty argument or a second config, and when `default_config` does.
     """
     config: str | None = None
     overrides: list[str] = []
@@ -59,7 +59,7 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
 
 
 def given_path(text: str) -> Path:
-    """For argparse: a path that is not empty, which would be the working directory."""
+    """Argparse type for a path; rejects the empty string, which would mean the working directory."""
     if not text:
         raise ArgumentTypeError("it is empty, perhaps of a variable that is not set")
     return Path(text)
@@ -71,7 +71,7 @@ def asks_for_help(argv: list[str]) -> bool:
 
 
 def require_torchrun(module: str) -> None:
-    """Raise `UserError` in a process that is no rank. module: what was started, with `python -m`."""
+    """Raise `UserError` in a process that torchrun did not start. module: the one run with `python -m`."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -81,9 +81,9 @@ def require_torchrun(module: str) -> None:
 
 
 def default_config(cuda: bool) -> Path:
-    """The config of a command line that names none: the CPU one; on CUDA there is no sensible default.
+    """The config for a command line without one: the CPU config; on CUDA there is no sensible default.
 
-    Raises `UserError` listing the shipped configs when `cuda`, or when the CPU config is not there.
+    Raises `UserError`, listing the shipped configs, if `cuda`, and if the CPU config does not exist.
     """
     if cuda:
         listing = "\n".join(f"  {path}  {_first_comment(path)}" for path in sorted(CONFIGS.glob("*.yaml")))

@@ -1,17 +1,17 @@
-"""The exceptions that stand for what a person or a scheduler can mend."""
+"""Exceptions for failures that a user or a scheduler can fix."""
 
 
 class UserError(Exception):
-    """Something the person who started the job can mend: a wrong key, a missing file, a full disk.
+    """A failure that the user can fix: a wrong key, a missing file, a full disk.
 
-    The message is one sentence (or one list of sentences) that names the key, file, line, rank or sample and the way out.
-    Entry points print it without a traceback and end with exit code 2; everything else that is raised is a defect of ours
-    and keeps its traceback.
+    The message is one sentence (or a list of sentences) that names the key, file, line, rank or sample and the fix.
+    Entry points print it without a traceback and exit with code 2. Any other exception is a bug in this package and keeps its
+    traceback.
     """
 
 
 class RequeueError(UserError):
-    """The run could not go on, has saved a checkpoint, and goes on from there when the same command is started again.
+    """The run stopped with its state saved; running the same command again resumes it.
 
-    The exit code is 75 (EX_TEMPFAIL), by which a scheduler can tell it from a mistake.
+    The exit code is 75 (EX_TEMPFAIL), so that a scheduler can tell it from a user error.
     """

@@ -1,4 +1,4 @@
-"""Held-out problems: their sets, the responses of the current policy, and what these say."""
+"""Evaluation on held-out problems: the sets, the current policy's responses and their metrics."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from etr_megatron.rollout.engine import MustStop
 from etr_megatron.types import Group, Problem
 
 WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
-"""Calls what draws responses, again where servers had to be brought back for it."""
+"""Calls a function that draws responses, and again after a sync if servers had to be restarted for it."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The problems of every set of `data.eval`, by the set's name, which is empty where `data.eval` names but one source.
+    """The problems of every set of `data.eval`, by set name; the name is empty if `data.eval` is a single unnamed source.
 
-    Ids are unique over all sets: those of a set with a name begin with it.
+    Ids are unique over all sets: in a named set they are prefixed with its name.
     """
 
     sets: Mapping[str, Sequence[Problem]]
 
     @classmethod
     def of(cls, sets: Iterable[tuple[str, Sequence[Problem]]], at_most: int) -> HeldOut:
-        """The first problems of each set."""
+        """The first `at_most` problems of each set."""
         return cls(
             {
                 name: [replace(one, id=f"{name}/{one.id}") if name else one for one in problems[:at_most]]
@@ -36,7 +36,7 @@ class HeldOut:
 
     @property
     def problems(self) -> list[Problem]:
-        """Those of all sets, one set after the other."""
+        """The problems of all sets, in order."""
         return [problem for problems in self.sets.values() for problem in problems]
 
 
@@ -50,9 +50,10 @@ def evaluate(
     must_stop: MustStop,
     with_servers: WithServers,
 ) -> dict[str, list[Group]]:
-    """Graded responses to all held-out problems under the engine's current weights, by set. A collective; `grader` is rank 0's.
+    """Graded responses to all held-out problems under the engine's current weights, by set. A collective; only rank 0 needs
+    `grader`.
 
-    Raises UngradedError, and what `engine.generate` raises.
+    Raises UngradedError and the errors of `engine.generate`.
     """
     sampling = Sampling(
         samples=config.eval.samples,
@@ -61,7 +62,7 @@ def evaluate(
         top_p=config.eval.top_p,
         top_k=config.eval.top_k,
         seed=config.run.seed,
-        step=-1,  # the same draws at every evaluation, none of them a training step's
+        step=-1,  # the same seeds at every evaluation, distinct from those of training steps
     )
     groups = with_servers(lambda: generate_groups(engine, held_out.problems, sampling, decode, must_stop))
     grade_groups(groups, grader)
@@ -70,14 +71,14 @@ def evaluate(
 
 
 def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> dict[str, float]:
-    """What graded responses to held-out problems say: the mean over sets, and what each set with a name says for itself."""
+    """Metrics of graded held-out responses: the mean over sets, and the values of each named set."""
     each = {name: _metrics_of(groups, config) for name, groups in sets.items()}
     found = {f"eval_{key}": sum(one[key] for one in each.values()) / len(each) for key in next(iter(each.values()))}
     return found | {f"eval/{name}/{key}": value for name, one in each.items() if name for key, value in one.items()}
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """avg@k, and with `eval.samples` pass@k over as many."""
+    """avg@k, pass@k where `eval.samples` > 1, and response lengths."""
     right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
     samples = [sample for group in groups for sample in group.samples]
     accuracy = {"accuracy": sum(map(sum, right)) / len(samples)}

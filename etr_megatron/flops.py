@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, two for each multiply-add, and what devices do of them. No torch."""
+"""Floating-point operations of a model (two per multiply-add) and the peak rates of devices. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BF16_PEAK = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA B200": 2250e12,
 }
-"""FLOP/s of dense bf16 products by CUDA's name of the device, from NVIDIA's datasheets (without sparsity)."""
+"""Peak dense bf16 FLOP/s by CUDA device name, from NVIDIA's datasheets (without sparsity)."""
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Elements of the matrices that a token is multiplied with between embedding and head."""
+    """Number of weight elements that a token is multiplied with between the embedding and the head."""
     q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     total = arch.layers * arch.hidden_size * (2 * q + 2 * kv)
     for layer in range(arch.layers):
@@ -30,16 +30,16 @@ def active_parameters(arch: Architecture) -> int:
 
 
 def body_flops(arch: Architecture, tokens: float) -> float:
-    """A forward pass over one sequence, head apart; whole for whole `tokens`. Causal attention sees half of the sequence on
-    average."""
+    """FLOPs of a forward pass over one sequence, without the head; an integer if `tokens` is. Causal attention sees half of the
+    sequence on average."""
     return 2 * active_parameters(arch) * tokens + 2 * arch.layers * arch.heads * arch.head_dim * tokens * (tokens + 1)
 
 
 def head_flops(arch: Architecture, rows: float) -> float:
-    """A forward pass of the head over the rows that predict a response token."""
+    """FLOPs of a forward pass of the head over the rows that predict a response token."""
     return 2 * arch.vocab_size * arch.hidden_size * rows
 
 
 def sequence_flops(arch: Architecture, tokens: float, rows: float) -> float:
-    """A forward pass over one sequence with `rows` rows of logits; a backward pass takes twice as many."""
+    """FLOPs of a forward pass over one sequence with `rows` rows of logits; a backward pass takes twice as many."""
     return body_flops(arch, tokens) + head_flops(arch, rows)

@@ -11,20 +11,20 @@ from typing import Any
 
 
 class ImportPathError(Exception):
-    """The function cannot be had; the message says why."""
+    """The function cannot be imported; the message says why."""
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The callable that `path` names. Raises ImportPathError for a module or name that cannot be had, or is no callable."""
+    """The callable that `path` names. Raises ImportPathError if it cannot be imported or is not callable."""
     module_name, _, attributes = path.partition(":")
     if module_name.endswith(".py"):
         raise ImportPathError(f"{module_name} is a file; a module is named without .py")
-    # A rank that torchrun started as a script has the script's folder on its path, not the working directory.
+    # A rank that torchrun started as a script has the script's folder on sys.path, not the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may fail in any way, and a script ends in sys.exit
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way, and a script calls sys.exit
         raise ImportPathError(
             f"importing {module_name} failed with {type(error).__name__}: {error} (looked in {os.getcwd()} and PYTHONPATH)"
         ) from error
@@ -38,11 +38,11 @@ def import_function(path: str) -> Callable[..., Any]:
 
 
 def takes(function: Callable[..., Any], arguments: int) -> bool:
-    """Whether a function can be called with so many arguments by position."""
+    """Whether a function can be called with `arguments` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * arguments)
     except TypeError:
         return False
-    except ValueError:  # a builtin without a signature: calling it will tell
+    except ValueError:  # a builtin without a signature: only a call can tell
         return True
     return True

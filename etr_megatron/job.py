@@ -1,4 +1,4 @@
-"""What a rank does from its config to the run's last step."""
+"""Run one rank, from its config to the run's last step."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ if TYPE_CHECKING:
 
 
 def run_rank(config: Config) -> None:
-    """Run one rank of the job to its end; the same call on every rank.
+    """Run one rank of the job to the end; every rank makes the same call.
 
-    config: resolved and checked. Leaves garbage collection on, whether it was or not: what is there when training begins
-    stays, and is not looked through again.
-    Raises UserError and RequeueError, each with one sentence, when the run cannot go on.
+    config: resolved and checked. Leaves garbage collection enabled, even if the caller had disabled it; objects that exist when
+    training begins are frozen during it.
+    Raises UserError or RequeueError, each with one sentence, if the run cannot continue.
     """
     checkpoint = initial_checkpoint(config)
     with ExitStack() as stack:
-        # Graders are started before the ranks' threads and sockets exist, and end with the rank whatever happens to it.
+        # Start graders before this rank has threads and sockets. They end with the rank, however it ends.
         grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
-        # torchrun sends SIGTERM as well, when another rank has failed. That one comes to none of the meetings, without which
-        # nobody stops as if nothing were lost.
+        # torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting, so the others
+        # cannot stop there with a checkpoint.
         stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s, given_up))
         _train(config, checkpoint, grader, stack, stop)
 
 
 def initial_checkpoint(config: Config) -> Path:
-    """What the policy starts from; the tiny one is built where it is not there yet. Raises UserError where it cannot be."""
+    """The directory the policy starts from; builds the tiny policy if needed. Raises UserError if that fails."""
     if config.model.path != "tiny":
         return Path(config.model.path)
-    # Of all ranks one builds, whichever is there first, and that one shows it.
+    # The rank that gets there first builds it and shows the progress.
     return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress)
 
 
@@ -74,7 +74,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     from etr_megatron.weights import check_checkpoint
 
     init_world(config.run.phase_timeout_s)
-    require_fp8(config.fp8)  # before minutes are spent on servers
+    require_fp8(config.fp8)  # before spending minutes on server startup
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
@@ -108,27 +108,27 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         stop_request=stop,
         phases=phases,
     )
-    # Modules and model live to the end. Looking through them in each full collection would hold up a rank, and with it all.
+    # Modules and the model live to the end. Scanning them in each full collection would stall this rank, and with it all ranks.
     gc.freeze()
     gc.enable()
     try:
         trainer.run()
     except Exception as error:
         if layout.rank == 0:
-            # On a full disk the note may not fit either; the error itself is what has to be heard.
+            # On a full disk the status may not fit either, but must not mask the original error.
             with suppress(UserError):
                 state = "requeue" if isinstance(error, RequeueError) else "failed"
-                done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # of a resume that was refused, too
+                done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # also after a refused resume
                 directory.write_status(state, done, config.run.steps, str(error))
         raise
     finally:
-        gc.unfreeze()  # else Triton's bindings report at the end whatever is left as leaked
+        gc.unfreeze()  # else Triton's bindings report what is left at exit as leaked
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
 
 
 def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:
-    """Make the run directory this job's, until `stack` is closed. Raises UserError where another one is running there."""
+    """Lock the run directory for this job until `stack` closes. Raises UserError if another job is running there."""
     stack.enter_context(directory.locked())  # before anything there is changed
     directory.prepare(config)
     for doubt in doubts(config):
@@ -136,8 +136,7 @@ def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -
 
 
 def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> ServerNodes | None:
-    """The nodes that are set apart for servers, until `stack` is closed; None where there are none. SIGTERM to one of them
-    stops the job."""
+    """The dedicated server nodes, held until `stack` closes; None if there are none. SIGTERM to one of them stops the job."""
     from etr_megatron.rollout.sglang import ServerNodes
 
     if not (apart := nodes_apart(config)):
@@ -149,8 +148,7 @@ def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> Server
 
 @contextmanager
 def _stopped_before_a_step(directory: RunDirectory, config: Config, *, reports: bool) -> Iterator[None]:
-    """Within, a stop that all ranks have agreed on while nothing was begun is one of a run to be started again. (The trainer
-    sees to those that come later.)"""
+    """Turn a StopAskedError raised inside the block, before any step, into a RequeueError. (The trainer handles later ones.)"""
     from etr_megatron.checkpoint import latest_step
 
     try:
@@ -172,8 +170,8 @@ def _engine(
     stop: StopRequest,
     nodes: ServerNodes | None,
 ) -> RolloutEngine:
-    """The rollout engine that `rollout.backend` names; a collective. nodes: on rank 0, where some are set apart for servers.
-    Raises StopAskedError where `stop` ends the wait for its servers."""
+    """The rollout engine that `rollout.backend` names; a collective. nodes: the dedicated server nodes, on rank 0 only.
+    Raises StopAskedError if `stop` ends the wait for its servers."""
     from etr_megatron.policy.policy import DTYPES
 
     if config.rollout.backend == "embedded":
@@ -204,7 +202,7 @@ def _engine(
 def _sampler(
     config: Config, engine: RolloutEngine | None, cursor: PromptCursor, decode: Decode, grader: Grader | None
 ) -> Sampler:
-    """Where the groups of a step come from."""
+    """The sampler that yields the groups of a step."""
     from etr_megatron.rollout import ReplaySampler, RoundSampler, StreamingSampler
 
     if engine is None:
@@ -214,7 +212,7 @@ def _sampler(
 
 
 def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
-    """The problems of a source; says how many rows were left out and why."""
+    """The problems of a source; prints how many rows were skipped and why."""
     found = open_problems(source, config.data, config.arithmetic, tokenizer, config.reward.columns)
     if report and (found.skipped_too_long or found.skipped_broken):
         print(
@@ -226,7 +224,10 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
 
 
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
-    """End-of-sequence ids of generation_config.json (a chat model may have several) and of the tokenizer. Raises UserError."""
+    """End-of-sequence ids from generation_config.json (a chat model may have several) and the tokenizer.
+
+    Raises UserError if there are none.
+    """
     from etr_megatron.weights.hf_config import read_config
 
     stops = {tokenizer_eos} if tokenizer_eos is not None else set()
@@ -234,7 +235,7 @@ def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
     if file.is_file():
         named = read_config(file).get("eos_token_id")
         ids = named if isinstance(named, list) else [named]
-        if not all(type(one) is int for one in ids if one is not None):  # a bool is none
+        if not all(type(one) is int for one in ids if one is not None):  # excludes bool
             raise UserError(f"{file}: eos_token_id is {json.dumps(named)}; a token's number, or a list of them, is wanted")
         stops |= set(ids) - {None}
     if not stops:

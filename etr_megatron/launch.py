@@ -1,7 +1,7 @@
 """`python -m etr_megatron.launch [--nproc N] [CONFIG] [key=value ...]`: check everything, then start the ranks of one node.
 
-What `bash examples/run_etr.sh` runs. The exit code is 0, 2 for a user's mistake (with one message and no traceback), 75 for a
-run that saved its state and wants to be started again, 1 for a defect (with the rank's traceback), 128 + n after signal n.
+`bash examples/run_etr.sh` runs this. Exit codes: 0; 1 for a bug (with the rank's traceback); 2 for a user error (one message,
+no traceback); 75 for a run that saved its state and should be restarted; 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 _BYTES_OF_A_PROCESS = 300 * 2**20
-"""What a rank on CPU holds that it shares with no other before it has a model: Python, torch, Megatron and transformers."""
+"""Private memory of a CPU rank before it has a model: Python, torch, Megatron and transformers."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, start, watch; returns the exit code."""
+    """Check the inputs, then start and watch the ranks; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if asks_for_help(arguments):
         print(f"usage: bash examples/run_etr.sh [--nproc N] {USAGE}\n  --nproc N       processes to start on this machine")
@@ -49,18 +49,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
-    """Processes to start, config file, overrides and `run.stop_grace_s`, after every check that is possible without starting
-    them.
+    """Run every check that needs no ranks; returns the number of processes, the config file, overrides and `run.stop_grace_s`.
 
-    Raises `UserError` with all problems of the first kind found: command line, config, layout, inputs.
+    Raises `UserError` with all problems of the first kind that has any: command line, config, layout, inputs.
     """
     asked, rest = _split_nproc(argv)
     config_path, overrides = parse_args(rest)
     with beside_inputs():
         config = load_config(config_path, overrides)
-    place_of(nodes_apart(config))  # of one node none can be set apart
+    place_of(nodes_apart(config))  # raises: a single node cannot be dedicated to servers
 
-    import torch  # after the config: it takes seconds, and a wrong key should not
+    import torch  # slow, so only after the config is known to be valid
 
     gpus = torch.cuda.device_count() if config.run.platform != "cpu" else 0
     nproc = asked if asked is not None else default_nproc(config, gpus)
@@ -75,7 +74,7 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
 
 
 def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
-    """Raise UserError for processes that have no room even before they hold a model: starting them would stop the machine."""
+    """Raise UserError if the processes exceed memory even without a model: starting them would hang the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nproc * _BYTES_OF_A_PROCESS > memory:
         said = f"--nproc {nproc}" if asked else f"the layout of parallel asks for {nproc} processes"
@@ -86,8 +85,8 @@ def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
 
 
 def default_nproc(config: Config, gpus: int) -> int:
-    """One process per GPU that dedicated servers leave; on CPU what the layout asks for, and two for `parallel.tp: auto` where
-    there are two cores."""
+    """One process per GPU not taken by dedicated servers; on CPU the layout's number, or, with `parallel.tp: auto`, at least
+    two if there are two cores."""
     if gpus:
         alone = starts_servers(config) and config.sglang.placement != "colocated"
         return max(1, gpus - (config.sglang.gpus_of_a_node if alone else 0))
@@ -99,18 +98,18 @@ def default_nproc(config: Config, gpus: int) -> int:
 
 
 def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:
-    """Run `command` (arguments of torchrun: a script or `-m module`, and its own) in `nproc` processes; the exit code.
+    """Run `command` (a script or `-m module`, then its arguments) under torchrun in `nproc` processes; returns the exit code.
 
-    grace_s: seconds that ranks need to end after SIGTERM; torchrun kills them some seconds later.
+    grace_s: seconds that ranks have to exit after SIGTERM; torchrun kills them five seconds later.
     Installs torchrun's signal handlers, so it must be called from the main thread.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Ranks of one machine share its cores. (torchrun would say so at length, and take 1.)
+    # Divide the cores among the ranks. (torchrun would set 1, with a long warning.)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    # This process only watches. What torchrun logs about a failed rank would bury that rank's own words.
+    # torchrun's log about a failed rank would bury that rank's own message.
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="etr_") as folder:
         status_file = Path(folder) / "status.json"
@@ -135,7 +134,7 @@ def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:
 
 def _report_crash(failed: ChildFailedError) -> int:
     rank, failure = failed.get_first_failure()
-    if failure.exitcode in (USER_ERROR_EXIT, REQUEUE_EXIT):  # the rank had no room for the status file and has said why itself
+    if failure.exitcode in (USER_ERROR_EXIT, REQUEUE_EXIT):  # no room for the status file: the rank printed the message itself
         return failure.exitcode
     if failure.exitcode < 0:
         how = f"was killed by {signal.Signals(-failure.exitcode).name}"

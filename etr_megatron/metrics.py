@@ -1,4 +1,4 @@
-"""A step's numbers: one row of metrics.jsonl from its groups, its batch and its updates."""
+"""A step's metrics: one row of metrics.jsonl from its groups, batch and updates."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def drawn_from(groups: Sequence[Group], version: int) -> torch.Tensor:
 
 
 def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tensor | None = None) -> bool:
-    """The gate of a process's first step, fresh or resumed: engine and trainer must agree on the rollouts' log-probs.
+    """Gate on a process's first step, fresh or resumed: engine and trainer must agree on the rollouts' log-probs.
 
-    comparable: bool [tokens], those drawn from the weights that the trainer has; None is all. Returns whether there were any.
-    Raises RuntimeError with the mean and the worst sample when their mean gap is over `rollout.max_logprob_gap`: training would
-    go on, silently, from wrong importance ratios.
+    comparable: bool [tokens], tokens drawn from the trainer's current weights; None means all. Returns whether there were any.
+    Raises RuntimeError with the mean and the worst sample if the mean gap over them exceeds `rollout.max_logprob_gap`:
+    training would silently use wrong importance ratios.
     """
     gap = logprob_gap(batch)
     comparable = torch.ones_like(gap, dtype=torch.bool) if comparable is None else comparable
@@ -49,7 +49,7 @@ def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tens
 
 
 def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[str, Any]:
-    """What a step's row has to say of its groups alone."""
+    """The metrics of a step that need only its groups."""
     samples = [sample for group in groups for sample in group.samples]
     return {
         "step": step,
@@ -71,7 +71,7 @@ def _mean(values: Sequence[float]) -> float:
 def step_metrics(
     step: int, groups: Sequence[Group], batch: PolicyBatch, updates: Sequence[Update], config: Config
 ) -> dict[str, Any]:
-    """The row without times and tokens/s. Shares of tokens are over all updates of the step."""
+    """The row without times and tokens/s. Fractions of tokens are over all updates of the step."""
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
     gap = logprob_gap(batch)
@@ -106,11 +106,11 @@ def step_metrics(
 def training_speed(
     policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], epochs: int, seconds: float
 ) -> dict[str, float]:
-    """TFLOP/s of a rank over the `seconds` in which a step's log-probs and updates were computed, and on devices whose peak in
-    bf16 is known its share of that; nothing where nothing was trained.
+    """TFLOP/s per rank over the `seconds` spent on a step's log-probs and updates, and the MFU where the device's bf16 peak is
+    known; empty if nothing was trained.
 
-    Counted as in Megatron: what the model needs, not what recomputation repeats. A forward pass for the old log-probs, one for
-    a reference model's, and three passes' worth (forward and backward) in every epoch.
+    Counts model FLOPs as Megatron does, without recomputation: one forward pass for the old log-probs, one for a reference
+    model's, and the equivalent of three (forward and backward) in every epoch.
     """
     if not seconds:
         return {}
@@ -122,7 +122,7 @@ def training_speed(
 
 
 def _replayed(batch: PolicyBatch) -> dict[str, float]:
-    """Of the positions that predict a response token, those whose experts the engine has said."""
+    """The fraction of positions predicting a response token for which the engine reported experts."""
     if batch.routing is None:
         return {}
     known = sum(
@@ -133,30 +133,30 @@ def _replayed(batch: PolicyBatch) -> dict[str, float]:
 
 
 def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:
-    """KL(engine || trainer) from the engine's own samples, and what the off-policy correction made of it."""
+    """KL(engine || trainer) estimated on the engine's samples, and statistics of the off-policy correction."""
     rollout, old = torch.cat(batch.rollout_logp).double(), torch.cat(batch.old_logp).double()
     objective = config.objective
     mismatch = kl_estimate(rollout, old, "k3", objective.log_ratio_bound).mean().item()
     if batch.correction is None:
         return {"mismatch_kl": mismatch, "correction_mean": 1.0, "correction_frac": 0.0}
     weight = torch.cat(batch.correction)
-    # A weight itself is never 0, and meets the cap exactly only where it was brought down to it.
+    # An unmodified weight is never 0, and equals the cap only if it was clipped to it.
     limited = weight == (0.0 if objective.correction == "mask" else objective.correction_cap)
     means = {"correction_mean": weight.double().mean().item(), "correction_frac": limited.double().mean().item()}
     return {"mismatch_kl": mismatch, **means}
 
 
 def _shaped_reward(batch: PolicyBatch, config: Config) -> dict[str, float]:
-    """Mean of the trained rewards over samples, where they are not the verifier's."""
+    """Mean of the shaped rewards over samples, if they differ from the verifier's."""
     kl_in_reward = config.objective.kl_in == "reward" and config.objective.kl_coef > 0
     if not (config.reward.overlong_buffer or kl_in_reward):
         return {}
-    # Every sample carries its group's mean, so their mean over samples is that of the rewards.
+    # Every sample carries its group's mean, so the mean over samples equals the mean reward.
     return {"reward_shaped_mean": batch.group_mean.double().mean().item()}
 
 
 def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, float]:
-    """Clip fractions and radii by the pass rate of the group; only bins that have tokens."""
+    """Clip fractions and radii by the group's pass rate; only bins that have tokens."""
     found: dict[str, float] = {}
     for place, name in enumerate(PASS_RATE_BINS):
         tokens = total[f"tokens_{name}"]
@@ -171,7 +171,7 @@ def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, floa
 
 
 def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, float]:
-    """10th and 90th percentile over the tokens of the samples `numbers`: the least radius that so many tokens do not exceed."""
+    """10th and 90th percentiles over the tokens of the samples `numbers`: the least radius that this share does not exceed."""
     radius = ((batch.clip_low + batch.clip_high) / 2)[numbers].double()
     tokens = torch.tensor([len(response) for _, response in batch.sequences], dtype=torch.float64)[numbers]
     order = radius.argsort()

@@ -1,7 +1,7 @@
-"""How a user's mistake, met by any rank, reaches the terminal as one sentence.
+"""Report a user error on any rank to the terminal as a single message.
 
-The first rank of a node that meets a `UserError` writes it to the node's status file; the other ranks, whose collectives
-then break because their peer has left, see the file and end quietly instead of burying the sentence under tracebacks.
+The first rank of a node that raises a `UserError` writes it to the node's status file. The other ranks, whose collectives
+then fail because their peer has left, see the file and exit quietly instead of burying the message under tracebacks.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any, NamedTuple
 from etr_megatron.errors import RequeueError, UserError
 
 STATUS_VARIABLE = "ETR_STATUS_FILE"
-"""Environment variable with the status file's path; set by the launcher, which then also prints the message."""
+"""Environment variable with the status file's path; set by the launcher, which then prints the message."""
 
 USER_ERROR_EXIT = 2
-"""Exit code for a user's mistake."""
+"""Exit code for a user error."""
 
 REQUEUE_EXIT = 75
-"""Exit code of a run that has saved its state and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that has saved its state and should be restarted (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Reported(NamedTuple):
-    """What a rank of this node has reported: the sentence and the exit code that goes with it."""
+    """A report by a rank of this node: the message and its exit code."""
 
     message: str
     exit_code: int
 
 
 def exit_code_of(body: Callable[[], None]) -> int:
-    """Run a rank's work; 0, or 2 after a `UserError` of this rank (which is reported) or of another on this node, 75 after a
-    `RequeueError`.
+    """Run a rank's work; returns 0, 2 after a `UserError` on this rank (which is reported) or on another of this node, or 75
+    after a `RequeueError`.
 
-    Anything else that is raised passes through with its traceback: it is a defect of ours. Ctrl-C (which the launcher
-    and torchrun pass on) ends the process at once, even inside a collective that waits. To be called in the main thread.
+    Any other exception is a bug and propagates with its traceback. Ctrl-C (which the launcher and torchrun forward) ends the
+    process at once, even inside a blocked collective. Must be called from the main thread.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -60,47 +60,47 @@ def exit_code_of(body: Callable[[], None]) -> int:
 
 
 def code_of_printing(main: Callable[[], int]) -> int:
-    """The exit code of a command that prints: what `main` returns; 141, as after SIGPIPE, where its reader has left; 2, and a
-    sentence, where what it prints goes to a disk that is full. Characters that the output's encoding lacks are spelled out."""
+    """Run a command that prints and return its exit code: that of `main`; 141, as after SIGPIPE, if the reader has closed the
+    pipe; 2, with a message, if the disk that stdout goes to is full. Escapes characters that stdout's encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        if sys.stdout is not None:  # closed from the start, and print has printed nothing
+        if sys.stdout is not None:  # None if it was closed from the start, where print does nothing
             sys.stdout.flush()
         return code
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        # What a file of its own meets has a name, or is a UserError.
+        # An error on a file that `main` opened has a filename, or is a UserError.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
             raise
         print(f"error: what is printed cannot be written: {error.strerror}", file=sys.stderr)
         code = USER_ERROR_EXIT
-    # The interpreter would flush what is left in the end, and complain.
+    # At exit the interpreter would flush what is left, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
 def report_user_error(error: UserError) -> None:
-    """Put the error on record, unless a rank of this node was first.
+    """Report the error, unless another rank of this node has done so.
 
-    Under the launcher the sentence goes to its status file only. Under plain torchrun the rank that was first prints it
-    to stderr; without either every caller does.
+    Under the launcher the message goes to the status file only. Under plain torchrun the first rank prints it to stderr;
+    without either, every caller does.
     """
     message = str(error)
     path = _status_file()
     try:
         report = {"exit_code": _exit_code(error), "message": message}
         is_first = path is None or _write_first(path, report)
-    except OSError:  # no room for the status file either: the sentence must not be lost
+    except OSError:  # no room for the status file either: the message must not be lost
         is_first, path = True, None
     if is_first and (path is None or STATUS_VARIABLE not in os.environ):
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def read_status(path: Path) -> Reported | None:
-    """What the ranks reported to `path`, or None."""
+    """The report in `path`, or None."""
     if not path.exists():
         return None
     report = json.loads(path.read_text())
@@ -108,13 +108,13 @@ def read_status(path: Path) -> Reported | None:
 
 
 def given_up() -> int | None:
-    """2 where a rank of this node has reported a user's mistake; None for a run that goes on or is to be started again."""
+    """2 if a rank of this node has reported a user error; None for a run that continues or should be restarted."""
     reported = _reported()
     return USER_ERROR_EXIT if reported is not None and reported.exit_code == USER_ERROR_EXIT else None
 
 
 def _reported() -> Reported | None:
-    """What a rank of this node has reported."""
+    """The report of this node, or None."""
     path = _status_file()
     return None if path is None else read_status(path)
 
@@ -126,13 +126,13 @@ def _exit_code(error: UserError) -> int:
 def _status_file() -> Path | None:
     if STATUS_VARIABLE in os.environ:
         return Path(os.environ[STATUS_VARIABLE])
-    # torchrun gives each rank `<temporary>/attempt_0/<local rank>/error.json`: its grandparent is the node's own.
+    # torchrun gives each rank `<temporary>/attempt_0/<local rank>/error.json`; the grandparent is common to the node.
     error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     return error_file.parents[1] / "etr_status.json" if error_file.name == "error.json" else None
 
 
 def _write_first(path: Path, status: dict[str, Any]) -> bool:
-    """Create `path` with its whole content, or return False because it exists: a hard link does both at once."""
+    """Create `path` with its content, or return False if it exists; a hard link does both atomically."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -16,13 +16,13 @@ from etr_megatron.status import exit_code_of
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one rank to the end; exits with 2 after a user's mistake and 75 to be started again, each with one sentence."""
+    """Run one rank to the end; exits with 2 after a user error and 75 to be restarted, each with one message."""
     die_with_parent()
     code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit: leaving through torch.distributed's clean-up would wait for ranks that are in a collective.
+        # Not sys.exit: torch.distributed's cleanup would wait for ranks that are in a collective.
         os._exit(code)
 
 
@@ -36,8 +36,8 @@ def _run(argv: list[str]) -> None:
         if code := dry_run([argument for argument in argv if argument != "--dry-run"]):
             os._exit(code)
         return
-    # Megatron counts on it: kernels start in the order of their launches, messages before the products that hide them. CUDA
-    # reads it when it starts.
+    # Megatron relies on it: kernels start in launch order, so communication starts before the GEMMs that overlap with it. CUDA
+    # reads it at initialization.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     path, overrides = parse_args(argv)
     with beside_inputs():
@@ -45,7 +45,7 @@ def _run(argv: list[str]) -> None:
     os.environ["ETR_PLATFORM"] = config.run.platform
     apart = nodes_apart(config)
     place = place_of(apart)
-    if apart:  # the ranks' world is one without these nodes
+    if apart:  # the training world excludes these nodes
         os.environ["WORLD_SIZE"] = str(place.ranks)
     with beside_inputs():
         config = resolve(config, place.ranks, cuda=platform.uses_cuda())
@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_inputs(config, place.ranks)
     require_torchrun("etr_megatron.train")
-    # Collections in the middle of loading 4,000 modules would take a fifth of the time to the first step.
+    # Garbage collection while 4,000 modules load would take a fifth of the time to the first step.
     gc.disable()
     from etr_megatron.job import run_rank
 
@@ -63,7 +63,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _serve(config: Config, place: Place) -> None:
-    """What a node does that is set apart for servers: one of its processes keeps these, the others have nothing to do."""
+    """Run a dedicated server node: local rank 0 keeps the servers, the other processes return."""
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         return
     from etr_megatron.rollout.sglang import ServerNode

@@ -1,4 +1,4 @@
-"""The story of a run: prompts become rollouts, rollouts become rewarded groups, groups become a packed batch, the batch becomes
+"""The training loop: prompts become rollouts, rollouts become rewarded groups, groups become a packed batch, the batch becomes
 Megatron steps under an elastic trust region, and the new weights go back to the engine."""
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ROLL_CALL_S = 60.0
-"""For all ranks to come, of which none is in the middle of anything."""
+"""Seconds for all ranks to meet while none of them is busy."""
 
 
 class Trainer:
-    """One run on one rank; every rank calls the same methods. `grader` and `recorder` exist on rank 0 alone; `engine` is None
-    where the sampler needs none (a replay)."""
+    """One run on one rank; every rank calls the same methods. `grader` and `recorder` exist on rank 0 only; `engine` is None
+    if the sampler needs none (a replay)."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Trainer:
         stop_request: StopRequest,
         phases: Phases,
     ) -> None:
-        """stop_request: of this rank, listening. phases: where ranks meet, which look at it."""
+        """stop_request: this rank's, already listening. phases: where ranks meet and check it."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
         self._open_recorder, self._recorder = recorder, None
@@ -75,33 +75,33 @@ class Trainer:
         self._watch = Stopwatch()
         self.step = 0
         self.trained = 0
-        """The last step that is done."""
-        self._version = 0  # the step that the policy is after: it lags behind where nothing is trained
+        """The last completed step."""
+        self._version = 0  # the step that produced the policy's weights; `trained` runs ahead if nothing is trained
         self._gate = engine is not None
         self._unrecorded: tuple[dict[str, Any], list[Group]] | None = None
 
     def run(self) -> None:
-        """From the newest checkpoint, or from the start, to `run.steps`.
+        """Run from the newest checkpoint, or from the start, to `run.steps`.
 
-        Raises RequeueError, with a checkpoint of all that was trained and of what is in hand, when the engine is gone or when
-        SIGTERM asks a rank to stop; RefusedError, with the same checkpoint, when the engine calls what it is asked wrong;
-        UngradedError and OtherModelError, with one of all that was trained, when rewards or the policy's own responses cannot
-        be had; SyncError, with such a one where all ranks are left, when weights do not arrive.
+        Before raising, saves a checkpoint of the trained weights and the sampler's state. Raises RequeueError if the engine is
+        gone or SIGTERM asks a rank to stop; RefusedError if the engine rejects a request as invalid; UngradedError or
+        OtherModelError if rewards or the policy's own responses are not available (saved only if a step was trained); SyncError
+        if a weight sync fails (saved only if a step was trained and all ranks are left).
         """
         try:
             self._resume()
-        except StopAskedError as error:  # there is nothing yet that is not saved
+        except StopAskedError as error:  # nothing is unsaved yet
             raise RequeueError(f"{error}: start again with the same command to go on") from error
         try:
             self._roll_out_only() if self.config.rollout.only else self._run_steps()
         except (EngineGoneError, StopAskedError) as error:
             self._save_what_is_trained()
             raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
-        except RefusedError:  # starting again would not mend it
+        except RefusedError:  # a restart would not help
             self._save_what_is_trained()
             raise
         except (UngradedError, OtherModelError):
-            if self.trained:  # else the run, once it is mended, is another one, and begins anew
+            if self.trained:  # else the run starts anew once it is fixed
                 self._save_what_is_trained()
             raise
         except SyncError:
@@ -110,7 +110,7 @@ class Trainer:
             raise
 
     def _all_are_left(self) -> bool:
-        """Whether ranks can still meet to save, after a weight sync whose error may name one that is lost or hangs."""
+        """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""
         self._phases.stop_asking()
         try:
             self._phases.meet("checkpoint after a weight sync that failed", within_s=ROLL_CALL_S)
@@ -124,7 +124,7 @@ class Trainer:
         if self.step > self.trained:
             self.sampler.put_back(self.step)
         self.step = self.trained
-        if self.config.rollout.only:  # the record is what there is
+        if self.config.rollout.only:  # the record is the only output
             return
         if self._unrecorded is not None:
             self._record(*self._unrecorded)
@@ -142,9 +142,9 @@ class Trainer:
             start = {}
 
     def _run_step(self, start: dict[str, Any]) -> None:
-        """One step. start: of its row, what was known before it.
+        """Run one step. start: metrics known before it, for its row.
 
-        A method of its own, so that its groups are gone when the next step's come: with all tokens' experts they are gigabytes.
+        A separate method, so that its groups are freed before the next step's arrive: with routing they take gigabytes.
         """
         config = self.config
         rollouts = self._roll_out()
@@ -161,7 +161,7 @@ class Trainer:
             self._save()
 
     def _roll_out_only(self) -> None:
-        """Rollouts and rewards of the steps that are left, all under the weights that there are."""
+        """Rollouts and rewards of the remaining steps, all under the current weights."""
         self._sync()
         self._watch.lap()
         while self.step < self.config.run.steps:
@@ -178,7 +178,7 @@ class Trainer:
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
 
     def _with_servers(self, draw: Callable[[], T]) -> T:
-        """Again after a sync of the same weights, where servers have to be brought back for it."""
+        """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again."""
         while True:
             try:
                 return draw()
@@ -188,7 +188,7 @@ class Trainer:
                 self._sync()
 
     def _train(self, groups: list[Group]) -> tuple[PolicyBatch, list[Update]]:
-        """Old log-probs (and the reference's) under the weights that the updates start from, then the updates."""
+        """Compute the old (and reference) log-probs under the weights that the updates start from, then run the updates."""
         with self._watch.phase("train"):
             self._phases.meet(f"training of step {self.step}")
             if self.engine is not None:
@@ -204,7 +204,7 @@ class Trainer:
             return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
 
     def _routing(self, groups: list[Group]) -> StepRouting | None:
-        """The experts that the engine chose, where they are to be chosen again."""
+        """The experts that the engine chose, if routing replay is on."""
         experts, layers = self.policy.arch.experts, len(self.policy.arch.expert_layers)
         if not self.config.train.routing_replay or experts is None:
             return None
@@ -213,7 +213,7 @@ class Trainer:
         )
 
     def _sync(self) -> None:
-        """The policy's weights to the engine; what is under way there waits, or ends, before."""
+        """Send the policy's weights to the engine; requests in flight are paused or finished first."""
         if self.engine is None:
             return
         with self._watch.phase("sync"):
@@ -223,7 +223,7 @@ class Trainer:
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
-        """How many responses to held-out problems are right under the engine's current weights; empty when there are none."""
+        """Evaluation metrics under the engine's current weights; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
         self._phases.meet(f"evaluation after step {self.step}")
@@ -247,7 +247,7 @@ class Trainer:
         return bool(every) and (step % every == 0 or step == self.config.run.steps)
 
     def _make_up_for_evaluation(self) -> None:
-        """Evaluate after the step that was taken up, where its row says that a stop came before its evaluation."""
+        """Evaluate after the resumed step if its row shows that the run stopped before that step's evaluation."""
         if self.step == 0 or not self._is_evaluated(self.step):
             return
         if not on_rank0(lambda: self._recorder is not None and self._recorder.lacks(self.step, "eval_accuracy")):
@@ -272,7 +272,7 @@ class Trainer:
             self._directory.save_rollouts(self.step, groups[: observe.rollouts_groups])
 
     def _keep(self, rollouts: Rollouts, batch: PolicyBatch | None = None) -> None:
-        """Record the step's groups, with the trainer's log-probs where there are any."""
+        """Record the step's groups, with the trainer's log-probs if there are any."""
         config = self.config.rollout
         if self._recorder is not None and (config.record or config.only):
             old = None if batch is None else [logp.tolist() for logp in batch.old_logp]
@@ -284,15 +284,15 @@ class Trainer:
         checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
 
     def _latest_checkpoint(self) -> int | None:
-        """The newest step saved, as rank 0 sees it. Other nodes may not see yet what it has just written: a network file system
-        keeps what a directory held for a while."""
+        """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory
+        contents for a while."""
         return on_rank0(lambda: checkpoint.latest_step(self._directory.checkpoints))
 
     @path_errors()
     def _resume(self) -> None:
-        """Take up the newest checkpoint, if there is one, and forget what was written after it.
+        """Load the newest checkpoint, if there is one, and drop what was written after it.
 
-        Where nothing is trained the rollouts that its weights have given already are kept.
+        In a rollout-only run, keeps the rollouts already drawn from the checkpoint's weights.
         """
         step = self._latest_checkpoint() if self.config.checkpoint.resume else None
         if step is not None:

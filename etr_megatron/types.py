@@ -1,7 +1,7 @@
-"""The only currency between rooms: a `Problem` is asked, a `Group` of `Sample`s comes back.
+"""Data types shared by all packages: a `Problem` goes in, a `Group` of `Sample`s comes back.
 
-Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk. What a
-sample has of every token is an `array`, less than a fifth of a list's memory: every rank holds those of a whole step.
+Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk. Per-token
+fields are `array`s, which take less than a fifth of a list's memory: every rank holds a whole step's samples.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ FinishReason = Literal["stop", "length", "abort"]
 RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
-"""Of which the directory of a model with its tokenizer has one at least."""
+"""A model directory with a tokenizer has at least one of these."""
 
 MOST_REPLAYED = 256
-"""Experts that `Sample.routing` can tell apart: there are so many numbers that each is a byte."""
+"""Maximum number of experts in `Sample.routing`, which stores one byte per choice to save memory."""
 
 
 @dataclass(slots=True)
@@ -25,10 +25,10 @@ class Problem:
     """One prompt with its verifiable answer.
 
     id: stable name of the row in its source (`<file>:<row>` unless the data has an id column).
-    prompt: the user's text, before the chat template; of several messages the last.
-    answer: the reference answer as the verifier wants it.
-    prompt_ids: token ids of the templated prompt, what the engine is given.
-    extra: further columns by name, plain values of JSON, for a reward of the user's own.
+    prompt: the user's text, before the chat template; the last message if there are several.
+    answer: the reference answer as the verifier expects it.
+    prompt_ids: token ids of the templated prompt, the engine's input.
+    extra: further columns by name, plain JSON values, for a custom reward function.
     """
 
     id: str
@@ -42,18 +42,18 @@ class Problem:
 class Sample:
     """One response to a prompt.
 
-    index: position in its group; together with the group it seeds the sampling.
+    index: position in its group; together with the group, it seeds the sampling.
     response_ids: generated token ids, the end-of-sequence token included when `finish_reason` is "stop".
     rollout_logprobs: natural-log probability of each response token under the engine's *tempered* distribution (before
         top-p/top-k), same length as `response_ids`.
-    finish_reason: "abort" is a response that is not finished; it is in no group that is trained on.
+    finish_reason: "abort" marks an unfinished response; no such response is in a group that is trained on.
     weight_version: version of the weights that its last token was drawn from.
-    weight_versions: of each token, where the response was continued after a weight sync; else empty.
-    routing: with routing replay, the experts that the engine chose: for each token that it computed (prompt and response, the
-        last one not), layer with experts and expert of a token one number; empty, or of fewer tokens, where it did not say.
-        Rank 0 has it; ranks that have not drawn it themselves may not.
+    weight_versions: the version of each token if the response was continued after a weight sync; else empty.
+    routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
+        Covers the prompt and the response without its last token; shorter or empty where the engine did not report them.
+        Rank 0 has it; other ranks may not have that of samples they did not draw themselves.
 
-    Any sequence will do for the three that are per token; they are kept as arrays of type "i", "d" and "i".
+    response_ids, rollout_logprobs and weight_versions may be any sequences; they are stored as arrays of type "i", "d" and "i".
     """
 
     index: int
@@ -79,9 +79,9 @@ class Sample:
 
 @dataclass(slots=True)
 class Group:
-    """All responses to one prompt: what group statistics (mean, deviation, variance) are taken over.
+    """All responses to one prompt; group statistics (mean, deviation, variance) are taken over them.
 
-    id: unique within a run, `<problem id>@<step>`: the same problem met again later is another group.
+    id: unique within a run, `<problem id>@<step>`: the same problem in a later step is another group.
     """
 
     id: str
