@@ -1,4 +1,4 @@
-"""Everything that touches megatron.core: layout, model, packing, forward and backward, optimizer.
+"""The policy on megatron.core: layout, model, packing, forward and backward passes, optimizer.
 
 Importing this package prepares megatron.core for the platform first.
 """
@@ -8,7 +8,7 @@ import logging
 from etr_megatron import platform
 
 platform.prepare_megatron()
-# It warns that it exists; its reports of bad results come as exceptions.
+# It warns at creation; bad results raise exceptions anyway.
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 from etr_megatron.policy.batch import PolicyBatch  # noqa: E402

@@ -1,4 +1,4 @@
-"""How evenly a mixture's tokens are spread over its experts, over the tokens that an update trains on."""
+"""Expert load balance over the tokens that an update trains on."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from etr_megatron.weights import Architecture
 
 
 class ExpertBalance:
-    """Counts what the routers of this rank's chunks decide in passes that have a gradient.
+    """Counts the routing decisions of this rank's chunks in passes with gradients enabled.
 
-    Log-probs are computed without one, and so is the first of two forward passes under recomputation: every token counts
-    once. Padding and dummy sequences are routed, trained on by the balancing loss, and counted like other tokens.
+    Gradients are disabled for log-probs and for the first of the two forward passes under recomputation, so every token counts
+    once. Padding and dummy sequences are routed, enter the balancing loss and count like other tokens.
     """
 
     def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
         """tp_shares: whether tensor-parallel ranks have different tokens (sequence parallelism)."""
         assert arch.experts is not None
         self._mixtures = arch.expert_layers
-        # Ranks that Megatron adds a microbatch's balancing loss up over, each with as many tokens.
+        # Number of ranks over which Megatron sums a microbatch's balancing loss; each has equally many tokens.
         self._shares = layout.cp * (layout.tp if tp_shares else 1)
-        # Of every layer the tokens of each expert, then all tokens, then the sum of tokens times this rank's part of the loss.
+        # Per layer: tokens of each expert, all tokens, and the sum of tokens times this rank's share of the loss.
         self._sums = torch.zeros(arch.layers, arch.experts.count + 2, dtype=torch.float64, device=platform.device())
         for router in routers(chunks):
             router.register_forward_hook(self._count)
@@ -37,9 +37,8 @@ class ExpertBalance:
     def take(self) -> dict[str, float]:
         """Metrics of the passes since the last call, means over the layers with experts; a collective of the world.
 
-        load_balancing_loss: Megatron's, 1 where all experts have the same share, without coefficient; the mean over tokens,
-        which is what is trained on. Only where there is a coefficient. expert_load_imbalance: tokens of the layer's busiest
-        expert over the mean.
+        load_balancing_loss: Megatron's loss without its coefficient, averaged over tokens as in training; 1 means equal load.
+        Only present if the coefficient is not 0. expert_load_imbalance: tokens of a layer's busiest expert over the mean.
         """
         dist.all_reduce(self._sums)
         counts, tokens, weighted = self._sums[self._mixtures].cpu().tensor_split((-2, -1), dim=1)
@@ -55,7 +54,7 @@ class ExpertBalance:
         chosen, layer = output[1], router.layer_number - 1
         self._sums[layer, :-2] += chosen.sum(0)
         self._sums[layer, -2] += chosen.shape[0]
-        # Megatron adds losses up without their tokens. Taken out after every pass, each can be weighted by its own.
+        # Megatron sums losses without weighting them by tokens. Reading and zeroing the tracker after every pass allows that.
         tracked = get_moe_layer_wise_logging_tracker().get("load_balancing_loss")
         if tracked is not None:
             self._sums[layer, -1] += chosen.shape[0] * tracked["values"][layer]

@@ -1,4 +1,4 @@
-"""What an optimizer step trains on: samples with everything that was decided about them before any splitting."""
+"""The batch of an optimizer step: samples with everything computed for them before any splitting."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from etr_megatron.policy.routing import StepRouting
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """N samples; the same on every rank.
+    """N samples; identical on every rank.
 
-    names: how an error calls a sample. sequences: (prompt ids, response ids) of each.
+    names: sample names for error messages. sequences: (prompt ids, response ids) of each.
     advantage, clip_low, clip_high, weight, group_mean, group_std, variance: float32 [N]; `weight` is the aggregation weight of
-    each of a sample's tokens, its denominator taken over this whole batch; the group's statistics are those of `LossInputs`.
+    each token of a sample, with this whole batch's denominator; for the group statistics see `LossInputs`.
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
     rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens]; old_entropy is for the
-    metrics, ref_logp is there with a KL term, correction with an off-policy correction.
-    routing: with routing replay, which experts the engine chose for the first tokens of prompt and response of each sample; for
-    the others the policy does.
+    metrics, ref_logp is set with a KL term, correction with an off-policy correction.
+    routing: with routing replay, the experts that the engine chose for the first tokens of each sample (prompt and response);
+    the policy routes the other tokens itself.
     """
 
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class PolicyBatch:
         return len(self.names)
 
     def select(self, numbers: Sequence[int], weight: Tensor) -> PolicyBatch:
-        """The samples `numbers` as a batch of its own; `weight` [len(numbers)] has that batch's denominator."""
+        """A batch of the samples `numbers`; `weight` [len(numbers)] has the new batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
 
         def pick(values: Tensor | tuple | StepRouting | None) -> Tensor | tuple | StepRouting | None:

@@ -1,7 +1,7 @@
-"""Context parallelism: which tokens of a packed sequence a rank has.
+"""Context parallelism: which tokens of a packed sequence each rank has.
 
 A sequence is padded to a multiple of 2 CP and cut into 2 CP chunks; rank r has chunks r and 2 CP - 1 - r. Under a causal mask a
-chunk's work grows with its number, so that every rank has the same. Transformer Engine cuts alike.
+chunk's work grows with its index, so this balances the ranks. Transformer Engine uses the same split.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def padded_length(tokens: int, cp: int) -> int:
-    """Tokens of a sequence with its padding."""
+    """Length of a sequence with its padding."""
     unit = 2 * cp if cp > 1 else 1
     return -(-tokens // unit) * unit
 
 
 def own_ranges(length: int, cp: int, rank: int) -> tuple[range, ...]:
-    """A rank's positions, ascending, in a sequence of `length` tokens, padding included."""
+    """A rank's positions, ascending, in a sequence of `length` tokens including padding."""
     if cp == 1:
         return (range(length),)
     chunk = length // (2 * cp)
@@ -30,22 +30,22 @@ def own_ranges(length: int, cp: int, rank: int) -> tuple[range, ...]:
 
 
 def own_positions(lengths: Sequence[int], cp: int, rank: int) -> Tensor:
-    """int64 [T / CP], the position within its sequence of each of a rank's tokens; lengths: of the sequences, padded."""
+    """int64 [T / CP]: the position within its sequence of each of a rank's tokens. lengths: padded sequence lengths."""
     ranges = [part for length in lengths for part in own_ranges(length, cp, rank)]
     return torch.cat([torch.arange(part.start, part.stop) for part in ranges])
 
 
 def gathered_order(lengths: Sequence[int], cp: int) -> Tensor:
-    """int64 [T]: where each token of the packed sequences is when the ranks' tokens lie behind each other."""
+    """int64 [T]: the index of each token of the packed sequences in the concatenation of the ranks' tokens."""
     starts = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
     own_starts = starts.repeat_interleave(torch.tensor(lengths) // cp)
     return torch.cat([own_starts + own_positions(lengths, cp, rank) for rank in range(cp)]).argsort()
 
 
 def summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks, on each of them, as a new tensor.
+    """All-reduced sum over the group, as a new tensor.
 
-    A collective, and another in the backward pass: what every rank makes of the sum goes back to all of its parts.
+    A collective, with another in the backward pass: the gradient is summed over ranks, since each uses the sum.
     """
     return _Summed.apply(values, group)
 

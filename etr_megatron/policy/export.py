@@ -1,4 +1,4 @@
-"""The policy's weights as whoever takes them over sees them."""
+"""The policy's weights as their consumers see them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Export:
-    """Weights as they are at the time of each call. Shards are views into the policy, which the next optimizer step changes;
-    the full tensors of an iteration are copies."""
+    """The weights at the time of each call. Shards are views of the policy's parameters, which the next optimizer step changes;
+    iteration yields full tensors as copies."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -27,7 +27,7 @@ class Export:
         return export_hf_weights(self._policy.chunks)
 
     def shards(self) -> dict[str, Tensor]:
-        """This rank's parameters by `Weight.megatron`; of one held in FP8 a copy in the type that it stands for."""
+        """This rank's parameters by `Weight.megatron`; an FP8 parameter as a dequantized copy."""
         own = own_parameters(self._policy.chunks).values()
         return {weight.megatron: plain_values(parameter) for weight, parameter in own}
 

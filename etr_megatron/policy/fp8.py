@@ -1,4 +1,4 @@
-"""FP8 with Transformer Engine: what it needs, what Megatron is told, how many tokens there must be."""
+"""FP8 with Transformer Engine: requirements, Megatron's options and token-count multiples."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from etr_megatron.config.schema.fp8 import FP8_TOKENS
 from etr_megatron.errors import UserError
 
 _FORMAT = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "mxfp8": "e4m3"}
-"""Megatron's name of the number format: `hybrid` has e5m2 for gradients, whose range one scale a tensor cannot cover."""
+"""Megatron's name of the number format: `hybrid` is e5m2 for gradients, whose range exceeds e4m3 with one scale per tensor."""
 
 _SUPPORT = {"blockwise": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
-"""Transformer Engine's question whether the device has a recipe; the other recipes need what all FP8 needs."""
+"""Transformer Engine's check for device support of a recipe; the other recipes need only general FP8 support."""
 
 
 def require_fp8(fp8: Fp8Config) -> None:
-    """Raise UserError where FP8 is asked for without CUDA, without Transformer Engine (Megatron would train in bf16, silently),
-    or on a device that lacks the recipe; with or without FP8, where Transformer Engine is installed and cannot be imported."""
+    """Raise UserError if FP8 is requested without CUDA, without Transformer Engine (Megatron would silently train in bf16) or
+    on a device that lacks the recipe; on CUDA, even without FP8, if Transformer Engine is installed but cannot be imported."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if fp8.recipe != "none" and not platform.uses_cuda():
         raise UserError(f"fp8.recipe={fp8.recipe} needs a GPU, and this job runs on CPU; set fp8.recipe=none")
@@ -31,7 +31,7 @@ def require_fp8(fp8: Fp8Config) -> None:
     if not installed or not platform.uses_cuda():
         return
     try:
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # where Megatron takes it from
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # the import that Megatron uses
     except ImportError as error:
         why = str(error).partition("\n")[0]
         raise UserError(
@@ -45,7 +45,7 @@ def require_fp8(fp8: Fp8Config) -> None:
 
 
 def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig; none without FP8. experts: whether the model has some."""
+    """FP8 fields of Megatron's TransformerConfig; empty without FP8. experts: whether the model has experts."""
     if fp8.recipe == "none":
         return {}
     return dict(
@@ -53,14 +53,14 @@ def fp8_options(fp8: Fp8Config, *, experts: bool) -> dict[str, Any]:
         fp8_recipe=fp8.recipe,
         fp8_param=fp8.param,
         first_last_layers_bf16=fp8.first_last_layers_bf16,
-        # Experts get uneven numbers of tokens, which must be brought to multiples as well.
+        # Experts get uneven numbers of tokens, which must be padded to multiples as well.
         moe_router_padding_for_quantization=experts,
-        # What TE's recipe of this name does; Megatron's own defaults are one step and its maximum.
+        # The defaults of TE's delayed recipe; Megatron's default history length is 1.
         **(dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max") if fp8.recipe == "delayed" else {}),
     )
 
 
 def token_multiple(fp8: Fp8Config, tp: int, *, sequence_parallel: bool) -> int:
-    """What a context-parallel rank's token count must be a multiple of, so that the tokens between tensor-parallel regions, of
-    which a rank has 1 / TP with sequence parallelism, are one of the recipe's."""
+    """The number that must divide a context-parallel rank's token count, so that the tokens between tensor-parallel regions
+    (1 / TP per rank with sequence parallelism) are a multiple of the recipe's."""
     return FP8_TOKENS[fp8.recipe] * (tp if sequence_parallel else 1)

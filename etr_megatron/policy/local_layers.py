@@ -1,4 +1,4 @@
-"""The two layers that megatron-core's local spec lacks for packed sequences without Transformer Engine.
+"""Two layers missing from megatron-core's local spec, for packed sequences without Transformer Engine.
 
 `WrappedTorchNorm` refuses sequence parallelism, `DotProductAttention` refuses packed sequences (THD).
 """
@@ -21,7 +21,7 @@ from etr_megatron.policy.context import gathered_order, own_positions
 class LocalRMSNorm(torch.nn.Module):
     """RMSNorm over the last dimension, statistics in fp32.
 
-    The weight is marked `sequence_parallel`, so that Megatron sums its gradient over the tensor-parallel group.
+    The weight carries Megatron's `sequence_parallel` flag, which makes it sum the gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -31,12 +31,12 @@ class LocalRMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape and dtype of `x` [..., hidden_size]."""
+        """Normalized `x` [..., hidden_size], same shape and dtype."""
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 def _length_buckets(lengths: list[int]) -> list[list[int]]:
-    """Sequence numbers grouped so that the longest of a bucket is at most twice its shortest: bounded padding."""
+    """Sequence indices grouped so that the longest in a bucket is at most twice the shortest, which bounds padding."""
     buckets: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if buckets and lengths[index] <= 2 * lengths[buckets[-1][0]]:
@@ -47,11 +47,11 @@ def _length_buckets(lengths: list[int]) -> list[list[int]]:
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences by torch's scaled_dot_product_attention.
+    """Causal attention over packed sequences with torch's scaled_dot_product_attention.
 
-    Sequences of similar length are padded on the right into one batch: under a causal mask a real token never sees the padding
-    behind it, so no mask is needed and the result does not depend on the bucket. With context parallelism a rank's queries
-    meet the keys and values of all ranks, which are gathered, under a mask made of positions.
+    Sequences of similar length are right-padded into one batch: under a causal mask a real token never sees the padding
+    after it, so no mask is needed and the result does not depend on the bucket. With context parallelism, keys and values are
+    gathered from all ranks, and a rank's queries attend to them under a mask built from positions.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PackedAttention(MegatronModule):
         for bucket in _length_buckets(lengths):
             of_keys, real_keys = _places(offsets, bucket, 1, query.device)
             at, real = _places(offsets, bucket, cp, query.device) if cp > 1 else (of_keys, real_keys)
-            # A padded key takes the first token's place: it is behind every query, which its column says.
+            # A padded key repeats the first token, but its column index masks it from every query.
             columns = torch.arange(of_keys.shape[1], device=query.device)
             seen = positions[at][:, None, :, None] >= columns if cp > 1 else None
             out = self._attend(*(x[i].transpose(1, 2) for x, i in ((query, at), (key, of_keys), (value, of_keys))), seen)
@@ -101,7 +101,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(pieces)[order].flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[B, heads, S, D] each, fewer heads for key and value; causal, or by seen [B, 1, queries, keys]."""
+        """[B, heads, S, D] each, key and value may have fewer heads; causal, or masked by `seen` [B, 1, queries, keys]."""
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, is_causal=seen is None, scale=self.scale, enable_gqa=grouped
@@ -109,9 +109,9 @@ class PackedAttention(MegatronModule):
 
 
 def _places(offsets: list[int], bucket: list[int], share: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(places of the bucket's tokens [B, S], whether one is there [B, S]); padding repeats the first token.
+    """(indices of the bucket's tokens [B, S], whether each is real [B, S]); padding repeats the first token.
 
-    share: how many ranks the tokens of every sequence are spread over.
+    share: number of ranks that share the tokens of every sequence.
     """
     begin = torch.tensor([offsets[i] // share for i in bucket], device=device)[:, None]
     count = torch.tensor([(offsets[i + 1] - offsets[i]) // share for i in bucket], device=device)[:, None]
@@ -121,6 +121,6 @@ def _places(offsets: list[int], bucket: list[int], share: int, device: torch.dev
 
 
 def _gather(own: Tensor, lengths: list[int], cp: int) -> Tensor:
-    """[T / CP, ...] of every context-parallel rank in the order of the packed sequences, [T, ...]; backward reduce-scatters."""
+    """Gather [T / CP, ...] from the context-parallel ranks as [T, ...] in packed order; backward reduce-scatters."""
     whole = gather_from_sequence_parallel_region(own.contiguous(), group=mpu.get_context_parallel_group())
     return whole[gathered_order(lengths, cp).to(own.device)]

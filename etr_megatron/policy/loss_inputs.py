@@ -1,4 +1,4 @@
-"""From a batch and a microbatch of it to what a policy loss gets."""
+"""Build a policy loss's inputs from a batch and one of its microbatches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etr_megatron.policy.packing import Microbatch
 
 
 def loss_settings(objective: ObjectiveConfig) -> LossSettings:
-    """The scalars of a resolved objective that losses see."""
+    """The scalars of a resolved objective that losses use."""
     return LossSettings(
         log_ratio_bound=objective.log_ratio_bound,
         kl_coef=objective.kl_coef if objective.kl_in == "loss" else 0.0,
@@ -39,7 +39,7 @@ def loss_inputs(
     device = micro.row_sample.device
     place = _places(batch, micro)
     lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
-    # Of the context-parallel ranks each has some tokens of every sample.
+    # Each context-parallel rank has some tokens of every sample.
     at = (lengths.cumsum(0) - lengths)[place] + micro.row_position.cpu()
 
     def per_token(values: Sequence[Tensor]) -> Tensor:
@@ -70,12 +70,12 @@ def loss_inputs(
 
 
 def pass_rate_bins_of_rows(batch: PolicyBatch, micro: Microbatch) -> Tensor:
-    """int64 [R], the pass-rate bin of each row's group."""
+    """int64 [R]: the pass-rate bin of each row's group."""
     return batch.pass_rate_bin.to(micro.row_sample.device)[micro.row_sample]
 
 
 def _places(batch: PolicyBatch, micro: Microbatch) -> Tensor:
-    """int64 [R] on the CPU: which of the microbatch's samples each row is of."""
+    """int64 [R] on the CPU: the index, within the microbatch, of each row's sample."""
     place = torch.zeros(len(batch), dtype=torch.long)
     place[list(micro.samples)] = torch.arange(len(micro.samples))
     return place[micro.row_sample.cpu()]

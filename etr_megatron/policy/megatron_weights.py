@@ -1,5 +1,4 @@
-"""Weights of a checkpoint directory into a policy model: from HuggingFace's format (FP8 as bf16) or from megatron's
-`torch_dist`."""
+"""Load a checkpoint directory into a policy model, from HuggingFace's format (FP8 as bf16) or Megatron's `torch_dist`."""
 
 from __future__ import annotations
 
@@ -24,32 +23,30 @@ from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
 
 
 def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | Path) -> None:
-    """Copy this rank's shards of a checkpoint into the parameters of models (in place; each the chunks that own them), which
-    all get the same. A collective: what several ranks hold is read by one of them.
+    """Copy this rank's shards of a checkpoint into the parameters of every model (in place; each model is its list of chunks).
+    A collective: only one of the ranks that hold a shard reads it.
 
-    Raises UserError, on every rank, for a checkpoint that does not fit the model or cannot be read.
+    Raises UserError, on every rank, if the checkpoint does not fit the model or cannot be read.
     """
     if is_torch_dist(checkpoint_dir):
         load_megatron_weights(models, checkpoint_dir)
     else:
         load_hf_weights(models, open_checkpoint(checkpoint_dir))
     for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
-        # Of a weight held in FP8 Transformer Engine keeps the random values that it was made with; the optimizer would start
-        # from those.
+        # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them.
         if hasattr(parameter, "clear_high_precision_init_val"):
             parameter.clear_high_precision_init_val()
 
 
 @torch.no_grad()
 def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | Path) -> None:
-    """The same for a `torch_dist` directory, written by any layout or by `tools/convert_hf.py`. A collective.
+    """`load_weights` for a `torch_dist` directory, written by any layout or by `tools/convert_hf.py`. A collective.
 
-    Optimizer state that may be there is left alone.
+    Ignores any optimizer state in it.
     """
     wanted = {
         f"chunk{number}": {
-            # Layers without FP8 state keep nothing in their `_extra_state`; the set of those that have one differs between
-            # specs.
+            # `_extra_state` is empty in layers without FP8 state, and which layers have one differs between specs.
             name: part
             for name, part in chunk.sharded_state_dict().items()
             if not isinstance(part, ShardedObject)
@@ -58,7 +55,7 @@ def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_di
     }
     try:
         with warnings.catch_warnings():
-            # Megatron asks torch for what torch has deprecated.
+            # Megatron uses deprecated torch APIs.
             warnings.simplefilter("ignore", FutureWarning)
             state = dist_checkpointing.load(wanted, str(checkpoint_dir), ReadOnce())
     except (CheckpointException, CheckpointingException, KeyError) as error:
@@ -71,8 +68,8 @@ def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_di
 
 
 def reason(error: BaseException) -> str:
-    """A line on why a checkpoint could not be read: of what torch gathered from the ranks the first one's own words, without
-    the list of all that is there."""
+    """One line on why a checkpoint could not be read: the first message that torch gathered from the ranks, without its list of
+    everything in the checkpoint."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     cause = next((failure[0] for failure in failures), error)
     return str(cause).partition("\n")[0].partition(": [")[0].strip("'\"") or type(cause).__name__
@@ -80,7 +77,7 @@ def reason(error: BaseException) -> str:
 
 @torch.no_grad()
 def megatron_logits(arch: Architecture, checkpoint_dir: str | Path, layout: Layout, tokens: Tensor) -> Tensor:
-    """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from a model in fp32 without an optimizer; for one rank."""
+    """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from an fp32 model without an optimizer; single rank only."""
     config = transformer_config(arch, layout, sequence_parallel=False, dtype=torch.float32)
     (model,) = build_chunks(arch, config, layout)
     load_weights([[model.eval()]], checkpoint_dir)

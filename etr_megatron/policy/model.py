@@ -1,4 +1,4 @@
-"""The policy as a megatron-core GPTModel that stops at hidden states, and its weights in and out of it."""
+"""The policy as a megatron-core GPTModel that stops at hidden states, and loading and export of its weights."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import HEAD
 
 _BUCKET_BYTES = 64 * 2**20
-"""Weights that are broadcast as one: an expert's are many and small."""
+"""Bytes of weights that are broadcast together: experts have many small ones."""
 
 
 class PolicyModel(GPTModel):
-    """A model chunk of a pipeline stage, which has `layout.vpp` of them.
+    """One of the `layout.vpp` model chunks of a pipeline stage.
 
     `forward` of the last stage's last chunk returns hidden states [T (/ TP), 1, H], not logits.
 
-    The LM head belongs to the loss: it is applied to the loss rows alone, some at a time (`vocab_parallel`).
+    The LM head belongs to the loss, which applies it to the loss rows only, in chunks (`vocab_parallel`).
     """
 
     def __init__(self, arch: Architecture, config: TransformerConfig, layout: Layout, chunk: int = 0) -> None:
@@ -72,17 +72,17 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """[Vp / TP, H] shard of the LM head, the embedding's where they are tied; last stage only."""
+        """[Vp / TP, H] shard of the LM head, or of the embedding if they are tied; last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 def forget_routing(model: torch.nn.Module) -> None:
-    """Drop what the experts' token dispatchers keep of their last forward pass (in place; the model is between two of them).
+    """Drop what the MoE token dispatchers keep of their last forward pass (in place; call it between passes).
 
-    They keep tensors with their autograd graph, which holds activations until the next forward pass and, through the hooks on
-    its leaves, the whole model for ever: in a circle that Python cannot see; process groups and their threads included.
+    They keep tensors with their autograd graph. The graph holds activations until the next forward pass and, through the hooks
+    on its leaves, leaks the whole model with its process groups and threads, in a cycle that Python's collector cannot see.
     """
     for module in model.modules():
         dispatcher = getattr(module, "token_dispatcher", None)
@@ -92,22 +92,22 @@ def forget_routing(model: torch.nn.Module) -> None:
 
 
 def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) -> list[PolicyModel]:
-    """This rank's stage as its model chunks on its device, weights not loaded yet."""
+    """This rank's model chunks on its device, without weights loaded."""
     chunks = [PolicyModel(arch, config, layout, chunk).to(platform.device()) for chunk in range(layout.vpp)]
     for weight, parameter in own_parameters(chunks).values():
-        # Megatron sets it from EP 2 on. Set always, experts are reduced over their own data-parallel group, which is not the
-        # dense one where ETP is not TP, and have an optimizer of their own in every layout: checkpoints then have one form.
+        # Megatron sets it only for EP > 1. Setting it always reduces experts over their own data-parallel group, which differs
+        # from the dense one if ETP is not TP, and gives them a separate optimizer in every layout, so checkpoints look alike.
         if weight.expert is not None:
             parameter.allreduce = False
     return chunks
 
 
 _EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
-"""An expert's number, counted on its rank: in a local-spec name within, in a Transformer Engine name at the end."""
+"""Matches a rank-local expert index: inside a local-spec name, at the end of a Transformer Engine name."""
 
 
 def global_name(name: str, first_layer: int, first_expert: int) -> str:
-    """A parameter's name with layers and experts counted over the whole model instead of from this rank's first ones."""
+    """A parameter's name with layer and expert indices of the whole model instead of this rank's."""
     if name.startswith("decoder.layers."):
         _, _, number, rest = name.split(".", 3)
         name = f"decoder.layers.{int(number) + first_layer}.{rest}"
@@ -116,7 +116,7 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 
 def _parameter_names(chunk: PolicyModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of a chunk by their name in the weight map. Megatron says which layers they are of."""
+    """Parameters of a chunk by their name in the weight map; layer numbers come from Megatron."""
     layout, arch = chunk.layout, chunk.arch
     first_layer = chunk.decoder.layers[0].layer_number - 1
     first_expert = layout.ep_rank * (arch.experts.count // layout.ep) if arch.experts else 0
@@ -124,9 +124,9 @@ def _parameter_names(chunk: PolicyModel) -> dict[str, torch.nn.Parameter]:
 
 
 def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
-    """Megatron name -> (weight, this rank's parameter). The copy of a tied embedding on the last stage counts as the head.
+    """Megatron name -> (weight, this rank's parameter). The last stage's copy of a tied embedding counts as the head.
 
-    Raises RuntimeError naming parameters that the map does not know, and rows of it that this rank should hold and does not.
+    Raises RuntimeError naming parameters missing from the map, and rows of the map missing from this rank.
     """
     named = {name: parameter for chunk in chunks for name, parameter in _parameter_names(chunk).items()}
     layout, arch = chunks[0].layout, chunks[0].arch
@@ -148,11 +148,11 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, tor
 
 @torch.no_grad()
 def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: SafetensorsDir) -> None:
-    """Copy this rank's shards of a HuggingFace checkpoint into the parameters of models (in place; each the chunks that own
-    them), which all get the same. A collective.
+    """Copy this rank's shards of a HuggingFace checkpoint into the parameters of every model (in place; each model is its list
+    of chunks). A collective.
 
-    Only the byte ranges that the rank needs are read, by one of the ranks that need them. Raises ValueError naming parameters
-    whose shape is not the map's.
+    Only the byte ranges that a rank needs are read, by one of the ranks that need them. Raises ValueError naming parameters
+    whose shapes differ from the map's.
     """
     layout, arch = models[0][0].layout, models[0][0].arch
     own, *others = (own_parameters(chunks) for chunks in models)
@@ -171,10 +171,10 @@ def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: Safeten
 
 @torch.no_grad()
 def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
-    """Full HF tensors by name, on every rank and in the same order, from shards spread over TP, EP and PP.
+    """Gather full HF tensors by name from the TP, EP and PP shards, on every rank in the same order.
 
-    A collective: every rank of the model-parallel group must iterate to the end. Tensors are views of fresh copies on this rank
-    (its device), owned by the caller; weights of `_BUCKET_BYTES`, or a larger one, exist in full at a time.
+    A collective: every rank of the model-parallel group must iterate to the end. Tensors are views of fresh copies on this
+    rank's device, owned by the caller; at most `_BUCKET_BYTES`, or one larger weight, exists in full at a time.
     """
     layout, arch = chunks[0].layout, chunks[0].arch
     own = {weight.megatron: parameter for weight, parameter in own_parameters(chunks).values()}
@@ -198,7 +198,7 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
 
 
 def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tuple[tuple[int, int | None], list[Weight]]]:
-    """((stage, expert-parallel owner or None), consecutive weights that it holds): `_BUCKET_BYTES` at most or a larger one."""
+    """((stage, expert-parallel owner or None), consecutive weights that it holds): `_BUCKET_BYTES` or one larger weight."""
 
     def holder(weight: Weight) -> tuple[int, int | None]:
         owner = None if weight.expert is None else weight.expert // (arch.experts.count // layout.ep)
@@ -218,13 +218,13 @@ def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tupl
 
 
 def plain_values(parameter: Tensor) -> Tensor:
-    """A parameter's values without gradient: itself, or, of one held in FP8, in the type that it stands for."""
+    """A parameter's values without gradient, dequantized if it is held in FP8."""
     values = parameter.detach()
     return dequantize_fp8_tensor(values) if is_float8tensor(values) else values
 
 
 def _gather(weight: Weight, arch: Architecture, parameter: Tensor, ranks: int) -> dict[str, Tensor]:
-    """The full HF tensors of a weight that the (expert-)tensor-parallel ranks hold shards of. A collective among them."""
+    """The full HF tensors of a weight sharded over (expert-)tensor-parallel ranks. A collective among them."""
     dense = weight.expert is None
     group = mpu.get_tensor_model_parallel_group() if dense else mpu.get_expert_tensor_parallel_group()
     shard = plain_values(parameter).contiguous()

@@ -1,4 +1,4 @@
-"""From a HuggingFace architecture and a layout to Megatron's TransformerConfig, layer spec and rotary frequencies."""
+"""Build Megatron's TransformerConfig, layer spec and rotary frequencies from a HuggingFace architecture and a layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from etr_megatron.weights import Architecture
 
 
 def uses_transformer_engine() -> bool:
-    """TE layers on CUDA, where the package is installed; megatron-core's local ones otherwise."""
+    """Whether TE layers are used (on CUDA with the package installed) instead of megatron-core's local ones."""
     return platform.uses_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -41,10 +41,10 @@ def transformer_config(
     router_fp32: bool = False,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """Megatron's config of the policy.
+    """Megatron's config for the policy.
 
-    `calculate_per_token_loss` is on: the loss is divided once, by our own denominator, and Megatron divides nothing.
-    `variable_seq_lengths` is on for pipelines: packed microbatches differ in length.
+    `calculate_per_token_loss` is on, so that Megatron does not divide the loss: our own denominator already does.
+    `variable_seq_lengths` is on for pipelines, because packed microbatches differ in length.
     """
     fused = uses_transformer_engine()
     recompute_options: dict[str, Any] = {
@@ -77,10 +77,10 @@ def transformer_config(
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights come from a checkpoint right after: initialisation need not be the same on every layout.
+        # Weights are loaded from a checkpoint right after, so initialization may differ between layouts.
         use_cpu_initialization=not platform.uses_cuda(),
         calculate_per_token_loss=True,
-        # megatron-core asks for it with variable_seq_lengths, for dense models too
+        # megatron-core requires it with variable_seq_lengths, even for dense models
         moe_token_dispatcher_type="alltoall",
         **_fusions(fused),
         **_pipeline_options(layout, dtype),
@@ -91,8 +91,8 @@ def transformer_config(
 
 
 def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
-    """Stages and their chunks. With chunks and two stages each stage is the other's predecessor and successor: sent in one
-    batch, their messages are mixed up, silently."""
+    """Pipeline stages and chunks. With several chunks and two stages, each stage is both predecessor and successor of the
+    other, and batched p2p would silently mix up their messages."""
     return dict(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -106,23 +106,23 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _fusions(fused: bool) -> dict[str, bool]:
-    """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are."""
+    """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are used."""
     return dict(
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
         bias_activation_fusion=fused,
         masked_softmax_fusion=False,
         apply_rope_fusion=fused,
-        # Megatron's own linear layers take that product from apex, and refuse to be built without it.
+        # Megatron's own linear layers need apex for this fusion and cannot be built without it.
         gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
 
 
 def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, router_fp32: bool) -> dict[str, Any]:
-    """Settings of a mixture of experts, none for a dense model. grouped: one kernel for all experts of a rank, TE's.
+    """MoE settings, empty for a dense model. grouped: use TE's grouped GEMM for all experts of a rank.
 
-    The router computes as transformers does: its product in the model's dtype (fp32 with router_fp32), its softmax in fp32. A
-    softmax over the chosen experts' logits alone is the full one divided by the chosen ones' sum (`norm_topk_prob`).
+    The router matches transformers: GEMM in the model's dtype (fp32 with router_fp32), softmax in fp32. A softmax over only the
+    chosen experts' logits equals the full softmax divided by the sum over the chosen ones (`norm_topk_prob`).
     """
     experts = arch.experts
     if experts is None:
@@ -130,7 +130,7 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
     return dict(
         num_moe_experts=experts.count,
         moe_ffn_hidden_size=experts.intermediate_size,
-        # With a list Megatron puts layer numbers into the keys of a checkpoint, and so does the weight map with dense layers.
+        # With a list, Megatron puts layer numbers into checkpoint keys; so does the weight map if there are dense layers.
         moe_layer_freq=[int(arch.has_experts(layer)) for layer in range(arch.layers)] if experts.dense_layers else 1,
         moe_router_topk=experts.per_token,
         moe_router_pre_softmax=not experts.normalized,
@@ -142,7 +142,7 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
 
 
 def block_spec(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
-    """Layer spec of a chunk of this rank's pipeline stage: TE's on CUDA, else the local one with packed attention and our
+    """Layer spec of a chunk of this rank's pipeline stage: TE's if it is used, else the local one with packed attention and our
     RMSNorm."""
     if uses_transformer_engine():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=chunk)
@@ -165,7 +165,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
     if experts:
-        # In checkpoints the norm before a dense MLP is named after the linear layer that TE fuses it with; experts have none.
+        # Checkpoints name the norm before a dense MLP after the linear layer that TE fuses it with; MoE layers fuse none.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
@@ -180,20 +180,21 @@ def rotary_frequencies(arch: Architecture) -> torch.Tensor:
 
 
 def softmax_scale(arch: Architecture) -> float | None:
-    """What attention multiplies the products of queries and keys with; None for the usual head_dim ** -0.5.
+    """The attention scale; None for the usual head_dim ** -0.5.
 
-    YaRN (arXiv 2309.00071) lengthens both, as transformers and servers do by their cosines and sines: the same number twice.
+    YaRN (arXiv 2309.00071) scales queries and keys. transformers and inference servers scale cosines and sines instead; here
+    the factor enters the attention scale squared, which is equivalent.
     """
     factor = _rotary(arch)[1]
     return None if factor == 1.0 else factor**2 * arch.head_dim**-0.5
 
 
 def _rotary(arch: Architecture) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies, factor of queries and keys)."""
+    """(inverse frequencies, scale of queries and keys)."""
     if arch.rope["rope_type"] == "default":
         exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
         return 1.0 / (arch.rope["rope_theta"] ** exponent), 1.0
-    from transformers.configuration_utils import PreTrainedConfig  # a second of start-up, for few models
+    from transformers.configuration_utils import PreTrainedConfig  # takes a second to import, and few models need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = PreTrainedConfig(

@@ -1,4 +1,4 @@
-"""NaN and infinity at an active token: which sample, which position, on which rank."""
+"""Report NaN or infinity at an active token, with sample, position and rank."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from etr_megatron.policy.packing import Microbatch
 
 
 class RowWatch:
-    """Holds what a policy loss gets, and its gradients with respect to log-prob and entropy, against NaN and infinity.
+    """Checks a policy loss's inputs, and its gradients with respect to log-prob and entropy, for NaN and infinity.
 
-    One for every microbatch and rank. What a loss of the user's own makes of finite inputs is a UserError, everything else a
-    FloatingPointError. Gradients of a token-local loss are formed chunk by chunk inside the head, those of others when Megatron
-    goes backward; rows are only marked as they come, since asking for a value waits for the device.
+    One per microbatch and rank. A custom loss that turns finite inputs into a non-finite result raises UserError; anything else
+    raises FloatingPointError. Gradients of a token-local loss arrive chunk by chunk inside the head, those of other losses in
+    Megatron's backward pass. The former are only marked as they arrive, because reading a value synchronizes with the device.
     """
 
     def __init__(self, batch: PolicyBatch, micro: Microbatch, *, loss: str, rank: int) -> None:
@@ -28,28 +28,28 @@ class RowWatch:
         self._waits_for_backward = False
 
     def watch(self, rows: slice, logp: Tensor, entropy: Tensor) -> None:
-        """Look at the gradients that these rows' values will receive."""
+        """Watch the gradients of these rows' values."""
         for place, values in enumerate((logp, entropy)):
             if values.requires_grad:
                 values.register_hook(partial(self._mark, place, rows))
 
     def _mark(self, place: int, rows: slice, gradient: Tensor | None) -> None:
-        if gradient is None:  # the loss does not depend on it, and autograd calls all the same
+        if gradient is None:  # autograd calls the hook even if the loss does not depend on it
             return
         self._broken[place, rows] = ~torch.isfinite(gradient)
         if self._waits_for_backward:
             self._check_gradients()
 
     def check(self, inputs: LossInputs, loss: float) -> None:
-        """Raise FloatingPointError when a row of any input is NaN or infinite, and the loss's error when its gradient or it is.
+        """Raise FloatingPointError if a row of any input is NaN or infinite, and the loss's error if it or its gradient is.
 
         inputs: all rows of the microbatch, the policy's values filled in. The error names the input, the sample, the token's
-        position in the response (from 0) and the rank. Gradients that come later are checked as they come.
+        position in the response (from 0) and the rank. Later gradients are checked as they arrive.
         """
         named = inputs.row_tensors()
         broken = ~torch.isfinite(torch.stack(list(named.values())))
         if bool(broken.any()):
-            # In the order of rows: a token's first bad input is more telling than the first input's bad token.
+            # In row order: the first bad token with its first bad input is more informative than the first bad input.
             row, number = broken.T.nonzero()[0].tolist()
             name = list(named)[number]
             raise FloatingPointError(f"{name} is {named[name][row].item()} at an active token: {self._place(row)}")

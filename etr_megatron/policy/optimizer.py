@@ -1,4 +1,4 @@
-"""Gradient buffers, Adam and the learning-rate schedule, from the config to Megatron's."""
+"""Map the config to Megatron's gradient buffers, Adam and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def wrap_chunks(
     chunks: Sequence[torch.nn.Module], megatron: TransformerConfig, config: Config
 ) -> list[DistributedDataParallel]:
-    """Every chunk with its gradient buffers and their reduction over data- and context-parallel ranks."""
+    """Wrap every chunk in Megatron's DDP, which reduces gradients over data- and context-parallel ranks."""
     train = config.train
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=train.grads_dtype == "float32",
@@ -29,14 +29,14 @@ def wrap_chunks(
         check_for_nan_in_grad=True,
         fp8_param_gather=config.fp8.param,
     )
-    # Reductions of later chunks overlap with the other chunks' work anyway; in one bucket they are fewer.
+    # Reductions of later chunks overlap with other chunks' compute anyway; one bucket means fewer of them.
     return [
         DistributedDataParallel(megatron, options, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
     ]
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:
-    """Adam's."""
+    """Megatron's config for Adam."""
     train = config.train
     return OptimizerConfig(
         optimizer="adam",
@@ -46,7 +46,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
-        # An infinite limit keeps the norm measured and never scales; 0 would not even measure it.
+        # With an infinite limit the norm is computed but never scales; with 0 it would not be computed.
         clip_grad=train.clip_grad or float("inf"),
         bf16=config.model.dtype == "bfloat16",
         params_dtype=DTYPES[config.model.dtype],
@@ -60,7 +60,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
 
 
 def lr_scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:
-    """Warm-up and decay over the whole run."""
+    """Warmup and decay over the whole run."""
     train = config.train
     return OptimizerParamScheduler(
         optimizer,

@@ -17,13 +17,13 @@ from etr_megatron.policy.context import own_ranges, padded_length
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A context-parallel rank's part of packed sequences (THD): T tokens, of CP T in all, with R loss rows.
+    """A context-parallel rank's part of packed sequences (THD): T of the CP * T tokens, with R loss rows.
 
-    tokens, positions: int64 [1, T]. cu_seqlens: int32 [sequences + 1], where each begins, over the tokens of all CP ranks.
-    max_seqlen: tokens of the longest sequence, on all CP ranks.
-    rows: int64 [R], flat places whose hidden state predicts a response token. targets: int64 [R], those tokens.
-    row_sample: int64 [R], number in the optimizer step of the sample that a row belongs to. row_position: int64 [R], place of
-    the target in that sample's response. samples: numbers of the samples, in the order of their rows.
+    tokens, positions: int64 [1, T]. cu_seqlens: int32 [sequences + 1], sequence offsets over the tokens of all CP ranks.
+    max_seqlen: tokens of the longest sequence, over all CP ranks.
+    rows: int64 [R], indices of the tokens whose hidden states predict response tokens. targets: int64 [R], those tokens.
+    row_sample: int64 [R], the index of each row's sample in the optimizer step. row_position: int64 [R], the position of the
+    target in that sample's response. samples: indices of the samples, in the order of their rows.
     """
 
     tokens: Tensor
@@ -38,10 +38,10 @@ class Microbatch:
 
 
 def refuse_unknown_tokens(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int) -> None:
-    """Raise UserError for an id below 0 or from `vocab_size` on, naming the sample.
+    """Raise UserError, naming the sample, for an id outside [0, vocab_size).
 
-    On a padded vocabulary the embedding would take it, and no shard of the head has it as a target: its log-prob would be minus
-    the log-sum-exp, a number like any other.
+    With a padded vocabulary the embedding would accept it, but no shard of the head has it as a target: its log-prob would
+    silently be minus the log-sum-exp.
     """
     for number, sequence in enumerate(sequences):
         for part, ids in zip(("prompt", "response"), sequence, strict=True):
@@ -65,10 +65,9 @@ def pack(
 ) -> Microbatch:
     """Pack (prompt ids, response ids) of the samples `numbers` (indices into `sequences`) into one microbatch.
 
-    multiple: the token count of a context-parallel rank is brought to a multiple of it (sequence parallelism needs TP, FP8 a
-    multiple of its blocks) by a dummy sequence of its own, which has no loss rows; so is an empty microbatch. With cp > 1 every
-    sequence is padded at its end, where no real token sees it. Raises ValueError for an empty prompt: nothing predicts its
-    first token.
+    multiple: a dummy sequence without loss rows pads a context-parallel rank's token count to a multiple of it (sequence
+    parallelism needs TP, FP8 a multiple of its blocks); it also fills an empty microbatch. With cp > 1 every sequence is padded
+    at the end, where no real token sees it. Raises ValueError for an empty prompt: nothing predicts its first response token.
     """
     packed = _Packed(cp, cp_rank)
     for number in numbers:
@@ -98,7 +97,7 @@ def pack(
 
 
 class _Packed:
-    """The lists that a microbatch is made of, while sequences are added."""
+    """The lists that make up a microbatch, while sequences are added."""
 
     def __init__(self, cp: int, cp_rank: int) -> None:
         self.cp, self.cp_rank = cp, cp_rank
@@ -111,7 +110,7 @@ class _Packed:
         self.row_position: list[int] = []
 
     def add(self, ids: list[int], prompt: int, sample: int) -> None:
-        """A sequence whose first `prompt` tokens are not predicted."""
+        """Add a sequence whose first `prompt` tokens are not predicted."""
         length, first = len(ids), prompt - 1
         padded = padded_length(length, self.cp)
         for part in own_ranges(padded, self.cp, self.cp_rank):

@@ -1,4 +1,4 @@
-"""Process groups of the policy: one world, cut by Megatron into TP x CP x DP x PP ranks, for experts into ETP x EP."""
+"""Process groups of the policy: Megatron splits one world into TP x CP x DP x PP, and into ETP x EP for experts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from etr_megatron.weights import TrainingLayout, Weight
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place. `stage` counts pipeline stages; sizes are of the groups.
+    """This rank's place in the parallel layout: group sizes and ranks; `stage` is its pipeline rank.
 
-    dp: replicas that train on other samples. ep, etp: expert-parallel and expert-tensor-parallel groups, which cut the
-    TP x CP x DP ranks of a stage anew for experts. cp: ranks that share the tokens of a sequence. vpp: model chunks of a stage.
-    first_stage_layers, last_stage_layers: layers of those stages, None is an even share.
+    dp: replicas that train on different samples. ep, etp: expert-parallel and expert-tensor-parallel groups, a second split of
+    a stage's TP x CP x DP ranks. cp: ranks that share the tokens of a sequence. vpp: model chunks per stage.
+    first_stage_layers, last_stage_layers: layers of those stages; None is an even share.
     """
 
     rank: int
@@ -58,7 +58,7 @@ class Layout:
         )
 
     def cut(self, weight: Weight) -> tuple[int, int]:
-        """(ranks that a weight is cut over, this rank's number among them): expert-tensor-parallel ones for an expert's."""
+        """(number of ranks that shard a weight, this rank's index): expert-tensor-parallel ranks for an expert's weight."""
         return (self.tp, self.tp_rank) if weight.expert is None else (self.etp, self.etp_rank)
 
     @property
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def is_reporter(self) -> bool:
-        """One of the ranks that hold the same losses: last stage, first tensor-parallel rank."""
+        """Whether this is the rank, of those with identical losses, that reports them: last stage, tensor-parallel rank 0."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -93,11 +93,11 @@ def init_layout(
     first_stage_layers: int | None = None,
     last_stage_layers: int | None = None,
 ) -> Layout:
-    """Cut the world into model-parallel groups and seed the ranks. The groups of another, earlier layout are destroyed.
+    """Split the world into model-parallel groups and seed the ranks. Destroys the groups of an earlier, different layout.
 
-    timeout_s: deadline of the groups' collectives, which Megatron takes in minutes: rounded, one at least. etp: tensor
-    parallelism of an expert, None is `tp`. Raises RuntimeError (from Megatron) when TP x CP x PP or ETP x EP x PP does not
-    divide the world.
+    timeout_s: deadline of the groups' collectives, which Megatron takes in minutes: rounded, at least one. etp: tensor
+    parallelism of an expert; None is `tp`. Raises RuntimeError (from Megatron) if TP x CP x PP or ETP x EP x PP does not
+    divide the world size.
     """
     sizes = (tp, pp, ep, tp if etp is None else etp, cp, vpp)
     if _sizes() != sizes:
@@ -134,7 +134,7 @@ def init_layout(
 
 
 def configured_layout(config: Config) -> Layout:
-    """`init_layout` with what a resolved config says under `parallel`, `run.seed` and `run.phase_timeout_s`."""
+    """`init_layout` with `parallel`, `run.seed` and `run.phase_timeout_s` of a resolved config."""
     parallel = config.parallel
     return init_layout(
         parallel.tp,
@@ -151,7 +151,7 @@ def configured_layout(config: Config) -> Layout:
 
 
 def _sizes() -> tuple[int, ...] | None:
-    """TP, PP, EP, ETP, CP and VPP of the groups that there are, None when there are none."""
+    """TP, PP, EP, ETP, CP and VPP of the existing groups, or None without groups."""
     if not mpu.model_parallel_is_initialized():
         return None
     return (
@@ -165,9 +165,10 @@ def _sizes() -> tuple[int, ...] | None:
 
 
 def _destroy_layout() -> None:
-    """Megatron's own clean-up only forgets its groups; a forgotten gloo group keeps three threads, one of them polling."""
+    """Destroy all groups. Megatron's own cleanup only drops its references, and a dropped gloo group keeps three threads, one
+    of them polling."""
     if not mpu.model_parallel_is_initialized():
-        return  # some of Megatron's names still hold groups of the layout before, destroyed already
+        return  # some of Megatron's globals still refer to groups that are already destroyed
     values = [value if isinstance(value, list) else [value] for value in vars(mpu).values()]
     groups = {group for some in values for group in some if isinstance(group, dist.ProcessGroup)} - {dist.group.WORLD}
     for group in groups:

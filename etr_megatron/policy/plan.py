@@ -1,10 +1,10 @@
-"""Which samples go together: samples to data-parallel ranks, a rank's samples to microbatches. Pure Python.
+"""Assign samples to data-parallel ranks, and each rank's samples to microbatches. Pure Python.
 
-Invariants (tested): every sample exactly once; the same number of microbatches on every data-parallel rank, a multiple of
-`multiple`; no microbatch over the token budget unless it is a single longer sample; the same plan for the same input. The
-costliest rank, and each rank's costliest microbatch, are as cheap as possible, and there are no more microbatches than the rank
-that needs most has to have: exactly so up to `_EXACT` samples, unless the search is cut off. Beyond, the costliest sample comes
-first, into the cheapest part that has room, which may take a few microbatches in a hundred more.
+Invariants (tested): every sample appears exactly once; every data-parallel rank has the same number of microbatches, a multiple
+of `multiple`; no microbatch exceeds the token budget unless it is a single longer sample; the same input gives the same plan.
+The plan minimizes the cost of the costliest rank and of each rank's costliest microbatch, with no more microbatches than the
+rank that needs most requires. It is optimal up to `_EXACT` samples, unless the search is cut off. Beyond, it is greedy: the
+costliest sample first, into the cheapest part with room, which may take a few percent more microbatches.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Sequence
 
 _EXACT = 16
 _SEARCH_STEPS = 50_000
-"""Partial assignments that are looked at before the best one so far is taken, for the ranks and once more for the microbatches
-of all ranks: tenths of a second, for which every rank waits at every pass."""
+"""Partial assignments that a search tries before it returns the best so far: once for the ranks, and once in total for all
+ranks' microbatches. This takes tenths of a second, for which every rank waits at every pass."""
 
 
 def plan_microbatches(
     lengths: Sequence[int], *, dp: int, token_budget: int, costs: Sequence[int] | None = None, multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Sample numbers by [data-parallel rank][microbatch].
+    """Sample indices by [data-parallel rank][microbatch].
 
-    lengths: tokens (prompt, response and padding) of each sample. costs: what a sample takes, in any unit; None is its length.
-    multiple: of the microbatches of a rank. A rank gets empty microbatches when it has fewer samples than another.
+    lengths: tokens (prompt, response and padding) of each sample. costs: cost of each sample in any unit; None is its length.
+    multiple: divides the number of microbatches of a rank. Ranks with few samples may get empty microbatches.
     """
     costs = lengths if costs is None else costs
-    ranks = _balance(range(len(lengths)), costs, dp, _SEARCH_STEPS) or []  # without a limit there is always a way
+    ranks = _balance(range(len(lengths)), costs, dp, _SEARCH_STEPS) or []  # never None without a limit
     count = max(1, *(_fewest(rank, lengths, token_budget) for rank in ranks))
     while True:
         whole = -(-count // multiple) * multiple
@@ -39,7 +39,7 @@ def plan_microbatches(
 
 
 def _fewest(samples: Sequence[int], sizes: Sequence[int], limit: int) -> int:
-    """Parts that samples need at least: one for each over the limit, room for the others; two over half of it share none."""
+    """Lower bound on the parts needed: one per sample over `limit` plus room for the rest; two over half of it never share."""
     short = [sizes[i] for i in samples if sizes[i] <= limit]
     large = sum(2 * sizes[i] > limit for i in samples)
     return max(large, len(samples) - len(short) + -(-sum(short) // limit))
@@ -53,9 +53,9 @@ def _balance(
     sizes: Sequence[int] | None = None,
     limit: int = 0,
 ) -> list[list[int]] | None:
-    """The samples in `parts` parts, costliest first, the costliest as cheap as `steps` find it; None where nothing fits.
+    """Split the samples into `parts` parts, sorted costliest first, minimizing the costliest within `steps`; None if none fits.
 
-    With `sizes` a part is one sample, or its sizes add up to `limit` at most.
+    With `sizes`, a part is one sample or has sizes that add up to at most `limit`.
     """
     search = _Search(sorted(samples, key=lambda i: (-costs[i], i)), costs, parts, steps, sizes, limit)
     search.greedy()
@@ -67,7 +67,7 @@ def _balance(
 
 
 class _Search:
-    """Depth-first search for the assignment whose costliest part is cheapest, the costliest sample first."""
+    """Depth-first search for the assignment with the cheapest costliest part; assigns the costliest sample first."""
 
     def __init__(
         self, order: list[int], costs: Sequence[int], parts: int, steps: int, sizes: Sequence[int] | None, limit: int
@@ -77,11 +77,11 @@ class _Search:
         self.cost, self.size = [0] * parts, [0] * parts
         self.best: list[list[int]] | None = None
         self.best_cost: float = float("inf")
-        # No assignment is cheaper than an even share, nor than its costliest sample.
+        # No assignment is cheaper than an even share or than the costliest sample.
         self.bound = max(-(-sum(costs[i] for i in order) // parts), max((costs[i] for i in order), default=0))
 
     def greedy(self) -> None:
-        """Each sample to the cheapest part that has room."""
+        """Assign each sample to the cheapest part that has room."""
         cheapest = [(0, part) for part in range(len(self.parts))]
         for sample in self.order:
             full: list[tuple[int, int]] = []
@@ -101,7 +101,7 @@ class _Search:
                 self._take(sample, part)
 
     def descend(self, number: int) -> None:
-        """Try the samples from `number` on in every part that could be better than the best so far."""
+        """Try the samples from `number` on in every part that could improve on the best so far."""
         if number == len(self.order):
             self._keep()
             return

@@ -1,4 +1,4 @@
-"""The policy that is trained: log-probs of given sequences, optimizer steps, weights out.
+"""The trained policy: log-probs of given sequences, optimizer steps, weight export.
 
     policy = Policy(arch, checkpoint_dir, config, layout)
     old = policy.logprobs(batch.sequences)
@@ -59,8 +59,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before clipping. lr: of
-    this step. balance: of a mixture's experts, see `ExpertBalance.take`."""
+    """Result of one optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before
+    clipping. lr: of this step. balance: expert load balance, see `ExpertBalance.take`."""
 
     loss: float
     sums: dict[str, float]
@@ -70,10 +70,10 @@ class Update:
 
 
 class Policy:
-    """A Megatron model in its layout with its optimizer, and a frozen reference model when the objective has a KL term.
+    """A Megatron model in its layout with its optimizer, and a frozen reference model if the objective has a KL term.
 
-    chunks: this rank's model chunks, `layout.vpp` of them. config must be resolved (no `auto`). Raises UserError for a
-    checkpoint that cannot be read, and for FP8 where Megatron would silently train without.
+    chunks: this rank's `layout.vpp` model chunks. config must be resolved (no `auto`). Raises UserError for a checkpoint that
+    cannot be read, and for FP8 where Megatron would silently train without it.
     """
 
     def __init__(self, arch: Architecture, checkpoint_dir: str | Path, config: Config, layout: Layout) -> None:
@@ -106,7 +106,7 @@ class Policy:
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
         if config.train.overlap_grad_reduce:
-            # Megatron's schedules turn the reduction off for all but the last microbatch.
+            # Megatron's schedules use it to disable the reduction for all but the last microbatch.
             no_sync = [chunk.no_sync for chunk in self._ddp]
             self._megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._policy_loss = resolve_loss(config.objective.loss)
@@ -122,7 +122,7 @@ class Policy:
         """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
 
         sequences: (prompt ids, response ids) of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
-        Raises UserError for a token that is none of the model's, RuntimeError where there is no reference.
+        Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
         """
         chunks = self.reference if reference else self._ddp
         if chunks is None:
@@ -142,17 +142,17 @@ class Policy:
             starts = starts.to(everything.device)
             for batch, values in found:
                 everything[:, starts[batch.row_sample] + batch.row_position] = values
-        # Every token has one reporter: adding zeros spreads the results and changes no bit of them.
+        # Every token has exactly one reporter, so the sum broadcasts the results bit for bit.
         dist.all_reduce(everything)
         logp, entropy = everything.cpu()
         return TokenLogprobs(logp.split(sizes), entropy.split(sizes))
 
     def update(self, batch: PolicyBatch) -> Update:
-        """One optimizer step on the whole batch. `old_logp` must be there, and `ref_logp` when there is a KL term.
+        """Run one optimizer step on the whole batch. Needs `old_logp`, and `ref_logp` if there is a KL term.
 
-        Raises FloatingPointError for a log-prob, loss or gradient of a loss that is not finite (see `RowWatch`), RuntimeError
-        for such gradients of parameters, UserError for a loss of the user's own that fails or returns what it should not, and
-        for a token that is none of the model's.
+        Raises FloatingPointError for a non-finite log-prob, loss or gradient of the loss (see `RowWatch`), RuntimeError for
+        non-finite parameter gradients, UserError for a custom loss that fails or returns something invalid, and for a token
+        outside the vocabulary.
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
@@ -161,7 +161,7 @@ class Policy:
         micro = self._microbatches(batch.sequences)
         if self.config.train.moe_aux_loss_coef:
             self._megatron.moe_aux_loss_coeff = self._aux_loss_weight(micro)
-        # Read once: every reading waits for the device.
+        # Read once: every read synchronizes with the device.
         scale = self.optimizer.get_loss_scale().item()
         with self._replaying(micro, batch.routing):
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
@@ -175,27 +175,28 @@ class Policy:
         return Update(totals.pop("loss"), totals, float(grad_norm), lr, balance)
 
     def load_schedule(self, state: dict[str, Any]) -> None:
-        """Continue the learning-rate schedule where `scheduler.state_dict()` was taken, on the config of now.
+        """Continue the learning-rate schedule from a `scheduler.state_dict()` under the current config.
 
-        Only the count of updates comes from the checkpoint; the shape follows `run.steps` and `train` as they are now.
+        Only the count of updates comes from the checkpoint; the shape follows the current `run.steps` and `train`.
         """
-        for group in self.optimizer.param_groups:  # the optimizer's state brought the old run's limits along
+        for group in self.optimizer.param_groups:  # the optimizer's state restored the old run's limits
             group["max_lr"], group["min_lr"] = self.config.train.lr, self.config.train.min_lr
         self.scheduler.load_state_dict(state)
 
     def export(self) -> Export:
-        """The weights: iterated, full HF tensors by name."""
+        """The current weights; iterating yields full HF tensors by name."""
         self.finish_update()
         return Export(self)
 
     def finish_update(self) -> None:
-        """Gather the weights that an update left to the next forward pass, before parameters are read. A collective."""
+        """Run the parameter all-gather that an update deferred to the next forward pass; needed before reading parameters. A
+        collective."""
         if self.config.train.overlap_param_gather:
             for chunk in self._ddp:
                 chunk.start_param_sync(force_sync=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
-        """This rank's microbatches; the count is the same on every rank. Raises UserError for a token that is none."""
+        """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
         layout, config = self.layout, self.config
         refuse_unknown_tokens(sequences, self.arch.vocab_size)
         plan = plan_microbatches(
@@ -203,7 +204,7 @@ class Policy:
             costs=[sequence_flops(self.arch, len(prompt) + len(response), len(response)) for prompt, response in sequences],
             dp=layout.dp,
             token_budget=config.train.tokens_per_microbatch,
-            # The interleaved schedule works in rounds of as many microbatches as there are stages.
+            # The interleaved schedule runs microbatches in rounds of one per stage.
             multiple=layout.pp if layout.vpp > 1 else 1,
         )
         multiple = token_multiple(config.fp8, layout.tp, sequence_parallel=config.parallel.sequence_parallel)
@@ -211,14 +212,14 @@ class Policy:
         return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
 
     def _replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> AbstractContextManager[None]:
-        """Have the passes of these microbatches, made while it lasts, choose the experts that they are told to, if any."""
+        """Context in which passes over these microbatches use the experts of `routing`, if given."""
         return nullcontext() if self._routing is None else self._routing.replaying(micro, routing)
 
     def _aux_loss_weight(self, micro: Sequence[Microbatch]) -> float:
-        """What Megatron must multiply the experts' balancing loss by, for its mean over the tokens of the optimizer step.
+        """The coefficient that makes Megatron's load-balancing loss a mean over the tokens of the optimizer step.
 
-        With `calculate_per_token_loss` Megatron weighs a microbatch's loss by this rank's tokens in it, of which the ranks of a
-        replica have a share each, and counts on the division by all tokens that we take from it.
+        With `calculate_per_token_loss` Megatron weights a microbatch's loss by this rank's tokens in it (each rank of a replica
+        has a share) and expects a later division by all tokens, which we skip.
         """
         layout, sequence_parallel = self.layout, self.config.parallel.sequence_parallel
         tokens = torch.tensor(float(sum(batch.tokens.shape[1] for batch in micro)), device=platform.device())
@@ -227,15 +228,15 @@ class Policy:
         return self.config.train.moe_aux_loss_coef * shares / tokens.item()
 
     def _head_inputs(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """(hidden states of the loss rows [R, H], head weight, targets [R]) and the options of the head, from the last stage's
+        """(hidden states of the loss rows [R, H], head weight, targets [R]) and the head's options, from the last stage's
         hidden states [T (/ TP), 1, H]."""
         stage: PolicyModel = getattr(model, "module", model)
         weight = stage.head_weight()
         if self.config.train.overlap_param_gather and model is not stage:
-            # The head is not a layer whose forward pass would wait for it.
+            # The head has no forward pass that would wait for its all-gather.
             model.param_to_bucket_group[weight].finish_param_sync()
         if self.config.parallel.sequence_parallel:
-            # The head sums the gradient over the shards itself, in fp32, so that backward takes a rank's own part of it.
+            # The head sums the gradient over the shards itself, in fp32, so backward only takes this rank's slice of it.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         options = {
             "shard": stage.vocab_shard,
@@ -247,10 +248,10 @@ class Policy:
     def _loss(
         self, batch: PolicyBatch, scale: float, micro: Microbatch, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss of a microbatch, already divided by the denominator of the batch; Megatron ignores the token count.
+        """Loss of a microbatch, already divided by the batch's denominator; Megatron ignores the token count.
 
-        scale: the optimizer's loss scale, with which Megatron goes backward. A token-local loss is evaluated chunk by chunk
-        inside the head; one of whole sequences needs all rows first.
+        scale: the optimizer's loss scale, which Megatron applies in the backward pass. A token-local loss is evaluated chunk by
+        chunk inside the head; a sequence-level loss needs all rows first.
         """
         reduce = partial(summed, group=mpu.get_context_parallel_group()) if self.layout.cp > 1 else None
         known = loss_inputs(batch, micro, loss_settings(self.config.objective), reduce)
@@ -278,7 +279,7 @@ class Policy:
         return loss, torch.tensor(len(micro.targets), dtype=torch.int, device=logp.device), sums
 
     def _check_additivity(self, inputs: LossInputs) -> None:
-        """Of a user's loss, until rows could tell: the head may cut rows into chunks only where that changes nothing."""
+        """Check once that a custom loss is additive over rows, as chunking in the head requires; needs at least two rows."""
         if self._unchecked and len(inputs.logp) > 1:
             self._unchecked = not refuse_if_rows_interact(self._policy_loss, inputs)
 
@@ -293,5 +294,5 @@ def _totals(shares: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron's gradient reductions, without its division by the token count: the loss carries our denominator already."""
+    """Megatron's gradient reductions without the division by the token count: the loss already has our denominator."""
     finalize_model_grads(model, None, **options)

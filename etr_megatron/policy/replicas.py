@@ -1,7 +1,7 @@
-"""Weights read once for all the ranks that hold the same: each reads a share, and then they exchange the shares.
+"""Read weights once for all ranks that hold the same ones: each rank reads a share, then they exchange the shares.
 
-Data- and context-parallel ranks hold the same weights; experts are replicated over a group of their own. A file that each of
-them read by itself would be read as often as there are replicas, all at the same time.
+Data- and context-parallel ranks hold the same weights; experts are replicated over a separate group. Otherwise all replicas
+would read the same files at the same time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from etr_megatron.weights import Weight
 
 
 def replicas_of(*, experts: bool) -> dist.ProcessGroup:
-    """The ranks that hold the same experts, or the same of the other weights, as this one."""
+    """The ranks that hold the same experts, or the same other weights, as this rank."""
     return mpu.get_expert_data_parallel_group() if experts else mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def readers(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Who of so many ranks reads each of the tensors of these sizes: the largest first, each to the one with least to read."""
+    """Which of `ranks` ranks reads each tensor: the largest first, each by the rank with the least to read."""
     load, found = [0] * ranks, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         found[number] = min(range(ranks), key=load.__getitem__)
@@ -38,11 +38,11 @@ def readers(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def read_once(own: Mapping[str, tuple[Weight, Tensor]], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every name with its values, on the parameter's device and of its type; the next one's may overwrite them. A collective.
+    """Yield every name with its values, on the parameter's device and in its dtype; use them before the next. A collective.
 
-    own: of each name the weight and this rank's parameter; replicas have the same. read: values of a name, on any device.
-    What a rank has read stays in memory until all have read theirs: a share of its weights. What `read` raises ends all
-    ranks, see `together`.
+    own: weight and this rank's parameter by name; replicas have the same. read: values of a name, on any device.
+    A rank keeps its share in memory until all ranks have read theirs. An exception in `read` is raised on all ranks, see
+    `together`.
     """
     groups = {experts: replicas_of(experts=experts) for experts in (False, True)}
     if all(group.size() == 1 for group in groups.values()):
@@ -64,14 +64,14 @@ def read_once(own: Mapping[str, tuple[Weight, Tensor]], read: Callable[[str], Te
 
 
 class ReadOnce(TorchDistLoadShardedStrategy):
-    """For `dist_checkpointing.load`: tensors are read by one of the ranks that want them, what only one wants by that one.
+    """A `dist_checkpointing.load` strategy in which one of the ranks that want a tensor reads it.
 
-    It is Megatron's own way of sharing the work, done apart for experts, whose replicas are other ranks.
+    This is Megatron's fully parallel load, run separately for experts, whose replicas are different ranks.
     """
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        """Everything in the place of the sharded tensor or object that asks for it (in place). A collective. Raises torch's
-        CheckpointException on every rank for what any could not read; nothing is exchanged then."""
+        """Replace every sharded tensor or object with its values (in place). A collective. If any rank cannot read something,
+        raises torch's CheckpointException on every rank before anything is exchanged."""
         groups = [replicas_of(experts=experts) for experts in (False, True)]
         alike = dist.get_process_group_ranks(groups[0]) == dist.get_process_group_ranks(groups[1])
         wanted: list[dict[int, Any]] = [{}, {}]

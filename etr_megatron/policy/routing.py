@@ -1,8 +1,8 @@
-"""The experts that the rollout engine chose, chosen again in training (Rollout Routing Replay, arXiv 2510.11370).
+"""Replay the rollout engine's choice of experts in training (Rollout Routing Replay, arXiv 2510.11370).
 
-A router's choice is a step function: engine and trainer, which round differently, choose other experts for some tokens, and a
-token's log-prob then jumps. With the engine's choice both compute the same function, and every update of a step the same one.
-What a router gives to the chosen experts is still its own, and so is the gradient.
+A router's choice is a step function: engine and trainer round differently and so choose different experts for some tokens,
+whose log-probs then jump. With the engine's choice both compute the same function, in every update of a step. The router still
+computes the weights of the chosen experts itself, and receives their gradient.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from etr_megatron.weights import Architecture
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
 PIECE = 64 << 20
-"""Bytes that are handed out at a time, or a sample's where it has more."""
+"""Bytes per broadcast; a larger sample is sent whole."""
 
 
 @dataclass(frozen=True)
 class StepRouting:
-    """The experts that the engine chose for N samples. Of a step they are gigabytes: rank 0 has them, and a pass's ranks get
-    those of their own samples and layers.
+    """The experts that the engine chose for N samples. A step's take gigabytes: rank 0 has them all, and for a pass each rank
+    gets those of its own samples and layers.
 
-    lengths: for how many of its first tokens a sample's are known; on every rank.
-    chosen: on rank 0 per sample uint8 [length, layers with experts, experts of a token]; None elsewhere.
+    lengths: number of leading tokens of each sample with known experts; on every rank.
+    chosen: on rank 0, per sample uint8 [length, MoE layers, experts per token]; None elsewhere.
     """
 
     lengths: tuple[int, ...]
@@ -44,23 +44,23 @@ class StepRouting:
 
     @classmethod
     def of(cls, chosen: Sequence[Tensor]) -> StepRouting:
-        """chosen: see there; on rank 0, from which the others get it `without_chosen`."""
+        """Build from `chosen`; on rank 0, the others get it `without_chosen`."""
         return cls(tuple(map(len, chosen)), tuple(chosen))
 
     def without_chosen(self) -> StepRouting:
-        """As other ranks than 0 have it."""
+        """The form for ranks other than 0."""
         return StepRouting(self.lengths, None)
 
     def select(self, numbers: Sequence[int]) -> StepRouting:
-        """Of the samples `numbers`, in their order."""
+        """The routing of the samples `numbers`, in that order."""
         chosen = None if self.chosen is None else tuple(self.chosen[i] for i in numbers)
         return StepRouting(tuple(self.lengths[i] for i in numbers), chosen)
 
     def hand_out(self, samples: Collection[int], layers: Sequence[int], shape: tuple[int, int]) -> dict[int, Tensor]:
-        """What this rank asks for: of each of `samples` uint8 [length, len(layers), experts of a token], on the CPU.
+        """The routing that this rank needs: for each of `samples` uint8 [length, len(layers), experts per token], on the CPU.
 
-        shape: (layers with experts of the model, experts of a token). A collective: all is sent to all, and what a rank has not
-        asked for is not kept.
+        shape: (MoE layers of the model, experts per token). A collective: rank 0 broadcasts everything, and each rank keeps
+        only what it needs.
         """
         found = {}
         for numbers in self._pieces(PIECE // math.prod(shape)):
@@ -69,7 +69,7 @@ class StepRouting:
                 piece = torch.empty(sum(sizes), dtype=torch.uint8, device=platform.device())
             else:
                 piece = torch.cat([self.chosen[i].flatten() for i in numbers]).to(platform.device())
-            if len(piece) and dist.get_world_size() > 1:  # nothing may be known of any of them
+            if len(piece) and dist.get_world_size() > 1:  # empty if no routing is known
                 dist.broadcast(piece, src=0)
             for i, part in zip(numbers, piece.split(sizes), strict=True):
                 if i in samples:
@@ -77,7 +77,7 @@ class StepRouting:
         return found
 
     def _pieces(self, most: int) -> Iterator[list[int]]:
-        """Consecutive samples that are handed out together: of `most` tokens, or one."""
+        """Consecutive samples to broadcast together: at most `most` tokens, or one sample."""
         piece: list[int] = []
         tokens = 0
         for number, length in enumerate(self.lengths):
@@ -90,16 +90,16 @@ class StepRouting:
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
-    """Of all layers with experts of a stage's chunks."""
+    """The routers of all MoE layers in a stage's chunks."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, TopKRouter))
 
 
 class RoutingReplay:
-    """Has the routers of a stage's chunks choose what they are told to, pass by pass.
+    """Makes the routers of a stage's chunks use given experts, pass by pass.
 
-    Takes the place of Megatron's `RouterReplay`, which has to be told before every pass whether it goes forward or backward;
-    here a router counts: microbatches come to a layer in one order, and once more in that order where recomputation does.
+    Replaces Megatron's `RouterReplay`, which must be told before every pass whether it is forward or backward. Here each router
+    counts passes: microbatches reach a layer in a fixed order, and recomputation repeats that order.
     """
 
     def __init__(self, arch: Architecture, chunks: Sequence[torch.nn.Module], layout: Layout, *, tp_shares: bool) -> None:
@@ -118,9 +118,9 @@ class RoutingReplay:
 
     @contextmanager
     def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
-        """The passes of these microbatches are made while the block lasts. routing: of the samples that they number; None: the
-        routers choose themselves. A collective, where there is one."""
-        # Read once, before the passes: every reading waits for the device.
+        """Context for the passes over these microbatches. routing: of the samples that they index; None lets the routers
+        choose. A collective if routing is given."""
+        # Read once, before the passes: every read synchronizes with the device.
         self._places = [] if routing is None else [_Places.of(batch, self._layout.cp) for batch in micro]
         if routing is not None:
             self._routing = routing.hand_out({sample for batch in micro for sample in batch.samples}, self._own, self._shape)
@@ -128,18 +128,18 @@ class RoutingReplay:
             layer.begin()
         try:
             yield
-        finally:  # the next step's come, gigabytes again, before there are passes again
+        finally:  # free gigabytes: the next step's routing arrives before its passes
             self._places, self._routing, self._latest = [], None, None
 
     @property
     def is_told(self) -> bool:
-        """Whether the routers have a choice made for them."""
+        """Whether the experts are given."""
         return self._routing is not None
 
     def told(self, number: int) -> Tensor:
-        """Of microbatch `number`: int16 [tokens that this rank routes, its layers with experts, experts of a token]; -1 where
-        nothing is known: what comes after a sample's known tokens, padding and dummy sequences."""
-        if self._latest is None or self._latest[0] != number:  # a pass asks layer by layer
+        """Experts of microbatch `number`: int16 [tokens that this rank routes, its MoE layers, experts per token]; -1 if
+        unknown: after a sample's known tokens, in padding and in dummy sequences."""
+        if self._latest is None or self._latest[0] != number:  # a pass asks once per layer
             self._latest = number, self._of_this_rank(self._places[number]).to(platform.device())
         return self._latest[1]
 
@@ -155,8 +155,8 @@ class RoutingReplay:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a context-parallel rank's tokens of a microbatch are from: their places in their sequences [T], and where each
-    sequence begins among them; `samples` number the sequences, of which a dummy may come last."""
+    """The origin of a context-parallel rank's tokens of a microbatch: their positions in their sequences [T], the offset of
+    each sequence among them, and the sample index of each sequence (a dummy sequence may follow)."""
 
     samples: Sequence[int]
     positions: Tensor
@@ -164,29 +164,29 @@ class _Places:
 
     @classmethod
     def of(cls, batch: Microbatch, cp: int) -> _Places:
-        """Of a microbatch, whose `cu_seqlens` are of all `cp` ranks' tokens."""
+        """From a microbatch, whose `cu_seqlens` cover the tokens of all `cp` ranks."""
         return cls(batch.samples, batch.positions[0].cpu(), [offset // cp for offset in batch.cu_seqlens.tolist()])
 
 
 class _Layer:
-    """What a router asks, as Megatron asks its own `RouterReplay`. index: among this rank's layers with experts."""
+    """What a router calls in place of Megatron's `RouterReplay`. index: among this rank's MoE layers."""
 
     def __init__(self, owner: RoutingReplay, index: int) -> None:
         self._owner, self._index = owner, index
         self._passes = {True: 0, False: 0}
 
     def begin(self) -> None:
-        """No microbatch has come yet."""
+        """Reset the pass counts."""
         self._passes = {True: 0, False: 0}
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, choose: TopK
     ) -> tuple[Tensor, Tensor]:
-        """scores [T, experts]: (those of the chosen [T, topk], the chosen, int64 [T, topk])."""
+        """From scores [T, experts]: (scores of the chosen experts [T, topk], their indices, int64 [T, topk])."""
         own, chosen = choose(scores, topk, num_groups, group_topk)
         if not self._owner.is_told:
             return own, chosen
-        # Passes with and without a gradient are counted apart: recomputation has one of each for every microbatch.
+        # Count passes with and without gradients separately: recomputation runs one of each per microbatch.
         with_gradient = torch.is_grad_enabled()
         told = self._owner.told(self._passes[with_gradient])[:, self._index].long()
         self._passes[with_gradient] += 1

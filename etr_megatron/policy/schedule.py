@@ -22,11 +22,11 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """Forward, and backward unless `forward_only`, of every microbatch through every chunk of this rank's stage.
+    """Run every microbatch forward, and backward unless `forward_only`, through every chunk of this rank's stage.
 
-    `then(microbatch, hidden)` runs on the last stage; what it returns for each microbatch (with a backward pass: the third of
-    what it returns) comes back, on that stage alone. A collective of the pipeline; every rank has the same number of
-    microbatches, with several chunks a multiple of the stages.
+    `then(microbatch, hidden)` runs on the last stage, which alone returns its results per microbatch (with a backward pass, the
+    third item of each). A collective of the pipeline: every rank needs the same number of microbatches, a multiple of the
+    number of stages if there are several chunks.
     """
 
     def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
