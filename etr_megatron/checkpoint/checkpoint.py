@@ -1,7 +1,7 @@
-"""The whole run's state on disk: model, optimizer, schedule, RNG, and what the trainer has in hand.
+"""Save and load the state of a run: model, optimizer, schedule, RNG and the trainer's state.
 
-`<checkpoints>/step_000025/` is complete or not there: it is written under a temporary name and renamed last, so a killed save
-never damages an older one. Optimizer state is stored so that another TP, PP or DP layout can load it.
+`<checkpoints>/step_000025/` is either complete or absent: it is written under a temporary name and renamed last, so a killed
+save never damages an older checkpoint. Optimizer state is stored so that another TP, PP or DP layout can load it.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from etr_megatron.policy.replicas import ReadOnce
 
 _NAME = re.compile(r"step_(\d{6,})$")
 _TORN = (json.JSONDecodeError, UnicodeDecodeError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError)
-"""What readers raise of a file that is cut off, torn or gone."""
+"""What readers raise for a truncated, corrupt or missing file."""
 TRAINER_FILE = "trainer.json"
-"""Written last into a checkpoint: what is not tensors, and the layout it was made with."""
+"""Written last into a checkpoint: the non-tensor state and the layout it was made with."""
 _TENSORS_FILE = "trainer.safetensors"
-"""Tensors of the trainer's state: of groups in hand every token, which would be gigabytes of JSON."""
+"""Tensors of the trainer's state: per-token data of pending groups, which would be gigabytes of JSON."""
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _DISTRIBUTED = "distributed_optimizer"
 
 
 def latest_step(checkpoints: Path) -> int | None:
-    """Step of the newest complete checkpoint, None when there is none."""
+    """Step of the newest complete checkpoint, or None."""
     steps = _steps(checkpoints)
     return steps[-1] if steps else None
 
@@ -66,16 +66,16 @@ def _path(checkpoints: Path, step: int) -> Path:
 def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
     """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
 
-    step: how many are trained; at 0 the optimizer has made no step, and nothing of it is written.
-    trainer: state of the trainer, JSON but for the tensors in `trainer["tensors"]`; rank 0's is written. Raises UserError,
-    naming the path, when the disk is full; what was written so far is removed and older checkpoints stay as they are.
+    step: number of trained steps; at 0 the optimizer has made no step, and its state is not written.
+    trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`; only rank 0's is written. Raises
+    UserError, naming the path, if the disk is full; the partial checkpoint is removed and older ones stay untouched.
     """
     final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
     rank0 = dist.get_rank() == 0
     try:
         if rank0:
             with disk_errors(checkpoints):
-                for leftover in entries(checkpoints, ".step_*.unfinished"):  # of saves that were killed
+                for leftover in entries(checkpoints, ".step_*.unfinished"):  # from killed saves
                     shutil.rmtree(leftover)
                 temporary.mkdir(parents=True)
         dist.barrier()
@@ -104,10 +104,10 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
 
 
 def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
-    """Bring the policy to the state of `step` (in place) and return the trainer's state. A collective.
+    """Restore the policy to the state of `step` (in place) and return the trainer's state. A collective.
 
-    The trainer's tensors are returned on rank 0 alone. The layout may differ from the one that saved; RNG states are then left
-    as seeded. Raises UserError for a checkpoint that does not fit the model, or is damaged.
+    Only rank 0 gets the trainer's tensors. The layout may differ from the one that saved; RNG states then stay as seeded.
+    Raises UserError for a checkpoint that does not fit the model or is damaged.
     """
     path = _path(checkpoints, step)
     with _damage_told(path):
@@ -116,12 +116,12 @@ def load(checkpoints: Path, step: int, policy: Policy) -> dict[str, Any]:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """What readers say of files that are cut off or torn becomes a UserError."""
+    """Turn readers' errors on truncated or corrupt files into a UserError."""
     try:
         yield
     except (*_TORN, ValueError, RuntimeError) as error:
         what = str(error).partition("\n")[0] or type(error).__name__
-        # torch.load has no error of its own.
+        # torch.load has no exception class of its own.
         if not isinstance(error, _TORN) and "PytorchStreamReader" not in what and "corrupted" not in what:
             raise
         raise _damaged(path, what) from error
@@ -159,7 +159,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
 
 
 def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
-    """Each keeps its state in a form of its own, and Megatron fails in the midst of reading the other's."""
+    """Refuse a checkpoint of the other optimizer kind: formats differ, and Megatron would fail midway through loading."""
     now = policy.config.train.distributed_optimizer
     written = trainer.get(_DISTRIBUTED, now)
     if trainer["step"] > 0 and written != now:
@@ -174,16 +174,16 @@ def _sizes(layout: Layout) -> dict[str, int]:
 
 
 def _chunks(policy: Policy) -> dict[str, torch.nn.Module]:
-    """The model chunks by their name in a checkpoint, which is Megatron's."""
+    """The model chunks by Megatron's name for them in a checkpoint."""
     chunks = policy.chunks
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool = True) -> dict[str, Any]:
-    """What Megatron stores; sharded tensors know their place in the whole, so any layout can read them.
+    """Megatron's sharded state; sharded tensors carry their place in the whole, so any layout can read them.
 
-    optimizer: whether it has made a step. Until then no Adam has the state that Megatron would read, and there is nothing to
-    keep: its fp32 weights are those of the model.
+    optimizer: whether it has made a step. Before that, Adam lacks the state that Megatron would read, and there is nothing to
+    save: its fp32 weights equal the model's.
     """
     policy.finish_update()
     model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}

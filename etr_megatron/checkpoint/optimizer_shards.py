@@ -1,10 +1,10 @@
-"""The distributed optimizer's state in a checkpoint: every rank writes and reads what it holds, and nothing else.
+"""The distributed optimizer's state in a checkpoint: every rank writes and reads only what it holds.
 
-Megatron's own form that other layouts can read (`fully_reshardable`) gathers, at a save, the whole state of a model-parallel
-rank on every data-parallel rank (12 bytes a parameter in host memory, eight times over on a node), and one of them writes it;
-at a load each reads all of it and keeps its part. But a part is known well enough to be stored as it is: a data-parallel rank
-holds a range of every flattened parameter, a range of a tensor is a few boxes, and boxes of any size are what torch_dist
-stores. Tensors have the names and shapes of that form, so that either form is read as the other.
+Megatron's layout-independent format (`fully_reshardable`) gathers, at a save, the whole state of a model-parallel rank on every
+data-parallel rank (12 bytes per parameter in host memory, eight times on a node), and one of them writes it; at a load, each
+reads all of it and keeps its part. But a part can be stored directly: a data-parallel rank holds a range of every flattened
+parameter, a range of a tensor is a few boxes, and torch_dist stores boxes of any size. Tensors keep the names and shapes of
+Megatron's format, so that either can be read as the other.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from torch import Tensor
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
-"""Of every parameter, fp32; Adam's step is one for all and lies with the parameter groups."""
+"""The fp32 state of every parameter; Adam's step is common to all and stored with the parameter groups."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes along every axis."""
 
 
 def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
-    """The boxes that the elements [begin, end) of a flattened tensor are, in their order: at most 2 n - 1 of n axes."""
+    """The boxes that cover the elements [begin, end) of a flattened tensor, in order: at most 2 n - 1 for n axes."""
     if begin >= end:
         return
     if len(shape) <= 1:
@@ -54,12 +54,12 @@ def _boxes_of_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Ite
 
 
 def optimizers_of(optimizer: Any) -> list[Any]:
-    """Those of a chain, or the one itself."""
+    """The optimizers of a chain, or the single one."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def store_by_rank(optimizer: Any) -> None:
-    """Make a distributed optimizer (or the ones in a chain) store its state as this module does; other optimizers are left."""
+    """Make a distributed optimizer (or those in a chain) store its state as this module does; others are unchanged."""
     for one in optimizers_of(optimizer):
         if hasattr(one, "sharded_param_state_fully_reshardable"):
             one.sharded_param_state_fully_reshardable = partial(_sharded_param_state, one)
@@ -67,7 +67,7 @@ def store_by_rank(optimizer: Any) -> None:
 
 
 def _own_ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-    """(model parameter, begin, end): what this rank holds of the flattened parameter, in a fixed order."""
+    """(model parameter, begin, end): this rank's range of the flattened parameter, in a fixed order."""
     for ranges_by_dtype in optimizer.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
@@ -78,7 +78,7 @@ def _own_ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]
 def _sharded_param_state(
     optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """In the place of Megatron's method: sharded tensors by parameter and state; new fp32 CPU memory where `is_loading`."""
+    """Replaces Megatron's method: sharded tensors by parameter and state; in new fp32 CPU memory if `is_loading`."""
     places = {place.data: place for place in nested_values(model_sharded_state_dict) if isinstance(place, ShardedBase)}
     found: dict[int, dict[str, list[ShardedTensor]]] = {}
     for number, (parameter, begin, end) in enumerate(_own_ranges(optimizer)):
@@ -87,7 +87,7 @@ def _sharded_param_state(
         else:
             held = optimizer._get_main_param_and_optimizer_states(parameter)
             states = {state: held[state].detach().reshape(-1).to(torch.float32) for state in _STATES}
-        # Optimizer states of one parameter are on one rank of its data-parallel group alone; no other rank is its replica.
+        # Each element's optimizer state is on only one rank of the data-parallel group; no other rank is its replica.
         place = places[parameter]
         replica = (*place.replica_id[:2], optimizer.distributed_optimizer_instance_id)
         parts = _contiguous_parts(replace(place, replica_id=replica))
@@ -96,7 +96,7 @@ def _sharded_param_state(
 
 
 def _pieces(parts: list[tuple[int, ShardedTensor]], state: str, values: Tensor, begin: int) -> Iterator[ShardedTensor]:
-    """Boxes of a state's `values` [n], as views: elements from `begin` on of the flattened local tensor of these parts."""
+    """Boxes, as views, of a state's `values` [n]: the elements from `begin` on of the flattened local tensor of these parts."""
     for base, part in parts:
         size = math.prod(part.local_shape)
         low, high = max(begin - base, 0), min(begin + len(values) - base, size)
@@ -120,9 +120,9 @@ def _pieces(parts: list[tuple[int, ShardedTensor]], state: str, values: Tensor, 
 
 
 def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[int, ShardedTensor]]:
-    """(offset in the flattened local tensor, sharded tensor without data): one, or as many as a factory makes of it.
+    """(offset in the flattened local tensor, sharded tensor without data): one, or as many as a factory builds.
 
-    Gate and up projections are one parameter and lie apart in the whole; where, a factory says for a tensor that it is given.
+    Gate and up projections are one local parameter but apart in the global tensor; building the factory gives their places.
     """
     if not isinstance(place, ShardedTensorFactory):
         return [(0, replace(place, data=None))]
@@ -136,10 +136,10 @@ def _contiguous_parts(place: ShardedTensor | ShardedTensorFactory) -> list[tuple
 
 @torch.no_grad()
 def _load_param_state(optimizer: Any, state: dict[int, dict[str, list[Tensor]]]) -> None:
-    """In the place of Megatron's method: the tensors that `_sharded_param_state` asked for, into the optimizer."""
+    """Replaces Megatron's method: copies the tensors that `_sharded_param_state` asked for into the optimizer."""
     for number, (parameter, _, _) in enumerate(_own_ranges(optimizer)):
         held = {name: torch.cat([piece.reshape(-1) for piece in pieces]) for name, pieces in state[number].items()}
         optimizer._set_main_param_and_optimizer_states(parameter, held)
     synchronise = getattr(optimizer.optimizer, "_sync_hdo_state_to_sub_optimizers", None)
-    if synchronise is not None:  # of Megatron's optimizer that keeps its state on the CPU
+    if synchronise is not None:  # Megatron's CPU-offloaded optimizer
         synchronise()

@@ -1,8 +1,8 @@
-"""megatron's torch_dist format, written by torch's own distributed-checkpoint writer.
+"""Save Megatron's torch_dist format with torch's own distributed-checkpoint writer.
 
-megatron-core's writer forks one process per file and hands results back through a spawned manager: a writer that dies (a full
-disk) leaves the parent waiting forever in `count_queue.join()`. torch's writer works in threads, raises on every rank what went
-wrong on any, and produces the same files.
+megatron-core's writer forks one process per file and returns results through a spawned manager: a writer that dies (a full
+disk) leaves the parent waiting forever in `count_queue.join()`. torch's writer uses threads, raises any rank's failure on every
+rank, and produces the same files.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from etr_megatron.platform.files import disk_full_behind
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, whose failures keep their errno.
+    """torch's writer, with failures that keep their errno.
 
-    torch.save reports a write that failed as "unexpected pos" or "PytorchStreamWriter failed", with the OSError as its context;
+    torch.save reports a failed write as "unexpected pos" or "PytorchStreamWriter failed", with the OSError as its context;
     contexts are lost when torch gathers the failures of all ranks.
     """
 
     def write_data(self, *args: Any) -> Any:
-        """Raises OSError for a full disk, whatever it was dressed in."""
+        """Raises OSError for a full disk, whatever exception wraps it."""
         try:
             return super().write_data(*args)
         except Exception as error:
@@ -43,13 +43,13 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def disk_full_anywhere(error: BaseException) -> OSError | None:
-    """The OSError of a full disk that `error` is or was caused by, or a failure that it gathered from another rank."""
+    """The OSError of a full disk that `error`, one of its causes, or a failure gathered from another rank is."""
     failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
     return next((full for one in (error, *failures) if (full := disk_full_behind(one)) is not None), None)
 
 
 class TorchDistSave(SaveShardedStrategy):
-    """Synchronous save strategy for `dist_checkpointing.save`; `dist_checkpointing.load` reads the result as ever."""
+    """Synchronous save strategy for `dist_checkpointing.save`; `dist_checkpointing.load` reads the result as usual."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -70,5 +70,5 @@ class TorchDistSave(SaveShardedStrategy):
 
 
 def shared_among_replicas(strategy: SaveShardedStrategy) -> SaveShardedStrategy:
-    """The strategy, whose tensors are written by all data- and context-parallel ranks in turn and not by the first of them."""
+    """Wrap the strategy so that all data- and context-parallel ranks share the writing, not only the first one writes."""
     return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group(with_context_parallel=True))

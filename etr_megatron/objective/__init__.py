@@ -1,4 +1,4 @@
-"""Group statistics, elastic bounds, policy losses, KL estimators, aggregation: pure torch, nothing distributed."""
+"""Group statistics, elastic bounds, policy losses, KL estimators and aggregation, in pure non-distributed torch."""
 
 from etr_megatron.objective.additivity import refuse_if_rows_interact
 from etr_megatron.objective.aggregation import token_weights

@@ -1,4 +1,4 @@
-"""Whether a loss that is marked token-local is."""
+"""Check that a loss marked token-local is token-local."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from etr_megatron.objective.inputs import LossInputs
 from etr_megatron.objective.registry import PolicyLoss
 
 _TOLERANCE = 1e-3
-"""Of the largest gradient: a loss that divides by its number of rows is wrong by as much as there are chunks."""
+"""Relative to the largest gradient; a loss that divides by its number of rows is off by a factor of the number of chunks."""
 
 
 def refuse_if_rows_interact(loss: PolicyLoss, inputs: LossInputs) -> bool:
-    """Compare the gradients of `loss` of R rows at once with those of two halves; False where these rows cannot tell.
+    """Compare the gradients of `loss` over R rows at once with those over two halves; False if these rows cannot tell.
 
-    inputs: with R >= 2 rows; a copy of `logp` and `entropy` is used, and rows whose advantage is 0 get one that is drawn, since
-    without any most losses have no gradient to compare. A loss that takes a mean over its rows, or looks at other rows, has
-    others in halves, and would have others again with every size of the head's chunks. Raises UserError for one. Rows cannot
-    tell where every gradient is 0, or one is not finite.
+    inputs: R >= 2 rows; uses copies of `logp` and `entropy`, and a random advantage for rows where it is 0, since most losses
+    have no gradient there. Raises UserError for a loss that takes a mean over its rows or looks at other rows: its gradients
+    differ between halves, and would change with the head's chunk size. Rows cannot tell if every gradient is 0 or one is not
+    finite.
     """
     count = len(inputs.logp)
     inputs = replace(inputs, advantage=torch.where(inputs.advantage == 0, _drawn(inputs.advantage), inputs.advantage))
     whole = _gradients(loss, inputs, [slice(0, count)])
     halves = _gradients(loss, inputs, [slice(0, count // 2), slice(count // 2, count)])
-    if not bool(torch.isfinite(whole).all()):  # whoever trains with it says where
+    if not bool(torch.isfinite(whole).all()):  # training reports where
         return False
     gap, size = (whole - halves).abs().max().item(), whole.abs().max().item()
     if gap > _TOLERANCE * size:
@@ -39,13 +39,13 @@ def refuse_if_rows_interact(loss: PolicyLoss, inputs: LossInputs) -> bool:
 
 
 def _drawn(like: Tensor) -> Tensor:
-    """Numbers from 0.5 to 1 and from -1 to -0.5, always the same, whose mean and deviation are not 0."""
+    """Fixed random numbers in [0.5, 1] and [-1, -0.5], with nonzero mean and deviation."""
     numbers = torch.rand(len(like), generator=torch.Generator().manual_seed(0)) - 0.5
     return (numbers + numbers.sign() / 2).to(like)
 
 
 def _gradients(loss: PolicyLoss, inputs: LossInputs, parts: list[slice]) -> Tensor:
-    """With respect to logp and entropy, fp32 [2, R]."""
+    """Gradients with respect to logp and entropy, fp32 [2, R]."""
     found = []
     with torch.enable_grad():
         for rows in parts:

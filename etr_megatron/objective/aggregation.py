@@ -1,4 +1,4 @@
-"""From token losses to one number: each token's weight, divided once over the whole optimizer step."""
+"""Aggregation weights of token losses, with one denominator for the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def token_weights(lengths: Sequence[int], how: str, constant_length: int | None = None) -> list[float]:
     """Weight of every token of sample i in `loss = sum_tokens weight_i * token_loss`.
 
-    lengths: response tokens of ALL samples of the optimizer step (all microbatches, all data-parallel ranks): the denominator
-    is global, so the loss does not depend on how the samples are split, and nobody may divide again.
+    lengths: response tokens of ALL samples of the optimizer step (all microbatches, all data-parallel ranks). The denominator
+    is global, so the loss does not depend on how the samples are split, and must not be divided again.
 
     how: `token_mean` 1 / sum(lengths) (DAPO); `sequence_mean` 1 / (N * length_i) (GRPO); `constant_length`
     1 / (N * constant_length) (Dr. GRPO). Raises ValueError for another name or a missing constant.

@@ -1,10 +1,10 @@
-"""Elastic trust regions: the clip range of a sample follows its advantage's magnitude and its group's variance.
+"""Elastic trust regions: a sample's clip range scales with its advantage's magnitude and its group's variance.
 
     eps_i^{lo|hi} = clamp( eps0^{lo|hi} * micro(|A_i|) * macro(v_g), eps_min, eps_max )
 
-A **reconstruction** from the abstract of Zhang et al., "ETR: Outcome-Guided Elastic Trust Regions for Policy Optimization"
-(arXiv 2601.03723): micro level, the boundary scales with the advantage's magnitude; macro level, group variance gives a larger
-budget to prompts in the optimal learning zone. The paper's own equations were not available.
+This is a **reconstruction** from the abstract of Zhang et al., "ETR: Outcome-Guided Elastic Trust Regions for Policy
+Optimization" (arXiv 2601.03723): at the micro level, the boundary scales with the advantage's magnitude; at the macro level,
+group variance gives a larger budget to prompts in the optimal learning zone. The paper's equations were not available.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ElasticBounds:
-    """The knobs; alpha = gamma = 0 (or both forms `none`) is GRPO, bit for bit.
+    """The bounds' parameters; alpha = gamma = 0 (or both forms `none`) is GRPO, bit for bit.
 
     micro: `tanh` 1 + alpha * tanh(|A| - 1), `linear` |A|, `none` 1.
     macro: `variance` 1 - gamma + gamma * v, `inverse_variance` 1 - gamma * v (a control), `std` sqrt(v), `none` 1.
@@ -33,7 +33,7 @@ class ElasticBounds:
     eps_max: float
 
     def __call__(self, advantage: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Radii below and above 1, each like `advantage` [N] (float64), detached.
+        """Clip radii below and above 1, each float64 [N] like `advantage`, detached.
 
         advantage: A_i. variance: v_g in [0, 1] of each sample's group.
         """

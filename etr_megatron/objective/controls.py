@@ -1,7 +1,7 @@
-"""Controls that a claim about elastic ranges has to beat: the same budget, without its allocation.
+"""Controls for claims about elastic ranges: the same budget without its allocation.
 
-`matched`: every sample gets ETR's mean radius on the same batch. `shuffled`: ETR's own radii, dealt out to other samples. Both
-look at the samples whose advantage is not zero: nothing is ever clipped in the others, whose radii would only shift the mean.
+`matched`: every sample gets ETR's mean radius of the batch. `shuffled`: ETR's radii, permuted over samples. Both use only
+samples with nonzero advantage: the others are never clipped, and their radii would only shift the mean.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 def control_radii(
     low: Tensor, high: Tensor, *, how: str, advantage: Tensor, tokens: Sequence[int], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The radii [N] that the control `how` (`none`, `matched`, `shuffled`) puts in the place of ETR's `low` and `high` [N].
+    """The radii [N] with which the control `how` (`none`, `matched`, `shuffled`) replaces ETR's `low` and `high` [N].
 
-    advantage: [N]. tokens: response tokens of each sample, the weights of the mean, since clipping acts on tokens. seed: of the
-    permutation. Raises ValueError for another name.
+    advantage: [N]. tokens: response tokens of each sample; they weight the mean, since clipping acts on tokens. seed: of the
+    permutation. Raises ValueError for an unknown name.
     """
     if how == "none":
         return low, high

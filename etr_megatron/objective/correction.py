@@ -1,7 +1,7 @@
 """Off-policy correction for the gap between the inference engine's log-probs and the trainer's old log-probs.
 
 Samples come from the engine's pi_rollout, updates start from the trainer's pi_old. Both are the same policy, computed by
-different kernels; w = pi_old / pi_rollout makes the policy term unbiased again, and is kept from exploding by
+different kernels. w = pi_old / pi_rollout makes the policy term unbiased again, and is bounded by one of
 
     truncate   min(w, cap)                               truncated importance sampling (TIS; Ionides 2008, IMPALA 1802.01561)
     mask       w where floor <= w <= cap, else 0         masked importance sampling (MIS)
@@ -27,10 +27,10 @@ def rollout_correction(
     floor: float,
     bound: float = 20.0,
 ) -> tuple[Tensor, ...] | None:
-    """Weight of every token of N samples, float32 [response tokens] each; None when `how` is `none`.
+    """Weight of every token of N samples, float32 [response tokens] each; None if `how` is `none`.
 
-    old_logp, rollout_logp: of WHOLE responses, [response tokens] each. level: `token`, w of each token; `sequence`, the product
-    of w over the response at each of its tokens. bound: of |log w| before exp(). Raises ValueError for another name.
+    old_logp, rollout_logp: of WHOLE responses, [response tokens] each. level: `token` is w of each token; `sequence` is the
+    product of w over the response, for each of its tokens. bound: on |log w| before exp(). Raises ValueError for other names.
     """
     if how == "none":
         return None

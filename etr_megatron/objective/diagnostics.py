@@ -1,4 +1,4 @@
-"""What every loss is watched by: per-row values, summed in float64 overall and by the pass rate of the row's group."""
+"""Diagnostics of every loss: per-row values, summed in float64 overall and by the pass rate of the row's group."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _OF_THE_LOSS = ("ratio", "clip_upper", "clip_lower")
 
 
 def pass_rate_bins(pass_rate: Tensor, variance: Tensor) -> Tensor:
-    """Place in `PASS_RATE_BINS` of each sample's group, int64 [N]; -1 where the group has no variance.
+    """Index into `PASS_RATE_BINS` of each sample's group, int64 [N]; -1 if the group has no variance.
 
-    pass_rate: [N], the verifier's mean reward in its declared range, as a share. variance: v_g [N].
+    pass_rate: [N], the verifier's mean reward as a fraction of its declared range. variance: v_g [N].
     """
-    # A quarter may come as 0.24999999999999997, where the rewards' range is no power of two.
+    # A quarter may come as 0.24999999999999997 if the range of rewards is not a power of two.
     place = (pass_rate.round(decimals=9) * len(PASS_RATE_BINS)).long().clamp(0, len(PASS_RATE_BINS) - 1)
     return torch.where(variance > 0, place, -1)
 
 
 @torch.no_grad()
 def diagnostic_sums(inputs: LossInputs, outputs: LossOutputs, bins: Tensor) -> dict[str, float]:
-    """Sums over the rows that add up over microbatches and ranks; of every name also `<name>_<bin>` for each bin.
+    """Sums over the rows, additive over microbatches and ranks; each name also as `<name>_<bin>` for each bin.
 
-    bins: int64 [R], as from `pass_rate_bins`. Names: `tokens`; `entropy`; `ratio`, the importance ratio (of the token, unless
+    bins: int64 [R], as from `pass_rate_bins`. Names: `tokens`; `entropy`; `ratio`, the importance ratio (per token, unless
     the loss reports its own), and `ratio_squared`; `clip_upper` and `clip_lower`, whether the bound stops the row's gradient
-    (unless the loss reports its own); `clip_radius`; `kl` to the reference model, 0 without one; `loss/<name>` of other rows.
+    (unless the loss reports its own); `clip_radius`; `kl` to the reference model, 0 without one; `loss/<name>` for other rows.
     """
     own = {name: values.detach().double() for name, values in outputs.rows.items()}
     ratio = own.get("ratio")

@@ -1,15 +1,15 @@
-"""Group statistics: what GRPO's advantage and ETR's elastic bounds are made of.
+"""Group statistics, the basis of GRPO's advantage and ETR's elastic bounds.
 
 For group g with rewards R_i in a declared range [r_min, r_max]:
 
     mu_g = mean(R)    sigma_g = population std(R)    v_g = 4 sigma_g^2 / (r_max - r_min)^2  in [0, 1]
     A_i  = (R_i - mu_g) / (sigma_g + delta)
 
-For 0/1 rewards v_g = 4 p (1 - p), p the pass rate. Statistics come from the whole group, by group id, before any filtering or
-splitting; uneven groups are each normalised within themselves.
+For 0/1 rewards v_g = 4 p (1 - p), where p is the pass rate. Statistics are taken over whole groups, by group id, before any
+filtering or splitting; groups of different sizes are each normalized separately.
 
-Other advantages: without division by the deviation (Dr. GRPO, 2503.20783), and with the mean of the group's other responses as
-the baseline (leave-one-out, RLOO, 2402.14740): R_i - mean_{j != i}(R_j) = (R_i - mu_g) G / (G - 1).
+Variants: no division by the deviation (Dr. GRPO, 2503.20783), and the mean of the group's other responses as the baseline
+(leave-one-out, RLOO, 2402.14740): R_i - mean_{j != i}(R_j) = (R_i - mu_g) G / (G - 1).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Per-sample view of the statistics of each sample's group; all tensors float64 [N], in the order of the samples.
+    """Statistics of each sample's group; all tensors float64 [N], in sample order.
 
-    mean, std: of the rewards that are trained on. variance: v_g, of the verifier's rewards, normalised by the declared range.
-    pass_rate: mean of the verifier's rewards, as a share of the declared range. advantage: A_i; exactly 0 in a group whose
-    rewards are all equal, groups of one included.
+    mean, std: of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the declared range.
+    pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in a group whose
+    rewards are all equal, including groups of one.
     """
 
     mean: Tensor
@@ -38,12 +38,12 @@ class GroupStatistics:
 
 
 def _per_group(values: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std of every group, spread back over its samples; std is exactly 0 where all values are equal."""
+    """Mean and population std of each sample's group; std is exactly 0 if all values are equal."""
     zeros = torch.zeros(len(size), dtype=torch.float64)
     mean = zeros.index_add(0, index, values) / size
     deviation = values - mean[index]
     std = (zeros.index_add(0, index, deviation**2) / size).sqrt()
-    # Rounding of the mean leaves 1e-17 where all rewards are equal; delta alone would turn that into a visible advantage.
+    # If all rewards are equal, rounding of the mean leaves 1e-17, which dividing by delta would turn into a visible advantage.
     low = torch.full_like(zeros, torch.inf).scatter_reduce(0, index, values, "amin")
     high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, index, values, "amax")
     std = torch.where(low == high, 0.0, std)
@@ -62,10 +62,10 @@ def group_statistics(
 ) -> GroupStatistics:
     """Statistics of N samples that belong to groups.
 
-    rewards: [N], what is trained on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
-    verifier_rewards: [N], the verifier's own reward in `reward_range`, where it differs from `rewards`; v_g comes from it.
+    rewards: [N], the rewards to train on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
+    verifier_rewards: [N], the verifier's rewards in `reward_range`, if they differ from `rewards`; v_g is computed from them.
     baseline: `group_mean` or `leave_one_out`. normalize: whether the advantage is divided by the deviation plus `delta`.
-    Raises ValueError for lengths that differ, a non-finite reward (naming the sample), a verifier's reward outside its range
+    Raises ValueError for mismatched lengths, a non-finite reward (naming the sample), a verifier reward outside its range
     and an unknown baseline.
     """
     verifier = rewards if verifier_rewards is None else verifier_rewards

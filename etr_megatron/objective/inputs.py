@@ -15,9 +15,9 @@ from etr_megatron.errors import UserError
 class LossSettings:
     """Scalars of the objective that a loss may use.
 
-    log_ratio_bound: |log r| is bounded by it before exp(). kl_coef, kl_estimator: of the KL in the loss; 0 where there is none
-    (also where the KL is in the reward). entropy_coef: of the entropy bonus. dual_clip: c of the dual clip, None is off.
-    options: `objective.options`, the numbers of a user's own loss.
+    log_ratio_bound: bound on |log r| before exp(). kl_coef, kl_estimator: of the KL term in the loss; kl_coef is 0 without one
+    (also if the KL is in the reward). entropy_coef: of the entropy bonus. dual_clip: c of the dual clip, None is off.
+    options: `objective.options`, numbers for a custom loss.
     """
 
     log_ratio_bound: float = 20.0
@@ -30,12 +30,12 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sequence each row belongs to: what a sequence-level ratio is made with, under packing and context parallelism.
+    """Which sequence each row belongs to; for sequence-level ratios under packing and context parallelism.
 
-    index: int64 [R], which of the sequences a row belongs to. lengths: int64 [S], response tokens of each WHOLE sequence, also
-    where this rank holds only some of its rows. reduce: sum of a [S] tensor over the ranks that hold parts of the same
-    sequences, differentiable (its backward sums the gradients over those ranks too); None where every sequence is whole.
-    is_cut: whether the rows are a chunk, of which no sequence can be summed.
+    index: int64 [R], the sequence of each row. lengths: int64 [S], response tokens of each WHOLE sequence, even if this rank
+    holds only some of its rows. reduce: differentiable sum of a [S] tensor over the ranks that hold parts of the same sequences
+    (its backward also sums the gradients over those ranks); None if every sequence is whole.
+    is_cut: whether the rows are only a chunk, over which sequences cannot be summed.
     """
 
     index: Tensor
@@ -44,7 +44,7 @@ class Sequences:
     is_cut: bool = False
 
     def mean(self, rows: Tensor) -> Tensor:
-        """Mean of `rows` [R] over each whole sequence, [S]; 0 for a sequence without tokens.
+        """Mean of `rows` [R] over each whole sequence [S]; 0 for a sequence without tokens.
 
         Raises UserError for a chunk of the rows: a loss that needs whole sequences must not be marked token-local.
         """
@@ -76,15 +76,15 @@ _ROWS = (
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss may use: R loss rows (response tokens) of one microbatch, float32 [R] each unless said otherwise.
+    """Inputs of a loss: R loss rows (response tokens) of one microbatch, float32 [R] each unless stated otherwise.
 
-    Masked positions are not in here: they were selected out, never multiplied by zero.
+    Masked positions are absent: they were dropped, not multiplied by zero.
 
-    logp, entropy: of the policy being trained, with gradient. old_logp: the policy that the rollout's updates started from,
-    recomputed by the trainer. rollout_logp: the inference engine's own. ref_logp: the reference model's, or None.
-    advantage, clip_low, clip_high: of each row's sample. weight: aggregation weight, the global denominator included.
+    logp, entropy: of the policy being trained, with gradient. old_logp: of the policy that the step's updates start from,
+    recomputed by the trainer. rollout_logp: the inference engine's. ref_logp: the reference model's, or None.
+    advantage, clip_low, clip_high: of each row's sample. weight: aggregation weight, including the global denominator.
     correction: off-policy weight of the row for the gap between rollout_logp and old_logp; ones when off.
-    group_mean, group_std: of the rewards that are trained on; variance: v_g, of the verifier's; all of the row's group.
+    group_mean, group_std: of the rewards that are trained on; variance: v_g of the verifier's rewards; all of the row's group.
     """
 
     logp: Tensor
@@ -104,10 +104,10 @@ class LossInputs:
     settings: LossSettings = field(default_factory=LossSettings)
 
     def at(self, rows: slice, logp: Tensor, entropy: Tensor) -> LossInputs:
-        """The rows `rows` alone, with the policy's own values of them filled in.
+        """Only the rows `rows`, with the policy's values filled in.
 
-        What is known before the forward pass is built first, with placeholders for `logp` and `entropy`; a head that works
-        in chunks then asks for one chunk after the other.
+        The inputs are built before the forward pass, with placeholders for `logp` and `entropy`; a chunked head then takes one
+        chunk after the other.
         """
         count = len(self.old_logp)
         index, lengths = self.sequences.index[rows], self.sequences.lengths
@@ -129,10 +129,10 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """loss: scalar, already divided by the global denominator (it is in the weights).
+    """loss: scalar, already divided by the global denominator (through the weights).
 
-    rows: detached values [R] to be summed over the whole step, overall and by pass rate; the same names in every call.
-    `ratio`, `clip_upper` and `clip_lower` take the place of the defaults (see `objective.diagnostics`); any other name becomes
+    rows: detached values [R] to sum over the whole step, overall and by pass rate; the same names in every call.
+    `ratio`, `clip_upper` and `clip_lower` replace the defaults (see `objective.diagnostics`); any other name becomes
     the metric `loss/<name>`, a mean over tokens.
     """
 

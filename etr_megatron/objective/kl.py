@@ -6,20 +6,20 @@ from torch import Tensor
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, bound: float = 20.0) -> Tensor:
-    """KL per token, shape of `logp` [R].
+    """KL per token, of the shape of `logp` [R].
 
-    k1: -log r, unbiased, may be negative. k2: (log r)^2 / 2. k3: r - 1 - log r, unbiased and non-negative; with
-    log r = log pi_ref - log pi, bounded by `bound` in k3 alone, which grows with its exponential. Raises ValueError for another
-    name.
+    With log r = log pi_ref - log pi: k1 is -log r, unbiased, may be negative. k2 is (log r)^2 / 2. k3 is r - 1 - log r,
+    unbiased and non-negative; only k3, being exponential in log r, bounds it by `bound`. Raises ValueError for an unknown name.
 
-    As a term of the loss they are not what their values say, for the gradient does not go through the sampling. Per token it is
-    k1: grad log pi, whose mean under pi is zero whatever pi_ref is: no use in the loss.
-    k2: -(log r) grad log pi, in the mean the gradient of KL(pi || pi_ref). k3: (1 - r) grad log pi, in the mean the gradient of
-    KL(pi_ref || pi), the same near pi_ref.
+    As a loss term, an estimator's gradient is not that of its expectation, because it does not go through the sampling. Per
+    token the gradient is
+    k1: grad log pi, with mean zero under pi for any pi_ref: useless in the loss.
+    k2: -(log r) grad log pi, whose mean is the gradient of KL(pi || pi_ref).
+    k3: (1 - r) grad log pi, whose mean is the gradient of KL(pi_ref || pi), the same near pi_ref.
 
-    As a part of the reward they are constants, and the policy gradient makes E[k grad log pi] of them. Of k1 that is the
-    gradient of KL(pi || pi_ref). Of k3 it is that less the gradient of KL(pi_ref || pi), and of k2 it is of second order in
-    log r: both vanish near pi_ref, so that they hold nothing back there. The config refuses them in the reward.
+    In the reward an estimator is a constant, and the policy gradient turns it into E[k grad log pi]. For k1 that is the
+    gradient of KL(pi || pi_ref). For k3 it is that minus the gradient of KL(pi_ref || pi), and for k2 it is of second order in
+    log r: both vanish near pi_ref and so do not restrain the policy there. The config refuses them in the reward.
     """
     log_ratio = ref_logp - logp
     if kind == "k1":

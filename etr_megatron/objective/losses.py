@@ -1,7 +1,7 @@
-"""The policy losses that come with the product; each returns `-J + kl_coef KL - entropy_coef H`.
+"""The built-in policy losses; each returns `-J + kl_coef KL - entropy_coef H`.
 
-In all of them w_t is the aggregation weight, which holds the denominator of the whole optimizer step, and c_t the off-policy
-correction of the row, which multiplies the policy term alone. r_t = exp(log pi - log pi_old), the log bounded before exp().
+In all of them w_t is the aggregation weight, which includes the denominator of the whole optimizer step, and c_t the off-policy
+correction of the row, which multiplies only the policy term. r_t = exp(log pi - log pi_old), with the log bounded before exp().
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from etr_megatron.objective.kl import kl_estimate
 from etr_megatron.objective.registry import register_loss
 
 LEAST_RADIUS = 1e-4
-"""A smaller clip radius, 0 above all, acts as this one. At a radius of 0 rounding, other in every layout, would decide at r = 1
-whether a token has its gradient, a part of it (ties of minimum and maximum share it) or none; and a rollout's first optimizer
-step, where r is 1 up to rounding, is to be unclipped whatever the radii. GSPO's, 3e-4 and 4e-4, are the smallest in use."""
+"""Smaller clip radii, in particular 0, are raised to this. With a radius of 0, rounding, which differs between layouts, would
+decide at r = 1 whether a token gets its full gradient, a part of it (ties of minimum and maximum share it) or none. A step's
+first update, where r is 1 up to rounding, must be unclipped for any radius. GSPO's 3e-4 and 4e-4 are the smallest in use."""
 
 
 def importance_ratio(logp: Tensor, old_logp: Tensor, bound: float) -> Tensor:
-    """exp(logp - old_logp), shape of `logp`; the log is bounded by `bound` first, beyond which the gradient is zero."""
+    """exp(logp - old_logp), of the shape of `logp`; the log is clamped to +-`bound`, beyond which the gradient is zero."""
     return (logp - old_logp).clamp(-bound, bound).exp()
 
 
 def clip_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - low and 1 + high, between which a ratio stays, with radii of `LEAST_RADIUS` at least."""
+    """The bounds 1 - low and 1 + high of a ratio, with radii of at least `LEAST_RADIUS`."""
     return 1 - low.clamp(min=LEAST_RADIUS), 1 + high.clamp(min=LEAST_RADIUS)
 
 
 def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`ratio` within the `clip_bounds` of the radii `low` and `high`, all of one shape."""
+    """`ratio` clipped to the `clip_bounds` of the radii `low` and `high`, all of one shape."""
     least, most = clip_bounds(low, high)
     return torch.minimum(torch.maximum(ratio, least), most)
 
@@ -38,8 +38,8 @@ def clip_ratio(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] | None = None) -> LossOutputs:
     """The loss of a policy term: -sum_t w_t c_t surrogate_t + kl_coef sum_t w_t KL_t - entropy_coef sum_t w_t H_t.
 
-    surrogate: [R], what is maximised. rows: the diagnostics of `LossOutputs`. Raises ValueError for a surrogate of another
-    shape, which would be spread over the rows without a word ([R, 1] to R x R), and for a KL without log-probs of a reference.
+    surrogate: [R], to be maximized. rows: see `LossOutputs`. Raises ValueError for a surrogate of another shape, which would
+    silently broadcast over the rows ([R, 1] to R x R), and for a KL term without reference log-probs.
     """
     settings, weight = inputs.settings, inputs.weight
     if surrogate.shape != weight.shape:
@@ -57,11 +57,11 @@ def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] |
 
 @register_loss("clipped", token_local=True)
 def clipped_loss(inputs: LossInputs) -> LossOutputs:
-    """The clipped surrogate with a clip range per row (GRPO, DAPO and every ETR preset differ in the ranges alone).
+    """The clipped surrogate with a clip range per row (GRPO, DAPO and every ETR preset differ only in the ranges).
 
         J = sum_t w_t c_t min( r_t A, clip(r_t, 1 - eps_low, 1 + eps_high) A )
 
-    With `dual_clip` c > 1, where A < 0: max( that, c A ), which bounds the loss of a token whose ratio exploded.
+    With `dual_clip` c > 1, if A < 0: max( that, c A ), which bounds the loss of a token whose ratio explodes.
     Sources: PPO (1707.06347) with GRPO's advantages (2402.03300); dual clip: Ye et al. (1912.09729).
     """
     ratio = importance_ratio(inputs.logp, inputs.old_logp, inputs.settings.log_ratio_bound)
@@ -76,11 +76,11 @@ def clipped_loss(inputs: LossInputs) -> LossOutputs:
 
 @register_loss("gspo", token_local=False)
 def gspo_loss(inputs: LossInputs) -> LossOutputs:
-    """GSPO: one ratio per sequence, the geometric mean of its tokens' ratios, clipped as one.
+    """GSPO: one ratio per sequence, the geometric mean of its tokens' ratios, clipped as a whole.
 
         s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|),   J = sum_t w_t c_t min( s_i A, clip(s_i, 1 - eps_low, 1 + eps_high) A )
 
-    The paper's mean over sequences is the aggregation `sequence_mean`. Source: Zheng et al. (2507.18071), eq. 5 to 7.
+    For the paper's mean over sequences use the aggregation `sequence_mean`. Source: Zheng et al. (2507.18071), eq. 5 to 7.
     """
     sequences, bound = inputs.sequences, inputs.settings.log_ratio_bound
     log_ratio = sequences.mean(inputs.logp - inputs.old_logp)
@@ -91,7 +91,7 @@ def gspo_loss(inputs: LossInputs) -> LossOutputs:
 
 @register_loss("cispo", token_local=True)
 def cispo_loss(inputs: LossInputs) -> LossOutputs:
-    """CISPO: the importance weight is clipped and held constant, so that no token loses its gradient.
+    """CISPO: the importance weight is clipped and detached, so that every token keeps its gradient.
 
         J = sum_t w_t c_t sg( clip(r_t, 1 - eps_low, 1 + eps_high) ) A log pi(t)
 
@@ -106,7 +106,7 @@ def cispo_loss(inputs: LossInputs) -> LossOutputs:
 
 @register_loss("reinforce", token_local=True)
 def reinforce_loss(inputs: LossInputs) -> LossOutputs:
-    """REINFORCE: J = sum_t w_t c_t A log pi(t), without a ratio: right for one optimizer step per rollout.
+    """REINFORCE: J = sum_t w_t c_t A log pi(t), without a ratio: correct for one optimizer step per rollout.
 
     With leave-one-out baselines this is RLOO, Ahmadian et al. (2402.14740).
     """

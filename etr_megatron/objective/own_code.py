@@ -1,4 +1,4 @@
-"""What is said of a policy loss of a user's own that raises."""
+"""Report errors raised by a custom policy loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from etr_megatron.errors import UserError
 
 @contextmanager
 def told_as_the_losses(name: str, where: str = "") -> Iterator[None]:
-    """Whatever the body, one call, raises becomes a UserError that names the loss and has the traceback below that call.
+    """Turn an exception of the body, a single call, into a UserError with the loss's name and the traceback below that call.
 
-    where: what is said between `raised` and the error. sys.exit counts: the rank would end as if its work were done. A
-    `UserError` passes, and so does what a message between ranks raises: then it is another rank that failed.
+    where: text between `raised` and the error. sys.exit counts as an exception: it would end the rank as if its work were done.
+    A `UserError` passes, and so do errors from torch.distributed, where another rank has failed.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def told_as_the_losses(name: str, where: str = "") -> Iterator[None]:
         if _is_a_messages(error):
             raise
         frames = list(_frames(error))
-        below = frames[2] if len(frames) > 2 else None  # without this file's own line and that of the call
+        below = frames[2] if len(frames) > 2 else None  # skip the frames of this file and of the call
         told = "".join(traceback.format_exception(type(error), error, below)).rstrip()
         raise UserError(f"objective.loss {name} raised {where}{type(error).__name__}: {error}\n{told}") from error
 

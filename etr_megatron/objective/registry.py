@@ -1,4 +1,4 @@
-"""Policy losses by name, or by the import path of a user's own.
+"""Policy losses by name, or by import path for custom ones.
 
     @token_local
     def my_loss(inputs: LossInputs) -> LossOutputs:      # in my_package/my_losses.py
@@ -27,24 +27,24 @@ LossFunction = Callable[[LossInputs], LossOutputs]
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss and what is promised about it.
+    """A loss and its properties.
 
-    token_local: the loss of a row depends on that row alone, so that the rows may come in chunks, whose losses add up.
+    token_local: the loss of a row depends only on that row, so rows may come in chunks whose losses are summed.
     """
 
     name: str
     function: LossFunction
     token_local: bool
-    # Of the first call, once it has been: a list, as the object is frozen.
+    # Row names of the first call; a list because the dataclass is frozen.
     _first_rows: list[frozenset[str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """The function's outputs, checked; raises UserError for outputs of another type or shape, for other names of rows than
-        those of this object's first call, and for whatever a loss of the user's own raises."""
+        """The function's checked outputs. Raises UserError for outputs of a wrong type or shape, for row names that differ from
+        this object's first call, and for any exception in a custom loss."""
         is_users = ":" in self.name
         is_tried = is_users and not self._first_rows
         if is_tried:
-            # The gradient that is tried below is that of an alias, which what watches the policy's tensors does not see.
+            # Take the trial gradient below through aliases, so that hooks on the policy's tensors do not see it.
             inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
         with told_as_the_losses(self.name) if is_users else nullcontext():
             outputs = self.function(inputs)
@@ -56,20 +56,20 @@ class PolicyLoss:
         return outputs
 
     def _try_gradient(self, outputs: LossOutputs, inputs: LossInputs) -> None:
-        """Raises UserError where that fails, as after an operation in place: backward itself cannot tell whose fault it is."""
+        """Raise UserError if the gradient fails, as after an in-place operation: backward could not blame the loss."""
         policys = [values for values in (inputs.logp, inputs.entropy) if values.requires_grad]
         if policys and outputs.loss.requires_grad:
             with told_as_the_losses(self.name, "in its gradient "):
                 torch.autograd.grad(outputs.loss, policys, retain_graph=True, allow_unused=True)
 
     def _other_rows(self, outputs: LossOutputs) -> str:
-        """Which name of `outputs.rows` is new or missing, empty when none is."""
+        """A message if a name of `outputs.rows` is new or missing, else empty."""
         if not self._first_rows:
             self._first_rows.append(frozenset(outputs.rows))
         changed = sorted(self._first_rows[0] ^ outputs.rows.keys(), key=str)
         if not changed:
             return ""
-        # A mean over the step's tokens, some of which had no value, would be a wrong number.
+        # A mean over the step's tokens would be wrong if some of them had no value.
         found = "returned" if changed[0] in outputs.rows else "left out"
         return f"{found} rows[{changed[0]!r}], other than in its first call; every call must return the same names"
 
@@ -79,7 +79,7 @@ class PolicyLoss:
         return self._first_rows[0] if self._first_rows else None
 
     def refuse_other_names(self, by_rank: Sequence[frozenset[str] | None]) -> None:
-        """Raises UserError when two ranks' `row_names` differ, where both have any: a mean would leave out some tokens."""
+        """Raise UserError if two ranks with `row_names` disagree on them: a mean would leave out some tokens."""
         known = [(rank, names) for rank, names in enumerate(by_rank) if names is not None]
         for rank, names in known[1:]:
             if changed := sorted(known[0][1] ^ names, key=str):
@@ -94,7 +94,7 @@ _LOSSES: dict[str, PolicyLoss] = {}
 
 
 def register_loss(name: str, *, token_local: bool) -> Callable[[LossFunction], LossFunction]:
-    """Decorator that makes a loss known by name. Raises ValueError when the name is taken."""
+    """Decorator that registers a loss by name. Raises ValueError if the name is taken."""
 
     def add(function: LossFunction) -> LossFunction:
         if name in _LOSSES:
@@ -111,15 +111,15 @@ def loss_names() -> tuple[str, ...]:
 
 
 def token_local(function: LossFunction) -> LossFunction:
-    """Decorator for a loss given by import path: the loss of a row depends on that row alone. See `PolicyLoss`."""
+    """Decorator for a loss given by import path: the loss of a row depends only on that row. See `PolicyLoss`."""
     function.token_local = True  # type: ignore[attr-defined]
     return function
 
 
 def resolve_loss(name: str) -> PolicyLoss:
-    """The registered loss of that name, or the one at that import path (`package.module:function`); a new object every time.
+    """The loss with that registered name or import path (`package.module:function`); a new object every time.
 
-    Raises UserError for an unknown name, a path that cannot be imported and a function that cannot be called with one argument.
+    Raises UserError for an unknown name, a path that cannot be imported, or a function that does not take one argument.
     """
     if name in _LOSSES:
         return replace(_LOSSES[name])
@@ -136,7 +136,7 @@ def resolve_loss(name: str) -> PolicyLoss:
 
 
 def _fault(outputs: object, inputs: LossInputs) -> str:
-    """What is wrong with a loss's outputs, empty when nothing is."""
+    """What is wrong with a loss's outputs, or an empty string."""
     if not isinstance(outputs, LossOutputs):
         return f"returned {type(outputs).__name__} instead of LossOutputs"
     loss = outputs.loss

@@ -1,6 +1,6 @@
-"""CUDA or CPU: the device, the collective backend, and what megatron.core needs before it is imported.
+"""CUDA or CPU: the device, the collective backend, and setup that megatron.core needs before it is imported.
 
-torch is imported on first use: grader processes take `lifetime` from here and have no use for it.
+torch is imported on first use: grader processes import `lifetime` from this package and do not need torch.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _prepared = False
 def prepare_megatron() -> None:
     """Make `import megatron.core` safe on this platform. Idempotent; must come before the first such import.
 
-    Raises RuntimeError when megatron.core was imported before it on a machine without CUDA.
+    Raises RuntimeError if megatron.core was already imported on a machine without CUDA.
     """
     global _prepared
     if _prepared:
         return
-    # Transformer Engine reads it when megatron.core imports it. Its scales of FP8 blocks are powers of two otherwise, other
-    # than those that rollout servers compute with.
+    # Transformer Engine reads it when megatron.core imports TE. Without it, scales of FP8 blocks are powers of two, unlike
+    # those of the rollout servers.
     os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -53,7 +53,7 @@ def prepare_megatron() -> None:
     if not uses_cuda():
         from etr_megatron.platform import cpu_shim
 
-        # megatron-core warns, module by module, that TE and apex are not there and that CUDA settings are not made.
+        # megatron-core warns in many modules about missing TE, apex and CUDA settings.
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         cpu_shim.install()
     from etr_megatron.platform import megatron_fixes

@@ -1,4 +1,4 @@
-"""Work beside a block."""
+"""Background work during a block."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def beside(work: Callable[[threading.Event], None], name: str) -> Iterator[None]:
-    """Do `work` in a thread of that name while the block runs.
+    """Run `work` in a thread named `name` while the block runs.
 
-    It is given an event that is set when the block ends, and is waited for then.
+    `work` gets an event that is set when the block ends; the thread is then joined.
     """
     done = threading.Event()
     thread = threading.Thread(target=work, args=(done,), name=name, daemon=True)

@@ -1,16 +1,15 @@
 """megatron.core on a machine without CUDA.
 
-megatron.core 0.16.1 names CUDA in four ways: `torch.cuda.f(...)`, the strings "cuda" and "torch.cuda.FloatTensor",
+megatron.core 0.16.1 refers to CUDA in four ways: `torch.cuda.f(...)`, the strings "cuda" and "torch.cuda.FloatTensor",
 `tensor.cuda()` and `pin_memory=True`. On CPU an import hook rewrites exactly these in the syntax tree of each megatron.core
-module, so that torch itself stays untouched, no list of modules or lines has to be kept and the order of imports does not
-matter:
+module. So torch itself stays untouched, no list of modules or lines is needed, and the import order does not matter:
 
     torch.cuda.f(...)            ->  _CpuCuda.f(...)
     "cuda", "torch.cuda.XTensor" ->  "cpu", "torch.XTensor"
     x.cuda(...)                  ->  x.to("cpu")
     pin_memory=True              ->  pin_memory=False
 
-On CUDA nothing here runs.
+Nothing here runs on CUDA.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class _NoStream:
 
 
 class _CpuCuda:
-    """Stands for `torch.cuda` inside megatron.core. A name that is not here raises AttributeError: nothing is guessed."""
+    """Replaces `torch.cuda` inside megatron.core. Any other name raises AttributeError: nothing is guessed."""
 
     Stream = Event = stream = _NoStream
     nvtx = types.SimpleNamespace(range_push=lambda *_: None, range_pop=lambda *_: None)
@@ -124,7 +123,7 @@ def _is_torch_cuda(node: ast.AST) -> bool:
 
 
 class _Rewrite(ast.NodeTransformer):
-    """The four substitutions of the module docstring; positions are kept, so tracebacks show the original lines."""
+    """The four substitutions of the module docstring; keeps positions, so that tracebacks show the original lines."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if _is_torch_cuda(node) and isinstance(node.ctx, ast.Load):
@@ -154,10 +153,10 @@ class _Rewrite(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Rewrites before compiling. Byte code is cached beside Python's own, under a name that no other program reads: rewriting
-    takes two seconds of each process's start."""
+    """Rewrites before compiling. Caches bytecode next to Python's own, under a name that no other program reads: otherwise
+    rewriting would add two seconds to each process's startup."""
 
-    _SUFFIX = f".etr_cpu_{zlib.crc32(Path(__file__).read_bytes()):08x}.pyc"  # another rewriting is another file
+    _SUFFIX = f".etr_cpu_{zlib.crc32(Path(__file__).read_bytes()):08x}.pyc"  # a changed rewriter gets a new file
 
     def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> types.CodeType:
         if b"cuda" not in data and b"pin_memory" not in data:
@@ -177,8 +176,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         module.__dict__[_STAND_IN] = _CpuCuda
         super().exec_module(module)
         if module.__name__ == _PREFIX + ".jit":
-            # Before anybody takes the decorator from it: torch.compile'd elementwise helpers would spend a minute in a C++
-            # compiler, for kernels of microseconds.
+            # Before other modules import the decorator: torch.compile would spend a minute in a C++ compiler on elementwise
+            # helpers that run for microseconds.
             module.disable_jit_fuser()
 
 
@@ -195,14 +194,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    """megatron.core's own version hands the work to torch.cuda's lazy queue, which without CUDA never runs, silently."""
+    """Replaces megatron.core's version, which uses torch.cuda's lazy-call queue, silently never run without CUDA."""
     torch.set_rng_state(new_state)
 
 
 def install() -> None:
     """Install the import hook, once per process, and import megatron.core.
 
-    Raises RuntimeError when megatron.core was imported before: its modules would keep their CUDA calls.
+    Raises RuntimeError if megatron.core was already imported: its modules would keep their CUDA calls.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return

@@ -1,4 +1,4 @@
-"""Locks between processes that the kernel frees when their holder ends, however it ends."""
+"""Locks between processes that the kernel releases when the holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Error numbers of a file system that has no locks, such as Lustre mounted without `flock`."""
+"""Error numbers of a file system without locks, such as Lustre mounted without `flock`."""
 
 
 def try_lock(descriptor: int, path: Path) -> bool:
-    """Lock an open file or directory, until the last copy of its descriptor is closed; False where another process has it.
+    """Lock an open file or directory until the last copy of its descriptor is closed; False if another process holds it.
 
-    path: of what is locked, for the warning where the file system has no locks: then it counts as locked.
+    path: of the locked file, for the warning if the file system has no locks; it then counts as locked.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Writing files that a full disk or a kill -9 must not leave half-written."""
+"""Write files so that a full disk or a kill -9 does not leave them half-written, and report errors of disks and paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file would become larger than is allowed here (ulimit -f, or the file system)",
 }
-"""What the system says where a disk takes no more, in words."""
+"""Messages for the error numbers of a full disk."""
 _NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -25,7 +25,7 @@ _NOT_WRITABLE = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
-    errno.ENOENT,  # of a directory that is made with its parents: in /proc, or where one of them is being removed
+    errno.ENOENT,  # creating a directory with its parents in /proc, or while a parent is being removed
 )
 
 _OF_PATHS = (*_NOT_WRITABLE, errno.ELOOP)
@@ -34,7 +34,7 @@ _LONGEST_NAME = 200
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk met inside the block into a `UserError` that names `path`; other errors pass."""
+    """Turn errors of a full or unwritable disk inside the block into a `UserError` that names `path`; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -52,9 +52,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def path_errors() -> Iterator[None]:
-    """Turn what the system says of a path that was given, met inside the block, into a `UserError` that names the path.
+    """Turn the system's errors about a user's path inside the block into a `UserError` that names the path.
 
-    Of a path that may not be entered or read, leads nowhere or is too long; other errors pass.
+    Covers paths that are not accessible, do not exist or are too long; other errors pass.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def path_errors() -> Iterator[None]:
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """What the checks raise as UserError, or of paths (see `path_errors`), each once: two may share a problem."""
+    """Messages of the UserErrors (including those of `path_errors`) that the checks raise, without duplicates."""
     problems: list[str] = []
     for check in checks:
         try:
@@ -85,14 +85,14 @@ def refuse_all(*checks: Callable[[], object]) -> None:
 
 
 def entries(folder: Path, pattern: str) -> list[Path]:
-    """As `Path.glob`, which finds nothing in a folder that may not be looked into: there OSError is raised."""
+    """Like `Path.glob`, but raises OSError for an unreadable folder, where `Path.glob` finds nothing."""
     return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)] if folder.is_dir() else []
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: after a crash at any moment it holds either the old or the new content, on disk.
+    """Replace the content of `path` by `data`: after a crash at any moment it has either the old or the new content.
 
-    Raises `UserError` naming `path` when the disk is full; the old content is then still there.
+    Raises `UserError` naming `path` if the disk is full; the old content then remains.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
@@ -109,7 +109,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def disk_full_behind(error: BaseException | None) -> OSError | None:
-    """The OSError of a disk that takes no more which `error` is or was caused by."""
+    """The OSError of a full disk that is `error` or one of its causes, or None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return error
@@ -118,7 +118,7 @@ def disk_full_behind(error: BaseException | None) -> OSError | None:
 
 
 def no_room(error: OSError) -> str:
-    """What such an error says, in words."""
+    """The message for such an error."""
     return _NO_ROOM[error.errno]
 
 

@@ -1,4 +1,4 @@
-"""Where ranks leave each other words besides their collectives."""
+"""A key-value store for messages between ranks outside of collectives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _named: tuple[Any, str] | None = None
 
 
 def job_store() -> dist.Store:
-    """The store of the world of ranks, behind a name that this start of the ranks has alone. A collective.
+    """The world's store, with a key prefix unique to this start of the ranks. A collective.
 
-    torchrun may keep one store through its restarts (`--max-restarts`), where the ranks of this start would otherwise read what
-    those before them have left: that one must stop, that one has failed.
+    torchrun may keep one store through its restarts (`--max-restarts`); without the prefix, ranks would read stale messages of
+    an earlier start, such as a stop request or a failure.
     """
     global _named
     world = dist.group.WORLD

@@ -1,9 +1,8 @@
-"""No process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
+"""Ensure that no process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
 
-Ranks and graders call `die_with_parent()` first thing. On Linux the kernel does it: PR_SET_PDEATHSIG sends SIGKILL when
-the parent is gone. "Parent" there means the *thread* that forked: a child started by a thread that later ends would be
-killed while its process lives on. Whoever starts children from short-lived threads starts them through
-`popen_from_lasting_thread`.
+Ranks and graders call `die_with_parent()` first. On Linux the kernel does the work: PR_SET_PDEATHSIG sends SIGKILL when the
+parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed although the process
+lives on. So children must not be started from short-lived threads, except through `popen_from_lasting_thread`.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _WATCHDOG_PERIOD_S = 0.5
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """From here on this process is killed (SIGKILL) when its parent ends; at once if the parent is gone already.
+    """Have this process killed (SIGKILL) when its parent ends; at once if the parent is already gone.
 
-    parent_pid: pid of the process that started this one, where it is known (a grader is told it). Without it a parent
-        that ended before this call goes unnoticed, as the pid of whoever adopted this process looks like any other.
-    Where there is no PR_SET_PDEATHSIG (anything but Linux) a daemon thread looks for the parent twice a second; it
-    cannot run while other code holds the GIL. Raises OSError if the kernel refuses.
+    parent_pid: pid of the process that started this one, if known (a grader is told it). Without it, a parent that ended
+        before this call goes unnoticed, because this process then has another valid parent pid.
+    Without PR_SET_PDEATHSIG (on any system but Linux) a daemon thread checks for the parent twice a second; it cannot run
+    while other code holds the GIL. Raises OSError if the kernel refuses.
     """
     expected = os.getppid() if parent_pid is None else parent_pid
     if sys.platform == "linux":
@@ -40,7 +39,7 @@ def die_with_parent(parent_pid: int | None = None) -> None:
             raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
     else:
         threading.Thread(target=_watch_parent, args=(expected,), name="parent-watchdog", daemon=True).start()
-    # The parent may have ended before the request was in place; then no signal will come.
+    # If the parent ended before the request was in place, no signal will come.
     if os.getppid() != expected:
         _end_now()
 
@@ -56,7 +55,7 @@ def _end_now() -> None:
 
 
 class _LastingThread:
-    """One daemon thread that forks for the whole process, so that the children's parent thread lives as long as it."""
+    """A daemon thread that forks for the whole process, so that the children's parent thread lives as long as the process."""
 
     def __init__(self) -> None:
         self._requests: queue.SimpleQueue[tuple[Future[subprocess.Popen[bytes]], Sequence[str], dict[str, Any]]] = (
@@ -74,7 +73,7 @@ class _LastingThread:
             future, args, kwargs = self._requests.get()
             try:
                 future.set_result(subprocess.Popen(args, **kwargs))
-            except Exception as error:  # belongs to the caller, who is waiting for it
+            except Exception as error:  # raised in the caller, which waits for the future
                 future.set_exception(error)
 
 
@@ -86,7 +85,7 @@ _starter_lock = threading.Lock()
 def popen_from_lasting_thread(args: Sequence[str], **kwargs: Any) -> subprocess.Popen[bytes]:
     """`subprocess.Popen(args, **kwargs)`, forked by a thread that lives as long as this process.
 
-    For children that call `die_with_parent()`: started from any other thread they would die with that thread.
+    For children that call `die_with_parent()`: started from another thread, they would die with that thread.
     Raises what Popen raises.
     """
     global _starter, _starter_pid

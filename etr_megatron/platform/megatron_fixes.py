@@ -1,7 +1,7 @@
-"""Defects of megatron-core 0.16.1, most of which show without Transformer Engine and apex only, where Adam is torch's.
+"""Fixes for bugs in megatron-core 0.16.1, most of which only appear without Transformer Engine and apex, with torch's Adam.
 
-Each entry names the defect, where it is and how it would be noticed. With TE or apex the code paths of most are not taken, and
-those are left alone.
+Each entry names the bug, where it is and how it shows. Fixes for code paths that are not taken with TE or apex are not applied
+there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def apply() -> None:
-    """Mend the defects in this process; call after the CPU shim is installed and before models are built."""
+    """Apply the fixes in this process; call after the CPU shim is installed and before models are built."""
     from megatron.core.optimizer import HybridDeviceOptimizer, distrib_optimizer
 
     _mend_offloaded_optimizer(HybridDeviceOptimizer)
@@ -30,10 +30,11 @@ def apply() -> None:
 
 
 def _mend_offloaded_optimizer(cls: Any) -> None:
-    """`cpu_offloading/hybrid_optimizer.py` keeps the classes of its two Adams in the parameter groups, and so in a checkpoint.
+    """`cpu_offloading/hybrid_optimizer.py` puts the classes of its two Adams into the parameter groups, and so into
+    checkpoints.
 
-    `torch.load` reads weights only, no classes: `WeightsUnpickler error: Unsupported global`, and no run could be resumed. The
-    optimizer that loads has classes of its own.
+    `torch.load` with weights_only does not read classes (`WeightsUnpickler error: Unsupported global`), so no run could be
+    resumed. The loading optimizer sets its own classes.
     """
     if hasattr(cls, "_etr_original_state_dict"):
         return
@@ -50,12 +51,12 @@ def _mend_offloaded_optimizer(cls: Any) -> None:
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:
-    """`distrib_optimizer.py` expects TE's FusedAdam, whose states have no `step`, on load.
+    """On load, `distrib_optimizer.py` expects TE's FusedAdam, whose states have no `step`.
 
     - `_set_main_param_and_optimizer_states` copies into leaf views without no_grad and looks for a saved `step` (KeyError).
-    - `state_dict` asks the states of an optimizer without parameters for the step (see below).
-    - `load_state_dict` gives every state the SAME `step` tensor, so Adam counts it up once per parameter. Silent: the first
-      step after a resume is right, the second drifts (4.851482 instead of 4.851872 in the loss of a four-layer model).
+    - `state_dict` reads the step from the states of an optimizer even if it has no parameters (see below).
+    - `load_state_dict` gives every state the SAME `step` tensor, so Adam increments it once per parameter. This is silent: the
+      first step after a resume is right, the second drifts (loss 4.851482 instead of 4.851872 in a four-layer model).
     """
     if hasattr(cls, "_etr_original_load_state_dict"):
         return
@@ -92,11 +93,11 @@ def _mend_distributed_optimizer(cls: Any) -> None:
 
 
 def _mend_step_of_optimizers_without_parameters() -> None:
-    """A checkpoint takes Adam's step from rank 0's optimizers, and one may have no parameters there, and so no step.
+    """A checkpoint takes Adam's step from rank 0's optimizers, but one may have no parameters there, and so no step.
 
-    Experts have an optimizer of their own, without parameters on a pipeline stage without experts. Their step is lost,
-    silently: after a resume their moments are corrected as at the first step. (Without TE the distributed optimizer's
-    `state_dict` fails: `assert len(steps) == 1`.) It is that of the rank's other optimizer.
+    Experts have a separate optimizer, which has no parameters on a pipeline stage without experts. Their step is silently lost:
+    after a resume, Adam's bias correction restarts at the first step. (Without TE the distributed optimizer's `state_dict`
+    fails: `assert len(steps) == 1`.) The fix takes the step of the rank's other optimizer.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -120,12 +121,12 @@ def _mend_step_of_optimizers_without_parameters() -> None:
 
 
 def _step_in(places: Iterable[dict[str, Any]]) -> int | None:
-    """Adam's step, which is one for all parameters: torch keeps it beside each one's moments, TE and apex in the groups."""
+    """Adam's step, common to all parameters: torch stores it with each one's moments, TE and apex in the parameter groups."""
     return next((int(place["step"]) for place in places if "step" in place), None)
 
 
 def _complete_step(state: dict[str, Any], step: int, in_groups: bool) -> None:
-    """In the state of one optimizer of a chain, in place, where it is read from; the distributed one's is always in groups."""
+    """Set the step, in place, where one optimizer of a chain reads it; the distributed optimizer always reads the groups."""
     if in_groups or "state" not in state:
         for group in state["param_groups"]:
             group.setdefault("step", step)
@@ -134,9 +135,9 @@ def _complete_step(state: dict[str, Any], step: int, in_groups: bool) -> None:
 
 
 def _mend_bf16_optimizers_without_parameters() -> None:
-    """`optimizer.py` stores an empty list of fp32 weights for the whole model when rank 0's optimizer has no parameters.
+    """`optimizer.py` stores an empty list of fp32 weights for the whole model if rank 0's optimizer has no parameters.
 
-    No rank can load its own then: `Cannot merge two lists with different lengths`. See above for when there are none.
+    No rank can then load its own: `Cannot merge two lists with different lengths`. See above for when that happens.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as cls
 
@@ -174,11 +175,11 @@ def _mend_selective_recompute() -> None:
 
 
 def _mend_experts() -> None:
-    """`moe/moe_utils.py` on a machine without TE, and without CUDA.
+    """Bugs in `moe/moe_utils.py` on a machine without TE or CUDA.
 
-    - Without TE `te_general_gemm` is not defined, and the router asks whether it is None: NameError in the first forward.
-    - `maybe_move_tensor_to_cpu(as_numpy=True)` hands a tensor that lies on CPU back as it is; all_to_all_single takes no tensor
-      for split sizes: TypeError in the token dispatcher.
+    - Without TE `te_general_gemm` is not defined, but the router tests whether it is None: NameError in the first forward pass.
+    - `maybe_move_tensor_to_cpu(as_numpy=True)` returns a CPU tensor unchanged, but all_to_all_single takes no tensor for split
+      sizes: TypeError in the token dispatcher.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -199,7 +200,7 @@ def _mend_experts() -> None:
 def _mend_uneven_collectives() -> None:
     """`tensor_parallel/mappings.py` gathers and reduce-scatters unequal parts (tokens of experts with ETP and EP above 1).
 
-    NCCL does that; gloo refuses: "ProcessGroupGloo::allgather: invalid tensor size". Its all-to-all takes unequal parts.
+    NCCL supports that; gloo does not ("ProcessGroupGloo::allgather: invalid tensor size"), but its all-to-all does.
     """
     from megatron.core.tensor_parallel import mappings
 

@@ -1,4 +1,4 @@
-"""Deadlines that name who is missing: ranks meet at the start of every phase of a step."""
+"""Deadlines that name the missing ranks: ranks meet at the start of every phase of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopAskedError(RuntimeError):
 
 
 class Phases:
-    """A control group on gloo, whatever the policy's backend, on which ranks meet.
+    """A gloo control group on which ranks meet, independent of the policy's backend.
 
     phases = Phases(timeout_s=1800, must_stop=request)
     phases.meet("rollout of step 12")
@@ -25,20 +25,20 @@ class Phases:
     """
 
     def __init__(self, timeout_s: float, must_stop: Callable[[], bool] = lambda: False) -> None:
-        """A collective: every rank creates it."""
+        """A collective: every rank must create it."""
         self._timeout, self._must_stop, self._stopping = datetime.timedelta(seconds=timeout_s), must_stop, False
-        # The world may be NCCL, which has no monitored barrier.
+        # The world's backend may be NCCL, which has no monitored barrier.
         self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def stop_asking(self) -> None:
-        """Every rank knows that the run stops: from here on ranks meet to save."""
+        """Stop raising StopAskedError: every rank knows that the run stops, and ranks meet only to save."""
         self._stopping = True
 
     def meet(self, phase: str, within_s: float | None = None) -> None:
-        """Wait for every rank to arrive, for that long at most instead of `timeout_s`.
+        """Wait for every rank to arrive, for at most `within_s` seconds (default: `timeout_s`).
 
-        Raises TimeoutError when some did not come in time and ConnectionError when they are gone, with the phase, the ranks
-        and the seconds waited; StopAskedError when a rank must stop: once, so that ranks can still meet to save.
+        Raises TimeoutError if some ranks did not arrive in time and ConnectionError if they are gone, with the phase, the ranks
+        and the seconds waited; StopAskedError, only once, if a rank must stop: afterwards ranks can still meet to save.
         """
         start = time.monotonic()
         timeout = self._timeout if within_s is None else datetime.timedelta(seconds=within_s)
@@ -54,7 +54,7 @@ class Phases:
 
     def _failure(self, phase: str, waited_s: float, timeout: datetime.timedelta, said: str) -> TimeoutError | ConnectionError:
         missing = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
-        # Rank 0 is told no more than which ranks it did not hear of: before the deadline, because their connections closed.
+        # Rank 0's error only names the ranks it did not hear from. Before the deadline, that means closed connections.
         if waited_s < 0.99 * timeout.total_seconds() or "closed by peer" in said or "reset by peer" in said:
             who = f"rank {missing[1]}" if missing else "rank 0, which may have lost another"
             return ConnectionError(

@@ -1,4 +1,4 @@
-"""What all ranks do, each its part, and of which none goes on when one of them could not."""
+"""Work that every rank does a part of, and that fails on all ranks if it fails on one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do `work` on every rank of the group (None: all) and wait for the others: what it returned here. A collective.
+    """Run `work` on every rank of the group (None: all), wait for the others and return this rank's result. A collective.
 
-    Raises this rank's own error, or, where only others failed, the first of theirs: a UserError or StopAskedError as it is, a
-    full disk as OSError, anything else as RuntimeError. A process without ranks only does it.
+    Raises this rank's own error or, if only others failed, the first of theirs: a UserError or StopAskedError as such, a full
+    disk as OSError, anything else as RuntimeError. Without torch.distributed it only runs `work`.
     """
     if not dist.is_initialized():
         return work()
@@ -36,7 +36,7 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
 
 
 def _for_others(error: Exception) -> Exception:
-    """An error that can be sent to ranks which do not know its class."""
+    """The error in a form that can be pickled to ranks that lack its class."""
     full = disk_full_behind(error)
     if full is not None:
         return OSError(full.errno, full.strerror)

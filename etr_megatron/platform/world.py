@@ -1,4 +1,4 @@
-"""Which of torchrun's nodes train, and which are set apart for something else: the last ones."""
+"""Which of torchrun's nodes train, and which are set apart for servers: the last ones."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from etr_megatron.errors import UserError
 
 
 class Place(NamedTuple):
-    """ranks: of all nodes that train. apart: this node's number among those set apart, None where it trains."""
+    """ranks: number of training ranks. apart: this node's index among those set apart, None if it trains."""
 
     ranks: int
     apart: int | None
 
 
 def number_apart(nodes_apart: int) -> int | None:
-    """This node's number among those set apart, None where it trains; without torchrun it is the only node."""
+    """This node's index among those set apart, None if it trains; without torchrun it is the only node."""
     number = int(os.environ.get("GROUP_RANK", "0")) - (int(os.environ.get("GROUP_WORLD_SIZE", "1")) - nodes_apart)
     return number if number >= 0 else None
 
 
 def place_of(nodes_apart: int) -> Place:
-    """Of this process, by what torchrun says of it in the environment.
+    """The place of this process, from torchrun's environment variables.
 
-    torchrun numbers ranks node by node, so that those that train are the first ones, without a gap. Raises UserError where no
-    node would be left to train, or nodes have different numbers of processes, as a node knows its own number alone.
+    torchrun numbers ranks node by node, so the training ranks come first, without gaps. Raises UserError if no node would be
+    left to train, or if nodes differ in their number of processes, since a node only knows its own.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not nodes_apart:

@@ -1,11 +1,11 @@
-"""The head's three matrix products, all with an fp32 result.
+"""The head's three GEMMs, all with fp32 results.
 
-On CUDA one library call each, into place; cuBLAS writes fp32 from bf16 operands. On CPU a block of the weight at a time, which
-stays in the cache between the products that need it. bf16 on CPU: torch has no product of bf16 operands with an fp32 result, so
-each product is rounded to bf16 once before it is added in fp32.
+On CUDA each is one library call with an output argument; cuBLAS writes fp32 from bf16 operands. On CPU the weight is processed
+in blocks, which stay in the cache between the products that need them. For bf16 on CPU, torch has no GEMM of bf16 operands with
+an fp32 result, so each product is rounded to bf16 once before it is added in fp32.
 
-In fp32 on CPU the products are oneDNN's: `torch.mm` has them from MKL, which took 2.2 times as long on an AMD EPYC
-(benchmarks/README.md). Where torch was built without oneDNN they are torch.mm's.
+With fp32 on CPU the products use oneDNN: `torch.mm` uses MKL, which took 2.2 times as long on an AMD EPYC
+(benchmarks/README.md). Without oneDNN in torch they fall back to torch.mm.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
-"""Of the weight, the most that a product on CPU takes at a time: so much, and so many rows."""
+"""Maximum size and rows of a weight block on CPU."""
 
 ROWS = 32
-"""oneDNN makes a program for each shape it is given, in half a millisecond, and keeps it, in half a megabyte. So the rows, as
-many as a microbatch has tokens, come in multiples of this."""
+"""oneDNN compiles and caches a kernel for each shape, at half a millisecond and half a megabyte. Row counts vary with a
+microbatch's tokens, so they are padded to multiples of this."""
 
 
 def _has_onednn() -> bool:
@@ -37,34 +37,34 @@ def in_multiples(rows: int) -> int:
 
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
-    """Rows that a product on CPU is computed with when it is asked for of `rows`; those beyond them are zeros."""
+    """Rows that a CPU product of `rows` rows is computed with; the extra rows are zeros."""
     return in_multiples(rows) if _ONEDNN and dtype == torch.float32 else rows
 
 
 def _with_zeros(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
-    """With so many rows and columns of zeros behind it; itself where there are none."""
+    """Append `rows` rows and `columns` columns of zeros; returns `matrix` itself if both are 0."""
     return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] @ right [N, K]^T on CPU, a new tensor of their dtype."""
+    """left [M, K] @ right [N, K]^T on CPU, as a new tensor of their dtype."""
     if _ONEDNN and left.dtype == torch.float32:
         if not (right.is_contiguous() or right.t().is_contiguous()):
-            right = right.contiguous()  # as it is, it would be multiplied element by element, hundreds of times as slowly
-        # What torch.compile makes of a linear layer. It would copy a `left` that is not contiguous itself.
+            right = right.contiguous()  # otherwise it would be multiplied element by element, hundreds of times slower
+        # The op that torch.compile uses for a linear layer. It would copy a non-contiguous `left` anyway.
         return torch.ops.mkldnn._linear_pointwise(left.contiguous(), right, None, "none", [], "")
     return left @ right.t()
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of the weight, a block at a time."""
+    """Row slices of the weight's blocks."""
     step = block_rows(weight.shape[1], weight.element_size())
     for begin in range(0, len(weight), step):
         yield slice(begin, begin + step)
 
 
 def block_rows(hidden_size: int, element_size: int) -> int:
-    """Rows of the weight that a product on CPU takes at a time."""
+    """Rows of a weight block on CPU."""
     return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (element_size * hidden_size)))
 
 
@@ -87,7 +87,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> Te
 def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """grad_hidden [rows, H] += grad [rows, n] @ weight [n, H] and, with a `total`, [n, H] += grad^T @ hidden [rows, H].
 
-    grad, hidden and weight have one dtype. Both sums are fp32, added to in place, and the caller's.
+    grad, hidden and weight share one dtype. Both sums are fp32, owned by the caller and updated in place.
     """
     if grad.is_cpu:
         _add_gradients_on_cpu(grad_hidden, total, grad, hidden, weight)
@@ -100,7 +100,7 @@ def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidde
 
 def _add_gradients_on_cpu(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
     by_block, rows = grad.dtype == torch.float32, len(grad)
-    if not by_block:  # every block would be rounded to bf16
+    if not by_block:  # by block, every partial sum would be rounded to bf16
         grad_hidden += (grad @ weight).float()
     more = padded_rows(rows, grad.dtype) - rows
     states = _with_zeros(hidden, rows=more)

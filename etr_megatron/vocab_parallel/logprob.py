@@ -1,8 +1,8 @@
-"""Log-prob and entropy of chosen tokens straight from hidden states and a vocabulary shard; the vocabulary is never gathered.
+"""Log-prob and entropy of target tokens from hidden states and a vocabulary shard, without gathering the vocabulary.
 
-For a caller who wants both as differentiable tensors (sequence-level losses) or without gradient (old, reference log-probs).
-Forward saves the hidden rows (the caller's) and three fp32 numbers per row; backward computes a chunk's logits again: 4 matrix
-products in all, 1 without gradient. A loss that is local to tokens is cheaper through `vocab_parallel_loss`.
+For callers that need both as differentiable tensors (sequence-level losses) or without gradients (old, reference log-probs).
+Forward saves the hidden rows (the caller's) and three fp32 numbers per row; backward recomputes each chunk's logits: 4 GEMMs in
+all, 1 without gradients. A token-local loss is cheaper through `vocab_parallel_loss`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def forward_rows(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) ->
 
 
 class _Recomputed(torch.autograd.Function):
-    """Chunked forward, backward by recomputing each chunk's logits; gradients are accumulated in fp32."""
+    """Chunked forward; backward recomputes each chunk's logits and accumulates gradients in fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         logp, entropy, log_sum = forward_rows(head, hidden, weight, targets)
-        ctx.set_materialize_grads(False)  # without a gradient of the entropy its part is skipped
+        ctx.set_materialize_grads(False)  # keeps None, so that an unused entropy is skipped
         ctx.save_for_backward(hidden, weight, targets, logp, entropy, log_sum)
         ctx.head, ctx.weight = head, weight
         return logp, entropy
@@ -80,9 +80,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard) -> None:
-    """Raises ValueError where `hidden` [R, H], `weight` [Vp/TP, H], `targets` [R] and the shard do not fit each other.
+    """Raise ValueError if `hidden` [R, H], `weight` [Vp/TP, H], `targets` [R] and the shard do not fit each other.
 
-    So it does for another dtype than fp32 and bf16.
+    Also for a dtype other than fp32 and bf16.
     """
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and targets.shape == hidden.shape[:1]
     if not fits or weight.shape[0] != shard.size or hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
@@ -105,14 +105,14 @@ def vocab_parallel_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of the distribution it was drawn from, both fp32 [R], differentiable in both.
 
-    hidden: fp32 or bf16 [R, H], the loss rows only (select them before the head), the same on every tensor-parallel rank.
-    weight: [Vp/TP, H] of the same dtype, this rank's shard of the LM head (or of the tied embedding); padded rows take no part
-    and get zero gradient. Its gradient is added to `weight.main_grad` where Megatron's DDP made one in fp32.
-    targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in the sampling.
-    chunk_rows: rows whose logits exist at a time; None is a quarter of them, between 128 and 384 on CPU; 1024 on CUDA.
+    hidden: fp32 or bf16 [R, H], the loss rows only (select them before the head), identical on every tensor-parallel rank.
+    weight: [Vp/TP, H] of the same dtype, this rank's shard of the LM head (or of the tied embedding); padded rows are ignored
+    and get zero gradient. Its gradient is added to `weight.main_grad` if Megatron's DDP created one in fp32.
+    targets: int64 [R], ids below `shard.vocab_size`. temperature: divides the logits, as in sampling.
+    chunk_rows: rows whose logits exist at a time; None means 1024 on CUDA and R / 4, between 128 and 384, on CPU.
     backend, overlap: see `Head`.
 
-    Collectives: an all-gather per chunk in forward, 16 bytes a row; one all-reduce of [R, H] fp32 in backward. Every rank of
+    Collectives: an all-gather per chunk in forward, 16 bytes per row; one all-reduce of [R, H] fp32 in backward. Every rank of
     the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
@@ -120,7 +120,7 @@ def vocab_parallel_logprob(
 
 
 def logprob_through(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`vocab_parallel_logprob` of tensors whose shapes were checked."""
+    """`vocab_parallel_logprob` without the shape checks."""
     if not torch.is_grad_enabled():
         logp, entropy, *_ = forward_rows(head, hidden, weight, targets)
         return logp, entropy

@@ -1,24 +1,24 @@
 """A token-local loss and its gradients in one pass over the vocabulary shard.
 
-When a row's loss depends on that row's log-prob and entropy alone, its derivative is known as soon as they are: everything
-else (bounds, advantages, old log-probs, the global denominator) is known before the forward pass. So a chunk's logits turn into
-their own gradient and are used up at once: 3 matrix products, nothing of size R x V ever exists, nothing is computed twice.
+If a row's loss depends only on that row's log-prob and entropy, its derivative is known as soon as they are: everything else
+(bounds, advantages, old log-probs, the global denominator) is known before the forward pass. So the gradient overwrites a
+chunk's logits and is consumed at once: 3 GEMMs, nothing of size R x V ever exists, and nothing is computed twice.
 
-Memory beyond hidden, weight and the weight's fp32 gradient, in bytes, with c rows a chunk and v = real columns of the shard:
+Bytes of memory beyond hidden, weight and the weight's fp32 gradient, with c rows per chunk and v real columns in the shard:
 
     4 R H + 16 R           gradient of the hidden rows; log-probs, entropies and their derivatives
-    + 4 c v                logits, which become their own gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
+    + 4 c v                logits, overwritten by their gradient (twice that with TP > 1 on CUDA, see `Head.overlap`)
     + the largest of
-        4 b v              a temporary of b rows for the statistics: on CPU what makes 2^18 elements, at least one row
-        4 t + 2 c g        a temporary of a tile of t elements for the gradient and, in bf16, the gradient of g columns as an
-                           operand: of 8192 at most on CPU, else of all
-        4 (u d + m H)      on CPU: a copy of the gradient of u columns and a product of m rows, the more of d and u, where
-                           u = 2^18 / H, at most 1024 and v, and d = c, with oneDNN the next multiple of 32; if that is another
-                           number than c, + 4 d H for a copy of the hidden rows
-        6 m H + 2 c g      in bf16 on CPU, instead, with u = 2^19 / H: the product comes in bf16, and then in fp32
+        4 b v              a temporary of b rows for the statistics: on CPU up to 2^18 elements, at least one row
+        4 t + 2 c g        a temporary tile of t elements for the gradient and, in bf16, a GEMM operand with the gradient of g
+                           columns: at most 8192 on CPU, else all
+        4 (u d + m H)      on CPU in fp32: a copy of the gradient of u columns and a product of m = max(d, u) rows, where
+                           u = 2^18 / H, at most 1024 and v, and d is c, rounded up to a multiple of 32 with oneDNN; if d is
+                           not c, + 4 d H for a copy of the hidden rows
+        6 m H + 2 c g      on CPU in bf16 instead, with u = 2^19 / H: the product in bf16, then in fp32
 
-with no temporaries (b = t = 0) where the row passes are Triton's. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
-more: the hidden gradient is cast when the chunks are gone.
+with no temporaries (b = t = 0) if Triton runs the row passes. `single_pass_bytes` is that sum or, in bf16, 6 R H if that is
+more: the hidden gradient is cast after the chunks are freed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def _derivatives(token_loss: TokenLoss, rows: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss of the rows and its derivatives with respect to log-prob and entropy (None where it does not occur), [rows] each."""
+    """Loss of the rows and its derivatives with respect to log-prob and entropy (None if unused), [rows] each."""
     with torch.enable_grad():
         logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
         loss = token_loss(rows, logp, entropy)
@@ -53,7 +53,7 @@ def _derivatives(token_loss: TokenLoss, rows: slice, logp: Tensor, entropy: Tens
 
 
 class _SinglePass(torch.autograd.Function):
-    """Forward forms all gradients; backward only hands them out, after checking the scale they were formed with."""
+    """Forward computes all gradients; backward only returns them, after checking the scale they were computed with."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ class _SinglePass(torch.autograd.Function):
                 grad_weight=sink.total,
             )
             if group is not None:
-                # Detached: gloo's thread may hold its tensor a moment longer, and autograd copies a gradient that others hold.
+                # Detached: gloo's thread may hold its tensor a little longer, and autograd copies a gradient with other owners.
                 reductions.append(dist.all_reduce(grad_hidden.detach()[rows], group=group, async_op=True))
         for reduction in reductions:
             reduction.wait()
@@ -107,8 +107,8 @@ class _SinglePass(torch.autograd.Function):
 
 def _check_scale(found: Tensor, expected: float) -> None:
     message = "the single-pass loss received another gradient than the backward_scale its gradients were formed with"
-    expected = torch.tensor(expected, dtype=found.dtype).item()  # as it is in the gradient
-    if found.is_cuda:  # without waiting for the device
+    expected = torch.tensor(expected, dtype=found.dtype).item()  # rounded as in the gradient
+    if found.is_cuda:  # without synchronizing with the device
         torch._assert_async(found == expected, message)
     elif found.item() != expected:
         raise RuntimeError(f"{message}: {found.item()} instead of {expected}")
@@ -131,15 +131,15 @@ def vocab_parallel_loss(
 
     hidden, weight, targets, shard, temperature, chunk_rows, backend, overlap: as in `vocab_parallel_logprob`.
     token_loss: called once per chunk, in order, with the chunk's rows; must be the same function of its rows on every rank.
-    backward_scale: the gradient that backward will receive (Megatron's loss scale); anything else raises RuntimeError there, on
-    CUDA an assertion of the device's, which is not waited for.
+    backward_scale: the gradient that backward will receive (Megatron's loss scale); any other raises RuntimeError there, on
+    CUDA as an asynchronous device-side assertion.
 
     The weight's gradient is added to `weight.main_grad` DURING FORWARD (DDP owns it), so a call with gradients enabled must be
-    followed by exactly one backward. Without an fp32 `main_grad` log-probs go through `vocab_parallel_logprob` (4 matrix
-    products) and `token_loss` is called once, with all rows. Without gradients nothing but the values is computed.
+    followed by exactly one backward. Without an fp32 `main_grad`, log-probs go through `vocab_parallel_logprob` (4 GEMMs) and
+    `token_loss` is called once, with all rows. Without gradients only the values are computed.
 
-    Collectives of the single pass: an all-gather per chunk, 16 bytes a row, and an all-reduce of its fp32 [rows, H], all in
-    forward. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
+    Collectives of the single pass, all in forward: an all-gather per chunk, 16 bytes per row, and an all-reduce of its fp32
+    [rows, H]. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)
@@ -161,10 +161,10 @@ def single_pass_bytes(
     backend: Backend = "auto",
     overlap: bool | None = None,
 ) -> int:
-    """Peak bytes of `vocab_parallel_loss` on a rank, beyond its inputs and the weight's fp32 gradient: the formula at the top.
+    """Peak bytes of `vocab_parallel_loss` on a rank, beyond its inputs and the weight's fp32 gradient, by the formula above.
 
-    rows: R. hidden_size: H. dtype: of hidden and weight. shard, chunk_rows, backend, overlap: as they are given to the loss.
-    What the shards exchange, 16 (TP + 1) bytes a row of a chunk, is left out.
+    rows: R. hidden_size: H. dtype: of hidden and weight. shard, chunk_rows, backend, overlap: as passed to the loss.
+    Excludes the buffers of the all-gather, 16 (TP + 1) bytes per row of a chunk.
     """
     head, real = Head(shard, chunk_rows=chunk_rows, backend=backend, overlap=overlap), shard.real
     chunk = head.rows_of_chunk(rows, device)

@@ -1,7 +1,7 @@
 """A rank's part of the vocabulary.
 
-Letters used in this room: R loss rows, H hidden size, V real vocabulary, Vp its padded size, TP ranks; a shard holds Vp/TP rows
-of the LM head, of which `real` are real vocabulary.
+Symbols in this package: R loss rows, H hidden size, V real vocabulary size, Vp its padded size, TP ranks. A shard holds Vp/TP
+rows of the LM head, of which `real` are real vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which part of the vocabulary a rank holds.
+    """The part of the vocabulary that a rank holds.
 
-    size: rows of the shard, the same on every rank (Vp / TP). vocab_size: V, without padding. group: the tensor-parallel
-    group, None for one rank.
+    size: rows of the shard, equal on every rank (Vp / TP). vocab_size: V, without padding. group: the tensor-parallel
+    group, None for a single rank.
     """
 
     size: int
@@ -27,12 +27,12 @@ class VocabShard:
 
     @property
     def ranks(self) -> int:
-        """Shards that the vocabulary is cut into."""
+        """Number of shards of the vocabulary."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This rank's number among them."""
+        """This rank's index in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -42,14 +42,14 @@ class VocabShard:
 
     @property
     def real(self) -> int:
-        """Rows of the shard that are real vocabulary: a prefix of it, since padding is at the very end (possibly 0)."""
+        """Number of rows that are real vocabulary, possibly 0; they come first, since padding ends the vocabulary."""
         return min(max(self.vocab_size - self.start, 0), self.size)
 
     def columns(self, targets: Tensor) -> Tensor:
-        """int64 [R]: column of each target id in this shard, -1 where another shard holds it.
+        """int64 [R]: column of each target id in this shard, -1 if another shard holds it.
 
-        Targets must be below `vocab_size`: another is nobody's, which is not looked for here, as a GPU would have to be waited
-        for (`policy.packing.refuse_unknown_tokens` does, on the CPU).
+        Targets must be below `vocab_size`; this is not checked here, because that would synchronize with the GPU
+        (`policy.packing.refuse_unknown_tokens` checks it on the CPU).
         """
         column = targets - self.start
         return torch.where((column >= 0) & (column < self.real), column, -1)

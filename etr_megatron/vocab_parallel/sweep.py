@@ -1,6 +1,6 @@
-"""The chunk loop that all ways through the head share: logits of a few rows at a time, never more.
+"""The chunk loop that all passes through the head share: logits of only one chunk of rows at a time (two with overlap).
 
-One packed all-gather per chunk, 16 bytes a row and rank; on CUDA it travels while the next chunk's logits are computed.
+One packed all-gather per chunk, 16 bytes per row and rank; on CUDA it overlaps with computing the next chunk's logits.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from etr_megatron.vocab_parallel import gemm, torch_rows, triton_rows
 from etr_megatron.vocab_parallel.shard import VocabShard
 
 _CHUNK_ROWS = {"cpu": (128, 384), "cuda": (1024, 1024)}
-"""Rows of a chunk where nobody says otherwise: a quarter of all, between these. Every chunk reads and writes the whole weight
-gradient once, so what it costs beyond its products falls with its rows, whatever the size of the shard."""
+"""Default rows per chunk: a quarter of all, within these limits. Every chunk reads and writes the whole weight gradient once,
+so the overhead beyond the GEMMs falls with the rows per chunk, whatever the size of the shard."""
 
 _COLUMNS = 8192
-"""Columns of the logits' gradient that are formed at a time on CPU, and used up while they are in the cache."""
+"""Columns of the logits' gradient computed at a time on CPU, and consumed while they are in the cache."""
 
 Backend = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head's fixed parameters. temperature divides the logits. chunk_rows: None chooses by device.
+    """Fixed parameters of a head. temperature: divides the logits. chunk_rows: None chooses by device.
 
-    backend: of the row-wise passes; `auto` is `triton` on a CUDA device that it can compile for, else `torch`.
-    overlap: whether a chunk's statistics travel while the next chunk's logits are computed, which takes a second chunk of
-    logits; None does so on CUDA, where memory is there and waiting costs more than on CPU.
+    backend: of the row-wise passes; `auto` is `triton` on a CUDA device that it supports, else `torch`.
+    overlap: whether the all-gather of a chunk's statistics overlaps with computing the next chunk's logits, which takes memory
+    for a second chunk of logits; None overlaps on CUDA, where waiting costs more than on CPU.
     """
 
     shard: VocabShard
@@ -43,7 +43,7 @@ class Head:
     overlap: bool | None = None
 
     def rows_on(self, device: torch.device) -> ModuleType:
-        """The module with `row_statistics` and `row_gradient`. Raises ValueError where Triton is asked for and cannot run."""
+        """The module with `row_statistics` and `row_gradient`. Raises ValueError if Triton is requested and cannot run."""
         if self.backend == "torch" or (self.backend == "auto" and device.type != "cuda"):
             return torch_rows
         if triton_rows.is_available(device):
@@ -53,22 +53,22 @@ class Head:
         return torch_rows
 
     def rows_of_chunk(self, rows: int, device: torch.device) -> int:
-        """Rows of a chunk when there are `rows` in all, the same on every rank: chunks that are as equal as multiples of
-        `gemm.ROWS` within the limit can be; the last may be smaller."""
+        """Rows per chunk for `rows` rows in all, equal on every rank: chunks of nearly equal size, in multiples of `gemm.ROWS`
+        within the limit; the last may be smaller."""
         least, most = _CHUNK_ROWS["cpu" if device.type == "cpu" else "cuda"]
         limit = self.chunk_rows or min(most, max(least, gemm.in_multiples(-(-rows // 4))))
         chunks = max(1, -(-rows // limit))
         return max(1, min(rows, limit, gemm.in_multiples(-(-rows // chunks))))
 
     def buffers_on(self, device: torch.device) -> int:
-        """Chunks of logits that are alive at a time."""
+        """Chunks of logits that are alive at the same time."""
         overlap = self.overlap if self.overlap is not None else device.type == "cuda"
         return 2 if overlap and self.shard.group is not None else 1
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows with their results, fp32 [rows] each.
+    """A chunk of rows with its results, fp32 [rows] each.
 
     logits: fp32 [rows, real], divided by the temperature; the consumer may overwrite them until it takes the next chunk.
     columns: int64 [rows], see `VocabShard.columns`.
@@ -83,7 +83,7 @@ class Chunk:
 
 
 class _Travelling:
-    """A chunk whose statistics are on their way between the shards."""
+    """A chunk whose all-gather of statistics is in flight."""
 
     def __init__(self, head: Head, rows: slice, logits: Tensor, targets: Tensor) -> None:
         shard, columns = head.shard, head.shard.columns(targets)
@@ -104,7 +104,7 @@ class _Travelling:
 
 
 def _statistics(head: Head, logits: Tensor, columns: Tensor) -> Tensor:
-    """[4, rows]; a shard of padding alone adds nothing."""
+    """[4, rows]; a shard with only padding contributes nothing."""
     if logits.shape[1] == 0:
         nothing = logits.new_zeros(4, len(logits))
         nothing[0] = -torch.inf
@@ -116,7 +116,7 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log-prob, entropy and log-sum-exp, [rows] each, from the [TP, 4, rows] statistics of all shards."""
     top, total, target, weighted = statistics.unbind(1)
     peak = top.max(dim=0).values
-    # Everything is taken from the maximum: a common offset of the logits would cost digits. -inf is a shard of padding alone.
+    # Everything is relative to the maximum: a common offset of the logits would cost precision. -inf: a shard of padding only.
     below = (top - peak).clamp(min=torch.finfo(top.dtype).min)
     scale = below.exp()
     weighted = ((weighted + total * below) * scale).sum(0)
@@ -126,12 +126,12 @@ def _combine(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def columns_at_a_time(real: int, device: torch.device) -> int:
-    """Columns whose gradient `add_gradients` forms and uses up at a time: all on CUDA."""
+    """Columns whose gradient `add_gradients` computes and consumes at a time: all on CUDA."""
     return max(1, min(real, _COLUMNS)) if device.type == "cpu" else max(1, real)
 
 
 def chunk_logits(head: Head, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Logits of the shard's real columns into `out` [rows, real]; padded columns are never computed, so they need no mask."""
+    """Write the logits of the shard's real columns to `out` [rows, real]; padded columns are not computed and need no mask."""
     return gemm.logits_into(out, hidden, weight[: head.shard.real], 1 / head.temperature)
 
 
@@ -148,7 +148,7 @@ def chunk_buffers(head: Head, slices: list[slice], count: int, device: torch.dev
 
 
 def sweep(head: Head, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[Chunk]:
-    """All chunks in order. A collective over the shards; every rank must take every chunk."""
+    """All chunks in order. A collective over the shards; every rank must consume every chunk."""
     slices, count = row_slices(head, hidden), head.buffers_on(hidden.device)
     buffers = chunk_buffers(head, slices, count, hidden.device)
     waiting: _Travelling | None = None
@@ -177,11 +177,11 @@ def add_gradients(
     grad_hidden: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
-    """Turn a chunk's logits into their gradient and that into the gradients of its hidden rows and of the weight.
+    """Compute the gradient of a chunk's logits, and from it the gradients of its hidden rows and of the weight.
 
-    g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden: all rows, [R, H]. grad_hidden [R, H], of which
-    this is about the chunk's rows, and grad_weight [Vp/TP, H] or None: fp32, the caller's, added to in place.
-    In fp32 the gradient takes over the chunk's buffer; in bf16 it is a tensor of its own, of `columns_at_a_time`.
+    g_logp, g_entropy: d loss / d log-prob and d entropy, fp32 [rows]. hidden: all rows, [R, H]. grad_hidden [R, H] (only the
+    chunk's rows) and grad_weight [Vp/TP, H] or None: fp32, owned by the caller and updated in place.
+    In fp32 the gradient overwrites the chunk's logits; in bf16 it is a separate tensor of `columns_at_a_time` columns.
     """
     scale, passes = 1 / head.temperature, head.rows_on(hidden.device)
     g_logp, g_entropy = g_logp * scale, None if g_entropy is None else g_entropy * scale

@@ -1,10 +1,10 @@
-"""The two row-wise passes over a chunk of logits, in torch, on any device. `triton_rows` is the same for CUDA, one kernel each.
+"""The two row-wise passes over a chunk of logits in torch, for any device. `triton_rows` has them as Triton kernels for CUDA.
 
-Precondition of both passes, here and in `triton_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf has NaN
-among its statistics, by which a run learns of it, and disturbs no other row; what a row with -inf gives is not defined.
+Precondition of both passes, here and in `triton_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf gets NaN
+statistics, by which a run detects it, and does not affect other rows; the result for a row with -inf is undefined.
 
-On CPU the passes go over a few rows, or a tile of them, at a time, so that the temporary stays in the cache and nothing of a
-chunk's size is allocated beside the chunk itself.
+On CPU the passes process a few rows, or a tile, at a time, so that the temporary stays in the cache and nothing of a chunk's
+size is allocated besides the chunk itself.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import torch
 from torch import Tensor
 
 _CACHED_ELEMENTS = 1 << 18
-"""fp32 elements of a temporary on CPU, 1 MiB: larger ones leave the second-level cache, smaller ones cost more calls."""
+"""fp32 elements of a temporary on CPU, 1 MiB: larger ones exceed the L2 cache, smaller ones need more calls."""
 
 _TILE = (16, 8192)
-"""Rows and columns that the gradient takes at a time on CPU, half of that."""
+"""Rows and columns of a gradient tile on CPU, half of `_CACHED_ELEMENTS`."""
 
 
 def block_rows(rows: int, real: int, device: torch.device) -> int:
-    """Rows that the statistics take at a time, with an fp32 temporary of their size."""
+    """Rows processed at a time for the statistics, with an fp32 temporary of that size."""
     return rows if device.type != "cpu" else min(rows, max(1, _CACHED_ELEMENTS // max(1, real)))
 
 
 def tile_shape(rows: int, real: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns that the gradient takes at a time, with an fp32 temporary of their size."""
+    """Rows and columns processed at a time for the gradient, with an fp32 temporary of that size."""
     return (rows, real) if device.type != "cpu" else (min(rows, _TILE[0]), min(real, _TILE[1]))
 
 
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
     """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m)(l - m).
 
-    logits: fp32 [rows, real]. columns: int64 [rows], the target's column, -1 where another shard has it (its target logit is
+    logits: fp32 [rows, real]. columns: int64 [rows], the target's column, -1 if another shard has it (the target logit is
     then 0).
     """
     count, real = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
     found[1::2] = 0
     step, half = max(1, block_rows(count, real, logits.device)), -(-real // 2)
-    # Half of the columns at a time, since l - m and its exp() are both needed: two temporaries in the place of one.
+    # Half of the columns at a time: l - m and its exp() are both needed, and the two temporaries take the space of one.
     scratch = torch.empty(2, step, half, dtype=torch.float32, device=logits.device)
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))
@@ -66,13 +66,13 @@ def row_gradient(
     g_entropy: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
+    """Write d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H) to `out` and return it.
 
-    logits, columns: as in `row_statistics`; the logits are used up. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows];
-    log p = logits - log_sum. g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be
+    logits, columns: as in `row_statistics`; the logits are overwritten. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows];
+    log p = logits - log_sum. g_entropy: None if the loss has no entropy term. out: fp32 or bf16 [rows, real]; may be
     `logits` itself.
     """
-    # Everything by row is made once. The gradient is p (offset + slope log p), the target's entry aside.
+    # Compute per-row terms once. The gradient is p (offset + slope log p), except at the target.
     target = _target_entry(logits, columns, log_sum, entropy, g_logp, g_entropy)
     log_sum, offset, slope = log_sum[:, None], -g_logp[:, None], None
     if g_entropy is not None:
@@ -83,11 +83,11 @@ def row_gradient(
         if slope is None:
             torch.mul(torch.sub(block, log_sum[rows], out=p).exp_(), offset[rows], out=out[rows, tile])
         else:
-            # In place: three operands at a time are as much as the cache holds.
+            # In place, because the cache holds only three operands at a time.
             torch.exp(block.sub_(log_sum[rows]), out=p)
             torch.mul(block.mul_(slope[rows]).add_(offset[rows]), p, out=out[rows, tile])
-    # Another shard's target leaves what is there: without a choice of rows, for which a GPU would have to be waited for.
-    # Not by scatter_, which on CPU converts all of a bf16 matrix to fp32 and back.
+    # For another shard's target, write back the existing value: selecting rows would synchronize with the GPU.
+    # Not scatter_, which on CPU converts a whole bf16 matrix to fp32 and back.
     at = torch.arange(len(out), device=out.device), columns.clamp(min=0)
     return out.index_put_(at, torch.where(columns >= 0, target.to(out.dtype), out[at]))
 
@@ -95,10 +95,10 @@ def row_gradient(
 def _target_entry(
     logits: Tensor, columns: Tensor, log_sum: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None
 ) -> Tensor:
-    """fp32 [rows]: the gradient at each row's target, g_logp (1 - p) - g_entropy p (log p + H); anything where it is elsewhere.
+    """fp32 [rows]: the gradient at each row's target, g_logp (1 - p) - g_entropy p (log p + H); arbitrary if it is elsewhere.
 
-    Of a confident token 1 - p is far below what bf16 can tell from 1: as a difference of rounded numbers it would be wrong by
-    any factor, or 0 where the row's other entries are not.
+    For a confident token, 1 - p is far below the resolution of bf16 at 1: as a difference of rounded numbers it could be wrong
+    by any factor, or 0 although the row's other entries are not.
     """
     log_p = logits.gather(1, columns.clamp(min=0)[:, None])[:, 0] - log_sum
     entry = -g_logp * torch.expm1(log_p)

@@ -1,18 +1,18 @@
 """The two row-wise passes of `torch_rows` as Triton kernels: logits are read once for the statistics, and read once and written
-once for the gradient. Matrix products stay with the library.
+once for the gradient. GEMMs stay with the library.
 
-Runs compiled on CUDA (sm_80 and later), or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before triton is first
-imported), which is for tests. `tests/test_triton_rows.py` runs the same cases compiled wherever there is a GPU. On an H100 the
-head with these passes took 1.07 to 1.12 x its matrix products, with those in torch 1.59 to 1.83 x (benchmarks/results/gpu.json;
-the statistics' second sum was not yet taken from the maximum).
+Runs compiled on CUDA (sm_80 and later) or, for tests, on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before triton
+is first imported). `tests/test_triton_rows.py` runs the same cases compiled if there is a GPU. On an H100 the head with these
+passes took 1.07 to 1.12 x the time of its GEMMs, with those in torch 1.59 to 1.83 x (benchmarks/results/gpu.json; measured
+before the statistics' second sum was taken relative to the maximum).
 
-Loads and stores are 16 bytes wide where `real` and the distance between rows are multiples of 16 (as with a vocabulary of
-151,936 at TP1 to TP8); other sizes give the same results, slower.
+Loads and stores are 16 bytes wide if `real` and the row stride are multiples of 16 (as with a vocabulary of 151,936 at TP1 to
+TP8); other sizes give the same results, slower.
 
-triton is optional: this module can be imported without it, and `is_available` is then False.
+triton is optional: without it this module can be imported, and `is_available` returns False.
 
-Precondition of both passes, here and in `torch_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf has NaN
-among its statistics, by which a run learns of it, and disturbs no other row; what a row with -inf gives is not defined.
+Precondition of both passes, here and in `torch_rows`: real >= 1 and every logit is finite. A row with a NaN or +inf gets NaN
+statistics, by which a run detects it, and does not affect other rows; the result for a row with -inf is undefined.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ except ImportError:
     triton = None
 
 _TILE = 4096
-"""Columns a program takes at a time: 16 fp32 values for each thread of 8 warps."""
+"""Columns that a program processes at a time: 16 fp32 values for each thread of 8 warps."""
 
 _PROGRAMS = 512
-"""Programs that keep a GPU busy (132 multiprocessors of an H100, a few each); with fewer rows than that, rows are split."""
+"""Programs that keep a GPU busy (a few on each of an H100's 132 multiprocessors); with fewer rows, rows are split."""
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`: CUDA with capability >= 8.0, or CPU where triton interprets."""
+    """Whether the kernels run on tensors of `device`: CUDA with capability >= 8.0, or CPU in Triton's interpreter."""
     if triton is None:
         return False
     if device.type == "cuda":
@@ -48,8 +48,8 @@ def is_available(device: torch.device) -> bool:
 def row_statistics(logits: Tensor, columns: Tensor) -> Tensor:
     """A shard's part of each row's softmax: fp32 [4, rows] of max m, sum of exp(l - m), target logit, sum of exp(l - m)(l - m).
 
-    logits: fp32 or bf16 [rows, real], columns adjacent in memory (rows may be further apart). columns: int64 [rows], the
-    target's column, -1 where another shard has it (its target logit is then 0). Raises ValueError for another layout or dtype.
+    logits: fp32 or bf16 [rows, real] with column stride 1 (any row stride). columns: int64 [rows], the target's column, -1 if
+    another shard has it (the target logit is then 0). Raises ValueError for another layout or dtype.
     """
     rows, real = logits.shape
     _check_layout(logits, "logits")
@@ -75,11 +75,11 @@ def row_gradient(
     g_entropy: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H), into `out`, which is returned.
+    """Write d loss / d logits = g_logp (1[target] - p) - g_entropy p (log p + H) to `out` and return it.
 
     logits, columns: as in `row_statistics`. log_sum, entropy (H), g_logp, g_entropy: fp32 [rows]; log p = logits - log_sum.
-    g_entropy: None where the loss has no entropy term. out: fp32 or bf16 [rows, real], columns adjacent; may be `logits`
-    itself, and may not overlap it in any other way. Where p underflows to 0 so does the gradient, the target's g_logp aside.
+    g_entropy: None if the loss has no entropy term. out: fp32 or bf16 [rows, real] with column stride 1; may be `logits`
+    itself, but must not overlap it otherwise. Where p underflows to 0 the gradient is 0, plus g_logp at the target.
     """
     rows, real = logits.shape
     _check_layout(logits, "logits")
@@ -89,7 +89,7 @@ def row_gradient(
         logits,
         columns,
         *(x.contiguous() for x in (log_sum, entropy, g_logp)),
-        g_logp if g_entropy is None else g_entropy.contiguous(),  # a pointer that is not followed
+        g_logp if g_entropy is None else g_entropy.contiguous(),  # a placeholder pointer that is never read
         out,
         logits.stride(0),
         out.stride(0),
@@ -114,16 +114,16 @@ def _warps(tile: int) -> int:
 
 
 def _jit(kernel: Callable[..., None]) -> Any:
-    """`triton.jit` where there is triton; the kernels' own annotations are triton's."""
+    """`triton.jit` if triton is installed, else the plain function."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 @_jit
 def _statistics_kernel(logits, columns, partial, row_stride, rows, real, span, TILE: tl.constexpr):
-    """Program (row, split): statistics of columns [split * span, (split + 1) * span) into partial [splits, 4, rows].
+    """Program (row, split): write statistics of columns [split * span, (split + 1) * span) to partial [splits, 4, rows].
 
     Online softmax (Milakov and Gimelshein, arXiv 1805.02867): sums are rescaled whenever the maximum grows. The maximum itself
-    contributes exactly exp(0) = 1, so that a log-prob, m' - m - log(sum), cannot be above zero.
+    contributes exactly exp(0) = 1, so that a log-prob, m' - m - log(sum), cannot exceed zero.
     """
     row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2^31 logits
     split = tl.program_id(1)
@@ -131,16 +131,16 @@ def _statistics_kernel(logits, columns, partial, row_stride, rows, real, span, T
     end = tl.minimum(begin + span, real)
     line = logits + row * row_stride
     top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((TILE,), tl.float32)  # one sum per lane: a single reduction over the program's threads, at the end
+    total = tl.zeros((TILE,), tl.float32)  # one sum per lane, reduced over the program's threads once at the end
     weighted = tl.zeros((TILE,), tl.float32)
     for start in range(begin, end, TILE):
         index = start + tl.arange(0, TILE)
         x = tl.load(line + index, mask=index < end, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, tl.max(x, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing but -inf so far: -inf - -inf is NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # only -inf so far: -inf - -inf is NaN
         shrink = tl.exp(top - base)
         e = tl.exp(x - base)
-        # From the maximum, too: a common offset of the logits would cost digits. Both zeros are for 0 * -inf, which is NaN.
+        # Also relative to the maximum: a common offset of the logits would cost precision. Both zeros avoid 0 * -inf = NaN.
         weighted += total * tl.where(top == float("-inf"), 0.0, top - base)
         weighted = weighted * shrink + e * tl.where(e == 0.0, 0.0, x - base)
         total = total * shrink + e
@@ -157,7 +157,7 @@ def _statistics_kernel(logits, columns, partial, row_stride, rows, real, span, T
 
 @_jit
 def _join_kernel(partial, found, rows, splits, SPLITS: tl.constexpr):
-    """Program (row): found [4, rows] from partial [splits, 4, rows]."""
+    """Program (row): combine partial [splits, 4, rows] into found [4, rows]."""
     row = tl.program_id(0)
     split = tl.arange(0, SPLITS)
     here = split < splits
@@ -189,7 +189,7 @@ def _gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (row, tile): a tile is read before it is written and nobody else touches it, so `out` may be `logits`."""
+    """Program (row, tile): each program reads its tile before it writes it, and no other touches it: `out` may be `logits`."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = index < real

@@ -1,7 +1,7 @@
-"""Where the head's weight gradient goes: straight into Megatron's fp32 buffer where there is one.
+"""Accumulation of the head's weight gradient, directly in Megatron's fp32 buffer if there is one.
 
 Megatron's DDP gives a parameter `main_grad`, a view of its gradient buffer, and a hook on gradient accumulation that adds
-`param.grad` to it unless `grad_added_to_main_grad` says that this was done. DDP owns the buffer; the head adds to it between
+`param.grad` to it unless `grad_added_to_main_grad` is set. DDP owns the buffer; the head adds to it between
 `zero_grad_buffer` and the hook of the last microbatch.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightGrad:
-    """The fp32 sum [Vp/TP, H] of a parameter's gradient, and what autograd is handed in the end."""
+    """The fp32 sum [Vp/TP, H] of a parameter's gradient, and the gradient to return to autograd at the end."""
 
     weight: Tensor
     total: Tensor
     is_main_grad: bool
 
     def handed_to_autograd(self) -> Tensor:
-        """The gradient in the weight's dtype; zero where it is in `main_grad` already.
+        """The gradient in the weight's dtype; zero if it is already in `main_grad`.
 
-        That zero is a sparse tensor without entries: dense ones would take as much memory as the weight. It cannot be None:
-        autograd runs the hook of an undefined gradient on another thread than those of other CUDA parameters, so that ranks
+        The zero is a sparse tensor without entries, since a dense one would take as much memory as the weight. It cannot be
+        None: autograd runs the hook of an undefined gradient on another thread than those of other CUDA parameters, so ranks
         might start their overlapped reductions in different orders (see Megatron's own dummy in tensor_parallel/layers.py).
-        With tied embeddings on one stage autograd adds the embedding's gradient, and the hook adds that (`zero_out_wgrad`).
+        With tied embeddings on one stage, autograd adds the embedding's gradient, and the hook adds that (`zero_out_wgrad`).
         """
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
@@ -36,13 +36,13 @@ class WeightGrad:
 
 
 def has_main_grad(weight: Tensor) -> bool:
-    """Whether the parameter has an fp32 gradient buffer of Megatron's."""
+    """Whether the parameter has an fp32 gradient buffer from Megatron."""
     buffer = getattr(weight, "main_grad", None)
     return isinstance(buffer, Tensor) and buffer.dtype == torch.float32
 
 
 def weight_grad(weight: Tensor) -> WeightGrad:
-    """`main_grad` if there is one in fp32, else a fresh fp32 sum."""
+    """`main_grad` if it exists in fp32, else a new fp32 sum."""
     if has_main_grad(weight):
         return WeightGrad(weight, weight.main_grad, True)
     return WeightGrad(weight, torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), False)
