@@ -79,8 +79,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
     """Those of `check_inputs` that take no time, or a part of one, and the keys that each goes by."""
     yield lambda: check_model_is_there(config), ("model.path",)
     for source in sources_of(config.data):
-        path = Path(source.location)
-        if path.suffix in (".jsonl", ".parquet") and not path.exists():  # else it would be read
+        if source.is_file and not Path(source.location).exists():  # else it would be read
             yield partial(check_source, source, config), (f"data.{source.split}",)
     yield lambda: check_reward(config), ("reward.function", "reward.columns")
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
