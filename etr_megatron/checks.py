@@ -79,8 +79,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[st
     """The fast checks (or fast parts of checks) of `check_inputs`, each with the keys it depends on."""
     yield lambda: check_model_is_there(config), ("model.path",)
     for source in sources_of(config.data):
-        path = Path(source.location)
-        if path.suffix in (".jsonl", ".parquet") and not path.exists():  # an existing file would be read in full
+        if source.is_file and not Path(source.location).exists():  # an existing file would be read in full
             yield partial(check_source, source, config), (f"data.{source.split}",)
     yield lambda: check_reward(config), ("reward.function", "reward.columns")
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")

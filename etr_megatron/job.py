@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -78,10 +79,10 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
-    (_, problems), *sets = (
-        (source.name, _problems(config, source, tokenizer, report=layout.rank == 0)) for source in sources_of(config.data)
-    )
-    held_out = HeldOut.of(sets, config.eval.problems)
+    sources = sources_of(config.data)
+    problems, *sets = (_problems(config, source, tokenizer, report=layout.rank == 0) for source in sources)
+    refuse_other_problems({source.key: found for source, found in zip(sources, (problems, *sets), strict=True)})
+    held_out = HeldOut.of(zip([source.name for source in sources[1:]], sets, strict=True), config.eval.problems)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
@@ -221,6 +222,25 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
             file=sys.stderr,
         )
     return found
+
+
+def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError on every rank where one has other problems than rank 0: it would train on prompts of its own under the
+    rewards of others. A collective. found: what was read, by its key."""
+    from etr_megatron.rollout.rank0 import on_rank0
+
+    mine = {key: problems.fingerprint for key, problems in found.items()}
+    host, wanted = on_rank0(lambda: (socket.gethostname(), mine))
+
+    def compare() -> None:
+        for key in mine:
+            if mine[key] != wanted[key]:
+                raise UserError(
+                    f"{key}: {socket.gethostname()} reads other problems than {host}, the machine of rank 0; give both the "
+                    "same files, also of the tokenizer"
+                )
+
+    together(compare)
 
 
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:

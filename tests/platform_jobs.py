@@ -6,7 +6,11 @@ import time
 
 import torch.distributed as dist
 
+from etr_megatron.data import ProblemSet
+from etr_megatron.errors import UserError
+from etr_megatron.job import refuse_other_problems
 from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.types import Problem
 
 
 def meet_without(missing: int) -> str:
@@ -37,3 +41,16 @@ def stopped_once(told: int) -> list[str]:
     saving.stop_asking()
     saving.meet("save")
     return seen
+
+
+def other_problems(changed: str, rank: int) -> str:
+    """What a rank is told where `rank` has another answer in the set `changed`."""
+    sets = {}
+    for key in ("data.train", "data.eval.aime24"):
+        answer = "43" if dist.get_rank() == rank and key == changed else "42"
+        sets[key] = ProblemSet([Problem("a", "6 times 7?", answer, [1, 2])])
+    try:
+        refuse_other_problems(sets)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -83,6 +84,18 @@ def test_a_missing_rank_is_named_with_the_phase(gangs):
     replies = gangs(2).run("tests.platform_jobs:meet_without", missing=1)
     assert re.fullmatch(r"rank 0 waited [2-9] s at the rollout of step 7 for rank 1", replies[0])
     assert replies[1] == "absent"
+
+
+@pytest.mark.parametrize(("changed", "rank"), [("data.train", 1), ("data.eval.aime24", 1), ("data.train", 0)])
+def test_a_rank_that_reads_other_problems_than_rank_0_stops_all(gangs, changed, rank):
+    told = f"{changed}: HOST reads other problems than HOST, the machine of rank 0; give both the same files, also of "
+    told = f"{told}the tokenizer"
+    told = told.replace("HOST", socket.gethostname())
+    assert gangs(2).run("tests.platform_jobs:other_problems", changed=changed, rank=rank) == [told] * 2
+
+
+def test_ranks_with_the_same_problems_go_on(gangs):
+    assert gangs(2).run("tests.platform_jobs:other_problems", changed="", rank=1) == [""] * 2
 
 
 def test_where_one_rank_is_told_to_stop_all_leave_the_same_meeting_and_meet_again_to_save(gangs):

@@ -38,6 +38,7 @@ NODE = NodeFacts(
     open_files=65536,
     token="t",
     model={"config.json": "abc", "model.safetensors": "def"},
+    data={"data.train": "123"},
 )
 
 
@@ -79,6 +80,12 @@ def test_equal_nodes_pass_every_check():
         (
             {"model": {"config.json": "abc"}},
             *("the same model", "FAILED", "model.safetensors differs: def on node 0 (a); missing on node 1 (b)"),
+        ),
+        ({"data": {}, "data_error": "no rows"}, "data, reward, loss", "FAILED", "no rows on node 1 (b)"),
+        ({"data": {}, "data_error": "no rows"}, "the same data", "ok", "data.train"),
+        (
+            {"data": {"data.train": "124"}},
+            *("the same data", "FAILED", "data.train differs: 123 on node 0 (a); 124 on node 1 (b)"),
         ),
         ({"servers_error": "no python"}, "rollout servers", "FAILED", "no python on node 1 (b)"),
         ({"shm_free": 64 << 20}, "/dev/shm", "warning", "0.1 GiB free on node 1 (b)"),
@@ -137,6 +144,31 @@ def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_pa
     monkeypatch.setattr("etr_megatron.checks.check_model", refuse)
     found = facts_of(tmp_path, "model.path=/data/model")
     assert (found.model, found.model_error) == ({}, "/data/model/config.json: Permission denied")
+
+
+def test_problems_that_differ_between_nodes_or_cannot_be_used_on_one_are_found(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "1+1?", "answer": "2"}\n')
+    options = (f"data.train={file}", "data.eval={a: arithmetic, b: owner/set}")
+    mine = facts_of(tmp_path, *options)
+    assert mine.data.keys() == {"data.train"} and not mine.data_error
+    file.write_text('{"question": "1+1?", "answer": "3"}\n')
+    theirs = facts_of(tmp_path, *options)
+    assert theirs.data.keys() == {"data.train"} and theirs.data != mine.data
+    file.unlink()
+    broken = facts_of(tmp_path, *options, "reward.function=no.such_module:f", "objective.loss=no.such_module:f")
+    assert not broken.data
+    for part in (f"data.train: there is no file '{file}'", "reward.function is 'no.such_module:f'", "objective.loss"):
+        assert part in broken.data_error
+
+
+def test_a_node_that_is_set_apart_for_servers_needs_no_problems(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    options = ("rollout.backend=sglang", "sglang.dedicated_nodes=1", "data.train=none.jsonl")
+    for number, told in ((0, "data.train: there is no file 'none.jsonl'"), (1, "")):
+        monkeypatch.setenv("GROUP_RANK", str(number))
+        error = facts_of(tmp_path, *options).data_error
+        assert error.startswith(told) and bool(error) == bool(told)
 
 
 def test_a_run_directory_that_may_not_be_looked_at_has_no_room(tmp_path, monkeypatch):
@@ -250,5 +282,5 @@ def test_two_ranks_of_this_machine_pass_and_leave_nothing(tmp_path):
 def test_a_model_that_is_not_there_fails_with_one_sentence(tmp_path):
     done = preflight(tmp_path, f"model.path={tmp_path / 'none'}", nproc=1)
     assert done.returncode != 0
-    assert "error: 1 of 12 checks failed: model" in done.stderr
+    assert "error: 1 of 14 checks failed: model" in done.stderr
     assert "is not a directory" in done.stdout and "Traceback" not in done.stdout

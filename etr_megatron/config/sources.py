@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from etr_megatron.config.schema import DataConfig
@@ -27,6 +28,11 @@ class Source:
     hub_split: str
     split: Literal["train", "eval"]
     name: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is named like a file of rows, be it there or not."""
+        return Path(self.location).suffix.lower() in (".jsonl", ".parquet")
 
 
 def sources_of(config: DataConfig) -> list[Source]:

@@ -80,7 +80,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     """
     location, key = source.location, source.key
     suffix = Path(location).suffix.lower()
-    if suffix in (".jsonl", ".parquet"):
+    if source.is_file:
         path = Path(location)
         if not path.is_file():
             raise UserError(f"{key}: there is no file {location!r}; give the path of a .jsonl or .parquet file that exists")

@@ -10,12 +10,14 @@ import shutil
 import socket
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, sources_of
 from etr_megatron.errors import UserError
-from etr_megatron.platform.files import path_errors
+from etr_megatron.platform.files import path_errors, problems_of
+from etr_megatron.platform.world import number_apart
 
 PACKAGES = (
     "etr-megatron",
@@ -44,6 +46,8 @@ class NodeFacts:
     not installed. devices: name of each GPU, none on CPU. run_dir_free, shm_free: room on the disk of `run.dir`, in /dev/shm.
     open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" where it saw none.
     model: digest of every file of the model, and model_error: why the model cannot be read, "" where it can.
+    data: digest of every file of problems, by its key; and data_error: why problems, reward or loss cannot be used, "" where
+    they can or where nobody trains.
     servers_error: why rollout servers cannot be started there, "" where they can or need not.
     """
 
@@ -58,6 +62,8 @@ class NodeFacts:
     token: str = ""
     model: dict[str, str] = field(default_factory=dict)
     model_error: str = ""
+    data: dict[str, str] = field(default_factory=dict)
+    data_error: str = ""
     servers_error: str = ""
 
     @property
@@ -72,6 +78,7 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
 
     count = torch.cuda.device_count() if config.run.platform == "cuda" else 0
     model, model_error = _model(config, world_size)
+    data, data_error = _data(config)
     return NodeFacts(
         number=int(os.environ.get("GROUP_RANK", "0")),
         host=socket.gethostname(),
@@ -84,6 +91,8 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
         token=_read_token(token_file),
         model=model,
         model_error=model_error,
+        data=data,
+        data_error=data_error,
         servers_error=_servers(config),
     )
 
@@ -130,6 +139,25 @@ def _model(config: Config, world_size: int) -> tuple[dict[str, str], str]:
             return {file.name: _digest(file) for file in found if file.is_file()}, ""
     except UserError as error:
         return {}, str(error)
+
+
+def _data(config: Config) -> tuple[dict[str, str], str]:
+    """(digests of the files of problems by their key, why problems, reward or loss cannot be used) on a node that trains.
+
+    A hub dataset is not fetched here.
+    """
+    from etr_megatron.checks import check_loss, check_reward, check_source, nodes_apart
+
+    if number_apart(nodes_apart(config)) is not None:
+        return {}, ""
+    files = [source for source in sources_of(config.data) if source.is_file]
+    looks = [
+        *(partial(check_source, source, config) for source in files),
+        *(partial(look, config) for look in (check_reward, check_loss)),
+    ]
+    if problems := problems_of(looks):
+        return {}, "; ".join(problems)
+    return {source.key: _digest(Path(source.location)) for source in files}, ""
 
 
 def _digest(file: Path) -> str:

@@ -37,7 +37,11 @@ def findings(nodes: Sequence[NodeFacts], *, token: str, needed_bytes: int) -> li
         shared_directory(nodes, token),
         _each(nodes, "disk", lambda node: node.run_dir_free >= needed_bytes, _room(needed_bytes), "FAILED"),
         _each(nodes, "model", lambda node: not node.model_error, lambda node: node.model_error or "readable", "FAILED"),
-        same_model(nodes),
+        _same(nodes, "the same model", lambda node: node.model),
+        _each(
+            nodes, "data, reward, loss", lambda node: not node.data_error, lambda node: node.data_error or "usable", "FAILED"
+        ),
+        _same(nodes, "the same data", lambda node: node.data),
         _each(nodes, "rollout servers", lambda node: not node.servers_error, lambda node: node.servers_error or "-", "FAILED"),
         _each(nodes, "/dev/shm", lambda node: node.shm_free >= SHM_BYTES, lambda node: f"{gib(node.shm_free)} free", "warning"),
         _each(nodes, "open files", lambda node: node.open_files >= OPEN_FILES, lambda node: f"{node.open_files}", "warning"),
@@ -81,17 +85,6 @@ def shared_directory(nodes: Sequence[NodeFacts], token: str) -> Finding:
     return Finding("run.dir is shared", "ok", f"all {len(nodes)} nodes see it")
 
 
-def same_model(nodes: Sequence[NodeFacts]) -> Finding:
-    """The model's files are the same on all nodes that can read it, as far as samples of them tell."""
-    readable = [node for node in nodes if node.model]
-    names = sorted({name for node in readable for name in node.model})
-    for name in names:
-        found = _by(readable, lambda node, name=name: node.model.get(name, "missing"))
-        if len(found) > 1:
-            return Finding("the same model", "FAILED", f"{name} differs: {_spell(found)}")
-    return Finding("the same model", "ok", f"{len(names)} files, by samples" if len(names) > 1 else next(iter(names), "-"))
-
-
 def table(found: Sequence[Finding]) -> str:
     """The findings as text, one line each, failures last."""
     order = sorted(found, key=lambda one: ("ok", "warning", "FAILED").index(one.state))
@@ -114,6 +107,17 @@ def _each(
     """A check that every node passes by itself."""
     failing = [node for node in nodes if not passes(node)]
     return Finding(check, otherwise if failing else "ok", _spell(_by(failing or nodes, detail), all_nodes=not failing))
+
+
+def _same(nodes: Sequence[NodeFacts], check: str, files: Callable[[NodeFacts], dict[str, str]]) -> Finding:
+    """The files are the same on all nodes that can read them, as far as samples of them tell."""
+    readable = [files(node) for node in nodes if files(node)]
+    names = sorted({name for found in readable for name in found})
+    for name in names:
+        digests = _by([node for node in nodes if files(node)], lambda node, name=name: files(node).get(name, "missing"))
+        if len(digests) > 1:
+            return Finding(check, "FAILED", f"{name} differs: {_spell(digests)}")
+    return Finding(check, "ok", f"{len(names)} files, by samples" if len(names) > 1 else next(iter(names), "-"))
 
 
 def _room(needed: int) -> Callable[[NodeFacts], str]:
