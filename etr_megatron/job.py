@@ -225,8 +225,8 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
 
 
 def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
-    """Raise UserError on every rank where one has other problems than rank 0: it would train on prompts of its own under the
-    rewards of others. A collective. found: what was read, by its key."""
+    """Raise UserError on every rank if any rank's problems differ from rank 0's: it would train on its own prompts with other
+    prompts' rewards. A collective. found: the problems by config key."""
     from etr_megatron.rollout.rank0 import on_rank0
 
     mine = {key: problems.fingerprint for key, problems in found.items()}
