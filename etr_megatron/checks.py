@@ -143,7 +143,7 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
 
 
 def check_context(architecture: Architecture, config: Config) -> None:
-    """Check that the longest sample fits in the model's context; the tiny model has no limit."""
+    """Check that the longest sample fits in the model's context; the config's rules check the tiny one."""
     model, prompt = config.model.path, config.data.max_prompt_tokens
     for key, response in response_limits(config).items():
         if model != "tiny" and architecture.max_positions < prompt + response:

@@ -1,9 +1,9 @@
-"""The planner: memory and time of a config on a number of GPUs. Plain Python and NumPy; no GPU and no weights are needed.
+"""Plan memory and time of a config on a number of GPUs. Plain Python and NumPy; needs no GPU and no weights.
 
     plan = make_plan(load_config("configs/qwen3_32b_32gpu.yaml"), gpus=32)
     print(plan.fits, plan.tightest.rank, plan.time.step)
 
-Importing it does not import torch. `dry_run` builds the model of a rank without memory as well, and imports everything.
+Importing it does not import torch. `dry_run` also builds a rank's model on the meta device, and imports everything.
 """
 
 from etr_megatron.planner.advice import Suggestion, suggestions

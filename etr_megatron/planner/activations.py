@@ -1,6 +1,6 @@
-"""Bytes that forward passes keep for backward passes, by counting the tensors that a layer saves.
+"""Bytes that forward passes keep for backward passes, counted from the tensors that a layer saves.
 
-After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), with the tensors
+Follows Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), with the tensors
 of this decoder: grouped-query attention without a stored score matrix (flash attention), RMSNorm, a gated MLP, no dropout.
 """
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, Experts, TrainingLayout
 
 FP8_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
-"""Bytes of an element of a matrix product's input that Transformer Engine keeps for the weight's gradient, scales included.
+"""Bytes per element of a GEMM input that Transformer Engine keeps for the weight gradient, including scales.
 
-In 2.11 it keeps one copy of the two that it makes, the one scaled by columns (with sequence parallelism, where a scale is a
-tensor's, the one by rows, which alone can be gathered): `update_usage` at the end of the forward passes of
-pytorch/module/linear.py, layernorm_linear.py and grouped_linear.py. Scales: an fp32 one for 128 values
-(Float8BlockQuantizer.get_scale_shape), a byte for 32 (MXFP8), one for a tensor.
+TE 2.11 keeps one of the two copies that it makes, the column-wise one (with sequence parallelism and per-tensor scales the
+row-wise one, the only one that can be gathered): see `update_usage` at the end of the forward passes of
+pytorch/module/linear.py, layernorm_linear.py and grouped_linear.py. Scales: one fp32 per 128 values
+(Float8BlockQuantizer.get_scale_shape), one byte per 32 (MXFP8), or one per tensor.
 """
 
 EXPERT_IMBALANCE = 1.25
-"""Assumed: tokens of the rank whose experts are chosen most, over an even share."""
+"""Assumed: tokens of the rank with the busiest experts, relative to an even share."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the tokens of a microbatch and the width of a layer are spread over ranks.
+    """How a microbatch's tokens and a layer's width are split over ranks.
 
-    tokens: of a context-parallel rank. element: bytes of an activation. fp8: `fp8.recipe`.
+    tokens: per context-parallel rank. element: bytes per activation element. fp8: `fp8.recipe`.
     """
 
     tokens: int
@@ -40,21 +40,21 @@ class Split:
 
     @property
     def whole(self) -> int:
-        """Tokens of a tensor of full width: those between the tensor-parallel regions."""
+        """Tokens of a full-width tensor, between the tensor-parallel regions."""
         return -(-self.tokens // self.tp) if self.sequence_parallel else self.tokens
 
 
 def layer_input(arch: Architecture, split: Split) -> int:
-    """Bytes of what a layer gets, which is all that full recomputation keeps."""
+    """Bytes of a layer's input, which is all that full recomputation keeps."""
     return split.whole * arch.hidden_size * split.element
 
 
 def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Bytes that a layer keeps. etp: tensor parallelism of an expert.
+    """Bytes that a layer saves. etp: tensor parallelism of an expert.
 
-    Two norms keep input and output, those of q and k their inputs, the projections theirs, attention q, k, v and its output,
-    the gated MLP both halves and their product. In fp32 every normed row has a scale and every head of a token a log-sum-exp.
-    In FP8 what matrix products alone keep is their own copy.
+    The two norms save input and output, those of q and k their inputs, the projections theirs, attention q, k, v and its
+    output, the gated MLP both halves and their product. In fp32 there is a scale per normed row and a log-sum-exp per head and
+    token. In FP8, tensors that only GEMMs save are quantized copies.
     """
     heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
     normed = heads + kv_heads if arch.qk_norm else 0
@@ -66,16 +66,16 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
     if split.fp8 == "none":
         return split.element * (kept + inputs) + apart
     if split.fp8 == "delayed":
-        # Attention keeps its output in the model's type. With other recipes Megatron has the projection behind it use that
-        # one (set_save_original_input in transformer/attention.py).
+        # Attention saves its output in the model's dtype. With other recipes, Megatron makes the projection after it use that
+        # tensor (set_save_original_input in transformer/attention.py).
         inputs += split.tokens * heads * arch.head_dim
     return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + apart
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
-    """(elements that are kept whatever the products, inputs of products that nothing else keeps), with the output of the norm
-    before. Of experts also the tokens brought to them; the router, which is not in FP8, keeps the norm's output. What comes
-    back is not kept: the router's weights have been multiplied into the gate's product (`WeightedSwiGLUFunction`)."""
+    """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves), including the preceding norm's output. For
+    experts also the dispatched tokens; the router, which is not in FP8, saves the norm's output. The experts' outputs are not
+    saved: the router's weights are already multiplied into the gate's product (`WeightedSwiGLUFunction`)."""
     experts, norm = arch.experts, split.whole * arch.hidden_size
     if experts is None or not arch.has_experts(layer):
         product = split.tokens * arch.intermediate_size // split.tp
@@ -86,15 +86,15 @@ def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, i
 
 
 def _routed(experts: Experts, split: Split, etp: int) -> int:
-    """Tokens that a rank's experts are given: sequence parallelism spreads tokens over TP, and each goes to `per_token`
-    experts, wherever they are."""
+    """Tokens dispatched to a rank's experts: sequence parallelism splits tokens over TP, and each goes to `per_token` experts
+    on any rank."""
     return int(split.whole * experts.per_token * etp * EXPERT_IMBALANCE)
 
 
 def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Bytes of a router's choice, none of a dense layer: of every expert whether a token goes there and with what weight, of
-    the chosen ones two indices in 64 bits; the softmax in fp32, of the chosen ones' logits or, where they are not normalised,
-    of all; a weight for every token that the rank's experts are given."""
+    """Bytes saved for routing, 0 for a dense layer. Per token: a flag and a weight for every expert, two 64-bit indices for
+    each chosen expert, and the fp32 softmax over the chosen experts' logits or, if not normalized, over all. Per dispatched
+    token: a weight."""
     experts = arch.experts
     if experts is None or not arch.has_experts(layer):
         return 0
@@ -104,21 +104,21 @@ def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
 
 
 def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
-    """Bytes that a layer keeps more with `train.recompute: selective`. Recomputed is attention alone, whose scores flash
-    attention does not store: it saves a log-sum-exp. What is kept is v as it lies in the projection's output, and so all of
-    that output, where attention itself would keep a copy of v. Ranks that share a key/value head have gathered the outputs of
-    all."""
+    """Extra bytes that a layer saves with `train.recompute: selective`. It recomputes only attention, whose scores flash
+    attention does not store anyway, and so saves no more than a log-sum-exp. But it keeps v as a view of the projection's
+    output, and with it that whole output, where attention itself would keep a copy of v. Ranks that share a key/value head have
+    gathered all their outputs."""
     heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
     output = heads + 2 * kv_heads if arch.kv_heads >= split.tp else arch.heads + 2 * arch.kv_heads
     return split.tokens * (split.element * (output - kv_heads) * arch.head_dim - 4 * heads)
 
 
 def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
-    """Bytes beside what a layer saved when its backward pass holds most, at least half as much again.
+    """Bytes in addition to the saved ones at the peak of a layer's backward pass; at least half of the saved bytes.
 
-    That is at the gate, with the gradients of its halves and of the layer's output, with sequence parallelism also gathered;
-    with experts while the gradient of what came back is sorted, when there are two of it, with ETP also a rank's own part, and
-    two of the layer's output. They are in the model's type, in FP8 too.
+    The peak of a dense layer is at the gate: the gradients of both halves and of the layer's output, with sequence parallelism
+    also the gathered one. With experts it is while the gradient of their outputs is sorted: two copies of it, with ETP also the
+    rank's own part, and two of the layer's output gradient. All are in the model's dtype, even with FP8.
     """
     half = saved_by_layer(arch, layer, replace(split, fp8="none"), etp) // 2
     if arch.experts is None or not arch.has_experts(layer):
@@ -132,10 +132,10 @@ def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -
 
 
 def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> int:
-    """Forward passes of model chunks that a stage has not gone backward through yet, at most.
+    """Maximum number of forward passes of model chunks on a stage whose backward pass is pending.
 
-    1F1B: as many as there are stages from this one on. Interleaved (Narayanan et al., arXiv 2104.04473): two for every stage
-    behind, all chunks but one of every stage, and one.
+    1F1B: the number of stages from this one on. Interleaved (Narayanan et al., arXiv 2104.04473): two per later stage, plus
+    pp * (vpp - 1), plus one.
     """
     if layout.vpp == 1:
         return min(microbatches, layout.pp - stage)
@@ -153,10 +153,10 @@ def stage_activations(
     *,
     ends_in_bf16: bool = False,
 ) -> int:
-    """Bytes that a rank of `stage` holds when it holds most. recompute: `train.recompute`. ends_in_bf16: whether the first and
-    the last layer are, in FP8 (`fp8.first_last_layers_bf16`).
+    """Peak bytes of activations on a rank of `stage`. recompute: `train.recompute`. ends_in_bf16: whether, with FP8, the first
+    and the last layer are in bf16 (`fp8.first_last_layers_bf16`).
 
-    Of a pipeline the schedule holds what a pass has handed on, until it is gone backward through, and two on their way.
+    With a pipeline, the schedule also holds the output of each pass until its backward pass, and two outputs in transit.
     """
     layers = [layer for layer in range(arch.layers) if layout.chunk_of(layer, arch)[0] == stage]
     whole = replace(split, fp8="none")
@@ -169,21 +169,21 @@ def stage_activations(
     passes = passes_in_flight(layout, stage, microbatches)
     flights, one = passes / layout.vpp, layer_input(arch, split)
     handed_on = 0
-    if layout.pp > 1:  # the last chunk hands on nothing
+    if layout.pp > 1:  # the last chunk sends no output
         handed_on = one * (2 if layout.vpp == 1 and stage == layout.pp - 1 else 2 + passes)
     working = max(gradients_of_layer(arch, layer, split, layout.expert_tp) for layer in layers)
     if recompute == "full":
-        # The layer that is computed again saves its input, which was kept, once more under the same address.
+        # The recomputed layer saves its input as a reference to the tensor that was kept, so it counts once.
         return int(flights * len(layers) * one) + max(saved) - one + working + handed_on
     return int(flights * sum(saved)) + working + handed_on
 
 
 def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bool = False) -> int:
-    """Bytes of the head and loss on the last stage: what the last norm got and gave, the loss rows with their gradient in fp32,
-    and the logits of a chunk. Every token is counted as a loss row.
+    """Bytes of the head and loss on the last stage: the last norm's input and output, the loss rows with their gradient in
+    fp32, and the logits of a chunk. Counts every token as a loss row.
 
-    own_sum: the gradient buffer is not fp32, so that the head sums its weight's gradient beside it, in fp32, and hands it and
-    the rows' over in the model's type. It does so in the backward pass, when the last norm's output is gone.
+    own_sum: the gradient buffer is not fp32, so the head sums its weight gradient in a separate fp32 tensor, and returns that
+    and the rows' gradient in the model's dtype. This happens in the backward pass, after the last norm's output is freed.
     """
     from etr_megatron.weights import padded_vocab_size
 
@@ -198,6 +198,6 @@ def head_bytes(arch: Architecture, split: Split, chunk_rows: int, *, own_sum: bo
 
 
 def _chunk_bytes(split: Split, chunk_rows: int, vocab: int) -> int:
-    """Of the head's chunk on a GPU: logits in fp32, twice with TP, and their gradient in the model's type. vocab: of a rank."""
+    """Bytes of a head chunk on a GPU: fp32 logits, twice with TP, and their gradient in the model's dtype. vocab: per rank."""
     buffers = 2 if split.tp > 1 else 1
     return min(chunk_rows, split.tokens) * vocab * (4 * buffers + split.element)

@@ -1,4 +1,4 @@
-"""Which knob to turn: what the peak would be with one setting changed."""
+"""Suggest settings: the peak memory and step time with one setting changed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
 UNCOUNTED = ("parallel.", "train.optimizer_offload")
-"""Settings whose own cost in time is not modelled (more communication, an update on the CPU). They come after those whose time
-is known."""
+"""Settings whose cost in time is not modeled (more communication, an update on the CPU). They are listed after those with a
+known time."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """setting: as an override, or two with a space between. peak: bytes of the tightest rank with it. step: seconds. fits:
-    whether it then fits."""
+    """setting: one override, or two separated by a space. peak: bytes of the tightest rank with it. step: seconds. fits:
+    whether the config then fits."""
 
     setting: str
     peak: int
@@ -28,16 +28,16 @@ class Suggestion:
 
     @property
     def is_counted(self) -> bool:
-        """Whether `step` has everything that the setting costs; else it takes at least as long."""
+        """Whether `step` includes the setting's full cost; else it is a lower bound."""
         return not self.setting.startswith(UNCOUNTED)
 
 
 def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
-    """Single changes: of a plan that does not fit those that lower the peak of ranks that do not fit or make servers fit, those
-    that then fit first and of them those whose cost is known, the fastest first; of one that fits those that fit as well and
-    save at least one step in a hundred.
+    """Single changes that help. For a plan that does not fit: those that lower the peak of ranks that do not fit or make
+    servers fit. For one that fits: those that also fit and save at least 1% of the step time. Changes that fit come first, of
+    them those with a known cost, sorted by time.
 
-    config: as it was planned, unresolved. options: of `make_plan`.
+    config: the planned config, unresolved. options: of `make_plan`.
     """
     found = []
     for setting, changed in _changes(plan, config):
@@ -93,7 +93,7 @@ def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Another pool, servers on every node, and where weights leave no cache fewer servers of twice as many GPUs."""
+    """Another pool size, servers on every node and, if weights leave no room for a cache, fewer servers with twice the GPUs."""
     sglang = plan.config.sglang
     fraction = SERVER_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
     for step in (-0.1, 0.1):

@@ -1,4 +1,4 @@
-"""The architecture that a config's model has: of the model's directory, or of a config.json that is shipped for it."""
+"""The architecture of a config's model, from the model's directory or a shipped config.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The architecture of `model.path`, whose directory need not be there where one of its name is shipped.
+    """The architecture of `model.path`, whose directory need not exist if a config.json of its name is shipped.
 
-    Raises UserError where there is neither.
+    Raises UserError if there is neither.
     """
     from etr_megatron.weights import read_architecture
 
@@ -39,7 +39,7 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def _tiny(tiny: TinyConfig) -> Architecture:
-    """What `data.tiny` makes; the vocabulary at its largest."""
+    """The architecture that `data.tiny` builds, with the largest possible vocabulary."""
     from etr_megatron.weights import Architecture
 
     return Architecture(

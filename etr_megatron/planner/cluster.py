@@ -1,4 +1,4 @@
-"""Which GPUs train and which hold rollout servers, from a config and a number of GPUs."""
+"""Assign a number of GPUs to training and rollout servers according to a config."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 MOST_GPUS = 2**16
-"""Every rank is looked at, so that more would take minutes and memory without a use."""
+"""Limit on GPUs: every rank is planned, so more would take minutes and memory to no use."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpus: all that the job has. ranks: those that train. servers: in all nodes together, of server_tp GPUs each.
+    """gpus: all GPUs of the job. ranks: number of training ranks. servers: on all nodes together, with server_tp GPUs each.
 
-    colocated: servers share the ranks' GPUs. outside: they run on GPUs that are none of the job's (`sglang.urls`).
-    first_node_ranks: ranks of the first node, where dedicated servers leave it fewer than the others; None where all are alike.
-    server_nodes: nodes, the first ones, that have servers; None is all. dedicated_nodes: the last ones, that have nothing else.
+    colocated: servers share the ranks' GPUs. outside: they run on GPUs outside the job (`sglang.urls`).
+    first_node_ranks: ranks of the first node if dedicated servers leave it fewer than the others; None if all are alike.
+    server_nodes: number of nodes, from the first, that have servers; None is all. dedicated_nodes: number of nodes, at the end,
+    that have only servers.
     """
 
     gpus: int
@@ -37,7 +38,7 @@ class Cluster:
     dedicated_nodes: int = 0
 
     def shares_gpu(self, rank: int) -> bool:
-        """Whether a colocated server has the rank's GPU: servers lie side by side from a node's first GPU on."""
+        """Whether a colocated server uses the rank's GPU: servers occupy consecutive GPUs from a node's first on."""
         if not self.colocated:
             return False
         node, gpu = divmod(rank, self.gpus_per_node)
@@ -46,26 +47,26 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Machines of the job."""
+        """Number of machines of the job."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
     def ranks_per_node(self) -> int:
-        """What torchrun is given as --nproc-per-node, on the first node `first_node_ranks` where that is a number."""
+        """torchrun's --nproc-per-node; on the first node it is `first_node_ranks` unless that is None."""
         return self.ranks // (self.nodes - self.dedicated_nodes) if self.first_node_ranks is None else self.gpus_per_node
 
 
 def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
-    """Numbers that cannot be meant."""
+    """Messages for invalid numbers of GPUs."""
     counts = {"--gpus": gpus, "--gpus-per-node": gpus_per_node}
     found = [f"{option} {count}: must be at least 1" for option, count in counts.items() if count < 1]
     return found + ([f"--gpus {gpus}: no more than {MOST_GPUS} can be planned"] if gpus > MOST_GPUS else [])
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
-    """Give a job's GPUs to ranks and servers as `rollout.backend` and `sglang` say.
+    """Assign a job's GPUs to ranks and servers according to `rollout.backend` and `sglang`.
 
-    Raises UserError where servers do not fit on a node or leave no GPU to train on.
+    Raises UserError if servers do not fit on a node or leave no GPU to train on.
     """
     if problems := gpu_problems(gpus, gpus_per_node):
         raise UserError("\n".join(problems))
@@ -118,8 +119,8 @@ def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:
-    """The layout of the ranks; config is resolved for `cluster.ranks`. Context-parallel ranks count as data-parallel there."""
-    from etr_megatron.weights import TrainingLayout  # imports torch, which a wrong option should not wait for
+    """The layout of the ranks; config must be resolved for `cluster.ranks`. Context-parallel ranks count as data-parallel."""
+    from etr_megatron.weights import TrainingLayout  # imports torch, which would delay errors in options
 
     parallel = config.parallel
     assert parallel.tp != "auto"

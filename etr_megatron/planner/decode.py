@@ -1,4 +1,4 @@
-"""How long a server takes for its samples: a roofline of every decoding step, with continuous batching."""
+"""Estimate a server's generation time: a roofline of every decode step, with continuous batching."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
 _STRIDE = 16
-"""Decoding steps that are taken at once."""
+"""Decode steps simulated at once."""
 
 
 def response_lengths(samples: int, mean: float, longest: int) -> np.ndarray:
-    """Lengths [samples] that are assumed: evenly spread, symmetric around the mean, as widely as 0 and `longest` let them."""
+    """Assumed lengths [samples]: evenly spread and symmetric around the mean, as widely as 0 and `longest` allow."""
     half = min(mean, longest - mean)
     return np.linspace(mean - half, mean + half, samples) if samples > 1 else np.full(1, mean)
 
@@ -34,16 +34,16 @@ def generation_seconds(
     token_bytes: int,
     gpu: Hardware,
 ) -> float:
-    """Seconds of one server for responses of `lengths` [samples], started in an order that mixes long and short ones.
+    """Seconds that one server takes for responses of `lengths` [samples], started in random order.
 
-    concurrency: most at once. cache_tokens: what the KV cache holds, None is enough. weight_bytes, token_bytes: weights and
-    a token's keys and values on one of its GPUs. A step reads all weights (of experts those that the batch chooses) and the
-    batch's cache, or computes, head included, whichever takes longer. What the cache has no room for any more is taken back,
-    and its tokens are computed anew when it goes on.
+    concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
+    weights, and keys and values of a token, on one GPU of the server. A step takes the longer of reading (all weights, of
+    experts only those that the batch chooses, and the batch's cache) and computing, including the head. A sample that no longer
+    fits in the cache is preempted, and its tokens are recomputed when it resumes.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
-    running = np.empty((0, 2))  # tokens in the cache, tokens to come
+    running = np.empty((0, 2))  # tokens in the cache, tokens left
     products = tp * gpu.matmul * gpu.decode_compute_efficiency
     compute, head = 2 * active_parameters(arch) / products, head_flops(arch, 1) / products
     in_experts = expert_share(arch)
@@ -68,7 +68,7 @@ def generation_seconds(
 
 
 def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, alone: bool) -> list[tuple[float, float]]:
-    """Take from `waiting` what fits at its present length; a server that has nothing to do takes one whatever its length."""
+    """Pop from `waiting` the samples that fit at their current length; an idle server takes one of any length."""
     taken = 0
     while taken < min(places, len(waiting)) and (room >= waiting[taken][0] + _STRIDE or (alone and taken == 0)):
         room -= waiting[taken][0] + _STRIDE
@@ -79,7 +79,7 @@ def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, a
 
 
 def expert_share(arch: Architecture) -> float:
-    """Part of a model's elements that experts hold; norms and biases are left out."""
+    """Fraction of a model's elements that are in experts; ignores norms and biases."""
     experts = arch.experts
     if experts is None:
         return 0.0
@@ -90,8 +90,8 @@ def expert_share(arch: Architecture) -> float:
 
 
 def _read(arch: Architecture, in_experts: float, batch: int) -> float:
-    """Part of the weights that a step of `batch` tokens reads: all outside of experts, of experts those that at least one token
-    has chosen. in_experts: `expert_share`."""
+    """Fraction of the weights that a step of `batch` tokens reads: all but experts that no token has chosen. in_experts:
+    `expert_share`."""
     if arch.experts is None:
         return 1.0
     return 1.0 - in_experts * (1.0 - arch.experts.per_token / arch.experts.count) ** batch

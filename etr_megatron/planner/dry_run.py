@@ -1,7 +1,7 @@
-"""`--dry-run`: a job's config, layout, weight map and memory, checked in one process and without memory for a model.
+"""`--dry-run`: check a job's config, layout, weight map and memory in one process, without allocating a model.
 
-The world is torch's fake process group, whose collectives do nothing; the model of a rank is built by the code that a job
-builds it with, on the meta device.
+The world is torch's fake process group, whose collectives do nothing; a rank's model is built on the meta device by the same
+code as in a job.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_GPUS = 1024
 
 
 def dry_run(argv: Sequence[str]) -> int:
-    """`check_and_print`, and the exit code where that raises nothing: 0 but for what is said at `code_of_printing`."""
+    """Run `check_and_print`; returns the exit code, which is 0 except as described in `code_of_printing`."""
 
     def main() -> int:
         check_and_print(argv)
@@ -41,11 +41,10 @@ def dry_run(argv: Sequence[str]) -> int:
 
 
 def check_and_print(argv: Sequence[str]) -> None:
-    """Check and print, as `CONFIG [--gpus N] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]` says; `--config CONFIG` is
-    taken as well.
+    """Check and print for `[--config] CONFIG [--gpus N] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]`.
 
-    Without --gpus it is for the fewest GPUs that the config fits on. Raises UserError for everything that would keep the job
-    from starting, memory included.
+    Without --gpus, plans for the fewest GPUs that the config fits on. Raises UserError for everything that would keep the job
+    from starting, including memory.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", type=int)
@@ -75,9 +74,9 @@ def check_and_print(argv: Sequence[str]) -> None:
 
 
 def fewest_gpus(config: Config, **options: Any) -> Plan:
-    """The plan for the fewest GPUs, a power of 2, that an unresolved config is valid and fits on. options: of `make_plan`.
+    """The plan for the fewest GPUs, a power of 2, on which an unresolved config is valid and fits. options: of `make_plan`.
 
-    Raises UserError where there is none, and for what no number of GPUs would mend.
+    Raises UserError if there is none, and for problems that no number of GPUs would fix.
     """
     check_options(config, 1, **options)
     architecture_of(config)
@@ -95,7 +94,7 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
 
 
 def check_weights(config: Config) -> str:
-    """A sentence on the checkpoint. Raises UserError where its tensors are not those of its config.json."""
+    """A sentence on the checkpoint. Raises UserError if its tensors do not match its config.json."""
     from etr_megatron.weights import check_checkpoint
 
     if config.model.path == "tiny":
@@ -107,7 +106,7 @@ def check_weights(config: Config) -> str:
 
 
 def distinct_ranks(plan: Plan) -> list[int]:
-    """The first and the last rank of every pipeline stage: all others hold shards of the same shapes as these."""
+    """The first and the last rank of every pipeline stage: all others hold shards of the same shapes as one of them."""
     size = plan.cluster.ranks // plan.config.parallel.pp
     return sorted({rank for first in range(0, plan.cluster.ranks, size) for rank in (first, first + size - 1)})
 
@@ -115,8 +114,8 @@ def distinct_ranks(plan: Plan) -> list[int]:
 def check_ranks(plan: Plan, ranks: Sequence[int]) -> list[int]:
     """Build the model of each of `ranks` and compare; returns the ranks.
 
-    Raises RuntimeError for a parameter that the weight map does not know, a row of it without one, and a rank whose number of
-    parameters is not the plan's. The process must not be in a torch.distributed world.
+    Raises RuntimeError for a parameter missing from the weight map, a row of the map without a parameter, and a rank whose
+    number of parameters differs from the plan's. The process must not be in a torch.distributed world.
     """
     for rank in ranks:
         elements = parameters_built(plan.arch, plan.config, plan.cluster.ranks, rank)
@@ -126,7 +125,7 @@ def check_ranks(plan: Plan, ranks: Sequence[int]) -> list[int]:
 
 
 def parameters_built(arch: Architecture, config: Config, world: int, rank: int) -> int:
-    """Elements of the parameters of a rank's model chunks, which are built on the meta device in a fake world."""
+    """Number of parameter elements in a rank's model chunks, built on the meta device in a fake world."""
     import torch
 
     with _fake_rank(rank, world):
@@ -134,7 +133,7 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
         from etr_megatron.policy.model_config import transformer_config
 
         layout = configured_layout(config)
-        # FP8 changes no parameter, and Megatron would ask for Transformer Engine.
+        # Without FP8: it changes no parameter, and Megatron would need Transformer Engine.
         megatron = transformer_config(
             arch,
             layout,
@@ -147,7 +146,7 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
         )
         megatron.perform_initialization = False
         with torch.device("cpu"):
-            frequencies = model.rotary_frequencies(arch)  # transformers works out Llama's on a device that it names
+            frequencies = model.rotary_frequencies(arch)  # transformers computes Llama's on an explicit device
         with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies):
             chunks = model.build_chunks(arch, megatron, layout)
         return sum(parameter.numel() for _, parameter in model.own_parameters(chunks).values())
@@ -155,7 +154,7 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
 
 @contextmanager
 def _fake_rank(rank: int, world: int) -> Iterator[None]:
-    """This process as a rank of a world without others and without devices, with Megatron's own layers on any machine."""
+    """Make this process a rank of a fake world without devices, with Megatron's own layers on any machine."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -169,7 +168,7 @@ def _fake_rank(rank: int, world: int) -> Iterator[None]:
         from etr_megatron.policy import parallel
 
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        # A gloo group would look for the other ranks.
+        # A gloo group would try to connect to the other ranks.
         without_gloo = partial(parallel.mpu.initialize_model_parallel, create_gloo_process_groups=False)
         try:
             with mock.patch.object(parallel.mpu, "initialize_model_parallel", without_gloo):

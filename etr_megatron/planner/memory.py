@@ -1,4 +1,4 @@
-"""Bytes of every rank: what is always there, what training adds, what colocated servers add."""
+"""Memory of every rank: resident, added by training, added by colocated servers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RUNTIME = 3 * GIB
-"""Assumed: CUDA context, NCCL's buffers, cuBLAS workspaces and code of one process."""
+"""Assumed: CUDA context, NCCL buffers, cuBLAS workspaces and code of one process."""
 SLACK = 0.05
-"""Assumed: part of a GPU's memory that the allocator cannot use (fragments)."""
+"""Assumed: fraction of a GPU's memory lost to fragmentation."""
 SERVER_FRACTION = 0.85
-"""Assumed where `sglang.mem_fraction` is null: SGLang chooses about as much on GPUs of 80 GB."""
+"""Assumed if `sglang.mem_fraction` is null: SGLang chooses about this on 80 GB GPUs."""
 CHUNK_ROWS = 1024
-"""Rows of the head's chunk on CUDA where `train.head_chunk_rows` is null."""
+"""Rows of a head chunk on CUDA if `train.head_chunk_rows` is null."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes of a rank.
 
-    reference: the frozen model of a KL term. activations, head: while it trains. export: a full weight and a bucket while
-    weights are sent. server: what a server on the same GPU takes while it generates. graphs: its CUDA graphs, which stay.
-    embedded, cache: the embedded engine's weights, and keys and values of its largest batch while it generates.
+    reference: the frozen model for a KL term. activations, head: during training. export: full weights and buckets while
+    weights are sent. server: the pool of a server on the same GPU during generation. graphs: its CUDA graphs, which stay.
+    embedded, cache: the embedded engine's weights, and keys and values of its largest batch during generation.
     """
 
     rank: int
@@ -52,12 +52,12 @@ class RankMemory:
 
     @property
     def resident(self) -> int:
-        """What is there in every phase."""
+        """Bytes held in every phase."""
         return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + RUNTIME
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of every phase. A colocated server that has released its memory still has a process of its own, and graphs."""
+        """Peak of every phase. A colocated server that has released its memory still has its process and graphs."""
         other = RUNTIME // 2 + self.graphs if self.server else 0
         return {
             "train": self.resident + self.activations + self.head + other,
@@ -67,13 +67,13 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """Of the costliest phase."""
+        """Peak of the costliest phase."""
         return max(self.phases.values())
 
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes of a server's GPU. pool: what it may take for weights and KV cache. token: a token's keys and values there.
+    """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token.
 
     parameters: elements, not bytes. graphs: see `graph_bytes`.
     """
@@ -86,7 +86,7 @@ class ServerMemory:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the KV cache of the server holds; none where its weights do not fit."""
+        """Tokens that the server's KV cache holds; 0 if its weights do not fit."""
         return max(0, self.pool - self.weights) // self.token
 
 
@@ -96,12 +96,12 @@ def usable(gpu_memory_gib: float) -> int:
 
 
 def fp8_bytes(matrices: int) -> int:
-    """Of matrices with so many elements as servers hold them: a byte each, and an fp32 scale for every block of 128 x 128."""
+    """Bytes of FP8 matrices on servers, from their elements: one byte each, and an fp32 scale per block of 128 x 128."""
     return matrices + 4 * matrices // 128**2
 
 
 def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memory_gib: float) -> ServerMemory:
-    """Of the server's GPU with most parameters. The embedded engine's cache has no pool (0 here), see `RankMemory.cache`."""
+    """Memory of the server GPU with the most parameters. The embedded engine has no pool (0 here), see `RankMemory.cache`."""
     layout = server_layout(config, cluster)
     held = max(parameters_by_rank(arch, layout), key=lambda rank: rank.total)
     element = 4 if config.model.dtype == "float32" else 2
@@ -117,7 +117,7 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
 
 
 def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:
-    """Of every rank. Raises ValueError where the layout does not fit the architecture."""
+    """Memory of every rank. Raises ValueError if the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
@@ -173,7 +173,7 @@ def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
 
 
 def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
-    """Training in FP8 keeps every matrix in FP8 twice, scaled by rows and by columns; with `fp8.param` in no other way."""
+    """Training in FP8 keeps two FP8 copies of every matrix, row-wise and column-wise; with `fp8.param` only these."""
     if config.fp8.recipe == "none":
         return held.total * element
     other = held.total - held.matrices
@@ -181,7 +181,7 @@ def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
-    """A second set of weights without gradients; a forward pass in FP8 needs of matrices the copy scaled by rows alone."""
+    """A second set of weights without gradients; a forward pass in FP8 only needs the row-wise copies of matrices."""
     if config.objective.kl_coef <= 0:
         return 0
     copies = held.matrices if config.fp8.recipe != "none" and not config.fp8.param else 0
@@ -189,8 +189,8 @@ def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _optimizer_bytes(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
-    """Adam's two moments in fp32, and for a bfloat16 model an fp32 copy of the weights; shared by data-parallel ranks with the
-    distributed optimizer, experts by those of their own group."""
+    """Adam's two fp32 moments, and for a bfloat16 model fp32 weights. The distributed optimizer shards them over data-parallel
+    ranks, experts over their own group."""
     if config.train.optimizer_offload:
         return 0
     each = 8 if config.model.dtype == "float32" else 12

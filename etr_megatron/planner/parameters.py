@@ -1,4 +1,4 @@
-"""How many parameters each rank holds: exact, from the weight map and the layout."""
+"""The exact number of parameters on each rank, from the weight map and the layout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Elements of a rank's parameters, padding of the vocabulary included.
+    """Number of parameter elements on a rank, including padding of the vocabulary.
 
-    dense, expert: outside of and in experts, which have data-parallel groups of their own. matrices: those of them that FP8
-    quantises.
+    dense, expert: outside and inside experts, which have separate data-parallel groups. matrices: the elements that FP8
+    quantizes.
     """
 
     dense: int = 0
@@ -25,15 +25,15 @@ class RankParameters:
 
     @property
     def total(self) -> int:
-        """All of the rank's."""
+        """All elements of the rank."""
         return self.dense + self.expert
 
 
 def parameters_by_rank(
     arch: Architecture, placement: Placement, *, unquantised: Container[int | None] = ()
 ) -> list[RankParameters]:
-    """Of every rank of a placement. unquantised: layers whose matrices FP8 leaves alone. Raises ValueError where the placement
-    does not fit the architecture."""
+    """The parameters of every rank of a placement. unquantised: layers whose matrices FP8 does not quantize. Raises ValueError
+    if the placement does not fit the architecture."""
     from etr_megatron.weights import weights_of
 
     dense, expert, matrices = ([0] * placement.world for _ in range(3))
@@ -48,21 +48,21 @@ def parameters_by_rank(
 
 
 def total_parameters(arch: Architecture) -> int:
-    """Elements of the HuggingFace checkpoint: nothing padded, nothing twice."""
+    """Elements of the HuggingFace checkpoint, without padding or duplicates."""
     from etr_megatron.weights import weights_of
 
     return sum(prod(shape) for weight in weights_of(arch) for shape in weight.shapes)
 
 
 def total_matrices(arch: Architecture) -> int:
-    """Of these the elements of matrices that servers in FP8 quantise."""
+    """Elements of the matrices in the checkpoint that FP8 servers quantize."""
     from etr_megatron.weights import weights_of
 
     return sum(prod(shape) for weight in weights_of(arch) if weight.fp8 for shape in weight.shapes)
 
 
 def largest_weight(arch: Architecture) -> int:
-    """Elements of the largest tensor, one of which exists in full while weights are exported."""
+    """Elements of the largest weight, which exists in full while weights are exported."""
     from etr_megatron.weights import weights_of
 
     return max(sum(prod(shape) for shape in weight.shapes) for weight in weights_of(arch))

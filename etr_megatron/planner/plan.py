@@ -1,4 +1,4 @@
-"""A plan: where memory and time of a config go on a number of GPUs, before there are any."""
+"""A plan: the memory and time of a config on a number of GPUs, without any GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 FP8_BLOCK = 128
-"""Rows and columns of a block with one scale in a server's FP8 matrices."""
+"""Rows and columns of a block that shares a scale in a server's FP8 matrices."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_memory: GiB of a GPU. parameters: of the checkpoint, exactly. ranks: of training, in order."""
+    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. ranks: training ranks, in order."""
 
     config: Config
     arch: Architecture
@@ -41,31 +41,31 @@ class Plan:
 
     @property
     def tightest(self) -> RankMemory:
-        """The rank with the highest peak, the first of several."""
+        """The rank with the highest peak; the first one on a tie."""
         return max(self.ranks, key=lambda rank: rank.peak)
 
     @property
     def cache_samples(self) -> int:
-        """Longest samples that a server's KV cache holds at once."""
+        """Number of samples of maximum length that a server's KV cache holds."""
         return self.server.cache_tokens // self.work.longest
 
     @property
     def server_fits(self) -> bool:
-        """Whether a server's weights leave room for one longest sample. GPUs that are not the job's are not judged."""
+        """Whether a server's weights leave room for one sample of maximum length. GPUs outside the job are not checked."""
         return self.config.rollout.backend == "embedded" or self.cluster.outside or self.cache_samples >= 1
 
     @property
     def ranks_fit(self) -> bool:
-        """Whether all ranks do."""
+        """Whether all ranks fit."""
         return self.tightest.peak <= usable(self.gpu_memory)
 
     @property
     def fits(self) -> bool:
-        """Whether all ranks and servers do."""
+        """Whether all ranks and servers fit."""
         return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: bytes, seconds and numbers."""
+        """The plan for `--json`: bytes, seconds and counts."""
         ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
         return {
             "parameters": self.parameters,
@@ -94,10 +94,10 @@ def make_plan(
     response: float | None = None,
     gpu: Hardware = H100,
 ) -> Plan:
-    """Plan a loaded, unresolved config as on machines with CUDA.
+    """Plan a loaded, unresolved config for machines with CUDA.
 
-    gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on so
-    many GPUs, or whose layout the model cannot be cut into, and as `check_options`.
+    gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on that
+    number of GPUs or whose layout does not fit the model, and when `check_options` does.
     """
     check_options(config, gpus, gpu_memory=gpu_memory, gpus_per_node=gpus_per_node, prompt=prompt, response=response)
     cluster = divide(config, gpus, gpus_per_node)
@@ -135,7 +135,7 @@ def check_options(
     prompt: float | None = None,
     response: float | None = None,
 ) -> None:
-    """What `make_plan` is given beside the config. Raises one UserError for all numbers that cannot be meant."""
+    """Check the options of `make_plan`. Raises one UserError for all invalid numbers."""
     problems = gpu_problems(gpus, gpus_per_node)
     if not 0 < gpu_memory < inf:
         problems.append(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
@@ -149,7 +149,7 @@ def check_options(
 
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:
-    """What a job checks about its model before it starts, weights and tokenizer apart. Raises UserError."""
+    """Run a job's checks of its model, except those of weights and tokenizer. Raises UserError."""
     from etr_megatron.checks import check_architecture, check_context
 
     assert config.parallel.tp != "auto"
@@ -158,9 +158,9 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
 
 
 def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
-    """A server can cut the model over its ranks, in FP8 every matrix at whole blocks, and serves it as it is trained.
+    """Check that a server can shard the model, in FP8 along whole blocks, and serves the model that is trained.
 
-    Raises UserError where it would not, ValueError for a matrix that cannot be cut at all.
+    Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
     """
     from etr_megatron.checks import check_served
     from etr_megatron.weights import weights_of

@@ -1,7 +1,7 @@
-"""The planner held against runs that others have published. No assumption of `hardware` was chosen by these rows.
+"""Compare the planner with published runs. No assumption in `hardware` was fitted to these rows.
 
-They are of NeMo RL (https://github.com/NVIDIA-NeMo/RL), docs/about/performance-summary.md; the recipes are in
-examples/configs/recipes/llm/performance there.
+The rows are from NeMo RL (https://github.com/NVIDIA-NeMo/RL), docs/about/performance-summary.md; the recipes are in its
+examples/configs/recipes/llm/performance.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NEMO = (
     "objective.kl_coef=0.01",
     "sglang.concurrency=256",
 )
-"""What the recipes have in common: 2,048 samples of 4,096 tokens at most, 512 an optimizer step, packed; a reference model."""
+"""Common settings of the recipes: 2,048 samples of at most 4,096 tokens, 512 per optimizer step, packed; a reference model."""
 
 
 @dataclass(frozen=True)
 class Published:
     """A row of the table. total, response: mean tokens of a sample and of its response. step: seconds.
 
-    total follows from the row itself: tokens/s/GPU x seconds x GPUs / samples. response is the table's average; of
-    v0.5 it is not known to us, and v0.4's is taken.
+    total follows from the row: tokens/s/GPU x seconds x GPUs / samples. response is the table's average; it is unknown for
+    v0.5, where v0.4's is used.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Published:
         return self.tokens_per_second_per_gpu * self.step * self.gpus / 2048
 
     def estimate(self) -> Plan:
-        """The planner's own for it."""
+        """The planner's estimate for this row."""
         config = load_config(CONFIGS / self.config, [*_NEMO, *self.overrides])
         return make_plan(config, self.gpus, prompt=max(1.0, self.total - self.response), response=self.response)
 
@@ -77,14 +77,14 @@ ROWS = (
         ),
     ),
 )
-"""Rows on H100 for models that have a shipped config."""
+"""Rows on H100 for models with a shipped config."""
 
 SYNC_32B = 14.2
-"""Seconds that were reported for a weight sync of Qwen2.5-32B; on which machines and by which transport is not known to us."""
+"""Reported seconds of a weight sync of Qwen2.5-32B; the machines and the transport are unknown."""
 
 
 def sync_of_32b() -> dict[str, float]:
-    """Estimated seconds of a sync of Qwen2.5-32B from 32 ranks to 8 servers of TP4 by each transport."""
+    """Estimated seconds of a sync of Qwen2.5-32B from 32 ranks to 8 TP4 servers with each transport."""
     found = {}
     for transport in ("sharded", "broadcast", "disk", "tensor"):
         overrides = [f"sglang.sync={transport}", "sglang.placement=dedicated", "sglang.servers=1"]
@@ -94,7 +94,7 @@ def sync_of_32b() -> dict[str, float]:
 
 
 def table() -> str:
-    """Published and estimated, as lines of a Markdown table."""
+    """Published and estimated values as a Markdown table."""
     lines = [
         "| run | tokens/s/GPU | s a step | estimate | s a step | error of the step | generate + log-probs + train + sync, s |",
         "|---|---|---|---|---|---|---|",

@@ -10,7 +10,7 @@ from etr_megatron.planner.plan import Plan
 
 
 def render(plan: Plan, advice: Sequence[Suggestion] = ()) -> str:
-    """Cluster, memory by stage, what fits, seconds of a step."""
+    """Cluster, memory by stage, whether it fits, seconds of a step."""
     return "\n".join([*_head(plan), "", *_memory(plan), "", *_verdict(plan, advice), "", *_time(plan)])
 
 
@@ -20,7 +20,7 @@ def gib(count: float) -> str:
 
 
 def misfit(plan: Plan) -> str:
-    """Why a plan does not fit, as a part of a sentence; "" for one that does."""
+    """Why a plan does not fit, as part of a sentence; "" if it fits."""
     found = []
     if not plan.ranks_fit:
         found.append(f"rank {plan.tightest.rank} needs {gib(plan.tightest.peak)} of {gib(usable(plan.gpu_memory))} usable GiB")

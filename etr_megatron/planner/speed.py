@@ -1,4 +1,4 @@
-"""Seconds of a step: generation, old log-probs, training, weight sync; one after the other, or generation beside training."""
+"""Seconds of a step: generation, old log-probs, training and weight sync; sequential, or with overlapped generation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. logprobs: the old log-probs, and the reference's. tokens: of a step. gpus: all of the job's.
+    """Seconds of a step. logprobs: old and reference log-probs. tokens: of a step. gpus: all GPUs of the job.
 
-    overlapped: whether generation runs beside the rest (`rollout.max_staleness` of 1 or more).
+    overlapped: whether generation overlaps with the rest (`rollout.max_staleness` of 1 or more).
     """
 
     generate: float
@@ -35,20 +35,20 @@ class StepTime:
 
     @property
     def step(self) -> float:
-        """A sync stops both."""
+        """Seconds in total; a sync stops both generation and training."""
         trained = self.logprobs + self.train
         return self.sync + (max(self.generate, trained) if self.overlapped else self.generate + trained)
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Prompts and responses trained on, over the step's time and all GPUs."""
+        """Tokens trained on (prompts and responses), over the step's time and all GPUs."""
         return self.tokens / self.step / self.gpus
 
 
 def step_time(
     arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware
 ) -> StepTime:
-    """The estimate for a resolved config. Not counted: grading, checkpoints, evaluation, start-up."""
+    """The estimate for a resolved config. Excludes grading, checkpoints, evaluation and startup."""
     parallel = config.parallel
     bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
     body = work.samples * body_flops(arch, work.prompt + work.response)
@@ -57,8 +57,8 @@ def step_time(
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
-    # The head forms its gradients in its forward pass where the loss is token-local and their buffer fp32; else it makes its
-    # logits twice. Only its own module says whether a user's loss is, and a plan imports none.
+    # With a token-local loss and an fp32 gradient buffer, the head computes its gradients in the forward pass; else it computes
+    # the logits twice. Whether a custom loss is token-local is only known after importing it, which a plan does not do.
     loss = config.objective.loss
     heads = 4 if loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
@@ -76,12 +76,12 @@ def step_time(
 
 
 def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardware, *, sent_bytes: int | None = None) -> float:
-    """Seconds from the last update to servers with the new weights.
+    """Seconds from the last update until servers have the new weights.
 
-    model_bytes: as they are trained. sent_bytes: as servers get them, quantised before they are sent; None is the same.
-    Whole tensors are gathered over tensor-parallel ranks and passed to all stages first; `broadcast` then sends them from one
-    adapter, `disk` goes by a filesystem, `tensor` as `_by_memory` says. `sharded` sends every server GPU its part, from all
-    ranks.
+    model_bytes: as trained. sent_bytes: as sent to servers, after quantization; None is the same.
+    Full tensors are first gathered over tensor-parallel ranks and broadcast to all stages; then `broadcast` sends them from one
+    adapter, `disk` uses a file system, and `tensor` works as in `_by_memory`. `sharded` sends every server GPU its part, from
+    all ranks.
     """
     network, nvlink = gpu.network * gpu.link_efficiency, gpu.nvlink * gpu.link_efficiency
     parallel, sglang = config.parallel, config.sglang
@@ -103,7 +103,7 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
 
 
 def _by_memory(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int) -> float:
-    """To one rank of every node, which copies it into the machine's memory, where servers read it; text for those outside."""
+    """Send to one rank per node, which copies to host memory for servers to read; as text to servers outside the job."""
     if cluster.outside:
         return 4 / 3 * cluster.server_tp * model_bytes / gpu.http_rate
     to_nodes = model_bytes / (gpu.network * gpu.link_efficiency) if nodes > 1 else 0.0
@@ -117,7 +117,7 @@ def _model_bytes(arch: Architecture, config: Config) -> int:
 
 
 def _sent_bytes(arch: Architecture, config: Config, whole: int) -> int:
-    """Of a sync, `whole` as trained: matrices for servers in FP8 are blocks with their scales."""
+    """Bytes sent in a sync: `whole` as trained, or for FP8 servers with quantized matrices and their scales."""
     from etr_megatron.planner.parameters import total_matrices
 
     if config.rollout.backend != "sglang" or not config.sglang.fp8:
@@ -129,7 +129,7 @@ def _sent_bytes(arch: Architecture, config: Config, whole: int) -> int:
 def _generate(
     arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware
 ) -> float:
-    """The slowest server: all have the same mixture of lengths."""
+    """Seconds of the server with the most samples; all have the same mixture of lengths."""
     samples = -(-work.samples // cluster.servers)
     embedded = config.rollout.backend == "embedded"
     return generation_seconds(

@@ -1,6 +1,6 @@
-"""What can be wrong with the machines of a job, found before step 1: versions, network, disks, clocks, model.
+"""Check the machines of a job before step 1: versions, network, disks, clocks, model, data.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... -m etr_megatron.preflight CONFIG [key=value ...]
 
-One table at the end, from rank 0. The exit code is 0 without a failure and 2 with one.
+Rank 0 prints one table at the end. The exit code is 0, or 2 if a check fails.
 """

@@ -1,4 +1,4 @@
-"""`torchrun ... -m etr_megatron.preflight [CONFIG] [key=value ...]`, see the package."""
+"""`torchrun ... -m etr_megatron.preflight [CONFIG] [key=value ...]`, see the package docstring."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from etr_megatron.platform.world import place_of
 from etr_megatron.status import exit_code_of
 
 TIMEOUT_S = 120.0
-"""Deadline of the ranks' meeting and of every collective."""
+"""Deadline of the rendezvous and of every collective."""
 PAIR_TIMEOUT_S = 60.0
-"""Of what two nodes do alone, while the others wait for them in a collective."""
+"""Deadline of measurements between two nodes, while the others wait for them in a collective."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Collect, measure, print; ends the process with 0, or with 2 after a failed check or a user's mistake."""
+    """Collect facts, measure and print; exits the process with 0, or with 2 after a failed check or a user error."""
     die_with_parent()
     code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
     sys.stdout.flush()
@@ -78,12 +78,12 @@ def _meet() -> None:
 
     try:
         init_world(TIMEOUT_S)
-    except RuntimeError as error:  # torch's own: some rank is not there, or cannot be reached from another
+    except RuntimeError as error:  # raised by torch: some rank is missing or unreachable
         raise UserError(f"the ranks did not find each other within {TIMEOUT_S:g} s: {str(error).splitlines()[0]}") from error
 
 
 def _leave_token(config: Config) -> tuple[str, Path]:
-    """A new file in `run.dir`, written by rank 0; every rank learns its name and what is in it."""
+    """Write a new file in `run.dir` on rank 0; returns its content and path on every rank."""
     import torch.distributed as dist
 
     box = [secrets.token_hex(8)]
@@ -105,7 +105,7 @@ def _leave_token(config: Config) -> tuple[str, Path]:
 
 
 def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> Any:
-    """The node's facts on its first rank, None on others."""
+    """The node's facts on its first rank, None on the others."""
     from etr_megatron.preflight.facts import collect
 
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
@@ -114,8 +114,8 @@ def _own_facts(config: Config, world: int, clock: float, token_file: Path) -> An
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """What the kept checkpoints and the one being written take beyond those that the run has already, which one that is started
-    again must not be refused for: weights, fp32 weights where they are others, two moments."""
+    """Bytes of the kept checkpoints plus the one being written, minus the run's existing ones, so that a resumed run is not
+    refused. A checkpoint has weights, fp32 weights if those differ, and two moments."""
     from etr_megatron.observe import RunDirectory
     from etr_megatron.weights import read_architecture, weights_of
 
@@ -124,7 +124,7 @@ def _checkpoint_bytes(config: Config) -> int:
     try:
         architecture = read_architecture(config.model.path)
     except UserError:
-        return 0  # told by the model's own check
+        return 0  # reported by the model's own check
     elements = sum(math.prod(shape) for weight in weights_of(architecture) for shape in weight.shapes)
     one = elements * (12 if config.model.dtype == "float32" else 14)
     folder = RunDirectory(Path(config.run.dir) / config.run.name).checkpoints

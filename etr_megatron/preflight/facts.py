@@ -1,4 +1,4 @@
-"""What a node says of itself. Collected by the first rank of every node; nothing in here talks to another node."""
+"""Facts about a node, collected by its first rank; nothing here communicates with other nodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKAGES = (
 )
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.distcp", ".metadata", "*.txt", "*.model", "*.jinja")
-"""Configuration, weights of either kind, tokenizer and its template."""
+"""Config, weights in either format, tokenizer and chat template."""
 
 _SAMPLES, _SAMPLE_BYTES = 8, 64 * 1024
 
@@ -42,13 +42,13 @@ _SAMPLES, _SAMPLE_BYTES = 8, 64 * 1024
 class NodeFacts:
     """One node. Sizes in bytes.
 
-    number: torchrun's GROUP_RANK. clock: its time() right after all ranks met. versions: package -> version, "-" where it is
-    not installed. devices: name of each GPU, none on CPU. run_dir_free, shm_free: room on the disk of `run.dir`, in /dev/shm.
-    open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" where it saw none.
-    model: digest of every file of the model, and model_error: why the model cannot be read, "" where it can.
-    data: digest of every file of problems, by its key; and data_error: why problems, reward or loss cannot be used, "" where
-    they can or where nobody trains.
-    servers_error: why rollout servers cannot be started there, "" where they can or need not.
+    number: torchrun's GROUP_RANK. clock: its time() right after all ranks met. versions: package -> version, "-" if not
+    installed. devices: name of each GPU, empty on CPU. run_dir_free, shm_free: free space for `run.dir` and in /dev/shm.
+    open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" if it did not see it.
+    model: digest of every file of the model. model_error: why the model cannot be used, or "".
+    data: digest of every data file, by config key. data_error: why data, reward or loss cannot be used, or ""; also "" on nodes
+    that do not train.
+    servers_error: why rollout servers cannot be started there, or ""; also "" on nodes that start none.
     """
 
     number: int
@@ -68,12 +68,12 @@ class NodeFacts:
 
     @property
     def name(self) -> str:
-        """How a finding calls it."""
+        """The node's name in findings."""
         return f"node {self.number} ({self.host})"
 
 
 def collect(config: Config, world_size: int, *, clock: float, token_file: Path) -> NodeFacts:
-    """The facts of this node. token_file: where rank 0 has written its token, read here for at most five seconds."""
+    """The facts of this node. token_file: rank 0's file, awaited for at most five seconds."""
     import torch
 
     count = torch.cuda.device_count() if config.run.platform == "cuda" else 0
@@ -98,7 +98,7 @@ def collect(config: Config, world_size: int, *, clock: float, token_file: Path) 
 
 
 def package_version(package: str) -> str:
-    """The installed version, "-" where there is none."""
+    """The installed version, or "-"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -106,16 +106,16 @@ def package_version(package: str) -> str:
 
 
 def _free(path: Path) -> int:
-    """Room on the disk of `path`, or of the closest directory above it that there is; 0 where it may not be looked at."""
+    """Free bytes on the disk of `path` or its closest existing parent; 0 if it is not accessible."""
     path = path.absolute()
     try:
         return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
     except OSError:
-        return 0  # a node that fails here would leave the others waiting for its facts
+        return 0  # raising here would leave the other nodes waiting for this one's facts
 
 
 def _read_token(file: Path, wait_s: float = 5.0) -> str:
-    """Network file systems may show a new file a little later."""
+    """The token; retries, because network file systems may show a new file late."""
     end = time.monotonic() + wait_s
     while True:
         try:
@@ -127,7 +127,7 @@ def _read_token(file: Path, wait_s: float = 5.0) -> str:
 
 
 def _model(config: Config, world_size: int) -> tuple[dict[str, str], str]:
-    """(digests of its files by name, why the model cannot be used)."""
+    """(digests of the model's files by name, why it cannot be used)."""
     from etr_megatron.checks import check_model
 
     if config.model.path == "tiny":
@@ -142,7 +142,7 @@ def _model(config: Config, world_size: int) -> tuple[dict[str, str], str]:
 
 
 def _data(config: Config) -> tuple[dict[str, str], str]:
-    """(digests of the files of problems by their key, why problems, reward or loss cannot be used) on a node that trains.
+    """(digests of the data files by config key, why data, reward or loss cannot be used) on a node that trains.
 
     A hub dataset is not fetched here.
     """
@@ -161,7 +161,7 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
 
 
 def _digest(file: Path) -> str:
-    """Of its size and of samples, which take milliseconds for any size: the header of a safetensors file is in the first."""
+    """Hash of the size and of samples, which takes milliseconds for any size; the first sample has a safetensors header."""
     size, found = file.stat().st_size, hashlib.sha256()
     found.update(str(size).encode())
     with file.open("rb") as opened:
@@ -172,7 +172,7 @@ def _digest(file: Path) -> str:
 
 
 def _servers(config: Config) -> str:
-    """The interpreter of the servers, on the nodes that start some or their router."""
+    """Why the servers' interpreter cannot be used, on nodes that start servers or the router."""
     from etr_megatron.checks import has_servers, starts_servers
 
     has_router = has_servers(config) and config.sglang.router is not None and os.environ.get("GROUP_RANK", "0") == "0"

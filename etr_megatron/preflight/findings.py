@@ -1,4 +1,4 @@
-"""What the facts of all nodes amount to: pure functions, one finding each."""
+"""Findings from the facts of all nodes: pure functions, one finding each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from etr_megatron.preflight.facts import NodeFacts
 State = Literal["ok", "warning", "FAILED"]
 
 CLOCK_SKEW_S = 1.0
-"""Times in logs and file systems can be compared up to this."""
+"""Up to this skew, times in logs and file systems can be compared."""
 SHM_BYTES = 1 << 30
 """A container's default /dev/shm of 64 MiB is too small for NCCL and data workers."""
 OPEN_FILES = 4096
-"""Sockets of a rank to all others, checkpoints and data."""
+"""Enough for a rank's sockets to all others, checkpoints and data."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One row of the table."""
 
     check: str
     state: State
@@ -29,7 +29,7 @@ class Finding:
 
 
 def findings(nodes: Sequence[NodeFacts], *, token: str, needed_bytes: int) -> list[Finding]:
-    """Everything that follows from the nodes' facts. token: what rank 0 wrote. needed_bytes: of the run's checkpoints."""
+    """All findings from the nodes' facts. token: what rank 0 wrote. needed_bytes: space for the run's checkpoints."""
     return [
         versions(nodes),
         devices(nodes),
@@ -49,7 +49,7 @@ def findings(nodes: Sequence[NodeFacts], *, token: str, needed_bytes: int) -> li
 
 
 def versions(nodes: Sequence[NodeFacts]) -> Finding:
-    """The same packages everywhere."""
+    """Every node has the same package versions."""
     different = []
     for package in nodes[0].versions:
         found = _by(nodes, lambda node, package=package: node.versions[package])
@@ -61,7 +61,7 @@ def versions(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def devices(nodes: Sequence[NodeFacts]) -> Finding:
-    """The same GPUs everywhere."""
+    """Every node has the same GPUs."""
     found = _by(nodes, lambda node: f"{len(node.devices)} x {node.devices[0]}" if node.devices else "CPU")
     if len(found) > 1:
         return Finding("devices", "warning", _spell(found))
@@ -69,7 +69,7 @@ def devices(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def clocks(nodes: Sequence[NodeFacts]) -> Finding:
-    """Read right after all ranks met, so that the difference is at most the time that a meeting takes to end."""
+    """Clocks agree. They are read right after all ranks met, so the error is at most the time that a barrier takes to end."""
     last, first = max(nodes, key=lambda node: node.clock), min(nodes, key=lambda node: node.clock)
     skew = last.clock - first.clock
     if skew > CLOCK_SKEW_S:
@@ -78,7 +78,7 @@ def clocks(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def shared_directory(nodes: Sequence[NodeFacts], token: str) -> Finding:
-    """Every node sees what rank 0 writes into `run.dir`."""
+    """Every node sees what rank 0 writes to `run.dir`."""
     blind = [node.name for node in nodes if node.token != token]
     if blind:
         return Finding("run.dir is shared", "FAILED", f"{', '.join(blind)} cannot see what rank 0 writes there")
@@ -104,13 +104,13 @@ def _each(
     detail: Callable[[NodeFacts], str],
     otherwise: State,
 ) -> Finding:
-    """A check that every node passes by itself."""
+    """A check that each node passes or fails on its own."""
     failing = [node for node in nodes if not passes(node)]
     return Finding(check, otherwise if failing else "ok", _spell(_by(failing or nodes, detail), all_nodes=not failing))
 
 
 def _same(nodes: Sequence[NodeFacts], check: str, files: Callable[[NodeFacts], dict[str, str]]) -> Finding:
-    """The files are the same on all nodes that can read them, as far as samples of them tell."""
+    """The files are the same on all nodes that can read them, judging by samples of them."""
     readable = [files(node) for node in nodes if files(node)]
     names = sorted({name for found in readable for name in found})
     for name in names:
@@ -125,7 +125,7 @@ def _room(needed: int) -> Callable[[NodeFacts], str]:
 
 
 def _by(nodes: Sequence[NodeFacts], value: Callable[[NodeFacts], str]) -> dict[str, list[str]]:
-    """Names of the nodes with each value, in the order met."""
+    """Names of the nodes with each value, in the order of first occurrence."""
     found = defaultdict(list)
     for node in nodes:
         found[value(node)].append(node.name)

@@ -1,6 +1,6 @@
-"""`python -m etr_megatron.preflight.image`: what a container starts with: versions on stderr, 2 where jobs would fail.
+"""`python -m etr_megatron.preflight.image`: check a container at startup: versions to stderr, exit code 2 if jobs would fail.
 
-ETR_PLATFORM=cpu lets the image of GPU nodes run without one.
+ETR_PLATFORM=cpu allows the GPU image to run without a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from etr_megatron.preflight.findings import SHM_BYTES, gib
 
 
 def check(folder: Path, *, gpus: int, wants_gpu: bool) -> list[str]:
-    """Warnings. folder: where the job will write. gpus: that the container sees. wants_gpu: whether its packages are for them.
+    """Warnings. folder: where the job will write. gpus: GPUs that the container sees. wants_gpu: whether the image is for GPUs.
 
-    Raises UserError for what ends every job.
+    Raises UserError for problems that would fail every job.
     """
     if wants_gpu and not gpus:
         raise UserError(
@@ -37,7 +37,7 @@ def check(folder: Path, *, gpus: int, wants_gpu: bool) -> list[str]:
 
 
 def main() -> int:
-    """Print, check; the exit code."""
+    """Print versions and check; returns the exit code."""
     import torch
 
     gpus = torch.cuda.device_count()

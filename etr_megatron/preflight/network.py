@@ -1,4 +1,4 @@
-"""How fast every pair of nodes, and all ranks together, reduce a buffer. A collective."""
+"""Measure the all-reduce bandwidth of every pair of nodes and of all ranks together. A collective."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import torch.distributed as dist
 from etr_megatron.preflight.findings import Finding
 
 SLOW = 0.5
-"""A pair of nodes below this share of the median is called slow."""
+"""A pair of nodes below this fraction of the median is reported as slow."""
 
 
 def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s: float) -> list[Finding]:
-    """All-reduce of `size` bytes between the first ranks of every two nodes, in rounds of pairs without a common one, then over
-    the world.
+    """All-reduce `size` bytes between the first ranks of every two nodes, in rounds of disjoint pairs, then over the world.
 
-    nodes: torchrun's node number of every rank. Returns the findings on every rank. A pair that does not finish by
-    `timeout_s` is named, where the backend lets a process survive that (gloo does, NCCL ends it and says so itself); the others
-    wait for it, so that the world's own deadline is to be longer.
+    nodes: torchrun's node number of every rank. Returns the findings on every rank. A pair that does not finish within
+    `timeout_s` is reported if the process survives (with gloo it does; NCCL aborts it with its own message). The others wait
+    for it, so the world's deadline must be longer.
     """
     firsts = [nodes.index(number) for number in sorted(set(nodes))]
     speeds: dict[tuple[int, int], float | str] = {}
@@ -32,7 +31,7 @@ def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s:
         found: list[tuple[tuple[int, int] | None, float | str | None]] = [(None, None)] * len(nodes)
         dist.all_gather_object(found, (own, speed))
         for pair, told in found:
-            # What went wrong may have gone wrong on one side alone.
+            # A pair may have failed on only one side.
             if pair is not None and told is not None and not isinstance(speeds.get(pair), str):
                 speeds[pair] = told
     speeds = dict(sorted(speeds.items()))
@@ -41,8 +40,8 @@ def measure(nodes: Sequence[int], *, device: torch.device, size: int, timeout_s:
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Every two of so many, (smaller, larger), each once, in as few rounds as there are of pairs that have none in common: one
-    stays, the others go round (Kirkman 1847)."""
+    """Every pair of `count` numbers as (smaller, larger), once each, in the fewest rounds of disjoint pairs: one place is
+    fixed, the others rotate (Kirkman 1847)."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     for _ in range(len(places) - 1):
         couples = zip(places[: len(places) // 2], reversed(places), strict=False)
@@ -51,7 +50,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _pair(ranks: tuple[int, int], device: torch.device, size: int, timeout_s: float) -> float | str:
-    """Bytes per second between two ranks, of which this is one, or what went wrong."""
+    """Bytes per second between two ranks, one of which is this one, or an error message."""
     try:
         group = dist.new_group(sorted(ranks), datetime.timedelta(seconds=timeout_s), use_local_synchronization=True)
         try:
@@ -63,13 +62,13 @@ def _pair(ranks: tuple[int, int], device: torch.device, size: int, timeout_s: fl
 
 
 def _all_reduce(group: dist.ProcessGroup | None, device: torch.device, size: int, rounds: int = 3) -> float:
-    """Bytes of the buffer per second, median of `rounds` after one to warm up. Raises RuntimeError for a wrong sum."""
+    """Buffer bytes per second, median of `rounds` after a warmup round. Raises RuntimeError for a wrong sum."""
     ranks, seconds = dist.get_world_size(group), []
     for _ in range(rounds + 1):
         buffer = torch.ones(size // 4, device=device)
         start = time.perf_counter()
         dist.all_reduce(buffer, group=group)
-        if not bool((buffer == ranks).all()):  # also waits for the device
+        if not bool((buffer == ranks).all()):  # also synchronizes with the device
             raise RuntimeError(f"a sum of ones over {ranks} ranks came out wrong")
         seconds.append(time.perf_counter() - start)
     return size / statistics.median(seconds[1:])
