@@ -1,4 +1,4 @@
-"""Prompts with verifiable answers: sources, templates, the resumable cursor; and the tiny policy with its arithmetic."""
+"""Prompts with verifiable answers: sources, templates and the resumable cursor; also the tiny policy and its arithmetic."""
 
 from etr_megatron.data.cursor import PromptCursor
 from etr_megatron.data.problems import ProblemSet, open_problems, refuse_unknown_tokens

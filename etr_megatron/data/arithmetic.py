@@ -1,13 +1,13 @@
-"""Generated arithmetic: exercises, and worked solutions such as a pupil writes them, column by column from the right.
+"""Generated arithmetic: exercises and worked solutions, column by column from the right.
 
     What is 47+385?            7+5=12
                                4+8+1=13
                                0+3+1=4
                                \\boxed{432}
 
-Invariant: every exercise belongs to exactly one of the splits train, eval and warm_start. Which one is a function of the
-exercise alone (not of a seed, a count or an order), so the splits are disjoint for all seeds and sizes at once; `a+b` and
-`b+a` count as the same exercise.
+Invariant: every exercise belongs to exactly one of the splits train, eval and warm_start. The split depends only on the
+exercise (not on a seed, count or order), so the splits are disjoint for all seeds and sizes; `a+b` and `b+a` count as the
+same exercise.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from etr_megatron.errors import UserError
 ArithmeticSplit = Literal["train", "eval", "warm_start"]
 
 _SPLIT_OF_TENTH: tuple[ArithmeticSplit, ...] = ("eval",) + ("train",) * 6 + ("warm_start",) * 3
-_EQUALS = ("=", "=", " is ")  # uneven, so that greedy decoding of a forgotten carry is not split over two wordings
+_EQUALS = ("=", "=", " is ")  # uneven, so that greedy decoding of a forgotten carry is not split between two wordings
 _SEPARATORS = ("\n", ", ", "; ")
 _DRAWS_PER_PROBLEM = 60
-"""Draws allowed per wanted exercise before the space counts as exhausted; a tenth of all draws fall into `eval`."""
+"""Draws per wanted exercise after which the space counts as exhausted; a tenth of all draws fall into `eval`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class Exercise:
 
 @dataclass(frozen=True, slots=True)
 class Slips:
-    """How careless the demonstrations of the warm start are.
+    """Error rates in the demonstrations of the warm start.
 
-    forgotten_carry: probability that a carry (or borrow) is not taken along into the next column.
-    wrong_digit: probability, per column, that its result is one off.
+    forgotten_carry: probability that a carry (or borrow) is dropped.
+    wrong_digit: probability per column that its result is off by one.
     """
 
     forgotten_carry: float = 0.0
@@ -74,11 +74,11 @@ class Slips:
 
 
 def demonstration(exercise: Exercise, slips: Slips, rng: random.Random) -> str:
-    """Columns, then the result that follows from them, slips included; without slips it is `exercise.result`.
+    """Columns, then the result that follows from them, including slips; without slips it is `exercise.result`.
 
-    Worded one way or another: order of the operands, `=` or `is`, line break, comma or semicolon. The wording carries no
-    information about the result. It gives the policy the entropy that a pretrained model has: without it only the slips are
-    uncertain, one token in a dozen, and importance ratios stay at 1 everywhere else.
+    The wording varies at random: order of the operands, `=` or `is`, line break, comma or semicolon. It carries no information
+    about the result, but gives the policy the entropy of a pretrained model: without it only the slips are uncertain, one token
+    in a dozen, and importance ratios stay at 1 everywhere else.
     """
     width = max(len(str(exercise.a)), len(str(exercise.b)))
     tops = [int(digit) for digit in reversed(str(exercise.a).zfill(width))]
@@ -99,7 +99,7 @@ def demonstration(exercise: Exercise, slips: Slips, rng: random.Random) -> str:
 
 
 def exercises(config: ArithmeticConfig, split: ArithmeticSplit) -> list[Exercise]:
-    """The distinct exercises of `train` or `eval`, as many as configured; the same for the same settings.
+    """The configured number of distinct exercises of `train` or `eval`; deterministic in the settings.
 
     Raises:
         UserError: `config` allows fewer distinct exercises than it asks for.
@@ -123,13 +123,13 @@ def exercises(config: ArithmeticConfig, split: ArithmeticSplit) -> list[Exercise
 
 
 def warm_start_exercises(config: ArithmeticConfig, seed: int) -> Iterator[Exercise]:
-    """An endless stream from the `warm_start` split (with repeats); the same for the same digits, operators and seed."""
+    """An endless stream from the `warm_start` split (with repeats); deterministic in digits, operators and seed."""
     draws = _draws(config, f"warm_start:{seed}")
     return (exercise for exercise in draws if exercise.split == "warm_start")
 
 
 def _column(operator: str, top: int, bottom: int, carry: int, *, last: bool, swapped: bool) -> tuple[str, int, int]:
-    """One column: (what is written left of `=`, its value, what is carried or borrowed); `swapped` writes bottom first."""
+    """One column: (text left of `=`, its value, the carry or borrow); `swapped` writes the bottom digit first."""
     taken_along = f"{operator if operator == '-' else '+'}{carry}" if carry else ""
     if operator == "-":
         borrow = int(top - carry < bottom and not last)
@@ -158,7 +158,7 @@ def _operand(rng: random.Random, digits: int) -> int:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser: a fixed 64-bit hash that does not depend on Python's hash seed."""
+    """SplitMix64's finalizer: a fixed 64-bit hash that does not depend on Python's hash seed."""
     mask = (1 << 64) - 1
     value = (value + 0x9E3779B97F4A7C15) & mask
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask

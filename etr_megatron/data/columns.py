@@ -1,4 +1,4 @@
-"""Columns of a row: one of several names, and `outer.inner` for a value within a nested column."""
+"""Columns of a row, found by one of several names, with `outer.inner` for a value in a nested column."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _MOST_SHOWN = 24
 _ROLES = ("system", "user", "assistant", "tool")
 
 Messages = list[dict[str, str]]
-"""Of a conversation, each with `role` and `content`."""
+"""The messages of a conversation, each with `role` and `content`."""
 
 
 class BrokenRowError(Exception):
-    """Why a row cannot be used."""
+    """A row cannot be used; the message says why."""
 
 
 class NoColumnError(Exception):
-    """Columns that no row has, as a part of a sentence."""
+    """Required columns that no row has; the message is part of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Where a source has what is wanted of its rows. id: None where rows are named by their place."""
+    """The columns to read from a source. id: None if rows are named by their position."""
 
     prompt: str
     answer: str
@@ -37,9 +37,9 @@ class Columns:
 
 
 def find_columns(rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: tuple[str, ...]) -> Columns:
-    """The first of each setting's names that any row has. extra: of `reward.columns`; a source may lack them.
+    """For each setting, the first of its names that any row has. extra: `reward.columns`; a source may lack them.
 
-    Raises NoColumnError: a column that no row has is a wrong config, not many broken rows.
+    Raises NoColumnError, because a column that no row has means a wrong config, not many broken rows.
     """
     available = {name: None for row in rows for name in _names(row)}
     found: dict[str, str | None] = {}
@@ -55,7 +55,7 @@ def find_columns(rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: t
         rest = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
         raise NoColumnError(f"no {' and no '.join(missing)}; its columns are {', '.join([*shown[:_MOST_SHOWN], *rest])}")
     prompt, answer = found["prompt_column"], found["answer_column"]
-    assert prompt is not None and answer is not None  # an empty name is refused with the config
+    assert prompt is not None and answer is not None  # the config refuses empty names
     return Columns(prompt, answer, found["id_column"], extra)
 
 
@@ -67,7 +67,7 @@ def _names(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """What stands in a column, which may have dots in its own name; raises BrokenRowError where there is none."""
+    """The value of a column, whose own name may contain dots; raises BrokenRowError if it is missing or null."""
     found: Any = row
     for part in (column,) if column in row else column.split("."):
         if not isinstance(found, Mapping) or part not in found:
@@ -79,7 +79,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], column: str, *, numbers: bool) -> str:
-    """The text in a column, not blank; with `numbers`, a finite number is written out. Raises BrokenRowError."""
+    """The text in a column; with `numbers`, also a finite number as text. Raises BrokenRowError for anything else or blank."""
     value = value_of(row, column)
     if numbers and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
@@ -91,7 +91,7 @@ def text_of(row: Mapping[str, Any], column: str, *, numbers: bool) -> str:
 
 
 def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
-    """The text of a problem, or the messages of a conversation that ends with the user's. Raises BrokenRowError."""
+    """The text of a problem, or the messages of a conversation that ends with a user message. Raises BrokenRowError."""
     value = value_of(row, column)
     if not isinstance(value, list):
         return text_of(row, column, numbers=False)
@@ -114,7 +114,8 @@ def _message(one: Any, what: str) -> dict[str, str]:
 
 
 def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
-    """What further columns hold, None for one that the row lacks. Raises BrokenRowError for what JSON cannot say."""
+    """The values of further columns, None for one that the row lacks. Raises BrokenRowError for values that JSON cannot
+    hold."""
     found: dict[str, Any] = {}
     for column in columns:
         try:
@@ -122,7 +123,7 @@ def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
         except BrokenRowError:
             value = None
         try:
-            # A copy, as the grader process gets it: a tuple is a list there, and a number that names something is text.
+            # Copy through JSON, as the grader process gets it: tuples become lists and numeric keys become text.
             found[column] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise BrokenRowError(f"column {column!r} cannot be given to a reward function as JSON ({error})") from None
@@ -134,6 +135,6 @@ def _checked_text(text: str, what: str) -> str:
         raise BrokenRowError(f"{what} is empty")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair, which no tokenizer accepts
         raise BrokenRowError(f"{what} holds half a surrogate pair at character {error.start + 1}") from None
     return text

@@ -1,4 +1,4 @@
-"""Which problems come next: a position in an endless, reproducible order that a checkpoint can hold."""
+"""The order of problems: a position in an endless, reproducible order that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PromptCursor:
         cursor = PromptCursor(problems, seed=1, shuffle=True)
         step = cursor.next(16)
 
-    Every problem comes once per epoch; the order of an epoch is a function of (seed, epoch). Nothing is dropped at the end of
-    an epoch: a step takes what is left and goes on in the next one. The problems of one `next` are distinct (a group's
-    id is `<problem id>@<step>`): those that a step has already taken when the new epoch begins go to that epoch's end.
+    Every problem comes once per epoch, in an order that depends on (seed, epoch). Nothing is dropped at the end of an epoch:
+    a step takes what is left and continues in the next one. The problems of one `next` are distinct (a group's
+    id is `<problem id>@<step>`): those that a step took before a new epoch begins move to the end of that epoch.
     """
 
     def __init__(self, problems: ProblemSet, seed: int, shuffle: bool) -> None:
@@ -35,10 +35,10 @@ class PromptCursor:
     def next(self, n: int, after: Collection[str] = ()) -> list[Problem]:
         """The next `n` problems, all different.
 
-        after: ids of problems that the same step was dealt before; these come not again.
+        after: ids of problems that the same step already has; these are not repeated.
 
         Raises:
-            UserError: there are fewer than `n` problems besides those of `after`.
+            UserError: there are fewer than `n` problems besides `after`.
         """
         if n + len(after) > len(self._problems):
             raise UserError(
@@ -61,7 +61,7 @@ class PromptCursor:
         return self._epoch + self._position / len(self._problems)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and text (json): where the cursor stands, and what it stands in."""
+        """JSON values: the cursor's position, and the identity of the problems and their order."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -73,7 +73,7 @@ class PromptCursor:
         """Continue exactly where `state_dict` was taken.
 
         Raises:
-            UserError: the state belongs to other problems, or to another order of them; the cursor is left as it was.
+            UserError: the state belongs to other problems or another order; the cursor is then unchanged.
         """
         names = {
             "problems": "the number of problems",

@@ -1,7 +1,7 @@
-"""The hub that datasets are named on: whether it can be reached at all.
+"""Whether the dataset hub can be reached at all.
 
-Its clients ask six times and wait 23 seconds in between, for every dataset, whether there is a network or not; what is in the
-cache comes after that, and so does the sentence about a name that is misspelled.
+Without a network, hub clients retry six times over 23 seconds for every dataset, before they use the cache or report a
+misspelled name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import httpx
 from huggingface_hub import constants, get_session
 
 PATIENCE_S = 15.0
-"""After which a hub that has not answered counts as out of reach; its clients give a request 10 seconds."""
+"""Seconds after which a silent hub counts as unreachable; its clients allow 10 seconds per request."""
 
 _PAUSES_S = (1.0, 2.0)
-"""Between tries: a network may just be coming up, or have lost a packet."""
+"""Seconds between attempts: a network may be just coming up, or have lost a packet."""
 
 
 @contextmanager
 def hub_or_cache(name: str) -> Iterator[str | None]:
-    """Within the block the dataset `name` comes from the cache alone where it is one of a hub that is out of reach.
+    """Inside the block, load the dataset `name` only from the cache if it is on the hub and the hub is unreachable.
 
-    Yields why that is so; None where it is not, or where offline is what was asked for.
+    Yields the reason, or None if the hub is reachable, not needed, or offline mode was requested.
     """
     import datasets
 
@@ -37,21 +37,21 @@ def hub_or_cache(name: str) -> Iterator[str | None]:
     if why is None:
         yield None
         return
-    # What HF_HUB_OFFLINE=1 does, which both read when they are imported.
+    # The effect of HF_HUB_OFFLINE=1, which both libraries read only at import.
     with mock.patch.object(constants, "HF_HUB_OFFLINE", True), mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True):
         yield f"{constants.ENDPOINT} cannot be reached: {why}"
 
 
 def _is_of_the_hub(name: str) -> bool:
-    """As `datasets` tells: `name` or `owner/name`, and no directory here."""
+    """Whether `datasets` would load it from the hub: `name` or `owner/name`, and no local directory."""
     return name.count("/") <= 1 and not Path(name).is_absolute() and not Path(name).exists()
 
 
 @functools.cache
 def why_unreachable(endpoint: str) -> str | None:
-    """None where something answers, whatever it says; asked once in a process."""
+    """Why the endpoint is unreachable, or None if it answers at all; asked once per process."""
     answers: list[str | None] = []
-    # In a thread, as no timeout holds for a name server that is silent, nor for one address after the other.
+    # In a thread, because request timeouts cover neither a silent name server nor several addresses in sequence.
     asking = threading.Thread(target=lambda: answers.append(_ask(endpoint)), name="hub", daemon=True)
     asking.start()
     asking.join(PATIENCE_S)
@@ -64,7 +64,7 @@ def _ask(endpoint: str) -> str | None:
             get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
             why = str(error) or type(error).__name__
-        except httpx.HTTPError:  # there is somebody: his clients know better what to make of him
+        except httpx.HTTPError:  # the hub is reachable; its clients will report this error better
             return None
         else:
             return None

@@ -1,4 +1,4 @@
-"""The problems of a run: rows that can be used, templated and tokenised."""
+"""The problems of a run: usable rows, templated and tokenized."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProblemSet(Sequence[Problem]):
-    """A list of problems in the order of their source, and what was left out of it.
+    """A list of problems in the order of their source, and counts of what was left out.
 
     problems: each with `prompt` (the user's last message), `answer`, an id unique in the set, and `prompt_ids`.
-    skipped_too_long: prompts of more than `data.max_prompt_tokens` tokens.
-    skipped_broken: rows left out under `data.on_bad_row: skip`.
+    skipped_too_long: number of prompts longer than `data.max_prompt_tokens` tokens.
+    skipped_broken: number of rows left out under `data.on_bad_row: skip`.
     """
 
     problems: list[Problem]
@@ -67,12 +67,12 @@ def open_problems(
     tokenizer: PreTrainedTokenizerBase,
     extra: tuple[str, ...] = (),
 ) -> ProblemSet:
-    """Read a source, apply the templates, tokenise, and leave out what is broken or too long.
+    """Read a source, apply the templates, tokenize, and leave out what is broken or too long.
 
-    extra: `reward.columns`, which the problems keep.
+    extra: `reward.columns`, to be kept in the problems.
 
     Raises:
-        UserError: whatever `read_rows` and `tokenize_prompts` refuse, or nothing is left.
+        UserError: `read_rows` or `tokenize_prompts` raised it, or no problem is left.
     """
     is_generated = source.location == ARITHMETIC
     rows = arithmetic_rows(arithmetic, source.split) if is_generated else read_rows(source, config, extra)
@@ -92,7 +92,7 @@ def open_problems(
 
 
 def refuse_unknown_tokens(problems: Sequence[Problem], vocab_size: int, model_dir: str | Path) -> None:
-    """Raise UserError where a prompt has a token that the model has no embedding for: its tokenizer is another model's."""
+    """Raise UserError if a prompt has a token without an embedding: the tokenizer is another model's."""
     largest = max((max(problem.prompt_ids, default=0) for problem in problems), default=0)
     if largest >= vocab_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""From a prompt's text to the token ids that the engine is given."""
+"""Turn a prompt's text into token ids for the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLACEHOLDER = "{prompt}"
 
 
 def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrainedTokenizerBase:
-    """The tokenizer of a HuggingFace directory; never asks the network. named: what it was given as, for messages.
+    """The tokenizer of a HuggingFace directory; never uses the network. named: the key that gave the path, for messages.
 
     Raises:
         UserError: no such directory, no tokenizer in it, or one that encodes text to nothing.
@@ -28,13 +28,13 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{named}: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
-    # Without its files transformers 5 makes an empty tokenizer of the class that config.json suggests, and says nothing.
+    # Without its files, transformers 5 silently creates an empty tokenizer of the class that config.json suggests.
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{named}: {str(path)!r} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's "
             "tokenizer files there"
         )
-    from transformers import AutoTokenizer  # two seconds, for which who only reads problems has no use
+    from transformers import AutoTokenizer  # takes two seconds, not needed to only read problems
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -53,10 +53,10 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
 
 
 def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
-    """The messages that ask for a response: a problem's text in `data.prompt_template`, or chat messages with their last one in
-    it; before them `data.system_prompt`, unless they begin with a system message of their own.
+    """The messages that ask for a response: a problem's text, or the last chat message, in `data.prompt_template`, preceded by
+    `data.system_prompt` unless the messages begin with a system message.
 
-    Other braces of the template (`\\boxed{}`) are kept.
+    Other braces in the template (`\\boxed{}`) are kept.
 
     Raises:
         UserError: the template lacks `{prompt}`.
@@ -75,10 +75,10 @@ def tokenize_prompts(
     """Token ids of each conversation, in one batch: 7,000 prompts take about a second.
 
     With the tokenizer's chat template (and `data.chat_template`) they end where the assistant's turn begins; without it they
-    are the user's message with the tokenizer's own special tokens.
+    are the user's message with the tokenizer's default special tokens.
 
     Raises:
-        UserError: the chat template refuses the messages, or there is no template for more than a user's message.
+        UserError: the chat template refuses the messages, or several messages have no template.
     """
     if not conversations:
         return []
@@ -96,5 +96,5 @@ def tokenize_prompts(
             f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or set "
             "data.chat_template=false"
         ) from error
-    # The template has written the special tokens itself.
+    # The template has already added the special tokens.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -1,9 +1,8 @@
-"""Where rows come from: generated arithmetic, a .jsonl or .parquet file, a dataset of the hub. Nothing is tokenised here.
+"""Sources of rows: generated arithmetic, a .jsonl or .parquet file, or a hub dataset. Nothing is tokenized here.
 
-.parquet and hub datasets are read by `datasets`. The lines of a .jsonl file are parsed here, because that reader names
-neither the line nor the file of what it cannot parse, cannot leave a line out, and stops where the type of a column that
-nobody asked for differs between lines. `datasets` is imported where it reads: it takes half a second of every rank's start, and
-arithmetic and .jsonl have no use for it.
+`datasets` reads .parquet and hub datasets. The lines of a .jsonl file are parsed here, because that reader does not name the
+line or file of a parse error, cannot skip a line, and stops if the type of an unused column differs between lines. `datasets`
+is imported only where it reads: it adds half a second to every rank's startup, and arithmetic and .jsonl do not need it.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _PARQUET_BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A prompt and its answer as they stand in the source.
+    """A prompt and its answer as in the source.
 
     id: value of the id column, else `<file>:<line or row>` (counted from 1).
-    prompt: text, or the messages of a conversation that ends with the user's.
+    prompt: text, or the messages of a conversation that ends with a user message.
     answer: text, not empty.
-    extra: further columns, for a reward of the user's own.
+    extra: further columns, for a custom reward function.
     """
 
     id: str
@@ -55,7 +54,7 @@ class Row:
 
 @dataclass(slots=True)
 class Rows:
-    """What was read: the good rows in their order, and how many broken ones were left out (`on_bad_row: skip`)."""
+    """The good rows in order, and the number of broken ones left out (`on_bad_row: skip`)."""
 
     good: list[Row] = field(default_factory=list)
     broken: int = 0
@@ -67,12 +66,12 @@ def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit) -> Rows:
 
 
 def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -> Rows:
-    """Rows of a .jsonl file, a .parquet file or a hub dataset (`name`, `name:config`, or a directory that holds one).
+    """Rows of a .jsonl file, a .parquet file or a hub dataset (`name`, `name:config`, or a directory with one).
 
     Args:
-        source: not the generated one.
-        config: column names and what happens to a broken row.
-        extra: further columns to keep; a row that lacks one has None.
+        source: any but generated arithmetic.
+        config: column names and the handling of broken rows.
+        extra: further columns to keep; None in a row that lacks one.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
@@ -93,7 +92,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
 
 
 def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataConfig, extra: tuple[str, ...]) -> Rows:
-    """Apply the column and row rules to (place, row) pairs; a row that could not be parsed comes as its `BrokenRowError`."""
+    """Apply the column and row rules to (place, row) pairs; an unparsable row is given as its `BrokenRowError`."""
     where = f"{source.key}: {source.location!r}"
     try:
         pairs = list(located)
@@ -140,19 +139,19 @@ def _row(raw: Mapping[str, Any], place: str, columns: Columns) -> Row:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`<file>:<line>`, object or the reason why it is none) for every line that is not blank."""
+    """(`<file>:<line>`, object or the `BrokenRowError`) for every line that is not blank."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else what is cut off ends on a line 2
+                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else a truncated line's error is on a line 2
             except UnicodeDecodeError as error:
                 yield place, BrokenRowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
                 yield place, BrokenRowError(f"not JSON at character {error.colno} ({error.msg})")
-            except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
+            except (RecursionError, ValueError) as error:  # too deeply nested, or an integer of thousands of digits
                 yield place, BrokenRowError(f"not readable JSON ({error})")
             else:
                 yield place, row if isinstance(row, dict) else BrokenRowError(f"a JSON {type(row).__name__}, not an object")
@@ -164,29 +163,29 @@ def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
-    """Streamed from where it lies, with no copy in the cache of `datasets`."""
+    """The rows of a parquet file, streamed without a copy in the cache of `datasets`."""
     import datasets
 
     try:
-        # A batch size of our own, because the reader's default (the first row group's size) fails on an empty file.
+        # Set a batch size, because the reader's default (the first row group's size) fails on an empty file.
         return list(
             datasets.load_dataset(
                 "parquet", data_files={"rows": str(path)}, split="rows", streaming=True, batch_size=_PARQUET_BATCH
             )
         )
-    except Exception as error:  # pyarrow's and datasets' own types, with no common base
+    except Exception as error:  # pyarrow and datasets raise types without a common base
         raise UserError(f"{key}: {str(path)!r} cannot be read as parquet ({_first_line(error)}); write it anew") from error
 
 
 def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
-    """A split of a hub dataset, from the local cache of `datasets` when offline, or where there is no network."""
+    """A split of a hub dataset, from the local cache of `datasets` in offline mode or without a network."""
     import datasets
 
     name, _, subset = source.partition(":")
     with hub_or_cache(name) as unreachable:
         try:
             return datasets.load_dataset(name, subset or None, split=split)
-        except Exception as error:  # hub clients raise types of their own (httpx, huggingface_hub) with no common base
+        except Exception as error:  # hub clients (httpx, huggingface_hub) raise types without a common base
             is_absent = unreachable is not None and isinstance(error, ConnectionError)
             reason = f"it is not in the cache, and {unreachable}" if is_absent else _first_line(error)
             raise UserError(

@@ -1,11 +1,12 @@
-"""`model.path: tiny`: the warm-started policy, built once per set of settings and kept in a cache.
+"""`model.path: tiny`: the warm-started policy, built once per set of settings and cached.
 
-How it stays whole when several ranks ask at once and any of them may be killed:
+It stays consistent when several ranks ask at once and any of them may be killed:
 
-1. A finished build is the directory `tiny-<hash of the settings>`, and only a rename makes it appear: complete or absent.
-2. Who builds holds `tiny-<hash>.lock` (flock: the kernel frees it when its holder dies) and writes to `tiny-<hash>.partial`.
-3. Who waits looks again, with a deadline, for the lock or the finished directory. Whoever gets the lock after a builder
-   died finds no finished directory, deletes what was left, and builds.
+1. A finished build is the directory `tiny-<hash of the settings>`, created by a rename: it is complete or absent.
+2. The builder holds `tiny-<hash>.lock` (flock: the kernel releases it when its holder dies) and writes to
+   `tiny-<hash>.partial`.
+3. The other ranks poll, with a deadline, for the lock. A rank that gets it after a builder died finds no finished directory,
+   deletes the partial one, and builds.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import sync_to_disk
 
 _RECIPE = 1
-"""Raise when a change of this code would build another policy from the same settings."""
+"""Increment when a change to this code would build a different policy from the same settings."""
 _POLL_S = 0.2
 
 
 def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progress: bool, timeout_s: float = 1800.0) -> Path:
     """The directory (HuggingFace format: weights, config, tokenizer) of the tiny policy, built if the cache lacks it.
 
-    The build takes a minute or two on one CPU thread and is the same bit for bit for the same settings and machine; the
-    caller's torch thread count and random state are as before. Safe to call from every rank at once: one builds, the
-    others wait.
+    The build takes a minute or two on one CPU thread and is bit-identical for the same settings and machine. It leaves the
+    caller's torch thread count and random state unchanged. Safe to call from every rank at once: one builds, the others
+    wait.
 
     Args:
         tiny: architecture, warm start, and `cache_dir`.
-        arithmetic: digits and operators of the warm start; its counts and seed play no part.
-        progress: show a bar while building.
-        timeout_s: how long to wait, in seconds, for another process that builds the same policy.
+        arithmetic: digits and operators of the warm start; its counts and seed have no effect.
+        progress: show a progress bar while building.
+        timeout_s: seconds to wait for another process that builds the same policy.
 
     Raises:
         UserError: the cache cannot be written, or another process is still building after `timeout_s`.
@@ -70,12 +71,12 @@ def build_tiny_policy(tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progres
 
 
 def tiny_policy_path(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Path:
-    """Where the cache has the tiny policy of these settings, built or not."""
+    """The cache directory for the tiny policy of these settings, whether built or not."""
     return Path(tiny.cache_dir) / f"tiny-{_settings_hash(tiny, arithmetic)}"
 
 
 def _settings_hash(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> str:
-    """12 hex digits over everything that shapes the policy."""
+    """12 hex digits over everything that determines the policy."""
     return hashlib.sha256(json.dumps(_settings(tiny, arithmetic), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -99,7 +100,7 @@ def _only_builder(finished: Path, timeout_s: float) -> Iterator[bool]:
                     "wait for it, end it, or set another tiny.cache_dir"
                 )
             time.sleep(_POLL_S)
-        yield not finished.is_dir()  # closing the file frees the lock
+        yield not finished.is_dir()  # closing the file releases the lock
 
 
 def _build(finished: Path, tiny: TinyConfig, arithmetic: ArithmeticConfig, *, progress: bool) -> None:
@@ -127,7 +128,7 @@ def _build(finished: Path, tiny: TinyConfig, arithmetic: ArithmeticConfig, *, pr
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread inside, so that the sums, hence the weights, do not depend on the machine's core count."""
+    """Use one torch thread inside, so that sums, and hence weights, do not depend on the machine's core count."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The tiny policy itself: its tokenizer, its architecture, and the supervised warm start on careless demonstrations."""
+"""The tiny policy: its tokenizer, its architecture, and the supervised warm start on demonstrations with errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _TOKENIZER_EXERCISES = 2000
 _WARMUP_SHARE = 0.05
 
-# transformers maps `model_type: qwen3` to Qwen2Tokenizer, which rebuilds normaliser and pre-tokeniser by itself and keeps
-# only vocabulary and merges. With Qwen2's own rules (every digit on its own, then bytes) both ways of loading agree.
+# transformers maps `model_type: qwen3` to Qwen2Tokenizer, which rebuilds normalizer and pre-tokenizer itself and keeps
+# only vocabulary and merges. With Qwen2's own rules (split every digit, then bytes) both ways of loading agree.
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,7 +37,7 @@ _CHAT_TEMPLATE = (
 
 
 def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTrainedTokenizerBase:
-    """A byte-level BPE (any text encodes), one token per digit, merges learnt from prompts and solutions of the warm start."""
+    """A byte-level BPE (encodes any text) with one token per digit and merges learned from the warm start's texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,7 +70,7 @@ def train_tokenizer(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> PreTraine
 
 
 def new_model(tiny: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights from torch's global generator: qk-norm, grouped-query attention, untied embeddings, fp32."""
+    """A Qwen3 with random weights from torch's global generator: QK norm, grouped-query attention, untied embeddings, fp32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return Qwen3ForCausalLM(
@@ -101,9 +101,9 @@ def warm_start(
     *,
     progress: bool,
 ) -> float | None:
-    """Supervised training on demonstrations, in place: AdamW, linear warm-up then cosine to zero, loss on the solution only.
+    """Supervised training on demonstrations, in place: AdamW, linear warmup then cosine to zero, loss only on the solution.
 
-    Returns the mean loss (nats per solution token) of the last step, None without steps.
+    Returns the mean loss (nats per solution token) of the last step, or None without steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.warm_start_lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, tiny.warm_start_steps))
@@ -116,7 +116,7 @@ def warm_start(
     with tqdm(total=tiny.warm_start_steps, desc=what, disable=None if progress else True, dynamic_ncols=True) as bar:
         for _ in range(tiny.warm_start_steps):
             input_ids, labels = _batch(list(itertools.islice(demonstrations, tiny.warm_start_batch)), tokenizer)
-            # Padding is on the right, so causal attention alone keeps it away from every position that counts.
+            # Padding is on the right, so causal attention alone keeps real positions from seeing it.
             loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,7 +131,7 @@ def warm_start(
 
 
 def _lr_share(step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step` of `steps`."""
+    """Fraction of the peak learning rate at `step` of `steps`."""
     warmup = max(1, round(_WARMUP_SHARE * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -139,7 +139,7 @@ def _lr_share(step: int, steps: int) -> float:
 
 
 def _demonstrations(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Iterator[tuple[str, str]]:
-    """Endless (question, solution)."""
+    """An endless stream of (question, solution)."""
     rng = random.Random(tiny.warm_start_seed)
     slips = Slips(forgotten_carry=tiny.forgotten_carry, wrong_digit=tiny.wrong_digit)
     for exercise in warm_start_exercises(arithmetic, tiny.warm_start_seed):
@@ -149,7 +149,7 @@ def _demonstrations(tiny: TinyConfig, arithmetic: ArithmeticConfig) -> Iterator[
 def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded (input_ids, labels), int64 [pairs, longest]; labels are -100 on prompt and padding.
 
-    Prompts are templated as RL will template them; a solution ends with the end of the turn.
+    Prompts are templated as in RL; a solution ends with the end-of-turn token.
     """
     prompts = tokenize_prompts([conversation(question, DataConfig()) for question, _ in pairs], DataConfig(), tokenizer)
     solutions = tokenizer([solution + TURN_END for _, solution in pairs], add_special_tokens=False)["input_ids"]

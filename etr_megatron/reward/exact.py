@@ -1,4 +1,4 @@
-"""Compare plain answers exactly, as text or as rational numbers: most answers, in microseconds, without a parser."""
+"""Compare plain answers exactly, as text or as rational numbers: handles most answers in microseconds, without a parser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FRAC = re.compile(
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}\\]*)\}")
 
 APPROXIMATION_DECIMALS = 6
-"""A decimal with at least so many places also equals the fraction that it is the rounding of (0.333333 and 1/3)."""
+"""A decimal with at least this many places also equals the fraction that it rounds (0.333333 and 1/3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class PlainNumber:
 
 
 def tidy(answer: str) -> str:
-    r"""`answer` without what carries no meaning.
+    r"""`answer` without characters that carry no meaning.
 
-    That is `$`, spaces such as `\,`, `\left` and `\right`, braces in `1{,}000`, the Unicode minus, `\text{}` around all
-    of it, and a full stop at the end.
+    That is `$`, spaces such as `\,`, `\left` and `\right`, braces in `1{,}000`, an enclosing `\text{}`, and a period at the
+    end. The Unicode minus becomes `-`.
     """
     text = answer.replace("−", "-").replace("{,}", ",").replace("\\$", "").replace("$", "")
     text = re.sub(r"(?<!\\)\\(?:(?:left|right)(?![a-zA-Z])|[,!;: ])", "", text)
@@ -42,9 +42,9 @@ def tidy(answer: str) -> str:
 
 
 def plain_number(text: str) -> PlainNumber | None:
-    r"""The number that a tidied `text` is as a whole, else None: `1,000`, `-.5`, `72.0`, `1/2`, `\frac{1}{2}`, `1e-3`, `50%`.
+    r"""Parse a whole tidied `text` as a number, else None: `1,000`, `-.5`, `72.0`, `1/2`, `\frac{1}{2}`, `1e-3`, `50%`.
 
-    Exponents have at most three digits, so that no text makes a number too large to compute with.
+    Exponents have at most three digits, so that no text yields a number too large to compute with.
     """
     percent = text.endswith("%")
     if percent:
@@ -81,7 +81,7 @@ def _decimal(text: str) -> tuple[Fraction, int] | None:
 def same_number(reference: PlainNumber, candidate: PlainNumber) -> bool:
     """Whether two numbers are equal as rationals.
 
-    A percentage meets both conventions where only one side has the sign: `50%` equals 50 (the question asked "what
+    If only one side has a percent sign, both conventions match: `50%` equals 50 (the question asked "what
     percentage") and 0.5. A long decimal equals the fraction that it rounds (see APPROXIMATION_DECIMALS).
     """
     values = {candidate.value}
@@ -101,7 +101,7 @@ def _close(reference: PlainNumber, candidate: PlainNumber, value: Fraction) -> b
 
 
 def _terminates(value: Fraction) -> bool:
-    """Whether the decimal expansion ends, so that there is no excuse for rounding it."""
+    """Whether the decimal expansion ends, so that a rounded form does not count as equal."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:

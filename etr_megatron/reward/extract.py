@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 
 MAX_ANSWER_CHARS = 500
-"""A longer "answer" is no answer: it counts as wrong rather than being fed to a parser."""
+"""A longer "answer" counts as wrong instead of being parsed."""
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASH = re.compile(r"####[ \t]*([^\n]*)")
 _UNSIGNED = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
 _NUMBER_AND_UNIT = re.compile(r"(\$?[-−]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+[A-Za-z][A-Za-z .]+")
-# A sign counts unless something stands before it that it subtracts from: "10-5" ends with 5, "= -5" with -5.
+# A sign counts unless it subtracts from something before it: "10-5" ends with 5, "= -5" with -5.
 _SIGN = r"(?:(?<![\w)\]}.])[-−+])?"
 _LAST_NUMBER = re.compile(
     rf"{_SIGN}(?:\\[dt]?frac\{{[-−]?[0-9]+\}}\{{[0-9]+\}}|(?:{_UNSIGNED})(?:/[0-9]+(?![0-9/]|\.[0-9]))?)(?:\s?\\?%)?"
@@ -21,12 +21,12 @@ _LAST_NUMBER = re.compile(
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}` (or `\fbox`), braces inside it balanced; `\boxed 5` is 5."""
+    r"""Content of the last closed `\boxed{...}` (or `\fbox`), with balanced braces; `\boxed 5` is 5."""
     return _last_box(text, 0, len(text), _closing_braces(text)) if _BOXED.search(text) else None
 
 
 def _last_box(text: str, start: int, stop: int, closing: dict[int, int]) -> str | None:
-    """`boxed` of `text[start:stop]`; of a box that holds nothing before another box, the inner one."""
+    """`boxed` of `text[start:stop]`; for a box that starts with another box, the inner one."""
     found: str | None = None
     position = start
     while (match := _BOXED.search(text, position, stop)) is not None:
@@ -43,7 +43,7 @@ def _last_box(text: str, start: int, stop: int, closing: dict[int, int]) -> str 
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """From each brace to the one that closes it, where no answer would be too long; escaped braces do not count."""
+    """Map each opening brace to its closing one, unless they are too far apart for an answer; ignores escaped braces."""
     closing: dict[int, int] = {}
     open_at: list[int] = []
     for match in _BRACE.finditer(text):
@@ -57,9 +57,9 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 
 def after_hash(text: str) -> str | None:
-    """The rest of the line after the last `####`, without a full stop at its end.
+    """The rest of the line after the last `####`, without a period at its end.
 
-    Of a number with a unit in words ("72 dollars") the number, as GSM8K's own evaluation takes it.
+    For a number with a unit in words ("72 dollars"), the number, as in GSM8K's own evaluation.
     """
     matches = _HASH.findall(text)
     answer = matches[-1].strip().strip("*").rstrip(".").strip() if matches else ""
@@ -91,9 +91,9 @@ def extract_answer(text: str, order: Sequence[str]) -> str | None:
 
 
 def reference_answer(text: str, order: Sequence[str]) -> str:
-    r"""The reference answer itself: data such as GSM8K's keeps it behind a worked solution and `####`, others in `\boxed`.
+    r"""The bare reference answer: data such as GSM8K has it after a worked solution and `####`, other data in `\boxed`.
 
-    A text without a marker is the answer. Where it has both markers, `order` decides.
+    A text without a marker is the answer itself. If it has both markers, `order` decides.
     """
     markers = [name for name in order if name != "last_number"]
     markers += [name for name in ("hash", "boxed") if name not in markers]

@@ -1,4 +1,4 @@
-"""From `reward.function` to a callable that grades one request inside a grader process."""
+"""Turn `reward.function` into a callable that grades one request inside a grader process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from etr_megatron.reward.grade import Grade, GradeRequest
 Grader = Callable[[GradeRequest], Grade]
 
 ROUNDING = 1e-6
-"""How far beyond its range, as a share of it, a reward may lie and be taken for its end: what a sum of float32 is off by."""
+"""A reward outside its range by at most this fraction of it is clamped: float32 sums have errors of this size."""
 
 
 def load_grader(config: RewardConfig) -> Grader:
-    """The grader that `config.function` names, ready to grade (imports done, parsers warm).
+    """The grader that `config.function` names, ready to grade (imports done, parsers warmed up).
 
-    Raises ImportPathError if the user's module or function cannot be had, or takes other arguments.
+    Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
     if config.function == "math":
         from etr_megatron.reward import symbolic
@@ -47,18 +47,18 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
 
 
 def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: RewardConfig) -> Grade:
-    """A user's function may fail on one answer: that answer is an error with its message, the run goes on."""
+    """Grade with a user's function. If it fails on an answer, that answer gets status "error", and the run continues."""
     try:
         extra = (request.extra,) if config.columns else ()
         value = function(request.prompt, request.response, request.answer, *extra)
-    except (Exception, SystemExit) as error:  # a script's main() may end in sys.exit
+    except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
     try:
         reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
-    except Exception:  # numpy's and torch's types raise what they like
+    except Exception:  # numpy and torch types raise various exceptions
         reward = float("nan")
     if not math.isfinite(reward):
-        shown = reprlib.repr(value)  # survives a value that cannot show itself
+        shown = reprlib.repr(value)  # does not fail if the value's own repr does
         return Grade(config.range_min, "error", f"{config.function} returned {shown}, which is no finite number")
     within = min(max(reward, config.range_min), config.range_max)
     if abs(reward - within) > ROUNDING * (config.range_max - config.range_min):

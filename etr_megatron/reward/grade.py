@@ -1,4 +1,4 @@
-"""What is graded and what comes back."""
+"""Requests to graders and their results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from etr_megatron.types import RewardStatus
 
 @dataclass(frozen=True, slots=True)
 class GradeRequest:
-    """One response to be graded. prompt: the user's message. answer: the reference answer, as the data has it. extra: what
-    `reward.columns` names."""
+    """One response to grade. prompt: the user's message. answer: the reference answer as in the data. extra: values of
+    `reward.columns`."""
 
     prompt: str
     response: str
@@ -23,9 +23,9 @@ class GradeRequest:
 class Grade:
     """The verdict on one response.
 
-    reward: within `reward.range_min` and `reward.range_max`; the minimum where the status is not "ok".
+    reward: within `reward.range_min` and `reward.range_max`; the minimum if the status is not "ok".
     status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), "error" (the reward
-        function failed, or crashed its process twice), or "out_of_range" (it gave what the config says that it cannot give).
+        function failed, or crashed its process twice), or "out_of_range" (its reward was outside the configured range).
     detail: what was compared, or what went wrong; for people.
     """
 

@@ -10,7 +10,7 @@ from etr_megatron.reward.extract import MAX_ANSWER_CHARS, extract_answer, refere
 
 
 class UnusableReferenceError(ValueError):
-    """The data's reference answer is nothing a response can be compared with."""
+    """The data's reference answer cannot be compared with a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Verdict:
 
 
 def judge(response: str, answer: str, config: RewardConfig) -> Verdict:
-    """Extract, then compare as text, as rational numbers, and only then symbolically.
+    """Extract the answer and compare it as text, then as rational numbers, and only then symbolically.
 
     answer: the reference, with or without a worked solution before `####` or `\\boxed{}`.
     Raises UnusableReferenceError for a reference that is empty or too long to be an answer.
@@ -52,7 +52,7 @@ def equal(reference: str, candidate: str) -> bool:
         return same_number(number, candidate_number)
     if not candidate:
         return False
-    # Here and not above: it changes SymPy for the whole process, which only a grader may afford.
+    # Imported here because it patches SymPy for the whole process, which is only acceptable in a grader.
     from etr_megatron.reward.symbolic import symbolically_equal
 
     return symbolically_equal(reference, candidate)

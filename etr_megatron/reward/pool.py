@@ -1,4 +1,4 @@
-"""The pool of grader processes: order kept, every answer under a wall-clock limit, stuck and crashed graders replaced."""
+"""A pool of grader processes: keeps order, limits wall-clock time per answer, replaces stuck and crashed graders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.reward.process import GraderProcess, Job, close_all, encode
 
 STARTUP_TIMEOUT_S = 300.0
-"""A grader that has not reported ready by then never will (a user's module may load a model first)."""
+"""Deadline for a grader to report ready (a user's module may load a model first)."""
 MAX_INFLIGHT = 32
-"""Requests sent ahead to one worker, which hides the pipe's latency behind its work."""
+"""Requests sent ahead to one worker, to hide the pipe's latency."""
 MAX_CRASHES = 2
-"""An answer whose grading ended that many processes is an error: one crash may have another cause, such as memory."""
+"""An answer that crashes this many workers is an error; a single crash may have another cause, such as memory."""
 
 
 class GraderPool:
@@ -28,7 +28,7 @@ class GraderPool:
         with GraderPool(config.reward) as pool:
             grades = pool.grade([GradeRequest(prompt, response, answer), ...])
 
-    Works from any thread (no signals are used); concurrent calls of `grade` take turns. Workers die with this process,
+    Works from any thread (it uses no signals); concurrent calls of `grade` take turns. Workers die with this process,
     however it ends.
     """
 
@@ -73,7 +73,7 @@ class GraderPool:
             try:
                 return _Round(self, requests).run()
             except BaseException:
-                # Replies still on their way belong to this call; no later call may take them for its own.
+                # Replies still in flight belong to this call; a later call must not take them for its own.
                 for worker in [w for w in self._workers if w.inflight]:
                     self._drop(worker)
                 raise
@@ -95,7 +95,7 @@ class GraderPool:
 
 
 class _Round:
-    """One call of `grade`: what is pending, what came back."""
+    """One call of `grade`: pending requests and received grades."""
 
     def __init__(self, pool: GraderPool, requests: Sequence[GradeRequest]) -> None:
         self._pool = pool
@@ -112,12 +112,12 @@ class _Round:
                 self._feed(worker)
             for worker in self._wait():
                 self._receive(worker)
-            # Only now: a reply that lies in the pipe is in time, however late we are to read it.
+            # Only after reading: a reply already in the pipe is in time, however late it is read.
             self._enforce_deadlines()
         return [grade for grade in self._grades if grade is not None]
 
     def _feed(self, worker: GraderProcess) -> None:
-        """Keep a ready worker busy, with fewer requests ahead towards the end so that all workers end together."""
+        """Keep a ready worker busy; sends fewer requests ahead towards the end, so that all workers finish together."""
         if not worker.ready:
             return
         share = len(self._pending) // (2 * self._config.workers)
@@ -126,7 +126,7 @@ class _Round:
             worker.send(self._pending.popleft())
 
     def _wait(self) -> list[GraderProcess]:
-        """Workers with something to read, after at most the time to the next deadline; queued requests are written."""
+        """Write queued requests and return workers with something to read, waiting at most until the next deadline."""
         workers = self._pool._workers
         now = time.monotonic()
         deadlines = [self._deadline(worker) for worker in workers]
@@ -191,7 +191,7 @@ class _Round:
             self._requeue(jobs[1:])
 
     def _requeue(self, jobs: list[Job]) -> None:
-        """Jobs that a lost worker never came to go first again, and the worker is replaced."""
+        """Put the jobs that a lost worker did not reach back at the front, and replace the worker."""
         self._pending.extendleft(reversed(jobs))
         self._pool._fill()
 

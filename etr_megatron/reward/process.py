@@ -1,4 +1,4 @@
-"""One grader process as the pool sees it: non-blocking pipes, requests in flight, and the clock of the first of them."""
+"""The pool's handle of one grader process: non-blocking pipes, requests in flight, and the clock of the first one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CLOSE_GRACE_S = 1.0
 
 @dataclass(slots=True)
 class Job:
-    """A request on its way. index: its position among those graded together. crashes: processes it has cost."""
+    """A request in flight. index: its position in the call of `grade`. crashes: workers that it has crashed."""
 
     index: int
     line: bytes
@@ -36,11 +36,11 @@ def encode(request: GradeRequest) -> bytes:
 
 
 class GraderProcess:
-    """A started worker. Not thread-safe; the pool's caller drives it.
+    """A started worker. Not thread-safe; the pool's calling thread drives it.
 
-    inflight: jobs written or queued for writing, in the order in which replies come.
-    head_since: `time.monotonic()` at which the worker could begin with `inflight[0]`: when the previous reply came, or
-        when the request was sent. None while it starts up: importing costs nobody's time limit.
+    inflight: jobs written or queued for writing, in the order of their replies.
+    head_since: `time.monotonic()` at which the worker could begin with `inflight[0]`: when the previous reply arrived, or
+        when the request was sent. None without jobs; startup does not count against the time limit.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -66,7 +66,7 @@ class GraderProcess:
 
     @property
     def read_fd(self) -> int:
-        """Descriptor that becomes readable with replies and at the worker's end."""
+        """Descriptor that becomes readable with replies and when the worker ends."""
         return self._stdout.fileno()
 
     @property
@@ -76,11 +76,11 @@ class GraderProcess:
 
     @property
     def wants_to_write(self) -> bool:
-        """Whether queued requests did not fit the pipe yet."""
+        """Whether queued requests are still waiting for room in the pipe."""
         return bool(self._outgoing)
 
     def send(self, job: Job) -> None:
-        """Queue a request and write what the pipe takes."""
+        """Queue a request and write what fits into the pipe."""
         if not self.inflight:
             self.head_since = time.monotonic()
         self.inflight.append(job)
@@ -88,7 +88,7 @@ class GraderProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Write queued requests until the pipe is full. A worker that is gone is noticed where its output ends."""
+        """Write queued requests until the pipe is full. A dead worker is detected by the end of its output."""
         try:
             while self._outgoing:
                 written = os.write(self.write_fd, self._outgoing)
@@ -99,7 +99,7 @@ class GraderProcess:
             self._outgoing.clear()
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """(complete messages, whether the worker's output has ended). Reads what is there, without waiting."""
+        """(complete messages, whether the worker's output has ended). Reads what is available, without waiting."""
         ended = False
         while True:
             try:
@@ -115,7 +115,7 @@ class GraderProcess:
         return [json.loads(line) for line in lines], ended
 
     def finish_head(self) -> Job:
-        """The job whose reply came; the clock of the next one starts."""
+        """Pop the job whose reply arrived, and start the clock of the next one."""
         job = self.inflight.popleft()
         self.head_since = time.monotonic() if self.inflight else None
         return job
@@ -129,7 +129,7 @@ class GraderProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def close(self, deadline: float) -> None:
-        """Let an idle worker end by itself (end of input) until `deadline` (`time.monotonic()`), then kill it."""
+        """Let an idle worker exit by itself (on end of input) until `deadline` (`time.monotonic()`), then kill it."""
         self._stdin.close()
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -140,7 +140,7 @@ class GraderProcess:
 
 
 def close_all(processes: list[GraderProcess]) -> None:
-    """End processes side by side; those that do not go within a second are killed."""
+    """End processes concurrently; kill those that do not exit within a second."""
     deadline = time.monotonic() + _CLOSE_GRACE_S
     for process in processes:
         if process.inflight or not process.ready:
@@ -150,7 +150,7 @@ def close_all(processes: list[GraderProcess]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The parent's environment; the user's module is found from the working directory, ours from wherever it lies."""
+    """The parent's environment, with the working directory (for the user's module) and our package's root on PYTHONPATH."""
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [os.getcwd(), package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

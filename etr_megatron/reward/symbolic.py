@@ -1,15 +1,15 @@
-"""Symbolic equality of two untrusted LaTeX answers through math-verify. Import it in a grader process only.
+"""Symbolic equality of two untrusted LaTeX answers with math-verify. Import it only in a grader process.
 
-What keeps model output away from `eval`, which `sympy.sympify` and `parse_expr` are built on:
+These measures keep model output away from `eval`, which `sympy.sympify` and `parse_expr` use:
 
-1. Answers are parsed by math-verify's LaTeX path alone (an ANTLR grammar that builds SymPy objects). Its other path,
-   `ExprExtractionConfig`, hands text to `parse_expr` and is not used.
-2. The LaTeX path still reads number tokens through `sympify`. On import this module replaces SymPy's string parser by one
-   that knows decimal literals and single names and refuses everything else, so no text reaches `eval` through SymPy.
-3. While an answer is being compared, an audit hook refuses to compile or run code from a string, to start processes and
-   to connect sockets, whoever asks. Hooks cannot be removed: another reason to stay out of the trainer's process.
+1. Answers are parsed only by math-verify's LaTeX path (an ANTLR grammar that builds SymPy objects). Its other path,
+   `ExprExtractionConfig`, passes text to `parse_expr` and is not used.
+2. The LaTeX path still reads number tokens through `sympify`. On import, this module replaces SymPy's string parser by one
+   that accepts only decimal literals and single names, so no text reaches `eval` through SymPy.
+3. While an answer is being compared, an audit hook refuses to compile or run code from a string, start processes or
+   connect sockets, whatever the caller. Hooks cannot be removed: another reason to stay out of the trainer's process.
 
-An answer that takes forever (`9^{9^{9}}`) or exhausts memory is the pool's business: it kills the process.
+The pool handles an answer that takes forever (`9^{9^{9}}`) or exhausts memory: it kills the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RefusedError(RuntimeError):
 
 
 def _parse_literal(text: str, *_args: Any, **_kwargs: Any) -> sympy.Expr:
-    """In place of `sympy.parse_expr`: decimal literals and names (SymPy makes its own units from them), nothing else."""
+    """Replaces `sympy.parse_expr`; accepts only decimal literals and names (from which SymPy creates its own units)."""
     text = text.strip()
     if _NAME.fullmatch(text):
         return sympy.Symbol(text)
@@ -56,8 +56,8 @@ _comparing = False
 _REFUSED_EVENTS = frozenset(
     {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect"}
 )
-# Modules that write code themselves, from class and variable counts or constants, never from an answer. `lambdify` is not
-# among them: SymPy uses it for roots without a closed form, which are therefore equal only when written alike.
+# Modules that generate code themselves, from class and variable counts or constants, never from an answer. `lambdify` is not
+# among them: SymPy uses it for roots without a closed form, which therefore only equal an identical text.
 _TRUSTED_WRITERS = frozenset({"collections", "dataclasses", "sympy.abc", "sympy.polys.monomials"})
 
 
@@ -79,13 +79,13 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 for _name in ("math_verify", "latex2sympy2_extended"):
-    # They warn that their own timeouts are off, which is meant, and about every text they cannot parse.
+    # They warn about their disabled timeouts, which is intended, and about every text they cannot parse.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def comparing() -> Iterator[None]:
-    """Within it the audit hook is in force."""
+    """Enable the audit hook inside the block."""
     global _comparing
     _comparing = True
     try:
@@ -97,8 +97,8 @@ def comparing() -> Iterator[None]:
 def symbolically_equal(reference: str, candidate: str) -> bool:
     """Whether math-verify finds `candidate` equal to `reference` (expressions, sets, intervals, matrices, equations).
 
-    Both are LaTeX without delimiters, bounded in length by the caller. Text that does not parse equals only itself.
-    Never returns for some inputs; runs under the pool's time limit.
+    Both are LaTeX without delimiters; the caller bounds their length. Text that does not parse equals only itself.
+    Some inputs never return; the pool's time limit ends them.
     """
     with comparing():
         return bool(math_verify.verify(_parse(reference), _parse(candidate), timeout_seconds=None))
@@ -110,9 +110,9 @@ def _parse(latex: str) -> list[Any]:
 
 
 def warm_up() -> None:
-    """Build grammars, regular expressions and lazily imported parts of SymPy, so that the first answer is not charged.
+    """Build grammars and regular expressions and import lazy parts of SymPy, outside the first answer's time limit.
 
-    Raises RuntimeError if math-verify does not find equal what is equal.
+    Raises RuntimeError if math-verify does not recognize equal answers.
     """
     for reference, candidate in ((r"\frac{x^2-1}{x-1}", "x+1"), (r"\{1,2\}", r"\{2,1\}"), ("(0,1]", "(0,1]")):
         if not symbolically_equal(reference, candidate):

@@ -1,8 +1,8 @@
-"""A grader process: `python -m etr_megatron.reward.worker PARENT_PID CONFIG_JSON`, started by the pool only.
+"""A grader process: `python -m etr_megatron.reward.worker PARENT_PID CONFIG_JSON`, started only by the pool.
 
-Requests and replies are JSON, one object a line, on the pipes it was started with: first `{"ready": true}` or
-`{"fatal": "..."}`, then one `{"reward", "status", "detail"}` per `{"prompt", "response", "answer", "extra"}`, in order. End of
-input ends it. It sets no time limits: the parent kills it.
+Requests and replies are JSON, one object per line, on stdin and stdout: first `{"ready": true}` or `{"fatal": "..."}`, then one
+`{"reward", "status", "detail"}` per `{"prompt", "response", "answer", "extra"}`, in order. It exits at the end of input. It has
+no time limits: the parent kills it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from etr_megatron.reward.functions import load_grader
 from etr_megatron.reward.grade import GradeRequest
 
 MATH_MEMORY_BYTES = 2 * 2**30
-"""Address space of a `math` grader: an answer such as 10^{10^{10}} must not take the machine's memory."""
+"""Address-space limit of a `math` grader: an answer such as 10^{10^{10}} must not exhaust the machine's memory."""
 
 
 def main() -> int:
     """Serve until end of input; returns the exit code."""
     parent_pid, config = int(sys.argv[1]), _config(sys.argv[2])
     die_with_parent(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     requests, replies = _take_pipes()
     if config.function == "math":
         _limit_memory()
@@ -49,7 +49,7 @@ def _config(text: str) -> RewardConfig:
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's streams, out of reach of a reward function that prints or reads input."""
+    """Move the protocol's streams away from stdin and stdout, where a reward function may read or print."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
