@@ -10,7 +10,7 @@ from etr_megatron.status import code_of_printing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print it; the exit code. There are no options."""
+    """Print the reference; returns the exit code. There are no options."""
     argparse.ArgumentParser(prog="python -m etr_megatron.config", description=__doc__).parse_args(argv)
     print(render_reference(), end="")
     return 0

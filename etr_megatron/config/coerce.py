@@ -1,7 +1,7 @@
-"""From a YAML node to a value of an annotated type, or a sentence about what was expected.
+"""Convert a YAML node to a value of an annotated type, or report what was expected.
 
 Works on nodes rather than on loaded values because YAML 1.1 guesses types the user did not mean (`1e-3` is text, `yes`
-is a bool, `12:30` is a number): here the annotation decides, and the text is what was written.
+is a bool, `12:30` is a number): here the annotation decides, and text stays as written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 _FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INT = re.compile(r"[+-]?\d[\d_]*")
 _LONGEST_INT = 1000
-"""Python reads no number of more than 4300 digits."""
+"""Python does not parse integers of more than 4300 digits."""
 
 
 class Mismatch(ValueError):
@@ -24,7 +24,7 @@ class Mismatch(ValueError):
 
 
 def describe(hint: Any) -> str:
-    """The annotation in words: `int | Literal["auto"]` is `a whole number or "auto"`."""
+    """The annotation in words: `int | Literal["auto"]` becomes `a whole number or "auto"`."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(describe(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
@@ -38,11 +38,11 @@ def describe(hint: Any) -> str:
 
 
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
-    """The value of `node` as `hint` wants it.
+    """The value of `node` converted to the type `hint`.
 
     hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float | str], or a union of these and None, str
         last.
-    verbatim: the text of a command-line override; text fields take it as it stands unless it is quoted, so that
+    verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
     """
@@ -79,7 +79,7 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
 
 
 def _mapping(node: yaml.Node, hint: Any) -> dict[str, float] | dict[str, str]:
-    """From names, each given once, to finite numbers or texts."""
+    """A mapping from unique names to finite numbers or texts."""
     if not isinstance(node, yaml.MappingNode):
         raise Mismatch(describe(hint))
     of = get_args(hint)[1]

@@ -1,4 +1,4 @@
-"""Values that a config leaves open and that other values decide: the preset's, and `parallel.tp: auto`."""
+"""Fill in values that a config leaves open and that follow from others: the preset's, and `parallel.tp: auto`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """`objective` with every null field that its preset names set to the preset's value, and the estimator of the KL to the one
-    that pulls to the reference where that KL goes (see `objective.kl_estimate`).
+    """`objective` with every null field that its preset defines set to the preset's value, and a null KL estimator set to the
+    one whose gradient is right for `kl_in` (see `objective.kl_estimate`).
 
-    `constant_length` and `dual_clip` are no preset's business and stay as they are.
+    Presets do not define `constant_length` and `dual_clip`, which stay unchanged.
     """
     preset = PRESETS[objective.preset]
     missing: dict[str, Any] = {
@@ -24,14 +24,14 @@ def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that share a layer; `auto` is two where the world has two to spare for every pipeline stage, else one."""
+    """The resolved `parallel.tp`; `auto` is two if there are at least two ranks per pipeline stage and CP rank, else one."""
     if parallel.tp != "auto":
         return parallel.tp
     return min(2, max(1, world_size // max(1, parallel.pp * parallel.cp)))
 
 
 def response_limits(config: Config) -> dict[str, int]:
-    """Most tokens of a response, by the key that says so: an evaluation, where there is any, may have a limit of its own."""
+    """Maximum tokens of a response, by the key that sets it; an evaluation, if there is one, may have its own limit."""
     own = config.eval.max_response_tokens if config.eval.every and config.data.eval is not None else None
     limits = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
     return limits if own is None else limits | {"eval.max_response_tokens": own}

@@ -19,5 +19,5 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def dump_yaml(config: Config) -> str:
-    """YAML text from which `load_config` makes an equal `Config`."""
+    """YAML text from which `load_config` builds an equal `Config`."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""How a function of the user's is named."""
+"""The syntax of import paths for user functions."""
 
 from __future__ import annotations
 

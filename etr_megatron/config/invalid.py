@@ -1,4 +1,4 @@
-"""What is raised of a config that is wrong."""
+"""The error for an invalid config."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from etr_megatron.errors import UserError
 
 
 class InvalidConfigError(UserError):
-    """A config with problems, all of which are in the message.
+    """A config is invalid; the message lists all problems.
 
-    head: how the message begins. config: as far as it could be read. doubtful: the `section.key`s whose values in it are wrong
-    in themselves, or not what the user has tried to set; nothing else can be said on the strength of these.
+    head: start of the message. config: as far as it could be read. doubtful: the `section.key`s whose values in it are
+    themselves wrong or not what the user tried to set, so that no further conclusions can be drawn from them.
     """
 
     def __init__(self, head: str, problems: Sequence[str], config: Config, doubtful: Collection[str] = ()) -> None:
@@ -21,5 +21,5 @@ class InvalidConfigError(UserError):
         self._head, self._problems, self.config, self.doubtful = head, list(problems), config, frozenset(doubtful)
 
     def beside(self, problems: Sequence[str]) -> InvalidConfigError:
-        """The same with more problems."""
+        """The same error with more problems."""
         return InvalidConfigError(self._head, [*self._problems, *problems], self.config, self.doubtful)

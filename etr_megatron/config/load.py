@@ -1,4 +1,4 @@
-"""A YAML file and `section.key=value` overrides become a `Config`; everything wrong with them is told at once."""
+"""Load a YAML file and `section.key=value` overrides into a `Config`; reports all problems at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
 
 OVERRIDE = "command line"
-"""Source of a value that an override gave."""
+"""Source of a value set by an override."""
 
 SECTIONS: dict[str, dict[str, Any]] = {section: get_type_hints(cls) for section, cls in get_type_hints(Config).items()}
 """Annotation of every key of every section."""
@@ -26,7 +26,7 @@ KEYS = frozenset(f"{section}.{name}" for section, names in SECTIONS.items() for 
 
 @dataclass
 class _Problems:
-    """What is told, and the keys whose values could not be read, so that nothing can be said about these."""
+    """Problems to report, and the keys whose values could not be read, about which nothing more can be reported."""
 
     told: list[str] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
@@ -68,7 +68,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     config = Config()
     sources: dict[str, str] = {}
-    # The last setting of a key is the one that counts: an override also mends a bad value in the file.
+    # Only the last setting of a key counts: an override also fixes a bad value in the file.
     for setting in {s.key: s for s in settings}.values():
         try:
             value = _value(setting)
@@ -78,7 +78,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         section = replace(getattr(config, setting.section), **{setting.name: value})
         config = replace(config, **{setting.section: section})
         sources[setting.key] = setting.source
-        if setting.source == OVERRIDE:  # whatever the file would have said of it
+        if setting.source == OVERRIDE:  # even if the file's value could not be read
             problems.unread.discard(setting.key)
 
     found = [one for one in violations(config) if problems.unread.isdisjoint(depends_on(one, config))]
@@ -90,7 +90,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def _value(setting: _Setting) -> Any:
     hint = SECTIONS[setting.section][setting.name]
-    if setting.node is None:  # an override that is no YAML at all can still be plain text
+    if setting.node is None:  # an override that is not valid YAML can still be plain text
         if hint is str or str in get_args(hint):
             return setting.verbatim
         raise Mismatch(describe(hint))
@@ -114,7 +114,7 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
     except (yaml.YAMLError, RecursionError):
         node = None
     else:
-        # An empty value is no document; it means null, as it does in a file.
+        # An empty value is not a YAML document; it means null, as in a file.
         node = node if node is not None else yaml.ScalarNode("tag:yaml.org,2002:null", "")
     return _Setting(section, name, node, _shorten(text), OVERRIDE, verbatim=text)
 
@@ -145,7 +145,7 @@ def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
         if section not in SECTIONS:
             near, hint = _nearest(section)
             problems.tell(f"{section} ({source}): unknown section{hint}", near)
-        elif not (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):  # a section all commented out
+        elif not (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):  # null if all its keys are commented out
             settings += [
                 _Setting(section, name, value, _shorten(text[value.start_mark.index : value.end_mark.index]), where)
                 for name, value, where in _entries(node, str(path), f"{section}.", problems)
@@ -155,7 +155,7 @@ def _read_file(path: Path, problems: _Problems) -> list[_Setting]:
 
 
 def _entries(node: yaml.Node, path: str, prefix: str, problems: _Problems) -> list[tuple[str, yaml.Node, str]]:
-    """(key, value, file:line) of a mapping; a node that is none, and keys given twice, are problems."""
+    """(key, value, file:line) of a mapping; other nodes and duplicate keys are problems."""
     where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
         what = f"{prefix[:-1]} ({where})" if prefix else where
@@ -192,9 +192,9 @@ def _known(section: str, name: str, source: str, problems: _Problems) -> bool:
 
 
 def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
-    """What may have been meant: the key of that name in another section, else the nearest key here, else anywhere.
+    """What may have been meant: the key of that name in any section, else the nearest key here, else the nearest anywhere.
 
-    Returns the keys (of a section, all of its), and `; did you mean ...?`.
+    Returns the keys (for a section, all of its keys), and `; did you mean ...?`.
     """
     everywhere: dict[str, list[str]] = {}
     for known_section, keys in SECTIONS.items():
@@ -204,7 +204,7 @@ def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
         return _suggestion(everywhere[name])
     here: Collection[str] = SECTIONS if section is None else SECTIONS[section]
     near = difflib.get_close_matches(name, here, n=1)
-    if not near:  # `promts` for `prompts_per_step`: a near beginning counts too
+    if not near:  # `promts` for `prompts_per_step`: a similar prefix also counts
         beginnings = {key[: len(name) + 1]: key for key in here}
         near = [beginnings[match] for match in difflib.get_close_matches(name, beginnings, n=1, cutoff=0.75)]
     if near:
@@ -214,7 +214,7 @@ def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
 
 
 def _suggestion(names: list[str]) -> tuple[list[str], str]:
-    """Keys or sections that may have been meant, as keys and in words."""
+    """Possibly meant keys or sections, as keys and as text."""
     keys = [key for name in names for key in KEYS if key == name or key.startswith(f"{name}.")]
     return keys, f"; did you mean {' or '.join(names)}?"
 

@@ -24,7 +24,7 @@ started, in one message that lists all of them.
 
 
 def render_reference() -> str:
-    """Markdown with one table (key, type, default, meaning) per section and one of the objective's presets."""
+    """Markdown with one table (key, type, default, meaning) per section and one for the objective's presets."""
     modules = {schema, *(sys.modules[type(section).__module__] for section in vars(Config()).values())}
     nodes = [node for module in modules for node in ast.parse(inspect.getsource(module)).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}

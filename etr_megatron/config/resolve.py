@@ -1,4 +1,4 @@
-"""Turn what a user may leave open (`auto`, null) into values, once the machine is known."""
+"""Resolve what a user may leave open (`auto`, null) into values, once the machine is known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
-    """A config without `auto`, with the objective's fields and the limit of the log-prob gap filled in where they were null.
+    """A config without `auto`, with null fields of the objective and a null limit of the log-prob gap filled in.
 
-    What is null then means what the schema says: "none", "off", or that whoever reads it chooses.
+    Remaining nulls mean what the schema says: "none", "off", or that the code using the value chooses.
     world_size: ranks in the job, at least 1. cuda: whether this machine has a CUDA device.
-    Raises InvalidConfigError that lists every violated constraint, those of the layout on `world_size` ranks included, and
-    `run.platform: cuda` asked for without a device.
+    Raises InvalidConfigError, which lists every violated constraint, including those of the layout on `world_size` ranks and
+    `run.platform: cuda` without a device.
     """
     problems = validate(config, world_size)
     if config.run.platform == "cuda" and not cuda:

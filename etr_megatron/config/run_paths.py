@@ -1,4 +1,4 @@
-"""Paths in a finished run's config, for who looks at the run from another directory than it was started in."""
+"""Resolve paths in a run's config from a working directory other than the one it was started in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from etr_megatron.config.schema import Config
 
 
 def path_of_run(path: str | Path, run: Path, config: Config) -> Path:
-    """Where a path of `config`, that of the run in the directory `run`, leads.
+    """Resolve a path in `config`, the config of the run in the directory `run`.
 
-    A relative one is looked for where the job was started, which is above `run.dir`/`run.name`, and then in the working
-    directory: a run may have been copied without what it was made from.
+    A relative path is first tried from where the job was started, the directory above `run.dir`/`run.name`, and then from the
+    working directory, because a run may have been copied without its inputs.
     """
     name = Path(config.run.dir) / config.run.name
-    here = Path(os.path.abspath(run)).parts  # links are not followed: `runs` may be one
+    here = Path(os.path.abspath(run)).parts  # does not follow links: `runs` may be one
     if name.is_absolute() or ".." in name.parts or here[-len(name.parts) :] != name.parts:
         return Path(path)
     found = Path(*here[: -len(name.parts)]) / path

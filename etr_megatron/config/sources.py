@@ -1,4 +1,4 @@
-"""Which sources of problems a config names."""
+"""The sources of problems in a config."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Literal
 from etr_megatron.config.schema import DataConfig
 
 ARITHMETIC = "arithmetic"
-"""The source that is generated."""
+"""The generated source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One source of problems.
 
-    key: what names it, for messages: `data.train`, `data.eval`, or `data.eval.<name>`.
+    key: the config key, for messages: `data.train`, `data.eval`, or `data.eval.<name>`.
     location: `arithmetic`, a .jsonl or .parquet file, or a hub dataset (`name`, `name:config` or its directory).
     hub_split: the split of a hub dataset.
-    split: which of the generated problems.
-    name: of a held-out set that has one, as its metrics are called; else empty.
+    split: the split of generated problems.
+    name: the name of a held-out set, which its metrics use; empty if it has none.
     """
 
     key: str
@@ -31,12 +31,12 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is named like a file of rows, be it there or not."""
+        """Whether the location has a suffix of a data file, whether or not it exists."""
         return Path(self.location).suffix.lower() in (".jsonl", ".parquet")
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """That of `data.train`, and after it the held-out sets of `data.eval` in its order; none of these where it is null."""
+    """The source of `data.train`, followed by the held-out sets of `data.eval` in order, none if that is null."""
     sets = {"": config.eval} if isinstance(config.eval, str) else (config.eval or {})
     return [
         Source("data.train", config.train, config.train_split, "train"),

@@ -1,4 +1,4 @@
-"""What must hold between the values of a `Config`: pure functions that return every violation."""
+"""Constraints on the values of a `Config`: pure functions that return every violation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from etr_megatron.config.schema import Config
 
 
 def validate(config: Config, world_size: int | None) -> list[str]:
-    """Every violated constraint as `key = value: constraint`; layout constraints too where `world_size` is known."""
+    """Every violated constraint as `key = value: constraint`; includes layout constraints if `world_size` is given."""
     return [render(violation, config) for violation in violations(config, world_size)]
 
 
 def doubts(config: Config) -> list[str]:
-    """What is allowed and hardly meant, in the form of `validate`."""
+    """Settings that are allowed but probably unintended, in the form of `validate`."""
     filled = replace(config, objective=fill_objective(config.objective))
     return [render(doubt, config) for rule in DOUBTS for doubt in rule(filled)]
 
 
 def violations(config: Config, world_size: int | None = None) -> list[Violation]:
-    """Every violated constraint of `config`; null objective fields are judged with the preset's values."""
+    """Every violated constraint of `config`; null objective fields are checked with the preset's values."""
     config = replace(config, objective=fill_objective(config.objective))
     found: list[Violation] = []
     for rule in RULES:
@@ -35,19 +35,19 @@ def violations(config: Config, world_size: int | None = None) -> list[Violation]
 
 
 def depends_on(violation: Violation, config: Config) -> set[str]:
-    """The keys whose values make it one, the preset's included where it gives one of these."""
+    """The keys whose values cause the violation, including the preset if it sets one of them."""
     keys = {*violation.keys, *violation.given}
     is_inherited = any(key.startswith("objective.") and get(config, key) is None for key in keys)
     return keys | ({"objective.preset"} if is_inherited else set())
 
 
 def wrong_alone(found: Iterable[Violation]) -> set[str]:
-    """The keys whose value is wrong whatever the others are."""
+    """The keys whose value is wrong regardless of the others."""
     return {one.keys[0] for one in found if len(one.keys) == 1}
 
 
 def render(violation: Violation, config: Config, sources: Mapping[str, str] | None = None) -> str:
-    """One sentence: `key = value (source), ...: constraint`. sources: key -> where its value was written."""
+    """One sentence: `key = value (source), ...: constraint`. sources: key -> where its value was set."""
     filled = replace(config, objective=fill_objective(config.objective))
     parts = []
     for key in violation.keys:

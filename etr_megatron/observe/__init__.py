@@ -1,4 +1,4 @@
-"""What a run leaves behind: the run directory, metrics, readable rollouts, curves, progress, the report."""
+"""The records of a run: the run directory, metrics, readable rollouts, curves, progress, the report."""
 
 from __future__ import annotations
 

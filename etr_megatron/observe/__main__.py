@@ -1,6 +1,6 @@
 """`python -m etr_megatron.observe RUN_DIR [--png FILE]`: the report of a run.
 
-`python -m etr_megatron.observe rollout RUN_DIR --step N [--sample ID]`: a recorded rollout, token by token, or which there are.
+`python -m etr_megatron.observe rollout RUN_DIR --step N [--sample ID]`: a recorded rollout, token by token, or a list of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RUN_DIR = "a run's directory, such as runs/<run.name>"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what is asked for, draw the picture if asked; the exit code is 2 for a user's mistake."""
+    """Print the report or rollout, and draw the curves if asked; the exit code is 2 for a user error."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if arguments[:1] == ["rollout"]:

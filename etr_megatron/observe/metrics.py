@@ -13,7 +13,7 @@ from etr_megatron.platform.files import disk_errors, sync_to_disk, write_atomica
 
 
 class StepMetrics(TypedDict):
-    """What every row of a run that trains has. Means over tokens are over the step's response tokens, all ranks together."""
+    """The keys in every row of a training run. Means over tokens are over the step's response tokens, on all ranks."""
 
     step: int  # rollout step, counted from 1
     weight_version: int  # of the newest weights that generated any of the step's rollouts
@@ -50,9 +50,9 @@ class StepMetrics(TypedDict):
 
 
 class MetricsRow(StepMetrics, total=False):
-    """A row; the keys below are there only on some steps, and so are those of `PASS_RATE_KEYS`, `eval/...` and `loss/...`.
+    """A row; only some steps have the keys below, those of `PASS_RATE_KEYS`, `eval/...` and `loss/...`.
 
-    What an evaluation says is, of several held-out sets, the mean over sets; `eval/<name>/accuracy` and so on are a set's own.
+    With several held-out sets, `eval_...` keys are means over sets; `eval/<name>/accuracy` and so on are those of one set.
     """
 
     eval_accuracy: float  # share of right responses to held-out problems, after the step's updates
@@ -81,28 +81,28 @@ class MetricsRow(StepMetrics, total=False):
 
 
 METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)
-"""The keys of every row of a run that trains, in their order in the file."""
+"""The keys of every row of a training run, in their order in the file."""
 PASS_RATE_KEYS: tuple[str, ...] = tuple(
     f"{key}_pass_{low}_{low + 25}"
     for low in (0, 25, 50, 75)
     for key in ("clip_frac_upper", "clip_frac_lower", "clip_radius_mean", "clip_radius_p10", "clip_radius_p90")
 )
-"""The same of the tokens whose group's pass rate is from low to below high percent (and above 0), on steps that have any."""
+"""The same over tokens of groups with a pass rate from low to below high percent (and above 0), on steps that have any."""
 ROLLOUT_METRIC_KEYS: tuple[str, ...] = (
     *("step", "weight_version", "reward_mean", "accuracy", "zero_variance_groups", "truncated", "reward_timeouts"),
     *("reward_errors", "response_tokens_mean", "tokens_per_s"),
     *("time_rollout", "time_reward", "time_train", "time_sync", "time_step"),
 )
-"""The keys of a row of `--rollout-only`, which has none of those that come from training."""
+"""The keys of a row of `--rollout-only`, which lacks those that come from training."""
 OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
     *(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS),
     *PASS_RATE_KEYS,
 )
 """The keys that only some rows have."""
 LOSS_PREFIX = "loss/"
-"""Begins the keys of what a loss reports beyond that, means over tokens."""
+"""Prefix of keys for further values that a loss reports, means over tokens."""
 SET_PREFIX = "eval/"
-"""Begins the keys of a held-out set with a name: `eval/<name>/accuracy`, and so on."""
+"""Prefix of the keys of a named held-out set: `eval/<name>/accuracy`, and so on."""
 
 
 class MetricsLog:
@@ -112,19 +112,19 @@ class MetricsLog:
         log.append(row)         # on disk when it returns
         log.cut_back(step=25)   # on resume: forget what came after the checkpoint
 
-    A NaN or an infinity is written as `null`: strict JSON has no other word for it, and refusing the row would lose the
-    very step at which a run went wrong. Readers take `null` for "was not finite".
+    A NaN or an infinity is written as `null`: strict JSON cannot represent it, and refusing the row would lose the
+    very step at which a run went wrong. Readers interpret `null` as "was not finite".
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last_step: int | None = None  # None: the file has not been looked at yet
+        self._last_step: int | None = None  # None: the file has not been read yet
 
     def append(self, row: MetricsRow) -> None:
         """Add the row of the next step and wait until it is on disk.
 
         Raises `ValueError` for missing or unknown keys and for a step that is not after the last one, `TypeError` for a
-        value that is no number, `UserError` when the disk is full (the file then ends with the last whole row).
+        value that is not a number, `UserError` if the disk is full (the file then ends with the last whole row).
         """
         line = (json.dumps(_checked(row), allow_nan=False) + "\n").encode()
         if self._last_step is None:
@@ -143,18 +143,18 @@ class MetricsLog:
         self._last_step = row["step"]
 
     def rows(self) -> list[MetricsRow]:
-        """All whole rows, oldest first; a last line without its newline (a kill in mid-write) does not count."""
+        """All whole rows, oldest first; ignores a last line without its newline (killed during a write)."""
         return [row for _, row in self._lines()]
 
     def last(self) -> MetricsRow | None:
-        """The newest whole row."""
+        """The newest whole row, or None."""
         lines = self._lines()
         return lines[-1][1] if lines else None
 
     def complete(self, step: int, values: dict[str, float]) -> None:
-        """Add values to the last row, in one step: after a crash the file holds the old row or the new one.
+        """Add values to the last row, atomically: after a crash the file has either the old row or the new one.
 
-        Raises `ValueError` when the last row is not of `step` or has one of the values, and what `append` raises of values.
+        Raises `ValueError` if the last row is not of `step` or already has one of the values, and as `append` for bad values.
         """
         *before, (_, row) = self._lines()
         if row["step"] != step or values.keys() & row.keys():
@@ -190,7 +190,7 @@ class MetricsLog:
         return cast(MetricsRow, row)
 
     def _drop_torn_line(self) -> int:
-        """Make the file end with a whole row, so that the next does not stick to a torn one; the last step or -1."""
+        """Truncate the file to whole rows, so that the next is not appended to a partial one; returns the last step or -1."""
         lines = self._lines()
         whole = sum(len(line) for line, _ in lines)
         if self.path.exists() and self.path.stat().st_size != whole:
@@ -212,7 +212,7 @@ def _append_whole(descriptor: int, line: bytes) -> None:
 
 
 def _checked(row: MetricsRow) -> dict[str, Any]:
-    """The row in the file's key order, numbers only, what is not finite as None."""
+    """The row in the file's key order, numbers only, with non-finite values as None."""
     given: dict[str, Any] = dict(row)
     is_trained = any(key in given for key in METRIC_KEYS if key not in ROLLOUT_METRIC_KEYS)
     missing = [key for key in (METRIC_KEYS if is_trained else ROLLOUT_METRIC_KEYS) if key not in given]

@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, one plain line per step elsewhere."""
+"""Progress of the run: a bar on a terminal, one plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Progress:
 
     def update(self, row: MetricsRow) -> None:
         """Show the row of the step just finished."""
-        entropy = f"entropy {row['entropy']:.3f}, " if "entropy" in row else ""  # not where nothing is trained
+        entropy = f"entropy {row['entropy']:.3f}, " if "entropy" in row else ""  # absent if nothing is trained
         facts = f"reward {row['reward_mean']:.3f}, {entropy}{row['tokens_per_s']:,.0f} tokens/s"
         if "eval_accuracy" in row:
             facts += f", eval accuracy {row['eval_accuracy']:.3f}"

@@ -1,4 +1,4 @@
-"""All that happens with a finished step's numbers, on the one rank that writes them."""
+"""Record a finished step's metrics, on the one rank that writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etr_megatron.observe.writers import open_writers
 
 
 class Recorder:
-    """metrics.jsonl, then TensorBoard and W&B, then the progress bar.
+    """Writes metrics.jsonl, then TensorBoard and W&B, then the progress bar.
 
     directory.cut_back(step=25)
     with Recorder(config, directory, resumed_at=25) as recorder:
@@ -47,13 +47,13 @@ class Recorder:
         return row is not None and row["step"] == step and key not in row
 
     def complete(self, step: int, values: dict[str, float]) -> None:
-        """Add to the last row, which is of `step`, what was found out about the step later."""
+        """Add values that became known later to the last row, which must be of `step`."""
         self._metrics.complete(step, values)
         for writer in self._writers:
             writer.write(cast(MetricsRow, {"step": step, **values}))
 
     def close(self) -> None:
-        """Flush and close; closing twice is fine."""
+        """Flush and close. Idempotent."""
         self._opened.close()
 
     def __enter__(self) -> Recorder:

@@ -1,4 +1,4 @@
-"""`python -m etr_megatron.observe.reference > docs/metrics.md`: the keys of metrics.jsonl, from where they are declared."""
+"""`python -m etr_megatron.observe.reference > docs/metrics.md`: print the reference of metrics.jsonl's keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Made by `python -m etr_megatron.observe.reference`; the texts come from `etr_meg
 
 
 def render_reference() -> str:
-    """Markdown with a table (key, type, meaning) of the keys of every row and one of those that only some rows have."""
+    """Markdown with a table (key, type, meaning) of the keys in every row and one of those that only some rows have."""
     rollout_only = ", ".join(f"`{key}`" for key in ROLLOUT_METRIC_KEYS)
     pass_rate = sorted({re.sub(r"\d+_\d+$", "", key) for key in PASS_RATE_KEYS})
     return "\n".join(
@@ -46,7 +46,7 @@ def render_reference() -> str:
 
 
 def _table(declared: type) -> str:
-    """The keys that a class declares itself, with their comments."""
+    """The keys that a class itself declares, with their comments."""
     lines = inspect.getsource(declared).splitlines()
     found = [match.groups(default="") for line in lines if (match := _KEY.fullmatch(line))]
     rows = [f"| `{key}` | `{kind}` | {text.replace('|', chr(92) + '|')} |" for key, kind, text in found]
@@ -54,7 +54,7 @@ def _table(declared: type) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print it; the exit code. There are no options."""
+    """Print the reference; returns the exit code. There are no options."""
     argparse.ArgumentParser(prog="python -m etr_megatron.observe.reference", description=__doc__).parse_args(argv)
     print(render_reference(), end="")
     return 0

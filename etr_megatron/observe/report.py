@@ -1,4 +1,4 @@
-"""A finished (or running) run in a dozen lines, and its curves as one picture."""
+"""Report of a finished (or running) run in a dozen lines, and its curves as one picture."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 _SUMMARISED = ("reward_mean", "tokens_per_s", "time_step", "truncated", "zero_variance_groups", "reward_timeouts")
-"""What every row has, also one of rollouts alone."""
+"""Keys in every row, including those of rollout-only runs."""
 
 
 def load_rows(run: Path) -> list[MetricsRow]:
-    """The rows of the run directory `run`; raises `UserError` when there are none or one is not of numbers."""
+    """The rows of the run directory `run`; raises `UserError` if there are none or one has missing or non-numeric values."""
     path = RunDirectory(run).metrics.path
     if run.is_file():
         raise UserError(f"{run} is a file; give the directory of a run, such as {run.parent}")
@@ -46,7 +46,7 @@ def load_rows(run: Path) -> list[MetricsRow]:
 
 
 def summary(rows: list[MetricsRow]) -> str:
-    """The report's text; a tenth is at least one step, means leave out values that were not finite."""
+    """The report's text; a tenth is at least one step, means ignore values that were not finite."""
     tenth = max(1, len(rows) // 10)
     first = _mean(row["reward_mean"] for row in rows[:tenth])
     last = _mean(row["reward_mean"] for row in rows[-tenth:])
@@ -71,7 +71,7 @@ def summary(rows: list[MetricsRow]) -> str:
 
 
 def plot(rows: list[MetricsRow], path: Path) -> None:
-    """Draw the curves to the PNG file `path`; raises `UserError` when matplotlib is not installed."""
+    """Draw the curves to the PNG file `path`; raises `UserError` if matplotlib is missing or the file cannot be written."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--png needs matplotlib, which is not installed; `pip install matplotlib` into .venv")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -105,7 +105,7 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
 
 
 def _sets(rows: list[MetricsRow]) -> dict[str, str]:
-    """Held-out sets with a name -> the key of their accuracy."""
+    """Name of each named held-out set -> the key of its accuracy."""
     keys = (key for row in rows for key in row if key.startswith(SET_PREFIX) and key.endswith("/accuracy"))
     return {key.removeprefix(SET_PREFIX).removesuffix("/accuracy"): key for key in keys}
 

@@ -1,4 +1,4 @@
-"""One recorded rollout, readably, with the gap between the engine's and the trainer's log-prob of every token."""
+"""A readable view of a recorded rollout, with the gap between the engine's and the trainer's log-prob of every token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from etr_megatron.observe.run_directory import RunDirectory
 from etr_megatron.rollout.record import read_record
 
 Pieces = Callable[[list[int]], list[str]]
-"""Token ids to the text of each."""
+"""Maps token ids to the text of each."""
 
 
 def listing(run: Path, step: int) -> str:
-    """The samples of a recorded step, one a line. Raises UserError when the step was not recorded."""
+    """The samples of a recorded step, one per line. Raises UserError if the step was not recorded."""
     lines = []
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
@@ -27,10 +27,10 @@ def listing(run: Path, step: int) -> str:
 
 
 def view(run: Path, step: int, name: str, pieces: Pieces | str) -> str:
-    """The sample `name` (`<group>/<index>`, as `listing` has it) of a recorded step.
+    """The sample `name` (`<group>/<index>`, as in `listing`) of a recorded step.
 
-    pieces: or why there are none; tokens are then shown by their ids alone, and that is said. Raises UserError when the step or
-    the sample is not there.
+    pieces: or the reason why there are none; tokens are then shown only by id, with the reason. Raises UserError if the step or
+    the sample does not exist.
     """
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
@@ -79,7 +79,7 @@ def _tokens(sample: dict[str, Any], pieces: Pieces | str) -> list[str]:
 
 
 def tokenizer_pieces(run: Path) -> Pieces | str:
-    """By the tokenizer of the run's model; why not, in a sentence, where it cannot be had any more."""
+    """Pieces from the tokenizer of the run's model; a sentence with the reason if it cannot be loaded any more."""
     from etr_megatron.config import load_config, path_of_run
     from etr_megatron.data import load_tokenizer, tiny_policy_path
 

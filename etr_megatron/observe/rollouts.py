@@ -1,4 +1,4 @@
-"""`rollouts/step_000012.jsonl`: what the policy wrote at a step, one sample per line, for people to read."""
+"""`rollouts/step_000012.jsonl`: a step's rollouts for people to read, one sample per line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 
 
 def rollouts_path(directory: Path, step: int) -> Path:
-    """The file of a step; names sort like steps."""
+    """The file of a step; names sort in step order."""
     return directory / f"step_{step:06d}.jsonl"
 
 
 def save_rollouts(directory: Path, step: int, groups: Iterable[Group]) -> Path:
-    """Write the samples of `groups` as the step's file, replacing one that is there; raises `UserError` on a full disk."""
+    """Write the samples of `groups` to the step's file, replacing an existing one; raises `UserError` on a full disk."""
     lines = [json.dumps(_readable(step, group, sample), ensure_ascii=False) for group in groups for sample in group.samples]
     path = rollouts_path(directory, step)
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""`runs/<name>/`: where everything that a run writes lives."""
+"""`runs/<name>/`: everything that a run writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "rollout.record",
     "rollout.only",
 )
-"""Keys (or, ending in a dot, sections) whose change between start and resume does not make it another experiment."""
+"""Keys (or, ending in a dot, sections) that may change between start and resume without changing the experiment."""
 
 
 class RunDirectory:
@@ -55,12 +55,12 @@ class RunDirectory:
     metrics.jsonl     one object per step (`MetricsLog`)
     rollouts/         samples to read, one file per saved step
     evaluations/      responses to held-out problems to read, one file per evaluation
-    recorded/         all groups of every step, to be replayed; belongs to the rollout room
-    checkpoints/      belongs to the checkpoint room
+    recorded/         all groups of every step, for replay; owned by the rollout package
+    checkpoints/      owned by the checkpoint package
     tensorboard/      event files, made from the same rows as metrics.jsonl
-    servers/          what the rollout servers printed
-    lock              empty; locked for as long as the run goes on
-    status.json       what became of the run: running, finished, failed or requeue (start it again), and at which step
+    servers/          output of the rollout servers
+    lock              empty; locked while the run is in progress
+    status.json       the run's state (running, finished, failed or requeue, which means start it again) and step
     """
 
     def __init__(self, root: Path) -> None:
@@ -82,17 +82,17 @@ class RunDirectory:
         return run_lock.locked(self.lock_file, patience_s)
 
     def is_used(self) -> bool:
-        """Whether a run got as far as writing results here."""
+        """Whether a run has written results here."""
         metrics = self.metrics.path
         if metrics.exists() and metrics.stat().st_size > 0:
             return True
         return any(folder.is_dir() and any(folder.iterdir()) for folder in (self.rollouts, self.checkpoints))
 
     def refuse_if_used(self, resume: bool, *, only_records: bool = False) -> None:
-        """Raise `UserError` when there are results here that a run without `checkpoint.resume` would mix with its own, or that
-        training would remove, or when the directory cannot be looked into.
+        """Raise `UserError` if there are results here that a run without `checkpoint.resume` would mix with its own, or that
+        training would remove, if a finished run has no checkpoint to resume, or if the directory cannot be read.
 
-        only_records: the run does not train (`rollout.only`), and goes on behind what such a one has recorded.
+        only_records: the run does not train (`rollout.only`), and continues after what such a run has recorded.
         """
         with disk_errors(self.root):
             is_used, is_recorded = self.is_used(), self.reached_file.exists()
@@ -114,9 +114,9 @@ class RunDirectory:
             )
 
     def refuse_if_unwritable(self) -> None:
-        """Raise `UserError` where the directory cannot be made or written to, or holds what this user may not go on from.
+        """Raise `UserError` if the directory cannot be created or written, or has files that this user may not use.
 
-        Nothing that was not there is left behind.
+        Leaves nothing new behind.
         """
         with disk_errors(self.root):
             missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -127,17 +127,17 @@ class RunDirectory:
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root))
             finally:
                 for path in missing:
-                    with suppress(OSError):  # not made, or somebody has begun to use it
+                    with suppress(OSError):  # not created, or already in use by another process
                         path.rmdir()
         self._refuse_what_is_anothers()
 
     def _refuse_what_is_anothers(self) -> None:
-        """What another user, or root in a container, has left in a directory that all may write to would else be met at the
-        step that needs it, such as the first checkpoint's."""
+        """Refuse files that another user, or root in a container, has left in a world-writable directory. Otherwise the run
+        would fail at the step that needs them, such as the first checkpoint."""
         for folder in (self.rollouts, self.evaluations, self.recorded, self.checkpoints, self.tensorboard, self.servers):
             _require(folder, os.R_OK | os.W_OK | os.X_OK)
         steps = entries(self.checkpoints, "step_*")
-        for folder in steps:  # each is removed one day
+        for folder in steps:  # each will be removed eventually
             _require(folder, os.R_OK | os.W_OK | os.X_OK)
         _require(self.lock_file, os.R_OK | os.W_OK)
         for file in (self.config_file, self.metrics.path, self.status_file, *entries(self.recorded, "*.safetensors")):
@@ -146,11 +146,11 @@ class RunDirectory:
             _require(file, os.R_OK)
 
     def prepare(self, config: Config) -> list[str]:
-        """Make the directories and config.yaml; return the keys in which `config` differs from the run's start.
+        """Create the directories and config.yaml; return the keys in which `config` differs from the run's start.
 
-        On a resume config.yaml is written again only when nothing that matters has changed (see `FREE_TO_CHANGE`). Else
+        On a resume, config.yaml is rewritten only if nothing that matters has changed (see `FREE_TO_CHANGE`). Otherwise
         it keeps the settings that the run was started with, and a warning lists the keys that differ.
-        Raises `UserError` when the directory is used and resuming is off, cannot be written, or the disk is full.
+        Raises `UserError` if the directory is used and resuming is off, if it cannot be written, or if the disk is full.
         """
         with path_errors():
             return self._prepare(config)
@@ -173,15 +173,15 @@ class RunDirectory:
         return save_rollouts(self.rollouts, step, groups)
 
     def save_evaluation(self, step: int, groups: Iterable[Group]) -> Path:
-        """The same of responses to held-out problems after `step`, 0 before the first, in `evaluations/`."""
+        """Like `save_rollouts`, for responses to held-out problems after `step` (0: before the first), in `evaluations/`."""
         with disk_errors(self.evaluations):
             self.evaluations.mkdir(exist_ok=True)
         return save_rollouts(self.evaluations, step, groups)
 
     def cut_back(self, step: int) -> None:
-        """Forget metrics and rollouts of steps after `step`, that of the checkpoint (0: of a run begun anew).
+        """Remove metrics and rollouts of steps after `step`, the checkpoint's (0: a new run).
 
-        Raises `UserError` where one of them is no file, or may not be read.
+        Raises `UserError` if one of them is not a file or cannot be read.
         """
         with path_errors():
             self.metrics.cut_back(step)
@@ -189,15 +189,15 @@ class RunDirectory:
                 cut_back_rollouts(folder, step)
 
     def write_status(self, state: RunState, step: int, steps: int, message: str | None = None) -> None:
-        """Replace status.json: the state, the last finished step of `steps`, and for "failed" and "requeue" why."""
+        """Replace status.json: the state, the last finished step of `steps`, and the reason for "failed" and "requeue"."""
         status = {"state": state, "step": step, "steps": steps, "message": message, "pid": os.getpid()}
         status["updated_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_atomically(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
 
     def read_state(self) -> str | None:
-        """The state in status.json, None without such a file; "interrupted" where the process of a "running" one is gone.
+        """The state in status.json, None without that file, or "interrupted" if it is "running" but the process is gone.
 
-        Raises UserError for a file that holds none.
+        Raises UserError if the file has no state.
         """
         if not self.status_file.exists():
             return None
@@ -212,7 +212,7 @@ class RunDirectory:
 
     def _started_with(self) -> dict[str, Any]:
         try:
-            loaded = yaml.safe_load(self.config_file.read_bytes())  # YAML knows its encoding, whatever the locale
+            loaded = yaml.safe_load(self.config_file.read_bytes())  # bytes: YAML detects the encoding itself
         except yaml.YAMLError as error:
             place = " ".join(str(error).split())
             raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
@@ -222,14 +222,14 @@ class RunDirectory:
 
 
 def _require(path: Path, mode: int) -> None:
-    """Raise UserError for a path that is there and may not be used in these ways (see `os.access`)."""
+    """Raise UserError if an existing path does not allow this access (see `os.access`)."""
     if path.exists() and not os.access(path, mode):
         what = "written" if mode & os.W_OK else "read"
         raise UserError(f"{path}: cannot be {what} (Permission denied); choose another run.dir or run.name")
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key (old -> new)` of every key that matters and differs; keys that only one side knows are of another version."""
+    """`key (old -> new)` for every key that matters and differs; ignores keys that only one version knows."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key} ({old[key]!r} -> {new[key]!r})"

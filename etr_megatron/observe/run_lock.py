@@ -1,4 +1,4 @@
-"""One process at a time writes a run directory."""
+"""A lock that lets only one process at a time write a run directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etr_megatron.platform.file_lock import try_lock
 from etr_megatron.platform.files import disk_errors
 
 PATIENCE_S = 10.0
-"""A process that was killed a moment ago keeps its lock until the kernel has taken its memory back."""
+"""Seconds to wait for a lock: a process that was just killed keeps it until the kernel has reclaimed its memory."""
 
 _PAUSE_S = 0.1
 
@@ -22,7 +22,7 @@ _held: set[int] = set()
 
 
 def _let_go_in_child() -> None:
-    # A lock belongs to all who share its descriptor, and a child that was forked may live longer than the run.
+    # All processes that share a descriptor hold its lock, and a forked child may outlive the run.
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -33,16 +33,16 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 @contextmanager
 def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
-    """Hold the lock of `file`'s directory, which is made if it is not there. It ends with this process, however that ends.
+    """Hold the lock of `file`'s directory, which is created if missing. The lock ends with this process, however that ends.
 
-    patience_s: seconds for which a lock that is held is asked for again; None: `PATIENCE_S`.
-    Raises `UserError` when another process holds the lock, or when the directory cannot be written or its disk is full.
-    Where the file system has no locks it warns and goes on without.
+    patience_s: seconds to retry while another process holds the lock; None: `PATIENCE_S`.
+    Raises `UserError` if another process holds the lock, the directory cannot be written or its disk is full.
+    Warns and continues without a lock if the file system has none.
     """
     with disk_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(file):
-        # For writing, although nothing is: a lock over NFS asks for it. Children that are not forks do not inherit it.
+        # Open for writing, because NFS requires it for a lock. Spawned children do not inherit the descriptor.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(descriptor)
     try:
@@ -54,13 +54,13 @@ def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
 
 
 def is_free(file: Path) -> bool:
-    """Whether no process holds the lock now, as far as that can be found out: not where it may not be opened, or is none."""
+    """Whether no process holds the lock now; False if that is unknown because the file is missing or cannot be opened."""
     try:
         descriptor = os.open(file, os.O_RDWR)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # whoever starts in this moment asks again
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a process that starts at this moment retries
     except OSError:
         return False
     finally:

@@ -1,9 +1,9 @@
-"""`python -m etr_megatron.observe.run_state [--written] CONFIG [key=value ...]`: what became of the run of these arguments.
+"""`python -m etr_megatron.observe.run_state [--written] CONFIG [key=value ...]`: the state of the run with these arguments.
 
-Prints one word: the state in the run's status.json (running, finished, failed, requeue), `interrupted` where that is of a run
-that was killed or ended by Ctrl-C, or `none` where there is no run yet.
-With --written a second one: when that was written, in nanoseconds, so that a script can tell the state that it has found before
-from a new one of the same name. For the scripts of a scheduler: torchrun's own exit code is 1 for all but success.
+Prints one word: the state in the run's status.json (running, finished, failed, requeue), `interrupted` if the run was killed or
+ended by Ctrl-C, or `none` if there is no run yet.
+With --written it also prints when the state was written, in nanoseconds, so that a script can tell an old state from a new one
+of the same name. For scheduler scripts: torchrun's own exit code is 1 for everything but success.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from etr_megatron.status import code_of_printing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the state; the exit code is 2 for a user's mistake."""
+    """Print the state; the exit code is 2 for a user error."""
     arguments = sys.argv[1:] if argv is None else argv
     if asks_for_help(arguments):
         print(f"usage: {__doc__.replace('`', '')}", end="")

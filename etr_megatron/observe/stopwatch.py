@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Time of a step by phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Phase = Literal["rollout", "reward", "train", "sync"]
 
 
 class StepTimes(TypedDict):
-    """Seconds; what `time_step` has beyond the phases is evaluation, checkpoints and bookkeeping."""
+    """Seconds; `time_step` also includes evaluation, checkpoints and bookkeeping."""
 
     time_rollout: float
     time_reward: float
@@ -28,8 +28,8 @@ class Stopwatch:
             ...
         times = watch.lap()     # {"time_rollout": 1.2, ..., "time_step": 3.4}; the next step starts here
 
-    Work that CUDA still has in its queue when a block ends counts where the host waits for it: a phase should end with
-    something that synchronises (all four do: they return Python numbers or wait for other ranks).
+    CUDA work still queued when a block ends counts in the phase where the host waits for it, so a phase should end with a
+    synchronization (all four do: they return Python numbers or wait for other ranks).
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -40,7 +40,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Add the block's duration to `name`, also when it raises; phases do not nest (`RuntimeError`)."""
+        """Add the block's duration to `name`, even if it raises; phases must not nest (`RuntimeError`)."""
         if self._running is not None:
             raise RuntimeError(f"phase {name!r} inside phase {self._running!r}: its time would count twice")
         self._running = name
@@ -52,7 +52,7 @@ class Stopwatch:
             self._running = None
 
     def lap(self) -> StepTimes:
-        """The times since the last lap, and start again at zero."""
+        """Return the times since the last lap and restart at zero."""
         now = self._clock()
         seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)
         step, self._step_started = now - self._step_started, now

@@ -23,15 +23,15 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and let go; nothing may be written afterwards."""
+        """Flush and close; nothing may be written afterwards."""
         ...
 
 
 class TensorBoardWriter:
-    """One curve per metrics key; times are grouped under `time/`. Values that are not finite are left out."""
+    """One curve per metrics key; times are grouped under `time/`. Skips values that are not finite."""
 
     def __init__(self, directory: Path, resumed_at: int) -> None:
-        """Start an event file; TensorBoard forgets what older files say of steps after `resumed_at` (0: of all)."""
+        """Start an event file; TensorBoard drops older files' steps after `resumed_at` (0: all steps)."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory = directory
@@ -39,7 +39,7 @@ class TensorBoardWriter:
             self._writer = SummaryWriter(str(directory), purge_step=resumed_at + 1)
 
     def write(self, row: MetricsRow) -> None:
-        """Add the row's numbers and flush, so that a kill loses nothing; raises `UserError` when the disk is full."""
+        """Add the row's numbers and flush, so that a kill loses nothing; raises `UserError` if the disk is full."""
         with disk_errors(self._directory):
             for tag, value in _curves(row).items():
                 self._writer.add_scalar(tag, value, row["step"])
@@ -52,14 +52,14 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """The same curves in a Weights & Biases project; `WANDB_MODE=offline` and the other usual variables are honoured.
+    """The same curves in a Weights & Biases project; honors `WANDB_MODE=offline` and the other usual variables.
 
-    A resumed run goes on under the id kept in `wandb_id`. Curves are drawn over the key `step` and not over W&B's own
-    counter, which cannot go back: the steps after the checkpoint are simply given again.
+    A resumed run continues under the id in `wandb_id`. Curves use the key `step` instead of W&B's own counter, which cannot go
+    back: the steps after the checkpoint are logged again.
     """
 
     def __init__(self, config: Config, directory: RunDirectory) -> None:
-        """Open (or reopen) the run; raises `UserError` when the package is missing or W&B refuses."""
+        """Open (or reopen) the run; raises `UserError` if the package is missing or W&B refuses."""
         require_wandb(config)
         import wandb
 
@@ -84,12 +84,12 @@ class WandbWriter:
         self._run.log({**_curves(row), "step": row["step"]})
 
     def close(self) -> None:
-        """Finish the run, waiting for what is still to be sent."""
+        """Finish the run and wait for pending uploads."""
         self._run.finish()
 
 
 def require_wandb(config: Config) -> None:
-    """Raise `UserError` when W&B is asked for and its package is not installed."""
+    """Raise `UserError` if W&B is requested and its package is not installed."""
     if config.observe.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"observe.wandb_project is {config.observe.wandb_project!r} but the package wandb is not installed; "
@@ -98,7 +98,7 @@ def require_wandb(config: Config) -> None:
 
 
 def open_writers(config: Config, directory: RunDirectory, resumed_at: int) -> list[Writer]:
-    """The writers that `config.observe` asks for; `resumed_at` is the last step that is kept (0 for a new run)."""
+    """The writers that `config.observe` asks for; `resumed_at` is the last step kept (0 for a new run)."""
     writers: list[Writer] = []
     if config.observe.wandb_project is not None:
         writers.append(WandbWriter(config, directory))

@@ -25,9 +25,9 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     train.fp8,
     parallel.parallel,
 )
-"""Judged for every config; `parallel.layout` needs the number of ranks."""
+"""Rules that apply to every config; `parallel.layout` also needs the number of ranks."""
 
 DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (objective.off_policy,)
-"""What runs, and is hardly meant: told at the start of a run, not refused."""
+"""Rules for settings that work but are probably unintended: they cause a warning at the start of a run, not an error."""
 
 __all__ = ["DOUBTS", "RULES", "Violation", "get", "parallel", "train"]

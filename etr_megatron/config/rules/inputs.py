@@ -1,4 +1,4 @@
-"""Rules about the run, its problems and their verifier."""
+"""Rules about the run, its problems and the verifier."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
 
 TINY_POSITIONS = 4096
-"""Context of the generated policy."""
+"""Context length of the tiny policy in tokens."""
 
 _SET_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 EVALUATED = ("eval.every", "data.eval")
-"""Whether there is an evaluation."""
+"""The keys that decide whether there is an evaluation."""
 
 EXTRACTORS = ("boxed", "hash", "last_number")
 OPERATORS = ("+", "-", "*")
@@ -111,7 +111,7 @@ def reward(config: Config) -> Iterator[Violation]:
 
 
 def names(config: Config, key: str, allowed: tuple[str, ...]) -> Iterator[Violation]:
-    """The tuple at `key` holds names of `allowed`, each once."""
+    """The tuple at `key` has unique names from `allowed`."""
     values = get(config, key)
     unknown = [value for value in values if value not in allowed]
     if unknown:

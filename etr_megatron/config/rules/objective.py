@@ -1,4 +1,4 @@
-"""Rules about the policy loss; its null fields hold the preset's values here."""
+"""Rules about the policy loss; null fields are already filled with the preset's values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def objective(config: Config) -> Iterator[Violation]:
 
 
 def off_policy(config: Config) -> Iterator[Violation]:
-    """A doubt: a loss without a ratio over several optimizer steps."""
+    """A doubt: a loss without an importance ratio over several optimizer steps."""
     if config.objective.loss == "reinforce" and config.train.epochs * config.train.minibatches > 1:
         yield Violation(
             ("objective.loss", "train.epochs", "train.minibatches"),
@@ -60,7 +60,7 @@ def off_policy(config: Config) -> Iterator[Violation]:
 
 
 def clip_range(config: Config) -> Iterator[Violation]:
-    """The radii."""
+    """The clip radii."""
     objective = config.objective
     if objective.loss in ("clipped", "gspo") and objective.eps_max >= 1:
         yield Violation(

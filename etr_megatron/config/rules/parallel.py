@@ -1,4 +1,4 @@
-"""Rules about the layout, by itself and on a number of ranks."""
+"""Rules about the parallel layout, by itself and for a number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from etr_megatron.config.schema import Config
 
 
 def parallel(config: Config) -> Iterator[Violation]:
-    """The layout, whatever the number of ranks."""
+    """The layout, independent of the number of ranks."""
     tp = config.parallel.tp
     if tp != "auto" and tp < 1:
         yield Violation(("parallel.tp",), "must be at least 1, or auto")
@@ -27,7 +27,7 @@ def parallel(config: Config) -> Iterator[Violation]:
 
 
 def _stages(config: Config) -> Iterator[Violation]:
-    """What is only there with several pipeline stages."""
+    """Settings that only apply to several pipeline stages."""
     parallel = config.parallel
     if parallel.vpp > 1 and parallel.pp == 1:
         yield Violation(
@@ -47,7 +47,7 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     tp, pp, cp = tensor_parallel(config.parallel, world_size), config.parallel.pp, config.parallel.cp
     if tp < 1 or pp < 1 or cp < 1:
-        return  # told by the bounds
+        return  # reported by the rules for single values
     if world_size % (tp * pp * cp):
         sizes = {"tp": tp, "pp": pp, **({"cp": cp} if cp > 1 else {})}
         yield Violation(
@@ -74,7 +74,7 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
 
 
 def _experts_layout(config: Config, stage_ranks: int, tp: int) -> Iterator[Violation]:
-    """Experts cut the ranks of a pipeline stage anew."""
+    """EP x ETP must divide the ranks of a pipeline stage."""
     ep, etp = config.parallel.ep, tp if config.parallel.etp is None else config.parallel.etp
     if ep >= 1 and etp >= 1 and stage_ranks % (ep * etp):
         yield Violation(

@@ -35,7 +35,7 @@ def rollout(config: Config) -> Iterator[Violation]:
 
 
 def asynchronous(config: Config) -> Iterator[Violation]:
-    """Oversampling, responses that outlive a step, and generation beside training."""
+    """Oversampling, responses that outlive a step, and generation that overlaps with training."""
     rollout = config.rollout
     if rollout.max_oversample < 1:
         yield Violation(("rollout.max_oversample",), "must be at least 1, which asks for no more than prompts_per_step")
@@ -54,7 +54,7 @@ def asynchronous(config: Config) -> Iterator[Violation]:
 
 
 def recorded(config: Config) -> Iterator[Violation]:
-    """Steps from disk, and steps that are not trained on."""
+    """Replay of recorded steps, and rollouts without training."""
     rollout = config.rollout
     if rollout.replay == "":
         yield Violation(("rollout.replay",), "must not be empty; null is off")
@@ -93,10 +93,10 @@ SET_BY_THE_JOB = {
     "--dist-init-addr": None,
     "--nccl-init-addr": None,
 }
-"""Arguments of a server that must be what the job, and its weight sync, take them to be -> the key that sets them."""
+"""Server arguments on which the job and its weight sync rely -> the key that sets them."""
 
 _MOVES_EXPERTS = ("--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts")
-"""Arguments with which an expert is not where it would be by its number, in parameters of shapes that may be the same."""
+"""Arguments that place experts by other than their index, possibly without changing parameter shapes."""
 
 
 def sglang(config: Config) -> Iterator[Violation]:

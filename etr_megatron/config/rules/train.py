@@ -1,4 +1,4 @@
-"""Rules about the optimisation."""
+"""Rules about the optimization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from etr_megatron.config.schema import Config
 
 
 def train(config: Config) -> Iterator[Violation]:
-    """The optimisation."""
+    """The optimization."""
     train = config.train
     if train.head_chunk_rows is not None and train.head_chunk_rows < 1:
         yield Violation(("train.head_chunk_rows",), "must be at least 1; null chooses by device")
@@ -74,7 +74,7 @@ def fp8(config: Config) -> Iterator[Violation]:
 
 
 def on_cpu(config: Config) -> Iterator[Violation]:
-    """What cannot run on a machine without CUDA."""
+    """Settings that need CUDA."""
     if config.fp8.recipe != "none":
         yield Violation(("fp8.recipe",), "FP8 needs a GPU and this job runs on CPU; set it to none")
     if config.train.optimizer_offload:

@@ -1,4 +1,4 @@
-"""Rules about one value alone."""
+"""Rules about single values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ AT_LEAST: dict[str, int] = {
     "observe.rollouts_every": 0,
     "observe.rollouts_groups": 1,
 }
-"""Whole numbers and their least value."""
+"""Minimum of whole numbers."""
 
 POSITIVE = (
     "run.phase_timeout_s",
@@ -99,20 +99,20 @@ SECONDS = (
     "sglang.update_timeout_s",
 )
 LONGEST_S = 1e6
-"""Of a wait: eleven days. What the system and torch wait with counts milliseconds in 32 bits."""
+"""Maximum of a wait, eleven days: the system and torch count milliseconds in 32 bits."""
 AT_MOST = {
-    "arithmetic.max_digits": 1000,  # Python writes out no number of more than 4300 digits
-    "reward.workers": 1024,  # processes of rank 0's machine
+    "arithmetic.max_digits": 1000,  # Python does not print integers of more than 4300 digits
+    "reward.workers": 1024,  # processes on rank 0's machine
 }
 
 SHORTEST_MEETING_S = 1.0
-"""Of `run.phase_timeout_s`: ranks that are started do not find each other sooner."""
+"""Minimum of `run.phase_timeout_s`: newly started ranks do not find each other sooner."""
 LARGEST_LR = 1e3
 LEAST_EPS = 1e-30
-"""Of Adam's epsilon: float32 has no smaller one, and without it a weight whose gradient is 0 becomes NaN."""
+"""Minimum of Adam's epsilon: a much smaller one is 0 in float32, and then a weight with gradient 0 becomes NaN."""
 
 COLDEST = 1e-3
-"""Of a temperature that is not 0: logits divided by a much smaller one are infinite, and the draw is of nothing."""
+"""Minimum of a temperature other than 0: logits divided by a much smaller one are infinite, and sampling fails."""
 
 NOT_EMPTY = (
     "run.name",
@@ -130,7 +130,7 @@ NOT_EMPTY = (
 
 
 def bounds(config: Config) -> Iterator[Violation]:
-    """Least and largest values."""
+    """Minimum and maximum values."""
     for key, least in AT_LEAST.items():
         if get(config, key) < least:
             yield Violation((key,), f"must be at least {least}")

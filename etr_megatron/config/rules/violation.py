@@ -1,4 +1,4 @@
-"""What a rule returns, and how it reads a value."""
+"""The result of a rule, and access to values by key."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from etr_megatron.config.schema import Config
 class Violation:
     """A constraint that does not hold.
 
-    keys: the `section.key`s it is about. message: the constraint and the way out. given: other keys that it depends on, which
-    are not shown.
+    keys: the `section.key`s it is about. message: the constraint and the fix. given: further keys that it depends on, which are
+    not shown.
     """
 
     keys: tuple[str, ...]
