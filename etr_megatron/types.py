@@ -50,7 +50,7 @@ class Sample:
     weight_version: version of the weights that its last token was drawn from.
     weight_versions: the version of each token if the response was continued after a weight sync; else empty.
     routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
-        Covers the prompt and the response without its last token; shorter or empty where the engine did not report them.
+        Covers the prompt and the response without its last token; shorter or empty if the engine did not report them all.
         Rank 0 has it; other ranks may not have that of samples they did not draw themselves.
 
     response_ids, rollout_logprobs and weight_versions may be any sequences; they are stored as arrays of type "i", "d" and "i".

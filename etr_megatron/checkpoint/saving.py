@@ -43,7 +43,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def disk_full_anywhere(error: BaseException) -> OSError | None:
-    """The OSError of a full disk that `error`, one of its causes, or a failure gathered from another rank is."""
+    """The OSError of a full disk behind `error`, or behind a failure that it gathered from another rank; None without one."""
     failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
     return next((full for one in (error, *failures) if (full := disk_full_behind(one)) is not None), None)
 

@@ -10,8 +10,8 @@ from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """`objective` with every null field that its preset defines set to the preset's value, and a null KL estimator set to the
-    one whose gradient is right for `kl_in` (see `objective.kl_estimate`).
+    """`objective` with every null field that its preset defines set to the preset's value, and a null KL estimator set to one
+    that pulls towards the reference where `kl_in` puts it (see `objective.kl_estimate`).
 
     Presets do not define `constant_length` and `dual_clip`, which stay unchanged.
     """

@@ -146,7 +146,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else a truncated line's error is on a line 2
+                row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))  # else an error at the end is on line 2
             except UnicodeDecodeError as error:
                 yield place, BrokenRowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:

@@ -34,7 +34,7 @@ def generation_seconds(
     token_bytes: int,
     gpu: Hardware,
 ) -> float:
-    """Seconds that one server takes for responses of `lengths` [samples], started in random order.
+    """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
     concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
     weights, and keys and values of a token, on one GPU of the server. A step takes the longer of reading (all weights, of

@@ -58,7 +58,7 @@ def step_time(
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
     # With a token-local loss and an fp32 gradient buffer, the head computes its gradients in the forward pass; else it computes
-    # the logits twice. Whether a custom loss is token-local is only known after importing it, which a plan does not do.
+    # the logits twice. A custom loss counts as not token-local: finding out would need its import, which a plan avoids.
     loss = config.objective.loss
     heads = 4 if loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate

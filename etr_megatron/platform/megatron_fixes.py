@@ -1,7 +1,7 @@
 """Fixes for bugs in megatron-core 0.16.1, most of which only appear without Transformer Engine and apex, with torch's Adam.
 
-Each entry names the bug, where it is and how it shows. Fixes for code paths that are not taken with TE or apex are not applied
-there.
+Each entry names the bug, where it is and how it shows. With TE or apex, fixes for code paths that are not taken then are not
+applied.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ LOOK_S = 0.2
 
 
 class StopRequest:
-    """Whether this rank was told to stop, by calling it: `request()`."""
+    """Tells whether this rank was asked to stop, when called: `request()`."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()

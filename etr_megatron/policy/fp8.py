@@ -11,7 +11,7 @@ from etr_megatron.config.schema.fp8 import FP8_TOKENS
 from etr_megatron.errors import UserError
 
 _FORMAT = {"blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "mxfp8": "e4m3"}
-"""Megatron's name of the number format: `hybrid` is e5m2 for gradients, whose range exceeds e4m3 with one scale per tensor."""
+"""Megatron's number format: `hybrid` uses e5m2 for gradients, whose range exceeds that of e4m3 with one scale per tensor."""
 
 _SUPPORT = {"blockwise": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
 """Transformer Engine's check for device support of a recipe; the other recipes need only general FP8 support."""

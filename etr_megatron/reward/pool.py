@@ -62,7 +62,7 @@ class GraderPool:
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade per request, in the order of the requests.
 
-        An answer that takes longer than `timeout_s` costs its worker (killed and replaced) and gets `range_min` with
+        An answer that takes longer than `timeout_s` has its worker killed and replaced and gets `range_min` with
         status "timeout"; one that crashes two workers gets `range_min` with status "error".
         Raises UserError if a replacement cannot load `reward.function`, RuntimeError after `close`.
         """

@@ -36,7 +36,7 @@ _LATEX_ONLY = [math_verify.LatexExtractionConfig()]
 
 
 class RefusedError(RuntimeError):
-    """Text tried to become code."""
+    """Text would have been run as code."""
 
 
 def _parse_literal(text: str, *_args: Any, **_kwargs: Any) -> sympy.Expr:

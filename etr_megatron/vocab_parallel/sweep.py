@@ -143,7 +143,7 @@ def row_slices(head: Head, hidden: Tensor) -> list[slice]:
 
 
 def chunk_buffers(head: Head, slices: list[slice], count: int, device: torch.device) -> Tensor:
-    """fp32 [count, rows of the largest chunk, real], uninitialised, for the logits of the chunks `slices`."""
+    """fp32 [count, rows of the largest chunk, real], uninitialized, for the logits of the chunks `slices`."""
     return torch.empty(count, slices[0].stop if slices else 0, head.shard.real, dtype=torch.float32, device=device)
 
 
