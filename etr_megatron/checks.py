@@ -154,7 +154,7 @@ def check_context(architecture: Architecture, config: Config) -> None:
 
 
 def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: int, parallel: ParallelConfig) -> None:
-    """Check that attention splits over `tp`; with more ranks than key/value heads, neighbouring ranks share one."""
+    """Check that attention splits over `tp`; with more ranks than key/value heads, neighboring ranks share one."""
     if heads % tp:
         raise UserError(
             f"{model} has {heads} attention heads, which parallel.tp={tp} does not divide; choose a parallel.tp that "

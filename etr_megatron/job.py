@@ -246,7 +246,7 @@ def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
     """End-of-sequence ids from generation_config.json (a chat model may have several) and the tokenizer.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none or generation_config.json's are not token ids.
     """
     from etr_megatron.weights.hf_config import read_config
 

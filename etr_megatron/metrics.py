@@ -106,7 +106,7 @@ def step_metrics(
 def training_speed(
     policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], epochs: int, seconds: float
 ) -> dict[str, float]:
-    """TFLOP/s per rank over the `seconds` spent on a step's log-probs and updates, and the MFU where the device's bf16 peak is
+    """TFLOP/s per rank over the `seconds` spent on a step's log-probs and updates, and the MFU if the device's bf16 peak is
     known; empty if nothing was trained.
 
     Counts model FLOPs as Megatron does, without recomputation: one forward pass for the old log-probs, one for a reference

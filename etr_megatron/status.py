@@ -66,7 +66,7 @@ def code_of_printing(main: Callable[[], int]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        if sys.stdout is not None:  # None if it was closed from the start, where print does nothing
+        if sys.stdout is not None:  # None if it was closed from the start; print then does nothing
             sys.stdout.flush()
         return code
     except BrokenPipeError:

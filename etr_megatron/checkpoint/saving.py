@@ -70,5 +70,5 @@ class TorchDistSave(SaveShardedStrategy):
 
 
 def shared_among_replicas(strategy: SaveShardedStrategy) -> SaveShardedStrategy:
-    """Wrap the strategy so that all data- and context-parallel ranks share the writing, not only the first one writes."""
+    """Wrap the strategy so that all data- and context-parallel ranks share the writing instead of leaving it to the first."""
     return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -1,4 +1,4 @@
-"""Resolve what a user may leave open (`auto`, null) into values, once the machine is known."""
+"""Resolve values that a user may leave open (`auto`, null), once the machine is known."""
 
 from __future__ import annotations
 

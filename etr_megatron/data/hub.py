@@ -1,6 +1,6 @@
 """Whether the dataset hub can be reached at all.
 
-Without a network, hub clients retry six times over 23 seconds for every dataset, before they use the cache or report a
+Without a network, hub clients try six times over 23 seconds for every dataset, before they use the cache or report a
 misspelled name.
 """
 

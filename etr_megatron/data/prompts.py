@@ -53,8 +53,8 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
 
 
 def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
-    """The messages that ask for a response: a problem's text, or the last chat message, in `data.prompt_template`, preceded by
-    `data.system_prompt` unless the messages begin with a system message.
+    """The messages that ask for a response. `data.prompt_template` wraps a problem's text, or the last of several chat
+    messages; `data.system_prompt` comes first unless the messages begin with a system message.
 
     Other braces in the template (`\\boxed{}`) are kept.
 

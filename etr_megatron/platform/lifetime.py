@@ -1,7 +1,7 @@
 """Ensure that no process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
 
-Ranks and graders call `die_with_parent()` first. On Linux the kernel does the work: PR_SET_PDEATHSIG sends SIGKILL when the
-parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed although the process
+Ranks and graders call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG sends SIGKILL when
+the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed although the process
 lives on. So children must not be started from short-lived threads, except through `popen_from_lasting_thread`.
 """
 
