@@ -61,9 +61,10 @@ class Rows:
     broken: int = 0
 
 
-def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit) -> Rows:
-    """Generated exercises as rows."""
-    return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result)) for e in exercises(config, split)])
+def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit, extra: tuple[str, ...] = ()) -> Rows:
+    """Generated exercises as rows, which have none of the further columns."""
+    none = dict.fromkeys(extra)
+    return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result), none) for e in exercises(config, split)])
 
 
 def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -> Rows:
@@ -72,7 +73,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     Args:
         source: not the generated one.
         config: column names and what happens to a broken row.
-        extra: further columns to keep; a row that lacks one has None.
+        extra: further columns to keep; a row that lacks one has None, and only a held-out set may have none with it.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
@@ -103,7 +104,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         raise UserError(f"{where} holds no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]
     try:
-        columns = find_columns(parsed, config, extra) if parsed else None
+        columns = find_columns(parsed, config, extra, may_lack_extra=source.split == "eval") if parsed else None
     except NoColumnError as error:
         raise UserError(f"{where} has {error}") from None
     rows, place_of_id = Rows(), {}
