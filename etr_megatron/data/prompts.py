@@ -78,7 +78,7 @@ def tokenize_prompts(
     are the user's message with the tokenizer's own special tokens.
 
     Raises:
-        UserError: the chat template refuses the messages, or there is no template for more than a user's message.
+        UserError: the chat template refuses the messages, or there is none to take more than the user's one message.
     """
     if not conversations:
         return []
@@ -93,8 +93,8 @@ def tokenize_prompts(
         texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(
-            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or set "
-            "data.chat_template=false"
+            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or mend the data's chat "
+            "messages, or set data.chat_template=false"
         ) from error
     # The template has written the special tokens itself.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]

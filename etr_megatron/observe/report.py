@@ -59,7 +59,7 @@ def summary(rows: list[MetricsRow]) -> str:
         f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
         f"eval accuracy     {_evaluations(rows, 'eval_accuracy')}",
         *([f"eval pass@k       {_evaluations(rows, 'eval_pass_at_k')}"] if _points(rows, "eval_pass_at_k") else []),
-        *(f"  {name:<16}{_evaluations(rows, key)}" for name, key in _sets(rows).items()),
+        *(f"  {name:<15} {_evaluations(rows, key)}" for name, key in _sets(rows).items()),
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
         f"time              {format_seconds(sum(row['time_step'] or 0 for row in rows))}",
