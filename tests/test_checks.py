@@ -246,7 +246,8 @@ def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) ->
     assert "no_such_module_here" in message.partition(": ")[2]
     assert "floor_lamp" in refusal(replace(config, reward=RewardConfig(function="math:floor_lamp")))
     assert refusal(replace(config, reward=RewardConfig(function="math:fsum"))) == (
-        "reward.function is 'math:fsum': it must be callable with three arguments, the prompt, the response and the answer"
+        "reward.function is 'math:fsum': it must be callable with three arguments, the prompt, the response and the answer "
+        "(a fourth is given with reward.columns)"
     )
     check_inputs(replace(config, reward=RewardConfig(function="tests.rewards:digit_sum_is_even")), 1)
 

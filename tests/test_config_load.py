@@ -51,6 +51,7 @@ def test_file_then_overrides_and_the_last_override_wins(tmp_path):
         ("data.eval={aime24: a.jsonl, 7: owner/b:main}", "data", "eval", {"aime24": "a.jsonl", "7": "owner/b:main"}),
         ("data.prompt_column=reward_model.x: y", "data", "prompt_column", "reward_model.x: y"),
         ("data.prompt_column=[question, problem]", "data", "prompt_column", ("question", "problem")),
+        ("data.eval=a: [b", "data", "eval", "a: [b"),
         ("data.prompt_column='[question]'", "data", "prompt_column", "[question]"),
         ("data.id_column=[a, b.c]", "data", "id_column", ("a", "b.c")),
         ("data.id_column=null", "data", "id_column", None),
@@ -101,6 +102,15 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("objective.options=0.1", "numbers by name, such as {a: 0.5, b: 2}"),
         ("objective.options={margin: wide}", "numbers by name"),
         ("objective.options={margin: 1, margin: 2}", "each name once"),
+        ("reward.extract=[boxed", "a list of texts"),
+        ("objective.options={margin: 1", "numbers by name"),
+        ("data.eval={a: b.jsonl", "texts by name, such as {a: b}"),
+        ("data.eval=[a.jsonl, b.jsonl]", "texts by name, such as {a: b}"),
+        ("data.eval={a: [b.jsonl]}", "texts by name, such as {a: b}"),
+        ("data.eval={a: b.jsonl, a: c.jsonl}", "texts by name, such as {a: b}, each name once"),
+        ("data.eval={b.jsonl}", "texts by name, such as {a: b}"),
+        ("data.prompt_column=[question", "a list of texts"),
+        ("data.prompt_column={a: b}", "a list of texts"),
         ("model.path=", "text"),
     ],
 )
@@ -209,6 +219,12 @@ def test_broken_file_is_told_with_its_line(tmp_path, text, expected):
 def test_key_given_twice_names_both_lines(tmp_path):
     path = write(tmp_path, "run:\n  steps: 1\n  steps: 2\n")
     assert f"run.steps ({path}:3): given twice, first at {path}:2" in message(path)
+
+
+def test_several_held_out_sets_of_a_file_may_stand_one_a_line(tmp_path):
+    assert load_config(write(tmp_path, "data:\n  eval:\n    a: b.jsonl\n    c: d\n")).data.eval == {"a": "b.jsonl", "c": "d"}
+    told = message(write(tmp_path, "data:\n  eval:\n    a: b.jsonl\n    a: d\n"))
+    assert told.endswith("must be texts by name, such as {a: b}, each name once")
 
 
 def test_missing_file_directory_and_binary_are_user_errors(tmp_path):

@@ -18,9 +18,9 @@ CHAT = byte_tokenizer(CHAT_TEMPLATE)
 PLAIN = byte_tokenizer()
 
 
-def opened(source: str, tokenizer=PLAIN, extra: tuple[str, ...] = (), **settings: object) -> ProblemSet:
-    config = DataConfig(train=source, eval=None, **settings)
-    return open_problems(sources_of(config)[0], config, ArithmeticConfig(), tokenizer, extra)
+def opened(source: str, tokenizer=PLAIN, extra: tuple[str, ...] = (), *, held_out=False, **settings: object) -> ProblemSet:
+    config = DataConfig(train=source, eval=source, **settings)
+    return open_problems(sources_of(config)[held_out], config, ArithmeticConfig(), tokenizer, extra)
 
 
 VERL = {
@@ -58,8 +58,10 @@ def test_a_parquet_file_of_nested_columns_and_messages_is_read_alike(tmp_path):
 
 
 def test_a_column_with_a_dot_in_its_own_name_comes_before_a_nested_one(tmp_path):
-    source = write_jsonl(tmp_path / "d.jsonl", [{"question": "?", "a.b": "direct", "a": {"b": "nested"}}])
+    row = {"question": "?", "a.b": "direct", "a": {"b": "nested", "c.d": {"e": "of both"}}}
+    source = write_jsonl(tmp_path / "d.jsonl", [row])
     assert opened(source, answer_column="a.b")[0].answer == "direct"
+    assert opened(source, answer_column="a.c.d.e")[0].answer == "of both"
 
 
 def test_a_row_in_which_what_should_be_nested_is_text_is_broken(tmp_path):
@@ -152,17 +154,30 @@ def test_messages_that_cannot_be_asked_are_a_broken_row(tmp_path, messages, reas
 
 def test_further_columns_are_kept_as_the_grader_gets_them(tmp_path):
     rows = [{"question": "?", "answer": "1", "tests": [{"in": 1}], "2": None}, {"question": "?", "answer": "1", "2": 0.5}]
-    first, second = opened(write_jsonl(tmp_path / "x.jsonl", rows), extra=("tests", "2", "absent"))
-    assert first.extra == {"tests": [{"in": 1}], "2": None, "absent": None}
-    assert second.extra == {"tests": None, "2": 0.5, "absent": None}
+    first, second = opened(write_jsonl(tmp_path / "x.jsonl", rows), extra=("tests", "2"))
+    assert first.extra == {"tests": [{"in": 1}], "2": None}
+    assert second.extra == {"tests": None, "2": 0.5}
 
 
-def test_what_json_cannot_say_is_a_broken_row(tmp_path):
+def test_a_further_column_may_be_lacking_in_a_held_out_set_and_where_problems_are_generated_but_not_in_training(tmp_path):
+    source = write_jsonl(tmp_path / "x.jsonl", [{"question": "?", "answer": "1"}])
+    for place, held_out in ((source, True), ("arithmetic", True), ("arithmetic", False)):
+        assert opened(place, extra=("level",), held_out=held_out)[0].extra == {"level": None}
+    with pytest.raises(UserError, match=r"no column 'level' \(reward\.columns\); its columns are 'question', 'answer'"):
+        opened(source, extra=("answer", "level"))
+
+
+def test_what_cannot_be_given_to_a_grader_or_recorded_is_a_broken_row(tmp_path):
     table = {"question": ["?"], "answer": ["1"], "when": [datetime.datetime(2024, 2, 29)]}
     pq.write_table(pa.table(table), tmp_path / "w.parquet")
     with pytest.raises(UserError, match=r"w\.parquet:1 .*column 'when' cannot be given to a reward function as JSON"):
         opened(str(tmp_path / "w.parquet"), extra=("when",))
     assert len(opened(str(tmp_path / "w.parquet"))) == 1
+    for number, value in enumerate((float("nan"), {"a": "\ud83d"})):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", [{"question": "?", "answer": "1", "tag": value}])
+        with pytest.raises(UserError, match=r"jsonl:1 .*column 'tag' cannot be given to a reward function as JSON"):
+            opened(source, extra=("tag",))
+        assert len(opened(source)) == 1
 
 
 def test_a_resume_with_other_further_columns_is_one_with_other_problems(tmp_path):

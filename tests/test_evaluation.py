@@ -15,7 +15,7 @@ from tests.test_observe import make_row
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    monkeypatch.setattr(collect, "on_rank0", lambda draw: draw())
+    monkeypatch.setattr(collect, "on_rank0", lambda body, *, long: body())
 
 
 def graded(*rewards: tuple[float, ...], tokens: int = 2, finish: FinishReason = "stop") -> list[Group]:

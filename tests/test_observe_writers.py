@@ -195,7 +195,8 @@ def make_run(root: Path) -> Path:
     for step in range(1, 31):
         extra = {"eval_accuracy_start": 0.125} if step == 1 else {"eval_accuracy": step / 40} if step % 10 == 0 else {}
         extra |= {key.replace("accuracy", "pass_at_k"): value + 0.125 for key, value in extra.items()}
-        extra |= {key.replace("eval_", "eval/amc23/"): value / 2 for key, value in extra.items()}
+        for name in ("amc23", "a_name_longer_than_the_column"):
+            extra |= {key.replace("eval_", f"eval/{name}/"): value / 2 for key, value in extra.items() if "/" not in key}
         row = make_row(step, reward_mean=step / 64, clip_frac_upper=0.02, clip_frac_lower=0.01, **extra)
         row["tokens_per_s"], row["time_step"] = 100.0, 3.0
         directory.metrics.append(row)
@@ -204,18 +205,20 @@ def make_run(root: Path) -> Path:
 
 def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(make_run(tmp_path))]) == 0
-    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
-    assert {
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "steps 1 to 30 (30 rows)",
         "reward first tenth 0.031, last tenth 0.453",  # means of steps 1..3 and 28..30 over 64
         "eval accuracy 0.125 (step 0) to 0.750 (step 30)",
-        "eval pass@k 0.250 (step 0) to 0.875 (step 30)",
         "amc23 0.062 (step 0) to 0.375 (step 30)",
+        "a_name_longer_than_the_column 0.062 (step 0) to 0.375 (step 30)",
+        "eval pass@k 0.250 (step 0) to 0.875 (step 30)",
         "clipped tokens 2.00% at the upper bound, 1.00% at the lower",
         "response tokens 9,000",
         "time 1m 30s",
         "truncated 60 samples",
         "zero variance 30 groups",
-    } <= lines
+        "reward timeouts 0",
+    ]
 
 
 @pytest.mark.parametrize(("key", "value"), [("reward_mean", None), ("truncated", "x"), ("entropy", [1])])

@@ -27,7 +27,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    monkeypatch.setattr("etr_megatron.rollout.collect.on_rank0", lambda body: body())
+    monkeypatch.setattr("etr_megatron.rollout.collect.on_rank0", lambda body, *, long: body())
 
 
 def sampler_of(engine, *, flat=(), count=40, shuffle=False, **rollout) -> RoundSampler:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, ObjectiveConfig, RunConfig
+from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, DataConfig, ObjectiveConfig, RunConfig
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory
 from etr_megatron.types import Group, Problem, Sample
@@ -180,6 +180,15 @@ def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
         assert directory.prepare(changed) == ["objective.preset", "objective.kl_coef"]
     assert "objective.preset ('etr' -> 'grpo')" in caplog.text and "run.steps" not in caplog.text
     assert directory.config_file.read_bytes() == before
+
+
+def test_resuming_with_other_held_out_sets_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.prepare(Config())
+    directory.metrics.append(make_row(1))
+    with caplog.at_level("WARNING"):
+        assert directory.prepare(Config(data=DataConfig(eval={"a": "b.jsonl"}))) == ["data.eval"]
+    assert "data.eval ('arithmetic' -> {'a': 'b.jsonl'})" in caplog.text
 
 
 def test_resuming_for_more_steps_writes_the_config_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,14 +43,17 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float | str], or a union of these and None, str
         last.
     verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
-        `data.prompt_template=Q: {prompt}` needs no YAML quoting.
+        `data.prompt_template=Q: {prompt}` needs no YAML quoting. For a key that may be a list or a mapping, text in brackets is
+        always parsed as one.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
     """
-    if get_origin(hint) not in (Union, UnionType):
-        return _coerce_one(node, hint, verbatim)
-    options = get_args(hint)
+    options = _options(hint)
     if NoneType in options and _is_null(node):
         return None
+    if (several := _several(hint)) and isinstance(node, yaml.CollectionNode) and (node.flow_style or verbatim is None):
+        options = (several,)
+    if len(options) == 1:  # whose own words say more
+        return _coerce_one(node, options[0], verbatim)
     for option in options:
         if option is NoneType:
             continue
@@ -59,6 +62,23 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
         except Mismatch:
             continue
     raise Mismatch(describe(hint))
+
+
+def text_may_be(text: str, hint: Any) -> bool:
+    """Whether an override that is no YAML at all can still be meant as plain text: not with an opening bracket, where a list
+    or a mapping may stand."""
+    if str not in _options(hint):
+        return False
+    return not (_several(hint) and text.lstrip().startswith(("[", "{")))
+
+
+def _several(hint: Any) -> Any:
+    """The list or mapping of a union, if there is one."""
+    return next((option for option in _options(hint) if get_origin(option) in (tuple, dict)), None)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
-from etr_megatron.config.coerce import Mismatch, coerce, describe
+from etr_megatron.config.coerce import Mismatch, coerce, describe, text_may_be
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
@@ -91,7 +91,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def _value(setting: _Setting) -> Any:
     hint = SECTIONS[setting.section][setting.name]
     if setting.node is None:  # an override that is not valid YAML can still be plain text
-        if hint is str or str in get_args(hint):
+        if setting.verbatim is not None and text_may_be(setting.verbatim, hint):
             return setting.verbatim
         raise Mismatch(describe(hint))
     return coerce(setting.node, hint, setting.verbatim)

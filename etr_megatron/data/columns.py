@@ -36,8 +36,10 @@ class Columns:
     extra: tuple[str, ...]
 
 
-def find_columns(rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: tuple[str, ...]) -> Columns:
-    """For each setting, the first of its names that any row has. extra: `reward.columns`; a source may lack them.
+def find_columns(
+    rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: tuple[str, ...], *, may_lack_extra: bool = False
+) -> Columns:
+    """For each setting, the first of its names that any row has. extra: `reward.columns`, all required unless `may_lack_extra`.
 
     Raises NoColumnError, because a column that no row has means a wrong config, not many broken rows.
     """
@@ -50,6 +52,8 @@ def find_columns(rows: Iterable[Mapping[str, Any]], config: DataConfig, extra: t
         found[setting] = next((name for name in names if name in available), None)
         if names and found[setting] is None:
             missing.append(f"column {' or '.join(map(repr, names))} (data.{setting})")
+    if not may_lack_extra:
+        missing += [f"column {name!r} (reward.columns)" for name in extra if name not in available]
     if missing:
         shown = [repr(name) for name in available]
         rest = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
@@ -68,14 +72,20 @@ def _names(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, whose own name may contain dots; raises BrokenRowError if it is missing or null."""
-    found: Any = row
-    for part in (column,) if column in row else column.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            raise BrokenRowError(f"column {column!r} is missing")
-        found = found[part]
-    if found is None:
-        raise BrokenRowError(f"column {column!r} is null")
-    return found
+    for value in _values(row, column):
+        if value is None:
+            raise BrokenRowError(f"column {column!r} is null")
+        return value
+    raise BrokenRowError(f"column {column!r} is missing")
+
+
+def _values(row: Mapping[str, Any], column: str) -> Iterator[Any]:
+    """Every value that the name may mean: the column of that name first, then nested ones, split at each of its dots."""
+    if column in row:
+        yield row[column]
+    for end, letter in enumerate(column):
+        if letter == "." and isinstance(row.get(column[:end]), Mapping):
+            yield from _values(row[column[:end]], column[end + 1 :])
 
 
 def text_of(row: Mapping[str, Any], column: str, *, numbers: bool) -> str:
@@ -123,8 +133,9 @@ def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
         except BrokenRowError:
             value = None
         try:
-            # Copy through JSON, as the grader process gets it: tuples become lists and numeric keys become text.
-            found[column] = json.loads(json.dumps(value, allow_nan=False))
+            # Copy through JSON, as the grader process gets it: tuples become lists and numeric keys become text. Records are
+            # UTF-8, which cannot hold half a surrogate pair.
+            found[column] = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
         except (TypeError, ValueError, RecursionError) as error:
             raise BrokenRowError(f"column {column!r} cannot be given to a reward function as JSON ({error})") from None
     return found

@@ -77,7 +77,7 @@ class PromptCursor:
         """
         names = {
             "problems": "the number of problems",
-            "fingerprint": "the problems' fingerprint (text, answers, templates and tokenizer)",
+            "fingerprint": "the problems' fingerprint (text, answers, templates, tokenizer and reward.columns)",
             "seed": "run.seed",
             "shuffle": "data.shuffle",
         }

@@ -75,7 +75,7 @@ def open_problems(
         UserError: `read_rows` or `tokenize_prompts` raised it, or no problem is left.
     """
     is_generated = source.location == ARITHMETIC
-    rows = arithmetic_rows(arithmetic, source.split) if is_generated else read_rows(source, config, extra)
+    rows = arithmetic_rows(arithmetic, source.split, extra) if is_generated else read_rows(source, config, extra)
     conversations = [conversation(row.prompt, config) for row in rows.good]
     problems, too_long = [], 0
     for row, messages, ids in zip(rows.good, conversations, tokenize_prompts(conversations, config, tokenizer), strict=True):

@@ -60,9 +60,10 @@ class Rows:
     broken: int = 0
 
 
-def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit) -> Rows:
-    """Generated exercises as rows."""
-    return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result)) for e in exercises(config, split)])
+def arithmetic_rows(config: ArithmeticConfig, split: ArithmeticSplit, extra: tuple[str, ...] = ()) -> Rows:
+    """Generated exercises as rows, which have none of the further columns."""
+    none = dict.fromkeys(extra)
+    return Rows([Row(f"arithmetic:{e.expression}", e.question, str(e.result), none) for e in exercises(config, split)])
 
 
 def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -> Rows:
@@ -71,7 +72,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     Args:
         source: any but generated arithmetic.
         config: column names and the handling of broken rows.
-        extra: further columns to keep; None in a row that lacks one.
+        extra: further columns to keep; None in a row that lacks one. Only a held-out set may lack one in all rows.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
@@ -102,7 +103,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         raise UserError(f"{where} holds no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]
     try:
-        columns = find_columns(parsed, config, extra) if parsed else None
+        columns = find_columns(parsed, config, extra, may_lack_extra=source.split == "eval") if parsed else None
     except NoColumnError as error:
         raise UserError(f"{where} has {error}") from None
     rows, place_of_id = Rows(), {}

@@ -29,7 +29,7 @@ def load_grader(config: RewardConfig) -> Grader:
         return lambda request: _grade_math(request, config)
     function = import_function(config.function)
     if not takes(function, 4 if config.columns else 3):
-        wanted = "three arguments, the prompt, the response and the answer"
+        wanted = "three arguments, the prompt, the response and the answer (a fourth is given with reward.columns)"
         if config.columns:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}")

@@ -46,7 +46,8 @@ def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
         report_errors([(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)])
         return grades
 
-    for (_, sample), grade in zip(samples, on_rank0(graded), strict=True):
+    # Long: an evaluation may have thousands of answers, and judges of the user's own take their time over each.
+    for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
 
 

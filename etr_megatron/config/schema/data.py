@@ -66,7 +66,7 @@ class RewardConfig:
     """`math` (math-verify), or `package.module:function` of your own: `f(prompt, response, answer) -> float`."""
     columns: tuple[str, ...] = ()
     """Further columns of the data (`outer.inner` in a nested one) for a function of your own, which is then called as
-    `f(prompt, response, answer, columns)` with a dict of them; null where a row has none."""
+    `f(prompt, response, answer, columns)` with a dict of them; null where a row, or a whole held-out set, has none."""
     extract: tuple[str, ...] = ("boxed", "hash", "last_number")
     """Where the answer is looked for, first hit wins: `\\boxed{}`, after `####`, the last number."""
     range_min: float = 0.0

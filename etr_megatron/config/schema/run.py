@@ -22,8 +22,8 @@ class RunConfig:
     """`auto` takes CUDA where there is a device."""
     phase_timeout_s: float = 1800.0
     """Deadline, in seconds, of every collective (of model-parallel groups in whole minutes, one at least) and of every rank's
-    arrival at a phase; the latter's error names who is missing. While rank 0 has SGLang servers generate the others wait for
-    as long as it gives signs of life."""
+    arrival at a phase; the latter's error names who is missing. While rank 0 has SGLang servers generate, or answers graded,
+    the others wait for as long as it gives signs of life."""
     stop_grace_s: float = 25.0
     """After SIGTERM the run stops at its next phase, or while it waits for servers' responses, saves and ends with the state
     `requeue`; a rank that is not done by so many seconds ends without. To be longer than a training phase and a checkpoint
