@@ -16,7 +16,7 @@ _NOT_POSSIBLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errn
 """The kernel's errors for files between which it cannot copy; then bytes go through this process."""
 _FAILED_DISK = (errno.EIO, errno.ESTALE)
 _WORTH_WRITING = 2**18
-"""Of fewer bytes the kernel decides itself when to write them to the disk."""
+"""For fewer bytes, the kernel decides when to write them to the disk."""
 
 
 def copy_bytes(source: Path, begin: int, target: Path, at: int, count: int) -> None:

@@ -13,7 +13,7 @@ from etr_megatron.platform.files import write_atomically
 
 _KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_COPIED = ("config.json", "metadata.json", "trainer.json", "warm_start.json")
-"""config.json is written anew; two others belong to a torch_dist checkpoint, one to the tiny policy (`data/tiny.py`)."""
+"""config.json is rewritten; two others belong to a torch_dist checkpoint, one to the tiny policy (`data/tiny.py`)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Values of `--dtype`."""

@@ -22,8 +22,8 @@ SEEN_S = 30.0
 """Time after which a file of rank 0's counts as invisible: a network file system may cache a listing for about as long."""
 
 _OURS = ".conversion"
-"""Marker file in every directory that a conversion has begun: it must not remove the contents of others. By what is written
-into the marker, ranks check that they see the same directory."""
+"""Marker file in every directory that a conversion has begun: the contents of other directories are never removed. Ranks use
+its content to check that they see the same directory."""
 
 
 @contextmanager

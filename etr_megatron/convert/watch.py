@@ -26,7 +26,7 @@ SILENCE_S = 120.0
 
 @contextmanager
 def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
-    """Send heartbeats while the block runs; give_up(a sentence with the silent ranks) is called, once, in another thread.
+    """Send heartbeats while the block runs; give_up(message naming silent ranks) is called, once, in another thread.
 
     That thread cannot stop a collective: `give_up` must end the process.
     """

@@ -53,8 +53,8 @@ def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
     """Fill in rewards and their status (in place), on this rank alone.
 
-    Raises UngradedError, with nothing filled in, for a reward outside the configured range. Either of the two may be wrong.
-    Training on, with what may be the best answers counted as the worst, would ruin the policy.
+    Raises UngradedError, with nothing filled in, for a reward outside the configured range: either the reward or the range is
+    wrong, and training on, with what may be the best answers counted as the worst, would ruin the policy.
     """
     grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra) for problem, sample in samples])
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]

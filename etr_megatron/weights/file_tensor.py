@@ -1,5 +1,5 @@
 """A dense tensor in a file, any box of which is read by plain reads of its bytes. Files are not mapped into memory: mapped
-pages, once touched, count as the process's."""
+pages, once touched, count as memory of the process."""
 
 from __future__ import annotations
 

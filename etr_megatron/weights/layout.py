@@ -1,4 +1,4 @@
-"""Who holds which shard of a weight: Megatron's ranks in training, a server's ranks in inference. Plain arithmetic.
+"""Which ranks hold which shard of a weight: Megatron's in training, a server's in inference. Plain arithmetic.
 
 Rank order in training is Megatron's default, "tp-cp-ep-dp-pp": tensor-parallel neighbours first, pipeline stages last; context-
 parallel ranks hold the same weights and count as data-parallel here. Experts regroup the ranks of a stage by (ETP, EP).
@@ -172,7 +172,7 @@ class WholeLayout:
 
 
 def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
-    """Every weight of which a rank holds a shard, and that shard, in the model's order."""
+    """Every weight that a rank holds a shard of, with that shard, in the model's order."""
     for weight in weights_of(arch):
         for holding in placement.holdings(weight, arch):
             if rank in holding.ranks:

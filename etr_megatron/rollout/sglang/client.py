@@ -78,7 +78,7 @@ class GenerateParameters:
 
 
 class ServerClient:
-    """One server. `http` is shared by all clients of a fleet: its pool keeps connections open between requests."""
+    """One server. `http` is shared by all clients of a fleet and keeps connections open between requests."""
 
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http

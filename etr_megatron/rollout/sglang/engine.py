@@ -226,7 +226,7 @@ class SglangEngine:
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
-        """Spans an update, until the servers confirm that they have the version; after any error they are let go on."""
+        """Spans an update, until the servers confirm that they have the version; after any error they are resumed."""
         try:
             on_rank0(lambda: self._control.begin())
             yield

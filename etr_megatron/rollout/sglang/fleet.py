@@ -160,7 +160,7 @@ class Fleet:
 
         The last server is only marked when it is unreachable or not well. The first time that a request's connection breaks, a
         server that is well is not marked, and aborts what it may still have of the request. Raises GivenUpError when the
-        request has failed at servers that were well afterwards: it would fail at the next as well, and in the end at all.
+        request has failed at servers that were well afterwards: it would fail at all the others, too.
         """
         failures = asking.failures
         is_broken = isinstance(error, ServerError) and error.broken

@@ -111,7 +111,7 @@ def _answers(url: str) -> bool:
 def _is_ours(process: ServerProcess) -> bool | None:
     """Whether the process that answers at its port is the server that was started, by an identity that only this one has.
 
-    A server that cannot report its identity is trusted. None: this could not be found out, so it is asked again.
+    A server that cannot report its identity is trusted. None: undecided, so it is asked again.
     """
     if process.told_by == "request_id":
         return _calls_a_request_so(process)

@@ -61,7 +61,7 @@ class Pulse:
                     self._give_up(client)
 
     async def _lives(self, client: ServerClient) -> bool:
-        """Whether the server answers within the time; a reset connection or a wrong answer alone is not death."""
+        """Whether the server answers within the time; a reset connection or a wrong answer alone does not mean it is dead."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._timeout_s
         while (left := end - loop.time()) > 0:

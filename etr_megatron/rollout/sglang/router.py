@@ -112,7 +112,7 @@ class Router:
 
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(_ASK_S):  # httpx counts anew with every piece that arrives
+            async with asyncio.timeout(_ASK_S):  # httpx restarts its timeout with every chunk that arrives
                 reply = await self._http.request(method, self.client.url + route, json=body, timeout=_ASK_S)
             if reply.is_success:
                 return dict(reply.json())

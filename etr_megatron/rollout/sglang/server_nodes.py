@@ -135,7 +135,7 @@ class ServerNodes:
                     self._stop_asked.set()
 
     def asked_to_stop(self) -> bool:
-        """Whether a node was sent SIGTERM, which is meant for the whole job."""
+        """Whether a node was sent SIGTERM, which stops the whole job."""
         return self._stop_asked.is_set()
 
     def meet(self, timeout_s: float, must_stop: MustStop = never) -> list[str]:

@@ -13,7 +13,7 @@ from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
 
 _GOODBYE_S = 5.0
-"""Timeout for letting a failed server go on."""
+"""Timeout of the requests that resume a failed server."""
 
 
 class Transaction:
@@ -46,20 +46,20 @@ class Transaction:
         self._fleet.refuse_if_gone()
 
     async def abandon(self, why: str) -> None:
-        """After a failure on our side: let servers go on, so that nobody waits for them, but mark them as failed."""
+        """After a failure on our side: resume the servers, so that nobody waits for them, but mark them as failed."""
         for client in self._fleet.serving:
             self._fleet.mark_failed(client, why)
         await self._let_go()
 
     async def _let_go(self) -> None:
-        """Let servers that were paused and have failed go on, if they still can: they may have other users."""
+        """Resume also the servers that were paused and have failed, if they still can: they may have other users."""
         failed = [client for client in self._paused if client.name in self._fleet.failed]
         await asyncio.gather(*map(self.end_what_is_open, failed))
         self._paused = []
 
     async def end_what_is_open(self, client: ServerClient) -> None:
-        """Let a paused server go on, whether an update is open or not. A server that refuses or does not answer in time is left
-        as it is."""
+        """Resume a paused server, whether an update is open or not. A server that refuses or does not answer in time is left as
+        it is."""
         for route in ("/end_weight_update", "/continue_generation"):
             if client.has(route):
                 with suppress(ServerError):  # from the first route, if no update is open

@@ -45,7 +45,7 @@ class Board:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
         self._what = f"the weight sync of version {version}"
-        for key in self._old:  # all ranks have left that sync: they met at the begin of the one after it
+        for key in self._old:  # all ranks have left that sync: they met at the beginning of the next one
             self._store.delete_key(key)
         self._old, self._current = self._current, []
 

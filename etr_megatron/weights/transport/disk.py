@@ -196,7 +196,7 @@ class DiskWriter(CollectiveTransport):
     def _bring_back(self) -> None:
         """Restore versions that were set aside for a replacement that has not come."""
         for aside in self.directory.glob(f".version_*{_REPLACED}"):
-            with suppress(OSError):  # another one has the name
+            with suppress(OSError):  # a newer version has the name
                 os.rename(aside, self.directory / aside.name[1:].removesuffix(_REPLACED))
 
     def _outdated(self, published: Path) -> list[Path]:
@@ -330,7 +330,7 @@ def _of_scales(piece: Piece, block: int) -> Piece:
 
 
 def _read_version_file(folder: Path) -> dict:
-    """Empty if there is none, also if it disappears meanwhile, as old versions do."""
+    """The version file's content; empty if there is none, or if it disappears meanwhile, as old versions do."""
     try:
         return json.loads((folder / VERSION_FILE).read_text())
     except (OSError, ValueError):

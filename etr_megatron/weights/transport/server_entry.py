@@ -1,4 +1,4 @@
-"""The entry point of `server_loader` for servers that die of an exception in a weight loader, as SGLang does."""
+"""The entry point of `server_loader` for servers that crash on an exception in a weight loader, as SGLang does."""
 
 from __future__ import annotations
 

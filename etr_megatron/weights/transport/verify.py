@@ -45,7 +45,7 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
 
 
 def refuse_differing(wire: Wire, differing: Sequence[Transfer]) -> None:
-    """Raise SyncError naming the first of these transfers, if there is one; it reaches all ranks."""
+    """Raise SyncError naming the first of these transfers, if there is one; in the end all ranks raise it."""
     if differing:
         first = differing[0]
         raise wire.board.fail(
