@@ -1,4 +1,4 @@
-"""HuggingFace checkpoints to megatron's torch_dist format and back, part by part. Only `verify` needs Megatron."""
+"""Converts HuggingFace checkpoints to Megatron's torch_dist format and back, part by part. Only `verify` needs Megatron."""
 
 from etr_megatron.convert.comparison import verify
 from etr_megatron.convert.hf_to_megatron import to_megatron

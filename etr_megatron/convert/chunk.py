@@ -1,4 +1,4 @@
-"""What a `torch_dist` checkpoint is planned from."""
+"""The chunks from which a `torch_dist` checkpoint is planned."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Span = tuple[Path, int, int]
 class ChunkToWrite:
     """A box of a global tensor: `size` from `offset` in one of `shape`, of `dtype`.
 
-    read: makes its values, of shape `size`. spans: the byte ranges that it consists of, one after the other, where they are in
-    files as they will be stored, else None.
+    read: returns its values, of shape `size`. spans: returns the byte ranges that it consists of, in order, if they are in
+    files exactly as they will be stored, else None.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Is a torch_dist checkpoint the same model as a HuggingFace one? Bit by bit, and by the logits of a prompt.
+"""Checks that a torch_dist checkpoint is the same model as a HuggingFace one: bit by bit, and by the logits of a prompt.
 
-An FP8 tensor is the same as what Megatron holds where it stands for just that (a checkpoint that was converted from FP8), or
-where quantising what Megatron holds, or that rounded to bf16, gives its bits and its scales (FP8 that was exported from it).
+An FP8 tensor is the same as Megatron's if it dequantises to exactly Megatron's values (a checkpoint that was converted from
+FP8), or if quantising these, as stored or rounded to bf16, gives its bits and scales (FP8 that was exported from it).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from etr_megatron.weights.map import EMBEDDING, hf_name
 PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
 
 LOGIT_TOLERANCE = 1e-5
-"""Largest difference of two logits, in terms of the largest one: sums of many fp32 terms in another order."""
+"""Largest difference of two logits, relative to the largest one: many fp32 terms are summed in another order."""
 
 
 @dataclass
 class Verification:
-    """What was found. differing: HF names of tensors with another bit anywhere. tensors: how many were compared.
+    """Result of `verify`. differing: HF names of tensors with any bit that differs. tensors: how many were compared.
 
-    rounded: those that are FP8 and the same once Megatron's values are quantised. logits: (largest difference, largest logit),
-    None where they were not compared.
+    rounded: HF names of FP8 tensors that are the same once Megatron's values are quantised. logits: (largest difference,
+    largest logit), None if they were not compared.
     """
 
     tensors: int = 0
@@ -54,7 +54,7 @@ class Verification:
 
     @property
     def logits_agree(self) -> bool:
-        """Whether logits are within the tolerance; true where they were not compared."""
+        """Whether logits are within the tolerance; true if they were not compared."""
         return self.logits is None or self.logits[0] <= LOGIT_TOLERANCE * max(1.0, self.logits[1])
 
     @property
@@ -66,10 +66,10 @@ class Verification:
 def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str | None = None) -> Verification:
     """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of a prompt in fp32.
 
-    FP8 is compared as the module says; where it is the rounding of Megatron's values, these take its place for the logits.
-    prompt: None is `PROMPT`. One process. Tensors are read part by part, those to be quantised one at a time; for the logits
-    both models are in memory. Raises UserError for directories that cannot be read or hold other architectures, and for a
-    prompt without tokens, without a tokenizer, or with another model's.
+    FP8 is compared as the module says; where it is the quantised form of Megatron's values, the logits are computed from these.
+    prompt: None means `PROMPT`. One process only. Tensors are read part by part, those to be quantised one at a time; for the
+    logits both models are in memory. Raises UserError for directories that cannot be read or hold different architectures, and
+    for a prompt without tokens, without a tokenizer, or with a tokenizer of another model.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
@@ -78,7 +78,7 @@ def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, promp
     stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
     check_torch_dist(stored, arch)
     tokens = None
-    if logits:  # what would fail for them is refused before hours of reading
+    if logits:  # checked before hours of reading
         _refuse_unknown_to_transformers(hf)
         tokens = _tokens(hf, arch, prompt)
     result = _compare_tensors(arch, stored, source, ranks)
@@ -112,7 +112,7 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
 
 
 def _is_quantised(name: str, weight: Weight, quantiser: Quantiser, stored: TorchDistDir, source: Fp8Dir) -> bool:
-    """Whether a tensor is FP8 and, with its scales, what the stored values, or these in bf16, become when quantised."""
+    """Whether a tensor is FP8 and equals, with its scales, the quantised form of the stored values or of these in bf16."""
     if name not in source.quantized:
         return False
     dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
@@ -128,7 +128,7 @@ def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, sour
 
 
 def _whole_tensors(names: Set[str], arch: Architecture, stored: TorchDistDir) -> dict[str, Tensor]:
-    """By HF name, as Megatron has them."""
+    """Megatron's values of these tensors, by HF name."""
     found: dict[str, Tensor] = {}
     for weight in weights_of(arch):
         for name, shape in zip(weight.hf, weight.shapes, strict=True):
@@ -141,12 +141,12 @@ def _whole_tensors(names: Set[str], arch: Architecture, stored: TorchDistDir) ->
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Integers of the same bits: a NaN equals itself, 0 differs from -0."""
+    """The same bits as integers: a NaN equals itself, 0 differs from -0."""
     return values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
 
 
 def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
-    """int64 [1, S]: the prompt's tokens; for None without a tokenizer numbers spread over the vocabulary. Raises UserError."""
+    """int64 [1, S]: the prompt's tokens; without prompt and tokenizer, ids spread over the vocabulary. Raises UserError."""
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
         if prompt is not None:
             raise UserError(f"{hf} has no tokenizer for --prompt; leave it out, and made-up tokens are compared")
@@ -172,7 +172,7 @@ def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
 
 
 def _refuse_unknown_to_transformers(hf: Path) -> None:
-    """Raise UserError where transformers will not build the model. Nothing is read, and no memory taken for it."""
+    """Raise UserError if transformers cannot build the model. No weights are read, and no memory is allocated for them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with transformers_errors(hf), torch.device("meta"):
@@ -188,11 +188,11 @@ def _transformers_logits(
     exact: dict[str, Tensor],
     usual: torch.dtype,
 ) -> Tensor:
-    """fp32 [1, S, V] on the CPU, of weights rounded to the types that they have in the Megatron checkpoint.
+    """fp32 [1, S, V] on the CPU, from weights rounded to their types in the Megatron checkpoint.
 
-    stored: HF name -> that type. usual: what experts, which transformers fuses under other names, are rounded to. FP8 is
-    handed over as what it stands for, or as what it was made of where that is in `exact`: transformers' own kernels want a GPU
-    and quantise activations as well.
+    stored: HF name -> that type. usual: the type of experts, which transformers fuses under other names. FP8 is passed in
+    dequantised, or as the values that it was made of if these are in `exact`: transformers' own kernels need a GPU and quantise
+    activations as well.
     """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -221,12 +221,12 @@ def _transformers_logits(
 
 
 def _megatron_logits(arch: Architecture, weights: Path, tokens: Tensor) -> Tensor:
-    """The same of the policy's model, loaded from the torch_dist directory."""
+    """fp32 [1, S, V] of the policy's model, loaded from the torch_dist directory."""
     import torch.distributed as dist
 
     from etr_megatron import platform
 
-    if not dist.is_initialized():  # Megatron wants a world, of one process here
+    if not dist.is_initialized():  # Megatron needs a world, here of one process
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
     from etr_megatron.policy import init_layout
     from etr_megatron.policy.megatron_weights import megatron_logits

@@ -1,4 +1,4 @@
-"""Bytes into files that are being written, at the speed at which the kernel copies a file."""
+"""Puts bytes into files that are being written, at the speed at which the kernel copies a file."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 from etr_megatron.errors import UserError
 
 WRITE_BYTES = 2**17
-"""Written from memory at a time: with more Linux looks for large stretches of free memory, and took up to ten times as long."""
+"""Bytes per write from memory: for more, Linux looks for large stretches of free memory, and took up to ten times as long."""
 
 _COPY_BYTES = 2**23
 _NOT_POSSIBLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM)
-"""What the kernel says of files between which it cannot copy; then bytes go through this process."""
+"""The kernel's errors for files between which it cannot copy; then bytes go through this process."""
 _FAILED_DISK = (errno.EIO, errno.ESTALE)
 _WORTH_WRITING = 2**18
-"""Bytes below which the kernel is left to decide when to bring them to the disk."""
+"""For fewer bytes, the kernel decides when to write them to the disk."""
 
 
 def copy_bytes(source: Path, begin: int, target: Path, at: int, count: int) -> None:
-    """Copy `count` bytes from `begin` of `source` to `at` of `target`, which exists, within the kernel if it can.
+    """Copy `count` bytes from `begin` of `source` to `at` of `target`, which must exist; within the kernel if possible.
 
-    Raises UserError where `source` ends too early or a disk fails, OSError for one that is full.
+    Raises UserError if `source` ends too early or a disk fails, OSError for a full disk.
     """
     with open(source, "rb", buffering=0) as file, open(target, "r+b", buffering=0) as out:
         while count:
             try:
                 done = _copy_some(file.fileno(), begin, out.fileno(), at, min(count, _COPY_BYTES))
-            except OSError as error:  # which names neither of the two
+            except OSError as error:  # it names neither of the two files
                 if error.errno not in _FAILED_DISK:
                     raise
                 raise UserError(f"{source} cannot be copied to {target} ({error.strerror})") from error
@@ -49,7 +49,7 @@ def _copy_some(source: int, begin: int, target: int, at: int, size: int) -> int:
 
 
 def write_bytes(target: int, data: memoryview, at: int) -> None:
-    """Write memory to `at` of the file with the descriptor `target`. Raises OSError for a disk that is full."""
+    """Write memory to `at` of the file with the descriptor `target`. Raises OSError for a full disk."""
     begin, length = at, len(data)
     while data:
         count = os.pwrite(target, data[:WRITE_BYTES], at)
@@ -58,7 +58,7 @@ def write_bytes(target: int, data: memoryview, at: int) -> None:
 
 
 def start_writeback(descriptor: int, begin: int, length: int) -> None:
-    """Have the kernel bring these bytes to the disk while the next ones are made; a sync in the end then finds little to do."""
+    """Have the kernel write these bytes to the disk while the next ones are made; a sync at the end then has little to do."""
     if length >= _WORTH_WRITING and hasattr(os, "posix_fadvise"):
-        # Bytes that nobody needs are written out first of all, before they are dropped from memory.
+        # With DONTNEED the kernel first writes dirty pages out, before it drops them from memory.
         os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)

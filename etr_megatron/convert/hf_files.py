@@ -1,4 +1,4 @@
-"""What lies beside the weights of a HuggingFace checkpoint: config, tokenizer, generation config."""
+"""The files beside the weights of a HuggingFace checkpoint: config, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from etr_megatron.platform.files import write_atomically
 
 _KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_COPIED = ("config.json", "metadata.json", "trainer.json", "warm_start.json")
-"""config.json is written anew; two others belong to a torch_dist checkpoint, one to the tiny policy (`data/tiny.py`)."""
+"""config.json is rewritten; two others belong to a torch_dist checkpoint, one to the tiny policy (`data/tiny.py`)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""What `--dtype` can be."""
+"""Values of `--dtype`."""
 
 
 def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantization: dict[str, Any] | None = None) -> None:
-    """Copy everything but weights; config.json says what type the weights have now, and how they are quantised.
+    """Copy everything but weights; config.json is given the weights' new type and quantisation.
 
-    dtypes: of the tensors that were written, quantised ones as they were before. Where there are several config.json keeps its
-    own statement.
+    dtypes: of the tensors that were written, before quantisation. If there are several, config.json keeps its own type.
     """
     for file in sorted(source.iterdir()):
         is_index = file.name.endswith(".index.json")
@@ -34,10 +33,10 @@ def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantiza
         shutil.copytree(templates, target / templates.name)
     config = json.loads((source / "config.json").read_text())
     if len(dtypes) == 1:
-        # transformers 5 says dtype, older versions torch_dtype, and a config that both have written says it twice.
+        # transformers 5 writes dtype, older versions torch_dtype, and a config that both have written has both.
         for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = str(*dtypes).removeprefix("torch.")
-    config.pop("quantization_config", None)  # of what was read
+    config.pop("quantization_config", None)  # that of the source
     if quantization is not None:
         config["quantization_config"] = quantization
     write_atomically(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -30,18 +30,18 @@ from etr_megatron.weights import (
 )
 
 CHUNK_BYTES = 16 * 2**20
-"""Larger tensors are stored in several chunks of rows, so that their size does not decide how much memory is needed."""
+"""Larger tensors are stored in several chunks of rows, so that memory use does not depend on their size."""
 
 
 def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = None) -> int:
     """Write the torch_dist checkpoint of a HuggingFace directory to `out`, with config and tokenizer beside it. A collective.
 
-    dtype: None keeps that of the checkpoint, for FP8 weights bf16. Returns the bytes of all tensors. Raises UserError for a
-    directory that cannot be converted and what `output_directory` refuses.
+    dtype: None keeps that of the checkpoint, bf16 for FP8 weights. Returns the bytes of all tensors. Raises UserError for a
+    directory that cannot be converted, and as `output_directory`.
     """
     if is_torch_dist(hf):
         raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
-    from etr_megatron.convert.torch_dist_writer import write_torch_dist  # a second, which nothing else here needs
+    from etr_megatron.convert.torch_dist_writer import write_torch_dist  # takes a second, which other code does not need
 
     arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype, ranks.rank == 0))
     sizes = [chunk.nbytes for chunk in chunks]
@@ -55,7 +55,7 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
 def _prepare(
     hf: Path, dtype: torch.dtype | None, values: bool
 ) -> tuple[Architecture, dict[str, torch.dtype], list[ChunkToWrite]]:
-    """The model, types of the stored tensors, and what has to be written. values: see `check_checkpoint`. Raises UserError."""
+    """The model, types of the stored tensors, and the chunks to write. values: see `check_checkpoint`. Raises UserError."""
     arch = check_checkpoint(hf, named="--hf", values=values)
     source = open_checkpoint(hf)
     dtypes = _stored_dtypes(arch, source, dtype)
@@ -63,7 +63,7 @@ def _prepare(
 
 
 def _stored_dtypes(arch: Architecture, source: SafetensorsDir, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Type of every stored tensor. Raises UserError where HF tensors that become one tensor differ and no type is given."""
+    """Type of every stored tensor. Raises UserError if HF tensors that become one tensor differ and no type is given."""
     dtypes: dict[str, torch.dtype] = {}
     for weight in weights_of(arch):
         for name in weight.hf:
@@ -94,7 +94,7 @@ def _chunks(arch: Architecture, source: SafetensorsDir, dtypes: dict[str, torch.
 
 
 def _rows(weight: Weight, shard: Shard, first: int, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """What lies in rows of the shard, from above: (HF name, corner there, first row in the shard, rows), all of full width."""
+    """Parts of `count` rows of the shard, in order: (HF name, corner there, first row in the shard, rows), at full width."""
     for piece in shard.pieces:
         low, high = max(first, piece.at[0]), min(first + count, piece.at[0] + piece.size[0])
         if low < high:
@@ -104,7 +104,7 @@ def _rows(weight: Weight, shard: Shard, first: int, count: int) -> Iterator[tupl
 def _read_rows(
     source: SafetensorsDir, weight: Weight, shard: Shard, first: int, size: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """Rows of the shard, as many as `size` says, read from the HF tensors into their places."""
+    """Rows of the shard from `first` on, read from the HF tensors; returned as `size`."""
     shape = size[len(weight.stored_at) :]
     # Only a padded vocabulary has rows that nothing is read into.
     out = (torch.zeros if weight.split == "vocab" else torch.empty)(shape, dtype=dtype)
@@ -120,7 +120,7 @@ def _read_rows(
 def _spans(
     source: SafetensorsDir, weight: Weight, shard: Shard, first: int, count: int, dtype: torch.dtype
 ) -> list[Span] | None:
-    """See `ChunkToWrite`: None where values change on the way, or rows are padding."""
+    """See `ChunkToWrite`; None if values are converted or not contiguous in a file, or if rows are padding."""
     spans, covered = [], 0
     for name, begin, _, rows in _rows(weight, shard, first, count):
         if source.dtype(name) != dtype:
@@ -134,7 +134,7 @@ def _spans(
 
 
 def _objects(arch: Architecture) -> list[str]:
-    """Keys of the empty states that Megatron's linear layers keep beside their weights, for FP8, and expect when they load."""
+    """Keys of the empty FP8 states that Megatron's linear layers keep beside their weights and expect when they load."""
     names = []
     for weight in weights_of(arch):
         if weight.split in ("qkv", "gate_up", "row", "column") and weight.stored.endswith(".weight"):

@@ -20,7 +20,7 @@ from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Tensors of one output file, as transformers' `save_pretrained` has had it for years."""
+"""Bytes of tensors per output file, for years the default of transformers' `save_pretrained`."""
 
 
 def to_hf(
@@ -35,10 +35,10 @@ def to_hf(
 ) -> int:
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
-    dtype: None keeps what is stored. fp8_block: quantise the weights that the map says, block by block, their values rounded to
-    `dtype` first where it is given, as a sync of a model in that type does. config_from: where config.json and the tokenizer
-    are, see `find_megatron`. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its
-    config.json and what `output_directory` refuses.
+    dtype: None keeps what is stored. fp8_block: quantise the weights that the map marks, block by block, after rounding to
+    `dtype` if it is given, as a weight sync of a model in that type does. config_from: where config.json and the tokenizer are,
+    see `find_megatron`. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its config.json,
+    and as `output_directory`.
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from))
     weights = list(weights_of(arch))
@@ -93,7 +93,7 @@ def _convert(
     writer: SafetensorsWriter,
     written: Callable[[int], Any],
 ) -> None:
-    """Write a weight box by box as it is stored: copied from file to file, or read and written where its type changes."""
+    """Write a weight in the boxes in which it is stored: copied from file to file if possible, else read and written."""
     for stored in source.boxes(weight, arch):
         copied = writer.copy(stored)
         if copied:
@@ -104,7 +104,7 @@ def _convert(
 
 
 def _quantise(quantiser: Quantiser, weight: Weight, dtype: torch.dtype | None, writer: SafetensorsWriter) -> None:
-    """Write a weight in FP8, its values rounded to `dtype` first where it is given."""
+    """Write a weight in FP8, its values rounded to `dtype` first, if that is given."""
     for name in weight.hf:
         for first, values, scales in quantiser.panels(name, weight, dtype):
             writer.write(name, (first, 0), values)
@@ -116,7 +116,7 @@ def _scale_name(name: str) -> str:
 
 
 def _quantization(arch: Architecture, block: int) -> dict[str, Any]:
-    """quantization_config of config.json. Linear modules whose weights stay as they are have to be named, a tied head too."""
+    """quantization_config of config.json. It must name the linear modules that are not quantised, even a tied head."""
     kept = {
         name.removesuffix(".weight")
         for weight in weights_of(arch)

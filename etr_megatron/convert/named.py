@@ -1,4 +1,4 @@
-"""The directories that a command names, looked at together: who has mistaken two of them is told both."""
+"""Checks all directories that a command names before any other work, so that several mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etr_megatron.weights import read_architecture
 
 
 def refuse_mistaken(ranks: Ranks, *, hf: Path | None = None, megatron: Path | None = None, out: Path | None = None) -> None:
-    """Raise one UserError for all of these that cannot be meant. A collective; nothing but config.json is read."""
+    """Raise one UserError for all of these that are invalid. A collective; only config.json is read."""
     looks: list[Callable[[], object]] = []
     if hf is not None:
         looks.append(lambda: read_architecture(hf, named="--hf"))

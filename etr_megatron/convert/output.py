@@ -1,4 +1,4 @@
-"""The directory that a conversion writes: complete, or not there."""
+"""The output directory of a conversion: either complete or absent."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SPARE_BYTES = 16 * 2**20
 """Room for what is written besides tensors: headers, an index, a tokenizer."""
 
 SEEN_S = 30.0
-"""After which a file of rank 0's is taken for invisible: a network file system may keep an older listing for about as long."""
+"""Time after which a file of rank 0's counts as invisible: a network file system may cache a listing for about as long."""
 
 _OURS = ".conversion"
-"""In every directory that a conversion has begun: what lies in another is not its to remove. By what is written into it ranks
-tell that they see the same one."""
+"""Marker file in every directory that a conversion has begun: the contents of other directories are never removed. Ranks use
+its content to check that they see the same directory."""
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def output_directory(out: Path, size: int, ranks: Ranks) -> Iterator[Path]:
     """A directory to write into, `<out>.unfinished`, that becomes `out` when the block ends without an error. A collective.
 
     size: bytes that will be written, compared with the free space first. Rank 0 makes, removes and renames. Raises UserError
-    when `out` holds something, another conversion writes there, a rank does not see rank 0's directory under that name, or the
-    disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays, until the
-    same conversion is started again. A directory of that name that no conversion has left is refused, whatever it holds.
+    when `out` is not empty, another conversion writes there, a rank does not see rank 0's directory under that name, or the
+    disk is full or not writable; what was written is then removed. After `kill -9` the unfinished directory stays until the
+    same conversion is started again. A non-empty directory of that name that no conversion has left is refused.
     """
     refuse_existing(out)
     partial = out.with_name(out.name + ".unfinished")
@@ -75,7 +75,7 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError for what is no name of a new directory."""
+    """Raise UserError unless `out` names a new or empty directory."""
     if not out.name or out.resolve().name != out.name:
         raise UserError(f"--out {out} must end in the name of a new directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -88,7 +88,7 @@ def _lock(out: Path, partial: Path) -> int:
         refuse_existing(out)
         try:
             partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # of a path that cannot be, such as one below /proc, "no such file" as well
+        except OSError as error:  # also "no such file", for an impossible path such as one below /proc
             raise UserError(f"--out {out}: {partial} cannot be made ({error.strerror})") from error
         try:
             lock = os.open(partial, os.O_RDONLY)
@@ -106,7 +106,7 @@ def _lock(out: Path, partial: Path) -> int:
 
 
 def _claim(out: Path, partial: Path) -> None:
-    """Mark the unfinished directory as a conversion's; one that holds something and has no mark is somebody else's."""
+    """Mark the unfinished directory as a conversion's; one that is not empty and has no mark is somebody else's."""
     if not (partial / _OURS).exists() and any(partial.iterdir()):
         raise UserError(f"--out {out}: {partial} is there and no conversion has left it; remove it or choose another --out")
     try:
@@ -116,20 +116,20 @@ def _claim(out: Path, partial: Path) -> None:
 
 
 def _empty(out: Path, partial: Path) -> None:
-    """Remove what a conversion that was killed has left."""
+    """Remove what a killed conversion has left."""
     try:
         for leftover in set(partial.iterdir()) - {partial / _OURS}:
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    except OSError as error:  # its file is named as seen from its own directory, or not at all
+    except OSError as error:  # it names its file relative to the file's directory, or not at all
         raise UserError(
             f"--out {out}: what is left in {partial} cannot be removed ({error.strerror}); remove it or choose another --out"
         ) from error
 
 
 def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
-    """Raise UserError where a rank does not see rank 0's directory under this name. A collective.
+    """Raise UserError if a rank does not see rank 0's directory under this name. A collective.
 
-    Such a rank would write its share elsewhere, and rank 0 would give its own part the final name.
+    Such a rank would write its share elsewhere, and rank 0 would give the final name to its own part alone.
     """
     if ranks.world == 1:
         return
@@ -157,9 +157,9 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def _finish(partial: Path, out: Path) -> None:
-    for path in [*partial.rglob("*"), partial]:  # tensors, and what was copied beside them
+    for path in [*partial.rglob("*"), partial]:  # tensors, and the files copied beside them
         sync_to_disk(path)
     os.rename(partial, out)  # also onto an empty directory
-    with suppress(OSError):  # all is there, whether this goes or not
+    with suppress(OSError):  # the output is complete even if this fails
         (out / _OURS).unlink()
     sync_to_disk(out.parent)

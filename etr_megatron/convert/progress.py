@@ -1,4 +1,4 @@
-"""How far a conversion is, on a terminal."""
+"""Progress of a conversion, on a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from etr_megatron.convert.ranks import Ranks
 
 
 def progress_bar(total: int, ranks: Ranks) -> tqdm:
-    """A bar over `total` bytes, this rank's share, with bytes per second; shown by rank 0 where stderr is a terminal."""
+    """A bar over `total` bytes, this rank's share, with bytes per second; shown by rank 0 if stderr is a terminal."""
     what = f"rank 0 of {ranks.world}" if ranks.world > 1 else "converting"
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=True if ranks.rank else None, dynamic_ncols=True)

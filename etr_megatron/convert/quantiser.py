@@ -1,4 +1,4 @@
-"""FP8 blocks of what a torch_dist directory holds."""
+"""Quantises tensors of a torch_dist directory to FP8 blocks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.shards import box
 
 _PANEL = 2**22
-"""Values that are quantised at a time."""
+"""Number of values quantised at a time."""
 
 
 class Quantiser:
-    """Quantises HF tensors one at a time, each put together first.
+    """Quantises HF tensors one at a time, each of which is assembled first.
 
-    block: rows and columns that have a scale in common.
+    block: rows and columns that share a scale.
     """
 
     def __init__(self, source: TorchDistDir, arch: Architecture, block: int) -> None:
         self.block = block
         self._source, self._arch = source, arch
-        # The kernel takes longer to clear new memory for a tensor than the tensor takes to be read.
+        # Reused: the kernel takes longer to clear new memory for a tensor than it takes to read the tensor.
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def panels(self, name: str, weight: Weight, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The HF tensor of that name a few rows of blocks at a time: (first row, FP8 values, scales), new.
+        """The HF tensor of that name, a few rows of blocks at a time: (first row, FP8 values, scales), new.
 
-        dtype: what values are rounded to before; None leaves them as they are stored. One iterator at a time.
+        dtype: values are rounded to it first; None keeps them as they are stored. Use one iterator at a time.
         """
         shape = weight.shapes[weight.hf.index(name)]
         full = self._tensor(shape, dtype or self._source.dtype(weight.stored))

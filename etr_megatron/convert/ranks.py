@@ -15,19 +15,19 @@ from etr_megatron.platform.together import together
 T = TypeVar("T")
 
 _LONGEST_WAIT = datetime.timedelta(days=2)
-"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close; one that only
-stops, by `watch`."""
+"""Ranks wait for each other's share of a conversion. One that dies is noticed at once, as its connections close; one
+that only stops is noticed by `watch`."""
 
 
 class Ranks:
-    """Joins the world that torchrun describes in the environment, or a process group that is there already."""
+    """Joins the world that torchrun describes in the environment, or uses an existing process group."""
 
     def __init__(self) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # The world's own group may be NCCL's, and may have a short deadline.
+        # The world's own group may use NCCL, and may have a short timeout.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.world > 1 else None
 
     @property
@@ -36,7 +36,7 @@ class Ranks:
         return self._group
 
     def together(self, work: Callable[[], T]) -> T:
-        """See `platform.together`, with `path_errors`; with one process no collective."""
+        """See `platform.together`, with `path_errors`; not a collective with one process."""
 
         def named() -> T:
             with path_errors():
@@ -45,7 +45,7 @@ class Ranks:
         return together(named, self._group) if self._group is not None else named()
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """Do `work` on rank 0 while the others wait; what it returned, on rank 0. A collective, raises as `together`."""
+        """Do `work` on rank 0 while the others wait; returns its result there. A collective, raises as `together`."""
         return self.together(lambda: work() if self.rank == 0 else None)
 
     def agreed(self, value: T) -> T:
@@ -56,7 +56,7 @@ class Ranks:
         return values[0]
 
     def share(self, sizes: Sequence[int]) -> range:
-        """Which of the items are this rank's: a run of consecutive ones, about as many bytes as any other rank's."""
+        """Indices of this rank's items: a run of consecutive ones, with about as many bytes as any other rank's."""
         total, before = max(1, sum(sizes)), 0
         mine = []
         for number, size in enumerate(sizes):

@@ -1,7 +1,7 @@
-"""Writing safetensors files of which all names, types and shapes are known beforehand, any part of any tensor at a time.
+"""Writes safetensors files whose names, types and shapes are known beforehand, any part of any tensor at a time.
 
-The format's own library wants all tensors of a file at once. Here the headers come first, and values go to their places in
-the files in any order and from any process.
+The format's own library needs all tensors of a file at once. Here the headers come first, and values are written to their
+places in any order and from any process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SafetensorsWriter:
         for number, group in enumerate(groups, 1):
             one = len(groups) == 1
             file = folder / ("model.safetensors" if one else f"model-{number:05d}-of-{len(groups):05d}.safetensors")
-            # Widest types first, as the format's library does it: then every tensor is aligned to its type.
+            # Widest types first, as the format's library does: then every tensor is aligned to its type.
             group = sorted(group, key=lambda tensor: -tensor.dtype.itemsize)
             self._headers[file], begin = _header(group)
             for tensor in group:
@@ -60,7 +60,7 @@ class SafetensorsWriter:
                 begin += tensor.nbytes
 
     def create(self) -> None:
-        """Make the files, with their headers and in full length, and the index where there are several."""
+        """Make the files, with their headers and at full length, and the index if there are several."""
         for file, header in self._headers.items():
             with open(file, "wb") as stream:
                 stream.write(header)
@@ -74,9 +74,9 @@ class SafetensorsWriter:
 
     @torch.no_grad()
     def write(self, name: str, begin: Index, values: Tensor) -> int:
-        """Put a box of a tensor into its place, cast to the tensor's type; returns the bytes.
+        """Write a box of a tensor to its place, cast to the tensor's type; returns its bytes.
 
-        Raises OSError for a disk that is full.
+        Raises OSError for a full disk.
         """
         place = self._places[name]
         values = values.to(place.dtype).contiguous()
@@ -86,7 +86,7 @@ class SafetensorsWriter:
         return values.nbytes
 
     def copy(self, stored: StoredBox) -> int:
-        """Copy a box from file to file; returns the bytes, 0 where they would not be the same or not consecutive in both."""
+        """Copy a box from file to file; returns its bytes, 0 if its type differs or it is not contiguous in both files."""
         place = self._places[stored.name]
         source, target = stored.span(), place.span(stored.begin, stored.size)
         if source is None or target is None or stored.values.dtype != place.dtype:
@@ -108,7 +108,7 @@ def _grouped(tensors: Sequence[TensorToWrite], max_bytes: int) -> list[list[Tens
 
 
 def _header(tensors: Sequence[TensorToWrite]) -> tuple[bytes, int]:
-    """The header of a file of these tensors one after the other, and where the first one begins."""
+    """The header of a file with these tensors one after the other, and the offset of the first one."""
     content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

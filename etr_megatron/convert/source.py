@@ -1,4 +1,4 @@
-"""Which directory is meant: a torch_dist checkpoint itself, a checkpoint of a training run, or the run."""
+"""Finds the torch_dist checkpoint of a directory: the checkpoint itself, a checkpoint of a training run, or the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STEP = re.compile(r"step_(\d{6,})$")
 
 @dataclass(frozen=True)
 class MegatronSource:
-    """weights: the torch_dist directory. config: where config.json and the tokenizer are, named by the option `named`."""
+    """weights: the torch_dist directory. config: where config.json and the tokenizer are, given by the option `named`."""
 
     weights: Path
     config: Path
@@ -22,10 +22,10 @@ class MegatronSource:
 
 
 def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
-    """A converted directory, a run's `checkpoints/step_000025`, `checkpoints`, or the run's own directory (its newest step).
+    """path: a converted directory, a run's `checkpoints/step_000025` or `checkpoints`, or the run's own (its newest step).
 
-    config_from: where config.json and the tokenizer are; None: in the directory itself, else where the run's `model.path` is.
-    Raises UserError where there is no such checkpoint or no config.json.
+    config_from: where config.json and the tokenizer are; None means the checkpoint itself, or else the run's `model.path`.
+    Raises UserError if there is no such checkpoint or no config.json.
     """
     refuse_no_directory(path)
     weights = path if is_torch_dist(path) else _newest_step(path)
@@ -37,13 +37,13 @@ def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
 
 
 def refuse_no_directory(path: Path) -> None:
-    """Raise UserError where no Megatron checkpoint can be."""
+    """Raise UserError if `path` is not a directory."""
     if not path.is_dir():
         raise UserError(f"--megatron {path} is not a directory")
 
 
 def _newest_step(path: Path) -> Path:
-    """The newest complete checkpoint of a run: those that are not complete have other names."""
+    """The newest complete checkpoint of a run; incomplete ones have other names."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = [entry for entry in folder.iterdir() if _STEP.match(entry.name) and is_torch_dist(entry)]
     if not steps:
@@ -52,7 +52,7 @@ def _newest_step(path: Path) -> Path:
 
 
 def _model_of_run(weights: Path) -> Path:
-    """The HuggingFace directory that the run started from, as its config.yaml says."""
+    """The HuggingFace directory that the run started from, according to its config.yaml."""
     file = weights.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{weights} holds no config.json; name the model's HuggingFace directory with --config-from")
@@ -60,7 +60,7 @@ def _model_of_run(weights: Path) -> Path:
 
     config = load_config(file, [])
     if config.model.path == "tiny":
-        from etr_megatron.data import build_tiny_policy, tiny_policy_path  # transformers, which nothing else here needs
+        from etr_megatron.data import build_tiny_policy, tiny_policy_path  # imports transformers, not needed otherwise
 
         made = path_of_run(tiny_policy_path(config.tiny, config.arithmetic), file.parent, config)
         return made if made.is_dir() else build_tiny_policy(config.tiny, config.arithmetic, progress=True)

@@ -1,8 +1,8 @@
-"""Writing a `torch_dist` checkpoint a chunk at a time, by torch's distributed checkpointing.
+"""Writes a `torch_dist` checkpoint one chunk at a time, with torch's distributed checkpointing.
 
-What goes where is planned from names and shapes; a chunk's values are asked for when the one before it is written, and
-forgotten when they are. megatron-core's own writers have all tensors of a rank in memory first, and torch's keeps the last one
-of every name.
+The layout is planned from names and shapes. A chunk's values are read while the previous chunk is written, and freed once they
+are written. megatron-core's own writers first have all tensors of a rank in memory, and torch's keeps the last one of every
+name.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from etr_megatron.platform.files import disk_full_behind
 from etr_megatron.weights.shards import Index
 
 _SMALL = 2**16
-"""Bytes below which a tensor is not worth two steps."""
+"""Tensors of fewer bytes are not worth the two steps of `_fill`."""
 
 
 class _Hole(NamedTuple):
-    """Values that are in files as they will be stored: byte ranges one after the other."""
+    """Values that are in files exactly as they will be stored: byte ranges, in order."""
 
     nbytes: int
     size: Index
@@ -49,14 +49,14 @@ class _Hole(NamedTuple):
 
 
 def _item(chunk: ChunkToWrite) -> WriteItem:
-    """The chunk as torch plans it."""
+    """The chunk as a write item of torch's planner."""
     place = ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size))
     data = TensorWriteData(place, TensorProperties(chunk.dtype), torch.Size(chunk.shape))
     return WriteItem(MetadataIndex(chunk.name, chunk.offset), WriteItemType.SHARD, tensor_data=data)
 
 
 class _Planner(SavePlanner):
-    """A plan made of chunks that do not exist yet, and of names of objects, each None."""
+    """Plans chunks whose values do not exist yet, and objects by name, each of which is None."""
 
     def __init__(self, chunks: Sequence[ChunkToWrite], objects: Sequence[str]) -> None:
         self._chunks, self._objects = chunks, objects
@@ -86,7 +86,7 @@ class _Planner(SavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """One file per rank; a chunk is written while the next one is resolved, and then forgotten."""
+    """One file per rank; a chunk is written while the next one is resolved, and then freed."""
 
     def __init__(self, path: Path, written: Callable[[int], Any]) -> None:
         super().__init__(path, overwrite=False)
@@ -103,8 +103,8 @@ class _Writer(dcp.FileSystemWriter):
                 file.flush()
                 os.fsync(file.fileno())
         except Exception as error:
-            # torch.save reports a write that failed as something else, with the OSError as its context, which torch loses when
-            # it gathers the failures of all ranks.
+            # torch.save raises another error for a failed write, with the OSError as its context, which torch loses when it
+            # gathers the failures of all ranks.
             full = disk_full_behind(error)
             raise OSError(full.errno, full.strerror) if full is not None else error from error
         return future
@@ -121,7 +121,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _write_values(file: io.BufferedWriter, values: Tensor) -> int:
-    """Write what `torch.save` writes of a tensor; returns where it begins."""
+    """Write a tensor with `torch.save`; returns the offset at which it begins."""
     begin = file.tell()
     torch.save(values, _Stream(file))
     start_writeback(file.fileno(), begin, file.tell() - begin)
@@ -129,13 +129,13 @@ def _write_values(file: io.BufferedWriter, values: Tensor) -> int:
 
 
 def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
-    """The same around a hole that the values are copied into from other files.
+    """As `_write_values`, but with a hole into which the values are copied from other files.
 
-    A few bytes are skipped before, so that values lie at the same place of a page in both files: the kernel copies whole pages
-    faster than parts of two.
+    A few bytes are skipped first, so that values have the same offset within a page in both files: the kernel copies whole
+    pages faster than parts of two.
     """
     around = _Around(hole.nbytes)
-    torch.save(torch.empty(hole.size, dtype=hole.dtype), around)  # memory that is never touched takes no room
+    torch.save(torch.empty(hole.size, dtype=hole.dtype), around)  # untouched memory takes no room
     if around.after is None:
         raise RuntimeError("torch.save did not write a tensor's values at once")
     (_, first, _), *_ = hole.spans
@@ -151,7 +151,7 @@ def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
 
 
 class _Around:
-    """Keeps what torch.save writes before and after a piece of `hole` bytes; `after` is None until that has come."""
+    """Keeps what torch.save writes before and after a piece of `hole` bytes; `after` is None until that piece is written."""
 
     def __init__(self, hole: int) -> None:
         self._hole = hole
@@ -172,7 +172,7 @@ class _Around:
 
 
 class _Stream:
-    """The file for torch.save; large pieces are passed on in small ones."""
+    """The file that torch.save writes to; splits large writes into small ones."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
@@ -189,12 +189,12 @@ class _Stream:
 
 @contextmanager
 def _torch_options() -> Iterator[None]:
-    """Without CRC32 sums: torch.load never looks at them, and computing them takes longer than writing."""
+    """Turn off CRC32 sums: torch.load never checks them, and computing them takes longer than writing."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is known
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # expected with one process
             yield
     finally:
         torch.serialization.set_crc32_options(before)
@@ -205,8 +205,8 @@ def write_torch_dist(
 ) -> None:
     """Write this rank's chunks, and rank 0's objects (names; each is None), as a checkpoint that Megatron loads. A collective.
 
-    written: called with the bytes of each chunk once it is in the file. Raises on every rank what went wrong on the first of
-    those that failed: OSError for a disk that is full, whatever reading a chunk raises.
+    written: called with the bytes of each chunk once it is in the file. Raises, on every rank, the error of the first rank that
+    failed: OSError for a full disk, or whatever reading a chunk raises.
     """
     try:
         with _torch_options():
@@ -223,7 +223,7 @@ def write_torch_dist(
 
 
 def _write_common(path: Path) -> None:
-    """What Megatron keeps beside the tensors: nothing, and how it is kept."""
+    """The files that Megatron keeps beside the tensors: an empty common state, and the formats."""
     torch.save({}, path / "common.pt")
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}

@@ -1,7 +1,7 @@
-"""Ranks that stop without a word, as their machine is gone or they are suspended, are noticed and named by the others.
+"""Detects and names ranks that stop silently, because their machine is gone or they are suspended.
 
-The ranks of a conversion may wait for hours for each other's share, so a deadline of their collectives says nothing. A process
-that ends is noticed by its connections, one that only stops is not.
+The ranks of a conversion may wait for hours for each other's share, so a timeout of their collectives is of no use. A process
+that ends is noticed as its connections close, one that only stops is not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from etr_megatron.convert.ranks import Ranks
 from etr_megatron.platform.background import beside
 
 BEAT_S = 5.0
-"""How often a rank says that it lives. Reading and writing files do not keep it from that."""
+"""Interval of a rank's heartbeats. Reading and writing files do not delay them."""
 
 SILENCE_S = 120.0
-"""After which a rank is taken for lost."""
+"""Silence after which a rank is considered lost."""
 
 
 @contextmanager
 def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, say so to the other ranks; give_up(which of them are silent) is called, once, in another thread.
+    """Send heartbeats while the block runs; give_up(message naming silent ranks) is called, once, in another thread.
 
-    That thread cannot stop a collective: `give_up` has to end the process.
+    That thread cannot stop a collective: `give_up` must end the process.
     """
     if ranks.world == 1:
         yield
@@ -40,7 +40,7 @@ def watched(ranks: Ranks, give_up: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def _within(seconds: float, late: Callable[[], None]) -> Iterator[None]:
-    """Call `late`, in another thread, when the block takes longer: a store whose machine is gone answers as late as it may."""
+    """Call `late`, in another thread, when the block takes longer: a store whose machine is gone may not answer for long."""
     timer = threading.Timer(seconds, late)
     timer.daemon = True
     timer.start()
@@ -71,4 +71,4 @@ def _watch(store: dist.Store, rank: int, world: int, done: threading.Event, give
         with _within(SILENCE_S, unanswered):
             store.set(f"done/{rank}", "")
     except RuntimeError:
-        return  # the process with the store is gone: this rank's connections say so too
+        return  # the process with the store is gone: this rank's connections fail too

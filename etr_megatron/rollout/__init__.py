@@ -1,6 +1,6 @@
 """Sampling of responses: the engine protocol, groups with rewards, what a step trains on.
 
-Who needs the embedded engine takes it from `embedded`: it imports transformers, which a record's reader does without.
+The embedded engine is not exported here: import it from `embedded`. It needs transformers, which readers of records do not.
 """
 
 from etr_megatron.rollout.collect import UngradedError, generate_groups, grade_groups

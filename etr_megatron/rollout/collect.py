@@ -18,13 +18,13 @@ Decode = Callable[[list[int]], str]
 
 
 class UngradedError(UserError):
-    """Rewards cannot be had, or not be believed, until a person has mended something; the policy is unharmed."""
+    """Rewards are unavailable or not credible until the user fixes something; the policy is unharmed."""
 
 
 def generate_groups(
     engine: RolloutEngine, problems: Sequence[Problem], sampling: Sampling, decode: Decode, must_stop: MustStop = never
 ) -> list[Group]:
-    """One group per problem, texts filled in by `decode`, rewards not. must_stop: see `RolloutEngine.generate`."""
+    """One group per problem, with texts from `decode` and without rewards. must_stop: see `RolloutEngine.generate`."""
     groups = []
     for problem, samples in zip(problems, engine.generate(problems, sampling, must_stop), strict=True):
         for sample in samples:
@@ -54,8 +54,8 @@ def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
     """Fill in rewards and their status (in place), on this rank alone.
 
-    Raises UngradedError, with nothing filled in, for a reward outside of the range that the config gives. Which of the two is
-    wrong nobody here knows, and to train on, counting what may be the best answers as the worst, would undo the policy.
+    Raises UngradedError, with nothing filled in, for a reward outside the configured range: either the reward or the range is
+    wrong, and training on, with what may be the best answers counted as the worst, would ruin the policy.
     """
     grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra) for problem, sample in samples])
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
@@ -71,10 +71,10 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
 
 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
-    """Answers that cannot be graded are reported with the first one's reason. grades: of a step, with the problems' ids.
+    """Warn about answers that could not be graded, with the first one's reason. grades: of a step, with problem ids.
 
-    Raises UngradedError when none can be: a reward function that always fails must not look like a policy that is always wrong.
-    Where all only take too long that is said: a judge that others load as well may be quicker at the next step.
+    Raises UngradedError when none could be: a reward function that always fails must not look like a policy that is always
+    wrong. If all timed out, it only warns: a judge that others use as well may be faster at the next step.
     """
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
     late = [grade for grade, _ in grades if grade.status == "timeout"]

@@ -1,7 +1,6 @@
-"""The engine without servers: a transformers replica in every rank, prompts spread over all of them.
+"""The engine without servers: a transformers replica in every rank, with the prompts spread over all ranks.
 
-It is fed through the same by-name update that a server gets, returns the same fields, and is what `rollout.backend` is where
-nothing is said.
+It takes the same by-name weight update as a server and returns the same fields. It is the default of `rollout.backend`.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from etr_megatron.types import Problem, Sample
 class EmbeddedEngine:
     """A replica of the policy in HF format, decoding batches of at most `batch_samples` responses.
 
-    Of model_dir its config.json is read alone: weights, which every rank would read all of, come with the first update.
+    Only config.json is read from model_dir: every rank would have to read all weights, so these come with the first update.
 
-    Batches are cut before they are spread over the ranks, so that what a response is computed together with does not depend on
-    the layout: the same weights give the same samples on any number of ranks.
+    Batches are formed before they are spread over the ranks, so that the batch of a response does not depend on the layout: the
+    same weights give the same samples on any number of ranks.
     """
 
     def __init__(
         self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, batch_samples: int, stop_ids: Iterable[int]
     ) -> None:
         self.weight_version, self._has_weights = 0, False
-        transformers_logging.disable_progress_bar()  # a bar per rank, under the run's own
+        transformers_logging.disable_progress_bar()  # every rank would show one below the run's own
         self._model = _replica(model_dir, dtype).to(device).eval().requires_grad_(False)
         self._device, self._batch_samples = device, batch_samples
         self._stop_ids = frozenset(stop_ids)
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`; ranks that draw themselves are done before they look whether they must stop. Raises
+        """See `RolloutEngine.generate`. must_stop is not checked: ranks that generate themselves finish first. Raises
         RuntimeError before the first update."""
         if not self._has_weights:
             raise RuntimeError("the engine has no weights before the first update_weights")
@@ -64,7 +63,7 @@ class EmbeddedEngine:
         """Copy the tensors into the replica (in place; the replica owns its parameters). See `RolloutEngine.update_weights`."""
         wanted = _published_parameters(self._model)
         problems = []
-        for name, tensor in weights:  # to the end even when something is wrong: the export is a collective
+        for name, tensor in weights:  # consumed to the end even after an error: the export is a collective
             parameter = wanted.pop(name, None)
             if parameter is None:
                 problems.append(f"{name} is unknown to the engine or came twice")
@@ -86,7 +85,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def _decode(self, jobs: list[tuple[Problem, int]], sampling: Sampling, routing: _Routing | None = None) -> list[Sample]:
-        """Responses of one batch, by a KV cache over prompts padded on the left; rows leave the batch when they are done."""
+        """Responses of one batch, with a KV cache over left-padded prompts; finished rows leave the batch."""
         state = _Batch(jobs, sampling, self._device)
         cache = DynamicCache(config=self._model.config)
         tokens, mask = state.prompts()
@@ -124,18 +123,18 @@ class EmbeddedEngine:
 
 
 def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in HF format, whatever is in its parameters. Raises UserError where transformers does not build it."""
+    """The model in HF format with uninitialised parameters. Raises UserError when transformers cannot build it."""
     with transformers_errors(model_dir), no_init_weights():
         config = AutoConfig.from_pretrained(model_dir)
-        if getattr(config, "quantization_config", None) is not None:  # it is trained, and served here, in `dtype`
+        if getattr(config, "quantization_config", None) is not None:  # training and this engine compute in `dtype`
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()  # a part of the initialisation that is left out
+        model.tie_weights()  # part of the initialisation, which is skipped
         return model
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters by the names of published checkpoints, as views: transformers keeps the experts of a layer in one tensor."""
+    """Parameters by their names in published checkpoints, as views: transformers keeps the experts of a layer in one tensor."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".experts.")
@@ -149,7 +148,7 @@ def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class _Routing:
-    """What the routers of a replica choose, pass by pass, while the block lasts."""
+    """Records the experts that the routers of a replica choose in each forward pass while the block runs."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model, self._hooks = model, ExitStack()
@@ -168,7 +167,7 @@ class _Routing:
         self._hooks.close()
 
     def of_pass(self, rows: int) -> Tensor:
-        """Of the pass that was just made over so many rows: uint8 [rows, tokens, layers with experts, experts of a token]."""
+        """Experts of the last forward pass, over `rows` rows: uint8 [rows, tokens, layers with experts, experts of a token]."""
         found = torch.stack(self._chosen, 1).to("cpu", torch.uint8)
         self._chosen.clear()
         return found.view(rows, -1, *found.shape[1:])
@@ -202,7 +201,7 @@ class _Batch:
         return tokens.to(self._device), mask.to(self._device)
 
     def append(self, rows: list[int], tokens: list[int], logprobs: list[float], stop_ids: frozenset[int]) -> list[int]:
-        """Note a token for each row still alive; places in `rows` of those that go on."""
+        """Append a token to each row in `rows`; returns the places in `rows` of those that go on."""
         alive = []
         for place, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
             self._ids[row].append(token)
@@ -214,8 +213,8 @@ class _Batch:
         return alive
 
     def append_routing(self, rows: list[int], chosen: Tensor, mask: Tensor) -> None:
-        """Note the experts of a pass, uint8 [rows, tokens, layers, experts of a token]. mask [rows, tokens]: 0 is padding."""
-        real = mask.bool().cpu()  # once: every reading waits for the device
+        """Append the experts of a pass, uint8 [rows, tokens, layers, experts of a token]. mask [rows, tokens]: 0 is padding."""
+        real = mask.bool().cpu()  # once: every read waits for the device
         for place, row in enumerate(rows):
             self._routing[row].frombytes(chosen[place][real[place]].numpy().tobytes())
 

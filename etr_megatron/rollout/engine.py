@@ -1,4 +1,4 @@
-"""What every rollout engine can do, whether it lives in the ranks or in servers of its own."""
+"""The interface of every rollout engine, whether it runs in the ranks or in separate servers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from etr_megatron.weights.transport import Shards
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing:
-    whether to say which experts were chosen."""
+    """Sampling parameters. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing:
+    whether to return the chosen experts."""
 
     samples: int
     max_tokens: int
@@ -32,41 +32,41 @@ class Sampling:
 
 
 def sample_seed(sampling: Sampling, problem: Problem, index: int) -> int:
-    """Seed of one response, from (seed, step, prompt, sample) alone: the layout and the batching have no part in it."""
+    """Seed of one response. It depends only on (seed, step, prompt, sample), not on layout or batching."""
     text = f"{sampling.seed}/{sampling.step}/{problem.id}/{index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
 class EngineGoneError(RuntimeError):
-    """The engine can generate nothing any more, on any rank; the policy is unharmed."""
+    """The engine can no longer generate, on any rank; the policy is unharmed."""
 
 
 class NeedsSyncError(RuntimeError):
-    """What is left to be drawn may have killed a server, and is not risked at the last one: a weight sync, after which it is to
-    be asked again, brings others back."""
+    """The remaining requests may have killed a server, and the last server is not risked for them. A weight sync brings others
+    back; the requests must be made again after it."""
 
 
 class RefusedError(UserError):
-    """The engine calls what it is asked wrong, which asking again does not mend; the engine and the policy are unharmed."""
+    """The engine rejects a request as invalid, so retrying does not help; the engine and the policy are unharmed."""
 
 
 class OtherModelError(UserError):
-    """All that there is to draw from computes something else than the trainer; the policy is unharmed."""
+    """Every server computes something different from the trainer; the policy is unharmed."""
 
 
 LOOK_S = 1.0
-"""How often a wait for responses looks whether a rank must stop."""
+"""Interval at which a wait for responses checks whether a rank must stop."""
 
 MustStop = Callable[[], bool]
 
 
 def never() -> bool:
-    """Nobody tells this rank to stop."""
+    """A `MustStop` that never holds."""
     return False
 
 
 class WeightSource(Protocol):
-    """The policy's weights as they are now. layout: who holds what."""
+    """The policy's current weights. layout: which rank holds what."""
 
     layout: TrainingLayout
 
@@ -79,15 +79,15 @@ class WeightSource(Protocol):
         ...
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sequence[Tensor]:
-        """Log-probs of the responses in (prompt ids, response ids), as the sampler's temperature has them; a collective."""
+        """Log-probs of the responses in (prompt ids, response ids), at the sampler's temperature; a collective."""
         ...
 
 
 class RolloutEngine(Protocol):
     """Every method but `close` is a collective: all ranks call it with the same arguments and get the same result.
 
-    An engine that has lost what it generates with raises EngineGoneError on every rank, one that will not RefusedError, one
-    that has lost too much of it NeedsSyncError.
+    Raised on every rank: EngineGoneError when the engine can no longer generate, RefusedError when it rejects a request,
+    NeedsSyncError when it needs a weight sync to bring servers back.
     """
 
     weight_version: int
@@ -96,13 +96,13 @@ class RolloutEngine(Protocol):
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """`sampling.samples` responses to each problem, in order; rewards and texts are not filled in.
 
-        One that the engine has given up is empty, with finish reason "abort". must_stop: whether this rank was told to stop; an
-        engine whose responses are drawn elsewhere then raises StopAskedError on every rank.
+        A response that the engine has given up is empty, with finish reason "abort". must_stop: whether this rank was told to
+        stop; an engine that generates in other processes then raises StopAskedError on every rank.
         """
         ...
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
-        """Take over all weights; only then does `weight_version` change.
+        """Load all weights; `weight_version` changes only then.
 
         The embedded engine raises ValueError naming the tensors that are missing, unknown or of the wrong shape; for servers
         see `SglangEngine.update_weights`.
@@ -110,17 +110,17 @@ class RolloutEngine(Protocol):
         ...
 
     def release(self) -> None:
-        """Give up memory that training needs, where it is shared, until the next `update_weights`; nothing is under way."""
+        """Release memory shared with training until the next `update_weights`; no request may be under way."""
         ...
 
     def close(self) -> None:
-        """Give up what the engine holds."""
+        """Release the engine's resources."""
         ...
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A response to be drawn, or to be drawn on. key: the asker's. drawn: response tokens that are there already."""
+    """A response to draw or to continue. key: chosen by the caller. drawn: the response tokens so far."""
 
     key: int
     problem: Problem
@@ -131,10 +131,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What came after `Draw.drawn`, all of it from weights of one version. finish_reason: "abort" when it was cut off.
+    """What follows `Draw.drawn`, all from one weight version. finish_reason: "abort" when it was cut off.
 
-    routing: of all tokens from the prompt's first on, see `Sample`.
-    given_up: why nobody is asked for this response any more, empty where that is not so.
+    routing: of all tokens, from the first of the prompt, see `Sample`.
+    given_up: why the engine has given this response up; empty if it has not.
     """
 
     key: int
@@ -147,22 +147,23 @@ class Drawn:
 
 
 class StreamingEngine(RolloutEngine, Protocol):
-    """An engine that draws while the ranks do something else. What is added here is no collective: rank 0 alone calls it."""
+    """An engine that generates while the ranks do other work. The methods added here are not collectives: only rank 0 calls
+    them."""
 
     def submit(self, draws: Sequence[Draw]) -> None:
-        """Begin, in this order as far as there is room; each is answered once, by `wait` or `stop`."""
+        """Start these in order, as capacity allows; each is answered once, by `wait` or `stop`."""
         ...
 
     def wait(self, timeout_s: float) -> list[Drawn]:
-        """What has been drawn since the last call; waits until there is something, or at most so long.
+        """What has been drawn since the last call; waits for at least one response, up to `timeout_s`.
 
         Raises EngineGoneError, NeedsSyncError and RefusedError.
         """
         ...
 
     def stop(self, *, abort: bool) -> list[Drawn]:
-        """The same, and nothing is under way when it returns. Never raises.
+        """What has been drawn since the last call; nothing is under way when this returns. Never raises.
 
-        abort: cut off what is under way; otherwise wait for it. What the engine could not answer has to be asked again.
+        abort: cut off what is under way; otherwise wait for it. What the engine could not answer must be submitted again.
         """
         ...

@@ -1,4 +1,4 @@
-"""A group while its responses are being drawn, and what may happen to it."""
+"""Groups whose responses are still being drawn: how they grow, are redone and are checkpointed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _COLUMNS = {
     "routing": np.uint8,
     "text": np.uint8,
 }
-"""What a checkpoint has of all samples in one tensor each; log-probs exactly as they came. Texts are UTF-8."""
+"""Sample fields that a checkpoint stores in one tensor each, for all samples. Log-probs are exact; texts are UTF-8."""
 
 
 @dataclass
 class InHand:
-    """step: for which it was asked; it seeds the sampling. Samples whose finish reason is "abort" are not finished.
+    """A group in hand. step: the one it was requested for, which seeds the sampling.
 
-    is_left_out: its rewards are all equal, and that rules it out. is_redone: some of its tokens had become too old.
+    Samples with finish reason "abort" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone: some of
+    its samples were emptied, as their tokens had become too old.
     """
 
     group: Group
@@ -39,7 +40,7 @@ class InHand:
 
     @classmethod
     def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> InHand:
-        """Nothing drawn yet."""
+        """A group with nothing drawn yet."""
         empty = [Sample(index, [], [], "abort", weight_version) for index in range(samples)]
         return cls(Group(f"{problem.id}@{step}", problem, empty), step)
 
@@ -55,11 +56,11 @@ class InHand:
 
     @property
     def oldest_version(self) -> int:
-        """Of all its tokens."""
+        """Oldest weight version of all its tokens."""
         return min(oldest_version(sample) for sample in self.group.samples)
 
     def redo_older_than(self, version: int) -> bool:
-        """Empty the samples that have a token of weights before `version`; whether there were any."""
+        """Empty the samples with a token from weights before `version`; return whether there were any."""
         old = [sample for sample in self.group.samples if sample.response_ids and oldest_version(sample) < version]
         for sample in old:
             self.group.samples[sample.index] = Sample(sample.index, [], [], "abort", version)
@@ -69,26 +70,26 @@ class InHand:
 
 
 def oldest_version(sample: Sample) -> int:
-    """Of the weights that any of its tokens was drawn from."""
+    """Oldest weight version that any of its tokens was drawn from."""
     return min(sample.weight_versions, default=sample.weight_version)
 
 
 def extend(sample: Sample, drawn: Drawn) -> None:
-    """Add what was drawn (in place; the caller owns the sample), tokens with their log-probs and versions."""
+    """Append the drawn tokens with their log-probs and versions (in place; the caller owns the sample)."""
     versions = sample.token_versions() + array("i", [drawn.weight_version]) * len(drawn.ids)
     sample.response_ids.extend(drawn.ids)
     sample.rollout_logprobs.extend(drawn.logprobs)
     sample.finish_reason = drawn.finish_reason
     sample.weight_version = versions[-1] if versions else drawn.weight_version
     sample.weight_versions = versions if len(set(versions)) > 1 else array("i")
-    if drawn.routing:  # of what was there before as well: its keys and values were made anew
+    if drawn.routing:  # covers the earlier tokens as well: their KV cache was recomputed
         sample.routing = drawn.routing
 
 
 def pack(groups: Sequence[InHand]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Groups for a checkpoint: what is said of each, as JSON, and of all samples in order the columns.
+    """Groups for a checkpoint: JSON for each group, and the columns of all samples in order.
 
-    A column is a flat tensor, and under `<name>.lengths`, int64 [samples], how much of it each sample has.
+    A column is one flat tensor; `<name>.lengths`, int64 [samples], holds the length of each sample's part.
     """
     samples = [sample for held in groups for sample in held.group.samples]
     columns = {}
@@ -107,7 +108,7 @@ def _without_columns(held: InHand) -> dict[str, Any]:
 
 
 def unpack(found: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]) -> list[InHand]:
-    """What `pack` made."""
+    """Inverse of `pack`."""
     parts = {name: _parts(name, columns) for name in _COLUMNS if name in columns}
     groups = []
     for one in found:

@@ -1,4 +1,4 @@
-"""What one rank does for all."""
+"""Work that rank 0 does for all ranks."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from etr_megatron.platform.job_store import job_store
 T = TypeVar("T")
 
 BEAT_S = 2.0
-"""How often rank 0 says that it lives while the others wait for something long."""
+"""Interval of rank 0's heartbeats while the others wait for long work."""
 
 SILENCE_S = 60.0
-"""After which it is taken for lost. Where its process ends, torchrun ends the others before that."""
+"""Silence after which rank 0 is considered lost. If its process ends, torchrun ends the others sooner."""
 
 PIECE = 64 << 20
-"""Bytes that travel at a time."""
+"""Bytes per broadcast."""
 
 _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
-"""Between two looks of a waiting rank, of which there may be hundreds."""
+"""Waiting ranks, of which there may be hundreds, poll the store at intervals that grow by this factor up to this maximum."""
 
 _numbers = itertools.count()
 
 
 def whole(found: Any) -> Any:
-    """What is found, all of it."""
+    """The value itself, unchanged."""
     return found
 
 
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
-    """What `body` returns on rank 0, or the exception that it raises there, on every rank. A collective.
+    """Run `body` on rank 0; return its result, or raise its exception, on every rank. A collective.
 
-    long: it may take longer than the group's deadline for a collective, as generating does: the others wait for as long as rank
-    0 gives signs of life, and raise TimeoutError when it does not. `body` then needs deadlines of its own.
-    share: gives what the others get in its place, without what is for rank 0 alone.
+    long: `body` may take longer than the group's timeout for collectives, as generation does. The others wait as long as rank 0
+    sends heartbeats, and raise TimeoutError when these stop. `body` then needs its own timeouts.
+    share: maps the result to what the other ranks get, without the parts that only rank 0 needs.
     """
     return _broadcast(body, _signs() if long else None, share)
 
@@ -53,7 +53,7 @@ def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], 
 def on_rank0_until_stopped(
     body: Callable[[Callable[[], bool]], T], must_stop: Callable[[], bool], share: Callable[[T], Any] = whole
 ) -> T:
-    """As `on_rank0` with `long`; `body` is given what says, when it is asked, whether `must_stop()` holds on some rank."""
+    """As `on_rank0` with `long`. `body` is passed a function that returns whether `must_stop()` holds on any rank."""
     signs = _signs()
 
     def anywhere() -> bool:
@@ -63,10 +63,10 @@ def on_rank0_until_stopped(
 
 
 def _signs() -> dist.Store | None:
-    """Where ranks leave each other signs during one call; None where there is one rank. A collective."""
+    """The store in which ranks signal each other during one call; None with a single rank. A collective."""
     if dist.get_world_size() == 1:
         return None
-    # A connection of its own: another thread's wait on the default one would keep it from being used.
+    # A connection of its own: a wait in another thread would block the default one.
     return dist.PrefixStore(f"on_rank0/{next(_numbers)}", job_store().clone())
 
 
@@ -84,7 +84,7 @@ def _broadcast(
                 own = others = False, error
     elif signs is not None:
         _wait_for(signs, must_stop)
-    if dist.get_world_size() > 1:  # all of a step's tokens would be pickled for nobody
+    if dist.get_world_size() > 1:  # with a single rank, pickling all of a step's tokens would be wasted
         others = _shared(others)
     succeeded, found = own or others
     if not succeeded:
@@ -93,9 +93,9 @@ def _broadcast(
 
 
 def _shared(own: Any) -> Any:
-    """What rank 0 has, pickled for the others.
+    """Rank 0's object, pickled for the others.
 
-    With NCCL it travels through GPUs' memory, of which a piece is taken at a time: the GPUs may be full of servers.
+    With NCCL it goes through GPU memory, one piece at a time: servers may have filled the GPUs.
     """
     device, is_source = platform.device(), dist.get_rank() == 0
     given = bytearray(pickle.dumps(own)) if is_source else bytearray()
@@ -112,7 +112,7 @@ def _shared(own: Any) -> Any:
 
 @contextmanager
 def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
-    """Given in another thread while the block runs; "done" in the end."""
+    """Send heartbeats from another thread while the block runs; set "done" at the end."""
     if store is None:
         yield
         return
@@ -129,7 +129,7 @@ def _signs_of_life(store: dist.Store | None) -> Iterator[None]:
 
 
 def _wait_for(store: dist.Store, must_stop: Callable[[], bool]) -> None:
-    """Until rank 0 is done; tells it when this rank must stop."""
+    """Wait until rank 0 is done; tell it when this rank must stop."""
     heart, pause, told = Heartbeat(store, "beats"), 0.0005, False
     while not store.check(["done"]):
         if not told and must_stop():

@@ -1,6 +1,6 @@
-"""`recorded/step_000012.jsonl`: all that a step trained on, to be looked at or trained on again.
+"""`recorded/step_000012.jsonl`: everything that a step trained on, for inspection or replay.
 
-The first line says how the step was sampled; every other is one group, with tokens, log-probs, weight versions and rewards.
+The first line holds the sampler's metrics; every other line is one group with tokens, log-probs, weight versions and rewards.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from etr_megatron.rollout.record_checks import check_group, check_head
 from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
-"""The folder's name in a run directory."""
+"""Name of the folder in a run directory."""
 _LONGEST_HEAD = 2**16
 _LINE_END = len("}\n")
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a run that only records has come: with weights `version`, to the end of `step`. sampler: its state then."""
+    """Progress of a run that only records: the end of `step`, with weights `version`. sampler: its state at that point."""
 
     version: int
     step: int
@@ -43,7 +43,7 @@ def record_path(folder: Path, step: int) -> Path:
 
 
 def recorded_steps(folder: Path) -> list[int]:
-    """The steps that `folder` has, in order. Files with other names than `record_path` gives, such as copies, do not count."""
+    """The steps recorded in `folder`, in order. Files not named as by `record_path`, such as copies, are ignored."""
     found = ((path, path.stem.removeprefix("step_")) for path in entries(folder, "step_*.jsonl"))
     return sorted(int(step) for path, step in found if step.isdecimal() and path == record_path(folder, int(step)))
 
@@ -51,7 +51,7 @@ def recorded_steps(folder: Path) -> list[int]:
 def write_record(
     folder: Path, step: int, groups: Sequence[Group], counts: dict[str, float], old_logprobs: Sequence[Sequence[float]] | None
 ) -> None:
-    """Write a step's file, whole or not at all; raises UserError on a full disk.
+    """Write a step's file atomically; raises UserError on a full disk.
 
     counts: the sampler's metrics. old_logprobs: the trainer's own log-probs of each sample's response tokens, in the order of
     the groups' samples; None when it has not computed any.
@@ -71,7 +71,7 @@ def write_record(
 def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The groups of a step as `group_from_json` takes them, and the sampler's metrics.
 
-    Raises UserError when there are none, or the file is damaged: whoever reads them can rely on what `group_to_json` writes.
+    Raises UserError when the step is missing or its file is damaged, so callers can rely on the format of `group_to_json`.
     """
     path = record_path(folder, step)
     if not path.is_file():
@@ -84,7 +84,7 @@ def read_record(folder: Path, step: int) -> tuple[list[dict[str, Any]], dict[str
 
 
 def glance_at_record(folder: Path, step: int) -> None:
-    """As `read_record`, of a file that is there, by its beginning and its end alone: is it cut off, or no record at all?"""
+    """Check only the beginning and the end of an existing file; raises UserError when it is truncated or not a record."""
     path = record_path(folder, step)
     with path.open("rb") as file:
         head = file.readline(_LONGEST_HEAD)
@@ -103,7 +103,7 @@ def glance_at_record(folder: Path, step: int) -> None:
 
 def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The first line and the groups; raises ValueError saying what is wrong with them."""
-    # Not splitlines(): it also cuts at U+2028, U+0085 and the like, which JSON leaves as they are within a text.
+    # Not splitlines(): it also splits at U+2028, U+0085 and the like, which JSON strings may contain unescaped.
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise ValueError("it is empty")
@@ -114,11 +114,11 @@ def _parsed(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _parsed_line(number: int, line: str) -> dict[str, Any]:
-    """The head, which is line 1, or a group."""
+    """The head (line 1) or a group."""
     try:
         found = json.loads(line)
         (check_group if number > 1 else check_head)(found)
-    except json.JSONDecodeError as error:  # its own text speaks of line 1
+    except json.JSONDecodeError as error:  # its own message says line 1
         raise ValueError(f"line {number}: not JSON at character {error.colno}, {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: {error}") from error
@@ -126,7 +126,7 @@ def _parsed_line(number: int, line: str) -> dict[str, Any]:
 
 
 def what_there_is(folder: Path, missing: int) -> str:
-    """Where the record in `folder` has no step `missing`: what it has."""
+    """Error message for a record without step `missing`: which steps `folder` has."""
     steps = recorded_steps(folder)
     if not folder.is_dir():
         return f"there is no directory {folder}; give the directory of a run that was made with rollout.record=true"
@@ -154,13 +154,13 @@ def read_reached(file: Path) -> Reached | None:
 
 
 def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]:
-    """Plain values that hold the group exactly. without: fields of its samples that are kept elsewhere."""
+    """The group as JSON values, without loss. without: sample fields to leave out, as they are stored elsewhere."""
     samples = [_plain(sample, without) for sample in group.samples]
     return {"id": group.id, "problem": _plain(group.problem), "samples": samples}
 
 
 def group_from_json(found: dict[str, Any]) -> Group:
-    """The group that `group_to_json` wrote; what was added to its samples is left out."""
+    """The group that `group_to_json` wrote; keys added to its samples are ignored."""
     known = {field.name for field in fields(Sample)}
     samples = [Sample(**{key: value for key, value in one.items() if key in known}) for one in found["samples"]]
     for sample in samples:
@@ -171,6 +171,6 @@ def group_from_json(found: dict[str, Any]) -> Group:
 
 def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, Any]:
     values = {field.name: getattr(one, field.name) for field in fields(one) if field.name not in without}
-    if "routing" in values:  # a hundred times as many numbers as tokens
+    if "routing" in values:  # base64, as there are a hundred numbers per token
         values["routing"] = base64.b64encode(values["routing"]).decode()
     return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}

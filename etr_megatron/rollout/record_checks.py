@@ -1,4 +1,4 @@
-"""Whether a line of a recorded step holds what was written: people copy, cut and edit these files.
+"""Checks that the lines of a recorded step are well-formed: people copy, truncate and edit these files.
 
 Every function raises ValueError saying what is wrong.
 """
@@ -28,18 +28,18 @@ _SAMPLE: Kinds = {
 
 
 def check_head(head: Any) -> None:
-    """The first line."""
+    """Check the first line."""
     _check_keys("the head", head, _HEAD)
     if not all(isinstance(count, int | float) for count in head["counts"].values()):
         raise ValueError("`counts` is not of numbers")
 
 
 def check_group(group: Any) -> None:
-    """Any other line."""
+    """Check any other line."""
     _check_keys("a group", group, _GROUP)
     problem = group["problem"]
     _check_keys("a problem", problem, _PROBLEM)
-    if not isinstance(problem.get("extra", {}), dict):  # which records of older versions do not have
+    if not isinstance(problem.get("extra", {}), dict):  # missing in records of older versions
         raise ValueError(f"`extra` of a problem is {type(problem['extra']).__name__}")
     if more := sorted(problem.keys() - {*_PROBLEM, "extra"}):
         raise ValueError(f"`{more[0]}` is nothing that a problem has")
@@ -81,7 +81,7 @@ def _check_keys(what: str, found: Any, kinds: Kinds) -> None:
 
 
 def _check_numbers(found: dict[str, Any], key: str, code: str, count: int | None = None) -> None:
-    """That they fit into an array of the type `code`, and are as many as there are tokens."""
+    """Check that the values fit into an array of type `code` and that there are `count` of them."""
     try:
         numbers = array(code, found[key])
     except (TypeError, OverflowError) as error:

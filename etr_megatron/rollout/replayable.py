@@ -1,4 +1,4 @@
-"""Whether a recorded run can be replayed, found out before the first step: a damaged one would else be met hours later."""
+"""Checks before the first step that a recorded run can be replayed; a damaged step would otherwise surface hours later."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.record import glance_at_record, read_record, record_path, recorded_steps, what_there_is
 
 READ_BYTES = 128 * 2**20
-"""So much of a record, from its first step on, is read through, which takes two seconds; of the rest a look at the ends of
-every file has to do. Long responses make a hundred MB a step, and these are read as the run comes to them."""
+"""This much of a record, from its first step on, is read in full, which takes two seconds. Of the other files only the ends
+are checked. With long responses a step has a hundred MB; such steps are read when the run reaches them."""
 
 TOLD = 3
-"""Damaged steps that are told one by one."""
+"""Number of damaged steps that are reported individually."""
 
 
 def survey(folder: Path, steps: int, config: Config) -> list[str]:
-    """What keeps steps 1 to `steps` of `folder` from being replayed under `config`, a sentence each."""
+    """Reasons why steps 1 to `steps` of `folder` cannot be replayed under `config`, one sentence each."""
     there = recorded_steps(folder)
     if not there:
         return [what_there_is(folder, 1)]
@@ -44,8 +44,8 @@ def survey(folder: Path, steps: int, config: Config) -> list[str]:
 
 
 def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], config: Config) -> str | None:
-    """A sentence where a step's groups are not what `config` says: how many, of how many samples, rewarded in what range,
-    with or without the experts that were chosen."""
+    """A sentence if a step's groups do not match `config` (number of groups, samples per group, range of rewards, presence of
+    the chosen experts), else None."""
     prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     odd = next((size for group in groups if (size := len(group["samples"])) != samples), None)
     has, settings = [], []

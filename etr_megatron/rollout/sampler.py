@@ -1,4 +1,4 @@
-"""Where a step's groups come from: drawn step by step, or recorded by another run. Drawn beside training: `streaming.py`."""
+"""Sources of a step's groups: drawn step by step, or recorded by another run. `streaming.py` draws them during training."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from etr_megatron.rollout.replayable import misfit_of
 from etr_megatron.types import Group
 
 Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
-"""Adds a block's time to that of a phase."""
+"""Adds the duration of a block to the time of a phase."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a step trains on: `rollout.prompts_per_step` rewarded groups, complete. counts: how they came about, for metrics."""
+    """What a step trains on: `rollout.prompts_per_step` complete, rewarded groups. counts: metrics of how they were sampled."""
 
     groups: list[Group]
     counts: dict[str, float] = field(default_factory=dict)
 
     def without_routing(self) -> Rollouts:
-        """The same (tokens are not copied) but for `Sample.routing`, of which there is none."""
+        """A copy with empty `Sample.routing`; tokens are shared, not copied."""
         groups = [replace(group, samples=[copy(sample) for sample in group.samples]) for group in self.groups]
         for sample in (sample for group in groups for sample in group.samples):
             sample.routing = array("B")
@@ -40,43 +40,43 @@ class Rollouts:
 
 
 class Sampler(Protocol):
-    """`take`, `pause` and `resume` are collectives: all ranks call them, and `take` returns the same to all, but for
-    `Sample.routing`, of gigabytes, which rank 0 may have alone. So do all call the others, in which nobody waits."""
+    """`take`, `pause` and `resume` are collectives. `take` returns the same on all ranks, except for `Sample.routing`, which
+    only rank 0 may have, as it can take gigabytes. All ranks call the other methods too, but those do not communicate."""
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """The groups of a step. What the engine or the grader raises is raised on every rank.
+        """The groups of a step. Errors of the engine or the grader are raised on every rank.
 
-        must_stop: whether this rank was told to stop. Where responses are waited for, StopAskedError is then raised on every
-        rank, with all that was drawn still in hand.
+        must_stop: whether this rank was told to stop. A sampler that waits for responses then raises StopAskedError on every
+        rank, and keeps everything that was drawn.
         """
         ...
 
     def put_back(self, step: int) -> None:
-        """The groups of `step` will not be trained on now: they, or their prompts, are to be taken again.
+        """Make the groups of `step`, or their prompts, available to `take` again: they will not be trained on now.
 
-        Nothing happens where that step has not begun.
+        Does nothing if that step has not begun.
         """
         ...
 
     def pause(self) -> None:
-        """Nothing of ours is under way at the engine when this returns: a weight sync may begin."""
+        """Stop generating: when this returns, nothing is under way at the engine and a weight sync may begin."""
         ...
 
     def resume(self) -> None:
-        """Go on after a weight sync with what is in hand."""
+        """Continue what is in hand after a weight sync."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on, rank 0's counts: JSON, and under "tensors", if there are any, tensors by name."""
+        """State for resuming, of which rank 0's is used: JSON values and, if there are any, tensors by name under "tensors"."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Of the tensors rank 0's count."""
+        """Restore the state. Only rank 0 needs the tensors."""
         ...
 
 
 def sampling_of(config: Config, step: int) -> Sampling:
-    """How training's responses are drawn. step: for which they are asked."""
+    """Sampling parameters for training. step: the one that responses are requested for."""
     rollout = config.rollout
     return Sampling(
         samples=rollout.samples_per_prompt,
@@ -91,7 +91,7 @@ def sampling_of(config: Config, step: int) -> Sampling:
 
 
 def replacements(config: Config) -> int:
-    """Prompts that a step may ask for in the place of groups left out."""
+    """Number of prompts that a step may request to replace left-out groups."""
     rollout = config.rollout
     return int((rollout.max_oversample - 1) * rollout.prompts_per_step)
 
@@ -102,20 +102,20 @@ def is_flat(group: Group) -> bool:
 
 
 class RoundSampler:
-    """New groups, step by step, from an engine in which every rank takes part.
+    """Draws new groups step by step, from an engine in which every rank takes part.
 
-    With dynamic sampling in rounds: each asks for as many prompts as groups are missing. The groups of a step are those of the
-    shortest run of prompts that has enough that are not flat.
+    Dynamic sampling proceeds in rounds, each of which requests as many prompts as groups are missing. A step's groups come from
+    the shortest run of prompts that has enough groups that are not flat.
     """
 
     def __init__(
         self, config: Config, engine: RolloutEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
     ) -> None:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
-        self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step that was begun, and the cursor then
+        self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step begun, and the cursor's state before it
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`; ranks that draw themselves are done with a step before they look whether they must stop."""
+        """See `Sampler.take`. must_stop is not checked: ranks that generate themselves finish the step first."""
         self._before = step, self._cursor.state_dict()
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
         limit = max(wanted, min(wanted + replacements(self._config), len(self._cursor)))
@@ -133,7 +133,7 @@ class RoundSampler:
         return chosen(asked, wanted, dynamic=dynamic)
 
     def put_back(self, step: int) -> None:
-        """See `Sampler.put_back`: the prompts are dealt out again."""
+        """See `Sampler.put_back`: the prompts will be drawn again."""
         if self._before[0] == step:
             self._cursor.load_state_dict(self._before[1])
 
@@ -158,9 +158,9 @@ class RoundSampler:
 
 
 def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
-    """The first `wanted` groups that are not flat, filled up with the first flat ones, in the order in which they were asked.
+    """The first `wanted` groups that are not flat, filled up with the first flat ones, in the order they were requested.
 
-    Without `dynamic` none counts as flat.
+    Without `dynamic`, no group counts as flat.
     """
     flat = [dynamic and is_flat(group) for group in asked]
     kept = [number for number, out in enumerate(flat) if not out][:wanted]
@@ -170,14 +170,14 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
 
 
 class ReplaySampler:
-    """The groups of a recorded run. It needs no engine; prompts are not dealt out."""
+    """Replays the groups of a recorded run. It needs no engine and draws no prompts."""
 
     def __init__(self, config: Config, cursor: PromptCursor) -> None:
         self._config, self._cursor = config, cursor
         self._folder = Path(config.rollout.replay or "") / RECORDED
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. Raises UserError when the step was not recorded, or is not of the config's size."""
+        """See `Sampler.take`. Raises UserError when the step was not recorded or does not match the config."""
         with timer("rollout"):
             return on_rank0(lambda: self._read(step), long=True, share=Rollouts.without_routing)
 
@@ -188,7 +188,7 @@ class ReplaySampler:
         return Rollouts([group_from_json(group) for group in found], counts)
 
     def put_back(self, step: int) -> None:
-        """A record is there to be read again."""
+        """Nothing to do: the record can be read again."""
 
     def pause(self) -> None:
         """There is no engine."""

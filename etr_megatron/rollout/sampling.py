@@ -1,4 +1,4 @@
-"""Drawing the next token, one uniform number per row, so that a row's draw depends on nothing but its own logits and seed."""
+"""Draws the next token from one uniform number per row, so that a row's draw depends only on its own logits and seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def keep_top(probabilities: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Probabilities [B, V] with everything outside of the nucleus and the k most likely set to zero; not renormalised."""
+    """Probabilities [B, V] with everything outside the top-p nucleus or the top k set to zero; not renormalised."""
     if top_p >= 1.0 and top_k <= 0:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -1,6 +1,6 @@
-"""Groups from an engine that draws while the ranks train: dynamic sampling, partial rollouts, a bound on staleness.
+"""Groups from an engine that generates while the ranks train: dynamic sampling, partial rollouts, bounded staleness.
 
-The states of a group, and why no request spans a weight sync: docs/rollout.md, "Sampling".
+For the states of a group, and why no request spans a weight sync, see "Sampling" in docs/rollout.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class StreamingSampler:
-    """See `Sampler`. Rank 0, which has the grader, holds the groups and speaks to the engine; the others get what it took."""
+    """See `Sampler`. Rank 0, which has the grader, holds the groups and talks to the engine; the others get what it takes."""
 
     def __init__(
         self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
@@ -36,8 +36,8 @@ class StreamingSampler:
         self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all is still in hand."""
-        # Rank 0 times its waits and its grading apart.
+        """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all groups are still in hand."""
+        # Rank 0 times generation and grading separately.
         with nullcontext() if self._hand is not None else timer("rollout"):
             return on_rank0_until_stopped(
                 lambda anywhere: self._hand.take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
@@ -69,7 +69,7 @@ class StreamingSampler:
 
 
 class Hand:
-    """The groups in hand, in the order in which they were asked; on rank 0 alone."""
+    """The groups in hand, in the order in which they were requested; on rank 0 only."""
 
     def __init__(self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader) -> None:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
@@ -77,11 +77,11 @@ class Hand:
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
         self._under_way: dict[int, tuple[InHand, Sample]] = {}
-        self._asked_for = 0  # the step that prompts are asked for, and the ids of its problems
+        self._asked_for = 0  # the step that prompts are requested for, and the ids of its problems
         self._asked_ids: list[str] = []
         self._counts: Counter[str] = Counter()
         self._grades: list[tuple[Grade, str]] = []  # of the step
-        self._given_up = ""  # why the last group was
+        self._given_up = ""  # why the last group was given up
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`."""
@@ -118,22 +118,22 @@ class Hand:
             self._groups = self._taken[1] + self._groups
 
     def pause(self) -> None:
-        """See `Sampler.pause`. With partial rollouts responses are cut off, else waited for.
+        """See `Sampler.pause`. With partial rollouts, responses are cut off; otherwise they are waited for.
 
-        A sync comes when a step is trained: its groups are let go before the next one's come, of gigabytes with their experts.
+        A sync follows the training of a step, whose groups (gigabytes with routing) are freed here before new ones come.
         """
         self._taken = 0, []
         self._accept(self._engine.stop(abort=self._config.rollout.partial))
-        self._under_way.clear()  # what an engine without servers could not answer is asked again
+        self._under_way.clear()  # requests that an engine without servers could not answer are submitted again
 
     def resume(self) -> None:
-        """See `Sampler.resume`. Tokens that the next step could not train on any more are drawn anew."""
+        """See `Sampler.resume`. Samples with tokens too old for the next step are redrawn."""
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is in hand; tokens that the engine has not given yet will be drawn again."""
+        """Everything in hand; tokens that the engine has not returned yet will be drawn again."""
         groups, tensors = pack(self._groups)
         return {
             "in_hand": groups,
@@ -144,19 +144,19 @@ class Hand:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; of a run without groups in hand there may be nothing to load."""
+        """Restore the state; that of a run without groups in hand may be empty."""
         self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
         self._asked_for, self._asked_ids = state.get("asked_for", 0), list(state.get("asked_ids", []))
         self._counts = Counter(state.get("counts", {}))
 
     def _ask(self, step: int, wanted: int) -> None:
-        """New prompts until `wanted` groups are in hand besides those left out, within what a step may ask for."""
+        """Request new prompts until `wanted` groups are in hand besides those left out, within the step's limits."""
         if step != self._asked_for:
             self._asked_for = step
             self._asked_ids = [held.group.problem.id for held in self._groups if held.step == step]
         left_out = sum(held.is_left_out for held in self._groups)
         missing = wanted - len(self._groups) + min(left_out, replacements(self._config))
-        # With fewer problems than a step needs the cursor refuses, in its own words.
+        # With fewer problems than a step needs, the cursor raises its own error.
         there_are = max(len(self._cursor), self._config.rollout.prompts_per_step)
         count = min(missing, there_are - len(self._asked_ids))
         if count <= 0:
@@ -190,7 +190,7 @@ class Hand:
                 sample.text = self._decode(sample.response_ids.tolist())
 
     def _give_up(self, group: InHand, why: str) -> None:
-        """A group is complete or not at all: what else of it is under way is for nobody."""
+        """Drop the whole group, as only complete ones are trained on; its replies that are still under way will be ignored."""
         left = [held for held in self._groups if held is not group]
         if len(left) < len(self._groups):
             logger.warning("group %s is given up: %s", group.group.id, why)
@@ -198,14 +198,14 @@ class Hand:
             self._counts["groups_given_up"] += 1
 
     def _refuse_if_too_few(self) -> None:
-        """Raises RefusedError when more groups of a step are given up than one trains on, or too few problems are left."""
+        """Raises RefusedError when a step has given up more groups than it trains on, or when too few problems are left."""
         wanted, given_up = self._config.rollout.prompts_per_step, self._counts["groups_given_up"]
         if given_up > wanted or (given_up and len(self._groups) < wanted):
-            del self._counts["groups_given_up"]  # who mends it and starts again begins at none
+            del self._counts["groups_given_up"]  # a restart after a fix counts from zero
             raise RefusedError(f"{given_up} groups of a step of {wanted} were given up, the last as {self._given_up}")
 
     def _judge(self) -> None:
-        """Reward what is complete, and leave out what teaches nothing."""
+        """Reward complete groups and, with dynamic sampling, leave out those without a learning signal."""
         complete = [held for held in self._groups if not held.missing]
         samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
         if not samples:
@@ -216,7 +216,7 @@ class Hand:
             held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
 
     def _forget_failures(self) -> None:
-        """What could not be graded is to be graded again, when that has been mended."""
+        """Reset failed grades, so that these samples are graded again after a fix."""
         for held in self._groups:
             failed = [one for one in held.group.samples if one.reward_status not in ("ok", None)]
             for sample in failed:
@@ -224,13 +224,13 @@ class Hand:
             held.is_left_out = held.is_left_out and not failed
 
     def _is_enough(self) -> bool:
-        """Enough groups are ready, and none that was redone is open: else a long response might be redone for ever."""
+        """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""
         ready = sum(held.is_ready for held in self._groups)
         redone = any(held.is_redone and held.missing for held in self._groups)
         return ready >= self._config.rollout.prompts_per_step and not redone
 
     def _choose(self, step: int) -> Rollouts:
-        """The ready groups with the oldest tokens, filled up with groups left out; the rest of these is gone."""
+        """Take the ready groups with the oldest tokens, filled up with left-out groups; other left-out groups are dropped."""
         wanted = self._config.rollout.prompts_per_step
         ready = sorted((held for held in self._groups if held.is_ready), key=lambda held: held.oldest_version)[:wanted]
         left_out = [held for held in self._groups if held.is_left_out]
@@ -245,7 +245,7 @@ class Hand:
         return Rollouts(groups, counts)
 
     def _counts_of(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The step's metrics. Raises RuntimeError, the last line of defence, for a token that is too old."""
+        """The step's metrics. As a last line of defence, raises RuntimeError for a token that is too old."""
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
         tokens = sum(len(sample.response_ids) for sample in samples)

@@ -1,4 +1,4 @@
-"""Weights: one table per model family, and what follows from it. No Megatron in here; `policy` brings its parameters."""
+"""Weights: one table per model family, and everything derived from it. Megatron is not imported here; see `policy` for that."""
 
 from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, read_architecture
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes

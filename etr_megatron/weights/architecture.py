@@ -1,4 +1,4 @@
-"""What a HuggingFace config.json says about a model, in one form for the published and the transformers 5 way of writing it."""
+"""A model's architecture from a HuggingFace config.json, whether published or written by transformers 5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-"""HuggingFace architecture -> family of the weight map, which is called as `model_type` in config.json."""
+"""HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Architecture:
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors), see
     `read_rope`.
-    qkv_bias, qk_norm: biases on q/k/v, RMSNorm on queries and keys per head; what the family's table has rows for.
+    qkv_bias, qk_norm: biases on q/k/v, RMSNorm on queries and keys per head, if the family's table has rows for them.
     """
 
     family: str
@@ -82,7 +82,7 @@ class Architecture:
         return [layer for layer in range(self.layers) if self.has_experts(layer)]
 
     def kv_heads_of_a_rank(self, tp: int) -> int:
-        """Key/value heads on each of `tp` tensor-parallel ranks; where there are fewer, neighbours share one."""
+        """Key/value heads on each of `tp` tensor-parallel ranks; with fewer heads than ranks, neighbours share one."""
         return max(1, self.kv_heads // tp)
 
 
@@ -92,14 +92,15 @@ def _has_rows(family: str, part: str) -> bool:
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
-    """What transformers or a server would do otherwise than the model here, and no tensor shows. Raises UserError."""
+    """Raise UserError for settings with which transformers or a server would differ from the model here, and that show in no
+    tensor."""
     wanted = {"model_type": family, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "is_causal": True}
     if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
-    window = config.get("sliding_window", 4096)  # what transformers takes where nothing is said
+    window = config.get("sliding_window", 4096)  # transformers' default
     if family == "mistral" and window is not None:
         raise UserError(f"{source}: sliding_window is {spelled(window)}; the mistral family is supported with null only")
     kinds = config.get("layer_types") or []
@@ -130,9 +131,9 @@ def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
 def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Architecture:
     """The architecture that `model_dir/config.json` describes.
 
-    named: what the directory was given as, for messages. How the weights are stored (`quantization_config`) is no part of it.
-    Raises UserError, naming the file and the field, for a missing or broken file, a field that is missing or of another kind,
-    and what is not supported.
+    named: the setting that gave the directory, for messages. How the weights are stored (`quantization_config`) is not part of
+    the result. Raises UserError, naming the file and the field, for a missing or broken file, a missing or malformed field, and
+    anything that is not supported.
     """
     source = Path(model_dir) / "config.json"
     try:

@@ -1,5 +1,5 @@
-"""Does a checkpoint directory hold the model that its config.json describes? From names, shapes and types, but where values are
-asked for."""
+"""Checks that a checkpoint directory holds the model that its config.json describes, by names, shapes and types; by values only
+on request."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 Shape = tuple[int, ...]
 
 _SHAPES = 3
-"""Tensors whose two shapes are told: more make a sentence that nobody reads."""
+"""Number of tensors whose two shapes are reported: more would make an unreadable message."""
 
 _PANEL_BYTES = 2**24
-"""Of a tensor that is read through, at a time."""
+"""Bytes of a tensor that are compared at a time."""
 
 
 def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values: bool = False) -> Architecture:
     """Compare config.json with the tensors of a HuggingFace or `torch_dist` directory and return the architecture.
 
     named: see `read_architecture`. The tensors are those of `open_checkpoint`, which reads FP8 as bf16. Raises UserError naming
-    a few differences of each kind: missing tensors, those of another shape, those that no row of the weight map knows, those of
-    integers. (A config that does not fit its weights loads silently as garbage elsewhere.) Of a `torch_dist` directory the
-    files' lengths are compared with what is said to lie in them as well, and its chunks must make up every tensor.
+    a few differences of each kind: missing tensors, tensors of another shape, tensors unknown to the weight map, integer
+    tensors. (Elsewhere a config that does not fit its weights silently loads garbage.) In a `torch_dist` directory the files
+    must also be long enough for what they should hold, and the chunks must make up every tensor.
 
-    values: where a tied head is stored twice, also read both and refuse a head of its own, which would be lost.
+    values: if a tied head is stored as well as the embedding, read both and refuse a head with other values, which would be
+    lost.
     """
     arch = read_architecture(model_dir, named=named)
     if is_torch_dist(model_dir):
@@ -58,12 +59,12 @@ def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
 
 
 def _embedding_and_head(arch: Architecture) -> tuple[str, str]:
-    """Their HF names."""
+    """HF names of the two."""
     return hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
 
 
 def _is_stored_twice(checkpoint: SafetensorsDir, arch: Architecture) -> bool:
-    """Whether there is a head although it is tied to the embedding, as some checkpoints have it."""
+    """Whether a head is stored although it is tied to the embedding, as in some checkpoints."""
     return arch.tied_embeddings and hf_name(arch.family, HEAD) in checkpoint.shapes()
 
 
@@ -83,7 +84,7 @@ def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> N
 
 
 def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
-    """The same for a `torch_dist` directory and an architecture that comes from elsewhere. Raises UserError."""
+    """As `check_checkpoint`, for a `torch_dist` directory and a given architecture. Raises UserError."""
     wanted = stored_shapes(arch)
     found = checkpoint.shapes()
     for weight in weights_of(arch):
@@ -97,7 +98,7 @@ def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
 
 
 def _contents(arch: Architecture) -> dict[str, str]:
-    """What of the HuggingFace tensors a stored one consists of, in words."""
+    """Stored tensor -> the HuggingFace tensors that it consists of, in words."""
     found: dict[str, str] = {}
     for weight in weights_of(arch):
         in_layer = (name if weight.layer is None else name.partition(f".{weight.layer}.")[2] for name in weight.hf)
@@ -139,7 +140,7 @@ def _refuse_difference(
 
 
 def _refuse_integers(checkpoint: SafetensorsDir | TorchDistDir, names: Iterable[str]) -> None:
-    """Raise UserError for tensors that are no weights but what is left of quantised ones where config.json does not say so."""
+    """Raise UserError for integer tensors: weights that are quantised although config.json does not say so."""
     found = [f"{name} of {checkpoint.dtype(name)}" for name in names if not checkpoint.dtype(name).is_floating_point]
     if found:
         raise UserError(f"{checkpoint.path}: weights have to be floating-point numbers, unlike {listed(found, limit=_SHAPES)}")

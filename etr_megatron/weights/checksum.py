@@ -1,4 +1,4 @@
-"""Checksums of tensors: any change of one word changes them, others do but for a chance of 2**-64 or so."""
+"""Checksums of tensors: a change of one word always changes them, other changes do except with a chance of about 2**-64."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 16
-"""Words that are scrambled at a time."""
+"""Words hashed at a time."""
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
     """A signed 64-bit number of a tensor's bytes in order, whatever its dtype and strides; not cryptographic.
 
-    The sum, modulo 2**64, over 64-bit words of a scrambled form of word and place. Scrambling can be undone, so one word
-    that differs always changes the sum. It is not linear (the finaliser of MurmurHash3), so two changes do not cancel: if words
-    were multiplied by their places alone, two flipped signs would.
+    The sum, modulo 2**64, of a hash of each 64-bit word and its position. The hash is invertible, so one word that differs
+    always changes the sum. It is not linear (the finaliser of MurmurHash3), so two changes do not cancel, as two flipped signs
+    would if words were only multiplied by their positions.
     """
     data = tensor.contiguous().flatten().view(torch.uint8)
     rest = data.numel() % 8
     words = data[: data.numel() - rest]
-    # A view at an odd offset cannot become a view of words.
+    # A view at an unaligned offset cannot become a view of words.
     words = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64)
     total = torch.full((), data.numel(), dtype=torch.int64, device=data.device)
     for number, chunk in enumerate(words.split(_CHUNK) if len(words) else ()):
@@ -33,7 +33,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _scrambled(words: Tensor, first: int) -> Tensor:
-    """int64 [n] words, the first of which stands at place `first`, each made a function of its value and its place."""
+    """Hash of the value and the position of each of the int64 [n] words, the first of which is at position `first`."""
     places = torch.arange(first + 1, first + 1 + len(words), device=words.device)
     mixed = words + places * -7_046_029_254_386_353_131
     for factor in (-49_064_778_989_728_563, -4_265_267_296_055_464_877):
@@ -42,6 +42,6 @@ def _scrambled(words: Tensor, first: int) -> Tensor:
 
 
 def _upper(words: Tensor) -> Tensor:
-    """The upper 31 bits, at the lower end, without the copies of the sign that `>>` of a signed number brings: with them a word
-    and its complement would come out alike."""
+    """The upper 31 bits, by a logical shift: with the copies of the sign that `>>` of a signed number shifts in, a word and its
+    complement would have the same hash."""
     return (words >> 33) & 0x7FFF_FFFF

@@ -1,5 +1,5 @@
-"""A dense tensor in a file: any box of it read by plain reads of its bytes. Files are not mapped into memory, where pages that
-were touched once count as the process's."""
+"""A dense tensor in a file, any box of which is read by plain reads of its bytes. Files are not mapped into memory: mapped
+pages, once touched, count as memory of the process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FileTensor:
-    """From byte `begin` of `file`, in C order."""
+    """A dense tensor from byte `begin` of `file` on, in C order."""
 
     file: Path
     begin: int
@@ -34,7 +34,7 @@ class FileTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def span(self, begin: Index, size: Index) -> tuple[int, int] | None:
-        """(first byte in the file, bytes) of a box whose values are consecutive there, else None."""
+        """(first byte in the file, number of bytes) of a box that is contiguous there, else None."""
         found = list(itertools.islice(runs(self.shape, begin, size), 2))
         if len(found) != 1:
             return None
@@ -43,7 +43,7 @@ class FileTensor:
     def read_into(self, begin: Index, out: Tensor) -> None:
         """Fill `out` (contiguous, on the CPU, of this type) with the box of its shape that starts at `begin`.
 
-        Raises UserError where the file ends too early.
+        Raises UserError when the file ends too early.
         """
         with open(self.file, "rb", buffering=0) as file:
             for offset, part in runs(self.shape, begin, tuple(out.shape)):
@@ -53,7 +53,7 @@ class FileTensor:
         while into:  # the kernel reads at most 2 GiB at a time
             try:
                 count = os.preadv(descriptor, [into], offset)
-            except OSError as error:  # of the disk or the network; the system names no file
+            except OSError as error:  # a disk or network error, which names no file
                 raise UserError(f"{self.file} cannot be read at byte {offset} ({error.strerror})") from error
             if count == 0:
                 raise UserError(f"{self.file} ends at byte {offset}, in the middle of a tensor; fetch the checkpoint again")
@@ -61,7 +61,7 @@ class FileTensor:
 
 
 def runs(shape: Index, begin: Index, size: Index) -> Iterator[tuple[int, Index]]:
-    """The longest consecutive runs of the box `size` from `begin` in a dense tensor of `shape`, in C order.
+    """The longest contiguous runs of the box `size` from `begin` in a dense tensor of `shape`, in C order.
 
     Each is (offset in elements of the tensor, index into the box whose sub-box is the run): one empty index for a box of full
     rows, one index per row where columns are cut.

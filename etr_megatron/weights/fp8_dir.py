@@ -1,4 +1,4 @@
-"""A HuggingFace checkpoint with block-quantised weights, read as the bf16 tensors that they stand for."""
+"""Reads a HuggingFace checkpoint with block-quantised weights as bf16 tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, dequantize_box, sca
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 
 _PANEL = 2**22
-"""Values that are read at a time."""
+"""Number of values read at a time."""
 
 
 def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
-    """The tensors of a HuggingFace directory, dequantised where its config.json says that they are quantised.
+    """The tensors of a HuggingFace directory, dequantised if its config.json says that they are quantised.
 
-    Raises UserError as `SafetensorsDir` does, and for a quantisation other than FP8 in blocks.
+    Raises UserError as `SafetensorsDir` does, and for a quantisation other than FP8 in square blocks.
     """
     source = Path(model_dir) / "config.json"
     quantization = optional_object(read_config(source), "quantization_config", source) if source.is_file() else {}
@@ -36,10 +36,10 @@ def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
 
 
 class Fp8Dir(SafetensorsDir):
-    """`X` is bf16 where an FP8 `X` and its scales `X_scale_inv` are stored; the scales are no tensors of their own.
+    """Reads an FP8 tensor `X`, stored with scales `X_scale_inv`, as bf16; the scales are not listed as tensors.
 
-    block: rows and columns that have a scale in common. Raises UserError for an FP8 tensor that is no matrix or without scales
-    of its shape.
+    block: rows and columns that share a scale. Raises UserError for an FP8 tensor that is not a matrix or has no scales of the
+    right shape.
     """
 
     def __init__(self, model_dir: str | Path, block: int) -> None:
@@ -58,7 +58,7 @@ class Fp8Dir(SafetensorsDir):
                 )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor but scales."""
+        """Shape of every tensor, scales excepted."""
         scales = {name + SCALE_SUFFIX for name in self.quantized}
         return {name: shape for name, shape in super().shapes().items() if name not in scales}
 
@@ -67,11 +67,11 @@ class Fp8Dir(SafetensorsDir):
         return torch.bfloat16 if name in self.quantized else super().dtype(name)
 
     def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
-        """See `SafetensorsDir.span`; None for what is dequantised."""
+        """See `SafetensorsDir.span`; None for tensors that are dequantised."""
         return None if name in self.quantized else super().span(name, begin, size)
 
     def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
-        """See `SafetensorsDir.read_into`; products with the scales are formed in fp32, as `dequantize_box` does."""
+        """See `SafetensorsDir.read_into`; products with the scales are computed in fp32, as in `dequantize_box`."""
         if name not in self.quantized:
             return super().read_into(name, begin, out)
         if not out.numel():
@@ -85,7 +85,7 @@ class Fp8Dir(SafetensorsDir):
         return None
 
     def read_quantized(self, name: str, begin: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """A box that is not empty as it is stored: (float8_e4m3fn `size`, fp32 scales of the blocks that it touches), new."""
+        """A non-empty box as stored, in new tensors: (float8_e4m3fn `size`, fp32 scales of the blocks that it touches)."""
         values = torch.empty(size, dtype=FP8)
         super().read_into(name, begin, values)
         first = tuple(at // self.block for at in begin)

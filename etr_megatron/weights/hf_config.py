@@ -1,4 +1,4 @@
-"""A HuggingFace config.json, and its fields one by one: what is missing or of another kind is one sentence that names it."""
+"""Reads a HuggingFace config.json and its fields; a missing or malformed field raises one sentence that names it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from etr_megatron.errors import UserError
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """The file's object. Raises FileNotFoundError, and UserError for what cannot be read or is no JSON object."""
+    """The file's object. Raises FileNotFoundError, and UserError for a file that cannot be read or is not a JSON object."""
     try:
         config = json.loads(source.read_text())
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8, or nested without an end
+    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, or nested too deeply
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source} holds {spelled(config)}; an object with the model's fields is wanted")
@@ -27,20 +27,20 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def is_positive_int(value: Any) -> bool:
-    """JSON's true is none."""
+    """Whether the value is a positive integer; JSON's true is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def positive_int(config: dict[str, Any], name: str, source: Path, default: int | None = None) -> int:
-    """The field `name`, or `default`, where there is one, for a field that is absent or null.
+    """The field `name`; `default`, if there is one, when the field is absent or null.
 
-    source: the file, for messages. Raises UserError naming file and field, as the others here.
+    source: the file, for messages. Raises UserError naming file and field, as the functions below.
     """
     return _field(config, name, source, default, is_positive_int, "a positive integer")
 
 
 def positive_number(config: dict[str, Any], name: str, source: Path, default: float | None = None) -> float:
-    """See `positive_int`; finite, of any fraction."""
+    """As `positive_int`, for any finite number."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
@@ -49,17 +49,17 @@ def positive_number(config: dict[str, Any], name: str, source: Path, default: fl
 
 
 def optional_bool(config: dict[str, Any], name: str, source: Path) -> bool:
-    """A field that is true or false, false where it is absent or null. Raises UserError."""
+    """A boolean field, false if it is absent or null. Raises UserError."""
     return _field(config, name, source, False, lambda value: isinstance(value, bool), "true or false")
 
 
 def optional_object(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
-    """A field that is an object, empty where it is absent or null. Raises UserError."""
+    """An object field, empty if it is absent or null. Raises UserError."""
     return _field(config, name, source, {}, lambda value: isinstance(value, dict), "an object")
 
 
 def optional_layers(config: dict[str, Any], name: str, source: Path) -> list[int]:
-    """A field that is a list of layers' numbers, empty where it is absent or null. Raises UserError."""
+    """A field with a list of layer numbers, empty if it is absent or null. Raises UserError."""
 
     def fits(value: Any) -> bool:
         return isinstance(value, list) and all(layer == 0 or is_positive_int(layer) for layer in value)
@@ -78,6 +78,6 @@ def _field(config: dict[str, Any], name: str, source: Path, default: Any, fits: 
 
 
 def spelled(value: Any) -> str:
-    """As it stands in the file, its beginning at least."""
+    """The value as JSON, truncated if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

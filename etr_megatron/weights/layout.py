@@ -1,4 +1,4 @@
-"""Who holds which shard of a weight: Megatron's ranks in training, a server's ranks in inference. Plain arithmetic.
+"""Which ranks hold which shard of a weight: Megatron's in training, a server's in inference. Plain arithmetic.
 
 Rank order in training is Megatron's default, "tp-cp-ep-dp-pp": tensor-parallel neighbours first, pipeline stages last; context-
 parallel ranks hold the same weights and count as data-parallel here. Experts regroup the ranks of a stage by (ETP, EP).
@@ -25,7 +25,7 @@ class Holding:
 
 
 class Placement(Protocol):
-    """A layout of ranks 0 .. world - 1 that says who holds what."""
+    """A layout of ranks 0 .. world - 1: which rank holds which shards."""
 
     @property
     def world(self) -> int:
@@ -33,7 +33,7 @@ class Placement(Protocol):
         ...
 
     def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
-        """Every distinct shard of the weight once. Raises ValueError where the layout does not fit the architecture."""
+        """Every distinct shard of the weight once. Raises ValueError when the layout does not fit the architecture."""
         ...
 
 
@@ -41,9 +41,9 @@ class Placement(Protocol):
 class TrainingLayout:
     """Megatron's: TP x PP x DP ranks; dp counts all replicas of dense weights (DP x CP).
 
-    ep: expert-parallel ranks; etp: tensor-parallel ranks of an expert, None is tp. ETP x EP divides TP x DP.
+    ep: expert-parallel ranks; etp: tensor-parallel ranks of an expert, None means tp. ETP x EP divides TP x DP.
     vpp: model chunks of a stage under the interleaved schedule. first_stage_layers, last_stage_layers: layers of those stages,
-    None is an even share of what is left. Raises ValueError for sizes below 1 or that do not divide.
+    None means an even share of the rest. Raises ValueError for sizes that are below 1 or do not divide.
     """
 
     tp: int = 1
@@ -79,7 +79,7 @@ class TrainingLayout:
         return self.stage_ranks * self.pp
 
     def layers_of_stages(self, layers: int) -> tuple[int, ...]:
-        """How many of the model's layers each stage has. Raises ValueError where they do not divide."""
+        """Number of the model's layers in each stage. Raises ValueError when they do not divide."""
         fixed = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers} if self.pp > 1 else {}
         fixed = {stage: count for stage, count in fixed.items() if count is not None}
         stages, rest = self.pp - len(fixed), layers - sum(fixed.values())
@@ -91,7 +91,7 @@ class TrainingLayout:
         return counts
 
     def chunk_of(self, layer: int, arch: Architecture) -> tuple[int, int, int]:
-        """(stage, model chunk within it, layer within the chunk). Raises ValueError where layers do not divide."""
+        """(stage, model chunk within it, layer within the chunk). Raises ValueError when layers do not divide."""
         counts = self.layers_of_stages(arch.layers)
         chunk, local = divmod(layer, arch.layers // self.vpp)
         for stage, count in enumerate(counts):
@@ -129,7 +129,7 @@ class TrainingLayout:
 
 @dataclass(frozen=True)
 class ServerLayout:
-    """SGLang's: `servers` servers of TP ranks each, one after the other; its experts are cut EP-fold first and then by TP / EP.
+    """SGLang's: `servers` servers of TP ranks each, one after the other; experts are split by EP first and then by TP / EP.
 
     Data-parallel attention of a server is not modelled.
     """
@@ -161,7 +161,7 @@ class ServerLayout:
 
 @dataclass(frozen=True)
 class WholeLayout:
-    """Every weight in full on one rank, its HF tensors below each other; owner says on which."""
+    """Every weight in full on one rank, which `owner` returns, with its HF tensors stacked along the rows."""
 
     world: int
     owner: Callable[[Weight], int]
@@ -172,7 +172,7 @@ class WholeLayout:
 
 
 def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[tuple[Weight, Shard]]:
-    """Every weight of which a rank holds a shard, and that shard, in the model's order."""
+    """Every weight that a rank holds a shard of, with that shard, in the model's order."""
     for weight in weights_of(arch):
         for holding in placement.holdings(weight, arch):
             if rank in holding.ranks:
@@ -180,7 +180,7 @@ def shards_of(placement: Placement, arch: Architecture, rank: int) -> Iterator[t
 
 
 def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
-    """The expert-parallel rank that holds an expert: consecutive experts, evenly."""
+    """The expert-parallel rank that holds an expert; each rank holds equally many, consecutive ones."""
     count = arch.experts.count if arch.experts else 0
     if count == 0 or count % ep:
         raise ValueError(f"{count} experts do not divide over expert parallelism of {ep}")
@@ -189,7 +189,7 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What the shards of a weight depend on, which most weights of a model share."""
+    """Everything that the shards of a weight depend on, as a cache key: most weights of a model have it in common."""
 
     shard_of: Callable[[Weight, Architecture, int, int], Shard]
     ways: int
@@ -203,7 +203,7 @@ class _Cut:
 
 @lru_cache(maxsize=512)
 def _distinct_shards(cut: _Cut) -> tuple[tuple[Shard, tuple[int, ...]], ...]:
-    """Shards of all ranks of a cut with the ranks that have them; equal ones (replicated weights, repeated heads) once."""
+    """Shards of all ranks of a cut with the ranks that hold them; equal ones (replicated weights, repeated heads) once."""
     merged: dict[Shard, list[int]] = {}
     for rank in range(cut.ways):
         merged.setdefault(cut.shard_of(cut.weight, cut.arch, cut.ways, rank), []).append(rank)

@@ -1,14 +1,14 @@
 """One table per model family: how HuggingFace tensors, Megatron parameters and a server's fused parameters correspond.
 
-Everything that needs to know a weight's name follows from it: loading, conversion, export, the plan of a weight sync, what is
-quantised, what is checked before a run. How a weight is cut (`split`) is worked out in `shards`:
+Everything that needs a weight's name is derived from it: loading, conversion, export, the plan of a weight sync, what is
+quantised, what is checked before a run. `shards` implements the ways to cut a weight (`split`):
 
     replicated  the whole tensor
     column      rows  [r n/TP, (r+1) n/TP)                     of one HF tensor
     row         columns [r n/TP, (r+1) n/TP)                   of one HF tensor
     vocab       rows, after padding the vocabulary with zero rows
-    qkv         Megatron: for each of the rank's query groups its query heads, its key head, its value head, and an even part of
-                a group where there are fewer than ranks; server: the rank's query heads, then its key heads, then its value
+    qkv         Megatron: for each of the rank's query groups its query heads, its key head, its value head; an even part of a
+                group if there are fewer groups than ranks. Server: the rank's query heads, then its key heads, then its value
                 heads (weight or bias)
     gate_up     the rank's rows of gate, then its rows of up
 """
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # which reads the tables
+if TYPE_CHECKING:  # it imports this module
     from etr_megatron.weights.architecture import Architecture
 
 
@@ -29,7 +29,7 @@ class Row:
 
     megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
     hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
-    server: name of SGLang's parameter, where it is not the HF name.
+    server: name of SGLang's parameter, if it is not the HF name.
     fp8: whether block-quantised export and sync quantise it.
     layers: which layers have it: all, dense (a dense MLP), moe (experts).
     """
@@ -49,8 +49,8 @@ class Weight:
 
     megatron, te: names in the two layer specs, layers and experts counted over the whole model.
     stored, stored_at: name in a `torch_dist` checkpoint, and leading (index, size) axes there: of the layer, of the expert.
-    hf, shapes: HF names and full shapes. server: the server's parameter; of an expert, the one that holds all of a rank's.
-    layer, expert: numbers, or None outside of the layers and of experts.
+    hf, shapes: HF names and full shapes. server: the server's parameter; for an expert, the one of all experts of a rank.
+    layer, expert: numbers, None for weights outside of layers and experts.
     """
 
     megatron: str
@@ -67,7 +67,7 @@ class Weight:
 
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-"""Megatron's names of the two that may be one tensor. Every table has a row of each, of one HF tensor."""
+"""Megatron's names of the two weights that may be tied. Every table has a row for each, with one HF tensor."""
 
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
@@ -162,12 +162,12 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def hf_name(family: str, megatron: str) -> str:
-    """HF name of a row outside of the layers, by its Megatron name: of `HEAD` also where the model has it tied."""
+    """HF name of a row outside of the layers, by its Megatron name; for `HEAD` also if the model ties it."""
     return next(row.hf[0][0] for row in TABLES[family] if row.megatron == megatron)
 
 
 def _dimensions(arch: Architecture) -> dict[str, int]:
-    """Letters of the table's shapes."""
+    """Sizes of the letters in the table's shapes."""
     experts = arch.experts
     return {
         "V": arch.vocab_size,

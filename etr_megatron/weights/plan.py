@@ -1,11 +1,11 @@
-"""Who sends which part of a weight to whom, from two layouts alone: pure arithmetic, the same on every rank.
+"""Which rank sends which part of a weight to which other, from two layouts alone: pure arithmetic, the same on every rank.
 
 plan = make_plan(TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch)
 for transfer in plan.pairs[(source_rank, destination_rank)]: ...
 
-What a destination needs of an HF tensor is cut with what every source holds of it. That is worked out once for all weights
-that are cut alike and applied to layer after layer. Boxes that lie next to each other on both sides become one. Replicas share
-the work, see `make_plan`.
+What a destination needs of an HF tensor is intersected with what every source holds of it. This is computed once for all
+weights that are cut alike and reused for every layer. Boxes that are adjacent on both sides are merged. Replicas share the
+work, see `make_plan`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from etr_megatron.weights.quantize import scale_shape
 from etr_megatron.weights.shards import Index, Piece
 
 _GRAIN = 0.1
-"""Largest part that one transfer may be of a replica's mean load; then no replica sends more than 1 + this times the mean."""
+"""Largest fraction of a replica's mean load in one transfer; then no replica sends more than 1 + this times the mean."""
 
 
 class Transfer(NamedTuple):
@@ -63,7 +63,7 @@ class Plan:
         return source == self.destination_start + destination
 
     def is_fp8(self, weight: Weight) -> bool:
-        """Whether a weight travels quantised."""
+        """Whether a weight is sent quantised."""
         return self.fp8_block is not None and weight.fp8
 
     def bytes(self, transfer: Transfer, itemsize: int) -> int:
@@ -100,7 +100,7 @@ class _Box:
     holders: tuple[tuple[int, Index], ...]
 
     def follows(self, other: _Box) -> bool:
-        """Whether it lies right below `other` on both sides, in as many columns."""
+        """Whether this box is directly below `other` on both sides, with the same columns."""
         here = [(self.at, other.at)]
         if self.shard != other.shard or len(self.holders) != len(other.holders):
             return False
@@ -123,7 +123,7 @@ class _Job(NamedTuple):
 
 
 def _intersection(a: Piece, b: Piece) -> tuple[Index, Index] | None:
-    """(begin, size) of what two pieces of the same HF tensor have in common, in its coordinates."""
+    """(begin, size) of the intersection of two pieces of the same HF tensor, in its coordinates."""
     begin = tuple(map(max, a.begin, b.begin))
     end = tuple(min(i + m, j + n) for i, m, j, n in zip(a.begin, a.size, b.begin, b.size, strict=True))
     size = tuple(e - s for s, e in zip(begin, end, strict=True))
@@ -135,7 +135,7 @@ def _moved(at: Index, begin: Index, origin: Index) -> Index:
 
 
 def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: Index, block: int) -> None:
-    """A block is quantised from all of its values, so it must lie in one box on either side."""
+    """Raises UserError: a block is quantised from all of its values, so it must be in a single box on both sides."""
     for dim, (start, extent, place) in enumerate(zip(begin, size, at, strict=True)):
         end = start + extent
         if start % block or place % block or (end % block and end != weight.shapes[hf][dim]):
@@ -147,7 +147,7 @@ def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: I
 
 
 def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Holding], fp8_block: int | None) -> Iterator[_Box]:
-    """What the sources hold of a piece of the destination. Raises ValueError when they do not hold all of it."""
+    """The parts of a destination's piece that the sources hold. Raises ValueError when they do not make up all of it."""
     found: dict[tuple[Index, Index], list[tuple[int, Index]]] = {}
     for number, holding in enumerate(source):
         for held in holding.shard.pieces:
@@ -164,7 +164,7 @@ def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Hold
 
 
 def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Holding], fp8_block: int | None) -> list[_Box]:
-    """All boxes of a weight, those that can be one made one."""
+    """All boxes of a weight, merged where possible."""
     merged: list[_Box] = []
     for number, holding in enumerate(destination):
         for piece in holding.shard.pieces:
@@ -195,7 +195,7 @@ def _jobs(
 
 
 class _Assignment:
-    """Gives every box to one of the ranks that hold it."""
+    """Assigns every box to one of the ranks that hold it."""
 
     def __init__(self, sources: int, itemsize: int) -> None:
         self.pairs: dict[tuple[int, int], list[tuple[int, Transfer]]] = defaultdict(list)
@@ -203,7 +203,7 @@ class _Assignment:
         self._total = [0] * sources
 
     def add(self, job: _Job, source: int, row: int = 0, rows: int | None = None) -> None:
-        """Let `source` send `rows` rows (all) from `row` of the job's box."""
+        """Let `source` send `rows` rows (None: all) of the job's box, from `row` on."""
         box, at = job.box, job.holders[source]
         transfer = Transfer(
             source,
@@ -216,9 +216,9 @@ class _Assignment:
         self.pairs[source, job.destination].append((job.number, transfer))
 
     def share(self, ranks: tuple[int, ...], jobs: list[tuple[_Job, int | None]]) -> None:
-        """Spread the boxes that exactly `ranks` hold: each to the rank with the least so far, in parts small enough for that.
+        """Spread the boxes that exactly `ranks` hold: each goes to the least loaded rank, in parts small enough to balance.
 
-        A rank that sends to the destination anyway is preferred up to the mean, which keeps the number of connections low.
+        Up to the mean, a rank that sends to the destination anyway is preferred, which keeps the number of connections low.
         """
         mean = sum(_box_bytes(job.box.size, self._itemsize, block) for job, block in jobs) / len(ranks)
         loads = dict.fromkeys(ranks, 0)
@@ -234,7 +234,7 @@ class _Assignment:
 
 
 def _parts(size: Index, box_bytes: int, limit: float, ranks: int, step: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of parts of about `limit` bytes at most, cut at multiples of `step`; one where nobody can share."""
+    """(first row, rows) of parts of at most about `limit` bytes, cut at multiples of `step`; one part for a single rank."""
     rows = size[0]
     per_part = rows if ranks == 1 else max(1, int(limit * rows / box_bytes) // step) * step
     for row in range(0, rows, per_part):
@@ -252,12 +252,12 @@ def make_plan(
 ) -> Plan:
     """Plan the transfer of all weights of `arch` between two layouts.
 
-    destination_start: process of the destination's rank 0; default is behind the source's ranks. With 0 the destination lives
-    in the source's processes, and what a process holds itself is copied there. itemsize: bytes of a value that travels
-    unquantised; loads are counted in bytes. fp8_block: quantise what the map's `fp8` column says.
+    destination_start: process of the destination's rank 0; default is the one after the source's ranks. With 0 the destination
+    shares the source's processes, and what a process holds itself is copied there. itemsize: bytes of a value that is sent
+    unquantised; loads are counted in bytes. fp8_block: quantise the weights that the map's `fp8` column marks.
 
-    Of the ranks that hold the same shards none sends more than 1.1 x their mean, if a row of each box (128 rows with FP8) is at
-    most a tenth of that mean; a larger row is what it can be above. Raises ValueError when a layout does not fit the
+    Of the ranks that hold the same shards, none sends more than 1.1 x their mean, if a row of each box (128 rows with FP8) is
+    at most a tenth of that mean; otherwise the excess is at most one row. Raises ValueError when a layout does not fit the
     architecture or the source lacks something, UserError when FP8 blocks would be cut.
     """
     start = source.world if destination_start is None else destination_start

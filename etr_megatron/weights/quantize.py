@@ -1,10 +1,10 @@
-"""Block quantisation to FP8, as checkpoints with `quant_method: fp8` and a `weight_block_size` hold it.
+"""Block quantisation to FP8, as in checkpoints with `quant_method: fp8` and a `weight_block_size`.
 
-Every block of 128 x 128 values has a scale of its own that takes its largest value to the largest that e4m3 has. Stored are the
-scaled values and, as `weight_scale_inv`, what to multiply them with. The arithmetic is that of Transformer Engine's blockwise
-recipe with fp32 scales, so that a server computes with the values that the trainer computed with; blocks of nothing above
-2^-116 alone count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: it is up to two of fp32's steps from
-ours, and hence differs in few codes.
+Every block of 128 x 128 values has its own scale, which maps the largest value of the block to the largest of e4m3. Stored are
+the scaled values and, as `weight_scale_inv`, the factors to multiply them by. The arithmetic is that of Transformer Engine's
+blockwise recipe with fp32 scales, so that a server computes with the same values as the trainer; the only difference is that
+blocks without a value above 2^-116 count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: its scales are up
+to two fp32 ulps from these, so a few codes differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 128
 """Rows and columns of a block in every published checkpoint."""
 
 SCALE_SUFFIX = "_scale_inv"
-"""The scales of a quantised weight stand under its name with this behind it."""
+"""The name of a quantised weight with this suffix is that of its scales."""
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
@@ -28,23 +28,23 @@ _SMALLEST = 2.0**-116
 """A block without a larger value counts as zero: the scale or its inverse would leave fp32's normal range."""
 
 _PANEL, _CPU_PANEL = 2**26, 2**19
-"""Values that are quantised at a time: copies in fp32 are a quarter of a GB on a GPU; on a CPU they stay in its cache."""
+"""Number of values quantised at a time: fp32 copies take a quarter of a GB on a GPU; on a CPU they stay in its cache."""
 
 
 def scale_shape(rows: int, cols: int, block: int = BLOCK) -> tuple[int, int]:
-    """Blocks in each dimension; the last ones may be cut off."""
+    """Number of blocks in each dimension; the last ones may be partial."""
     return -(-rows // block), -(-cols // block)
 
 
 def _panels(rows: int, cols: int, block: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Whole rows of blocks to work on at a time: (rows, rows of blocks)."""
+    """Whole rows of blocks to process at a time: (rows, rows of blocks)."""
     step = max(1, (_CPU_PANEL if device.type == "cpu" else _PANEL) // (block * max(1, cols)))
     for first in range(0, -(-rows // block), step):
         yield slice(first * block, (first + step) * block), slice(first, first + step)
 
 
 def _blocks(matrix: Tensor, block: int) -> Tensor:
-    """fp32 [row blocks, block, column blocks, block], filled up with zeros where a block is cut off."""
+    """fp32 [row blocks, block, column blocks, block], partial blocks padded with zeros."""
     rows, cols = matrix.shape
     row_blocks, col_blocks = scale_shape(rows, cols, block)
     full = matrix.float()
@@ -58,9 +58,9 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
     """Quantise a matrix block by block.
 
     weight: [rows, cols], fp32 or bf16, finite; not written to. Returns float8_e4m3fn [rows, cols] and fp32 scale_inv
-    [ceil(rows / block), ceil(cols / block)], both new. The last blocks may be smaller; a block of zeros has scale 1. Values
-    within the range stay in it: they are clamped before the cast, which would turn a larger one into NaN. A block with a value
-    that is not finite becomes NaN when dequantised, all of it.
+    [ceil(rows / block), ceil(cols / block)], both new. The last blocks may be smaller; a block of zeros has scale 1. Scaled
+    values are clamped before the cast, which would turn one beyond the range into NaN. A block with a value that is not finite
+    becomes all NaN when dequantised.
     """
     rows, cols = weight.shape
     values = torch.empty(rows, cols, dtype=FP8, device=weight.device)
@@ -68,8 +68,8 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
     for some, block_rows in _panels(rows, cols, block, weight.device):
         blocks = _blocks(weight[some], block)
         largest = blocks.abs().amax(dim=(1, 3))
-        # A comparison that NaN fails, so that NaN keeps its way into the scale.
-        # A division of tensors: that of a number by a tensor is to torch a product with the reciprocal, which rounds twice.
+        # NaN fails this comparison, so that it propagates into the scale.
+        # Tensor by tensor: torch divides a number by a tensor as a product with the reciprocal, which rounds twice.
         scale = torch.where(largest <= _SMALLEST, 1.0, torch.full_like(largest, _LARGEST) / largest)
         scaled = (blocks * scale[:, None, :, None]).clamp_(-_LARGEST, _LARGEST)
         panel = values[some]
@@ -82,11 +82,11 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
 def dequantize_box(
     quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int = BLOCK, begin: tuple[int, int] = (0, 0)
 ) -> None:
-    """What `quantize_blocks` returned as values again: all of a matrix, or a box that need not begin or end where a block does.
+    """Dequantise what `quantize_blocks` returned: a whole matrix, or a box that need not begin or end where a block does.
 
     quantized: float8_e4m3fn [rows, cols]. scale_inv: fp32, of the blocks that the box touches. out: [rows, cols], the caller's,
-    overwritten with the products, which are formed in fp32. begin: row and column of the matrix at which the box begins. Raises
-    ValueError where the scales' shape does not fit.
+    overwritten with the products, which are computed in fp32. begin: row and column of the matrix at which the box begins.
+    Raises ValueError when the scales' shape does not fit.
     """
     rows, cols = quantized.shape
     row, col = (at % block for at in begin)
@@ -102,11 +102,11 @@ def dequantize_box(
 def _to_fp32(codes: Tensor) -> Tensor:
     """float8_e4m3fn as new fp32 values.
 
-    torch converts them one by one on a CPU. As an fp16 with the same exponent and fraction bits, a code is its value times
-    2^-8, with subnormal ones among them, and torch converts those many at a time: ten times as fast. NaN has no place there.
+    On a CPU torch converts them one by one. Read as an fp16 with the same exponent and fraction bits, a code is its value times
+    2^-8, subnormals included, and torch converts fp16 many at a time: ten times as fast. NaN cannot be read in this way.
     """
     bits = codes.view(torch.int8)
     if codes.device.type != "cpu" or not codes.numel() or bits.max() == 0x7F or codes.view(torch.uint8).max() == 0xFF:
         return codes.float()
-    # An int8 fills an int16 with its sign; shifted by 7 bits that stands in the uppermost two, of which the sign is the first.
+    # The cast to int16 extends the sign; after the shift it fills the two uppermost bits, of which the second is cleared.
     return ((bits.short() << 7) & ~0x4000).view(torch.float16).float().mul_(2.0**8)

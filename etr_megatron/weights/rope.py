@@ -1,6 +1,6 @@
-"""The rotary embedding of a config.json, published or as transformers 5 writes it, in one form.
+"""The rotary embedding of a config.json, in one form whether published or written by transformers 5.
 
-Where a file says it twice and differently, transformers and servers take one or the other, without a word: that is refused.
+If a file gives it twice and differently, transformers and servers silently take one or the other: that is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 _YARN_OPTIONAL = ("beta_fast", "beta_slow")
 _YARN_OTHER = ("attention_factor", "attn_factor", "extrapolation_factor", "mscale", "mscale_all_dim", "truncate")
-"""Of these transformers reads some and servers others."""
+"""transformers reads some of these, servers others."""
 
 
 def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, what their scaling depends on.
+    """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, the parameters of their scaling.
 
     Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
-    source: the file, for messages. Raises UserError for what is missing, contradictory or not supported.
+    source: the file, for messages. Raises UserError for missing, contradictory or unsupported values.
     """
     places = {name: _place(config, name, source) for name in ("rope_scaling", "rope_parameters")}
     places = {name: place for name, place in places.items() if place}
@@ -52,7 +52,7 @@ def _refuse_other_yarn(scaling: dict[str, Any], source: Path) -> None:
 
 
 def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
-    """One of the two objects without its nulls; `type` is what `rope_type` used to be called."""
+    """One of the two objects without its nulls; `type` is the old name of `rope_type`."""
     place = {key: value for key, value in optional_object(config, name, source).items() if value is not None}
     kinds = [place.pop(key) for key in ("type", "rope_type") if key in place]
     if len(kinds) > 1 and kinds[0] != kinds[1]:
@@ -65,7 +65,7 @@ def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
 
 
 def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Path) -> float:
-    """Where an object has none, transformers takes that of the config itself, and 10,000 where that has none."""
+    """As in transformers, an object without one uses that of the config itself, or 10,000 if that has none either."""
     outside = positive_number(config, "rope_theta", source, 10000.0)
     found = {name: positive_number(place, "rope_theta", source, outside) for name, place in places.items()}
     if config.get("rope_theta") is not None or not places:
@@ -77,7 +77,7 @@ def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Pa
 
 
 def _original_positions(config: dict[str, Any], scaling: dict[str, Any], source: Path) -> int:
-    """Where it stands outside as well, SGLang prefers that, and transformers in one of the two spellings."""
+    """If it is also given outside of the object, SGLang prefers that one, and transformers does for one of the spellings."""
     name = "original_max_position_embeddings"
     inside = positive_int(scaling, name, source)
     outside = positive_int(config, name, source, inside)

@@ -1,4 +1,4 @@
-"""A HuggingFace checkpoint directory as a set of tensors of which any range can be read."""
+"""A HuggingFace checkpoint directory as a set of tensors, any range of which can be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from etr_megatron.weights.listing import listed
 INDEX = "model.safetensors.index.json"
 
 _ALONE = "model.safetensors"
-"""The file of a checkpoint without an index. transformers prefers it to an index, SGLang the other way round."""
+"""The file of a checkpoint without an index. If both exist, transformers prefers this file and SGLang the index."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,16 +35,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of the file format and what they are in torch."""
+"""Type names of the file format -> torch dtypes."""
 
 
 class SafetensorsDir:
-    """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the bytes that are asked for.
+    """Reads ranges of the tensors in `*.safetensors` of a directory, by plain reads of the requested bytes.
 
-    Where there is an index, a tensor is that of the file which the index names for it, whatever other files hold of its name.
-    Raises UserError when the directory holds no safetensors file, one that is cut off or broken (naming it), a tensor of a type
-    that is not in `DTYPES`, none of a tensor where the index says, a tensor of which no index says which of two files it is in,
-    or two checkpoints, one with an index and one without.
+    If there is an index, a tensor is read from the file that the index names, even if other files hold one of that name.
+    Raises UserError when the directory holds no safetensors file, a truncated or broken one (naming it), a tensor of a type
+    that is not in `DTYPES`, no tensor where the index says, a tensor in two files and no index that names one of them, or two
+    checkpoints, one with an index and one without.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -80,12 +80,12 @@ class SafetensorsDir:
         return self._stored[name].dtype
 
     def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
-        """File, first byte and bytes of a box whose values are consecutive there, else None."""
+        """(file, first byte, number of bytes) of a box that is contiguous in its file, else None."""
         found = self._stored[name].span(begin, size)
         return (self._stored[name].file, *found) if found else None
 
     def read(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """A box of the tensor, new, on the CPU: `size` elements from `begin` in each dimension."""
+        """A box of the tensor as a new CPU tensor: `size` elements from `begin` in each dimension."""
         out = torch.empty(size, dtype=self.dtype(name))
         self.read_into(name, begin, out)
         return out
@@ -93,13 +93,13 @@ class SafetensorsDir:
     def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
         """Fill `out` (contiguous, on the CPU, of the stored type) with the box of its shape that starts at `begin`.
 
-        Raises UserError where the file ends too early.
+        Raises UserError when the file ends too early.
         """
         self._stored[name].read_into(begin, out)
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Tensor -> name of its file, as the directory's index has it; empty without one. Raises UserError for a broken one."""
+    """Tensor -> name of its file, from the directory's index; empty without one. Raises UserError for a broken index."""
     index = folder / INDEX
     if not index.is_file():
         return {}
@@ -114,7 +114,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path, wanted: set[str]) -> list[Path]:
-    """The directory's safetensors files, those that its index names (`wanted`) where it has one."""
+    """The directory's safetensors files; only those that its index names (`wanted`), if it has one."""
     files = sorted(entries(folder, "*.safetensors"))
     if wanted and _ALONE not in wanted and folder / _ALONE in files:
         raise UserError(f"{folder} holds {_ALONE} and an {INDEX} that does not name it; remove the one that is out of date")
@@ -135,8 +135,8 @@ def _files(folder: Path, wanted: set[str]) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file. Raises ValueError, KeyError or TypeError where the header does not fit the file, UserError for a
-    type that is not known."""
+    """The tensors of a file. Raises ValueError, KeyError or TypeError when the header does not fit the file, UserError for an
+    unknown type."""
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         first = file.read(8)

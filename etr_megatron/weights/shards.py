@@ -1,7 +1,7 @@
-"""How one weight is cut: for a rank, which box of which HF tensor lies where in its shard.
+"""How one weight is cut: for a rank, which box of which HF tensor is where in its shard.
 
-A shard is a list of pieces. Reading a shard from a checkpoint, putting full tensors together from shards, planning a transfer
-between two layouts and quantising a part of a tensor are all walks over pieces; the split kinds of `map` are known only here.
+A shard is a list of pieces. Reading a shard from a checkpoint, joining shards to full tensors, planning a transfer between two
+layouts and quantising a part of a tensor all iterate over pieces; only this module knows the split kinds of `map`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCAB_MULTIPLE = 128
 """Megatron's padded vocabulary is a multiple of this times TP."""
 
 SERVER_VOCAB_MULTIPLE = 64
-"""SGLang pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`), whatever TP, and then divides it."""
+"""SGLang pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) for any TP, and then divides it."""
 
 Index = tuple[int, ...]
 
@@ -59,7 +59,7 @@ def _rows(weight: Weight, hf: int, begin: int, end: int, at: int) -> Piece:
 
 
 def _stack(pieces: Sequence[Piece]) -> Shard:
-    """Pieces of full width below each other, in order."""
+    """Pieces of full width, stacked along the rows in order."""
     placed, row = [], 0
     for piece in pieces:
         placed.append(Piece(piece.hf, piece.begin, (row, *piece.at[1:]), piece.size))
@@ -68,7 +68,7 @@ def _stack(pieces: Sequence[Piece]) -> Shard:
 
 
 def _even(weight: Weight, hf: int, dim: int, tp: int, rank: int) -> tuple[int, int]:
-    """The rank's range of a dimension. Raises ValueError where it cannot be cut evenly."""
+    """The rank's range of a dimension. Raises ValueError when it cannot be cut evenly."""
     total = weight.shapes[hf][dim]
     if total % tp:
         raise ValueError(
@@ -84,7 +84,7 @@ def _vocab(weight: Weight, arch: Architecture, size: int, rank: int) -> Shard:
 
 
 def _plain(weight: Weight, tp: int, rank: int) -> Shard:
-    """The kinds that Megatron and the server cut alike."""
+    """The split kinds that Megatron and the server cut alike."""
     if weight.split == "replicated":
         return _stack([_rows(weight, 0, 0, weight.shapes[0][0], 0)])
     if weight.split == "column":
@@ -99,9 +99,9 @@ def _plain(weight: Weight, tp: int, rank: int) -> Shard:
 
 
 def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
-    """The rank's even part of all query groups below each other, each of which is its query heads, key head and value head.
+    """The rank's even part of all query groups stacked, each of which is its query heads, key head and value head.
 
-    With more ranks than groups a rank has a part of one, wherever that ends: Megatron gathers the products of all ranks.
+    With more ranks than groups, a rank has a part of one, which may end anywhere: Megatron gathers the outputs of all ranks.
     """
     if arch.kv_heads % tp and tp % arch.kv_heads:
         raise ValueError(f"{arch.kv_heads} query groups cannot be cut into tensor parallelism of {tp}")
@@ -123,7 +123,7 @@ def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sha
 def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
     """The part of tensor-parallel rank `rank` of `tp` in a Megatron parameter.
 
-    For an expert's weight these are the expert-tensor-parallel rank and size. Raises ValueError where `tp` does not fit.
+    For an expert's weight these are the expert-tensor-parallel rank and size. Raises ValueError when `tp` does not fit.
     """
     if weight.split == "vocab":
         return _vocab(weight, arch, padded_vocab_size(arch.vocab_size, tp) // tp, rank)
@@ -133,9 +133,9 @@ def megatron_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sh
 
 
 def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shard:
-    """The part of tensor-parallel rank `rank` of `tp` in an SGLang parameter (of an expert: its place in the fused one).
+    """The part of tensor-parallel rank `rank` of `tp` in an SGLang parameter (for an expert: in its slot of the fused one).
 
-    With fewer key/value heads than ranks, neighbouring ranks hold the same head. Raises ValueError where `tp` does not fit.
+    With fewer key/value heads than ranks, neighbouring ranks hold the same head. Raises ValueError when `tp` does not fit.
     """
     if weight.split == "vocab":
         padded = -(-arch.vocab_size // SERVER_VOCAB_MULTIPLE) * SERVER_VOCAB_MULTIPLE
@@ -154,7 +154,7 @@ def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shar
 
 
 def whole_shard(weight: Weight) -> Shard:
-    """All of a weight: its HF tensors below each other, so that each is a contiguous part."""
+    """The whole weight: its HF tensors stacked along the rows, so that each is a contiguous part."""
     return _stack([_rows(weight, hf, 0, shape[0], 0) for hf, shape in enumerate(weight.shapes)])
 
 
@@ -178,7 +178,7 @@ def read_shard(weight: Weight, shard: Shard, read: Read) -> Tensor:
 
 
 def hf_boxes(shard: Shard, tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    """The pieces of a shard with the views of `tensor`, which holds it, that they are."""
+    """The pieces of a shard, each with its view of `tensor`, which holds the shard."""
     for piece in shard.pieces:
         yield piece, box(tensor, piece.at, piece.size)
 

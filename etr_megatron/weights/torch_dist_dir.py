@@ -1,7 +1,7 @@
-"""A megatron `torch_dist` checkpoint directory, read without Megatron: which tensors it holds, and their chunks one by one.
+"""Reads a Megatron `torch_dist` checkpoint directory without Megatron: the tensors that it holds, and their chunks one by one.
 
 A stored tensor is global (of all layers, of all experts); its chunks are the parts that the ranks wrote. `.metadata` says where
-each chunk lies. What is stored besides the model (an optimizer, objects) is left alone.
+each chunk is. What is stored besides the model (an optimizer, objects) is ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from etr_megatron.weights.torch_dist_metadata import METADATA_FILE, Record, dtyp
 from etr_megatron.weights.torch_saved import Slice, find_values
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-"""Names that are not the model's."""
+"""Names of optimizer states."""
 
 _BLOCK_BYTES = 2**20
 """Small enough to stay in a core's cache between reading and writing."""
@@ -52,7 +52,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """A box of an HF tensor, `size` from `begin`, that lies at `at` of a chunk's values: in a file, or in memory."""
+    """A box of an HF tensor, `size` from `begin`, that is at `at` of a chunk's values, which are in a file or in memory."""
 
     name: str
     begin: Index
@@ -61,7 +61,7 @@ class StoredBox:
     at: Index
 
     def span(self) -> tuple[Path, int, int] | None:
-        """File, first byte and bytes, where the box's values are consecutive in a file, else None."""
+        """(file, first byte, number of bytes) if the box is contiguous in a file, else None."""
         lead = len(self.at) - len(self.size)
         found = (
             self.values.span(self.at, (*(1 for _ in range(lead)), *self.size)) if isinstance(self.values, FileTensor) else None
@@ -69,7 +69,7 @@ class StoredBox:
         return (self.values.file, *found) if found else None
 
     def read_into(self, at: Index, out: Tensor) -> None:
-        """Fill `out` with the values from `at` of the chunk."""
+        """Fill `out` with the values from `at` on in the chunk."""
         if isinstance(self.values, FileTensor):
             self.values.read_into(at, out)
         else:
@@ -77,7 +77,7 @@ class StoredBox:
 
 
 class TorchDistDir:
-    """The model's tensors in a `torch_dist` directory. Raises UserError for one that is not there, broken or cut off."""
+    """The model's tensors in a `torch_dist` directory. Raises UserError for one that is missing, broken or truncated."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -94,11 +94,11 @@ class TorchDistDir:
             self._place_chunks(metadata.storage_data)
             if not all(isinstance(self.dtype(name), torch.dtype) for name in self._tensors):
                 raise TypeError("a tensor has no type")
-        except (AttributeError, TypeError, ValueError, LookupError) as error:  # it is a pickle, and parts of it were altered
+        except (AttributeError, TypeError, ValueError, LookupError) as error:  # it is a pickle, parts of which were altered
             raise UserError(f"{self.path / METADATA_FILE} is damaged ({error}); fetch the checkpoint again") from error
 
     def _place_chunks(self, storage: dict[Record, Record]) -> None:
-        """Find each chunk in its file. Raises UserError where it is not there in full."""
+        """Locate each chunk in its file. Raises UserError when it is not there in full."""
         places = {(index.fqn, getattr(index, "offset", None)): place for index, place in storage.items()}
         lengths: dict[str, int] = {}
         for name, entry in self._tensors.items():
@@ -123,7 +123,7 @@ class TorchDistDir:
         return dtype_of(self._tensors[name])
 
     def refuse_gaps(self, names: Iterable[str]) -> None:
-        """Raise UserError where the chunks of a tensor do not cover it exactly once."""
+        """Raise UserError when the chunks of a tensor do not cover it exactly once."""
         for name in names:
             shape, chunks = tuple(self._tensors[name].size), self._chunks[name]
             if any(o + n > s for c in chunks for o, n, s in zip(c.offset, c.size, shape, strict=True)):
@@ -137,9 +137,9 @@ class TorchDistDir:
                 raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")
 
     def boxes(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[StoredBox]:
-        """The HF tensors of a weight (or `only` the one of that name) in the boxes in which they are stored; every value once.
+        """The HF tensors of a weight (or `only` the one of that name), in the boxes in which they are stored; every value once.
 
-        Raises UserError for a file that is damaged.
+        Raises UserError for a damaged file.
         """
         lead = tuple(index for index, _ in weight.stored_at)
         pieces = [piece for piece in megatron_shard(weight, arch, 1, 0).pieces if only in (None, weight.hf[piece.hf])]
@@ -152,13 +152,13 @@ class TorchDistDir:
                     yield StoredBox(weight.hf[hf], begin, size, values, (*inside, *at))
 
     def parts(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[tuple[str, Index, Tensor]]:
-        """The same in small blocks: (HF name, corner in that tensor, values), which the next block's overwrite."""
+        """As `boxes`, in small blocks: (HF name, corner in that tensor, values); the next block overwrites the values."""
         for stored in self.boxes(weight, arch, only=only):
             for begin, values in self.blocks(stored):
                 yield stored.name, begin, values
 
     def blocks(self, stored: StoredBox) -> Iterator[tuple[Index, Tensor]]:
-        """A box, a few rows at a time in the same memory: (corner in the HF tensor, values)."""
+        """A box, a few rows at a time, in the same memory: (corner in the HF tensor, values)."""
         dtype, lead = stored.values.dtype, len(stored.at) - len(stored.size)
         rows, *rest = stored.size
         row_bytes = math.prod(rest) * dtype.itemsize
@@ -183,9 +183,9 @@ class TorchDistDir:
 
 
 def _overlapping(chunks: Sequence[Chunk], dim: int) -> Chunk | None:
-    """A chunk that has a value in common with another one, None where there is none.
+    """A chunk that overlaps another one, None if there is none.
 
-    They are taken apart along one dimension after the other: what lies behind a gap between them cannot touch what is before.
+    Chunks are separated along one dimension after the other: those after a gap cannot overlap those before it.
     """
     if dim == len(chunks[0].offset if chunks else ()):
         pairs = combinations(chunks, 2)
@@ -208,7 +208,7 @@ def _piece(chunk: Chunk) -> Piece:
 
 
 def _overlaps(pieces: Iterable[Piece], corner: Index, size: Index) -> Iterator[tuple[int, Index, Index, Index]]:
-    """What of a chunk belongs to each piece: (HF tensor, corner there, corner in the chunk, size)."""
+    """The overlap of a chunk with each piece: (HF tensor, corner there, corner in the chunk, size)."""
     for piece in pieces:
         low = tuple(max(a, b) for a, b in zip(piece.at, corner, strict=True))
         high = tuple(min(a + n, b + m) for a, n, b, m in zip(piece.at, piece.size, corner, size, strict=True))
@@ -219,7 +219,7 @@ def _overlaps(pieces: Iterable[Piece], corner: Index, size: Index) -> Iterator[t
 
 
 def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
-    """A chunk where it is in its file, or, where its values are not dense there, in memory."""
+    """A chunk's values where they are in its file, or loaded into memory if they are not dense there."""
     try:
         found = find_values(chunk.file, chunk.begin, chunk.length, dtype, chunk.size)
         if found is not None:
@@ -227,7 +227,7 @@ def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
         with open(chunk.file, "rb") as file:
             return torch.load(Slice(file, chunk.begin, chunk.length), map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, LookupError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        if getattr(error, "filename", None) is not None:  # of a file that may not be opened, which the system names
+        if getattr(error, "filename", None) is not None:  # the file cannot be opened, and the system's error names it
             raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{chunk.file} is damaged at byte {chunk.begin} ({reason}); fetch the checkpoint again") from error

@@ -1,7 +1,7 @@
-"""`.metadata` of a `torch_dist` checkpoint, read without what wrote it.
+"""Reads `.metadata` of a `torch_dist` checkpoint without the libraries that wrote it.
 
-torch's own classes take a second to import, some versions of Megatron name classes of theirs, and a pickle can call anything.
-So plain records stand in for all of them, and a file that names anything else is refused.
+torch's own classes take a second to import, some versions of Megatron name their own classes, and a pickle can call anything.
+So plain records stand in for all these classes, and a file that names anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from etr_megatron.errors import UserError
 
 METADATA_FILE = ".metadata"
-"""Written last into a `torch_dist` checkpoint, by torch."""
+"""torch writes this file last into a `torch_dist` checkpoint."""
 
 
 class Record:
-    """An object of a class that is not imported, with the attributes that it was stored with; a state of another form is
-    its attribute `state`."""
+    """Stands in for an object of a class that is not imported, with its stored attributes; a state that is not a dict becomes
+    the attribute `state`."""
 
     def __init__(self, *_arguments: Any) -> None: ...
 
@@ -51,7 +51,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Record:
-    """Torch's `Metadata` of a `torch_dist` directory. Raises UserError where there is none or it cannot be read."""
+    """Torch's `Metadata` of a `torch_dist` directory. Raises UserError when it is missing or cannot be read."""
     file = folder / METADATA_FILE
     try:
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Where the values lie in what `torch.save` wrote of one tensor: an uncompressed zip archive with a pickle of the layout."""
+"""Finds a tensor's values in what `torch.save` wrote of it: an uncompressed zip archive with a pickle of the layout."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Slice(io.RawIOBase):
 
 
 def find_values(path: Path, begin: int, length: int, dtype: torch.dtype, shape: Index) -> FileTensor | None:
-    """The values of a tensor that was saved into those bytes of a file; None where they are not dense in C order.
+    """The values of a tensor that was saved into these bytes of a file; None if they are not dense in C order.
 
-    Raises ValueError, KeyError, zipfile.BadZipFile or pickle.UnpicklingError where no tensor of that type and shape is there.
+    Raises ValueError, KeyError, zipfile.BadZipFile or pickle.UnpicklingError if no tensor of that type and shape is there.
     """
     with open(path, "rb") as file:
         with zipfile.ZipFile(Slice(file, begin, length)) as archive:
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-        # Read past zipfile, which would want checksums: torch may be told to leave them out.
+        # Not read through zipfile, which checks CRC sums: torch may have been told to leave them out.
         file.seek(begin + _start(file, begin, records["data.pkl"]))
         pickled = io.BytesIO(file.read(records["data.pkl"].file_size))
         (kind, _, key, _, count), offset, size, stride = _Layout(pickled).load()
@@ -76,7 +76,7 @@ def _start(file: io.BufferedReader, begin: int, record: zipfile.ZipInfo) -> int:
 
 
 class _Layout(pickle.Unpickler):
-    """Reads the pickle of a tensor as (its storage's id, offset in it, shape, stride), and of nothing else."""
+    """Reads the pickle of a tensor as (storage id, offset in the storage, shape, stride); refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

@@ -1,4 +1,4 @@
-"""SGLang's own arguments: which there are, by asking the server that is going to be started, and which the job sets itself."""
+"""SGLang's own command-line arguments, found by asking the server that will be started."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ASK_TIMEOUT_S = 300.0
 
 
 def check_arguments(config: SglangConfig) -> None:
-    """Raises UserError, with the closest name there is, for an argument of `sglang.arguments` that the server does not have.
+    """Raises UserError, with the closest known name, for an argument of `sglang.arguments` that the server does not have.
 
-    Nothing is asked, which takes some ten seconds the first time, when there are no such arguments or no servers to start.
+    Asking takes some ten seconds the first time; it is skipped when there are no such arguments or no servers to start.
     """
     if config.urls or not config.arguments:
         return
@@ -41,9 +41,9 @@ def names_of(arguments: Iterable[str]) -> Iterator[str]:
 
 @lru_cache(maxsize=8)
 def known_arguments(python: str, launch: tuple[str, ...]) -> frozenset[str]:
-    """Names in `PYTHON LAUNCH... --help`; remembered beside the environment until another SGLang is installed in it.
+    """Names in `PYTHON LAUNCH... --help`, cached in the environment until another SGLang version is installed in it.
 
-    Raises UserError when there is no such interpreter, or it does not answer.
+    Raises UserError when the interpreter does not exist or does not answer.
     """
     require_interpreter(python)
     environment = Path(python).absolute().parent.parent
@@ -63,7 +63,7 @@ def known_arguments(python: str, launch: tuple[str, ...]) -> frozenset[str]:
 
 
 def require_interpreter(python: str) -> None:
-    """Raises UserError when it does not exist, or is nothing that can be run."""
+    """Raises UserError when the interpreter does not exist or is not executable."""
     if not Path(python).is_file():
         raise UserError(
             f"sglang.python: {Path(python).absolute()} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang "
@@ -78,7 +78,7 @@ def _ask(python: str, launch: tuple[str, ...]) -> frozenset[str]:
         reply = subprocess.run([python, *launch, "--help"], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"sglang.python: {python} did not tell the server's arguments: {error}") from error
-    # argparse indents an argument by two spaces, and its explanation, on a line of its own or behind it, by two at least.
+    # argparse indents arguments by two spaces. Help text follows two or more spaces later, or on its own, deeper indented line.
     heads = (re.split(r"\s{2,}", line.strip())[0] for line in reply.stdout.splitlines() if re.match(r"  -", line))
     names = frozenset(name for head in heads for name in re.findall(r"--[a-z0-9][\w-]*", head))
     if reply.returncode or not names:

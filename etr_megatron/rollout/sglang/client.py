@@ -1,4 +1,4 @@
-"""Speaking to SGLang servers over HTTP: every reply is checked, every request has a deadline."""
+"""HTTP clients of SGLang servers: every reply is checked, every request has a timeout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.types import FinishReason
 
 _REFUSALS = (400, 413, 422)
-"""Statuses that speak of the request: every server would say the same."""
+"""Status codes that blame the request: every server should answer the same."""
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class ServerError(RuntimeError):
-    """A server did not do what it was asked; the message names it, the route and what it said. status: HTTP, if it answered.
+    """A request to a server failed; the message names the server, the route and its answer. status: HTTP, if it answered.
 
-    reached: it may have been given the request; False where no connection was made. broken: the connection failed, which says
-    nothing of the server.
+    reached: the server may have received the request; False if no connection was made. broken: the connection failed, which
+    says nothing about the server.
     """
 
     def __init__(self, message: str, status: int | None = None, *, reached: bool = True, broken: bool = False) -> None:
@@ -38,8 +38,8 @@ class Generated:
     """What a server generated for one request.
 
     ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
-    the server names it. given_up: why no server is asked for it any more, if so; there are no tokens then. routing: where it
-    was asked for, the experts of all tokens but the last, the prompt's included, see `Sample`.
+    the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if requested,
+    the experts of all tokens but the last, including the prompt's, see `Sample`.
     """
 
     ids: list[int]
@@ -52,7 +52,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class GenerateParameters:
-    """Sampling of one request, in SGLang's terms. routing: whether the reply is to say which experts were chosen."""
+    """Sampling parameters of one request, in SGLang's terms. routing: whether the reply must include the chosen experts."""
 
     max_new_tokens: int
     temperature: float
@@ -78,16 +78,16 @@ class GenerateParameters:
 
 
 class ServerClient:
-    """One server. `http` is shared by all clients of a fleet: its pool keeps connections open between requests."""
+    """One server. `http` is shared by all clients of a fleet and keeps connections open between requests."""
 
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
         self._routes: frozenset[str] | None = None
 
     async def learn_routes(self, required: Iterable[str], *, timeout_s: float) -> None:
-        """Ask the server what it has, as that differs from version to version. Raises ServerError naming a route that it lacks.
+        """Ask the server for its routes, which differ between versions. Raises ServerError naming a required one that it lacks.
 
-        A server that does not say (DISABLE_OPENAPI_DOC) is taken to have everything.
+        A server that does not list them (DISABLE_OPENAPI_DOC) is assumed to have all.
         """
         try:
             self._routes = frozenset((await self.get("/openapi.json", timeout_s=timeout_s))["paths"])
@@ -100,12 +100,12 @@ class ServerClient:
             raise ServerError(f"{self.name} at {self.url} has no {missing[0]}, which is needed; is it SGLang 0.5.17 or newer?")
 
     def has(self, route: str) -> bool:
-        """Whether the server has a route, as far as it said."""
+        """Whether the server has a route, as far as is known."""
         return self._routes is None or route in self._routes
 
     async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
         try:
-            async with asyncio.timeout(timeout_s):  # httpx counts anew with every piece that arrives
+            async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
                 return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
@@ -117,9 +117,9 @@ class ServerClient:
             ) from error
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
-        """POST; the reply's JSON object, {} where it is none.
+        """POST; returns the reply's JSON object, {} if it is not one.
 
-        Raises ServerError for no answer, a status other than 200, and an answer that says `success: false`.
+        Raises ServerError for no answer, a status other than 200, and an answer with `success: false`.
         """
         reply = await self._request("POST", route, body or {}, timeout_s)
         if reply.status_code != 200:
@@ -133,7 +133,7 @@ class ServerClient:
         return found if isinstance(found, dict) else {}
 
     async def get(self, route: str, *, timeout_s: float) -> dict[str, Any]:
-        """GET; the reply's JSON object. Raises ServerError as `call` does."""
+        """GET; returns the reply's JSON object. Raises ServerError as `call` does."""
         reply = await self._request("GET", route, None, timeout_s)
         if reply.status_code != 200:
             raise ServerError(f"{self.name}: {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
@@ -144,11 +144,11 @@ class ServerClient:
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:
-        """Whether it generates; not to be asked of a paused server, which does not."""
+        """Whether the server generates; not meaningful for a paused one, which does not."""
         return await self._answers("/health", timeout_s)
 
     async def is_alive(self, timeout_s: float) -> bool:
-        """Whether it and its workers answer, paused or not."""
+        """Whether the server and its workers answer, paused or not."""
         return await self._answers("/server_info", timeout_s)
 
     async def _answers(self, route: str, timeout_s: float) -> bool:
@@ -159,15 +159,15 @@ class ServerClient:
         return True
 
     async def weight_version(self, timeout_s: float) -> str:
-        """Version of the weights it serves, as it was told with them."""
+        """Version of the weights that the server has, as last set by a sync."""
         return str((await self.get("/model_info", timeout_s=timeout_s)).get("weight_version"))
 
     async def generate(
         self, prompt_ids: Sequence[int], parameters: GenerateParameters, *, timeout_s: float, rid: str | None = None
     ) -> Generated:
-        """One response. Raises ServerError also for a reply whose log-probs do not belong to its tokens, and RefusedError.
+        """One response. Raises RefusedError, and ServerError also for a reply whose log-probs do not belong to its tokens.
 
-        rid: a name for the request, by which `abort` can cut it off; the reply then has what there was.
+        rid: request id, by which `abort` can cut it off; the reply then has the tokens so far.
         """
         body = {
             "input_ids": list(prompt_ids),
@@ -187,7 +187,7 @@ class ServerClient:
         try:
             ids, meta = list(map(int, reply["output_ids"] or [])), reply["meta_info"]
             finish_reason = _FINISH[meta["finish_reason"]["type"]]
-            # A request that is cut off before it began has no log-probs.
+            # A request that was aborted before it began has no log-probs.
             pairs = meta["output_token_logprobs"] if ids or finish_reason != "abort" else []
             logprobs, of = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
             routing = _routing(meta) if parameters.routing and finish_reason != "abort" else array("B")
@@ -199,11 +199,11 @@ class ServerClient:
         return found
 
     async def abort(self, rid: str, *, timeout_s: float) -> None:
-        """Cut off the request of this name; one that the server does not have is none. Raises ServerError."""
+        """Cut off the request with this id, if the server has it. Raises ServerError."""
         await self.call("/abort_request", {"rid": rid, "abort_all": False}, timeout_s=timeout_s)
 
 
 def _routing(meta: dict[str, Any]) -> array[int]:
-    """SGLang's: int32 [tokens, layers, experts of a token] in base64, `state_capturer/routed_experts.py` of 0.5.21."""
+    """Decode SGLang's int32 [tokens, layers, experts of a token] in base64 (`state_capturer/routed_experts.py`, 0.5.21)."""
     experts = np.frombuffer(base64.b64decode(meta["routed_experts"], validate=True), np.int32)
     return array("B", experts.astype(np.uint8).tobytes())

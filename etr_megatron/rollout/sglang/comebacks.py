@@ -1,4 +1,4 @@
-"""When servers that have failed are brought back: at once, but one that keeps failing less and less often."""
+"""When failed servers are brought back: at the next weight sync, with exponential backoff for one that keeps failing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Collection
 
 _LONGEST = 32
-"""Weight syncs between two attempts at most."""
+"""Maximum number of weight syncs between two attempts."""
 
 
 class Comebacks:
-    """Which failed servers are to be brought back at a weight sync.
+    """Decides which failed servers are brought back at a weight sync.
 
-    All ranks wait while a server starts, and in a sync that it fails at, for nothing where it fails again: its next attempt is
-    2, then 4, 8, ... syncs later. One that has served for as long as its last pause was has its failures forgotten. names: of
-    all servers.
+    All ranks wait while a server starts, and in a sync that it fails at, in vain if it fails again. So its next attempt is 2,
+    then 4, 8, ... syncs later. Once it has served for as long as its last pause, its failures are forgotten. names: of all
+    servers.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -24,9 +24,9 @@ class Comebacks:
         self._before: dict[str, tuple[int, int]] = {}
 
     def due(self, failed: Collection[str]) -> list[str]:
-        """Call once for every sync; a server that is returned is taken to be tried. failed: those that do not serve now.
+        """The servers to bring back. Call once per sync; each returned server counts as attempted. failed: those not serving.
 
-        When none serves all are due, as there is nothing to lose by it.
+        When no server serves, all are due, as there is nothing to lose.
         """
         found = []
         for name in self._names:
@@ -42,5 +42,5 @@ class Comebacks:
         return found
 
     def do_not_count(self, name: str) -> None:
-        """The attempt that `due` began last: it came to no more than a question. The next sync may make it again."""
+        """Do not count the last attempt from `due`, which was no more than a health check: the next sync may repeat it."""
         self._attempts[name], self._pause[name] = self._before[name]

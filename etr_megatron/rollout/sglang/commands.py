@@ -1,4 +1,4 @@
-"""What a server of the job is started with."""
+"""The commands that start the job's servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUTING = "--enable-return-routed-experts"
 
 
 def sync_of(config: SglangConfig) -> str:
-    """The transport of weight syncs, null resolved."""
+    """The transport of weight syncs, with null resolved to the default."""
     return config.sync or ("tensor" if config.placement == "colocated" else "broadcast")
 
 
@@ -38,12 +38,12 @@ def server_command(
     cuda: bool,
     routing: bool = False,
 ) -> ServerCommand:
-    """The command of server number `place` of a node. folder: for what it reads besides, written here. routing: it has to say
-    which experts it chooses.
+    """The command of server number `place` of a node. folder: for other files that it reads, written here. routing: whether it
+    must return the chosen experts.
 
-    The server starts with random weights: it gets the policy's before its first request, and model_dir needs a config.json
-    alone, so that a checkpoint of Megatron's serves as well. An api_key is handed over in a file that only the user may read.
-    Raises UserError where `sglang.devices` names a GPU that a rank trains on, or names none and the machine has none left.
+    The server starts with random weights and gets the policy's before its first request. So model_dir needs only a config.json,
+    and a Megatron checkpoint will do. An api_key is passed in a file that only the user can read. Raises UserError when
+    `sglang.devices` names a GPU that a rank trains on, or names none and the machine has too few left.
     """
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--tp-size", str(config.tp)]
@@ -58,7 +58,7 @@ def server_command(
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         quantization = {"fmt": "e4m3", **blocks}
     if config.fp8 or _is_quantised(model_dir):
-        # A model that is stored in FP8 is trained, and without `sglang.fp8` served, in `model.dtype`.
+        # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if config.placement == "colocated" and cuda:
         arguments += ["--enable-memory-saver"]
@@ -79,10 +79,10 @@ def server_command(
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """What of `sglang.devices` was asked for, else, as CUDA_VISIBLE_DEVICES names them: colocated servers lie side by side on
-    the ranks' GPUs, dedicated ones behind them. None where no GPU is seen at all.
+    """GPUs of a server, as CUDA_VISIBLE_DEVICES names them: those asked for in `sglang.devices`, else, in order, the ranks'
+    GPUs for colocated servers and the next ones for dedicated servers. Empty when no GPU is visible.
 
-    Left to itself every server would take the machine's first GPUs.
+    By default every server would take the machine's first GPUs.
     """
     import torch
 
@@ -118,7 +118,7 @@ def _is_quantised(model_dir: Path) -> bool:
 
 
 def _this_package(folder: Path) -> str:
-    """A directory to import this package from, and nothing else: the trainer's other packages are not the server's."""
+    """A directory from which only this package can be imported: the server must not see the trainer's other packages."""
     folder.mkdir(parents=True, exist_ok=True)
     link, package = folder / "python" / "etr_megatron", Path(etr_megatron.__file__).resolve().parent
     link.parent.mkdir(exist_ok=True)
@@ -130,7 +130,7 @@ def _this_package(folder: Path) -> str:
 
 
 def _key_file(folder: Path, server: str, api_key: str) -> str:
-    """On a command line everybody on the machine could read the key."""
+    """Write the key to a file: on a command line every user of the machine could read it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".{server}.yaml"
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as output:

@@ -1,4 +1,4 @@
-"""Connections to servers that stay open between requests, at a cost that does not grow with their number."""
+"""Keep-alive connections to servers, at a cost per request that does not grow with their number."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 
 _IDLE_S = 2.0
-"""A connection idle for longer is closed: after 5 seconds a server closes it, perhaps while a request is on its way."""
+"""Connections idle for longer are closed: a server closes them after 5 seconds, perhaps while a request is on its way."""
 
 _Idle = deque[tuple[float, httpx.AsyncHTTPTransport]]
-"""When each was used last, the latest at the end."""
+"""Idle connections with the time of their last use, the most recent at the end."""
 
 
 class Connections(httpx.AsyncBaseTransport):
-    """A transport of `httpx.AsyncClient` for any number of requests at once.
+    """A transport of `httpx.AsyncClient` for any number of concurrent requests.
 
-    httpx's own pool looks at all its connections whenever a request begins or ends. Here every request has a pool of one, the
-    one that was used last, and closes those that nobody has used for long.
+    httpx's own pool scans all its connections whenever a request begins or ends. Here every request takes a pool of a single
+    connection, the most recently used one, and closes those that have been idle for too long.
     """
 
     def __init__(self) -> None:
@@ -40,26 +40,26 @@ class Connections(httpx.AsyncBaseTransport):
         try:
             response = await connection.handle_async_request(request)
         except BaseException:
-            give_back()  # what is broken in it, it makes anew
+            give_back()  # it reconnects by itself if it is broken
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _Body(response.stream, give_back)
         return response
 
     async def aclose(self) -> None:
-        """Close what is not in use."""
+        """Close all idle connections."""
         for idle in self._idle.values():
             await _close(idle, before=math.inf)
 
 
 async def _close(idle: _Idle, before: float) -> None:
-    """Those that were used last before that time."""
+    """Close the connections that were last used before that time."""
     while idle and idle[0][0] < before:
         await idle.popleft()[1].aclose()
 
 
 class _Body(httpx.AsyncByteStream):
-    """A reply's bytes; after them the connection is free."""
+    """The body of a reply; returns the connection when it is closed."""
 
     def __init__(self, stream: httpx.AsyncByteStream, give_back: Callable[[], None]) -> None:
         self._stream, self._give_back = stream, give_back

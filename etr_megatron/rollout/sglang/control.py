@@ -1,4 +1,4 @@
-"""Rank 0's side of the servers: their clients, and one event loop in a thread for all that is said to them."""
+"""Rank 0's side of the servers: their clients, and one event loop in a thread for all communication with them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 API_KEY_VARIABLE = "ETR_SGLANG_API_KEY"
-"""The API key of servers at `sglang.urls`, if they ask for one."""
+"""The API key of servers at `sglang.urls`, if they require one."""
 
 _UPDATE_ROUTE = {
     "broadcast": "/update_weights_from_distributed",
@@ -60,23 +60,23 @@ PROBE_PROMPT = tuple(range(3, 15))
 """Token ids of the prompt of a probe; every vocabulary has them."""
 
 _CLOSE_S = 5.0
-"""For servers to give back what was cut off when the job ends; nobody is going to read it."""
+"""Time for servers to return aborted requests when the job ends; nobody will read these."""
 
 _PROBE_TOKENS = 8
 _SUSPICIONS = "suspicions.json"
 _HEALTH_S = 5.0
-"""For a server, which is asked to generate a token, to say that it is well."""
+"""Time for a server to answer a health check, for which it generates a token."""
 
 
 class _UnwellError(ServerError):
-    """A server did not say that it is well when it was asked."""
+    """A server did not pass its health check."""
 
 
 class Control:
-    """Speaks to all servers; the engine's methods on all ranks meet in it. names: of all servers, in order.
+    """Communicates with all servers on behalf of the engines of all ranks. names: of all servers, in order.
 
-    expected: what servers at `sglang.urls` must have room for. host: this machine's address for weights. api_key: of all
-    servers, None where they ask for none. logs: directory for what a router prints and what servers may have died of.
+    expected: what servers at `sglang.urls` must be able to take. host: this machine's address for weights. api_key: of all
+    servers, None if they require none. logs: directory for a router's output and the problems that may have killed servers.
     """
 
     def __init__(
@@ -136,11 +136,11 @@ class Control:
         return asyncio.run_coroutine_threadsafe(self._delivery.deliver(bucket), self.loop)
 
     def run(self, what: Coroutine[Any, Any, T]) -> T:
-        """Run in the loop's thread and wait."""
+        """Run in the loop's thread; waits for the result."""
         return asyncio.run_coroutine_threadsafe(what, self.loop).result()
 
     def run_until_stopped(self, what: Coroutine[Any, Any, T], must_stop: MustStop) -> T:
-        """The same, until `must_stop()` holds: then `what` is given up, and StopAskedError raised."""
+        """As `run`, until `must_stop()` holds: then `what` is cancelled and StopAskedError raised."""
         future = asyncio.run_coroutine_threadsafe(what, self.loop)
         while not wait([future], timeout=LOOK_S).done:
             if must_stop():
@@ -149,12 +149,12 @@ class Control:
         return future.result()
 
     def start_router(self) -> None:
-        """If there is to be one. Raises UserError when it does not start."""
+        """Start the router, if there is to be one. Raises UserError when it does not start."""
         if self._router is not None:
             self._router.start()
 
     def open(self, started: Mapping[str, Started]) -> None:
-        """Get to know all servers for the first time. Raises UserError for one that does not serve."""
+        """Check all servers for the first time. Raises UserError for one that does not serve."""
         for name, problem in self.run(self._get_to_know(list(self._clients), started, patient=True)).items():
             if problem is not None:
                 raise UserError(str(problem))
@@ -163,15 +163,15 @@ class Control:
             logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
 
     def due(self) -> list[str]:
-        """Servers that take no traffic and are to be brought back at this weight sync."""
+        """Failed servers that are to be brought back at this weight sync."""
         return self._comebacks.due(self.fleet.failed)
 
     def take_back(self, names: Sequence[str], started: Mapping[str, Started]) -> None:
-        """Servers that are `due` and may have recovered, or were started anew (in `started`). The sync comes next."""
+        """Take back servers that were `due`, if they have recovered or were restarted (in `started`). The sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
             if problem is not None:
                 self.fleet.mark_failed(self._clients[name], str(problem))
-                if isinstance(problem, _UnwellError) and name not in started:  # to ask costs little, other than to start
+                if isinstance(problem, _UnwellError) and name not in started:  # unlike a restart, a health check is cheap
                     self._comebacks.do_not_count(name)
             else:
                 self.fleet.rejoin(self._clients[name])
@@ -179,7 +179,7 @@ class Control:
     async def _get_to_know(
         self, names: Sequence[str], started: Mapping[str, Started], *, patient: bool
     ) -> dict[str, ServerError | None]:
-        """Server -> why it does not serve, if so. patient: it may be starting up."""
+        """Server -> why it does not serve, None if it does. patient: it may be starting up."""
         needed = (*_ROUTES, _UPDATE_ROUTE[sync_of(self._config)], *(_RELEASE if self._colocated else ()))
 
         async def one(name: str) -> ServerError | None:
@@ -202,7 +202,7 @@ class Control:
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
 
     async def _refuse_misfit(self, client: ServerClient) -> None:
-        """Raises ServerError when it cannot take the job's weights, by what it says of itself."""
+        """Raises ServerError when the server cannot take the job's weights, by what it reports about itself."""
         said = [await client.get(route, timeout_s=self._config.update_timeout_s) for route in ("/server_info", "/model_info")]
         if (problem := self._expected.misfit(*said)) is not None:
             raise ServerError(f"{client.name} at {client.url} cannot take the job's weights: {problem}")
@@ -210,7 +210,7 @@ class Control:
             logger.warning("%s at %s computes in %s, the job in %s", client.name, client.url, dtype, self._expected.dtype)
 
     async def _wait_until_healthy(self, client: ServerClient, patience_s: float) -> None:
-        """Raises _UnwellError when it does not answer in time."""
+        """Raises _UnwellError when the server is not healthy in time."""
         deadline = self.loop.time() + patience_s
         while not await self._is_healthy(client):
             if self.loop.time() >= deadline:
@@ -218,14 +218,15 @@ class Control:
             await asyncio.sleep(0.5)
 
     async def _is_healthy(self, client: ServerClient) -> bool:
-        """Whether it generates. A server at `sglang.urls` that lives and does not may be paused since a sync of a job that was
-        killed, or of ours that it failed at: that is ended first, and it is asked again. One that generates is told nothing.
+        """Whether the server generates. One at `sglang.urls` that is alive but does not may still be paused by a sync, of a job
+        that was killed or of ours at which it failed. That sync is ended and the server checked again. A server that generates
+        is left alone.
         """
         if not self._config.urls:
             return await client.is_healthy(_HEALTH_S)
-        try:  # not beside the other question: a paused server that answers anything meanwhile says that it is well
+        try:  # not concurrently: a paused server that answers another request meanwhile reports that it is healthy
             await client.get("/server_info", timeout_s=_HEALTH_S)
-        except ServerError as error:  # answered with a status, as where the key is wrong, it is asked all the same
+        except ServerError as error:  # with a status, as for a wrong key, its health is checked all the same
             return error.status is not None and await client.is_healthy(_HEALTH_S)
         if not await client.is_healthy(_HEALTH_S):
             await self._transaction.end_what_is_open(client)
@@ -251,14 +252,14 @@ class Control:
 
     def load(self, directory: Path) -> None:
         """Have all serving servers load a directory. Raises EngineGoneError when none is left."""
-        # By itself a server loads as it was started, and the job's own, which were with `dummy`, refuse to.
+        # By default a server loads as it was started; the job's own were started with `dummy` and would refuse.
         body = {"model_path": str(directory.absolute()), "load_format": "auto", "flush_cache": False}
         self.run(self.fleet.call_all(_UPDATE_ROUTE["disk"], body, timeout_s=self._config.update_timeout_s))
         self.fleet.refuse_if_gone()
 
     def release(self) -> list[str]:
-        """Have colocated servers give up their memory until the next sync. Returns those that have failed: they are asked
-        nothing, and hold theirs for as long as they run. Raises EngineGoneError when none is left.
+        """Have colocated servers release their memory until the next sync. Returns the failed ones, which are not asked and
+        hold their memory as long as they run. Raises EngineGoneError when none is left.
         """
         if self._colocated and not self._released:
             self.run(self.fleet.call_all(_RELEASE[0], {}, timeout_s=self._config.update_timeout_s))
@@ -267,9 +268,9 @@ class Control:
         return list(self.fleet.failed) if self._colocated else []
 
     async def _resume(self, *tags: str) -> None:
-        """Memory back to those that gave it up; a server that was started anew since would die of being told so.
+        """Have servers that released memory take it back. A server that was restarted since would crash on this request.
 
-        tags: SGLang's names of what; the KV cache comes last, when nothing of a sync is in memory any more.
+        tags: SGLang's names of the parts; the KV cache comes last, when a sync holds no more memory.
         """
         had = [name for name, _ in set(self._released) & set(self.fleet.members)]
 
@@ -287,7 +288,7 @@ class Control:
         async def one(client: ServerClient) -> None:
             try:
                 found[client.name] = await client.generate(PROBE_PROMPT, parameters, timeout_s=self._config.update_timeout_s)
-            except RefusedError as refusal:  # one that does not take a prompt of this length is of no use
+            except RefusedError as refusal:  # a server that does not take a prompt of this length is of no use
                 raise ServerError(str(refusal)) from refusal
 
         self.run(self.fleet.for_all(one))

@@ -1,6 +1,6 @@
-"""Buckets of whole HF tensors from rank 0 to all serving servers.
+"""Delivers buckets of whole HF tensors from rank 0 to all serving servers.
 
-A server that fails at one takes no more traffic; the others go on with the same bucket.
+A server that fails at a bucket takes no more traffic; the others go on with the same bucket.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 
 LIVENESS_S = 30.0
-"""For a server, which is paused during a sync and has nothing else to do, to say that it lives."""
+"""Time for a server to answer a liveness check; during a sync it is paused and has nothing else to do."""
 
 _ARRIVAL_S = 5.0
-"""For a server to begin to look for the others of a weight group."""
+"""Time for a server to enter the rendezvous of a weight group."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """HF tensors one after the other, without gaps, in flat: uint8 [sum of sizes], which belongs to the bucket.
+    """HF tensors concatenated in flat, uint8 [sum of sizes], which the bucket owns.
 
-    handles: server -> where its workers find it in their machine's memory, see `SharedBuckets`.
+    handles: server -> where its workers find the bucket in their machine's memory, see `SharedBuckets`.
     """
 
     fields: Sequence[Field]
@@ -39,42 +39,42 @@ class Bucket:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors, in order."""
+        """Names of the tensors, in order."""
         return [one.name for one in self.fields]
 
     @property
     def dtypes(self) -> list[str]:
-        """As SGLang names them."""
+        """Dtypes of the tensors, in order, as SGLang names them."""
         return [str(one.dtype).removeprefix("torch.") for one in self.fields]
 
     @property
     def shapes(self) -> list[list[int]]:
-        """Of the tensors, in order."""
+        """Shapes of the tensors, in order."""
         return [list(one.shape) for one in self.fields]
 
 
 class Delivery(Protocol):
-    """Brings buckets to the servers. Raises EngineGoneError when no server is left."""
+    """Delivers buckets to the servers. Raises EngineGoneError when no server is left."""
 
     async def deliver(self, bucket: Bucket) -> None:
-        """To all serving servers; returns when those that are left have it."""
+        """Deliver to all serving servers; returns when all that are left have the bucket."""
         ...
 
     async def close(self) -> None:
-        """Give up connections."""
+        """Close the connections."""
         ...
 
 
 def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
-    """Tensors as `/update_weights_from_tensor` takes them: their bytes, not a handle that only this machine understands."""
+    """Tensors as `/update_weights_from_tensor` takes them: as bytes, not as handles that are valid only on this machine."""
     return base64.b64encode(pickle.dumps([(name, tensor.to("cpu", copy=True)) for name, tensor in named])).decode()
 
 
 class TensorDelivery:
-    """In HTTP requests, to every worker of a server the whole tensors. See `Delivery`.
+    """Sends whole tensors to every worker of a server, in HTTP requests. See `Delivery`.
 
-    A server with handles of the bucket is sent these: a sync then takes less than a tenth of the time that bytes take through
-    JSON and a server's processes (benchmarks/weight_sync.py); the others get bytes.
+    A server with handles of the bucket is sent these, the others bytes. With handles a sync takes less than a tenth of the time
+    that bytes take through JSON and a server's processes (benchmarks/weight_sync.py).
     """
 
     def __init__(self, fleet: Fleet, *, workers: int, timeout_s: float) -> None:
@@ -100,7 +100,7 @@ class TensorDelivery:
 
 
 class BroadcastDelivery:
-    """Over one process group of rank 0 and all servers' workers, made anew when the set of servers changes. See `Delivery`.
+    """Broadcasts over one process group of rank 0 and all servers' workers, re-created when the servers change. See `Delivery`.
 
     workers: tensor-parallel ranks of each server. backend: of the group. timeout_s: of every request and wait.
     """
@@ -112,7 +112,7 @@ class BroadcastDelivery:
         self._members: list[tuple[str, int]] = []
 
     async def deliver(self, bucket: Bucket) -> None:
-        """The bucket to all serving servers, again after one has failed, until all that are left have it."""
+        """Send the bucket to all serving servers, again after one has failed, until all that are left have it."""
         while True:
             self._fleet.refuse_if_gone()
             if self._fleet.members != self._members and not await self._form_group():
@@ -122,7 +122,7 @@ class BroadcastDelivery:
             await self.close()
 
     async def _send_once(self, bucket: Bucket) -> bool:
-        """Whether every serving server has the bucket; those that are to blame are marked."""
+        """Send the bucket; returns whether every serving server has it. Those that are to blame are marked."""
         group = self._group
         assert group is not None
         body = {
@@ -137,7 +137,7 @@ class BroadcastDelivery:
         route = "/update_weights_from_distributed"
         calls = [asyncio.create_task(client.call(route, body, timeout_s=self._timeout_s)) for client in clients]
         sending = asyncio.create_task(asyncio.to_thread(group.broadcast, bucket.flat))
-        # A server that refuses never comes to the broadcast: without closing the group everybody would wait for it.
+        # A server that refuses never joins the broadcast: unless the group is closed, everybody would wait for it.
         done, _ = await asyncio.wait([*calls, sending], return_when=asyncio.FIRST_EXCEPTION)
         broken = any(task.exception() is not None for task in done)
         if broken:
@@ -152,15 +152,15 @@ class BroadcastDelivery:
         return False
 
     async def _blame(self, asked: Sequence[ServerClient], failed: Mapping[ServerClient, str]) -> None:
-        """Mark servers that do not live, as one that hangs makes others fail; when all live those that failed, or the same
-        would be tried for ever. failed: with reasons."""
+        """Mark servers that are not alive, as one that hangs makes others fail. If all are alive, mark those that failed, or
+        the same would be tried forever. failed: with reasons."""
         alive = await asyncio.gather(*(client.is_alive(self._liveness_s) for client in asked))
         dead = {client: failed.get(client, "does not answer") for client, lives in zip(asked, alive, strict=True) if not lives}
         for client, why in (dead or failed).items():
             self._fleet.mark_failed(client, why)
 
     async def _form_group(self) -> bool:
-        """A group with all serving servers; False when one of them did not join and was marked."""
+        """Form a group with all serving servers; returns False when one of them did not join and was marked."""
         await self.close()
         await self._fleet.see_that_they_live(self._liveness_s)
         self._fleet.refuse_if_gone()
@@ -179,7 +179,7 @@ class BroadcastDelivery:
             call = client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)
             calls.append(asyncio.create_task(call))
         joining = asyncio.create_task(asyncio.to_thread(group.join))
-        # A server that refuses never comes to the rendezvous: whoever waits there would do so until its deadline.
+        # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
         done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
             joining.add_done_callback(lambda task: task.exception())
@@ -189,8 +189,8 @@ class BroadcastDelivery:
                 if call.done() and call.exception() is not None
             }
             why = f"the weight group was not formed: {joining.exception()}" if joining.done() else ""
-            # The servers that come wait for the one that does not, and hear nothing meanwhile, until the store that they look
-            # for it in is closed; those that have not found the store by then would go on looking.
+            # Servers in the rendezvous wait for the missing one, and do not respond, until the store is closed. A server that
+            # has not found the store by then would go on looking for it, so give all of them time to arrive.
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
             group.close()
             await asyncio.wait(calls, timeout=_ARRIVAL_S)
@@ -202,7 +202,7 @@ class BroadcastDelivery:
         return True
 
     async def close(self) -> None:
-        """Leave the group, and have the servers forget it; they need not hear of it to go on."""
+        """Leave the group and ask the servers to destroy it; they can go on even if that request fails."""
         if self._group is not None:
             body = {"group_name": self._group.name}
             self._group.close()

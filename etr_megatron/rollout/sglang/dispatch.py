@@ -1,10 +1,11 @@
-"""Which waiting request goes to which server next, so that a prompt that no server survives costs no more than two of them.
+"""Decides which waiting request goes to which server next. A prompt that kills every server that it comes to then costs two of
+them, or three if it kills only after a while.
 
-1. All requests of a prompt are at one server at a time. If that dies of them, it dies alone.
-2. What was under way at a server that died is suspect, as nobody knows which of it the server died of.
-3. A suspect prompt is tested before anything of it is asked again: alone, at a server that has nothing else and is not the one
-   that died with it, one prompt at a time. The last server is spared where others can come back. If the server dies, it was the
-   prompt; if not, it was another, or the server's own death.
+1. All requests of a prompt are at one server at a time. If they kill it, they kill no other.
+2. All prompts under way at a server that died are suspect, as it is not known which of them killed it.
+3. A suspect prompt is tested before its requests go anywhere again: one prompt at a time, at a server that has nothing else and
+   is not the one that died with it. The last server is spared if others can come back. If the server dies, it was the prompt;
+   if not, it was another prompt or a fault of the server itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 
 class Order(NamedTuple):
-    """A request for a server. is_test: it is the prompt that is tried, and the request goes on waiting."""
+    """A request for a server. is_test: only the prompt is tested, and the request keeps waiting."""
 
     key: int
     server: str
@@ -28,43 +29,43 @@ class _Home(NamedTuple):
 
 
 class Dispatch:
-    """The requests of a fleet by key, those that wait and those that are under way, and prompts under suspicion.
+    """The requests of a fleet by key, waiting or under way, and the suspect prompts.
 
-    concurrency: requests under way per server. deaths: by prompt, of servers that had it, until it is answered; prompts that
-    have some at the start are suspect.
+    concurrency: requests under way per server. deaths: prompt -> number of servers that died with it, until it is answered;
+    prompts that have deaths at the start are suspect.
     """
 
     def __init__(self, concurrency: int, deaths: Mapping[str, int]) -> None:
         self._concurrency = concurrency
         self._prompts: dict[int, str] = {}  # of all requests
         self._waiting: deque[int] = deque()
-        self._aside: dict[str, deque[int]] = {}  # by prompt: may not go anywhere now
-        self._full: dict[str, dict[str, None]] = {}  # by server: prompts aside that are at home there
-        self._held: dict[str, None] = {}  # prompts aside that are suspect
+        self._aside: dict[str, deque[int]] = {}  # by prompt: requests that may not start now
+        self._full: dict[str, dict[str, None]] = {}  # by server: prompts set aside that are at home there
+        self._held: dict[str, None] = {}  # suspect prompts set aside
         self._homes: dict[str, _Home] = {}
-        self._servers: dict[int, str] = {}  # of what is under way
+        self._servers: dict[int, str] = {}  # of requests under way
         self._load: Counter[str] = Counter()
         self._suspects = dict.fromkeys(deaths, "")  # prompt -> the server that died with it
         self._testing: tuple[str, str] | None = None  # prompt and server
         self.deaths = dict(deaths)
         self.apart: str | None = None
-        """The server that tests have for themselves."""
+        """The server reserved for tests."""
 
     @property
     def waits(self) -> bool:
-        """Whether anything does."""
+        """Whether any request waits."""
         return bool(self._waiting or self._aside)
 
     def add(self, key: int, prompt: str, *, first: bool = False) -> None:
-        """A new request. first: before all others."""
+        """Add a request. first: ahead of all others."""
         self._prompts[key] = prompt
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
-        """What is to begin now at one of these servers; it is taken to have begun.
+        """The next request to start at one of these servers, which then counts as started; None if there is none.
 
-        spare_last: nothing is tested at the only one. routed: requests but for tests are not at the servers that they are
-        counted for, so that none is known to have nothing until all have.
+        spare_last: test nothing at the only server. routed: requests other than tests may be at another server than the one
+        they are counted for, so a server counts as idle only when nothing is under way anywhere.
         """
         if (test := self._next_test(serving, spare_last=spare_last, routed=routed)) is not None:
             return test
@@ -82,7 +83,7 @@ class Dispatch:
         return None
 
     def move(self, key: int, servers: Iterable[str]) -> str:
-        """What is under way is so at the least busy of these servers from now on."""
+        """Count a request under way at the least busy of these servers from now on; returns that server."""
         server = min(servers, key=self._load.__getitem__)
         self._load[self._servers[key]] -= 1
         self._load[server] += 1
@@ -90,7 +91,7 @@ class Dispatch:
         return server
 
     def ended(self, key: int) -> None:
-        """Nothing of this request is under way any more: it is to be `again`, or `forget`."""
+        """The request is no longer under way; call `again` or `forget` next."""
         self._load[self._servers.pop(key)] -= 1
         prompt = self._prompts[key]
         home = self._homes[prompt]
@@ -102,15 +103,15 @@ class Dispatch:
                 self._wait(self._aside.pop(prompt, ()), first=True)
 
     def again(self, key: int) -> None:
-        """It waits again, before all others."""
+        """Let the request wait again, ahead of all others."""
         self._wait([key], first=True)
 
     def forget(self, key: int) -> None:
-        """It was answered, or is not to be: it does not wait."""
+        """Drop a request that does not wait: it was answered, or nobody wants it any more."""
         del self._prompts[key]
 
     def withdraw(self, keys: Iterable[int]) -> None:
-        """Of these, what waits does no more."""
+        """Drop those of these requests that wait."""
         gone = set(keys)
         self._waiting = deque(key for key in self._waiting if key not in gone)
         for prompt, aside in list(self._aside.items()):
@@ -121,8 +122,8 @@ class Dispatch:
             self._prompts.pop(key, None)
 
     def suspect(self, prompt: str, server: str) -> None:
-        """A server (a name, or "" where it is not known) has died that had it under way; said of each of its requests there, it
-        counts once."""
+        """A server (its name, or "" if unknown) died with this prompt under way. Repeated calls, for each of the prompt's
+        requests there, count as one death."""
         if prompt not in self._suspects:
             self.deaths[prompt] = self.deaths.get(prompt, 0) + 1
             self._suspects[prompt] = server
@@ -133,9 +134,9 @@ class Dispatch:
                     self._full.get(home.server, {}).pop(prompt, None)
 
     def end_test(self, *, survived: bool | None) -> list[int]:
-        """Of the test that is under way: whether the server lives, None where the test was cut off or did not reach it.
+        """End the test under way. survived: whether the server lives; None if the test was cut off or did not reach it.
 
-        Returns the requests of a prompt that is convicted, which are forgotten.
+        Returns the requests of a convicted prompt, which are dropped.
         """
         assert self._testing is not None
         (prompt, server), self._testing = self._testing, None
@@ -154,12 +155,12 @@ class Dispatch:
         return gone
 
     def clear_of_suspicion(self, prompt: str) -> None:
-        """A response to it is complete."""
+        """A response to the prompt is complete: forget its deaths, unless it is suspect now."""
         if prompt not in self._suspects:
             self.deaths.pop(prompt, None)
 
     def clear(self) -> None:
-        """Forget all requests, of which none is under way; suspicions stay."""
+        """Drop all requests, none of which may be under way; suspicions stay."""
         self._prompts.clear()
         self._waiting.clear()
         self._aside.clear()
@@ -174,11 +175,11 @@ class Dispatch:
             self.apart = None
             return None
         idle = [name for name in serving if not (self._load.total() if routed else self._load[name])]
-        if self.apart in serving:  # it has had nothing but tests
+        if self.apart in serving:  # it has had only tests
             idle = [self.apart, *idle]
         for name in idle:
             for prompt in self._held:
-                # What else of it was at the server that died has to be back, or its end would count as another death.
+                # Its other requests at the dead server must have ended first, or their end would count as another death.
                 is_back = prompt not in self._homes
                 if is_back and (self._suspects[prompt] != name or len(serving) == 1):
                     self.apart = name

@@ -1,4 +1,4 @@
-"""The rollout engine whose servers are processes of their own: rank 0 speaks to them, every rank gets what came back."""
+"""The rollout engine with servers in separate processes: rank 0 talks to them, every rank gets the results."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Serving:
     """What the servers must know of the run.
 
     dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
-    directory: for what belongs to servers. temperature, max_gap: of a probe, the sampler's and the largest mean difference of
-    its log-probs from the trainer's. routing: whether they will be asked which experts they choose.
+    directory: for the servers' files. temperature, max_gap: for a probe, the sampler's temperature and the largest mean
+    difference of its log-probs from the trainer's. routing: whether they must return the chosen experts.
     """
 
     architecture: Architecture
@@ -49,11 +49,11 @@ class Serving:
 
 
 class SglangEngine:
-    """See `RolloutEngine`. Servers are started by rank 0, by the first rank of every node or on nodes of their own, or are
-    those of `config.urls`.
+    """See `RolloutEngine`. Servers are started by rank 0, by the first rank of every node or on dedicated nodes, or are those
+    of `config.urls`.
 
-    model_dir: has the config.json of what servers that are started here serve; their weights come by `update_weights`, without
-    which nothing is generated.
+    model_dir: has the config.json for servers that are started here. Their weights come with `update_weights`, before which
+    nothing is generated.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class SglangEngine:
         *,
         must_stop: MustStop = never,
     ) -> None:
-        """A collective. nodes: on rank 0, where some are set apart. Raises UserError on every rank when a server does not start
-        or does not answer, and StopAskedError when `must_stop()` comes to hold on a rank that waits for servers to start."""
+        """A collective. nodes: on rank 0, if there are dedicated nodes. Raises UserError on every rank when a server does not
+        start or answer, and StopAskedError when `must_stop()` becomes true on a rank that waits for servers to start."""
         self.weight_version, self._syncs = 0, 0
         self._config, self._serving = config, serving
         self._stop_ids = tuple(sorted(serving.stop_ids))
@@ -102,7 +102,7 @@ class SglangEngine:
         )
         self._sender = self._make_sender(own_address)
         try:
-            on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router shows at once
+            on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router fails at once
             started = self._start(names, must_stop)
             on_rank0(lambda: self._control.open(started))
         except BaseException:
@@ -112,7 +112,7 @@ class SglangEngine:
     def _own_host(
         self, names: Sequence[str], nodes: ServerNodes | None, addresses: Mapping[int, str], setting: ServerSetting
     ) -> Host | ServerNodes | None:
-        """For the servers that this rank starts, if it does."""
+        """The host of the servers that this rank starts, if any."""
         rank = dist.get_rank()
         if nodes is not None:
             nodes.prepare(names, setting)
@@ -137,15 +137,15 @@ class SglangEngine:
         if how == "sharded":
             layout = ServerLayout(config.tp, config.ep)
             return ShardedSender(settings, layout, address, control.calls if control is not None else None)
-        # A server at `sglang.urls` may be in a container of its own, whatever its address: nothing is shared with it.
+        # A server at `sglang.urls` may run in its own container, whatever its address: no memory is shared with it.
         shared = NodeBuckets(self._hosts if how == "tensor" else {}, config.tp)
         if control is None:
             return WholeSender(settings, None, None, shared)
         return WholeSender(settings, control.outbox, control.serving, shared)
 
     def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Have their hosts start these servers, anew if they run; a collective. Raises as `together`."""
-        if self._config.dedicated_nodes:  # a node that hangs is waited for longer than a collective may take
+        """Have their hosts start or restart these servers; a collective. Raises as `together`."""
+        if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
             return on_rank0(lambda: self._host.start(names, must_stop), long=True)
         own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
@@ -202,7 +202,7 @@ class SglangEngine:
 
     def _drawn(self, key: int, reply: Generated) -> Drawn:
         draw, finish = self._draws.pop(key), reply.finish_reason
-        if finish == "abort" and reply.ids:  # cut off at what was its end anyway
+        if finish == "abort" and reply.ids:  # cut off exactly at its end
             if reply.ids[-1] in self._stop_ids:
                 finish = "stop"
             elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
@@ -212,9 +212,9 @@ class SglangEngine:
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that had ended are started again first, and serve once they have `version`. Raises, on every rank,
-        EngineGoneError when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers'
-        log-probs differ from ours.
+        Servers that failed are brought back first, and serve once they have `version`. Raises, on every rank, EngineGoneError
+        when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers' log-probs differ from
+        the trainer's.
         """
         self._bring_back()
         with self._transaction(version):
@@ -226,7 +226,7 @@ class SglangEngine:
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
-        """Between the begin of an update and the servers' word that they have the version; whatever is raised, they go on."""
+        """Spans an update, until the servers confirm that they have the version; after any error they are resumed."""
         try:
             on_rank0(lambda: self._control.begin())
             yield
@@ -237,14 +237,14 @@ class SglangEngine:
             raise
 
     def _bring_back(self) -> None:
-        """Servers that failed: restarted if they are ours, asked again if not."""
+        """Bring failed servers back: restart them if they are ours, else ask for their health again."""
         due = on_rank0(lambda: self._control.due())
         if due:
             started = self._start(due)
             on_rank0(lambda: self._control.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
-        """Leave out servers that give their tokens other log-probs than the trainer. Raises OtherModelError when all do."""
+        """Mark servers whose log-probs of their tokens differ from the trainer's. Raises OtherModelError when all do."""
         found = on_rank0(lambda: self._control.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
@@ -261,17 +261,17 @@ class SglangEngine:
                 self._control.mark_failed(name, f"{what}, {limit}")
 
     def release(self) -> None:
-        """Colocated servers give up their memory until the next `update_weights`; a collective, nothing is under way.
+        """Colocated servers release their memory until the next `update_weights`; a collective, with nothing under way.
 
-        Those that have failed are ended for it; a later `update_weights` starts them again. Raises EngineGoneError on every
-        rank when no server is left.
+        Those that have failed are stopped instead; a later `update_weights` restarts them. Raises EngineGoneError on every rank
+        when no server is left.
         """
         failed = on_rank0(lambda: self._control.release())
         if failed:
             together(lambda: self._host.stop(failed) if self._host is not None else None)
 
     def close(self) -> None:
-        """End the servers that were started here and wait until nothing of them is left. Not a collective."""
+        """Stop the servers that were started here and wait until all their processes have ended. Not a collective."""
         self._sender.close()
         if self._control is not None:
             self._control.close()

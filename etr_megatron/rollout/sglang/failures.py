@@ -1,23 +1,23 @@
-"""The failures of one request: when it is the request that fails, and not the servers."""
+"""The failures of one request, to tell when the request is at fault and not the servers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 _AT_WELL_SERVERS = 2
-"""Failures of a request after which the server was well: so many are the request's own doing."""
+"""After so many failures at servers that were well afterwards, the request itself is at fault."""
 
 
 class GivenUpError(RuntimeError):
-    """A request fails for its own sake, and is not tried again; no server has failed by it."""
+    """The request itself is at fault and is not repeated."""
 
 
 @dataclass
 class Failures:
-    """Of one request, while it is given to one server after another.
+    """Failures of one request over all its attempts.
 
-    said: what went wrong, in order. at_well: after how many of these the server was well. deaths: after how many it was not.
-    broke: a connection broke once, which is nobody's failure.
+    said: the errors, in order. at_well: number of errors after which the server was well. deaths: number after which it was
+    not. broke: a connection broke once, which does not count as a failure.
     """
 
     said: list[str] = field(default_factory=list)
@@ -26,12 +26,12 @@ class Failures:
     broke: bool = False
 
     def add(self, why: str, *, well: bool) -> None:
-        """One more. well: the server is, after it."""
+        """Add a failure. well: whether the server was well afterwards."""
         self.said.append(why)
         self.at_well += well
         self.deaths += not well
 
     @property
     def are_its_own(self) -> bool:
-        """Whether the request failed for its own sake."""
+        """Whether the request itself is at fault."""
         return self.at_well >= _AT_WELL_SERVERS

@@ -1,6 +1,6 @@
-"""Whether a server at `sglang.urls` can take the job's weights, by what it says of itself.
+"""Checks whether a server at `sglang.urls` can take the job's weights, by what it reports about itself.
 
-A server dies of a tensor of another shape, and ignores one whose name it does not know.
+A server crashes on a tensor of the wrong shape and ignores one whose name it does not know.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _SIZES = {
     "head_dim": "head_dim",
     "tie_word_embeddings": "tied_embeddings",
 }
-"""Fields of a config.json that decide about names and shapes -> those of `Architecture`."""
+"""Fields of config.json that determine names and shapes -> those of `Architecture`."""
 
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
 _SILENT = ("flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4", "triton_kernel")
-"""Kernels that choose experts by themselves: SGLang then answers with zeros (`layers/moe/topk.py`, 0.5.21). /server_info says
-what was taken for `auto`, on Blackwell the first."""
+"""Kernels that choose experts internally, for which SGLang returns zeros (`layers/moe/topk.py`, 0.5.21). /server_info reports
+what `auto` resolved to: on Blackwell, the first of these."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What servers are sent.
+    """What servers will be sent.
 
-    dtype: as torch names it. tp: workers of each server that the sync counts on; None where it does not matter, as with `disk`.
-    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it is asked which experts it chooses.
+    dtype: as torch names it. tp: workers per server that the sync expects; None where it does not matter, as with `disk`.
+    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it must return the chosen experts.
     """
 
     architecture: Architecture
@@ -50,18 +50,18 @@ class Expected:
 
     @classmethod
     def of(cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False) -> Expected:
-        """Of a job."""
+        """What the servers of a job will be sent."""
         return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing)
 
     def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
-        """The first thing that certainly does not fit, with both values; None also for whatever the server does not say.
+        """The first definite mismatch, with both values, else None. What the server does not report counts as a match.
 
         server, model: JSON of `/server_info` and `/model_info`.
         """
         return next(self._misfits(server, model), None)
 
     def other_dtype(self, server: Mapping[str, Any]) -> str | None:
-        """What the server computes in, where it says so and that is not the job's dtype: it takes weights all the same."""
+        """The server's dtype if it reports one and it is not the job's, else None; it takes the weights all the same."""
         said = server.get("dtype")
         found = _DTYPES.get(said, said) if isinstance(said, str) else "auto"
         return None if found in ("auto", self.dtype) else found
@@ -90,7 +90,7 @@ class Expected:
     def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
         stored = config.get("quantization_config") or {}
         method, blocks = stored.get("quant_method"), stored.get("weight_block_size")
-        # Its arguments do not say how its checkpoint is quantised: that there is none takes both.
+        # Its arguments do not tell how its checkpoint is quantised: only both together show that it is not.
         is_plain = file is not None and not stored and server.get("quantization", "unsaid") is None
         if not self.fp8 and method is not None:
             yield f"its quantization_config is of {method}, sglang.fp8 is false"
@@ -112,9 +112,9 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def _config(server: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """The config.json that the server has started with, if it lies here as well, and what is in it, or told beside it.
+    """The config.json that the server was started with, if this machine has it too, and its fields with the server's overrides.
 
-    In the server's container the same path may lead to another file: one of a model of another kind is not believed.
+    In the server's container the same path may be another file, so one for another kind of model is ignored.
     """
     file, config = None, {}
     path = server.get("model_path")

@@ -1,4 +1,4 @@
-"""Several servers as one: requests go where least is under way, and elsewhere when a server fails."""
+"""Several servers as one: which of them take traffic, and whether a failure is a server's or the request's own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 _Answer = Callable[[ServerClient, Sequence[ServerClient]], Awaitable[Generated]]
 
 _WELL_S = 10.0
-"""For a server that a request failed at to show that it is well."""
+"""Time for a server to show that it is well after a request failed there."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be generated. problem: whose; requests without it are of one problem if their prompts are the same."""
+    """One response to generate. problem: id of its problem; requests without one share a problem if their prompts are equal."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
@@ -34,18 +34,18 @@ class Request:
 
     @property
     def problem_id(self) -> str:
-        """Of whose responses this is one."""
+        """Id of the problem that the response is for."""
         return self.problem or " ".join(map(str, self.prompt_ids))
 
     @property
     def size(self) -> str:
-        """In words."""
+        """Its size in words."""
         return f"{len(self.prompt_ids)} prompt tokens and up to {self.parameters.max_new_tokens} to follow"
 
 
 @dataclass(frozen=True)
 class _Asking:
-    """A request that is being asked: what is needed of it where it fails."""
+    """A request under way, with what is needed to handle its failure."""
 
     request: Request
     rid: str | None
@@ -56,8 +56,8 @@ class _Asking:
 class Fleet:
     """Clients of all servers, and which of them take traffic.
 
-    timeout_s: of one response; hang_timeout_s: for a server in doubt to say that it lives, see `Pulse`. router: chooses the
-    server of a request, if there is one.
+    timeout_s: of one response. hang_timeout_s: for a server to answer a liveness check, see `Pulse`. router: chooses the server
+    of a request, if there is one.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Fleet:
     ) -> None:
         self.clients, self.router = list(clients), router
         self.version: str | None = None
-        """Of the weights that responses must come from; None, before the first sync, is any."""
+        """Version of the weights that responses must come from; None, before the first sync, allows any."""
         self.apart: str | None = None
-        """The server that the router is to give nothing."""
+        """The server that the router must not use."""
         self._timeout_s, self._hang_timeout_s = timeout_s, hang_timeout_s
         self._failed: dict[str, str] = {}
         self._joins: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class Fleet:
 
     @property
     def members(self) -> list[tuple[str, int]]:
-        """Name of each serving server and how often it has rejoined: two lists that are equal have had the same processes."""
+        """Name of each serving server and how often it has rejoined: equal lists mean the same processes."""
         return [(client.name, self._joins[client.name]) for client in self.serving]
 
     def mark_failed(self, client: ServerClient, why: str) -> None:
@@ -104,7 +104,7 @@ class Fleet:
         self._marks += 1
 
     def rejoin(self, client: ServerClient) -> None:
-        """Traffic again. The caller sees to it that the server has the current weights before the next request."""
+        """Traffic again. The caller ensures that the server has the current weights before the next request."""
         if self._failed.pop(client.name, None) is not None:
             self._joins[client.name] += 1
 
@@ -124,17 +124,17 @@ class Fleet:
         may_abort: Callable[[], bool] = lambda: False,
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient] = lambda others: others[0],
     ) -> Generated:
-        """One response from `client`, or with a router from the server that this chooses.
+        """One response from `client` or, with a router, from the server that it chooses.
 
-        Raises what went wrong, after the server that failed is marked; a response that is cut off is an error as well, unless
-        `may_abort()`, and so is one from other weights, as of a server that somebody has started anew. A router does not say
-        which server failed: those that are not well are marked. When all are, the router is given up, so that every failure
-        leaves less to fail. What one server calls wrong another is asked, which `elsewhere` chooses, as those at `sglang.urls`
-        may differ: when it takes the request, who refused has failed; when it does not RefusedError is raised, which is no
-        server's failure. Of what is refused through a router `client` itself is asked: the router may have limits of its own.
+        Raises the error after marking the server that failed. A response that was cut off is an error too, unless
+        `may_abort()`, and so is one from other weights, as from a server that somebody restarted. A router does not tell which
+        server failed: those that are not well are marked; if all are well, the router is given up, so that every failure leaves
+        less to fail. What one server refuses goes to another, chosen by `elsewhere`, as those at `sglang.urls` may differ. If
+        it takes the request, the one that refused has failed; if it does not, RefusedError is raised and no server has failed.
+        What is refused through a router goes to `client` directly: the router may have limits of its own.
 
-        failures: of this request before, one object for all its attempts; it says what has died. Raises GivenUpError where the
-        request fails for its own sake, see `_failed_at`.
+        failures: of this request so far, one object for all its attempts; it counts the servers that died. Raises GivenUpError
+        when the request itself is at fault, see `_failed_at`.
         """
         router, marks = self.router, self._marks
         behind = [one for one in self.serving if one.name != self.apart]
@@ -156,11 +156,11 @@ class Fleet:
             raise
 
     async def _failed_at(self, client: ServerClient, asking: _Asking, error: Exception) -> None:
-        """Mark a server that a request failed at, if it is the server that failed; the request is to be asked again.
+        """Mark the server at which a request failed, unless an exception below applies; the caller repeats the request.
 
-        The last server is only marked when it is not well. For a connection that breaks none is marked that is well, once a
-        request: what the server may still have of it is cut off. Raises GivenUpError when the request failed at servers that
-        were well after it: it would fail at the next as well, and in the end at all.
+        The last server is only marked when it is unreachable or not well. The first time that a request's connection breaks, a
+        server that is well is not marked, and aborts what it may still have of the request. Raises GivenUpError when the
+        request has failed at servers that were well afterwards: it would fail at all the others, too.
         """
         failures = asking.failures
         is_broken = isinstance(error, ServerError) and error.broken
@@ -183,7 +183,7 @@ class Fleet:
             raise GivenUpError(f"a request with {asking.request.size} failed {len(failures.said)} times: {said}")
 
     async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: Exception) -> None:
-        """Mark the servers that are not well, or give up the router. marks: when the request began."""
+        """Mark the servers that are not well, or give up the router. marks: `_marks` when the request began."""
         async with self._looking:
             if router.is_up and self._marks == marks:
                 await self.for_all(self._see_that_it_is_well)
@@ -193,9 +193,9 @@ class Fleet:
         asking.failures.add(str(error), well=False)
 
     async def survives(self, client: ServerClient, request: Request, rid: str) -> bool | None:
-        """Whether `client` lives after a request that another may have died of; it is marked if not.
+        """Whether `client` survives a request that may have killed another server; it is marked if not.
 
-        None: it was not well before, or not reached. Whatever else a request may fail for is seen when it is asked again.
+        None: it was not well before, or not reached. Other failures of the request will show when it is repeated.
         """
         if not await self._is_well(client):
             self.mark_failed(client, "is not well")
@@ -213,7 +213,7 @@ class Fleet:
         return True
 
     async def _is_well(self, client: ServerClient, rid: str | None = None) -> bool:
-        """Whether it lives, has the weights and generates, and whether it took note of an abort of `rid`."""
+        """Whether the server is alive, has the weights and generates, and acknowledges an abort of `rid`."""
         timeout_s = min(_WELL_S, self._hang_timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -233,7 +233,7 @@ class Fleet:
         rid: str | None,
         may_abort: Callable[[], bool],
     ) -> Generated:
-        """servers: which may be the one that answers."""
+        """servers: those that may answer."""
         with self._pulse.watch(servers):
             reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
         if reply.finish_reason == "abort" and not may_abort():
@@ -243,7 +243,7 @@ class Fleet:
         return reply
 
     async def _ask_past(self, router: Router, client: ServerClient, asking: _Asking, refusal: RefusedError) -> Generated:
-        """Of what was refused on the way through the router, which is given up where the server takes the request."""
+        """Ask `client` directly after a refusal through the router, which is given up if the server takes the request."""
         try:
             reply = await asking.answer(client, [client])
         except RefusedError:
@@ -261,7 +261,7 @@ class Fleet:
         elsewhere: Callable[[Sequence[ServerClient]], ServerClient],
         refusal: RefusedError,
     ) -> Generated:
-        """Of what `client` refused. Raises the refusal where another refuses as well, or none is left to be asked."""
+        """Ask another server after `client` refused. Raises the refusal if the other refuses as well or none is left to ask."""
         while others := [one for one in self.serving if one is not client]:
             other = elsewhere(others)
             try:
@@ -310,5 +310,5 @@ class Fleet:
             raise ServerError(f"{client.name}: has weights {found} where {self.version} were sent")
 
     async def abort_all(self, timeout_s: float) -> bool:
-        """Have serving servers cut off all that they have in hand; as `for_all`."""
+        """Have serving servers cut off all their requests; as `for_all`."""
         return await self.call_all("/abort_request", {"rid": "", "abort_all": True}, timeout_s=timeout_s)

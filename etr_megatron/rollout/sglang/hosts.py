@@ -1,4 +1,4 @@
-"""The servers of one machine, in the hands of the rank that starts them there."""
+"""The servers of one machine, managed by the process that starts them there."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _MOST_BYTES = 1 << 16
 
 
 class Started(NamedTuple):
-    """Where a server listens, and why it does not serve, if so."""
+    """Where a server listens, and why it does not serve, if it does not."""
 
     url: str
     problem: str | None
 
 
 class Host:
-    """Starts, restarts and ends servers. commands: by the servers' names. logs: directory for what they print."""
+    """Starts, restarts and stops servers. commands: by server name. logs: directory for their output."""
 
     STARTS = 3
-    """At ports that others turn out to have before the server is given up."""
+    """Attempts, each at another port, before a server is given up whose ports other processes had taken."""
 
     def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float) -> None:
         self._commands, self._logs, self._timeout_s = dict(commands), logs, startup_timeout_s
         self._processes: dict[str, ServerProcess] = {}
 
     def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Start those of these servers that are of this machine, anew if they run, and wait until each answers or has failed.
+        """Start or restart those of these servers that belong to this machine; wait until each answers or has failed.
 
-        Raises UserError when the interpreter does not exist, StopAskedError when `must_stop()` comes to hold.
+        Raises UserError when the interpreter does not exist, StopAskedError when `must_stop()` becomes true.
         """
         own = [name for name in names if name in self._commands]
         self.stop(own)
@@ -54,10 +54,10 @@ class Host:
         self._processes[name] = ServerProcess(name, self._commands[name], log)
 
     def _wait_for(self, name: str, deadline: float, must_stop: MustStop, *, starts: int) -> Started:
-        """starts: how many this one makes with those that it may still have."""
+        """starts: attempts left, including this one."""
         process = self._processes[name]
         while process.is_running:
-            if _answers(process.url):  # asked once even when others took all of the time
+            if _answers(process.url):  # asked at least once, even if the others took all of the time
                 is_ours = _is_ours(process)
                 if is_ours:
                     return Started(process.url, None)
@@ -69,17 +69,17 @@ class Host:
                 break
             time.sleep(_POLL_S)
         if process.is_running:
-            process.stop()  # nobody would use it, and beside the ranks it would hold memory that they train in
+            process.stop()  # it would be unused and, if colocated, hold memory that the ranks need
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
         words = process.last_words()
         process.stop()
-        if starts > 1 and "address already in use" in words.lower():  # somebody took the port since it was found free
+        if starts > 1 and "address already in use" in words.lower():  # the port was taken after it was found free
             return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
 
     def _move(self, name: str, must_stop: MustStop, starts: int) -> Started:
-        """Start a server at another port, as somebody else has its own."""
+        """Restart a server at another port, as another process has taken its own."""
         process = self._processes[name]
         process.stop()
         if starts <= 1:
@@ -89,29 +89,29 @@ class Host:
         return self._wait_for(name, time.monotonic() + self._timeout_s, must_stop, starts=starts - 1)
 
     def stop(self, names: Iterable[str] | None = None) -> None:
-        """End those of these servers (None: all) that run on this machine and wait until nothing of them is left."""
+        """Stop those of these servers (None: all) that run on this machine; wait until all their processes have ended."""
         for name in list(self._processes if names is None else names):
             if name in self._processes:
                 self._processes.pop(name).stop()
 
 
 def _asked(url: str, headers: Mapping[str, str] | None = None) -> AbstractContextManager[httpx.Response]:
-    """Past the proxies that the environment may name, as all requests to servers go."""
+    """GET without the proxies that the environment may name, as for all requests to servers."""
     return httpx.stream("GET", url, timeout=_ASK_S, headers=headers, trust_env=False)
 
 
 def _answers(url: str) -> bool:
     try:
-        with _asked(f"{url}/health") as reply:  # a body that never ends is not waited for
+        with _asked(f"{url}/health") as reply:  # streamed: a body that never ends is not waited for
             return reply.status_code == 200
     except httpx.HTTPError:
         return False
 
 
 def _is_ours(process: ServerProcess) -> bool | None:
-    """Whether what answers at its port is the server that was started, by what only this one was given.
+    """Whether the process that answers at its port is the server that was started, by an identity that only this one has.
 
-    One that cannot tell it is believed. None: it was not to be learnt, so it is asked again.
+    A server that cannot report its identity is trusted. None: undecided, so it is asked again.
     """
     if process.told_by == "request_id":
         return _calls_a_request_so(process)
@@ -135,7 +135,7 @@ def _says_its_version(process: ServerProcess) -> bool | None:
                 return None
             for piece in reply.iter_bytes():
                 said += piece
-                if len(said) > _MOST_BYTES or time.monotonic() > end:  # somebody else may have no end of words
+                if len(said) > _MOST_BYTES or time.monotonic() > end:  # another process may send without end
                     break
     except httpx.HTTPError:
         return None

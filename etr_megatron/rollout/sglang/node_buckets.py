@@ -1,4 +1,4 @@
-"""Buckets of a weight sync in the shared memory of every machine that has servers of the job, and not of rank 0's alone."""
+"""Buckets of a weight sync in the shared memory of every machine that has servers of the job, not only of rank 0's."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class NodeBuckets:
-    """Brings buckets from rank 0 to the ranks that started servers, each of which says where its own find them. One per rank.
+    """Sends buckets from rank 0 to the ranks that started servers, which reply where their servers find them. One per rank.
 
-    Its segments stay from sync to sync, whatever becomes of a wire. hosts: rank -> names of the servers on its machine, the
-    same on all ranks; none: nothing is shared. workers: of each server.
+    Segments are reused from sync to sync, even when the wire is replaced. hosts: rank -> names of the servers on its machine,
+    the same on all ranks; if empty, nothing is shared. workers: of each server.
     """
 
     def __init__(self, hosts: Mapping[int, Sequence[str]], workers: int) -> None:
@@ -30,27 +30,27 @@ class NodeBuckets:
         self._largest = 0
         self._warned: set[int] = set()
         self.serving: Collection[str] = ()
-        """Names of those that take part in the sync, the same on all ranks: handles that nobody reads keep a segment."""
+        """Servers that take part in the sync, the same on all ranks. Others get no handles: unread ones keep a segment."""
 
     def open(self, wire: Wire, largest: int) -> None:
-        """Connect the hosts; a collective of the wire. largest: bytes of a bucket. Raises SyncError."""
+        """Connect the hosts; a collective of the wire. largest: bytes of the largest bucket. Raises SyncError."""
         self._wire, self._largest = wire, largest
         if self._hosts:
             self._part = wire.part([0, *(rank for rank in self._hosts if rank != 0)])
 
     def leave(self) -> None:
-        """Let go of the wire."""
+        """Drop the wire."""
         self._wire, self._part = None, Part((), None)
 
     def close(self) -> None:
-        """Give up the segments."""
+        """Release the segments."""
         self._buckets.close()
 
     def share(self, fields: Sequence[Field], nbytes: int, flat: Tensor | None) -> dict[str, list[str]]:
-        """On rank 0, server -> what its workers are told of the bucket `flat` (uint8 [nbytes], None elsewhere).
+        """On rank 0, server -> handles for its workers to the bucket `flat` (uint8 [nbytes], None on other ranks).
 
-        Servers have answered the bucket before the last one. A machine without room is left out, and that is said once. Raises
-        SyncError.
+        Servers must have answered the bucket before the previous one. A machine without room is left out, with one warning.
+        Raises SyncError.
         """
         wire = self._wire
         if wire is None or self._part.group is None:
@@ -72,7 +72,7 @@ class NodeBuckets:
         return found
 
     def _put(self, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
-        """Handles for the servers of this machine, and what keeps them from it."""
+        """Handles for the servers of this machine, or the problem that prevents them."""
         names = [name for name in self._hosts.get(self._wire.rank, ()) if name in self.serving]
         try:
             return (self._buckets.put(fields, flat, names, self._largest) if names else {}), ""
@@ -80,14 +80,14 @@ class NodeBuckets:
             return {}, str(error)
 
     def _tell(self, own: tuple[dict[str, list[str]], str]) -> None:
-        """Rank 0 of what `_put` returned here."""
+        """Send what `_put` returned here to rank 0."""
         wire = self._wire
         text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8).to(wire.device)
         for part in (torch.tensor([len(text)], device=wire.device), text):
             wire.wait(wire.exchange([(part, 0)], []))
 
     def _hear(self, ranks: Sequence[int]) -> dict[int, tuple[dict[str, list[str]], str]]:
-        """What these ranks `_tell`."""
+        """Receive what these ranks `_tell`."""
         wire = self._wire
         sizes = [torch.empty(1, dtype=torch.int64, device=wire.device) for _ in ranks]
         wire.wait(wire.exchange([], list(zip(sizes, ranks, strict=True))))

@@ -1,4 +1,4 @@
-"""Where the servers of a job are: which ranks start some, at which addresses."""
+"""Where the servers of a job run: which ranks start some, at which addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from etr_megatron.config import SglangConfig
 
 
 def addresses_of(config: SglangConfig) -> dict[int, str]:
-    """Rank -> address of its servers, of the ranks that start some; a collective."""
+    """Rank -> address of its servers, for the ranks that start some; a collective."""
     if config.urls or config.dedicated_nodes:
         return {}
     if config.nodes == "first":
@@ -25,7 +25,7 @@ def addresses_of(config: SglangConfig) -> dict[int, str]:
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     hosts = {rank: address for rank, address in enumerate(found) if address is not None}
-    # Rank 0 reaches itself by loopback, which says nothing to the others.
+    # Rank 0 reaches itself by loopback, which is of no use to the others.
     if 0 in hosts and len(hosts) > 1 and not all(map(is_loopback, hosts.values())):
         hosts[0] = _reachable(hosts[0], next(one for one in hosts.values() if not is_loopback(one)))
     return hosts
@@ -37,7 +37,7 @@ def _reachable(own: str, other: str) -> str:
 
 
 def own_address_of(config: SglangConfig, addresses: dict[int, str]) -> str:
-    """Where servers, and ranks of other nodes, find rank 0, which alone can say so. addresses: see `addresses_of`."""
+    """The address at which servers and ranks of other nodes reach rank 0; valid only there. addresses: see `addresses_of`."""
     if config.host is not None:
         return config.host
     if away := hosts_away(config.urls):
@@ -52,16 +52,16 @@ def hosts_away(urls: Iterable[str]) -> list[str]:
 
 
 def new_key(addresses: Iterable[str]) -> str | None:
-    """An API key where others than this machine's users could speak to a server.
+    """An API key; None if only this machine can reach the servers.
 
-    Hexadecimal, as SGLang appends what it reads from a file to its command line, where a key that begins with a dash, as one
-    in 64 of base64's does, is taken for an option.
+    Hexadecimal: SGLang appends what it reads from a file to its command line, where a key that starts with a dash, as 1 in 64
+    does in base64, would be taken for an option.
     """
     return None if all(map(is_loopback, addresses)) else secrets.token_hex(32)
 
 
 def address_towards(host: str) -> str:
-    """The address of this machine that packets to `host` leave from."""
+    """This machine's source address for packets to `host`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # nothing is sent
         return str(probe.getsockname()[0])

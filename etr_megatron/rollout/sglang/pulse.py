@@ -1,4 +1,4 @@
-"""Servers that hang, noticed while requests wait for them, and not only when these run into their own long deadline."""
+"""Detects servers that hang while requests wait for them, before these run into their own long timeout."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 
 _LOOKS = 4
-"""How often in `timeout_s` servers are asked whether they live."""
+"""Number of liveness checks per `timeout_s`."""
 
 
 class Pulse:
-    """While requests wait, their servers are asked for a sign of life; one that gives none for `timeout_s` is dead.
+    """While requests wait, checks that their servers are alive; one that does not answer for `timeout_s` is dead.
 
-    on_dead(client, why) is told of it before the requests that wait for it are cut off. Whatever is called here runs in the
-    event loop of the clients. A server that is busy answers between two batches, so `timeout_s` must be longer than the
-    longest batch takes.
+    on_dead(client, why) is called before the requests that wait for that server are cut off. Everything here runs in the event
+    loop of the clients. A busy server answers between two batches, so `timeout_s` must be longer than the longest batch takes.
     """
 
     def __init__(self, timeout_s: float, on_dead: Callable[[ServerClient, str], None]) -> None:
@@ -28,9 +27,9 @@ class Pulse:
 
     @contextmanager
     def watch(self, clients: Sequence[ServerClient]) -> Iterator[None]:
-        """What is awaited inside waits for one of these servers (a router's choice, if there are several).
+        """The block waits for one of these servers (if there are several, for the one that a router chooses).
 
-        Raises ServerError inside when one of them is dead.
+        Raises ServerError when one of them is dead.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -41,7 +40,7 @@ class Pulse:
             yield
         except asyncio.CancelledError:
             why = self._cut.get(task)
-            # As in asyncio.timeout: ours to turn into an error, unless somebody else has cancelled the task as well.
+            # As in asyncio.timeout: turn our own cancellation into an error, unless somebody else cancelled the task as well.
             if why is not None and task.uncancel() == 0:
                 raise ServerError(why) from None
             raise
@@ -62,7 +61,7 @@ class Pulse:
                     self._give_up(client)
 
     async def _lives(self, client: ServerClient) -> bool:
-        """Whether it answers within the time; a connection that is reset or a wrong answer alone are not death."""
+        """Whether the server answers within the time; a reset connection or a wrong answer alone does not mean it is dead."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._timeout_s
         while (left := end - loop.time()) > 0:

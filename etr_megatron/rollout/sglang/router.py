@@ -1,8 +1,8 @@
-"""SGLang's router in front of the servers, for generation alone: prompts with a beginning in common go where it is cached.
+"""SGLang's router in front of the servers, only for generation: prompts with a common prefix go where that is cached.
 
-Which servers there are is the fleet's to say: the router's own health checks, retries and circuit breakers are off. Requests of
-a weight sync, aborts and questions go to the servers directly. Spoken to as sglang-router 0.3 has it: `/workers`, where servers
-are added (POST) and removed (DELETE `/workers/ID`) in the background.
+The fleet decides which servers there are: the router's own health checks, retries and circuit breakers are off. Weight syncs,
+aborts and health checks go to the servers directly. The API is that of sglang-router 0.3: `/workers`, where servers are added
+(POST) and removed (DELETE `/workers/ID`) asynchronously.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _POLL_S = 0.05
 
 
 class Router:
-    """A process on rank 0's machine, and the servers that it was told of. `client` generates by way of it.
+    """A router process on rank 0's machine, and the servers that it knows. `client` generates through it.
 
-    http: the fleet's. api_key: the servers', whom the router gives it. logs: directory for what it prints.
+    http: the fleet's. api_key: the servers', to whom the router passes it on. logs: directory for its output.
     """
 
     def __init__(self, config: SglangConfig, http: httpx.AsyncClient, *, api_key: str | None, logs: Path) -> None:
@@ -46,9 +46,9 @@ class Router:
         self.is_up = False
 
     def start(self) -> None:
-        """Start it, anew if it runs, without servers, and wait until it answers. Raises UserError when it does not."""
+        """Start or restart it, without servers, and wait until it answers. Raises UserError when it does not."""
         self.stop()
-        # Its metrics cannot be switched off; by default they are served to everybody, at a port that only one router can have.
+        # Its metrics cannot be switched off; by default they are served on all interfaces, at a fixed port.
         arguments = ["--prometheus-host", _HOST, "--prometheus-port", str(free_port(_HOST)), "--log-level", "warn"]
         timeout_s = math.ceil(self._config.request_timeout_s)
         arguments += ["--policy", str(self._config.router), "--request-timeout-secs", str(timeout_s)]
@@ -64,7 +64,7 @@ class Router:
         self._told = frozenset()
 
     def restart_if_down(self) -> None:
-        """After `give_up`; when it does not come back either, that is said, and requests go on without it."""
+        """Restart it after `give_up`; if that fails, log a warning and go on without it."""
         if not self.is_up:
             try:
                 self.start()
@@ -72,13 +72,13 @@ class Router:
                 logger.warning("%s", error)
 
     def give_up(self, why: str) -> None:
-        """No more requests by way of it until `restart_if_down`."""
+        """Send no more requests through it until `restart_if_down`."""
         if self.is_up:
             logger.warning("requests go to the servers directly until the next weight sync: %s", why)
         self.is_up = False
 
     async def leads_to(self, urls: Iterable[str]) -> bool:
-        """Whether requests can go by way of it, to these servers alone; it is told of those that came or went meanwhile."""
+        """Whether requests can go through it, to exactly these servers; updates it with those that came or went."""
         wanted = frozenset(urls)
         if self.is_up and self._told != wanted:
             async with self._lock:
@@ -90,7 +90,7 @@ class Router:
         return self.is_up
 
     async def _tell(self, wanted: frozenset[str]) -> None:
-        """Raises ServerError when it does not take servers up, or does not let them go."""
+        """Add and remove servers until it has exactly these. Raises ServerError when it does not do so in time."""
         for url in self._ids.keys() - wanted:
             await self._ask("DELETE", f"/workers/{self._ids.pop(url)}")
         key = {"api_key": self._key} if self._key else {}
@@ -112,7 +112,7 @@ class Router:
 
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(_ASK_S):  # httpx counts anew with every piece that arrives
+            async with asyncio.timeout(_ASK_S):  # httpx restarts its timeout with every chunk that arrives
                 reply = await self._http.request(method, self.client.url + route, json=body, timeout=_ASK_S)
             if reply.is_success:
                 return dict(reply.json())
@@ -121,7 +121,7 @@ class Router:
         raise ServerError(f"{NAME}: {method} {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
 
     def stop(self) -> None:
-        """End it and wait until nothing of it is left."""
+        """Stop it and wait until all its processes have ended."""
         self.is_up = False
         if self._host is not None:
             self._host.stop()

@@ -1,4 +1,4 @@
-"""The part of all ranks in a weight sync: how the policy's shards come to the servers, by `sglang.sync`."""
+"""The part of a weight sync in which all ranks join: how the policy's shards get to the servers, by `sglang.sync`."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from etr_megatron.weights.transport.whole import Gather, groups_of
 
 
 class Sender(Protocol):
-    """One object per rank. `send` is a collective between the begin and the end of a transaction."""
+    """One object per rank. `send` is a collective, within a transaction."""
 
     def send(self, weights: WeightSource, version: int) -> None:
-        """Bring a version to the serving servers; those that do not get all of it are marked.
+        """Send a version to the serving servers; those that do not get all of it are marked.
 
         Raises EngineGoneError when none is left, SyncError naming ranks that are missing or failed, both on every rank.
         """
         ...
 
     def close(self) -> None:
-        """Give up connections."""
+        """Close the connections."""
         ...
 
 
 @dataclass(frozen=True)
 class SendSettings:
-    """What all senders need. dtype: of what travels unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait.
+    """Settings of all senders. dtype: of what is sent unquantised. backend: `gloo` or `nccl`. timeout_s: of every wait.
 
-    checksums: compare what arrived with its source; `sharded` alone can.
+    checksums: compare what arrived with its source; only `sharded` does.
     """
 
     arch: Architecture
@@ -54,14 +54,14 @@ class SendSettings:
     checksums: bool = False
 
     def wire(self) -> Wire:
-        """Of all ranks; a collective."""
+        """A wire between all ranks; a collective."""
         return Wire.in_world(backend=self.backend, timeout_s=self.timeout_s)
 
 
 class Outbox:
-    """Hands buckets to the loop's thread, one at a time: the next is gathered while one travels.
+    """Hands buckets to the loop's thread, one at a time: the next is gathered while one is sent.
 
-    post: begins to deliver a bucket. It never raises before `flush`: gathering is a collective, which has to go on.
+    post: starts to deliver a bucket. Errors are raised only by `flush`: gathering is a collective, which has to go on.
     """
 
     def __init__(self, post: Callable[[Bucket], Future[None]]) -> None:
@@ -70,13 +70,13 @@ class Outbox:
         self._error: BaseException | None = None
 
     def put(self, bucket: Bucket) -> None:
-        """Wait until the bucket before is delivered, and send this one off; after a failure it is dropped."""
+        """Wait until the previous bucket is delivered, then start with this one; after a failure it is dropped."""
         self._wait()
         if self._error is None:
             self._travelling = self._post(bucket)
 
     def flush(self) -> None:
-        """Wait for the last bucket. Raises what a delivery raised since the last call."""
+        """Wait for the last bucket. Raises the error of a delivery since the last call."""
         self._wait()
         error, self._error = self._error, None
         if error is not None:
@@ -89,7 +89,7 @@ class Outbox:
 
 
 _PATIENCE = 3.0
-"""Deadlines that ranks wait for rank 0 before a bucket: for it to wait for a server that hangs, to find it and to go on."""
+"""Timeouts that ranks wait for rank 0 before a bucket: it may have to wait for a server that hangs, find it and go on."""
 
 
 class WholeTensors(CollectiveTransport):
@@ -118,12 +118,12 @@ class WholeTensors(CollectiveTransport):
             self._gather.group(number, sources, group, flat)
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
-            # The bucket before this one may still be read, the one before that is not: `put` has waited for it.
+            # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
             self._outbox.put(Bucket(group.tensors, flat, self._shared.share(group.tensors, group.nbytes, flat)))
         self._follow("last bucket's delivery")
 
     def _follow(self, phase: str) -> None:
-        """Wait for rank 0 to be there: a rank that holds nothing of the buckets would wait for all of them at the end."""
+        """Wait for rank 0 to get here: a rank that holds nothing of the buckets would otherwise wait for all at the end."""
         self.wire.board.follow(phase, 0, self._longest_wait_s)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def _rank0(_weight: Weight) -> int:
 class WholeSender:
     """`broadcast` and `tensor`. See `Sender`.
 
-    outbox, serving (names of the servers that take part): on rank 0. shared: of `tensor` with the job's own servers.
+    outbox, serving (names of the servers that take part): on rank 0 only. shared: for `tensor` with the job's own servers.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class WholeSender:
         except BaseException:
             self._leave()
             if self._outbox is not None:
-                with suppress(Exception):  # the first error is the one to be heard
+                with suppress(Exception):  # the first error is the one to raise
                     self._outbox.flush()
             raise
         on_rank0(lambda: self._outbox.flush())
@@ -180,12 +180,12 @@ class WholeSender:
 
 
 class DiskSender:
-    """`disk`. directory: seen by all ranks and servers. load: has all serving servers load one, on rank 0. See `Sender`."""
+    """`disk`. directory: visible to all ranks and servers. load: on rank 0, has all serving servers load one. See `Sender`."""
 
     def __init__(self, settings: SendSettings, directory: Path, load: Callable[[Path], None] | None) -> None:
         self._settings, self._directory, self._load = settings, directory, load
-        # Rank 0's is the one that is written. Versions of a run that was killed may be newer than those that go on from its
-        # checkpoint, and would be kept instead.
+        # Rank 0's is the one that is written. A killed run may have left newer versions than those of the run that resumes from
+        # its checkpoint; without this id they would be kept instead.
         self._run = uuid.uuid4().hex
         self._writer: DiskWriter | None = None
 

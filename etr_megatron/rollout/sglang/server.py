@@ -1,4 +1,4 @@
-"""An SGLang server as a process of the job: started, watched, ended with it."""
+"""An SGLang server as a process of the job: started and watched by it, and ended with it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ServerCommand:
 
     python: interpreter of the environment that SGLang is installed in, which need not be the trainer's.
     launch: what it runs: arguments before the server's own, such as ("-m", "sglang.launch_server").
-    arguments: SGLang's. environment: added to the job's own. host: the address it listens at.
-    told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and says it
-    at /model_info. "request_id": it takes `--request-id-headers`, and calls a request what that header says. None: not at all.
-    api_key: what it asks for.
+    arguments: SGLang's. environment: added to the job's own. host: the address it listens on.
+    told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and reports
+    it at /model_info. "request_id": it takes `--request-id-headers` and uses the value of that header as the id of a request.
+    None: not at all. api_key: the one it requires.
     """
 
     python: str
@@ -49,8 +49,8 @@ _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 def environment_of_server(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What a rank inherits, less what torchrun said to it: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would
-    look for each other in the job's store, for ever. Nor are proxies for them, who ask each other and themselves alone."""
+    """A rank's environment without torchrun's variables: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would look
+    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other."""
     kept = {k: v for k, v in inherited.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
     return {**kept, "no_proxy": "*", "NO_PROXY": "*"}
 
@@ -59,8 +59,8 @@ _HANDED_OUT: deque[int] = deque(maxlen=1024)
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listens on now, and none of those that this process was given last, whose servers may not have got to
-    listen yet. Another process may still take it: then `Host` starts the server again."""
+    """A port that nothing listens on now. The last ones that this process got are skipped, as their servers may not listen yet.
+    Another process may still take the port: then `Host` restarts the server."""
     while True:
         with socket.socket() as probe:
             probe.bind((host, 0))
@@ -71,7 +71,7 @@ def free_port(host: str) -> int:
 
 
 class ServerProcess:
-    """One server and the watchdog beside it. `log` receives what the server prints, appended.
+    """One server and its watchdog. The server's output is appended to `log`.
 
     The server cannot outlive this process: see `watchdog`.
     """
@@ -81,12 +81,12 @@ class ServerProcess:
         require_interpreter(command.python)
         self.name, self.log, self.port = name, log, free_port(command.host)
         self._command = command
-        # Of this start alone. Not the served model's name: the router tells models apart by that, and would not mix servers.
+        # Unique to this start. Not the served model's name: the router tells models apart by that, and would not mix servers.
         self.identity = f"etr-{secrets.token_hex(8)}"
         log.parent.mkdir(parents=True, exist_ok=True)
         self._report: int | None
         self._report, report = os.pipe()
-        # SGLang prints its arguments, the API key among them: for nobody else to read.
+        # SGLang prints its arguments, including the API key: only the user may read them.
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
             self._watchdog = subprocess.Popen(
                 [sys.executable, str(_WATCHDOG), str(_GRACE_S), str(report), command.python, *self._arguments()],
@@ -117,7 +117,7 @@ class ServerProcess:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of a request that it answers."""
+        """HTTP headers that its requests need."""
         return {} if self._command.api_key is None else {"Authorization": f"Bearer {self._command.api_key}"}
 
     @property
@@ -133,7 +133,7 @@ class ServerProcess:
             return ""
 
     def stop(self) -> None:
-        """End the server and wait until nothing of it is left; nothing happens the second time."""
+        """Stop the server and wait until all its processes have ended; idempotent."""
         if self._report is None:
             return
         assert self._watchdog.stdin is not None
@@ -141,7 +141,7 @@ class ServerProcess:
         with suppress(subprocess.TimeoutExpired):
             self._watchdog.wait(2 * _GRACE_S)
         code = self._watchdog.poll()
-        if code is None or code < 0:  # it hangs, or was killed: then the group is nobody's but ours
+        if code is None or code < 0:  # the watchdog hangs or was killed: end the group here
             self._kill_group()
             self._watchdog.kill()
             self._watchdog.wait()
@@ -149,10 +149,10 @@ class ServerProcess:
         self._report = None
 
     def _kill_group(self) -> None:
-        """What the watchdog does, without its grace. Returns after a while even when the kernel does not end a process."""
+        """As the watchdog does, but without a grace period. Returns after a while even if a process cannot be killed."""
         assert self._report is not None
         os.set_blocking(self._report, False)
-        # ValueError: the watchdog was killed before it had a server. PermissionError: the number is somebody else's by now.
+        # ValueError: the watchdog was killed before it had a server. PermissionError: another user has the process id by now.
         with suppress(BlockingIOError, ProcessLookupError, PermissionError, ValueError):
             group = int(os.read(self._report, 32))
             deadline = time.monotonic() + _GRACE_S

@@ -1,13 +1,13 @@
-"""Nodes that have servers and no ranks: what rank 0 orders there, and who does it.
+"""Nodes with servers and no ranks: rank 0's orders to them, and the process on each node that carries these out.
 
-Both sides leave each other messages in the store that torchrun keeps on the first node; no collective reaches such a node, and
-where it is lost the run goes on with the others' servers. Keys, for node N:
+Both sides exchange messages through the store that torchrun keeps on the first node. Such a node takes part in no collective;
+when it is lost, the run goes on with the servers of the others. Keys, for node N:
 
-    session       a name that rank 0 gives itself; what follows lies behind it. torchrun may keep one store through restarts,
-                  where what was left in an earlier one must be nobody's: nodes join a session that has a beat
-    beats         counts up while rank 0 lives, and `N/beats` while the node does
-    N/hello       address of the node, or why it cannot have servers
-    N/order/K     the K-th order; N/reply/K what came of it. One that has a successor without a reply is not waited for any more
+    session       a name that rank 0 chooses; it is the prefix of all other keys. torchrun may keep one store through restarts,
+                  so keys of earlier sessions must be ignored: nodes join a session only if its beats increase
+    beats         increases while rank 0 is alive; `N/beats` likewise for the node
+    N/hello       the node's address, and why it cannot have servers, if it cannot
+    N/order/K     the K-th order; N/reply/K its result. Once there is a next order, nobody waits for a missing reply any more
     N/stop        the node was sent SIGTERM
 """
 
@@ -44,17 +44,17 @@ from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
 _LOOK_S = 0.1
 LOST_S = 30.0
-"""Silence after which a node's servers are not waited for."""
+"""Silence after which a node is not waited for any more."""
 _HEARD_S = 5.0
 _END_S = 60.0
-"""For a node to end its servers."""
+"""Time for a node to stop its servers."""
 _SESSION = "session"
 _GONE = "gives no sign of life any more; the servers are ended"
 
 
 class ServerSetting(NamedTuple):
-    """What servers are started with besides the config. folder: for what belongs to servers, seen by all nodes. routing:
-    whether they are to say which experts they choose."""
+    """What servers are started with besides the config. folder: for the servers' files, visible to all nodes. routing: whether
+    they must return the chosen experts."""
 
     model_dir: str
     dtype: str
@@ -65,7 +65,7 @@ class ServerSetting(NamedTuple):
 
 
 def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: ServerSetting) -> Host:
-    """For the servers of this machine. Raises UserError where it has too few GPUs for them."""
+    """The `Host` of this machine's servers. Raises UserError when it has too few GPUs for them."""
     folder = Path(setting.folder)
     commands = {
         name: server_command(
@@ -85,17 +85,17 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
 
 
 def _connect(patience_s: float) -> dist.Store:
-    """To the store of the job, as its ranks do. patience_s: for rank 0, whose process may be where the store is."""
+    """Connect to the job's store, as its ranks do. patience_s: wait for rank 0, whose process may host the store."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=datetime.timedelta(seconds=patience_s)))
     return dist.PrefixStore("server_nodes", store)
 
 
 class ServerNodes:
-    """Rank 0's side: the nodes' servers as those of one `Host`, and, as a context, the nodes' end with the run's."""
+    """Rank 0's side: presents the nodes' servers as those of one `Host`. As a context manager, ends the nodes with the run."""
 
     def __init__(self, count: int, config: SglangConfig, store: dist.Store | None = None) -> None:
-        """store: of the job; None connects to it, which is there."""
+        """store: of the job, which must be up already; None connects to it."""
         self._count, self._config = count, config
         self._name_of_session = secrets.token_hex(8)
         self._root = store if store is not None else _connect(_END_S)
@@ -113,18 +113,18 @@ class ServerNodes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """The nodes end as the run did."""
+        """End the nodes with the run's exit code."""
         code = 0
         if error is not None:
             code = REQUEUE_EXIT if isinstance(error, RequeueError) else USER_ERROR_EXIT if isinstance(error, UserError) else 1
         end = {"do": "end", "code": code, "why": str(error or "")}
-        with suppress(RuntimeError):  # a store that is gone has ended them, too
-            # Heard before the store ends, which it does with the torchrun of this process.
+        with suppress(RuntimeError):  # if the store is gone, the nodes have ended too
+            # Wait until the nodes have heard: the store ends with this process's torchrun.
             self._ask({node: end for node in range(self._count)}, _HEARD_S)
         self._stack.close()
 
     def _beat(self, done: threading.Event) -> None:
-        """Say that rank 0 lives, and look who of the nodes does and who was sent SIGTERM."""
+        """Send rank 0's heartbeats; check which nodes are alive and whether one was sent SIGTERM."""
         store = self._store.clone()
         hearts = [Heartbeat(store, f"{node}/beats") for node in range(self._count)]
         with suppress(RuntimeError):
@@ -135,12 +135,12 @@ class ServerNodes:
                     self._stop_asked.set()
 
     def asked_to_stop(self) -> bool:
-        """Whether a node was sent SIGTERM, which stands for the job."""
+        """Whether a node was sent SIGTERM, which stops the whole job."""
         return self._stop_asked.is_set()
 
     def meet(self, timeout_s: float, must_stop: MustStop = never) -> list[str]:
-        """Their addresses, in order. Raises UserError for those that have no servers to give, or are not there in time, and
-        StopAskedError when `must_stop()` comes to hold."""
+        """Wait for all nodes; returns their addresses, in order. Raises UserError for nodes that cannot have servers or are not
+        there in time, and StopAskedError when `must_stop()` becomes true."""
         deadline = time.monotonic() + timeout_s
         missing = set(range(self._count))
         hellos: dict[int, Any] = {}
@@ -161,7 +161,7 @@ class ServerNodes:
         return list(self._addresses)
 
     def prepare(self, names: Sequence[str], setting: ServerSetting) -> None:
-        """Tell the nodes, which have met, which servers are theirs. Raises UserError for one that cannot have its own."""
+        """After `meet`: tell the nodes which servers are theirs. Raises UserError for a node that cannot have them."""
         each = self._config.servers
         self._names = [list(names[node * each : (node + 1) * each]) for node in range(self._count)]
         orders = {node: {"do": "prepare", "names": own, "setting": setting._asdict()} for node, own in enumerate(self._names)}
@@ -170,7 +170,7 @@ class ServerNodes:
                 raise UserError(f"{self._name(node)}: {said}")
 
     def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """See `Host.start`; servers of a node that is lost do not serve. Raises StopAskedError when `must_stop()` holds."""
+        """See `Host.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
         own = self._by_node(names)
         orders = {node: {"do": "start", "names": mine} for node, mine in own.items()}
         found: dict[str, Started] = {}
@@ -184,11 +184,11 @@ class ServerNodes:
     def stop(self, names: Iterable[str] | None = None) -> None:
         """See `Host.stop`."""
         orders = {node: {"do": "stop", "names": mine} for node, mine in self._by_node(names).items()}
-        with suppress(RuntimeError):  # a store that is gone has ended them, too
+        with suppress(RuntimeError):  # if the store is gone, the nodes have ended too
             self._ask(orders, _END_S)
 
     def _by_node(self, names: Iterable[str] | None) -> dict[int, list[str]]:
-        """Of these servers (None: all) a node's own, of the nodes that have some."""
+        """Node -> its own among these servers (None: all), for the nodes that have some."""
         asked = None if names is None else set(names)
         own = {node: [name for name in mine if asked is None or name in asked] for node, mine in enumerate(self._names)}
         return {node: mine for node, mine in own.items() if mine}
@@ -208,8 +208,8 @@ class ServerNodes:
         return number
 
     def _ask(self, orders: Mapping[int, Mapping[str, Any]], timeout_s: float, must_stop: MustStop = never) -> dict[int, Any]:
-        """Node -> its reply; a sentence where it could not do it, or does not answer. Raises StopAskedError when `must_stop()`
-        comes to hold: the nodes give up what they are at with the next order."""
+        """Node -> its reply, or a sentence if it failed or does not answer. Raises StopAskedError when `must_stop()` becomes
+        true: the nodes abandon their current order at the next one."""
         keys = {node: f"{node}/reply/{self._post(node, order)}" for node, order in orders.items()}
         found: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -230,7 +230,7 @@ class ServerNodes:
 
 
 class ServerNode:
-    """The node's side, one process: does as it is told until the run ends."""
+    """The node's side, one process: carries out orders until the run ends."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class ServerNode:
         patience_s: float,
         store: dist.Store | None = None,
     ) -> None:
-        """number: among the nodes that are set apart. patience_s: for rank 0. store: of the job; None connects to it."""
+        """number: among the dedicated nodes. patience_s: wait for rank 0. store: of the job; None connects to it."""
         self._number, self._config, self._grace_s, self._patience_s = number, config, stop_grace_s, patience_s
         self._root = store
         self._address = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
@@ -250,8 +250,8 @@ class ServerNode:
         self._lost = threading.Event()
 
     def serve(self, check: Callable[[], None] = lambda: None) -> int:
-        """The exit code of the node, which is the run's. check: whether this machine can have servers; it raises UserError, and
-        so does this, when rank 0 has heard of it."""
+        """Serve until the run ends; returns its exit code, or 1 when rank 0 is lost. check: raises UserError if this machine
+        cannot have servers; that is reported to rank 0 and then raised here."""
         with self._stop_request.on_sigterm(self._grace_s):
             problem = None
             try:
@@ -271,14 +271,14 @@ class ServerNode:
                 try:
                     self._say_hello("")
                     return self._obey()
-                except dist.DistError:  # the store is gone, and rank 0, or its torchrun, with it
+                except dist.DistError:  # the store is gone, and with it rank 0 or its torchrun
                     return self._without_rank0(_GONE)
                 finally:
                     if self._host is not None:
                         self._host.stop()
 
     def _join(self) -> str | None:
-        """The name of rank 0's session; None when there is no living one in time."""
+        """The name of rank 0's session; None when no live one appears in time."""
         deadline = time.monotonic() + self._patience_s
         before: dict[str, int] = {}
         try:
@@ -311,7 +311,7 @@ class ServerNode:
                     print(f"server node {self._number}: the run has ended: {order['why']}", file=sys.stderr, flush=True)
                 return int(order["code"])
             if order["do"] == "start" and (self._store.check([reply_key]) or self._is_over(number)):
-                continue  # it was for the process before this one, or nobody waits for it any more
+                continue  # it was for an earlier process of this node, or nobody waits for it any more
             try:
                 reply = self._do(order, number)
             except (UserError, OSError) as error:
@@ -322,7 +322,7 @@ class ServerNode:
         return self._without_rank0(_GONE)
 
     def _orders(self) -> Iterator[tuple[int, Any]]:
-        """As they come, until rank 0 is lost."""
+        """Orders as they come, until rank 0 is lost."""
         for number in itertools.count():
             while not self._store.check([self._order(number)]):
                 if self._lost.wait(_LOOK_S):
@@ -348,7 +348,7 @@ class ServerNode:
         return None
 
     def _beat(self, session: str, done: threading.Event) -> None:
-        """Say that the node lives and whether it has to stop, and look whether rank 0 lives and has not been started anew."""
+        """Send the node's heartbeats, and its SIGTERM if it gets one; check that rank 0 is alive and was not restarted."""
         try:
             root = self._root.clone()
             store = dist.PrefixStore(session, root)

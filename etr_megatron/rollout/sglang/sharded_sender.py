@@ -1,4 +1,4 @@
-"""Weights shard by shard into the workers of servers that the job started: every byte once, see `ShardedTransport`."""
+"""Sends weights shard by shard into the workers of servers that the job started, every byte once; see `ShardedTransport`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer, refusal_key
 
 _REPORT_AFTER_S = 1.0
-"""By then the ranks are in the sync whose failure they are told."""
+"""Delay of a failure report, by which time the ranks are in the sync that failed."""
 
 _GRACE_S = 10.0
-"""How long after a failed sync a server may take to give up its part."""
+"""How long a server may take to end its part of a failed sync."""
 
 
 class OfferCalls:
-    """Rank 0's requests that put servers' workers into a sync. loop: of the clients; the methods are called outside of it."""
+    """Rank 0's requests that bring servers' workers into a sync. loop: of the clients; call the methods from outside it."""
 
     def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._fleet, self._loop, self._timeout_s = fleet, loop, timeout_s
@@ -41,7 +41,7 @@ class OfferCalls:
         return self._fleet.members
 
     def post(self, offer: Offer, report: Callable[[str], None]) -> None:
-        """Send the offer to all serving servers. report: is told, from the loop's thread, of one that refuses or dies."""
+        """Send the offer to all serving servers. report: called from the loop's thread with the error of one that fails."""
         workers = offer.destination.tp
         bodies = []
         for number in range(offer.destination.servers):
@@ -55,7 +55,7 @@ class OfferCalls:
             if not call.cancelled() and call.exception() is not None:
                 self._loop.call_later(_REPORT_AFTER_S, report, str(call.exception()))
 
-        # The board has a deadline for every wait in a sync, and names whom it waits for; this one only must not end before.
+        # The board has a timeout for every wait in a sync and names who is missing; this one only must not expire before it.
         timeout_s = 4 * self._timeout_s
         self._calls = []
         for client, body in zip(self._fleet.serving, bodies, strict=True):
@@ -64,9 +64,9 @@ class OfferCalls:
             self._calls.append((client, call))
 
     def settle(self, failed: bool, refusals: Mapping[int, str]) -> bool:
-        """Hear the servers out. Those that did not do their part are marked; whether there are any.
+        """Wait for the servers' replies and mark those that did not do their part; returns whether there are any.
 
-        refusals: by the server's number in the sync, why it takes no weights.
+        refusals: number of a server in the sync -> why it refused the weights.
         """
         return asyncio.run_coroutine_threadsafe(self._settle(failed, refusals), self._loop).result()
 
@@ -91,9 +91,9 @@ class OfferCalls:
 
 
 class ShardedSender:
-    """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0. See `Sender`.
+    """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0 only. See `Sender`.
 
-    After a server was lost the sync is begun anew with the others, whose workers live on: see `server_entry`.
+    After a server is lost, the sync restarts with the others, whose workers survive: see `server_entry`.
     """
 
     def __init__(self, settings: SendSettings, server: ServerLayout, host: str, calls: OfferCalls | None) -> None:
@@ -110,7 +110,7 @@ class ShardedSender:
             pass
 
     def _try(self, weights: WeightSource, version: int) -> bool:
-        """Whether the serving servers have the version; False after one was lost and marked."""
+        """Try a sync; returns whether the serving servers have the version, False after one was lost and marked."""
         members = on_rank0(lambda: self._calls.members())
         if members != self._members:
             self._leave()
@@ -122,7 +122,7 @@ class ShardedSender:
             if self._transport is None:
                 self._transport = self._open(offer)
             self._transport.sync(version, weights.shards())
-        except RuntimeError as failure:  # a SyncError, or what torch says of a group that was not formed
+        except RuntimeError as failure:  # a SyncError, or torch's error for a group that was not formed
             error = failure
             self._leave()
         lost = on_rank0(lambda: self._calls.settle(error is not None, self._refusals(offer) if error is not None else {}))
@@ -131,7 +131,7 @@ class ShardedSender:
         return error is None
 
     def _offer(self, weights: WeightSource, version: int, members: list[tuple[str, int]]) -> Offer:
-        """What the workers are told; a collective, which opens the store for a new set of servers."""
+        """The offer to the workers; a collective, which opens the store for a new set of servers."""
         settings = self._settings
         if self._transport is None:
             port = on_rank0(self._open_store)
@@ -155,7 +155,7 @@ class ShardedSender:
         )
 
     def _refusals(self, offer: Offer) -> dict[int, str]:
-        """Of a sync that has failed, which this rank has the store of: a server's number -> why a worker of it refused."""
+        """Server number -> why one of its workers refused, from the store of the failed sync that this rank still holds."""
         found, store = {}, self._left
         for rank in range(offer.destination.world):
             if store is not None and store.check([refusal_key(rank)]):
@@ -179,18 +179,18 @@ class ShardedSender:
         )
 
     def _report(self, reason: str) -> None:
-        """Tell the ranks of a server that is lost, so that nobody waits for it until the deadline."""
+        """Tell the ranks that a server is lost, so that none waits for it until the timeout."""
         board = self._transport.wire.board if self._transport is not None else self._opening
         if board is not None:
             board.report(reason)
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank since the connections were made."""
+        """Bytes sent by this rank since the connections were opened."""
         return self._transport.wire.bytes_sent if self._transport is not None else 0
 
     def _leave(self) -> None:
-        """Drop the connections, but not yet the store: others may still read there why a sync has failed."""
+        """Close the connections but keep the store: others may still read from it why a sync failed."""
         if self._transport is not None:
             self._transport.close()
         self._left = self._store or self._left

@@ -1,4 +1,4 @@
-"""Tensors for processes of this machine: what goes to them is where the bytes lie, by torch's own shared memory."""
+"""Tensors for other processes of this machine, which are sent handles to torch's shared memory and not the bytes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from etr_megatron.weights.transport.whole import Field
 
 _FILES = Path("/dev/shm")
 _ROOM = 64 << 20
-"""Bytes that others of the machine are left: who writes to a file without room dies of SIGBUS, and is told nothing before."""
+"""Bytes left to other users of the machine: a process that writes to a file without room dies of SIGBUS, without a warning."""
 
-_strategy = threading.Lock()  # it is the process's, and a thread that restored it would take it from another
+_strategy = threading.Lock()  # it is process-wide: a thread that restored it would change it under another
 
 
 @contextmanager
 def _by_name() -> Iterator[None]:
-    """Segments that a process without kinship opens by a name; by default torch passes descriptors to children."""
+    """Make segments that unrelated processes can open by name; by default torch passes file descriptors to children."""
     with _strategy:
         before = torch.multiprocessing.get_sharing_strategy()
         torch.multiprocessing.set_sharing_strategy("file_system")
@@ -37,8 +37,8 @@ def _by_name() -> Iterator[None]:
 
 
 def _keep_sockets_to_ourselves() -> None:
-    """The first segment starts torch's manager of segments, a process that lives as long as a reader does. Were it to inherit
-    the sockets of gloo and of the store, which torch leaves inheritable, others would not hear of it when we die."""
+    """The first segment starts torch's segment manager, a process that lives as long as a reader does. If it inherited the
+    sockets of gloo and of the store, which torch leaves inheritable, peers would not notice when this process dies."""
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the descriptor of this listing, and any that was closed meanwhile
             if os.readlink(entry).startswith("socket:"):
@@ -46,21 +46,21 @@ def _keep_sockets_to_ourselves() -> None:
 
 
 class SharedMemory:
-    """One buffer, which is gone once this process and all that opened it are.
+    """One buffer, freed once this process and all that opened it have ended.
 
     It grows with what is put into it. A handle that was never read, because its server failed, keeps the segment until this
-    process ends, also after a larger one took its place: who knows what is to come says so at the first `put`.
+    process ends, even after a larger one has replaced it: so pass the largest size at the first `put`, if it is known.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def put(self, flat: Tensor, largest: int = 0) -> Tensor:
-        """The bytes of a uint8 [n] of any device, here; the caller knows that nobody reads what was there before.
+        """Copy flat, uint8 [n] on any device, into the buffer; the caller ensures that nobody still reads the old content.
 
-        largest: bytes that will be put here at a time.
+        largest: the most bytes that will ever be put here at a time.
 
-        Returns a view of the buffer, which owns it. Raises OSError where the machine has no room (in a container: `--ipc host`,
+        Returns a view of the buffer, which owns it. Raises OSError when the machine has no room (in a container: `--ipc host`,
         or `--shm-size`) or torch cannot make a segment.
         """
         if len(self._buffer) < len(flat):
@@ -84,19 +84,19 @@ def _segment(nbytes: int) -> Tensor:
 
 
 class SharedBuckets:
-    """Flat buckets one after the other in two segments: one is filled while servers read the other.
+    """Flat buckets, alternately in two segments: one is filled while servers read the other.
 
-    workers: of each server, every one of which is told on its own.
+    workers: of each server; every worker gets its own handles.
     """
 
     def __init__(self, workers: int) -> None:
         self._workers, self._segments = workers, deque([SharedMemory(), SharedMemory()])
 
     def put(self, fields: Sequence[Field], flat: Tensor, names: Sequence[str], largest: int = 0) -> dict[str, list[str]]:
-        """Server -> what each of its workers is sent of a bucket (uint8 [n], any device). largest: see `SharedMemory.put`.
+        """Server -> handles of a bucket (uint8 [n], any device) for each of its workers. largest: see `SharedMemory.put`.
 
-        The caller knows that servers have answered the bucket before the last one, or will not read it any more. Raises OSError
-        as `SharedMemory.put`.
+        The caller ensures that servers have answered the bucket before the previous one, or will not read it any more. Raises
+        OSError as `SharedMemory.put`.
         """
         self._segments.rotate()
         shared = self._segments[0].put(flat, largest)
@@ -104,12 +104,12 @@ class SharedBuckets:
         return {name: [handles(views) for _ in range(self._workers)] for name in names}
 
     def close(self) -> None:
-        """Give up the segments; whoever has them open keeps them."""
+        """Release the segments; processes that have them open keep them."""
         self._segments = deque([SharedMemory(), SharedMemory()])
 
 
 def has_room(nbytes: int) -> bool:
-    """Whether a segment of so many bytes can be made."""
+    """Whether there is room for a segment of this size."""
     try:
         found = os.statvfs(_FILES)
     except OSError:
@@ -120,8 +120,8 @@ def has_room(nbytes: int) -> bool:
 def handles(named: Sequence[tuple[str, Tensor]]) -> str:
     """Views of a `SharedMemory` as `/update_weights_from_tensor` takes them.
 
-    For one process that reads them once: torch counts readers by what was pickled, and after a second reading of the same
-    handles the segment would be taken for unused. So every worker is sent handles of its own.
+    For one process that reads them once: torch counts readers by pickled handles, and after a second read of the same handles
+    the segment would count as unused. So every worker is sent its own.
     """
     with _by_name():
         return base64.b64encode(ForkingPickler.dumps(list(named))).decode()

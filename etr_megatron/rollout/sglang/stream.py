@@ -1,4 +1,4 @@
-"""Requests answered one by one, for as long as a fleet serves: what generation beside training stands on."""
+"""A stream of requests to a fleet, answered one by one: the basis of generation during training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.suspicions import Suspicions
 
 _ABORT_TIMEOUT_S = 20.0
-"""For a server to take note of an abort; one that is slower hangs."""
+"""Time for a server to acknowledge an abort; a slower one counts as hanging."""
 
 _GIVE_BACK_S = 5.0
 
 _HELD_S = 60.0
-"""For servers that take note of aborts to give back what they have; one that then still holds a request never will."""
+"""Time for servers that acknowledged an abort to return their requests; one that holds a request for longer never will."""
 
 _TEST_TOKENS = 16
-"""Of a prompt that is tested; one that passed, and was at a server's death again, is tested to its end."""
+"""Tokens of a test; a prompt that passed one and was at another server's death since is tested to its end."""
 
 _Error = EngineGoneError | NeedsSyncError | RefusedError
 _Reply = tuple[int, Generated] | _Error
@@ -44,12 +44,12 @@ class _Running(NamedTuple):
 class RequestStream:
     """Requests under way at the servers of a fleet, see `Dispatch`.
 
-    Every key is answered once: with the whole reply, or at `stop` with what there was. A request whose server fails is done
-    again elsewhere, from its beginning; one that fails for its own sake is answered with why it is given up. All methods but
-    `wait` run in the event loop of the fleet's clients.
+    Every key is answered once: with the complete reply or, at `stop`, with the tokens so far. When a server fails, its requests
+    are repeated elsewhere from the beginning; a request that is itself at fault is answered with the reason it was given up.
+    All methods but `wait` run in the event loop of the fleet's clients.
 
-    concurrency: requests under way per server. exclusive: nobody else has requests at the servers, so that one word to each
-    cuts off whatever is under way; a fleet with a router must be. suspicions: of problems at which servers may have died.
+    concurrency: requests under way per server. exclusive: the servers have no other users, so that one call to each cuts off
+    everything under way; required with a router. suspicions: problems that may have killed servers.
     """
 
     def __init__(self, fleet: Fleet, *, concurrency: int, exclusive: bool, suspicions: Suspicions | None = None) -> None:
@@ -57,24 +57,24 @@ class RequestStream:
         self._requests: dict[int, Request] = {}
         self._failures: defaultdict[int, Failures] = defaultdict(Failures)
         self._dispatch = Dispatch(concurrency, self._suspicions.deaths)
-        self._running: dict[str, _Running] = {}  # by request id, of which every attempt has its own
+        self._running: dict[str, _Running] = {}  # by request id, which is new for every attempt
         self._is_stopping = False
         self._failed_before: set[str] | None = None
         """Servers that the last weight sync did not bring back; None until there are requests after it."""
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
-        self._next: _Error | None = None  # it came right after the replies that `wait` returned
-        self._awaited: dict[int, asyncio.Future[Generated]] = {}  # what `answer` has asked, by keys below 0
+        self._next: _Error | None = None  # an error that came right after the replies that `wait` returned
+        self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
-        """Begin, in this order; keys are new, and 0 or more."""
+        """Start these, in order; keys must be new, and 0 or more."""
         self._add(requests)
 
     async def answer(self, requests: Sequence[Request]) -> list[Generated]:
-        """All responses, in the order of the requests, before whatever else waits.
+        """All responses, in the order of the requests, which go ahead of all others that wait.
 
-        Raises EngineGoneError, NeedsSyncError and RefusedError; none of the requests is under way then.
+        Raises EngineGoneError, NeedsSyncError and RefusedError; then none of the requests is under way.
         """
         keyed = dict(zip(self._own_keys, requests, strict=False))
         found = {key: asyncio.get_running_loop().create_future() for key in keyed}
@@ -86,10 +86,10 @@ class RequestStream:
             self._withdraw(found.keys())
 
     def wait(self, timeout_s: float | None = None) -> list[tuple[int, Generated]]:
-        """Every reply that has come since the last call, at least one unless that takes longer; from any thread.
+        """All replies since the last call; waits for at least one, up to `timeout_s`. May be called from any thread.
 
-        Raises EngineGoneError when no server is left to answer, NeedsSyncError when none is left that may be lost, and
-        RefusedError, after which that request is forgotten.
+        Raises EngineGoneError when no server is left, NeedsSyncError when the only one left must not be risked, and
+        RefusedError, after which that request is dropped.
         """
         if self._next is not None:
             error, self._next = self._next, None
@@ -100,11 +100,11 @@ class RequestStream:
             return []
 
     async def stop(self, *, abort: bool, held_s: float | None = None) -> list[tuple[int, Generated]]:
-        """Every reply since the last call; nothing is under way any more. abort: cut off what is, else wait for it.
+        """All replies since the last call; nothing is under way when this returns. abort: cut off what is, else wait for it.
 
-        held_s: seconds after which a server that took note of an abort and gives nothing back has failed; 60 unless told.
+        held_s: seconds after which a server that acknowledged an abort but returns nothing has failed; 60 by default.
 
-        A key that has no reply then (its servers have failed, or it had not begun) is forgotten.
+        A key without a reply by then (its servers have failed, or it had not begun) is dropped.
         """
         self._is_stopping = abort
         loop, held_s = asyncio.get_running_loop(), _HELD_S if held_s is None else held_s
@@ -114,7 +114,7 @@ class RequestStream:
                 await self._abort_all()
                 if loop.time() > end:
                     self._give_up_holders(held_s)
-            # Once more after a while: an abort may have come before its request.
+            # Repeated after a while: an abort may have arrived before its request.
             tasks = [running.task for running in self._running.values()]
             if tasks:
                 await asyncio.wait(tasks, timeout=0.5 if abort else None)
@@ -127,7 +127,7 @@ class RequestStream:
         replies = []
         while not self._replies.empty():
             reply = self._replies.get()
-            if isinstance(reply, tuple):  # an error the next `submit` will see for itself
+            if isinstance(reply, tuple):  # an error would recur at the next `submit`
                 replies.append(reply)
         return replies
 
@@ -158,7 +158,7 @@ class RequestStream:
         self._begin()
 
     def _withdraw(self, keys: Collection[int]) -> None:
-        """Nobody waits for these any more."""
+        """Drop these requests of `answer`: nobody waits for them any more."""
         for key in keys:
             del self._awaited[key]
             self._requests.pop(key, None)
@@ -168,7 +168,7 @@ class RequestStream:
                 running.task.cancel()
 
     def _begin(self) -> None:
-        """Give waiting requests to servers that have room."""
+        """Start waiting requests at servers with capacity."""
         fleet, loop = self._fleet, asyncio.get_running_loop()
         while not self._is_stopping:
             clients = {client.name: client for client in fleet.serving}
@@ -178,7 +178,7 @@ class RequestStream:
             fleet.apart = self._dispatch.apart
             if order is None:
                 break
-            # The dot: SGLang's scheduler cuts off every request whose id begins with what it is given.
+            # The dot: SGLang's scheduler aborts every request whose id starts with the given one.
             rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
             work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
             self._running[rid] = _Running(order.key, client, loop.create_task(work))
@@ -186,7 +186,7 @@ class RequestStream:
             self._fail()
 
     def _fail(self) -> None:
-        """Whoever waits hears why nothing of it can begin."""
+        """Tell everyone who waits why nothing can start."""
         error: _Error
         try:
             self._fleet.refuse_if_gone()
@@ -218,7 +218,7 @@ class RequestStream:
             outcome = error
         except GivenUpError as error:
             outcome = _given_up(str(error))
-        except (Exception, asyncio.CancelledError):  # whatever it was: a request that nobody answers is waited for
+        except (Exception, asyncio.CancelledError):  # whatever it was: an unanswered request would be waited for forever
             pass
         at = self._running.pop(rid).client
         if failures.deaths > deaths:
@@ -236,7 +236,7 @@ class RequestStream:
         self._begin()
 
     def _move(self, rid: str, others: Sequence[ServerClient]) -> ServerClient:
-        """Where a request goes that a server called wrong: there it is to be cut off, and no longer here."""
+        """Choose the server for a request that another one refused; from now on it is aborted there."""
         clients = {client.name: client for client in others}
         client = clients[self._dispatch.move(self._running[rid].key, clients)]
         self._running[rid] = self._running[rid]._replace(client=client)
@@ -276,17 +276,17 @@ class RequestStream:
             await asyncio.gather(*(self._abort(rid, running) for rid, running in list(self._running.items())))
             return
         for running in list(self._running.values()):
-            if running.client.name in self._fleet.failed:  # nobody asks it any more, not even to give back what it has
+            if running.client.name in self._fleet.failed:  # it is sent nothing any more, not even aborts
                 running.task.cancel()
         if not await self._fleet.abort_all(_ABORT_TIMEOUT_S) and self._running:
-            # Which requests a server that hangs has, only a router knows; what the others had they give back at once.
+            # Only the router knows which requests a hanging server has; the other servers return theirs at once.
             tasks = [running.task for running in self._running.values()]
             _, late = await asyncio.wait(tasks, timeout=_GIVE_BACK_S)
             for task in late:
                 task.cancel()
 
     def _give_up_holders(self, held_s: float) -> None:
-        """Of requests that should have come back long ago. Behind a router it is not known who they are."""
+        """Mark servers that hold requests for too long. Behind a router they are unknown, and the router is given up."""
         why = f"took note of aborts, and did not give back within {held_s:g} s what it had"
         router = self._fleet.router
         for running in list(self._running.values()):
@@ -297,7 +297,7 @@ class RequestStream:
             running.task.cancel()
 
     async def _abort(self, rid: str, running: _Running) -> None:
-        """A server that does not take note has failed; its request is given up."""
+        """A server that does not acknowledge the abort has failed; its request is cancelled."""
         try:
             await running.client.abort(rid, timeout_s=_ABORT_TIMEOUT_S)
         except ServerError as error:

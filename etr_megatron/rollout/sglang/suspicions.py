@@ -1,4 +1,4 @@
-"""Problems that servers may have died of, in a file: a run that is started again would lose the same servers to them."""
+"""Problems that may have killed servers, kept in a file: a restarted run would otherwise lose servers to them again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Suspicions:
-    """deaths: by the problem's id, of servers that had it among others and no answer yet. given_up: of problems that a server
-    died of alone, why. file: None keeps them in memory alone."""
+    """deaths: problem id -> number of servers that died with it among others, until it is answered. given_up: id of a problem
+    that alone killed a server -> why. file: None keeps both in memory only."""
 
     file: Path | None = None
     deaths: dict[str, int] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Suspicions:
 
     @classmethod
     def read(cls, file: Path) -> Suspicions:
-        """What `write` wrote last; none where there is no such file, or it is none of ours."""
+        """What `write` wrote last; empty when there is no such file or it cannot be read."""
         try:
             found = json.loads(file.read_text())
             return cls(file, dict(found["deaths"]), dict(found["given_up"]))
@@ -36,13 +36,13 @@ class Suspicions:
             return cls(file)
 
     def write(self, deaths: Mapping[str, int]) -> None:
-        """Where they are others than before. A disk that takes nothing is said: it is not what a run ends for."""
+        """Write the deaths if they have changed. A write error is only logged: the run must not end over it."""
         if self.deaths != deaths:
             self.deaths = dict(deaths)
             self._write()
 
     def give_up(self, problem: str, why: str) -> None:
-        """Nobody is asked this any more."""
+        """Record why this problem is not requested any more."""
         self.given_up[problem] = why
         self._write()
 

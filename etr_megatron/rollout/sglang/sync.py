@@ -1,7 +1,7 @@
-"""A weight sync as a transaction on the servers: pause, begin; what is sent; end, flush, version, continue.
+"""A weight sync as a transaction on the servers: pause, begin; transfer; end, flush, set version, continue.
 
-Servers keep what they have in hand (`retract`). One that fails at any of this takes no more traffic, as it may have weights of
-two versions: it must get a whole sync before it serves again.
+Servers keep their requests (`retract`). A server that fails at any of this takes no more traffic, as it may have weights of two
+versions: it needs a complete sync before it serves again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 from etr_megatron.rollout.sglang.fleet import Fleet
 
 _GOODBYE_S = 5.0
-"""How long a server that has failed may take to be let go."""
+"""Timeout of the requests that resume a failed server."""
 
 
 class Transaction:
-    """The steps of a sync before and after the transfer. timeout_s: of every request, whose failure names the server."""
+    """The steps of a sync before and after the transfer. timeout_s: of every request; errors name the server."""
 
     def __init__(self, fleet: Fleet, timeout_s: float) -> None:
         self._fleet, self._timeout_s = fleet, timeout_s
@@ -31,7 +31,7 @@ class Transaction:
         self._fleet.refuse_if_gone()
 
     async def finish(self, version: int) -> None:
-        """Close the update, drop caches, and hold servers to `version`: those that answer with another serve no more.
+        """Close the update, flush caches and set `version`; servers that then report another version take no more traffic.
 
         Raises EngineGoneError when none is left.
         """
@@ -46,23 +46,23 @@ class Transaction:
         self._fleet.refuse_if_gone()
 
     async def abandon(self, why: str) -> None:
-        """After a failure of ours in the middle: servers go on, so that nobody waits for them, but take no traffic of ours."""
+        """After a failure on our side: resume the servers, so that nobody waits for them, but mark them as failed."""
         for client in self._fleet.serving:
             self._fleet.mark_failed(client, why)
         await self._let_go()
 
     async def _let_go(self) -> None:
-        """Servers that were paused and have failed go on as well, if they still can: they may have users besides us."""
+        """Resume also the servers that were paused and have failed, if they still can: they may have other users."""
         failed = [client for client in self._paused if client.name in self._fleet.failed]
         await asyncio.gather(*map(self.end_what_is_open, failed))
         self._paused = []
 
     async def end_what_is_open(self, client: ServerClient) -> None:
-        """Have a server go on that is paused, in an update or not. One that refuses, or says nothing for a while, is left as
+        """Resume a paused server, whether an update is open or not. A server that refuses or does not answer in time is left as
         it is."""
         for route in ("/end_weight_update", "/continue_generation"):
             if client.has(route):
-                with suppress(ServerError):  # of the first, where the update was closed already or never opened
+                with suppress(ServerError):  # from the first route, if no update is open
                     await client.call(route, {}, timeout_s=min(_GOODBYE_S, self._timeout_s))
 
     async def _open(self, client: ServerClient) -> None:
@@ -73,7 +73,7 @@ class Transaction:
         except ServerError as error:
             if "already open" not in str(error):
                 raise
-            # by a job that ended in the middle of a sync
+            # left open by a job that ended in the middle of a sync
             await client.call("/end_weight_update", {}, timeout_s=self._timeout_s)
             await client.call("/begin_weight_update", {}, timeout_s=self._timeout_s)
 

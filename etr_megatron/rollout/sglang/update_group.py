@@ -1,6 +1,6 @@
 """The process group over which the trainer's rank 0 sends weights to the workers of servers.
 
-It is made the way SGLang makes its side of it, and is apart from the job's own groups.
+It is created in the same way as SGLang creates its side, and is separate from the job's own groups.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class UpdateGroup:
 
     def __init__(self, workers: int, *, host: str, backend: str, timeout_s: float) -> None:
         """Open the store on a free port of `host`; nobody has joined yet. workers: of all servers together."""
-        # A server keeps the groups of other jobs that it served, and refuses a name that it has had.
+        # A server keeps the groups of earlier jobs and refuses a name that it already has.
         self.name = f"etr_weights_{uuid.uuid4().hex}"
         self.backend, self.host, self.world = backend, host, workers + 1
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        # Used by nobody here, so that `close` ends it, and with it every wait of those who look for the others in it.
+        # Nothing else here holds it, so `close` shuts it down and thereby ends the wait of everyone in its rendezvous.
         self._master: dist.TCPStore | None = dist.TCPStore(
             host, 0, self.world, is_master=True, wait_for_workers=False, timeout=self._timeout
         )
@@ -31,9 +31,9 @@ class UpdateGroup:
         self._group: dist.ProcessGroup | None = None
 
     def join(self) -> None:
-        """Form the group; blocks until all workers have come. Raises what torch raises when they do not in time."""
+        """Form the group; blocks until all workers have joined. Raises torch's error when they do not join in time."""
         store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
-        # torch has no public way to make a group outside of the default one's ranks; SGLang calls the same function.
+        # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
         self._group, _ = c10d._new_process_group_helper(
             self.world,
             0,
@@ -47,15 +47,15 @@ class UpdateGroup:
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send uint8 [n] to all workers; `flat` stays the caller's. Raises what torch raises when one of them is gone."""
+        """Send uint8 [n] to all workers; `flat` stays the caller's. Raises torch's error when one of them is gone."""
         assert self._group is not None
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
         work.wait(self._timeout)
-        if flat.is_cuda:  # with NCCL wait() is for the stream alone
+        if flat.is_cuda:  # with NCCL, wait() only blocks the stream
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Leave; workers that still wait in a broadcast, or for others to join, see the connection close."""
+        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close."""
         self._master = None
         if self._group is not None:
             dist.destroy_process_group(self._group)

@@ -1,10 +1,10 @@
 """Keeps a server from outliving the job: `python watchdog.py GRACE_S FD COMMAND...`, stdin a pipe that the job holds open.
 
 The server runs in a session of its own, so that everything it starts can be killed as one process group; its schedulers would
-otherwise survive it. When the pipe closes, which the kernel sees to even after `kill -9` of the job, the group gets SIGTERM
-and, after GRACE_S seconds, SIGKILL. When the server ends first, what is left of the group is ended likewise, and its exit code
-passed on. The server's pid is written to the file descriptor FD, for the job to end the group should this process be killed
-itself; the server then gets SIGKILL (on Linux). Stdlib only; nothing of this package is imported.
+otherwise survive it. When the pipe closes (the kernel closes it even after `kill -9` of the job), the group gets SIGTERM and,
+after GRACE_S seconds, SIGKILL. When the server ends first, the rest of the group is ended in the same way, and the server's
+exit code is passed on. The server's pid is written to file descriptor FD, so that the job can end the group if the watchdog
+itself is killed; the server then gets SIGKILL (on Linux). Uses only the standard library; imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Whether anything is there to be signalled."""
+    """Signal the group; returns whether it still has processes."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -47,7 +47,7 @@ def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
 def main() -> int:
     """Run the server until it ends or the pipe closes."""
     grace_s, report, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    # A signal for the job's terminal or session is the job's to answer; the pipe tells what came of it.
+    # Signals to the job's terminal or session are for the job to handle; if it ends, the pipe closes.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _prepare() -> None:
-    """In the server's process, before it is the server."""
+    """Runs in the server's process before exec."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

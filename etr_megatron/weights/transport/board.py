@@ -1,7 +1,7 @@
-"""A notice board of the ranks of a sync on a key-value store: who has arrived, who has failed and why.
+"""A notice board for the ranks of a sync, on a key-value store: which have arrived, which have failed and why.
 
-A collective that fails says at best that a connection is gone. The board says whose fault it was: every rank writes down where
-it is, and one that gives up writes down the reason.
+A collective that fails reports at best that a connection is gone. The board shows which rank is at fault: every rank records
+its phase, and one that gives up records the reason.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from contextlib import suppress
 import torch.distributed as dist
 
 _SHORTEST_POLL_S, _POLL_S, _POLL_GROWTH = 0.0002, 0.05, 1.2
-"""How often a waiting rank looks at the board: often at first, less and less then, so that it is late by a fifth at most."""
+"""A waiting rank polls the board at intervals that grow, so that it notices a change late by a fifth of its wait at most."""
 
 _GRACE_S = 3.0
-"""How long a failing rank waits for others, whose deadlines end at about the same time, to write down that they are there."""
+"""How long a failing rank waits for others, whose deadlines are at about the same time, to record that they are there."""
 
 
 class SyncError(RuntimeError):
@@ -24,9 +24,9 @@ class SyncError(RuntimeError):
 
 
 class Board:
-    """What `world` ranks tell each other on `store`. timeout_s: deadline of a meeting, and of the transfers after it.
+    """Messages between `world` ranks on `store`. timeout_s: of a meeting, and of the transfers after it.
 
-    After a SyncError the ranks no longer agree on where they are: the board refuses further use.
+    After a SyncError the ranks no longer agree on their phase: the board refuses further use.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout_s: float) -> None:
@@ -40,12 +40,12 @@ class Board:
         self._broken: str | None = None
 
     def start(self, version: int) -> None:
-        """Turn to a new sync, which begins with a meeting. Raises SyncError where one has failed on this board before."""
+        """Start a new sync, which begins with a meeting. Raises SyncError if one has failed on this board before."""
         if self._broken:
             raise SyncError(f"this transport has failed before ({self._broken}); open a new one")
         self._sync += 1
         self._what = f"the weight sync of version {version}"
-        for key in self._old:  # everyone has left that sync: all were at the begin of the one after it
+        for key in self._old:  # all ranks have left that sync: they met at the beginning of the next one
             self._store.delete_key(key)
         self._old, self._current = self._current, []
 
@@ -53,14 +53,14 @@ class Board:
         return f"{self._sync}/{name}" + ("" if rank is None else f"/{rank}")
 
     def meet(self, phase: str) -> None:
-        """Wait until all ranks are at this phase of the sync. Raises SyncError naming those that are not, or that failed."""
+        """Wait until all ranks reach this phase of the sync. Raises SyncError naming those that do not, or that failed."""
         self._arrive(phase)
         self._await([self._key(phase, rank) for rank in range(self.world)], self.timeout_s)
 
     def follow(self, phase: str, leader: int, timeout_s: float) -> None:
-        """Be at this phase; others than the leader wait `timeout_s` seconds at most until it is. Raises SyncError as `meet`.
+        """Reach this phase; ranks other than the leader wait for it, up to `timeout_s` seconds. Raises SyncError as `meet`.
 
-        What the leader does between two phases, which the others have no part in, hence does not count as theirs to wait for.
+        So what the leader does alone between two phases does not count against the timeout of the others' transfers.
         """
         self._arrive(phase)
         self._await([self._key(phase, leader)], timeout_s)
@@ -74,9 +74,9 @@ class Board:
     def _await(self, keys: list[str], timeout_s: float) -> None:
         self._patience, self._deadline = timeout_s, time.monotonic() + timeout_s
         pause = _SHORTEST_POLL_S
-        # The store's own wait prints a warning whenever it runs into its deadline, and does not see failures.
+        # The store's own wait prints a warning at every timeout, and does not see failures.
         while not self._store.check(keys):
-            # One that failed after the meeting had been at it before: then all pass, and agree on whether the sync has begun.
+            # A rank that failed after the meeting had attended it: then all pass, and agree on whether the sync has begun.
             late = self.left() <= 0
             if (late or self.has_failed()) and not self._store.check(keys):
                 raise self.fail("")
@@ -93,14 +93,14 @@ class Board:
         return self._store.check([self._key("failed")])
 
     def refuse_failed(self) -> None:
-        """Raise SyncError where some rank has given up."""
+        """Raise SyncError if some rank has given up."""
         if self.has_failed():
             raise self.fail("")
 
     def report(self, reason: str = "", *, lost: int | None = None) -> None:
-        """Tell the others that this rank gives up: for a reason of its own, or (`lost`) as the connection to a rank is gone.
+        """Tell the others that this rank gives up: for a reason of its own, or because its connection to rank `lost` is gone.
 
-        Only what is told first counts. Without either it has only waited for others.
+        Only the first report counts. Without either argument, the rank has only waited for others.
         """
         if self._broken is None:
             self._broken = reason or f"waited {self._patience:g} s at the {self._phase}"
@@ -109,12 +109,12 @@ class Board:
                 self._store.set(self._key("failed"), "")
 
     def fail(self, reason: str) -> SyncError:
-        """`report` and `failure` in one. reason: empty where this rank has only waited for others."""
+        """`report` and `failure` in one. reason: empty if this rank has only waited for others."""
         self.report(reason)
         return self.failure()
 
     def failure(self) -> SyncError:
-        """The error to raise after `report`: it names whoever is at fault. Takes some seconds where a rank says nothing."""
+        """The error to raise after `report`, which names the ranks at fault. Takes some seconds if a rank is silent."""
         try:
             blame = self._blame()
         except RuntimeError:
@@ -123,7 +123,7 @@ class Board:
         return SyncError(f"rank {self.rank}: {self._broken}")
 
     def _blame(self) -> str:
-        """Ranks with a reason of their own; else those whose connection was lost, or that did not come, and say nothing."""
+        """Ranks that reported a reason of their own; else the silent ones whose connection was lost, or that did not come."""
         grace = time.monotonic() + _GRACE_S
         while True:
             told = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}

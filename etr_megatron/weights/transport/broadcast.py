@@ -1,7 +1,7 @@
-"""Full HF tensors in flat buckets to every receiver: what a stock server takes, and each receiver cuts its shard itself.
+"""Sends full HF tensors in flat buckets to every receiver, as a stock server takes them; each receiver cuts its own shard.
 
 The shards of a bucket's weights are gathered on process 0 (only what it does not hold itself), quantised there if asked for,
-and broadcast. While a bucket travels the next one is gathered.
+and broadcast. While a bucket is sent, the next one is gathered.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from etr_megatron.weights.transport.wire import Part, Wire
 
 
 class BroadcastTransport(CollectiveTransport):
-    """See `Transport`. The source is the wire's processes from 0, the destination those from `destination_start` (behind it).
+    """See `Transport`. The source is the wire's processes from 0 on, the destination those from `destination_start` on (by
+    default after the source).
 
     groups: the buckets; `Group.tensors` is what a server must be told about one. bucket_bytes: bound of a bucket (or the
-    largest weight), of which there are two, and of those of the gather. The other arguments are those of `ShardedTransport` and
-    `make_plan`. Raises as they do; FP8 blocks that a source cuts are no obstacle here, those that a destination cuts are.
+    largest weight), of which there are two, and of the gather's buckets. The other arguments are those of `ShardedTransport`
+    and `make_plan`. Raises as they do, except that the source may cut FP8 blocks; the destination may not.
     """
 
     def __init__(

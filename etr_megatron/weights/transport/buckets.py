@@ -1,8 +1,8 @@
-"""Buckets of bounded size: which part of which transfer lies at which byte of which message, the same on both sides.
+"""Buckets of bounded size: which part of which transfer is at which byte of which message, the same on both sides.
 
-Small tensors travel packed in one flat message; those with larger elements come first, so nothing needs to be aligned and every
-byte is payload. A large one is a message of its own: on a side where it lies in one piece it is sent from, or received into,
-the shard itself and never copied.
+Small tensors are packed into one flat message; those with larger elements come first, so no alignment is needed and every byte
+is payload. A large tensor is a message of its own: on a side where it is contiguous, it is sent from, or received into, the
+shard itself and never copied.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, sc
 from etr_megatron.weights.shards import Index, box
 
 ALONE_BYTES = 1 << 18
-"""From this size on a tensor is a message of its own."""
+"""Tensors of at least this size are messages of their own."""
 
 Shards = Mapping[str, Tensor]
-"""A rank's shards by `Weight.megatron`; of a quantised destination the scales as well, under name + SCALE_SUFFIX."""
+"""A rank's shards by `Weight.megatron`; for a quantised destination the scales as well, under name + SCALE_SUFFIX."""
 
 
 _ALIGNMENT = 64
@@ -67,7 +67,7 @@ def _rows(transfer: Transfer, first: int, rows: int) -> Transfer:
 
 
 def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -> Iterator[list[Transfer]]:
-    """Fill one bucket of `limit` bytes after the other; a row (or row of blocks) that is larger has a bucket for itself."""
+    """Fill one bucket of `limit` bytes after the other; a row (or row of blocks) that is larger gets a bucket of its own."""
     filling: list[Transfer] = []
     space = limit
     for whole in transfers:
@@ -89,7 +89,7 @@ def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -
 
 
 def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, limit: int) -> list[Bucket]:
-    """The transfers of one pair of ranks in buckets of about `limit` bytes at most. dtype: of what travels unquantised."""
+    """The transfers of one pair of ranks, in buckets of at most about `limit` bytes. dtype: of what is sent unquantised."""
     buckets = []
     for parts in _cut(plan, transfers, dtype.itemsize, limit):
         tensors: list[tuple[Transfer, bool, torch.dtype, Index]] = []
@@ -113,7 +113,7 @@ def _place(tensors: Sequence[tuple[Transfer, bool, torch.dtype, Index]]) -> Buck
             offset += slot.nbytes
     end = offset
     for number, slot in enumerate(alone):
-        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is in memory alone
+        end = -(-end // _ALIGNMENT) * _ALIGNMENT  # the gap is in memory only and not sent
         alone[number] = slot._replace(offset=end)
         end += slot.nbytes
     return Bucket(tuple(packed), tuple(alone), offset, end)
@@ -127,17 +127,17 @@ def _box(transfer: Transfer, shards: Shards, at: Index, scales_block: int | None
 
 
 def source_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
-    """A view of what a transfer takes from a source's shard, or from its scales where `scales_block` is given."""
+    """A view of what a transfer takes from a source's shard, or from its scales if `scales_block` is given."""
     return _box(transfer, shards, transfer.source_at, scales_block)
 
 
 def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
-    """A view of what a transfer fills in a destination's shard, or in its scales where `scales_block` is given."""
+    """A view of what a transfer fills in a destination's shard, or in its scales if `scales_block` is given."""
     return _box(transfer, shards, transfer.destination_at, scales_block)
 
 
 def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
-    """The bytes of a slot in the shard itself, where it lies there just as it travels; else None."""
+    """The bytes of a slot in the shard itself, if it is there exactly as it is sent; else None."""
     if sending and plan.is_fp8(slot.transfer.weight):
         return None
     block = plan.fp8_block if slot.scales else None
@@ -148,7 +148,7 @@ def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, s
 
 
 def messages(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> list[Tensor]:
-    """The bucket as flat uint8 tensors in the order in which they travel: parts of `flat` (uint8) or of the shards."""
+    """The bucket as flat uint8 tensors in the order in which they are sent: parts of `flat` (uint8) or of the shards."""
     found = [flat[: bucket.packed]] if bucket.packed else []
     for slot in bucket.alone:
         own = _in_place(plan, slot, shards, flat.device, sending=sending)
@@ -157,7 +157,7 @@ def messages(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sendin
 
 
 def _copied(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending: bool) -> Iterator[Slot]:
-    """Slots that go by way of the buffer."""
+    """Slots that are copied through the buffer."""
     yield from bucket.slots
     for slot in bucket.alone:
         if _in_place(plan, slot, shards, flat.device, sending=sending) is None:
@@ -166,12 +166,12 @@ def _copied(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, *, sending
 
 @torch.no_grad()
 def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.dtype) -> None:
-    """Fill `flat` (uint8) from a source's shards on the shards' device: cast to `dtype`, of that quantised what is to be.
+    """Fill `flat` (uint8) from a source's shards on the shards' device: cast to `dtype`, and then quantised where required.
 
-    What is quantised is cast first as well, so that its bits do not depend on the transport or on the source's own dtype.
+    Values to be quantised are cast first as well, so that their bits do not depend on the transport or the source's own dtype.
     """
     quantised: dict[tuple[str, Index], Tensor] = {}
-    # Scales come before their values, so both are there when the values' turn comes.
+    # Scales come before their values, whose quantised form is then kept until their turn.
     for slot in _copied(plan, bucket, flat, shards, sending=True):
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
@@ -186,14 +186,14 @@ def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.
 
 @torch.no_grad()
 def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
-    """Copy a received bucket to where it belongs in a destination's shards."""
+    """Copy a received bucket into a destination's shards."""
     for slot in _copied(plan, bucket, flat, shards, sending=False):
         destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).copy_(slot.view(flat))
 
 
 @torch.no_grad()
 def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
-    """A transfer within a process, with the values that another one would have got; see `pack`."""
+    """A transfer within a process, with the values that another process would have received; see `pack`."""
     values = source_box(transfer, sources).to(dtype)
     if plan.is_fp8(transfer.weight):
         values, scales = quantize_blocks(values, plan.fp8_block)

@@ -19,7 +19,7 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 class Wanted(NamedTuple):
-    """What a shard must be. filled: rows from the top that are not padding; dtype: None for any that is not FP8."""
+    """What a shard must be. filled: rows from the top that are not padding. dtype: None allows any but FP8."""
 
     shape: tuple[int, ...]
     filled: int
@@ -40,7 +40,7 @@ def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block
 
 
 def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], given: Shards | None) -> None:
-    """Raises ValueError for shards without the role, or naming all that are missing or of another shape or type."""
+    """Raises ValueError for shards on a rank without the role, or naming all that are missing or of another shape or type."""
     if rank is None and given:
         raise ValueError(f"shards were given for a {role}, which this rank is not")
     problems = []
@@ -57,7 +57,7 @@ def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], give
 
 
 def _let_go(error: BaseException) -> None:
-    """Clear the frames that an error came through: messages under way in them would keep gloo's connections open."""
+    """Clear the frames of an error's traceback: messages under way in them would keep gloo's connections open."""
     found: BaseException | None = error
     while found is not None:
         traceback.clear_frames(found.__traceback__)
@@ -65,7 +65,7 @@ def _let_go(error: BaseException) -> None:
 
 
 class CollectiveTransport:
-    """A transport all of whose ranks meet on a wire: the source's from process 0, the destination's from `start`."""
+    """A transport whose ranks all share a wire: the source's ranks from process 0, the destination's from `start`."""
 
     def __init__(
         self, wire: Wire, arch: Architecture, source: Placement, destination: Placement, start: int, fp8_block: int | None
@@ -112,7 +112,7 @@ class CollectiveTransport:
         self.versions.end(version)
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
-        """Fill the destinations, all but a vocabulary's padding."""
+        """Fill the destinations, except for a vocabulary's padding."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Weights by way of a directory: what `/update_weights_from_disk` of a server takes, and a reader of our own.
+"""Weights through a directory: what `/update_weights_from_disk` of a server takes, and a reader of our own.
 
-DIR/version_000007 holds safetensors files with their index, and version.json. It appears under that name in one step, complete
-and on disk; while it is being written it is DIR/.version_000007.unfinished. One that is written again is put aside, under
-DIR/.version_000007.replaced, while the new one takes its name: after a crash in that moment the next sync brings it back.
+DIR/version_000007 holds safetensors files with their index, and version.json. It appears under that name atomically, complete
+and on disk; while it is being written it is DIR/.version_000007.unfinished. When a version is written again, the old one is
+renamed to DIR/.version_000007.replaced while the new one takes its name: after a crash in between, the next sync restores it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from etr_megatron.weights.transport.whole import Gather, groups_of
 from etr_megatron.weights.transport.wire import Wire
 
 VERSION_FILE = "version.json"
-"""{"version": number, "run": text, "checksums": {tensor: `checksum`}}; checksums are there when the writer makes them."""
+"""{"version": number, "run": text, "checksums": {tensor: `checksum`}}; checksums is empty unless the writer computes them."""
 
 _REPLACED = ".replaced"
 
@@ -49,12 +49,12 @@ _POLL_S = 0.1
 
 
 def version_directory(directory: str | Path, version: int) -> Path:
-    """Where a version lies once it is complete."""
+    """Directory of a version once it is complete."""
     return Path(directory) / f"version_{version:06d}"
 
 
 def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
-    """Weight (`Weight.megatron`) -> the rank that writes it: of those that hold a part of it, the one with the least so far."""
+    """Weight (`Weight.megatron`) -> the rank that writes it: the least loaded of those that hold a part of it."""
     loads = [0] * source.world
     owners = {}
     for weight in weights_of(arch):
@@ -66,15 +66,15 @@ def owners_of(source: Placement, arch: Architecture) -> dict[str, int]:
 
 
 class DiskWriter(CollectiveTransport):
-    """See `Transport`; all ranks of the source write, each its share of the tensors in full. The wire has just those ranks.
+    """See `Transport`; all ranks of the source write, each its share of the full tensors. The wire has exactly those ranks.
 
-    directory: on a file system that all of them and the readers see. run: tells the versions of this run from those that an
-    earlier one left in the directory, which are removed; readers are given the same. file_bytes: bound of a file (or the
-    largest weight), two of which a rank has in memory. keep: how many complete versions stay, those published last. The other
-    arguments are those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
+    directory: on a file system that all of them and the readers share. run: distinguishes the versions of this run from those
+    that an earlier one left in the directory, which are removed; readers get the same value. file_bytes: bound of a file (or
+    the largest weight), two of which a rank has in memory. keep: number of complete versions to keep, the last ones published.
+    The other arguments are those of `ShardedTransport` and `make_plan`. Raises ValueError for a `keep` below 1.
 
-    Rank 0 decides: a sync that fails before all have written leaves no version behind; one that fails while rank 0's answer is
-    awaited raises, and the version may be there all the same, whole.
+    Rank 0 decides: a sync that fails before all have written leaves no version behind. One that fails while the others wait for
+    rank 0's answer raises, although the complete version may exist.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DiskWriter(CollectiveTransport):
         try:
             if self.wire.rank == 0:
                 self._bring_back()
-                _remove(self.directory.glob(".version_*"))  # of a job that was killed
+                _remove(self.directory.glob(".version_*"))  # left by a killed job
                 unfinished.mkdir(parents=True)
             self.wire.board.meet("directory")
             written, sums = self._write_files(unfinished, sources)
@@ -124,12 +124,12 @@ class DiskWriter(CollectiveTransport):
             raise
 
     def _give_up(self, error: BaseException, unfinished: Path) -> None:
-        """Rank 0 removes what is there; the others do not know whether it has published it."""
+        """Rank 0 removes what was written; the others do not know whether it was published."""
         board = self.wire.board
         if self.wire.rank == 0:
-            if not isinstance(error, SyncError):  # before the others find their directory gone, and take that for the cause
+            if not isinstance(error, SyncError):  # or the others would take their missing directory for the cause
                 board.report(f"{type(error).__name__}: {error}")
-            # Under another name first: the others may be about to write one more file into it.
+            # Renamed first: the others may be about to write one more file into it.
             abandoned = unfinished.with_suffix(".abandoned")
             with suppress(FileNotFoundError):
                 os.rename(unfinished, abandoned)
@@ -139,7 +139,7 @@ class DiskWriter(CollectiveTransport):
             board.refuse_failed()
 
     def _write_files(self, folder: Path, sources: Shards) -> tuple[dict[str, str], dict[str, int]]:
-        """(tensor -> file, tensor -> checksum) of what this rank writes; a file is gathered while the one before is written."""
+        """Returns (tensor -> file, tensor -> checksum) of this rank; a file is gathered while the previous one is written."""
         written, sums = {}, {}
         with ThreadPoolExecutor(1) as disk:
             writing = disk.submit(lambda: None)
@@ -157,7 +157,7 @@ class DiskWriter(CollectiveTransport):
         return written, sums
 
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
-        """HF name -> tensor on CPU of this rank's file of that number; None where it only helps others with theirs."""
+        """HF name -> CPU tensor of this rank's file of that number; None if it only helps to gather the others' files."""
         own = self._own[number] if number < len(self._own) else None
         flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
         full = self._gather.group(number, sources, own, flat)
@@ -166,7 +166,7 @@ class DiskWriter(CollectiveTransport):
         return {field.name: field.view(flat).cpu() for field in own.tensors} if own is not None else None
 
     def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
-        """Rank 0 collects what all have written and gives the directory its name."""
+        """Rank 0 merges the lists of what all have written and gives the directory its name."""
         part = unfinished / f".rank{self.wire.rank}.json"
         part.write_text(json.dumps(own))
         self.wire.board.meet("written")
@@ -194,15 +194,15 @@ class DiskWriter(CollectiveTransport):
         _remove([*self.directory.glob(f".version_*{_REPLACED}"), *self._outdated(final)])
 
     def _bring_back(self) -> None:
-        """Give versions their names back that were put aside for others which have not come."""
+        """Restore versions that were set aside for a replacement that has not come."""
         for aside in self.directory.glob(f".version_*{_REPLACED}"):
-            with suppress(OSError):  # another one has the name
+            with suppress(OSError):  # a newer version has the name
                 os.rename(aside, self.directory / aside.name[1:].removesuffix(_REPLACED))
 
     def _outdated(self, published: Path) -> list[Path]:
-        """Versions of other runs, and all but the `keep` of this one that were published last.
+        """Versions of other runs, and all but the last `keep` that this run published.
 
-        Not those with the largest numbers: a run that goes back writes smaller ones.
+        The last ones need not have the largest numbers: a run that goes back writes smaller ones.
         """
         runs = {folder: _read_version_file(folder).get("run") for folder in self.directory.glob("version_*")}
         own = [folder for folder, run in runs.items() if run == self._run and folder != published]
@@ -219,9 +219,9 @@ class DiskWriter(CollectiveTransport):
 class DiskReader:
     """See `Transport`: one rank of a destination, which waits for a version to appear and reads its own ranges.
 
-    timeout_s: deadline of that wait. run: the writer's; a version of another one is not taken. checksums: read every tensor
-    that it needs in full and compare it with the writer's checksum, and the shards with the files. Raises UserError when FP8
-    blocks would be cut.
+    timeout_s: of that wait. run: the writer's; versions of other runs are ignored. checksums: read every tensor that it needs
+    in full and compare it with the writer's checksum, and the shards with the files. Raises UserError when FP8 blocks would be
+    cut.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class DiskReader:
         timeout_s: float = 600.0,
         checksums: bool = False,
     ) -> None:
-        make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)  # refuses blocks that are cut
+        make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)  # raises for blocks that are cut
         self.versions = Versions()
         self.directory, self._run, self._timeout_s = Path(directory), run, timeout_s
         self._rank, self._block, self._checksums = rank, fp8_block, checksums
@@ -246,7 +246,7 @@ class DiskReader:
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
         """See `Transport.sync`; `sources` must be None. Raises SyncError when the version does not appear, is damaged or does
-        not fit the shards, naming the tensors; what does not fit is refused before anything is written."""
+        not fit the shards, naming the tensors; a version that does not fit is refused before anything is written."""
         if sources is not None:
             raise ValueError("a reader has no sources")
         folder = version_directory(self.directory, version)
@@ -262,7 +262,7 @@ class DiskReader:
         self.versions.end(version)
 
     def _wait_for(self, folder: Path, version: int) -> dict:
-        """What the version's file says, once it is there."""
+        """The content of the version's file, once it is there."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             said = _read_version_file(folder)
@@ -320,17 +320,17 @@ class DiskReader:
             raise ValueError(f"{name} differs in the shard from the file")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 def _of_scales(piece: Piece, block: int) -> Piece:
-    """The scales' piece that belongs to a piece of whole blocks."""
+    """The piece of the scales for a piece of whole blocks."""
     begin, at = (tuple(i // block for i in corner) for corner in (piece.begin, piece.at))
     return Piece(piece.hf, begin, at, scale_shape(*piece.size, block))
 
 
 def _read_version_file(folder: Path) -> dict:
-    """Empty where there is none; also where it disappears meanwhile, as old versions do."""
+    """The version file's content; empty if there is none, or if it disappears meanwhile, as old versions do."""
     try:
         return json.loads((folder / VERSION_FILE).read_text())
     except (OSError, ValueError):
@@ -340,7 +340,7 @@ def _read_version_file(folder: Path) -> dict:
 def _write_file(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # also for a full disk, and without the file's name
+    except SafetensorError as error:  # also for a full disk, and does not name the file
         raise OSError(f"{file} cannot be written: {error}") from error
     sync_to_disk(file)
 

@@ -1,8 +1,8 @@
-"""Buckets of a plan between ranks, in rounds.
+"""Exchanges the buckets of a plan between ranks, in rounds.
 
 Messages between two ranks are buckets. All ranks work through rounds: in round n every pair exchanges its bucket n. A rank only
-ever waits for messages of its own round, and the rank that is furthest behind waits for nobody, so nothing can lock up. While a
-round travels, the next one is packed and the one before is unpacked.
+ever waits for messages of its own round, and the rank that is furthest behind waits for nobody, so there is no deadlock. While
+a round is sent, the next one is packed and the previous one is unpacked.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from etr_megatron.weights.transport.buckets import Bucket, Shards, buckets_of, c
 from etr_megatron.weights.transport.wire import Message, Wire
 
 SMALLEST_BUCKET = 1 << 20
-"""Bound of a pair's buckets, however many pairs there are."""
+"""The bound of a pair's buckets is at least this, however many pairs there are."""
 
 Memory = dict[tuple[bool, int, int], Tensor]
 """(sending, peer, parity of the round) -> uint8 buffer; exchanges that follow each other may share it."""
 
 
 class Exchange:
-    """The part of one rank in a plan. See `ShardedTransport` for the arguments; `run` is a collective without any meeting."""
+    """One rank's part of a plan. See `ShardedTransport` for the arguments; `run` is a collective without any meeting."""
 
     def __init__(self, plan: Plan, wire: Wire, *, dtype: torch.dtype, bucket_bytes: int, memory: Memory | None = None) -> None:
         self.plan, self.wire, self.dtype = plan, wire, dtype
@@ -35,7 +35,7 @@ class Exchange:
         self._memory: Memory = {} if memory is None else memory
 
     def _own_buckets(self, bucket_bytes: int) -> tuple[dict[int, list[Bucket]], dict[int, list[Bucket]]]:
-        """This rank's buckets by the other process. A pair's bucket size follows from the busier end's number of peers."""
+        """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
         plan = self.plan
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
         sources: dict[int, int] = {}
@@ -70,7 +70,7 @@ class Exchange:
                     unpack(self.plan, buckets[number], self._buffer(False, source, number), destinations)
 
     def forget(self) -> None:
-        """Give up the buckets' memory."""
+        """Free the buckets' memory."""
         self._memory.clear()
 
     def _pack(self, number: int, sources: Shards) -> None:
@@ -79,7 +79,7 @@ class Exchange:
                 pack(self.plan, buckets[number], self._buffer(True, destination, number), sources, self.dtype)
 
     def _post(self, number: int, sources: Shards, destinations: Shards) -> list[tuple[int, Any]]:
-        """Begin a round."""
+        """Start a round."""
 
         def of_all(own: dict[int, list[Bucket]], shards: Shards, sending: bool) -> list[Message]:
             return [
@@ -94,7 +94,7 @@ class Exchange:
         return self.wire.exchange(of_all(self._outgoing, sources, True), of_all(self._incoming, destinations, False))
 
     def _buffer(self, sending: bool, peer: int, number: int) -> Tensor:
-        """Memory for bucket `number` of a peer: one of two, so that a round can travel while its neighbours are worked on."""
+        """Memory for bucket `number` of a peer: one of two, so that a round is sent while its neighbours are worked on."""
         key = sending, peer, number % 2
         size = max(bucket.nbytes for bucket in (self._outgoing if sending else self._incoming)[peer])
         if key not in self._memory or self._memory[key].numel() < size:
@@ -103,7 +103,7 @@ class Exchange:
         return self._memory[key]
 
     def _copy_what_is_here(self, sources: Shards, destinations: Shards) -> None:
-        """Transfers within this process."""
+        """Copy the transfers within this process."""
         here = (self.source, self.destination)
         for transfer in self.plan.pairs.get(here, ()) if None not in here and self.plan.is_local(*here) else ():
             copy_local(self.plan, transfer, sources, destinations, self.dtype)

@@ -1,4 +1,4 @@
-"""What every transport offers, and how a receiver knows which version it holds."""
+"""The interface of every transport, and how a receiver knows which version it holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from etr_megatron.weights.transport.buckets import Shards
 class Versions:
     """Which version of the weights a receiver holds.
 
-    complete: the version that all ranks have agreed to be whole, None before the first one and from the begin of a sync until
-    its end. begun: the version whose sync has begun last. So a sync that failed leaves `complete` None, and weights are used
-    only when `require` lets them be.
+    complete: the version that all ranks have agreed is complete, None before the first one and during a sync. begun: the
+    version whose sync began last. So a failed sync leaves `complete` None; `require` guards the use of the weights.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,7 @@ class Versions:
         self.complete, self.begun = None, version
 
     def end(self, version: int) -> None:
-        """All of them have arrived everywhere."""
+        """All weights have arrived everywhere."""
         self.complete = version
 
     def require(self) -> int:
@@ -46,14 +45,14 @@ class Transport(Protocol):
     versions: Versions
 
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
-        """Transfer one version. A rank passes its shards in the role, or both roles, that the plan gives it.
+        """Transfer one version. A rank passes its shards for the role, or both roles, that the plan gives it.
 
         Returns when every rank has confirmed that it has everything; only then is the version complete. Raises SyncError naming
-        the ranks that are missing or failed, or the tensors whose checksums differ; the transport is of no use after it. A
-        destination's shards then hold a mixture, and `versions.complete` is None.
+        the ranks that are missing or failed, or the tensors whose checksums differ; the transport cannot be used after it. A
+        destination's shards then hold a mixture of versions, and `versions.complete` is None.
         """
         ...
 
     def close(self) -> None:
-        """Give up connections and buckets."""
+        """Release connections and buckets."""
         ...

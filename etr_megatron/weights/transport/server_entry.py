@@ -1,4 +1,4 @@
-"""The entry point of `server_loader` for servers that die of an exception in a weight loader, as SGLang's do."""
+"""The entry point of `server_loader` for servers that crash on an exception in a weight loader, as SGLang does."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """See `server_loader.load`. A sync that did not complete is logged: the training ranks know it without being told. A worker
-    that an offer is not for tells them so.
+    """See `server_loader.load`. A sync that did not complete is only logged, as the training ranks know of it. Parameters that
+    do not match the offer are reported to them.
 
-    The worker lives on, after a sync with a mixture of two versions, and must get a whole one before it serves. Other errors
-    are raised.
+    The worker survives, after an incomplete sync with a mixture of two versions, and must get a complete one before it serves.
+    Other errors are raised.
     """
     named = list(named_tensors)
     try:

@@ -1,17 +1,17 @@
-"""What runs inside a server's worker: it opens a wire to the training ranks and receives its shards into the live parameters.
+"""Runs inside a server's worker: opens a wire to the training ranks and receives the worker's shards into its live parameters.
 
 Start the server with `--custom-weight-loader etr_megatron.weights.transport.server_loader.load` and send, by
 `/update_weights_from_tensor` with that path as `load_format`, one tiny tensor to each tensor-parallel rank: `Offer.message()`.
-The training ranks enter `ShardedTransport.sync` with the same plan meanwhile. The first sync opens the connection, later ones
-use it. Nothing of Megatron or of the server's package is imported here.
+Meanwhile the training ranks enter `ShardedTransport.sync` with the same plan. The first sync opens the connection, later ones
+reuse it. This module imports nothing of Megatron or of the server's package.
 
 How it is loaded: a worker's `update_weights_from_tensor` finds `load_format` among the paths that the server was started with,
 imports it by that path (so this package must be importable in the server's environment) and calls it with the live model and
-with the tensors of its own rank. What is raised there ends the worker, see `server_entry`. Module state outlives the call: it
-is where the open connection and the worker's version are kept.
+with the tensors of its own rank. An exception raised there ends the worker, see `server_entry`. Module state outlives the call
+and keeps the open connection and the worker's version.
 
-After a sync that failed the connection is dropped. The next offer opens a new one; the training ranks need a new transport for
-it too, at another port as long as process 0 still has the one before, closed or not: see `Wire.close`.
+After a failed sync the connection is dropped. The next offer opens a new one, for which the training ranks need a new transport
+too, at another port as long as process 0 still has the previous one, closed or not: see `Wire.close`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from etr_megatron.weights.transport.sharded import ShardedTransport
 from etr_megatron.weights.transport.wire import Wire
 
 MESSAGE_NAME = "etr_megatron.sync_offer"
-"""Name of the tiny tensor."""
+"""Name of the tiny tensor that carries an offer."""
 
 _OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved")
-"""What a layer's `quant_method` says when its fused experts are not gate above up, in shapes that are the same."""
+"""Flags of a layer's `quant_method` for fused experts that are not gate above up, although their shapes are the same."""
 
 
 class MisfitError(ValueError):
@@ -49,15 +49,15 @@ class MisfitError(ValueError):
 
 
 def refusal_key(rank: int) -> str:
-    """Where process 0's store has why a rank of the destination takes no weights."""
+    """Key in process 0's store for the reason why a rank of the destination refuses the weights."""
     return f"refused/{rank}"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """All that a worker needs for a sync. address, port: where process 0 of the training ranks has its store.
+    """All that a worker needs for a sync. address, port: of the store of the training ranks' process 0.
 
-    rank: the worker's rank in the destination. The rest is what the training ranks give `make_plan`, `Wire.at` and
+    rank: the worker's rank in the destination. The rest is what the training ranks pass to `make_plan`, `Wire.at` and
     `ShardedTransport`; all must be the same everywhere.
     """
 
@@ -76,7 +76,7 @@ class Offer:
     timeout_s: float = 600.0
 
     def message(self) -> Tensor:
-        """It as a uint8 tensor on the CPU."""
+        """The offer as a uint8 tensor on the CPU."""
         fields = asdict(self)
         if self.arch.experts is not None:
             fields["arch"]["experts"]["dense_layers"] = sorted(self.arch.experts.dense_layers)
@@ -84,7 +84,7 @@ class Offer:
 
     @classmethod
     def read(cls, message: Tensor) -> Offer:
-        """The inverse of `message`. Raises ValueError for what another version of this package has sent."""
+        """The inverse of `message`. Raises ValueError for an offer that another version of this package has sent."""
         try:
             return cls._of(json.loads(bytes(message.cpu().tolist())))
         except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +107,7 @@ class Offer:
         return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
 
     def refuse(self, reason: str) -> None:
-        """Tell the training ranks, which else would wait for this worker. Raises RuntimeError where their store is gone."""
+        """Tell the training ranks, which would otherwise wait for this worker. Raises RuntimeError if their store is gone."""
         timeout = datetime.timedelta(seconds=self.timeout_s)
         store = dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
         store.set(refusal_key(self.rank), reason)
@@ -115,7 +115,7 @@ class Offer:
         Board(dist.PrefixStore("board", store), process, processes, self.timeout_s).report(reason)
 
     def transport(self, process: int) -> ShardedTransport:
-        """The transport of a process; a collective of the training ranks (from 0) and all workers (behind them)."""
+        """The transport of a process; a collective of the training ranks (from 0) and all workers (after them)."""
         plan = self.plan()
         wire = Wire.at(self.address, self.port, process, plan.processes, backend=self.backend, timeout_s=self.timeout_s)
         return ShardedTransport(
@@ -124,7 +124,7 @@ class Offer:
 
 
 def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
-    """A worker's parameters by `Weight.megatron`: views, an expert's of its place in the fused parameter.
+    """A worker's parameters by `Weight.megatron`, as views; an expert's is its slot in the fused parameter.
 
     Raises MisfitError naming the parameters that the server does not have, or has in another shape.
     """
@@ -145,13 +145,13 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
             else:
                 found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
     if problems:
-        differing = listed(list(dict.fromkeys(problems)), "; ")  # an expert's parameter is met once for each of them
+        differing = listed(list(dict.fromkeys(problems)), "; ")  # a fused parameter comes up once per expert
         raise MisfitError(f"the server's parameters are not those of the offer: {differing}")
     return found
 
 
 def refuse_other_orders(model: Any) -> None:
-    """Raise MisfitError where a layer of the worker's keeps the rows of its experts in an order of its own."""
+    """Raise MisfitError if a layer of the worker's keeps the rows of its experts in another order."""
     for name, module in model.named_modules():
         for order in _OWN_ORDERS:
             if getattr(getattr(module, "quant_method", None), order, False):
@@ -165,11 +165,11 @@ _open: dict[str, ShardedTransport] = {}
 """The transport in use, by its offer without the version: one at a time."""
 
 _versions = Versions()
-"""Of the worker's weights, whichever transport has brought them."""
+"""Versions of the worker's weights, whichever transport has brought them."""
 
 
 def complete_version() -> int | None:
-    """The version that this worker holds whole: None before the first one, and after a sync that failed when it had begun."""
+    """The version that this worker holds completely; None before the first one, and after a sync that failed once begun."""
     return _versions.complete
 
 
@@ -177,8 +177,8 @@ def complete_version() -> int | None:
 def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
 
-    named_tensors: the tiny tensor alone. Raises ValueError for another message, MisfitError for parameters that the offer is
-    not for, SyncError when the sync does not complete; where it had begun, the parameters then hold a mixture, and
+    named_tensors: only the tiny tensor. Raises ValueError for another message, MisfitError for parameters that do not match the
+    offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions and
     `complete_version` is None.
     """
     tensors = dict(named_tensors)
@@ -198,5 +198,5 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     try:
         _open[key].sync(offer.version, None, shards)
     except BaseException:
-        _open.pop(key).close()  # the next offer opens a new one, also where it names the same address
+        _open.pop(key).close()  # the next offer opens a new one, even at the same address
         raise

@@ -1,4 +1,4 @@
-"""Shard to shard: every byte goes once, from a rank that holds it to one that needs it."""
+"""Shard to shard: every byte is sent once, from a rank that holds it to one that needs it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from etr_megatron.weights.transport.wire import Wire
 class ShardedTransport(CollectiveTransport):
     """See `Transport`. The wire's ranks are the plan's processes.
 
-    dtype: of what travels unquantised, on all ranks alike; shards of another are cast. bucket_bytes: bound of the buckets that
-    a rank keeps in each direction, of which there are two sets (at least 1 MiB per peer). checksums: compare every destination
-    piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
+    dtype: of what is sent unquantised, the same on all ranks; shards of another are cast. bucket_bytes: bound of the buckets
+    that a rank keeps in each direction, of which there are two sets (at least 1 MiB per peer). checksums: compare every
+    destination piece with its source after each sync. Raises ValueError when the wire has another number of ranks.
     """
 
     def __init__(

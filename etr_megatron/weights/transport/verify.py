@@ -1,4 +1,4 @@
-"""Proof that what arrived is what its source holds."""
+"""Checks that what arrived is what its source holds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from etr_megatron.weights.transport.wire import Wire
 
 
 def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
-    """Compare the checksums of every destination piece with its source's; a collective.
+    """Compare the checksum of every destination piece with its source's; a collective.
 
-    Raises SyncError naming the first piece that is not its source's. A destination must be able to hold what travels.
+    Raises SyncError naming the first piece that differs. A destination's dtype must hold the sent values exactly.
     """
     plan, wire, start = exchange.plan, exchange.wire, exchange.plan.destination_start
     sends, expected = [], {}
@@ -45,7 +45,7 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
 
 
 def refuse_differing(wire: Wire, differing: Sequence[Transfer]) -> None:
-    """Raise SyncError, on all ranks in the end, naming the first of these transfers, if there is one."""
+    """Raise SyncError naming the first of these transfers, if there is one; in the end all ranks raise it."""
     if differing:
         first = differing[0]
         raise wire.board.fail(
@@ -61,7 +61,7 @@ def piece_checksum(values: Tensor, scales: Tensor | None = None) -> int:
 
 
 def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
-    """Of a piece as a destination holds it. dtype: of what travels unquantised."""
+    """Checksum of a piece as a destination holds it. dtype: of what is sent unquantised."""
     values = destination_box(transfer, shards)
     if plan.is_fp8(transfer.weight):
         return piece_checksum(values, destination_box(transfer, shards, plan.fp8_block))
@@ -69,7 +69,7 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
 
 
 def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
-    """Of a piece as its source sends it. dtype: of what travels unquantised, and what is quantised has been rounded to."""
+    """Checksum of a piece as its source sends it. dtype: of unquantised values; the others are rounded to it first."""
     values = source_box(transfer, shards).to(dtype)
     if plan.is_fp8(transfer.weight):
         return piece_checksum(*quantize_blocks(values, plan.fp8_block))

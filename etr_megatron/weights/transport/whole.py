@@ -29,7 +29,7 @@ class Field(NamedTuple):
     offset: int
 
     def view(self, flat: Tensor) -> Tensor:
-        """It in a uint8 bucket."""
+        """The tensor in a uint8 bucket."""
         size = prod(self.shape) * self.dtype.itemsize
         return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
@@ -37,8 +37,8 @@ class Field(NamedTuple):
 class Group:
     """Weights whose full tensors make one flat bucket of `nbytes`; those with larger elements come first.
 
-    shards: per weight the HF tensors below each other (`whole_shard`). tensors: the HF tensors one by one, at the same bytes;
-    the scales of `X.weight` are `X.weight_scale_inv`.
+    shards: per weight, its HF tensors stacked (`whole_shard`). tensors: the HF tensors one by one, at the same bytes; the
+    scales of `X.weight` are `X.weight_scale_inv`.
     """
 
     def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None) -> None:
@@ -69,7 +69,7 @@ class Group:
         return self._block is not None and weight.fp8
 
     def quantize(self, full: Shards, flat: Tensor) -> None:
-        """Put the quantised form of full tensors (by weight, `whole_shard`) into the bucket, HF tensor by HF tensor."""
+        """Quantise full tensors (by weight, `whole_shard`) into the bucket, one HF tensor at a time."""
         fields = {field.name: field for field in self.tensors}
         for weight in self.weights if self._block is not None else ():
             rows = [shape[0] for shape in weight.shapes]
@@ -80,7 +80,7 @@ class Group:
 
 
 def groups_of(weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> Iterator[Group]:
-    """Weights in order in groups of `limit` bytes at most, or of one weight that is larger."""
+    """Weights in order, in groups of at most `limit` bytes, or of one weight that is larger."""
     filling: list[Weight] = []
     space = limit
     for weight in weights:
@@ -95,7 +95,7 @@ def groups_of(weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | No
 
 
 class Gather:
-    """Brings groups of weights together on their owners, whole and unquantised; only what an owner lacks travels.
+    """Gathers groups of weights on their owners, whole and unquantised; only what an owner lacks is sent.
 
     `group` is a collective of the source's ranks.
     """
@@ -111,7 +111,7 @@ class Gather:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        """groups: those that are gathered at the same time, each on an owner of its own."""
+        """groups: groups[number] are those that `group(number)` gathers together, each on an owner of its own."""
         layout = WholeLayout(source.world, owner)
         plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
         self._memory: Memory = {}
@@ -128,7 +128,7 @@ class Gather:
         self._dtype = dtype
 
     def group(self, number: int, sources: Shards, own: Group | None, flat: Tensor | None) -> Shards:
-        """Gather; an owner gets its group into `flat` (uint8), unquantised weights too, and all of it full by weight."""
+        """Gather; an owner's group is put into `flat` (uint8). Returns the owner's full, unquantised tensors by weight."""
         full: dict[str, Tensor] = {}
         for weight in own.weights if own is not None else ():
             field = own.shards[weight.megatron]
@@ -142,5 +142,5 @@ class Gather:
         return full
 
     def forget(self) -> None:
-        """Give up the buckets' memory."""
+        """Free the buckets' memory."""
         self._memory.clear()

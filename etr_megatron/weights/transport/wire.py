@@ -1,4 +1,4 @@
-"""Point-to-point and broadcast over a process group of the sync's own, with deadlines, counting what it sends."""
+"""Point-to-point messages and broadcasts over the sync's own process group, with deadlines and a count of the bytes sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Message = tuple[Tensor, int]
 
 
 class Part(NamedTuple):
-    """Some ranks of a wire; group: None on the others."""
+    """A subset of a wire's ranks. group: None on the others."""
 
     ranks: tuple[int, ...]
     group: Any
@@ -30,13 +30,13 @@ class Part(NamedTuple):
 _names = iter(range(1 << 62))
 
 _LOOKS = 256
-"""How many looks at an NCCL message go with one at the board."""
+"""Polls of an NCCL message per poll of the board."""
 
 
 class Wire:
     """Ranks 0 .. world - 1 of a weight sync, over gloo or NCCL. Creating one is a collective of all of them.
 
-    device: where the tensors of messages must be. bytes_sent: of this rank, to others. timeout_s: see `Board`. A tensor that
+    device: where the tensors of messages must be. bytes_sent: by this rank to others. timeout_s: see `Board`. A tensor that
     was given to `exchange` or `broadcast` belongs to the wire until `wait` returns.
     """
 
@@ -48,16 +48,16 @@ class Wire:
         self._backend, self._store = backend, store
         self._parts: list[Any] = []
         self._group = self._open("group", rank, world)
-        # A rank that gives up right after it has connected would break connections that others are still making, and these,
-        # not the rank and its reason, would be what they report.
+        # A rank that gives up right after it has connected would break connections that others are still making. They would
+        # report these, not the rank and its reason.
         self.board.meet("open")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
-        """A process group whose ranks are connected. Raises SyncError where the others do not come."""
+        """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
         try:
             group = _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
             if self._backend == "nccl":
-                # Its ranks connect at their first message, which all must take part in; a bucket may be of some of them alone.
+                # NCCL connects at the first message, in which all ranks must take part; a bucket may concern only some of them.
                 self._finish(group.allreduce([torch.zeros(1, device=self.device)]))
         except (RuntimeError, TimeoutError) as error:
             raise self.board.fail(f"could not connect to the others ({error})") from error
@@ -65,15 +65,15 @@ class Wire:
 
     @classmethod
     def in_world(cls, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
-        """A wire of all ranks of torch.distributed's world, which must be there; a collective of it."""
+        """A wire between all ranks of torch.distributed's world, which must be initialised; a collective."""
         named = dist.PrefixStore(f"weight_sync_{next(_names)}", job_store())
         return cls(named, dist.get_rank(), dist.get_world_size(), backend=backend, timeout_s=timeout_s)
 
     @classmethod
     def at(cls, address: str, port: int, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
-        """A wire of ranks that have no world in common; rank 0 opens the port, or SyncError is raised.
+        """A wire between ranks without a common world; rank 0 opens the port. Raises SyncError if that fails.
 
-        The port is free again when rank 0 lets go of the wire, see `close`.
+        The port is free again when rank 0 drops the wire, see `close`.
         """
         deadline = datetime.timedelta(seconds=timeout_s)
         try:
@@ -93,7 +93,7 @@ class Wire:
         return [(other, self._guard(other, partial(post, [tensor], other, 0))) for other, post, tensor in posts]
 
     def _exchange_as_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
-        """NCCL's messages of one round must be one launch: two ranks that send to each other would wait for each other."""
+        """Launch a round's NCCL messages as one: two ranks that send to each other would otherwise wait for each other."""
         if not sends and not receives:
             return []
         group = self._group
@@ -105,7 +105,7 @@ class Wire:
         return [((*receives, *sends)[0][1], group._end_coalescing())]
 
     def part(self, ranks: Sequence[int]) -> Part:
-        """Some of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
+        """A subset of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
         group = None
         if self.rank in ranks:
             group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
@@ -125,7 +125,7 @@ class Wire:
         return [(root, self._guard(root, lambda: part.group.broadcast([tensor], options)))]
 
     def wait(self, works: Sequence[tuple[int, Any]]) -> None:
-        """Until these messages are through, or raise SyncError naming who is missing when the sync's deadline is over."""
+        """Wait until these messages are through; raises SyncError naming the missing ranks when the sync's deadline is over."""
         for other, work in works:
             self._guard(other, lambda work=work: self._finish(work))
 
@@ -151,10 +151,10 @@ class Wire:
             raise self.board.failure() from error
 
     def close(self) -> None:
-        """Drop the connections, so that nobody waits for this rank until the deadline. Parts' holders must drop them too.
+        """Drop the connections, so that nobody waits for this rank until the deadline. Holders of parts must drop these too.
 
-        The board and its store, and with it rank 0's port, stay for as long as this object: other ranks may still have to read
-        there why the sync has failed, or that it has ended, and a server's worker does so at a time of its own.
+        The board and its store, and with it rank 0's port, live as long as this object: other ranks may still have to read
+        there why the sync failed, or that it has ended, and a server's worker may do so much later.
         """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
         for group in groups:
@@ -163,12 +163,12 @@ class Wire:
 
 
 def _device_of(backend: str) -> torch.device:
-    """Where the tensors of a backend's messages are."""
+    """Device of the tensors in a backend's messages."""
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
 def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> Any:
-    """A process group outside of torch.distributed's registry: a server's worker has a world of its own in there."""
+    """A process group outside of torch.distributed's registry, in which a server's worker has its own world."""
     timeout = datetime.timedelta(seconds=timeout_s)
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
