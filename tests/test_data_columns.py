@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,12 +101,12 @@ def chat_row(*messages: object) -> dict[str, object]:
     return {"question": list(messages), "answer": "7"}
 
 
-def test_chat_messages_go_through_the_chat_template_with_the_last_one_wrapped(tmp_path):
-    source = write_jsonl(tmp_path / "c.jsonl", [chat_row(*CONVERSATION)])
-    (problem,) = opened(source, CHAT, prompt_template="{prompt} Use \\boxed{}.", system_prompt="Be brief.")
-    assert problem.prompt == "And 4? Use \\boxed{}."
-    told = "<system>Be brief.<user>Add 1 and 2.<assistant>3<user>And 4? Use \\boxed{}.<assistant>"
-    assert CHAT.decode(problem.prompt_ids) == told
+def test_chat_messages_go_through_the_chat_template_and_not_into_the_prompt_template(tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", [chat_row(*CONVERSATION), {"question": "And 5?", "answer": "8"}])
+    chat, text = opened(source, CHAT, prompt_template="{prompt} Use \\boxed{}.", system_prompt="Be brief.")
+    assert (chat.prompt, text.prompt) == ("And 4?", "And 5? Use \\boxed{}.")
+    assert CHAT.decode(chat.prompt_ids) == "<system>Be brief.<user>Add 1 and 2.<assistant>3<user>And 4?<assistant>"
+    assert CHAT.decode(text.prompt_ids) == "<system>Be brief.<user>And 5? Use \\boxed{}.<assistant>"
 
 
 def test_a_system_message_of_the_rows_own_stands_in_place_of_the_configs(tmp_path):
@@ -193,6 +194,20 @@ def test_a_directory_of_a_hub_dataset_is_read_without_a_network(tmp_path, monkey
         pq.write_table(pa.table({"question": ["?"], "answer": [answer]}), tmp_path / "set" / f"{split}-00000-of-00001.parquet")
     assert [p.answer for p in opened(str(tmp_path / "set"))] == ["1"]
     assert [p.answer for p in opened(str(tmp_path / "set"), train_split="test")] == ["2"]
+
+
+def test_a_hub_dataset_may_name_a_split_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd@name").mkdir()
+    sets = {"a": "owner/a:main@dev", "b": "owner/b", "c": "c@1.jsonl", "d": "odd@name"}
+    found = sources_of(DataConfig(train="owner/t@all", eval=sets))
+    assert [(one.location, one.hub_split) for one in found] == [
+        ("owner/t", "all"),
+        ("owner/a:main", "dev"),
+        ("owner/b", "test"),
+        ("c@1.jsonl", "test"),
+        ("odd@name", "test"),
+    ]
 
 
 def test_held_out_sets_are_named_by_their_key():

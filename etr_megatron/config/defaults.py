@@ -32,6 +32,7 @@ def tensor_parallel(parallel: ParallelConfig, world_size: int) -> int:
 
 def response_limits(config: Config) -> dict[str, int]:
     """Maximum tokens of a response, by the key that sets it; an evaluation, if there is one, may have its own limit."""
-    own = config.eval.max_response_tokens if config.eval.every and config.data.eval is not None else None
+    is_evaluated = config.eval.every and config.data.eval is not None and not config.rollout.only
+    own = config.eval.max_response_tokens if is_evaluated else None
     limits = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
     return limits if own is None else limits | {"eval.max_response_tokens": own}

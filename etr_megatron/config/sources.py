@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,10 +38,16 @@ class Source:
 def sources_of(config: DataConfig) -> list[Source]:
     """The source of `data.train`, followed by the held-out sets of `data.eval` in order, none if that is null."""
     sets = {"": config.eval} if isinstance(config.eval, str) else (config.eval or {})
+    held_out = ((f"data.eval.{name}" if name else "data.eval", location, name) for name, location in sets.items())
     return [
-        Source("data.train", config.train, config.train_split, "train"),
-        *(
-            Source(f"data.eval.{name}" if name else "data.eval", location, config.eval_split, "eval", name)
-            for name, location in sets.items()
-        ),
+        _source("data.train", config.train, config.train_split, "train"),
+        *(_source(key, location, config.eval_split, "eval", name) for key, location, name in held_out),
     ]
+
+
+def _source(key: str, location: str, hub_split: str, split: Literal["train", "eval"], name: str = "") -> Source:
+    source = Source(key, location, hub_split, split, name)
+    if "@" not in location or source.is_file or Path(location).exists():
+        return source
+    location, _, hub_split = location.rpartition("@")
+    return replace(source, location=location, hub_split=hub_split)

@@ -53,8 +53,8 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
 
 
 def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
-    """The messages that ask for a response. `data.prompt_template` wraps a problem's text, or the last of several chat
-    messages; `data.system_prompt` comes first unless the messages begin with a system message.
+    """The messages that ask for a response: a problem's text in `data.prompt_template`, or chat messages unchanged, which have
+    their instructions already. `data.system_prompt` comes first unless the messages begin with a system message.
 
     Other braces in the template (`\\boxed{}`) are kept.
 
@@ -63,10 +63,11 @@ def conversation(prompt: str | Messages, config: DataConfig) -> Messages:
     """
     if _PLACEHOLDER not in config.prompt_template:
         raise UserError(f"data.prompt_template {config.prompt_template!r} lacks {_PLACEHOLDER}; add it where the problem goes")
-    *before, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if config.system_prompt is not None and not (before and before[0]["role"] == "system"):
-        before = [{"role": "system", "content": config.system_prompt}, *before]
-    return [*before, {**last, "content": config.prompt_template.replace(_PLACEHOLDER, last["content"])}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": config.prompt_template.replace(_PLACEHOLDER, prompt)}]
+    if config.system_prompt is None or prompt[0]["role"] == "system":
+        return prompt
+    return [{"role": "system", "content": config.system_prompt}, *prompt]
 
 
 def tokenize_prompts(

@@ -15,7 +15,7 @@ TINY_POSITIONS = 4096
 
 _SET_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
-EVALUATED = ("eval.every", "data.eval")
+EVALUATED = ("eval.every", "data.eval", "rollout.only")
 """The keys that decide whether there is an evaluation."""
 
 EXTRACTORS = ("boxed", "hash", "last_number")
