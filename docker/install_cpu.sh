@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The step of docker/Dockerfile.cpu: install_cpu.sh FOLDER [TORCH_INDEX_URL]
+# The installation step of docker/Dockerfile.cpu: install_cpu.sh FOLDER [TORCH_INDEX_URL]
 set -euo pipefail
 
 folder=$1

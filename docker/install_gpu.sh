@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The steps of docker/Dockerfile, each against the torch that is there:
+# The installation steps of docker/Dockerfile; each builds against the torch of the image:
 #
 #   install_gpu.sh transformer-engine VERSION JOBS
-#   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam and the fused weight gradient; the package of that name on PyPI is another
-#   install_gpu.sh product FOLDER [WORKSPACE]         this project, in place
+#   install_gpu.sh apex COMMIT ARCHITECTURES JOBS     fused Adam and fused weight gradient; PyPI's apex is another package
+#   install_gpu.sh product FOLDER [WORKSPACE]         this project, editable
 set -euo pipefail
 
 versions() {
     python3 -c 'from importlib.metadata import version; print(*(f"{name}=={version(name)}" for name in ("torch", "sglang")), sep="\n")'
 }
 
-build_tools() { # what the builds import, which --no-build-isolation takes from here
+build_tools() { # with --no-build-isolation, the builds import these from the environment
     python3 -m pip install --constraint "$constraints" ninja packaging pybind11 setuptools wheel
 }
 
@@ -21,7 +21,7 @@ shift
 case $step in
     transformer-engine)
         build_tools
-        # Without the last word its set-up takes a wheel from GitHub where it finds one by a name that it guesses.
+        # Without NVTE_PYTORCH_FORCE_BUILD, its set-up downloads a wheel from GitHub if one has the name that it guesses.
         MAX_JOBS=$2 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
             python3 -m pip install --no-build-isolation --constraint "$constraints" "transformer-engine[pytorch]==$1"
         ;;
@@ -32,8 +32,8 @@ case $step in
         ;;
     product)
         python3 -m pip install --constraint "$constraints" --editable "$1[router]"
-        # Rollout servers run in the same environment here; configs look for it where a checkout has one of its own. Not a link:
-        # to the Python of a virtual environment it would be one to the Python that this was made from.
+        # In the image, rollout servers run in the same environment, but configs expect them in .venv-sglang. A script, not a
+        # link: a link to a virtual environment's Python leads on to the Python that the environment was made from.
         servers=${2:-/workspace}/.venv-sglang/bin
         install --directory "$servers"
         printf '#!/bin/sh\nexec "%s" "$@"\n' "$(command -v python3)" >"$servers/python"

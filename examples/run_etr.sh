@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a training job. This file is valid in bash AND in Python, so both of these work:
+# Starts a training job. This file is valid bash AND valid Python, so both of these work:
 #
 #   bash examples/run_etr.sh [--nproc N] [CONFIG] [key=value ...]        sets up .venv, checks the input, starts torchrun
 #   torchrun [--nnodes ... --nproc-per-node N] examples/run_etr.sh [CONFIG] [key=value ...]
 #
-# torchrun runs its argument as Python. To Python the bash part below is a string, the module's docstring; to bash the
-# Python part is a here-document that nobody reads, and the string's opening quotes are the no-op command `:`.
-# No CONFIG: configs/cpu_tiny.yaml on a machine without a GPU; with one, the job stops and lists the shipped configs.
+# torchrun runs its argument as Python. To Python, the bash part below is a string: the module's docstring. To bash, the
+# string's opening quotes are the no-op command `:`, and the Python part is a here-document that nothing reads.
+# Without CONFIG, a machine without a GPU runs configs/cpu_tiny.yaml; with a GPU, the job stops and lists the shipped configs.
 """:"
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +19,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# Also in the children that graders and data workers spawn: they import this file again, under another name.
+# Not only under __main__: children that graders and data workers spawn import this file again, under another name.
 if importlib.util.find_spec("etr_megatron") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One node's part of a job on many, without a scheduler. The same command on every node, HEAD being one of them:
+# Runs one node's part of a job on many nodes, without a scheduler. Start the same command on every node; HEAD is one of them:
 #
 #   bash examples/torchrun_node.sh NODES PROCESSES_PER_NODE HEAD[:PORT] CONFIG [key=value ...]
 #
-# PROCESSES_PER_NODE is the number of its GPUs, less those of servers beside its ranks. torchrun must be on the PATH: source
-# .venv/bin/activate, or start this in the container.
+# PROCESSES_PER_NODE is the number of GPUs of a node, less those of servers beside its ranks. torchrun must be on the PATH:
+# source .venv/bin/activate first, or start this in the container.
 #
-# A node that is lost may be started again with this command, up to ETR_RESTARTS (3) times: the others wait for it, and all go on
-# from the last checkpoint. SIGTERM on any node saves and ends the run on all, within ETR_STOP_GRACE_S seconds: those
-# of a phase and a checkpoint (without it run.stop_grace_s decides, up to 60).
+# A lost node can be started again with this command, up to ETR_RESTARTS (3) times. The other nodes wait for it, and all
+# continue from the last checkpoint. SIGTERM on any node saves the run and ends it on all nodes. ETR_STOP_GRACE_S is the time
+# for this, in seconds; a phase and a checkpoint must fit into it. Without it, run.stop_grace_s applies, up to 60.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
@@ -24,11 +24,11 @@ processes=$2
 head=$3
 shift 3
 case $head in *:*) ;; *) head=$head:29500 ;; esac
-# torchrun announces the store of its first round only; a node that comes back would wait for it in vain. This is a store a round.
+# torchrun announces its store only in the first round; a node that comes back would wait for it in vain. So use one per round.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 if [ -n "${ETR_STOP_GRACE_S:-}" ]; then
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$((ETR_STOP_GRACE_S + 30)) # torchrun kills its ranks so long after SIGTERM
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$((ETR_STOP_GRACE_S + 30)) # seconds from SIGTERM until torchrun kills its ranks
     set -- "$@" "run.stop_grace_s=$ETR_STOP_GRACE_S"
 fi
 exec torchrun --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "${ETR_RESTARTS:-3}" \

@@ -16,37 +16,37 @@ class StepMetrics(TypedDict):
     """The keys in every row of a training run. Means over tokens are over the step's response tokens, on all ranks."""
 
     step: int  # rollout step, counted from 1
-    weight_version: int  # of the newest weights that generated any of the step's rollouts
-    reward_mean: float  # the verifier's reward, mean over samples
-    accuracy: float  # share of samples with the highest reward, `reward.range_max`
-    entropy: float  # of the policy before the updates, nats per token
+    weight_version: int  # newest weight version that generated a token of the step
+    reward_mean: float  # verifier's reward, mean over samples
+    accuracy: float  # share of samples with the highest reward (`reward.range_max`)
+    entropy: float  # entropy of the policy before the updates, nats per token
     loss: float  # mean over the step's updates
-    grad_norm: float  # before clipping, mean over the step's updates
+    grad_norm: float  # gradient norm before clipping, mean over the step's updates
     lr: float  # learning rate of the step's last update
-    ratio_mean: float  # importance ratio of updated policy over old, mean over tokens
-    effective_sample_size: float  # of the importance ratios, (sum r)^2 / (n sum r^2), as a share of the n tokens
-    clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped; of `cispo`, whose weight it cut
-    clip_frac_lower: float  # the same for the lower bound
+    ratio_mean: float  # importance ratio of the updated to the old policy, mean over tokens
+    effective_sample_size: float  # of the importance ratios r over n tokens: (sum r)^2 / (n sum r^2), at most 1
+    clip_frac_upper: float  # share of tokens whose gradient the upper bound stopped; with `cispo`, whose weight it limited
+    clip_frac_lower: float  # same for the lower bound
     clip_radius_mean: float  # half the width of the clip range, mean over tokens
-    clip_radius_p10: float  # its 10th percentile over tokens
-    clip_radius_p90: float  # its 90th percentile over tokens
-    kl: float  # to the reference model, nats per token; 0 without one
-    logprob_gap_mean: float  # abs(engine - trainer), nats per token; of stale tokens it has the updates since in it
-    logprob_gap_max: float  # largest of these gaps
-    mismatch_kl: float  # KL(engine || trainer), k3, nats per token
-    correction_mean: float  # off-policy weight of a token; 1 without a correction
+    clip_radius_p10: float  # 10th percentile over tokens
+    clip_radius_p90: float  # 90th percentile over tokens
+    kl: float  # KL to the reference model, nats per token; 0 without one
+    logprob_gap_mean: float  # abs(engine - trainer) of log-probs, nats per token; stale tokens include the updates since
+    logprob_gap_max: float  # largest gap of a token
+    mismatch_kl: float  # KL(engine || trainer), k3 estimator, nats per token
+    correction_mean: float  # mean off-policy weight of a token; 1 without a correction
     correction_frac: float  # share of tokens that the correction truncated or masked
-    zero_variance_groups: int  # groups whose rewards are all equal: no gradient from them
-    truncated: int  # samples cut at rollout.max_response_tokens
-    reward_timeouts: int  # graders killed at reward.timeout_s; their answers get the lowest reward
-    reward_errors: int  # answers that the reward function failed on; they get the lowest reward
-    response_tokens_mean: float  # tokens per sample
-    tokens_per_s: float  # response tokens of the step / time_step
+    zero_variance_groups: int  # groups whose verifier's rewards are all equal; no policy gradient, unless rewards are shaped
+    truncated: int  # samples cut off at `rollout.max_response_tokens`
+    reward_timeouts: int  # answers not graded within `reward.timeout_s`; they get the lowest reward
+    reward_errors: int  # answers on which the reward function failed; they get the lowest reward
+    response_tokens_mean: float  # response tokens per sample
+    tokens_per_s: float  # response tokens of the step / `time_step`
     time_rollout: float  # seconds that the step waited for responses
-    time_reward: float  # seconds that it waited for their rewards
-    time_train: float  # seconds of log-probs and updates
-    time_sync: float  # seconds of sending the weights to the engine
-    time_step: float  # seconds from the end of the step before, with evaluation and saving
+    time_reward: float  # seconds that the step waited for rewards
+    time_train: float  # seconds for log-probs and updates
+    time_sync: float  # seconds for the weight sync to the engine
+    time_step: float  # seconds since the end of the previous step, including evaluation and checkpoints
 
 
 class MetricsRow(StepMetrics, total=False):
@@ -55,29 +55,29 @@ class MetricsRow(StepMetrics, total=False):
     With several held-out sets, `eval_...` keys are means over sets; `eval/<name>/accuracy` and so on are those of one set.
     """
 
-    eval_accuracy: float  # share of right responses to held-out problems, after the step's updates
-    eval_accuracy_start: float  # the same before any update; all `..._start` are in the first row only
-    eval_pass_at_k: float  # with eval.samples: share of held-out problems with a right response among so many
-    eval_pass_at_k_start: float  # the same before any update
+    eval_accuracy: float  # share of correct responses to held-out problems, after the step's updates
+    eval_accuracy_start: float  # same before any update; all `..._start` keys are in the first row only
+    eval_pass_at_k: float  # with `eval.samples` above 1: share of held-out problems with a correct response
+    eval_pass_at_k_start: float  # same before any update
     eval_response_tokens_mean: float  # tokens per response to a held-out problem
-    eval_response_tokens_mean_start: float  # the same before any update
-    eval_truncated_frac: float  # share of responses to held-out problems cut at the evaluation's limit
-    eval_truncated_frac_start: float  # the same before any update
-    reward_shaped_mean: float  # the reward that is trained on, where that is not the verifier's: mean over samples
-    groups_asked: int  # with dynamic sampling: prompts asked for since the last step, those ahead of time included
-    groups_dropped: int  # groups left out because their rewards are all equal
-    groups_filled: int  # of the groups left out, those trained on after all because there were too few others
-    groups_given_up: int  # groups that no server survived, or answered, where there were any
-    staleness_mean: float  # with max_staleness: weight syncs between a token and its training, mean over tokens
-    staleness_max: int  # largest such number of any token
-    groups_redone: int  # groups with tokens that had become too old and were drawn anew
-    groups_in_hand: int  # with max_staleness: groups begun or complete, for later steps
-    tflops_per_gpu: float  # of the model in log-probs and updates, over time_train and ranks; recomputation is not counted
-    mfu: float  # tflops_per_gpu over the device's peak in bf16, on devices whose peak is known
-    load_balancing_loss: float  # with moe_aux_loss_coef: Megatron's without the coefficient, 1 is even; mean over tokens
-    expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert over the mean, mean over layers
-    routing_replayed: float  # with routing_replay: share of response tokens predicted with the engine's choice of experts
-    samples_continued: int  # with partial rollouts: the step's samples with tokens from weights of several versions
+    eval_response_tokens_mean_start: float  # same before any update
+    eval_truncated_frac: float  # share of responses to held-out problems cut off at the evaluation's token limit
+    eval_truncated_frac_start: float  # same before any update
+    reward_shaped_mean: float  # reward that is trained on, if it is not the verifier's; mean over samples
+    groups_asked: int  # with dynamic sampling: prompts requested since the last step, including those requested ahead
+    groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal
+    groups_filled: int  # groups that were left out, but trained on because there were too few others
+    groups_given_up: int  # groups given up because servers died of them or did not answer; only if there were any
+    staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
+    staleness_max: int  # largest age of a token
+    groups_redone: int  # groups drawn again because they had tokens that were too old
+    groups_in_hand: int  # with `max_staleness`: groups begun or complete, kept for later steps
+    tflops_per_gpu: float  # model TFLOP/s per rank: FLOPs of log-probs and updates / `time_train`; recomputation not counted
+    mfu: float  # `tflops_per_gpu` / bf16 peak of the device, if that is known
+    load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
+    expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
+    routing_replayed: float  # with `routing_replay`: share of response tokens predicted with the engine's experts
+    samples_continued: int  # with partial rollouts: samples with tokens of several weight versions
 
 
 METRIC_KEYS: tuple[str, ...] = tuple(StepMetrics.__annotations__)
@@ -98,7 +98,7 @@ OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
     *(key for key in MetricsRow.__annotations__ if key not in METRIC_KEYS),
     *PASS_RATE_KEYS,
 )
-"""The keys that only some rows have."""
+"""Keys that only some rows have."""
 LOSS_PREFIX = "loss/"
 """Prefix of keys for further values that a loss reports, means over tokens."""
 SET_PREFIX = "eval/"

@@ -1,4 +1,4 @@
-"""What can be configured: one frozen dataclass per room, a docstring under each field. No torch in here."""
+"""The config keys: one frozen dataclass per section, a docstring under each field. No torch in here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration; one attribute per room."""
+    """The whole configuration; one attribute per section."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

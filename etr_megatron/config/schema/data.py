@@ -11,51 +11,51 @@ class DataConfig:
     """Prompts and reference answers."""
 
     train: str = "arithmetic"
-    """`arithmetic`, a .jsonl or .parquet file, or a hub dataset: its name (`name` or `name:config`) or a directory that holds
-    one."""
+    """`arithmetic`; a .jsonl or .parquet file; or a hub dataset, by name (`name` or `name:config`) or as a local directory. A
+    name may end in a split, as `name@split`."""
     train_split: str = "train"
-    """Split, for hub datasets."""
+    """Split of a hub dataset that names none."""
     eval: dict[str, str] | str | None = "arithmetic"
-    """Held-out problems, named like `train`; several sets by name, as `{aime24: a.jsonl, amc23: b.jsonl}`; null for none."""
+    """Held-out problems, given like `train`. Several sets have names: `{aime24: a.jsonl, amc23: b.jsonl}`; null is none."""
     eval_split: str = "test"
-    """Split of `eval`, for hub datasets."""
+    """Split of the hub datasets of `eval` that name none."""
     prompt_column: tuple[str, ...] | str = "question"
-    """Column with the problem: text, or a list of chat messages that ends with the user's. `outer.inner` is a field of a nested
-    column. Of several, as `[question, problem]`, the first that a source has."""
+    """Column with the problem: text, or a list of chat messages that ends with the user's. `outer.inner` is a field of a
+    nested column. Of several names, such as `[question, problem]`, the first that the data has is used."""
     answer_column: tuple[str, ...] | str = "answer"
-    """Column with the reference answer, text or a number; named like `prompt_column`."""
+    """Column with the reference answer (text or a number), given like `prompt_column`."""
     id_column: tuple[str, ...] | str | None = None
-    """Column with a stable id, named like `prompt_column`; without it `<file>:<line>`."""
+    """Column with a stable id, given like `prompt_column`; null uses `<file>:<line>`."""
     prompt_template: str = "{prompt}"
-    """Wrapped around the problem's text, or the last chat message's, before the chat template."""
+    """Wraps the problem's text before the chat template is applied. Chat messages are taken as they are."""
     system_prompt: str | None = None
-    """System message, for chat templates, of prompts that have none of their own."""
+    """System message for the chat template, for prompts without one."""
     chat_template: bool = True
-    """Apply the tokenizer's chat template when it has one."""
+    """Apply the tokenizer's chat template if it has one."""
     max_prompt_tokens: int = 1024
     """Longer prompts are skipped and counted."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """A row that cannot be read: stop with its file and line, or skip and count it."""
+    """If a row cannot be read: stop and name its file and line, or skip and count it."""
     shuffle: bool = True
-    """New order every epoch, from `run.seed`."""
+    """Shuffle the problems anew for every epoch, seeded by `run.seed`."""
 
 
 @dataclass(frozen=True)
 class ArithmeticConfig:
-    """Generated arithmetic (`data.train: arithmetic`): what the tiny policy is warm-started on and then trained on by RL."""
+    """Generated arithmetic (`data.train: arithmetic`), used for the tiny policy's warm start and then for RL."""
 
     min_digits: int = 3
-    """Fewest digits of an operand."""
+    """Minimum digits of an operand."""
     max_digits: int = 3
-    """Most digits of an operand."""
+    """Maximum digits of an operand."""
     operators: tuple[str, ...] = ("+",)
-    """Which of `+`, `-`, `*` occur; differences are never negative, and `*` has a one-digit second operand."""
+    """Any of `+`, `-`, `*`. Differences are never negative; the second operand of `*` has one digit."""
     train_problems: int = 4096
     """Problems for RL."""
     eval_problems: int = 128
-    """Held-out problems, disjoint from RL and warm start."""
+    """Held-out problems, disjoint from those of RL and the warm start."""
     seed: int = 0
-    """Seeds the generator, apart from `run.seed`."""
+    """Seed of the generator, independent of `run.seed`."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class RewardConfig:
     """The verifier."""
 
     function: str = "math"
-    """`math` (math-verify), or `package.module:function` of your own: `f(prompt, response, answer) -> float`."""
+    """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer) -> float`."""
     columns: tuple[str, ...] = ()
-    """Further columns of the data (`outer.inner` in a nested one) for a function of your own, which is then called as
-    `f(prompt, response, answer, columns)` with a dict of them; null where a row, or a whole held-out set, has none."""
+    """More columns (`outer.inner` in a nested one) for your own function, which is then called as
+    `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, or a whole held-out set, lacks is None."""
     extract: tuple[str, ...] = ("boxed", "hash", "last_number")
-    """Where the answer is looked for, first hit wins: `\\boxed{}`, after `####`, the last number."""
+    """Where to find the answer in a response; the first hit wins: in `\\boxed{}`, after `####`, the last number."""
     range_min: float = 0.0
-    """Lowest reward the function can give; with `range_max` it normalises the group variance."""
+    """Lowest reward that the function can return. The group variance is normalised by the range up to `range_max`."""
     range_max: float = 1.0
-    """Highest reward the function can give; one outside of the two stops the run."""
+    """Highest reward that the function can return. A reward outside the range stops the run."""
     workers: int = 2
     """Grader processes."""
     timeout_s: float = 10.0
-    """Wall-clock limit per answer; a stuck grader is killed and replaced, and the answer counted as a timeout."""
+    """Wall-clock limit per answer. A stuck grader is killed and replaced; its answer counts as a timeout."""
     overlong_buffer: int = 0
-    """DAPO's overlong punishment: over the last so many tokens before `rollout.max_response_tokens` the trained reward falls
-    linearly by `overlong_penalty`; 0 is off. The group variance stays the verifier's."""
+    """DAPO's overlong punishment: over this many last tokens before `rollout.max_response_tokens`, the trained reward falls
+    linearly by `overlong_penalty`. 0 is off. The group variance is still computed from the verifier's rewards."""
     overlong_penalty: float = 1.0
-    """What a response of `rollout.max_response_tokens` loses to the overlong punishment."""
+    """Overlong punishment of a response of `rollout.max_response_tokens`."""

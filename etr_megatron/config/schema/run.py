@@ -17,18 +17,17 @@ class RunConfig:
     seed: int = 1
     """Seeds data order, sampling and initialisation."""
     steps: int = 100
-    """Rollout steps; each holds `train.epochs * train.minibatches` optimizer steps."""
+    """Rollout steps. Each has `train.epochs * train.minibatches` optimizer steps."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a device."""
+    """`auto` uses CUDA if there is a device."""
     phase_timeout_s: float = 1800.0
-    """Deadline, in seconds, of every collective (of model-parallel groups in whole minutes, one at least) and of every rank's
-    arrival at a phase; the latter's error names who is missing. While rank 0 has SGLang servers generate, or answers graded,
-    the others wait for as long as it gives signs of life."""
+    """Deadline, in seconds, of every collective (for model-parallel groups in whole minutes, at least one) and of every rank's
+    arrival at a phase, whose error names missing ranks. While rank 0 has SGLang servers generate, or answers graded, the other
+    ranks wait as long as it gives signs of life."""
     stop_grace_s: float = 25.0
-    """After SIGTERM the run stops at its next phase, or while it waits for servers' responses, saves and ends with the state
-    `requeue`; a rank that is not done by so many seconds ends without. To be longer than a training phase and a checkpoint
-    take; 0 ends at once. torchrun itself kills after 30 s unless told otherwise (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`); our
-    launcher tells it."""
+    """Seconds from SIGTERM in which the run must stop, save and end with the state `requeue`; a rank that takes longer ends
+    without saving. Allow for a training phase and a checkpoint; 0 ends at once. torchrun kills its ranks 30 s after SIGTERM
+    unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set, as the launcher does."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,20 @@ class EvalConfig:
     """Held-out evaluation."""
 
     every: int = 10
-    """Steps between evaluations (also before the first and after the last); 0 is never."""
+    """Steps between evaluations. The run also evaluates before the first and after the last step; 0 is never."""
     problems: int = 128
-    """At most so many problems of each set of `data.eval`."""
+    """Most problems used of each set of `data.eval`."""
     samples: int = 1
-    """Responses to each problem; `eval_accuracy` is the share of all that are right (avg@k), and with more than one
-    `eval_pass_at_k` the share of problems with a right one (pass@k). More than one needs a temperature."""
+    """Responses per problem. `eval_accuracy` is the share of correct responses (avg@k); with more than one response,
+    `eval_pass_at_k` is the share of problems with a correct one (pass@k). More than one needs a temperature above 0."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus sampling."""
     top_k: int = 0
-    """0 is off."""
+    """Top-k sampling; 0 is off."""
     max_response_tokens: int | None = None
-    """Most tokens of a response; null is `rollout.max_response_tokens`."""
+    """Token limit of a response; null is `rollout.max_response_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,24 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     every: int = 25
-    """Steps between checkpoints (also after the last step, and when a run is stopped); 0 is none but when it is stopped."""
+    """Steps between checkpoints. The run also saves after the last step and when it is stopped; 0 saves only when stopped."""
     keep: int = 2
-    """Last checkpoints kept."""
+    """Number of latest checkpoints to keep."""
     resume: bool = True
-    """Continue from the newest complete checkpoint of the run directory; false refuses to start in a used one."""
+    """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """What is written while it runs; metrics.jsonl always is."""
+    """What a run writes besides metrics.jsonl, which is always written."""
 
     tensorboard: bool = True
-    """Event files beside the metrics."""
+    """Write TensorBoard event files."""
     wandb_project: str | None = None
     """Weights & Biases project; null is off."""
     progress: bool = True
-    """A bar on the terminal."""
+    """Show a progress bar on the terminal."""
     rollouts_every: int = 1
-    """Steps between saved rollouts; 0 is never, and no evaluation's responses either."""
+    """Steps between saved rollouts. 0 saves none, nor responses of evaluations."""
     rollouts_groups: int = 4
-    """Groups written per saved step, and of each held-out set per evaluation."""
+    """Groups written per saved step, and per held-out set and evaluation."""
