@@ -1,4 +1,4 @@
-"""What happens before any split: advantages and ranges by group, minibatches of whole groups and denominators."""
+"""Batching before any split: per-group advantages and ranges, minibatches of whole groups, and denominators."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_advantages_and_ranges_come_from_each_samples_own_group():
         assert of_group.tolist() == pytest.approx([np.mean(rewards)] * len(rewards))
         assert batch.group_std.split(SIZES)[number].tolist() == pytest.approx([np.std(rewards)] * len(rewards))
         assert batch.variance.split(SIZES)[number].tolist() == pytest.approx([4 * np.var(rewards)] * len(rewards))
-    # k of G = 1/4 with the etr preset: 0.230 for the correct response, 0.140 for a wrong one.
+    # The etr preset with k of G = 1/4: radius 0.230 for the correct response, 0.140 for a wrong one.
     assert batch.clip_high[7].item() == pytest.approx(0.230, abs=1e-3)
     assert batch.clip_high[8].item() == pytest.approx(0.140, abs=1e-3)
 
 
 def test_a_problem_that_two_of_a_steps_groups_ask_is_compared_within_each_of_them():
-    """As where the epoch ends between the steps for which they were asked."""
+    """As at an epoch boundary, where two steps request the same problem and both groups end up in one of them."""
     twice = [*groups()[:2], *(replace(group, id=f"{group.problem.id}@4") for group in groups()[:2])]
     for group, rewards in zip(twice[2:], [(0.0, 0.0), (1.0, 0.0, 0.0)], strict=True):
         for sample, reward in zip(group.samples, rewards, strict=True):
@@ -93,13 +93,13 @@ def test_variance_pass_rate_and_accuracy_are_taken_in_the_declared_range_of_rewa
 
 
 def test_delta_is_added_to_the_deviation_that_the_advantage_is_divided_by():
-    # Of 1 right in 4 the deviation is sqrt(3) / 4.
+    # With 1 of 4 correct, the standard deviation is sqrt(3) / 4.
     assert batch_of("objective.delta=0.5").advantage[7].item() == pytest.approx(0.75 / (math.sqrt(3) / 4 + 0.5))
 
 
 def test_every_number_of_the_objective_reaches_the_loss():
     given = ["dual_clip=3", "kl_coef=0.3", "kl_estimator=k2", "entropy_coef=0.02", "log_ratio_bound=5", "options={power: 0.5}"]
-    own = "objective.loss=tests.test_policy_losses:pull_up"  # that alone may have options
+    own = "objective.loss=tests.test_policy_losses:pull_up"  # only a user's own loss may have options
     found = loss_settings(config(own, *(f"objective.{one}" for one in given)).objective)
     assert found == LossSettings(
         log_ratio_bound=5.0, kl_coef=0.3, kl_estimator="k2", entropy_coef=0.02, dual_clip=3.0, options={"power": 0.5}
@@ -127,13 +127,13 @@ def test_the_shuffled_control_deals_out_the_same_radii_to_other_samples():
         assert torch.equal(found[~active], etr[~active])
     assert not torch.equal(dealt[0], etr) and not torch.equal(dealt[0], dealt[1])
     assert torch.equal(dealt[0], dealt[2])
-    assert not torch.equal(dealt[0], dealt[3]) and not torch.equal(dealt[1], dealt[3])  # of another seed of the run
+    assert not torch.equal(dealt[0], dealt[3]) and not torch.equal(dealt[1], dealt[3])  # another seed of the run
 
 
 def test_the_inverted_control_gives_less_where_the_variance_is_highest():
     etr, _ = radii("etr")
     inverted, _ = radii("etr_inverted_macro")
-    # Group 0 passes 1 in 2 (v = 1), group 3 passes 1 in 4 (v = 3/4).
+    # Group 0 has pass rate 1/2 (v = 1), group 3 has 1/4 (v = 3/4).
     assert etr[0].item() == pytest.approx(0.2, abs=1e-5) and inverted[0].item() == pytest.approx(0.1, abs=1e-5)
     assert (inverted[7] / etr[7]).item() == pytest.approx((1 - 0.5 * 0.75) / (1 - 0.5 + 0.5 * 0.75), abs=1e-5)
 
@@ -166,7 +166,7 @@ def test_unnormalised_advantages(preset, wanted):
 
 
 def test_the_length_punishment_changes_what_is_trained_on_and_leaves_the_variance_the_verifiers():
-    # Responses of 7 and 6 tokens lose 1.0 and 0.75 of the penalty; nobody else has more than 5, which loses half.
+    # Responses of 7, 6, 5 and 4 tokens lose 1.0, 0.75, 0.5 and 0.25 of the penalty, shorter ones nothing.
     overrides = ["objective.preset=dr_grpo", "rollout.max_response_tokens=7", "reward.overlong_buffer=4"]
     plain, shaped = batch_of("objective.preset=dr_grpo"), batch_of(*overrides, "reward.overlong_penalty=0.4")
     punished = {3: 0.2, 4: 0.1, 5: 0.3, 10: 0.4}
@@ -232,7 +232,7 @@ def test_a_value_that_is_not_finite_is_named_with_sample_position_and_rank(name)
     with pytest.raises(FloatingPointError) as caught:
         watch.check(replace(inputs, **{name: broken}), 0.0)
     assert str(caught.value) == (f"{name} is -inf at an active token: position 4 in the response of sample p3@3/3, on rank 3")
-    # An earlier token is named before an earlier input.
+    # An earlier token takes precedence over an earlier input.
     variance = inputs.variance.clone()
     variance[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^variance is nan at .*: position 0 in the response of sample p1@3/0"):
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
         RowWatch(batch, micro, loss=loss, rank=3).check(inputs, float("inf"))
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
     assert str(caught.value) == f"objective.loss {loss} is inf where all of its inputs are finite: {wanted}"
-    empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # of a rank with fewer samples than others
+    empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # as on a rank with fewer samples than others
     nothing = torch.zeros(0)
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
     with pytest.raises(error, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):

@@ -1,4 +1,4 @@
-"""What benchmarks/etr_vs_grpo.py says of its runs: statistics, which runs count, differences, and the report."""
+"""The analysis in benchmarks/etr_vs_grpo.py: statistics, which runs count, differences, and the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 4
 
 
 def row(step: int, **values: Any) -> dict[str, Any]:
-    """The columns that the analysis reads; 1.5% of the tokens are clipped unless told otherwise."""
+    """The columns that the analysis reads; by default 1.5% of the tokens are clipped."""
     usual = dict(reward_mean=0.5, entropy=0.2, clip_frac_upper=0.01, clip_frac_lower=0.005, clip_radius_mean=0.2, time_step=3.0)
     return {"step": step, **usual, **values}
 
@@ -57,7 +57,7 @@ def test_t_quantile_leaves_two_and_a_half_percent_above_it(df: int) -> None:
 
     below = 0.5 + 0.5 * area(np.arctan(t_quantile(df) / np.sqrt(df))) / area(np.pi / 2)
     assert below == pytest.approx(0.975, abs=2e-6)
-    assert t_quantile(500) == t_quantile(30) > 1.96  # above the table: too wide rather than too narrow
+    assert t_quantile(500) == t_quantile(30) > 1.96  # beyond the table it is rather too wide than too narrow
 
 
 def test_interval_of_four_values_by_hand() -> None:
@@ -75,7 +75,7 @@ def test_a_difference_is_claimed_only_where_the_interval_excludes_zero() -> None
     assert interval([0.3]).verdict == interval([]).verdict == "too few pairs"
 
 
-# A run's figures, and whether it counts
+# A run's figures, and whether the run counts
 
 
 def test_figures_of_a_run_by_hand() -> None:
@@ -84,7 +84,7 @@ def test_figures_of_a_run_by_hand() -> None:
         one["clip_frac_upper"] = 0.02 if one["step"] % 2 else 0.0
         one["clip_frac_lower"] = 0.03 if one["step"] <= 5 else 0.01
         one["clip_radius_mean"] = 0.1 if one["step"] <= 15 else 0.3
-    rows[0]["eval_accuracy_start"] = 0.9  # no part of any figure: no preset has acted yet
+    rows[0]["eval_accuracy_start"] = 0.9  # not part of any figure: measured before the preset has any effect
     rows[7]["eval_accuracy"], rows[15]["eval_accuracy"], rows[19]["eval_accuracy"] = 0.4, 0.9, 0.8
     figures = {"final_accuracy": 0.8, "accuracy_area": 0.7, "clip_upper": 0.01, "clip_lower": 0.015, "radius": 0.15}
     last = {"final_reward": 0.195, "final_entropy": (1 / 19 + 1 / 20) / 2}  # steps 19 and 20: the last tenth
@@ -166,7 +166,7 @@ def test_a_preset_is_compared_with_its_control_too_where_both_were_run() -> None
     assert [(one["preset"], one["baseline"]) for one in other] == [("dapo", "etr")]
 
 
-# The report of runs that are there
+# Reports on existing runs
 
 
 def write_run(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -176,7 +176,7 @@ def write_run(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """Three seeds of grpo, etr (better) and dapo (the same in the mean); seed 2 of dapo is void."""
+    """Three seeds of grpo, etr (better) and dapo (equal on average); seed 2 of dapo is void."""
     folder = tmp_path / "finished"
     for seed, base in ((1, 0.3), (2, 0.5), (3, 0.7)):
         write_run(folder, f"grpo-seed{seed}", rows_of(base))
@@ -244,7 +244,7 @@ def test_the_published_tables_are_those_of_the_published_result() -> None:
 def test_report_names_missing_runs_and_ends_with_1(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "one.json"
     with (finished / "grpo-seed2" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "torn')  # a kill in mid-write: the finished run is still finished
+        file.write('{"step": 5, "torn')  # killed in mid-write: a finished run still counts as finished
     assert report(finished, out, "grpo,etr,etr_matched", seeds=1) == 1
     text = out.with_suffix(".md").read_text()
     assert "- etr_matched, seed 1: missing: not started; left out." in text

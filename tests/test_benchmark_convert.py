@@ -1,4 +1,4 @@
-"""The conversion benchmark: its figures, the commands that it measures, and one whole run on a tiny checkpoint."""
+"""The conversion benchmark: its figures, the commands that it measures, and a whole run on a tiny checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment of benchmarks/etr_vs_grpo.py: its command line, its directory, and how it runs the product."""
+"""The experiment in benchmarks/etr_vs_grpo.py: its command line, its directory, and how it launches runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.runs import wait_for
 STEPS = 4
 
 
-# Mistakes
+# User errors
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ STEPS = 4
         ("--report-only --steps 9", "leave out --steps"),
         ("--report-only --runs-dir nowhere", "holds no experiment"),
         ("train.lrr=1", "train.lrr"),
-        ("--steps 3", "train.lr_warmup_updates"),  # the config's own constraints, before anything is started
+        ("--steps 3", "train.lr_warmup_updates"),  # violates a constraint of the config; refused before anything starts
         ("eval.every=0", "eval.every must stay on"),
     ],
 )
@@ -76,7 +76,7 @@ def test_runs_under_other_settings_are_not_mixed(tmp_path: Path) -> None:
     keep_record(tmp_path, {"train.lr": 1e-3, "run.steps": 60}, {"cpu": "a", "date": "2030-01-01"})
     with pytest.raises(UserError, match=r"made with train\.lr=0\.001, not 0\.002"):
         keep_record(tmp_path, {"train.lr": 2e-3}, {"cpu": "a", "date": "2030-01-01"})
-    # A key that a later version has added is no other setting; another machine is put on record, another day is not.
+    # A key that a later version added is not a conflict. Another machine is recorded, another date is not.
     keep_record(tmp_path, {"train.lr": 1e-3, "run.steps": 60, "train.new": 1}, {"cpu": "a", "date": "2030-01-02"})
     keep_record(tmp_path, {"train.lr": 1e-3, "run.steps": 60}, {"cpu": "b", "date": "2030-01-02"})
     record = read_record(tmp_path)
@@ -103,7 +103,7 @@ def test_a_second_experiment_in_the_same_directory_is_refused(tmp_path: Path) ->
 
 @dataclass(frozen=True)
 class Scripted(Experiment):
-    """Instead of the product a run is a few lines of Python."""
+    """Runs are a few lines of Python instead of training."""
 
     scripts: dict[Run, str] = field(default_factory=dict)
     pids: list[int] = field(default_factory=list)
@@ -141,7 +141,7 @@ def test_interrupted_it_leaves_no_run_behind_and_has_started_no_more_than_jobs(t
         if how == "ctrl_c":
             raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)  # the signal is taken in here
+        time.sleep(5)  # the signal is handled here
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt if how == "ctrl_c" else SystemExit):
@@ -151,7 +151,7 @@ def test_interrupted_it_leaves_no_run_behind_and_has_started_no_more_than_jobs(t
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# The product itself
+# Real training runs
 
 SMALL = (
     "tiny.hidden_size=32 tiny.layers=2 tiny.head_dim=12 tiny.intermediate_size=72 tiny.warm_start_steps=40 "
@@ -182,7 +182,7 @@ def test_real_runs_one_blocked_then_continued_and_not_repeated(command: Callable
     code, printed = start()
     assert code == 1
     assert "etr-seed1 FAILED with exit code 2" in printed
-    assert f"last lines:\nerror: {blocked}" in printed  # what the product said about it
+    assert f"last lines:\nerror: {blocked}" in printed  # the run's own error message
     assert "- etr, seed 1: missing: not started" in printed
     finished = metrics.read_bytes(), metrics.stat().st_mtime_ns
 
@@ -193,7 +193,7 @@ def test_real_runs_one_blocked_then_continued_and_not_repeated(command: Callable
     assert (metrics.read_bytes(), metrics.stat().st_mtime_ns) == finished
     found = json.loads((tmp_path / "one.json").read_text())
     first = {run["preset"]: run["evaluations"][0] for run in found["runs"]}
-    assert first["grpo"] == first["etr"]  # one warm start
+    assert first["grpo"] == first["etr"]  # same warm start
     assert [[step for step, _ in run["evaluations"]] for run in found["runs"]] == [[0, 2, 4], [0, 2, 4]]
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark and the GPU tests without a GPU: everything in them that is not CUDA itself."""
+"""The GPU benchmark and the GPU tests without a GPU: everything in them except CUDA itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys):
     output = tmp_path / "new" / "result.json"
-    embedded = ["--set", "rollout.backend=embedded"]  # the step's run without a server
+    embedded = ["--set", "rollout.backend=embedded"]  # so that the training step runs without a server
     code = gpu.main(
         ["--quick", "--device", "cpu", "--rounds", "3", *embedded, "--work", str(tmp_path), "--output", str(output)]
     )
@@ -42,7 +42,7 @@ def test_all_parts_run_on_cpu_and_are_written(tmp_path, capsys):
     assert [row["step"] for row in step["steps"]] == [1, 2] and step["median"]["time_train"] > 0
     assert "rollout.backend=embedded" in step["settings"]
     assert "head float32 T=300" in printed and "policy bf16 (float32)" in printed and "step, medians: time_step" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]  # checkpoints are gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]  # checkpoints are deleted
 
 
 def test_a_step_without_sglang_is_left_out_and_says_so(tmp_path):
@@ -102,7 +102,7 @@ def test_the_target_is_in_bf16_of_the_backend_that_runs_by_default():
 def test_flops_are_those_of_every_product_three_times():
     arch = Architecture("qwen3", 2, 6, 10, 4, 2, 3, 11, False, False, True, 1e-6, 64)
     matrices = 2 * (6 * 12 + 2 * 6 * 6 + 12 * 6 + 3 * 6 * 10)
-    attention = sum(2 * 2 * 4 * 3 * seen for seen in range(1, 8)) * 2  # scores and values of position t see t + 1 keys
+    attention = sum(2 * 2 * 4 * 3 * seen for seen in range(1, 8)) * 2  # scores and values: position t attends to t + 1 keys
     wanted = 3 * 5 * (2 * matrices * 7 + attention + 2 * 6 * 11 * 4)
     assert gpu_policy.flops_of_update(arch, {"samples": 5, "prompt": 3, "response": 4}) == wanted
 
@@ -126,7 +126,7 @@ def test_the_slice_is_qwen3_8b():
 def test_wrong_options_exit_with_2_and_one_sentence(capsys, arguments, message):
     try:
         code = gpu.main(arguments)
-    except SystemExit as exit_:  # argparse's own
+    except SystemExit as exit_:  # raised by argparse
         code = exit_.code
     captured = capsys.readouterr()
     assert code == 2 and message in captured.err and "Traceback" not in captured.err
@@ -141,7 +141,7 @@ def test_without_a_device_it_says_what_runs_instead(capsys):
 
 
 def gpu_tests(**environment: str) -> str:
-    """The last line of a pytest run of tests/gpu, which must have passed."""
+    """Runs tests/gpu, which must pass, and returns pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
     done = subprocess.run(command, cwd=gpu.ROOT, env=env, capture_output=True, text=True, timeout=300)

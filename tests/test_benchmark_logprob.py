@@ -1,4 +1,4 @@
-"""The log-prob benchmark: it refuses wrong contestants, says what it measured, and turns a wrong option away."""
+"""The log-prob benchmark: it rejects incorrect contestants, reports what it measured, and refuses invalid options."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_peak_memory_is_what_a_pass_allocates_beyond_what_was_there():
         torch.empty(size, dtype=torch.uint8).fill_(1)
         return torch.zeros(())
 
-    earlier = torch.empty(2 * size, dtype=torch.uint8).fill_(1)  # a higher peak before must not hide the pass
+    earlier = torch.empty(2 * size, dtype=torch.uint8).fill_(1)  # an earlier, higher peak must not hide the pass
     del earlier
     assert logprob_rank.measure_peak(Contestant(allocate), problem()) == pytest.approx(size, rel=0.05)
 
@@ -132,7 +132,7 @@ def verdicts(case):
 def test_targets_are_met_or_missed_by_the_medians():
     assert all(verdicts(a_case()).values()) and len(verdicts(a_case())) == 4
     assert not verdicts(a_case(single_pass=(1.26, 25)))["time / gemms"]
-    for other in ("gemms_chunked", "gemms_ours"):  # the fastest is the floor
+    for other in ("gemms_chunked", "gemms_ours"):  # the floor is the fastest variant of the products
         assert not verdicts(a_case(**{other: (0.9, 25)}))["time / gemms"]
     assert not verdicts(a_case(megatron_core=(1.1, 100)))["time / megatron_core"]
     assert not verdicts(a_case(shard_softmax=(1.1, 200)))["time / shard_softmax"]
@@ -164,7 +164,7 @@ def test_wrong_options_exit_with_2_and_one_sentence(capsys, monkeypatch, argumen
     monkeypatch.setattr(logprob, "measure", lambda *_: pytest.fail("it started to measure"))
     try:
         code = logprob.main(arguments)
-    except SystemExit as exit_:  # argparse's own
+    except SystemExit as exit_:  # raised by argparse
         code = exit_.code
     captured = capsys.readouterr()
     assert code == 2 and message in captured.err and "Traceback" not in captured.err

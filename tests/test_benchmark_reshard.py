@@ -17,7 +17,7 @@ def test_the_lower_bound_of_layouts_that_are_easy_to_count():
     dense = sum([2 * 1000 * 128, 128, 2 * (2 * 128 + 2 * 64 + (2 * 256 + 2 * 128) * 128 + 3 * 128 * 256)])
     apart = Case("", TrainingLayout(tp=2), ServerLayout(), together=False)
     assert lower_bound(apart, QUICK_DENSE, 2) == 2 * dense
-    # Each of two ranks lacks the half of every matrix; norms are everywhere, the vocabulary's padding is nowhere.
+    # Each of two ranks lacks half of every matrix. Both have the norms, and vocabulary padding does not count.
     norms = 128 + 2 * (2 * 128 + 2 * 64)
     together = Case("", TrainingLayout(tp=2), TrainingLayout(dp=2), together=True)
     assert lower_bound(together, QUICK_DENSE, 4) == 4 * (dense - norms)

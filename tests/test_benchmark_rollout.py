@@ -1,4 +1,4 @@
-"""The rollout benchmark: both contestants do the same work, its verdicts, and a whole run without a real server."""
+"""The rollout benchmark: equal work for both contestants, its verdicts, and a whole run without a real server."""
 
 from __future__ import annotations
 

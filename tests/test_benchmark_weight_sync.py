@@ -16,7 +16,7 @@ from etr_megatron.weights import read_architecture, weights_of
 def test_buckets_hold_every_tensor_once_and_at_most_the_limit_unless_they_hold_one_weight(hf_models, limit):
     tensors = load_file(f"{hf_models['qwen3_tied']}/model.safetensors")
     arch = read_architecture(hf_models["qwen3_tied"])
-    parts = {name: len(weight.hf) for weight in weights_of(arch) for name in weight.hf}  # of query, key and value: 3
+    parts = {name: len(weight.hf) for weight in weights_of(arch) for name in weight.hf}  # 3 for query, key and value
     buckets = list(weight_sync.buckets_of(arch, tensors, limit))
     assert sorted(name for bucket in buckets for name in bucket.names) == sorted(tensors)
     for bucket in buckets:
@@ -24,7 +24,7 @@ def test_buckets_hold_every_tensor_once_and_at_most_the_limit_unless_they_hold_o
         for field in bucket.fields:
             assert torch.equal(field.view(bucket.flat), tensors[field.name])
     assert (len(buckets) == 1) == (limit == 10**9)
-    for one, following in pairwise(buckets):  # none that would have had room for more
+    for one, following in pairwise(buckets):  # none had room for the next weight
         weight = next(weight for weight in weights_of(arch) if following.names[0] in weight.hf)
         assert len(one.flat) + sum(tensors[name].nbytes for name in weight.hf) > limit
 

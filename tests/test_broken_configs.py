@@ -1,4 +1,4 @@
-"""A config.json that is broken is one sentence that names the file, the field and what was wanted."""
+"""A broken config.json gives a one-sentence error with the file, the field and what was expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 
 
 def config_with(model: str, folder: Path, change: dict[str, Any], *, without: str = "") -> Path:
-    """A directory with that model's config.json, as it is published, and other values in it."""
+    """A directory with the model's config.json in its published form, with some values changed."""
     shutil.copyfile(f"{model}/config.json", folder / "config.json")
     rewrite_config_as_published(folder)
     config = json.loads((folder / "config.json").read_text()) | change
@@ -29,7 +29,7 @@ def config_with(model: str, folder: Path, change: dict[str, Any], *, without: st
 
 
 def refusal(read: Any, folder: Path) -> str:
-    """The sentence, without the file that it begins with."""
+    """The error message, without the file name at its start."""
     with pytest.raises(UserError) as caught:
         read(folder)
     said = str(caught.value)
@@ -75,9 +75,9 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        # transformers takes the class from here, a server from `architectures`
+        # transformers takes the class from model_type, a server from `architectures`
         ({"model_type": "llama"}, "model_type is 'llama'; the qwen3 family is supported with 'qwen3' only"),
-        # transformers attends to later tokens then, servers do not
+        # transformers then attends to later tokens, servers do not
         ({"is_causal": False}, "is_causal is False; the qwen3 family is supported with True only"),
         ({"use_sliding_window": True}, "use_sliding_window is True; the qwen3 family is supported with False only"),
         ({"attention_bias": True}, "attention_bias is True; the qwen3 family is supported with False only"),
@@ -92,7 +92,7 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; known are default,"),
         ({"rope_scaling": {"rope_type": 3}}, "rope_type 3 is not supported"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
-        # transformers reads the first alone, SGLang the second alone
+        # transformers reads only attention_factor, SGLang only attn_factor
         (
             {"rope_scaling": {**YARN, "attention_factor": 1.2}},
             "attention_factor is 1.2 for rope_type yarn, which is supported without it",
@@ -121,7 +121,7 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
             {"rope_parameters": {"rope_type": "default", "rope_theta": 777}, "rope_theta": 1e6},
             "rope_theta is 777 in rope_parameters, 1e+06 in config.json itself; remove what is wrong",
         ),
-        # transformers forgets rope_parameters where there is a rope_scaling
+        # transformers ignores rope_parameters if there is a rope_scaling
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 777}, "rope_theta": None},
             "rope_theta is 10000 in rope_scaling, 777 in rope_parameters; remove what is wrong",
@@ -136,7 +136,7 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
             {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
             "field 'original_max_position_embeddings' is missing",
         ),
-        # of which transformers makes max_position_embeddings
+        # if missing, transformers uses max_position_embeddings in spite of the outer one
         (
             {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}, "original_max_position_embeddings": 32},
             "field 'original_max_position_embeddings' is missing",
@@ -145,7 +145,7 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_others_would_read_as_another_model_is_refused(hf_models, tmp_path, change, sentence):
-    """None of it shows in a tensor's name or shape."""
+    """None of these changes is visible in a tensor's name or shape."""
     folder = config_with(hf_models["qwen3"], tmp_path, change)
     assert refusal(read_architecture, folder).startswith(sentence)
 

@@ -45,7 +45,7 @@ def _failure_of_saving(folder, at: int, number: int = errno.ENOSPC) -> BaseExcep
     try:
         dcp.save({f"tensor {n}": torch.zeros(7 * n + 1) for n in range(3)}, storage_writer=writer, no_dist=True)
     except BaseException as error:
-        return pickle.loads(pickle.dumps(error))  # as torch gathers it from the ranks: contexts are lost
+        return pickle.loads(pickle.dumps(error))  # torch gathers it from the ranks this way, which loses exception contexts
     return None
 
 

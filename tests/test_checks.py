@@ -1,4 +1,4 @@
-"""Inputs that cannot work are refused before anything is started, with key, numbers and the way out."""
+"""Inputs that cannot work are refused before anything starts, with the key, the numbers and a remedy."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_every_problem_is_told_at_once(config: Config, tmp_path: Path, monkeypat
 
 
 def told_beside(tmp_path: Path, *overrides: str) -> list[str]:
-    """What is told of a config with a misspelled key and `overrides`, but for that key."""
+    """All messages for a config with a misspelled key and `overrides`, except the one about that key."""
     with pytest.raises(InvalidConfigError) as caught, beside_inputs():
         load_config(None, [f"run.dir={tmp_path}/runs", "train.lrr=1", *overrides])
     head, misspelled, *others = str(caught.value).splitlines()
@@ -292,7 +292,7 @@ def told_beside(tmp_path: Path, *overrides: str) -> list[str]:
 
 
 def test_what_a_wrong_config_names_and_is_not_there_is_told_with_its_other_mistakes(tmp_path: Path) -> None:
-    there = ["reward.function=tests.rewards:always_fails", f"data.train={__file__}"]  # read later, if ever
+    there = ["reward.function=tests.rewards:always_fails", f"data.train={__file__}"]  # read later, if at all
     assert told_beside(tmp_path, *there) == []
     missing = [
         f"model.path={tmp_path}/m",
@@ -318,7 +318,7 @@ def test_what_goes_by_a_key_that_is_wrong_itself_is_not_told_beside_it(tmp_path:
     )
     assert [line.split(" ")[0] for line in pathless] == ["model.pth", "data.train", "reward.function"]
     counted = told_beside(tmp_path, "run.steps=many", f"rollout.replay={tmp_path}/r", "eval.every=0")
-    assert [line.split(" ")[0] for line in counted] == ["run.steps", "rollout.replay:"]  # that it is there needs no number
+    assert [line.split(" ")[0] for line in counted] == ["run.steps", "rollout.replay:"]  # whether it exists needs no number
 
 
 def test_a_recorded_run_of_another_size_is_told_with_other_mistakes(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(co
     (directory.recorded / "reached.safetensors").write_bytes(b"")
     directory.write_status("finished", 2, 2)
     assert refusal(config, 2).startswith(f"{directory.recorded} holds steps that --rollout-only has recorded, which training")
-    check_inputs(replace(config, rollout=replace(config.rollout, only=True)), 2)  # which goes on behind them
+    check_inputs(replace(config, rollout=replace(config.rollout, only=True)), 2)  # it continues after the recorded steps
     (directory.recorded / "reached.safetensors").unlink()
     for only in (False, True):
         asked = replace(config, rollout=replace(config.rollout, only=only))

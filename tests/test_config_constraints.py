@@ -43,7 +43,7 @@ def test_no_number_may_be_minus_one(key):
 
 @pytest.mark.parametrize("key", [key for key in numeric_keys() if key.endswith("_s")])
 def test_no_wait_may_be_longer_than_the_system_can_wait(key):
-    """poll takes milliseconds as a C int; `run.phase_timeout_s=1e10` was a traceback of torch's store."""
+    """poll takes milliseconds as a C int, so `run.phase_timeout_s=1e10` made torch's store fail with a traceback."""
     path = key.replace(".", "__")
     assert validate(config_with(**{path: 1e6}), 2) == []
     assert any(f"{key} = 2147484.0: must be at most 1e+06" in p for p in validate(config_with(**{path: 2147484.0}), 2))
@@ -87,7 +87,7 @@ def test_the_kl_estimator_left_open_is_the_one_that_pulls_to_the_reference(prese
         config = config_with(**values, objective__kl_in=where, objective__kl_coef=0.1)
         assert resolve(config, 1, cuda=False).objective.kl_estimator == estimator
     unused = config_with(objective__preset=preset, objective__kl_in="reward", objective__kl_estimator="k2")
-    assert validate(unused, None) == []  # with kl_coef 0
+    assert validate(unused, None) == []  # kl_coef is 0
 
 
 def test_several_new_violations_are_told_at_once():
@@ -141,7 +141,7 @@ def test_the_presets_ranges_are_those_of_their_definitions():
         assert values["gamma"] == (0.5 if "variance" in values["macro"] else 0.0), name
 
 
-ALGORITHMS = {  # loss, aggregation, baseline, normalize, kl_in, where it is not GRPO's
+ALGORITHMS = {  # loss, aggregation, baseline, normalize, kl_in of the presets in which these differ from GRPO's
     "dr_grpo": ("clipped", "constant_length", "group_mean", False, "loss"),
     "gspo": ("gspo", "sequence_mean", "group_mean", True, "loss"),
     "cispo": ("cispo", "token_mean", "group_mean", True, "loss"),
@@ -197,7 +197,7 @@ def test_resolve_leaves_nothing_open_on_cpu():
     assert (config.run.platform, config.model.dtype, config.parallel.tp) == ("cpu", "float32", 2)
     assert config.rollout.max_logprob_gap == 1e-4
     assert config.objective.constant_length == config.rollout.max_response_tokens
-    assert [key for key, value in vars(config.objective).items() if value is None] == ["dual_clip"]  # off
+    assert [key for key, value in vars(config.objective).items() if value is None] == ["dual_clip"]  # None turns it off
     assert (config.objective.micro, config.objective.eps_max) == ("tanh", 0.4)
 
 

@@ -1,4 +1,4 @@
-"""YAML and overrides become a Config; every problem is told at once, with its source."""
+"""YAML and overrides become a Config; all problems are reported at once, with their source."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_key_of_wrong_type_causes_no_second_complaint_about_its_default(tmp_pa
     ["model.path=", "model.pth=models/large", "modell.path=models/large", "model=models/large", "path=models/large"],
 )
 def test_a_key_that_could_not_be_read_causes_no_complaint_that_depends_on_it(tmp_path, override):
-    """Were the model the tiny one, as it is where nothing is said, it would have too few layers and too short a context."""
+    """The tiny model, which is the default, would have too few layers and too short a context for these settings."""
     text = "parallel:\n  pp: 4\nrollout:\n  max_response_tokens: 8192\n"
     assert "problem:\n" in message(write(tmp_path, text), override)
     assert "invalid configuration, 3 problems:" in message(write(tmp_path, text), "train.lrr=1")

@@ -1,4 +1,4 @@
-"""Every rule of the config: what it says, and what it depends on."""
+"""Every rule of the config: its message, and the keys it depends on."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_violated_constraint_names_its_keys(values, keys):
 
 
 def other_values(key: str, value: Any) -> list[Any]:
-    """Some that a key may have besides `value`."""
+    """Some values of the key's type other than `value`."""
     section, name = key.split(".")
     hint = get_type_hints(get_type_hints(Config)[section])[name]
     if get_origin(hint) is tuple:
@@ -168,7 +168,7 @@ def other_values(key: str, value: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("values", "keys"), VIOLATIONS)
 def test_a_violation_knows_every_key_that_it_depends_on(values, keys):
-    """So that none is told where one of these could not be read and has its default."""
+    """A rule is skipped if one of its keys could not be read and has its default."""
     config = config_with(**values)
     (violation,) = violations(config)
     known = depends_on(violation, config)

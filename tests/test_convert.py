@@ -1,4 +1,4 @@
-"""tools/convert_hf.py: nothing changes a bit on the way, megatron reads what it writes, and it reads what a run wrote."""
+"""tools/convert_hf.py: conversion is bit-exact, Megatron reads what it writes, and it reads what a run wrote."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 
 @pytest.fixture(params=["read", "copied"])
 def small(request, monkeypatch):
-    """Tensors of more than 64 KiB are copied from file to file, which these models have none of."""
+    """Tensors over 64 KiB are copied from file to file. These models have none that large, so the limit is changed."""
     monkeypatch.setattr(torch_dist_writer, "_SMALL", {"read": 2**30, "copied": 1024}[request.param])
 
 
@@ -115,7 +115,7 @@ def test_transformers_loads_the_files_and_their_index(hf_models, tmp_path):
     files = sorted((tmp_path / "back").glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
     for file in files:
-        with safe_open(file, framework="pt") as handle:  # the format's own checks
+        with safe_open(file, framework="pt") as handle:  # makes the format's own checks
             sizes = {name: handle.get_tensor(name).nbytes for name in handle.keys()}  # noqa: SIM118
         assert sum(sizes.values()) <= 100_000 or len(sizes) == 1
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
@@ -241,7 +241,7 @@ def test_large_tensors_are_stored_in_chunks_of_rows(hf_models, tmp_path, monkeyp
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_chunk_that_is_not_dense_in_the_file_is_read_as_well(hf_models, tmp_path, monkeypatch, dense):
-    """What is stored transposed takes another way, through torch.load."""
+    """Transposed tensors are read in another way, through torch.load."""
     from etr_megatron.convert import hf_to_megatron as module
 
     plain = module._read_rows

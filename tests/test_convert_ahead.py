@@ -1,4 +1,4 @@
-"""Values that are made while those before are written."""
+"""Each value is produced while the one before it is in use."""
 
 from __future__ import annotations
 

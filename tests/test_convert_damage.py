@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged inside, of integers, or on a disk that fails: one sentence that names the file."""
+"""Damaged checkpoints, integer weights and failing disks give a one-sentence error that names the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
 
 
 def change_header(file: Path, change) -> None:
-    """Give a safetensors file the header that `change`, which gets it as a dict, makes of it."""
+    """Rewrite the header of a safetensors file; `change` gets it as a dict and modifies it in place."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -51,13 +51,13 @@ def test_json_that_is_nested_without_an_end_is_broken(capsys, hf, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
 def test_integers_are_no_weights_in_either_format(capsys, hf, megatron, tmp_path, monkeypatch, dtype):
-    """A quantised checkpoint whose config.json has lost its quantization_config would become a model of garbage."""
+    """A quantised checkpoint whose config.json has lost its quantization_config would be converted to garbage."""
     tensors = load_file(hf / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, hf / "model.safetensors", {"format": "pt"})
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
     assert f"{hf}: weights have to be floating-point numbers, unlike model.embed_tokens.weight of {dtype}" in said
     with pytest.raises(UserError, match="have to be floating-point numbers"):
-        check_checkpoint(hf)  # what a job looks at
+        check_checkpoint(hf)  # what a job checks
     monkeypatch.setattr(TorchDistDir, "dtype", lambda *_: dtype)
     said = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
     assert f"{megatron}: weights have to be floating-point numbers" in said and "and 8 more" in said
@@ -101,7 +101,7 @@ def test_metadata_without_some_of_its_parts_is_damaged(capsys, megatron, tmp_pat
 
 
 def test_what_torch_says_of_a_damaged_tensor_is_cut_to_its_first_line(capsys, megatron, tmp_path):
-    """Of a pickle of another kind torch has a page of advice to give."""
+    """For a pickle of another kind, torch's message is a page of advice."""
     file = megatron / "__0_0.distcp"
     content = file.read_bytes()
     file.write_bytes(content.replace(b"storage", b"stor\nge"))

@@ -1,4 +1,4 @@
-"""What tools/convert_hf.py refuses, in one sentence and with exit code 2, and what is left behind when it is stopped."""
+"""What tools/convert_hf.py refuses, with one sentence and exit code 2, and what it leaves behind when stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tools.convert_hf import main
 
 
 def refusal(capsys, *argv: str | Path) -> str:
-    """The sentence; nothing else is printed."""
+    """The error sentence, which must be the only output."""
     assert main([str(part) for part in argv]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(capsys, hf, megatron, tmp_pa
         return write_if_there_is_room
 
     argv = ["to-hf", "--megatron", megatron] if direction == "to-hf" else ["to-megatron", "--hf", hf]
-    if by == "writing":  # what has to be cast
+    if by == "writing":  # values that are cast are written, others are copied
         argv += ["--dtype", "bf16"]
         monkeypatch.setattr(os, "pwrite", limited(os.pwrite))
         monkeypatch.setattr(torch_dist_writer._Stream, "write", limited(torch_dist_writer._Stream.write))
@@ -199,9 +199,9 @@ def test_a_reader_that_leaves_ends_verify_without_a_word(hf, megatron):
 
 
 def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, before: str = "") -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of two ranks of the tool, as torchrun starts them but without it.
+    """(exit code, stdout, stderr) of each of two ranks of the tool, started as torchrun would but without it.
 
-    hook: Python that `rank` runs first. before: Python that both run before that.
+    hook: Python that `rank` runs before the tool. before: Python that both ranks run before that.
     """
     program = f"{before}import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
     program += "\nconvert_hf.run_and_leave()"
@@ -299,7 +299,7 @@ def test_a_conversion_that_is_stopped_says_so_and_what_is_left(hf, tmp_path, num
 
 
 def test_a_directory_that_is_renamed_before_it_is_locked_is_not_touched(capsys, hf, tmp_path, monkeypatch):
-    """Another conversion finishes between our finding its directory and our locking it."""
+    """Another conversion finishes after ours finds its directory and before ours locks it."""
     partial, out = tmp_path / "out.unfinished", tmp_path / "out"
     partial.mkdir()
     (partial / "weights").write_text("of the other one")
@@ -349,7 +349,7 @@ def test_kill_9_before_the_last_step_leaves_nothing_that_passes_for_whole(capsys
     for moment in moments:
         out, left = tmp_path / f"out_{moment}", tmp_path / f"out_{moment}.unfinished"
         assert not out.exists() and any(left.iterdir())
-        if moment != "rename":  # with all that belongs to it
+        if moment != "rename":  # at the rename it is complete
             why = "no .metadata" if moment == "metadata" else "config.json"
             assert why in refusal(capsys, *reader, left, "--out", tmp_path / "read")
         assert main([direction, *source, "--out", str(out)]) == 0 and not left.exists()
@@ -361,7 +361,7 @@ def test_kill_9_before_the_last_step_leaves_nothing_that_passes_for_whole(capsys
 
 @pytest.mark.slow
 def test_the_command_line_under_torchrun_and_alone(hf, tmp_path):
-    """The processes that people start, from another directory: convert with two, verify the logits with one."""
+    """As users run it, from another directory: convert with two processes, verify the logits with one."""
     tool, env = str(ROOT / "tools" / "convert_hf.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*command: str) -> str:

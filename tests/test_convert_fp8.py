@@ -1,4 +1,4 @@
-"""FP8 in blocks: written from Megatron's values, read back, trained from, compared; transformers takes it for the same."""
+"""Blockwise FP8: written from Megatron's values, read back, trained from, compared; transformers reads the same values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
 
 
 def half_rounded(model: str, folder: Path) -> Path:
-    """The fp32 checkpoint with what is not quantised in bf16's values: `dtype` then changes nothing of that."""
+    """The fp32 checkpoint, with tensors that are not quantised rounded to bf16 values, which `dtype` then does not change."""
     quantised = {name for w in weights_of(read_architecture(model)) if w.fp8 for name in w.hf}
     tensors = tensors_of(model)
     folder.mkdir()
@@ -51,8 +51,8 @@ def half_rounded(model: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_values_are_rounded_to_the_type_that_is_asked_for_before_they_are_quantised(hf_models, tmp_path, monkeypatch, dtype):
-    """As a sync of the model in that type does; `verify` knows either for what Megatron holds, and no mixture."""
-    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # a row of blocks at a time
+    """A weight sync of a model in that dtype rounds the same way. `verify` accepts either rounding, but not a mixture."""
+    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # one row of blocks at a time
     to_megatron(half_rounded(hf_models["qwen3"], tmp_path / "hf"), tmp_path / "megatron", Ranks())
     to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=dtype, fp8_block=16)
     original, found = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "fp8")
@@ -74,14 +74,14 @@ def test_values_are_rounded_to_the_type_that_is_asked_for_before_they_are_quanti
 
 @pytest.fixture
 def fp8(hf_models, tmp_path):
-    """An FP8 checkpoint in blocks of 16, which transformers wants to divide the tensors."""
+    """An FP8 checkpoint in blocks of 16: transformers requires blocks that divide the tensors."""
     to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks(), torch.bfloat16)
     to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=16)
     return tmp_path / "fp8"
 
 
 def dequantized(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
-    """What the files stand for, by the format's definition: a block's values times its scale."""
+    """What the files represent by the format's definition: each block's values times its scale."""
     tensors, found = tensors_of(folder), {}
     for name, tensor in tensors.items():
         scales = tensors.get(f"{name}_scale_inv")
@@ -94,9 +94,9 @@ def dequantized(folder: Path, block: int = 16) -> dict[str, torch.Tensor]:
 
 
 def test_fp8_is_read_back_and_written_again_bit_for_bit(fp8, tmp_path, monkeypatch):
-    monkeypatch.setattr("etr_megatron.convert.hf_to_megatron.CHUNK_BYTES", 5000)  # chunks that begin within blocks
-    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # a row of blocks at a time, or two
-    monkeypatch.setattr("etr_megatron.weights.fp8_dir._PANEL", 7 * 48)  # rows that begin within blocks
+    monkeypatch.setattr("etr_megatron.convert.hf_to_megatron.CHUNK_BYTES", 5000)  # chunks begin inside blocks
+    monkeypatch.setattr("etr_megatron.convert.quantiser._PANEL", 16 * 48)  # one or two rows of blocks at a time
+    monkeypatch.setattr("etr_megatron.weights.fp8_dir._PANEL", 7 * 48)  # rows begin inside blocks
     to_megatron(fp8, tmp_path / "again", Ranks())
     to_hf(tmp_path / "again", tmp_path / "bf16", Ranks())
     assert_same_bits(tensors_of(tmp_path / "bf16"), dequantized(fp8))
@@ -117,7 +117,7 @@ def test_transformers_takes_the_fp8_checkpoint_for_what_it_stands_for(fp8):
     found = dict(model.named_parameters())
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name].detach(), wanted[name]) for name in wanted)
-    replica = _replica(fp8, torch.float32)  # gets its weights from the policy, in the type that is trained
+    replica = _replica(fp8, torch.float32)  # gets its weights from the policy, in the training dtype
     assert {name: (p.shape, p.dtype) for name, p in replica.named_parameters()} == {
         name: (tensor.shape, torch.float32) for name, tensor in wanted.items()
     }
@@ -125,7 +125,7 @@ def test_transformers_takes_the_fp8_checkpoint_for_what_it_stands_for(fp8):
 
 @pytest.mark.parametrize(("family", "layout"), [("qwen2", "tp2"), ("qwen3_moe", "ep2"), ("qwen3_tied", "pp2")])
 def test_training_from_fp8_starts_as_from_what_it_stands_for(gangs, hf_models, tmp_path, family, layout):
-    """Bit for bit, where cuts go through blocks: 13 divides no dimension."""
+    """Bit-exact, even where shards cut through blocks: 13 divides no dimension."""
     to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
     to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=13)
     overrides = overrides_of(family, layout)
@@ -158,7 +158,7 @@ def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
 
 @pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
 def test_verify_takes_fp8_for_what_it_was_made_of_and_for_what_it_stands_for(gangs, hf_models, tmp_path, family):
-    """Bits where they can be the same, else of the quantised; logits of the same values; one scale that differs is named."""
+    """Bit-equal where possible, else equal once quantised. Logits agree. A single differing scale is reported."""
     to_megatron(Path(hf_models[family]), tmp_path / "plain", Ranks())
     to_hf(tmp_path / "plain", tmp_path / "fp8", Ranks(), fp8_block=16)
     to_megatron(tmp_path / "fp8", tmp_path / "read", Ranks())

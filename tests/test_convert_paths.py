@@ -1,4 +1,4 @@
-"""What the system does not let a conversion enter, read, make or lock: one sentence that names it, and nothing of it left."""
+"""Paths that a conversion may not enter, read, create or lock give a one-sentence error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def denied(path) -> OSError:
 
 
 def test_an_output_below_what_holds_no_directories_is_refused_at_once(capsys, hf_models):
-    """The system says of it that there is no such directory, as it does where another process has just taken ours away."""
+    """The system reports that the directory does not exist, as it does if another process has just removed ours."""
     said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", "/proc/x/y")
     assert said == "error: --out /proc/x/y: /proc/x/y.unfinished cannot be made (No such file or directory)\n"
 
@@ -90,7 +90,7 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that_and_not_to_be_broken(
 def test_a_file_that_may_not_become_as_large_is_one_sentence(hf_models, tmp_path):
     out = tmp_path / "out"
     command = 'ulimit -f 20; exec "$@"'
-    # -B: modules that are compiled would be cut off at the limit, for whoever loads them next.
+    # -B: .pyc files would be truncated at the limit and break later imports.
     argv = [
         "bash",
         sys.executable,

@@ -1,4 +1,4 @@
-"""The prompt of `tools/convert_hf.py verify`, with a checkpoint that has a tokenizer: its tokens are what logits are of."""
+"""`tools/convert_hf.py verify --prompt` with a tokenizer in the checkpoint: logits are those of the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hf(hf_models, tmp_path):
 
 
 def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):
-    """Recognised by the largest of them, which every prompt has another of."""
+    """The largest logit identifies the prompt: it differs between these prompts."""
     model, largest = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval(), set()
     for prompt, options in ((comparison.PROMPT, {}), ("12+7=", {"prompt": "12+7="}), ("x", {"prompt": "x"})):
         ids = byte_tokenizer().encode(prompt)

@@ -1,4 +1,4 @@
-"""A run starts from a converted directory as from the HuggingFace one, and what it saved becomes a HuggingFace model."""
+"""A run from a converted directory equals one from the HuggingFace original, and its checkpoints convert back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_a_run_from_a_converted_directory_is_the_same_run(runs, tmp_path, capsys
     assert code == 0, printed
     assert len(runs.rows("tiny")) == 2
     for found, wanted in zip(runs.rows("converted"), runs.rows("tiny"), strict=True):
-        # What the engine's own rounding shows up in: its replica's weights lie elsewhere in memory.
+        # These depend on the engine's rounding, which differs because its replica's weights lie elsewhere in memory.
         for key in ("logprob_gap_mean", "logprob_gap_max", "mismatch_kl"):
             assert found.pop(key) == pytest.approx(wanted.pop(key), abs=1e-6)
         assert found == wanted
 
-    # The run's directory stands for its newest checkpoint; config and tokenizer are those of what it started from.
+    # A run directory stands for its newest checkpoint; config and tokenizer come from the model that the run started from.
     for name in ("tiny", "converted"):
         to_hf(runs.directory(name), tmp_path / f"{name}_hf", Ranks())
     steps = sorted((runs.directory("tiny") / "checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""tools/convert_hf.py: logits of every family, and memory that the model's size does not decide."""
+"""tools/convert_hf.py: logits of every family, and memory use that does not depend on the model's size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_verify_compares_the_logits_of_every_family_and_sees_another_weight(gang
 
 
 def write_wide_model(path: Path, **changes: int) -> int:
-    """A Llama of zeros in fp32; the bytes of its tensors."""
+    """Write an fp32 Llama of zeros; returns the bytes of its tensors."""
     path.mkdir()
     sizes = dict(vocab_size=1001, hidden_size=768, intermediate_size=2048, num_hidden_layers=7) | changes
     heads = dict(num_attention_heads=12, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True)
@@ -52,7 +52,7 @@ def write_wide_model(path: Path, **changes: int) -> int:
 
 
 def grown(*argv: str | Path) -> int:
-    """Bytes by which the tool's memory grows, in a process of its own."""
+    """Bytes by which the tool's memory grows, measured in a process of its own."""
     command = [sys.executable, "-m", "tests.convert_jobs", "memory", *map(str, argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -62,7 +62,7 @@ def grown(*argv: str | Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]], ids=["copied", "cast"])
 def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
-    """178 MB in tensors of 6 MB at most, there and back in processes of their own."""
+    """178 MB in tensors of at most 6 MB, converted there and back in separate processes."""
     assert write_wide_model(tmp_path / "hf") > 175e6
     there = grown("to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "megatron", *dtype)
     back = grown("to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "back", *dtype)
@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
 
 @pytest.mark.slow
 def test_memory_of_fp8_does_not_grow_with_the_model(tmp_path):
-    """From 178 MB in fp32, and from there to 89 MB in bf16."""
+    """From 178 MB of fp32 to FP8, and from there to 89 MB of bf16."""
     write_wide_model(tmp_path / "hf")
     to_megatron(tmp_path / "hf", tmp_path / "megatron", Ranks())
     there = grown("to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "fp8", "--fp8-block", "128")

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: links into a hub's cache, leftovers, other types. There and back bit for bit."""
+"""Checkpoints as users have them: links into a hub cache, leftovers, other dtypes. Round trips are bit-exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def hf(hf_models, tmp_path):
 
 
 def there_and_back(hf: Path) -> dict[str, torch.Tensor]:
-    """What comes back; `verify` finds it to be the same model."""
+    """The tensors after a round trip; `verify` must find the same model."""
     megatron, back = hf.parent / "megatron", hf.parent / "back"
     to_megatron(hf, megatron, Ranks())
     to_hf(megatron, back, Ranks())
@@ -34,7 +34,7 @@ def there_and_back(hf: Path) -> dict[str, torch.Tensor]:
 
 
 def test_links_into_a_cache_are_followed_and_files_come_out(hf, tmp_path):
-    """The hub's: names of the checkpoint are links to files that are called by their hashes."""
+    """In the hub's cache, the checkpoint's file names are links to files named by their hashes."""
     blobs, tensors, snapshot = tmp_path / "blobs", tensors_of(hf), tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
@@ -53,7 +53,7 @@ def test_links_into_a_cache_are_followed_and_files_come_out(hf, tmp_path):
 
 
 def test_rotary_frequencies_that_old_checkpoints_hold_are_left_out_and_nothing_else_is(hf):
-    """They follow from config.json."""
+    """They can be derived from config.json."""
     tensors = tensors_of(hf)
     more = {INV_FREQ.format(layer): torch.ones(8) for layer in range(4)}
     save_file(tensors | more, hf / "model.safetensors")
@@ -97,7 +97,7 @@ def test_fp8_of_some_layers_with_scales_of_either_type_is_what_it_stands_for(hf,
 
 
 def test_verify_compares_bits_and_not_numbers(hf):
-    """A NaN is the same as itself, 0 is another value than -0."""
+    """A NaN equals itself, 0 and -0 differ."""
     tensors, name = tensors_of(hf), "model.layers.1.mlp.up_proj.weight"
     tensors[name][3, 5], tensors[name][4, 6] = float("nan"), 0.0
     save_file(tensors, hf / "model.safetensors")
@@ -108,7 +108,7 @@ def test_verify_compares_bits_and_not_numbers(hf):
 
 
 def test_headers_and_tensors_in_written_files_are_aligned(tmp_path):
-    """As the format's library has it: readers map a file into memory and view the values where they lie."""
+    """As the safetensors library does: readers map a file into memory and view the values in place."""
     tensors = {
         "x": torch.arange(15.0).view(3, 5).to(torch.float8_e4m3fn),
         "x_scale_inv": torch.tensor([[0.5]]),

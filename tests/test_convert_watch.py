@@ -1,4 +1,4 @@
-"""What the ranks of a conversion notice of each other when the machine that keeps their store is gone without a word."""
+"""How ranks of a conversion watch each other, also when the machine with their store disappears without closing connections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from etr_megatron.convert import watch
 
 
 class Silent:
-    """A store that answers this many times, and then no more: its connection is there, nobody is at the other end."""
+    """A store that answers this many times and then hangs: its connection stays open, with nobody at the other end."""
 
     def __init__(self, answers: int, over: threading.Event) -> None:
         self._left, self._over = answers, over
@@ -59,7 +59,7 @@ def test_a_store_that_answers_is_left_alone(monkeypatch):
 
     thread = threading.Thread(target=watch._watch, args=(Answering(), 1, 2, done, said.append))
     thread.start()
-    done.wait(1.5)  # several silences
+    done.wait(1.5)  # longer than several silence limits
     done.set()
     thread.join(20)
     assert said == []

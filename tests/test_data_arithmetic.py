@@ -21,7 +21,7 @@ ALL_OPERATORS = ArithmeticConfig(operators=("+", "-", "*"), train_problems=600, 
 
 
 class Plainest(random.Random):
-    """The first wording of all, and no slip."""
+    """Always the first wording, and no slips."""
 
     def random(self) -> float:
         return 1.0
@@ -39,7 +39,7 @@ def boxed(solution: str) -> int:
 
 
 def column_terms(solution: str) -> list[tuple[str, int]]:
-    """(left side, value) of every column, whatever the wording."""
+    """(left side, value) of every column, for any wording."""
     columns = re.split(r"\n|, |; ", solution)[:-1]
     return [(left, int(value)) for left, value in (re.split(r"=| is ", column) for column in columns)]
 
@@ -86,7 +86,7 @@ def test_wrong_digits_occur_at_the_given_rate_and_are_one_off():
             assert abs(eval(left) - value) <= 1
             wrong += eval(left) != value
             columns += 1
-    assert 0.15 < wrong / columns < 0.21  # a zero cannot go down
+    assert 0.15 < wrong / columns < 0.21  # below 0.2, as a zero cannot be decremented
 
 
 def test_demonstrations_differ_in_wording():

@@ -1,4 +1,4 @@
-"""Rows as they come from elsewhere: other names, nested columns, chat messages, and columns for a reward of one's own."""
+"""Rows of other datasets: other column names, nested columns, chat messages, and columns for a custom reward."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_of_several_columns_each_source_takes_the_first_that_it_has(tmp_path):
 
 
 def test_a_column_that_only_some_rows_have_is_not_looked_for_under_another_name(tmp_path):
-    """Else a row that lacks its answer would be trained on with what stands in another column."""
+    """Otherwise a row without an answer would be trained on with the value of another column."""
     source = write_jsonl(tmp_path / "t.jsonl", [{"question": "q", "answer": "a"}, {"question": "q", "solution": "s"}])
     with pytest.raises(UserError, match=r"t\.jsonl:2 .*column 'answer' is missing"):
         opened(source, answer_column=("answer", "solution"))

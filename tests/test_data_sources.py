@@ -237,7 +237,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokeniz
         UserError, match=r"data\.train: dataset 'owner/no-such-set' \(split 'train'\) could not be loaded"
     ) as caught:
         opened("owner/no-such-set", tokenizer)
-    assert "\n" not in str(caught.value) and "is not in the cache, and" not in str(caught.value)  # as it was asked for
+    assert "\n" not in str(caught.value) and "is not in the cache, and" not in str(caught.value)  # offline, as requested
 
 
 def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):
@@ -258,7 +258,7 @@ def test_chat_template_holds_system_prompt_and_wrapped_prompt_and_opens_the_answ
     assert tokenizer.decode(wrapped.prompt_ids) == "<system>Be brief.<user>1+1? Use \\boxed{}.<assistant>"
     plain = opened(source, tokenizer, chat_template=False)[0]
     assert tokenizer.decode(plain.prompt_ids) == "1+1?"
-    # No system prompt is one thing, an empty one another: some templates write their own where there is none.
+    # No system prompt and an empty one differ: without one, some templates insert their own.
     empty = opened(source, tokenizer, system_prompt="", prompt_template="{prompt} {prompt}")[0]
     assert tokenizer.decode(empty.prompt_ids) == "<system><user>1+1? 1+1?<assistant>"
 

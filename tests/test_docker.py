@@ -1,4 +1,4 @@
-"""The images, as far as they can be tried without an engine to build them."""
+"""The images, as far as they can be tested without a container engine."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SCRIPTS = sorted(
 
 
 def tool(name: str) -> str:
-    """A linter of the test extra, beside the interpreter."""
+    """A linter of the test extra, installed next to the interpreter."""
     return str(Path(sys.executable).with_name(name))
 
 
 def instructions(dockerfile: str) -> list[tuple[str, list[str]]]:
-    """(instruction, words) in order, lines that go on joined and comments left out."""
+    """(instruction, words) in order, with continuation lines joined and comments left out."""
     text = re.sub(r"^#.*\n", "", (REPO / dockerfile).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     return [(name, shlex.split(rest)) for name, rest in lines]
@@ -45,7 +45,7 @@ def test_hadolint_has_nothing_to_say(dockerfile):
 
 
 def test_shellcheck_has_nothing_to_say():
-    # examples/run_etr.sh is Python too; its strings are what shellcheck calls odd quoting.
+    # examples/run_etr.sh is Python too; shellcheck reports its strings as odd quoting.
     shell_only = [script for script in SCRIPTS if script != "examples/run_etr.sh"]
     done = subprocess.run([tool("shellcheck"), *shell_only, ".ci/run"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -77,7 +77,7 @@ def test_nothing_that_is_copied_is_left_out_of_what_a_builder_is_sent():
 
 @pytest.mark.slow
 def test_the_steps_of_the_cpu_image_run_in_a_clean_environment(tmp_path):
-    """Every COPY and install step of Dockerfile.cpu, with a new Python as the base image, and then its command."""
+    """Every COPY and install step of Dockerfile.cpu, with a new Python as the base image, followed by its command."""
     root, workspace = tmp_path / "opt", tmp_path / "workspace"
     workspace.mkdir()
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "python"], check=True)
@@ -124,7 +124,7 @@ echo "$* ${NVTE_PYTORCH_FORCE_BUILD:-}" >>"$CALLS"
 
 @pytest.fixture
 def gpu_step(tmp_path):
-    """Runs a step of install_gpu.sh on a base image that is not there: (exit code, what is said, what pip was called with)."""
+    """Runs a step of install_gpu.sh on a fake base image: (exit code, stderr, calls of pip)."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"
     python.write_text(FAKE_PYTHON)
@@ -146,7 +146,7 @@ def test_a_step_that_would_change_torch_fails(gpu_step):
     assert (code, said) == (0, "")
     tools, built = called.splitlines()
     assert "--constraint" in tools and " wheel" in tools
-    assert "--no-build-isolation" in built and "transformer-engine[pytorch]==2.11.0 TRUE" in built  # and no wheel of others
+    assert "--no-build-isolation" in built and "transformer-engine[pytorch]==2.11.0 TRUE" in built  # no prebuilt wheel
     code, said, _ = gpu_step("transformer-engine", "2.11.0", "8", after="torch==2.13.0")
     assert code == 2 and "changed torch or sglang" in said
 
@@ -163,7 +163,7 @@ def test_apex_comes_from_git_at_a_commit(gpu_step):
 
 @pytest.mark.slow
 def test_servers_of_the_gpu_image_run_in_the_environment_of_the_product(tmp_path):
-    """The base image's Python may be one of a virtual environment, which a link to it would leave."""
+    """The base image's Python may be in a virtual environment; a link to it would not run in that environment."""
     base, workspace = tmp_path / "base", tmp_path / "workspace"
     subprocess.run([sys.executable, "-m", "venv", base], check=True)
     (packages,) = base.glob("lib/python3*/site-packages")

@@ -1,4 +1,4 @@
-"""SIGTERM before the first step: such a run is to be started again, unless a rank failed, after which torchrun sends it too."""
+"""SIGTERM before the first step asks for a restart, unless a rank failed: torchrun then sends SIGTERM to the others too."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def status_of(runs) -> tuple[str, int] | None:
 
 
 def started(runs, *overrides: str) -> subprocess.Popen:
-    """A run that has opened its directory, and has its engine and its model still to come."""
+    """A run that has opened its directory but has no engine and no model yet."""
     process = runs.start(*QUICK, *overrides)
     wait_for(lambda: (runs.directory("early") / "config.yaml").exists())
     return process
 
 
 def rank_of(launcher: int, rank: int) -> int:
-    """The process of a rank."""
+    """The process id of a rank."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
             return int(child)
@@ -68,7 +68,7 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
 
 @pytest.mark.slow
 def test_a_rank_that_is_lost_while_the_model_is_loaded_fails_the_run_before_the_grace_is_over(runs):
-    # torchrun sends the other rank the same SIGTERM that a scheduler would.
+    # torchrun sends the other rank SIGTERM, as a scheduler would.
     process = started(runs)
     begin = time.monotonic()
     os.kill(rank_of(process.pid, 1), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Held-out sets: what is asked, and what the answers are counted as."""
+"""Held-out sets: what is requested, and how the answers are counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def graded(*rewards: tuple[float, ...], tokens: int = 2, finish: FinishReason = 
 
 
 def test_right_responses_and_problems_that_any_of_them_is_right_for_are_counted():
-    """Of three problems the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
+    """Of three problems, the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
     groups = graded((1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5))
     groups[2].samples[0].finish_reason = "length"
     twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")

@@ -1,4 +1,4 @@
-"""Optimizers that exist on a GPU alone, on CPU: what stands in for the GPU is in `gpu_optimizer_jobs`."""
+"""GPU-only optimizers, tested on CPU with the stand-ins for the GPU in `gpu_optimizer_jobs`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {"offloaded": ("offloaded", DISTRIBUTED), "fused": ("fused", []), "fused
 
 @pytest.fixture(scope="module")
 def own_gangs():
-    """Ranks of this file's own, as Megatron is changed in them."""
+    """Ranks for this file alone, because Megatron is patched in them."""
     running = Gangs()
     yield running
     running.stop()
@@ -48,13 +48,13 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 def test_it_updates_as_torch_does_and_each_rank_its_share(trained):
     job, ranks = trained
-    if job["kind"] == "offloaded":  # vocabularies are padded; norms and the router are on both ranks where experts are apart
+    if job["kind"] == "offloaded":  # vocabularies are padded; with experts on separate ranks, both ranks have norms and router
         shares, weights = [rank["apart"] for rank in ranks], sum(tensor.numel() for tensor in ranks[0]["saved"].values())
         assert min(shares) > 0.3 * weights and weights <= sum(shares) < 1.3 * weights
     for rank in ranks:
         assert [seen[0] for seen in rank["updates"]] == pytest.approx([seen[0] for seen in rank["plain"]], rel=1e-3)
         assert [seen[1:] for seen in rank["updates"]] == [pytest.approx(seen[1:], rel=1e-2) for seen in rank["plain"]]
-        for name, tensor in rank["weights"]["plain"].items():  # a rounding of bf16 apart here and there
+        for name, tensor in rank["weights"]["plain"].items():  # some differ by one bf16 rounding
             torch.testing.assert_close(rank["weights"][job["kind"]][name], tensor, atol=1e-4, rtol=2**-7, msg=name)
 
 
@@ -75,7 +75,7 @@ def test_another_layout_goes_on_with_it(own_gangs, kind, trained):
     resumed = own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **elsewhere, step=2, count=1)
     for found, wanted in zip(resumed, straight, strict=True):
         assert_same(found["loaded"], wanted["saved"])
-        assert found["updates"] == [pytest.approx(wanted["updates"][2], rel=0.03)]  # bf16 of other partial sums
-        # Adam without its moments, or with its step at 1, moves weights by their whole learning rate, 1e-3, or more.
+        assert found["updates"] == [pytest.approx(wanted["updates"][2], rel=0.03)]  # bf16 with other partial sums
+        # With Adam's moments lost or its step reset to 1, weights would move by the whole learning rate, 1e-3, or more.
         moved = [(found["weights"][name] - tensor).abs().sum() for name, tensor in wanted["weights"][job["kind"]].items()]
         assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 1e-4

@@ -1,4 +1,4 @@
-"""Datasets by name: what is told, and how soon, where the hub cannot be reached; one that is slow is waited for."""
+"""Datasets by name: the error when the hub is unreachable, and how soon it comes; a slow hub is waited for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOBODY = "http://127.0.0.1:1"
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Sets the hub's address, for tests that are not offline."""
+    """Turns offline mode off, and returns a function that sets the hub's address."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -83,7 +83,7 @@ def test_without_a_network_a_name_that_is_not_in_the_cache_is_one_sentence_withi
             "cannot be reached: "
         )
         assert str(caught.value).partition("Connection refused); check name and split")[1]
-    assert time.monotonic() - start < 10  # the hub's clients alone take 46
+    assert time.monotonic() - start < 10  # the hub's clients alone take 46 s
 
 
 def test_without_a_network_what_is_in_the_cache_is_taken_from_there(endpoint, asked):

@@ -1,4 +1,4 @@
-"""A group in hand: how it grows over weight syncs, when it has become too old, and what a checkpoint keeps of it."""
+"""A group in hand: how it grows over weight syncs, when it is too old, and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
     assert unpack([], load(save(pack([])[1]))) == unpack([], {}) == []
     before = {name: tensor for name, tensor in tensors.items() if not name.startswith("routing")}
     mixed.routing = array("B")
-    assert unpack(found, before) == groups  # a checkpoint from before there was a routing
+    assert unpack(found, before) == groups  # a checkpoint from before routing was recorded
 
 
 def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
-    """Its keys and values were made anew from its first token on."""
+    """Each pass recomputes the keys and values from the response's first token."""
     sample = Sample(0, [], [], "abort", 1)
     extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
     assert not sample.routing

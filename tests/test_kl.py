@@ -1,4 +1,4 @@
-"""The KL to a reference: its estimators by definition, and the gradients that they have in the loss and in the reward."""
+"""The KL to a reference: its estimators by definition, and their gradients in the loss and in the reward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_kl_estimators_by_definition():
 
 
 def test_mean_gradients_of_the_kl_estimators_are_those_their_docstring_names():
-    """Over all tokens of a small vocabulary, by their probability: the expectation itself instead of samples."""
+    """The exact expectation over all tokens of a small vocabulary, not a mean of samples."""
     generator = torch.Generator().manual_seed(0)
     ref = torch.randn(7, dtype=torch.float64, generator=generator).log_softmax(0)
     logits = torch.randn(7, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -47,7 +47,7 @@ def test_mean_gradients_of_the_kl_estimators_are_those_their_docstring_names():
 
 
 def test_of_constants_in_the_reward_only_k1_has_the_gradient_of_the_kl():
-    """By the expectation itself, as above: the policy gradient of a reward is E[reward grad log pi]."""
+    """Exact expectations as above; the policy gradient of a reward is E[reward grad log pi]."""
     generator = torch.Generator().manual_seed(0)
     ref_logits, away = torch.randn(2, 7, dtype=torch.float64, generator=generator)
     ref = ref_logits.log_softmax(0)

@@ -1,4 +1,4 @@
-"""The launcher: what it refuses before it starts anything, what comes back from the ranks, and that nothing is left."""
+"""The launcher: what it refuses before starting anything, what it reports from the ranks, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -126,16 +126,16 @@ def test_default_number_of_processes(
         (SglangConfig(servers=2, tp=2), 4),
         (SglangConfig(servers=2, tp=2, placement="colocated"), 8),
         (SglangConfig(urls=("http://a:1",), tp=2), 8),
-        (SglangConfig(tp=8), 1),  # which is told when the servers look for their GPUs
+        (SglangConfig(tp=8), 1),  # reported when the servers look for their GPUs
     ],
     ids=["dedicated", "colocated", "external", "all taken"],
 )
 def test_dedicated_servers_keep_their_gpus_from_the_ranks(servers: SglangConfig, nproc: int) -> None:
     assert default_nproc(Config(rollout=RolloutConfig(backend="sglang"), sglang=servers), 8) == nproc
-    assert default_nproc(Config(sglang=servers), 8) == 8  # there are none
+    assert default_nproc(Config(sglang=servers), 8) == 8  # the embedded backend has no servers
 
 
-# What is refused before anything is started
+# What is refused before anything starts
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_ranks_command_without_torchrun_is_one_sentence(small: str, module: st
     )
 
 
-# How a mistake that a rank meets is reported
+# How an error that a rank finds is reported
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_errors_in_the_wake_of_a_reported_mistake_are_quiet_others_are_not(
     assert exit_code_of(peer_left) == 2
 
 
-# Real ranks: small scripts in the place of etr_megatron.train
+# Real ranks: small scripts in place of etr_megatron.train
 
 RANK_SCRIPT = """
 import os, signal, sys, time
@@ -359,7 +359,7 @@ def test_a_signal_to_the_launcher_leaves_no_process(
 
 
 def is_alive(process: psutil.Process) -> bool:
-    # A zombie has ended: whoever adopted it has only not asked yet.
+    # A zombie has ended; its new parent has only not reaped it yet.
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -24,7 +24,7 @@ spec = importlib.util.spec_from_file_location("lifetime", {str(LIFETIME)!r})
 lifetime = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lifetime)
 """
-# Starts a child that obeys, prints its pid once it does, then sleeps until it is killed.
+# Starts a child, prints its pid once the child is ready, then sleeps until it is killed.
 PARENT = """
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
 child.stdout.readline()
@@ -95,7 +95,7 @@ def test_child_started_through_the_lasting_thread_outlives_the_thread_that_asked
         thread.join()
     lasting, plain = children
     try:
-        assert plain.wait(20) == -9  # what the lasting thread is there to prevent
+        assert plain.wait(20) == -9  # the lasting thread prevents this
         assert lasting.poll() is None
     finally:
         for child in children:
@@ -108,7 +108,7 @@ def test_a_forked_process_starts_its_children_by_a_thread_of_its_own():
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(30)  # ends it where it waits for its parent's thread
+        signal.alarm(30)  # ends it if it waits for its parent's thread
         try:
             os._exit(popen_from_lasting_thread(["true"]).wait())
         finally:

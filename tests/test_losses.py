@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_the_numpy_reference(name: str, which: str, see
 @pytest.mark.parametrize("seed", range(3))
 def test_dual_clip_bounds_the_loss_of_exploding_ratios(seed: int) -> None:
     case, logp, entropy = random_case(seed, LossSettings(dual_clip=1.5), spread=1.5)
-    case.rows["advantage"][case.index == 2] = 0.0  # whose gradient nothing stops
+    case.rows["advantage"][case.index == 2] = 0.0  # no bound stops the gradient here
     assert_equals_reference("clipped", case, logp, entropy)
     stopped = evaluate("clipped", case, logp, entropy)[0].rows["dual_clip"].numpy()
     ratio = np.exp(logp - case.rows["old_logp"])
@@ -80,7 +80,7 @@ def test_dual_clip_bounds_the_loss_of_exploding_ratios(seed: int) -> None:
     assert stopped.any() and (ratio[case.index == 2] > 1.5).any()
 
 
-# CISPO holds constant what a finite difference would not: below.
+# CISPO holds its ratio constant, which finite differences do not: tested below.
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "cispo"])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     case, logp, entropy = random_case(4, LossSettings(kl_coef=0.3, entropy_coef=0.2), lengths=(3, 2, 4))
@@ -110,7 +110,7 @@ def test_at_ratio_one_no_bound_is_active_and_the_gradient_is_plain_policy_gradie
     plain = -case.rows["weight"] * case.rows["correction"] * case.rows["advantage"]
     for name in LOSSES:
         outputs, gradient, _ = evaluate(name, case, logp, entropy)
-        if name == "gspo":  # every token of a sequence moves the whole sequence's ratio
+        if name == "gspo":  # every token moves the ratio of its whole sequence
             means = [plain[case.index == i].mean() for i in range(len(case.lengths))]
             plain_here = np.array(means)[case.index]
         else:
@@ -127,14 +127,14 @@ def test_rounding_of_the_ratio_does_not_decide_what_a_radius_of_zero_lets_throug
     case, _, entropy = random_case(0, lengths=(1, 1, 1))
     case.rows |= {key: np.zeros(3) for key in ("old_logp", "clip_low", "clip_high")}
     case.rows |= {"weight": np.full(3, 0.5), "correction": np.ones(3), "advantage": np.full(3, advantage)}
-    x = torch.tensor([-5e-5, 0.0, 5e-5], requires_grad=True)  # of low precision, in another layout
+    x = torch.tensor([-5e-5, 0.0, 5e-5], requires_grad=True)  # due to low precision or another layout
     inputs = case.inputs(x, torch.tensor(entropy).float(), torch.float32)
     outputs = resolve_loss(name)(inputs)
     (gradient,) = torch.autograd.grad(outputs.loss, x)
     torch.testing.assert_close(gradient, torch.full((3,), -0.5 * advantage), atol=1e-4, rtol=0)
     sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
     assert sums["clip_upper"] == sums["clip_lower"] == 0
-    away = torch.full((3,), 2e-4 * advantage, requires_grad=True)  # in the advantage's own direction
+    away = torch.full((3,), 2e-4 * advantage, requires_grad=True)  # in the direction of the advantage
     inputs = case.inputs(away, torch.tensor(entropy).float(), torch.float32)
     outputs = resolve_loss(name)(inputs)
     sums = diagnostic_sums(inputs, outputs, torch.zeros(3, dtype=torch.long))
@@ -159,7 +159,8 @@ VOCAB, WIDTH = 11, 6
 
 
 def packed_loss(name: str, batch: PolicyBatch, microbatches: list[Microbatch]) -> tuple[float, list[torch.Tensor]]:
-    """Loss over all microbatches in float64 and its gradients, of a policy of an embedding, one of positions and a head."""
+    """Float64 loss over all microbatches and its gradients; the policy is a token embedding, a position embedding and a
+    head."""
     generator = torch.Generator().manual_seed(0)
     sizes = (VOCAB, 64, VOCAB)
     embedding, places, head = (torch.randn(n, WIDTH, generator=generator, dtype=torch.float64).requires_grad_() for n in sizes)
@@ -183,7 +184,7 @@ def packed_loss(name: str, batch: PolicyBatch, microbatches: list[Microbatch]) -
     seed=st.integers(0, 1000),
 )
 def test_padding_and_the_split_over_microbatches_change_neither_loss_nor_gradient(name, sizes, ranks, budget, multiple, seed):
-    """sizes: tokens of each prompt and response; multiple: of which every packed microbatch's tokens are made."""
+    """sizes: tokens of each prompt and response; multiple: microbatches are padded to a multiple of it."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(0, VOCAB, (sum(size),), generator=generator).tolist() for size in sizes]
     sequences = [(ids[:prompt], ids[prompt:]) for ids, (prompt, _) in zip(tokens, sizes, strict=True)]
@@ -294,7 +295,7 @@ def test_diagnostics_are_sums_over_rows_overall_and_by_bin(name: str, estimator:
     options = LossSettings(kl_estimator=estimator, log_ratio_bound=0.7)
     case, logp, entropy = random_case(93, options, lengths=(5, 1, 7, 3, 2, 6, 4))
     r, bins = case.rows, np.array([-1, 2, 0, 0, 3, 2, 3])[case.index]
-    r["advantage"][np.isin(case.index, (2, 5))] = 0.0  # of which no bound stops a gradient
+    r["advantage"][np.isin(case.index, (2, 5))] = 0.0  # no bound stops their gradient
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
     sums = diagnostic_sums(inputs, resolve_loss(name)(inputs), torch.tensor(bins))
     ratio = np.exp(np.clip(logp - r["old_logp"], -0.7, 0.7))

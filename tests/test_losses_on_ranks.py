@@ -1,4 +1,4 @@
-"""Sequence-level ratios where two ranks hold parts of the same sequences, as under context parallelism."""
+"""Sequence-level ratios when two ranks hold parts of the same sequences, as under context parallelism."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SETTINGS = LossSettings(kl_coef=0.3, entropy_coef=0.2)
 
 
 def rows_of(rank: int, index: np.ndarray) -> np.ndarray:
-    """An uneven cut: rank 1 has the last two thirds of every sequence, and all of those of one token."""
+    """An uneven cut: rank 1 has the last two thirds of every sequence, and all of sequences shorter than three tokens."""
     position = np.concatenate([np.arange(n) for n in LENGTHS])
     behind = position >= np.array(LENGTHS)[index] // 3
     return np.flatnonzero(behind if rank else ~behind)
 
 
 def part_of_the_loss(name: str, seed: int) -> tuple[float, torch.Tensor]:
-    """This rank's share of the loss, and its gradient at this rank's rows."""
+    """This rank's share of the loss, and its gradient for this rank's rows."""
     case, logp, entropy = random_case(seed, SETTINGS)
     rows = torch.tensor(rows_of(dist.get_rank(), case.index))
     whole = case.inputs(torch.tensor(logp), torch.tensor(entropy))

@@ -1,11 +1,11 @@
-"""The mbridge package, another exporter, over the Megatron models that we built and loaded: the same tensors, bit for bit."""
+"""The mbridge package, another exporter, on Megatron models that we built and loaded: the same tensors, bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-# mbridge is in the test extra. Not imported here: megatron.core has to be prepared first, which the ranks do.
+# mbridge is in the test extra. The ranks import it, because megatron.core has to be prepared first.
 
 LAYOUTS = {
     "tp1": (1, ["parallel.tp=1"]),

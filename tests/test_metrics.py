@@ -1,4 +1,4 @@
-"""The gate and the rows of metrics: what a step's groups, batch and updates are counted as."""
+"""The log-prob gate and the rows of metrics: how a step's groups, batch and updates are counted."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_the_gate_lets_agreement_pass_and_names_the_worst_sample_otherwise():
 
 
 def test_the_gate_looks_at_tokens_of_the_trainers_own_weights_alone():
-    """Tokens of other weights than version 7 are far off: all of sample p0@3/0, and the first three of p1@3/1."""
+    """Tokens of versions other than 7 are far off: all of sample p0@3/0, and the first three of p1@3/1."""
     step = groups()
     step[0].samples[0].weight_version = 8
     step[1].samples[1].weight_versions = array("i", [5, 6, 6, 7, 7])
     of_7 = drawn_from(step, 7)
     assert (~of_7).nonzero()[:, 0].tolist() == [0, 1, 2, 6, 7, 8]
     off = torch.where(of_7, 1e-6, 1.0)
-    off[5] += 0.5  # and so is one of version 7, in sample p1@3/0
+    off[5] += 0.5  # and so is one token of version 7, in sample p1@3/0
 
     def batch(gap: torch.Tensor) -> PolicyBatch:
         return replace(with_old(0.0), old_logp=(gap - 1.0).split(FLAT_LENGTHS))
@@ -80,7 +80,7 @@ def test_a_steps_groups_are_counted_each_for_what_it_is():
     samples = [sample for group in step for sample in group.samples]
     for sample, status in zip(samples, ["timeout"] * 3 + ["ok"] * 6 + ["error"] * 2, strict=True):
         sample.reward_status = status
-    samples[1].reward, samples[4].weight_version = 0.5, 9  # neither wrong nor right; of newer weights than the others
+    samples[1].reward, samples[4].weight_version = 0.5, 9  # neither wrong nor right; from newer weights than the others
     row = rollout_metrics(3, step, config())
     assert row["step"] == 3 and row["weight_version"] == 9
     assert row["accuracy"] == pytest.approx(4 / 11) and row["reward_mean"] == pytest.approx(4.5 / 11)
@@ -119,7 +119,7 @@ def test_the_reward_is_told_after_shaping_where_a_kl_is_taken_from_it():
 
 @pytest.mark.parametrize(("reference", "passes"), [(None, 13), (object(), 14)])
 def test_a_ranks_speed_counts_the_passes_over_whole_sequences_that_training_takes(monkeypatch, reference, passes):
-    """Of a model that takes 2e12 FLOP a token and 3e13 a row of its head: 4 epochs of 3 passes each, and the log-probs."""
+    """For a model with 2e12 FLOP per token and 3e13 per row of its head: 4 epochs of 3 passes each, plus the log-probs."""
     monkeypatch.setattr("etr_megatron.metrics.sequence_flops", lambda arch, tokens, rows: arch * tokens + 3e13 * rows)
     policy = SimpleNamespace(reference=reference, arch=2e12, layout=SimpleNamespace(world=5))
     sequences = [([1] * 7, [2] * 4), ([1], [2] * 2)]
@@ -144,7 +144,7 @@ def test_clip_metrics_by_pass_rate_are_there_where_a_bin_has_tokens():
     assert not any(key.endswith(("_pass_0_25", "_pass_75_100")) for key in row)
     assert row["clip_frac_upper_pass_25_50"] == 0.2 and row["clip_frac_lower_pass_50_75"] == 0.2
     assert row["clip_radius_mean_pass_25_50"] == 0.15
-    # Of the fourth group's 10 tokens 9 belong to wrong answers (radii 0.140 and 1.4 x that) and 1 to the right one.
+    # Of the fourth group's 10 tokens, 9 belong to wrong answers (radii 0.140 and 1.4 x that) and 1 to the right one.
     assert row["clip_radius_p10_pass_25_50"] == row["clip_radius_p90_pass_25_50"] == pytest.approx(1.2 * 0.140, abs=1e-3)
     means = ((batch.clip_low + batch.clip_high) / 2).tolist()
     radius = torch.cat([torch.full((n,), x) for n, x in zip(FLAT_LENGTHS, means, strict=True)])

@@ -1,4 +1,4 @@
-"""Which nodes are set apart for servers, and what is asked of them and of a config that has some."""
+"""Nodes dedicated to servers: which ones they are, and what is required of them and of the config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]
 
 
 def torchrun(monkeypatch, *, nodes: int, processes: int, node: int, world: int | None = None) -> None:
-    """What torchrun says to a process."""
+    """The environment that torchrun gives a process."""
     said = {"WORLD_SIZE": nodes * processes if world is None else world, "LOCAL_WORLD_SIZE": processes}
     said |= {"GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}
     for name, value in said.items():

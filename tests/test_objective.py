@@ -56,7 +56,7 @@ def numpy_bounds(advantage: np.ndarray, variance: np.ndarray, preset: dict) -> t
 
 
 def elastic_bounds(**values) -> ElasticBounds:
-    """Of a preset's values, whatever else a preset sets."""
+    """From the values of a preset that concern the bounds."""
     return ElasticBounds(**{field.name: values[field.name] for field in fields(ElasticBounds)})
 
 
@@ -112,7 +112,7 @@ def test_radii_of_known_pass_rates(k, size, form):
 
 
 def test_each_radius_is_kept_between_the_least_and_the_greatest():
-    """Of 0.2 and 0.3 times |A| four samples leave the range on either side, each radius at another sample."""
+    """At 0.2 and 0.3 times |A|, both radii leave the range at either end, for different samples."""
     bounds = ElasticBounds("linear", "none", 0.0, 0.0, 0.2, 0.3, 0.12, 0.5)
     low, high = bounds(torch.tensor([-0.3, 0.5, -2.0, 2.7], dtype=torch.float64), torch.ones(4, dtype=torch.float64))
     assert low.tolist() == pytest.approx([0.12, 0.12, 0.4, 0.5]) and high.tolist() == pytest.approx([0.12, 0.15, 0.5, 0.5])
@@ -202,7 +202,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
         statistics = group_statistics(
             [rewards[i] for i in order],
             [f"g{i % groups}" for i in order],
-            verifier_rewards=[1 - rewards[i] ** 2 for i in order],  # so that the variance is not that of the rewards
+            verifier_rewards=[1 - rewards[i] ** 2 for i in order],  # so that their variance differs from that of the rewards
             baseline=values["baseline"],
             normalize=values["normalize"],
         )
@@ -215,7 +215,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
         assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all()
     shuffled, shuffled_radii = of(order)
     for field in fields(GroupStatistics):
-        # Rounding is 1e-16 of a reward; the advantage, which delta bounds, may show a million times that.
+        # Rewards are rounded at 1e-16. The advantage can amplify that a million times, which delta bounds.
         close = dict(atol=1e-6 if field.name == "advantage" else 1e-12, rtol=1e-9)
         torch.testing.assert_close(getattr(shuffled, field.name), getattr(statistics, field.name)[order], **close)
     for found, radius in zip(shuffled_radii, radii, strict=True):
@@ -227,7 +227,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
 @pytest.mark.parametrize("seed", range(5))
 def test_the_shuffled_control_keeps_a_samples_two_radii_together(seed):
     advantage = torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5, 2.0])
-    low, high = 0.01 * torch.arange(1, 7), 0.28 - 0.03 * torch.arange(1, 7)  # of no two samples the same, on either side
+    low, high = 0.01 * torch.arange(1, 7), 0.28 - 0.03 * torch.arange(1, 7)  # no two radii on a side are equal
     options = dict(how="shuffled", advantage=advantage, tokens=[1] * 6, seed=seed)
     dealt_low, dealt_high = control_radii(low, high, **options)
     pairs = set(zip(low.tolist(), high.tolist(), strict=True))
@@ -243,7 +243,7 @@ def test_the_shuffled_control_keeps_a_samples_two_radii_together(seed):
     seed=st.integers(0, 1000),
 )
 def test_controls_do_not_depend_on_sample_order(samples, groups, preset, seed):
-    """samples: (reward in eighths, whose sums are exact in any order; tokens) of each."""
+    """samples: (reward, tokens) of each. Rewards are in eighths, whose sums are exact in any order."""
     values = PRESETS[preset]
 
     def of(order: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -257,7 +257,7 @@ def test_controls_do_not_depend_on_sample_order(samples, groups, preset, seed):
     _, *shuffled = of(order)
     for found, radius in zip(shuffled, radii, strict=True):
         wanted = radius[order]
-        if preset == "etr_shuffled":  # dealt out by place: as many of each radius, and nothing else where nobody learns
+        if preset == "etr_shuffled":  # dealt by position: the same set of radii, and no change for inactive samples
             active = advantage[order] != 0
             found, wanted = (torch.cat([one[~active], one[active].sort().values]) for one in (found, wanted))
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
@@ -275,7 +275,7 @@ def test_weights_sum_the_token_losses_as_defined(how):
         "constant_length": np.mean([x.sum() / 7 for x in losses]),
     }[how]
     assert found == pytest.approx(wanted)
-    assert all(map(math.isfinite, token_weights([0, 0], how, constant_length=7)))  # nothing to train on
+    assert all(map(math.isfinite, token_weights([0, 0], how, constant_length=7)))  # no tokens to train on
 
 
 def test_an_aggregation_that_cannot_be_had_is_refused():

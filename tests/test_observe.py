@@ -1,4 +1,4 @@
-"""metrics.jsonl and atomic writes, and what a full disk or a kill -9 does to them."""
+"""metrics.jsonl and atomic writes, and their behaviour on a full disk and after kill -9."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from etr_megatron.observe.reference import render_reference
 from etr_megatron.observe.report import load_rows
 from etr_megatron.platform.files import disk_errors
 
-# Written out once more, from the specification: the code's own list is what is under test.
+# Written out from the specification, because the code's own list is under test.
 SPECIFIED_KEYS = [
     "step",
     "weight_version",
@@ -178,7 +178,7 @@ def test_a_torn_last_line_does_not_count_and_is_not_glued_to_the_next(tmp_path: 
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).append(make_row(1))
     whole = path.read_bytes()
-    torn = json.dumps(make_row(2)).encode()  # complete JSON, but the newline never came
+    torn = json.dumps(make_row(2)).encode()  # complete JSON, but without its newline
     path.write_bytes(whole + torn)
     assert [row["step"] for row in MetricsLog(path).rows()] == [1]
     MetricsLog(path).append(make_row(2))

@@ -32,7 +32,7 @@ def test_tensorboard_curves_are_cut_back_on_resume(tmp_path: Path) -> None:
     first = TensorBoardWriter(tmp_path, resumed_at=0)
     for step in range(1, 6):
         first.write(make_row(step, reward_mean=step / 8))
-    # No close: the process was killed.
+    # Not closed, as if the process had been killed.
     second = TensorBoardWriter(tmp_path, resumed_at=3)
     second.write(make_row(4, reward_mean=4.0))
     second.close()
@@ -58,7 +58,7 @@ def test_a_full_disk_under_tensorboard_is_a_user_error(tmp_path: Path, monkeypat
 
 
 class FakeWandb(types.ModuleType):
-    """Records what is asked of W&B; a module because it is imported."""
+    """Records the calls to W&B; a module because it is imported."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -274,7 +274,7 @@ def test_of_a_short_run_the_report_has_its_first_and_last_step_and_a_reward_of_z
     rows = [make_row(step, reward_mean=0.5 * (step % 2)) for step in range(1, 21)]
     assert "first tenth 0.250, last tenth 0.250" in summary(rows)
     for row in rows:
-        del row["loss"]  # as where only rollouts were drawn
+        del row["loss"]  # as in a run that only makes rollouts
     assert "clipped tokens" not in summary(rows)
 
 

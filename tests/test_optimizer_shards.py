@@ -1,4 +1,4 @@
-"""The distributed optimizer's state in checkpoints: boxes of ranges, who writes what, and Megatron's own form."""
+"""The distributed optimizer's state in checkpoints: boxes of ranges, which rank writes what, and Megatron's own format."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def written(folder: Path) -> dict[str, Counter[int]]:
     found = {"exp_avg": Counter(), "model": Counter()}
     for index, place in metadata.storage_data.items():
         rank = int(place.relative_path.split("_")[2])
-        elements = sizes.get((index.fqn, tuple(index.offset or ())), 0)  # none: an object
+        elements = sizes.get((index.fqn, tuple(index.offset or ())), 0)  # none for objects, which are not tensors
         if "optimizer.state.exp_avg." in index.fqn:
             found["exp_avg"][rank] += elements
         elif "optimizer.state." not in index.fqn:
@@ -79,7 +79,7 @@ def test_every_data_parallel_rank_writes_what_it_holds(gangs, hf_models, tmp_pat
     job = {"function": "tests.test_optimizer_shards:save_once", "model": hf_models[family], "folder": str(tmp_path)}
     held = gangs(ranks).run(**job, overrides=[*layout, SHARDED])
     found = written(tmp_path)
-    # What is on several tensor-parallel ranks (norms) is written by one of them.
+    # Parameters on several tensor-parallel ranks (norms) are written by one of them.
     assert all(0.9 * held[rank] <= found["exp_avg"][rank] <= held[rank] for rank in range(ranks)), (held, found)
     if "parallel.tp=1" in layout:
         assert sum(found["exp_avg"].values()) == sum(found["model"].values())
@@ -88,7 +88,7 @@ def test_every_data_parallel_rank_writes_what_it_holds(gangs, hf_models, tmp_pat
 
 
 def in_megatrons_form(model: str, overrides: list[str], save: str | None = None, load: str | None = None) -> dict[str, Any]:
-    """`update_twice` with checkpoints in the form that Megatron gives them."""
+    """`update_twice` with checkpoints in Megatron's own format."""
     from etr_megatron.checkpoint import checkpoint
 
     ours, checkpoint.store_by_rank = checkpoint.store_by_rank, lambda optimizer: None

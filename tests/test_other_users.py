@@ -1,7 +1,7 @@
-"""What belongs to another user and may not be used is one sentence and exit code 2, before anything is started.
+"""Files of another user that may not be used give one sentence and exit code 2, before anything starts.
 
-The tests run as root, which nothing keeps out: what they start has root's files and none of its privileges, and meets files of
-another user as anybody would.
+The tests run as root, which may access everything. The commands they start own root's files but lack its privileges, so another
+user's files are closed to them as to anyone else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(bool(why := _why_not()), reason=why)
 
 
 def unprivileged(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Python with `command`, run by a user that is kept out of what is another's."""
+    """Python with `command`, run without the privilege to access other users' files."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*UNPRIVILEGED, sys.executable, *map(str, command)], cwd=REPO, env=environment, capture_output=True, text=True
@@ -43,7 +43,7 @@ def unprivileged(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def told(*command: str | Path) -> str:
-    """The one sentence with which `command` ends."""
+    """The one-sentence error with which `command` ends."""
     done = unprivileged(*command)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     (line,) = done.stderr.splitlines()
@@ -51,14 +51,14 @@ def told(*command: str | Path) -> str:
 
 
 def give_away(path: Path, mode: int) -> None:
-    """`path`, with all that is in it, belongs to another user."""
+    """Make another user the owner of `path` and everything in it."""
     for one in (path, *path.rglob("*")):
         os.chown(one, ANOTHER, ANOTHER)
     path.chmod(mode)
 
 
 def make_run(root: Path) -> Path:
-    """A run with a checkpoint, in a directory that anybody may write to."""
+    """A run with a checkpoint, in a world-writable directory."""
     for file in ("metrics.jsonl", "status.json", "lock", "config.yaml", "checkpoints/step_000001/trainer.json"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text('{"step": 1, "state": "failed"}\n')
@@ -108,7 +108,7 @@ def test_a_run_that_is_another_users_in_part_is_told_by_that_part(tmp_path):
     for run, (part, mode, _) in zip(runs, PARTS, strict=True):
         give_away(run / part, mode)
     for part in ("config.yaml", "metrics.jsonl", "status.json", "checkpoints/step_000001/trainer.json"):
-        give_away(shared / part, 0o644)  # all may read it, and it is replaced or only read
+        give_away(shared / part, 0o644)  # readable by all, and only read or replaced
     done = unprivileged("-c", LOOK, *runs, mine, shared)
     said = [
         f"{run / part}: cannot be {what} (Permission denied); choose another run.dir or run.name"

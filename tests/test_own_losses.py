@@ -1,4 +1,4 @@
-"""A user's own loss by import path: what it gets, and what is said about one that does not keep its promises."""
+"""A user's own loss by import path: its inputs, and the errors when it does not keep its promises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole_sequences(inputs: LossInputs) -> LossOutputs:
     return regularized(inputs, inputs.sequences.spread(inputs.sequences.mean(inputs.logp)) * inputs.advantage)
 
 
-whole_sequences.token_local = False  # the mark, taken back
+whole_sequences.token_local = False  # the mark is removed again
 
 
 def returns_a_tensor(inputs: LossInputs) -> torch.Tensor:
@@ -97,7 +97,7 @@ def asks_another_rank(inputs: LossInputs) -> LossOutputs:
 
 @token_local
 def changes_what_its_gradient_needs(inputs: LossInputs) -> LossOutputs:
-    ratio = (inputs.logp - inputs.old_logp).exp()  # exp's derivative is its result
+    ratio = (inputs.logp - inputs.old_logp).exp()  # exp's gradient needs its result
     return regularized(inputs, ratio.clamp_(max=2.0) * inputs.advantage)
 
 
@@ -184,7 +184,7 @@ def test_a_users_gradient_is_tried_in_the_first_call_alone_and_what_watches_the_
     outputs.loss.backward()
     assert len(seen) == 2
     with torch.no_grad():
-        PolicyLoss(name, counts_its_gradients, True)(case.inputs(*policys))  # where there is none to try
+        PolicyLoss(name, counts_its_gradients, True)(case.inputs(*policys))  # without gradients, none is tried
     resolve_loss("tests.test_own_losses:has_a_parameter")(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 
@@ -223,10 +223,10 @@ def test_of_what_a_users_loss_raises_the_traceback_is_told_from_the_loss_on() ->
     told = raised("tests.broken_loss:needs_an_option")
     assert told.startswith("objective.loss tests.broken_loss:needs_an_option raised KeyError: 'margin'\nTraceback")
     assert [line.rpartition(" in ")[2] for line in told.splitlines() if " in " in line] == ["needs_an_option", "_margin"]
-    # What has no frames of its own.
+    # Callables without Python frames.
     assert raised("builtins:len").endswith("\nTypeError: object of type 'LossInputs' has no len()")
     assert "Traceback" not in raised("builtins:len")
-    assert "builtins:max raised TypeError" in raised("builtins:max")  # which does not say what it can be called with
+    assert "builtins:max raised TypeError" in raised("builtins:max")  # max does not say how it can be called
     assert "leaves raised SystemExit: 0" in raised("tests.broken_loss:leaves")
 
 
@@ -264,13 +264,13 @@ def test_rows_that_change_their_names_between_calls_are_named(advantages: tuple[
         loss(first)
     with pytest.raises(UserError, match=f"objective.loss {path} {complaint}.*every call must return the same names"):
         loss(second)
-    assert "gap" in resolve_loss(path)(second).rows  # another run's first call
+    assert "gap" in resolve_loss(path)(second).rows  # the first call in another run
 
 
 def errors_of_updates(model: str, sequences: list, loss: str, factors: list[dict[str, float]]) -> list[str]:
-    """What each of some updates by the head in small chunks says about a loss of this module.
+    """The error of each update ("" if none) when the head applies a loss of this module in small chunks.
 
-    factors: for every update, by what fields of the batch are multiplied.
+    factors: for every update, the factors by which fields of the batch are multiplied.
     """
     policy = build(model, ["parallel.tp=1", "train.head_chunk_rows=5", f"objective.loss=tests.test_own_losses:{loss}"])
     batch, errors = make_batch(sequences), []

@@ -1,4 +1,4 @@
-"""What a packed microbatch holds, whole and cut over context-parallel ranks."""
+"""What a packed microbatch holds, whole and split over context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_rows_predict_exactly_the_response_tokens():
     assert batch.tokens.tolist() == [[4, 4, 6, 6, 6, 7, 8, 9, 1, 2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     assert batch.cu_seqlens.tolist() == [0, 5, 10] and batch.max_seqlen == 5 and batch.cu_seqlens.dtype == torch.int32
-    # Each row's successor in the packed tokens is its target.
+    # Each row's target is the next token in the packed sequence.
     assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 6, 6, 1, 2]
     assert batch.row_sample.tolist() == [2, 2, 2, 0, 0]
     assert batch.row_position.tolist() == [0, 1, 2, 0, 1]
