@@ -141,7 +141,7 @@ def test_without_a_device_it_says_what_runs_instead(capsys):
 
 
 def gpu_tests(**environment: str) -> str:
-    """Runs tests/gpu, which must pass, and returns pytest's last line."""
+    """Runs tests/gpu, which must pass, and returns pytest's output."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
     done = subprocess.run(command, cwd=gpu.ROOT, env=env, capture_output=True, text=True, timeout=300)

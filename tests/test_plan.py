@@ -1,4 +1,4 @@
-"""The planner: everything arrives once and where it belongs, replicas share the work, the plan is the same everywhere."""
+"""Plans of weight transfers: everything arrives once and in the right place, replicas share the work, processes agree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from etr_megatron.weights.shards import box
 
 
 def architecture(**changes) -> Architecture:
-    """A small model, every dimension distinct."""
+    """A small model whose dimensions all differ."""
     sizes = dict(layers=4, hidden_size=6, intermediate_size=16, heads=8, kv_heads=4, head_dim=3, vocab_size=301)
     fixed = dict(family="qwen2", tied_embeddings=False, qkv_bias=True, qk_norm=False, norm_eps=1e-6, max_positions=64)
     return Architecture(**{**sizes, **fixed, **changes})
@@ -55,7 +55,7 @@ def architectures(draw) -> Architecture:
 
 
 def training_layouts(arch: Architecture) -> list[TrainingLayout]:
-    """All small ones that the model fits into."""
+    """All small training layouts that the model fits into."""
     found = []
     for tp, pp, vpp, dp, ep, etp in product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 3), (1, 2, 4), (None, 1, 2)):
         rows = 3 * (arch.heads + 2 * arch.kv_heads)
@@ -70,7 +70,7 @@ def training_layouts(arch: Architecture) -> list[TrainingLayout]:
 
 
 def server_layouts(arch: Architecture) -> list[ServerLayout]:
-    """All small ones that the model fits into."""
+    """All small server layouts that the model fits into."""
     sizes = [
         (tp, ep, servers)
         for tp, ep, servers in product((1, 2, 4, 8), (1, 2, 4), (1, 2, 3))
@@ -89,7 +89,7 @@ def problems(draw, *, servers_as_source: bool) -> tuple[Architecture, Placement,
 
 
 def numbered_tensors(arch: Architecture) -> dict[str, torch.Tensor]:
-    """Every element of the model has a number of its own, from 1."""
+    """Every element of the model has a unique number, from 1."""
     tensors, start = {}, 1
     for weight in weights_of(arch):
         for name, shape in zip(weight.hf, weight.shapes, strict=True):
@@ -161,7 +161,7 @@ def test_no_replica_sends_more_than_1_1_times_the_mean(problem):
     largest_row = 2 * max(shape[-1] for weight in weights_of(arch) for shape in weight.shapes if len(shape) == 2)
     for ranks, loads in sent_by_replicas(plan, 2).items():
         mean = sum(loads.values()) / len(ranks)
-        # One row is the least that can be given to somebody else.
+        # A row is the smallest unit that another rank can send instead.
         assert max(loads.values()) <= max(1.1 * mean, mean + largest_row)
 
 
@@ -194,7 +194,7 @@ REAL = dict(family="qwen3", hidden_size=4096, heads=32, kv_heads=8, head_dim=128
     ],
 )
 def test_replicas_of_a_large_model_are_within_1_1_of_the_mean_in_blocks_and_in_place(source, destination, start, fp8_block):
-    """What a process holds itself is not counted."""
+    """What a process already holds is not counted."""
     arch = architecture(**REAL, layers=8, qkv_bias=False, qk_norm=True)
     plan = make_plan(source, destination, arch, destination_start=start, fp8_block=fp8_block)
     loads = list(sent_by_replicas(plan, 2).values())
@@ -211,7 +211,7 @@ def test_an_embedding_larger_than_a_replicas_share_is_cut():
 
 
 def test_a_destination_gets_its_share_from_few_of_many_replicas():
-    """Two servers, two replicas: each server takes from one of them alone."""
+    """Two servers, two replicas: each server takes nearly everything from one of them."""
     plan = make_plan(TrainingLayout(dp=2), ServerLayout(servers=2), architecture())
     total = {pair: sum(plan.bytes(t, 2) for t in transfers) for pair, transfers in plan.pairs.items()}
     largest = sorted(total.values(), reverse=True)
@@ -243,7 +243,7 @@ def printed_plan() -> str:
 
 
 def test_the_plan_is_the_same_in_every_process(gangs):
-    """Every process has other hashes of strings."""
+    """String hashes differ between processes."""
     assert set(gangs(2).run("tests.test_plan:printed_plan")) == {printed_plan()}
 
 
@@ -274,7 +274,7 @@ def test_fp8_boxes_are_whole_blocks_and_cost_a_byte_an_element_and_scales():
     ],
 )
 def test_cuts_through_fp8_blocks_are_refused_by_name(changes, destination, message):
-    """In the last case up lies below a gate that does not end with a whole block."""
+    """In the last case the up matrix follows a gate that does not end at a block boundary."""
     sizes = dict(hidden_size=256, intermediate_size=1024, head_dim=128, qkv_bias=False, family="llama")
     with pytest.raises(UserError, match=message + " of a shard do not consist of whole FP8 blocks of 128"):
         make_plan(TrainingLayout(), ServerLayout(tp=destination), architecture(**{**sizes, **changes}), fp8_block=128)
@@ -290,7 +290,7 @@ def test_a_source_that_lacks_a_part_is_refused():
 
 
 def test_the_holdings_of_layers_that_are_cut_alike_are_worked_out_once_and_right():
-    """Shards are kept by what they depend on; another vocabulary or number of heads is another cut."""
+    """Shards are cached by what they depend on; another vocabulary or number of heads is another cut."""
     for changes in (dict(), dict(vocab_size=40), dict(kv_heads=2), dict(kv_heads=8), dict(layers=2)):
         arch = architecture(**changes)
         for weight in weights_of(arch):

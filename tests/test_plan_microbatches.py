@@ -17,7 +17,7 @@ from etr_megatron.weights import read_architecture
 
 
 def cost(length: int) -> int:
-    """A quadratic part that is as large as the linear one at 40 tokens."""
+    """A linear and a quadratic part, equal at 40 tokens."""
     return 40 * length + length * length
 
 
@@ -45,9 +45,9 @@ def test_every_sample_once_the_budget_kept_and_as_many_microbatches_on_every_ran
     ("lengths", "budget", "count"),
     [
         ([5, 5], 10, 1),  # exactly the budget
-        ([2] * 9, 5, 5),  # of which 18 / 5 would be 4, where one has no room
+        ([2] * 9, 5, 5),  # 18 / 5 rounds up to 4, which leaves no room for one sample
         ([2] * 19, 5, 10),
-        ([8, 5, 5, 2, 1, 1] * 3, 11, 6),  # a part that had no room for 2 has some for 1
+        ([8, 5, 5, 2, 1, 1] * 3, 11, 6),  # a part without room for 2 has room for 1
         ([], 5, 1),
     ],
 )
@@ -63,7 +63,7 @@ def test_parts_of_one_cost_that_have_room_for_other_samples_are_told_apart():
 
 
 def test_a_search_is_cut_off_after_so_many_partial_assignments(monkeypatch):
-    most, looked_at = 16 + 300 + 16, []  # greedily and by search to five ranks, then greedily to each one's microbatch
+    most, looked_at = 16 + 300 + 16, []  # greedy and search over five ranks, then greedy into each rank's microbatch
 
     class Counted(planning._Search):
         def _put(self, sample, part):
@@ -83,9 +83,9 @@ def test_a_ranks_microbatches_come_costliest_first():
 
 
 def optimum(costs: list[int], parts: int, lengths: list[int] | None = None, budget: int = 0) -> float:
-    """The cheapest costliest part over all ways to put the items into parts; infinite where none keeps the budget.
+    """The lowest possible cost of the costliest part over all assignments of items to parts; infinite if none keeps the budget.
 
-    A table over subsets: of all ways to fill the first parts with a subset only the best matters.
+    Dynamic programming over subsets: of all ways to fill the first parts with a subset, only the best matters.
     """
     subsets = range(1 << len(costs))
     price = [sum(c for i, c in enumerate(costs) if some >> i & 1) for some in subsets]
@@ -114,7 +114,7 @@ HARD = [
     ([71, 86, 80, 72, 74, 91, 82], 2, 303),
     ([98, 94, 106, 79, 60, 108, 101, 67, 107, 68, 90, 90], 2, 270),
 ]
-"""Where the longest first, into the cheapest part, is a tenth off or needs a microbatch more."""
+"""Cases in which greedy assignment, longest first into the cheapest part, is 10% off or needs a microbatch more."""
 
 
 def instances(count: int) -> list[tuple[list[int], int, int]]:
@@ -146,7 +146,7 @@ def test_ranks_and_microbatches_are_within_five_percent_of_the_exact_optimum(len
         problem = [costs[i] for i in own], [lengths[i] for i in own]
         assert max(map(total, rank)) <= 1.05 * optimum(problem[0], len(rank), problem[1], budget)
         fewer.append(optimum(problem[0], len(rank) - 1, problem[1], budget) if len(rank) > 1 else float("inf"))
-    # One rank at least could not do with one microbatch less.
+    # At least one rank needs all of its microbatches.
     assert max(fewer) == float("inf")
 
 

@@ -1,4 +1,4 @@
-"""What the planner says is kept for backward passes, against what Megatron's layers and schedules keep on CPU.
+"""Memory that the planner counts for backward passes, against what Megatron's layers and schedules keep on CPU.
 
 Norms and rotary embedding are stand-ins that save what Transformer Engine's do (`tests/activation_jobs.py`).
 """
@@ -39,18 +39,18 @@ TOKENS = 128
 
 
 def samples(count: int, tokens: int = TOKENS) -> list[tuple[list[int], list[int]]]:
-    """Of one length, with a prompt of one token: all others are loss rows."""
+    """Samples of equal length with a prompt of one token, so all other tokens are loss rows."""
     chosen = random.Random(3)
     return [([7], [chosen.randrange(VOCAB) for _ in range(tokens - 1)]) for _ in range(count)]
 
 
 def frequencies(arch: Architecture, tokens: int = TOKENS) -> int:
-    """Bytes of the rotary embedding's angles, which a model chunk makes once for all its layers and passes."""
+    """Bytes of the rotary embedding's angles, which a model chunk computes once for all its layers and passes."""
     return 4 * tokens * arch.head_dim
 
 
 def with_routed(arch: Architecture, split: Split, etp: int, found: LayerPass) -> mock._patch:
-    """The planner with the tokens that a rank's experts were really given, in place of the imbalance that it assumes."""
+    """Patch the planner to use the tokens that a rank's experts really received, not the imbalance that it assumes."""
     even = split.whole * arch.experts.per_token * etp if arch.experts is not None else 1
     return mock.patch.object(activations, "EXPERT_IMBALANCE", Fraction(found.routed, even))
 
@@ -67,7 +67,7 @@ LAYERS = {
     "experts_ep2": ("qwen3_moe", 2, [TP1, "parallel.ep=2"], 1),
     "experts_tp2_sp": ("qwen3_moe", 2, [TP2, SP], 2),
     "experts_tp2_sp_ep2": ("qwen3_moe", 2, [TP2, SP, "parallel.ep=2", "parallel.etp=1"], 1),
-    # Layers with and without experts, whose weights are not normalised.
+    # Layers with and without experts; the experts' weights are not normalised.
     "some_experts": ("qwen3_moe_dense", 1, [TP1], 1),
 }
 
@@ -103,7 +103,7 @@ def test_a_layer_whose_attention_is_recomputed_keeps_the_whole_output_of_its_pro
     expected = saved_by_layer(arch, 0, split, 1) + beside_recomputed_attention(arch, split)
     settings = [*overrides, "train.recompute=selective"]
     for reply in gangs(world).run(f"{JOBS}:kept", model=models[family], sequences=samples(1), overrides=settings):
-        of_mask = 4  # what kind of mask it is: on the CPU on a GPU, too
+        of_mask = 4  # the kind of the mask, which is on the CPU even with a GPU
         assert {one.saved - of_mask for one in reply["passes"][1:]} == {expected}
     recomputed, plain = (stage_activations(arch, TrainingLayout(tp=world), 0, split, 1, how) for how in ("selective", "none"))
     assert recomputed - plain == arch.layers * beside_recomputed_attention(arch, split) > 0
@@ -151,7 +151,7 @@ def test_a_stage_holds_the_passes_that_are_counted(gangs: Gangs, deep: str, sche
 
 
 def of_sizes(path: Path, sizes: tuple[int, int, int, int], **more: int) -> str:
-    """Write a model of one layer. sizes: hidden, MLP's, query heads, key and value heads."""
+    """Write a one-layer model. sizes: hidden, MLP, query heads, key and value heads."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     common = dict(vocab_size=VOCAB, num_hidden_layers=1, tie_word_embeddings=False, max_position_embeddings=2048, head_dim=16)
     kind = Qwen3MoeForCausalLM if more else Qwen3ForCausalLM
@@ -165,7 +165,7 @@ SHAPES = {
     "qwen3_32b": ((128, 640, 12, 2), {}),
     "qwen3_30b_a3b": ((128, 384, 16, 2), dict(num_experts=32, num_experts_per_tok=8, moe_intermediate_size=48)),
 }
-"""Widths in about the proportions of those models."""
+"""Widths in roughly the proportions of those models."""
 
 
 @pytest.mark.parametrize(
@@ -185,11 +185,11 @@ def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: P
     for tokens in (512, 1024):
         job = dict(model=model, sequences=samples(1, tokens), overrides=overrides)
         found[tokens] = gangs(tp).run(f"{JOBS}:around_backward", **job)[0]
-    split = Split(1024 - 512, tp, tp > 1, 2)  # what is there for these tokens is no gradient of a weight
+    split = Split(1024 - 512, tp, tp > 1, 2)  # the difference of token counts, so that gradients of weights cancel
     with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
         saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
-    measured = found[1024] - found[512] - (saved - layer_input(arch, split))  # the input was there before
-    if more or tp > 1:  # 0.57 and 1.14 times what is saved, and 0.53 times
+    measured = found[1024] - found[512] - (saved - layer_input(arch, split))  # the input existed before
+    if more or tp > 1:  # 0.57 and 1.14 times `saved` with experts, 0.53 times with TP
         assert measured == pytest.approx(counted, rel=0.06 if more else 0.001)
     else:
         assert counted == saved // 2
@@ -198,7 +198,7 @@ def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: P
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose hidden states are larger than what else there is of a row."""
+    """A model whose hidden states are larger than everything else per row."""
     return of_sizes(tmp_path_factory.mktemp("wide"), (1024, 64, 4, 2))
 
 
@@ -214,12 +214,12 @@ def test_the_head_holds_what_is_counted(
     found = gangs(world).run(f"{JOBS}:around_head", model=wide, sequences=samples(1, tokens), overrides=settings)[0]
     arch, split = read_architecture(wide), Split(tokens, world, SP in overrides, 2)
     size, hidden = padded_vocab_size(VOCAB, world) // world, arch.hidden_size
-    shard = VocabShard(size, VOCAB)  # of rank 0
+    shard = VocabShard(size, VOCAB)  # rank 0's
     cpu = dict(dtype=torch.bfloat16, device=torch.device("cpu"), chunk_rows=rows)
     chunk = single_pass_bytes(tokens, hidden, shard, **cpu) - 4 * tokens * hidden - 16 * tokens
-    with mock.patch.object(activations, "_chunk_bytes", lambda *_: chunk):  # CPU's: it forms logits and products in parts
+    with mock.patch.object(activations, "_chunk_bytes", lambda *_: chunk):  # as on CPU: logits and products in parts
         planned = head_bytes(arch, split, rows, own_sum=grads == "bfloat16")
-    # The last norm's input was there before. Numbers of rows, such as advantages, are not counted.
+    # The last norm's input existed before. Scalars per row, such as advantages, are not counted.
     assert found == pytest.approx(planned - layer_input(arch, split), abs=128 * tokens)
 
 

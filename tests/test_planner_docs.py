@@ -1,4 +1,4 @@
-"""What docs/planner.md shows of the planner's output is what it prints."""
+"""The planner output shown in docs/planner.md is what the planner prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes: what each setting changes, and the schedules' passes in flight against a simulation."""
+"""Memory: what each setting changes, and passes in flight against a simulation of the schedules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(*overrides: str, gpus: int = 32, gpu_memory: float = 80.0) -> Plan:
 
 
 def peak_of_1f1b(stages: int, stage: int, microbatches: int) -> int:
-    """Forward passes first, one for every stage behind; then one forward, one backward; then the rest backward."""
+    """One forward pass per later stage; then one forward, one backward; then the remaining backward passes."""
     warmup = min(stages - stage - 1, microbatches)
     order = ["F"] * warmup + ["F", "B"] * (microbatches - warmup) + ["B"] * warmup
     held, peak = 0, 0
@@ -55,12 +55,12 @@ def test_passes_in_flight_are_those_of_the_schedule(stages: int, microbatches: i
 def test_the_interleaved_schedule_holds_chunks_for_the_stages_behind_and_all_chunks_but_the_last() -> None:
     layout = TrainingLayout(pp=4, vpp=2)
     assert [passes_in_flight(layout, stage, 100) for stage in range(4)] == [11, 9, 7, 5]
-    assert passes_in_flight(layout, 0, 3) == 6  # there are no more
+    assert passes_in_flight(layout, 0, 3) == 6  # 3 microbatches of 2 chunks
 
 
 def test_an_interleaved_plan_holds_more_passes_for_a_smaller_bubble() -> None:
     plain, interleaved = plan(), plan("parallel.vpp=2")
-    # Stage 0 of 4: 11 passes of 8 layers, where it held 4 of 16, beside the gradients of a layer and hidden states of every
+    # Stage 0 of 4 holds 11 passes of 8 layers instead of 4 of 16, plus the gradients of a layer, and hidden states for every
     # pass and two more for the next stage.
     split = Split(plain.work.microbatch_tokens, 4, True, 2)
     saved, gradients = saved_by_layer(plain.arch, 0, split, 4), gradients_of_layer(plain.arch, 0, split, 4)
@@ -77,7 +77,7 @@ def test_samples_over_the_token_budget_are_microbatches_of_their_own():
 
 
 def test_interleaved_microbatches_come_in_rounds_of_one_for_every_stage():
-    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three a replica
+    few = ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=6", "train.minibatches=4")  # three per replica
     assert (plan(*few).work.microbatches, plan(*few).work.most_microbatches) == (2, 3)
     interleaved = plan(*few, "parallel.vpp=2")
     assert (interleaved.work.microbatches, interleaved.work.most_microbatches) == (4, 4)
@@ -132,9 +132,10 @@ def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288
-    # norm in and out twice; q and k before their norms; q, k, v; attention's output; gate, up and their product: bfloat16.
+    # In bf16: each norm's input and output; q and k before their norms; q, k, v; attention's output; gate, up and their
+    # product.
     tensors = 4 * hidden + (q + kv) + (q + 2 * kv) + q + 3 * mlp
-    numbers = 2 + 32 + (32 + 8)  # of two norms, of attention's heads and of theirs of q and k: fp32
+    numbers = 2 + 32 + (32 + 8)  # fp32: for two norms, attention's heads, and the q and k norms' heads
     expected = 2 * tokens * tensors + 4 * tokens * numbers
     assert saved_by_layer(arch, 0, Split(tokens, 1, False, 2), 1) == expected
     assert saved_by_layer(arch, 0, Split(tokens, 2, True, 2), 2) == expected // 2
@@ -146,13 +147,13 @@ def in_fp8(recipe: str, *, tp: int = 1) -> int:
 
 def test_in_fp8_a_layer_keeps_one_quantised_copy_of_what_matrix_products_alone_need() -> None:
     tokens, hidden, q, kv, mlp = 128, 4096, 32 * 128, 8 * 128, 12288
-    # In bfloat16 as before: what the norms, those of q and k, attention and the gate get, and what attention gives.
+    # In bf16 as before: inputs of the norms, the q and k norms, attention and the gate, and attention's output.
     own = 2 * tokens * (2 * hidden + (q + kv) + (q + 2 * kv) + q + 2 * mlp) + 4 * tokens * (2 + 32 + 40)
-    inputs = tokens * (2 * hidden + mlp)  # of the first products of attention and MLP, and of the last one
+    inputs = tokens * (2 * hidden + mlp)  # inputs of attention's and the MLP's first product, and of the MLP's last
     assert in_fp8("tensorwise") == own + inputs
     assert in_fp8("blockwise") == own + inputs + 4 * inputs // 128  # fp32 scales
     assert in_fp8("mxfp8") == own + inputs + inputs // 32
-    assert in_fp8("delayed") == own + inputs + tokens * q  # attention's output once more
+    assert in_fp8("delayed") == own + inputs + tokens * q  # attention's output a second time
     assert in_fp8("tensorwise", tp=2) == (own + inputs) // 2
     assert in_fp8("none") == own + 2 * inputs
 
@@ -174,11 +175,11 @@ def test_layers_that_stay_in_bf16_are_counted_so() -> None:
     copies = [a.parameters - b.parameters for a, b in zip(every.ranks[::8], inner.ranks[::8], strict=True)]
     assert copies == [2 * layer // 4, 0, 0, 2 * layer // 4]
     differences = [b.activations - a.activations for a, b in zip(every.ranks[::8], inner.ranks[::8], strict=True)]
-    assert differences == [4 * (whole - cut), 0, 0, whole - cut]  # passes in flight
+    assert differences == [4 * (whole - cut), 0, 0, whole - cut]  # as many passes in flight
 
 
 def test_graphs_of_colocated_servers_stay_in_every_phase() -> None:
-    assert graph_bytes(SglangConfig(), 80) == (2 * 256 + 8 * 58) * 2**20  # sequences, numbers of tokens up to 8192
+    assert graph_bytes(SglangConfig(), 80) == (2 * 256 + 8 * 58) * 2**20  # sequences, and token counts up to 8192
     assert graph_bytes(SglangConfig(tp=4), 80) == graph_bytes(SglangConfig(tp=8), 140) == (2 * 512 + 8 * 58) * 2**20
     assert graph_bytes(SglangConfig(), 48) == (2 * 32 + 8 * 50) * 2**20
     assert graph_bytes(SglangConfig(arguments=("--disable-cuda-graph",)), 80) == 0
@@ -194,7 +195,7 @@ def test_graphs_of_colocated_servers_stay_in_every_phase() -> None:
 
 @pytest.mark.skipif(not SGLANG, reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
 def test_prefill_is_captured_for_as_many_numbers_of_tokens_as_in_sglang() -> None:
-    parts = ast.parse(SGLANG[0].read_text()).body  # its import needs more than this function
+    parts = ast.parse(SGLANG[0].read_text()).body  # importing the module needs more than this function does
     (sizes,) = (part for part in parts if getattr(part, "name", "") == "generate_prefill_cuda_graph_batch_sizes")
     found: dict[str, Callable[[int], list[int]]] = {}
     exec(compile(ast.Module([sizes], []), SGLANG[0], "exec"), found)
@@ -206,9 +207,10 @@ def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     layout, split = TrainingLayout(tp=2, pp=2, dp=1), Split(1000, 2, True, 2)
     saved = saved_by_layer(arch, 0, split, 2)
-    one = 500 * 4096 * 2  # tokens over TP
-    # Two microbatches in flight, 18 layers; the one that is computed again has its input among them. Four are handed on.
-    # At the gate: the gradients of its halves, over TP, and of the layer's output, whole and a rank's own part.
+    one = 500 * 4096 * 2  # tokens are split over TP
+    # Two microbatches of 18 layers are in flight; the recomputed layer's saved tensors include its input. Four hidden states
+    # are handed on. At the gate: the gradients of its halves, split over TP, and of the layer's output, whole and this rank's
+    # part.
     beside = 1000 * (2 * 12288 // 2 + 4096 + 4096 // 2) * 2 + 4 * one
     assert stage_activations(arch, layout, 0, split, 8, "full") == (2 * 18 - 1) * one + saved + beside
     assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + beside
@@ -225,10 +227,10 @@ def test_only_the_last_stage_has_the_head_and_servers_are_counted_where_they_sha
 
 def test_a_head_without_an_fp32_buffer_sums_its_gradient_beside_it_and_makes_its_logits_twice():
     full, half = plan(), plan("train.grads_dtype=bfloat16")
-    vocab = 151_936 // 4 + 32  # padded to 128 rows a rank
+    vocab = 151_936 // 4 + 32  # padded to 128 rows per rank
     rows, norm, chunk = 9216 * 5120, 9216 // 4 * 5120 * 2, 1024 * vocab * (2 * 4 + 2)
     assert full.ranks[-1].head == 2 * norm + rows * (2 + 4) + chunk
-    handing_over = 2 * rows + vocab * 5120 * 2  # after the last chunk; the last norm's output is gone by then
+    handing_over = 2 * rows + vocab * 5120 * 2  # after the last chunk, when the last norm's output has been freed
     assert half.ranks[-1].head == norm + rows * (2 + 4) + vocab * 5120 * 4 + max(chunk, handing_over)
     assert half.ranks[0].head == full.ranks[0].head == 0
     product = full.work.samples * head_flops(full.arch, full.work.response)

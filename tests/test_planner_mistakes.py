@@ -1,4 +1,4 @@
-"""What cannot be planned is one sentence and exit code 2, and what does not fit is said of the part that does not."""
+"""An impossible plan is one sentence and exit code 2, and a plan that does not fit names the part that does not."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_plan_of_a_replay_says_that_it_counts_rollouts() -> None:
 
 
 def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:
-    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]  # which are estimated faster
+    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]  # fewer, for a faster estimate
     config = load_config(CONFIG, ["sglang.mem_fraction=0.15", *few])
     plan = make_plan(config, 8)
     assert plan.ranks_fit and not plan.fits

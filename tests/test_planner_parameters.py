@@ -1,4 +1,4 @@
-"""Parameters of the shipped architectures, and of ranks, against transformers and against the layout's arithmetic."""
+"""Parameter counts of the shipped architectures, and of ranks, against transformers and the layout's arithmetic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARDS = {
     "Qwen3-30B-A3B": 30.5,
     "Qwen3-32B": 32.8,
 }
-"""Billions of parameters, as the hub shows them beside the model cards."""
+"""Billions of parameters, as the hub shows them next to the model cards."""
 
 
 def test_every_shipped_architecture_has_a_published_size() -> None:

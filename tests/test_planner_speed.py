@@ -37,7 +37,7 @@ def test_operations_are_those_that_torch_counts(tmp_path) -> None:
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         model(ids, use_cache=False)
-    # The counter sees whole score matrices, of which causal attention needs half; rotary angles are 2 x tokens x 8 more.
+    # The counter sees full score matrices, half of which causal attention needs. Rotary angles add 2 x tokens x 8.
     matrices = 2 * active_parameters(arch) * tokens
     attention = body_flops(arch, tokens) - matrices
     whole = 2 * attention * tokens / (tokens + 1)
@@ -89,7 +89,7 @@ def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> 
 def test_fewer_at_once_take_longer_whether_the_limit_is_requests_or_cache() -> None:
     free = seconds([320.0] * 64)
     assert seconds([320.0] * 64, concurrency=16) == pytest.approx(4 * free, rel=0.1)
-    # On average a sequence in the cache is half done, so that twice as many fit as in full length.
+    # On average a cached sequence is half done, so twice as many fit as at full length.
     assert 1.7 * free < seconds([320.0] * 64, cache_tokens=16 * 336) < 4 * free
     assert seconds([320.0] * 3, cache_tokens=10) == pytest.approx(3 * seconds([320.0]), rel=0.01)
 
@@ -123,7 +123,7 @@ def test_recomputation_costs_a_third_of_the_layers_and_epochs_repeat_training() 
 def test_published_runs_are_estimated_within_the_errors_that_the_documentation_states(row) -> None:
     error = row.estimate().time.step / row.step - 1
     print(f"{row.name}: {error:+.1%}")
-    # All are too fast; the documentation says why.
+    # All estimates are too fast; the documentation says why.
     assert -0.55 < error < 0.0
     if "v0.5" in row.name:
         assert abs(error) < 0.20
@@ -132,8 +132,8 @@ def test_published_runs_are_estimated_within_the_errors_that_the_documentation_s
 @pytest.mark.parametrize(
     ("gpus", "outside", "parts"),
     [
-        (8, False, (0, 2 / 4e9)),  # within one machine: written to its memory once and read there
-        (32, False, (1 / 40e9, 2 / 4e9)),  # to every machine first, over 80% of an adapter's rate
+        (8, False, (0, 2 / 4e9)),  # within one machine: written to its memory once and read from there
+        (32, False, (1 / 40e9, 2 / 4e9)),  # to every machine first, at 80% of an adapter's rate
         (32, True, (0, 4 * 4 / 3 / 4e7)),  # base64, once for each of a server's four GPUs
     ],
     ids=["one node", "four nodes", "outside"],
@@ -150,10 +150,10 @@ def test_a_sync_by_memory_depends_on_where_the_servers_are(gpus, outside, parts)
 @pytest.mark.parametrize("sync", ["tensor", "disk", "broadcast", "sharded"])
 def test_weights_for_servers_in_fp8_are_quantised_before_they_are_sent(sync) -> None:
     config = MODELS.parent / "qwen3_32b_64gpu_async.yaml"
-    beside = ["sglang.dedicated_nodes=0", "sglang.nodes=every", "sglang.servers=1"]  # which tensor needs
+    beside = ["sglang.dedicated_nodes=0", "sglang.nodes=every", "sglang.servers=1"]  # tensor requires these
     settings = ([*beside, f"sglang.sync={sync}", f"sglang.fp8={fp8}"] for fp8 in ("false", "true"))
     plain, fp8 = (make_plan(load_config(config, overrides), 64).time.sync for overrides in settings)
-    # They are gathered as they are trained, over NVLink and the network.
+    # They are gathered in the training dtype, over NVLink and the network.
     gathered = 0.0 if sync == "sharded" else 65.5e9 / 360e9 + 65.5e9 / 40e9
     matrices = 1 - 2 * 151_936 * 5120 / 32.76e9
     share = matrices * (1 + 4 / 128**2) / 2 + (1 - matrices)

@@ -1,4 +1,4 @@
-"""The CPU platform of megatron.core, and deadlines that name who is missing."""
+"""The CPU platform of megatron.core, and deadlines that name the missing ranks."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from tests.policy_jobs import build, make_batch
 
 
 def head_gradient(model: str, sequences: list, overrides: list[str]) -> dict:
-    """This rank's fp32 head gradient after one update, its type, and the change of the head's own weights."""
+    """This rank's fp32 head gradient after one update, its dtype and the weight's, and whether the head's own weights
+    changed."""
     policy = build(model, ["train.lr=1e-2", "train.clip_grad=0", "train.head_chunk_rows=9", *overrides])
     weight = policy.chunks[-1].head_weight()
     before = weight.detach().clone()
@@ -39,12 +40,12 @@ def test_bf16_gradients_of_the_head_are_summed_in_fp32_and_near_those_of_fp32(ga
         assert reply["dtypes"] == (torch.bfloat16, torch.float32) and reply["moved"]
     found = torch.cat([reply["grad"] for reply in replies])[: len(wanted)]
     assert (found[:301] - wanted[:301]).norm() < 0.1 * wanted[:301].norm()
-    # Sums over several chunks of products in bf16: values that bf16 itself cannot hold.
+    # Sums over several chunks of bf16 products have values that bf16 itself cannot hold.
     assert (found.bfloat16().float() != found).any()
 
 
 def hidden_gradient(model: str, sequences: list, overrides: list[str]) -> torch.Tensor:
-    """What the last norm receives from the head, bf16 [T (/ TP), H], of one update."""
+    """The gradient that the last norm receives from the head in one update, bf16 [T (/ TP), H]."""
     policy, found = build(model, ["model.dtype=bfloat16", "train.head_chunk_rows=9", *overrides]), []
     policy.chunks[-1].decoder.final_layernorm.register_full_backward_hook(lambda *seen: found.append(seen[2][0][:, 0].clone()))
     policy.update(replace(make_batch(sequences), old_logp=policy.logprobs(sequences).logp))
@@ -85,7 +86,7 @@ def test_gradients_can_be_summed_in_bf16(gangs, hf_models):
 
 
 def router_types(model: str, sequences: list, overrides: list[str]) -> set[torch.dtype]:
-    """Types of the logits that the experts' routers compute."""
+    """Dtypes of the logits that the experts' routers compute."""
     policy, found = build(model, ["parallel.tp=1", "model.dtype=bfloat16", *overrides]), set()
     for layer in policy.chunks[0].decoder.layers:
         routing = layer.mlp.router.routing

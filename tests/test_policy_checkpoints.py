@@ -1,4 +1,4 @@
-"""Checkpoints of the policy that another layout continues: experts, buckets of the distributed optimizer."""
+"""Checkpoints of the policy continued in another layout: experts, buckets of the distributed optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE = ["train.lr=0.1", "train.adam_eps=1e-3", "train.clip_grad=0.5"]
 
 
 def update_twice(model: str, overrides: list[str], save: str | None = None, load: str | None = None) -> dict[str, Any]:
-    """Two updates, or, with `load`, the second one after the checkpoint that a run with `save` wrote after its first."""
+    """Two updates, or, with `load`, only the second, from the checkpoint that a run with `save` wrote after its first."""
     from etr_megatron import checkpoint
 
     policy = build(model, [*BASE, *overrides])
@@ -85,7 +85,7 @@ def test_a_checkpoint_continues_in_another_layout_of_experts(gangs, hf_models, t
 
 
 def test_padding_of_buckets_does_not_shift_what_a_checkpoint_holds(gangs, hf_models, tmp_path):
-    # A tied embedding is a bucket of its own. With one layer of this width to a stage the bucket before it is padded.
+    # A tied embedding has a bucket of its own. With one layer of this width per stage, the bucket before it is padded.
     torch.manual_seed(3)
     config = AutoConfig.from_pretrained(hf_models["qwen3_tied"], intermediate_size=84)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
@@ -94,7 +94,7 @@ def test_padding_of_buckets_does_not_shift_what_a_checkpoint_holds(gangs, hf_mod
 
 
 def learning_rates(model: str, steps: int, updates: int, save: str | None = None, load: str | None = None) -> list[float]:
-    """Of each update of a run planned for `steps` of them, from its start or after the checkpoint of three."""
+    """The learning rate of each update, in a run planned for `steps` steps, from the start or from the checkpoint of step 3."""
     from etr_megatron import checkpoint
 
     policy = build(model, [f"run.steps={steps}", "train.minibatches=1", "train.lr_decay=linear", "train.lr_warmup_updates=1"])
@@ -113,11 +113,11 @@ def test_more_steps_than_planned_stretch_the_learning_rate_decay(gangs, hf_model
     short = gangs(1).run(**job, steps=3, updates=3, save=str(tmp_path))[0]
     stretched = gangs(1).run(**job, steps=6, updates=3, load=str(tmp_path))[0]
     assert stretched == pytest.approx(long[3:]) and long[4] > 0
-    assert short[2] < long[2]  # the shorter plan had come nearer to its end
+    assert short[2] < long[2]  # the shorter plan was closer to its end
 
 
 def after_step_0(model: str, overrides: list[str], folder: str | None = None) -> dict[str, Any]:
-    """Two updates of a new policy, or, with `folder`, of another one that took up its checkpoint of step 0."""
+    """Two updates of a new policy, or, with `folder`, of one that has loaded its checkpoint of step 0."""
     from etr_megatron import checkpoint
 
     policy = build(model, [*BASE, *overrides])
@@ -135,7 +135,7 @@ def after_step_0(model: str, overrides: list[str], folder: str | None = None) ->
 
 @pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
 def test_a_run_that_stopped_before_its_first_update_goes_on(gangs, hf_models, tmp_path, sharded):
-    # SIGTERM while the first step's rollouts are made: no Adam has a state yet.
+    # As after SIGTERM during the first step's rollouts: Adam has no state yet.
     overrides = ["parallel.tp=1", f"train.distributed_optimizer={sharded}"]
     job = {"function": "tests.test_policy_checkpoints:after_step_0", "model": hf_models["qwen3"], "overrides": overrides}
     wanted = gangs(2).run(**job)
@@ -146,7 +146,7 @@ def test_a_run_that_stopped_before_its_first_update_goes_on(gangs, hf_models, tm
 
 
 def refusal(model: str, other: str, folder: str) -> str:
-    """What is said when a checkpoint of `model` is to be continued with `other`."""
+    """The error when a checkpoint of `model` is loaded into a policy of `other`."""
     from etr_megatron import checkpoint
 
     checkpoint.save(Path(folder), 1, build(model, ["parallel.tp=1"]), {}, keep=1)
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_first_tensor_that_it_
 
 
 def other_optimizer(model: str, before: str, folder: str) -> str:
-    """What is said when a checkpoint of a run whose `train.distributed_optimizer` is `before` goes on with the other one."""
+    """The error when a checkpoint of a run with `train.distributed_optimizer=before` is loaded with the other value."""
     from etr_megatron import checkpoint
 
     after = {"true": "false", "false": "true"}[before]
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gang
 
 
 def error_of_a_damaged_checkpoint(model: str, folder: str, file: str, content: bytes | None) -> str:
-    """Of a load after `file` of the checkpoint was cut off, or had another `content`."""
+    """The error of a load after `file` of the checkpoint was truncated, or replaced by `content`."""
     from etr_megatron import checkpoint
 
     policy = build(model, ["parallel.tp=1"])

@@ -1,4 +1,4 @@
-"""Which layouts and training options are refused, and in which words."""
+"""Which layouts and training options are refused, and with which messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_layouts_and_options_that_cannot_be_are_refused(parallel, train, message
 
 
 def test_the_optimizer_of_a_float32_model_cannot_be_offloaded():
-    """Megatron's fails with "can't optimize a non-leaf Tensor"."""
+    """Megatron's offloaded optimizer fails with "can't optimize a non-leaf Tensor"."""
     train = TrainConfig(optimizer_offload=True, distributed_optimizer=True)
     (problem,) = validate(Config(model=ModelConfig(path="somewhere", dtype="float32"), train=train), 1)
     assert "Megatron offloads the optimizer of bfloat16 weights alone; set model.dtype to bfloat16 or auto" in problem
@@ -118,7 +118,7 @@ def test_layers_that_divide_pass(parallel):
     ],
 )
 def test_the_weight_map_and_megatron_put_every_layer_into_the_same_chunk(hf_models, parallel, vpp):
-    # With one uneven stage of three: two layers in it and four in each of the others.
+    # Three stages of which one is uneven: two layers in it and four in each of the others.
     layers = 10 if parallel["pp"] == 3 and len(parallel) == 2 else 12
     arch = replace(read_architecture(hf_models["qwen3"]), layers=layers)
     training = TrainingLayout(vpp=vpp, **parallel)

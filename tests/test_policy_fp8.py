@@ -1,4 +1,4 @@
-"""FP8 as far as it goes without a GPU: what is refused, what Megatron and Transformer Engine are told, padding."""
+"""FP8 as far as possible without a GPU: what is refused, Megatron's and Transformer Engine's settings, padding."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
     for numbers in ([0, 1], [0], []):
         batch = pack(SEQUENCES, numbers, multiple=multiple, device=torch.device("cpu"), cp=cp, cp_rank=cp - 1)
         assert batch.tokens.shape[1] % (tp * block) == 0
-        # A sequence of its own: none of the real ones is stretched.
+        # Padding is a separate sequence: no real one is extended.
         real = len(numbers)
         assert len(batch.cu_seqlens) - 1 - real in (0, 1)
         assert batch.cu_seqlens[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
@@ -106,7 +106,7 @@ def test_the_optimizer_does_not_start_from_what_weights_held_in_fp8_were_made_wi
 
 
 def with_transformer_engine(monkeypatch, **modules: types.ModuleType | None) -> None:
-    """A machine with a GPU and a Transformer Engine of these modules; None cannot be imported."""
+    """A machine with a GPU and a Transformer Engine of these modules; a module that is None cannot be imported."""
     monkeypatch.setattr(policy_fp8.platform, "uses_cuda", lambda: True)
     monkeypatch.setattr(policy_fp8.importlib.util, "find_spec", lambda name: object())
     for name, module in modules.items():
@@ -114,7 +114,7 @@ def with_transformer_engine(monkeypatch, **modules: types.ModuleType | None) -> 
 
 
 def test_a_transformer_engine_that_cannot_be_imported_is_refused_whatever_the_recipe(monkeypatch):
-    # Megatron would take it for one that is not installed, and we its layers for there: a NameError.
+    # Megatron would treat it as not installed while we assume that its layers exist, which ends in a NameError.
     with_transformer_engine(monkeypatch, transformer_engine=None)
     for recipe in ("none", "tensorwise"):
         with pytest.raises(UserError, match=r"^Transformer Engine is installed and cannot be imported \([^\n]+$"):

@@ -1,4 +1,4 @@
-"""The policy's gradients against autograd through transformers, for every way that they reach Megatron's buffers."""
+"""The policy's gradients against autograd through transformers, for every way into Megatron's buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.policy_jobs import build, make_batch
 
 TEMPERATURE, ENTROPY_COEF = 0.8, 0.05
 BASE = [
-    # With these Adam's step is lr g / (|g| + 1) in every update: the weights show the gradients one to one.
+    # With these Adam's step is lr g / (|g| + 1) in every update, so the weights show the gradients one to one.
     *("train.lr=1", "train.adam_eps=1", "train.adam_beta1=0", "train.adam_beta2=0", "train.clip_grad=0"),
     *("train.head_chunk_rows=7", "train.tokens_per_microbatch=90"),
     *(f"rollout.temperature={TEMPERATURE}", f"objective.entropy_coef={ENTROPY_COEF}"),
@@ -41,14 +41,14 @@ LAYOUTS = {
 
 
 def step(model: str, sequences: list, old_logp: list, overrides: list[str], whole_sequences: bool) -> dict[str, torch.Tensor]:
-    """Adam's step by HF name. whole_sequences: as for a loss that needs them, so that the head recomputes."""
+    """Adam's step by HF name. whole_sequences: the loss counts as one that needs whole sequences, so the head recomputes."""
     policy = build(model, [*BASE, *overrides])
     if whole_sequences:
         policy._policy_loss = replace(policy._policy_loss, token_local=False)
     batch = replace(make_batch(sequences), old_logp=tuple(old_logp))
     before = {name: tensor.clone() for name, tensor in policy.export()}
     if policy.config.train.overlap_grad_reduce:
-        # Megatron overlaps nothing in its first update, in which it learns when a bucket is complete.
+        # Megatron overlaps nothing in its first update, during which it learns when a bucket is complete.
         policy.update(replace(batch, weight=torch.zeros_like(batch.weight)))
         assert all(torch.equal(before[name], tensor) for name, tensor in policy.export())
     policy.update(batch)
@@ -58,11 +58,12 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], whol
 def reference(
     model: str, sequences: list, aux_coef: float = 0.0, apart: bool = False
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
-    """(old log-probs around the model's own, gradients of the clipped loss by HF name, share of clipped tokens).
+    """(old log-probs near the model's own, gradients of the clipped loss by HF name, share of clipped tokens).
 
-    aux_coef: of the experts' balancing loss over the tokens of all sequences; apart: of each sequence, weighted by its tokens.
+    aux_coef: of the experts' balancing loss over the tokens of all sequences; apart: over each sequence, weighted by its
+    tokens.
     """
-    # Its grouped matrix products are for smaller types only.
+    # The grouped matrix products of transformers do not support float64.
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     batch = make_batch(sequences)
     routed: dict[str, list[torch.Tensor]] = {}
@@ -110,7 +111,7 @@ MIXTURES = {
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "ep2_distributed_optimizer": (2, ["parallel.tp=1", "parallel.ep=2", "train.distributed_optimizer=true"]),
     "tp2_sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
-    # Experts whole on both tensor-parallel ranks, which see different tokens.
+    # Both tensor-parallel ranks have whole experts but see different tokens.
     "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
     "tp2_sp_ep2_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"]),
     "pp2": (2, ["parallel.tp=1", "parallel.pp=2"]),
@@ -149,7 +150,7 @@ def test_gradients_equal_autograd_through_transformers(gangs, hf_models, referen
     check(gangs, hf_models[family], references(family), LAYOUTS[layout], way)
 
 
-@pytest.mark.parametrize("model", ["mistral", "qwen3_yarn"])  # the other: with a context extended by YaRN
+@pytest.mark.parametrize("model", ["mistral", "qwen3_yarn"])  # qwen3_yarn: a context extended by YaRN
 def test_gradients_of_other_models_equal_autograd_through_transformers(gangs, hf_models, references, model):
     check(gangs, hf_models[model], references(model), LAYOUTS["tp1"], "single_pass")
 
@@ -172,7 +173,7 @@ BALANCED = {
 
 
 def without_padding(count: int) -> list[tuple[list[int], list[int]]]:
-    """Sequences of 16 tokens, which no layout here pads: padding is routed like any token, and counts."""
+    """Sequences of 16 tokens, which no layout here pads: padding would be routed and counted like any token."""
     return [((prompt * 4)[:4], (response * 12)[:12]) for prompt, response in random_sequences(count)]
 
 
@@ -189,7 +190,7 @@ def test_the_experts_balancing_loss_of_one_microbatch_equals_its_definition(gang
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_experts_balancing_loss_is_a_mean_over_microbatches(gangs, hf_models, world):
-    # Of equal microbatches the mean is what they would have in one.
+    # The mean over equal microbatches equals the loss of all in one microbatch.
     sequences = without_padding(2)[:1] * 4
     wanted = reference(hf_models["qwen3_moe"], sequences, AUX)
     overrides = ["parallel.tp=1", f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
@@ -205,7 +206,7 @@ UNEVEN = {
 
 @pytest.mark.parametrize("layout", UNEVEN)
 def test_microbatches_and_ranks_of_uneven_lengths_count_by_their_tokens_in_the_balancing_loss(gangs, hf_models, layout):
-    # None goes into a microbatch with another, and two replicas get 28 and 24 tokens.
+    # No two fit into one microbatch, and two replicas get 28 and 24 tokens.
     lengths = (12, 12, 8, 4)
     sequences = [(prompt, response[:n]) for (prompt, response), n in zip(without_padding(4), lengths, strict=True)]
     wanted = reference(hf_models["qwen3_moe"], sequences, AUX, apart=True)
@@ -218,7 +219,7 @@ def test_microbatches_and_ranks_of_uneven_lengths_count_by_their_tokens_in_the_b
 
 
 def balance(model: str, sequences: list, overrides: list[str]) -> dict[str, float]:
-    """What an update says about the experts; the log-probs before it must not count."""
+    """What an update reports about the experts; the log-prob passes before it must not count."""
     policy = build(model, [*BASE, *overrides])
     return policy.update(replace(make_batch(sequences), old_logp=policy.logprobs(sequences).logp)).balance
 
@@ -232,7 +233,7 @@ SPREAD = {
 
 @pytest.mark.parametrize("layout", SPREAD)
 def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs, hf_models, layout):
-    # Of two lengths that do not go together into a microbatch: the loss is a mean over tokens, not over microbatches.
+    # Of two lengths that do not fit into one microbatch: the loss is a mean over tokens, not over microbatches.
     sequences = [(prompt, response[: 12 - 4 * (i % 2)]) for i, (prompt, response) in enumerate(without_padding(4))]
     hf = AutoModelForCausalLM.from_pretrained(hf_models["qwen3_moe"], dtype=torch.float64, experts_implementation="eager")
     routed: list[torch.Tensor] = []

@@ -42,15 +42,15 @@ MIXTURES = {
     "pp2_vpp2_ep2": (4, [*VPP2, "parallel.ep=2", SMALL]),
     "cp2_ep2": (2, [*CP2, "parallel.ep=2", SMALL]),
     "cp2_pp2_ep2": (4, [*CP2_PP2, "parallel.ep=2", SMALL]),
-    # Experts over the context-parallel ranks of both of a stage's chunks.
+    # Experts are spread over the context-parallel ranks in both chunks of a stage.
     "cp2_pp2_vpp2_ep2": (4, [*CP2_PP2, "parallel.vpp=2", "parallel.ep=2", SMALL]),
     "cp2_tp2_sp_ep2_etp1": (4, [*CP2_TP2, "parallel.ep=2", "parallel.etp=1"]),
 }
 
 DEEP = {
-    # Three stages and more: the one before is not the one after, as it is of two.
+    # With three or more stages, the previous stage is not also the next one, as it is with two.
     "pp4_vpp2": (4, ["parallel.tp=1", "parallel.pp=4", "parallel.vpp=2", SMALL]),
-    # Chunks of one layer on the first and the last stage, of two between them.
+    # Chunks of one layer on the first and the last stage, of two layers on the one between them.
     "pp3_vpp2_uneven": (
         3,
         [
@@ -59,14 +59,14 @@ DEEP = {
         ],
     ),
 }
-# Experts are cut as TP is: with etp=1 the copies of an expert would be where those of a dense weight are, and the one's group
-# taken for the other's would not show.
+# Experts are cut as TP is: with etp=1, the copies of an expert would be on the same ranks as those of a dense weight, so mixing
+# up their groups would not show.
 EVERYTHING = [*CP2_TP2, "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", SMALL, SHARDED]
 
 
 @pytest.fixture(scope="module")
 def single(gangs, hf_models):
-    """The run of a family in one process and one microbatch."""
+    """A family's run in one process and one microbatch."""
     done = {}
 
     def get(family: str, *extra: str) -> dict:
@@ -85,7 +85,7 @@ def deep(gangs, tmp_path_factory):
 
 
 def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
-    # Uneven lengths and 7 samples: ranks get different numbers of tokens, and no count that stages, chunks or ranks divide.
+    # Uneven lengths and 7 samples: ranks get different numbers of tokens, and stages, chunks or ranks divide no count.
     return gangs(world).run("tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides])
 
 
@@ -117,7 +117,7 @@ def test_those_of_chunks_on_three_stages_and_more_too(gangs, deep, layout):
 
 @pytest.mark.slow
 def test_those_of_a_mixture_split_in_every_way_at_once_too(hf_models, single):
-    own = Gangs("tests.policy_jobs")  # stopped right away: eight processes are more than any other test of a session needs
+    own = Gangs("tests.policy_jobs")  # stopped right away: no other test of a session needs eight processes
     try:
         for found in run(own, hf_models["qwen3_moe"], 8, EVERYTHING):
             assert_same_run(found, single("qwen3_moe"))

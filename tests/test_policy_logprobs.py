@@ -146,7 +146,7 @@ def test_a_nan_that_a_loss_makes_in_its_gradient_names_sample_and_rank(gangs, hf
 
 
 def errors_of_a_batch(model: str, sequences: list) -> list[str]:
-    """What log-probs of the sequences and an update with them say."""
+    """The errors of log-probs of the sequences and of an update with them."""
     policy, errors = build(model, ["parallel.tp=1"]), []
     for job in (partial(policy.logprobs, sequences), partial(policy.update, make_batch(sequences))):
         with pytest.raises(UserError) as error:

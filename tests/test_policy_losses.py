@@ -13,11 +13,11 @@ from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 
 PRESETS = ("etr", "dr_grpo", "gspo", "cispo", "rloo")
-"""One of each loss; the others differ from `etr` in numbers that are decided before the policy."""
+"""One preset per loss; the others differ from `etr` only in numbers that are set before the policy."""
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "dp2": (2, ["parallel.tp=1", "train.tokens_per_microbatch=60"]),
-    # Ranks have parts of the same sequences.
+    # Ranks hold parts of the same sequences.
     "cp2": (2, ["parallel.tp=1", "parallel.cp=2", "train.tokens_per_microbatch=60"]),
 }
 # See tests/test_policy_training.py: with this epsilon the weights after an update show the gradients one to one.
@@ -25,7 +25,7 @@ BASE = ["train.lr=1", "train.adam_eps=1", "train.clip_grad=0", "objective.kl_coe
 
 
 def train(model: str, sequences: list, overrides: list[str]) -> dict[str, Any]:
-    """Two updates on a batch whose tokens and whole sequences straddle their bounds."""
+    """Two updates on a batch with tokens and whole sequences on both sides of their bounds."""
     policy = build(model, overrides)
     objective = policy.config.objective
     batch = make_batch(sequences)
@@ -75,7 +75,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(gangs, hf_models, single
     wanted = single(preset)
     clipped = wanted["sums"][0]["clip_upper"] + wanted["sums"][0]["clip_lower"]
     assert clipped == 0 if preset == "rloo" else clipped > 0
-    assert min(wanted["grad_norm"]) > 0  # measured where nothing is clipped, too
+    assert min(wanted["grad_norm"]) > 0  # also measured with gradient clipping off
     for found in run(gangs, hf_models["qwen3"], world, [*overrides, f"objective.preset={preset}"]):
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)

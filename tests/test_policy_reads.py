@@ -1,4 +1,4 @@
-"""What ranks read of a checkpoint: the weights once for all that hold the same, and the same values as before."""
+"""What ranks read of a checkpoint: each weight once for all ranks that hold it, with the same values as before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 class Counting:
-    """Bytes that are read within: from HuggingFace's files, and of a torch_dist directory by whether they are the model's."""
+    """Counts the bytes read: from HuggingFace's files, and from a torch_dist directory separately for model and optimizer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
@@ -56,7 +56,7 @@ class Counting:
 
 
 def reading(model: str, overrides: list[str], kind: str, folder: str) -> dict[str, Any]:
-    """Load weights anew from `model` (hf), from a checkpoint of it in `folder` (torch_dist), or resume from that (resume)."""
+    """Load weights from `model` (hf) or from a checkpoint of it in `folder` (torch_dist), or resume from that (resume)."""
     from etr_megatron import checkpoint
     from etr_megatron.policy.megatron_weights import load_weights
     from etr_megatron.policy.model import own_parameters
@@ -98,7 +98,8 @@ def test_weights_are_read_once_for_all_ranks_that_hold_the_same(gangs, hf_models
     assert all(rank["same"] for rank in found)
     shares = [sum(rank["held"][experts] / count for experts, count in enumerate(replicas)) for rank in found]
     assert 0 < sum(rank["model"] for rank in found) <= sum(shares), (found, shares)
-    # Of a model this small a tensor is a large part. At a resume who reads more of the optimizer reads less of the weights.
+    # In a model this small, a single tensor is a large part. When resuming, a rank that reads more of the optimizer reads less
+    # of the weights.
     if kind != "resume":
         assert all(rank["model"] <= 1.35 * share for rank, share in zip(found, shares, strict=True)), (found, shares)
 
@@ -108,7 +109,7 @@ def test_optimizer_state_is_read_once_whether_it_is_sharded_or_not(gangs, hf_mod
     overrides = ["parallel.tp=1", f"train.distributed_optimizer={sharded}"]
     job = {"function": "tests.test_policy_reads:reading", "model": hf_models["qwen3"], "overrides": overrides}
     found = gangs(2).run(**job, kind="resume", folder=str(tmp_path))
-    states = {"true": 3, "false": 2}[sharded]  # without sharding the fp32 weights are the model's own
+    states = {"true": 3, "false": 2}[sharded]  # unsharded, the fp32 weights are the model's own
     assert sum(rank["optimizer"] for rank in found) == states * found[0]["held"][False]
 
 
@@ -132,7 +133,7 @@ def built(model: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def broken(model: str, overrides: list[str]) -> str:
-    """What every rank says where one alone cannot read its share."""
+    """The error on every rank when a single one cannot read its share."""
     from etr_megatron.policy.megatron_weights import load_weights
 
     policy = build(model, overrides)
@@ -156,7 +157,7 @@ def test_a_file_that_one_rank_cannot_read_ends_all_with_its_sentence(gangs, hf_m
 
 
 def unreadable(model: str, folder: str) -> str:
-    """What every rank says where one alone finds a checkpoint's file broken."""
+    """The error on every rank when a single one cannot read a checkpoint's file."""
     from etr_megatron import checkpoint
 
     policy = build(model, ["parallel.tp=1"])

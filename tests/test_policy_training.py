@@ -7,8 +7,8 @@ import torch
 
 from tests.hf_models import random_sequences
 
-# With an epsilon of 1, Adam's step is g / (|g| + 1) times the learning rate, about the gradient itself: weights after an update
-# compare gradients one to one, where the usual epsilon would blow rounding up to a full step wherever a gradient is zero.
+# With an epsilon of 1, Adam's step is g / (|g| + 1) times the learning rate, about the gradient itself. Weights after an update
+# then compare gradients one to one; the usual epsilon would turn rounding into a full step wherever a gradient is zero.
 BASE = ["train.lr=1", "train.adam_eps=1", "train.clip_grad=0.5", "rollout.temperature=0.8"]
 SPLITS = {
     "tp2": (2, ["parallel.tp=2"]),
@@ -94,7 +94,7 @@ def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models,
 def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family, split):
     world, overrides = MIXTURES[split]
     wanted = single(family)
-    # The limit is below the norm, so that a wrong norm would show in the weights as well.
+    # The limit is below the norm, so a wrong norm would show in the weights as well.
     assert min(wanted["grad_norm"]) > 0.5
     for found in run(gangs, hf_models[family], world, overrides):
         assert_same_run(found, wanted)

@@ -1,4 +1,4 @@
-"""What shows nowhere in a run on CPU: what Megatron is told where Transformer Engine is, and what microbatches are made of."""
+"""What no run on CPU shows: Megatron's settings with Transformer Engine, and the composition of microbatches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from etr_megatron.weights import read_architecture
 from tests.test_policy_fp8 import ONE_RANK
 
 TRANSFORMER_ENGINE, FUSED_GRADIENTS = "transformer_engine", "fused_weight_gradient_mlp_cuda"
-"""Packages: of the second, apex's kernel, only whether it is there is asked."""
+"""Packages; the second, apex's kernel, is only checked for presence."""
 
 
 def on_machine(monkeypatch, *packages: str, platform: str = "cuda") -> None:
-    """A machine that has these of the packages, as far as our code and Megatron's settings ask."""
+    """A machine with these packages only, as far as our code and Megatron's settings check."""
     find_spec = importlib.util.find_spec
 
     def find(name: str, package: str | None = None):
@@ -59,7 +59,7 @@ def test_transformer_engine_is_used_on_cuda_where_it_is_installed_and_computes_a
     [
         ([TRANSFORMER_ENGINE, FUSED_GRADIENTS], True),
         ([TRANSFORMER_ENGINE], False),
-        # Of Megatron's own layers none is fused.
+        # Megatron's own layers are not fused.
         ([FUSED_GRADIENTS], False),
     ],
 )
@@ -117,7 +117,7 @@ def configured(*overrides: str) -> Config:
 
 
 def microbatches(model: str, config: Config, layout: Layout, sequences: list) -> list[Microbatch]:
-    """Those of a policy of which there is nothing else."""
+    """The microbatches of a policy that has no other attributes than these."""
     policy = object.__new__(Policy)
     policy.arch, policy.config, policy.layout = read_architecture(model), config, layout
     return policy._microbatches(sequences)
@@ -135,7 +135,7 @@ def test_a_microbatch_is_padded_to_what_fp8_and_sequence_parallelism_need(hf_mod
 
 
 def shared_out(model: str, sizes: list[tuple[int, int]]) -> list[Microbatch]:
-    """The one microbatch of each of two ranks; sizes: of prompts and responses."""
+    """The only microbatch of each of two ranks. sizes: of prompts and responses."""
     found = []
     for rank in range(2):
         layout = replace(ONE_RANK, rank=rank, world=2, dp=2, dp_rank=rank)
@@ -145,12 +145,12 @@ def shared_out(model: str, sizes: list[tuple[int, int]]) -> list[Microbatch]:
 
 
 def test_ranks_get_as_many_rows_of_logits_where_samples_are_equally_long(hf_models):
-    # By tokens alone the first goes with the third.
+    # By tokens alone, the first sample would go with the third.
     batches = shared_out(hf_models["qwen3"], [(60, 1), (1, 60), (60, 1), (1, 60)])
     assert [len(batch.rows) for batch in batches] == [61, 61]
 
 
 def test_a_long_sample_that_attention_makes_costly_is_a_ranks_only_one(hf_models):
-    # By tokens alone a short one may as well go with it: 90 of them and 60, or 60 and 90.
+    # By tokens alone, a short sample could join the long one: 90 and 60 tokens, or 60 and 90.
     batches = shared_out(hf_models["qwen3"], [(59, 1), (29, 1), (29, 1), (29, 1)])
     assert sorted(batch.samples for batch in batches) == [(0,), (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""SIGTERM: a rank that can be saved is, and one that cannot ends within its grace."""
+"""SIGTERM: a rank that can stop in time does, and any other is ended after its grace period."""
 
 from __future__ import annotations
 

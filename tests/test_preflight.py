@@ -1,4 +1,4 @@
-"""What is wrong with a job's machines is said in one table, node by node."""
+"""Problems of a job's machines are reported in one table, node by node."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NODE = NodeFacts(
 
 
 def of(nodes, check):
-    """The one finding of a check, as (state, detail)."""
+    """The only finding of a check, as (state, detail)."""
     (found,) = [one for one in findings(nodes, token="t", needed_bytes=40 << 30) if one.check == check]
     return found.state, found.detail
 
@@ -97,14 +97,14 @@ def test_a_node_that_differs_is_named_with_what_it_has(changes, check, state, sa
 
 
 def facts_of(tmp_path, *overrides):
-    """Of this machine, for a job of two ranks on CPU."""
+    """The facts of this machine, for a job of two ranks on CPU."""
     config = resolve(load_config(None, [f"run.dir={tmp_path}", "run.platform=cpu", *overrides]), 2, cuda=False)
     (tmp_path / "token").write_text("t")
     return collect(config, 2, clock=0.0, token_file=tmp_path / "token")
 
 
 def test_weights_that_differ_between_nodes_are_found_though_their_config_is_the_same(tmp_path, hf):
-    """The ranks of a run read a weight once for all, so that two nodes with other weights would train a mixture."""
+    """The ranks of a run read each weight once for all, so nodes with different weights would train a mixture."""
     (hf / "tokenizer.json").write_text("{}")
     options = (f"model.path={hf}", "parallel.tp=2", "data.max_prompt_tokens=64", "rollout.max_response_tokens=64")
     facts, model = facts_of(tmp_path, *options), hf / "model.safetensors"
@@ -201,7 +201,7 @@ def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
     (folder / "a.distcp").write_bytes(bytes(one))
     assert needed("checkpoint.keep=2") == 2 * one
     (folder / "b.distcp").write_bytes(bytes(one))
-    assert needed("checkpoint.keep=2") == needed("checkpoint.keep=1") == one  # of the next one
+    assert needed("checkpoint.keep=2") == needed("checkpoint.keep=1") == one  # room for the next one
 
 
 def test_a_slow_pair_and_a_broken_one_are_named():
@@ -223,7 +223,7 @@ def test_every_two_nodes_meet_once_and_none_is_in_two_pairs_of_a_round(count):
 
 
 def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
-    """(check, state) where every rank is a node, and the first of two that are stuck does not answer the other."""
+    """(check, state) with one rank per node; the first rank of the `stuck` pair does not answer the second."""
     real = network._all_reduce
 
     def all_reduce(group, device, size):
@@ -234,13 +234,13 @@ def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
 
     with mock.patch.object(network, "_all_reduce", all_reduce):
         nodes = list(range(dist.get_world_size()))
-        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=12)  # what a busy machine may take
+        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=12)  # enough for a busy machine
     return [(one.check, one.state) for one in found]
 
 
 @pytest.mark.slow
 def test_a_pair_that_does_not_answer_is_named_on_every_rank_and_the_others_are_measured(gangs):
-    assert PAIR_TIMEOUT_S < TIMEOUT_S / 1.5  # in which the others wait
+    assert PAIR_TIMEOUT_S < TIMEOUT_S / 1.5  # the others wait in a collective meanwhile
     for found in gangs(4).run("tests.test_preflight:measured", stuck=(1, 2)):
         checks = [check for check, state in found if state == "FAILED"]
         assert checks == ["all-reduce of nodes 1 and 2", "all-reduce of all ranks"]

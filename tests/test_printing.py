@@ -1,4 +1,4 @@
-"""Commands that print: to a full disk, to nobody, and what they say of themselves."""
+"""Commands that print: to a full disk, to a closed output, and their usage texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def run(*arguments: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
-    """One of Python's commands in a shell that sends its output elsewhere."""
+    """Run Python with these arguments in a shell that redirects its output."""
     command = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
@@ -73,7 +73,7 @@ def test_a_damaged_status_file_is_one_sentence_for_scripts_and_for_the_next_star
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "status.json").write_bytes(text)
     job = (str(REPO / "configs" / "cpu_tiny.yaml"), f"run.dir={tmp_path}", "run.name=mine")
-    for command in ("observe.run_state", *["launch"] * (text in (b"[]", b"\xff\xfe"))):  # it reads it by the same function
+    for command in ("observe.run_state", *["launch"] * (text in (b"[]", b"\xff\xfe"))):  # it uses the same reader
         done = run("-m", f"etr_megatron.{command}", *job)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: {tmp_path}/mine/status.json does not hold a run's state (")

@@ -1,5 +1,7 @@
-"""FP8 blocks: bit-equal to the definition in NumPy, and but for a scale's rounding to transformers; stable, safe at zeros and
-ragged ends."""
+"""FP8 blocks: bit-equal to the definition in NumPy, and to transformers except for a scale's rounding; stable; safe with zeros
+and
+ragged edges.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def test_equals_transformers_but_for_up_to_two_steps_of_a_scale(rows, cols, bloc
     same_scale = (steps == 0).repeat_interleave(block, 0).repeat_interleave(block, 1)
     assert same_scale.float().mean() > 0.3
     assert torch.equal(bits(codes)[same_scale], bits(their_codes)[same_scale])
-    # Codes are one apart at most, where a value lies on the border between two.
+    # Codes differ by at most one, if a value lies on the border between two.
     assert (bits(codes).int() - bits(their_codes).int()).abs().max() <= 1
     assert (bits(codes) == bits(their_codes)).float().mean() > 0.999
 
@@ -72,7 +74,7 @@ def e4m3_values() -> np.ndarray:
 
 
 def numpy_block(block: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """Bit patterns and scale_inv of one fp32 block, to nearest and to even at ties, from the list of representable numbers."""
+    """Bit patterns and scale_inv of one fp32 block, rounded to nearest even, from the list of representable numbers."""
     largest = np.abs(block).max()
     scale = np.float32(448) / largest if largest > 0 else np.float32(1)
     scaled = np.minimum(np.abs(block * scale), np.float32(448)).astype(np.float64)
@@ -99,7 +101,7 @@ def test_ragged_ends_equal_the_definition_block_by_block(rows, cols, block):
 
 
 def test_a_matrix_of_several_panels_equals_its_rows_of_blocks_one_by_one():
-    weight = random_matrix(1200, 1000, torch.bfloat16, seed=5)  # 4 rows of blocks fit a panel
+    weight = random_matrix(1200, 1000, torch.bfloat16, seed=5)  # a panel holds 4 rows of blocks
     quantized, scale_inv = quantize_blocks(weight)
     for i in range(10):
         rows = slice(i * 128, (i + 1) * 128)
@@ -142,7 +144,7 @@ def test_a_block_of_zeros_has_scale_one_and_comes_back_as_zeros():
 
 
 def test_the_largest_value_of_a_block_never_becomes_nan():
-    """Scaling can round above 448, which the cast alone turns into NaN."""
+    """Scaling can round to values above 448, which a bare cast turns into NaN."""
     largest = torch.rand(4096, generator=torch.Generator().manual_seed(3)) + 1.0
     for value in largest.view(64, 64):
         quantized, _ = quantize_blocks(value[:, None], block=1)
@@ -183,7 +185,7 @@ def test_bf16_to_fp8_to_bf16_to_fp8_is_stable_and_close(rows, cols, seed, expone
     again = quantize_blocks(back, 8)
     assert same(first, again)
     assert torch.equal(back, dequantize_blocks(*again, 8, dtype=torch.bfloat16))
-    # Half a step of 3 mantissa bits, or half of the smallest step, and bf16's own rounding.
+    # Half a step of 3 mantissa bits, or half of the smallest step, plus bf16's own rounding.
     bound = weight.float().abs() * (2**-4 + 2**-8) + first[1].max() * 2**-10
     if exponent > -100:
         assert ((back.float() - weight.float()).abs() <= bound).all()

@@ -60,7 +60,7 @@ os._exit(0)
 
 
 def run_ranks(case: str, silence_s: float = 60) -> list[str]:
-    """What two ranks print; rank 0's is not waited for where it stops."""
+    """The output of rank 0 and rank 1; in case "stops", only of rank 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,7 +82,7 @@ def run_ranks(case: str, silence_s: float = 60) -> list[str]:
 @pytest.mark.slow
 def test_what_takes_longer_than_a_collective_may_is_waited_for_as_long_as_rank_0_lives():
     assert run_ranks("long") == ["groups\nagain\n"] * 2
-    assert "groups" not in run_ranks("short")[1]  # as it was, and as it is for everything that is not long
+    assert "groups" not in run_ranks("short")[1]  # without `long`, a collective's limit applies
 
 
 @pytest.mark.slow
@@ -104,14 +104,14 @@ def test_rank_0_learns_while_it_works_that_another_rank_must_stop():
 
 
 def spread(piece: int, count: int) -> list[Sample]:
-    """What rank 0 has of many samples, on every rank."""
+    """Rank 0's samples, as every rank gets them."""
     samples = [Sample(i, [i, 7], [-0.5, -i], "stop", i, routing=array("B", [i % 256] * 40)) for i in range(count)]
     with mock.patch.object(rank0, "PIECE", piece):
         return rank0.on_rank0(lambda: samples if dist.get_rank() == 0 else [])
 
 
 def shared_in_part(fails: bool) -> list[int]:
-    """What ranks get where rank 0 keeps something for itself."""
+    """What ranks get when rank 0 shares only a part."""
 
     def odd(found: list[int]) -> list[int]:
         if fails:

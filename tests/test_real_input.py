@@ -1,4 +1,4 @@
-"""Problems from a file and a policy from a directory, through both ways of starting a job."""
+"""Problems from a file and a policy from a directory, in both ways of starting a job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = [
 
 @pytest.fixture
 def problems(tmp_path):
-    """A GSM8K-like file with a row that is no JSON and one whose prompt is too long."""
+    """A GSM8K-like file with a row that is not JSON and one whose prompt is too long."""
     lines = [json.dumps(row) for row in ROWS]
     lines.insert(3, "{not json")
     lines.insert(5, json.dumps({"question": "long " * 900, "answer": "#### 1"}))
@@ -34,7 +34,7 @@ def problems(tmp_path):
 
 @pytest.fixture
 def model(runs, tmp_path):
-    """A HuggingFace directory that knows nothing of `tiny`: the small policy, copied elsewhere."""
+    """A HuggingFace directory independent of `tiny`: a copy of the small policy."""
     config = load_config(runs.config, runs.command()[4:])
     copy = tmp_path / "model"
     shutil.copytree(build_tiny_policy(config.tiny, config.arithmetic, progress=False), copy)
@@ -74,7 +74,7 @@ def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):
 
 
 def larger_vocabulary(content):
-    """Of another model, with the token of a digit where this one has no embedding."""
+    """As from another model: the token of a digit has no embedding in this one."""
     content["model"]["vocab"]["1"] = 70_000
 
 
@@ -112,8 +112,8 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
 @pytest.mark.parametrize(
     ("processes", "mistake"),
     [
-        (3, "parallel.tp=2"),  # which every rank sees
-        (2, "reward.function=tests.late_mistake:none"),  # which the first sees when the other waits for it already
+        (3, "parallel.tp=2"),  # every rank sees it
+        (2, "reward.function=tests.late_mistake:none"),  # the first rank sees it while the other already waits for it
     ],
 )
 def test_plain_torchrun_prints_a_mistake_once_and_does_not_have_to_kill_a_rank_that_waits(runs, processes, mistake):

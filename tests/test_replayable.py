@@ -1,4 +1,4 @@
-"""What is wrong with a recorded run is told before the first step of its replay, and a large one does not take long."""
+"""Problems of a recorded run are reported before the first step of its replay, and quickly for a large record."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recorded(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=[replayable.READ_BYTES, 1], ids=["small", "large"])
 def size(request, monkeypatch) -> str:
-    """Of the record: one that is read through, and one of which only the first step is."""
+    """The record's size: of a large one, only the first step is read in full."""
     monkeypatch.setattr(replayable, "READ_BYTES", request.param)
     return "large" if request.param == 1 else "small"
 
@@ -63,7 +63,7 @@ def test_a_step_that_is_damaged_is_known_before_it_is_reached(recorded, size, da
     path.write_bytes(damage(path.read_bytes()))
     (told,) = look(recorded, 10, 3, 2)
     assert told.startswith(f"{path} is not a recorded step (") and why in told
-    assert look(recorded, 6, 3, 2) == []  # a run of fewer steps never meets it
+    assert look(recorded, 6, 3, 2) == []  # a run with fewer steps never reaches it
 
 
 def test_of_a_small_record_every_line_is_looked_at(recorded):
@@ -114,7 +114,8 @@ def test_a_large_record_is_not_read_through_before_the_start(recorded, monkeypat
 
 @pytest.mark.parametrize("state", ["failed", "finished"])
 def test_a_run_is_not_replayed_into_itself(recorded, state):
-    """As one whose name is in the config would be; it would forget what it has recorded after its last checkpoint."""
+    """This happens if the config sets the recorded run's name. The run would lose what it recorded after its last
+    checkpoint."""
     run = recorded.parent
     (run / "status.json").write_text(f'{{"state": "{state}"}}')
     (run / "link").symlink_to(run)

@@ -1,4 +1,4 @@
-"""How a run takes up its newest checkpoint: all ranks the same one, and SIGTERM meanwhile."""
+"""Resuming from the newest checkpoint: all ranks load the same one, also with SIGTERM meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from etr_megatron.weights.transport import SyncError
 
 
 def trainer_without_parts() -> tuple[Any, list[int]]:
-    """(a trainer that only keeps account of its steps, the steps that it saves)."""
+    """(a trainer that only counts its steps, the steps that it saves)."""
     trainer: Any = object.__new__(module.Trainer)
     saved: list[int] = []
     trainer.config, trainer.policy, trainer.step = load_config(None, []), None, 0
@@ -37,7 +37,7 @@ def trainer_without_parts() -> tuple[Any, list[int]]:
 
 
 def resumed_and_stopped() -> tuple[int, list[int]]:
-    """(the step that a resume takes up, the steps that a stop right after it saves) where rank 1 does not see step 7 yet."""
+    """(the step that a resume loads, the steps that a stop right after it saves) when rank 1 does not see step 7 yet."""
     trainer, saved = trainer_without_parts()
     seen = SimpleNamespace(latest_step=lambda folder: 7 - dist.get_rank(), load=lambda folder, step, policy: {})
     with mock.patch.object(module, "checkpoint", seen):
@@ -51,7 +51,7 @@ def test_a_node_that_does_not_see_the_newest_checkpoint_yet_takes_it_up_all_the_
 
 
 def told_to_stop_while_loading() -> tuple[str, list[int]]:
-    """(what a run says, what it saves) where rank 1 gets SIGTERM while the checkpoint of step 7 is read."""
+    """(the run's message, the steps that it saves) when rank 1 gets SIGTERM while the checkpoint of step 7 is read."""
     trainer, saved = trainer_without_parts()
 
     def load(folder: Any, step: int, policy: Any) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def test_sigterm_while_a_checkpoint_is_read_asks_to_be_started_again_and_saves_n
 
 
 def stopped_by(error: Exception, trained: int, *, lost: bool = False) -> tuple[str, list[int]]:
-    """(what a run ends with, what it saves) where every rank, with `lost` all but rank 1, meets this after `trained` steps."""
+    """(the error that ends the run, the steps that it saves) when `error` is raised after `trained` steps on every rank, or,
+    with `lost`, on all but rank 1."""
     trainer, saved = trainer_without_parts()
     trainer._resume = lambda: None
 

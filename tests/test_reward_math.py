@@ -1,4 +1,4 @@
-"""Answers graded as mathematics, in processes: what is equal, what never runs, and how much memory it may take."""
+"""Answers graded as mathematics, in processes: what is equal, what is never executed, and a grader's memory limit."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ assert eval("1+1") == 2
     ("tower", "statuses"),
     [
         ("9^{9^{9^{9}}}", {"timeout"}),
-        ("10^{10^{10}}", {"timeout", "ok"}),  # or out of the grader's memory, which is wrong
+        ("10^{10^{10}}", {"timeout", "ok"}),  # or the grader runs out of memory, which counts as wrong
         (r"\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}", {"timeout", "ok"}),
     ],
 )

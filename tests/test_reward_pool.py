@@ -120,7 +120,7 @@ def f(prompt, response, answer):
 
 @pytest.fixture
 def slow_reward(tmp_path, monkeypatch):
-    """A module on PYTHONPATH that one process imports at once; what all others do after a second is told."""
+    """A module on PYTHONPATH that one process imports at once; all others run `what_the_others_do` after a second."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def write(what_the_others_do: str, is_first_too: bool = False) -> str:
@@ -188,7 +188,7 @@ def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
 @pytest.mark.parametrize(("response", "how"), [("die", "exit code 7"), ("segfault", "SIGSEGV")])
 def test_an_answer_that_crashes_two_graders_is_an_error(user_rewards, response, how):
     with GraderPool(RewardConfig(function=user_rewards, workers=1, range_min=-1.0)) as pool:
-        # Some are sent ahead; what cost them their grader is not held against them.
+        # Some are sent ahead; losing their grader to another one does not count against them.
         grades = pool.grade([request(one) for one in ("0.5", response, "die once", *["0.25"] * 20)])
     wanted = [(0.5, "ok"), (-1.0, "error"), (1.0, "ok"), *[(0.25, "ok")] * 20]
     assert [(grade.reward, grade.status) for grade in grades] == wanted
@@ -284,7 +284,7 @@ def test_graders_outlive_the_thread_that_started_them(user_rewards):
         (grade,) = in_thread(lambda: pool.grade([request("hang")]))
         assert grade.status == "timeout"
         assert in_thread(lambda: pool.grade([request("0.5")])) == [Grade(0.5, "ok", "")]
-        pids = pool.worker_pids  # of the replacement, made in a thread that is gone
+        pids = pool.worker_pids  # of the replacement, started in a thread that has ended
         time.sleep(0.3)
         assert not any(gone(pid) for pid in pids)
         assert pool.grade([request("0.25")]) == [Grade(0.25, "ok", "")]

@@ -1,4 +1,4 @@
-"""What a step's grades are reported as: a reward function that fails must not look like a policy that is always wrong."""
+"""How a step's grades are reported: a failing reward function must not look like a policy that is always wrong."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_an_engine_reads_no_weights_and_draws_nothing_before_it_has_some(gangs, 
 
 
 def experts_chosen(model: str, tokens: list[int]) -> list[list[set[int]]]:
-    """By transformers in one pass: for every token and layer with experts."""
+    """The experts that transformers chooses in one pass, for every token and layer with experts."""
     from transformers import AutoModelForCausalLM
 
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager").eval()
@@ -153,7 +153,7 @@ def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gan
     options = dict(temperature=0.9, samples=3, max_tokens=9, stop_ids=list(range(40)))
     plain = generate(gangs, hf_models[family], 2, **options)[0]
     groups = generate(gangs, hf_models[family], 2, **options, routing=True)[0]
-    assert len({len(sample["response_ids"]) for group in groups for sample in group}) > 2  # rows leave their batch
+    assert len({len(sample["response_ids"]) for group in groups for sample in group}) > 2  # rows leave the batch early
     for prompt, group, other in zip(PROMPTS, groups, plain, strict=True):
         for sample, same in zip(group, other, strict=True):
             assert sample["response_ids"] == same["response_ids"] and not same["routing"]
@@ -162,9 +162,9 @@ def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gan
 
 
 def test_in_bf16_engine_and_trainer_are_nearer_to_each_other_with_the_same_experts(gangs, tmp_path):
-    model = write_model("qwen3_moe", tmp_path, moe_intermediate_size=32)  # torch has no grouped products in bf16 for others
+    model = write_model("qwen3_moe", tmp_path, moe_intermediate_size=32)  # torch has no grouped bf16 products for some sizes
     (found,) = gangs(1).run("tests.rollout_jobs:gaps_in_bf16", model=model, prompts=PROMPTS, overrides=[])
     own, replayed = found
     print(f"gaps with experts of their own {own}, with the engine's {replayed}")
-    assert 0 < replayed["mean"] < own["mean"]  # what is left is rounding; a token with other experts is far out
+    assert 0 < replayed["mean"] < own["mean"]  # the rest is rounding; a token with other experts is far off
     assert replayed["p99"] < 0.75 * own["p99"] and replayed["max"] < 0.75 * own["max"]

@@ -1,4 +1,4 @@
-"""Steps from disk: a recorded run is trained again without an engine, or looked at; rollouts without training."""
+"""Steps from disk: a recorded run is trained again without an engine, or inspected; rollouts without training."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_files_that_are_no_steps_do_not_count(tmp_path):
 
 @pytest.fixture
 def replayed(tmp_path):
-    """What a replay of the run in `tmp_path` gets for step 1, with settings of `rollout`."""
+    """Replays step 1 of the run in `tmp_path`, with settings of `rollout`."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def take(train=None, **settings):
@@ -125,7 +125,7 @@ def test_records_from_before_there_was_a_routing_are_read(tmp_path, replayed):
 
 
 def damaged(**changes) -> str:
-    """A recorded step whose first sample, its problem or its group has other values; None takes one out."""
+    """A recorded step with other values in its first sample, its problem or its group; None removes one."""
     one = group_to_json(group())
     for place in (one, one["problem"], one["samples"][0]):
         place.update({key: changes[key] for key in changes.keys() & place.keys()})
@@ -190,7 +190,7 @@ def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(
     code, printed = runs.finish("run.name=first", "rollout.record=true", *sampling, *NO_EVALUATION)
     assert code == 0, printed
     replay = f"rollout.replay={runs.directory('first')}"
-    # Another engine is named, whose servers do not exist.
+    # Names another engine, whose servers do not exist.
     nobody = ("rollout.backend=sglang", "sglang.urls=[http://127.0.0.1:9]")
     code, printed = runs.finish("run.name=again", replay, *nobody, *sampling, *NO_EVALUATION)
     assert code == 0, printed
@@ -235,7 +235,7 @@ def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
 
     assert ids("only", 1) == ids("trained", 1)
     assert [groups_of("only", step) for step in (1, 2, 3)] == [groups_of("trained", step) for step in (1, 2, 3)]
-    assert ids("only", 2) != ids("trained", 2)  # its weights stay those of the start
+    assert ids("only", 2) != ids("trained", 2)  # it keeps the initial weights
 
 
 SHOWN = """\

@@ -1,4 +1,4 @@
-"""Groups drawn step by step, in rounds: how they are asked for, which of them a step gets, and from where a run goes on."""
+"""Groups drawn step by step, in rounds: how they are requested, which of them a step gets, and where a run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.hands import grader, names, problems, timer
 
 
 class Engine:
-    """Answers with the problem's number; has what it was asked for."""
+    """Answers with the problem's number and records the requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], Sampling]] = []

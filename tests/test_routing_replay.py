@@ -1,4 +1,4 @@
-"""Experts that somebody else chose, in every layout of the policy, against transformers told the same."""
+"""Experts chosen elsewhere, in every layout of the policy, against transformers with the same choice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sequences() -> list:
 
 
 def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
-    """uint8 [tokens but the last, layers, experts of a token] of every sample. lacking: of so many more nothing is known."""
+    """Per sample, uint8 [tokens but the last, layers, experts per token]. lacking: this many more tokens have no routing."""
     generator = torch.Generator().manual_seed(11)
     found = []
     for prompt, response in sequences():
@@ -62,7 +62,7 @@ def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
 
 
 class Told:
-    """transformers' routers choose what they are told, where they are told something, for one sequence at a time."""
+    """Makes transformers' routers choose the given experts where there are any, for one sequence at a time."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.routing: Tensor | None = None
@@ -81,7 +81,7 @@ class Told:
 
 
 def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Log-probs of the responses, and gradients by HF name of minus their sum weighted as `step` weighs them."""
+    """Log-probs of the responses, and gradients by HF name of minus their sum, weighted as in `step`."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     told, logps, loss = Told(hf), [], 0.0
     batch = make_batch(sequences())
@@ -96,14 +96,14 @@ def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str
 
 
 def on_every_rank(chosen: list[Tensor] | None) -> StepRouting:
-    """As the trainer hands rank 0's to the others."""
+    """As the trainer passes rank 0's routing to the others."""
     return on_rank0(lambda: StepRouting.of(chosen), share=StepRouting.without_chosen)
 
 
 def step(
     model: str, routing: list[Tensor], overrides: list[str]
 ) -> tuple[list[list[float]], list[list[float]], dict[str, Tensor]]:
-    """Log-probs as told and as the policy itself routes, and Adam's step of a REINFORCE loss by HF name."""
+    """Log-probs with the given routing and with the policy's own, and Adam's step of a REINFORCE loss by HF name."""
     policy = build(model, [*test_policy_gradients.BASE, *overrides, "objective.loss=reinforce", "objective.entropy_coef=0"])
     batch = make_batch(sequences())
     given = [one.clone() for one in routing] if dist.get_rank() == 0 else None
@@ -113,7 +113,7 @@ def step(
     held = weakref.ref(given[0]) if given is not None else lambda: None
     policy.update(replace(batch, old_logp=told.logp, routing=on_every_rank(given)))
     del given
-    assert held() is None  # a step's are gigabytes, and there is no use for them any more
+    assert held() is None  # a step's routing takes gigabytes and is no longer needed
     change = {name: before[name] - tensor for name, tensor in policy.export()}
     return [x.tolist() for x in told.logp], [x.tolist() for x in own.logp], change
 
@@ -147,9 +147,9 @@ def test_tokens_of_which_nothing_is_known_are_routed_as_ever(gangs, hf_models, l
 
 
 def handed_out(lengths: list[int], layers: int, piece: int) -> tuple[tuple[int, ...], dict[int, Tensor], int]:
-    """(lengths, what every rank gets of its own samples and layers, bytes that it keeps).
+    """(lengths, the experts of this rank's samples and layers, bytes that it keeps).
 
-    Rank r of 3 asks for the samples of number r modulo 3, the last for none, and for the layers of number r modulo 2.
+    Of 3 ranks, rank r requests the samples with number r modulo 3, the last rank none, and the layers with number r modulo 2.
     """
     rank = dist.get_rank()
     whole = all_experts(lengths, layers) if rank == 0 else ["is not looked at"]
@@ -161,7 +161,7 @@ def handed_out(lengths: list[int], layers: int, piece: int) -> tuple[tuple[int, 
 
 
 def all_experts(lengths: list[int], layers: int) -> list[Tensor]:
-    """Of every sample other numbers in every place."""
+    """Random numbers for every sample, token and layer."""
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(0, 256, (length, layers, PER_TOKEN), generator=generator, dtype=torch.uint8) for length in lengths]
 
@@ -179,14 +179,14 @@ def test_a_rank_gets_the_experts_of_its_own_samples_and_layers_and_keeps_no_othe
 
 
 def told_by(*numbers: int) -> list[Group]:
-    """A sample of five tokens whose engine says these."""
+    """A group with one sample of five tokens for which the engine reports these numbers."""
     sample = Sample(0, [7, 8], [-1.0] * 2, "stop", 1, routing=array("B", numbers))
     return [Group("p@1", Problem("p", "", "", [1, 2, 3]), [sample])]
 
 
 def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
     experts = Experts(count=6, per_token=2, intermediate_size=1, normalized=True)
-    (found,) = routing_of(told_by(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # four of five tokens
+    (found,) = routing_of(told_by(*[0, 1, 2, 3, 4, 5] * 4), experts, layers=3)  # all of the five tokens but the last
     assert found.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 4
     assert [len(one) for one in routing_of(told_by(), experts, layers=3)] == [0]
     for wrong in ([0, 1, 2, 3, 4], [0] * 6 * 6, [0, 1, 2, 3, 4, 6]):
@@ -201,17 +201,18 @@ def test_all_that_a_byte_can_say_are_experts_of_a_model_that_has_so_many():
 
 
 def test_zeros_of_an_engine_that_did_not_note_its_choice_are_no_routing():
-    """SGLang's buffer, where the kernel of the experts chooses as well and nothing is written to it."""
+    """SGLang's buffer stays zero if the experts' kernel also chooses the experts."""
     with pytest.raises(
         UserError, match=r"^the engine says of sample p@1/0 that a token has one expert twice; .*,triton to sglang"
     ):
         routing_of(told_by(*[0] * 24), Experts(count=6, per_token=2, intermediate_size=1, normalized=True), layers=3)
     (found,) = routing_of(told_by(*[0] * 4), Experts(count=6, per_token=1, intermediate_size=1, normalized=True), layers=1)
-    assert len(found) == 4  # of one expert each that may be so
+    assert len(found) == 4  # with one expert per token, zeros are valid
 
 
 def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
-    """Of the first sample all, of the second the first response token, which the prompt's last token predicts."""
+    """For all tokens of the first sample; in the second, only for the first response token, which the prompt's last token
+    predicts."""
     batch = batch_of()
     prompts, responses = zip(*batch.sequences, strict=True)
     counts = [len(prompts[0]) + len(responses[0]) - 1, len(prompts[1]), *[0] * (len(batch) - 2)]
@@ -222,7 +223,7 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
 
 @pytest.fixture
 def mixture(runs, tmp_path):
-    """A mixture in HuggingFace format with the tiny policy's tokenizer."""
+    """A mixture of experts in HuggingFace format with the tiny policy's tokenizer."""
     config = load_config(runs.config, runs.command()[4:])
     tiny = build_tiny_policy(config.tiny, config.arithmetic, progress=False)
     folder = Path(write_model("qwen3_moe", tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
@@ -244,7 +245,7 @@ def test_a_run_trains_with_the_engines_experts_and_so_does_one_that_replays_it(r
     head, *groups = map(json.loads, file.read_text().splitlines())
     for group in groups:
         for sample in group["samples"]:
-            others = bytes(5 - expert for expert in base64.b64decode(sample["routing"]))  # of six, and all different still
+            others = bytes(5 - expert for expert in base64.b64decode(sample["routing"]))  # of six, and still distinct
             sample["routing"] = base64.b64encode(others).decode()
     file.write_text("".join(json.dumps(line) + "\n" for line in (head, *groups)))
     code, printed = runs.finish("run.name=again", f"rollout.replay={runs.directory('recorded')}", *options)

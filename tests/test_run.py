@@ -1,4 +1,4 @@
-"""The whole loop through the launcher: what a run leaves behind, resume bit for bit, kills, a full disk."""
+"""The whole loop through the launcher: what a run leaves behind, bit-exact resume, kills, a full disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.runs import REPO, Runs, wait_for
 pytestmark = pytest.mark.slow
 
 ONE_RANK = "parallel.tp=1"
-"""Where it is not about ranks that meet: on two cores two take nearly twice as long to begin."""
+"""For tests that do not need several ranks: on two cores, two ranks take nearly twice as long to start."""
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, _tiny_cache):
-    """Rows of the small run that nothing disturbs."""
+    """Rows of the small run without interruptions."""
     runs = Runs(tmp_path_factory.mktemp("straight"), _tiny_cache)
     code, printed = runs.finish("run.name=straight", "observe.tensorboard=true", "checkpoint.every=2", "checkpoint.keep=2")
     assert code == 0, printed
@@ -160,7 +160,7 @@ def test_a_loss_that_fails_stops_the_run_with_a_sentence_and_its_own_traceback(r
     assert code == 2, printed
     raised = {"needs_an_option": "KeyError: 'margin'", "leaves": "SystemExit: 0"}[loss]
     assert printed.count(f"error: objective.loss tests.broken_loss:{loss} raised {raised}\nTraceback (most recent") == 1
-    # The traceback is of the user's code alone, to its end.
+    # The traceback shows the user's code only, down to its last frame.
     assert set(re.findall(r'File "(.*)", line', printed)) == {str(REPO / "tests" / "broken_loss.py")}, printed
     assert {"needs_an_option": 'return options["margin"]', "leaves": "sys.exit(0)"}[loss] in printed
     assert raised in json.loads((runs.directory("failing") / "status.json").read_text())["message"]
@@ -226,7 +226,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(runs, straight):
 
 
 def test_an_evaluation_that_a_stop_came_before_is_made_up_for(runs, tmp_path, monkeypatch):
-    """Without that the last one, which says what came of the run, would never be."""
+    """Otherwise the last evaluation, which shows the run's result, would be missing."""
     flag = tmp_path / "flag"
     monkeypatch.setenv("STOP_FLAG", str(flag))
     loss = ("objective.loss=tests.broken_loss:told_to_stop", "objective.options={call: 4}")

@@ -1,4 +1,4 @@
-"""The run directory: its parts, who may use it, and what a place that cannot be written or read is refused with."""
+"""The run directory: its parts, who may use it, and the errors for a place that cannot be written or read."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_name_that_is_too_long_is_refused_before_anything_is_started(tmp_p
 
 
 def test_a_run_directory_that_may_not_be_looked_into_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, **options: bool) -> os.stat_result:  # as root, whom no mode keeps out, sees it too
+    def refuse(path: Path, **options: bool) -> os.stat_result:  # file modes do not restrict root, so it is simulated
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "stat", refuse)
@@ -87,7 +87,7 @@ def test_a_used_directory_is_refused_without_resume(tmp_path: Path) -> None:
     config = Config(checkpoint=CheckpointConfig(resume=False))
     directory = RunDirectory(tmp_path / "run")
     directory.prepare(config)
-    directory.prepare(config)  # a start that came to nothing has left nothing to protect
+    directory.prepare(config)  # a start without results leaves nothing to protect
     directory.metrics.append(make_row(1))
     with pytest.raises(UserError, match=r"checkpoint\.resume is false"):
         directory.prepare(config)

@@ -1,4 +1,4 @@
-"""The lock of a run directory: one process at a time, and none is left of one that was killed."""
+"""The lock of a run directory: one process at a time, and a process that was killed leaves none behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_process_is_free_though_its_child_lives_on(tmp_path
             holder.kill()
             holder.wait()
             with directory.locked(patience_s=0):
-                os.kill(child, 0)  # it does live
+                os.kill(child, 0)  # it is alive
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_a_lock_that_is_held_is_asked_for_again_for_some_seconds_or_not_at_all(t
 
 def test_children_that_are_forked_close_the_lock_and_nothing_else(tmp_path: Path) -> None:
     def later_file_is_open_in_a_child() -> bool:
-        file = os.open(tmp_path, os.O_RDONLY)  # has the lowest number that is free: that of the lock, where that is closed
+        file = os.open(tmp_path, os.O_RDONLY)  # gets the lowest free descriptor: the lock's, if that is closed
         try:
             child = os.fork()
             if child == 0:
@@ -99,7 +99,7 @@ def test_children_that_are_forked_close_the_lock_and_nothing_else(tmp_path: Path
 
 def test_a_lock_is_free_where_nobody_holds_it_and_others_may_ask_at_the_same_time(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    assert not run_lock.is_free(directory.lock_file)  # there is none
+    assert not run_lock.is_free(directory.lock_file)  # no lock exists
     with directory.locked():
         assert not run_lock.is_free(directory.lock_file)
     descriptors = len(os.listdir("/proc/self/fd"))

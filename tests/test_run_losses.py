@@ -1,4 +1,4 @@
-"""The whole loop with what a loss may ask of it beyond the rollout: a reference model, weights for the engine's mismatch."""
+"""The whole loop with what a loss may need besides the rollout: a reference model, weights for the engine's mismatch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
     code, printed = runs.finish("run.name=loss", *SHORT, *loss)
     assert code == 0, printed
     first, second = runs.rows("loss")
-    assert ("warning: objective.loss" in printed) == ("objective.preset=rloo" in loss)  # 8 optimizer steps for each rollout
+    assert ("warning: objective.loss" in printed) == ("objective.preset=rloo" in loss)  # 8 optimizer steps per rollout
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in (first, second))
     if "objective.kl_coef=0.05" in loss:
-        # The reference is the policy that the run started from, which the first step's updates lead away from.
-        # (k1 has a sign of its own on samples of another policy; k3 has none.)
+        # The reference is the initial policy, which the first step's updates move away from.
+        # (On samples of another policy, k1 may have either sign; k3 is never negative.)
         assert first["kl"] != 0 if "objective.kl_in=reward" in loss else 0 < first["kl"] < second["kl"]
         assert first["correction_mean"] == 1.0
     else:
-        # The engine computes in another order than the trainer: weights of almost 1, some of them above this cap.
+        # The engine computes in another order than the trainer, so weights are almost 1, and some are above this cap.
         assert first["kl"] == 0 and 0 < first["correction_frac"] < 1
         assert 1 - 1e-3 < first["correction_mean"] < 1.000001 + 1e-9

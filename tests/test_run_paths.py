@@ -1,4 +1,4 @@
-"""A run is looked at from anywhere: what its config names by relative paths is found from where the job was started."""
+"""A run can be inspected from anywhere: relative paths in its config are resolved from where the job was started."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tools.convert_hf import main
     [
         ("runs", "start/runs/a", "start/model"),
         ("out/runs", "start/out/runs/a", "start/model"),
-        ("runs", "start/other/a", "model"),  # renamed or moved: nobody knows from where
+        ("runs", "start/other/a", "model"),  # renamed or moved: the start directory is unknown
         ("runs", "elsewhere/runs/a", "model"),  # copied to where there is no such path
         ("../runs", "start/runs/a", "model"),
     ],
@@ -50,7 +50,7 @@ def test_a_run_directory_that_is_a_link_is_where_the_link_is(tmp_path):
 
 @pytest.fixture(params=["model", "tiny"])
 def run(request, hf_models, tmp_path, monkeypatch):
-    """A run with a checkpoint, started in another directory than this one, from `model` or from the generated policy there."""
+    """A run with a checkpoint, started in another directory, from `model` or from the generated policy there."""
     start = tmp_path / "start"
     config = Config(run=RunConfig(name="a"), model=ModelConfig(path=request.param))
     model = start / (tiny_policy_path(config.tiny, config.arithmetic) if request.param == "tiny" else "model")

@@ -1,4 +1,4 @@
-"""Policies of the GPU tests: a small Qwen3 whose sizes are all distinct, odd in its vocabulary, and fit FP8's blocks."""
+"""Policies for the GPU tests: a small Qwen3 with distinct sizes that fit FP8's blocks, and an odd vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCAB = 1003
 
 
 def write_qwen3(path: Path, *, tied: bool = False, mixture: bool = False) -> str:
-    """A HuggingFace checkpoint whose weights bf16 holds exactly. mixture: of experts, two of five for every token."""
+    """A HuggingFace checkpoint whose weights are exact in bf16. mixture: with five experts, two for every token."""
     torch.manual_seed(11)
     kind, model_kind, more = Qwen3Config, Qwen3ForCausalLM, {}
     if mixture:

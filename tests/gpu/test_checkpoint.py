@@ -1,4 +1,4 @@
-"""Checkpoints of the optimizers that exist on a GPU alone: Transformer Engine's fused Adam, and Adam in CPU memory."""
+"""Checkpoints of GPU-only optimizers: Transformer Engine's fused Adam, and Adam in CPU memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_resumed_policy_goes_on_like_the_one_that_was_saved(world, device, tmp
     assert [one.loss for one in found] == pytest.approx([one.loss for one in wanted], abs=1e-3)
     assert [one.grad_norm for one in found] == pytest.approx([one.grad_norm for one in wanted], rel=0.02)
     straight = {name: tensor.clone() for name, tensor in policy.export()}
-    # A step of Adam changes most weights by its learning rate: one that was not counted, or moments that were lost, would show.
+    # Adam moves most weights by the learning rate per step, so an uncounted step or lost moments would show.
     for name, tensor in resumed.export():
         difference = (tensor.float() - straight[name].float()).abs().mean()
         assert difference < 2e-4, f"{name}: {difference:.1e}"

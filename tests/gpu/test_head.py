@@ -21,7 +21,7 @@ WAYS = pytest.mark.parametrize("single_pass", [True, False], ids=["single_pass",
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """TF32 has 10 bits; without it fp32 can be held to 2e-5."""
+    """TF32 has 10 mantissa bits; without it, fp32 stays within 2e-5."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -29,7 +29,7 @@ def exact_products():
 
 
 def bounded_case(rows: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32) -> Case:
-    """Ratios far beyond and well within the bounds, so that rounding decides of no row whether it is clipped."""
+    """Ratios far beyond and well within the bounds, so that rounding never decides whether a row is clipped."""
     case = loss_case(rows, hidden, vocab, dtype=dtype)
     return replace(case, old_logp=case.answer()["logp"].float() - log_ratios(rows))
 
@@ -43,7 +43,8 @@ def on_device(case: Case, device: torch.device) -> Case:
 
 
 def run(case: Case, device: torch.device, backend: str, single_pass: bool, padding: int, already: float) -> dict:
-    """Values and gradients, the weight's without what its fp32 buffer held `already`; `padding` rows follow the vocabulary."""
+    """Values and gradients. already: initial value of the weight's fp32 buffer, subtracted. padding: rows after the
+    vocabulary."""
     if backend == "triton" and not triton_rows.is_available(device):
         pytest.skip(f"Triton cannot run on {device.type} here")
     case, vocab = on_device(case, device), len(case.weight)
@@ -72,7 +73,7 @@ def test_values_and_gradients_equal_float64(device, single_pass, backend, dtype,
     found = run(case, device, backend, single_pass, padding, already=0.0)
     for name, wanted in case.answer().items():
         error, size = (found[name] - wanted).norm().item(), wanted.norm().item()
-        # Gradients are 0 with a single token, log-probs and the loss may nearly be.
+        # With a vocabulary of one token, gradients are 0, and log-probs and loss may nearly be.
         assert error <= tolerance * size + (1e-5 if name.endswith("grad") else tolerance), f"{name}: {error} of {size}"
 
 
@@ -98,14 +99,15 @@ def test_logprobs_of_a_vocabulary_of_151936_are_those_of_float64(device, backend
 @DTYPES
 @BACKENDS
 def test_a_tied_head_and_its_embedding_share_one_buffer(device, backend, dtype, tolerance):
-    """As Megatron's DDP has it: the head adds to the buffer in forward, autograd hands the hook the embedding's part alone."""
+    """As in Megatron's DDP: the head adds to the buffer in forward, and the hook gets only the embedding's part from
+    autograd."""
     if backend == "triton" and not triton_rows.is_available(device):
         pytest.skip(f"Triton cannot run on {device.type} here")
     case = bounded_case(35, 72, 1003, dtype)
     tokens = torch.arange(35) * 7 % 1003
     exact = case.weight.double().requires_grad_()
     states = case.hidden.double() + exact[tokens]
-    states = states + ((case.hidden + case.weight[tokens]).double() - states).detach()  # the sum as its type rounds it
+    states = states + ((case.hidden + case.weight[tokens]).double() - states).detach()  # the sum, rounded to its dtype
     log_p = torch.log_softmax(states @ exact.t() / case.temperature, -1)
     logp, entropy = log_p.gather(1, case.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     case = replace(case, old_logp=logp.detach().float() - log_ratios(35))

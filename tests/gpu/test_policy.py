@@ -34,7 +34,7 @@ def by_transformers(model: str, pairs: list, dtype: torch.dtype, device: torch.d
 
 
 def padded_logprobs(policy, pairs: list, device: torch.device) -> torch.Tensor:
-    """The same by the policy's layers over a batch padded on the right, without packing."""
+    """The same by the policy's layers on a right-padded batch, without packing."""
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     tokens = torch.tensor([[*p, *r, *[0] * (longest - len(p) - len(r))] for p, r in pairs], device=device)
     (chunk,) = policy.chunks
@@ -65,14 +65,15 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bf16(world,
 
 
 def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(world, device, tmp_path):
-    """Building it compares every parameter's name and shape with the weight map, Transformer Engine's grouped experts' too."""
+    """Building it compares all names and shapes with the weight map, including those of Transformer Engine's grouped
+    experts."""
     model, pairs = write_qwen3(tmp_path / "model", mixture=True), sequences()
     exact = by_transformers(model, pairs, torch.float32, torch.device("cpu"))
     limit = 2 * (by_transformers(model, pairs, torch.bfloat16, device) - exact).abs().mean()
     assert 0 < limit < 0.2
     policy = build(model)
     names = [name for chunk in policy.chunks for name, _ in chunk.named_parameters() if ".experts." in name]
-    assert len(names) >= 3 * 2 * (5 if device.type == "cuda" else 1)  # layers, matrices, and grouped ones by expert
+    assert len(names) >= 3 * 2 * (5 if device.type == "cuda" else 1)  # layers, matrices, and experts if grouped
     gap = (torch.cat(policy.logprobs(pairs).logp).double() - exact).abs().mean()
     assert gap < limit, f"mean gap {gap:.2e}, limit {limit:.2e}"
 
@@ -99,7 +100,7 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
     model, pairs = write_qwen3(tmp_path / "model", mixture=mixture), sequences()
     baseline = torch.cat(build(model).logprobs(pairs).logp)
-    # The first update has learning rate 0: delayed scaling needs a step that shows it the largest values.
+    # The first update has learning rate 0: delayed scaling needs one step to see the largest values.
     policy = build(
         model, f"fp8.recipe={recipe}", "train.lr=1e-4", "train.lr_warmup_updates=1", "train.tokens_per_microbatch=600"
     )
@@ -107,7 +108,7 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
     assert first.lr == 0 and first.grad_norm > 0
     old = policy.logprobs(pairs).logp
     gap = (torch.cat(old) - baseline).abs().mean()
-    # A gap of exactly 0 would be bf16 under another name.
+    # A gap of exactly 0 would mean that it is bf16 after all.
     assert gap < 0.3 and (recipe == "none" or gap > 0)
     batch = promote_all(pairs, old)
     losses = [policy.update(batch).loss for _ in range(6)]
@@ -117,6 +118,6 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
 
 
 def promote_all(pairs: list, old: tuple[torch.Tensor, ...]):
-    """A batch whose every sample is to become likelier, with bounds that nothing reaches in a few updates."""
+    """A batch in which every sample should become likelier, with bounds that a few updates do not reach."""
     batch = make_batch(pairs, old)
     return replace(batch, advantage=torch.ones(len(batch)), clip_high=torch.full((len(batch),), 50.0))

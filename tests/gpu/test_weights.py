@@ -1,4 +1,4 @@
-"""FP8 blocks against Transformer Engine's own, and weight transports whose tensors are on the device."""
+"""FP8 blocks against Transformer Engine's own, and weight transports with tensors on the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
     theirs = quantizer(weight)
     codes, scales = quantize_blocks(weight)
     rows, columns = scale_shape(*shape)
-    # Theirs are padded in memory, and exist for whole blocks alone.
+    # Theirs are padded in memory and exist for whole blocks only.
     assert torch.equal(scales, theirs._rowwise_scale_inv[:rows, :columns])
     assert torch.equal(codes.view(torch.uint8), theirs._rowwise_data.view(torch.uint8))
 
@@ -51,7 +51,7 @@ def test_blocks_are_the_same_on_every_device(device, shape):
 
 @pytest.mark.parametrize("fp8_block", [None, 128], ids=["bf16", "fp8"])
 def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block):
-    """The whole way but for messages: NCCL has no group with two processes on one GPU."""
+    """Everything except the messages: NCCL has no group with two processes on one GPU."""
     from etr_megatron.policy.model import own_parameters
 
     model = write_qwen3(tmp_path / "model")
@@ -66,7 +66,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
         else:
             wanted[name] = full
     for name, tensor in wanted.items():
-        # No weight is 77, so that what stays unwritten shows.
+        # No weight is 77, so values that stay unwritten show.
         destinations[name] = torch.full(tensor.shape, 77.0, device=device).to(tensor.dtype)
     transport = ShardedTransport(plan, Wire.in_world(backend=world, timeout_s=60), dtype=torch.bfloat16, checksums=True)
     for version in (3, 4):
@@ -79,7 +79,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
 
 
 def test_messages_of_a_round_that_a_process_sends_itself_arrive(world, device):
-    """What two ranks would send each other in one launch, as far as one GPU can have it."""
+    """The messages of two ranks in one launch, as far as one GPU can send them."""
     if world == "gloo":
         pytest.skip("gloo has no messages to the same process")
     wire = Wire.in_world(backend=world, timeout_s=60)
