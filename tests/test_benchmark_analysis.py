@@ -57,7 +57,7 @@ def test_t_quantile_leaves_two_and_a_half_percent_above_it(df: int) -> None:
 
     below = 0.5 + 0.5 * area(np.arctan(t_quantile(df) / np.sqrt(df))) / area(np.pi / 2)
     assert below == pytest.approx(0.975, abs=2e-6)
-    assert t_quantile(500) == t_quantile(30) > 1.96  # beyond the table it is rather too wide than too narrow
+    assert t_quantile(500) == t_quantile(30) > 1.96  # beyond the table: too wide rather than too narrow
 
 
 def test_interval_of_four_values_by_hand() -> None:

@@ -44,7 +44,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 
 @pytest.fixture(params=["read", "copied"])
 def small(request, monkeypatch):
-    """Tensors over 64 KiB are copied from file to file. These models have none that large, so the limit is changed."""
+    """Tensors over 64 KiB are copied from file to file. These models have none that large, so the limit is patched."""
     monkeypatch.setattr(torch_dist_writer, "_SMALL", {"read": 2**30, "copied": 1024}[request.param])
 
 
@@ -115,7 +115,7 @@ def test_transformers_loads_the_files_and_their_index(hf_models, tmp_path):
     files = sorted((tmp_path / "back").glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
     for file in files:
-        with safe_open(file, framework="pt") as handle:  # makes the format's own checks
+        with safe_open(file, framework="pt") as handle:  # runs the format's own checks
             sizes = {name: handle.get_tensor(name).nbytes for name in handle.keys()}  # noqa: SIM118
         assert sum(sizes.values()) <= 100_000 or len(sizes) == 1
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())

@@ -1,4 +1,4 @@
-"""How ranks of a conversion watch each other, also when the machine with their store disappears without closing connections."""
+"""How ranks of a conversion watch each other, even if their store's machine disappears without closing connections."""
 
 from __future__ import annotations
 

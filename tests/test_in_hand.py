@@ -64,7 +64,7 @@ def test_groups_in_a_checkpoint_are_exact_and_no_token_is_in_its_json():
 
 
 def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
-    """Each pass recomputes the keys and values from the response's first token."""
+    """The keys and values of a continued response are recomputed from its first token on."""
     sample = Sample(0, [], [], "abort", 1)
     extend(sample, Drawn(0, [5, 6], [-1.0, -2.0], "abort", 1))
     assert not sample.routing

@@ -159,8 +159,7 @@ VOCAB, WIDTH = 11, 6
 
 
 def packed_loss(name: str, batch: PolicyBatch, microbatches: list[Microbatch]) -> tuple[float, list[torch.Tensor]]:
-    """Float64 loss over all microbatches and its gradients; the policy is a token embedding, a position embedding and a
-    head."""
+    """Float64 loss over all microbatches and its gradients; the policy is token and position embeddings and a head."""
     generator = torch.Generator().manual_seed(0)
     sizes = (VOCAB, 64, VOCAB)
     embedding, places, head = (torch.randn(n, WIDTH, generator=generator, dtype=torch.float64).requires_grad_() for n in sizes)

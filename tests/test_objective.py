@@ -215,7 +215,7 @@ def test_bounds_stay_in_range_and_nothing_depends_on_sample_order(rewards, group
         assert (radius >= values["eps_min"]).all() and (radius <= values["eps_max"]).all()
     shuffled, shuffled_radii = of(order)
     for field in fields(GroupStatistics):
-        # Rewards are rounded at 1e-16. The advantage can amplify that a million times, which delta bounds.
+        # Rewards are rounded to 1e-16; delta limits how much the advantage amplifies that, to a million times.
         close = dict(atol=1e-6 if field.name == "advantage" else 1e-12, rtol=1e-9)
         torch.testing.assert_close(getattr(shuffled, field.name), getattr(statistics, field.name)[order], **close)
     for found, radius in zip(shuffled_radii, radii, strict=True):

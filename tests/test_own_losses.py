@@ -184,7 +184,7 @@ def test_a_users_gradient_is_tried_in_the_first_call_alone_and_what_watches_the_
     outputs.loss.backward()
     assert len(seen) == 2
     with torch.no_grad():
-        PolicyLoss(name, counts_its_gradients, True)(case.inputs(*policys))  # without gradients, none is tried
+        PolicyLoss(name, counts_its_gradients, True)(case.inputs(*policys))  # nothing to try without gradients
     resolve_loss("tests.test_own_losses:has_a_parameter")(case.inputs(torch.tensor(logp), torch.tensor(entropy)))
 
 

@@ -63,7 +63,7 @@ def test_parts_of_one_cost_that_have_room_for_other_samples_are_told_apart():
 
 
 def test_a_search_is_cut_off_after_so_many_partial_assignments(monkeypatch):
-    most, looked_at = 16 + 300 + 16, []  # greedy and search over five ranks, then greedy into each rank's microbatch
+    most, looked_at = 16 + 300 + 16, []  # greedy, then search, over five ranks; then greedy over each rank's microbatches
 
     class Counted(planning._Search):
         def _put(self, sample, part):

@@ -132,8 +132,7 @@ def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288
-    # In bf16: each norm's input and output; q and k before their norms; q, k, v; attention's output; gate, up and their
-    # product.
+    # bf16: each norm's input and output; q and k before their norms; q, k, v; attention's output; gate, up, their product.
     tensors = 4 * hidden + (q + kv) + (q + 2 * kv) + q + 3 * mlp
     numbers = 2 + 32 + (32 + 8)  # fp32: for two norms, attention's heads, and the q and k norms' heads
     expected = 2 * tokens * tensors + 4 * tokens * numbers
@@ -209,8 +208,7 @@ def test_recomputation_leaves_layer_inputs_and_one_layer() -> None:
     saved = saved_by_layer(arch, 0, split, 2)
     one = 500 * 4096 * 2  # tokens are split over TP
     # Two microbatches of 18 layers are in flight; the recomputed layer's saved tensors include its input. Four hidden states
-    # are handed on. At the gate: the gradients of its halves, split over TP, and of the layer's output, whole and this rank's
-    # part.
+    # are handed on. At the gate: gradients of its halves, split over TP, and of the layer's output, whole and split.
     beside = 1000 * (2 * 12288 // 2 + 4096 + 4096 // 2) * 2 + 4 * one
     assert stage_activations(arch, layout, 0, split, 8, "full") == (2 * 18 - 1) * one + saved + beside
     assert stage_activations(arch, layout, 0, split, 8, "none") == 2 * 18 * saved + beside

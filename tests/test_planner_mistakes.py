@@ -1,4 +1,4 @@
-"""An impossible plan is one sentence and exit code 2, and a plan that does not fit names the part that does not."""
+"""An impossible plan ends in one sentence and exit code 2. If a plan does not fit, it names the part that does not."""
 
 from __future__ import annotations
 

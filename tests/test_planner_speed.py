@@ -37,7 +37,7 @@ def test_operations_are_those_that_torch_counts(tmp_path) -> None:
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         model(ids, use_cache=False)
-    # The counter sees full score matrices, half of which causal attention needs. Rotary angles add 2 x tokens x 8.
+    # The counter sees full score matrices; causal attention needs half of each. Rotary angles add 2 x tokens x 8.
     matrices = 2 * active_parameters(arch) * tokens
     attention = body_flops(arch, tokens) - matrices
     whole = 2 * attention * tokens / (tokens + 1)

@@ -12,8 +12,7 @@ from tests.policy_jobs import build, make_batch
 
 
 def head_gradient(model: str, sequences: list, overrides: list[str]) -> dict:
-    """This rank's fp32 head gradient after one update, its dtype and the weight's, and whether the head's own weights
-    changed."""
+    """This rank's fp32 head gradient after one update, the dtypes of weight and gradient, and whether the weight changed."""
     policy = build(model, ["train.lr=1e-2", "train.clip_grad=0", "train.head_chunk_rows=9", *overrides])
     weight = policy.chunks[-1].head_weight()
     before = weight.detach().clone()

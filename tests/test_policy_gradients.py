@@ -60,8 +60,8 @@ def reference(
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
     """(old log-probs near the model's own, gradients of the clipped loss by HF name, share of clipped tokens).
 
-    aux_coef: of the experts' balancing loss over the tokens of all sequences; apart: over each sequence, weighted by its
-    tokens.
+    aux_coef: weight of the experts' balancing loss over the tokens of all sequences; apart: over those of each sequence,
+    weighted by its tokens.
     """
     # The grouped matrix products of transformers do not support float64.
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
@@ -233,7 +233,7 @@ SPREAD = {
 
 @pytest.mark.parametrize("layout", SPREAD)
 def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs, hf_models, layout):
-    # Of two lengths that do not fit into one microbatch: the loss is a mean over tokens, not over microbatches.
+    # Sequences of two lengths do not share a microbatch: the loss is a mean over tokens, not over microbatches.
     sequences = [(prompt, response[: 12 - 4 * (i % 2)]) for i, (prompt, response) in enumerate(without_padding(4))]
     hf = AutoModelForCausalLM.from_pretrained(hf_models["qwen3_moe"], dtype=torch.float64, experts_implementation="eager")
     routed: list[torch.Tensor] = []

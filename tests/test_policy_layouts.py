@@ -85,7 +85,7 @@ def deep(gangs, tmp_path_factory):
 
 
 def run(gangs, model: str, world: int, overrides: list[str]) -> list[dict]:
-    # Uneven lengths and 7 samples: ranks get different numbers of tokens, and stages, chunks or ranks divide no count.
+    # Uneven lengths and 7 samples: ranks get different numbers of tokens, none divisible by the stages, chunks or ranks.
     return gangs(world).run("tests.policy_jobs:train", model=model, sequences=random_sequences(), overrides=[*BASE, *overrides])
 
 

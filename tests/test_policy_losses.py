@@ -13,7 +13,7 @@ from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
 
 PRESETS = ("etr", "dr_grpo", "gspo", "cispo", "rloo")
-"""One preset per loss; the others differ from `etr` only in numbers that are set before the policy."""
+"""One preset per loss; the others differ from `etr` only in numbers that are computed before the policy runs."""
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "dp2": (2, ["parallel.tp=1", "train.tokens_per_microbatch=60"]),

@@ -98,8 +98,7 @@ def test_weights_are_read_once_for_all_ranks_that_hold_the_same(gangs, hf_models
     assert all(rank["same"] for rank in found)
     shares = [sum(rank["held"][experts] / count for experts, count in enumerate(replicas)) for rank in found]
     assert 0 < sum(rank["model"] for rank in found) <= sum(shares), (found, shares)
-    # In a model this small, a single tensor is a large part. When resuming, a rank that reads more of the optimizer reads less
-    # of the weights.
+    # In so small a model a tensor is a large part. When resuming, ranks that read more of the optimizer read fewer weights.
     if kind != "resume":
         assert all(rank["model"] <= 1.35 * share for rank, share in zip(found, shares, strict=True)), (found, shares)
 

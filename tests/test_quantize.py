@@ -1,7 +1,5 @@
 """FP8 blocks: bit-equal to the definition in NumPy, and to transformers except for a scale's rounding; stable; safe with zeros
-and
-ragged edges.
-"""
+and ragged ends."""
 
 from __future__ import annotations
 

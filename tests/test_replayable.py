@@ -114,8 +114,7 @@ def test_a_large_record_is_not_read_through_before_the_start(recorded, monkeypat
 
 @pytest.mark.parametrize("state", ["failed", "finished"])
 def test_a_run_is_not_replayed_into_itself(recorded, state):
-    """This happens if the config sets the recorded run's name. The run would lose what it recorded after its last
-    checkpoint."""
+    """Happens if the config has the recorded run's name. The run would lose what it recorded after its last checkpoint."""
     run = recorded.parent
     (run / "status.json").write_text(f'{{"state": "{state}"}}')
     (run / "link").symlink_to(run)

@@ -1,4 +1,4 @@
-"""Resuming from the newest checkpoint: all ranks load the same one, also with SIGTERM meanwhile."""
+"""Resuming from the newest checkpoint: all ranks load the same one, also if SIGTERM arrives meanwhile."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_sigterm_while_a_checkpoint_is_read_asks_to_be_started_again_and_saves_n
 
 
 def stopped_by(error: Exception, trained: int, *, lost: bool = False) -> tuple[str, list[int]]:
-    """(the error that ends the run, the steps that it saves) when `error` is raised after `trained` steps on every rank, or,
-    with `lost`, on all but rank 1."""
+    """(the error that ends the run, the steps that it saves) when every rank, or with `lost` all but rank 1, raises
+    `error` after `trained` steps."""
     trainer, saved = trainer_without_parts()
     trainer._resume = lambda: None
 

@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_process_is_free_though_its_child_lives_on(tmp_path
             holder.kill()
             holder.wait()
             with directory.locked(patience_s=0):
-                os.kill(child, 0)  # it is alive
+                os.kill(child, 0)  # still alive
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
@@ -99,7 +99,7 @@ def test_children_that_are_forked_close_the_lock_and_nothing_else(tmp_path: Path
 
 def test_a_lock_is_free_where_nobody_holds_it_and_others_may_ask_at_the_same_time(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    assert not run_lock.is_free(directory.lock_file)  # no lock exists
+    assert not run_lock.is_free(directory.lock_file)  # no lock file exists
     with directory.locked():
         assert not run_lock.is_free(directory.lock_file)
     descriptors = len(os.listdir("/proc/self/fd"))

@@ -43,8 +43,7 @@ def on_device(case: Case, device: torch.device) -> Case:
 
 
 def run(case: Case, device: torch.device, backend: str, single_pass: bool, padding: int, already: float) -> dict:
-    """Values and gradients. already: initial value of the weight's fp32 buffer, subtracted. padding: rows after the
-    vocabulary."""
+    """Values and gradients. already: initial value of the weight's fp32 buffer, subtracted. padding: extra vocabulary rows."""
     if backend == "triton" and not triton_rows.is_available(device):
         pytest.skip(f"Triton cannot run on {device.type} here")
     case, vocab = on_device(case, device), len(case.weight)
@@ -99,8 +98,7 @@ def test_logprobs_of_a_vocabulary_of_151936_are_those_of_float64(device, backend
 @DTYPES
 @BACKENDS
 def test_a_tied_head_and_its_embedding_share_one_buffer(device, backend, dtype, tolerance):
-    """As in Megatron's DDP: the head adds to the buffer in forward, and the hook gets only the embedding's part from
-    autograd."""
+    """As in Megatron's DDP: the head adds to the buffer in forward, autograd gives the hook only the embedding's part."""
     if backend == "triton" and not triton_rows.is_available(device):
         pytest.skip(f"Triton cannot run on {device.type} here")
     case = bounded_case(35, 72, 1003, dtype)

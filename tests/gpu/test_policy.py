@@ -34,7 +34,7 @@ def by_transformers(model: str, pairs: list, dtype: torch.dtype, device: torch.d
 
 
 def padded_logprobs(policy, pairs: list, device: torch.device) -> torch.Tensor:
-    """The same by the policy's layers on a right-padded batch, without packing."""
+    """The same with the policy's layers on a right-padded batch, without packing."""
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     tokens = torch.tensor([[*p, *r, *[0] * (longest - len(p) - len(r))] for p, r in pairs], device=device)
     (chunk,) = policy.chunks
@@ -65,8 +65,7 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bf16(world,
 
 
 def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(world, device, tmp_path):
-    """Building it compares all names and shapes with the weight map, including those of Transformer Engine's grouped
-    experts."""
+    """Building it compares all names and shapes with the weight map, also for Transformer Engine's grouped experts."""
     model, pairs = write_qwen3(tmp_path / "model", mixture=True), sequences()
     exact = by_transformers(model, pairs, torch.float32, torch.device("cpu"))
     limit = 2 * (by_transformers(model, pairs, torch.bfloat16, device) - exact).abs().mean()
