@@ -64,11 +64,15 @@ class Plan:
 
     def is_fp8(self, weight: Weight) -> bool:
         """Whether a weight travels quantised."""
-        return self.fp8_block is not None and weight.fp8
+        return self.block_of(weight) is not None
+
+    def block_of(self, weight: Weight) -> int | None:
+        """Rows and columns of the blocks in which a weight travels quantised; None where it does not."""
+        return self.fp8_block if weight.fp8 else None
 
     def bytes(self, transfer: Transfer, itemsize: int) -> int:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
-        return _box_bytes(transfer.size, itemsize, self.fp8_block if transfer.weight.fp8 else None)
+        return _box_bytes(transfer.size, itemsize, self.block_of(transfer.weight))
 
     def only(self, names: Collection[str]) -> Plan:
         """The transfers of these weights (`Weight.megatron`)."""
@@ -87,7 +91,7 @@ class Plan:
 def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
     if block is None:
         return prod(size) * itemsize
-    return prod(size) + 4 * prod(scale_shape(*size, block))
+    return prod(size) + 4 * prod(scale_shape(size, block))
 
 
 @dataclass(frozen=True)

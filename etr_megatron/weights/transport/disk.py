@@ -109,6 +109,7 @@ class DiskWriter(CollectiveTransport):
         )
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
+        assert self.versions.begun is not None  # by `sync`
         final = version_directory(self.directory, self.versions.begun)
         unfinished = self.directory / f".{final.name}.unfinished"
         try:
@@ -158,12 +159,14 @@ class DiskWriter(CollectiveTransport):
 
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
         """HF name -> tensor on CPU of this rank's file of that number; None where it only helps others with theirs."""
-        own = self._own[number] if number < len(self._own) else None
-        flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
-        full = self._gather.group(number, sources, own, flat)
+        own = None
+        if number < len(self._own):
+            group = self._own[number]
+            own = group, torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
+        full = self._gather.group(number, sources, own)
         if self._checksums:
             compare(self._gather.exchanges[number], sources, full)
-        return {field.name: field.view(flat).cpu() for field in own.tensors} if own is not None else None
+        return {field.name: field.view(own[1]).cpu() for field in own[0].tensors} if own is not None else None
 
     def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
         """Rank 0 collects what all have written and gives the directory its name."""
@@ -281,11 +284,11 @@ class DiskReader:
             raise ValueError(f"{VERSION_FILE} says that it is version {said.get('version')}")
         shapes, problems = files.shapes(), []
         for weight, _ in self._shards:
-            quantised = self._block is not None and weight.fp8
+            block = self._block if weight.fp8 else None
             for name, shape in zip(weight.hf, weight.shapes, strict=True):
-                wanted = [(name, shape, quantised)]
-                if quantised:
-                    wanted.append((name + SCALE_SUFFIX, scale_shape(*shape, self._block), False))
+                wanted = [(name, shape, block is not None)]
+                if block is not None:
+                    wanted.append((name + SCALE_SUFFIX, scale_shape(shape, block), False))
                 for tensor, form, is_fp8 in wanted:
                     if tensor not in shapes:
                         problems.append(f"{tensor} is missing")
@@ -326,7 +329,7 @@ class DiskReader:
 def _of_scales(piece: Piece, block: int) -> Piece:
     """The scales' piece that belongs to a piece of whole blocks."""
     begin, at = (tuple(i // block for i in corner) for corner in (piece.begin, piece.at))
-    return Piece(piece.hf, begin, at, scale_shape(*piece.size, block))
+    return Piece(piece.hf, begin, at, scale_shape(piece.size, block))
 
 
 def _read_version_file(folder: Path) -> dict:
