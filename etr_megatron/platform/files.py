@@ -119,6 +119,7 @@ def disk_full_behind(error: BaseException | None) -> OSError | None:
 
 def no_room(error: OSError) -> str:
     """What such an error says, in words."""
+    assert error.errno is not None
     return _NO_ROOM[error.errno]
 
 

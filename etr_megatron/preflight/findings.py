@@ -48,7 +48,7 @@ def versions(nodes: Sequence[NodeFacts]) -> Finding:
     """The same packages everywhere."""
     different = []
     for package in nodes[0].versions:
-        found = _by(nodes, lambda node, package=package: node.versions[package])
+        found = _by(nodes, _version_of(package))
         if len(found) > 1:
             different.append(f"{package}: {_spell(found)}")
     if different:
@@ -86,7 +86,7 @@ def same_model(nodes: Sequence[NodeFacts]) -> Finding:
     readable = [node for node in nodes if node.model]
     names = sorted({name for node in readable for name in node.model})
     for name in names:
-        found = _by(readable, lambda node, name=name: node.model.get(name, "missing"))
+        found = _by(readable, _model_file(name))
         if len(found) > 1:
             return Finding("the same model", "FAILED", f"{name} differs: {_spell(found)}")
     return Finding("the same model", "ok", f"{len(names)} files, by samples" if len(names) > 1 else next(iter(names), "-"))
@@ -118,6 +118,14 @@ def _each(
 
 def _room(needed: int) -> Callable[[NodeFacts], str]:
     return lambda node: f"{gib(node.run_dir_free)} free in run.dir, checkpoints take {gib(needed)}"
+
+
+def _version_of(package: str) -> Callable[[NodeFacts], str]:
+    return lambda node: node.versions[package]
+
+
+def _model_file(name: str) -> Callable[[NodeFacts], str]:
+    return lambda node: node.model.get(name, "missing")
 
 
 def _by(nodes: Sequence[NodeFacts], value: Callable[[NodeFacts], str]) -> dict[str, list[str]]:
