@@ -94,7 +94,7 @@ class _CpuCuda:
         return 0
 
     @staticmethod
-    def device(*_args: Any) -> contextlib.nullcontext:
+    def device(*_args: Any) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
     @staticmethod

@@ -50,7 +50,7 @@ class PolicyBatch:
         """The samples `numbers` as a batch of its own; `weight` [len(numbers)] has that batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
 
-        def pick(values: Tensor | tuple | StepRouting | None) -> Tensor | tuple | StepRouting | None:
+        def pick(values: Tensor | tuple[Any, ...] | StepRouting | None) -> Tensor | tuple[Any, ...] | StepRouting | None:
             if values is None or isinstance(values, Tensor):
                 return None if values is None else values[at]
             return values.select(numbers) if isinstance(values, StepRouting) else tuple(values[i] for i in numbers)

@@ -21,7 +21,7 @@ from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.layout import Holding, Placement
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.shards import Index, Piece
+from etr_megatron.weights.shards import Index, Piece, Shard
 
 _GRAIN = 0.1
 """Largest part that one transfer may be of a replica's mean load; then no replica sends more than 1 + this times the mean."""
@@ -184,7 +184,7 @@ def _jobs(
     source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None
 ) -> Iterator[tuple[_Job, int | None]]:
     """Every box that every destination rank needs, with the weight's FP8 block."""
-    known: dict[tuple, tuple[list, list, list[_Box]]] = {}
+    known: dict[tuple[object, ...], tuple[list[Shard], list[Shard], list[_Box]]] = {}
     for number, weight in enumerate(weights_of(arch)):
         held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
         shards = [h.shard for h in held], [h.shard for h in needed]

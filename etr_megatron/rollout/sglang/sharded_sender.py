@@ -6,6 +6,7 @@ import asyncio
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,7 +34,7 @@ class OfferCalls:
 
     def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._fleet, self._loop, self._timeout_s = fleet, loop, timeout_s
-        self._calls: list[tuple[ServerClient, asyncio.Task[dict]]] = []
+        self._calls: list[tuple[ServerClient, asyncio.Task[dict[str, Any]]]] = []
 
     def members(self) -> list[tuple[str, int]]:
         """See `Fleet.members`; raises EngineGoneError when there are none."""
@@ -50,8 +51,8 @@ class OfferCalls:
             bodies.append({"serialized_named_tensors": payloads, "load_format": LOADER, "flush_cache": False})
         asyncio.run_coroutine_threadsafe(self._post(bodies, report), self._loop).result()
 
-    async def _post(self, bodies: Sequence[dict], report: Callable[[str], None]) -> None:
-        def look(call: asyncio.Task[dict]) -> None:
+    async def _post(self, bodies: Sequence[dict[str, Any]], report: Callable[[str], None]) -> None:
+        def look(call: asyncio.Task[dict[str, Any]]) -> None:
             if not call.cancelled() and call.exception() is not None:
                 self._loop.call_later(_REPORT_AFTER_S, report, str(call.exception()))
 

@@ -6,6 +6,8 @@ and broadcast. While a bucket travels the next one is gathered.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class BroadcastTransport(CollectiveTransport):
         self._dtype, self._checksums = dtype, checksums
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
-        works: list = []
+        works: list[tuple[int, Any]] = []
         for number in range(len(self.groups)):
             flat = self._flat(number)
             self._gather_group(number, sources, flat)

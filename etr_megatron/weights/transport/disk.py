@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -168,7 +169,7 @@ class DiskWriter(CollectiveTransport):
             compare(self._gather.exchanges[number], sources, full)
         return {field.name: field.view(own[1]).cpu() for field in own[0].tensors} if own is not None else None
 
-    def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
+    def _publish(self, own: Mapping[str, Mapping[str, str | int]], unfinished: Path, final: Path) -> None:
         """Rank 0 collects what all have written and gives the directory its name."""
         part = unfinished / f".rank{self.wire.rank}.json"
         part.write_text(json.dumps(own))
@@ -264,7 +265,7 @@ class DiskReader:
             raise SyncError(f"the sync of version {version} from {folder} did not complete: {error}") from error
         self.versions.end(version)
 
-    def _wait_for(self, folder: Path, version: int) -> dict:
+    def _wait_for(self, folder: Path, version: int) -> dict[str, Any]:
         """What the version's file says, once it is there."""
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -278,7 +279,7 @@ class DiskReader:
                 )
             time.sleep(_POLL_S)
 
-    def _refuse_misfit(self, files: SafetensorsDir, said: dict, version: int) -> None:
+    def _refuse_misfit(self, files: SafetensorsDir, said: dict[str, Any], version: int) -> None:
         """Raises ValueError for files of another version, or naming tensors that are missing or of another shape or type."""
         if said.get("version") != version:
             raise ValueError(f"{VERSION_FILE} says that it is version {said.get('version')}")
@@ -332,7 +333,7 @@ def _of_scales(piece: Piece, block: int) -> Piece:
     return Piece(piece.hf, begin, at, scale_shape(piece.size, block))
 
 
-def _read_version_file(folder: Path) -> dict:
+def _read_version_file(folder: Path) -> dict[str, Any]:
     """Empty where there is none; also where it disappears meanwhile, as old versions do."""
     try:
         return json.loads((folder / VERSION_FILE).read_text())

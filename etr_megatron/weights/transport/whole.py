@@ -133,17 +133,18 @@ class Gather:
     def group(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> Shards:
         """Gather; an owner gets its group into the uint8 tensor, unquantised weights too, and all of it full by weight."""
         full: dict[str, Tensor] = {}
-        if own is not None:
-            group, flat = own
-            for weight in group.weights:
-                field = group.shards[weight.megatron]
-                if group.is_quantised(weight):
-                    full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
-                else:
-                    full[weight.megatron] = field.view(flat)
+        if own is None:
+            self.exchanges[number].run(sources, full)
+            return full
+        group, flat = own
+        for weight in group.weights:
+            field = group.shards[weight.megatron]
+            if group.is_quantised(weight):
+                full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
+            else:
+                full[weight.megatron] = field.view(flat)
         self.exchanges[number].run(sources, full)
-        if own is not None:
-            group.quantize(full, flat)
+        group.quantize(full, flat)
         return full
 
     def forget(self) -> None:
