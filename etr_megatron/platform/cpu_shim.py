@@ -159,10 +159,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     _SUFFIX = f".etr_cpu_{zlib.crc32(Path(__file__).read_bytes()):08x}.pyc"  # another rewriting is another file
 
-    # A static method of one base class, in whose place `importlib` calls that of the other.
-    def source_to_code(  # type: ignore[override]
-        self, data: Any, path: Any, *, _optimize: int = -1
-    ) -> types.CodeType:
+    # To the stubs it is static in one base class and not in the other; `importlib` calls it with `self`.
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> types.CodeType:  # type: ignore[override]
         if b"cuda" not in data and b"pin_memory" not in data:
             return super().source_to_code(data, path, _optimize=_optimize)
         return compile(_Rewrite().visit(ast.parse(data, path)), path, "exec", dont_inherit=True, optimize=_optimize)

@@ -112,7 +112,7 @@ class SglangEngine:
 
     @property
     def _speaker(self) -> Control:
-        """On rank 0."""
+        """Rank 0's, on rank 0."""
         return of_rank0(self._control)
 
     def _own_host(
