@@ -213,7 +213,8 @@ def _sampler(
         return ReplaySampler(config, cursor)
     if config.rollout.backend == "embedded":
         return RoundSampler(config, engine, cursor, decode, grader)
-    return StreamingSampler(config, cast("StreamingEngine", engine), cursor, decode, grader)  # all others are
+    servers = cast("StreamingEngine", engine)  # see `_engine`
+    return StreamingSampler(config, servers, cursor, decode, grader)
 
 
 def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:

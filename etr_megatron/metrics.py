@@ -75,7 +75,7 @@ def step_metrics(
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
     gap = logprob_gap(batch)
-    assert batch.old_entropy is not None
+    assert batch.old_entropy is not None  # of a batch that `build_batch` made
     return {
         **rollout_metrics(step, groups, config),
         "entropy": torch.cat(batch.old_entropy).double().mean().item(),

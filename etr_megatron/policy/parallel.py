@@ -136,7 +136,7 @@ def init_layout(
 def configured_layout(config: Config) -> Layout:
     """`init_layout` with what a resolved config says under `parallel`, `run.seed` and `run.phase_timeout_s`."""
     parallel = config.parallel
-    assert parallel.tp != "auto"
+    assert parallel.tp != "auto"  # it is resolved
     return init_layout(
         parallel.tp,
         parallel.pp,
