@@ -165,7 +165,9 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
     flat = [dynamic and is_flat(group) for group in asked]
     kept = [number for number, out in enumerate(flat) if not out][:wanted]
     fill = [number for number, out in enumerate(flat) if out][: wanted - len(kept)]
-    counts = {"groups_asked": len(asked), "groups_dropped": sum(flat), "groups_filled": len(fill)} if dynamic else {}
+    counts: dict[str, float] = {}
+    if dynamic:
+        counts = {"groups_asked": len(asked), "groups_dropped": sum(flat), "groups_filled": len(fill)}
     return Rollouts([asked[number] for number in sorted(kept + fill)], counts)
 
 
