@@ -119,7 +119,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         except BrokenRowError as reason:
             if config.on_bad_row == "fail":
                 raise UserError(
-                    f"{source.key}: {place} of {source.location!r} cannot be used: {reason}; mend it, or set "
+                    f"{source.key}: {place} of {source.location!r} cannot be used: {reason}; fix it, or set "
                     "data.on_bad_row=skip"
                 ) from None
             rows.broken += 1

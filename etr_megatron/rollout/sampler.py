@@ -125,9 +125,9 @@ class RoundSampler:
             count = min(missing, limit - len(asked))
             problems = self._cursor.next(count, after=[group.problem.id for group in asked])
             with timer("rollout"):
-                groups = generate_groups(self._engine, problems, sampling_of(self._config, step), self._decode)
+                groups = generate_groups(self._engine, problems, sampling_of(self._config, step))
             with timer("reward"):
-                grade_groups(groups, self._grader)
+                grade_groups(groups, self._decode, self._grader)
             asked += groups
             missing -= sum(not (dynamic and is_flat(group)) for group in groups)
         return chosen(asked, wanted, dynamic=dynamic)
