@@ -2,7 +2,7 @@
 
 "offloaded" is Megatron's own, for whom the weights' memory stands for a GPU's: weights say that they are on one while it
 decides what to keep apart, and memory is not pinned. "fused" has the form of Transformer Engine's and apex's Adam, by a
-stand-in that computes with torch. Where either of these is installed, `platform.megatron_fixes` leaves alone what it mends for
+stand-in that computes with torch. Where either of these is installed, `platform.megatron_fixes` leaves alone what it fixes for
 torch's own Adam, and so it does here, which needs processes of its own.
 """
 
