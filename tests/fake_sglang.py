@@ -6,7 +6,7 @@ Tokens are a function of the prompt; weights are received over a real gloo group
 Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (number of the generate request, from 0), refuse_all, forget_at (from
 this request on it has the weights that it was started with), drop_at (closes the connection without a reply), fail_prompt,
 abort_prompt, die_prompt, die_late (first token of prompts at which it does this; late: after 30 tokens of a chain), busy (does
-not answer health requests while it generates), die_at_bucket, hang_at_bucket (number of the weight bucket, from 0), die_at_join
+not answer /server_info while it generates), die_at_bucket, hang_at_bucket (number of the weight bucket, from 0), die_at_join
 (of a weight group), stale (never accepts a new version), old (no begin and end of an update: SGLang before 0.5.21),
 tokens_per_s (generates a chain of tokens at this rate, which can be cut off and resumes where a prompt ends), odd_tokens_per_s
 (the rate of prompts whose token ids have an odd sum), hang_at_abort, stop_at (the whole process stops at this generate request;
@@ -334,7 +334,7 @@ BATCH = threading.Lock()
 """Held while generating, if `busy`."""
 
 SCHEDULER = threading.Lock()
-"""SGLang's scheduler handles these requests, health included, one at a time: one that waits blocks the next."""
+"""SGLang's scheduler handles weight requests and /server_info one at a time: one that waits blocks the next."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What rank 0 says, and what is not imported, when there are servers in the config."""
+"""What rank 0 prints, and which modules stay unimported, if the config has servers."""
 
 from __future__ import annotations
 
