@@ -1,4 +1,4 @@
-"""The runs of an experiment: lists them, starts missing ones two at a time, and reports how they ended."""
+"""The runs of an experiment: lists them, starts missing ones in parallel, and reports how they ended."""
 
 from __future__ import annotations
 

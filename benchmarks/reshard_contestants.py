@@ -50,7 +50,7 @@ class Broadcast(Sharded):
 
 
 class GatherBroadcast:
-    """The usual way, by plain torch.distributed: shards are sent to rank 0 and joined there; buckets of at least 64 MiB are
+    """The usual way, by plain torch.distributed: shards are sent to rank 0 and joined there; buckets of about 64 MiB are
     broadcast to all receivers, which cut their shards from them."""
 
     BUCKET_BYTES = 64 << 20

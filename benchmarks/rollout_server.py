@@ -3,8 +3,7 @@
     python -m benchmarks.rollout_server '{"tokens": 16}'
 
 It prints its port. tokens: per response. tail: tokens of long responses, a share `tail_share` of all. rate: tokens per second
-of each response; 0 means at once. limit: if set, a request whose `max_new_tokens` is lower resumes where its response was cut
-off.
+of each response; 0 means at once. limit: if set, requests with a lower `max_new_tokens` resume a response that was cut off.
 """
 
 from __future__ import annotations

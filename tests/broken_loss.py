@@ -1,5 +1,5 @@
 """A user's policy losses that fail. One has the usual mistake: a root whose derivative at zero is infinite, so that `where`
-gives NaN. Some raise; one sends SIGTERM to its own process."""
+gives NaN. Others raise, exit, or send SIGTERM to their own process."""
 
 from __future__ import annotations
 

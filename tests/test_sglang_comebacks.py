@@ -1,4 +1,4 @@
-"""A server that keeps failing is brought back at growing intervals; once it serves again for long enough, these start anew."""
+"""A server that keeps failing is brought back at growing intervals; once it has served for long enough, they start over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rank 0 prints, and which modules stay unimported, if the config has servers."""
+"""Warnings of rank 0, and modules that it must not import, if the config has servers."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from etr_megatron.weights.transport.whole import Field
 from tests.fake_servers import servers
 
 CONTEXT = 512
-"""Of a fake server."""
+"""Context length of a fake server, in tokens."""
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
 REQUESTS = [Request([number, 7], PARAMETERS) for number in range(40)]

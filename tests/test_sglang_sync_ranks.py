@@ -1,4 +1,4 @@
-"""How long ranks wait for each other in a weight sync, and which rank errors name, on fake servers."""
+"""How long ranks wait for each other in a weight sync, and which rank their errors name, on fake servers."""
 
 from __future__ import annotations
 

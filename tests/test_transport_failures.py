@@ -1,4 +1,4 @@
-"""A sync that fails: every rank names the one at fault, and no receiver takes mixed weights for a version."""
+"""A sync that fails: every rank names the rank at fault, and no receiver takes mixed weights for a version."""
 
 from __future__ import annotations
 

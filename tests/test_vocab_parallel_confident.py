@@ -44,7 +44,7 @@ def assert_rounded_once(found: torch.Tensor, wanted: torch.Tensor, targets: torc
 @pytest.mark.parametrize("way", ["single_pass", "recompute"])
 def test_the_targets_entry_is_rounded_once(way: str, g_logp: float, g_entropy: float) -> None:
     logits, targets = confident()
-    # With the identity as the head, hidden states equal the logits exactly, and so do their gradients.
+    # With the identity as the head, hidden states equal the logits exactly, and so do the gradients of both.
     hidden, weight = logits.clone().requires_grad_(), torch.eye(VOCAB, dtype=torch.bfloat16).requires_grad_()
     options = {"shard": VocabShard(VOCAB, VOCAB), "chunk_rows": 3, "backend": "torch"}
 

@@ -25,7 +25,7 @@ def pieces(small: bool) -> Iterator[None]:
 
 
 def sharded(hidden, weight, targets, upstream, temperature, small_pieces) -> dict[str, torch.Tensor]:
-    """This rank's results over shards of 128 rows (or its rest of a padded multiple of 128)."""
+    """This rank's results over equal shards, padded to a multiple of 128 rows."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = weight.shape[0]
     size = 128 * -(-vocab // (128 * world))

@@ -186,6 +186,6 @@ def _unfinished(argv: list[str]) -> str:
 
 if __name__ == "__main__":
     end_on_signals()
-    # By default, a collection runs at every 700 new objects, which takes a fifth of the time of importing modules.
+    # By default, the garbage collector runs after every 700 new objects, which takes a fifth of the time of importing modules.
     gc.set_threshold(100_000)
     run_and_leave()
