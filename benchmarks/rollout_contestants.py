@@ -29,7 +29,7 @@ from etr_megatron.types import Problem
 from etr_megatron.weights import read_architecture
 
 STEPS = 10_000
-"""More than any measurement has."""
+"""More steps than any measurement has."""
 
 
 @dataclass(frozen=True)
