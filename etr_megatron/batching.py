@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, resolved
 from etr_megatron.errors import UserError
 from etr_megatron.objective import (
     ElasticBounds,
@@ -77,21 +77,21 @@ def build_batch(
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
     lengths = [len(sample.response_ids) for _, sample in pairs]
-    rewards = [sample.reward for _, sample in pairs]
+    rewards = [sample.known_reward() for _, sample in pairs]
     statistics = group_statistics(
         _trained_rewards(rewards, lengths, config, old, reference),
         [group.id for group, _ in pairs],
         reward_range=(config.reward.range_min, config.reward.range_max),
         delta=objective.delta,
         verifier_rewards=rewards,
-        baseline=objective.baseline,
-        normalize=objective.normalize,
+        baseline=resolved(objective.baseline),
+        normalize=resolved(objective.normalize),
     )
     low, high = _bounds(config)(statistics.advantage, statistics.variance)
     low, high = control_radii(
         low,
         high,
-        how=objective.control,
+        how=resolved(objective.control),
         advantage=statistics.advantage,
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
@@ -170,4 +170,5 @@ def _bounds(config: Config) -> ElasticBounds:
 
 def _weights(lengths: Sequence[int], config: Config) -> torch.Tensor:
     objective = config.objective
-    return torch.tensor(token_weights(lengths, objective.aggregation, objective.constant_length), dtype=torch.float32)
+    aggregation = resolved(objective.aggregation)
+    return torch.tensor(token_weights(lengths, aggregation, objective.constant_length), dtype=torch.float32)

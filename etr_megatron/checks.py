@@ -20,6 +20,7 @@ from etr_megatron.config import (
     ParallelConfig,
     Source,
     fill_objective,
+    resolved,
     response_limits,
     sources_of,
     tensor_parallel,
@@ -319,7 +320,7 @@ def check_reward(config: Config) -> None:
 
 def check_loss(config: Config) -> None:
     """Check that a custom loss can be imported and called."""
-    name = fill_objective(config.objective).loss
+    name = resolved(fill_objective(config.objective).loss)
     if name in LOSSES:
         return
     from etr_megatron.objective import resolve_loss

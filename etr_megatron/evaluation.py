@@ -64,8 +64,8 @@ def evaluate(
         seed=config.run.seed,
         step=-1,  # the same seeds at every evaluation, distinct from those of training steps
     )
-    groups = with_servers(lambda: generate_groups(engine, held_out.problems, sampling, decode, must_stop))
-    grade_groups(groups, grader)
+    groups = with_servers(lambda: generate_groups(engine, held_out.problems, sampling, must_stop))
+    grade_groups(groups, decode, grader)
     rest = iter(groups)
     return {name: [next(rest) for _ in problems] for name, problems in held_out.sets.items()}
 

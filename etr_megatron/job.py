@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
-from etr_megatron.config import Config, Source, doubts, sources_of
+from etr_megatron.config import Config, Source, doubts, resolved, sources_of
 from etr_megatron.data import (
     ProblemSet,
     PromptCursor,
@@ -35,8 +35,10 @@ from etr_megatron.status import given_up
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from etr_megatron.observe.run_directory import RunState
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
+    from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
     from etr_megatron.weights import Architecture
 
@@ -118,7 +120,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         if layout.rank == 0:
             # On a full disk the status may not fit either, but must not mask the original error.
             with suppress(UserError):
-                state = "requeue" if isinstance(error, RequeueError) else "failed"
+                state: RunState = "requeue" if isinstance(error, RequeueError) else "failed"
                 done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # also after a refused resume
                 directory.write_status(state, done, config.run.steps, str(error))
         raise
@@ -194,7 +196,7 @@ def _engine(
         stop_ids=stop_ids,
         directory=directory.servers,
         temperature=config.rollout.temperature,
-        max_gap=config.rollout.max_logprob_gap,
+        max_gap=resolved(config.rollout.max_logprob_gap),
         routing=config.train.routing_replay,
     )
     return SglangEngine(config.sglang, model_dir, serving, nodes, must_stop=stop)
@@ -208,8 +210,10 @@ def _sampler(
 
     if engine is None:
         return ReplaySampler(config, cursor)
-    kind = RoundSampler if config.rollout.backend == "embedded" else StreamingSampler
-    return kind(config, engine, cursor, decode, grader)
+    if config.rollout.backend == "embedded":
+        return RoundSampler(config, engine, cursor, decode, grader)
+    servers = cast("StreamingEngine", engine)  # see `_engine`
+    return StreamingSampler(config, servers, cursor, decode, grader)
 
 
 def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:

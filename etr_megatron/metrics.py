@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from etr_megatron import platform
-from etr_megatron.config import Config
+from etr_megatron.config import Config, resolved
 from etr_megatron.flops import BF16_PEAK, sequence_flops
 from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
 from etr_megatron.policy import Policy, PolicyBatch, Update
@@ -36,15 +36,15 @@ def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tens
     comparable = torch.ones_like(gap, dtype=torch.bool) if comparable is None else comparable
     if not bool(comparable.any()):
         return False
-    mean = gap[comparable].mean()
-    if mean <= config.rollout.max_logprob_gap:
+    mean, limit = gap[comparable].mean(), resolved(config.rollout.max_logprob_gap)
+    if mean <= limit:
         return True
     gap = gap.where(comparable, 0.0)
     parts = gap.split([len(old) for old in batch.old_logp])
     worst = torch.stack([part.max() if len(part) else gap.new_zeros(()) for part in parts]).argmax()  # a NaN is the largest
     raise RuntimeError(
         f"the engine's log-probs differ from the trainer's by {mean:.2e} on average (worst {gap.max():.2e}, sample "
-        f"{batch.names[worst]}), more than rollout.max_logprob_gap={config.rollout.max_logprob_gap:g}"
+        f"{batch.names[worst]}), more than rollout.max_logprob_gap={limit:g}"
     )
 
 
@@ -54,7 +54,7 @@ def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[
     return {
         "step": step,
         "weight_version": max(sample.weight_version for sample in samples),
-        "reward_mean": _mean([sample.reward for sample in samples]),
+        "reward_mean": _mean([sample.known_reward() for sample in samples]),
         "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
@@ -75,6 +75,7 @@ def step_metrics(
     total = {name: sum(update.sums[name] for update in updates) for name in updates[0].sums}
     tokens = total["tokens"]
     gap = logprob_gap(batch)
+    assert batch.old_entropy is not None  # of a batch that `build_batch` made
     return {
         **rollout_metrics(step, groups, config),
         "entropy": torch.cat(batch.old_entropy).double().mean().item(),

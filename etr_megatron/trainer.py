@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
@@ -19,7 +19,7 @@ from etr_megatron.metrics import (
     step_metrics,
     training_speed,
 )
-from etr_megatron.observe import Recorder, RunDirectory, Stopwatch
+from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
@@ -70,7 +70,8 @@ class Trainer:
         """stop_request: this rank's, already listening. phases: where ranks meet and check it."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
-        self._open_recorder, self._recorder = recorder, None
+        self._open_recorder = recorder
+        self._recorder: Recorder | None = None
         self._stop_request, self._phases = stop_request, phases
         self._watch = Stopwatch()
         self.step = 0
@@ -265,7 +266,8 @@ class Trainer:
         speed = {}
         if not self.config.rollout.only:
             speed = training_speed(self.policy, sequences_of(groups), self.config.train.epochs, times["time_train"])
-        self._recorder.record({**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]})
+        row = {**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]}
+        self._recorder.record(cast(MetricsRow, row))  # whose keys are checked as it is appended
         self._directory.write_status("running", self.step, self.config.run.steps)
         observe = self.config.observe
         if observe.rollouts_every and self.step % observe.rollouts_every == 0:

@@ -72,6 +72,11 @@ class Sample:
         self.rollout_logprobs = array("d", self.rollout_logprobs)
         self.weight_versions = array("i", self.weight_versions)
 
+    def known_reward(self) -> float:
+        """The reward, of a sample that has been graded."""
+        assert self.reward is not None
+        return self.reward
+
     def token_versions(self) -> array[int]:
         """Version of the weights that each response token was drawn from."""
         return self.weight_versions or array("i", [self.weight_version]) * len(self.response_ids)

@@ -21,7 +21,7 @@ def named(*grades: Grade) -> list[tuple[Grade, str]]:
 
 @pytest.mark.parametrize("grades", [(ERROR, ERROR), (LATE, ERROR, LATE)], ids=["errors", "errors_and_timeouts"])
 def test_a_step_that_only_fails_stops_the_run_with_the_first_reason(grades):
-    with pytest.raises(UserError, match=r"answers could not be graded; the first, to problem p[01]: it raised KeyError; mend"):
+    with pytest.raises(UserError, match=r"answers could not be graded; the first, to problem p[01]: it raised KeyError; fix"):
         report_errors(named(*grades))
 
 

@@ -45,10 +45,10 @@ def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]
     """Destination shards filled with a value that no weight has, so that unwritten elements show."""
     found = {}
     for weight, shard in shards_of(plan.destination, plan.arch, rank):
-        quantised = plan.is_fp8(weight)
-        found[weight.megatron] = torch.full(shard.shape, 77.0).to(torch.float8_e4m3fn if quantised else dtype)
-        if quantised:
-            found[weight.megatron + SCALE_SUFFIX] = torch.full(scale_shape(*shard.shape, plan.fp8_block), 77.0)
+        block = plan.block_of(weight)
+        found[weight.megatron] = torch.full(shard.shape, 77.0).to(dtype if block is None else torch.float8_e4m3fn)
+        if block is not None:
+            found[weight.megatron + SCALE_SUFFIX] = torch.full(scale_shape(shard.shape, block), 77.0)
     return found
 
 

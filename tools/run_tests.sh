@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then lints and runs the tests.
+# Sets up .venv if needed, then lints, checks the types and runs the tests.
 #
 #   bash tools/run_tests.sh [--fast] [pytest arguments]     --fast leaves out the tests marked slow
 #
@@ -24,5 +24,6 @@ export OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 # Tests of a file share fixtures such as a server, so a file stays in one process.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"

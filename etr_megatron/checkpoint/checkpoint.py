@@ -32,6 +32,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.files import disk_errors, entries, no_room, sync_to_disk
 from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
+from etr_megatron.policy.model import PolicyModel
 from etr_megatron.policy.replicas import ReadOnce
 
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -173,7 +174,7 @@ def _sizes(layout: Layout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in ("world", "tp", "pp", "ep", "etp", "cp", "vpp")}
 
 
-def _chunks(policy: Policy) -> dict[str, torch.nn.Module]:
+def _chunks(policy: Policy) -> dict[str, PolicyModel]:
     """The model chunks by Megatron's name for them in a checkpoint."""
     chunks = policy.chunks
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}

@@ -7,7 +7,7 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
-from etr_megatron.config.defaults import fill_objective, response_limits, tensor_parallel
+from etr_megatron.config.defaults import fill_objective, resolved, response_limits, tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.load import load_config
@@ -63,6 +63,7 @@ __all__ = [
     "load_config",
     "path_of_run",
     "resolve",
+    "resolved",
     "response_limits",
     "sources_of",
     "tensor_parallel",

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from etr_megatron.config.presets import PRESETS
 from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
+
+T = TypeVar("T")
+
+
+def resolved(value: T | None) -> T:
+    """The value of a field that `resolve` (one of the objective: `fill_objective`) has filled in where it was null."""
+    assert value is not None
+    return value
 
 
 def fill_objective(objective: ObjectiveConfig) -> ObjectiveConfig:

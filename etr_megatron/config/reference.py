@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from etr_megatron.config import schema
@@ -54,12 +55,9 @@ def _fields(node: ast.ClassDef) -> list[tuple[str, str, str]]:
     found = []
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            documented = (
-                isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-                and isinstance(following.value.value, str)
-            )
-            text = " ".join(following.value.value.split()) if documented else ""
+            documented = following.value if isinstance(following, ast.Expr) else None
+            text = documented.value if isinstance(documented, ast.Constant) else None
+            text = " ".join(text.split()) if isinstance(text, str) else ""
             found.append((statement.target.id, ast.unparse(statement.annotation), text))
     return found
 
@@ -68,6 +66,6 @@ def _yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

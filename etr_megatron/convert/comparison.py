@@ -95,7 +95,7 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
     result = Verification()
     weights = list(weights_of(arch))
     total = sum(torch.Size(shape).numel() * stored.dtype(w.stored).itemsize for w in weights for shape in w.shapes)
-    quantiser = Quantiser(stored, arch, source.block) if isinstance(source, Fp8Dir) else None
+    fp8 = (source, Quantiser(stored, arch, source.block)) if isinstance(source, Fp8Dir) else None
     with progress_bar(total, ranks) as bar:
         for weight in weights:
             differing = set()
@@ -104,14 +104,14 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
                 if not torch.equal(_bits(values), _bits(wanted)):
                     differing.add(name)
                 bar.update(values.nbytes)
-            rounded = {name for name in differing if quantiser and _is_quantised(name, weight, quantiser, stored, source)}
+            rounded = {name for name in differing if fp8 and _is_quantised(name, weight, stored, *fp8)}
             result.tensors += len(weight.hf)
             result.rounded += [name for name in weight.hf if name in rounded]
             result.differing += [name for name in weight.hf if name in differing - rounded]
     return result
 
 
-def _is_quantised(name: str, weight: Weight, quantiser: Quantiser, stored: TorchDistDir, source: Fp8Dir) -> bool:
+def _is_quantised(name: str, weight: Weight, stored: TorchDistDir, source: Fp8Dir, quantiser: Quantiser) -> bool:
     """Whether a tensor is FP8 and equals, with its scales, the quantised form of the stored values or of these in bf16."""
     if name not in source.quantized:
         return False

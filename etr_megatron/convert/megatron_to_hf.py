@@ -80,7 +80,7 @@ def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[
     for name, shape in zip(weight.hf, weight.shapes, strict=True):
         if fp8_block and weight.fp8:
             tensors.append(TensorToWrite(name, FP8, shape))
-            tensors.append(TensorToWrite(_scale_name(name), torch.float32, scale_shape(*shape, fp8_block)))
+            tensors.append(TensorToWrite(_scale_name(name), torch.float32, scale_shape(shape, fp8_block)))
         else:
             tensors.append(TensorToWrite(name, dtype, shape))
     return tensors

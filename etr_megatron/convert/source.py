@@ -45,10 +45,11 @@ def refuse_no_directory(path: Path) -> None:
 def _newest_step(path: Path) -> Path:
     """The newest complete checkpoint of a run; incomplete ones have other names."""
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [entry for entry in folder.iterdir() if _STEP.match(entry.name) and is_torch_dist(entry)]
+    names = ((_STEP.match(entry.name), entry) for entry in folder.iterdir())
+    steps = {int(name[1]): entry for name, entry in names if name and is_torch_dist(entry)}
     if not steps:
         raise UserError(f"--megatron {path} is neither a torch_dist checkpoint (no .metadata) nor a run with checkpoints")
-    return max(steps, key=lambda entry: int(_STEP.match(entry.name)[1]))
+    return steps[max(steps)]
 
 
 def _model_of_run(weights: Path) -> Path:

@@ -72,15 +72,16 @@ class _Planner(SavePlanner):
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        self._at = {(chunk.name, chunk.offset): chunk for chunk in self._chunks}
+        self._at = {MetadataIndex(chunk.name, chunk.offset): chunk for chunk in self._chunks}
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> io.BytesIO | Tensor | _Hole:
+    # Only `_Writer` asks for data, and it knows holes.
+    def resolve_data(self, write_item: WriteItem) -> io.BytesIO | Tensor | _Hole:  # type: ignore[override]
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
             torch.save([None], data)  # Megatron's form: the objects of one key
             return data
-        chunk = self._at[write_item.index.fqn, tuple(write_item.index.offset)]
+        chunk = self._at[write_item.index]
         spans = chunk.spans() if chunk.nbytes >= _SMALL else None
         return chunk.read() if spans is None else _Hole(chunk.nbytes, chunk.size, chunk.dtype, spans)
 
@@ -114,7 +115,7 @@ class _Writer(dcp.FileSystemWriter):
             begin = file.tell()
             file.write(data.getbuffer())
         else:
-            begin = (_fill if isinstance(data, _Hole) else _write_values)(file, data)
+            begin = _fill(file, data) if isinstance(data, _Hole) else _write_values(file, data)
             self._written(data.nbytes)
         length = file.tell() - begin
         return WriteResult(item.index, length, _StorageInfo(name, begin, length))
@@ -123,7 +124,7 @@ class _Writer(dcp.FileSystemWriter):
 def _write_values(file: io.BufferedWriter, values: Tensor) -> int:
     """Write a tensor with `torch.save`; returns the offset at which it begins."""
     begin = file.tell()
-    torch.save(values, _Stream(file))
+    torch.save(values, _Stream(file))  # type: ignore[arg-type]  # torch itself asks for `write` and `flush` alone
     start_writeback(file.fileno(), begin, file.tell() - begin)
     return begin
 
@@ -135,7 +136,8 @@ def _fill(file: io.BufferedWriter, hole: _Hole) -> int:
     pages faster than parts of two.
     """
     around = _Around(hole.nbytes)
-    torch.save(torch.empty(hole.size, dtype=hole.dtype), around)  # untouched memory takes no room
+    nothing = torch.empty(hole.size, dtype=hole.dtype)  # untouched memory takes no room
+    torch.save(nothing, around)  # type: ignore[arg-type]  # as above
     if around.after is None:
         raise RuntimeError("torch.save did not write a tensor's values at once")
     (_, first, _), *_ = hole.spans
@@ -155,7 +157,8 @@ class _Around:
 
     def __init__(self, hole: int) -> None:
         self._hole = hole
-        self.before, self.after = bytearray(), None
+        self.before = bytearray()
+        self.after: bytearray | None = None
 
     def write(self, data: Any) -> int:
         whole = memoryview(data).cast("B")

@@ -26,6 +26,7 @@ class PromptCursor:
         self._problems = problems
         self._seed = seed
         self._shuffle = shuffle
+        self._position: int
         self._start_epoch(0, deferred=[])
 
     def __len__(self) -> int:

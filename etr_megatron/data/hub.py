@@ -59,6 +59,7 @@ def why_unreachable(endpoint: str) -> str | None:
 
 
 def _ask(endpoint: str) -> str | None:
+    why = None
     for pause_s in (*_PAUSES_S, None):
         try:
             get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)

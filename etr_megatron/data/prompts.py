@@ -94,7 +94,7 @@ def tokenize_prompts(
         texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(
-            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or mend the data's chat "
+            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or fix the data's chat "
             "messages, or set data.chat_template=false"
         ) from error
     # The template has already added the special tokens.

@@ -106,7 +106,8 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         columns = find_columns(parsed, config, extra, may_lack_extra=source.split == "eval") if parsed else None
     except NoColumnError as error:
         raise UserError(f"{where} has {error}") from None
-    rows, place_of_id = Rows(), {}
+    rows = Rows()
+    place_of_id: dict[str, str] = {}
     for place, raw in pairs:
         try:
             if isinstance(raw, BrokenRowError):
@@ -118,7 +119,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         except BrokenRowError as reason:
             if config.on_bad_row == "fail":
                 raise UserError(
-                    f"{source.key}: {place} of {source.location!r} cannot be used: {reason}; mend it, or set "
+                    f"{source.key}: {place} of {source.location!r} cannot be used: {reason}; fix it, or set "
                     "data.on_bad_row=skip"
                 ) from None
             rows.broken += 1

@@ -27,7 +27,8 @@ def control_radii(
         weights = torch.tensor(list(tokens), dtype=low.dtype)[active]
         if not bool(weights.sum() > 0):
             return low, high
-        return tuple(torch.full_like(radii, (radii[active] @ weights / weights.sum()).item()) for radii in (low, high))
+        even_low, even_high = (torch.full_like(r, (r[active] @ weights / weights.sum()).item()) for r in (low, high))
+        return even_low, even_high
     if how == "shuffled":
         dealt = active[torch.randperm(len(active), generator=torch.Generator().manual_seed(seed))]
         return low.index_copy(0, active, low[dealt]), high.index_copy(0, active, high[dealt])

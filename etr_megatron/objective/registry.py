@@ -144,9 +144,10 @@ def _fault(outputs: object, inputs: LossInputs) -> str:
         return f"returned a loss that is no scalar tensor of floats ({_described(loss)})"
     if torch.is_grad_enabled() and inputs.logp.requires_grad and not loss.requires_grad:
         return "returned a loss without a gradient: it depends on neither inputs.logp nor inputs.entropy"
-    if not isinstance(outputs.rows, Mapping):
-        return f"returned rows that are no tensors by name ({_described(outputs.rows)})"
-    for name, rows in outputs.rows.items():
+    by_name: object = outputs.rows  # a function of the user's own may have put anything there
+    if not isinstance(by_name, Mapping):
+        return f"returned rows that are no tensors by name ({_described(by_name)})"
+    for name, rows in by_name.items():
         if not isinstance(rows, Tensor) or rows.shape != inputs.logp.shape:
             return f"returned rows[{name!r}] that is no tensor of shape {list(inputs.logp.shape)} ({_described(rows)})"
     return ""

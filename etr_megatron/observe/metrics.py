@@ -184,9 +184,9 @@ class MetricsLog:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{self.path}, line {number}: not JSON ({error}); mend or remove the line") from error
+            raise UserError(f"{self.path}, line {number}: not JSON ({error}); fix or remove the line") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{self.path}, line {number}: not a metrics row with a whole `step`; mend or remove the line")
+            raise UserError(f"{self.path}, line {number}: not a metrics row with a whole `step`; fix or remove the line")
         return cast(MetricsRow, row)
 
     def _drop_torn_line(self) -> int:

@@ -64,8 +64,8 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    columns = ("parameters", "gradients", "optimizer", "reference", "activations", "head", "export", "server")
-    columns += ("graphs", "embedded", "cache")
+    columns = ["parameters", "gradients", "optimizer", "reference", "activations", "head", "export", "server"]
+    columns += ["graphs", "embedded", "cache"]
     shown = [name for name in columns if any(getattr(rank, name) for rank in plan.ranks)]
     stages: dict[int, RankMemory] = {}
     for rank in plan.ranks:

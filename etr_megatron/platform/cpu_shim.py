@@ -93,7 +93,7 @@ class _CpuCuda:
         return 0
 
     @staticmethod
-    def device(*_args: Any) -> contextlib.nullcontext:
+    def device(*_args: Any) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
     @staticmethod
@@ -158,7 +158,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     _SUFFIX = f".etr_cpu_{zlib.crc32(Path(__file__).read_bytes()):08x}.pyc"  # a changed rewriter gets a new file
 
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> types.CodeType:
+    # To the stubs it is static in one base class and not in the other; `importlib` calls it with `self`.
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> types.CodeType:  # type: ignore[override]
         if b"cuda" not in data and b"pin_memory" not in data:
             return super().source_to_code(data, path, _optimize=_optimize)
         return compile(_Rewrite().visit(ast.parse(data, path)), path, "exec", dont_inherit=True, optimize=_optimize)
@@ -166,7 +167,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_data(self, path: str) -> bytes:
         return super().get_data(self._own(path))
 
-    def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
         super().set_data(self._own(path), data, _mode=_mode)
 
     def _own(self, path: str) -> str:

@@ -119,6 +119,7 @@ def disk_full_behind(error: BaseException | None) -> OSError | None:
 
 def no_room(error: OSError) -> str:
     """The message for such an error."""
+    assert error.errno is not None
     return _NO_ROOM[error.errno]
 
 

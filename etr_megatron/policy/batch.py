@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,10 @@ class PolicyBatch:
         """A batch of the samples `numbers`; `weight` [len(numbers)] has the new batch's denominator."""
         at = torch.tensor(list(numbers), dtype=torch.long)
 
-        def pick(values: Tensor | tuple | StepRouting | None) -> Tensor | tuple | StepRouting | None:
+        def pick(values: Tensor | tuple[Any, ...] | StepRouting | None) -> Tensor | tuple[Any, ...] | StepRouting | None:
             if values is None or isinstance(values, Tensor):
                 return None if values is None else values[at]
             return values.select(numbers) if isinstance(values, StepRouting) else tuple(values[i] for i in numbers)
 
-        return replace(self, **{**{name: pick(values) for name, values in vars(self).items()}, "weight": weight})
+        picked: dict[str, Any] = {name: pick(values) for name, values in vars(self).items()}
+        return replace(self, **{**picked, "weight": weight})

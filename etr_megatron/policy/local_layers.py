@@ -28,7 +28,7 @@ class LocalRMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized `x` [..., hidden_size], same shape and dtype."""
@@ -94,7 +94,8 @@ class PackedAttention(MegatronModule):
             # A padded key repeats the first token, but its column index masks it from every query.
             columns = torch.arange(of_keys.shape[1], device=query.device)
             seen = positions[at][:, None, :, None] >= columns if cp > 1 else None
-            out = self._attend(*(x[i].transpose(1, 2) for x, i in ((query, at), (key, of_keys), (value, of_keys))), seen)
+            q, k, v = (x[i].transpose(1, 2) for x, i in ((query, at), (key, of_keys), (value, of_keys)))
+            out = self._attend(q, k, v, seen)
             pieces.append(out.transpose(1, 2)[real])
             places.append(at[real])
         order = torch.cat(places).argsort()

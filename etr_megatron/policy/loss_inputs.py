@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from etr_megatron.config import ObjectiveConfig
+from etr_megatron.config import ObjectiveConfig, resolved
 from etr_megatron.objective import LossInputs, LossSettings, Sequences
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.packing import Microbatch
@@ -18,7 +18,7 @@ def loss_settings(objective: ObjectiveConfig) -> LossSettings:
     return LossSettings(
         log_ratio_bound=objective.log_ratio_bound,
         kl_coef=objective.kl_coef if objective.kl_in == "loss" else 0.0,
-        kl_estimator=objective.kl_estimator,
+        kl_estimator=resolved(objective.kl_estimator),
         entropy_coef=objective.entropy_coef,
         dual_clip=objective.dual_clip,
         options=objective.options,

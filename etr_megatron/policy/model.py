@@ -98,7 +98,7 @@ def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) 
         # Megatron sets it only for EP > 1. Setting it always reduces experts over their own data-parallel group, which differs
         # from the dense one if ETP is not TP, and gives them a separate optimizer in every layout, so checkpoints look alike.
         if weight.expert is not None:
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark
     return chunks
 
 
@@ -201,7 +201,9 @@ def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tupl
     """((stage, expert-parallel owner or None), consecutive weights that it holds): `_BUCKET_BYTES` or one larger weight."""
 
     def holder(weight: Weight) -> tuple[int, int | None]:
-        owner = None if weight.expert is None else weight.expert // (arch.experts.count // layout.ep)
+        owner = None
+        if weight.expert is not None and arch.experts is not None:
+            owner = weight.expert // (arch.experts.count // layout.ep)
         return layout.training.stages_of(weight, arch)[0], owner
 
     for key, run in groupby(weights_of(arch), holder):

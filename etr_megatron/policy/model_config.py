@@ -47,11 +47,11 @@ def transformer_config(
     `variable_seq_lengths` is on for pipelines, because packed microbatches differ in length.
     """
     fused = uses_transformer_engine()
-    recompute_options: dict[str, Any] = {
+    recompute_options: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    }[recompute]
+    }
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -85,7 +85,7 @@ def transformer_config(
         **_fusions(fused),
         **_pipeline_options(layout, dtype),
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
-        **recompute_options,
+        **recompute_options[recompute],
         **fp8_options(fp8 or Fp8Config(), experts=arch.experts is not None),
     )
 

@@ -136,6 +136,7 @@ def init_layout(
 def configured_layout(config: Config) -> Layout:
     """`init_layout` with `parallel`, `run.seed` and `run.phase_timeout_s` of a resolved config."""
     parallel = config.parallel
+    assert parallel.tp != "auto"  # it is resolved
     return init_layout(
         parallel.tp,
         parallel.pp,

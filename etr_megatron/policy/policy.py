@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from etr_megatron import platform
-from etr_megatron.config import LOSSES, Config
+from etr_megatron.config import LOSSES, Config, resolved
 from etr_megatron.flops import sequence_flops
 from etr_megatron.objective import LossInputs, LossOutputs, diagnostic_sums, refuse_if_rows_interact, resolve_loss
 from etr_megatron.policy.balance import ExpertBalance
@@ -109,7 +109,7 @@ class Policy:
             # Megatron's schedules use it to disable the reduction for all but the last microbatch.
             no_sync = [chunk.no_sync for chunk in self._ddp]
             self._megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._policy_loss = resolve_loss(config.objective.loss)
+        self._policy_loss = resolve_loss(resolved(config.objective.loss))
         self._unchecked = self._policy_loss.token_local and config.objective.loss not in LOSSES
 
     def logprobs(
@@ -201,15 +201,15 @@ class Policy:
         refuse_unknown_tokens(sequences, self.arch.vocab_size)
         plan = plan_microbatches(
             [padded_length(len(prompt) + len(response), layout.cp) for prompt, response in sequences],
-            costs=[sequence_flops(self.arch, len(prompt) + len(response), len(response)) for prompt, response in sequences],
+            costs=[int(sequence_flops(self.arch, len(p) + len(r), len(r))) for p, r in sequences],
             dp=layout.dp,
             token_budget=config.train.tokens_per_microbatch,
             # The interleaved schedule runs microbatches in rounds of one per stage.
             multiple=layout.pp if layout.vpp > 1 else 1,
         )
         multiple = token_multiple(config.fp8, layout.tp, sequence_parallel=config.parallel.sequence_parallel)
-        place = dict(multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
-        return [pack(sequences, numbers, **place) for numbers in plan[layout.dp_rank]]
+        packed = partial(pack, sequences, multiple=multiple, device=platform.device(), cp=layout.cp, cp_rank=layout.cp_rank)
+        return [packed(numbers) for numbers in plan[layout.dp_rank]]
 
     def _replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> AbstractContextManager[None]:
         """Context in which passes over these microbatches use the experts of `routing`, if given."""
@@ -227,7 +227,9 @@ class Policy:
         shares = layout.cp * (layout.tp if sequence_parallel else 1)
         return self.config.train.moe_aux_loss_coef * shares / tokens.item()
 
-    def _head_inputs(self, model: Any, hidden: Tensor, batch: Microbatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _head_inputs(
+        self, model: Any, hidden: Tensor, batch: Microbatch
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """(hidden states of the loss rows [R, H], head weight, targets [R]) and the head's options, from the last stage's
         hidden states [T (/ TP), 1, H]."""
         stage: PolicyModel = getattr(model, "module", model)

@@ -52,7 +52,7 @@ def versions(nodes: Sequence[NodeFacts]) -> Finding:
     """Every node has the same package versions."""
     different = []
     for package in nodes[0].versions:
-        found = _by(nodes, lambda node, package=package: node.versions[package])
+        found = _by(nodes, _version_of(package))
         if len(found) > 1:
             different.append(f"{package}: {_spell(found)}")
     if different:
@@ -110,11 +110,11 @@ def _each(
 
 
 def _same(nodes: Sequence[NodeFacts], check: str, files: Callable[[NodeFacts], dict[str, str]]) -> Finding:
-    """The files are the same on all nodes that can read them, judging by samples of them."""
-    readable = [files(node) for node in nodes if files(node)]
-    names = sorted({name for found in readable for name in found})
+    """Check that the files are the same on all nodes that can read them, judging by samples of their content."""
+    readable = [node for node in nodes if files(node)]
+    names = sorted({name for node in readable for name in files(node)})
     for name in names:
-        digests = _by([node for node in nodes if files(node)], lambda node, name=name: files(node).get(name, "missing"))
+        digests = _by(readable, _digest_of(name, files))
         if len(digests) > 1:
             return Finding(check, "FAILED", f"{name} differs: {_spell(digests)}")
     return Finding(check, "ok", f"{len(names)} files, by samples" if len(names) > 1 else next(iter(names), "-"))
@@ -122,6 +122,14 @@ def _same(nodes: Sequence[NodeFacts], check: str, files: Callable[[NodeFacts], d
 
 def _room(needed: int) -> Callable[[NodeFacts], str]:
     return lambda node: f"{gib(node.run_dir_free)} free in run.dir, checkpoints take {gib(needed)}"
+
+
+def _version_of(package: str) -> Callable[[NodeFacts], str]:
+    return lambda node: node.versions[package]
+
+
+def _digest_of(name: str, files: Callable[[NodeFacts], dict[str, str]]) -> Callable[[NodeFacts], str]:
+    return lambda node: files(node).get(name, "missing")
 
 
 def _by(nodes: Sequence[NodeFacts], value: Callable[[NodeFacts], str]) -> dict[str, list[str]]:

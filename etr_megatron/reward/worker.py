@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etr_megatron.config import RewardConfig
 from etr_megatron.imports import ImportPathError
@@ -44,8 +44,9 @@ def main() -> int:
 
 
 def _config(text: str) -> RewardConfig:
-    values = json.loads(text)
-    return RewardConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values: dict[str, Any] = json.loads(text)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return RewardConfig(**values)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

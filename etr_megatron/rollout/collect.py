@@ -22,31 +22,30 @@ class UngradedError(UserError):
 
 
 def generate_groups(
-    engine: RolloutEngine, problems: Sequence[Problem], sampling: Sampling, decode: Decode, must_stop: MustStop = never
+    engine: RolloutEngine, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never
 ) -> list[Group]:
-    """One group per problem, with texts from `decode` and without rewards. must_stop: see `RolloutEngine.generate`."""
-    groups = []
-    for problem, samples in zip(problems, engine.generate(problems, sampling, must_stop), strict=True):
-        for sample in samples:
-            sample.text = decode(sample.response_ids.tolist())
-        groups.append(Group(id=f"{problem.id}@{sampling.step}", problem=problem, samples=samples))
-    return groups
+    """One group per problem, without texts and rewards. must_stop: see `RolloutEngine.generate`."""
+    drawn = zip(problems, engine.generate(problems, sampling, must_stop), strict=True)
+    return [Group(id=f"{problem.id}@{sampling.step}", problem=problem, samples=samples) for problem, samples in drawn]
 
 
-def grade_groups(groups: Sequence[Group], grader: Grader | None) -> None:
-    """Fill in rewards and their status (in place; the caller owns the groups). `grader` is given on rank 0, None elsewhere.
+def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None) -> None:
+    """Fill in rewards and their status on every rank, and texts on rank 0, the only one that uses them (in place; the caller
+    owns the groups). `grader` is given on rank 0, None elsewhere.
 
     A collective. Raises UngradedError on every rank, as `grade_samples` and `report_errors` do.
     """
     samples = [(group.problem, sample) for group in groups for sample in group.samples]
 
     def graded() -> list[Grade]:
+        for _, sample in samples:
+            sample.text = decode(sample.response_ids.tolist())
         assert grader is not None
         grades = grade_samples(samples, grader)
         report_errors([(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)])
         return grades
 
-    # Long: an evaluation may have thousands of answers, and judges of the user's own take their time over each.
+    # Long: an evaluation may have thousands of answers, and a custom reward may take its time over each.
     for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
 
@@ -63,7 +62,7 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
         grade, problem = outside[0]
         raise UngradedError(
             f"{len(outside)} of {len(grades)} answers got a reward that cannot be; the first, to problem {problem.id}: "
-            f"{grade.detail}; set these two to the least and the most that it gives, or mend it"
+            f"{grade.detail}; set these two to the least and the most that it gives, or fix it"
         )
     for (_, sample), grade in zip(samples, grades, strict=True):
         sample.reward, sample.reward_status = grade.reward, grade.status
@@ -85,5 +84,5 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     grade, name = failed[0]
     what = f"{len(failed)} of {len(grades)} answers could not be graded; the first, to problem {name}: {grade.detail}"
     if len(failed) + len(late) == len(grades):
-        raise UngradedError(f"{what}; mend reward.function or the reference answers")
+        raise UngradedError(f"{what}; fix reward.function or the reference answers")
     logger.warning("%s", what)

@@ -48,7 +48,7 @@ class EmbeddedEngine:
             raise RuntimeError("the engine has no weights before the first update_weights")
         jobs = [(number, index) for number in range(len(problems)) for index in range(sampling.samples)]
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
-        mine = []
+        mine: list[tuple[tuple[int, int], Sample]] = []
         for batch in batches[dist.get_rank() :: dist.get_world_size()]:
             with _Routing(self._model) if sampling.routing else nullcontext() as routing:
                 drawn = self._decode([(problems[n], i) for n, i in batch], sampling, routing)
@@ -222,6 +222,13 @@ class _Batch:
         """The finished rows."""
         parts = zip(self._jobs, self._ids, self._logprobs, self._stopped, self._routing, strict=True)
         return [
-            Sample(index, ids, logprobs, "stop" if stopped else "length", weight_version, routing=routing)
+            Sample(
+                index,
+                array("i", ids),
+                array("d", logprobs),
+                "stop" if stopped else "length",
+                weight_version,
+                routing=routing,
+            )
             for (_, index), ids, logprobs, stopped, routing in parts
         ]

@@ -41,7 +41,7 @@ class InHand:
     @classmethod
     def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> InHand:
         """A group with nothing drawn yet."""
-        empty = [Sample(index, [], [], "abort", weight_version) for index in range(samples)]
+        empty = [_nothing_drawn(index, weight_version) for index in range(samples)]
         return cls(Group(f"{problem.id}@{step}", problem, empty), step)
 
     @property
@@ -63,10 +63,14 @@ class InHand:
         """Empty the samples with a token from weights before `version`; return whether there were any."""
         old = [sample for sample in self.group.samples if sample.response_ids and oldest_version(sample) < version]
         for sample in old:
-            self.group.samples[sample.index] = Sample(sample.index, [], [], "abort", version)
+            self.group.samples[sample.index] = _nothing_drawn(sample.index, version)
         if old:
             self.is_redone, self.is_left_out = True, False
         return bool(old)
+
+
+def _nothing_drawn(index: int, weight_version: int) -> Sample:
+    return Sample(index, array("i"), array("d"), "abort", weight_version)
 
 
 def oldest_version(sample: Sample) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from etr_megatron import platform
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
-from etr_megatron.platform.job_store import job_store
+from etr_megatron.platform.job_store import job_store, own_connection
 
 T = TypeVar("T")
 
@@ -38,6 +38,12 @@ _numbers = itertools.count()
 def whole(found: Any) -> Any:
     """The value itself, unchanged."""
     return found
+
+
+def of_rank0(own: T | None) -> T:
+    """What rank 0 alone has, on rank 0."""
+    assert own is not None
+    return own
 
 
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
@@ -66,8 +72,7 @@ def _signs() -> dist.Store | None:
     """The store in which ranks signal each other during one call; None with a single rank. A collective."""
     if dist.get_world_size() == 1:
         return None
-    # A connection of its own: a wait in another thread would block the default one.
-    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", job_store().clone())
+    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", own_connection(job_store()))
 
 
 def _broadcast(
@@ -86,7 +91,9 @@ def _broadcast(
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # with a single rank, pickling all of a step's tokens would be wasted
         others = _shared(others)
-    succeeded, found = own or others
+    outcome = own or others
+    assert outcome is not None  # rank 0 has its own, and shares it with the others
+    succeeded, found = outcome
     if not succeeded:
         raise found
     return found
@@ -107,7 +114,7 @@ def _shared(own: Any) -> Any:
         dist.broadcast(moved, src=0)
         if moved is not piece and not is_source:
             piece.copy_(moved)
-    return own if is_source else pickle.loads(pickled.numpy())
+    return own if is_source else pickle.loads(pickled.numpy().data)
 
 
 @contextmanager

@@ -162,10 +162,12 @@ def group_to_json(group: Group, without: Collection[str] = ()) -> dict[str, Any]
 def group_from_json(found: dict[str, Any]) -> Group:
     """The group that `group_to_json` wrote; keys added to its samples are ignored."""
     known = {field.name for field in fields(Sample)}
-    samples = [Sample(**{key: value for key, value in one.items() if key in known}) for one in found["samples"]]
-    for sample in samples:
-        if isinstance(sample.routing, str):
-            sample.routing = array("B", base64.b64decode(sample.routing))
+    samples = []
+    for one in found["samples"]:
+        values = {key: value for key, value in one.items() if key in known}
+        if isinstance(values.get("routing"), str):
+            values["routing"] = array("B", base64.b64decode(values["routing"]))
+        samples.append(Sample(**values))
     return Group(found["id"], Problem(**found["problem"]), samples)
 
 

@@ -125,9 +125,9 @@ class RoundSampler:
             count = min(missing, limit - len(asked))
             problems = self._cursor.next(count, after=[group.problem.id for group in asked])
             with timer("rollout"):
-                groups = generate_groups(self._engine, problems, sampling_of(self._config, step), self._decode)
+                groups = generate_groups(self._engine, problems, sampling_of(self._config, step))
             with timer("reward"):
-                grade_groups(groups, self._grader)
+                grade_groups(groups, self._decode, self._grader)
             asked += groups
             missing -= sum(not (dynamic and is_flat(group)) for group in groups)
         return chosen(asked, wanted, dynamic=dynamic)
@@ -165,7 +165,9 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
     flat = [dynamic and is_flat(group) for group in asked]
     kept = [number for number, out in enumerate(flat) if not out][:wanted]
     fill = [number for number, out in enumerate(flat) if out][: wanted - len(kept)]
-    counts = {"groups_asked": len(asked), "groups_dropped": sum(flat), "groups_filled": len(fill)} if dynamic else {}
+    counts: dict[str, float] = {}
+    if dynamic:
+        counts = {"groups_asked": len(asked), "groups_dropped": sum(flat), "groups_filled": len(fill)}
     return Rollouts([asked[number] for number in sorted(kept + fill)], counts)
 
 

@@ -19,7 +19,7 @@ from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
 from etr_megatron.rollout.engine import LOOK_S, Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
-from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
@@ -40,7 +40,7 @@ class StreamingSampler:
         # Rank 0 times generation and grading separately.
         with nullcontext() if self._hand is not None else timer("rollout"):
             return on_rank0_until_stopped(
-                lambda anywhere: self._hand.take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
+                lambda anywhere: of_rank0(self._hand).take(step, timer, anywhere), must_stop, share=Rollouts.without_routing
             )
 
     def put_back(self, step: int) -> None:
@@ -50,11 +50,11 @@ class StreamingSampler:
 
     def pause(self) -> None:
         """See `Sampler.pause`."""
-        on_rank0(lambda: self._hand.pause(), long=True)
+        on_rank0(lambda: of_rank0(self._hand).pause(), long=True)
 
     def resume(self) -> None:
         """See `Sampler.resume`."""
-        on_rank0(lambda: self._hand.resume())
+        on_rank0(lambda: of_rank0(self._hand).resume())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Sampler.state_dict`."""

@@ -11,6 +11,7 @@ With fp32 on CPU the products use oneDNN: `torch.mm` uses MKL, which took 2.2 ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def add_gradients(grad_hidden: Tensor, total: Tensor | None, grad: Tensor, hidde
     if grad.is_cpu:
         _add_gradients_on_cpu(grad_hidden, total, grad, hidden, weight)
         return
-    into = {} if grad.dtype == torch.float32 else {"out_dtype": torch.float32}
+    into: dict[str, Any] = {} if grad.dtype == torch.float32 else {"out_dtype": torch.float32}
     torch.addmm(grad_hidden, grad, weight, out=grad_hidden, **into)
     if total is not None:
         torch.addmm(total, grad.t(), hidden, out=total, **into)

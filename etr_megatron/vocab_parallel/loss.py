@@ -35,7 +35,7 @@ from etr_megatron.vocab_parallel import gemm, torch_rows
 from etr_megatron.vocab_parallel.logprob import check_shapes, logprob_through
 from etr_megatron.vocab_parallel.shard import VocabShard
 from etr_megatron.vocab_parallel.sweep import Backend, Head, add_gradients, columns_at_a_time, sweep
-from etr_megatron.vocab_parallel.weight_grad import WeightGrad, has_main_grad, weight_grad
+from etr_megatron.vocab_parallel.weight_grad import WeightGrad, main_grad, weight_grad
 
 TokenLoss = Callable[[slice, Tensor, Tensor], Tensor]
 """(rows, logp fp32 [rows], entropy fp32 [rows]) -> scalar: the summed loss of those rows, divided by the denominator."""
@@ -143,7 +143,7 @@ def vocab_parallel_loss(
     """
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)
-    if not (torch.is_grad_enabled() and weight.requires_grad and has_main_grad(weight)):
+    if not (torch.is_grad_enabled() and weight.requires_grad and main_grad(weight) is not None):
         logp, entropy = logprob_through(head, hidden, weight, targets)
         return token_loss(slice(0, len(hidden)), logp, entropy), logp.detach(), entropy.detach()
     sink = weight_grad(weight)

@@ -31,18 +31,18 @@ class WeightGrad:
         """
         if not self.is_main_grad:
             return self.total.to(self.weight.dtype)
-        self.weight.grad_added_to_main_grad = True
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's mark
         return torch.zeros_like(self.weight, layout=torch.sparse_coo)
 
 
-def has_main_grad(weight: Tensor) -> bool:
+def main_grad(weight: Tensor) -> Tensor | None:
     """Whether the parameter has an fp32 gradient buffer from Megatron."""
     buffer = getattr(weight, "main_grad", None)
-    return isinstance(buffer, Tensor) and buffer.dtype == torch.float32
+    return buffer if isinstance(buffer, Tensor) and buffer.dtype == torch.float32 else None
 
 
 def weight_grad(weight: Tensor) -> WeightGrad:
     """`main_grad` if it exists in fp32, else a new fp32 sum."""
-    if has_main_grad(weight):
-        return WeightGrad(weight, weight.main_grad, True)
+    if (buffer := main_grad(weight)) is not None:
+        return WeightGrad(weight, buffer, True)
     return WeightGrad(weight, torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), False)

@@ -77,4 +77,4 @@ def runs(shape: Index, begin: Index, size: Index) -> Iterator[tuple[int, Index]]
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy. The tensor must outlive its use."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.hf_config import is_positive_int, optional_object, read_config
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, dequantize_box, scale_shape
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
@@ -25,7 +27,8 @@ def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
     quantization = optional_object(read_config(source), "quantization_config", source) if source.is_file() else {}
     if not quantization:
         return SafetensorsDir(model_dir)
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    method = quantization.get("quant_method")
+    block: Any = quantization.get("weight_block_size")
     square = isinstance(block, list) and len(block) == 2 and is_positive_int(block[0]) and block[0] == block[1]
     if method != "fp8" or not square:
         raise UserError(
@@ -50,7 +53,7 @@ class Fp8Dir(SafetensorsDir):
             shape, scales = self._stored[name].shape, self._stored.get(name + SCALE_SUFFIX)
             if len(shape) != 2:
                 raise UserError(f"{self.path}: {name} is FP8 of shape {list(shape)}; only matrices are read")
-            wanted = scale_shape(*shape, block)
+            wanted = scale_shape(shape, block)
             if scales is None or scales.shape != wanted:
                 found = "missing" if scales is None else f"of shape {list(scales.shape)}, not {list(wanted)}"
                 raise UserError(
@@ -84,7 +87,7 @@ class Fp8Dir(SafetensorsDir):
             dequantize_box(values, scales, panel, self.block, (row + first, col))
         return None
 
-    def read_quantized(self, name: str, begin: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def read_quantized(self, name: str, begin: Index, size: Index) -> tuple[Tensor, Tensor]:
         """A non-empty box as stored, in new tensors: (float8_e4m3fn `size`, fp32 scales of the blocks that it touches)."""
         values = torch.empty(size, dtype=FP8)
         super().read_into(name, begin, values)

@@ -80,8 +80,8 @@ class TrainingLayout:
 
     def layers_of_stages(self, layers: int) -> tuple[int, ...]:
         """Number of the model's layers in each stage. Raises ValueError when they do not divide."""
-        fixed = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers} if self.pp > 1 else {}
-        fixed = {stage: count for stage, count in fixed.items() if count is not None}
+        ends = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers} if self.pp > 1 else {}
+        fixed = {stage: count for stage, count in ends.items() if count is not None}
         stages, rest = self.pp - len(fixed), layers - sum(fixed.values())
         even = rest // stages if stages else 0
         counts = tuple(fixed.get(stage, even) for stage in range(self.pp))
@@ -112,6 +112,7 @@ class TrainingLayout:
     def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
         """See `Placement`."""
         starts = [stage * self.stage_ranks for stage in self.stages_of(weight, arch)]
+        places: Callable[[int], Iterator[int]]
         if weight.expert is None:
             cut, places = self.tp, self._dense_places
         else:

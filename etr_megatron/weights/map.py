@@ -72,10 +72,12 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
 
-def _row(megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", **other: str | bool) -> Row:
+def _row(
+    megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", fp8: bool = False, layers: str = "all"
+) -> Row:
     """A row within a layer: names without the layer's prefix."""
     named = tuple((_HF + name, dims) for name, dims in hf.items())
-    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", **other)
+    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", fp8, layers)
 
 
 _EMBEDDING = Row(EMBEDDING, "vocab", (("model.embed_tokens.weight", "VH"),))

@@ -21,7 +21,7 @@ from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.layout import Holding, Placement
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.shards import Index, Piece
+from etr_megatron.weights.shards import Index, Piece, Shard
 
 _GRAIN = 0.1
 """Largest fraction of a replica's mean load in one transfer; then no replica sends more than 1 + this times the mean."""
@@ -64,11 +64,15 @@ class Plan:
 
     def is_fp8(self, weight: Weight) -> bool:
         """Whether a weight is sent quantised."""
-        return self.fp8_block is not None and weight.fp8
+        return self.block_of(weight) is not None
+
+    def block_of(self, weight: Weight) -> int | None:
+        """Rows and columns of the blocks in which a weight is sent quantised; None if it is not."""
+        return self.fp8_block if weight.fp8 else None
 
     def bytes(self, transfer: Transfer, itemsize: int) -> int:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
-        return _box_bytes(transfer.size, itemsize, self.fp8_block if transfer.weight.fp8 else None)
+        return _box_bytes(transfer.size, itemsize, self.block_of(transfer.weight))
 
     def only(self, names: Collection[str]) -> Plan:
         """The transfers of these weights (`Weight.megatron`)."""
@@ -87,7 +91,7 @@ class Plan:
 def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
     if block is None:
         return prod(size) * itemsize
-    return prod(size) + 4 * prod(scale_shape(*size, block))
+    return prod(size) + 4 * prod(scale_shape(size, block))
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def _jobs(
     source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None
 ) -> Iterator[tuple[_Job, int | None]]:
     """Every box that every destination rank needs, with the weight's FP8 block."""
-    known: dict[tuple, tuple[list, list, list[_Box]]] = {}
+    known: dict[tuple[object, ...], tuple[list[Shard], list[Shard], list[_Box]]] = {}
     for number, weight in enumerate(weights_of(arch)):
         held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
         shards = [h.shard for h in held], [h.shard for h in needed]

@@ -9,7 +9,7 @@ to two fp32 ulps from these, so a few codes differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ _PANEL, _CPU_PANEL = 2**26, 2**19
 """Number of values quantised at a time: fp32 copies take a quarter of a GB on a GPU; on a CPU they stay in its cache."""
 
 
-def scale_shape(rows: int, cols: int, block: int = BLOCK) -> tuple[int, int]:
-    """Number of blocks in each dimension; the last ones may be partial."""
+def scale_shape(size: Sequence[int], block: int = BLOCK) -> tuple[int, int]:
+    """Number of blocks in each dimension of a matrix of `size`; the last ones may be partial."""
+    rows, cols = size
     return -(-rows // block), -(-cols // block)
 
 
@@ -46,7 +47,7 @@ def _panels(rows: int, cols: int, block: int, device: torch.device) -> Iterator[
 def _blocks(matrix: Tensor, block: int) -> Tensor:
     """fp32 [row blocks, block, column blocks, block], partial blocks padded with zeros."""
     rows, cols = matrix.shape
-    row_blocks, col_blocks = scale_shape(rows, cols, block)
+    row_blocks, col_blocks = scale_shape((rows, cols), block)
     full = matrix.float()
     if (rows, cols) != (row_blocks * block, col_blocks * block):
         full = pad(full, (0, col_blocks * block - cols, 0, row_blocks * block - rows))
@@ -64,7 +65,7 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
     """
     rows, cols = weight.shape
     values = torch.empty(rows, cols, dtype=FP8, device=weight.device)
-    scale_inv = torch.empty(scale_shape(rows, cols, block), dtype=torch.float32, device=weight.device)
+    scale_inv = torch.empty(scale_shape((rows, cols), block), dtype=torch.float32, device=weight.device)
     for some, block_rows in _panels(rows, cols, block, weight.device):
         blocks = _blocks(weight[some], block)
         largest = blocks.abs().amax(dim=(1, 3))
@@ -90,7 +91,7 @@ def dequantize_box(
     """
     rows, cols = quantized.shape
     row, col = (at % block for at in begin)
-    wanted = scale_shape(row + rows, col + cols, block)
+    wanted = scale_shape((row + rows, col + cols), block)
     if tuple(scale_inv.shape) != wanted:
         raise ValueError(f"scale_inv is {tuple(scale_inv.shape)}; blocks of {block} in {rows} x {cols} need {wanted}")
     for index, scales in enumerate(scale_inv):

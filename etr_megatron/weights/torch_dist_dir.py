@@ -62,10 +62,10 @@ class StoredBox:
 
     def span(self) -> tuple[Path, int, int] | None:
         """(file, first byte, number of bytes) if the box is contiguous in a file, else None."""
+        if not isinstance(self.values, FileTensor):
+            return None
         lead = len(self.at) - len(self.size)
-        found = (
-            self.values.span(self.at, (*(1 for _ in range(lead)), *self.size)) if isinstance(self.values, FileTensor) else None
-        )
+        found = self.values.span(self.at, (*(1 for _ in range(lead)), *self.size))
         return (self.values.file, *found) if found else None
 
     def read_into(self, at: Index, out: Tensor) -> None:
@@ -225,7 +225,8 @@ def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:
         if found is not None:
             return found
         with open(chunk.file, "rb") as file:
-            return torch.load(Slice(file, chunk.begin, chunk.length), map_location="cpu", weights_only=True)
+            stored = Slice(file, chunk.begin, chunk.length)
+            return torch.load(stored, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # any binary file will do
     except (RuntimeError, ValueError, LookupError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if getattr(error, "filename", None) is not None:  # the file cannot be opened, and the system's error names it
             raise

@@ -33,7 +33,7 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
     )
     theirs = quantizer(weight)
     codes, scales = quantize_blocks(weight)
-    rows, columns = scale_shape(*shape)
+    rows, columns = scale_shape(shape)
     # Theirs are padded in memory, and exist for whole blocks alone.
     assert torch.equal(scales, theirs._rowwise_scale_inv[:rows, :columns])
     assert torch.equal(codes.view(torch.uint8), theirs._rowwise_data.view(torch.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from etr_megatron.config.defaults import resolved
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.presets import LOSSES
 from etr_megatron.config.rules.violation import Violation
@@ -62,17 +63,18 @@ def off_policy(config: Config) -> Iterator[Violation]:
 def clip_range(config: Config) -> Iterator[Violation]:
     """The clip radii."""
     objective = config.objective
-    if objective.loss in ("clipped", "gspo") and objective.eps_max >= 1:
+    eps_min, eps_max = resolved(objective.eps_min), resolved(objective.eps_max)
+    if objective.loss in ("clipped", "gspo") and eps_max >= 1:
         yield Violation(
             ("objective.eps_max",),
             "must be below 1, else the lower clip bound 1 - eps is not positive",
             given=("objective.loss",),
         )
-    if objective.eps_min > objective.eps_max:
+    if eps_min > eps_max:
         yield Violation(("objective.eps_min", "objective.eps_max"), "eps_min must not exceed eps_max")
         return
     for side in ("eps_low", "eps_high"):
-        if not objective.eps_min <= getattr(objective, side) <= objective.eps_max:
+        if not eps_min <= getattr(objective, side) <= eps_max:
             yield Violation(
                 (f"objective.{side}", "objective.eps_min", "objective.eps_max"),
                 f"{side} must lie between eps_min and eps_max, else it never takes effect",

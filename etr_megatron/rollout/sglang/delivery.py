@@ -176,8 +176,7 @@ class BroadcastDelivery:
                 "group_name": group.name,
                 "backend": group.backend,
             }
-            call = client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)
-            calls.append(asyncio.create_task(call))
+            calls.append(asyncio.create_task(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)))
         joining = asyncio.create_task(asyncio.to_thread(group.join))
         # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
         done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)

@@ -175,7 +175,7 @@ class Dispatch:
             self.apart = None
             return None
         idle = [name for name in serving if not (self._load.total() if routed else self._load[name])]
-        if self.apart in serving:  # it has had only tests
+        if self.apart is not None and self.apart in serving:  # it has had only tests
             idle = [self.apart, *idle]
         for name in idle:
             for prompt in self._held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from etr_megatron.config import SglangConfig
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
-from etr_megatron.rollout.rank0 import on_rank0, on_rank0_until_stopped
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
@@ -102,12 +103,17 @@ class SglangEngine:
         )
         self._sender = self._make_sender(own_address)
         try:
-            on_rank0(lambda: self._control.start_router())  # servers take minutes to start, a missing router fails at once
+            on_rank0(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
             started = self._start(names, must_stop)
-            on_rank0(lambda: self._control.open(started))
+            on_rank0(lambda: self._speaker.open(started))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _speaker(self) -> Control:
+        """Rank 0's, on rank 0."""
+        return of_rank0(self._control)
 
     def _own_host(
         self, names: Sequence[str], nodes: ServerNodes | None, addresses: Mapping[int, str], setting: ServerSetting
@@ -146,7 +152,7 @@ class SglangEngine:
     def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start or restart these servers; a collective. Raises as `together`."""
         if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
-            return on_rank0(lambda: self._host.start(names, must_stop), long=True)
+            return on_rank0(lambda: self._host.start(names, must_stop) if self._host is not None else {}, long=True)
         own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
@@ -161,13 +167,13 @@ class SglangEngine:
         ]
         self._require_weights()
         found: list[Generated] = on_rank0_until_stopped(
-            lambda anywhere: self._control.run_until_stopped(self._control.stream.answer(requests), anywhere), must_stop
+            lambda anywhere: self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere), must_stop
         )
         samples = [
             Sample(
                 number % sampling.samples,
-                one.ids,
-                one.logprobs,
+                array("i", one.ids),
+                array("d", one.logprobs),
                 one.finish_reason,
                 self.weight_version,
                 routing=one.routing,
@@ -178,19 +184,16 @@ class SglangEngine:
 
     def submit(self, draws: Sequence[Draw]) -> None:
         """See `StreamingEngine.submit`."""
-        assert self._control is not None
         self._draws |= {draw.key: draw for draw in draws}
-        self._control.run(self._control.stream.submit({draw.key: self._request(draw) for draw in draws}))
+        self._speaker.run(self._speaker.stream.submit({draw.key: self._request(draw) for draw in draws}))
 
     def wait(self, timeout_s: float) -> list[Drawn]:
         """See `StreamingEngine.wait`."""
-        assert self._control is not None
-        return [self._drawn(key, reply) for key, reply in self._control.stream.wait(timeout_s)]
+        return [self._drawn(key, reply) for key, reply in self._speaker.stream.wait(timeout_s)]
 
     def stop(self, *, abort: bool) -> list[Drawn]:
         """See `StreamingEngine.stop`."""
-        assert self._control is not None
-        replies = self._control.run(self._control.stream.stop(abort=abort))
+        replies = self._speaker.run(self._speaker.stream.stop(abort=abort))
         found = [self._drawn(key, reply) for key, reply in replies]
         self._draws.clear()
         return found
@@ -228,9 +231,9 @@ class SglangEngine:
     def _transaction(self, version: int) -> Iterator[None]:
         """Spans an update, until the servers confirm that they have the version; after any error they are resumed."""
         try:
-            on_rank0(lambda: self._control.begin())
+            on_rank0(lambda: self._speaker.begin())
             yield
-            on_rank0(lambda: self._control.finish(version))
+            on_rank0(lambda: self._speaker.finish(version))
         except BaseException as error:
             if self._control is not None:
                 self._control.abandon(f"weight sync {version} was given up: {error}")
@@ -238,14 +241,14 @@ class SglangEngine:
 
     def _bring_back(self) -> None:
         """Bring failed servers back: restart them if they are ours, else ask for their health again."""
-        due = on_rank0(lambda: self._control.due())
+        due = on_rank0(lambda: self._speaker.due())
         if due:
             started = self._start(due)
-            on_rank0(lambda: self._control.take_back(due, started))
+            on_rank0(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
         """Mark servers whose log-probs of their tokens differ from the trainer's. Raises OtherModelError when all do."""
-        found = on_rank0(lambda: self._control.probe(self._serving.temperature))
+        found = on_rank0(lambda: self._speaker.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
             name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
@@ -266,7 +269,7 @@ class SglangEngine:
         Those that have failed are stopped instead; a later `update_weights` restarts them. Raises EngineGoneError on every rank
         when no server is left.
         """
-        failed = on_rank0(lambda: self._control.release())
+        failed = on_rank0(lambda: self._speaker.release())
         if failed:
             together(lambda: self._host.stop(failed) if self._host is not None else None)
 

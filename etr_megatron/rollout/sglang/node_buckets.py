@@ -58,37 +58,35 @@ class NodeBuckets:
         if flat is None:
             flat = torch.empty(nbytes, dtype=torch.uint8, device=wire.device)
         wire.wait(wire.broadcast(flat, self._part))
-        own = self._put(fields, flat)
+        own = self._put(wire, fields, flat)
         others = self._part.ranks[1:]
         if wire.rank != 0:
-            self._tell(own)
+            self._tell(wire, own)
             return {}
         found: dict[str, list[str]] = {}
-        for rank, (handles, problem) in {0: own, **self._hear(others)}.items():
+        for rank, (handles, problem) in {0: own, **self._hear(wire, others)}.items():
             found |= handles
             if problem and rank not in self._warned:
                 self._warned.add(rank)
                 logger.warning("rank %d: %s; they go to its servers by HTTP", rank, problem)
         return found
 
-    def _put(self, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
+    def _put(self, wire: Wire, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
         """Handles for the servers of this machine, or the problem that prevents them."""
-        names = [name for name in self._hosts.get(self._wire.rank, ()) if name in self.serving]
+        names = [name for name in self._hosts.get(wire.rank, ()) if name in self.serving]
         try:
             return (self._buckets.put(fields, flat, names, self._largest) if names else {}), ""
         except OSError as error:
             return {}, str(error)
 
-    def _tell(self, own: tuple[dict[str, list[str]], str]) -> None:
+    def _tell(self, wire: Wire, own: tuple[dict[str, list[str]], str]) -> None:
         """Send what `_put` returned here to rank 0."""
-        wire = self._wire
         text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8).to(wire.device)
         for part in (torch.tensor([len(text)], device=wire.device), text):
             wire.wait(wire.exchange([(part, 0)], []))
 
-    def _hear(self, ranks: Sequence[int]) -> dict[int, tuple[dict[str, list[str]], str]]:
+    def _hear(self, wire: Wire, ranks: Sequence[int]) -> dict[int, tuple[dict[str, list[str]], str]]:
         """Receive what these ranks `_tell`."""
-        wire = self._wire
         sizes = [torch.empty(1, dtype=torch.int64, device=wire.device) for _ in ranks]
         wire.wait(wire.exchange([], list(zip(sizes, ranks, strict=True))))
         texts = [torch.empty(int(size), dtype=torch.uint8, device=wire.device) for size in sizes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from etr_megatron.rollout.sglang.client import ServerClient, ServerError
 
@@ -21,8 +22,8 @@ class Pulse:
 
     def __init__(self, timeout_s: float, on_dead: Callable[[ServerClient, str], None]) -> None:
         self._timeout_s, self._on_dead = timeout_s, on_dead
-        self._waiting: dict[asyncio.Task, Sequence[ServerClient]] = {}
-        self._cut: dict[asyncio.Task, str] = {}
+        self._waiting: dict[asyncio.Task[Any], Sequence[ServerClient]] = {}
+        self._cut: dict[asyncio.Task[Any], str] = {}
         self._looking: asyncio.Task[None] | None = None
 
     @contextmanager

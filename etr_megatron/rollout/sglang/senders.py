@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from etr_megatron.rollout.engine import WeightSource
-from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
@@ -111,11 +111,11 @@ class WholeTensors(CollectiveTransport):
         for number, group in enumerate(self._groups):
             self._follow(f"bucket {number}")
             if self._outbox is None:
-                self._gather.group(number, sources, None, None)
+                self._gather.group(number, sources, None)
                 self._shared.share(group.tensors, group.nbytes, None)
                 continue
             flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
-            self._gather.group(number, sources, group, flat)
+            self._gather.group(number, sources, (group, flat))
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
             # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
@@ -155,7 +155,7 @@ class WholeSender:
 
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`."""
-        self._shared.serving = on_rank0(lambda: self._serving())
+        self._shared.serving = on_rank0(lambda: of_rank0(self._serving)())
         if self._tensors is None:
             self._tensors = WholeTensors(weights.layout, self._settings, self._outbox, self._shared)
         try:
@@ -166,7 +166,7 @@ class WholeSender:
                 with suppress(Exception):  # the first error is the one to raise
                     self._outbox.flush()
             raise
-        on_rank0(lambda: self._outbox.flush())
+        on_rank0(lambda: of_rank0(self._outbox).flush())
 
     def _leave(self) -> None:
         if self._tensors is not None:
@@ -207,7 +207,7 @@ class DiskSender:
         except BaseException:
             self.close()
             raise
-        on_rank0(lambda: self._load(version_directory(self._directory, version)))
+        on_rank0(lambda: of_rank0(self._load)(version_directory(self._directory, version)))
 
     def close(self) -> None:
         """See `Sender.close`."""

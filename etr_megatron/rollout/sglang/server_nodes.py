@@ -33,6 +33,7 @@ from etr_megatron.config import SglangConfig
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
+from etr_megatron.platform.job_store import own_connection
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.rollout.engine import MustStop, never
@@ -125,7 +126,7 @@ class ServerNodes:
 
     def _beat(self, done: threading.Event) -> None:
         """Send rank 0's heartbeats; check which nodes are alive and whether one was sent SIGTERM."""
-        store = self._store.clone()
+        store = own_connection(self._store)
         hearts = [Heartbeat(store, f"{node}/beats") for node in range(self._count)]
         with suppress(RuntimeError):
             while not done.wait(BEAT_S):
@@ -258,16 +259,17 @@ class ServerNode:
                 check()
             except UserError as error:
                 problem = error
-            session = self._join()
-            if session is None:
+            joined = self._join()
+            if joined is None:
                 if problem is not None:
                     raise problem
                 return self._without_rank0(f"was not there within {self._patience_s:g} s")
-            self._store = dist.PrefixStore(session, self._root)
+            root, session = joined
+            self._store = dist.PrefixStore(session, root)
             if problem is not None:
                 self._say_hello(str(problem))
                 raise problem
-            with beside(lambda done: self._beat(session, done), "server_node"):
+            with beside(lambda done: self._beat(root, session, done), "server_node"):
                 try:
                     self._say_hello("")
                     return self._obey()
@@ -277,19 +279,18 @@ class ServerNode:
                     if self._host is not None:
                         self._host.stop()
 
-    def _join(self) -> str | None:
+    def _join(self) -> tuple[dist.Store, str] | None:
         """The name of rank 0's session; None when no live one appears in time."""
         deadline = time.monotonic() + self._patience_s
         before: dict[str, int] = {}
         try:
-            if self._root is None:
-                self._root = _connect(self._patience_s)
+            root = self._root if self._root is not None else _connect(self._patience_s)
             while time.monotonic() < deadline:
-                if self._root.check([_SESSION]):
-                    name = self._root.get(_SESSION).decode()
-                    beats = self._root.add(f"{name}/beats", 0)
+                if root.check([_SESSION]):
+                    name = root.get(_SESSION).decode()
+                    beats = root.add(f"{name}/beats", 0)
                     if beats != before.setdefault(name, beats):
-                        return name
+                        return root, name
                 time.sleep(_LOOK_S)
         except dist.DistError:
             pass
@@ -347,10 +348,10 @@ class ServerNode:
         self._host.stop(order["names"])
         return None
 
-    def _beat(self, session: str, done: threading.Event) -> None:
+    def _beat(self, root: dist.Store, session: str, done: threading.Event) -> None:
         """Send the node's heartbeats, and its SIGTERM if it gets one; check that rank 0 is alive and was not restarted."""
         try:
-            root = self._root.clone()
+            root = own_connection(root)
             store = dist.PrefixStore(session, root)
             heart = Heartbeat(store, "beats")
             while not done.wait(BEAT_S):

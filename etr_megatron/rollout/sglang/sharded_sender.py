@@ -6,11 +6,12 @@ import asyncio
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
 from etr_megatron.rollout.engine import WeightSource
-from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.commands import LOADER
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, serialized
@@ -33,7 +34,7 @@ class OfferCalls:
 
     def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._fleet, self._loop, self._timeout_s = fleet, loop, timeout_s
-        self._calls: list[tuple[ServerClient, asyncio.Task[dict]]] = []
+        self._calls: list[tuple[ServerClient, asyncio.Task[dict[str, Any]]]] = []
 
     def members(self) -> list[tuple[str, int]]:
         """See `Fleet.members`; raises EngineGoneError when there are none."""
@@ -50,8 +51,8 @@ class OfferCalls:
             bodies.append({"serialized_named_tensors": payloads, "load_format": LOADER, "flush_cache": False})
         asyncio.run_coroutine_threadsafe(self._post(bodies, report), self._loop).result()
 
-    async def _post(self, bodies: Sequence[dict], report: Callable[[str], None]) -> None:
-        def look(call: asyncio.Task[dict]) -> None:
+    async def _post(self, bodies: Sequence[dict[str, Any]], report: Callable[[str], None]) -> None:
+        def look(call: asyncio.Task[dict[str, Any]]) -> None:
             if not call.cancelled() and call.exception() is not None:
                 self._loop.call_later(_REPORT_AFTER_S, report, str(call.exception()))
 
@@ -111,7 +112,7 @@ class ShardedSender:
 
     def _try(self, weights: WeightSource, version: int) -> bool:
         """Try a sync; returns whether the serving servers have the version, False after one was lost and marked."""
-        members = on_rank0(lambda: self._calls.members())
+        members = on_rank0(lambda: of_rank0(self._calls).members())
         if members != self._members:
             self._leave()
         offer = self._offer(weights, version, members)
@@ -125,7 +126,9 @@ class ShardedSender:
         except RuntimeError as failure:  # a SyncError, or torch's error for a group that was not formed
             error = failure
             self._leave()
-        lost = on_rank0(lambda: self._calls.settle(error is not None, self._refusals(offer) if error is not None else {}))
+        lost = on_rank0(
+            lambda: of_rank0(self._calls).settle(error is not None, self._refusals(offer) if error is not None else {})
+        )
         if error is not None and not lost:
             raise error
         return error is None
@@ -138,6 +141,7 @@ class ShardedSender:
             if self._store is None:
                 self._store = self._tcp_store(port, is_master=False)
             self._members = members
+        assert self._store is not None
         return Offer(
             version,
             self._host,
@@ -156,7 +160,8 @@ class ShardedSender:
 
     def _refusals(self, offer: Offer) -> dict[int, str]:
         """Server number -> why one of its workers refused, from the store of the failed sync that this rank still holds."""
-        found, store = {}, self._left
+        found: dict[int, str] = {}
+        store = self._left
         for rank in range(offer.destination.world):
             if store is not None and store.check([refusal_key(rank)]):
                 found.setdefault(rank // offer.destination.tp, store.get(refusal_key(rank)).decode())
@@ -171,6 +176,7 @@ class ShardedSender:
         return dist.TCPStore(self._host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 
     def _open(self, offer: Offer) -> ShardedTransport:
+        assert self._store is not None  # of the offer
         settings, plan, rank = self._settings, offer.plan(), dist.get_rank()
         self._opening = Board(dist.PrefixStore("board", self._store), rank, plan.processes, settings.timeout_s)
         wire = Wire(self._store, rank, plan.processes, backend=settings.backend, timeout_s=settings.timeout_s)

@@ -124,7 +124,7 @@ class RequestStream:
         self._requests.clear()
         self._dispatch.clear()
         self._failed_before = None
-        replies = []
+        replies: list[tuple[int, Generated]] = []
         while not self._replies.empty():
             reply = self._replies.get()
             if isinstance(reply, tuple):  # an error would recur at the next `submit`
@@ -132,7 +132,7 @@ class RequestStream:
         return replies
 
     def _taken(self, first: _Reply) -> list[tuple[int, Generated]]:
-        replies = []
+        replies: list[tuple[int, Generated]] = []
         reply: _Reply = first
         while True:
             if not isinstance(reply, tuple):
@@ -147,8 +147,7 @@ class RequestStream:
                 return replies
 
     def _add(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
-        if self._failed_before is None:
-            self._failed_before = set(self._fleet.failed)
+        self._known_failed()
         for key, request in requests.items():
             self._requests[key] = request
             if (why := self._suspicions.given_up.get(request.problem_id)) is not None:
@@ -156,6 +155,12 @@ class RequestStream:
             else:
                 self._dispatch.add(key, request.problem_id, first=first)
         self._begin()
+
+    def _known_failed(self) -> set[str]:
+        """See `_failed_before`, which is None no more."""
+        if self._failed_before is None:
+            self._failed_before = set(self._fleet.failed)
+        return self._failed_before
 
     def _withdraw(self, keys: Collection[int]) -> None:
         """Drop these requests of `answer`: nobody waits for them any more."""
@@ -172,7 +177,7 @@ class RequestStream:
         fleet, loop = self._fleet, asyncio.get_running_loop()
         while not self._is_stopping:
             clients = {client.name: client for client in fleet.serving}
-            spare_last = not self._failed_before.issuperset(fleet.failed)
+            spare_last = not self._known_failed().issuperset(fleet.failed)
             routed = fleet.router is not None
             order = self._dispatch.next(list(clients), spare_last=spare_last, routed=routed)
             fleet.apart = self._dispatch.apart
@@ -190,7 +195,7 @@ class RequestStream:
         error: _Error
         try:
             self._fleet.refuse_if_gone()
-            names = ", ".join(name for name in self._fleet.failed if name not in self._failed_before)
+            names = ", ".join(name for name in self._fleet.failed if name not in self._known_failed())
             error = NeedsSyncError(
                 f"what {names} had, and may have died of, is not given to the last server: others are needed"
             )
@@ -204,7 +209,8 @@ class RequestStream:
 
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
         request, failures = self._requests[key], self._failures[key]
-        deaths, outcome = failures.deaths, None
+        deaths = failures.deaths
+        outcome: Generated | RefusedError | None = None
         try:
             outcome = await self._fleet.ask(
                 client,

@@ -40,7 +40,7 @@ class UpdateGroup:
             [],
             c10d.Backend(self.backend),
             dist.PrefixStore(self.name, store),
-            group_name=self.name,
+            group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
             backend_options=None,
             timeout=self._timeout,
         )

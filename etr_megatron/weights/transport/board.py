@@ -126,8 +126,8 @@ class Board:
         """Ranks that reported a reason of their own; else the silent ones whose connection was lost, or that did not come."""
         grace = time.monotonic() + _GRACE_S
         while True:
-            told = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
-            told = {rank: json.loads(text) for rank, text in told.items() if text}
+            texts = {rank: self._read(self._key("failed", rank)) for rank in range(self.world)}
+            told = {rank: json.loads(text) for rank, text in texts.items() if text}
             reasons = [f"rank {rank} failed: {one['reason']}" for rank, one in told.items() if one["reason"]]
             if reasons:
                 return "; ".join(reasons)

@@ -6,6 +6,8 @@ and broadcast. While a bucket is sent, the next one is gathered.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class BroadcastTransport(CollectiveTransport):
         self._dtype, self._checksums = dtype, checksums
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
-        works: list = []
+        works: list[tuple[int, Any]] = []
         for number in range(len(self.groups)):
             flat = self._flat(number)
             self._gather_group(number, sources, flat)
@@ -79,8 +81,8 @@ class BroadcastTransport(CollectiveTransport):
     def _gather_group(self, number: int, sources: Shards, flat: Tensor | None) -> None:
         if self._gather is None:
             return
-        root = self.wire.rank == 0
-        full = self._gather.group(number, sources, self.groups[number] if root else None, flat if root else None)
+        own = (self.groups[number], flat) if self.wire.rank == 0 and flat is not None else None
+        full = self._gather.group(number, sources, own)
         if self._checksums:
             compare(self._gather.exchanges[number], sources, full)
 
@@ -90,7 +92,7 @@ class BroadcastTransport(CollectiveTransport):
         if flat is None:
             return
         found = {name: field.view(flat) for name, field in self.groups[number].shards.items()}
-        own = plan.pairs.get((0, self.destination), ())
+        own = () if self.destination is None else plan.pairs.get((0, self.destination), ())
         for transfer in own:
             for block in (None, plan.fp8_block) if plan.is_fp8(transfer.weight) else (None,):
                 destination_box(transfer, destinations, block).copy_(source_box(transfer, found, block))
@@ -105,7 +107,8 @@ class BroadcastTransport(CollectiveTransport):
             transfers = [transfer for some in plan.pairs.values() for transfer in some]
             sums.copy_(torch.tensor([_bucket_checksum(plan, transfer, found) for transfer in transfers], dtype=torch.int64))
         self.wire.wait(self.wire.broadcast(sums, self._receivers))
-        wanted = dict(zip(counts, sums.split(list(counts.values())), strict=True)).get(self.destination, sums[:0]).tolist()
+        of_rank: dict[int | None, Tensor] = dict(zip(counts, sums.split(list(counts.values())), strict=True))
+        wanted = of_rank.get(self.destination, sums[:0]).tolist()
         refuse_differing(
             self.wire,
             [t for t, one in zip(own, wanted, strict=True) if destination_checksum(plan, t, destinations, self._dtype) != one],

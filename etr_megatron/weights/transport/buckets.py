@@ -71,7 +71,7 @@ def _cut(plan: Plan, transfers: Sequence[Transfer], itemsize: int, limit: int) -
     filling: list[Transfer] = []
     space = limit
     for whole in transfers:
-        step = plan.fp8_block if plan.is_fp8(whole.weight) else 1
+        step = plan.block_of(whole.weight) or 1
         done, total = 0, whole.size[0]
         while done < total:
             row_bytes = plan.bytes(_rows(whole, done, min(step, total - done)), itemsize)
@@ -94,10 +94,10 @@ def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, li
     for parts in _cut(plan, transfers, dtype.itemsize, limit):
         tensors: list[tuple[Transfer, bool, torch.dtype, Index]] = []
         for part in parts:
-            quantised = plan.is_fp8(part.weight)
-            tensors.append((part, False, FP8 if quantised else dtype, part.size))
-            if quantised:
-                tensors.append((part, True, torch.float32, scale_shape(*part.size, plan.fp8_block)))
+            block = plan.block_of(part.weight)
+            tensors.append((part, False, dtype if block is None else FP8, part.size))
+            if block is not None:
+                tensors.append((part, True, torch.float32, scale_shape(part.size, block)))
         buckets.append(_place(sorted(tensors, key=lambda one: -one[2].itemsize)))
     return buckets
 
@@ -123,7 +123,7 @@ def _box(transfer: Transfer, shards: Shards, at: Index, scales_block: int | None
     name = transfer.weight.megatron
     if scales_block is None:
         return box(shards[name], at, transfer.size)
-    return box(shards[name + SCALE_SUFFIX], tuple(i // scales_block for i in at), scale_shape(*transfer.size, scales_block))
+    return box(shards[name + SCALE_SUFFIX], tuple(i // scales_block for i in at), scale_shape(transfer.size, scales_block))
 
 
 def source_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
@@ -175,13 +175,14 @@ def pack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards, dtype: torch.
     for slot in _copied(plan, bucket, flat, shards, sending=True):
         target = slot.view(flat)
         key = slot.transfer.weight.megatron, slot.transfer.source_at
-        if slot.scales:
-            quantised[key], scales = quantize_blocks(source_box(slot.transfer, shards).to(dtype), plan.fp8_block)
-            target.copy_(scales)
-        elif slot.dtype == FP8:
-            target.copy_(quantised.pop(key))
-        else:
+        block = plan.block_of(slot.transfer.weight)
+        if block is None:
             target.copy_(source_box(slot.transfer, shards))
+        elif slot.scales:
+            quantised[key], scales = quantize_blocks(source_box(slot.transfer, shards).to(dtype), block)
+            target.copy_(scales)
+        else:
+            target.copy_(quantised.pop(key))
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
 def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
     """A transfer within a process, with the values that another process would have received; see `pack`."""
     values = source_box(transfer, sources).to(dtype)
-    if plan.is_fp8(transfer.weight):
-        values, scales = quantize_blocks(values, plan.fp8_block)
-        destination_box(transfer, destinations, plan.fp8_block).copy_(scales)
+    if (block := plan.block_of(transfer.weight)) is not None:
+        values, scales = quantize_blocks(values, block)
+        destination_box(transfer, destinations, block).copy_(scales)
     destination_box(transfer, destinations).copy_(values)

@@ -31,10 +31,10 @@ def shards_wanted(placement: Placement, arch: Architecture, rank: int, fp8_block
     found: dict[str, Wanted] = {}
     for weight, shard in shards_of(placement, arch, rank):
         filled = shard.shape[0] if weight.split != "vocab" else sum(piece.size[0] for piece in shard.pieces)
-        quantised = fp8_block is not None and weight.fp8
-        found[weight.megatron] = Wanted(shard.shape, filled, FP8 if quantised else None)
-        if quantised:
-            scales = scale_shape(*shard.shape, fp8_block)
+        block = fp8_block if weight.fp8 else None
+        found[weight.megatron] = Wanted(shard.shape, filled, None if block is None else FP8)
+        if block is not None:
+            scales = scale_shape(shard.shape, block)
             found[weight.megatron + SCALE_SUFFIX] = Wanted(scales, scales[0], torch.float32)
     return found
 
@@ -91,7 +91,8 @@ class CollectiveTransport:
             check_shards("destination", self.destination, self._destination_wanted, destinations)
             board.meet("begin")
             self.versions.begin(version)
-            self._transfer(sources or {}, destinations or {})
+            destinations = destinations or {}
+            self._transfer(sources or {}, destinations)
             for name, wanted in self._destination_wanted.items():
                 if wanted.filled < wanted.shape[0]:
                     destinations[name][wanted.filled :].zero_()

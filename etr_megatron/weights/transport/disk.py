@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -109,6 +110,7 @@ class DiskWriter(CollectiveTransport):
         )
 
     def _transfer(self, sources: Shards, destinations: Shards) -> None:
+        assert self.versions.begun is not None  # by `sync`
         final = version_directory(self.directory, self.versions.begun)
         unfinished = self.directory / f".{final.name}.unfinished"
         try:
@@ -158,14 +160,16 @@ class DiskWriter(CollectiveTransport):
 
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
         """HF name -> CPU tensor of this rank's file of that number; None if it only helps to gather the others' files."""
-        own = self._own[number] if number < len(self._own) else None
-        flat = torch.empty(own.nbytes, dtype=torch.uint8, device=self.wire.device) if own is not None else None
-        full = self._gather.group(number, sources, own, flat)
+        own = None
+        if number < len(self._own):
+            group = self._own[number]
+            own = group, torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
+        full = self._gather.group(number, sources, own)
         if self._checksums:
             compare(self._gather.exchanges[number], sources, full)
-        return {field.name: field.view(flat).cpu() for field in own.tensors} if own is not None else None
+        return {field.name: field.view(own[1]).cpu() for field in own[0].tensors} if own is not None else None
 
-    def _publish(self, own: dict[str, dict], unfinished: Path, final: Path) -> None:
+    def _publish(self, own: Mapping[str, Mapping[str, str | int]], unfinished: Path, final: Path) -> None:
         """Rank 0 merges the lists of what all have written and gives the directory its name."""
         part = unfinished / f".rank{self.wire.rank}.json"
         part.write_text(json.dumps(own))
@@ -261,7 +265,7 @@ class DiskReader:
             raise SyncError(f"the sync of version {version} from {folder} did not complete: {error}") from error
         self.versions.end(version)
 
-    def _wait_for(self, folder: Path, version: int) -> dict:
+    def _wait_for(self, folder: Path, version: int) -> dict[str, Any]:
         """The content of the version's file, once it is there."""
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -275,17 +279,17 @@ class DiskReader:
                 )
             time.sleep(_POLL_S)
 
-    def _refuse_misfit(self, files: SafetensorsDir, said: dict, version: int) -> None:
+    def _refuse_misfit(self, files: SafetensorsDir, said: dict[str, Any], version: int) -> None:
         """Raises ValueError for files of another version, or naming tensors that are missing or of another shape or type."""
         if said.get("version") != version:
             raise ValueError(f"{VERSION_FILE} says that it is version {said.get('version')}")
         shapes, problems = files.shapes(), []
         for weight, _ in self._shards:
-            quantised = self._block is not None and weight.fp8
+            block = self._block if weight.fp8 else None
             for name, shape in zip(weight.hf, weight.shapes, strict=True):
-                wanted = [(name, shape, quantised)]
-                if quantised:
-                    wanted.append((name + SCALE_SUFFIX, scale_shape(*shape, self._block), False))
+                wanted = [(name, shape, block is not None)]
+                if block is not None:
+                    wanted.append((name + SCALE_SUFFIX, scale_shape(shape, block), False))
                 for tensor, form, is_fp8 in wanted:
                     if tensor not in shapes:
                         problems.append(f"{tensor} is missing")
@@ -326,10 +330,10 @@ class DiskReader:
 def _of_scales(piece: Piece, block: int) -> Piece:
     """The piece of the scales for a piece of whole blocks."""
     begin, at = (tuple(i // block for i in corner) for corner in (piece.begin, piece.at))
-    return Piece(piece.hf, begin, at, scale_shape(*piece.size, block))
+    return Piece(piece.hf, begin, at, scale_shape(piece.size, block))
 
 
-def _read_version_file(folder: Path) -> dict:
+def _read_version_file(folder: Path) -> dict[str, Any]:
     """The version file's content; empty if there is none, or if it disappears meanwhile, as old versions do."""
     try:
         return json.loads((folder / VERSION_FILE).read_text())

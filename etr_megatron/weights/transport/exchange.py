@@ -104,6 +104,8 @@ class Exchange:
 
     def _copy_what_is_here(self, sources: Shards, destinations: Shards) -> None:
         """Copy the transfers within this process."""
-        here = (self.source, self.destination)
-        for transfer in self.plan.pairs.get(here, ()) if None not in here and self.plan.is_local(*here) else ():
+        source, destination = self.source, self.destination
+        if source is None or destination is None or not self.plan.is_local(source, destination):
+            return
+        for transfer in self.plan.pairs.get((source, destination), ()):
             copy_local(self.plan, transfer, sources, destinations, self.dtype)

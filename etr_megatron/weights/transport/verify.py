@@ -12,7 +12,7 @@ from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport.buckets import Shards, destination_box, source_box
 from etr_megatron.weights.transport.exchange import Exchange
-from etr_megatron.weights.transport.wire import Wire
+from etr_megatron.weights.transport.wire import Message, Wire
 
 
 def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
@@ -21,24 +21,25 @@ def compare(exchange: Exchange, sources: Shards, destinations: Shards) -> None:
     Raises SyncError naming the first piece that differs. A destination's dtype must hold the sent values exactly.
     """
     plan, wire, start = exchange.plan, exchange.wire, exchange.plan.destination_start
-    sends, expected = [], {}
+    sends: list[Message] = []
+    expected: dict[int, tuple[tuple[Transfer, ...], Tensor]] = {}
     for (source, destination), transfers in plan.pairs.items():
         if source == exchange.source:
             sums = torch.tensor([source_checksum(plan, t, sources, exchange.dtype) for t in transfers])
             if plan.is_local(source, destination):
-                expected[source] = sums
+                expected[source] = transfers, sums
             else:
                 sends.append((sums.to(wire.device), start + destination))
         elif destination == exchange.destination:
-            expected[source] = torch.empty(len(transfers), dtype=torch.int64, device=wire.device)
-    receives = [(sums, source) for source, sums in expected.items() if source != wire.rank]
+            expected[source] = transfers, torch.empty(len(transfers), dtype=torch.int64, device=wire.device)
+    receives = [(sums, source) for source, (_, sums) in expected.items() if source != wire.rank]
     wire.wait(wire.exchange(sends, receives))
     refuse_differing(
         wire,
         [
             transfer
-            for source, sums in expected.items()
-            for transfer, wanted in zip(plan.pairs[source, exchange.destination], sums.tolist(), strict=True)
+            for transfers, sums in expected.values()
+            for transfer, wanted in zip(transfers, sums.tolist(), strict=True)
             if destination_checksum(plan, transfer, destinations, exchange.dtype) != wanted
         ],
     )
@@ -71,6 +72,6 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
 def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
     """Checksum of a piece as its source sends it. dtype: of unquantised values; the others are rounded to it first."""
     values = source_box(transfer, shards).to(dtype)
-    if plan.is_fp8(transfer.weight):
-        return piece_checksum(*quantize_blocks(values, plan.fp8_block))
+    if (block := plan.block_of(transfer.weight)) is not None:
+        return piece_checksum(*quantize_blocks(values, block))
     return piece_checksum(values)

@@ -43,21 +43,22 @@ class Group:
 
     def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None) -> None:
         self.weights, self._block = tuple(weights), fp8_block
-        wanted: list[tuple[Weight, bool, torch.dtype]] = []
+        wanted: list[tuple[Weight, int | None, torch.dtype]] = []
         for weight in weights:
-            quantised = fp8_block is not None and weight.fp8
-            wanted.append((weight, False, FP8 if quantised else dtype))
-            if quantised:
-                wanted.append((weight, True, torch.float32))
+            block = fp8_block if weight.fp8 else None
+            wanted.append((weight, None, dtype if block is None else FP8))
+            if block is not None:
+                wanted.append((weight, block, torch.float32))
         self.shards: dict[str, Field] = {}
         self.tensors: list[Field] = []
         self.nbytes = 0
-        for weight, scales, kind in sorted(wanted, key=lambda one: -one[2].itemsize):
-            self._add(weight, scales, kind)
+        for weight, scales_block, kind in sorted(wanted, key=lambda one: -one[2].itemsize):
+            self._add(weight, scales_block, kind)
 
-    def _add(self, weight: Weight, scales: bool, dtype: torch.dtype) -> None:
-        suffix, start = SCALE_SUFFIX if scales else "", self.nbytes
-        shapes = [scale_shape(*shape, self._block) for shape in weight.shapes] if scales else weight.shapes
+    def _add(self, weight: Weight, scales_block: int | None, dtype: torch.dtype) -> None:
+        """The weight's tensors, or where `scales_block` is given their scales."""
+        suffix, start = "" if scales_block is None else SCALE_SUFFIX, self.nbytes
+        shapes = [shape if scales_block is None else scale_shape(shape, scales_block) for shape in weight.shapes]
         for name, shape in zip(weight.hf, shapes, strict=True):
             self.tensors.append(Field(name + suffix, dtype, shape, self.nbytes))
             self.nbytes += prod(shape) * dtype.itemsize
@@ -70,8 +71,10 @@ class Group:
 
     def quantize(self, full: Shards, flat: Tensor) -> None:
         """Quantise full tensors (by weight, `whole_shard`) into the bucket, one HF tensor at a time."""
+        if self._block is None:
+            return
         fields = {field.name: field for field in self.tensors}
-        for weight in self.weights if self._block is not None else ():
+        for weight in self.weights:
             rows = [shape[0] for shape in weight.shapes]
             for name, part in zip(weight.hf, full[weight.megatron].split(rows), strict=True) if weight.fp8 else ():
                 values, scales = quantize_blocks(part, self._block)
@@ -127,18 +130,21 @@ class Gather:
         ]
         self._dtype = dtype
 
-    def group(self, number: int, sources: Shards, own: Group | None, flat: Tensor | None) -> Shards:
+    def group(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> Shards:
         """Gather; an owner's group is put into `flat` (uint8). Returns the owner's full, unquantised tensors by weight."""
         full: dict[str, Tensor] = {}
-        for weight in own.weights if own is not None else ():
-            field = own.shards[weight.megatron]
-            if own.is_quantised(weight):
+        if own is None:
+            self.exchanges[number].run(sources, full)
+            return full
+        group, flat = own
+        for weight in group.weights:
+            field = group.shards[weight.megatron]
+            if group.is_quantised(weight):
                 full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
             else:
                 full[weight.megatron] = field.view(flat)
         self.exchanges[number].run(sources, full)
-        if own is not None:
-            own.quantize(full, flat)
+        group.quantize(full, flat)
         return full
 
     def forget(self) -> None:

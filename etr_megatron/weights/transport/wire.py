@@ -173,5 +173,5 @@ def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
     if backend == "nccl":
-        return dist.ProcessGroupNCCL(store, rank, world, timeout)
+        return dist.ProcessGroupNCCL(store, rank, world, timeout)  # type: ignore[arg-type]  # the stub lacks this overload
     raise ValueError(f"unknown backend {backend!r}; known are gloo and nccl")
