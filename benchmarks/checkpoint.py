@@ -1,13 +1,13 @@
-"""Checkpoints of the distributed optimizer: seconds and memory of a save and a load, against Megatron's form, on CPU over gloo.
+"""Checkpoints of the distributed optimizer: seconds and memory of a save and a load, against Megatron's formats, on CPU.
 
-    python -m benchmarks.checkpoint            # 57M parameters on 2 ranks; needs a machine with nothing else to do
+    python -m benchmarks.checkpoint            # 57M parameters on 2 ranks; needs an otherwise idle machine
     python -m benchmarks.checkpoint --quick    # a tiny model, whose figures mean nothing
 
-Contestants: `by_rank`, ours; `megatron`, the form of Megatron that other layouts can read (`fully_reshardable`), which gathers
-the state on every data-parallel rank; `megatron_mem_efficient`, the same gathered on the first of them alone. All go through
-the same writer and reader, and the weights are the same in all. In processes of their own for each contestant, round robin:
-one save and one load are timed, both with the peak of resident memory beyond what was there before, of the largest rank, and
-with the bytes that the kernel counts as read; the slowest rank counts. A load puts back what the save wrote, which is compared.
+Contestants: `by_rank`, ours; `megatron`, Megatron's format that other layouts can read (`fully_reshardable`), which gathers
+the state on every data-parallel rank; `megatron_mem_efficient`, the same but gathered on the first rank only. All use the same
+writer and reader, and the weights are stored in the same way. Contestants run round robin, each in fresh processes: one save
+and one load are timed. Each figure is the largest of any rank: seconds, the peak of resident memory beyond what was resident
+before, and the bytes read according to the kernel. After the load, the state is compared with what was saved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "voc
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, 1 round")
     parser.add_argument("--rounds", type=int, help="saves and loads of each contestant (default 5, quick 1)")
@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run_ranks(contestant: str, model: Path, ranks: int) -> dict[str, float]:
-    """A save and a load by fresh ranks: the largest figures of any. Raises RuntimeError when one fails."""
+    """Save and load in fresh ranks; the largest figure of any rank. Raises RuntimeError if a rank fails."""
     with tempfile.TemporaryDirectory(prefix="checkpoint", dir=model.parent) as folder:
         job = {"contestant": contestant, "model": str(model), "folder": folder}
         found = fresh_ranks.run_ranks("benchmarks.checkpoint_rank", job, ranks, contestant)
@@ -58,7 +58,7 @@ def run_ranks(contestant: str, model: Path, ranks: int) -> dict[str, float]:
 
 
 def write_model(path: Path, sizes: dict[str, int]) -> int:
-    """A random Qwen3 in HuggingFace format; returns its parameters."""
+    """Write a random Qwen3 in HuggingFace format; returns its number of parameters."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -70,14 +70,14 @@ def write_model(path: Path, sizes: dict[str, int]) -> int:
 
 
 def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of every contestant's figures."""
+    """Median of each figure, by contestant."""
     return {
         name: {key: statistics.median(one[key] for one in found) for key in found[0]} for name, found in rounds.items() if found
     }
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Medians as text, and ours over the others."""
+    """Medians as text, and the ratios of ours to the others."""
     lines = [f"{'':<24}{'save s':>10}{'MiB':>10}{'load s':>10}{'MiB':>10}{'read MiB':>10}"]
     columns = ("save_s", "save_peak_bytes", "load_s", "load_peak_bytes", "load_read_bytes")
     for name, one in found.items():
@@ -90,7 +90,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code: 0, or 2 for a wrong option."""
+    """Measure, print, write; returns the exit code: 0, or 2 if an option is wrong."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -1,7 +1,6 @@
 """One rank of the checkpoint benchmark: `python -m benchmarks.checkpoint_rank JOB`, started by `benchmarks.checkpoint`.
 
-JOB is JSON: contestant, model, folder (for the checkpoint), rank, world, store (file of the rendezvous) and result
-(file to write).
+JOB is JSON: contestant, model, folder (for the checkpoint), rank, world, store (rendezvous file) and result (file to write).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from etr_megatron.weights import read_architecture  # noqa: E402
 
 
 def choose(contestant: str) -> None:
-    """Make checkpoints in this process the contestant's."""
+    """Make checkpoint.save and load in this process use the contestant's format."""
     if contestant != "by_rank":
         implementation.store_by_rank = lambda optimizer: None
     if contestant == "megatron_mem_efficient":
@@ -40,7 +39,7 @@ def choose(contestant: str) -> None:
 
 
 def states(policy: Policy) -> list[Tensor]:
-    """Adam's moments and fp32 weights of this rank, the tensors themselves."""
+    """Adam's moments and fp32 weights of this rank, not copied."""
     optimizers = [one.optimizer for one in optimizers_of(policy.optimizer)]
     return [
         tensor
@@ -51,19 +50,19 @@ def states(policy: Policy) -> list[Tensor]:
 
 
 def fill(policy: Policy, seed: int) -> None:
-    """Other values in all states, weights and moments."""
+    """Fill all states, weights and moments, with new values."""
     generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
     for tensor in states(policy):
         tensor.uniform_(generator=generator)
 
 
 def read_bytes() -> int:
-    """Bytes that this process has asked the kernel for."""
+    """Bytes that this process has requested from the kernel."""
     return int(re.search(r"^rchar: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, int]:
-    """(seconds, bytes of resident memory beyond what was there before)."""
+    """(seconds, bytes of peak resident memory beyond what was resident before)."""
     dist.barrier()
     start = time.perf_counter()
     peak = peak_beyond(run)
@@ -71,7 +70,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, int]:
 
 
 def run_job(job: dict[str, Any]) -> dict[str, float]:
-    """What goes into the result file."""
+    """Run the job; returns the content of the result file."""
     layout = ["parallel.tp=1", "train.distributed_optimizer=true"]
     config = resolve(load_config(None, [f"model.path={job['model']}", *layout]), job["world"], cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))

@@ -1,15 +1,16 @@
-"""Time and memory of tools/convert_hf.py on a checkpoint that is several times larger than its memory bound.
+"""Time and memory of tools/convert_hf.py on a checkpoint several times larger than its memory bound.
 
     python -m benchmarks.convert                 writes results/convert.json
     python -m benchmarks.convert --layers 4 --rounds 1 --output quick.json
 
-A random bf16 Qwen3 is written to --work (a disk with room for four of it). For each way there and back, by one process or two,
-with the values as they are, cast to fp32 or quantised to FP8, rounds of three contestants in new processes, one after the
-other: `cp -r` of the directory that is converted (twice where twice as much is written), the same followed by an fsync of every
-file, and the conversion, which ends with an fsync as well. Times are whole processes, interpreter and imports included. What a
-contestant wrote is removed before the next, and the first round does not count: so all of them find the input in memory and
-write to memory that was in use before. The checkpoint should fit into memory twice. Memory is the peak resident set of the
-largest process as the kernel reports it, against 2 x the largest tensor + 1 GB.
+A random bf16 Qwen3 is written to --work, which needs disk space for four copies of it. Conversions are measured in both
+directions, by one process or two, with values kept, cast to fp32 or quantised to FP8. Each round runs three contestants one
+after the other in new processes: `cp -r` of the input directory (twice if the output is twice as large), the same followed by
+an fsync of every file, and the conversion, which also ends with an fsync. Times are of whole processes, including interpreter
+start and imports. The output of a contestant is removed before the next one runs, and the first round does not count. So every
+contestant finds the input in the page cache and writes to memory that has been used before. The checkpoint should fit into
+memory twice. Memory is the peak resident set of the largest process as the kernel reports it, against 2 x the largest
+tensor + 1 GB.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TOOL = str(ROOT / "tools" / "convert_hf.py")
 
 @dataclass(frozen=True)
 class Way:
-    """A conversion of the directory `source`: hf, megatron or fp8. copies: of it, that make as many bytes as are written."""
+    """A conversion of the directory `source`: hf, megatron or fp8. copies: of `source`, to write as many bytes as it does."""
 
     source: str
     options: tuple[str, ...] = ()
@@ -46,7 +47,7 @@ class Way:
     copies: int = 1
 
     def command(self, folder: Path, out: Path) -> list[str]:
-        """Of the directory `folder / source`."""
+        """Command that converts `folder / source`."""
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)] if self.processes > 1 else []
         way = ["to-hf", "--megatron"] if self.source == "megatron" else ["to-megatron", "--hf"]
         return [sys.executable, *launcher, TOOL, *way, str(folder / self.source), *self.options, "--out", str(out)]
@@ -79,7 +80,7 @@ CONFIG = {
 
 
 def generate(folder: Path, layers: int) -> None:
-    """A checkpoint of random weights, in files of 1 GB."""
+    """Write a checkpoint of random weights, in files of 1 GB."""
     import torch
 
     from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
@@ -108,7 +109,7 @@ def largest_tensor(folder: Path) -> tuple[int, int]:
 
 
 def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, Cost]]:
-    """Rounds of the two copies of what is converted and of the conversion; the first, which does not count, is left out."""
+    """Rounds of both copies and the conversion, without the first, which does not count."""
     way, out = WAYS[name], folder / "out"
     copy = 'mkdir "$2" && for ((i = 0; i < $3; i++)); do cp -r "$1" "$2/$i" || exit 1; done'
     arguments = ["bash", str(folder / way.source), str(out), str(way.copies)]
@@ -121,7 +122,7 @@ def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, Cost]]:
     for number in range(rounds + 1):
         one = {}
         for contestant, command in contestants.items():
-            os.sync()  # what was written before is no part of it
+            os.sync()  # do not time earlier writes
             one[contestant] = cost_of(command)
             shutil.rmtree(out)
         found.append(one)
@@ -130,7 +131,7 @@ def rounds_of(name: str, folder: Path, rounds: int) -> list[dict[str, Cost]]:
 
 
 def check_round_trip(folder: Path) -> None:
-    """End the benchmark where there and back is not bit for bit the same."""
+    """Exit if the round trip does not reproduce the checkpoint bit for bit."""
     back = folder / "back"
     command = [*WAYS["to_hf"].command(folder, back), "--max-shard-gb", "1"]
     subprocess.run(command, check=True)
@@ -141,7 +142,7 @@ def check_round_trip(folder: Path) -> None:
 
 
 def summary(rounds: list[dict[str, Cost]], bound: int) -> dict[str, Any]:
-    """Medians, of the ratios to the two copies in the same round too, and memory against the bound."""
+    """Medians, also of the ratios to both copies within a round, and memory against the bound."""
     seconds = {name: [one[name].seconds for one in rounds] for name in rounds[0]}
     peak = max(one["convert"].peak_resident_bytes for one in rounds)
     ratios = {
@@ -160,7 +161,7 @@ def summary(rounds: list[dict[str, Cost]], bound: int) -> dict[str, Any]:
 
 
 def measure_all(folder: Path, rounds: int, ways: Sequence[str]) -> dict[str, Any]:
-    """The result's entry of every way, from the checkpoint `folder / hf`."""
+    """The result's entries by conversion, from the checkpoint `folder / hf`."""
     largest, total = largest_tensor(folder / "hf")
     bound = 2 * largest + 10**9
     subprocess.run(WAYS["to_megatron"].command(folder, folder / "megatron"), check=True)
@@ -171,7 +172,7 @@ def measure_all(folder: Path, rounds: int, ways: Sequence[str]) -> dict[str, Any
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. Raises UserError."""
+    """Parse the command line. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=64, help="64 are 7.9 GB")
     parser.add_argument("--rounds", type=int, default=5)
@@ -189,7 +190,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code, 2 for a wrong option."""
+    """Measure, print, write; returns the exit code, 2 if an option is wrong."""
     try:
         asked = parse(sys.argv[1:] if argv is None else argv)
         if asked.generate:

@@ -3,8 +3,8 @@
     python -m benchmarks.etr_vs_grpo             # 5 presets x 7 seeds x 60 steps: about an hour on two cores
     python -m benchmarks.etr_vs_grpo --quick     # 3 presets x 2 seeds x 20 steps: minutes
 
-To be run from the top of the checkout. Started again, the same command goes on where it was stopped: finished runs are
-kept, the others resume from their last checkpoint. What is written and what it means: benchmarks/README.md.
+Run it from the root of the checkout. If it is stopped, the same command continues: finished runs are kept, the others resume
+from their last checkpoint. Output files and their meaning: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from etr_megatron.errors import UserError
 
 BASELINE = "grpo"
 OVERRIDES = (
-    # Half as much again as the config's: where hardly any token is clipped, nothing is compared.
+    # 1.5x the config's: if hardly any token is clipped, there is nothing to compare.
     "train.lr=3.0e-4",
-    # Sampled, as in training, for a curve that goes on rising. 512 problems: a standard error of at most 2.2%.
+    # Sampled, as in training, so that the curve keeps rising. 512 problems: a standard error of at most 2.2%.
     "eval.every=5",
     "eval.temperature=1.0",
     "eval.problems=512",
@@ -54,7 +54,7 @@ RESERVED = ("run.name", "run.dir", "run.seed", "run.steps", "objective.preset")
 
 @dataclass(frozen=True)
 class Size:
-    """What is run when nothing else is asked for."""
+    """Defaults of the options."""
 
     presets: str
     seeds: int
@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, checked."""
+    """The validated command line."""
 
     presets: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -86,12 +86,12 @@ class Options:
 
     @property
     def runs(self) -> list[Run]:
-        """Seed by seed, so that what is there at any moment can be compared."""
+        """Ordered by seed, so that the runs finished at any moment can be compared."""
         return [Run(preset, seed) for seed in self.seeds for preset in self.presets]
 
 
 def parse(argv: list[str]) -> Options:
-    """Raises `UserError`, one sentence, for arguments that make no sense."""
+    """Parse the command line. Raises `UserError`, one sentence, for invalid arguments."""
     parser = _Parser(prog="python -m benchmarks.etr_vs_grpo", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK.presets} x {QUICK.seeds} seeds x {QUICK.steps} steps")
     parser.add_argument("--presets", help=f"comma-separated, {BASELINE} among them (default {FULL.presets})")
@@ -150,7 +150,7 @@ def _overrides(given: list[str]) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 when a run failed or is missing; 2 for a user's mistake; 128 + n after signal n."""
+    """Returns 0; 1 if a run failed or is missing; 2 for a user's mistake; 128 + n after signal n."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         require_matplotlib()
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: Options) -> None:
-    """Make the shared warm start, then start what is missing; says how each run ended, and why where it failed."""
-    from etr_megatron.data import build_tiny_policy  # with torch: after the arguments, which a wrong one should not wait for
+    """Make the shared warm start, then start missing runs; prints how each run ended, and why if it failed."""
+    from etr_megatron.data import build_tiny_policy  # imports torch: only after the arguments are checked
 
     experiment = Experiment(options.runs_dir, options.steps, OVERRIDES + options.overrides)
     for preset in options.presets:
@@ -181,7 +181,7 @@ def _run(options: Options) -> None:
             f"{len(options.runs)} runs, {len(options.runs) - len(todo)} of them finished before; they are in {options.runs_dir}"
         )
         if todo and config.model.path == "tiny":
-            tiny = replace(config.tiny, cache_dir=str(REPO / config.tiny.cache_dir))  # where the runs will look for it
+            tiny = replace(config.tiny, cache_dir=str(REPO / config.tiny.cache_dir))  # where the runs look for it
             build_tiny_policy(tiny, config.arithmetic, progress=sys.stderr.isatty())
         failures = run_all(experiment, todo, options.jobs, _say)
     for failure in failures:
@@ -189,7 +189,7 @@ def _run(options: Options) -> None:
 
 
 def _report(options: Options) -> bool:
-    """Analyse what is in the directory of the runs, write and print the report; whether every run is there."""
+    """Analyse the runs in the directory, write and print the report; returns whether all runs are there."""
     record = read_record(options.runs_dir)
     if record is None:
         raise UserError(f"--runs-dir {options.runs_dir} holds no experiment: run one first, without --report-only")

@@ -1,7 +1,7 @@
-"""What runs of an experiment show: figures per run, means with confidence intervals, paired differences by seed.
+"""Analysis of an experiment: figures per run, means with confidence intervals, paired differences by seed.
 
-Confidence intervals are 95% intervals of Student's t distribution over seeds: mean +- t(0.975, n - 1) s / sqrt(n), s the sample
-standard deviation.
+Confidence intervals are 95% intervals of Student's t distribution over seeds: mean +- t(0.975, n - 1) s / sqrt(n), where s is
+the sample standard deviation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOID_BELOW = 0.01
 """A run that clipped a smaller share of its tokens says nothing about clip ranges."""
 
 CONTROLS = tuple(("etr", control) for control in ("etr_matched", "etr_shuffled", "etr_inverted_macro"))
-"""(preset, second baseline): a claim about elastic ranges has to beat these as well as a fixed one."""
+"""(preset, second baseline): a claim about elastic ranges must hold against these as well as against a fixed range."""
 
 FIGURES: dict[str, str] = {
     "final_accuracy": "held-out accuracy at the end",
@@ -53,7 +53,7 @@ State = Literal["ok", "void", "missing", "not finite"]
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of `n` values and its 95% confidence interval; `mean` is None without a value, `half` with fewer than two."""
+    """Mean of `n` values and its 95% confidence interval; `mean` is None without values, `half` with fewer than two."""
 
     n: int
     mean: float | None = None
@@ -61,12 +61,12 @@ class Interval:
 
     @property
     def low(self) -> float | None:
-        """Lower end."""
+        """Lower bound."""
         return None if self.mean is None or self.half is None else self.mean - self.half
 
     @property
     def high(self) -> float | None:
-        """Upper end."""
+        """Upper bound."""
         return None if self.mean is None or self.half is None else self.mean + self.half
 
     @property
@@ -81,7 +81,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: whether it counts, why not, and its figures (none when it is missing or not finite)."""
+    """One run: whether it counts, why not, and its figures (none if it is missing or not finite)."""
 
     run: Run
     state: State
@@ -91,7 +91,7 @@ class RunResult:
 
 
 def t_quantile(df: int) -> float:
-    """0.975 quantile of Student's t; above 30 degrees of freedom that of 30, which is larger by at most 0.083.
+    """0.975 quantile of Student's t. Above 30 degrees of freedom, the value for 30, which is too large by at most 0.083.
 
     Raises ValueError for df < 1.
     """
@@ -111,8 +111,8 @@ def interval(values: Sequence[float]) -> Interval:
 def analyse_run(run: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> RunResult:
     """Figures of a run from its rows of metrics.jsonl.
 
-    "missing" without the row of step `steps`, "not finite" with a null in a column that is used, "void" when under
-    `VOID_BELOW` of the tokens were clipped, in the mean over steps, by a loss that has a clip range.
+    Status: "missing" without the row of step `steps`; "not finite" with a null in a column that is used; "void" if the loss has
+    a clip range and clipped less than `VOID_BELOW` of the tokens, in the mean over steps.
     """
     done = rows[-1]["step"] if rows else 0
     if done < steps:
@@ -129,7 +129,7 @@ def analyse_run(run: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> RunR
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last tenth of the steps (at least one) stands for "at the end" where every step is a noisy sample of the policy."""
+    """Figures "at the end" average the last tenth of the steps (at least one), as each step is a noisy sample of the policy."""
     last = rows[-max(1, len(rows) // 10) :]
     evaluations = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
 
@@ -148,7 +148,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]:
-    """Step -> value of a column; the evaluation before the first update is that of step 0."""
+    """Step -> value of a column; the evaluation before the first update is at step 0."""
     points: dict[int, float] = {}
     for row in rows:
         if column == "eval_accuracy" and "eval_accuracy_start" in row:
@@ -165,12 +165,12 @@ def mean_curve(results: Sequence[RunResult], preset: str, column: str) -> dict[i
 
 
 def counted(results: Sequence[RunResult], preset: str) -> list[RunResult]:
-    """The runs of a preset that take part in comparisons."""
+    """The preset's runs that take part in comparisons."""
     return [one for one in results if one.run.preset == preset and one.state == "ok"]
 
 
 def paired_seeds(results: Sequence[RunResult], preset: str, baseline: str) -> list[int]:
-    """Seeds under which both presets have a run that counts: same data order, same random numbers of the sampling."""
+    """Seeds for which both presets have a run that counts: same data order, same sampling seeds."""
     ours = {one.run.seed for one in counted(results, preset)}
     return sorted(ours & {one.run.seed for one in counted(results, baseline)})
 
@@ -187,9 +187,9 @@ def paired_difference(results: Sequence[RunResult], preset: str, baseline: str, 
 
 
 def analyse(results: Sequence[RunResult], baseline: str, controls: Sequence[tuple[str, str]] = CONTROLS) -> dict[str, Any]:
-    """Everything that the tables and the JSON say, as plain data: `presets`, `differences` to the baseline, `controls`, `runs`.
+    """Everything in the tables and the JSON, as plain data: `presets`, `differences` to the baseline, `controls`, `runs`.
 
-    controls: (preset, second baseline) pairs; those of which both were run become the list `controls`.
+    controls: (preset, second baseline) pairs; pairs of which both were run appear in the list `controls`.
     """
     presets = list(dict.fromkeys(one.run.preset for one in results))
     return {
@@ -205,7 +205,7 @@ def analyse(results: Sequence[RunResult], baseline: str, controls: Sequence[tupl
 
 
 def analyse_again(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A written result with everything but its runs analysed anew, from the figures that it holds of each run."""
+    """Recompute everything in a written result from the figures of each run that it holds."""
     results = [
         RunResult(Run(one["preset"], one["seed"]), one["state"], one["reason"], one["figures"]) for one in result["runs"]
     ]

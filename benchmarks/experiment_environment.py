@@ -1,4 +1,4 @@
-"""With what, on what and when an experiment was run."""
+"""Versions, hardware and date of an experiment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def environment(repo: Path) -> dict[str, Any]:
-    """Versions, CPU model, cores, date and commit (None without git; `+` after it where files differ from the commit)."""
+    """Versions, CPU model, cores, date and commit (None without git; ends with `+` if files differ from the commit)."""
     return {
         "torch": version("torch"),
         "megatron_core": version("megatron-core"),
@@ -26,7 +26,7 @@ def environment(repo: Path) -> dict[str, Any]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the kernel gives it, else the architecture."""
+    """The processor's name as the kernel reports it, else the architecture."""
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
@@ -40,7 +40,7 @@ def _commit(repo: Path) -> str | None:
     try:
         head = _git(repo, "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git(repo, "status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a repository without a commit
+    except (OSError, subprocess.CalledProcessError):  # no git, or a repository without commits
         return None
 
 

@@ -1,7 +1,7 @@
-"""An experiment's result as JSON, as tables in markdown, and as a picture of its curves.
+"""An experiment's result as JSON, as markdown tables, and as a plot of its curves.
 
-`python -m benchmarks.experiment_report benchmarks/results/etr_vs_grpo.json` writes the tables anew from the figures of each
-run that the file holds.
+`python -m benchmarks.experiment_report benchmarks/results/etr_vs_grpo.json` rewrites the tables from the figures of each run in
+the file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _HEADLINES = ("final_accuracy", "accuracy_area")
 
 
 def require_matplotlib() -> None:
-    """Raise `UserError` when the picture could not be drawn: to be known before an hour of runs, not after."""
+    """Raise `UserError` if matplotlib is missing: before an hour of runs, not after."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the picture needs matplotlib, which is not installed; `pip install -e '.[test]'` brings it")
 
 
 def write_report(out: Path, result: Mapping[str, Any], results: Sequence[RunResult]) -> str:
-    """Write `out` (JSON) and, beside it, .md and .png; returns the markdown. Raises `UserError` where it cannot be written."""
+    """Write `out` (JSON) and, beside it, .md and .png; returns the markdown. Raises `UserError` if they cannot be written."""
     text = markdown(result)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_report(out: Path, result: Mapping[str, Any], results: Sequence[RunResu
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables and, in words, which runs do not count and what the intervals say."""
+    """The tables, and sentences on which runs do not count and what the intervals show."""
     baseline, settings = result["baseline"], result["settings"]
     seeds, updates = result["seeds"], settings["train.epochs"] * settings["train.minibatches"]
     parts = [
@@ -65,7 +65,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _controls(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The section on second baselines; nothing where none was run."""
+    """The section on second baselines; empty if none was run."""
     if not pairs:
         return []
     rows = [_difference_row(f"{one['preset']} - {one['baseline']}", one) for one in pairs]
@@ -117,7 +117,7 @@ def _verdicts(result: Mapping[str, Any]) -> list[str]:
 
 
 def _left_out(result: Mapping[str, Any]) -> list[str]:
-    """Every run that does not count, by name."""
+    """All runs that do not count, by name."""
     meaning = {
         "void": f"void (under {VOID_BELOW:.0%} of its tokens clipped, so its clip range was not at work)",
         "missing": "missing",
@@ -139,7 +139,7 @@ def _environment(one: Mapping[str, Any]) -> str:
 
 
 def plot(results: Sequence[RunResult], presets: Sequence[str], path: Path) -> None:
-    """One panel per curve: mean over the runs that count as a line, its 95% confidence interval as a band."""
+    """One panel per curve: a line for the mean over the runs that count, a band for its 95% confidence interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,7 +160,7 @@ def plot(results: Sequence[RunResult], presets: Sequence[str], path: Path) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the .md beside a result from that file alone; the picture needs the runs themselves. 2 for a user's mistake."""
+    """Rewrite a result's .md from its JSON file; the plot needs the runs themselves. Returns 2 for a user's mistake."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         if len(given) != 1:

@@ -1,4 +1,4 @@
-"""The runs of an experiment: which there are, starting what is missing two at a time, and what became of each."""
+"""The runs of an experiment: lists them, starts missing ones in parallel, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = Path("configs") / "cpu_tiny.yaml"
 _POLL_S = 0.2
 _STOP_S = 10.0
 _LAST_LINES = 15
-# The launcher's ranks end with it; this makes the launcher end with this process, `kill -9` included.
+# Ranks end with their launcher; this ends the launcher with this process, even after `kill -9`.
 _LAUNCH = """
 import sys
 from etr_megatron.platform.lifetime import die_with_parent
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not reach its last step, and the end of what it printed."""
+    """A run that did not reach its last step, and the end of its output."""
 
     run: Run
     exit_code: int
@@ -60,11 +60,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that differ in `objective.preset` and `run.seed` alone, in one directory.
+    """Runs that differ only in `objective.preset` and `run.seed`, in one directory.
 
-    <runs_dir>/experiment.json      the settings that all runs share, and where and with what they were made
-    <runs_dir>/<preset>-seed<n>/    a run directory of the product
-    <runs_dir>/<preset>-seed<n>.log what the run printed the last time it was started
+    <runs_dir>/experiment.json      the settings that all runs share, and the environments that they ran in
+    <runs_dir>/<preset>-seed<n>/    a run directory of etr_megatron
+    <runs_dir>/<preset>-seed<n>.log output of the run's latest start
     """
 
     runs_dir: Path
@@ -72,31 +72,31 @@ class Experiment:
     overrides: tuple[str, ...] = ()
 
     def arguments(self, run: Run) -> list[str]:
-        """The run's overrides of the config."""
+        """The run's config overrides."""
         fixed = [f"run.name={run.name}", f"run.dir={self.runs_dir}", f"run.seed={run.seed}", f"run.steps={self.steps}"]
         return [*self.overrides, *fixed, f"objective.preset={run.preset}"]
 
     def config(self, run: Run) -> Config:
-        """The run's config as loaded; raises `UserError` with everything that is wrong with it on one process."""
+        """The run's config as loaded; raises `UserError` with everything that is wrong with it for one process."""
         config = load_config(REPO / CONFIG, self.arguments(run))
         resolve(config, 1, cuda=False)
         return config
 
     def rows(self, run: Run) -> list[MetricsRow]:
-        """The metrics of the run so far, oldest first."""
+        """The run's metrics so far, oldest first."""
         return MetricsLog(self.runs_dir / run.name / "metrics.jsonl").rows()
 
     def is_finished(self, run: Run) -> bool:
-        """Whether the row of the last step is there."""
+        """Whether the last step has its row."""
         rows = self.rows(run)
         return bool(rows) and rows[-1]["step"] >= self.steps
 
     def log(self, run: Run) -> Path:
-        """Where the run's output goes."""
+        """File of the run's output."""
         return self.runs_dir / f"{run.name}.log"
 
     def start(self, run: Run) -> subprocess.Popen[bytes]:
-        """Start the run from its newest checkpoint or from the beginning; one process, one thread."""
+        """Start the run from its newest checkpoint, or from the beginning, in one process with one thread."""
         command = [sys.executable, "-c", _LAUNCH, str(os.getpid()), "--nproc", "1", str(CONFIG), *self.arguments(run)]
         with self.log(run).open("wb") as log:
             return subprocess.Popen(
@@ -106,14 +106,14 @@ class Experiment:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for this process, which then ends its runs in order
+                start_new_session=True,  # Ctrl-C goes to this process only, which then stops its runs in order
             )
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
-    """`section.key` -> value of what all runs of an experiment have in common and what shapes their numbers.
+    """`section.key` -> value of the settings that all runs share and that affect their results.
 
-    config: of any of them, as loaded: a preset's own values stay null and `auto` stays `auto`.
+    config: of any run, as loaded: values that the preset decides stay null, and `auto` stays `auto`.
     """
     own = {"run.name", "run.dir", "run.seed", "run.phase_timeout_s", "objective.preset", "tiny.cache_dir", "reward.workers"}
     return {
@@ -126,7 +126,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
 
 
 def read_record(runs_dir: Path) -> dict[str, Any] | None:
-    """experiment.json of `runs_dir`: `settings` and `environments`; None where no experiment was begun."""
+    """experiment.json of `runs_dir`: `settings` and `environments`; None if there is no experiment yet."""
     file = runs_dir / "experiment.json"
     if not file.exists():
         return None
@@ -138,9 +138,9 @@ def read_record(runs_dir: Path) -> dict[str, Any] | None:
 
 
 def keep_record(runs_dir: Path, settings: dict[str, Any], environment: dict[str, Any]) -> None:
-    """Write or complete experiment.json; a start on another machine or version is added to `environments`.
+    """Write or extend experiment.json; a start on another machine or version is added to `environments`.
 
-    Raises `UserError` when the directory holds runs under other settings: their numbers do not belong together.
+    Raises `UserError` if the directory holds runs under other settings, whose results are not comparable.
     """
     record = read_record(runs_dir) or {"settings": settings, "environments": []}
     before = record["settings"]
@@ -162,7 +162,7 @@ def keep_record(runs_dir: Path, settings: dict[str, Any], environment: dict[str,
 
 @contextmanager
 def only_user(runs_dir: Path) -> Iterator[None]:
-    """Hold the directory: a second experiment in it would start the same runs again. Raises `UserError` if it is held."""
+    """Lock the directory: a second experiment in it would start the same runs again. Raises `UserError` if it is locked."""
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         lock = (runs_dir / ".lock").open("a")
@@ -177,9 +177,9 @@ def only_user(runs_dir: Path) -> Iterator[None]:
 
 
 def run_all(experiment: Experiment, todo: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[Failure]:
-    """Run `todo`, `jobs` at a time and in this order; those that failed.
+    """Run `todo`, `jobs` at a time and in this order; returns those that failed.
 
-    However this ends, no run is left behind. To be called in the main thread: SIGTERM ends it as Ctrl-C does.
+    No run outlives this call, however it ends. Call it in the main thread: it handles SIGTERM like Ctrl-C.
     """
     waiting, running = deque(todo), dict[Run, tuple[subprocess.Popen[bytes], float]]()
     failures: list[Failure] = []
@@ -221,7 +221,7 @@ def _failure(experiment: Experiment, run: Run, exit_code: int) -> Failure | None
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the launchers, first by SIGTERM, which they pass on to their ranks; these end with them in any case."""
+    """Stop the launchers, first by SIGTERM, which they pass on to their ranks; ranks end with their launcher in any case."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + _STOP_S

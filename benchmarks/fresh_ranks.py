@@ -1,4 +1,4 @@
-"""Ranks of a benchmark, as processes of their own."""
+"""Runs the ranks of a benchmark in fresh processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_ranks(module: str, job: dict[str, Any], ranks: int, what: str) -> list[dict[str, Any]]:
-    """Results of `python -m MODULE JOB` in fresh processes with one thread each, in order of rank.
+    """Results of `python -m MODULE JOB` in fresh processes with one thread each, ordered by rank.
 
-    A rank's JOB is `job` as JSON with rank, world, store (file of their rendezvous) and
-    result, the JSON file to write. Raises
-    RuntimeError that names `what` was run when one fails, after ending the others.
+    A rank's JOB is `job` as JSON plus rank, world, store (rendezvous file) and result (JSON file to write). If a rank fails,
+    ends the others and raises RuntimeError, which names `what` was run.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:

@@ -1,14 +1,14 @@
-"""What a GPU makes of the head, of the policy in bf16 and FP8, and of a whole ETR step.
+"""Performance on a GPU: the head, the policy in bf16 and FP8, and a whole ETR step.
 
     python -m benchmarks.gpu                           # all parts on one GPU with 80 GB
     python -m benchmarks.gpu --part head               # head, policy or step; repeatable
     python -m benchmarks.gpu --quick                   # tiny sizes, whose times mean nothing
     python -m benchmarks.gpu --quick --device cpu      # the same code without a GPU: float32, no FP8, no Triton
 
-Parts: `head` (gpu_head.py), `policy` (gpu_policy.py), `step` (gpu_step.py); what each compares stands at the top of its file.
-Times are CUDA events after warm-up, medians over rounds, and ratios are to a baseline in the same run. The result file has the
-device, versions, date, every time, and which targets were met or missed. It is written after each part; a part that fails is
-named in it, the others go on, and the exit code is 1.
+Parts: `head` (gpu_head.py), `policy` (gpu_policy.py), `step` (gpu_step.py); the top of each file says what it compares. Times
+are measured with CUDA events after warm-up, as medians over rounds; ratios are to a baseline of the same run. The result file
+has the device, versions, date, all times, and which targets were met or missed. It is written after each part. If a part fails,
+the file names it, the others still run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=list(PARTS), action="append", help="repeatable (default all)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds: does it work here?")
@@ -84,13 +84,13 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 
 
 def has_failed(found: dict[str, Any]) -> bool:
-    """Whether a part, or one of its recipes, failed."""
+    """Whether a part, or a recipe in it, failed."""
     return "failed" in found or any("failed" in one for one in found.get("recipes", {}).values())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 1 for a part that failed, 2 for a wrong
-    option."""
+    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 1 if a part failed, 2 if an option is
+    wrong."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         prepare_output(options.output)

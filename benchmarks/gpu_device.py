@@ -1,4 +1,4 @@
-"""The device of the GPU benchmarks: its clock, its memory, its peak, and which FP8 recipes it has."""
+"""The device of the GPU benchmarks: timing, memory, peak FLOPS, and which FP8 recipes it supports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Name, memory and capability of the device, and the versions of what computes on it; None is not installed."""
+    """Name, memory and capability of the device, and versions of the libraries in use; None if not installed."""
     found: dict[str, Any] = {"type": device.type}
     for name in ("triton", "transformer-engine", "flash-attn", "sglang"):
         try:
@@ -37,7 +37,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def recipes_left_out(device: torch.device) -> dict[str, str]:
-    """FP8 recipes that cannot run on the device, and why, in Transformer Engine's words where they are its."""
+    """FP8 recipes that cannot run on the device, and why; in Transformer Engine's words if it gives the reason."""
     if device.type != "cuda":
         return dict.fromkeys(RECIPES, "FP8 needs a GPU")
     try:
@@ -54,7 +54,7 @@ def recipes_left_out(device: torch.device) -> dict[str, str]:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call on the device, between two CUDA events; on CPU by the clock."""
+    """Time of one call on the device, between two CUDA events; on CPU, wall-clock time."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -71,7 +71,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 def time_round_robin(
     runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call by name. All take turns, each round beginning with another, after `warm_up` calls of each."""
+    """Seconds of each call by name. Calls alternate, each round starts with another one, after `warm_up` calls of each."""
     for run in runs.values():
         for _ in range(warm_up):
             run()
@@ -85,14 +85,14 @@ def time_round_robin(
 
 
 def release_memory() -> None:
-    """Give what torch's allocator keeps for later back to the device, for other processes."""
+    """Return memory that torch's allocator caches to the device, for other processes."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that torch's allocator held during a call beyond what it held before; None on CPU, where it has no count."""
+    """Peak bytes of torch's allocator during a call beyond what it held before; None on CPU, where it keeps no count."""
     if device.type != "cuda":
         run()
         return None

@@ -1,9 +1,8 @@
-"""Part `head` of the GPU benchmark: the single-pass head with its row passes in torch and in Triton, against bare products.
+"""Part `head` of the GPU benchmark: the single-pass head with row passes in torch and in Triton, against bare matrix products.
 
-Contestants: `torch` and `triton`, forward and backward of the whole head; `products`, the head's own three matrix products and
-nothing else, chunk by chunk as the head makes them, with fp32 results; `products_at_once`, over all rows, with results in the
-operands' type. Before anything is timed, `torch` and `triton` are compared with log_softmax by autograd, of the same
-operands in fp32.
+Contestants: `torch` and `triton`, forward and backward of the whole head; `products`, only the head's three matrix products,
+chunk by chunk as in the head, with fp32 results; `products_at_once`, over all rows, with results in the operands' dtype.
+Before anything is timed, `torch` and `triton` are compared with autograd through log_softmax, on the same operands in fp32.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ SIZES = [(4096, 4096, 151_936), (8192, 4096, 151_936), (4096, 5120, 151_936), (8
 QUICK_SIZES = [(300, 64, 1507)]
 
 PRODUCTS_RATIO = 1.3
-"""Largest time of the head in bf16 relative to its own products."""
+"""Upper bound on the time of the head in bf16 relative to its own products."""
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
-"""Largest difference to autograd: of the loss, relative to it or to 1, and of a gradient, relative, in the 2-norm."""
+"""Largest difference to autograd: of the loss, relative to max(|loss|, 1); of a gradient, relative in the 2-norm."""
 
 _CHECK_ENTROPY_BONUS = 10.0
-"""In the check alone: with a usual bonus the gradient of the entropy over a large vocabulary is below what bf16 resolves."""
+"""For the check only: with a usual bonus, the entropy's gradient over a large vocabulary is too small for bf16 to resolve."""
 
 
 class WrongResultError(RuntimeError):
-    """A head computes something else than autograd; its time would mean nothing."""
+    """A head's results differ from autograd's, so its time would mean nothing."""
 
 
 def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Random inputs made on the device: logits of standard deviation 2, ratios beyond and within the bounds."""
+    """Random inputs on the device: logits of standard deviation 2, ratios inside and outside the bounds."""
     generator = torch.Generator(device).manual_seed(1)
     on_device = {"device": device, "generator": generator}
     weight = torch.randn(vocab, hidden, dtype=dtype, **on_device).mul_(2 / hidden**0.5)
@@ -59,7 +58,7 @@ def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device:
     shard = VocabShard(vocab, vocab)
     with torch.no_grad():
         logp, _ = vocab_parallel_logprob(states, weight, targets, shard=shard, backend="torch")
-    # One far beyond each bound and one well within, so that rounding never decides on which side of a bound a token lies.
+    # Far beyond a bound or well within, so that rounding never decides on which side of a bound a token lies.
     ratios = torch.tensor([-0.4, -0.1, 0.1, 0.4], device=device)[torch.randint(0, 4, (rows,), **on_device)]
     advantages = torch.randn(rows, **on_device)
     weight.requires_grad_()
@@ -78,7 +77,7 @@ def head(problem: Problem, backend: str) -> Tensor:
 
 
 def products(problem: Problem) -> None:
-    """The head's products, into buffers that stay; noise stands in for the logits' gradient, as zeros would save power."""
+    """The head's products, into reused buffers; noise replaces the logits' gradient, as zeros would draw less power."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     step = Head(problem.shard).rows_of_chunk(len(hidden), hidden.device)
     if "products" not in problem.scratch:
@@ -94,7 +93,7 @@ def products(problem: Problem) -> None:
 
 
 def products_at_once(problem: Problem) -> None:
-    """The three products over all rows; only the weight's gradient is fp32."""
+    """The three products over all rows; only the weight gradient is fp32."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits, total = hidden @ weight.t(), problem.weight.main_grad
     torch.mm(logits, weight)
@@ -103,7 +102,7 @@ def products_at_once(problem: Problem) -> None:
 
 
 def results(run: Callable[[Problem], Tensor], problem: Problem) -> dict[str, Tensor]:
-    """Loss, gradient of hidden and what was added to the weight's fp32 gradient, by one pass."""
+    """Loss, gradient of hidden and what one pass added to the weight's fp32 gradient."""
     problem.forget_gradients()
     problem.weight.main_grad.zero_()
     loss = run(problem)
@@ -111,7 +110,7 @@ def results(run: Callable[[Problem], Tensor], problem: Problem) -> dict[str, Ten
 
 
 def in_float32(problem: Problem) -> Problem:
-    """The same values in fp32, with leaves of their own; autograd in bf16 rounds logits of 8 by 0.03."""
+    """The same values in fp32, as separate leaves; autograd in bf16 rounds logits of 8 by 0.03."""
     hidden = problem.hidden.detach().float().requires_grad_()
     weight = problem.weight.detach().float().requires_grad_()
     weight.main_grad = torch.zeros_like(weight, requires_grad=False)
@@ -119,7 +118,7 @@ def in_float32(problem: Problem) -> Problem:
 
 
 def check(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> dict[str, float]:
-    """Differences by quantity, as in `TOLERANCE`; raises `WrongResultError` when one is larger, or not a number."""
+    """Differences by quantity, as in `TOLERANCE`; raises `WrongResultError` if one is too large or NaN."""
     errors = {"loss": ((found["loss"] - expected["loss"]).abs() / expected["loss"].abs().clamp(min=1)).item()}
     for key in ("d_hidden", "d_weight"):
         errors[key] = ((found[key] - expected[key]).norm() / expected[key].norm()).item()
@@ -130,7 +129,7 @@ def check(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], tole
 
 
 def measure(size: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Everything that is measured of one size (T, H, V)."""
+    """All measurements of one size (T, H, V)."""
     rows, hidden, vocab = size
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     problem = make_problem(rows, hidden, vocab, dtype, device)
@@ -152,7 +151,7 @@ def measure(size: tuple[int, int, int], rounds: int, device: torch.device) -> di
 
 
 def targets(case: dict[str, Any]) -> list[Target]:
-    """The head as `backend: auto` runs it against its own products, in bf16 alone."""
+    """The head as `backend: auto` runs it against its own products, in bf16 only."""
     if case["dtype"] != "bfloat16":
         return []
     one = case["contestants"]

@@ -1,19 +1,19 @@
 """Part `policy` of the GPU benchmark: optimizer steps of a slice of Qwen3-8B in bf16 and in each FP8 recipe.
 
-The slice has all of Qwen3-8B's widths, embedding and head, some of its layers, and random weights. Every recipe gets a process
-of its own, `python -m benchmarks.gpu_policy JOB` (JOB is JSON), one after the other; bf16 comes first and, where there is FP8,
-once more in the end, which shows by how much the device itself drifted. `bf16_recompute` has `train.recompute=full`.
+The slice has Qwen3-8B's full widths, embedding and head, some of its layers, and random weights. Recipes run one after the
+other, each in its own process, `python -m benchmarks.gpu_policy JOB` (JOB is JSON). bf16 runs first and, if there is FP8, again
+at the end, which shows how much the device itself drifted. `bf16_recompute` has `train.recompute=full`.
 
-`state_bytes` and `peak_bytes` are torch's allocator's, between updates and during one, and `planned_state_bytes` and
-`planned_peak_bytes` what the planner says of them; `runtime_bytes` is what the device holds beyond what the allocator reserved:
-CUDA's context, libraries and workspaces.
+`state_bytes` and `peak_bytes` are of torch's allocator, between updates and during one; `planned_state_bytes` and
+`planned_peak_bytes` are the planner's estimates of them. `runtime_bytes` is the device memory in use beyond what the allocator
+reserved: the CUDA context, libraries and workspaces.
 
 Tokens/s counts prompts and responses. MFU is
 
     3 * (forward FLOPs of body and head, `etr_megatron.flops`) / (median seconds of an update * dense bf16 peak of the device)
 
-for every recipe, FP8 included: so figures compare. Attention counts as causal, the head for response tokens alone, and nothing
-that is computed twice counts twice.
+for all recipes, including FP8, so that figures are comparable. Attention counts as causal, the head for response tokens only,
+and recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ QWEN3_8B = {
     "torch_dtype": "bfloat16",
 }
 LAYERS = 8
-"""Of 36. With Adam's state 18 bytes a parameter: 50 GB beside the activations."""
+"""Of 36 layers. With Adam's state, 18 bytes per parameter: 50 GB beside the activations."""
 
 WORKLOAD = {"samples": 8, "prompt": 256, "response": 1792, "tokens_per_microbatch": 8192}
 
@@ -61,7 +61,7 @@ SEED = 3
 
 
 def write_checkpoint(folder: Path, shape: dict[str, Any], layers: int, device: torch.device) -> None:
-    """A HuggingFace checkpoint in bf16: matrices of standard deviation 0.02, norms 1. The values are made on the device."""
+    """Write a HuggingFace checkpoint in bf16: matrices of standard deviation 0.02, norms 1. Values are drawn on the device."""
     from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
     from etr_megatron.weights import read_architecture, weights_of
 
@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], layers: int, device: t
 
 
 def sequences_for(workload: dict[str, int], vocab: int) -> list[tuple[list[int], list[int]]]:
-    """Random (prompt ids, response ids), all of one length."""
+    """Random (prompt ids, response ids), all of the same length."""
     generator = torch.Generator().manual_seed(SEED)
     size = (workload["samples"], workload["prompt"] + workload["response"])
     tokens = torch.randint(0, vocab, size, generator=generator).tolist()
@@ -87,7 +87,7 @@ def sequences_for(workload: dict[str, int], vocab: int) -> list[tuple[list[int],
 
 
 def make_batch(sequences: list[tuple[list[int], list[int]]], old: tuple[Tensor, ...]) -> Any:
-    """A `PolicyBatch` of one group whose samples have advantages of either sign; `old` are the old log-probs."""
+    """A `PolicyBatch` of one group with advantages of both signs; `old` are the old log-probs."""
     from etr_megatron.policy import PolicyBatch
 
     count, tokens = len(sequences), sum(len(response) for _, response in sequences)
@@ -116,7 +116,7 @@ def flops_of_update(arch: Any, workload: dict[str, int]) -> float:
 
 
 def planned_bytes(settings: list[str], workload: dict[str, int]) -> dict[str, int]:
-    """What the planner says of a job's memory on one GPU."""
+    """The planner's estimates of a job's memory on one GPU."""
     from etr_megatron.config import load_config
     from etr_megatron.planner import make_plan
 
@@ -128,15 +128,15 @@ def planned_bytes(settings: list[str], workload: dict[str, int]) -> dict[str, in
 
 
 def _cudnn_version() -> str:
-    """Of the library that attention uses. To ask torch for its own would load that, and where a machine has two they mix."""
+    """Version of the library that attention uses. Asking torch would load torch's own, and mix two versions."""
     import transformer_engine_torch
 
     return str(transformer_engine_torch.get_cudnn_version())
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Build the policy, train it, and say how fast. The batch's log-probs after a first update at learning rate 0, with which
-    delayed scaling has seen its first maxima, go to the file `job["logp"]`."""
+    """Build the policy, train it, and report its speed. A first update at learning rate 0 gives delayed scaling its first
+    maxima; the batch's log-probs after it go to the file `job["logp"]`."""
     from etr_megatron import platform
     from etr_megatron.config import load_config, resolve
     from etr_megatron.policy import Policy, configured_layout
@@ -190,7 +190,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(options: Any, work: Path) -> dict[str, Any]:
-    """All recipes. options: of the command line. work: an empty directory with room for the checkpoint."""
+    """All recipes. options: command line. work: an empty directory with room for the checkpoint."""
     quick, device = options.quick, torch.device(options.device)
     shape, workload = (QUICK, QUICK_WORKLOAD) if quick else (QWEN3_8B, WORKLOAD)
     layers = options.layers or (2 if quick else LAYERS)
@@ -219,7 +219,7 @@ def measure(options: Any, work: Path) -> dict[str, Any]:
 
 
 def _run(job: dict[str, Any], work: Path, device: str) -> tuple[dict[str, Any], Tensor | None]:
-    """A job's result and log-probs from a process of its own; what went wrong, and None, where that failed."""
+    """Result and log-probs of a job in its own process; if it failed, the error and None."""
     result, logp = work / "result.json", work / "logp.pt"
     for file in (result, logp):
         file.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Part `step` of the GPU benchmark: whole ETR steps, with an SGLang server that shares the GPU with the policy.
 
-It is a run of the product (`python -m etr_megatron.launch`) on generated arithmetic with a random Qwen3 of 0.3B parameters:
-`sglang.placement=colocated`, everything else as `SETTINGS` and `--set` say. What counts is where a step's time goes; nothing is
-learnt. The first step compiles and captures, and is left out of the medians.
+It runs etr_megatron (`python -m etr_megatron.launch`) on generated arithmetic with a random Qwen3 of 0.3B parameters:
+`sglang.placement=colocated`, other settings from `SETTINGS` and `--set`. It measures where a step's time goes; the policy
+learns nothing. The first step compiles and captures, and is left out of the medians.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = [
     "tiny.warm_start_steps=1",
     "tiny.warm_start_batch=2",
 ]
-"""Of the job, over those of `configs/cpu_tiny.yaml`."""
+"""Overrides of `configs/cpu_tiny.yaml` for the job."""
 
 QUICK = ["run.steps=2", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=3", "rollout.max_response_tokens=9"]
 QUICK += ["tiny.hidden_size=32", "tiny.layers=2", "tiny.heads=2", "tiny.head_dim=24", "tiny.intermediate_size=80"]
@@ -51,7 +51,7 @@ SHOWN = ("time_step", "time_rollout", "time_reward", "time_train", "time_sync", 
 
 
 def measure(options: Any, work: Path) -> dict[str, Any]:
-    """The steps' times, or why they were left out. options: of the command line. work: an empty directory."""
+    """The steps' times, or why they were left out. options: command line. work: an empty directory."""
     folders = [f"run.dir={work}", "run.name=step", f"tiny.cache_dir={work / 'cache'}", f"run.platform={options.device}"]
     chosen = [*SETTINGS, *(QUICK if options.quick else []), f"sglang.python={options.sglang_python}", *options.set]
     config = load_config(ROOT / CONFIG, [*chosen, *folders])
@@ -77,7 +77,7 @@ def imports_sglang(python: str) -> bool:
 
 
 def text(found: dict[str, Any]) -> str:
-    """What was measured as one line."""
+    """The measurements as one line."""
     if found["left_out"] or "failed" in found:
         return f"step: left out, {found['left_out']}" if found["left_out"] else f"step: failed, {found['failed']}"
     return "step, medians: " + ", ".join(f"{key} {value:.4g}" for key, value in found["median"].items())

@@ -1,22 +1,22 @@
 """Log-prob, entropy and policy loss from a vocabulary shard: time and memory of this project's head and of others, on CPU.
 
-    python -m benchmarks.logprob            # all sizes, TP1 and TP2, fp32 and bf16; needs a machine with nothing else to do
+    python -m benchmarks.logprob            # all sizes, TP1 and TP2, fp32 and bf16; needs an otherwise idle machine
     python -m benchmarks.logprob --quick    # the same at one small size, whose times mean nothing
 
-Measured is forward and backward of a clipped surrogate with entropy bonus, from hidden states [T, H], a shard of the head
-[V/TP, H] and one preallocated fp32 weight gradient, which every contestant adds its own to.
+Measures forward and backward of a clipped surrogate with entropy bonus, from hidden states [T, H], a shard of the head [V/TP,
+H] and one preallocated fp32 weight gradient, to which every contestant adds its own.
 
 Contestants: `single_pass` and `recompute`, ours; (a) `gathered`, the vocabulary gathered over TP, log_softmax and entropy by
-autograd; (b) `megatron_core`, its vocab_parallel_cross_entropy, without the entropy it does not have; (c) `shard_softmax`, a
-shard version that saves the softmax and gives entropy; (d) the three products alone, the fastest of which is the floor: `gemms`
-and `gemms_chunked` by torch.mm, `gemms_ours` by the functions that ours has its products from. All in `logprob_contestants.py`.
-Loss and gradients of each are compared with (a) before any is timed.
+autograd; (b) `megatron_core`, its vocab_parallel_cross_entropy, which has no entropy; (c) `shard_softmax`, which works on
+shards, saves the softmax and computes entropy; (d) only the three matrix products, the fastest variant of which is the floor:
+`gemms` and `gemms_chunked` by torch.mm, `gemms_ours` by the functions that our head uses. All in `logprob_contestants.py`. Loss
+and gradients of each are compared with (a) before any is timed.
 
 Time: one process per rank with one thread and gloo; all contestants in the same processes, round robin; the slowest rank
 counts. Memory: fresh processes for each contestant; peak resident memory of one pass beyond inputs, weight and weight gradient,
-whose pages have been written to, after a tiny problem made the libraries allocate what they allocate once; the largest rank
-counts. The result file has seconds, bytes, differences to (a), and which targets were met or missed; cases that a run does not
-measure stay there from earlier ones. Linux only.
+whose pages are already mapped. A tiny problem runs first, so that one-time allocations of libraries do not count; the largest
+rank counts. The result file has seconds, bytes, differences to (a), and which targets were met or missed. It keeps cases of
+earlier runs that this run does not measure. Linux only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPES = ["float32", "bfloat16"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.logprob", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size, 3 rounds")
     parser.add_argument("--rounds", type=int, help="timed passes of each contestant (default 9, quick 3)")
@@ -82,13 +82,13 @@ def _size(text: str) -> tuple[int, int, int]:
 
 
 def run_ranks(job: dict[str, Any], tp: int) -> list[dict[str, Any]]:
-    """Results of `tp` fresh ranks, in order. Raises RuntimeError when one fails, after ending the others."""
+    """Results of `tp` fresh ranks, in order. If a rank fails, ends the others and raises RuntimeError."""
     what = f"the {job['kind']} job of {', '.join(job['contestants'])}"
     return fresh_ranks.run_ranks("benchmarks.logprob_rank", job, tp, what)
 
 
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """`case` (tp, dtype, rows, hidden, vocab) with everything that was measured of it."""
+    """`case` (tp, dtype, rows, hidden, vocab) with all its measurements."""
     problem = {key: case[key] for key in ("dtype", "rows", "hidden", "vocab")}
     timed = run_ranks({**problem, "kind": "time", "rounds": rounds, "contestants": NAMES}, case["tp"])
     found = dict(case, contestants={})
@@ -116,15 +116,15 @@ def _key(case: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _earlier(output: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """What other runs have written there; a case that is measured again is replaced."""
+    """Cases in the result file of earlier runs; a case that is measured again is replaced."""
     try:
         return {_key(case): case for case in json.loads(output.read_text())["cases"]}
-    except (ValueError, KeyError, TypeError):  # empty, or no result of ours
+    except (ValueError, KeyError, TypeError):  # empty, or not a result of this benchmark
         return {}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 for a wrong option."""
+    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 if an option is wrong."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         prepare_output(options.output)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         cases[_key(case)] = found
         print(table(found), end="\n\n", flush=True)
         in_order = [cases[key] for key in sorted(cases)]
-        options.output.write_text(json.dumps({"cases": in_order}, indent=1) + "\n")  # a run that is cut short keeps what it has
+        options.output.write_text(json.dumps({"cases": in_order}, indent=1) + "\n")  # an interrupted run keeps what it has
     print(f"written to {options.output}")
     return 0
 

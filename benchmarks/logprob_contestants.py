@@ -1,4 +1,5 @@
-"""The ways from hidden states and a vocabulary shard to a policy loss and its gradients that the log-prob benchmark compares.
+"""The implementations that the log-prob benchmark compares: from hidden states and a vocabulary shard to a policy loss and its
+gradients.
 
 A contestant takes a `Problem`, runs forward and backward, leaves the gradient of `hidden` (summed over shards) in `hidden.grad`
 and adds the weight's to `weight.main_grad`; it returns the loss.
@@ -21,7 +22,7 @@ ALL_ROWS = slice(None)
 
 
 def _add_weight_grad(weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """As Megatron does it: one product into the fp32 buffer. torch on CPU has none of bf16 operands into fp32."""
+    """As in Megatron: one product into the fp32 buffer. On CPU, torch has no product of bf16 operands into fp32."""
     if grad.dtype == torch.float32:
         weight.main_grad.addmm_(grad.t(), hidden)
     else:
@@ -30,7 +31,7 @@ def _add_weight_grad(weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 
 class _HeadLinear(torch.autograd.Function):
-    """Shard logits [T, V/TP]; as Megatron's column-parallel linear, its all-reduce travels behind the weight's gradient."""
+    """Shard logits [T, V/TP]; like Megatron's column-parallel linear, overlaps its all-reduce with the weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -52,7 +53,7 @@ def _logits(problem: Problem) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """[T, V/TP] -> [T, V]; every rank computes the same loss, so its own part of the gradient is all it needs."""
+    """[T, V/TP] -> [T, V]; every rank computes the same loss, so it needs only its own part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, shard: VocabShard) -> Tensor:
@@ -67,7 +68,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(problem: Problem) -> Tensor:
-    """(a) The whole vocabulary on every rank, log_softmax and entropy by autograd: what all others are checked against."""
+    """(a) The whole vocabulary on every rank, log_softmax and entropy by autograd: the reference for all others."""
     logits = _logits(problem)
     if problem.shard.group is not None:
         logits = _Gather.apply(logits, problem.shard)
@@ -91,7 +92,7 @@ def megatron_core(problem: Problem) -> Tensor:
 
 
 class _ShardSoftmax(torch.autograd.Function):
-    """Log-prob and entropy from fp32 [T, V/TP] logits, which it takes over; saves the softmax, turns it into the gradient."""
+    """Log-prob and entropy from fp32 [T, V/TP] logits, which it overwrites: saves the softmax, turns it into the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -123,7 +124,7 @@ class _ShardSoftmax(torch.autograd.Function):
 
 
 def shard_softmax(problem: Problem) -> Tensor:
-    """(c) Full-size fp32 logits of the shard and a node that saves their softmax, the way of verl, AReaL and slime."""
+    """(c) Full-size fp32 logits of the shard and an autograd node that saves their softmax, as in verl, AReaL and slime."""
     logp, entropy = _ShardSoftmax.apply(_logits(problem).float(), problem.targets, problem.shard)
     loss = problem.token_loss(ALL_ROWS, logp, entropy)
     loss.backward()
@@ -131,7 +132,7 @@ def shard_softmax(problem: Problem) -> Tensor:
 
 
 def single_pass(problem: Problem) -> Tensor:
-    """Ours, way 1: gradients formed in forward, 3 products."""
+    """Ours, variant 1: gradients formed in forward, 3 products."""
     loss, _, _ = vocab_parallel_loss(
         problem.hidden, problem.weight, problem.targets, problem.token_loss, shard=problem.shard, temperature=1.0
     )
@@ -140,7 +141,7 @@ def single_pass(problem: Problem) -> Tensor:
 
 
 def recompute(problem: Problem) -> Tensor:
-    """Ours, way 2: a chunk's logits are computed again in backward, 4 products."""
+    """Ours, variant 2: a chunk's logits are recomputed in backward, 4 products."""
     logp, entropy = vocab_parallel_logprob(
         problem.hidden, problem.weight, problem.targets, shard=problem.shard, temperature=1.0
     )
@@ -168,17 +169,17 @@ def _bare_products(problem: Problem, name: str, chunk_rows: int) -> Tensor:
 
 
 def gemms(problem: Problem) -> Tensor:
-    """(d) The three products alone by torch.mm, over all rows at once, into buffers that stay. No loss, no collective."""
+    """(d) Only the three products, by torch.mm over all rows at once, into reused buffers. No loss, no collective."""
     return _bare_products(problem, "gemms", len(problem.hidden))
 
 
 def gemms_chunked(problem: Problem) -> Tensor:
-    """(d) as `gemms`, a quarter of the rows at a time."""
+    """(d) As `gemms`, a quarter of the rows at a time."""
     return _bare_products(problem, "gemms_chunked", -(-len(problem.hidden) // 4))
 
 
 def gemms_ours(problem: Problem) -> Tensor:
-    """(d) over all rows at once by the functions that `single_pass` has its products from, oneDNN's in fp32."""
+    """(d) Over all rows at once, by the functions that `single_pass` uses for its products: oneDNN's in fp32."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits, grad_hidden = _scratch(problem, "gemms_ours", len(hidden), torch.float32)
     gemm.logits_into(logits, hidden, weight, 1.0)
@@ -188,7 +189,7 @@ def gemms_ours(problem: Problem) -> Tensor:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way through the head. has_entropy: its loss has the entropy bonus. has_loss: it computes results to check at all."""
+    """An implementation of the head. has_entropy: its loss has the entropy bonus. has_loss: it computes results to check."""
 
     run: Callable[[Problem], Tensor]
     has_entropy: bool = True

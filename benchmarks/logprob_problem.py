@@ -1,4 +1,4 @@
-"""What every contestant of the log-prob benchmark is given: inputs, a loss over them, and a place for the weight's gradient."""
+"""The input of every contestant of the log-prob benchmark: tensors, a loss over them, and a buffer for the weight gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etr_megatron.vocab_parallel import VocabShard
 _CLIP = 0.2
 _ENTROPY_BONUS = 0.01
 _LOG_RATIOS = torch.tensor([-0.4, -0.1, 0.1, 0.4])
-"""To the old policy: one far beyond each bound (log 0.8 = -0.22, log 1.2 = 0.18) and one well within, so that rounding never
+"""Log-ratios to the old policy: far beyond a bound (log 0.8 = -0.22, log 1.2 = 0.18) or well within, so that rounding never
 decides on which side of a bound a token lies."""
 
 
@@ -21,9 +21,9 @@ decides on which side of a bound a token lies."""
 class Problem:
     """Loss rows of one microbatch and one vocabulary shard.
 
-    hidden: [T, H] leaf, the same on every rank. weight: [V/TP, H] leaf with `main_grad`, fp32 [V/TP, H], which a contestant
-    adds its weight gradient to. targets: int64 [T]. old_logp, advantages: fp32 [T]. scratch: buffers that the bare products
-    keep between calls, by the contestant's name: logits of a chunk, and the gradient of hidden.
+    hidden: [T, H] leaf, the same on every rank. weight: [V/TP, H] leaf with `main_grad`, fp32 [V/TP, H], to which a contestant
+    adds its weight gradient. targets: int64 [T]. old_logp, advantages: fp32 [T]. scratch: buffers that the bare products keep
+    between calls, by the contestant's name: logits of a chunk, and the gradient of hidden.
     """
 
     hidden: Tensor
@@ -43,12 +43,12 @@ class Problem:
         return -(surrogate + bonus) / len(self.targets)
 
     def forget_gradients(self) -> None:
-        """Before a pass, as `optimizer.zero_grad` leaves things; `main_grad` goes on accumulating."""
+        """Reset gradients before a pass, as `optimizer.zero_grad` does; `main_grad` keeps accumulating."""
         self.hidden.grad = self.weight.grad = None
         self.weight.grad_added_to_main_grad = False
 
     def collect_weight_gradient(self) -> None:
-        """What Megatron's DDP hook does after backward: a gradient that is not in `main_grad` yet is added to it."""
+        """Like Megatron's DDP hook after backward: add a gradient to `main_grad` if it is not there yet."""
         if self.weight.grad is not None and not self.weight.grad_added_to_main_grad:
             self.weight.main_grad.add_(self.weight.grad)
         self.weight.grad = None
@@ -60,7 +60,7 @@ def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, group: 
     shared, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2 + rank)
     shard = VocabShard(vocab // ranks, vocab, group)
     weight = torch.randn(shard.size, hidden, dtype=dtype, generator=own).mul_(2 / hidden**0.5).requires_grad_()
-    weight.main_grad = torch.empty(shard.size, hidden).fill_(0)  # not torch.zeros, whose pages do not exist until written to
+    weight.main_grad = torch.empty(shard.size, hidden).fill_(0)  # torch.zeros would not map its pages before a write
     states = torch.randn(rows, hidden, dtype=dtype, generator=shared)
     targets = torch.randint(0, vocab, (rows,), generator=shared)
     noise = _LOG_RATIOS[torch.randint(0, len(_LOG_RATIOS), (rows,), generator=shared)]
@@ -70,7 +70,7 @@ def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, group: 
 
 
 def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard) -> Tensor:
-    """fp32 [T], 32 rows at a time and by other means than any contestant."""
+    """fp32 [T], 32 rows at a time; independent of all contestants."""
     found = torch.empty(2, len(hidden))
     for begin in range(0, len(hidden), 32):
         rows = slice(begin, begin + 32)

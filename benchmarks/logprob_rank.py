@@ -1,6 +1,6 @@
 """One rank of the log-prob benchmark: `python -m benchmarks.logprob_rank JOB`, started by `benchmarks.logprob`; JOB is JSON.
 
-A job names world, rank, store (file of the rendezvous), result (file to write), rows, hidden, vocab, dtype, and either
+A job has world, rank, store (rendezvous file), result (file to write), rows, hidden, vocab, dtype, and either
 {"kind": "time", "rounds": N, "contestants": [...]} or {"kind": "memory", "contestants": [one]}.
 """
 
@@ -29,20 +29,20 @@ from benchmarks.resident import peak_beyond  # noqa: E402
 from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
-"""Largest difference to the reference: of the loss, relative to it or to 1, and of a gradient, relative, in the 2-norm."""
+"""Largest difference to the reference: of the loss, relative to max(|loss|, 1); of a gradient, relative in the 2-norm."""
 
 _CHECK_ENTROPY_BONUS = 10.0
-"""In the check alone: with a usual bonus the gradient of the entropy over a large vocabulary is below what bf16 resolves."""
+"""For the check only: with a usual bonus, the entropy's gradient over a large vocabulary is too small for bf16 to resolve."""
 
 Results = dict[str, Tensor]
 
 
 class WrongResultError(RuntimeError):
-    """A contestant computes something else than the reference; its time would mean nothing."""
+    """A contestant's results differ from the reference's, so its time would mean nothing."""
 
 
 def results(contestant: Contestant, problem: Problem) -> Results:
-    """Loss, gradient of hidden and what was added to the weight's fp32 gradient, by one pass."""
+    """Loss, gradient of hidden and what one pass added to the weight's fp32 gradient."""
     problem.forget_gradients()
     problem.weight.main_grad.zero_()
     loss = contestant.run(problem)
@@ -51,7 +51,7 @@ def results(contestant: Contestant, problem: Problem) -> Results:
 
 
 def check(name: str, found: Results, expected: Results, tolerance: float) -> dict[str, float]:
-    """Differences by quantity, as in `TOLERANCE`; raises `WrongResultError` when one is larger, or not a number."""
+    """Differences by quantity, as in `TOLERANCE`; raises `WrongResultError` if one is too large or NaN."""
     errors = {"loss": ((found["loss"] - expected["loss"]).abs() / expected["loss"].abs().clamp(min=1)).item()}
     for key in ("d_hidden", "d_weight"):
         errors[key] = ((found[key] - expected[key]).norm() / expected[key].norm()).item()
@@ -62,7 +62,7 @@ def check(name: str, found: Results, expected: Results, tolerance: float) -> dic
 
 
 def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`check` of every contestant that has a loss, which also warms it up; those without an entropy against one without."""
+    """`check` every contestant that has a loss, which also warms it up; those without entropy against a loss without it."""
     tolerance = TOLERANCE[problem.weight.dtype]
     errors = {}
     for has_entropy in (True, False):
@@ -74,8 +74,8 @@ def check_all(problem: Problem, names: Sequence[str]) -> dict[str, dict[str, flo
 
 
 def time_all(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each pass, the slowest rank's. Round robin, so that what else the machine does meets all alike; each round
-    starts with another contestant, so that nobody always comes after the same one."""
+    """Seconds of each pass on the slowest rank. Round robin, so that other load on the machine affects all alike; each round
+    starts with another contestant, so that none always follows the same one."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         CONTESTANTS[name].run(problem)
@@ -94,7 +94,7 @@ def time_all(problem: Problem, names: Sequence[str], rounds: int) -> dict[str, l
 
 
 def measure_peak(contestant: Contestant, problem: Problem) -> int:
-    """Bytes of resident memory that one pass needs beyond what is there before it."""
+    """Bytes of peak resident memory of one pass beyond what was resident before."""
     problem.forget_gradients()
 
     def one_pass() -> None:
@@ -117,14 +117,14 @@ def _join(job: dict[str, Any]) -> dist.ProcessGroup | None:
 
 
 def run_job(job: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """What the job asks for, as it goes into the result file."""
+    """Run the job; returns the content of the result file."""
     dtype, names = getattr(torch, job["dtype"]), job["contestants"]
     if job["kind"] == "time":
         problem = make_problem(job["rows"], job["hidden"], job["vocab"], dtype, group)
         errors = check_all(problem, names)
         return {"errors": errors, "seconds": time_all(problem, names, job["rounds"])}
     contestant = CONTESTANTS[names[0]]
-    # Buffers that libraries allocate once in a process are not the contestant's.
+    # Buffers that libraries allocate once per process do not count for the contestant.
     contestant.run(make_problem(8, 16, 64 * job["world"], dtype, group))
     problem = make_problem(job["rows"], job["hidden"], job["vocab"], dtype, group)
     formula = single_pass_bytes(job["rows"], job["hidden"], problem.shard, dtype=dtype, device=problem.weight.device)

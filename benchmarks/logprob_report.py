@@ -1,4 +1,4 @@
-"""Figures, targets and the table of the log-prob benchmark, from what the ranks measured."""
+"""Figures, targets and the table of the log-prob benchmark, from the ranks' measurements."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from benchmarks.targets import Target, as_json
 
 GEMMS_RATIO = 1.25
-"""Largest time of `single_pass`, in fp32, relative to the bare products."""
+"""Upper bound on the time of `single_pass` in fp32, relative to the bare products."""
 
 MEMORY_RATIO = 0.3
-"""Largest peak memory of `single_pass` relative to `megatron_core`."""
+"""Upper bound on the peak memory of `single_pass`, relative to `megatron_core`."""
 
 
 def gemms_seconds(contestants: dict[str, Any]) -> float:
-    """The floor: the fastest way to do the bare products."""
+    """The floor: the fastest variant of the bare products."""
     return min(contestants[name]["median_s"] for name in ("gemms", "gemms_chunked", "gemms_ours"))
 
 

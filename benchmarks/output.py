@@ -1,4 +1,4 @@
-"""Where a benchmark's result goes, and how one ends."""
+"""Writing a benchmark's result, and ending the benchmark cleanly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from etr_megatron.errors import UserError
 
 
 def prepare_output(path: Path) -> None:
-    """Find out before measuring that the result cannot be written. Raises UserError."""
+    """Fail before measuring if the result cannot be written. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
@@ -22,8 +22,8 @@ def prepare_output(path: Path) -> None:
 
 
 def code_of_stoppable(main: Callable[[], int]) -> int:
-    """`main`'s exit code. Ctrl-C and SIGTERM end the process with 130 and 143, its processes and temporary files gone: those of
-    `convert` are 15 GB."""
+    """Run `main`; returns its exit code. Ctrl-C and SIGTERM exit with 130 and 143, after processes and temporary files are
+    cleaned up: those of `convert` are 15 GB."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     return main()

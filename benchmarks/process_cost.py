@@ -1,7 +1,7 @@
-"""What a command takes: `python process_cost.py COMMAND...` prints its seconds and its peak resident bytes, one JSON object.
+"""The cost of a command: `python process_cost.py COMMAND...` prints its seconds and its peak resident bytes as a JSON object.
 
-A small process of its own: Linux counts in a new process's peak what the one that started it held, before the exec. Nothing but
-the standard library is imported for the same reason.
+This is a small process of its own because Linux counts what the parent held before the exec in a new process's peak. For the
+same reason it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """seconds: from start to end. peak_resident_bytes: of the largest process among it and its children."""
+    """seconds: wall-clock time. peak_resident_bytes: of the largest process among the command and its children."""
 
     seconds: float
     peak_resident_bytes: int
 
 
 def cost_of(command: Sequence[str]) -> Cost:
-    """Run a command, without its output on stdout. Raises SystemExit naming the command where it fails."""
+    """Run a command, discarding its stdout. Raises SystemExit, which names the command, if it fails."""
     measuring = [sys.executable, "-S", __file__, *command]
     measured = subprocess.run(measuring, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
     found = json.loads(measured.stdout)

@@ -1,18 +1,18 @@
 """Weights from one layout to another: bytes and seconds of this project's transports and of others, on CPU over gloo.
 
-    python -m benchmarks.reshard            # all cases, 125M parameters in bf16; needs a machine with nothing else to do
+    python -m benchmarks.reshard            # all cases, 125M parameters in bf16; needs an otherwise idle machine
     python -m benchmarks.reshard --quick    # the same at a tiny size, whose times mean nothing
 
-Contestants: `sharded` and `broadcast`, ours; `gather_broadcast`, tensors put together on rank 0 and broadcast in buckets, by
-plain torch.distributed; `megatron_core`, its own `resharding` over gloo (it needs both models in the same processes, so it is
-not in the cases with servers; experts are handed to it as it would need them, see `BareModel`); `bare_copy`, as many bytes
-between the same ranks without packing. All in `reshard_contestants.py`. What each delivers is compared bit for bit with the
-destination's shards before any is timed.
+Contestants: `sharded` and `broadcast`, ours; `gather_broadcast`, tensors assembled on rank 0 and broadcast in buckets, by plain
+torch.distributed; `megatron_core`, its own `resharding` over gloo (it needs both models in the same processes, so it is left
+out of cases with servers; for the form in which it gets experts, see `BareModel`); `bare_copy`, as many bytes between the same
+ranks without packing. All in `reshard_contestants.py`. What each delivers is compared bit for bit with the destination's shards
+before any is timed.
 
-One process with one thread per rank; all contestants in the same processes, round robin; the slowest rank counts. Cases
-"A -> B" are in the same processes, where what a rank holds itself is not sent; "A -> server B" is between different ones. The
-lower bound counts what each rank needs and does not hold, element by element. Planning is timed apart, as the median of 5 in
-this process.
+One process with one thread per rank; all contestants in the same processes, round robin; the slowest rank counts. In cases
+"A -> B", both layouts are in the same processes, and what a process already holds is not sent; in "A -> server B" they are in
+different ones. The lower bound counts what each rank needs and does not hold, element by element. Planning is timed separately,
+as the median of 5 in this process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reshard", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, 3 rounds")
     parser.add_argument("--rounds", type=int, help="timed runs of each contestant (default 15, quick 3)")
@@ -60,14 +60,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run_ranks(number: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results of fresh ranks, in order. Raises RuntimeError when one fails, after ending the others."""
+    """Results of fresh ranks, in order. If a rank fails, ends the others and raises RuntimeError."""
     case = CASES[number]
     job = {"case": number, "quick": options.quick, "dtype": options.dtype, "rounds": options.rounds}
     return fresh_ranks.run_ranks("benchmarks.reshard_rank", job, case.processes, case.name)
 
 
 def planning_seconds(arch: Architecture, source: TrainingLayout, destination: Any, start: int | None = None) -> float:
-    """Median of 5 plans."""
+    """Median planning time of 5."""
     found = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -77,7 +77,7 @@ def planning_seconds(arch: Architecture, source: TrainingLayout, destination: An
 
 
 def measure_planning(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of the cases' plans and of 128 ranks of a 70B model to one and to 16 servers."""
+    """Planning times of the cases, and of 128 ranks of a 70B model to 1 and to 16 servers."""
     large = TrainingLayout(tp=8, pp=8, dp=2)
     found = []
     for case in (CASES[number] for number in options.case):
@@ -93,7 +93,7 @@ def measure_planning(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 for a wrong option."""
+    """Measure, print, write; returns the exit code: 0 whether targets are met or not, 2 if an option is wrong."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         found = case_result(case.name, lower_bound(case, arch, itemsize), run_ranks(number, options))
         result["cases"].append({**found, "parameters": elements(arch), "load": os.getloadavg()[0]})
         print("\n" + table(result["cases"][-1]), flush=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut short keeps what it has
+        options.output.write_text(json.dumps(result, indent=1) + "\n")  # an interrupted run keeps what it has
     print(f"written to {options.output}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Ways to bring weights from one layout to another, each an object with `run`; buffers are made before it is timed."""
+"""Implementations that bring weights from one layout to another. Each has a `run`; buffers are made before timing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shards = dict[str, Tensor]
 
 
 class Sharded:
-    """Ours: every byte once, in buckets."""
+    """Ours: every byte is sent once, in buckets."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
         plan = make_plan(case.source, case.destination, arch, destination_start=case.start, itemsize=dtype.itemsize)
@@ -38,7 +38,7 @@ class Sharded:
 
 
 class Broadcast(Sharded):
-    """Ours: full tensors gathered on rank 0 and broadcast, in buckets, both at the same time."""
+    """Ours: full tensors gathered on rank 0 and broadcast, in buckets; gather and broadcast overlap."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
         self.wire = Wire.in_world(timeout_s=300)
@@ -50,15 +50,15 @@ class Broadcast(Sharded):
 
 
 class GatherBroadcast:
-    """The usual way, by plain torch.distributed: each shard of a tensor is sent to rank 0 and put together there; full buckets
-    of 64 MiB are broadcast to all receivers, which cut their shards."""
+    """The usual way, by plain torch.distributed: shards are sent to rank 0 and joined there; buckets of about 64 MiB are
+    broadcast to all receivers, which cut their shards from them."""
 
     BUCKET_BYTES = 64 << 20
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
         rank = dist.get_rank()
         self._sources, self._destinations, self._dtype, self._rank = sources, destinations, dtype, rank
-        # One rank of each shard's replicas is enough.
+        # One replica of each shard is enough.
         self._steps = [
             (weight, [(holding.shard, holding.ranks[0]) for holding in case.source.holdings(weight, arch)])
             for weight in weights_of(arch)
@@ -118,7 +118,7 @@ class GatherBroadcast:
 
 
 class BareCopy:
-    """The floor: as many bytes as `Sharded` sends between the same ranks, one flat message for each two, and as many copied
+    """The floor: as many bytes as `Sharded` sends between the same ranks, one flat message per pair, and as many bytes copied
     within a process, from one flat buffer to another."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Two models in one set of processes, for megatron-core's resharding: GPTModels, or with experts what it reads of a model."""
+"""Two models in one set of processes, for megatron-core's resharding: GPTModels or, with experts, a minimal stand-in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from etr_megatron import platform
 
 platform.prepare_megatron()
 
-# Its import asks for streams of a real GPU. It is only needed for the transport of that name.
+# Importing it requires CUDA streams. It is only needed for the transport of that name.
 _nvshmem = types.ModuleType("megatron.core.resharding.copy_services.nvshmem_copy_service")
 _nvshmem.NVSHMEMCopyService = None
 sys.modules[_nvshmem.__name__] = _nvshmem
@@ -33,7 +33,7 @@ from etr_megatron.weights import Architecture, TrainingLayout, padded_vocab_size
 
 
 def layout_of(placement: TrainingLayout, rank: int) -> Layout:
-    """This rank's place in a layout that Megatron's global groups need not have."""
+    """This rank's place in a layout, which may differ from Megatron's global groups."""
     local, stage = rank % placement.stage_ranks, rank // placement.stage_ranks
     return Layout(
         rank=rank,
@@ -52,16 +52,16 @@ def layout_of(placement: TrainingLayout, rank: int) -> Layout:
 
 
 def global_groups(placement: TrainingLayout) -> None:
-    """Make Megatron's global groups those of the source."""
+    """Set Megatron's global groups to those of the source."""
     init_layout(placement.tp, placement.pp, seed=1, ep=placement.ep, etp=placement.expert_tp)
 
 
 def groups_of(placement: TrainingLayout) -> ProcessGroupCollection:
-    """Groups of a layout beside Megatron's global ones; experts are spread over all data-parallel ranks or none."""
+    """Groups of a layout, separate from Megatron's global ones; experts are spread over all data-parallel ranks or none."""
     ranks = torch.arange(placement.world).view(placement.pp, placement.dp, placement.tp)
 
     def cut(*dims: int) -> dist.ProcessGroup:
-        """This rank's group of those that differ in these dimensions alone."""
+        """This rank's group along these dimensions."""
         kept = [dim for dim in range(3) if dim not in dims]
         rows = ranks.permute(*kept, *dims).reshape(-1, prod(ranks.shape[dim] for dim in dims))
         return dist.new_subgroups_by_enumeration(rows.tolist())[0]
@@ -77,7 +77,7 @@ def groups_of(placement: TrainingLayout) -> ProcessGroupCollection:
 
 
 def build(arch: Architecture, layout: Layout, dtype: torch.dtype, groups: ProcessGroupCollection | None) -> GPTModel:
-    """A stage of a dense model; groups: other ones than Megatron's global ones."""
+    """One pipeline stage of a dense model. groups: used instead of Megatron's global ones."""
     config = transformer_config(arch, layout, sequence_parallel=False, dtype=dtype)
     spec = block_spec(config)
     if groups is not None:
@@ -97,17 +97,17 @@ def build(arch: Architecture, layout: Layout, dtype: torch.dtype, groups: Proces
 
 
 def parameters(model: Any, arch: Architecture, layout: Layout) -> dict[str, Tensor]:
-    """Parameters by their name in the weight map."""
+    """Parameters by their names in the weight map."""
     first = layout.stage * (arch.layers // layout.pp)
     return {global_name(name, first, 0): parameter.data for name, parameter in model.named_parameters()}
 
 
 class BareModel(torch.nn.Module):
-    """Shards of one pipeline stage as the parameters of a model, with all that resharding asks of one.
+    """Shards of one pipeline stage as parameters of a model, with all attributes that resharding reads.
 
-    It takes experts for what they are under Transformer Engine's names alone (`weight3`), so that of a model built on CPU it
-    would bring local expert 0 of any rank as expert 0; and neither Megatron's experts on Transformer Engine say along which
-    dimension they are cut, nor that gate and up are cut apart. Here they do.
+    Resharding recognises experts only by Transformer Engine's names (`weight3`): from a model built on CPU it would send local
+    expert 0 of any rank as expert 0. Megatron's Transformer Engine experts, for their part, do not say along which dimension
+    they are split, nor that gate and up are split separately. These parameters do.
     """
 
     def __init__(self, placement: TrainingLayout, arch: Architecture, shards: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ def architecture(
 
 
 def with_experts(*arguments: int, experts: int, expert_size: int) -> Architecture:
-    """All layers are mixtures."""
+    """All layers have experts."""
     mixture = Experts(count=experts, per_token=2, intermediate_size=expert_size, normalized=True)
     return architecture("qwen3_moe", *arguments, experts=mixture)
 
@@ -37,7 +37,7 @@ LLAMA_70B = architecture("llama", 80, 8192, 28_672, 64, 8, 128_256, head_dim=128
 
 @dataclass(frozen=True)
 class Case:
-    """Two layouts. together: in the same processes, so that what a process holds itself is not sent."""
+    """Two layouts. together: in the same processes, so that what a process already holds is not sent."""
 
     name: str
     source: TrainingLayout
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def processes(self) -> int:
-        """Of both."""
+        """Number of processes of both layouts."""
         return max(self.source.world, self.start + self.destination.world)
 
     def architecture(self, quick: bool) -> Architecture:
@@ -75,7 +75,7 @@ CASES = [
 
 
 def elements(arch: Architecture) -> int:
-    """Of all HF tensors."""
+    """Elements of all HF tensors."""
     return sum(torch.Size(shape).numel() for weight in weights_of(arch) for shape in weight.shapes)
 
 
@@ -100,8 +100,8 @@ def own_shards(placement: Placement, arch: Architecture, rank: int, dtype: torch
 
 
 def lower_bound(case: Case, arch: Architecture, itemsize: int) -> int:
-    """Bytes that must be sent: what every destination rank needs and its process does not hold. Element by element, so that it
-    owes nothing to the planner."""
+    """Bytes that must be sent: what each destination rank needs and its process does not hold, counted element by element and
+    independently of the planner."""
     total = 0
     for weight in weights_of(arch):
         held, needed = case.source.holdings(weight, arch), case.destination.holdings(weight, arch)

@@ -1,7 +1,6 @@
 """One rank of the resharding benchmark: `python -m benchmarks.reshard_rank JOB`, started by `benchmarks.reshard`; JOB is JSON.
 
-A job names case (its number), quick, dtype, rounds, rank, world, store (file of the rendezvous) and result (file to
-write).
+A job has case (its number), quick, dtype, rounds, rank, world, store (rendezvous file) and result (file to write).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ Shards = dict[str, Tensor]
 
 
 class WrongResultError(RuntimeError):
-    """A contestant delivers something else than the destination's shards; its time would mean nothing."""
+    """A contestant's output differs from the destination's shards, so its time would mean nothing."""
 
 
 def problem(case: Case, arch: Architecture, dtype: torch.dtype) -> tuple[Shards, Shards, Shards, list[Any]]:
-    """(source shards, destination shards to fill, what they must become, models) of this rank, empty where it has no role.
+    """(source shards, destination shards to fill, their expected values, models) of this rank, empty if it has no such role.
 
-    In one set of processes the shards are the parameters of models, which megatron-core's resharding needs.
+    If both layouts are in the same processes, shards are model parameters, as megatron-core's resharding requires.
     """
     rank, place = dist.get_rank(), dist.get_rank() - case.start
     sources = own_shards(case.source, arch, rank, dtype) if rank < case.source.world else {}
@@ -60,14 +59,14 @@ def problem(case: Case, arch: Architecture, dtype: torch.dtype) -> tuple[Shards,
 
 
 def check(name: str, found: Shards, wanted: Shards) -> None:
-    """Raises `WrongResultError` when a destination shard is not bit for bit what it must be."""
+    """Raises `WrongResultError` if a destination shard is not bit for bit as expected."""
     for key, tensor in wanted.items():
         if not torch.equal(found[key], tensor):
             raise WrongResultError(f"{name}: {key} is not the destination's shard")
 
 
 def measure(contestants: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, the slowest rank's; round robin, each round starts with another one."""
+    """Seconds of each run on the slowest rank; round robin, each round starts with another contestant."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds):
@@ -83,7 +82,7 @@ def measure(contestants: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the result file."""
+    """Run the job; returns the content of the result file."""
     case, dtype = CASES[job["case"]], getattr(torch, job["dtype"])
     arch = case.architecture(job["quick"])
     sources, destinations, wanted, models = problem(case, arch, dtype)

@@ -1,4 +1,4 @@
-"""Figures, targets and the table of the resharding benchmark, from what the ranks measured."""
+"""Figures, targets and the table of the resharding benchmark, from the ranks' measurements."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from benchmarks.targets import Target, as_json, summary
 
 LIMITS = {"megatron_core": 0.75, "gather_broadcast": 0.4, "bare_copy": 2.0}
-"""Largest time of `sharded` relative to each."""
+"""Upper bound on the time of `sharded`, relative to each."""
 
 PLANNING_LIMITS = {"small": 0.2, "70B": 5.0}
 """Seconds."""
 
 
 def case_result(name: str, bound: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A case as it goes into the result file. bound: the least bytes that must be sent."""
+    """A case's entry in the result file. bound: the least bytes that must be sent."""
     contestants = {}
     for contestant, seconds in ranks[0]["seconds"].items():
         sent = sum(rank["bytes"][contestant] for rank in ranks)
         contestants[contestant] = {
             **summary(seconds),
             "first_s": max(rank["first_s"][contestant] for rank in ranks),
-            # megatron-core does not count.
+            # megatron-core does not count its bytes.
             "bytes_over_bound": sent / bound if bound and contestant != "megatron_core" else None,
         }
     result = {"case": name, "bound_bytes": bound, "contestants": contestants}

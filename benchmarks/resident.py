@@ -1,4 +1,4 @@
-"""What a call needs of resident memory."""
+"""Resident memory that a call needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 
 def _resident(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Bytes in a line of /proc/self/status."""
     return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 def peak_beyond(run: Callable[[], Any]) -> int:
-    """Bytes of resident memory that a call needs beyond what is there before it.
+    """Bytes of peak resident memory during a call beyond what was resident before.
 
-    The heap's free pages go back to the kernel first, so that none is reused unseen, and the kernel's high-water mark is set
-    back to what is resident now (writing 5 to clear_refs), so that nothing earlier hides the call.
+    First, the heap's free pages are returned to the kernel, so that their reuse is counted, and the kernel's high-water mark is
+    reset to what is resident now (by writing 5 to clear_refs), so that an earlier peak does not hide the call's.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

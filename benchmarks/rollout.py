@@ -1,19 +1,19 @@
-"""Throughput of the rollout path over a bare loop that sends the same requests to the same SGLang server.
+"""Throughput of the rollout path relative to a bare loop that sends the same requests to the same SGLang server.
 
     bash tools/setup_env.sh --sglang && python -m benchmarks.rollout    # all parts
     python -m benchmarks.rollout --part client --part tail              # without a real server
-    python -m benchmarks.rollout --quick --part client --part tail      # does it work here? its times mean nothing
+    python -m benchmarks.rollout --quick --part client --part tail      # checks that it works; its times mean nothing
 
-Parts. `server`: a real SGLang server on CPU with a small random model, whose responses are all of the same length. `client`: a
-server without a model (`rollout_server.py`), which answers at once: what a request costs this process, in CPU seconds of all
-its threads. `tail`: the same server, one response in a hundred eight times as long as the others, as many tokens per second for
-each: how long a step waits for its groups and for its weight sync, with partial rollouts and without, and with no long
-responses at all. Ranks "train" by sleeping for as long as an ordinary response takes; there are no weights.
+Parts. `server`: a real SGLang server on CPU with a small random model; all responses have the same length. `client`: a server
+without a model (`rollout_server.py`), which answers at once: the cost of a request in this process, in CPU seconds of all its
+threads. `tail`: the same server, with one response in a hundred eight times as long as the others, at the same tokens per
+second for each: how long a step waits for its groups and for its weight sync, with and without partial rollouts, and without
+any long responses. Ranks "train" by sleeping for the duration of an ordinary response; there are no weights.
 
-Contestants: `sampler`, ours, from `Sampler.take` to whole groups with their texts; `bare_loop`, asyncio and httpx, the replies'
-JSON parsed and dropped; `bare_connections`, the same loop over our connections (`rollout/sglang/connections.py`). All in this
-process, round robin, to and fro. Each round has new prompts, the server's cache is flushed before each contestant, and the
-first round is left out.
+Contestants: `sampler`, ours, from `Sampler.take` to complete groups with their texts; `bare_loop`, asyncio and httpx, the
+replies' JSON parsed and dropped; `bare_connections`, the same loop over our connections (`rollout/sglang/connections.py`). All
+run in this process, round robin, in alternating order. Each round has new prompts, the server's cache is flushed before each
+contestant, and the first round is left out.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ SERVER = Shape(prompts=8, samples=8, tokens=32, concurrency=64)
 CLIENT = {"short": Shape(64, 8, 16), "long": Shape(16, 8, 2048), "many at once": Shape(64, 8, 16, concurrency=512)}
 QUICK = {"short": Shape(2, 4, 5)}
 ORDINARY_S, TAIL_SHARE, TAIL_FACTOR, STALENESS = 1.0, 0.01, 8, 8
-"""Seconds of an ordinary response, share and length of the long ones, and how old their tokens may become."""
+"""Seconds of an ordinary response, share and relative length of the long ones, and the largest staleness of their tokens."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small steps, 2 rounds")
     parser.add_argument("--rounds", type=int, help="timed steps of each contestant (default 12, quick 2)")
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def server_without_a_model(**responses: Any) -> Iterator[str]:
-    """Its address; see `rollout_server.Responses` for the arguments."""
+    """Address of a server without a model; see `rollout_server.Responses` for the arguments."""
     command = [sys.executable, "-m", "benchmarks.rollout_server", json.dumps(responses)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
@@ -90,7 +90,7 @@ def server_without_a_model(**responses: Any) -> Iterator[str]:
 def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
     """Address of an SGLang server with the tiny policy's architecture and random weights; no token ends a response.
 
-    overrides: of the config. Raises UserError when it does not start.
+    overrides: of the config. Raises UserError if it does not start.
     """
     config = load_config(ROOT / CONFIG, list(overrides))
     model = new_model(config.tiny, tokenizer_of(config.tiny)).config
@@ -110,7 +110,7 @@ def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
 
 
 def flush_cache(url: str) -> None:
-    """Raises httpx.HTTPStatusError when the server is not done with what it has answered within ten seconds."""
+    """Raises httpx.HTTPStatusError if the server is still busy after ten seconds."""
     for _ in range(100):
         reply = httpx.post(f"{url}/flush_cache", timeout=60)
         if reply.status_code == 200:
@@ -120,7 +120,7 @@ def flush_cache(url: str) -> None:
 
 
 def compare(name: str, shape: Shape, url: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Seconds and CPU seconds of the contestants' steps. Raises RuntimeError when one has other tokens than were asked for."""
+    """Seconds and CPU seconds of the contestants' steps. Raises RuntimeError if one returns other than the requested tokens."""
     tokenizer = tokenizer_of()
     problems = make_problems(shape, rounds + 1, PROMPT_TOKENS, len(tokenizer))
     decode = partial(tokenizer.decode, skip_special_tokens=True)
@@ -143,7 +143,7 @@ def compare(name: str, shape: Shape, url: str, rounds: int, folder: Path) -> dic
 
 
 def step_waits(url: str, tokens: int, rounds: int, quick: bool, folder: Path, **rollout: Any) -> dict[str, list[float]]:
-    """Seconds that each step waits for its groups, and before its weight sync for what is under way."""
+    """Seconds that each step waits for its groups, and before its weight sync for requests under way."""
     shape = Shape(prompts=2 if quick else 16, samples=8, tokens=tokens * TAIL_FACTOR, concurrency=4096)
     problems = make_problems(shape, (rounds + 1) * (STALENESS + 2), PROMPT_TOKENS, 300)
     sampled = Sampled(config_of(shape, url, **rollout), problems, str, folder)
@@ -162,7 +162,7 @@ def step_waits(url: str, tokens: int, rounds: int, quick: bool, folder: Path, **
 
 
 def measure_tail(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The waits of all settings, each with a server of its own."""
+    """The waits of all settings, each with its own server."""
     tokens = 40 if options.quick else 400
     ahead = dict(max_staleness=1)
     partial_ = dict(max_staleness=STALENESS, partial=True, max_oversample=2.0)
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> None:
     text = options.output.read_text()
-    result: dict[str, Any] = json.loads(text) if text else {}  # parts that are not measured now stay as they are
+    result: dict[str, Any] = json.loads(text) if text else {}  # keeps parts that are not measured now
 
     def keep(part: str, text: str, **found: Any) -> None:
         said = {"environment": environment(ROOT), "rounds": options.rounds, "load": os.getloadavg()[0]}

@@ -1,4 +1,4 @@
-"""The ways in which the rollout benchmark has a server generate a step: this project's whole path, and bare loops."""
+"""Clients that have a server generate a step for the rollout benchmark: this project's whole path, and bare loops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from etr_megatron.types import Problem
 from etr_megatron.weights import read_architecture
 
 STEPS = 10_000
-"""More than any measurement has."""
+"""More steps than any measurement has."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Shape:
 
     @property
     def requests(self) -> int:
-        """Of a step."""
+        """Requests per step."""
         return self.prompts * self.samples
 
 
 class Contestant(Protocol):
-    """Has a step's responses generated and returns how many tokens they have."""
+    """Has a step's responses generated and returns their number of tokens."""
 
     def run(self, step: int) -> int:
-        """Steps are numbered from 1; the requests of a step are the same for every contestant."""
+        """Run a step, numbered from 1; its requests are the same for every contestant."""
         ...
 
     def close(self) -> None:
-        """Give up connections."""
+        """Close connections."""
         ...
 
 
@@ -64,7 +64,7 @@ class _Problems(list[Problem]):
 
 
 def make_problems(shape: Shape, steps: int, prompt_tokens: int, vocabulary: int) -> list[Problem]:
-    """Distinct prompts for so many steps, in the order in which they are asked."""
+    """Distinct prompts for this many steps, in the order of use."""
     draw = random.Random(1)
     return _Problems(
         Problem(f"p{number}", "", "", [draw.randrange(3, vocabulary) for _ in range(prompt_tokens)])
@@ -73,7 +73,7 @@ def make_problems(shape: Shape, steps: int, prompt_tokens: int, vocabulary: int)
 
 
 def config_of(shape: Shape, url: str, **rollout: Any) -> Config:
-    """What the product is told. rollout: more of its settings."""
+    """The config of etr_megatron. rollout: more settings of that section."""
     sizes = dict(prompts_per_step=shape.prompts, samples_per_prompt=shape.samples, max_response_tokens=shape.tokens)
     return Config(
         run=RunConfig(steps=STEPS),
@@ -83,21 +83,21 @@ def config_of(shape: Shape, url: str, **rollout: Any) -> Config:
 
 
 def tokenizer_of(tiny: TinyConfig | None = None) -> Any:
-    """The tiny policy's, whose `decode` turns responses into the text that is graded."""
+    """The tiny policy's tokenizer; its `decode` turns responses into the text to be graded."""
     return train_tokenizer(tiny or TinyConfig(), ArithmeticConfig())
 
 
 def _grade(requests: Sequence[GradeRequest]) -> list[Grade]:
-    """Graders are processes of their own, and no part of what is measured."""
+    """Stands in for graders, which are separate processes and not measured."""
     return [Grade(float(place % 2), "ok", "") for place in range(len(requests))]
 
 
 class Sampled:
-    """Sampler, fleet, client: what the trainer calls, down to whole groups with their texts. The world has one rank."""
+    """Sampler, fleet, client: what the trainer calls, up to complete groups with their texts. The world has one rank."""
 
     def __init__(self, config: Config, problems: list[Problem], decode: Decode, directory: Path) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        # There is no weight sync. A server without a model does not say what it serves; a real one does, in a config.json.
+        # There is no weight sync. A real server's model is described by a config.json; a server without a model has none.
         architecture = read_architecture(directory) if (directory / "config.json").exists() else QUICK_DENSE
         serving = Serving(architecture, "float32", "gloo", [], directory, temperature=1.0, max_gap=1.0)
         self.engine = SglangEngine(config.sglang, directory, serving)
@@ -116,16 +116,16 @@ class Sampled:
 
 
 class BareLoop:
-    """asyncio and httpx, nothing else: the same requests, as many at once, over connections that stay open.
+    """Only asyncio and httpx: the same requests, with the same concurrency, over persistent connections.
 
-    transport: instead of httpx's own.
+    transport: used instead of httpx's own.
     """
 
     def __init__(self, config: Config, problems: Sequence[Problem], transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._config, self._problems = config, problems
         self._url, self._gate = f"{config.sglang.urls[0]}/generate", asyncio.Semaphore(config.sglang.concurrency)
         self._runner = asyncio.Runner()
-        # SGLang closes a connection that was idle for 5 s, just when httpx would still use it, and the request fails.
+        # SGLang closes connections idle for 5 s; if httpx reuses one at that moment, the request fails.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
         self._http = httpx.AsyncClient(limits=limits, timeout=600.0, transport=transport)
 
@@ -162,7 +162,7 @@ class BareLoop:
 
 
 def contestants(shape: Shape, url: str, problems: list[Problem], decode: Decode, directory: Path) -> dict[str, Contestant]:
-    """All, on the same server."""
+    """All contestants, on the same server."""
     config = config_of(shape, url)
     return {
         "sampler": Sampled(config, problems, decode, directory),

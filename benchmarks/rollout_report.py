@@ -10,17 +10,17 @@ from benchmarks.rollout_contestants import Shape
 from benchmarks.targets import Target, as_json, summary
 
 THROUGHPUT = 0.97
-"""Least of the sampler's throughput on a real server, relative to the bare loop's."""
+"""Lower bound on the sampler's throughput on a real server, relative to the bare loop's."""
 
 TAIL = 0.1
-"""Largest part of a long response's time by which a step with partial rollouts waits longer than without long responses."""
+"""Upper bound on the extra wait of a step with partial rollouts due to long responses, as a share of a long response's time."""
 
 
 def pair_result(name: str, shape: Shape, wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) -> dict[str, Any]:
     """The contestants on one server. wall, cpu: seconds of every step, in the order of the rounds.
 
-    ratio: the sampler's throughput over each other one's, the median of the rounds' ratios, since what else the machine does
-    changes from round to round.
+    ratio: the sampler's throughput over each other contestant's, as the median of the rounds' ratios, since other load on the
+    machine changes from round to round.
     """
     ratios = {
         name: [other / ours for ours, other in zip(wall["sampler"], seconds, strict=True)]
@@ -43,7 +43,7 @@ def pair_result(name: str, shape: Shape, wall: Mapping[str, list[float]], cpu: M
             for one, seconds in wall.items()
         },
     }
-    # The server without a model hides nothing of the client, and says nothing of a run's throughput: no target there.
+    # The server without a model only shows the client's cost, not a run's throughput: no target there.
     targets = (
         [Target("bare_loop's throughput / sampler's", 1 / found["ratio"]["bare_loop"], 1 / THROUGHPUT)]
         if "SGLang" in name
@@ -69,7 +69,7 @@ def pair_table(found: Mapping[str, Any]) -> str:
 def tail_result(
     waits: Mapping[str, Mapping[str, list[float]]], *, ordinary_s: float, share: float, factor: float
 ) -> dict[str, Any]:
-    """What steps wait for, by setting: seconds until the groups are there plus those that the weight sync has to wait."""
+    """Waits of steps, by setting: seconds until the groups are complete plus those that the weight sync has to wait."""
     long_s = factor * ordinary_s
     steps = {name: [a + b for a, b in zip(one["groups_s"], one["sync_s"], strict=True)] for name, one in waits.items()}
     found = {name: {**summary(seconds), "mean_s": statistics.mean(seconds), **waits[name]} for name, seconds in steps.items()}

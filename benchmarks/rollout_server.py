@@ -1,9 +1,9 @@
-"""A server without a model, for the rollout benchmark: SGLang's protocol, and lengths that are a function of a request's seed.
+"""A server without a model, for the rollout benchmark: speaks SGLang's protocol; a response's length depends only on its seed.
 
     python -m benchmarks.rollout_server '{"tokens": 16}'
 
-It prints its port. tokens: of a response. tail: of the share `tail_share` of all responses. rate: tokens per second of each
-response, 0 is at once. A request that says how many tokens are left of `limit` goes on where the response was cut off.
+It prints its port. tokens: per response. tail: tokens of long responses, a share `tail_share` of all. rate: tokens per second
+of each response; 0 means at once. limit: if set, requests with a lower `max_new_tokens` resume a response that was cut off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPENAPI = json.dumps({"paths": {route: {} for route in _ROUTES}}).encode()
 
 @lru_cache(maxsize=4096)
 def reply(tokens: int, finish: str) -> bytes:
-    """What `/generate` answers for so many tokens. Log-probs are printed as those of a float32 are."""
+    """Reply of `/generate` with this many tokens. Log-probs are printed with the digits of a float32."""
     ids = [3 + number % 251 for number in range(tokens)]
     pairs = [[-0.7310585975646973 - token / 1024, token, None] for token in ids]
     meta = {"output_token_logprobs": pairs, "finish_reason": {"type": finish}, "weight_version": "0"}
@@ -36,7 +36,7 @@ def reply(tokens: int, finish: str) -> bytes:
 
 @dataclass
 class Responses:
-    """How long they are and how long they take."""
+    """Lengths and durations of responses."""
 
     tokens: int
     tail: int = 0
@@ -46,12 +46,12 @@ class Responses:
     _cuts: dict[str, asyncio.Event] = field(default_factory=dict)
 
     def length(self, seed: int) -> int:
-        """Of the response with this seed, from its first token to its last."""
-        # Knuth's multiplicative hash: seeds that are alike are far apart.
+        """Tokens of the whole response with this seed."""
+        # Knuth's multiplicative hash, which spreads similar seeds.
         return self.tail if (seed * 2654435761) % (1 << 32) < self.tail_share * (1 << 32) else self.tokens
 
     async def generate(self, body: dict[str, Any]) -> bytes:
-        """The rest of a response, or what there is of it when it is cut off."""
+        """The rest of a response, or the part generated before it was cut off."""
         sampling = body["sampling_params"]
         begun = self.limit - sampling["max_new_tokens"] if self.limit else 0
         left = self.length(sampling["sampling_seed"]) - begun
@@ -77,7 +77,7 @@ class Responses:
         return _OPENAPI if route == "/openapi.json" else b"{}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, until it is closed."""
+        """Serve one connection until it is closed."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")

@@ -1,4 +1,4 @@
-"""What the benchmarks' reports have in common: the figures of a contestant's times, and targets that are met or missed."""
+"""Common parts of the benchmarks' reports: the figures of a contestant's times, and targets that are met or missed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """text: what is compared. value: what was measured. limit: the largest that meets the target."""
+    """text: what is compared. value: the measurement. limit: the largest value that meets the target."""
 
     text: str
     value: float
@@ -27,7 +27,7 @@ def as_json(targets: Iterable[Target]) -> list[dict[str, Any]]:
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """Median, minimum and spread (maximum minus minimum) of the passes, in seconds, and the passes themselves."""
+    """Median, minimum and spread (maximum minus minimum) of the passes, and the passes themselves, all in seconds."""
     return {
         "median_s": statistics.median(seconds),
         "min_s": min(seconds),

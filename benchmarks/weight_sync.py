@@ -1,13 +1,13 @@
-"""Seconds of a weight sync into a real SGLang server on CPU, by each way that whole tensors go there.
+"""Seconds of a weight sync into a real SGLang server on CPU, by each method that sends whole tensors.
 
     bash tools/setup_env.sh --sglang && python -m benchmarks.weight_sync    # 0.4 GB in fp32
     python -m benchmarks.weight_sync --quick                                # 1 MB, whose times mean nothing
 
-Contestants: `shared_memory`, `sglang.sync: tensor` into a server of this machine; `text`, the same into one that is not told
-where the bytes lie, base64 in JSON; `broadcast`, over gloo. All from the same flat buckets and within the same transaction
-(pause, begin, weights, end, flush, version, continue), round robin after one of each. `bare_copy` is the buckets copied in this
-process's memory. Before anything is timed the server is asked for log-probs after each contestant, with zeros sent in between:
-they must be the same ones.
+Contestants: `shared_memory`, `sglang.sync: tensor` into a server on this machine; `text`, the same into a server that cannot
+use shared memory, as base64 in JSON; `broadcast`, over gloo. All use the same flat buckets and the same transaction (pause,
+begin, weights, end, flush, version, continue), round robin after a warm-up of each. `bare_copy` copies the buckets in this
+process's memory. Before anything is timed, the server returns log-probs after a sync by each contestant, with zeros sent in
+between: they must be equal.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TIMEOUT_S = 300.0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Options of the command line; exits with 2 for one that is wrong. Raises `UserError` for values that do not fit."""
+    """Parse the command line; exits with 2 if an option is wrong. Raises `UserError` for values that do not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model, 2 rounds")
     parser.add_argument("--rounds", type=int, help="timed syncs of each contestant (default 5, quick 2)")
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def buckets_of(arch: Architecture, tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
-    """As a sync makes them: weights in order, in flat buckets of `limit` bytes at most, or of one weight that is larger."""
+    """Buckets as in a sync: weights in order, in flat buckets of at most `limit` bytes, or of one weight that is larger."""
     for group in groups_of(list(weights_of(arch)), torch.float32, None, limit):
         flat = torch.empty(group.nbytes, dtype=torch.uint8)
         for field in group.tensors:
@@ -76,7 +76,7 @@ def buckets_of(arch: Architecture, tensors: dict[str, Tensor], limit: int) -> It
 
 
 class SharedDelivery(TensorDelivery):
-    """What `NodeBuckets` does on rank 0 for the servers of its machine, and the requests."""
+    """Does what `NodeBuckets` does on rank 0 for the servers of its machine, and sends the requests."""
 
     def __init__(self, fleet: Fleet) -> None:
         super().__init__(fleet, workers=1, timeout_s=TIMEOUT_S)
@@ -88,7 +88,7 @@ class SharedDelivery(TensorDelivery):
 
 
 def deliveries(fleet: Fleet) -> dict[str, Delivery]:
-    """The contestants."""
+    """The contestants' deliveries by name."""
     return {
         "shared_memory": SharedDelivery(fleet),
         "text": TensorDelivery(fleet, workers=1, timeout_s=TIMEOUT_S),
@@ -97,13 +97,13 @@ def deliveries(fleet: Fleet) -> dict[str, Delivery]:
 
 
 class Syncs:
-    """Weight syncs into one server, each with a version of its own."""
+    """Weight syncs into one server, each with a new version."""
 
     def __init__(self, fleet: Fleet, ways: dict[str, Delivery]) -> None:
         self._fleet, self._ways, self._version = fleet, ways, 0
 
     async def run(self, way: str, buckets: Sequence[Bucket]) -> float:
-        """Seconds of one. Raises EngineGoneError when the server failed."""
+        """Seconds of one sync. Raises EngineGoneError if the server fails."""
         transaction, self._version = Transaction(self._fleet, TIMEOUT_S), self._version + 1
         started = time.perf_counter()
         await transaction.begin()
@@ -113,7 +113,7 @@ class Syncs:
         return time.perf_counter() - started
 
     async def logprobs(self) -> list[float]:
-        """Of a greedy response; with the version, what the server serves."""
+        """Log-probs of a greedy response."""
         sampling = {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
         body = {"input_ids": [5, 6, 7, 8], "sampling_params": sampling, "return_logprob": True}
         reply = await self._fleet.clients[0].call("/generate", body, timeout_s=TIMEOUT_S)
@@ -121,7 +121,7 @@ class Syncs:
 
 
 async def measure(url: str, buckets: Sequence[Bucket], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant's syncs. Raises RuntimeError where one did not bring the weights."""
+    """Seconds of each contestant's syncs. Raises RuntimeError if a contestant does not deliver the weights."""
     zeros = [Bucket(bucket.fields, torch.zeros_like(bucket.flat)) for bucket in buckets]
     async with httpx.AsyncClient(transport=Connections()) as http:
         client = ServerClient("server", url, http)
@@ -151,7 +151,7 @@ async def measure(url: str, buckets: Sequence[Bucket], rounds: int) -> dict[str,
 
 
 def buckets_of_a_model(config: Config, work: Path) -> list[Bucket]:
-    """Of random fp32 weights of the tiny policy's architecture. work: for its config.json."""
+    """Buckets of random fp32 weights of the tiny policy's architecture. work: folder for its config.json."""
     model = new_model(config.tiny, tokenizer_of(config.tiny))
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(work)
@@ -168,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write; returns the exit code, 2 for a wrong option and where there is no server."""
+    """Measure, print, write; returns the exit code: 2 if an option is wrong or there is no server."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         overrides = [] if options.quick else LARGE
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         python = ROOT / config.sglang.python
         if not python.exists():
             raise UserError(f"there is no {python}; `bash tools/setup_env.sh --sglang` makes it")
-        os.chdir(ROOT)  # the server's command is relative to it
+        os.chdir(ROOT)  # the path of the server's command is relative to it
         with tempfile.TemporaryDirectory() as work:
             buckets = buckets_of_a_model(config, Path(work))
             with real_server(Path(work), overrides) as url:

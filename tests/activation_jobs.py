@@ -1,9 +1,9 @@
-"""What gang ranks run to count what a policy keeps for its backward passes.
+"""Jobs that gang ranks run to count what a policy keeps for its backward passes.
 
-Layers are Megatron's own, built by the policy's code. On CPU norms and rotary embedding are not fused and keep more than
-Transformer Engine's, so that `like_transformer_engine` puts in their place what saves the tensors that version 2.11 saves (the
-file of each is named below), wherever and however Megatron calls them. The gate is Megatron's fused one. Attention and matrix
-products are torch's and Megatron's: both save what Transformer Engine's do.
+Layers are Megatron's own, built by the policy's code. On CPU, norms and rotary embedding are not fused and keep more than
+Transformer Engine's. `like_transformer_engine` replaces them with functions that save the same tensors as Transformer Engine
+2.11 (the file of each is named below), wherever and however Megatron calls them. The gate is Megatron's fused one. Attention
+and matrix products are torch's and Megatron's, which save the same as Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.memory import Storages
 from tests.policy_jobs import build, make_batch
 
 _ROWS = 64
-"""Rows at a time of what a fused kernel does in registers: no temporary of a whole tensor's size shows in what is measured."""
+"""Rows at a time of what a fused kernel does in registers, so that no temporary of a tensor's full size is measured."""
 
 
 class _Norm(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of some rows of each; the first tensors [..., H] and [...] are contiguous."""
+    """Views of `_ROWS` rows of each at a time; the first tensors [..., H] and [...] are contiguous."""
     width = tensors[0].shape[-1]
     flat = [x.view(-1, width) if x.dim() == tensors[0].dim() else x.view(-1) for x in tensors]
     return zip(*(x.split(_ROWS) for x in flat), strict=True)
@@ -72,7 +72,7 @@ class Norm(LocalRMSNorm):
 
 
 class _Rope(torch.autograd.Function):
-    """Saves the frequencies, which all layers share, and makes a tensor of its own: `FusedRoPEFunc` of attention/rope.py."""
+    """Saves the frequencies, which all layers share, and returns a new tensor: `FusedRoPEFunc` of attention/rope.py."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, freqs: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, c
 
 
 class Attention(PackedAttention):
-    """Of one sequence. Values come as part of what the projection made, in another layout than queries and keys, of which
-    `get_qkv_layout` of attention/dot_product_attention/utils.py makes three contiguous tensors."""
+    """For one sequence. Values are a part of the projection's output, with other strides than queries and keys, so that
+    `get_qkv_layout` of attention/dot_product_attention/utils.py makes all three contiguous."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         split = (x.contiguous().transpose(0, 1)[None] for x in (query, key, value))
@@ -108,7 +108,7 @@ class Attention(PackedAttention):
 
 
 def _in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of rows, without temporaries of a whole tensor's size: what the compiler makes of Megatron's fused ones."""
+    """Apply a function by rows, without temporaries of a tensor's full size, as the compiler does for Megatron's fused ones."""
 
     def run(*tensors: Tensor) -> Any:
         whole: tuple[Tensor, ...] = ()
@@ -125,7 +125,7 @@ def _in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def like_transformer_engine() -> Iterator[None]:
-    """Policies that are built and run inside have layers that keep what Transformer Engine's keep."""
+    """Policies built and run in this context have layers that keep what Transformer Engine's keep."""
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.models.common.embeddings import rope_utils
 
@@ -143,8 +143,8 @@ def like_transformer_engine() -> Iterator[None]:
 
 @dataclass
 class LayerPass:
-    """A forward pass of a layer. saved: bytes of storages that nothing before it had saved. routed: tokens that the rank's
-    experts were given."""
+    """A forward pass of a layer. saved: bytes of storages saved for the first time in it. routed: tokens given to the rank's
+    experts."""
 
     layer: int
     saved: int = 0
@@ -152,8 +152,8 @@ class LayerPass:
 
 
 class Kept:
-    """Bytes of the storages, parameters apart, that autograd has saved in a policy's layers and that are still there
-    ("layers"), and of what the stage has handed on and the schedule holds ("outputs"), now and at their peaks."""
+    """Bytes of storages, except parameters, that autograd has saved in a policy's layers and that are still alive ("layers"),
+    and of the stage's outputs that the schedule holds ("outputs"), now and at their peaks."""
 
     def __init__(self, policy: Policy) -> None:
         self.passes: list[LayerPass] = []
@@ -162,7 +162,7 @@ class Kept:
         self._alive = {x.untyped_storage()._cdata for chunk in policy.chunks for x in chunk.parameters()}
         self._inside: list[str] = []
         for chunk in policy.chunks:
-            # Between its layers a block saves for the recomputation of each.
+            # Between layers, a block saves what it needs to recompute each.
             chunk.decoder.register_forward_pre_hook(lambda *_: self._inside.append("block"))
             chunk.decoder.register_forward_hook(partial(self._hand_on, last=chunk.post_process))
             if chunk.post_process:
@@ -186,7 +186,7 @@ class Kept:
             self._count(output.untyped_storage(), "outputs")
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """A hook of `saved_tensors_hooks`."""
+        """Hook for `saved_tensors_hooks`."""
         if self._inside:
             added = self._count(tensor.untyped_storage(), "layers")
             if "layer" in self._inside:
@@ -209,8 +209,8 @@ class Kept:
 
 
 def kept(model: str, sequences: Sequence, overrides: Sequence[str]) -> dict[str, Any]:
-    """What an update keeps, with every sample in a microbatch of its own: the passes of the first of three, and the least of
-    their peaks, since gloo's threads may hold a tensor a moment longer."""
+    """What an update keeps, with each sample in its own microbatch: the passes of the first of three updates, and the smallest
+    of their peaks, since gloo's threads may hold a tensor a little longer."""
     peaks = []
     with like_transformer_engine():
         policy = _policy(model, sequences, overrides)
@@ -230,7 +230,7 @@ def _policy(model: str, sequences: Sequence, overrides: Sequence[str]) -> Policy
 
 
 def gradient_norms(model: str, sequences: Sequence, overrides: Sequence[str]) -> tuple[float, float]:
-    """Of an update with the stand-ins, and of one without."""
+    """Gradient norms of an update with the stand-ins, and of one without."""
     batch = make_batch(list(sequences))
     with like_transformer_engine():
         other = _policy(model, sequences, overrides).update(batch)
@@ -238,7 +238,7 @@ def gradient_norms(model: str, sequences: Sequence, overrides: Sequence[str]) ->
 
 
 def around_head(model: str, sequences: Sequence, overrides: Sequence[str]) -> int:
-    """Most bytes of tensors from the last norm's forward pass to its backward one, beside those that were there before."""
+    """Peak bytes of tensors between the last norm's forward and backward passes, beyond those alive before."""
     seen: dict[str, int] = {}
     with like_transformer_engine():
         policy = _policy(model, sequences, overrides)
@@ -251,15 +251,15 @@ def around_head(model: str, sequences: Sequence, overrides: Sequence[str]) -> in
 
 
 def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -> int:
-    """Most bytes of tensors in the last layer's backward pass, beside those that were there before its forward pass: the least
-    of some updates, since gloo's threads may hold a tensor a moment longer."""
+    """Peak bytes of tensors in the last layer's backward pass, beyond those alive before its forward pass: the smallest of
+    several updates, since gloo's threads may hold a tensor a little longer."""
     from megatron.core.parallel_state import get_global_memory_buffer
 
     seen: dict[str, int] = {}
     found: list[int] = []
 
     def before(_layer: torch.nn.Module, _given: Any, named: dict[str, Tensor]) -> None:
-        get_global_memory_buffer().buffer.clear()  # else it is there or not, as the calls before were
+        get_global_memory_buffer().buffer.clear()  # else its presence depends on earlier calls
         seen["before"] = _settled(storages)
         named["hidden_states"].register_hook(lambda _grad: seen.update(peak=storages.peak))
 
@@ -279,7 +279,7 @@ def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -
 
 
 def _settled(storages: Storages) -> int:
-    """Bytes alive once gloo's threads have let go of what they were given, from which the peak is looked for anew."""
+    """Restart the peak once gloo's threads have released their tensors; returns the bytes alive then."""
     if dist.get_world_size() > 1:
         time.sleep(0.1)
     return storages.restart()

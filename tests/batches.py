@@ -1,4 +1,4 @@
-"""A step's groups and what is made of them before any split."""
+"""A step's groups, and the unsplit batch made of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(*overrides: str):
 
 
 def logprobs(value: float = -1.0, seed: int | None = None) -> TokenLogprobs:
-    """Of every response token of `groups()`: `value`, or near it at random."""
+    """Log-probs of every response token of `groups()`: `value`, or random near it."""
     logp = torch.full((sum(FLAT_LENGTHS),), value)
     if seed is not None:
         logp += 0.4 * torch.randn(len(logp), generator=torch.Generator().manual_seed(seed))
@@ -39,7 +39,7 @@ def batch_of(
 
 
 def groups(reward_range: tuple[float, float] = (0.0, 1.0)) -> list[Group]:
-    """Whose wrong and right answers get the ends of the range."""
+    """Groups whose wrong and right answers have the range's lower and upper reward."""
     made = []
     for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
         samples = [

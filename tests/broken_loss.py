@@ -1,5 +1,5 @@
-"""A user's policy losses that fail: one with the usual mistake, a root whose derivative at zero is infinite, and NaN after
-`where`; some that raise; and one that is there when the run is told to stop."""
+"""A user's policy losses that fail. One has the usual mistake: a root whose derivative at zero is infinite, so that `where`
+gives NaN. Others raise, exit, or send SIGTERM to their own process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from etr_megatron.objective import LossInputs, LossOutputs, regularized, token_l
 
 @token_local
 def root_of_zero(inputs: LossInputs) -> LossOutputs:
-    """On the rank `rank` of `objective.options` the gradient of every first token of a chunk is NaN; all values are finite."""
+    """On the rank `rank` of `objective.options`, the gradient of every first token of a chunk is NaN; all values are finite."""
     surrogate = inputs.logp * inputs.advantage
     if dist.get_rank() == inputs.settings.options["rank"]:
         root = (inputs.logp - inputs.logp.detach()).abs().sqrt()
@@ -27,12 +27,12 @@ def root_of_zero(inputs: LossInputs) -> LossOutputs:
 
 
 def root_of_zero_unmarked(inputs: LossInputs) -> LossOutputs:
-    """The same without the promise, so that its gradients are formed when Megatron goes backward."""
+    """The same without the mark, so that its gradients are formed in Megatron's backward pass."""
     return root_of_zero(inputs)
 
 
 def needs_an_option(inputs: LossInputs) -> LossOutputs:
-    """Fails without the option `margin`, in a function that it calls."""
+    """Fails in a function that it calls, if the option `margin` is missing."""
     return regularized(inputs, inputs.logp * _margin(inputs.settings.options))
 
 
@@ -41,7 +41,7 @@ def _margin(options: Mapping[str, float]) -> float:
 
 
 def leaves(inputs: LossInputs) -> LossOutputs:
-    """Ends the process, and says that all is well."""
+    """Exits with code 0."""
     sys.exit(0)
 
 
@@ -50,7 +50,8 @@ _calls = itertools.count(1)
 
 @token_local
 def told_to_stop(inputs: LossInputs) -> LossOutputs:
-    """The plain policy gradient; from the `call`-th call on rank 0 gets SIGTERM, once, where the file STOP_FLAG is."""
+    """The plain policy gradient. From the `call`-th call on, if the file STOP_FLAG exists, removes it and sends SIGTERM to
+    rank 0."""
     flag = Path(os.environ["STOP_FLAG"])
     if dist.get_rank() == 0 and next(_calls) >= inputs.settings.options["call"] and flag.exists():
         flag.unlink()

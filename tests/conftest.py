@@ -15,18 +15,18 @@ from tests.gang import Gangs
 
 
 def pytest_collection_finish():
-    """What the tests' modules have imported stays: collections need not look through it each time."""
+    """Exclude objects of imported test modules from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # else Triton's bindings report everything that is left at the end as leaked
+    gc.unfreeze()  # else Triton's bindings report all remaining objects as leaked
 
 
 @pytest.fixture(scope="session")
 def gangs():
-    # Where there is a GPU, Megatron's import may touch it, and then no forked process can.
+    # If there is a GPU, importing Megatron may initialise CUDA, which forked processes then cannot use.
     running = Gangs() if os.path.exists("/dev/nvidiactl") else Gangs("tests.rollout_jobs")
     yield running
     running.stop()
@@ -43,13 +43,13 @@ def hf_models(tmp_path_factory):
 
 @pytest.fixture
 def deadline():
-    """Fails a test that takes two minutes, where it would wait for ever and hold up all others."""
+    """Fails a test after two minutes, so that one that hangs does not block all others."""
 
     def fail(number, frame):
         raise AssertionError("no end after two minutes")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, 120, 30)  # again, should its clean-up wait as well
+    signal.setitimer(signal.ITIMER_REAL, 120, 30)  # again every 30 s, in case its clean-up hangs as well
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -57,13 +57,13 @@ def deadline():
 
 @pytest.fixture
 def hf(hf_models, tmp_path):
-    """A copy of a small Qwen3 checkpoint, to be changed."""
+    """A copy of a small Qwen3 checkpoint, which tests may change."""
     return Path(shutil.copytree(hf_models["qwen3"], tmp_path / "hf"))
 
 
 @pytest.fixture
 def megatron(hf, tmp_path):
-    """What `hf` is as a torch_dist checkpoint."""
+    """`hf` converted to a torch_dist checkpoint."""
     from etr_megatron.convert import Ranks, to_megatron
 
     to_megatron(hf, tmp_path / "megatron", Ranks())
@@ -77,7 +77,7 @@ def _tiny_cache(tmp_path_factory):
 
 @pytest.fixture
 def runs(tmp_path, _tiny_cache):
-    """Real runs of a small job in the test's own directory."""
+    """Runs of a small job in the test's own directory."""
     from tests.runs import Runs
 
     return Runs(tmp_path, _tiny_cache)

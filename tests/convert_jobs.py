@@ -1,4 +1,4 @@
-"""What gang ranks and separate processes run for the conversion's tests."""
+"""Jobs that gang ranks and separate processes run for the tests of the conversion."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.reads import bytes_read_by
 
 
 def convert(hf: str, megatron: str, back: str) -> None:
-    """There and back, each rank its share."""
+    """Convert to Megatron and back, each rank its share."""
     ranks = Ranks()
     to_megatron(Path(hf), Path(megatron), ranks)
     to_hf(Path(megatron), Path(back), ranks, max_file_bytes=100_000)
 
 
 def refused(out: str) -> str:
-    """The error of a conversion whose output is refused by rank 0 alone."""
+    """The error of a conversion whose output only rank 0 refuses."""
     try:
         to_megatron(Path(out).parent / "model", Path(out), Ranks())
     except Exception as error:
@@ -35,7 +35,7 @@ def refused(out: str) -> str:
 
 
 def full_on_rank_1() -> int | None:
-    """Number of the OSError that every rank gets."""
+    """errno of the OSError that every rank gets."""
     ranks = Ranks()
 
     def write() -> None:
@@ -49,7 +49,7 @@ def full_on_rank_1() -> int | None:
 
 
 def train_and_save(model: str, out: str, overrides: list[str]) -> dict[str, torch.Tensor]:
-    """A checkpoint of a policy after one update, and the policy's own export."""
+    """Save a checkpoint of a policy after one update; returns the policy's export."""
     from tests.policy_jobs import build, make_batch
 
     policy = build(model, ["train.lr=0.01", *overrides])
@@ -62,8 +62,8 @@ def train_and_save(model: str, out: str, overrides: list[str]) -> dict[str, torc
 
 
 def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
-    """Names of this rank's parameters that megatron's own `load`, asked for all that it would store, brings otherwise than
-    the policy loads them from HF files. `model` is the HF directory, with the converted one in `model`/../megatron."""
+    """Names of this rank's parameters for which megatron's `load` of a full sharded state dict differs from what the policy
+    loads from HF files. `model` is the HF directory; the converted one is in `model`/../megatron."""
     from tests.policy_jobs import build
 
     chunks = build(model, overrides).chunks
@@ -83,7 +83,7 @@ def load_by_megatron(model: str, overrides: list[str]) -> list[str]:
 
 
 def kill_after(writes: int, argv: list[str]) -> int:
-    """Run the tool in this process and kill it with -9 in the middle of its so many-th write."""
+    """Run the tool in this process and kill it with SIGKILL in the middle of its write number `writes`."""
     from etr_megatron.convert import copying, torch_dist_writer
     from tools.convert_hf import main
 
@@ -101,7 +101,7 @@ def kill_after(writes: int, argv: list[str]) -> int:
 
 
 def _kill_at(moment: str) -> None:
-    """Kill this process with -9 where it is about to do this: nothing before has been left out."""
+    """Make this process kill itself with SIGKILL just before it does `moment`; everything before is done."""
     from etr_megatron.convert import hf_files, safetensors_writer, torch_dist_writer
 
     owner, name = {
@@ -123,7 +123,7 @@ def _kill_at(moment: str) -> None:
 
 
 def killed_at(moments: list[str], argv: list[str]) -> list[int]:
-    """Exit codes of processes that run the tool, each until its moment and into an output of its own, `<out>_<moment>`."""
+    """Exit codes of processes that run the tool, each until its moment and with its own output, `<out>_<moment>`."""
     import etr_megatron.convert.torch_dist_writer  # noqa: F401  once for all of them
     from tools.convert_hf import main
 
@@ -138,8 +138,8 @@ def killed_at(moments: list[str], argv: list[str]) -> list[int]:
 
 
 def reads(hf: str, out: str) -> list[int]:
-    """Bytes that this process reads in a conversion there, one back and one back with a cast: of the second time each, when
-    nothing is imported."""
+    """Bytes that this process reads in a conversion to Megatron, one back and one back with a cast; each of the second time,
+    when all modules are imported."""
     ranks = Ranks()
 
     def three(there: Path) -> list[int]:
@@ -154,7 +154,7 @@ def reads(hf: str, out: str) -> list[int]:
 
 
 def memory_of(argv: list[str]) -> int:
-    """Bytes by which the process's peak grows while the tool runs; what it imports is imported before."""
+    """Bytes by which the process's peak memory grows while the tool runs; modules are imported before."""
     from etr_megatron.convert import torch_dist_writer  # noqa: F401
     from tools.convert_hf import main
 
@@ -165,9 +165,9 @@ def memory_of(argv: list[str]) -> int:
 
 
 def _peak(*, anew: bool = False) -> int:
-    """Peak bytes of this process's memory. anew: forget the peak so far, it is what there is now.
+    """Peak bytes of this process's memory. anew: reset the peak to the current value first.
 
-    Not `ru_maxrss`, which begins with the peak of the process that started this one.
+    Not `ru_maxrss`, which starts from the parent's peak.
     """
     if anew:
         Path("/proc/self/clear_refs").write_text("5")
@@ -175,7 +175,7 @@ def _peak(*, anew: bool = False) -> int:
 
 
 def verified(hf: str, megatron: str, **options: Any) -> Verification:
-    """What `verify` finds."""
+    """The result of `verify`."""
     return verify(Path(hf), Path(megatron), Ranks(), **options)
 
 

@@ -1,4 +1,4 @@
-"""A server that starts for ever: `python -m tests.deaf_server ...`."""
+"""A server that never finishes starting: `python -m tests.deaf_server ...`."""
 
 import time
 

@@ -1,10 +1,10 @@
-"""Fake SGLang servers (tests/fake_sglang.py) that are not the job's, forked from one process of the test session.
+"""External fake SGLang servers (tests/fake_sglang.py), forked from one process of the test session.
 
     with servers({}, {"die_at": 5}) as (first, second): ...
 
-What they import takes longer than most of their tests; the process that they are forked from has it. Run as a module this is
-that process: it reads lines of JSON, `{"start": BEHAVIOUR}` or `{"end": PID}`, and answers each with one, a server's
-`[pid, port]` or null. It reaps no server before it is told to end it, so that a pid stays that of its server.
+Their imports take longer than most of their tests, so the process that they are forked from does them once. This module, run as
+a program, is that process: it reads lines of JSON, `{"start": BEHAVIOUR}` or `{"end": PID}`, and answers each with a line, a
+server's `[pid, port]` or null. It does not reap a server until told to end it, so that the pid stays the server's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.runs import REPO
 
 
 class _Nursery:
-    """The process that servers are forked from, as the session sees it."""
+    """The session's handle of the process that servers are forked from."""
 
     def __init__(self) -> None:
         command, pipe = [sys.executable, "-m", "tests.fake_servers"], subprocess.PIPE
@@ -39,7 +39,7 @@ _nursery: _Nursery | None = None
 
 @contextlib.contextmanager
 def servers(*behaviours: dict) -> Iterator[tuple[str, ...]]:
-    """Addresses of a server per behaviour; they are killed in the end."""
+    """Addresses of one server per behaviour; the servers are killed at the end."""
     global _nursery
     _nursery = _nursery or _Nursery()  # it ends with this process
     with contextlib.ExitStack() as stack:

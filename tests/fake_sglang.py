@@ -1,21 +1,21 @@
 """A process that speaks SGLang's protocol and breaks it on demand: `python -m tests.fake_sglang BEHAVIOUR`, BEHAVIOUR is JSON.
 
-Or started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints its port.
-(Servers that are not the job's are forked, see tests/fake_servers.py.)
+It can also be started as SGLang is, `python -m tests.fake_sglang --port PORT ...`, with its behaviour in FAKE_SGLANG. It prints
+its port. (External servers are forked, see tests/fake_servers.py.)
 Tokens are a function of the prompt; weights are received over a real gloo group and kept as sums by name.
-Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (numbers of the generate request, from 0), refuse_all, forget_at (from
-this request on it has the weights that it was started with), drop_at (it closes the connection and says nothing), fail_prompt,
-abort_prompt, die_prompt, die_late (first token of prompts that it does this at; late: after 30 tokens of a chain), busy (it
-says nothing of itself while it generates),
-die_at_bucket, hang_at_bucket (numbers of the weight bucket, from 0), die_at_join (of a weight group), stale (it never takes
-over a version), old (no begin and end of an update: SGLang before 0.5.21), tokens_per_s (a chain of tokens at this rate, that
-can be cut off and goes on where a prompt ends), odd_tokens_per_s (the rate of prompts whose token ids have an odd sum),
-hang_at_abort, stop_at (the whole process stops at this generate request; with hang_at only the request waits), die_once (a
-number and a file: it dies at this generate request unless another has made the file), seconds (for a response),
-seconds_per_bucket, refuse_weights (whatever brings some), misfit (its parameters are another model's, which `sharded` sees),
-unwell (it says so of itself), logprob (of every token), says (by route, what it adds to /server_info and /model_info),
-says_no_experts (though it is asked which it chose), weightless (it can take no weights, and starts in no time: without torch).
-POST /behave changes them in a server that runs.
+Behaviours: die_at, hang_at, fail_at, abort_at, refuse_at (number of the generate request, from 0), refuse_all, forget_at (from
+this request on it has the weights that it was started with), drop_at (closes the connection without a reply), fail_prompt,
+abort_prompt, die_prompt, die_late (first token of prompts at which it does this; late: after 30 tokens of a chain), busy (does
+not answer /server_info while it generates), die_at_bucket, hang_at_bucket (number of the weight bucket, from 0), die_at_join
+(of a weight group), stale (never accepts a new version), old (no begin and end of an update: SGLang before 0.5.21),
+tokens_per_s (generates a chain of tokens at this rate, which can be cut off and resumes where a prompt ends), odd_tokens_per_s
+(the rate of prompts whose token ids have an odd sum), hang_at_abort, stop_at (the whole process stops at this generate request;
+with hang_at only the request waits), die_once (a number and a file: dies at this generate request unless another server has
+made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with weights), misfit (its parameters
+are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of every token), says (by route, what
+it adds to /server_info and /model_info), says_no_experts (leaves out routed experts although requested), weightless (accepts no
+weights; starts at once, without torch).
+POST /behave changes them in a running server.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if not BEHAVIOUR.get("weightless"):
     from torch.distributed import distributed_c10d as c10d
 CONTEXT = 512
 DROP = 0
-"""For a status: the connection is closed instead."""
+"""In place of a status: close the connection."""
 TOO_LONG = 400, {"error": {"message": "Requested token count exceeds the model's maximum context length"}}
 MEMORY = ("weights", "kv_cache", "cuda_graph")
 UPDATE_SESSION = ("/begin_weight_update", "/end_weight_update")
@@ -88,7 +88,7 @@ def tokens_of(prompt: list[int], count: int) -> list[int]:
 
 
 class State:
-    """What the server remembers; `log` is every route that changed something, in order."""
+    """The server's state; `log` lists every route that changed something, in order."""
 
     def __init__(self) -> None:
         self.version, self.paused, self.in_update = "default", False, False
@@ -104,9 +104,9 @@ class State:
         self.aborted: set[str] = set()
         self.rids: list[str | None] = []  # of `prompts`
         self.running: set[str] = set()
-        self.prompts: list[list[int]] = []  # that it was given, in order
-        self.prompt_versions: list[str] = []  # of the weights that it had then
-        self.origin: dict[int, list[int]] = {}  # seed -> the prompt that it came with first
+        self.prompts: list[list[int]] = []  # in the order received
+        self.prompt_versions: list[str] = []  # weight version when each was received
+        self.origin: dict[int, list[int]] = {}  # seed -> the first prompt that had it
 
 
 STATE = State()
@@ -165,7 +165,7 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
-    """The chain, or what there is of it when the request is cut off. A seed is of one response, however often continued."""
+    """The chain, or the part generated before the request is cut off. A seed identifies one response across resumptions."""
     last = body["input_ids"][-1]
     rate = BEHAVIOUR["tokens_per_s"]
     if sum(STATE.origin.setdefault(body["sampling_params"]["sampling_seed"], body["input_ids"])) % 2:
@@ -223,7 +223,7 @@ def receive(body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
-    """Whole tensors, or the offer of a sharded sync, which is received into parameters named as a server's."""
+    """Whole tensors, or the offer of a sharded sync, which is received into parameters named like a server's."""
     if not STATE.in_update and not BEHAVIOUR.get("old"):
         return 400, {"success": False, "message": "not between begin and end"}
     _act("bucket", next(STATE.buckets), "_bucket")
@@ -290,7 +290,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/health" and not STATE.paused:
         return 200, {}
     if route == "/health":
-        time.sleep(15)  # it asks for a token, which a paused server does not generate
+        time.sleep(15)  # SGLang's check generates a token, which a paused server does not
         return 503, {}
     if route.endswith("_weight_update") and BEHAVIOUR.get("old"):
         return 404, {"detail": "Not Found"}
@@ -311,7 +311,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     elif route.endswith("_memory_occupation"):
         tags = set(body.get("tags") or MEMORY)
         if tags & STATE.released if route.startswith("/release") else tags - STATE.released:
-            os._exit(9)  # as SGLang does when it is told twice
+            os._exit(9)  # as SGLang does if asked twice
         STATE.released ^= tags
     elif route == "/destroy_weights_update_group":
         dist.destroy_process_group(STATE.groups.pop(body["group_name"]))
@@ -320,7 +320,7 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route in ("/pause_generation", "/continue_generation"):
         return 200, {"message": "", "status": "ok"}
     if route == "/flush_cache" or route.endswith("_memory_occupation"):
-        return 200, {}  # SGLang answers in words, or with nothing
+        return 200, {}  # SGLang answers with plain text, or nothing
     return 200, {"success": True, "message": ""}
 
 
@@ -331,10 +331,10 @@ WEIGHTS = {
     "/update_weights_from_disk": load_directory,
 }
 BATCH = threading.Lock()
-"""Held while it generates, where it is `busy` then."""
+"""Held while generating, if `busy`."""
 
 SCHEDULER = threading.Lock()
-"""SGLang's scheduler does these one at a time, and says how it is: one that waits keeps the next from being heard."""
+"""SGLang's scheduler handles weight requests and /server_info one at a time: one that waits blocks the next."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -364,8 +364,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def start() -> threading.Thread:
-    """Print the port, and serve in a thread."""
-    # A group needs a default one in the process; this one is of this process alone.
+    """Print the port and serve in a thread."""
+    # New groups require a default group; this one has only this process.
     if not BEHAVIOUR.get("weightless"):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     arguments = server_arguments()
@@ -373,7 +373,7 @@ def start() -> threading.Thread:
     STATE.load_format = arguments.load_format or STATE.load_format
     if arguments.config:
         Handler.api_key = json.loads(Path(arguments.config).read_text().removeprefix("api-key: "))
-    ThreadingHTTPServer.request_queue_size = 256  # connections at once: with the usual 5 some are reset
+    ThreadingHTTPServer.request_queue_size = 256  # pending connections; with the default of 5, some are reset
     server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.daemon_threads = True
     print(server.server_port, flush=True)

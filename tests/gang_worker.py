@@ -1,7 +1,7 @@
-"""Ranks of test gangs, and the process that they are forked from, see `tests/gang.py`: `python -m tests.gang_worker MODULE...`
+"""Ranks of test gangs, and the process that they are forked from (see `tests/gang.py`): `python -m tests.gang_worker MODULE...`
 
-That process imports torch and the modules, and takes requests, a line of JSON each, from a socket that is its stdin. A rank's
-calls come in on its stdin; its stdout carries the replies, prints go to stderr.
+That process imports torch and the modules, and reads requests, a line of JSON each, from a socket that is its stdin. A rank
+reads its calls from stdin and writes replies to stdout; prints go to stderr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from etr_megatron.platform.lifetime import die_with_parent
 
 def main() -> None:
     die_with_parent()
-    gc.disable()  # collections in the middle of the imports take a fifth of their time; a rank makes one after every call
+    gc.disable()  # during imports, collections take a fifth of the time; a rank collects after every call
     for name in ("torch.distributed", *sys.argv[1:]):
         importlib.import_module(name)
     requests = socket.socket(fileno=os.dup(0))
@@ -30,7 +30,7 @@ def main() -> None:
         data, files, _, _ = socket.recv_fds(requests, 1 << 16, 2)
         if not data:
             return
-        request = json.loads(data)  # one at a time: it is answered before the next is made
+        request = json.loads(data)  # one at a time: the next is sent only after the answer
         requests.sendall(f"{_answer(request, files)}\n".encode())
 
 
@@ -38,7 +38,7 @@ def _answer(request: dict, files: list[int]) -> int:
     """See `_Nursery.ask` in tests/gang.py."""
     if "start" not in request:
         pid = request.get("poll") or request["end"]
-        # A look leaves it to be reaped at its end.
+        # A poll does not reap it; that happens at its end.
         options = os.WEXITED | os.WNOWAIT | os.WNOHANG if "poll" in request else os.WEXITED
         return int(os.waitid(os.P_PID, pid, options) is not None)
     nursery, pid = os.getpid(), os.fork()
@@ -59,7 +59,7 @@ def _answer(request: dict, files: list[int]) -> int:
 
 
 def _serve(stdout: int) -> None:
-    """Of a rank: until its stdin ends."""
+    """Serve a rank's calls until its stdin ends."""
     replies = os.fdopen(stdout, "wb")
     import torch
     import torch.distributed as dist
@@ -81,7 +81,7 @@ def _serve(stdout: int) -> None:
             except BaseException:
                 reply = (False, traceback.format_exc())
             gc.collect()  # models hold process groups in reference cycles, and every gloo group holds threads
-            if not gc.get_freeze_count():  # the modules stay, and need not be looked through each time
+            if not gc.get_freeze_count():  # modules stay, so later collections can skip them
                 gc.freeze()
             body = pickle.dumps(reply)
             replies.write(struct.pack("<Q", len(body)) + body)

@@ -1,9 +1,9 @@
-"""What ranks run for the tests of the optimizers that exist on a GPU alone, on CPU.
+"""Jobs that ranks run on CPU for the tests of optimizers that otherwise exist only on a GPU.
 
-"offloaded" is Megatron's own, for whom the weights' memory stands for a GPU's: weights say that they are on one while it
-decides what to keep apart, and memory is not pinned. "fused" has the form of Transformer Engine's and apex's Adam, by a
-stand-in that computes with torch. Where either of these is installed, `platform.megatron_fixes` leaves alone what it fixes for
-torch's own Adam, and so it does here, which needs processes of its own.
+"offloaded" is Megatron's own, with the weights' memory standing in for GPU memory: weights report a GPU as their device while
+the optimizer decides what to keep separately, and memory is not pinned. "fused" has the structure of Transformer Engine's and
+apex's Adam, with a stand-in that computes in torch. If either of these is installed, `platform.megatron_fixes` leaves out its
+fixes for torch's own Adam. It does so here as well, which requires separate processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from etr_megatron.policy import Policy  # noqa: E402
 from tests import policy_jobs  # noqa: E402
 from tests.hf_models import random_sequences  # noqa: E402
 
-megatron_fixes._mend_experts()  # which Transformer Engine and a GPU would have made needless
+megatron_fixes._mend_experts()  # not needed with Transformer Engine and a GPU
 
 BASE = ["model.dtype=bfloat16", "train.lr=1e-3", "train.lr_warmup_updates=1"]
 
@@ -63,7 +63,7 @@ HybridDeviceOptimizer.__init__ = _init_unpinned
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Keeps its step in the groups, from the first update of one that has parameters, as Transformer Engine's and apex's do."""
+    """Keeps its step in the groups, from a group's first update with parameters on, like Transformer Engine's and apex's."""
 
     def __init__(self, params: Any, adam_w_mode: bool, **options: Any) -> None:
         assert adam_w_mode
@@ -111,14 +111,14 @@ def _weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _numbers_apart(policy: Policy) -> int:
-    """Of how many weights this rank keeps an fp32 copy and moments apart from the weights themselves."""
+    """Number of weights of which this rank keeps an fp32 copy and moments, separate from the weights."""
     inner = [one.optimizer for one in optimizers_of(policy.optimizer)]
     assert all(isinstance(one, HybridDeviceOptimizer) and one.gpu_optimizer is None for one in inner)
     return sum(copy.numel() for one in inner for copy in one.gpu_params_map_cpu_copy.values())
 
 
 def train_save_and_go_on(model: str, overrides: list[str], there: str, kind: str) -> dict[str, Any]:
-    """Three updates with torch's Adam and that of this `kind`, a checkpoint of the latter after the second, and the third."""
+    """Three updates with torch's Adam and with that of this `kind`; saves a checkpoint of the latter after the second."""
     plain, policy = build(model, overrides, "torch"), build(model, overrides, kind)
     checkpoint.save(Path(there), 0, policy, {}, keep=2)
     found = {"plain": updates(plain, 3), "updates": updates(policy, 2)}
@@ -132,7 +132,7 @@ def train_save_and_go_on(model: str, overrides: list[str], there: str, kind: str
 
 
 def resume(model: str, overrides: list[str], there: str, kind: str, step: int, count: int) -> dict[str, Any]:
-    """The weights as loaded, `count` updates after them, and the weights then."""
+    """The weights as loaded, `count` updates, and the weights after them."""
     policy = build(model, overrides, kind)
     checkpoint.load(Path(there), step, policy)
     loaded = _weights(policy)

@@ -1,4 +1,4 @@
-"""A hand of groups, an engine that draws for it, and what else its tests have in common."""
+"""A hand of groups, an engine that draws for it, and other helpers of its tests."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def problems(count: int = 40) -> Problems:
 
 
 class Engine:
-    """Draws a token of every request at a time; token n of a response is n, its log-prob -n - version / 10.
+    """Draws a token for every request at a time; token n of a response is n, its log-prob -n - version / 10.
 
-    beside: tokens that are drawn of each between a step's groups and the weight sync. bad: ids of problems that it gives up.
-    finish: why a response ends. submitted: every request, and the tokens that it had when it came.
+    beside: tokens drawn for each request between a step's groups and the weight sync. bad: ids of problems that it gives up.
+    finish: why a response ends. submitted: every request, with the tokens that it had when submitted.
     """
 
     def __init__(self, lengths=lambda problem, index: 4, beside: int = 0, bad=(), finish: str = "stop") -> None:
@@ -80,7 +80,7 @@ class Engine:
 
 
 def grader(flat=()):
-    """Rewards 0 and 1 in turn, as a group's samples come; all 0 for the problems in `flat`."""
+    """Alternating rewards 0 and 1, in the order of a group's samples; all 0 for the problems in `flat`."""
 
     def grade(requests):
         return [Grade(0.0 if f"p{one.answer}" in flat else float(place % 2), "ok", "") for place, one in enumerate(requests)]
@@ -100,7 +100,7 @@ def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, **r
 
 
 def through_disk(state: dict) -> dict:
-    """As a checkpoint keeps it: JSON but for the tensors."""
+    """The state as a checkpoint returns it: all but the tensors through JSON."""
     tensors = load(save(state.pop("tensors")))
     return {**json.loads(json.dumps(state)), "tensors": tensors}
 
@@ -116,7 +116,7 @@ def sync(hand: Hand, engine: Engine) -> None:
 
 
 def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
-    """Every group is complete, rewarded, and its tokens are one response without a gap."""
+    """Every group is complete and rewarded, and each response's tokens are contiguous."""
     for group in rollouts.groups:
         assert [sample.index for sample in group.samples] == [0, 1]
         for sample in group.samples:

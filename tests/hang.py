@@ -13,8 +13,8 @@ _made = itertools.count()
 
 
 class Hang:
-    """Made on every rank of a job. Called, it does nothing until all other ranks have `given_up`, at most a minute: a test that
-    has them done in less has seen that they did not wait for this one."""
+    """Made on every rank of a job. A call blocks until all other ranks have called `given_up`, for at most a minute: if a test
+    sees them finish earlier, they did not wait for this rank."""
 
     def __init__(self) -> None:
         self._store, self._key = c10d._get_default_store(), f"given up {next(_made)}"

@@ -37,7 +37,7 @@ FAMILIES = {
     "qwen3_tied": (Qwen3ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
     "qwen3_yarn": (Qwen3ForCausalLM, dict(**_COMMON, rope_parameters=_YARN_ROPE, tie_word_embeddings=False)),
     "qwen3_moe": (Qwen3MoeForCausalLM, dict(**_MIXTURE, norm_topk_prob=True, tie_word_embeddings=False)),
-    # Layers 1 and 3 would have experts; one in the list of dense layers leaves the first half without any.
+    # Layers 1 and 3 would have experts; listing layer 1 as dense leaves the first half without any.
     "qwen3_moe_dense": (
         Qwen3MoeForCausalLM,
         dict(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True),
@@ -46,12 +46,12 @@ FAMILIES = {
 ALIKE = {
     "mistral": (MistralForCausalLM, dict(**_COMMON, sliding_window=None, tie_word_embeddings=False)),
 }
-"""Of which the weight map has another family's table, so that few tests need them."""
+"""Families that share another's table in the weight map, so that few tests need them."""
 
 
 def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
-    """Write the family's model with norms and biases away from their initial ones and zeros. layers: how deep it is; changes:
-    of its sizes."""
+    """Write the family's model, with norms away from 1 and biases away from 0. layers: number of layers. changes: of its
+    sizes."""
     torch.manual_seed(sum(map(ord, name)))
     kind, settings = (FAMILIES | ALIKE)[name]
     model = kind(kind.config_class(num_hidden_layers=layers, **{**settings, **changes})).float()
@@ -64,7 +64,7 @@ def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
 
 
 def by_published_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers' parameters under the names of published checkpoints, which hold experts one by one."""
+    """transformers' parameters under the names of published checkpoints, which store experts one by one."""
     found = {}
     for name, tensor in tensors.items():
         before, experts, kind = name.rpartition(".experts.")
@@ -79,7 +79,7 @@ def by_published_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def rewrite_config_as_published(path: str | Path) -> None:
-    """Turn `rope_parameters` of transformers 5 into the `rope_theta` and `rope_scaling` that published checkpoints have."""
+    """Replace `rope_parameters` of transformers 5 by the `rope_theta` and `rope_scaling` of published checkpoints."""
     file = Path(path) / "config.json"
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters")
@@ -89,7 +89,7 @@ def rewrite_config_as_published(path: str | Path) -> None:
 
 
 def random_sequences(count: int = 7, seed: int = 0, vocab: int = VOCAB) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) pairs of many lengths, some of one token."""
+    """(prompt, response) pairs of various lengths, some of one token."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:

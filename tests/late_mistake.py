@@ -1,4 +1,4 @@
-"""To be named as `reward.function`, which only a node's first rank imports to check it: it has none, and says so late."""
+"""A module for `reward.function` that lacks the function, which shows late: only a node's first rank imports it as a check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.runs import wait_for
 
 
 def _listens() -> bool:
-    """Whether the second rank would hear SIGTERM: it has joined, and waits for the first."""
+    """Whether the second rank would handle SIGTERM: it has joined, and waits for the first."""
     parent = os.getppid()
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         process = Path("/proc", child)

@@ -1,4 +1,4 @@
-"""Random inputs of policy losses, and every loss with its gradients once more: float64 NumPy, sample by sample, by hand."""
+"""Random inputs of policy losses, and an independent reference of every loss and its gradients: float64 NumPy, by sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTHS = (5, 1, 7, 3, 2)
 
 @dataclass
 class Case:
-    """Rows of some samples as NumPy float64 [R]; `index` int [R] is each row's sample."""
+    """Rows of several samples as NumPy float64 [R]; `index` int [R] is each row's sample."""
 
     rows: dict[str, np.ndarray]
     index: np.ndarray
@@ -29,7 +29,7 @@ class Case:
         return known.at(slice(None), logp, entropy)
 
     def part(self, samples: list[int]) -> Case:
-        """The samples alone, as another microbatch would hold them; their weights stay those of the whole."""
+        """Only these samples, as in another microbatch; their weights stay those of the whole."""
         rows = np.concatenate([np.flatnonzero(self.index == sample) for sample in samples])
         place = {sample: number for number, sample in enumerate(samples)}
         return replace(
@@ -65,7 +65,7 @@ def random_case(
         "group_std": per_sample(0, 0.5),
         "variance": per_sample(0, 1),
     }
-    # A shift per sample too, so that whole sequences leave their range.
+    # Shift each sample as well, so that whole sequences leave their range.
     logp = old + rng.normal(0, spread, count) + rng.normal(0, 0.2, len(lengths))[index]
     case = Case(rows, index, np.array(lengths), settings or LossSettings())
     return case, logp, rng.uniform(0.1, 3, count)

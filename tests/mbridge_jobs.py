@@ -1,4 +1,4 @@
-"""What gang ranks run for tests/test_mbridge.py: the mbridge package over Megatron models that we built and loaded."""
+"""Jobs that gang ranks run for tests/test_mbridge.py: the mbridge package on Megatron models that we built and loaded."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LOCAL_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12
 
 
 class _Named(torch.nn.Module):
-    """Our model under the parameter names of Transformer Engine's spec, the only ones that mbridge knows.
+    """Our model under the parameter names of Transformer Engine's spec, the only ones that mbridge supports.
 
-    Written apart from the weight map: this is the oracle's side.
+    Independent of the weight map, as this is the oracle.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -51,11 +51,11 @@ def _bridge(model_dir: str, padded_vocab: int, layout: Layout):
     options |= dict(bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False)
 
     class Bridge(family):
-        # Only some of the package's families know tied heads, and write them into a dictionary that all bridges share.
+        # Only some of the package's families support tied heads, and they modify a dictionary that all bridges share.
         _DIRECT_MAPPING: ClassVar = family._DIRECT_MAPPING | (
             {"output_layer.weight": "model.embed_tokens.weight"} if hf_config.tie_word_embeddings else {}
         )
-        # The Qwen3-MoE bridge knows no dense layers; those of the dense family are the same.
+        # The Qwen3-MoE bridge has no dense layers; they are the same as in the dense family.
         _MLP_MAPPING: ClassVar = {**_MODEL_REGISTRY["qwen3"]._MLP_MAPPING, **family._MLP_MAPPING}
 
         def _build_base_config(self, *args, **kwargs):
@@ -67,17 +67,17 @@ def _bridge(model_dir: str, padded_vocab: int, layout: Layout):
 
 
 def exports(model: str, overrides: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """All weights by HF name from the same loaded model: by mbridge, by us."""
+    """All weights by HF name from the same loaded model: mbridge's, ours."""
     policy = build(model, overrides)
     bridge = _bridge(model, policy.chunks[-1].vocab_shard.size * policy.layout.tp, policy.layout)
-    # It asks CUDA for the device of the tensors that it receives.
+    # mbridge asks CUDA for the device of received tensors.
     with mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")), torch.no_grad():
         theirs = {name: tensor.clone() for name, tensor in bridge.export_weights([_Named(policy.chunks[0])])}
     return theirs, {name: tensor.clone() for name, tensor in policy.export()}
 
 
 def cross_load(model: str, overrides: list[str]) -> dict[str, bool]:
-    """Whether each parameter that mbridge loads from the checkpoint is bit for bit the one that we loaded, by name."""
+    """Whether each parameter that mbridge loads from the checkpoint equals ours bit for bit, by name."""
     policy = build(model, overrides)
     mine = {name: parameter.detach().clone() for name, parameter in policy.chunks[0].named_parameters()}
     with torch.no_grad():

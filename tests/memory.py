@@ -1,4 +1,4 @@
-"""Peak of the memory that tensors hold while a function runs, counted from the storages that operators create."""
+"""Peak memory of tensors while a function runs, counted from the storages that operators create."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Of all dense tensors; a sparse one has none of its own, and its parts are tensors that operators returned before."""
+    """Storages of all dense tensors; a sparse one has none, and its parts were returned by earlier operators."""
     leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
     return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
 
 
 class Storages(TorchDispatchMode):
-    """peak: most bytes alive at a time in tensors created inside, since the last `restart`."""
+    """peak: most bytes alive at once in tensors created inside, since the last `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Storages(TorchDispatchMode):
         return found
 
     def restart(self) -> int:
-        """Bytes alive now, from which the peak is looked for anew."""
+        """Restart the peak; returns the bytes alive now."""
         self.peak = self._now
         return self._now
 
@@ -52,7 +52,7 @@ class Storages(TorchDispatchMode):
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes alive at a time in tensors created inside `function`; temporaries inside one operator do not show."""
+    """Most bytes alive at once in tensors created inside `function`; temporaries inside an operator are not counted."""
     with Storages() as storages:
         function()
     return storages.peak

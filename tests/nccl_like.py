@@ -1,4 +1,4 @@
-"""A stand-in for NCCL where there are no GPUs: gloo under the rules that NCCL has and gloo has not."""
+"""A stand-in for NCCL on machines without GPUs: gloo with NCCL's additional restrictions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.transport_jobs import shards_from
 
 
 class Launch:
-    """Work that goes on by itself and cannot be waited for with a deadline, as NCCL's."""
+    """Asynchronous work that cannot be waited for with a deadline, like NCCL's."""
 
     def __init__(self, posts: Sequence[Callable[[], Any]]) -> None:
         works = [post() for post in posts]
@@ -42,7 +42,7 @@ class Launch:
         return not self._thread.is_alive()
 
     def wait(self, _timeout: datetime.timedelta) -> None:
-        """NCCL's returns at once: it is the GPU's stream that waits."""
+        """NCCL's returns at once; only the GPU's stream waits. So the work must have been completed before."""
         if self._thread.is_alive():
             raise AssertionError("values are used before they are there")
         if self._error is not None:
@@ -50,10 +50,10 @@ class Launch:
 
 
 class NcclLike:
-    """What `Wire` uses of `ProcessGroupNCCL`.
+    """The part of `ProcessGroupNCCL` that `Wire` uses.
 
-    Ranks connect at the first thing that they do, and all of them must take part in that (see `torch.distributed.
-    batch_isend_irecv`); messages are part of a launch.
+    Ranks connect at their first operation, in which all of them must take part (see `torch.distributed.batch_isend_irecv`);
+    messages are launched in batches.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> None:
@@ -90,11 +90,11 @@ class NcclLike:
         return Launch(posts)
 
     def abort(self) -> None:
-        """Connections end with the object, as those of gloo."""
+        """No-op: connections end with the object, as gloo's do."""
 
 
 def run(job: str, **arguments: Any) -> Any:
-    """A job, `module:function` of tests, whose wires in the world take this for NCCL, with tensors on the CPU."""
+    """Run a job, `module:function` of tests, whose wires use this in place of NCCL, with tensors on the CPU."""
 
     def open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_s: float) -> NcclLike:
         assert backend == "nccl"
@@ -111,7 +111,7 @@ def run(job: str, **arguments: Any) -> Any:
 
 
 def whole_tensors(model: str, source: TrainingLayout) -> dict[str, torch.Tensor]:
-    """What rank 0 has handed over for the servers after two syncs, nothing on the others."""
+    """What rank 0 has delivered to the servers after two syncs; empty on the others."""
     found: dict[str, torch.Tensor] = {}
 
     def post(bucket: Bucket) -> Future[None]:

@@ -1,4 +1,4 @@
-"""A rank of one machine that takes itself for a node."""
+"""Ranks of one machine that act as nodes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 
 def own_address() -> str:
-    """Of this machine, not loopback; skips the test where there is none."""
+    """Non-loopback address of this machine; skips the test if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: only the route is looked up
+            probe.connect(("192.0.2.1", 9))  # a documentation address; this only looks up the route
         except OSError:
             pytest.skip("this machine has no address but loopback")
         return str(probe.getsockname()[0])
@@ -22,7 +22,7 @@ def own_address() -> str:
 
 @contextmanager
 def as_a_node_at(address: str) -> Iterator[None]:
-    """This rank takes itself for the first one of a node, and the job's first node for one at this address."""
+    """Make this rank the first of its node, with the job's first node at this address."""
     before = {name: os.environ.get(name) for name in ("LOCAL_RANK", "MASTER_ADDR")}
     os.environ |= {"LOCAL_RANK": "0", "MASTER_ADDR": address}
     try:

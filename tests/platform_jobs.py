@@ -1,4 +1,4 @@
-"""What gang ranks run for the platform's tests."""
+"""Jobs that gang ranks run for the tests of the platform."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from etr_megatron.types import Problem
 
 
 def meet_without(missing: int) -> str:
-    """What a rank sees when the rank `missing` does not come (-1: all come)."""
+    """Result on this rank if the rank `missing` does not come (-1: all come)."""
     phases = Phases(timeout_s=2)
     if dist.get_rank() == missing:
-        time.sleep(4)  # alive, but elsewhere
+        time.sleep(4)  # alive, but not in the meeting
         return "absent"
     try:
         phases.meet("rollout of step 7")
@@ -27,7 +27,7 @@ def meet_without(missing: int) -> str:
 
 
 def stopped_once(told: int) -> list[str]:
-    """What a rank sees at four meetings where the rank `told` is told to stop before the second; it may save without."""
+    """Results of four meetings on this rank; the rank `told` is asked to stop before the second. Then meets without asking."""
     asked = [False]
     phases, saving = (Phases(timeout_s=60, must_stop=lambda: asked[0] and dist.get_rank() == told) for _ in range(2))
     seen = []
@@ -44,7 +44,7 @@ def stopped_once(told: int) -> list[str]:
 
 
 def other_problems(changed: str, rank: int) -> str:
-    """What a rank is told where `rank` has another answer in the set `changed`."""
+    """The error on this rank if `rank` has another answer in the set `changed`."""
     sets = {}
     for key in ("data.train", "data.eval.aime24"):
         answer = "43" if dist.get_rank() == rank and key == changed else "42"

@@ -1,4 +1,4 @@
-"""What gang ranks run for the policy's tests."""
+"""Jobs that gang ranks run for the tests of the policy."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from etr_megatron.weights.map import Row
 
 
 def build(model: str, overrides: list[str], **train: Any) -> Policy:
-    """train: settings of that section which the rules would refuse on CPU; set where the config has been through them."""
+    """train: settings of that section that the rules would refuse on CPU; set after the config has been validated."""
     config = resolve(load_config(None, [f"model.path={model}", *overrides]), dist.get_world_size(), cuda=False)
     config = replace(config, train=replace(config.train, **train))
     return Policy(read_architecture(model), model, config, configured_layout(config))
 
 
 def logprobs(model: str, sequences: list, overrides: list[str]) -> tuple[list, list]:
-    """Per sample log-probs and entropies as lists."""
+    """Log-probs and entropies per sample, as lists."""
     found = build(model, overrides).logprobs(sequences)
     return [x.tolist() for x in found.logp], [x.tolist() for x in found.entropy]
 
 
 def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
-    """Advantages, bounds and old log-probs such that both bounds are active somewhere."""
+    """Advantages, bounds and old log-probs such that both bounds are active for some tokens."""
     generator = torch.Generator().manual_seed(seed)
     count = len(sequences)
     tokens = sum(len(response) for _, response in sequences)
@@ -55,7 +55,7 @@ def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
 
 
 def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -> dict[str, Any]:
-    """Loss, grad norm and metric sums of some updates on one batch, then all weights by HF name."""
+    """Loss, gradient norm and metric sums of some updates on one batch, then all weights by HF name."""
     policy = build(model, overrides)
     batch = make_batch(sequences)
     old = policy.logprobs(batch.sequences)
@@ -79,7 +79,7 @@ def export(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
 
 
 def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> torch.Tensor | None:
-    """Logits [B, S, V] of a batch [B, S] padded on the right, through the pipeline; None on other than the last stage."""
+    """Logits [B, S, V] of a batch [B, S] padded on the right, through the pipeline; None except on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func  # only after etr_megatron.policy has prepared it
     from megatron.core.tensor_parallel import (
         gather_from_sequence_parallel_region,
@@ -113,7 +113,7 @@ def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> tor
 
 
 def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_weights: bool) -> str:
-    """The error of an update. in_weights: after the last sample's went bad, a NaN in its own token's embedding."""
+    """The error of an update. in_weights: after a NaN in the embedding of a token of the last sample only."""
     policy = build(model, ["parallel.tp=1", *overrides])
     batch = make_batch(sequences)
     if in_weights:
@@ -127,7 +127,7 @@ def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_
 
 
 def table_error(model: str, family: str, rows: tuple[Row, ...]) -> str:
-    """The error of building a policy while the family has this table."""
+    """The error of building a policy if the family has this table."""
     kept = TABLES[family]
     TABLES[family] = rows
     try:
@@ -140,7 +140,7 @@ def table_error(model: str, family: str, rows: tuple[Row, ...]) -> str:
 
 
 def parameters(model: str, overrides: list[str]) -> dict[str, tuple[tuple[int, ...], str, tuple[tuple[int, int], ...]]]:
-    """This rank's parameters by name over the whole model: shape, key in a checkpoint, leading (index, size) axes there."""
+    """This rank's parameters by global name: shape, checkpoint key, leading (index, size) axes in the checkpoint."""
     from etr_megatron.policy.model import global_name
 
     policy = build(model, overrides)

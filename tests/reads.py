@@ -1,4 +1,4 @@
-"""What a function reads from files, as the kernel counts it."""
+"""Bytes that a function reads from files, as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def _so_far() -> int:
-    """Bytes of all reads of this process and of its copies from file to file; not those of mapped memory."""
+    """Bytes read by this process and copied by it from file to file; reads of mapped memory do not count."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def bytes_read_by(function: Callable[[], Any]) -> int:
-    """Bytes that this process reads while the function runs, and some hundred for looking that up."""
+    """Bytes that this process reads while the function runs, plus some hundred for reading the counters."""
     before = _so_far()
     function()
     return _so_far() - before

@@ -1,4 +1,4 @@
-"""A reward of a user's own, for runs whose policy is too small to get arithmetic right."""
+"""A user's own reward functions, for runs whose policy is too small to get arithmetic right."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def always_fails(prompt: str, response: str, answer: str) -> float:
 
 
 def doubled_after_30_answers(prompt: str, response: str, answer: str) -> float:
-    """0 or 1, and later in the life of a grader 0 or 2."""
+    """0 or 1 for a grader's first answers, then 0 or 2."""
     return digit_sum_is_even(prompt, response, answer) * (1 if next(_answers) < 30 else 2)

@@ -1,4 +1,4 @@
-"""What gang ranks run for the rollout's tests."""
+"""Jobs that gang ranks run for the tests of the rollout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.reads import bytes_read_by
 
 
 def _engine(model: str, stop_ids: list[int]) -> EmbeddedEngine:
-    """With the weights of the model's own file."""
+    """An engine with the weights of the model's own file."""
     engine = EmbeddedEngine(model, dtype=torch.float32, device=torch.device("cpu"), batch_samples=4, stop_ids=stop_ids)
     engine.update_weights(load_file(f"{model}/model.safetensors").items(), version=0)
     return engine
 
 
 def reads_weights(model: str) -> tuple[int, str]:
-    """Bytes that a new engine reads, and what it says when it is to generate."""
+    """Bytes that a new engine reads, and its error when asked to generate."""
     engines = []
 
     def make() -> None:
@@ -51,7 +51,7 @@ def generate(model, prompts, temperature, samples, max_tokens, stop_ids=(), rout
 
 
 def gap_after_update(model, prompts, overrides) -> tuple[float, float, float]:
-    """Largest engine/trainer gap before and after an update went to the engine, and how far the update moved log-probs."""
+    """Largest engine/trainer gap before and after the engine gets an update, and how far the update moved log-probs."""
     policy = build(model, [*overrides, "train.lr=0.01", "rollout.temperature=0.9"])
     engine = _engine(model, [])
     problems = _problems(prompts)
@@ -79,7 +79,7 @@ def gaps_in_bf16(model, prompts, overrides) -> tuple[dict[str, float], dict[str,
 
 
 def gaps_of_experts(policy, model, prompts, device) -> tuple[dict[str, float], dict[str, float]]:
-    """Of log-probs between engine and trainer in bf16: each with its own experts, and with the engine's in both."""
+    """Log-prob gaps between engine and trainer in bf16: with each using its own experts, and with both using the engine's."""
     engine = EmbeddedEngine(model, dtype=torch.bfloat16, device=device, batch_samples=4, stop_ids=[])
     engine.update_weights(policy.export(), version=0)
     samples = engine.generate(_problems(prompts), Sampling(4, 40, 1.0, seed=1, step=1, routing=True))
@@ -97,7 +97,7 @@ def gaps_of(difference: torch.Tensor) -> dict[str, float]:
 
 
 def bad_update(model) -> tuple[str, int]:
-    """The refusal, and the version that the engine still has."""
+    """The refusal, and the engine's version after it."""
     engine = _engine(model, [])
     tensors = [("model.norm.weight", torch.zeros(47)), ("nonsense", torch.zeros(1))]
     try:

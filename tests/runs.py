@@ -1,4 +1,4 @@
-"""Starting real runs of the product from tests: small, quick, in a directory of their own."""
+"""Starts real runs from tests: small, quick, each in its own directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ observe: {tensorboard: false}
 
 
 class Runs:
-    """Runs of the small config under `folder`, sharing one warm-started policy."""
+    """Runs of the small config under `folder`, which share one warm-started policy."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
@@ -65,13 +65,13 @@ class Runs:
         return rows if times else [{key: row[key] for key in row if key not in TIMES} for row in rows]
 
     def saved_rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of steps up to the last checkpoint, times included: started again, the run must not train these again."""
+        """The rows of steps up to the last checkpoint, including times: a resumed run must not train these again."""
         saves = (self.directory(name) / "checkpoints").glob("step_*/trainer.json")
         last = max((int(save.parent.name.removeprefix("step_")) for save in saves), default=0)
         return [row for row in self.rows(name, times=True) if row["step"] <= last]
 
     def assert_went_on(self, name: str, saved: list[dict[str, Any]]) -> None:
-        """A run is deterministic: that its metrics are right does not say that it went on from its checkpoint."""
+        """Compare times as well: a run is deterministic, so equal metrics alone do not show that it resumed."""
         assert saved and self.rows(name, times=True)[: len(saved)] == saved
 
 

@@ -1,4 +1,4 @@
-"""What gang ranks run against fake servers that fail and come back."""
+"""Jobs that gang ranks run against fake servers that fail and come back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.sglang_jobs import engine_of, states_of
 
 
 def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
-    """Which syncs, from 1, a server was sent weights in. behaviours: of it, to change before each of as many syncs;
-    `in_update`: it is left in the middle of one."""
+    """Numbers of the syncs, from 1, in which `server` was sent weights. behaviours: its behaviour, changed before each of as
+    many syncs; `in_update`: also leave it in the middle of an update."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, sync="disk", **settings)
     try:
@@ -35,8 +35,9 @@ def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Map
 
 
 def colocated_failures(model: str, directory: str, fails_after: Sequence[int], **settings: Any) -> list[list[list[str]]]:
-    """Of two colocated fake servers the first fails at its first request after some syncs of four. For each sync the servers
-    that took part, and those of them whose process was there before the release of memory, and after it."""
+    """The first of two colocated fake servers fails at its first request after those of four syncs that `fails_after` lists.
+    For each sync: the servers that took part, and those of them whose process was alive before and after the
+    release of memory."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", servers=2, **settings)
     problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(2)]

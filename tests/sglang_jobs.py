@@ -1,4 +1,4 @@
-"""What gang ranks run against SGLang servers."""
+"""Jobs that gang ranks run against SGLang servers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def engine_of(
     routing: bool = False,
     **settings: Any,
 ) -> SglangEngine:
-    """bucket_bytes: less than `bucket_mib` allows, as the tests' models are small; of `broadcast` and `tensor`."""
+    """bucket_bytes: for `broadcast` and `tensor`; may be less than `bucket_mib` allows, as the tests' models are small."""
     limits = dict(temperature=TEMPERATURE, max_gap=max_gap)
     serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), **limits, routing=routing)
     engine = SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
@@ -60,7 +60,7 @@ def gaps(
     model: str, directory: str, prompts: list[list[int]], overrides: list[str], served: str | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between;
-    bytes that this rank has sent in the second one, if sharded. served: what a server is started with, if not the model."""
+    bytes that this rank sent in the second one, if sharded. served: the model that a server is started with, if not `model`."""
     policy = build(model, [*overrides, "train.lr=0.01", f"rollout.temperature={TEMPERATURE}"])
     engine = engine_of(policy, served or model, directory, **settings)
     try:
@@ -90,7 +90,7 @@ def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[s
 def routed(
     model: str, directory: str, prompts: list[list[int]], overrides: list[str], **settings: Any
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokens of prompt and response of two samples to each prompt, and what the server says of their experts."""
+    """Tokens of prompt and response of two samples per prompt, and the experts that the server reports for them."""
     policy = build(model, [*overrides, f"rollout.temperature={TEMPERATURE}"])
     engine = engine_of(policy, model, directory, **settings)
     try:
@@ -107,7 +107,7 @@ def routed(
 
 
 def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """What serving fake servers remember; on rank 0, empty elsewhere."""
+    """States of serving fake servers, on rank 0; empty on others."""
     control = engine._control
     if control is None:
         return {}
@@ -116,7 +116,7 @@ def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str,
 
 
 def sums_of(policy: Any, fp8: bool = False) -> dict[str, float]:
-    """Of all tensors under the names that a server knows them by; a quantised one comes with the scales of its blocks."""
+    """Sums of all tensors under the server's names; a quantised one comes with the scales of its blocks."""
     quantised = {name for weight in weights_of(policy.arch) if weight.fp8 and fp8 for name in weight.hf}
     found = dict(policy.export())
     for name in quantised:
@@ -131,10 +131,10 @@ class Problems(list[Problem]):
 def streamed(
     model: str, directory: str, prompts: list[list[int]], steps: int, rollout: dict[str, Any], idle_syncs: int, **settings: Any
 ) -> dict[str, Any]:
-    """Steps of a sampler on a real server, with an update and a sync between; before the last step `idle_syncs` more of both.
+    """Steps of a sampler on a real server, with an update and a sync between; before the last step, `idle_syncs` more of both.
 
-    Rewards of every fourth problem are all equal. Returns the steps' groups and counts, and for every sample the largest gap
-    to transformers' log-probs under the weights that its tokens claim, and under those of the sync after.
+    All rewards of every fourth problem are equal. Returns the steps' groups and counts, and for every sample the largest gap to
+    transformers' log-probs under the weights that its tokens' versions name, and under those of the sync after.
     """
     policy = build(model, ["train.lr=0.02", f"rollout.temperature={TEMPERATURE}"])
     engine = engine_of(policy, model, directory, stop_ids=range(100, 112), probe_every=0, **settings)
@@ -200,7 +200,7 @@ def _gaps_by_version(
 
 
 def fake_sync(model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), **settings: Any) -> dict:
-    """States of fake servers after syncs of these versions, the sums that they should have, and the servers that failed."""
+    """States of fake servers after syncs of these versions, the expected sums, and the servers that failed."""
     policy = build(model, overrides)
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
@@ -213,7 +213,8 @@ def fake_sync(model: str, directory: str, overrides: list[str], versions: Sequen
 
 
 def killed_between(model: str, directory: str, number: int, **settings: Any) -> dict[str, Any]:
-    """Two servers of the job; one gets a signal with requests under way. Tokens by request, and states after the next sync."""
+    """Two servers of the job, one of which gets a signal with requests under way. Tokens by request, failed servers, and states
+    after the next sync."""
     policy = build(model, ["parallel.tp=1"])
     with behaving({"seconds": 0.1}):
         engine = engine_of(policy, model, directory, probe_every=0, **settings)
@@ -240,7 +241,7 @@ def killed_between(model: str, directory: str, number: int, **settings: Any) -> 
 
 @contextmanager
 def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
-    """Of fake servers that this process starts meanwhile."""
+    """Behaviour of fake servers that this process starts in this context."""
     os.environ["FAKE_SGLANG"] = json.dumps(behaviour)
     try:
         yield
@@ -249,7 +250,7 @@ def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
 
 
 def rank_fails(model: str, directory: str, **settings: Any) -> tuple[str, dict[str, Any]]:
-    """The error on this rank when rank 1's weights cannot be read, and the servers' state after it."""
+    """The error on this rank if rank 1's weights cannot be read, and the servers' states after it."""
     policy = build(model, ["parallel.tp=2"])
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
 
@@ -269,13 +270,13 @@ def rank_fails(model: str, directory: str, **settings: Any) -> tuple[str, dict[s
             states = {client.name: engine._control.run(client.get("/state", timeout_s=10)) for client in clients}
         return f"{type(error).__name__}: {error}", states
     finally:
-        dist.barrier()  # the servers of all ranks are looked at
+        dist.barrier()  # rank 0 reads the states of all ranks' servers first
         engine.close()
     return "", {}
 
 
 def refused(model: str, directory: str, generate_first: bool = False, **settings: Any) -> str:
-    """The error of the first use on this rank."""
+    """The first error on this rank."""
     policy = build(model, [])
     try:
         engine = engine_of(policy, model, directory, **settings)
@@ -293,7 +294,7 @@ def refused(model: str, directory: str, generate_first: bool = False, **settings
 
 
 def colocated(model: str, directory: str, **settings: Any) -> list[str]:
-    """The routes that a colocated fake server was asked for over a step."""
+    """The routes requested from a colocated fake server over a step."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", **settings)
     try:
@@ -307,7 +308,7 @@ def colocated(model: str, directory: str, **settings: Any) -> list[str]:
 
 
 def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, str]:
-    """Versions of two colocated fake servers, one of which was killed while their memory was released, two syncs later."""
+    """Versions of two colocated fake servers two syncs after one of them was killed while their memory was released."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, probe_every=0, placement="colocated", servers=2, **settings)
     try:
@@ -324,8 +325,8 @@ def colocated_restart(model: str, directory: str, **settings: Any) -> dict[str, 
 
 
 def on_first_request(client: Any, what: Callable[[], None]) -> None:
-    """Do `what` a moment after the client's first request has left: not before the server has begun, long before it has 240
-    tokens (60 it once had before the timer's thread was given time)."""
+    """Do `what` shortly after the client's first request is sent: the server should have begun, but not have generated 240
+    tokens (once it had 60 before the timer's thread ran)."""
     generate, timer = client.generate, threading.Timer(0.1, what)
 
     def first(*args: Any, **kwargs: Any) -> Any:
@@ -337,9 +338,9 @@ def on_first_request(client: Any, what: Callable[[], None]) -> None:
 
 
 def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
-    """Two real servers at an address; with requests under way the first hangs, and is back for the rest of them after a sync;
-    the second is killed in the sync after that, and the first with requests under way after it. What was generated, what failed
-    and when, whether servers ask for a key, and log-prob gaps after the sync."""
+    """Two real servers at an address. The first hangs with requests under way, and is back for the rest of them after a sync.
+    The second is killed in the sync after that, and the first with requests under way after it. Returns what was generated,
+    what failed and when, whether servers require a key, and log-prob gaps after the sync."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     with as_a_node_at(address):
         engine = engine_of(policy, model, directory, nodes="every", **settings)

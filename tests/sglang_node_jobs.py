@@ -1,4 +1,4 @@
-"""What gang ranks that take themselves for nodes run against servers of their own."""
+"""Jobs for gang ranks that act as nodes, against their own servers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What this package warns of meanwhile."""
+    """Warnings of this package in this context."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
@@ -37,7 +37,7 @@ def _warnings() -> Iterator[list[str]]:
 
 
 def _segments() -> set[str]:
-    """Of shared memory that this process has made."""
+    """Shared memory segments that this process has made."""
     return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
 
 
@@ -50,8 +50,8 @@ def on_two_nodes(
     behaviours: Sequence[dict[str, Any]] = ({}, {}),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Two ranks that take themselves for nodes: the servers' addresses and states, who has failed after each sync, and who
-    could learn the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers."""
+    """Two ranks that act as nodes: the servers' addresses and states, which servers have failed after each sync, and who could
+    read the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers."""
     policy, rank = build(model, ["parallel.tp=2"]), dist.get_rank()
     with as_a_node_at(address), behaving(behaviours[rank]):
         engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
@@ -78,12 +78,12 @@ def on_two_nodes(
             found["readable"] = [path.name for path in files if path.stat().st_mode & 0o077 and key in path.read_text()]
         return found
     finally:
-        dist.barrier()  # the other rank's servers are looked at
+        dist.barrier()  # rank 0 reads the states of the other rank's servers first
         engine.close()
 
 
 def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
-    """Two ranks, the first of which has a node of servers in a thread; what these are sent. collective_s: the deadline of a
+    """Two ranks, the first of which runs a node of servers in a thread; what these are sent. collective_s: the deadline of a
     collective while servers start."""
     policy = build(model, ["parallel.tp=2"])
     config = SglangConfig(bucket_mib=1, update_timeout_s=60, probe_every=0, dedicated_nodes=1, **settings)

@@ -1,4 +1,4 @@
-"""What gang ranks run to see a step's groups survive their servers: the sampler that training uses, on servers of the job."""
+"""Jobs that check that a step's groups survive their servers: the sampler that training uses, on servers of the job."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from tests.sglang_jobs import Problems, behaving, engine_of, states_of
 
 
 def lost_while_streaming(model: str, directory: str, number: int, steps: int, rollout: dict, **settings: Any) -> dict[str, Any]:
-    """Steps of a sampler on two fake servers of the job, with a sync before each; in the second the first server gets a signal.
+    """Steps of a sampler on two fake servers of the job, with a sync before each; in the second step, the first server gets a
+    signal.
 
     Returns the steps' groups, the servers that had failed after each step, the victim's process, and the servers' states after
     the last step.
     """
-    with behaving({"tokens_per_s": 60, "odd_tokens_per_s": 12}):  # those that are started anew as well
+    with behaving({"tokens_per_s": 60, "odd_tokens_per_s": 12}):  # also for restarted servers
         return _lost_while_streaming(model, directory, number, steps, rollout, **settings)
 
 
@@ -48,7 +49,7 @@ def _lost_while_streaming(
                 threading.Timer(0.3, os.kill, (found["pid"], number)).start()
             groups, failed = _take(sampler, engine, policy, step)
             found["steps"].append([asdict(group) for group in groups.groups])
-            sampler.pause()  # at the latest now a server that hangs is found out
+            sampler.pause()  # finds out by now if a server hangs
             found["failed"].append(failed | engine._control.fleet.failed)
         return found | {"states": states_of(engine)}
     finally:
@@ -58,8 +59,8 @@ def _lost_while_streaming(
 def poisoned(
     model: str, directory: str, steps: int, rollout: dict, poison: int, training_s: float, **settings: Any
 ) -> dict[str, Any]:
-    """Steps of a sampler on fake servers of the job that die of the prompt of problem number `poison`, with a sync before each,
-    begun anew whenever no server is left. Returns the steps' groups and counts, and how often servers were gone."""
+    """Steps of a sampler on fake servers of the job that die of the prompt of problem number `poison`, with a sync before each;
+    restarts whenever no server is left. Returns the steps' groups and counts, and how often all servers were gone."""
     with behaving({"die_prompt": 3 + poison}):
         policy, gone = build(model, ["parallel.tp=1"]), 0
         while True:
@@ -79,10 +80,10 @@ def poisoned(
 
 
 def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **settings: Any) -> list[list[dict[str, Any]]]:
-    """Groups of the steps of a sampler that asks a fake server of the job for experts, with a sync before each.
+    """Groups of the steps of a sampler that requests experts from a fake server of the job, with a sync before each.
 
-    Partial rollouts have every other response at a rate at which it has seconds to go when those beside it are complete,
-    so that a sync cuts it off.
+    With partial rollouts, every other response is so slow that it needs seconds more when the others are complete, so that a
+    sync cuts it off.
     """
     with behaving({"tokens_per_s": 40, "odd_tokens_per_s": 6 if rollout.get("partial") else 40}):
         policy = build(model, ["parallel.tp=1"])
@@ -112,14 +113,14 @@ def _sampler(engine: SglangEngine, steps: int, rollout: dict[str, Any], routing:
 
 
 def sync(sampler: StreamingSampler, engine: SglangEngine, policy: Any, version: int) -> None:
-    """As before a step."""
+    """Sync as before a step."""
     sampler.pause()
     engine.update_weights(policy.export(), version)
     sampler.resume()
 
 
 def _take(sampler: StreamingSampler, engine: SglangEngine, policy: Any, step: int) -> tuple[Rollouts, dict[str, str]]:
-    """As the trainer does, and the servers that were failed at the end or when a sync was needed."""
+    """Take a step as the trainer does; also returns servers that had failed at the end or when a sync was needed."""
     failed: dict[str, str] = {}
     while True:
         try:

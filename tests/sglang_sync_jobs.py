@@ -1,4 +1,4 @@
-"""What gang ranks run to see how long they wait for each other in a weight sync, and whom they name."""
+"""Jobs that check how long ranks wait for each other in a weight sync, and which rank their errors name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.sglang_jobs import engine_of, states_of, sums_of
 
 
 def slow_delivery(model: str, directory: str, overrides: list[str], **settings: Any) -> dict[str, Any]:
-    """States and sums after a sync, and how long it took. Ranks wait for rank 0 no longer than for each other."""
+    """States and sums after a sync, and its duration. Ranks wait for rank 0 no longer than for each other."""
     policy = build(model, overrides)
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
@@ -38,7 +38,7 @@ def slow_delivery(model: str, directory: str, overrides: list[str], **settings: 
 
 
 def late_rank(model: str, directory: str, **settings: Any) -> str:
-    """The error on this rank of a second sync to which rank 1 comes too late."""
+    """The error on this rank of a second sync for which rank 1 is late."""
     policy = build(model, ["parallel.tp=2"])
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
 
@@ -61,7 +61,7 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
 
 
 def _error_of(engine: SglangEngine, weights: Any, owner: Any, name: str, instead: Callable[..., Any]) -> str:
-    """The error on this rank of an engine's only sync, in which `owner` has something else under this name."""
+    """The error on this rank of an engine's only sync, in which attribute `name` of `owner` is replaced."""
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, instead)
@@ -75,7 +75,7 @@ def _error_of(engine: SglangEngine, weights: Any, owner: Any, name: str, instead
 
 
 def rank0_fails(model: str, directory: str, **settings: Any) -> str:
-    """The error on this rank when rank 0's weights cannot be read, and rank 1 asks for the reason two seconds after that."""
+    """The error on this rank if rank 0's weights cannot be read, and rank 1 asks for the reason two seconds later."""
     policy = build(model, ["parallel.tp=2"])
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     failure = Board.failure
@@ -93,7 +93,7 @@ def rank0_fails(model: str, directory: str, **settings: Any) -> str:
 
 
 def corrupted(model: str, directory: str, **settings: Any) -> str:
-    """The error on this rank of a sync in which rank 1's weights are not what it takes them for."""
+    """The error on this rank of a sync in which rank 1's checksum does not match its weights."""
     policy = build(model, ["parallel.tp=2"])
     engine = engine_of(policy, model, directory, probe_every=0, sync="sharded", **settings)
     right = verify.source_checksum
@@ -105,8 +105,8 @@ def corrupted(model: str, directory: str, **settings: Any) -> str:
 
 
 def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dict[str, Any]:
-    """Ranks that take themselves for nodes, one of which cannot put the second bucket into its memory: the error on this rank,
-    how long after that it came, the servers' state then."""
+    """Ranks that act as nodes, one of which cannot write the second bucket to its shared memory: the error on this rank, how
+    long it took from there, and whether the servers are paused then."""
     policy = build(model, ["parallel.tp=2"])
     with as_a_node_at("127.0.0.1"):
         engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
@@ -133,13 +133,13 @@ def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dic
             found["paused"] = [control.run(client.get("/state", timeout_s=10))["paused"] for client in clients]
         return found
     finally:
-        dist.barrier()  # the servers of all ranks are looked at
+        dist.barrier()  # rank 0 reads the states of all ranks' servers first
         engine.close()
 
 
 def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, Any]:
-    """Syncs of fake servers, whose log-probs are right at -0.5; the second server's are so only from the second sync on. After
-    each sync and the generation behind it, which servers had failed and how many prompts each had been given."""
+    """Syncs of fake servers, for which log-probs of -0.5 are right; the second server's are so only from the second sync on.
+    After each sync and the generation after it, which servers had failed and how many prompts each had been given."""
     policy = build(model, ["parallel.tp=2"])
     engine = engine_of(policy, model, directory, probe_every=1, **settings)
     found: dict[str, Any] = {"failed": [], "prompts": [], "served": 0}

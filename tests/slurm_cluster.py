@@ -1,4 +1,4 @@
-"""Slurm itself, on two hosts of one machine (`tests/test_two_hosts.py`): a controller, and a node daemon on each."""
+"""A real Slurm cluster on two hosts of one machine (`tests/test_two_hosts.py`): a controller, and a node daemon on each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.test_two_hosts import ADDRESSES, Hosts
 NODES = ("node7", "node8")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "unshare", "setpriv")
 
-# A job that is queued again may start when its credential has run out, which takes two minutes by default.
+# A requeued job may start when its credential has expired, which takes two minutes by default.
 CONFIG = """
 ClusterName=etr
 SlurmctldHost=head({head})
@@ -49,7 +49,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE PreemptMode=OFF
 
 
 def missing() -> str:
-    """Why there can be no cluster here, or nothing."""
+    """Why no cluster can run here, or an empty string."""
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if absent:
         return f"no {', '.join(absent)} (Debian: slurm-wlm, munge)"
@@ -57,11 +57,11 @@ def missing() -> str:
 
 
 class SlurmCluster:
-    """Two nodes, each with one core and eight GPUs that are files. Jobs of the partition `high` take the place of others."""
+    """Two nodes, each with one core and eight GPUs that are plain files. Jobs of the partition `high` preempt others."""
 
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: it has sockets
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short, as it holds sockets
         self._daemons: list[subprocess.Popen] = []
 
     def start(self) -> None:
@@ -86,7 +86,7 @@ class SlurmCluster:
         wait_for(lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"], deadline_s=60)
 
     def _start(self, host: int, name: str, *command: str) -> None:
-        """A daemon on a host that has this name and knows the others."""
+        """Start a daemon on a host, with this name and the other hosts' addresses."""
         network = f"/run/netns/{self._hosts.names[host]}"
         setup = f"mount --bind {self.folder}/hosts /etc/hosts; hostname {name}; exec nsenter --net={network}"
         with open(self.folder / f"{command[0]}.{name}.out", "w") as output:
@@ -104,7 +104,7 @@ class SlurmCluster:
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
     def run(self, *command: str, **environment: str) -> str:
-        """What one of Slurm's commands, given on the first host, says; nothing while it fails."""
+        """Output of a Slurm command on the first host; empty if it fails."""
         inside = ["nsenter", f"--net=/run/netns/{self._hosts.names[0]}", *command]
         done = subprocess.run(
             inside, cwd=REPO, env=self._environment(**environment), capture_output=True, text=True, timeout=60
@@ -112,7 +112,7 @@ class SlurmCluster:
         return done.stdout if done.returncode == 0 else ""
 
     def submit(self, *words: str, **environment: str) -> str:
-        """The number of a job; its output goes to `output(job)`."""
+        """Submit a job and return its number; its output goes to `output(job)`."""
         return self.run("sbatch", "--parsable", f"--output={self.folder}/job-%j", "--nodes=2", *words, **environment).strip()
 
     def output(self, job: str) -> str:
@@ -120,11 +120,11 @@ class SlurmCluster:
         return path.read_text() if path.exists() else ""
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says of it."""
+        """Fields of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
 
     def said(self) -> str:
-        """The last words of every daemon."""
+        """The end of every daemon's log."""
         return " | ".join(f"{path.name}: {path.read_text()[-200:].strip()}" for path in self.folder.glob("*.out"))
 
     def stop(self) -> None:
@@ -133,7 +133,7 @@ class SlurmCluster:
         for daemon in reversed(self._daemons):
             os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
-        for name in self._hosts.names:  # steps have sessions of their own
+        for name in self._hosts.names:  # steps run in their own sessions
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
                 with suppress(ProcessLookupError):

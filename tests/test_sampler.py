@@ -1,4 +1,4 @@
-"""Between the trainer and an engine that draws beside it: which groups a step gets, and how old their tokens are."""
+"""A sampler on an engine that generates concurrently: which groups a step gets, and how old their tokens are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_rank_that_must_stop_is_not_kept_by_responses_and_all_is_still_in_hand
     resumed._cursor.load_state_dict(hand._cursor.state_dict())
     resumed.resume()  # after a sync of the same weights
     taken = resumed.take(1, timer)
-    assert names(taken) == ["p0", "p1", "p2", "p3"] and resumed_engine.asked == 6  # the two of p0 are not drawn again
+    assert names(taken) == ["p0", "p1", "p2", "p3"] and resumed_engine.asked == 6  # p0's two are not drawn again
 
 
 def test_without_staleness_a_step_takes_the_next_prompts_and_nothing_is_left_in_hand():
@@ -89,7 +89,7 @@ def test_with_staleness_1_a_step_is_generated_while_the_one_before_trains_and_no
         assert_whole(taken)
         assert names(taken) == [f"p{number}" for number in range(4 * step - 4, 4 * step)]
         assert {group.id for group in taken.groups} == {f"{name}@{step}" for name in names(taken)}
-        assert engine.asked == 8 * min(step + 1, 4)  # the next step's are under way, and none for a step that is not
+        assert engine.asked == 8 * min(step + 1, 4)  # the next step's are under way, but none past the last step
         ages.append((taken.counts["staleness_mean"], taken.counts["staleness_max"]))
         sync(hand, engine)
     assert ages == [(0, 0), (1, 1), (1, 1), (1, 1)]
@@ -267,7 +267,7 @@ def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_sta
     first = hand.take(1, timer)
     sync(hand, engine)
     second = hand.take(2, timer)
-    hand.put_back(3)  # a step that has not begun
+    hand.put_back(3)  # has not begun
     hand.put_back(2)
     state = through_disk(hand.state_dict())
     cursor = hand._cursor.state_dict()
@@ -280,4 +280,4 @@ def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_sta
     again = resumed.take(2, timer)
     assert [group.id for group in again.groups] == [group.id for group in second.groups]
     assert again.groups == second.groups and not set(names(first)) & set(names(again))
-    assert engine.asked - drawn <= 8 * max_staleness  # the next step's alone
+    assert engine.asked - drawn <= 8 * max_staleness  # only the next step's

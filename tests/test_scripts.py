@@ -1,4 +1,4 @@
-"""The shell scripts: set-up, the file that is bash and Python at once, and what a user sees through them."""
+"""The shell scripts: set-up, the script that is both bash and Python, and what a user sees of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_run_etr_is_valid_python(tmp_path: Path) -> None:
 
 # run_etr.sh as Python
 
-# One write, because two ranks share the pipe and print() would write its parts one by one.
+# A single write, because two ranks share the pipe and print() would write in parts.
 FAKE_TRAIN = """
 import os
 from pathlib import Path
@@ -52,7 +52,7 @@ def main(argv):
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the script beside a package whose train only shows what it is given."""
+    """A copy of the script beside a package whose train only prints its arguments."""
     for folder in ("examples", "etr_megatron"):
         (tmp_path / "checkout" / folder).mkdir(parents=True)
     (tmp_path / "checkout" / "etr_megatron" / "__init__.py").write_text("")
@@ -62,7 +62,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_as_python_it_trains_from_its_checkout_when_the_package_is_not_installed(checkout: Path, tmp_path: Path) -> None:
-    # -S leaves site-packages out: nothing is installed there.
+    # -S excludes site-packages, so nothing is installed.
     script = checkout / "examples" / RUN.name
     done = run([sys.executable, "-S", str(script), "a.yaml", "run.seed=3"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (7, "")
@@ -174,7 +174,7 @@ esac
 
 
 class FakeCheckout:
-    """A checkout with nothing but the set-up script; `installs` lists what pip was asked for."""
+    """A checkout with only the set-up script; `installs` lists what pip was asked to install."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / "checkout"

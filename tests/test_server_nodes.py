@@ -1,4 +1,4 @@
-"""Nodes that have servers and no ranks."""
+"""Nodes that run servers and no ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.test_lifetime import gone
 
 
 class Node:
-    """A node of servers in a thread, on `store`, and what came of it."""
+    """A node of servers in a thread, on `store`, and its outcome."""
 
     def __init__(self, number: int, config: SglangConfig, store: dist.Store, check: Any = lambda: None) -> None:
         self.node = ServerNode(number, config, 0.0, patience_s=60.0, store=store)
@@ -48,7 +48,7 @@ class Node:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Beats, servers, and little patience in the end with stand-ins, which hear nothing."""
+    """Short heartbeat, weightless fake servers, and a short wait at the end for stand-ins, which do not answer."""
     monkeypatch.setattr(server_nodes, "BEAT_S", 0.05)
     monkeypatch.setattr(server_nodes, "_HEARD_S", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -125,12 +125,12 @@ def test_a_machine_that_can_have_no_servers_and_one_that_is_not_there_are_named(
 
 
 def session(store: dist.Store) -> dist.Store:
-    """Of the rank 0 that there is."""
+    """The store of the current rank 0's session."""
     return dist.PrefixStore(store.get("session").decode(), store)
 
 
 def stand_in(store: dist.Store, node: int, address: str = "127.0.0.1") -> None:
-    """A node that says where it is, answers its first order, and is not heard of again."""
+    """A node that reports its address, answers its first order, and is not heard of again."""
     session(store).set(f"{node}/hello", json.dumps({"address": address, "problem": ""}))
     session(store).set(f"{node}/reply/0", "null")
 
@@ -174,11 +174,11 @@ def test_a_sigterm_of_a_node_is_heard_by_rank_0(store):
 
 
 def crash(rank0: ServerNodes, monkeypatch) -> None:
-    monkeypatch.setattr(rank0, "_post", lambda *_: 0)  # it is killed: nothing more is said
+    monkeypatch.setattr(rank0, "_post", lambda *_: 0)  # as if killed: it sends nothing more
 
 
 def test_what_an_earlier_start_of_the_job_left_in_the_store_is_nobodys(store, tmp_path, monkeypatch):
-    """torchrun keeps one store through its restarts."""
+    """torchrun keeps one store across restarts."""
     config = sglang()
     names = ["server 0", "server 1"]
     rank0 = ServerNodes(2, config, store)
@@ -195,7 +195,7 @@ def test_what_an_earlier_start_of_the_job_left_in_the_store_is_nobodys(store, tm
         rank0._ask({1: {"do": "end", "code": 3, "why": ""}}, 0.0)
         crash(rank0, monkeypatch)
     nodes = [Node(number, config, store) for number in range(2)]
-    time.sleep(0.5)  # nobody is there whom they could obey
+    time.sleep(0.5)  # there is no rank 0 whose orders they could take
     with ServerNodes(2, config, store) as rank0:
         assert rank0.meet(30) == ["127.0.0.1", "127.0.0.1"]
         rank0.prepare(names, setting(tmp_path))
@@ -208,7 +208,7 @@ def test_what_an_earlier_start_of_the_job_left_in_the_store_is_nobodys(store, tm
 
 
 def test_a_node_leaves_an_earlier_rank_0_for_the_one_that_was_started_since(store, monkeypatch, capsys):
-    """Its own torchrun, which does not know of that, then starts it again."""
+    """The node exits; its own torchrun, which does not know of the new rank 0, then restarts it."""
     config = sglang()
     node = Node(0, config, store)
     before = ServerNodes(2, config, store)
@@ -270,7 +270,7 @@ def test_a_node_whose_store_is_gone_ends_its_servers_and_says_so(quick, tmp_path
 
 
 def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_servers(store, tmp_path):
-    """A server that takes its minutes does not hold it up."""
+    """A server that is slow to start does not delay the end."""
     config = dataclasses.replace(sglang(), launch=("-c", "import time; time.sleep(60)"))
     nodes = [Node(number, config, store) for number in range(2)]
     begun = time.monotonic()
@@ -291,7 +291,7 @@ def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_serv
 
 
 def test_a_start_that_was_answered_or_given_up_is_not_made_up_for(store, tmp_path):
-    """As of a node that was started again, or has said nothing for a while."""
+    """A node may be restarted, or be silent for a while; it must not carry out such starts later."""
     with ServerNodes(2, sglang(), store) as rank0:
         order = {"do": "start", "names": ["server 0"]}
         rank0._post(0, {"do": "prepare", "names": ["server 0"], "setting": setting(tmp_path)._asdict()})

@@ -1,4 +1,4 @@
-"""Runs whose servers are on nodes of their own, as one torchrun a node starts them."""
+"""Runs whose servers are on separate nodes, started by one torchrun per node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class Torchruns:
-    """One torchrun a node on this machine, numbered as asked for."""
+    """One torchrun per node on this machine, with the requested node ranks."""
 
     def __init__(self, runs: Runs, folder: Path, nodes: int) -> None:
         self._runs, self._folder, self._nodes = runs, folder, nodes
@@ -65,7 +65,7 @@ OPTIONS += ("eval.every=0", "checkpoint.every=0", "sglang.update_timeout_s=20")
 
 
 def servers_of(runs: Runs) -> list[dict[str, Any]]:
-    """States of the servers that nodes 1 and 2 have started."""
+    """States of the servers on nodes 1 and 2."""
     logs = [runs.directory("apart") / "servers" / f"sglang_server_{number}.log" for number in range(2)]
     ports = [next(line for line in log.read_text().splitlines() if line.isdigit()) for log in logs]
     return [httpx.get(f"http://127.0.0.1:{port}/state").json() for port in ports]
@@ -81,19 +81,19 @@ def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes)
     states = servers_of(runs)
     assert all(state["prompts"] for state in states)
     agent = three_nodes.processes[2]
-    node = parent(parent(states[1]["pid"]))  # the server's watchdog, and who started that
+    node = parent(parent(states[1]["pid"]))  # parents: the server's watchdog, then the node's process
     assert parent(node) == agent.pid
-    agent.kill()  # and with it the node
+    agent.kill()  # this ends the node as well
     wait_for(lambda: gone(states[1]["pid"]), deadline_s=60)
     status = runs.directory("apart") / "status.json"
     wait_for(lambda: json.loads(status.read_text())["state"] == "finished", deadline_s=240)
     assert len(runs.rows("apart")) == 12
-    wait_for(lambda: gone(states[0]["pid"]), deadline_s=60)  # torchrun still waits five minutes for the one that is lost
+    wait_for(lambda: gone(states[0]["pid"]), deadline_s=60)  # torchrun waits another five minutes for the lost node
     assert "SGLang server 1 takes no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
 
 
 def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_anew(runs, three_nodes):
-    """Of the torchruns with --node-rank each keeps to its own processes, and their one store outlives these."""
+    """With --node-rank, each torchrun restarts only its own processes, and their common store outlives these."""
     three_nodes.start(
         *OPTIONS, "checkpoint.every=1", "run.steps=8", "sglang.sync=disk", restarts=2, FAKE_SGLANG=json.dumps({"seconds": 0.3})
     )

@@ -1,4 +1,4 @@
-"""Arguments of servers: by name against what the server itself says, and what the job makes of its own settings."""
+"""Arguments of servers: names checked against those that the server accepts, and those derived from the job's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that keeps failing is brought back less and less often; one that serves again is as good as new."""
+"""A server that keeps failing is brought back at growing intervals; once it has served for long enough, they start over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from etr_megatron.rollout.sglang.comebacks import Comebacks
 
 
 def syncs_with_an_attempt(comebacks: Comebacks, failed_at, count: int) -> list[int]:
-    """failed_at: whether server a has failed at a sync, by its number and that of the last attempt."""
+    """Syncs with an attempt to bring back server a. failed_at(sync, last attempt): whether it has failed."""
     attempts: list[int] = []
     for sync in range(count):
         failed = ["a"] if failed_at(sync, attempts[-1] if attempts else None) else []

@@ -1,4 +1,4 @@
-"""What rank 0 says, and what is not imported, when there are servers in the config."""
+"""Warnings of rank 0, and modules that it must not import, if the config has servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which request goes to which server, and what is tested where after a server has died; no server is needed for it."""
+"""Which request goes to which server, and what is tested where after a server has died; runs without servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERVERS = ["a", "b", "c"]
 
 
 def begin(dispatch: Dispatch, servers=SERVERS, *, spare_last=False, routed=False) -> list[Order]:
-    """All that begins now."""
+    """All orders that start now."""
     found = []
     while (order := dispatch.next(servers, spare_last=spare_last, routed=routed)) is not None:
         found.append(order)
@@ -21,7 +21,7 @@ def begin(dispatch: Dispatch, servers=SERVERS, *, spare_last=False, routed=False
 
 
 def dispatch_of(prompts: str, concurrency: int = 2, deaths=None) -> Dispatch:
-    """A request for every letter, keys from 0."""
+    """One request per letter, keys from 0."""
     found = Dispatch(concurrency, deaths or {})
     for key, prompt in enumerate(prompts):
         found.add(key, prompt)
@@ -29,7 +29,7 @@ def dispatch_of(prompts: str, concurrency: int = 2, deaths=None) -> Dispatch:
 
 
 def dies(dispatch: Dispatch, server: str, *orders: Order) -> None:
-    """With these under way, one after the other."""
+    """The server dies with these under way, which end one after the other."""
     for order in orders:
         dispatch.suspect("pqrstu"[order.key], server)
         dispatch.ended(order.key)
@@ -46,7 +46,7 @@ def test_all_of_a_prompt_is_at_one_server_and_what_has_no_room_there_waits_for_i
     dispatch.ended(0)
     dispatch.forget(0)
     assert [order[:2] for order in begin(dispatch)] == [(2, "a")]
-    assert begin(dispatch, ["b", "c"]) == []  # its server has failed, and may have died of it
+    assert begin(dispatch, ["b", "c"]) == []  # its server has failed, perhaps because of it
     for key in (1, 2):
         dispatch.ended(key)
         dispatch.forget(key)
@@ -58,17 +58,17 @@ def test_what_was_at_a_server_that_died_is_tested_one_by_one_and_alone_elsewhere
     dispatch = dispatch_of("pqrstu")
     orders = begin(dispatch)
     dies(dispatch, "a", orders[0], orders[3])
-    assert begin(dispatch, ["b", "c"]) == []  # nobody is idle
+    assert begin(dispatch, ["b", "c"]) == []  # no server is idle
     for key in (1, 4):
         dispatch.ended(key)
         dispatch.forget(key)
     assert begin(dispatch, ["b", "c"]) == [Order(0, "b", True)]
     dispatch.add(6, "v")
-    assert begin(dispatch, ["b", "c"]) == []  # c is full, b is for the test alone
+    assert begin(dispatch, ["b", "c"]) == []  # c is full, b is reserved for tests
     assert dispatch.end_test(survived=True) == []
     assert begin(dispatch, ["b", "c"]) == [Order(3, "b", True)]
     assert dispatch.end_test(survived=False) == [3]
-    # What passed, and what came later, is for the server that is left.
+    # The prompt that survived its test, and the one added later, go to the remaining server.
     dispatch.ended(2)
     dispatch.forget(2)
     assert begin(dispatch, ["c"]) == [Order(0, "c", False)]
@@ -113,7 +113,7 @@ def test_behind_a_router_no_server_is_idle_before_all_are():
     dispatch = dispatch_of("pqr", deaths={"r": 1})
     assert begin(dispatch, routed=True) == [Order(2, "a", True), Order(0, "b", False), Order(1, "c", False)]
     dispatch.end_test(survived=None)
-    assert begin(dispatch, routed=True) == [Order(2, "a", True)]  # it has had nothing but tests
+    assert begin(dispatch, routed=True) == [Order(2, "a", True)]  # a has had only tests
     dispatch.end_test(survived=None)
     assert begin(dispatch, ["b", "c"], routed=True) == []
     for key in (0, 1):
@@ -130,7 +130,7 @@ def test_what_is_withdrawn_does_not_wait_any_more():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_servers_die_of_each_request_is_answered_or_its_prompt_is_lethal(seed):
-    """A fleet of any size, prompts that kill, servers that die by themselves and come back when the last one is left."""
+    """Fleets of various sizes, lethal prompts, servers that die by themselves and come back when only one is left."""
     rng = random.Random(seed)
     servers = [f"s{number}" for number in range(rng.randint(2, 6))]
     prompts = [f"p{number}" for number in range(rng.randint(1, 20))]

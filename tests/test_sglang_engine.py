@@ -1,4 +1,4 @@
-"""The engine on all ranks, with processes that speak SGLang's protocol: transports, faults, nodes, who is told what."""
+"""The engine on all ranks, with processes that speak SGLang's protocol: transports, faults, nodes, keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN = {"python": sys.executable, "launch": ("-m", "tests.fake_sglang")}
 
 
 def check_sums(state: dict, wanted: dict[str, float]) -> None:
-    """Tensor by tensor; a sharded server has fused ones, whose padding is zero."""
+    """By tensor; a sharded server has fused ones, whose padding is zero, so only the totals are comparable."""
     if state["sums"].keys() == wanted.keys():
         assert state["sums"] == pytest.approx(wanted, rel=1e-9, abs=1e-6)
     assert sum(state["sums"].values()) == pytest.approx(sum(wanted.values()), rel=1e-9, abs=1e-6)
@@ -26,10 +26,10 @@ def check_sums(state: dict, wanted: dict[str, float]) -> None:
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
 def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tmp_path, sync, layout):
-    """To servers of the job's own, and to some that were there before."""
+    """To servers of the job, and to external ones."""
     of_own = "pp" in layout
     overrides = ["parallel.tp=1", layout] if of_own else [layout]
-    if sync == "disk":  # of a run that was killed, and begins anew from an older checkpoint
+    if sync == "disk":  # left by a killed run; the new one starts from an older checkpoint
         for number in (7, 8):
             folder = tmp_path / "weights" / f"version_{number:06d}"
             folder.mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_
 def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, sync, what):
     with servers({}, {what: 1}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=["parallel.tp=2"], urls=urls, sync=sync)
-        # Two syncs: some transports have only one bucket in each. Others have many: ranks go on to the next one meanwhile.
+        # Two syncs, as some transports have only one bucket in each. Others have many, and ranks continue with the next one.
         found = gangs(2).run("tests.sglang_jobs:fake_sync", versions=(1, 2), update_timeout_s=6, bucket_bytes=1 << 16, **job)[0]
     assert list(found["failed"]) == ["SGLang server 1"]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 2"]
@@ -95,7 +95,7 @@ def test_a_server_whose_parameters_are_another_models_says_so_and_does_not_cost_
 
 @pytest.mark.slow
 def test_a_server_that_says_it_is_well_and_fails_at_every_sync_is_tried_at_growing_distances(gangs, hf_models, tmp_path):
-    """Also one that nobody has to start: all ranks wait for it in the sync that it fails at."""
+    """Also a server that the job does not start: all ranks wait for it in the sync in which it fails."""
     with servers({}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, server="SGLang server 1")
         (tried,) = gangs(1).run("tests.sglang_comeback_jobs:syncs_with", behaviours=[{"refuse_weights": True}] * 6, **job)
@@ -113,7 +113,7 @@ def test_a_server_that_was_only_unwell_comes_back_at_the_first_sync_that_finds_i
 
 @pytest.mark.slow
 def test_a_server_that_a_killed_job_left_in_the_middle_of_a_sync_serves_the_next_job(gangs, hf_models, tmp_path):
-    """Paused, it is not healthy. Another, which is, is not told to go on: it may be in the hands of others."""
+    """Such a server is paused, hence not healthy. A healthy one is not told to continue, as another job may be using it."""
     with servers({}, {}) as urls:
         for route in ("/pause_generation", "/begin_weight_update"):
             httpx.post(urls[1] + route, json={}).raise_for_status()
@@ -157,7 +157,7 @@ def test_a_server_that_is_killed_or_hangs_is_restarted_and_has_the_weights_befor
         ("SGLang server 0", "SGLang server 1"), "2"
     )
     restarted = found["states"]["SGLang server 0"]["log"]
-    assert restarted.count("/update_weight_version") == 2  # it is a new process, which was there for two syncs of three
+    assert restarted.count("/update_weight_version") == 2  # a new process, which took part in two syncs of three
     assert restarted.index("/update_weights_from_distributed") < restarted.index("/continue_generation")
 
 
@@ -183,7 +183,7 @@ def test_on_loopback_servers_of_every_node_need_no_key(gangs, hf_models, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [(1,), (0, 1)], ids=["full on one node", "full on both"])
 def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf_models, tmp_path, full):
-    """Each is handed segments that its node's rank made; where a node has no room, the bytes, and a warning names the rank."""
+    """Each gets segments that its node's rank made; on a node without room it gets the bytes, and a warning names the rank."""
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", servers=2, tp=2, **OWN)
     ranks = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", full=full, syncs=3, bucket_bytes=1 << 16, **job)
     names = [f"SGLang server {number}" for number in range(4)]
@@ -202,7 +202,7 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_node_of_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path):
-    """As one may be that hangs: only rank 0 has a part in it."""
+    """For example a node that hangs: only rank 0 communicates with it."""
     launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=4, python=sys.executable, launch=("-c", launch))
     found = gangs(2).run("tests.sglang_node_jobs:beside_a_node_of_servers", **job)[0]
@@ -250,7 +250,7 @@ def test_a_colocated_server_that_has_failed_holds_no_memory_while_ranks_train_an
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), fails_after=[1, 2], **OWN)
     syncs, _ = gangs(2).run("tests.sglang_comeback_jobs:colocated_failures", **job)
     both, second = ["SGLang server 0", "SGLang server 1"], ["SGLang server 1"]
-    # Back at the sync after its first failure, and after its second at the one after that.
+    # It is back at the next sync after its first failure, and at the one after that after its second.
     assert syncs == [[both, both, second], [both, both, second], [second, second, second], [both, both, both]]
 
 
@@ -272,7 +272,7 @@ def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_syn
     what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
     assert found["failed"] == [{"SGLang server 1": f"{what}, more than rollout.max_logprob_gap = 0.001 allows"}, {}]
     (first, wrong, third), after = found["prompts"]
-    assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # the probe's own prompt, and no other
+    assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # it had only the probe's prompt
     assert after[1] > 2 and sum(after) == 2 * (3 + 12)
     assert found["served"] == other["served"] == 24
 

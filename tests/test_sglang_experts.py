@@ -1,4 +1,4 @@
-"""A mixture of experts on real SGLang servers on CPU: weight syncs of every transport into cut and spread experts."""
+"""A model with experts on real SGLang servers on CPU: weight syncs by every transport into split and distributed experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAINERS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Key/value heads that TP4 divides, and experts of a width that TP4 x 32 does: on CPU SGLang pads others."""
+    """Key/value heads that TP4 divides, and experts of a width that TP4 x 32 divides: on CPU, SGLang pads others."""
     path = tmp_path_factory.mktemp("hf") / "qwen3_moe"
     torch.manual_seed(3)
     sizes = dict(vocab_size=301, hidden_size=48, head_dim=8, num_hidden_layers=2, max_position_embeddings=512)
@@ -42,7 +42,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url_of(model, tmp_path_factory):
-    """`url_of(tp, ep)` is that of a running server; one at a time. It has a config.json alone: all it knows comes by a sync."""
+    """`url_of(tp, ep)` is the address of a running server; one runs at a time. It starts from a config.json only, so that all
+    weights come by a sync."""
     with ExitStack() as stack:
         running: dict[tuple[int, int], str] = {}
 
@@ -60,8 +61,8 @@ def url_of(model, tmp_path_factory):
 
 
 def least_bytes(model: str, tp: int) -> int:
-    """What the workers of a server need of a sync in fp32: norms and routers all of them, of everything else each its part. An
-    expert is in one place, or cut over some, whatever EP is."""
+    """Bytes of a sync in fp32 that the workers of a server need: all of norms and routers, their share of everything else. An
+    expert is on one worker, or split over some, for any EP."""
     tensors = load_file(f"{model}/model.safetensors")
     return sum(tensor.nbytes * (tp if "norm" in name or "mlp.gate." in name else 1) for name, tensor in tensors.items())
 

@@ -1,5 +1,5 @@
-"""A request that fails wherever it goes: it is given up and does not take the fleet with it. A connection that breaks is no
-failure."""
+"""A request that fails on every server is given up and does not take the fleet down with it. A broken connection does not count
+as a failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = "a request with 3 prompt tokens and up to 9 to follow"
 
 
 def why_given_up(found: Sequence[Generated], requests: Sequence[Request] = ALL) -> str:
-    """Of the poison, all of whose responses are; all others are answered."""
+    """The reason for the poison, of which all responses are given up; all other requests are answered."""
     for one, request in zip(found, requests, strict=True):
         assert one.ids == ([] if request is POISON else tokens_of(request))
         assert bool(one.given_up) == (request is POISON) == (one.finish_reason == "abort")
@@ -57,7 +57,7 @@ def test_a_request_that_nobody_finishes_in_time_is_not_waited_for_at_every_serve
 
 
 def test_a_prompt_that_servers_die_of_costs_two_of_them_however_many_responses_to_it_there_are():
-    """Its own responses are never at two servers at once, and what was beside it at the first is not blamed."""
+    """Its responses are never at two servers at once, and other prompts at the first server are not blamed."""
     requests = [*OTHERS[:4], *[POISON] * 6, *OTHERS[4:], *[POISON] * 2]
 
     async def body():
@@ -130,7 +130,7 @@ def test_a_stream_answers_such_a_request_with_the_reason_and_all_others():
 
 @pytest.mark.slow
 def test_what_was_found_out_about_prompts_is_known_to_a_fleet_that_is_started_again(tmp_path):
-    """Of one server, which dies with the poison each time: among others, then alone, then no more."""
+    """With one server, which dies of the poison first among other prompts, then alone, and then no more."""
     file = tmp_path / "new" / "suspicions.json"
 
     async def body():

@@ -1,4 +1,4 @@
-"""Servers that are not the job's: what they say of themselves against what they would be sent."""
+"""External servers: their reported settings against what would be sent to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 @pytest.fixture
 def served(hf_models, tmp_path):
-    """Writes the config.json that a server has started with; returns what it then says at /server_info."""
+    """Writes the config.json that a server was started with; returns what it then reports at /server_info."""
 
     def write(family: str = "qwen3", **changes) -> dict:
         config = json.loads((Path(hf_models[family]) / "config.json").read_text()) | changes

@@ -1,5 +1,5 @@
-"""A fleet of servers that die, hang, refuse and lie: no sample lost, none twice, no stale weights in use. The servers are
-processes that speak SGLang's protocol (tests/fake_sglang.py); the real one is in test_sglang_server.py."""
+"""A fleet of servers that die, hang, refuse and misreport: no sample is lost or duplicated, no stale weights are used. The
+servers are processes that speak SGLang's protocol (tests/fake_sglang.py); the real one is in test_sglang_server.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from etr_megatron.weights.transport.whole import Field
 from tests.fake_servers import servers
 
 CONTEXT = 512
-"""Of a fake server."""
+"""Context length of a fake server, in tokens."""
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
 REQUESTS = [Request([number, 7], PARAMETERS) for number in range(40)]
@@ -52,7 +52,7 @@ async def generate(fleet: Fleet, requests: Sequence[Request], concurrency: int =
 
 
 def one_by_one(tensors=TENSORS) -> list[Bucket]:
-    """A bucket for every tensor, and at last one with two tensors of different types."""
+    """One bucket per tensor, then one with two tensors of different dtypes."""
     found = [Bucket([Field(name, t.dtype, tuple(t.shape), 0)], t.flatten().view(torch.uint8)) for name, t in tensors.items()]
     a, b = (tensors[name] for name in ("a.weight", "b.weight"))
     fields = [Field("a.weight", a.dtype, tuple(a.shape), 0), Field("b.weight", b.dtype, tuple(b.shape), a.nbytes)]
@@ -88,7 +88,7 @@ ASKED = replace(PARAMETERS, routing=True)
 
 
 def experts_of(request: Request) -> list[int]:
-    """What a fake server says of all tokens but the last, of two experts each."""
+    """Experts that a fake server reports for all tokens but the last, two per token."""
     tokens = [*request.prompt_ids, *tokens_of(request)][:-1]
     return [number for token in tokens for number in (token % 4, 4 + token % 3)]
 
@@ -191,7 +191,7 @@ def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_fa
 
 
 def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is_answered():
-    """As one at `sglang.urls` may have been started with a shorter context than the others."""
+    """A server at `sglang.urls` may have been started with a shorter context than the others."""
 
     async def body(*others: dict):
         async with fleet_of({"refuse_at": 0}, *others) as fleet:
@@ -200,7 +200,7 @@ def test_a_server_that_alone_calls_a_request_wrong_has_failed_and_the_request_is
     found, failed = asyncio.run(body({}))
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:5]]
     assert list(failed) == ["server 0"] and "answered 400" in failed["server 0"]
-    with pytest.raises(RefusedError, match="server 0: /generate answered 400"):  # nobody is left to be asked
+    with pytest.raises(RefusedError, match="server 0: /generate answered 400"):  # no other server is left to ask
         asyncio.run(body({"die_at": 0}))
 
 

@@ -1,4 +1,4 @@
-"""A run whose servers are all lost stops with a checkpoint and goes on later, no step trained twice and none left out."""
+"""A run that loses all its servers stops with a checkpoint and resumes later; no step is trained twice or left out."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def server(**behaviour):
 
 
 def options(url: str, ranks: int = 1) -> list[str]:
-    """ranks: only one of them knows of the servers, and each takes seconds to begin."""
+    """ranks: only rank 0 communicates with servers, and each rank takes seconds to start."""
     return [
         "run.name=gone",
         f"parallel.tp={ranks}",
         "run.steps=3",
-        "checkpoint.every=0",  # the checkpoint is there because the servers are not
+        "checkpoint.every=0",  # so the only checkpoint is the one saved when servers are gone
         "eval.every=0",
         "rollout.backend=sglang",
         "rollout.max_logprob_gap=100",  # the servers' log-probs are made up
@@ -36,8 +36,8 @@ def options(url: str, ranks: int = 1) -> list[str]:
     ]
 
 
-# 24 responses a step and 3 minibatches: the 30th is in the second step; the weights are one bucket a sync, and the fourth
-# is sent after the third step.
+# With 24 responses per step, the request number 30 is in the second step. With one bucket per sync, the fourth bucket is sent
+# after the third step.
 @pytest.mark.slow
 @pytest.mark.parametrize(("behaviour", "trained"), [({"die_at": 30}, 1), ({"die_at_bucket": 3}, 3)], ids=["rollout", "sync"])
 def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_again(runs, behaviour, trained):
@@ -49,7 +49,7 @@ def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_aga
     status = json.loads((runs.directory("gone") / "status.json").read_text())
     assert (status["state"], status["step"]) == ("requeue", trained)
     assert [row["step"] for row in runs.rows("gone")] == list(range(1, trained + 1))
-    if trained < 3:  # else there is nothing left to do
+    if trained < 3:  # else nothing is left to do
         with server() as url:
             code, output = runs.finish(*options(url))
         assert code == 0, output
@@ -72,7 +72,7 @@ def test_a_request_that_servers_call_wrong_ends_a_run_in_one_sentence_with_what_
 
 
 def generated(url: str) -> int:
-    """Requests that the server was given."""
+    """Number of requests that the server has received."""
     with urllib.request.urlopen(f"{url}/state", timeout=10) as reply:
         return len(json.load(reply)["prompts"])
 
@@ -80,8 +80,8 @@ def generated(url: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["rollout", "evaluation"])
 def test_sigterm_does_not_wait_for_responses(runs, phase):
-    evaluates = ["eval.every=1"] if phase == "evaluation" else []  # before the first step, of 8 problems
-    with server(tokens_per_s=0.1) as url:  # four minutes for a response
+    evaluates = ["eval.every=1"] if phase == "evaluation" else []  # before the first step, with 8 problems
+    with server(tokens_per_s=0.1) as url:  # a response takes four minutes
         process = runs.start(*options(url, ranks=2), *evaluates, "sglang.probe_every=0", "run.stop_grace_s=60")
         wait_for(lambda: generated(url) == (8 if evaluates else 24))
         process.send_signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ def test_sigterm_does_not_wait_for_a_server_that_gives_nothing_back(runs):
 
 @pytest.mark.slow
 def test_a_run_with_one_server_left_has_the_other_back_before_it_draws_what_that_may_have_died_of(runs, tmp_path, monkeypatch):
-    """In the middle of its second step, of the same weights; no sample is lost, none is there twice."""
+    """Happens in the middle of its second step, with the same weights; no sample is lost or duplicated."""
     file = tmp_path / "died"
     monkeypatch.setenv("FAKE_SGLANG", json.dumps({"die_once": [20, str(file)], "seconds": 0.05}))
     own = [f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]", "sglang.servers=2"]

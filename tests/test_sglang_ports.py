@@ -1,4 +1,4 @@
-"""Another process may take the port that was found for a server while that still starts: it is not taken for the server."""
+"""Another process may take a port that was found for a server before the server binds it. It is not mistaken for the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from etr_megatron.rollout.sglang import hosts, server
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port
 
-# A server that is not done with starting while another process has its port. It asks for a key, except for its health.
+# A server that is still starting while another process has its port. It requires a key, except for its health.
 SERVER = """
 import http.server, json, sys, time
 port, version = int(sys.argv[-1]), sys.argv[sys.argv.index("--weight-version") + 1]
@@ -40,7 +40,7 @@ OTHERS = {
 
 @contextmanager
 def answering(replies: dict[str, tuple[int, bytes]]):
-    """The port of another process that answers so."""
+    """Port of another process that gives these replies."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -60,7 +60,7 @@ def answering(replies: dict[str, tuple[int, bytes]]):
 
 @contextmanager
 def started_with_ports(tmp_path, monkeypatch, taken: int, count: int):
-    """What becomes of a server whose first `count` ports are taken, and the processes that were started for it."""
+    """Outcome of a server whose first `count` ports are taken, and the processes that were started for it."""
     ports, processes = [taken] * count, []
 
     class Recorded(ServerProcess):
@@ -93,7 +93,7 @@ def test_a_server_whose_port_is_taken_each_time_is_given_up_in_one_sentence(tmp_
 
 
 def test_a_server_that_cannot_say_who_it_is_yet_is_asked_again(tmp_path, monkeypatch):
-    """503 is what one says that is not done with starting."""
+    """A server replies 503 while it is still starting."""
     replies = {"/health": (200, b""), "/model_info": (503, b"")}
     timer = threading.Timer(1.5, lambda: replies.update(OTHERS["something that has no such page"]))
     timer.start()

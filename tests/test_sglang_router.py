@@ -1,4 +1,4 @@
-"""SGLang's own router, the real one, before servers that speak SGLang's protocol (tests/fake_sglang.py)."""
+"""SGLang's real router in front of servers that speak SGLang's protocol (tests/fake_sglang.py)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.test_sglang_ports import answering
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
 GROUPS, SAMPLES = 12, 4
-# Prompts of different lengths and beginnings, every one for a whole group.
+# Prompts of different lengths and prefixes, each for a whole group.
 REQUESTS = [Request([group * 7 + i for i in range(30 + group)], PARAMETERS) for group in range(GROUPS) for _ in range(SAMPLES)]
 SETTINGS = SglangConfig(python=str(PYTHON), launch=(), router="cache_aware", router_launch=LAUNCH, update_timeout_s=30.0)
 
 
 @contextlib.contextmanager
 def router_before(fleet: Fleet, logs: Path):
-    """Started and given to the fleet; ended with the test, and nothing of it left."""
+    """Start a router and attach it to the fleet; on exit, end it and check that nothing of it is left."""
     router = Router(SETTINGS, fleet.clients[0]._http, api_key="s3cret", logs=logs)
     try:
         router.start()
@@ -63,7 +63,7 @@ def requires_router(test):
 
 @requires_router
 def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_leave_and_join_the_router(tmp_path):
-    others = [replace(one, prompt_ids=[500 + token for token in one.prompt_ids]) for one in REQUESTS]  # cached nowhere
+    others = [replace(one, prompt_ids=[500 + token for token in one.prompt_ids]) for one in REQUESTS]  # not cached anywhere
 
     async def body():
         async with fleet_of({}, {"die_at": 5}, {}, {}, timeout_s=60.0) as fleet:
@@ -72,7 +72,7 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
             with router_before(fleet, tmp_path) as router:
                 first = await generate(fleet, REQUESTS, concurrency=8)
                 failed, lonely = fleet.failed, await prompts_of(fleet, 2)
-                fleet.rejoin(third)  # as after a restart: another process at another address
+                fleet.rejoin(third)  # as after a restart
                 again = await generate(fleet, others, concurrency=8)
                 states = [await prompts_of(fleet, number) for number in (0, 2)]
                 key = "s3cret" in (tmp_path / "sglang_router.log").read_text()
@@ -83,13 +83,13 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
     assert [one.ids for one in again] == [tokens_of(request) for request in others]
     assert failed == {"server 1": "does not answer", "server 2": "not yet"} and lonely == []
     assert is_up and not key
-    assert states[1] and len(states[1]) % SAMPLES == 0  # the one that came back has traffic, in whole groups
+    assert states[1] and len(states[1]) % SAMPLES == 0  # the server that rejoined gets requests, in whole groups
     assert all(states[1].count(prompt) == SAMPLES for prompt in states[1])
 
 
 @requires_router
 def test_the_router_does_not_pass_on_that_experts_are_asked_for_and_the_servers_are_asked_themselves(tmp_path):
-    """Why `train.routing_replay` refuses `sglang.router`."""
+    """The reason why `train.routing_replay` refuses `sglang.router`."""
     requests = [replace(one, parameters=ASKED) for one in REQUESTS[:6]]
 
     async def body():
@@ -115,7 +115,7 @@ def test_behind_the_router_a_prompt_that_servers_die_of_is_found_alone_and_given
     found, failed, is_up = asyncio.run(body())
     assert all("was lost with it alone" in one.given_up for one in found[20:23])
     assert [one.ids for one in found[:20] + found[23:]] == [tokens_of(request) for request in REQUESTS]
-    assert 2 <= len(failed) <= 3 and is_up  # the router may have had it at two
+    assert 2 <= len(failed) <= 3 and is_up  # the router may have sent it to two at once
 
 
 @requires_router
@@ -183,7 +183,7 @@ def test_what_the_router_has_given_out_is_cut_off_at_every_server(tmp_path):
 
 
 def test_what_a_router_refuses_and_a_server_takes_is_no_wrong_request():
-    """As one that is longer than the router takes; which is given up, as it would refuse the next as well."""
+    """For example a request that is too long for the router, which is given up, as it would refuse the next as well."""
 
     class Refusing:
         def __init__(self, client):

@@ -1,6 +1,6 @@
 """A real SGLang server on CPU: its log-probs, weight syncs from a tensor-parallel policy, and whole runs on it.
 
-`bash tools/setup_env.sh --sglang` makes the environment that it runs in; without it these tests are skipped.
+`bash tools/setup_env.sh --sglang` makes its environment; without it these tests are skipped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """On CPU SGLang pads an intermediate size that TP x 32 does not divide, and its worker then holds other shapes."""
+    """An intermediate size that TP x 32 divides: on CPU, SGLang pads others, and its workers' shapes then differ."""
     path = tmp_path_factory.mktemp("hf") / "qwen3"
     torch.manual_seed(3)
     sizes = dict(vocab_size=301, hidden_size=48, intermediate_size=128, head_dim=16, num_hidden_layers=4)
@@ -61,7 +61,7 @@ def model(tmp_path_factory):
 
 @contextmanager
 def started(config: SglangConfig, model: str, folder: Path, *, routing: bool = False) -> Iterator[Started]:
-    """A server that is not the job's, answering."""
+    """An external server, once it answers."""
     where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False, routing=routing)
     host = Host({"server": server_command(config, Path(model), "float32", **where)}, folder, startup_timeout_s=400.0)
     try:
@@ -74,7 +74,7 @@ def started(config: SglangConfig, model: str, folder: Path, *, routing: bool = F
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """One for all transports; it starts with the checkpoint's weights, as one that is not the job's would."""
+    """One server for all transports; it starts with the checkpoint's weights, like an external one."""
     config = SglangConfig(**{**OWN, "arguments": (*ARGUMENTS, "--load-format", "auto")}, sync="sharded")
     with started(config, model, tmp_path_factory.mktemp("sglang")) as process:
         yield process
@@ -95,12 +95,12 @@ def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, mo
 
 
 def conversation(url: str) -> list[tuple[str, int, Any]]:
-    """Route, status and JSON of what a server is asked in a run's life, weights left out. One request is cut off."""
+    """Route, status and JSON of all requests of a run except those with weights. One request is cut off."""
     found: list[Any] = []
 
     def ask(route: str, body: dict | None = None) -> None:
         place = len(found)
-        found.append(None)  # in the order of the questions, whichever is answered first
+        found.append(None)  # keeps the order of requests, whichever is answered first
         reply = httpx.get(url + route, timeout=30) if body is None else httpx.post(url + route, json=body, timeout=60)
         found[place] = route, reply.status_code, reply.json() if reply.content.startswith(b"{") else {}
 
@@ -112,9 +112,9 @@ def conversation(url: str) -> list[tuple[str, int, Any]]:
     for route in ("/openapi.json", "/model_info", "/server_info", "/health"):
         ask(route)
     ask("/generate", draw(3))
-    ask("/generate", draw(3, input_ids=[5] * 600))  # more than the model's context
+    ask("/generate", draw(3, input_ids=[5] * 600))  # longer than the model's context
     ask("/generate", draw(511))
-    for attempt, seconds in enumerate((0.2, 0.5, 1.0, 2.0, 4.0)):  # what is enough for a token and too little for all of them
+    for attempt, seconds in enumerate((0.2, 0.5, 1.0, 2.0, 4.0)):  # until long enough for a token, but not for all of them
         place, rid = len(found), f"long{attempt}"
         long = threading.Thread(target=ask, args=("/generate", draw(400, rid=rid)))
         long.start()
@@ -136,7 +136,7 @@ def conversation(url: str) -> list[tuple[str, int, Any]]:
 
 
 def assert_has(real: Any, fake: Any, where: str) -> None:
-    """Whatever is in the fake's reply is in the real one, with the same type; of a list, its first element."""
+    """Whatever the fake's reply contains is in the real one, with the same type; for a list, its first element."""
     assert type(real) is type(fake) or {type(real), type(fake)} == {int, float} or fake is None, f"{where}: {real!r}, {fake!r}"
     if isinstance(fake, dict):
         for key, value in fake.items():
@@ -167,7 +167,7 @@ def test_the_server_that_other_tests_break_speaks_as_the_real_one_does(server):
 
 
 def least_bytes(model: str, tp: int) -> int:
-    """What the workers of a server need of a sync in fp32: norms all of them, of everything else each its part."""
+    """Bytes of a sync in fp32 that the workers of a server need: all norms, their share of everything else."""
     tensors = load_file(f"{model}/model.safetensors")
     return sum(tensor.nbytes * (tp if "norm" in name else 1) for name, tensor in tensors.items())
 
@@ -185,13 +185,13 @@ def least_bytes(model: str, tp: int) -> int:
 )
 def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model, server, tmp_path, world, layout, sync):
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=layout)
-    if sync == "tensor":  # by way of the real router, too
+    if sync == "tensor":  # with the real router as well
         job |= dict(python=str(PYTHON), router="cache_aware", router_launch=("tests/sglang_cpu/router.py",))
-    if sync == "disk":  # to a server that a killed job left in the middle of a sync
+    if sync == "disk":  # a server that a killed job left in the middle of a sync
         job |= dict(startup_timeout_s=30)
         for route in ("/pause_generation", "/begin_weight_update"):
             reply = httpx.post(server.url + route, json={"mode": "retract"} if "pause" in route else {})
-            assert reply.status_code == 200 or (reply.status_code == 404 and "begin" in route)  # before 0.5.21
+            assert reply.status_code == 200 or (reply.status_code == 404 and "begin" in route)  # 404: before 0.5.21
     found = gangs(world).run("tests.sglang_jobs:gaps", urls=(server.url,), sync=sync, probe_every=1, **job)
     for rank in found:
         assert len(rank["gaps"]) == 2 and max(rank["gaps"]) < 1e-5
@@ -208,7 +208,7 @@ def test_the_weight_sync_benchmark_measures_syncs_that_bring_the_weights(model, 
 
 
 def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
-    served = tmp_path / "config_alone"  # as a checkpoint of Megatron's has no weights that a server could read
+    served = tmp_path / "config_alone"  # like a Megatron checkpoint, which has no weights that a server could read
     served.mkdir()
     shutil.copy(Path(model) / "config.json", served)
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=["parallel.tp=1", "parallel.pp=2"])
@@ -220,7 +220,7 @@ def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_mo
 
 
 def ages_of(found: dict) -> list[int]:
-    """Of every token, in weight syncs before its step."""
+    """Age of every token, in weight syncs before its step."""
     samples = [(version, one) for version, groups in found["steps"] for group in groups for one in group["samples"]]
     return [
         version - one_version
@@ -247,7 +247,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(gangs, model,
         assert [count["staleness_max"] for count in counts] == [0, 1, 1, 1, 1]
         return
     assert sum(count["samples_continued"] for count in counts) > 0
-    # Two syncs more than a step makes too old whatever had been begun before the last but one.
+    # Two extra syncs before the last step: whatever was begun before the last step but one is then too old.
     assert sum(count["groups_redone"] for count in counts) > 0
     dropped = {f"p{number}" for number in range(0, 40, 4)}
     assert sum(count["groups_dropped"] for count in counts) > 0 == sum(count["groups_filled"] for count in counts)
@@ -275,7 +275,7 @@ def test_the_server_says_what_arguments_it_has():
 
 
 def processes_of(folder) -> list[int]:
-    """Everything that was started with a path in `folder`, or by somebody who was."""
+    """Processes with a path in `folder` on their command line, and their descendants."""
     found = set()
     for process in psutil.process_iter():
         try:

@@ -1,4 +1,4 @@
-"""Weights in requests: by shared memory to servers of this machine, as text to others."""
+"""Weights in requests: by shared memory to servers on this machine, as text to others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
 
 
 class SharedWith(TensorDelivery):
-    """Shares buckets of this process with some of a fleet's servers that still serve."""
+    """Shares buckets of this process with those of a fleet's near servers that still serve."""
 
     def __init__(self, near: Sequence[str], fleet: Fleet, workers: int) -> None:
         super().__init__(fleet, workers=workers, timeout_s=20.0)
@@ -43,7 +43,7 @@ class SharedWith(TensorDelivery):
     ids=["far", "mixed", "near"],
 )
 def test_tensors_in_requests_arrive_as_well(near, workers):
-    """From a shared segment at servers of this machine, which are sent less than the tensors' bytes, and at others whole."""
+    """Servers on this machine get a shared segment, and requests smaller than the tensors; others get all bytes."""
     large, before = {"large.weight": torch.randn(130, 257), **TENSORS}, segments_of(os.getpid())
 
     async def body():
@@ -58,13 +58,13 @@ def test_tensors_in_requests_arrive_as_well(near, workers):
     assert all(has_all(state, large) and state["version"] == "2" for state in states) and not failed
     for number, state in enumerate(states):
         assert (state["most_payload_bytes"] > 130 * 257 * 4) == (f"server {number}" not in near)
-    assert segments_of(os.getpid()) <= before  # those of tests before may have gone
+    assert segments_of(os.getpid()) <= before  # segments of earlier tests may have gone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["die_at_bucket", "hang_at_bucket"])
 def test_a_server_lost_with_a_handle_unread_does_not_cost_the_others_their_weights(what):
-    """Bucket 5 is the second of the second sync; there are more, of growing sizes, in a third."""
+    """Bucket 5 is the second one of the second sync; a third sync has larger buckets."""
 
     async def body():
         async with fleet_of({}, {what: 5}, {}) as fleet:
@@ -87,11 +87,11 @@ def test_a_segment_that_a_living_reader_has_open_keeps_its_bytes_after_its_owner
     handle = shared_memory.handles([("x", memory.put(wanted))])
     assert len(segments_of(os.getpid()) - before) == 1
     ((_, read),) = pickle.loads(base64.b64decode(handle))
-    memory.put(torch.zeros(200, dtype=torch.uint8))  # a larger one takes its place
+    memory.put(torch.zeros(200, dtype=torch.uint8))  # larger, so a new segment replaces the old one
     assert torch.equal(read, wanted)
     del memory, read
     gc.collect()
-    assert segments_of(os.getpid()) <= before  # those of tests before may have gone
+    assert segments_of(os.getpid()) <= before  # segments of earlier tests may have gone
 
 
 def test_a_buffer_that_knows_what_is_to_come_does_not_grow():
@@ -101,7 +101,7 @@ def test_a_buffer_that_knows_what_is_to_come_does_not_grow():
 
 
 def test_threads_that_make_handles_do_not_take_the_names_of_segments_from_each_other():
-    """torch's strategy is the process's: with that of descriptors in the middle, no other process could open a segment."""
+    """torch's sharing strategy is per process: if it became file descriptors midway, no other process could open a segment."""
     before = torch.multiprocessing.get_sharing_strategy()
     view = shared_memory.SharedMemory().put(torch.arange(6, dtype=torch.uint8))
     found: list[str] = []
@@ -136,7 +136,7 @@ def test_a_segment_goes_with_its_process_also_where_a_server_died_before_it_read
 
 @pytest.mark.slow
 def test_the_process_that_manages_segments_holds_no_socket_of_ours():
-    """Or the peers of a rank that is killed would not hear of it as long as a server has the segment open."""
+    """If it did, the peers of a killed rank would not notice as long as a server has the segment open."""
     code = (
         "import socket, torch; from etr_megatron.rollout.sglang.shared_memory import SharedMemory\n"
         "ours, peer = socket.socketpair(); ours.set_inheritable(True)\n"

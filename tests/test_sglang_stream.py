@@ -1,4 +1,4 @@
-"""Requests answered one by one: cut off with what there is, done again when a server fails, each exactly once."""
+"""Requests answered one by one: cut off with what they have so far, redone when a server fails, each exactly once."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_cut_off_comes_back_with_its_tokens_and_goes_on_from_there(exclu
 
     async def body():
         async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 400}) as fleet:
-            stream = RequestStream(fleet, concurrency=2, exclusive=exclusive)  # the last two wait for room
+            stream = RequestStream(fleet, concurrency=2, exclusive=exclusive)  # the last two wait for a free slot
             await stream.submit(requests)
             await asyncio.sleep(0.4)
             first = dict(await stream.stop(abort=True))
@@ -225,7 +225,7 @@ def test_connections_are_used_again_and_one_that_breaks_is_replaced():
 
 
 def test_connections_that_nobody_has_used_for_long_are_closed(monkeypatch):
-    """Else those of the largest number of requests at once would stay, half closed, to the end of the run."""
+    """Otherwise those of the peak concurrency would stay, half closed, to the end of the run."""
     monkeypatch.setattr(connections, "_IDLE_S", 0.2)
     opened, closed = [], []
 

@@ -1,4 +1,4 @@
-"""The way that training takes to servers: groups in hand, requests one by one, servers that are lost and come back."""
+"""The path from training to servers: groups in hand, requests one by one, servers that are lost and come back."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
     (found,) = gangs(1).run("tests.sglang_stream_jobs:lost_while_streaming", rollout=rollout | sizes, **job)
     groups = [group for step in found["steps"] for group in step]
     assert [len(step) for step in found["steps"]] == [PER_STEP] * STEPS
-    assert len({group["id"] for group in groups}) == STEPS * PER_STEP  # none lost, none twice
+    assert len({group["id"] for group in groups}) == STEPS * PER_STEP  # none lost or duplicated
     for group in groups:
         assert [one["index"] for one in group["samples"]] == [0, 1]
         last = group["problem"]["prompt_ids"][-1]
-        for one in group["samples"]:  # whole, whichever servers its parts are from
+        for one in group["samples"]:  # complete, whichever servers its parts come from
             assert one["response_ids"].tolist() == [(last + 1 + i) % 97 for i in range(TOKENS)]
     assert any("SGLang server 0" in failed for failed in found["failed"]) and not found["failed"][-1]
     again = found["states"]["SGLang server 0"]
     assert again["pid"] != found["pid"] and again["prompts"]
-    assert all(version.isdigit() for version in again["prompt_versions"])  # a sync's, and not what it was started with
+    assert all(version.isdigit() for version in again["prompt_versions"])  # of a sync, not the version at start
 
 
 @pytest.mark.slow
@@ -41,9 +41,9 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
     "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
 )
 def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs, hf_models, tmp_path, servers, gone, rollout):
-    """With one server it is lost twice, but not a third time when the job is started again."""
+    """A single server is lost twice, but not a third time after the job is restarted."""
     sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=5, samples_per_prompt=3)
-    # What may stay in hand while others are ready is there in the end, as tests take a moment and go on beside training.
+    # Groups may stay in hand while others are ready. These complete before the end: tests are short and run beside training.
     steps, training_s = (6, 1.5) if rollout else (3, 0.0)
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), steps=steps, servers=servers, concurrency=8, **OWN)
     job |= dict(training_s=training_s)
@@ -52,7 +52,7 @@ def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs,
     groups = [group for step, _, _ in found["steps"] for group in step]
     names = [group["problem"]["id"] for group in groups]
     assert len(set(names)) == len(names) == steps * PER_STEP and "p2" not in names
-    assert {"p0", "p1", "p3"} < set(names)  # its neighbours, which are not blamed
+    assert {"p0", "p1", "p3"} < set(names)  # its neighbours are not blamed
     for group in groups:
         tokens = [(sum(group["problem"]["prompt_ids"]) + i) % 97 for i in range(5)]
         assert [one["response_ids"].tolist() for one in group["samples"]] == [tokens] * 3
@@ -73,6 +73,6 @@ def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_conti
         tokens = [*prompt, *one["response_ids"]]
         assert one["routing"].tolist() == [number for token in tokens[:-1] for number in (token % 4, 4 + token % 3)]
     assert any(one["weight_versions"] for _, one in found) == bool(rollout)
-    for _, one in found:  # which rank 0 alone has
+    for _, one in found:  # routing exists only on rank 0
         one["routing"] = array("B")
     assert others == steps

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other in a weight sync: how long, and whom they name, with servers of SGLang's protocol."""
+"""How long ranks wait for each other in a weight sync, and which rank their errors name, on fake servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.test_sglang_engine import OWN, check_sums
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [["parallel.tp=1"], ["parallel.tp=1", "parallel.pp=2"]], ids=["dp2", "pp2"])
 def test_a_rank_that_holds_nothing_of_the_buckets_waits_as_long_as_they_take(gangs, hf_models, tmp_path, layout):
-    """Every bucket is within its deadline; all of them take longer than a rank waits for another anywhere."""
+    """Every bucket meets its deadline; all together take longer than a rank otherwise waits for another."""
     with servers({"seconds_per_bucket": 1.0}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=layout, urls=urls, sync="tensor")
         job |= dict(update_timeout_s=8, bucket_bytes=1 << 16)
@@ -43,7 +43,7 @@ def test_with_checksums_a_server_that_holds_something_else_than_its_source_is_fo
     errors = gangs(2).run("tests.sglang_sync_jobs:corrupted", **job)
     if not checksums:
         assert errors == ["", ""]
-    else:  # the server's own worker has seen it, hence the server has failed, and it was the last one
+    else:  # the server's own worker detected it, so the server has failed, and it was the last one
         assert all("pieces that differ from their source after the transfer: " in error for error in errors)
         assert all("that source rank 1 sent" in error for error in errors)
 
@@ -54,5 +54,5 @@ def test_a_rank_that_cannot_write_to_the_memory_of_its_node_is_named_on_every_ra
     ranks = gangs(2).run("tests.sglang_sync_jobs:host_fails", culprit=culprit, **job)
     for found in ranks:
         assert found["error"].startswith("SyncError") and f"rank {culprit} failed: RuntimeError: bus error" in found["error"]
-        assert found["buckets"] == 2 and found["after_s"] < 20  # of a deadline of 60
+        assert found["buckets"] == 2 and found["after_s"] < 20  # the deadline is 60
     assert ranks[0]["paused"] == [False, False]

@@ -1,4 +1,4 @@
-"""A server and what it starts end with the job, however the job ends."""
+"""A server and its child processes end with the job, however the job ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, env
 from tests.runs import REPO, wait_for
 from tests.test_lifetime import gone
 
-# Starts a child that ignores SIGTERM, says both pids, and waits, deaf to SIGTERM itself.
+# Starts a child that ignores SIGTERM, prints both pids, and waits, itself ignoring SIGTERM.
 SERVER = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -81,12 +81,12 @@ def test_a_server_whose_watchdog_is_lost_ends_with_stop_all_the_same(tmp_path, m
     server, child = pids_in(process.log)
     process._watchdog.send_signal(number)
     if number == signal.SIGKILL:
-        wait_for(lambda: gone(server))  # by the kernel, without anybody's word
+        wait_for(lambda: gone(server))  # killed by the kernel
     assert not gone(child)
     process.stop()
     wait_for(lambda: gone(server) and gone(child))
     assert not process.is_running
-    process.stop()  # by now the numbers may be somebody else's
+    process.stop()  # by now the pids may belong to other processes
 
 
 def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypatch):
@@ -100,13 +100,13 @@ def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypa
 
 
 def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not(tmp_path, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):  # which is not asked for what is on the job's own machines
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):  # proxies are not used for the job's own machines
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 0.5)
     commands = {name: ServerCommand(sys.executable, ("-c", code), ()) for name, code in (("deaf", SERVER), ("well", ANSWERS))}
     host = Host(commands, tmp_path, startup_timeout_s=3.0)
     try:
-        started = host.start(["deaf", "well", "on another machine"])  # the first takes all of the time
+        started = host.start(["deaf", "well", "on another machine"])  # the first takes the whole timeout
         assert started.keys() == {"deaf", "well"} and started["well"].problem is None
         assert started["deaf"].problem.startswith("deaf did not answer within 3 s at http://127.0.0.1:")
         pids = pids_in(tmp_path / "deaf.log")

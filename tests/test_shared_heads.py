@@ -1,4 +1,4 @@
-"""More tensor-parallel ranks than key/value heads: neighbours share one."""
+"""More tensor-parallel ranks than key/value heads: neighbouring ranks share a head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYOUTS = {
     "tp2_sp": (2, ["parallel.tp=2", SP]),
     "tp2_sp_cp2": (4, ["parallel.tp=2", SP, "parallel.cp=2"]),
     "tp2_sp_recomputed_pp2": (4, ["parallel.tp=2", SP, "parallel.pp=2", "train.recompute=full"]),
-    # Of the 96 rows of queries, keys and values a rank has 24: one and a half heads.
+    # A rank has 24 of the 96 rows of queries, keys and values: one and a half heads.
     "tp4_sp": (4, ["parallel.tp=4", SP]),
 }
 

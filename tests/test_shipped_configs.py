@@ -1,4 +1,4 @@
-"""Every shipped config for GPUs: valid, in a layout that the model can be built in, and within memory. No GPU, no weights."""
+"""Every shipped config for GPUs: valid, within memory, and the model can be built in its layout. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_shipped_config_passes_its_dry_run(name: str, capsys: pytest.CaptureFi
 )
 def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) -> None:
     plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus_of(name))
-    assert len(plan.ranks) in (gpus_of(name), gpus_of(name) // 2)  # all train, or half of them hold servers
+    assert len(plan.ranks) in (gpus_of(name), gpus_of(name) // 2)  # all GPUs train, or half of them run servers
     check_ranks(plan, range(len(plan.ranks)))
 
 

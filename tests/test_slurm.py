@@ -1,4 +1,4 @@
-"""examples/slurm.sbatch under Slurm itself; `tests/test_slurm_example.py` has what it does step by step."""
+"""examples/slurm.sbatch under a real Slurm; `tests/test_slurm_example.py` tests its steps one by one."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def slurm() -> Iterator[SlurmCluster]:
 
 
 def submit(slurm: SlurmCluster, runs, *overrides: str, options: tuple[str, ...] = (), preflight: str = "0") -> str:
-    """The example's job, with one process on each of two nodes."""
+    """Submit the example's job, with one process on each of two nodes."""
     arguments = runs.command(*OPTIONS, *overrides)[3:]
     return slurm.submit(*options, "examples/slurm.sbatch", *arguments, ETR_PROCESSES="1", ETR_PREFLIGHT=preflight)
 
 
 def wait_for_rows(slurm: SlurmCluster, runs, name: str, count: int, job: str) -> None:
-    """Until a job that runs has trained so many steps; its own words where it does not."""
+    """Wait until a running job has trained this many steps; fail with its output if it does not."""
 
     def is_there() -> bool:
         state = slurm.show(job)["JobState"]
@@ -69,11 +69,11 @@ def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, ru
     assert slurm.show(job)["Restarts"] == "1" and state_of(runs, "queued") == "finished"
     assert runs.rows("queued") == runs.rows("straight")
     runs.assert_went_on("queued", saved)
-    assert slurm.output(job).count("all-reduce between nodes  ok") == 2  # of the preflight, each time
+    assert slurm.output(job).count("all-reduce between nodes  ok") == 2  # from the preflight of each start
 
 
 def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm, runs):
-    # Told 100 seconds before its two minutes are over; Slurm looks twice a minute.
+    # SIGTERM comes 100 seconds before its two minutes are over; Slurm checks twice a minute.
     job = submit(slurm, runs, "run.name=limit", "run.steps=500", options=("--time=2", "--signal=TERM@100"))
     wait_for(lambda: slurm.show(job)["Restarts"] == "1", deadline_s=240)
     slurm.run("scancel", job)

@@ -1,4 +1,4 @@
-"""examples/slurm.sbatch and torchrun_node.sh, with stand-ins for what they call that write down how they were called."""
+"""examples/slurm.sbatch and torchrun_node.sh, with stand-ins for the commands that they call, which record their arguments."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.runs import REPO
 STAND_INS = {
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\n'
     'case "$*" in "show host"*) printf "node7\\nnode8\\n" ;; "show job 42") echo "$JOB" ;; esac',
-    # Takes its own options off and runs the rest here.
+    # Removes its own options and runs the rest here.
     "srun": 'echo "$*" >>"$CALLS"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    # A job whose ranks end as the test wants, after the preflight passed.
+    # A job whose preflight passes and whose ranks end as the test specifies.
     "torchrun": 'case "$*" in *${TERM_AT:-nowhere}*) kill -TERM $PPID; exit 1 ;; *preflight*) exit 0 ;; esac\n'
     '[ -z "$STATE" ] || echo "$STATE" >"$STATUS"; exit $CODE',
 }
 
 
 def shown(state: str, reason: str = "None", preempted: str = "None") -> str:
-    """Of `scontrol show job`, what the script looks for and what is around it."""
+    """An excerpt of `scontrol show job`: what the script looks for and its surroundings."""
     times = f"PreemptEligibleTime=2026-11-28T10:00:00 PreemptTime={preempted}"
     return f"JobId=42 JobName=etr\n   JobState={state} Reason={reason} Dependency=(null)\n   {times}\n   SuspendTime=None"
 
@@ -74,11 +74,11 @@ def test_any_other_end_is_the_jobs_own(job, state, code):
 
 
 def test_a_job_that_fails_before_its_first_step_is_not_queued_for_ever(job, tmp_path):
-    # What its predecessor left, which asked for this job.
+    # Left by its predecessor, which asked for a requeue.
     (tmp_path / "runs" / "job" / "status.json").write_text(json.dumps({"state": "requeue"}))
     code, called = job("", 1)
     assert code == 1 and not any("requeue" in line for line in called)
-    assert job("requeue", 1)[0] == 0  # another one that asks for it, by the same word
+    assert job("requeue", 1)[0] == 0  # the job writes the same status itself
 
 
 @pytest.mark.parametrize("term_at", ["preflight", "run_etr.sh"])
@@ -92,7 +92,7 @@ def test_a_job_that_is_told_to_stop_before_its_ranks_say_anything_goes_back_too(
         assert sum("run_etr.sh" in line for line in called) == (term_at == "run_etr.sh") * (2 if left else 1)
 
 
-# Slurm has it COMPLETING as long as the script runs.
+# Slurm reports COMPLETING as long as the script runs.
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "CANCELLED,COMPLETING"])
 @pytest.mark.parametrize("environment", [{}, {"TERM_AT": "run_etr.sh"}, {"TERM_AT": "preflight"}])
 def test_a_job_that_somebody_has_cancelled_stays_out_of_the_queue(job, environment, state):
@@ -133,7 +133,7 @@ def test_the_state_of_a_run_is_one_word(tmp_path):
 
 
 def node(tmp_path, *arguments, torchrun=True, **environment):
-    """What examples/torchrun_node.sh ends with, says and gives torchrun."""
+    """Exit code and output of examples/torchrun_node.sh, and the arguments that it gives torchrun."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     if torchrun:
         (tmp_path / "bin" / "torchrun").write_text('#!/usr/bin/env bash\necho "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*"\n')

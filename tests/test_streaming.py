@@ -1,4 +1,4 @@
-"""What groups in hand are asked for, judged by, chosen by and counted as, where a mistake would be silent."""
+"""Groups in hand: what is requested for them, how they are judged, chosen and counted, where a mistake would go unnoticed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.hands import Engine, assert_whole, hand_of, names, sync, through_disk
 
 
 def complete(name: str, *versions: int, step: int = 1, **options) -> InHand:
-    """A group that is rewarded, with a response of these versions and one of the last."""
+    """A rewarded group, with one response that has these versions and one that has the last of them."""
     last, each = versions[-1], list(versions) if len(set(versions)) > 1 else []
     first = Sample(0, [7] * len(versions), [-0.5] * len(versions), "stop", last, "x", 0.0, "ok", each)
     second = Sample(1, [8], [-0.5], "stop", last, "y", 1.0, "ok")
@@ -124,7 +124,7 @@ def test_no_step_asks_for_a_problem_twice_and_a_response_is_drawn_on_with_its_ow
     new = Counter((draw.problem.id, draw.index, draw.sampling.step) for draw, drawn in engine.submitted if not drawn)
     assert max(new.values()) == 1 and len(new) > 60
     for draw, drawn in engine.submitted:
-        assert list(draw.drawn) == drawn  # as it was when it was asked
+        assert list(draw.drawn) == drawn  # as it was when submitted
         assert (draw.problem.id, draw.index, draw.sampling.step) in new
 
 
@@ -134,7 +134,8 @@ def test_fewer_problems_than_a_step_needs_are_refused_not_trained_on():
 
 
 def test_what_a_step_has_asked_for_and_lost_is_known_after_a_resume():
-    """Of five problems the second step asks four, gives one up before it is stopped and saved, and the fifth after that."""
+    """Of five problems, the second step asks for four; one is given up before the step is stopped and saved, and the fifth
+    after that."""
     engine = Engine()
     hand = hand_of(engine, count=5)
     hand.take(1, timer)
@@ -152,7 +153,7 @@ def test_what_a_step_has_asked_for_and_lost_is_known_after_a_resume():
 
 
 def test_what_the_next_step_has_asked_for_is_known_after_a_step_that_is_taken_again():
-    """Of five problems, four of which the next step has asked for: when it has lost two it is not given one of them again."""
+    """Of five problems, the next step has asked for four. When it has lost two, it does not get one of them again."""
     engine = Engine()
     hand = hand_of(engine, count=5, max_staleness=1)
     hand.take(1, timer)
@@ -165,7 +166,7 @@ def test_what_the_next_step_has_asked_for_is_known_after_a_step_that_is_taken_ag
 
 
 def test_the_groups_of_a_step_are_let_go_when_it_is_trained():
-    """With routing replay they are gigabytes."""
+    """With routing replay they take gigabytes."""
     engine = Engine()
     hand = hand_of(engine)
     taken = hand.take(1, timer)

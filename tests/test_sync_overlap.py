@@ -1,4 +1,4 @@
-"""The next bucket of a weight sync is made while the one before travels, whatever the transport: by the order of events."""
+"""The next bucket of a weight sync is made while the previous one is sent, in all transports: the order of events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.transport_jobs import shards_from
 
 
 def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
-    """`broadcast` and `tensor`."""
+    """For `broadcast` and `tensor`."""
     posted: list[tuple[str, Future[None]]] = []
 
     def post(bucket: str) -> Future[None]:
@@ -29,7 +29,7 @@ def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
         return posted[-1][1]
 
     outbox = Outbox(post)
-    outbox.put("first")  # returns with the bucket under way, or this test would stand here
+    outbox.put("first")  # returns with the bucket under way, else this test would hang here
     second = threading.Thread(target=outbox.put, args=("second",))
     second.start()
     second.join(0.2)
@@ -45,7 +45,7 @@ def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
 
 
 def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypatch):
-    """`sharded`."""
+    """For `sharded`."""
     events: list[str] = []
     monkeypatch.setattr(exchange, "SMALLEST_BUCKET", 1 << 10)
     monkeypatch.setattr(exchange, "pack", lambda *_: events.append("pack"))
@@ -66,9 +66,9 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
 
 
 def order_on_disk(directory: str, model: str) -> list[str]:
-    """Runs in a gang: what happens in which order when a version of several files is written.
+    """Runs in a gang: the order of events when a version of several files is written.
 
-    The disk takes its time: until the next file is gathered, or there is none, or for ten seconds.
+    Writing a file waits until the next file is gathered, if there is one, for at most ten seconds.
     """
     arch, events, gathered = read_architecture(model), [], threading.Semaphore(0)
     wire = Wire.in_world(timeout_s=60)
@@ -100,7 +100,7 @@ def order_on_disk(directory: str, model: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_file_is_gathered_while_the_one_before_is_written(gangs, hf_models, tmp_path):
-    """`disk`."""
+    """For `disk`."""
     job = dict(directory=str(tmp_path), model=hf_models["qwen3"])
     events = gangs(1).run("tests.test_sync_overlap:order_on_disk", **job)[0]
     files = sum(event.startswith("gathered") for event in events)

@@ -139,7 +139,7 @@ def test_a_batch_is_learnt_from_the_solutions_and_their_ends_alone():
         padding = len(ids) - len(prompt) - len(answer)
         assert ids.tolist() == prompt + answer + [tokenizer.pad_token_id] * padding
         assert wanted.tolist() == [-100] * len(prompt) + answer + [-100] * padding
-    assert padding == 0  # of the longest
+    assert padding == 0  # the last is the longest
 
 
 def test_demonstrations_have_each_slip_as_often_as_is_asked_for():
@@ -165,7 +165,7 @@ def test_the_warm_start_is_adamw_with_clipped_gradients_of_each_batch_alone():
             torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()), reference.parameters()
         )
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-        assert norm > 1  # so that clipping shows
+        assert norm > 1  # so that clipping has an effect
         for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
             parameter.grad = gradient / norm
         optimizer.param_groups[0]["lr"] = share * tiny.warm_start_lr
@@ -247,7 +247,7 @@ def test_two_processes_that_build_at_once_build_once(tmp_path):
     both = [start_build(tmp_path, 60) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0].split("\n")[:-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sorted(map(len, printed)) == [1, 2]  # one of them says "warm start" first
+    assert sorted(map(len, printed)) == [1, 2]  # the one that builds prints "warm start" first
     finished = Path(printed[0][-1])
     assert printed[1][-1] == str(finished)
     assert sorted(path.name for path in tmp_path.iterdir()) == [finished.name, finished.name + ".lock"]

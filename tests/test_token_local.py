@@ -1,4 +1,4 @@
-"""Whether a loss that is marked token-local is one: told by the gradients of halves of the rows."""
+"""Whether a loss marked as token-local is token-local: checked by its gradients on halves of the rows."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from etr_megatron.rollout import Rollouts
 
 
 class Anything:
-    """To be referred to weakly, which a list cannot be."""
+    """Supports weak references, which a list does not."""
 
 
 def test_the_groups_and_the_batch_of_a_step_are_gone_before_the_next_ones_groups_come():
-    """With routing replay both have the experts of every token: gigabytes on every rank."""
+    """With routing replay, both hold the experts of every token: gigabytes on every rank."""
     config, seen, alive = Config(), [], []
 
     def take(*_: Any) -> Rollouts:

@@ -1,4 +1,4 @@
-"""Full tensors to every receiver on real gloo ranks: equal to the checkpoint, gathered where they have to be."""
+"""Full tensors to every receiver on real gloo ranks: equal to the checkpoint, and gathered only if necessary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.transport_jobs import shards_from
 
 
 def model_elements(model: str, *, without: str = "") -> int:
-    """Of all HF tensors, or of those that are not cut by `without`."""
+    """Elements of all HF tensors, or of those not split by `without`."""
     weights = weights_of(read_architecture(model))
     return sum(prod(shape) for weight in weights if weight.split != without for shape in weight.shapes)
 
@@ -48,7 +48,7 @@ def test_what_receivers_cut_equals_the_checkpoint(gangs, hf_models, family, sour
         assert len(found[0]["groups"]) == len(weights)
     elif bucket_bytes > size:
         assert len(found[0]["groups"]) == 1
-    else:  # no bucket has room for what begins the next one
+    else:  # a bucket ends where the next weight does not fit
         assert size / bucket_bytes <= len(found[0]["groups"]) <= 2 * size / bucket_bytes + 1
 
 
@@ -63,7 +63,7 @@ def test_bytes_are_the_model_per_receiver_and_what_the_root_lacks(gangs, hf_mode
 
 
 def test_fp8_is_quantised_from_whole_tensors_even_where_the_source_cuts_blocks(gangs, hf_models):
-    """Blocks of 32 rows; a head has 16, and a training rank's half of the intermediate size 40."""
+    """Blocks of 16 rows; a training rank's half of the intermediate size has 40."""
     model, block = hf_models["llama"], 16
     found = gangs(3).run(
         "tests.transport_jobs:broadcast",

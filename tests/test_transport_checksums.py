@@ -1,4 +1,4 @@
-"""Checksums of the ways that go by full tensors: one flipped bit is found wherever it came about, and named on every rank."""
+"""Checksums of the transports that use full tensors: a flipped bit anywhere is detected and named on every rank."""
 
 from __future__ import annotations
 

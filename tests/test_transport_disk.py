@@ -1,4 +1,4 @@
-"""Weights by way of a directory: complete or not there, loadable by others, read by range."""
+"""Weights through a directory: complete or absent, loadable by other tools, read by range."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_old_versions_go_and_the_last_stay(gangs, hf_models, tmp_path):
 @pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize("file", [1, -1])
 def test_a_file_that_cannot_be_saved_is_named_on_every_rank_and_nothing_is_left(gangs, hf_models, tmp_path, file, culprit):
-    """A file is saved while the next one is gathered, the last one while nothing else is to be done."""
+    """Files are saved while the next one is gathered, except the last."""
     arguments = dict(directory=str(tmp_path), model=hf_models["llama"], source=TrainingLayout(tp=2))
     found = gangs(2).run("tests.transport_jobs:fail_to_write", **arguments, file=file, culprit=culprit)
     name = rf"model-rank0000{culprit}-\d+\.safetensors"

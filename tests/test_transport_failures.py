@@ -1,4 +1,4 @@
-"""A sync that goes wrong: who is at fault is named on every rank, no receiver takes a mixture for a version."""
+"""A sync that fails: every rank names the rank at fault, and no receiver takes mixed weights for a version."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
             continue
         first, second = one["errors"]
         assert "this transport has failed before" in second
-        # Who was away finds the others gone.
+        # A rank that was away finds the others gone.
         if rank != culprit or fault not in ("hang", "lose_connection"):
             assert re.search(message, first), first
-            assert one["seconds"] < 50  # not the minute for which a rank hangs, or that the others would wait for it
-        # Before the begin nothing has been written, and the version before is still there.
+            assert one["seconds"] < 50  # less than the minute for which a rank hangs, or for which others would wait for it
+        # If the fault came before the begin, nothing was written, and the previous version is still there.
         assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
 
 
@@ -86,7 +86,7 @@ def test_a_closed_wire_still_says_why_and_its_port_is_free_once_nobody_has_it():
     with pytest.raises(SyncError, match=rf"rank 0 could not open 127\.0\.0\.1:{port}"):
         Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
     del wire
-    gc.collect()  # of the error above
+    gc.collect()  # frees the error above
     Wire.at("127.0.0.1", port, 0, 1, timeout_s=5).close()
 
 
@@ -102,14 +102,14 @@ def test_a_board_keeps_nothing_of_syncs_that_are_over():
 
 
 def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_failed_since():
-    """Else the ranks of one server would not agree on whether the version before was given up."""
+    """Otherwise the ranks of one server would disagree on whether the previous version was given up."""
     store = HashStore()
     boards = [Board(store, rank, 2, timeout_s=5) for rank in (0, 1)]
     for board in boards:
         board.start(7)
 
     class Slow:
-        """A store whose first answer is old when it arrives."""
+        """A store whose first reply is outdated when it arrives."""
 
         def __init__(self) -> None:
             self.asked = 0
@@ -133,7 +133,7 @@ def test_a_rank_that_looks_at_a_meeting_late_passes_it_although_another_has_fail
 
 
 class NeverDone:
-    """An NCCL message that nothing comes of."""
+    """An NCCL message that never completes."""
 
     def is_completed(self) -> bool:
         return False
@@ -174,7 +174,7 @@ def test_a_checksum_sees_every_change_of_one_byte(data, place, change):
 
 
 def murmur3(word):
-    """The 64-bit finaliser as MurmurHash3 publishes it, on Python's own integers."""
+    """The 64-bit finaliser as published for MurmurHash3, on Python integers."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 1):
         word = (word ^ word >> 33) * factor % 2**64
     return word
@@ -189,7 +189,7 @@ def test_a_checksum_is_the_sum_of_words_and_places_scrambled(words):
 
 
 def test_a_checksum_tells_a_word_from_the_one_that_is_complementary_to_it_at_its_place():
-    """The two come out alike where scrambling fills up with the sign."""
+    """Both would give the same checksum if the scrambling shifted in the sign bit."""
     place = 0x9E3779B97F4A7C15
     other = (-1 - 12345 - 2 * place) % 2**64
     one, two = (checksum(torch.tensor([word], dtype=torch.uint64)) for word in (12345, other))
@@ -204,7 +204,7 @@ def test_a_checksum_sees_two_flipped_bits_and_exchanged_words(words, data):
     first, second = data.draw(st.lists(st.integers(0, len(words) - 1), min_size=2, max_size=2, unique=True))
     flipped = tensor.clone()
     for place in (first, second):
-        flipped[place] ^= -(2**63)  # the sign of a float: two of them cancel in a weighted sum
+        flipped[place] ^= -(2**63)  # the sign of a float: two flips cancel in a weighted sum
     assert checksum(flipped) != before
     swapped = tensor.clone()
     swapped[[first, second]] = tensor[[second, first]]
@@ -212,7 +212,7 @@ def test_a_checksum_sees_two_flipped_bits_and_exchanged_words(words, data):
 
 
 def test_a_checksum_of_many_words_sees_exchanged_parts_of_them():
-    """They are weighted some at a time."""
+    """Words are weighted chunk by chunk."""
     first, second, rest = torch.arange(2 * _CHUNK + 5).split([_CHUNK, _CHUNK, 5])
     assert checksum(torch.cat((first, second, rest))) != checksum(torch.cat((second, first, rest)))
 

@@ -1,4 +1,4 @@
-"""A rank that raises, dies or hangs when half of the weights have arrived: all others end, and say who it was."""
+"""A rank that raises, dies or hangs when half of the weights have arrived: all others end and name it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANKS = [
     ("disk", 2, 0, 0),
     ("disk", 2, 0, 1),
 ]
-"""Transport, training ranks, servers, and the rank at fault: the root, one that it gathers from, a receiver."""
+"""Transport, training ranks, servers, and the rank at fault: the root, one from which it gathers, or a receiver."""
 
 
 def check_others(found: list[dict[str, Any] | None], culprit: int, message: str, within_s: float) -> None:
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each rank of a world of its own."""
+    """(exit code, stdout, stderr) of each rank of a separate world."""
     command = [sys.executable, "-m", "tests.transport_fault_jobs", store]
     ranks = [
         subprocess.Popen(
@@ -90,7 +90,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
     for rank, (code, _, err) in enumerate(ranks):
         assert rank == culprit or code == 0, err
     found = [json.loads(out) if out else None for _, out, _ in ranks]
-    who = "the process that owns the store" if culprit == 0 else f"rank {culprit}"  # rank 0 has it with tcp://
+    who = "the process that owns the store" if culprit == 0 else f"rank {culprit}"  # with tcp://, rank 0 owns it
     check_others(found, culprit, rf"version 3 did not complete: {who} is gone", 50)
 
 

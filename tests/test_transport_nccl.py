@@ -1,4 +1,4 @@
-"""Every transport under NCCL's rules, by a stand-in on gloo ranks: no machine with two GPUs was there."""
+"""Every transport under NCCL's restrictions, with a stand-in on gloo ranks, as no machine with two GPUs was available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOB = "tests.nccl_like:run"
 @pytest.mark.parametrize(
     ("family", "source", "destination"),
     [
-        ("llama", TrainingLayout(pp=2), ServerLayout()),  # the first bucket is of stage 0 alone
+        ("llama", TrainingLayout(pp=2), ServerLayout()),  # the first bucket is only of stage 0
         ("qwen2", TrainingLayout(tp=2), ServerLayout(tp=2)),
         ("qwen3_moe", TrainingLayout(dp=2, ep=2), ServerLayout(tp=2)),
     ],
@@ -40,7 +40,7 @@ def test_files_that_some_ranks_write_alone_are_the_checkpoint(gangs, hf_models, 
 
 
 def test_what_is_gathered_for_servers_is_the_checkpoint(gangs, hf_models):
-    """The second stage has nothing of the first bucket."""
+    """The second stage has no part of the first bucket."""
     model = hf_models["qwen3"]
     found = gangs(4).run(JOB, job="nccl_like:whole_tensors", model=model, source=TrainingLayout(tp=2, pp=2))
     wanted = load_file(f"{model}/model.safetensors")

@@ -1,4 +1,4 @@
-"""The loader of a server's worker on gloo ranks, into a model with a server's fused parameters that this file cuts by hand."""
+"""The loader of a server's worker on gloo ranks, into a model with a server's fused parameters, split by this file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def columns(tensor: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
 
 
 def fused_by_hand(model: str, tp: int, rank: int) -> dict[str, torch.Tensor]:
-    """Names and values of a server's parameters of a dense model whose key/value heads its ranks divide."""
+    """Names and values of a server's parameters, for a dense model whose key/value heads its TP divides."""
     hf, config = load_file(f"{model}/model.safetensors"), json.loads(Path(model, "config.json").read_text())
     padded = -(-config["vocab_size"] // 64) * 64
     found = {}
@@ -54,7 +54,7 @@ def fused_by_hand(model: str, tp: int, rank: int) -> dict[str, torch.Tensor]:
 
 
 def experts_by_hand(model: str, tp: int, ep: int, rank: int) -> dict[str, torch.Tensor]:
-    """The fused expert parameters of a server that cuts EP-fold first."""
+    """The fused expert parameters of a server that splits by EP first."""
     hf, config = load_file(f"{model}/model.safetensors"), json.loads(Path(model, "config.json").read_text())
     count = config.get("num_experts") or config["num_local_experts"]
     moe_tp, local = tp // ep, count // ep
@@ -109,7 +109,7 @@ def test_a_quantised_server_receives_values_and_scales(gangs, hf_models):
 
 @pytest.mark.parametrize(("fault", "kept"), [("middle", None), ("before", 1)])
 def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models, fault, kept):
-    """Before the begin nothing was written, and the version before is still whole."""
+    """If the sync failed before the begin, nothing was written, and the previous version is still complete."""
     model = hf_models["llama"]
     found = gangs(3).run("tests.transport_jobs:recover", model=model, destination=ServerLayout(tp=2), fault=fault)
     reason = {

@@ -1,4 +1,4 @@
-"""Shard to shard on real gloo ranks: what arrives is the checkpoint's, every byte is sent once."""
+"""Shard to shard on real gloo ranks: what arrives equals the checkpoint, and every byte is sent once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def needed_bytes(model: str, placement, itemsize: int) -> int:
-    """What all destination ranks need, from the layout alone."""
+    """Bytes that all destination ranks need, from the layout only."""
     arch = read_architecture(model)
     ranks = range(placement.world)
     return itemsize * sum(prod(p.size) for rank in ranks for _, shard in shards_of(placement, arch, rank) for p in shard.pieces)
@@ -104,7 +104,7 @@ def test_a_policys_parameters_arrive_at_servers_in_its_processes(gangs, hf_model
 @pytest.mark.parametrize("tiny_messages", [False, True])
 @pytest.mark.parametrize("destination", [ServerLayout(), ServerLayout(tp=2)])
 def test_what_travels_as_fp8_equals_the_checkpoint_quantised_and_cut(gangs, hf_models, destination, tiny_messages):
-    """Blocks of 8, which heads of 16 and the halves of 48 and 80 consist of."""
+    """Blocks of 8, which divide heads of 16 and the halves of 48 and 80."""
     model, block = hf_models["qwen3"], 8
     job, layouts = "tests.transport_jobs:sharded", dict(source=TrainingLayout(tp=2), destination=destination)
     options = dict(tiny_messages=tiny_messages, fp8_block=block, dtype=torch.bfloat16)
@@ -119,7 +119,7 @@ def test_what_travels_as_fp8_equals_the_checkpoint_quantised_and_cut(gangs, hf_m
                 assert torch.equal(shards[name], wanted[name])
                 sent += 2 * (wanted[name].numel() if weight.split != "vocab" else (wanted[name] != 0).any(1).sum().item() * 48)
                 continue
-            values, scales = quantize_blocks(wanted[name], block)  # cut at blocks, so cutting and quantising commute
+            values, scales = quantize_blocks(wanted[name], block)  # split at blocks, so splitting and quantising commute
             assert torch.equal(shards[name], values.view(torch.uint8))
             assert torch.equal(shards[name + SCALE_SUFFIX], scales)
             sent += values.numel() + 4 * scales.numel()

@@ -1,4 +1,4 @@
-"""What arrives does not depend on the transport's way or on the source's own dtype."""
+"""What arrives depends neither on the transport nor on the source's own dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_with
     tensors = {name: tensor.float() for name, tensor in tensors_of(arch).items()}
     weight = next(weight for weight in weights_of(arch) if weight.split == "row")
     (name,) = weight.hf
-    tensors[name] = tensors[name] + 1e-3 * torch.randn(tensors[name].shape)  # not what bf16 can hold
+    tensors[name] = tensors[name] + 1e-3 * torch.randn(tensors[name].shape)  # not representable in bf16
     assert not torch.equal(tensors[name], tensors[name].bfloat16().float())
     sources = {weight.megatron: tensors[name]}
     values, scales = quantize_blocks(tensors[name].bfloat16(), BLOCK)
@@ -46,7 +46,7 @@ def test_an_fp32_source_is_quantised_from_its_bf16_values_over_the_wire_and_with
         unpack(plan, bucket, flat, sent)
     for transfer in transfers:
         copy_local(plan, transfer, sources, local, torch.bfloat16)
-        # The checksum mode has to take the same way, or it would call a correct sync corrupt.
+        # Checksums must round in the same way, or a correct sync would count as corrupt.
         wanted = source_checksum(plan, transfer, sources, torch.bfloat16)
         assert wanted == destination_checksum(plan, transfer, local, torch.bfloat16)
         unrounded = source_checksum(plan, transfer, sources, torch.float32)

@@ -1,6 +1,6 @@
 """The Triton row kernels against float64: in Triton's interpreter on CPU, and compiled wherever there is a GPU.
 
-The interpreter has to be chosen before triton is imported, so the kernels run in a process of their own.
+The interpreter must be selected before triton is imported, so the kernels run in a separate process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPLITS = {"one_program_a_row": 1, "rows_split_over_programs": 64}
 
 
 def run_statistics(device, logits, columns, tile, programs):
-    """Runs in the kernels' process; a small tile makes small rows span several."""
+    """Runs in the kernels' process; with a small tile, small rows span several."""
     from etr_megatron.vocab_parallel import triton_rows
 
     with mock.patch.multiple(triton_rows, _TILE=tile, _PROGRAMS=programs):
@@ -50,7 +50,7 @@ def run_available(device):
 
 
 def run_refused(device, logits):
-    """Runs in the kernels' process; the message of the ValueError."""
+    """Runs in the kernels' process; returns the message of the ValueError."""
     from etr_megatron.vocab_parallel import triton_rows
 
     with pytest.raises(ValueError) as error:
@@ -59,7 +59,7 @@ def run_refused(device, logits):
 
 
 def on(device, logits):
-    """The matrix with its strides: `.to(device)` and pickling may both close the gaps between rows."""
+    """The matrix with its strides: `.to(device)` and pickling may both remove the gaps between rows."""
     moved = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=device)
     return moved.copy_(logits)
 
@@ -74,7 +74,7 @@ def kernels(request):
 
 
 def case(rows: int, real: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, gap: int = 0):
-    """Logits whose rows lie real + gap apart, and targets: elsewhere, the first column, the last one, then any."""
+    """Logits with row stride real + gap, and targets: outside the shard, the first column, the last one, then any."""
     generator = torch.Generator().manual_seed(rows * 1000 + real)
     logits = (scale * torch.randn(rows, real + gap, generator=generator)).to(dtype)[:, :real]
     columns = torch.randint(-1, real, (rows,), generator=generator)
@@ -92,7 +92,7 @@ def float64_statistics(logits, columns):
 
 
 def float64_gradient(logits, columns, g_logp, g_entropy):
-    """By autograd over log_softmax; rows whose target is elsewhere have g_logp on -log-sum-exp alone."""
+    """By autograd through log_softmax; in rows whose target is outside the shard, g_logp only applies to -log-sum-exp."""
     x = logits.double().requires_grad_()
     log_sum = torch.logsumexp(x, 1)
     log_p = x - log_sum[:, None]
@@ -130,7 +130,7 @@ def test_large_logits_keep_their_sums_and_logprobs_are_never_above_zero(kernels,
     logits[6] -= 1e4
     logits[7] = 1e4
     columns = torch.where(columns < 0, 0, columns)
-    columns[:4] = logits[:4].argmax(1)  # certain tokens: a log-prob of 0, where rounding could show
+    columns[:4] = logits[:4].argmax(1)  # certain tokens: rounding could make a log-prob of 0 positive
     found = kernels("run_statistics", logits=logits, columns=columns, tile=16, programs=programs)
     torch.testing.assert_close(found.double(), float64_statistics(logits, columns), rtol=2e-6, atol=2e-6)
     top, total, target, _ = found
@@ -150,14 +150,14 @@ def test_a_common_offset_of_the_logits_costs_no_digits(kernels, programs):
 @pytest.mark.parametrize("programs", SPLITS.values(), ids=SPLITS)
 def test_columns_of_probability_zero_take_no_part(kernels, programs):
     logits, columns = case(5, 40)
-    logits[:, 3:30] = -torch.inf  # the second tile of 16 is -inf alone
-    logits[2, :16] = -torch.inf  # and the first
+    logits[:, 3:30] = -torch.inf  # all of the second tile of 16
+    logits[2, :16] = -torch.inf  # and of the first
     logits[4] = -torch.inf
     columns = torch.tensor([-1, 0, 39, 31, -1])
     found = kernels("run_statistics", logits=logits, columns=columns, tile=16, programs=programs)
     expected = float64_statistics(logits[:4], columns[:4])
     torch.testing.assert_close(found[:, :4].double(), expected, rtol=2e-6, atol=2e-6)
-    assert found[:, 4].tolist() == [-torch.inf, 0.0, 0.0, 0.0]  # the shard adds nothing to what others have
+    assert found[:, 4].tolist() == [-torch.inf, 0.0, 0.0, 0.0]  # adds nothing to the statistics of other shards
 
     upstream = torch.tensor([[0.7, -1.3, 0.4, 2.0], [0.5, 1.1, -0.9, 0.3]])
     masked = logits[:4] == -torch.inf
@@ -201,8 +201,8 @@ def check_gradient(kernels, logits, columns, with_entropy, out):
     found = kernels("run_gradient", logits=logits, columns=columns, per_row=per_row, out=out, tile=16)
     dtype = logits.dtype if out == "in place" else out
     assert found.dtype == dtype and found.isfinite().all()
-    # fp32: log p is a difference of numbers of the logits' size, which are known to 6e-8 of it. bf16: the interpreter cuts the
-    # last bits off where a GPU rounds.
+    # fp32: log p is a difference of numbers of the logits' magnitude, which have a relative precision of 6e-8. bf16: the
+    # interpreter truncates where a GPU rounds.
     atol = 1e-5 + 3e-7 * logits.abs().max().item() if dtype == torch.float32 else 1e-4
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=atol)
 
@@ -262,5 +262,5 @@ for capability in (80, 90):
 
 
 def test_kernels_compile_to_machine_code_of_ampere_and_hopper():
-    """Needs no GPU: triton brings its assembler. The code is not run here."""
+    """Needs no GPU: triton includes its assembler. The code is not run here."""
     assert in_a_new_process(COMPILE) == "80 True\n90 True\n"

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with addresses of their own, joined by a virtual cable, one torchrun in each."""
+"""Two hosts on one machine: network namespaces with separate addresses, joined by a virtual cable, one torchrun in each."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def start(self, host: int, *command: str, output: Path, **environment: str) -> subprocess.Popen:
-        """Output goes to a file: a pipe that nobody reads would stop the host."""
+        """Output goes to a file: a full pipe would block the host."""
         env = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
-            # The machine has one name; which address is a host's own cannot be found out by it.
+            # Both hosts have the machine's name, so a host's own address cannot be derived from it.
             "PET_LOCAL_ADDR": ADDRESSES[host],
             "PET_RDZV_CONF": f"is_host={int(host == 0)}",
             "GLOO_SOCKET_IFNAME": self.cables[host],
@@ -75,7 +75,7 @@ class Hosts:
             )
 
     def get(self, host: int, url: str, key: str = "none") -> tuple[int, str]:
-        """Status and body of a reply, asked for from a host."""
+        """Status and body of the reply to a request from a host."""
         ask = "import sys, httpx; r = httpx.get(sys.argv[1], headers={'Authorization': 'Bearer ' + sys.argv[2]}, timeout=20)"
         command = [sys.executable, "-c", f"{ask}; print(r.status_code, r.text)", url, key]
         said = subprocess.run(["ip", "netns", "exec", self.names[host], *command], check=True, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def node(runs: Runs, *overrides: str) -> list[str]:
-    """The command of examples/torchrun_node.sh on a host, with one process on each."""
+    """The command that runs examples/torchrun_node.sh on a host, with one process per host."""
     return ["bash", "examples/torchrun_node.sh", "2", "1", ADDRESSES[0], *runs.command(*overrides)[3:]]
 
 
@@ -108,7 +108,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def states_of_two(hosts: Hosts, folder: Path, addresses: tuple[str, str], key_file: str) -> list[dict[str, Any]]:
-    """Of fake servers at these addresses, which ask for the key of that file and have had weights and prompts."""
+    """States of fake servers at these addresses; they require the key in that file and have received weights and prompts."""
     logs = [(folder / f"sglang_server_{server}.log").read_text() for server in range(2)]
     ports = [next(line for line in log.splitlines() if line.isdigit()) for log in logs]
     urls = [f"http://{address}:{port}/state" for address, port in zip(addresses, ports, strict=True)]
@@ -125,7 +125,7 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
     processes = [hosts.start(host, *node(runs, *options), output=outputs[host]) for host in range(2)]
     try:
         wait_for(lambda: len(runs.rows("hosts")) >= 2, deadline_s=180)
-        os.killpg(processes[1].pid, signal.SIGKILL)  # as when its power fails; ranks and graders end with it
+        os.killpg(processes[1].pid, signal.SIGKILL)  # as in a power failure; ranks and graders end with it
         processes[1].wait()
         saved = runs.saved_rows("hosts")
         assert len(saved) < 6
@@ -143,7 +143,7 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
 
 
 def test_servers_on_every_host_have_a_key_and_the_weights_and_end_with_a_lost_host(hosts, runs, tmp_path):
-    """Rank 0 drives the server of the other host as well. The servers are fake ones, what starts and keeps them is not."""
+    """Rank 0 also controls the server on the other host. The servers are fake; what starts and supervises them is not."""
     options = ("run.name=hosts", "run.steps=200", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
     options += ("sglang.nodes=every", f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
     options += ("rollout.max_logprob_gap=100", "sglang.update_timeout_s=30", "run.phase_timeout_s=30")
@@ -189,7 +189,7 @@ def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_
 
 @pytest.mark.skipif(not SGLANG.exists(), reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
 def test_a_host_trains_on_what_sglang_on_the_other_generates_with_its_log_probs(hosts, runs, tmp_path):
-    """The probe of a sync and the gate of the first step compare them."""
+    """The probe of a sync and the check in the first step compare them."""
     quoted = ",".join(f"'{argument}'" for argument in ARGUMENTS)
     options = ("run.name=apart", "run.steps=2", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
     options += ("sglang.dedicated_nodes=1", f"sglang.launch=[{LAUNCH}]", f"sglang.arguments=[{quoted}]")
@@ -210,7 +210,7 @@ def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
     command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "preflight"]
     command += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29511", "-m", "etr_megatron.preflight", "configs/cpu_tiny.yaml"]
-    # Each host has a run.dir of its own.
+    # Each host has a different run.dir.
     processes = [hosts.start(host, *command, f"run.dir={tmp_path / f'runs{host}'}", output=outputs[host]) for host in range(2)]
     try:
         codes = [process.wait(120) for process in processes]

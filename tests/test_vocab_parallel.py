@@ -37,7 +37,7 @@ def test_values_and_gradients_equal_float64_log_softmax(rows, hidden, vocab, tem
     h, w, targets, upstream = case(rows, hidden, vocab)
     wanted = reference(h, w, targets, upstream, temperature)
     h, w = h.requires_grad_(), w.requires_grad_()
-    padded = torch.cat([w, torch.full((13, hidden), 3.0)])  # padding must take no part whatever it holds
+    padded = torch.cat([w, torch.full((13, hidden), 3.0)])  # padding must have no effect, whatever it contains
     with pieces(small_pieces):
         logp, entropy = vocab_parallel_logprob(
             h, padded, targets, shard=VocabShard(vocab + 13, vocab), temperature=temperature, chunk_rows=chunk_rows
@@ -96,7 +96,7 @@ def test_a_column_of_padding_is_nobodys_target():
 
 @pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
+@pytest.mark.parametrize("vocab", [301, 130])  # on 4 ranks of 128 rows, 130 leaves two shards without any real row
 def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, small_pieces):
     h, w, targets, upstream = case(10, 24, vocab)
     wanted = reference(h, w, targets, upstream, 0.7)

@@ -1,4 +1,4 @@
-"""Gradients of tokens that the policy is almost certain of, in bf16: g (1 - p), where 1 - p is less than bf16 tells from 1."""
+"""Gradients of tokens that are almost certain, in bf16: g (1 - p), where 1 - p is below the resolution of bf16 at 1."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from etr_megatron.vocab_parallel import VocabShard, torch_rows, vocab_parallel_logprob, vocab_parallel_loss
 
 REST = [1e-1, 3e-2, 4e-3, 2e-3, 1e-3, 3e-4, 1e-4]
-"""1 - p of the rows' targets, about: logits are what bf16 can hold."""
+"""Approximate 1 - p of the rows' targets, as logits are rounded to bf16."""
 VOCAB = 40
 BF16 = 2.0**-8
 UPSTREAM = {"logp": (0.7, 0.0), "logp_and_entropy": (0.7, -0.3), "entropy": (0.0, 0.4)}
 
 
 def confident() -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 logits [rows, V] of targets with logit 0 and log-probs of almost 0, and those targets."""
+    """bf16 logits [rows, V] whose targets have logit 0 and log-probs of almost 0, and those targets."""
     generator = torch.Generator().manual_seed(0)
     rest = torch.tensor(REST)
     logits = (rest / (1 - rest) / (VOCAB - 1)).log()[:, None] + 0.5 * torch.randn(len(REST), VOCAB, generator=generator)
@@ -33,7 +33,7 @@ def answer(logits: torch.Tensor, targets: torch.Tensor, g_logp: float, g_entropy
 
 
 def assert_rounded_once(found: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> None:
-    """Every entry is what bf16 makes of it, and rows sum to 0 as well as that allows."""
+    """Every entry is correct to bf16 rounding, and rows sum to 0 within that."""
     at = targets[:, None]
     torch.testing.assert_close(found.double().gather(1, at), wanted.gather(1, at), rtol=1.05 * BF16, atol=1e-8)
     torch.testing.assert_close(found.double(), wanted, rtol=1.05 * BF16, atol=1e-7)
@@ -44,7 +44,7 @@ def assert_rounded_once(found: torch.Tensor, wanted: torch.Tensor, targets: torc
 @pytest.mark.parametrize("way", ["single_pass", "recompute"])
 def test_the_targets_entry_is_rounded_once(way: str, g_logp: float, g_entropy: float) -> None:
     logits, targets = confident()
-    # The identity as the head: hidden states are the logits, exactly, and their gradient is that of the logits.
+    # With the identity as the head, hidden states equal the logits exactly, and so do the gradients of both.
     hidden, weight = logits.clone().requires_grad_(), torch.eye(VOCAB, dtype=torch.bfloat16).requires_grad_()
     options = {"shard": VocabShard(VOCAB, VOCAB), "chunk_rows": 3, "backend": "torch"}
 

@@ -1,4 +1,4 @@
-"""The head's matrix products on CPU, in whatever blocks they come and however their operands lie in memory, to the last bit."""
+"""The head's matrix products on CPU, bit for bit, for any blocks and any memory layout of the operands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def block_bytes(request, monkeypatch):
 
 
 def whole(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """-1, 0 and 1: their products are exact in every type, in any order."""
+    """-1, 0 and 1: their products are exact in every dtype, in any order."""
     generator = torch.Generator().manual_seed(100 * rows + columns)
     return torch.randint(-1, 2, (rows, columns), generator=generator).to(dtype)
 
@@ -106,7 +106,7 @@ def test_blocks_are_limited_in_bytes_and_in_rows():
 def test_a_bf16_weights_gradient_without_a_buffer_is_summed_in_fp32_and_handed_on_in_bf16():
     weight = torch.ones(3, 4, dtype=torch.bfloat16)
     grad = weight_grad(weight)
-    for _ in range(300):  # of which bf16 would keep 256
+    for _ in range(300):  # a sum in bf16 would stop at 256
         gemm.add_gradients(
             torch.zeros(1, 4), grad.total, torch.ones_like(weight[:, :1].t()), torch.ones_like(weight[:1]), weight
         )

@@ -1,4 +1,4 @@
-"""The single-pass loss: values and gradients against float64, where they go, and what it holds in memory."""
+"""The single-pass loss: values and gradients against float64, where gradients go, and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.vocab_jobs import pieces
 
 
 def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight as a parameter with Megatron's buffer; `padding` rows of garbage at its end."""
+    """The weight as a parameter with Megatron's buffer; its last `padding` rows are garbage."""
     garbage = torch.full((padding, weight.shape[1]), torch.nan, dtype=weight.dtype)
     weight = torch.cat([weight, garbage]).requires_grad_()
     weight.main_grad = torch.zeros(weight.shape, dtype=dtype)
@@ -34,7 +34,7 @@ def with_main_grad(weight: torch.Tensor, padding: int = 0, dtype: torch.dtype = 
 
 @pytest.fixture(params=["default", "small_pieces", "without_onednn"])
 def products(request, monkeypatch):
-    """How a CPU does the products: a vocabulary of these tests is one piece, unless pieces are small."""
+    """How the CPU computes the products: a vocabulary of these tests is one block, except with `small_pieces`."""
     if request.param == "without_onednn":
         monkeypatch.setattr(gemm, "_ONEDNN", False)
     with pieces(request.param == "small_pieces"):
@@ -48,7 +48,7 @@ def test_values_and_gradients_equal_float64_autograd(rows, hidden, vocab, chunk_
     case = loss_case(rows, hidden, vocab, seed=rows)
     wanted = case.answer()
     states, weight = case.hidden.requires_grad_(), with_main_grad(case.weight, padding=13)
-    weight.main_grad.fill_(2.5)  # of an earlier microbatch
+    weight.main_grad.fill_(2.5)  # from an earlier microbatch
     loss, logp, entropy = vocab_parallel_loss(
         states,
         weight,
@@ -85,7 +85,7 @@ def test_targets_at_the_edges_of_a_group_of_columns_count_once(monkeypatch, dtyp
 @pytest.mark.parametrize("small_pieces", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("vocab", [301, 130])  # at 4 ranks of 128 rows, 130 leaves two shards without any real row
+@pytest.mark.parametrize("vocab", [301, 130])  # on 4 ranks of 128 rows, 130 leaves two shards without any real row
 def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap, small_pieces):
     case = loss_case(10, 24, vocab)
     wanted = case.answer()
@@ -97,7 +97,7 @@ def test_sharded_vocabulary_equals_the_whole(gangs, world, vocab, overlap, small
     for reply in replies:
         for name in ("loss", "logp", "entropy", "hidden_grad"):
             torch.testing.assert_close(reply[name].double(), wanted[name], atol=2e-5, rtol=1e-5)
-        assert torch.equal(reply["logp"], replies[0]["logp"])  # bit for bit on every rank: all take the same decisions
+        assert torch.equal(reply["logp"], replies[0]["logp"])  # bit for bit on every rank, so all take the same decisions
 
 
 def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
@@ -112,11 +112,11 @@ def run(case, weight, *, scale: float = 1.0, chunk_rows: int | None = None):
         backward_scale=scale,
         chunk_rows=chunk_rows,
     )
-    assert not (logp.requires_grad or entropy.requires_grad)  # values: a gradient through them would count twice
+    assert not (logp.requires_grad or entropy.requires_grad)  # detached: a gradient through them would count twice
     return loss, logp, states
 
 
-@pytest.mark.parametrize("scale", [16.0, 0.1])  # 0.1 is another number in fp32
+@pytest.mark.parametrize("scale", [16.0, 0.1])  # 0.1 is rounded in fp32
 def test_the_backward_scale_is_part_of_every_gradient(scale):
     case = loss_case(7, 12, 50)
     wanted = case.answer()
@@ -180,7 +180,7 @@ def test_without_an_fp32_buffer_the_gradient_takes_autograds_way(buffer):
     if buffer is not None:
         weight.main_grad = torch.zeros(weight.shape, dtype=buffer)
     loss, _, states = run(case, weight)
-    (3 * loss).backward()  # any scale: nothing was formed ahead
+    (3 * loss).backward()  # any scale works, as no gradient was formed in forward
     wanted = case.answer()
     torch.testing.assert_close(weight.grad.double(), 3 * wanted["weight_grad"], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(states.grad.double(), 3 * wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_what_a_loss_does_not_depend_on_has_no_part_in_the_gradient(loss):
     found, _, states = run(case, weight, chunk_rows=3)
     found.backward()
     if loss == "nothing":
-        assert found.item() == 1.5 and not weight.main_grad.any() and not states.grad.any()  # of three chunks
+        assert found.item() == 1.5 and not weight.main_grad.any() and not states.grad.any()  # the sum over three chunks
         return
     wanted = case.answer()
     torch.testing.assert_close(states.grad.double(), wanted["hidden_grad"], atol=2e-5, rtol=1e-5)
@@ -248,7 +248,7 @@ def test_bf16_gradients_are_summed_in_fp32_over_many_chunks():
         assert states.grad.dtype == torch.bfloat16 and weight.main_grad.dtype == torch.float32
         sums.append(weight.main_grad.double())
     wanted = case.answer()["weight_grad"]
-    # The logits' own rounding to bf16 is in both. A sum kept in bf16 would lose 2^-9 of its size in each of 256 additions.
+    # Both have the logits' own rounding to bf16. A sum kept in bf16 would lose 2^-9 of its size in each of 256 additions.
     assert (sums[0] - wanted).norm() < 0.1 * wanted.norm()
     assert (sums[1] - sums[0]).norm() < 0.005 * wanted.norm()
 
@@ -263,7 +263,7 @@ def test_bf16_gradients_of_hidden_states_are_summed_in_fp32_over_many_groups_of_
         loss, _, states = run(case, weight)
         loss.backward()
         found.append(states.grad.double())
-    # A product and the sum are rounded once each. A sum kept in bf16 would lose 2^-9 of its size in each of 250 additions.
+    # The product and the sum are each rounded once. A sum kept in bf16 would lose 2^-9 of its size in each of 250 additions.
     assert 0 < (found[1] - found[0]).norm() < 0.005 * found[0].norm()
 
 
@@ -304,7 +304,7 @@ def test_recomputing_takes_as_much_memory_as_the_single_pass(dtype):
 
 
 def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tuple[int, int]:
-    """(peak bytes of the loss and its backward, what the formula says) of this rank's shard of an uneven vocabulary."""
+    """(peak bytes of the loss and its backward, bytes by the formula) of this rank's shard of an uneven vocabulary."""
     vocab, dtype = len(case.weight), case.weight.dtype
     size = 64 * -(-vocab // (64 * dist.get_world_size()))
     shard = VocabShard(size, vocab, dist.group.WORLD)
@@ -316,7 +316,7 @@ def memory_of_a_shard(case: Case, chunk_rows: int, overlap: bool | None) -> tupl
         states.grad = None
         vocab_parallel_loss(states, weight, case.targets, case.token_loss, shard=shard, **options)[0].backward()
 
-    # In the first count of a process something holds the gradient for a while, and autograd copies what others hold.
+    # At a process's first pass, something still refers to the gradient, and autograd then copies it.
     peak_bytes(forward_and_backward)
     formula = single_pass_bytes(*states.shape, shard, dtype=dtype, device=states.device, **options)
     return peak_bytes(forward_and_backward), formula
@@ -334,7 +334,7 @@ def test_peak_memory_of_a_shard_is_what_the_formula_says(gangs, dtype, rows, hid
     )
     for measured, formula in replies:
         assert 0.95 * formula <= measured <= 1.05 * formula, (measured, formula)
-    if vocab > rows:  # the logits are what counts, of which the second shard, with its padding, has fewer
+    if vocab > rows:  # logits dominate, and the second shard, with its padding, has fewer
         assert replies[0][1] > replies[1][1]
 
 
@@ -352,8 +352,8 @@ def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_use
         shard = VocabShard(1000, 1000)
         return single_pass_bytes(96, 24, shard, dtype=torch.float32, device=torch.device(device), chunk_rows=32, **options)
 
-    assert needed(overlap=True) == needed(overlap=False) == needed()  # nobody to wait for
-    # On CUDA the temporary of the torch passes is of a whole chunk; on CPU all columns are a block of the products.
+    assert needed(overlap=True) == needed(overlap=False) == needed()  # a single shard has no exchange to overlap
+    # On CUDA, the torch passes have a temporary of a whole chunk; on CPU, all columns fit into one block of the products.
     assert needed("cuda", backend="torch") == 4 * 96 * 24 + 16 * 96 + (4 + 4) * 32 * 1000
     assert needed() == 4 * 96 * 24 + 16 * 96 + (4 + 4) * 32 * 1000 + 4 * 1000 * 24
     with pytest.raises(ValueError, match="Triton cannot run on meta"):
@@ -362,11 +362,11 @@ def test_a_second_chunk_and_the_torch_passes_take_memory_only_where_they_are_use
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_process_takes_no_more_memory_than_the_formula_says(dtype):
-    """Temporaries inside of operators included, which the tests above do not see."""
+    """Includes temporaries inside operators, which the tests above do not see."""
     job = {"kind": "memory", "contestants": ["single_pass"], "dtype": dtype, "rows": 512, "hidden": 128, "vocab": 100_000}
     (found,) = logprob.run_ranks(job, 1)
     beyond = found["peak_bytes"] - found["single_pass_formula_bytes"]
-    # Libraries keep some for themselves, as the operands that oneDNN has packed; a chunk once more would be 49 MiB.
+    # Libraries keep some memory, such as oneDNN's packed operands; an extra chunk would be 49 MiB.
     assert -(1 << 20) <= beyond <= (16 << 20 if dtype == "bfloat16" else 8 << 20), found
 
 

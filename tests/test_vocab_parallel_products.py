@@ -1,4 +1,4 @@
-"""How many matrix products and messages the head takes, and which wait for which."""
+"""How many matrix products and messages the head takes, and which of them wait for which."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.vocab_jobs import pieces
 
 
 class CountsProducts(TorchDispatchMode):
-    """multiplications: of all matrix products, in whatever pieces they come. names: of what they are called. shapes: of the
-    operands of oneDNN's, and whether the right one is dense."""
+    """multiplications: of all matrix products, however they are divided. names: of the operators called. shapes: of the
+    operands of oneDNN's products, with strides of the right ones. dense: whether all right ones are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class CountsProducts(TorchDispatchMode):
 def test_products_of_each_way_through_the_head(
     way: str, products: int, chunk_rows: int | None, dtype: torch.dtype, small_pieces: bool
 ) -> None:
-    rows, width, vocab = 64, 2048, 700  # wide enough for products to come in blocks of the weight
+    rows, width, vocab = 64, 2048, 700  # wide enough that products are computed by blocks of the weight
     case = loss_case(rows, width, vocab, dtype=dtype)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     if way != "recompute":
@@ -66,7 +66,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @needs_onednn
 def test_chunks_of_many_sizes_are_products_of_few_shapes() -> None:
-    """oneDNN makes, and keeps, half a megabyte of program for each shape."""
+    """oneDNN compiles, and keeps, half a megabyte of code per shape."""
     case = loss_case(96, 24, 131)
     with CountsProducts() as counted:
         for rows in range(1, 97):
@@ -74,13 +74,13 @@ def test_chunks_of_many_sizes_are_products_of_few_shapes() -> None:
             weight.main_grad = torch.zeros(weight.shape)
             shard = VocabShard(131, 131)
             vocab_parallel_loss(states, weight, case.targets[:rows], lambda _, logp, __: logp.sum(), shard=shard)[0].backward()
-    assert len(counted.shapes) == 3 * 3  # products, for 32, 64 and 96 rows
+    assert len(counted.shapes) == 3 * 3  # three products, for 32, 64 and 96 rows
 
 
 @needs_onednn
 @pytest.mark.parametrize("which", ["hidden", "weight"])
 def test_operands_with_gaps_between_their_elements_are_given_to_onednn_without(which: str) -> None:
-    """As they are it multiplies them element by element, hundreds of times as slowly."""
+    """oneDNN multiplies operands with gaps element by element, hundreds of times slower."""
     shapes = {"hidden": (32, 24), "weight": (131, 24)}
     operands = {name: torch.ones(shape) for name, shape in shapes.items()}
     operands[which] = torch.ones(shapes[which][0], 48)[:, :24]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Two ranks whose triton interprets: that has to be chosen before it is imported."""
+    """Two ranks whose triton interprets, which must be selected before its import."""
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         gang = Gang(2)
     yield gang
@@ -27,7 +27,7 @@ def interpreted():
 
 
 def one_rank(case: Case, single_pass: bool, small_pieces: bool) -> dict[str, torch.Tensor]:
-    """Values and gradients of the whole vocabulary on one rank, by either way through the head."""
+    """Values and gradients of the whole vocabulary on one rank, by either variant of the head."""
     with pieces(small_pieces):
         return values_and_gradients(case, single_pass)
 

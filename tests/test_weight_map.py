@@ -1,4 +1,4 @@
-"""The weight map is complete, its names are those of built models, and a new dense family is a table."""
+"""The weight map is complete, its names match those of built models, and a new dense family only needs a table."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_parameter_of_a_built_model_has_exactly_one_weight_of_its_shape_an
     for weight in weights_of(arch):
         for holding in training.holdings(weight, arch):
             for rank in holding.ranks:
-                # The last stage's copy of a tied embedding is called the head, and stored once.
+                # The last stage's copy of a tied embedding is named as the head, and stored once.
                 copied = weight.split == "vocab" and arch.tied_embeddings and rank >= training.stage_ranks
                 name = "output_layer.weight" if copied else weight.megatron
                 assert name not in wanted[rank]
@@ -119,7 +119,7 @@ def test_names_of_transformer_engines_layers():
         "decoder.layers.1.mlp.router.weight",
         "decoder.final_layernorm.weight",
     }
-    # A dense layer's norms are fused into the linear layers behind them; experts lie in grouped ones.
+    # A dense layer's norms are fused into the linear layers after them; experts are in grouped ones.
     assert names["decoder.layers.0.input_layernorm.weight"] == "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
     assert names["decoder.layers.0.pre_mlp_layernorm.weight"] == "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
     assert names["decoder.layers.1.input_layernorm.weight"] == "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
@@ -216,7 +216,7 @@ def test_every_table_names_an_embedding_and_a_head():
 
 
 def test_megatron_builds_the_new_family_and_it_is_the_model_that_the_tensors_are_of(gangs, hf_models, toy):
-    """Biases and norms follow from the table: nothing else says that the family has them."""
+    """The table determines biases and norms; nothing else says that the family has them."""
     job, tp2 = "tests.toy_family:run", ["parallel.tp=2"]
     wanted = load_file(toy / "model.safetensors")
     for found in gangs(2).run(job, job="export", model=str(toy), overrides=tp2):

@@ -1,4 +1,4 @@
-"""Every weight on every layout, without processes: who holds what, and HF -> shards -> HF bit for bit."""
+"""Every weight in every layout, without processes: which rank holds what, and HF -> shards -> HF bit for bit."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def wanted_parameter(
     dense: tuple[int, int],
     expert: tuple[int, int],
 ) -> torch.Tensor | None:
-    """What a rank in these places holds of a weight, None for nothing."""
+    """What a rank with these coordinates holds of a weight; None if nothing."""
     stage, tp_rank = dense
     if weight.layer is not None:
         held = weight.layer * layout.pp // arch.layers == stage
@@ -114,7 +114,7 @@ def test_an_interleaved_schedule_deals_chunks_of_layers_out_in_turn():
 
 
 def layer_offset(layout: TrainingLayout, layers: int, stage: int, chunk: int) -> int:
-    """Megatron's own first layer of a model chunk."""
+    """First layer of a model chunk, by Megatron's own function."""
     prepare_megatron()
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -150,14 +150,14 @@ def test_interleaved_stages_give_the_checkpoint_back_bit_for_bit(name):
         found = layout.holdings(weight, arch)
         if weight.layer is not None:
             stages = {rank // layout.stage_ranks for holding in found for rank in holding.ranks}
-            assert stages == {weight.layer % 2}  # four chunks of a layer each, in turn
+            assert stages == {weight.layer % 2}  # four chunks of one layer each, alternating between stages
         shards = [(holding.shard, read_shard(weight, holding.shard, read_from(tensors))) for holding in found]
         rebuilt.update(join_shards(weight, shards))
     assert rebuilt.keys() == tensors.keys() and all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
 
 
 def test_a_column_split_is_a_run_of_rows_on_both_sides():
-    """No table has one: fused or gated weights stand where other models have plain ones."""
+    """No table has such a weight: they have fused or gated ones in its place."""
     arch, name = ARCHITECTURES["qwen3"], "model.layers.0.mlp.up_proj.weight"
     fused = next(weight for weight in weights_of(arch) if name in weight.hf)
     weight = replace(fused, split="column", hf=(name,), shapes=((40, 24),))
@@ -217,7 +217,7 @@ def test_a_servers_ranks_hold_their_experts():
         hf = [tensors[name] for name in weight.hf]
         for rank in range(8):
             inside = rank % 4
-            if weight.expert is not None and weight.expert // 3 != inside // 2:  # 3 experts to each pair of ranks
+            if weight.expert is not None and weight.expert // 3 != inside // 2:  # 3 experts per pair of ranks
                 assert rank not in holders
                 continue
             ways, part = (4, inside) if weight.expert is None else (2, inside % 2)

@@ -1,4 +1,4 @@
-"""The weight map: round trips on every layout without processes, refusals by name, an independent exporter as oracle."""
+"""The weight map: round trips in every layout without processes, refusals by name, an independent exporter as oracle."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_missing_and_transposed_tensors_are_refused_by_name(hf_models, tmp_path)
     ids=["twice", "outside", "missing"],
 )
 def test_chunks_that_do_not_cover_a_stored_tensor_exactly_once_are_refused(hf_models, tmp_path, change, message):
-    """The first two add up to the tensor's size."""
+    """In the first two cases, the parts' sizes still add up to the tensor's."""
     to_megatron(Path(hf_models["qwen3"]), tmp_path / "megatron", Ranks())
     checkpoint, name = TorchDistDir(tmp_path / "megatron"), "decoder.layers.mlp.linear_fc2.weight"
     checkpoint.refuse_gaps(checkpoint.shapes())
@@ -137,7 +137,7 @@ def test_chunks_that_do_not_cover_a_stored_tensor_exactly_once_are_refused(hf_mo
 
 
 def test_a_common_value_of_two_chunks_is_found_in_any_arrangement(tmp_path):
-    """Against a count of every value; boxes that lie beside each other in one dimension and touch in none are no overlap."""
+    """Compared with a count per element; boxes that only touch do not overlap."""
     generator = random.Random(0)
     seen = set()
     for _ in range(300):
@@ -166,7 +166,7 @@ def test_a_cut_off_file_and_an_empty_directory_are_refused_by_path(hf_models, tm
 
 
 def two_files(folder: Path, index: dict[str, object] | None) -> Path:
-    """`x` and `y` hold other values of `both`, and a tensor of their own each."""
+    """`x` and `y` hold different values of `both`, and each also holds a tensor of its own."""
     for number, name in enumerate("xy"):
         save_file({"both": torch.full((3,), float(number)), f"{name}_alone": torch.ones(2)}, folder / f"{name}.safetensors")
     if index is not None:
@@ -176,7 +176,7 @@ def two_files(folder: Path, index: dict[str, object] | None) -> Path:
 
 @pytest.mark.parametrize(("file", "value"), [("x", 0.0), ("y", 1.0)])
 def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path, file, value):
-    """The other file's is no part of the checkpoint; what the index does not name of its files is."""
+    """The other file's copy is ignored; tensors that the index does not name, in files that it does name, are not."""
     index = {"both": f"{file}.safetensors", "x_alone": "x.safetensors", "y_alone": "y.safetensors"}
     checkpoint = SafetensorsDir(two_files(tmp_path, index))
     assert checkpoint.read("both", (0,), (3,)).tolist() == [value] * 3
@@ -232,7 +232,7 @@ def test_a_type_that_cannot_be_read_is_named_and_is_no_damage(tmp_path):
     ids=["whole", "rows", "first rows", "columns", "transposed"],
 )
 def test_values_are_found_in_a_saved_tensor_where_they_are_dense_and_all_of_its_storage(tmp_path, stored, is_dense):
-    """`torch.save` writes a storage in full, whatever part of it the tensor is."""
+    """`torch.save` writes a whole storage, even if the tensor is only a part of it."""
     tensor = stored(torch.arange(42.0).view(6, 7))
     torch.save(tensor, tmp_path / "saved")
     content = b"before" + (tmp_path / "saved").read_bytes()

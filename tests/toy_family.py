@@ -1,4 +1,4 @@
-"""A dense family that nobody has: its table, a checkpoint of it, and what gang ranks run to build it in Megatron."""
+"""A made-up dense family: its table, a checkpoint of it, and jobs that gang ranks run to build it in Megatron."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etr_megatron.weights.map import Row
 
 
 def toy_family() -> tuple[Row, ...]:
-    """A dense family that names its tensors in its own way and fuses nothing in the server."""
+    """A dense family with its own tensor names and nothing fused in the server."""
     hf, megatron = "transformer.h.{layer}.", "decoder.layers.{layer}."
 
     def row(name: str, split: str, tensors: dict[str, str], te: str = "", fp8: bool = False) -> Row:
@@ -35,19 +35,19 @@ def toy_family() -> tuple[Row, ...]:
 
 
 def register() -> None:
-    """What a line in `FAMILIES` and one in `TABLES` would do."""
+    """Same effect as a line in `FAMILIES` and one in `TABLES`."""
     TABLES["toy"] = toy_family()
     FAMILIES["ToyForCausalLM"] = "toy"
 
 
 def unregister() -> None:
-    """Leave no trace."""
+    """Undo `register`."""
     TABLES.pop("toy")
     FAMILIES.pop("ToyForCausalLM")
 
 
 def write_toy(qwen2: str, path: Path) -> None:
-    """The qwen2 checkpoint under the toy family's names, which stand in the same order."""
+    """The qwen2 checkpoint under the toy family's names, which have the same order."""
     config = json.loads((Path(qwen2) / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"architectures": ["ToyForCausalLM"], "model_type": "toy"}))
     names = ([name for weight in weights_of(read_architecture(folder)) for name in weight.hf] for folder in (qwen2, path))
@@ -56,7 +56,7 @@ def write_toy(qwen2: str, path: Path) -> None:
 
 
 def run(job: str, **arguments: Any) -> Any:
-    """A job of tests.policy_jobs with the family known."""
+    """Run a job of tests.policy_jobs with the family registered."""
     from tests import policy_jobs
 
     register()

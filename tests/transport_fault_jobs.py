@@ -1,6 +1,6 @@
-"""What ranks run for the tests of syncs that go wrong in the middle, when some of the weights have arrived and others have not.
+"""Jobs for tests of syncs that fail midway, when some of the weights have arrived and others have not.
 
-As a program, `python -m tests.transport_fault_jobs INIT_METHOD RANK WORLD JSON`, for faults that a gang does not survive.
+Also a program, `python -m tests.transport_fault_jobs INIT_METHOD RANK WORLD JSON`, for faults that a gang does not survive.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.hang import Hang
 from tests.transport_jobs import empty_shards, shards_from
 
 SPOILT = "decoder.layers.2.mlp.linear_fc2.weight"
-"""In the middle of the model, on every rank."""
+"""A weight in the middle of the model, held by every rank."""
 
 
 def _raise() -> None:
@@ -49,7 +49,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 class Spoilt(dict):
-    """Shards one of which makes a fault happen when the transfer comes to it."""
+    """Shards one of which triggers a fault when the transfer reaches it."""
 
     fault: Callable[[], None] | None = None
 
@@ -82,9 +82,9 @@ def _transport(
 def midway(
     kind: str, model: str, tp: int, servers: int, culprit: int, fault: str, directory: str = "", timeout_s: float = 60.0
 ) -> dict[str, Any]:
-    """A good sync of version 2 and one of version 3 in which `culprit` meets the fault; what this rank finds.
+    """A good sync of version 2 and one of version 3 in which `culprit` has the fault; returns the outcome on this rank.
 
-    servers: 0 for a writer to disk. The shards of a source are spoilt where they are read, a destination's where written.
+    servers: 0 for a writer to disk. The fault strikes where a source reads its shard, or where a destination writes it.
     """
     bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
     buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000  # many rounds of a small model
@@ -110,7 +110,7 @@ def _midway(
     destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
     if kind == "disk" and fault == "raise" and rank != culprit:
-        disk.save_file = _save_slowly  # so that a file is under way when the other one gives up
+        disk.save_file = _save_slowly  # so that a file is being written when the culprit fails
     hang = Hang()
     if rank == culprit:
         (sources if sources is not None else destinations).fault = hang if fault == "hang" else FAULTS[fault]
@@ -126,16 +126,16 @@ def _midway(
 
 
 def _flip(shards: dict[str, torch.Tensor]) -> None:
-    """One bit of the spoilt weight, on a rank that has it."""
+    """Flip one bit of the spoilt weight, on a rank that has it."""
     if SPOILT in shards:
         shards[SPOILT].view(torch.uint8)[7, 33] ^= 4
 
 
 def corrupted(kind: str, model: str, place: str, directory: str, fp8_block: int | None = None) -> tuple[str, int | None]:
-    """The error and the complete version after a sync of two ranks with checksums, in which one bit is flipped.
+    """The error and the complete version after a sync of two training ranks with checksums, in which one bit is flipped.
 
-    kind: broadcast, to one receiver, or disk. place: `gathered` where a full tensor has been put together, `cut` where a
-    receiver has taken its shard from one.
+    kind: broadcast, to one receiver, or disk. place: `gathered`: in an assembled full tensor; `cut`: in the shard that a
+    receiver has cut from one.
     """
     source, destination, rank = TrainingLayout(tp=2), ServerLayout(), dist.get_rank()
     arch, wire = read_architecture(model), Wire.in_world(timeout_s=60)

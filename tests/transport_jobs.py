@@ -1,4 +1,4 @@
-"""What gang ranks run for the transports' tests."""
+"""Jobs that gang ranks run for the tests of the transports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype 
 
 
 def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Destination shards full of a value that no weight has, so that what stays unwritten shows."""
+    """Destination shards filled with a value that no weight has, so that unwritten elements show."""
     found = {}
     for weight, shard in shards_of(plan.destination, plan.arch, rank):
         block = plan.block_of(weight)
@@ -53,7 +53,7 @@ def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def in_roles(plan: Plan, model: str, dtype: torch.dtype) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """(source shards, empty destination shards) of this rank, None where it has not the role."""
+    """(source shards, empty destination shards) of this rank, None if it does not have the role."""
     rank = dist.get_rank()
     place = rank - plan.destination_start
     sources = shards_from(model, plan.source, rank, dtype) if rank < plan.source.world else None
@@ -77,7 +77,7 @@ def sharded(
 ) -> dict[str, Any]:
     """Bytes sent and destination shards after syncs with checksums, and bytes of one more without them.
 
-    tiny_messages: bounds of buckets and messages that make a small model travel as a large one does.
+    tiny_messages: such small buckets and messages that a small model is sent like a large one.
     """
     bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
     if tiny_messages:
@@ -109,7 +109,7 @@ def _sharded(
 
 
 def from_policy(model: str, overrides: list[str], destination: Placement) -> dict[str, Any]:
-    """Destination shards, in the processes of a policy, after a sync from its parameters."""
+    """Destination shards, in a policy's processes, after a sync from its parameters."""
     from etr_megatron.policy.model import own_parameters
     from tests.policy_jobs import build
 
@@ -123,7 +123,7 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
 
 
 def broadcast(model: str, source: Placement, destination: Placement, *, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-    """Destination shards after two syncs with checksums; bytes of one without, and the names in the buckets."""
+    """Destination shards after two syncs with checksums, bytes of one without, and the names in the buckets."""
     arch = read_architecture(model)
     fp8_block = options.get("fp8_block")
     shape = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)
@@ -146,7 +146,7 @@ def broadcast(model: str, source: Placement, destination: Placement, *, dtype: t
 
 
 class ToyServer:
-    """A worker's model as the loader sees it: parameters by a server's names, shapes from the map and the layout."""
+    """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
         self._parameters: dict[str, torch.nn.Parameter] = {}
@@ -169,7 +169,7 @@ class ToyServer:
 def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
 ) -> tuple[dict[str, Tensor] | None, list[int | None]]:
-    """Parameters of toy workers and their versions before, between and after two syncs by way of the loader."""
+    """Parameters of toy workers, and their versions before, between and after two syncs through the loader."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = [free.getsockname()[1]]
@@ -196,13 +196,13 @@ def serve(
 
 
 def forget_server() -> None:
-    """A worker that has just started."""
+    """Reset the loader to the state of a newly started worker."""
     server_loader._open.clear()
     server_loader._versions = Versions()
 
 
 def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str], list[int | None]]:
-    """A good sync, one in which training rank 0 fails, and a good one at another port: parameters, errors, versions."""
+    """A good sync, one in which training rank 0 fails, and a good one on another port: parameters, errors, versions."""
     ports: list[int] = []
     for _ in range(2):
         with socket.socket() as free:
@@ -239,7 +239,7 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
-    """Write versions one after the other; the number of the version that is complete."""
+    """Write versions one after the other; returns the complete version."""
     dtype = options.get("dtype", torch.float32)
     sources = shards_from(model, source, dist.get_rank(), dtype)
     wire = Wire.in_world(timeout_s=60)
@@ -250,9 +250,8 @@ def write_to_disk(directory: str, model: str, source: Placement, versions: list[
 
 
 def fail_to_write(directory: str, model: str, source: Placement, file: int, culprit: int) -> tuple[str, int]:
-    """The error of a sync in which the disk takes no more when `culprit` saves this one of its files (-1: the last one).
-
-    And how many files a rank has.
+    """The error of a sync in which the disk is full when `culprit` saves this one of its files (-1: the last one), and how many
+    files a rank has.
     """
     arch, wire = read_architecture(model), Wire.in_world(timeout_s=5)
     writer = DiskWriter(directory, source, arch, wire, dtype=torch.float32, file_bytes=20_000)
@@ -264,7 +263,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
         _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             if fails:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # EFBIG, where a full disk gives ENOSPC
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # EFBIG; a full disk gives ENOSPC
             save_file(tensors, path, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -281,7 +280,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
 
 
 def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
-    """The error of a second sync in which rank 1 fails when all have written, and rank 0 takes its time to publish."""
+    """The error of a second sync in which rank 1 fails after all have written, and rank 0 is slow to publish."""
     writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
     writer.sync(1, shards)
@@ -310,14 +309,14 @@ def fail_while_it_is_published(directory: str, model: str, source: Placement) ->
 
 
 def picklable(shards: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """FP8 as its bytes: torch cannot pickle it outside of a file."""
+    """Replace FP8 by its bytes: torch can pickle it only to a file."""
     if shards is None:
         return None
     return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.detach() for name, t in shards.items()}
 
 
 def failing(model: str, source: Placement, destination: Placement, culprit: int, fault: str) -> dict[str, Any]:
-    """Two good syncs, one that goes wrong on rank `culprit`, one more try, and a good one on a new transport."""
+    """Two good syncs, one that fails on rank `culprit`, a retry, and a good one on a new transport."""
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)
     sources, destinations = in_roles(plan, model, dtype)
@@ -348,7 +347,7 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
 
 
 def _absent(*_: Any) -> None:
-    """The rank never comes to the sync."""
+    """This rank never joins the sync."""
 
 
 def _wrong_shape(transport: ShardedTransport, sources: Any, destinations: Any, _hang: Hang) -> None:
@@ -357,7 +356,7 @@ def _wrong_shape(transport: ShardedTransport, sources: Any, destinations: Any, _
 
 
 def _hang(transport: ShardedTransport, _sources: Any, _destinations: Any, hang: Hang) -> None:
-    """The rank comes and then does nothing until all the others have given up."""
+    """This rank joins, then blocks until all others have given up."""
     transport._transfer = hang
 
 
@@ -377,7 +376,7 @@ def _lose_connection(transport: ShardedTransport, _sources: Any, _destinations: 
 
 
 def _flip(transport: ShardedTransport, sources: Any, destinations: Any, _hang: Hang) -> None:
-    """One bit of what was received, in a place known to the test."""
+    """Flip one bit of what was received, at a place that the test knows."""
     run = transport._exchange.run
 
     def corrupt(*shards: Any) -> None:

@@ -1,4 +1,4 @@
-"""Problems for the vocabulary's tests and their answers in float64, written without anything of the product."""
+"""Problems for the vocabulary tests and their answers in float64, independent of the package."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
 def loss_case(
     rows: int, hidden: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, temperature: float = 0.7
 ) -> Case:
-    """A case whose old log-probs lie around the policy's own, so that some rows are clipped and some are not."""
+    """A case with old log-probs around the policy's own, so that some rows are clipped and some are not."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, hidden, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(vocab, hidden, generator=generator)).to(dtype)

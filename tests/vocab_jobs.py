@@ -1,4 +1,4 @@
-"""What gang ranks run for the vocabulary's tests."""
+"""Jobs that gang ranks run for the vocabulary tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.vocab_cases import Case
 
 @contextmanager
 def pieces(small: bool) -> Iterator[None]:
-    """What a CPU takes at a time: where `small`, a vocabulary of these tests is several groups of columns of several blocks."""
+    """Sizes of the CPU's blocks: if `small`, a vocabulary of these tests has several groups of columns of several blocks."""
     if not small:
         yield
         return
@@ -25,7 +25,7 @@ def pieces(small: bool) -> Iterator[None]:
 
 
 def sharded(hidden, weight, targets, upstream, temperature, small_pieces) -> dict[str, torch.Tensor]:
-    """This rank's results over shards of 128 rows (or what a padded multiple of 128 leaves each rank)."""
+    """This rank's results over equal shards, padded to a multiple of 128 rows."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = weight.shape[0]
     size = 128 * -(-vocab // (128 * world))
@@ -43,7 +43,7 @@ def sharded(hidden, weight, targets, upstream, temperature, small_pieces) -> dic
 def single_pass(
     case: Case, already: float, overlap: bool, backend: str = "auto", small_pieces: bool = False
 ) -> dict[str, torch.Tensor]:
-    """This rank's share of the single-pass loss, its gradient added to a buffer that holds `already` everywhere."""
+    """This rank's share of the single-pass loss, with its gradient added to a buffer filled with `already`."""
     world, rank = dist.get_world_size(), dist.get_rank()
     vocab = case.weight.shape[0]
     size = 128 * -(-vocab // (128 * world))
@@ -76,7 +76,7 @@ def single_pass(
 
 
 class _Watched:
-    """A collective under way that tells when it is waited for."""
+    """A collective under way that records when it is waited for."""
 
     def __init__(self, work: Any, events: list[str]) -> None:
         self._work, self._events = work, events
@@ -87,7 +87,7 @@ class _Watched:
 
 
 def events_of_the_chunks(case: Case, overlap: bool) -> list[str]:
-    """What `single_pass` does chunk by chunk: "logits" computed, a "gather" of so many bytes started, a "wait" for one."""
+    """Events of `single_pass` by chunk: "logits" computed, a "gather" of so many bytes started, a "wait" for one."""
     events: list[str] = []
     gather, logits = dist.all_gather_into_tensor, sweep.chunk_logits
 

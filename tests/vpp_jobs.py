@@ -14,13 +14,13 @@ from tests.vocab_cases import Case, loss_case
 
 LAYERS, SEQUENCE, HIDDEN, VOCAB = 4, 5, 12, 31
 MICROBATCHES, REPLICAS = 4, 2
-"""Of each data-parallel replica, which has microbatches of its own."""
+"""Per data-parallel replica; each has its own microbatches."""
 
 
 def microbatch(number: int) -> Case:
-    """Its `hidden` [SEQUENCE, HIDDEN] are the embeddings that the first layer gets; its `weight` is not used."""
+    """`hidden` [SEQUENCE, HIDDEN] are the embeddings that the first layer gets; `weight` is not used."""
     case = loss_case(SEQUENCE, HIDDEN, VOCAB, seed=10 + number)
-    return replace(case, old_logp=torch.linspace(-4.0, -3.0, SEQUENCE))  # about those of the small head
+    return replace(case, old_logp=torch.linspace(-4.0, -3.0, SEQUENCE))  # near the small head's
 
 
 def parameters() -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def toy_config() -> Any:
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=2,
         pipeline_dtype=torch.float32,
-        # Of two stages each is the other's predecessor and successor: in one batch their messages would be mixed up.
+        # With two stages, each is the other's predecessor and successor: one batch would mix up their messages.
         batch_p2p_comm=False,
         overlap_p2p_comm=True,
         calculate_per_token_loss=True,
@@ -50,7 +50,7 @@ def toy_config() -> Any:
 
 
 def chunk_class(config: Any) -> type[torch.nn.Module]:
-    """One layer of the toy model; the last has the head. config: Megatron's TransformerConfig."""
+    """One layer of the toy model; the last chunk also has the head. config: Megatron's TransformerConfig."""
     from megatron.core.enums import ModelType
     from megatron.core.transformer.module import MegatronModule
 
@@ -73,7 +73,7 @@ def chunk_class(config: Any) -> type[torch.nn.Module]:
 
 
 def interleaved() -> dict[str, torch.Tensor]:
-    """This rank's gradients by parameter of a second step of two stages with two chunks each, on two data-parallel replicas.
+    """This rank's gradients by parameter in the second of two steps, on two stages with two chunks each and two replicas.
 
     Replica r trains on the microbatches r * MICROBATCHES to (r + 1) * MICROBATCHES - 1; the reduction is overlapped.
     """

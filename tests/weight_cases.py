@@ -1,6 +1,6 @@
-"""Architectures that divide by TP 8 and PP 4, tensors with all elements distinct, and the layouts' rules written independently.
+"""Architectures that divide by TP 8 and PP 4, tensors with all elements distinct, and independent rules of the layouts.
 
-The rules here go by names and by torch's own chunk, cat and view; nothing of the map's pieces is used.
+The rules here use names and torch's own chunk, cat and view, and nothing of the map.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "llama_tied": _arch("llama", tied=True),
     "qwen2": _arch("qwen2"),
     "qwen2_tied": _arch("qwen2", tied=True),
-    # At TP4 and TP8 ranks share a key/value head; at TP8 their rows begin and end inside of heads.
+    # At TP4 and TP8 ranks share a key/value head; at TP8 their rows begin and end inside heads.
     "qwen2_few_heads": _arch("qwen2", kv_heads=2, head_dim=12),
     "qwen3": _arch("qwen3"),
     "qwen3_tied": _arch("qwen3", tied=True),
@@ -70,7 +70,7 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 
 def megatron_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], tp: int, rank: int) -> Tensor:
-    """What Megatron's layers keep on tensor-parallel rank `rank` of `tp`, by the parameter's name. tensors: the HF ones."""
+    """Megatron's parameter on tensor-parallel rank `rank` of `tp`, by the parameter's name. tensors: the HF ones."""
     module, kind = weight.megatron.rsplit(".", 2)[-2:]
     if module in ("word_embeddings", "output_layer"):
         return _padded(tensors[0], 128 * tp).chunk(tp)[rank]
@@ -88,9 +88,9 @@ def megatron_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor]
 
 
 def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], tp: int, rank: int) -> Tensor:
-    """What SGLang's layers keep on rank `rank` of `tp`, by the parameter's name.
+    """SGLang's parameter on rank `rank` of `tp`, by the parameter's name.
 
-    QKVParallelLinear: the rank's query heads, key heads, value heads; with fewer key/value heads than ranks each head is on
+    QKVParallelLinear: the rank's query heads, key heads, value heads; with fewer key/value heads than ranks, each head is on
     tp / kv_heads neighbours. MergedColumnParallelLinear and w13: gate above up. VocabParallelEmbedding: padded to 64 rows.
     """
     module = (

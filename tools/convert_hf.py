@@ -4,10 +4,10 @@
     python tools/convert_hf.py to-megatron --hf DIR --out DIR
     python tools/convert_hf.py to-hf --megatron DIR --out DIR
     python tools/convert_hf.py verify --hf DIR --megatron DIR
-    torchrun --nproc-per-node N tools/convert_hf.py ...      (to-megatron and to-hf: each process its share)
+    torchrun --nproc-per-node N tools/convert_hf.py ...      (to-megatron and to-hf: the work is split among processes)
 
-The exit code is 0, 1 where `verify` finds a difference, 2 for a mistake, which is reported in one sentence, 130 or 143 after
-Ctrl-C or SIGTERM. torchrun itself ends with 1 where a process of it does not end with 0.
+The exit code is 0; 1 if `verify` finds a difference; 2 for a mistake, which is reported in one sentence; 130 or 143 after
+Ctrl-C or SIGTERM. torchrun itself exits with 1 if any of its processes exits with another code than 0.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def _add_megatron(command: argparse.ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Do what the command line says; the exit code. Raises UserError."""
+    """Run the command line; returns the exit code. Raises UserError."""
     asked = parser().parse_args(argv)
-    if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # a NaN is neither
+    if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # also refuses NaN
         raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
-    from etr_megatron import convert  # torch, after the command line is known to be right
+    from etr_megatron import convert  # imports torch: only after the command line is checked
     from etr_megatron.platform.files import path_errors
 
     ranks = convert.Ranks()
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
 
 
 def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
-    """Do what was asked on this rank; the exit code."""
+    """Run the command on this rank; returns the exit code."""
     from etr_megatron import convert
     from etr_megatron.convert.hf_files import DTYPES
 
@@ -110,7 +110,7 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def report(found: object) -> int:
-    """Print what `verify` found; the exit code."""
+    """Print the findings of `verify`; returns the exit code."""
     print(f"{found.tensors} tensors, {len(found.differing)} of them different")
     for name in found.differing:
         print(f"  {name}")
@@ -123,7 +123,7 @@ def report(found: object) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Entry point; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     from etr_megatron.platform.lifetime import die_with_parent
 
@@ -139,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_and_leave() -> NoReturn:
-    """Run and end this process: with 1, after the traceback, where what is raised is a defect of ours.
+    """Run and exit. An unexpected exception prints its traceback and exits with 1.
 
-    Not through the interpreter's own end: that would end torch.distributed's threads, which they do not survive.
+    Skips the interpreter's shutdown, which torch.distributed's threads do not survive.
     """
     try:
         code = code_of_printing(main)
@@ -154,29 +154,29 @@ def run_and_leave() -> NoReturn:
 
 
 def give_up(reason: str, code: int = 2) -> NoReturn:
-    """End this process, which may wait in a collective, with a sentence."""
+    """Print a sentence and exit, even if another thread waits in a collective."""
     report_user_error(UserError(reason + _unfinished(sys.argv[1:])))
     os._exit(code)
 
 
 def end_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end this process with a sentence, even where it waits for others in a collective.
+    """Make Ctrl-C and SIGTERM print a sentence and exit, even while this process waits in a collective.
 
-    To be called before other threads are started, which inherit the signals' mask.
+    Call it before starting other threads, which inherit the signal mask.
     """
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def wait() -> None:
         number = signal.sigwait(signals)
-        # One sentence for all ranks of a node, and none where torchrun ends them as one of them has reported a mistake.
+        # One sentence per node, and none if torchrun stops the ranks because one of them has reported a mistake.
         give_up(f"stopped by {signal.Signals(number).name}", 128 + number)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _unfinished(argv: list[str]) -> str:
-    """What is said of an output that is left half-written."""
+    """The sentence about an output that is left half-written."""
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--out")
     asked, _ = options.parse_known_args(argv)
@@ -186,6 +186,6 @@ def _unfinished(argv: list[str]) -> str:
 
 if __name__ == "__main__":
     end_on_signals()
-    # Garbage is looked for at every 700 new objects otherwise, which takes a fifth of the time in which modules are loaded.
+    # By default, the garbage collector runs after every 700 new objects, which takes a fifth of the time of importing modules.
     gc.set_threshold(100_000)
     run_and_leave()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Plan a run: `tools/plan.py --config CONFIG --gpus N [--gpu-memory GIB] [key=value ...]`, on any machine.
 
-Prints what every pipeline stage takes, whether it fits and which setting to change if not, and an estimate of a step's time.
-Exits with 0 where it fits, 1 where it does not, 2 for a mistake.
+Prints the memory of every pipeline stage, whether it fits and which setting to change if not, and an estimate of a step's time.
+Exits with 0 if it fits, 1 if it does not, 2 for a mistake.
 """
 
 from __future__ import annotations

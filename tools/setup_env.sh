@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv and installs this checkout with its test extra; does nothing when that has been done already.
+# Makes .venv and installs this checkout with its test extra; does nothing if that is already done.
 #
 #   bash tools/setup_env.sh            set up if needed
-#   bash tools/setup_env.sh --check    exit code 0 if nothing is to be done, 1 if there is
+#   bash tools/setup_env.sh --check    exit code 0 if set up, 1 if not
 #   bash tools/setup_env.sh --sglang   makes .venv-sglang, the environment of rollout servers, instead
 #
 # pip's own settings (index, proxy, cache, constraints) are honoured. ETR_TORCH_SPEC replaces the torch requirement, for
@@ -20,8 +20,8 @@ fail() {
     exit 2
 }
 
-# First line of the stamp: what the installed set depends on. The checkout's path is part of it because the package is
-# installed in place: a copied tree would go on importing the original.
+# First line of the stamp: what the installation depends on. The checkout's path is part of it because the package is
+# installed in place: a copied tree would still import the original.
 fingerprint() {
     "$venv/bin/python" - "$root" <<'PYTHON'
 import hashlib, pathlib, platform, sys
@@ -31,7 +31,7 @@ print(hashlib.sha256(project).hexdigest(), platform.python_version(), root)
 PYTHON
 }
 
-# A torch that somebody chose stays until somebody chooses another: without ETR_TORCH_SPEC the second line is not compared.
+# Without ETR_TORCH_SPEC the second line is not compared, so that a torch chosen earlier stays until another is chosen.
 is_set_up() {
     [ -x "$venv/bin/python" ] && [ -f "$stamp" ] || return 1
     [ "$(sed -n 1p "$stamp")" = "$(fingerprint)" ] || return 1
@@ -55,9 +55,9 @@ install() {
     if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         "$python" -m venv "$venv"
     fi
-    # Of what is about to be installed: pyproject.toml may change meanwhile.
+    # Taken before the installation, as pyproject.toml may change meanwhile.
     { fingerprint; echo "$torch"; } >"$stamp.new"
-    # torch first and alone, so that this build is the one the rest is resolved against.
+    # Install torch first and alone, so that the rest is resolved against this build.
     "$venv/bin/python" -m pip install "$torch"
     "$venv/bin/python" -m pip install -e "${root}[test]"
 }
@@ -81,7 +81,7 @@ is_set_up && exit 0     # and then finds the work done
 torch=${ETR_TORCH_SPEC:-$default_torch}
 echo "setting up .venv with $python (a few minutes; log: $log)" >&2
 rm -f "$stamp"
-# As a process of its own, because `set -e` does not reach into a function called from `if`.
+# In a process of its own, because `set -e` has no effect in a function called from `if`.
 export -f install fingerprint
 export venv root stamp
 if ! bash -euo pipefail -c 'install "$@"' install "$python" "$torch" >"$log" 2>&1 9>&-; then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv-sglang with SGLang, apart from the trainer's environment; does nothing when that has been done already.
+# Makes .venv-sglang with SGLang, apart from the trainer's environment; does nothing if that is already done.
 #
 #   bash tools/setup_env.sh --sglang
 #
-# With an NVIDIA driver: the published package with its CUDA kernels. Without: the same SGLang on a CPU build of torch, for which
-# tests/sglang_cpu holds what its CUDA kernels are replaced by; it is meant for the tests and for trying things.
-# ETR_SGLANG_VERSION=0.5.23 takes another version of SGLang than the tests are run with.
+# With an NVIDIA driver: the published package with its CUDA kernels. Without: the same SGLang on a CPU build of torch, with
+# replacements for its CUDA kernels from tests/sglang_cpu; this is meant for tests and experiments.
+# ETR_SGLANG_VERSION=0.5.23 selects another version of SGLang than the one the tests use.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -37,7 +37,7 @@ install() {
         return
     fi
     "$venv/bin/python" -m pip install 'torch==2.13.*'
-    # Without their dependencies, which are CUDA kernels. triton and torchvision are imported, never run.
+    # --no-deps, because the dependencies are CUDA kernels. triton and torchvision are imported, never run.
     "$venv/bin/python" -m pip install --no-deps "$sglang" "$router" 'torchvision==0.28.*' 'triton==3.7.*'
     "$venv/bin/python" -m pip install -r "$requirements"
 }

@@ -1,4 +1,4 @@
-"""What SGLang's experts lack on CPU: expert parallelism of their torch path, and memory for what the router chose."""
+"""What SGLang's experts lack on CPU: expert parallelism in their torch path, and memory for routed experts without CUDA."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def skip_experts_of_other_ranks() -> None:
-    """Have the path leave an expert of another rank out, as SGLang's kernels for GPUs do.
+    """Make the torch path skip experts of other ranks, as SGLang's GPU kernels do.
 
-    For those the dispatcher gives a rank -1 (`token_dispatcher/standard.py`): the rank that has the expert adds it, in the sum
-    over ranks that follows. The torch path counts the tokens of each expert with the -1 as an index, and dies of it
-    (`fused_moe_native.py`, 0.5.21). Here it is handed what a token's rank has, as so many tokens of one expert each.
+    The dispatcher marks those experts with -1 (`token_dispatcher/standard.py`); the rank that has the expert adds its result,
+    in the sum over ranks that follows. The torch path counts tokens per expert with -1 as an index, and crashes
+    (`fused_moe_native.py`, 0.5.21). Here it gets only the rank's own (token, expert) pairs, as tokens with one expert each.
     """
     from sglang.srt.layers.moe import fused_moe_native
 
@@ -33,9 +33,9 @@ def skip_experts_of_other_ranks() -> None:
 
 
 def leave_host_memory_unpinned() -> None:
-    """Have SGLang keep what its routers choose (`--enable-return-routed-experts`) in plain memory.
+    """Make SGLang keep routed experts (`--enable-return-routed-experts`) in plain host memory.
 
-    It registers that memory with CUDA, which is not there (`mem_cache/pool_host/common.py`, 0.5.21).
+    By default it registers that memory with CUDA, which is not available (`mem_cache/pool_host/common.py`, 0.5.21).
     """
     from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS, alloc_with_host_register
 

@@ -1,6 +1,6 @@
-"""`sglang_router.launch_router` where torchvision is no build for CPU: `python router.py ROUTER_ARGUMENTS...`
+"""`sglang_router.launch_router` for environments whose torchvision is not a CPU build: `python router.py ROUTER_ARGUMENTS...`
 
-The package's own entry imports all of sglang for a load balancer that is not used here; this one imports what it starts.
+The package's own entry point imports all of sglang for a load balancer that is not used here; this one does not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Stands for SGLang's kernel package where there is no GPU: the one function that its CPU engine calls, in torch.
+"""Stand-in for SGLang's kernel package on machines without a GPU: the one function that its CPU engine calls, in torch.
 
-It registers no `torch.ops.sgl_kernel`, so SGLang takes its own torch path for every layer.
+It registers no `torch.ops.sgl_kernel`, so SGLang uses its own torch path for every layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __version__ = "0.0.0"
 def assign_req_to_token_pool_cpu(
     rows: Tensor, table: Tensor, begins: Tensor, ends: Tensor, locations: Tensor, *_rest: Any
 ) -> None:
-    """table[row, begin:end] = the next (end - begin) of `locations`, request after request; in place (the server's table)."""
+    """table[row, begin:end] = the next (end - begin) of `locations`, request by request; in place, in the server's table."""
     taken = 0
     for row, begin, end in zip(rows.tolist(), begins.tolist(), ends.tolist(), strict=True):
         table[row, begin:end] = locations[taken : taken + end - begin].to(table.dtype)
