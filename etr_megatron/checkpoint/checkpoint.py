@@ -141,7 +141,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     _refuse_other_optimizer(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
-        state = dist_checkpointing.load(wanted, str(path), ReadOnce())
+        state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
             f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, start under "
@@ -188,7 +188,7 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
     """
     policy.finish_update()
     model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
-    state = {**model, "scheduler": policy.scheduler.state_dict()}
+    state: dict[str, Any] = {**model, "scheduler": policy.scheduler.state_dict()}
     if optimizer:
         if policy.config.train.distributed_optimizer:
             _create_adam_state(policy.optimizer)

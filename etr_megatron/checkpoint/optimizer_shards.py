@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -79,7 +79,8 @@ def _sharded_param_state(
     optimizer: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
     """Replaces Megatron's method: sharded tensors by parameter and state; in new fp32 CPU memory if `is_loading`."""
-    places = {place.data: place for place in nested_values(model_sharded_state_dict) if isinstance(place, ShardedBase)}
+    stored = nested_values(model_sharded_state_dict)
+    places = {place.data: place for place in stored if isinstance(place, ShardedTensor | ShardedTensorFactory)}
     found: dict[int, dict[str, list[ShardedTensor]]] = {}
     for number, (parameter, begin, end) in enumerate(_own_ranges(optimizer)):
         if is_loading:
@@ -89,6 +90,7 @@ def _sharded_param_state(
             states = {state: held[state].detach().reshape(-1).to(torch.float32) for state in _STATES}
         # Each element's optimizer state is on only one rank of the data-parallel group; no other rank is its replica.
         place = places[parameter]
+        assert isinstance(place.replica_id, tuple)
         replica = (*place.replica_id[:2], optimizer.distributed_optimizer_instance_id)
         parts = _contiguous_parts(replace(place, replica_id=replica))
         found[number] = {state: list(_pieces(parts, state, values, begin)) for state, values in states.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -57,7 +58,7 @@ def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_di
         with warnings.catch_warnings():
             # Megatron uses deprecated torch APIs.
             warnings.simplefilter("ignore", FutureWarning)
-            state = dist_checkpointing.load(wanted, str(checkpoint_dir), ReadOnce())
+            state: Any = dist_checkpointing.load(wanted, str(checkpoint_dir), ReadOnce())
     except (CheckpointException, CheckpointingException, KeyError) as error:
         raise UserError(f"{checkpoint_dir} does not fit this model ({reason(error)})") from error
     for number, chunk in ((number, chunk) for chunks in models for number, chunk in enumerate(chunks)):

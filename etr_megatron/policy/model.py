@@ -51,7 +51,7 @@ class PolicyModel(GPTModel):
         vp_stage = chunk if layout.vpp > 1 else None
         super().__init__(
             config,
-            block_spec(config, vp_stage),
+            block_spec(config, vp_stage),  # type: ignore[arg-type]  # Megatron takes a block's, too
             vocab_size=padded,
             max_sequence_length=arch.max_positions,
             pre_process=layout.stage == 0 and chunk == 0,
@@ -118,7 +118,8 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
 def _parameter_names(chunk: PolicyModel) -> dict[str, torch.nn.Parameter]:
     """Parameters of a chunk by their name in the weight map; layer numbers come from Megatron."""
     layout, arch = chunk.layout, chunk.arch
-    first_layer = chunk.decoder.layers[0].layer_number - 1
+    first: Any = chunk.decoder.layers[0]
+    first_layer = first.layer_number - 1
     first_expert = layout.ep_rank * (arch.experts.count // layout.ep) if arch.experts else 0
     return {global_name(name, first_layer, first_expert): parameter for name, parameter in chunk.named_parameters()}
 

@@ -105,7 +105,7 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def _fusions(fused: bool) -> dict[str, bool]:
+def _fusions(fused: bool) -> dict[str, Any]:
     """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are used."""
     return dict(
         persist_layer_norm=fused,
@@ -148,7 +148,8 @@ def block_spec(config: TransformerConfig, chunk: int | None = None) -> Transform
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=chunk)
     first, count = get_transformer_layer_offset(config, chunk), get_num_layers_to_build(config, chunk)
     layers = [_local_layer(config, experts=_has_experts(config, number)) for number in range(first, first + count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalRMSNorm)
+    norm: Any = LocalRMSNorm  # Megatron takes a class, too
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
@@ -162,7 +163,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
         qk_layernorm=config.qk_layernorm,
         normalization="RMSNorm",
     )
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
     if experts:
         # Checkpoints name the norm before a dense MLP after the linear layer that TE fuses it with; MoE layers fuse none.

@@ -101,14 +101,15 @@ class Policy:
             self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
             self._routing = RoutingReplay(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), self._ddp)
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), [*self._ddp])
         self.scheduler = lr_scheduler(self.optimizer, config)
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
         if config.train.overlap_grad_reduce:
             # Megatron's schedules use it to disable the reduction for all but the last microbatch.
             no_sync = [chunk.no_sync for chunk in self._ddp]
-            self._megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            func: Any = no_sync if len(no_sync) > 1 else no_sync[0]  # Megatron takes a list, too
+            self._megatron.no_sync_func = func
         self._policy_loss = resolve_loss(resolved(config.objective.loss))
         self._unchecked = self._policy_loss.token_local and config.objective.loss not in LOSSES
 

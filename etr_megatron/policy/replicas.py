@@ -74,11 +74,11 @@ class ReadOnce(TorchDistLoadShardedStrategy):
         raises torch's CheckpointException on every rank before anything is exchanged."""
         groups = [replicas_of(experts=experts) for experts in (False, True)]
         alike = dist.get_process_group_ranks(groups[0]) == dist.get_process_group_ranks(groups[1])
-        wanted: list[dict[int, Any]] = [{}, {}]
+        wanted: list[dict[str, Any]] = [{}, {}]
         for item in nested_values(sharded_state_dict):
             is_expert = isinstance(item, ShardedTensor) and ".experts." in item.key
-            wanted[is_expert and not alike][id(item)] = item
-        found: dict[int, Any] = {}
+            wanted[is_expert and not alike][str(id(item))] = item
+        found: dict[str, Any] = {}
         for group, items in list(zip(groups, wanted, strict=True))[: 1 if alike else 2]:
             found |= FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group).load(items, Path(checkpoint_dir))
-        return dict_list_map_inplace(lambda item: found[id(item)], sharded_state_dict)
+        return dict_list_map_inplace(lambda item: found[str(id(item))], sharded_state_dict)

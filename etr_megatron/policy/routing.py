@@ -95,6 +95,12 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[TopKRouter]:
         yield from (module for module in chunk.modules() if isinstance(module, TopKRouter))
 
 
+def _layer_of(router: TopKRouter) -> int:
+    """Which layer of the model, from 0."""
+    number: Any = router.layer_number  # to the type checker nothing but the None that it is made with
+    return int(number) - 1
+
+
 class RoutingReplay:
     """Makes the routers of a stage's chunks use given experts, pass by pass.
 
@@ -111,10 +117,10 @@ class RoutingReplay:
         self._places: list[_Places] = []
         self._routing: dict[int, Tensor] | None = None
         self._latest: tuple[int, Tensor] | None = None
-        self._own = [mixtures.index(router.layer_number - 1) for router in routers(chunks)]
+        self._own = [mixtures.index(_layer_of(router)) for router in routers(chunks)]
         self._layers = [_Layer(self, place) for place in range(len(self._own))]
         for router, layer in zip(routers(chunks), self._layers, strict=True):
-            router.router_replay = layer
+            router.router_replay = layer  # type: ignore[assignment]  # in the place of Megatron's
 
     @contextmanager
     def replaying(self, micro: Sequence[Microbatch], routing: StepRouting | None) -> Iterator[None]:
