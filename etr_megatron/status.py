@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ STATUS_VARIABLE = "ETR_STATUS_FILE"
 
 USER_ERROR_EXIT = 2
 """Exit code for a user error."""
+
+SIGNAL_DELAY_S = 1.0
+"""How much later than its peers a rank may get a signal that torchrun passes on to one rank after the other."""
 
 REQUEUE_EXIT = 75
 """Exit code of a run that has saved its state and should be restarted (EX_TEMPFAIL of sysexits.h)."""
@@ -53,6 +57,8 @@ def exit_code_of(body: Callable[[], None]) -> int:
         reported = _reported()
         if reported is not None:
             return reported.exit_code
+        # If Ctrl-C has ended a peer first, this rank's own signal is on its way, and ends it without a traceback.
+        time.sleep(SIGNAL_DELAY_S)
         raise
     finally:
         signal.signal(signal.SIGINT, before)

@@ -358,6 +358,25 @@ def test_a_signal_to_the_launcher_leaves_no_process(
     )
 
 
+def test_ctrl_c_that_ends_a_peer_first_leaves_no_traceback_of_this_rank() -> None:
+    """Its collective breaks before torchrun has passed the signal on to it."""
+    code = """
+from etr_megatron.status import exit_code_of
+
+def collective():
+    print("broken", flush=True)
+    raise RuntimeError("connection closed by peer")
+
+exit_code_of(collective)
+"""
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    assert rank.stdout is not None and rank.stdout.readline() == "broken\n"
+    time.sleep(0.1)
+    rank.send_signal(signal.SIGINT)
+    _, said = rank.communicate(timeout=30)
+    assert (rank.returncode, said) == (-signal.SIGINT, "")
+
+
 def is_alive(process: psutil.Process) -> bool:
     # A zombie has ended; its new parent has only not reaped it yet.
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._started = clock()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[NoReturn] | None = None  # over no iterable
         if self._stream.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
 
