@@ -81,11 +81,9 @@ def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
     """avg@k, pass@k where `eval.samples` > 1, and response lengths."""
     right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
     samples = [sample for group in groups for sample in group.samples]
-    accuracy = {"accuracy": sum(map(sum, right)) / len(samples)}
-    pass_at_k = {"pass_at_k": sum(map(any, right)) / len(right)} if config.eval.samples > 1 else {}
     return {
-        **accuracy,
-        **pass_at_k,
+        "accuracy": sum(map(sum, right)) / len(samples),
+        **({"pass_at_k": sum(map(any, right)) / len(right)} if config.eval.samples > 1 else {}),
         "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
     }

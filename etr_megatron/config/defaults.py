@@ -10,6 +10,9 @@ from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
 
 T = TypeVar("T")
 
+EVALUATED = ("eval.every", "data.eval", "rollout.only")
+"""The keys that decide whether there is an evaluation, with a limit in `response_limits`."""
+
 
 def resolved(value: T | None) -> T:
     """The value of a field that `resolve` (one of the objective: `fill_objective`) has filled in where it was null."""

@@ -128,10 +128,7 @@ def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
     hold."""
     found: dict[str, Any] = {}
     for column in columns:
-        try:
-            value = value_of(row, column)
-        except BrokenRowError:
-            value = None
+        value = next(_values(row, column), None)
         try:
             # Copy through JSON, as the grader process gets it: tuples become lists and numeric keys become text. Records are
             # UTF-8, which cannot hold half a surrogate pair.

@@ -151,7 +151,8 @@ def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
 
     Prompts are templated as in RL; a solution ends with the end-of-turn token.
     """
-    prompts = tokenize_prompts([conversation(question, DataConfig()) for question, _ in pairs], DataConfig(), tokenizer)
+    plain = DataConfig()
+    prompts = tokenize_prompts([conversation(question, plain) for question, _ in pairs], plain, tokenizer)
     solutions = tokenizer([solution + TURN_END for _, solution in pairs], add_special_tokens=False)["input_ids"]
     longest = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
     input_ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)

@@ -105,6 +105,13 @@ SET_PREFIX = "eval/"
 """Prefix of the keys of a named held-out set: `eval/<name>/accuracy`, and so on."""
 
 
+def set_accuracies(row: MetricsRow) -> dict[str, float]:
+    """The accuracies of the named held-out sets that `row` has, by name."""
+    values: dict[str, Any] = dict(row)
+    keys = (key for key in values if key.startswith(SET_PREFIX) and key.endswith("/accuracy"))
+    return {key.removeprefix(SET_PREFIX).removesuffix("/accuracy"): values[key] for key in keys}
+
+
 class MetricsLog:
     """The rows of one run.
 

@@ -9,7 +9,7 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-from etr_megatron.observe.metrics import SET_PREFIX, MetricsRow
+from etr_megatron.observe.metrics import MetricsRow, set_accuracies
 
 
 class Progress:
@@ -43,8 +43,7 @@ class Progress:
         facts = f"reward {row['reward_mean']:.3f}, {entropy}{row['tokens_per_s']:,.0f} tokens/s"
         if "eval_accuracy" in row:
             facts += f", eval accuracy {row['eval_accuracy']:.3f}"
-            sets = {key: value for key, value in row.items() if key.startswith(SET_PREFIX) and key.endswith("/accuracy")}
-            each = ", ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in sets.items())
+            each = ", ".join(f"{name} {value:.3f}" for name, value in set_accuracies(row).items())
             facts += f" ({each})" if each else ""
         if self._bar is not None:
             self._bar.set_postfix_str(facts, refresh=False)

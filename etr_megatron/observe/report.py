@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.metrics import SET_PREFIX, MetricsRow
+from etr_megatron.observe.metrics import SET_PREFIX, MetricsRow, set_accuracies
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
 
@@ -105,9 +105,8 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
 
 
 def _sets(rows: list[MetricsRow]) -> dict[str, str]:
-    """Name of each named held-out set -> the key of its accuracy."""
-    keys = (key for row in rows for key in row if key.startswith(SET_PREFIX) and key.endswith("/accuracy"))
-    return {key.removeprefix(SET_PREFIX).removesuffix("/accuracy"): key for key in keys}
+    """Named held-out sets -> the key of their accuracy."""
+    return {name: f"{SET_PREFIX}{name}/accuracy" for row in rows for name in set_accuracies(row)}
 
 
 def _evaluations(rows: list[MetricsRow], key: str) -> str:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from etr_megatron.config.defaults import response_limits
+from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
+from etr_megatron.config.sources import ARITHMETIC, sources_of
 
 TINY_POSITIONS = 4096
 """Context length of the tiny policy in tokens."""
 
 _SET_NAME = re.compile(r"[\w.-]+", re.ASCII)
-
-EVALUATED = ("eval.every", "data.eval", "rollout.only")
-"""The keys that decide whether there is an evaluation."""
 
 EXTRACTORS = ("boxed", "hash", "last_number")
 OPERATORS = ("+", "-", "*")
@@ -55,8 +53,8 @@ def arithmetic(config: Config) -> Iterator[Violation]:
     if task.max_digits < task.min_digits:
         yield Violation(("arithmetic.min_digits", "arithmetic.max_digits"), "min_digits must not exceed max_digits")
     yield from names(config, "arithmetic.operators", OPERATORS)
-    held_out = config.data.eval.values() if isinstance(config.data.eval, dict) else (config.data.eval,)
-    if "arithmetic" in (config.data.train, *held_out) and task.operators and 1 <= task.max_digits <= 18:
+    is_used = any(source.location == ARITHMETIC for source in sources_of(config.data))
+    if is_used and task.operators and 1 <= task.max_digits <= 18:
         possible = 10 ** (2 * task.max_digits) * len(set(task.operators))
         if possible < task.train_problems + task.eval_problems:
             yield Violation(

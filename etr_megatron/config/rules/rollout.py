@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from etr_megatron.config.defaults import response_limits
-from etr_megatron.config.rules.inputs import EVALUATED
+from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.rules.violation import Violation
 from etr_megatron.config.schema import Config, SglangConfig
 

@@ -152,7 +152,12 @@ class SglangEngine:
     def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their hosts start or restart these servers; a collective. Raises as `together`."""
         if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
-            return on_rank0(lambda: self._host.start(names, must_stop) if self._host is not None else {}, long=True)
+
+            def start() -> dict[str, Started]:
+                assert self._host is not None  # rank 0 has the nodes
+                return self._host.start(names, must_stop)
+
+            return on_rank0(start, long=True)
         own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own)
