@@ -184,6 +184,7 @@ def serve(
         transport = offer.transport(rank)
         for version in (11, 12):
             transport.sync(version, shards_from(model, source, rank))
+        dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
         return None, versions
     server = ToyServer(offer.plan(), place, torch.float32)
     forget_server()
@@ -191,6 +192,7 @@ def serve(
     for version in (11, 12):
         server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
         versions.append(server_loader.complete_version())
+    dist.barrier()
     forget_server()
     return picklable(dict(server.named_parameters())), versions
 
@@ -222,8 +224,9 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
             transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
         with suppress(SyncError):
             transport.sync(2, shards if fault == "middle" else {})
-        offers[1].transport(0).sync(3, shards)
-        dist.barrier()
+        last = offers[1].transport(0)
+        last.sync(3, shards)
+        dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
         return None, [], []
     server, errors, versions = ToyServer(offers[0].plan(), rank - 1, torch.float32), [], []
     forget_server()
