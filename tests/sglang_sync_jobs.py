@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from etr_megatron.batching import Sequences
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
+from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.types import Problem
 from etr_megatron.weights.transport import verify
@@ -160,5 +162,33 @@ def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, A
                 found["prompts"].append([len(state["prompts"]) for state in states])
                 control.run(control.fleet.clients[1].call("/behave", {"logprob": -0.5}, timeout_s=10))
         return found
+    finally:
+        engine.close()
+
+
+def as_on_gpus(model: str, directory: str, **settings: Any) -> list[str]:
+    """What a rank does in three syncs with a colocated server when ranks have GPUs, whose caches of memory are stand-ins."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, max_gap=1e9, placement="colocated", **settings)
+    engine._serving = replace(engine._serving, backend="nccl")
+    done: list[str] = []
+
+    def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            done.append(name)
+            return method(*args)
+
+        return noted
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty cache"))
+            for name in ("due", "begin", "finish", "probe"):
+                patch.setattr(Control, name, noting(name, getattr(Control, name)))
+            for version in (1, 2, 3):
+                done.append(f"sync {version}")
+                engine.update_weights(policy.export(), version)
+                engine.release()
+        return done
     finally:
         engine.close()

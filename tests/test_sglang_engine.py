@@ -227,15 +227,24 @@ def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_come
 
 def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):
     routes = gangs(1).run("tests.sglang_jobs:colocated", model=hf_models["qwen3"], directory=str(tmp_path), **OWN)[0]
-    first = [route for route in routes if "memory" in route or "generation" in route or "_weights_" in route]
+    first = [route for route in routes if any(word in route for word in ("memory", "generation", "_weights_", "flush"))]
     assert first[first.index("/continue_generation") + 1 :] == [
         "/release_memory_occupation",
         "/resume_memory_occupation weights",
         "/pause_generation",
         "/update_weights_from_tensor",
+        "/flush_cache",
         "/resume_memory_occupation kv_cache cuda_graph",
+        "/flush_cache",
         "/continue_generation",
     ]
+
+
+def test_ranks_leave_their_gpus_to_colocated_servers_and_look_at_what_these_generate_after_a_release(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    (done,) = gangs(1).run("tests.sglang_sync_jobs:as_on_gpus", **job)
+    sync = ["empty cache", "due", "begin", "empty cache", "finish"]
+    assert done == ["sync 1", *sync, "probe", "sync 2", *sync, "probe", "sync 3", *sync]
 
 
 @pytest.mark.slow

@@ -240,6 +240,8 @@ class Control:
 
     def finish(self, version: int) -> None:
         """Close the transaction. Raises EngineGoneError when no server is left."""
+        if self._released:  # a flush also returns what the transfer took to the GPU, where the KV cache needs the room
+            self.run(self.fleet.call_all("/flush_cache", {}, timeout_s=self._config.update_timeout_s))
         self.run(self._resume("kv_cache", "cuda_graph"))
         self._released = []
         self.run(self._transaction.finish(version))

@@ -224,13 +224,28 @@ class SglangEngine:
         when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers' log-probs differ from
         the trainer's.
         """
+        self._empty_caches()
         self._bring_back()
         with self._transaction(version):
             self._sender.send(weights, version)
+            self._empty_caches()
         self.weight_version = version
         self._syncs += 1
-        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
+        if self._is_probed():
             self._probe(weights)
+
+    def _empty_caches(self) -> None:
+        """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:
+        rank 0 asks the servers once all ranks are done."""
+        if self._config.placement == "colocated" and self._serving.backend == "nccl":
+            together(torch.cuda.empty_cache)
+
+    def _is_probed(self) -> bool:
+        """Whether a probe follows the last sync. Of colocated servers it also follows the second one, the first after they
+        released memory: what SGLang keeps there besides weights and buffers is lost."""
+        every = self._config.probe_every
+        after_release = self._config.placement == "colocated" and self._syncs == 2
+        return bool(every) and ((self._syncs - 1) % every == 0 or after_release)
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
