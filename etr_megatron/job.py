@@ -76,6 +76,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
+    agree_on_nccl(config)
     init_world(config.run.phase_timeout_s)
     require_fp8(config.fp8)  # before spending minutes on server startup
     layout = configured_layout(config)
@@ -128,6 +129,19 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         gc.unfreeze()  # else Triton's bindings report what is left at exit as leaked
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
+
+
+def agree_on_nccl(config: Config) -> None:
+    """Give ranks the setting that SGLang gives its servers if none is set (`entrypoints/engine.py`), before NCCL's first group.
+
+    Processes of one group that allocate buffers in different ways cannot open those of each other on the same machine.
+    """
+    if config.rollout.backend != "sglang" or config.rollout.replay is not None:
+        return
+    from etr_megatron.rollout.sglang.commands import sync_of
+
+    if sync_of(config.sglang) in ("broadcast", "sharded"):
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
 
 
 def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:

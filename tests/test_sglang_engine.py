@@ -240,7 +240,7 @@ def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models
     ]
 
 
-def test_ranks_leave_their_gpus_to_colocated_servers_and_look_at_what_these_generate_after_a_release(gangs, hf_models, tmp_path):
+def test_ranks_leave_their_gpus_to_colocated_servers_and_probe_these_after_their_first_release(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
     (done,) = gangs(1).run("tests.sglang_sync_jobs:as_on_gpus", **job)
     sync = ["empty cache", "due", "begin", "empty cache", "finish"]

@@ -21,6 +21,7 @@ from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Deli
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
+from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 from tests.fake_servers import servers
 
@@ -368,3 +369,14 @@ def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_o
     states, failed, seconds = asyncio.run(body())
     assert set(failed) == {"server 1"} and seconds < 20
     assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)
+
+
+def test_a_broken_group_of_nccl_is_aborted_and_not_waited_for(monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.distributed.distributed_c10d._abort_process_group", lambda group: done.append(f"abort {group}"))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda group: done.append(f"destroy {group}"))
+    for backend, broken in (("nccl", True), ("nccl", False), ("gloo", True)):
+        group = UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5.0)
+        group._group = f"{backend} {broken}"
+        group.close(broken=broken)
+    assert done == ["abort nccl True", "destroy nccl False", "destroy gloo True"]

@@ -141,7 +141,7 @@ class BroadcastDelivery:
         done, _ = await asyncio.wait([*calls, sending], return_when=asyncio.FIRST_EXCEPTION)
         broken = any(task.exception() is not None for task in done)
         if broken:
-            group.close()
+            group.close(broken=True)
         replies = await asyncio.gather(*calls, sending, return_exceptions=True)
         if not broken:
             return True

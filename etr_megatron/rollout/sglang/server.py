@@ -46,12 +46,15 @@ class ServerCommand:
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
 
 def environment_of_server(inherited: Mapping[str, str]) -> dict[str, str]:
     """A rank's environment without torchrun's variables: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would look
-    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other."""
-    kept = {k: v for k, v in inherited.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
+    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other. Settings of
+    torch's allocator are the ranks' alone: a server that can release memory does not start with expandable segments."""
+    left_out = (*_TORCHRUN, *_ALLOCATOR)
+    kept = {k: v for k, v in inherited.items() if k not in left_out and not k.startswith(_TORCHRUN_PREFIXES)}
     return {**kept, "no_proxy": "*", "NO_PROXY": "*"}
 
 

@@ -42,7 +42,8 @@ class UpdateGroup:
             dist.PrefixStore(self.name, store),
             group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
             backend_options=None,
-            timeout=self._timeout,
+            # At its timeout NCCL's watchdog ends the process; `broadcast` gives up before.
+            timeout=self._timeout * (2 if self.backend == "nccl" else 1),
         )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
 
@@ -54,9 +55,15 @@ class UpdateGroup:
         if flat.is_cuda:  # with NCCL, wait() only blocks the stream
             torch.cuda.current_stream().synchronize()
 
-    def close(self) -> None:
-        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close."""
+    def close(self, *, broken: bool = False) -> None:
+        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close.
+
+        broken: do not wait for a broadcast under way. NCCL would first finish it, for ever if a worker is gone.
+        """
         self._master = None
         if self._group is not None:
-            dist.destroy_process_group(self._group)
+            if broken and self.backend == "nccl":
+                c10d._abort_process_group(self._group)
+            else:
+                dist.destroy_process_group(self._group)
             self._group = None
