@@ -147,6 +147,23 @@ def test_settings_become_arguments_and_the_users_come_last(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("capability", "settings", "wanted"),
+    [
+        ((10, 0), dict(fp8=True), ("--fp8-gemm-backend", "triton")),
+        ((9, 0), dict(fp8=True), ()),
+        ((10, 0), {}, ()),
+        ((10, 3), dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ("--fp8-gemm-backend=cutlass",)),
+    ],
+)
+def test_servers_of_fp8_on_blackwell_keep_their_scales_as_they_are_sent(tmp_path, monkeypatch, capability, settings, wanted):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    arguments = command_of(tmp_path, **settings).arguments
+    first = next((number for number, name in enumerate(arguments) if name.startswith("--fp8-gemm")), len(arguments))
+    assert arguments[first:] == wanted
+
+
+@pytest.mark.parametrize(
     ("settings", "ranks", "wanted"),
     [
         (dict(placement="colocated", servers=4, tp=2), "8", ["0,1", "2,3", "4,5", "6,7"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 import etr_megatron
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
 
 FP8_BLOCK = 128
@@ -19,6 +20,8 @@ LOADER = "etr_megatron.weights.transport.server_entry.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
 ROUTING = "--enable-return-routed-experts"
+
+_FP8_KERNEL = "--fp8-gemm-backend"
 
 
 def sync_of(config: SglangConfig) -> str:
@@ -60,6 +63,8 @@ def server_command(
     if config.fp8 or _is_quantised(model_dir):
         # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
+    if config.fp8 and cuda and _repacks_scales() and _FP8_KERNEL not in names_of(config.arguments):
+        arguments += [_FP8_KERNEL, "triton"]
     if config.placement == "colocated" and cuda:
         arguments += ["--enable-memory-saver"]
     if routing:
@@ -110,6 +115,14 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
             f"this machine has {len(gpus)}; lower one of them{way_out}"
         )
     return tuple(gpus[first : first + config.tp])
+
+
+def _repacks_scales() -> bool:
+    """Whether SGLang's default FP8 kernels on this machine's GPUs (DeepGEMM on Blackwell, SM100) keep the blocks' scales in
+    another type and shape, into which no update can be loaded (`requant_block_scale_ue8m0_for_deepgemm`)."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
 
 
 def _is_quantised(model_dir: Path) -> bool:
