@@ -20,7 +20,7 @@ from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
-from etr_megatron.rollout.sglang.connections import Connections
+from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Fleet
@@ -103,6 +103,7 @@ class Control:
                 ", ".join(dict.fromkeys(away)),
                 API_KEY_VARIABLE,
             )
+        allow_connections(config.concurrency * max(1, len(names)))
         self._http = httpx.AsyncClient(transport=Connections(), headers=headers)
         urls = config.urls or ("",) * len(names)
         self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}
