@@ -268,18 +268,18 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
         (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
     assert error.startswith("OtherModelError: SGLang server 0: after weight sync 1 its log-probs differ by ")
-    assert "more than rollout.max_logprob_gap = 0.001 allows" in error
+    assert "more than 10 x rollout.max_logprob_gap = 0.001; it serves another model" in error
 
 
 @pytest.mark.slow
 def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
     gangs, hf_models, tmp_path
 ):
-    with servers({}, {"logprob": -0.9}, {}) as urls:
+    with servers({}, {"logprob": -0.9}, {"logprob": -0.508}) as urls:  # the last is off as bfloat16 may be
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
         found, other = gangs(2).run("tests.sglang_sync_jobs:one_probed_wrong", **job)
     what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
-    assert found["failed"] == [{"SGLang server 1": f"{what}, more than rollout.max_logprob_gap = 0.001 allows"}, {}]
+    assert found["failed"] == [{"SGLang server 1": f"{what}, more than 10 x rollout.max_logprob_gap = 0.001"}, {}]
     (first, wrong, third), after = found["prompts"]
     assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # it had only the probe's prompt
     assert after[1] > 2 and sum(after) == 2 * (3 + 12)
