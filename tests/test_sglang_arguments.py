@@ -146,6 +146,13 @@ def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and command.host == "10.0.0.7"
 
 
+def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_path):
+    alone, beside = (command_of(tmp_path, placement=how, mem_fraction=0.5) for how in ("dedicated", "colocated"))
+    assert value_of(alone.arguments, "--mem-fraction-static") == "0.5" and alone.memory is None
+    assert "--mem-fraction-static" not in beside.arguments and beside.memory == 0.5
+    assert command_of(tmp_path, placement="colocated").memory is None
+
+
 @pytest.mark.parametrize(
     ("capability", "settings", "wanted"),
     [

@@ -52,7 +52,8 @@ def server_command(
     arguments += ["--tp-size", str(config.tp)]
     if config.ep > 1:
         arguments += ["--ep-size", str(config.ep)]
-    if config.mem_fraction is not None:
+    shares_gpus = config.placement == "colocated" and cuda
+    if config.mem_fraction is not None and not shares_gpus:
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
     if config.context_length is not None:
         arguments += ["--context-length", str(config.context_length)]
@@ -65,7 +66,7 @@ def server_command(
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if config.fp8 and cuda and _repacks_scales() and _FP8_KERNEL not in names_of(config.arguments):
         arguments += [_FP8_KERNEL, "triton"]
-    if config.placement == "colocated" and cuda:
+    if shares_gpus:
         arguments += ["--enable-memory-saver"]
     if routing:
         arguments += [ROUTING]
@@ -80,7 +81,8 @@ def server_command(
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
-    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key)
+    memory = config.mem_fraction if shares_gpus else None
+    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key, memory)
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
