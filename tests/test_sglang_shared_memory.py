@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from etr_megatron.rollout.sglang import shared_memory
-from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery
+from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from tests.runs import REPO, wait_for
@@ -157,3 +157,12 @@ def test_where_torch_makes_no_segment_there_is_a_sentence(monkeypatch):
 
 def segments_of(process: int) -> set[str]:
     return {path.name for path in Path("/dev/shm").glob(f"torch_{process}_*")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_tensors_as_bytes_are_read_again(dtype):
+    flat = torch.arange(192, dtype=torch.int32).to(torch.uint8)
+    tensor = flat[64:].view(dtype).view(-1, 4)
+    ((name, found),) = pickle.loads(base64.b64decode(serialized([("a", tensor)])))
+    assert name == "a" and found.dtype == dtype and found.shape == tensor.shape
+    assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
+from etr_megatron.weights.quantize import FP8
 from etr_megatron.weights.transport.whole import Field
 
 LIVENESS_S = 30.0
@@ -65,9 +69,22 @@ class Delivery(Protocol):
         ...
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles FP8 tensors with a storage of bytes: what torch (2.13) itself writes for them it cannot read again."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.dtype is not FP8:
+            return NotImplemented
+        storage = obj.view(torch.uint8)._typed_storage()
+        where = storage, obj.storage_offset(), tuple(obj.shape), obj.stride()
+        return torch._utils._rebuild_tensor_v3, (*where, False, OrderedDict(), obj.dtype)
+
+
 def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
     """Tensors as `/update_weights_from_tensor` takes them: as bytes, not as handles that are valid only on this machine."""
-    return base64.b64encode(pickle.dumps([(name, tensor.to("cpu", copy=True)) for name, tensor in named])).decode()
+    output = io.BytesIO()
+    _Pickler(output).dump([(name, tensor.to("cpu", copy=True)) for name, tensor in named])
+    return base64.b64encode(output.getbuffer()).decode()
 
 
 class TensorDelivery:
