@@ -125,12 +125,12 @@ def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_pat
         ServerProcess("server", ServerCommand("nowhere/python", (), ()), tmp_path / "server.log")
 
 
-def test_a_server_inherits_nothing_that_is_for_the_rank_alone_and_uses_no_proxy():
+def test_a_server_inherits_nothing_that_is_for_the_rank_alone_uses_no_proxy_and_finds_its_own_programs():
     inherited = {"RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "PATH": "/bin"}
     inherited |= dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True")
     inherited |= {"no_proxy": "elsewhere", "http_proxy": "http://proxy:1"}
-    kept = {"PATH": "/bin", "http_proxy": "http://proxy:1", "no_proxy": "*", "NO_PROXY": "*"}
-    assert environment_of_server(inherited) == kept
+    kept = {"PATH": "/env/bin:/bin", "http_proxy": "http://proxy:1", "no_proxy": "*", "NO_PROXY": "*"}
+    assert environment_of_server(inherited, "/env/bin/python") == kept
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,15 @@ _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
 
-def environment_of_server(inherited: Mapping[str, str]) -> dict[str, str]:
+def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str, str]:
     """A rank's environment without torchrun's variables: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would look
     for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other. Settings of
-    torch's allocator are the ranks' alone: a server that can release memory does not start with expandable segments."""
+    torch's allocator are the ranks' alone: a server that can release memory does not start with expandable segments. Programs
+    beside its interpreter come first, as in an activated environment: SGLang builds kernels with the `ninja` there."""
     left_out = (*_TORCHRUN, *_ALLOCATOR)
     kept = {k: v for k, v in inherited.items() if k not in left_out and not k.startswith(_TORCHRUN_PREFIXES)}
-    return {**kept, "no_proxy": "*", "NO_PROXY": "*"}
+    path = os.pathsep.join([str(Path(python).absolute().parent), inherited.get("PATH", os.defpath)])
+    return {**kept, "PATH": path, "no_proxy": "*", "NO_PROXY": "*"}
 
 
 _NEARLY_ALL, _MOST_OF_FREE = 0.9, 0.95
@@ -119,7 +121,7 @@ class ServerProcess:
                 pass_fds=(report,),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**environment_of_server(os.environ), **command.environment},
+                env={**environment_of_server(os.environ, command.python), **command.environment},
                 start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
             )
         os.close(report)
