@@ -371,12 +371,13 @@ def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_o
     assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)
 
 
-def test_a_broken_group_of_nccl_is_aborted_and_not_waited_for(monkeypatch):
+def test_a_group_of_nccl_is_aborted_and_no_worker_waited_for(monkeypatch):
     done = []
     monkeypatch.setattr("torch.distributed.distributed_c10d._abort_process_group", lambda group: done.append(f"abort {group}"))
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda group: done.append(f"destroy {group}"))
-    for backend, broken in (("nccl", True), ("nccl", False), ("gloo", True)):
+    for backend in ("nccl", "gloo"):
         group = UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5.0)
-        group._group = f"{backend} {broken}"
-        group.close(broken=broken)
-    assert done == ["abort nccl True", "destroy nccl False", "destroy gloo True"]
+        group._group = backend
+        group.close()
+        group.close()
+    assert done == ["abort nccl", "destroy gloo"]

@@ -158,7 +158,7 @@ class BroadcastDelivery:
         done, _ = await asyncio.wait([*calls, sending], return_when=asyncio.FIRST_EXCEPTION)
         broken = any(task.exception() is not None for task in done)
         if broken:
-            group.close(broken=True)
+            group.close()
         replies = await asyncio.gather(*calls, sending, return_exceptions=True)
         if not broken:
             return True

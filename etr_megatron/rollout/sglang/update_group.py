@@ -55,14 +55,12 @@ class UpdateGroup:
         if flat.is_cuda:  # with NCCL, wait() only blocks the stream
             torch.cuda.current_stream().synchronize()
 
-    def close(self, *, broken: bool = False) -> None:
-        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close.
-
-        broken: do not wait for a broadcast under way. NCCL would first finish it, for ever if a worker is gone.
-        """
+    def close(self) -> None:
+        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close."""
         self._master = None
         if self._group is not None:
-            if broken and self.backend == "nccl":
+            if self.backend == "nccl":
+                # Destroying it would first finish a broadcast, and wait for the group's other processes on this machine.
                 c10d._abort_process_group(self._group)
             else:
                 dist.destroy_process_group(self._group)
