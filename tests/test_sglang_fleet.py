@@ -381,3 +381,14 @@ def test_a_group_of_nccl_is_aborted_and_no_worker_waited_for(monkeypatch):
         group.close()
         group.close()
     assert done == ["abort nccl", "destroy gloo"]
+
+
+def test_a_group_that_never_connects_costs_its_servers_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(UpdateGroup, "broadcast", lambda *_: time.sleep(3600))  # as NCCL while a worker is missing
+
+    async def body():
+        async with fleet_of({"die_at_bucket": 0}) as fleet:
+            with pytest.raises(EngineGoneError, match=r"no SGLang server is left: server 0: /update_weights_from_distributed"):
+                await asyncio.wait_for(sync(fleet, 1, timeout_s=5.0), 60)
+
+    asyncio.run(body())

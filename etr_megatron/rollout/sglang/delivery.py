@@ -9,8 +9,10 @@ import asyncio
 import base64
 import io
 import pickle
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,6 +118,30 @@ class TensorDelivery:
         """See `Delivery.close`."""
 
 
+def _beside(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run in a thread that the process does not wait for at its end: NCCL connects to workers without a deadline, and closing
+    the group does not stop it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # it may be that nobody waits any more
+
+    def end(error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(None)
+
+    def run() -> None:
+        found = None
+        try:
+            work()
+        except Exception as error:
+            found = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(end, found)
+
+    threading.Thread(target=run, name="weight_group", daemon=True).start()
+    return future
+
+
 class BroadcastDelivery:
     """Broadcasts over one process group of rank 0 and all servers' workers, re-created when the servers change. See `Delivery`.
 
@@ -153,17 +179,17 @@ class BroadcastDelivery:
         clients = self._fleet.serving
         route = "/update_weights_from_distributed"
         calls = [asyncio.create_task(client.call(route, body, timeout_s=self._timeout_s)) for client in clients]
-        sending = asyncio.create_task(asyncio.to_thread(group.broadcast, bucket.flat))
+        sending = _beside(lambda: group.broadcast(bucket.flat))
         # A server that refuses never joins the broadcast: unless the group is closed, everybody would wait for it.
-        done, _ = await asyncio.wait([*calls, sending], return_when=asyncio.FIRST_EXCEPTION)
-        broken = any(task.exception() is not None for task in done)
-        if broken:
-            group.close()
-        replies = await asyncio.gather(*calls, sending, return_exceptions=True)
-        if not broken:
+        both: list[asyncio.Future[Any]] = [*calls, sending]
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+        if all(task.exception() is None for task in done):
             return True
+        group.close()
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.wait([sending], timeout=self._liveness_s)
         failed = {
-            client: str(reply) for client, reply in zip(clients, replies[:-1], strict=True) if isinstance(reply, BaseException)
+            client: str(reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)
         }
         await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast to it failed"))
         return False
@@ -194,11 +220,11 @@ class BroadcastDelivery:
                 "backend": group.backend,
             }
             calls.append(asyncio.create_task(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)))
-        joining = asyncio.create_task(asyncio.to_thread(group.join))
+        joining = _beside(group.join)
         # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
-        done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)
+        both: list[asyncio.Future[Any]] = [*calls, joining]
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
-            joining.add_done_callback(lambda task: task.exception())
             refused = {
                 client: str(call.exception())
                 for client, call in zip(clients, calls, strict=True)
