@@ -66,11 +66,14 @@ def server_command(
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if config.fp8 and cuda and _repacks_scales() and _FP8_KERNEL not in names_of(config.arguments):
         arguments += [_FP8_KERNEL, "triton"]
+    environment = {}
     if shares_gpus:
         arguments += ["--enable-memory-saver"]
+        # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
+        # amounts when a server is started again. It sizes its cache by the least in any case.
+        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if routing:
         arguments += [ROUTING]
-    environment = {}
     if sync_of(config) == "sharded":
         arguments += ["--custom-weight-loader", LOADER]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
