@@ -201,11 +201,12 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_a_node_of_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path):
-    """For example a node that hangs: only rank 0 communicates with it."""
+@pytest.mark.parametrize("where", ["beside_a_node_of_servers", "beside_a_slow_server"])
+def test_ranks_wait_for_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path, where):
+    """For example on a node that hangs: only rank 0 communicates with it."""
     launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=4, python=sys.executable, launch=("-c", launch))
-    found = gangs(2).run("tests.sglang_node_jobs:beside_a_node_of_servers", **job)[0]
+    found = gangs(2).run(f"tests.sglang_node_jobs:{where}", **job)[0]
     assert list(found["states"]) == ["SGLang server 0"]
     check_sums(found["states"]["SGLang server 0"], found["sums"])
 

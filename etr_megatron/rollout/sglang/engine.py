@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting,
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
+
+_MEETING_S = 60.0
+"""Time for ranks to meet after servers have started."""
 
 _PROBE_GAPS = 10.0
 """Limit of a probe's gap, in largest mean gaps of a step. The probe has few tokens, whose text means nothing: their
@@ -89,6 +93,10 @@ class SglangEngine:
         }
         cuda = serving.backend == "nccl"
         setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
+        # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
+        # have only a collective's time.
+        longest = datetime.timedelta(seconds=Host.STARTS * config.startup_timeout_s + _MEETING_S)
+        self._starters = dist.new_group(backend="gloo", timeout=longest)
         self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
             lambda: (
@@ -162,9 +170,10 @@ class SglangEngine:
                 return self._host.start(names, must_stop)
 
             return on_rank0(start, long=True)
-        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
+        group = self._starters
+        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {}, group)
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=group)
         return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
