@@ -22,7 +22,7 @@ from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.hosts import Host, Started
-from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
 from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
@@ -135,11 +135,16 @@ class SglangEngine:
         if nodes is not None:
             nodes.prepare(names, setting)
             return nodes
-        return host_of(self._config, self._hosts[rank], addresses[rank], setting) if rank in addresses else None
+        if rank not in addresses:
+            return None
+        if sync_of(self._config) == "tensor":
+            send = self._send_settings()
+            require_room(send.arch, send.dtype, send.fp8_block, send.bucket_bytes)
+        return host_of(self._config, self._hosts[rank], addresses[rank], setting)
 
-    def _make_sender(self, address: str) -> Sender:
-        config, serving, control = self._config, self._serving, self._control
-        settings = SendSettings(
+    def _send_settings(self) -> SendSettings:
+        config, serving = self._config, self._serving
+        return SendSettings(
             serving.architecture,
             getattr(torch, serving.dtype),
             FP8_BLOCK if config.fp8 else None,
@@ -148,6 +153,10 @@ class SglangEngine:
             config.update_timeout_s,
             config.checksums,
         )
+
+    def _make_sender(self, address: str) -> Sender:
+        config, serving, control = self._config, self._serving, self._control
+        settings = self._send_settings()
         how = sync_of(config)
         if how == "disk":
             directory = Path(config.sync_dir) if config.sync_dir else serving.directory / "weights"
