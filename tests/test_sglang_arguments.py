@@ -155,20 +155,22 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("capability", "settings", "wanted"),
+    ("capability", "model", "settings", "wanted"),
     [
-        ((10, 0), dict(fp8=True), ("--fp8-gemm-backend", "triton")),
-        ((9, 0), dict(fp8=True), ()),
-        ((10, 0), {}, ()),
-        ((10, 3), dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ("--fp8-gemm-backend=cutlass",)),
+        ((10, 0), {}, dict(fp8=True), ["--fp8-gemm-backend", "triton"]),
+        ((10, 3), {"num_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
+        ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
+        ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
+        ((10, 0), {}, {}, []),
+        ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),
     ],
 )
-def test_servers_of_fp8_on_blackwell_keep_their_scales_as_they_are_sent(tmp_path, monkeypatch, capability, settings, wanted):
+def test_servers_on_blackwell_keep_weights_as_they_are_sent(tmp_path, monkeypatch, capability, model, settings, wanted):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    (tmp_path / "config.json").write_text(json.dumps(model))
     arguments = command_of(tmp_path, **settings).arguments
-    first = next((number for number, name in enumerate(arguments) if name.startswith("--fp8-gemm")), len(arguments))
-    assert arguments[first:] == wanted
+    assert [word for word in arguments if "-backend" in word or word == "triton"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ LOADER = "etr_megatron.weights.transport.server_entry.load"
 
 ROUTING = "--enable-return-routed-experts"
 
-_FP8_KERNEL = "--fp8-gemm-backend"
-
 
 def sync_of(config: SglangConfig) -> str:
     """The transport of weight syncs, with null resolved to the default."""
@@ -61,11 +59,11 @@ def server_command(
     if config.fp8:
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         quantization = {"fmt": "e4m3", **blocks}
-    if config.fp8 or _is_quantised(model_dir):
+    if config.fp8 or _named_in(model_dir, "quantization_config"):
         # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
-    if config.fp8 and cuda and _repacks_scales() and _FP8_KERNEL not in names_of(config.arguments):
-        arguments += [_FP8_KERNEL, "triton"]
+    if cuda:
+        arguments += _plain_kernels(config, model_dir)
     environment = {}
     if shares_gpus:
         arguments += ["--enable-memory-saver"]
@@ -122,17 +120,26 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     return tuple(gpus[first : first + config.tp])
 
 
-def _repacks_scales() -> bool:
-    """Whether SGLang's default FP8 kernels on this machine's GPUs (DeepGEMM on Blackwell, SM100) keep the blocks' scales in
-    another type and shape, into which no update can be loaded (`requant_block_scale_ue8m0_for_deepgemm`)."""
+def _plain_kernels(config: SglangConfig, model_dir: Path) -> list[str]:
+    """Arguments for kernels that keep weights as they are sent, unless the user has chosen some.
+
+    On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
+    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either.
+    """
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
+        return []
+    experts = _named_in(model_dir, "num_experts") or _named_in(model_dir, "num_local_experts")
+    kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
+    given = set(names_of(config.arguments))
+    return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
 
 
-def _is_quantised(model_dir: Path) -> bool:
+def _named_in(model_dir: Path, key: str) -> bool:
+    """Whether config.json has a value for this."""
     file = model_dir / "config.json"
-    return file.is_file() and bool(json.loads(file.read_text()).get("quantization_config"))
+    return file.is_file() and bool(json.loads(file.read_text()).get(key))
 
 
 def _this_package(folder: Path) -> str:
