@@ -22,7 +22,6 @@ from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
 
-
 _INITIAL_VALUES = ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val")
 """Attributes that Transformer Engine adds to a weight that it creates in FP8."""
 
