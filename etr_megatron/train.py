@@ -7,7 +7,7 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, nodes_apart
+from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, meets_servers_in_nccl, nodes_apart
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
@@ -43,6 +43,9 @@ def _run(argv: list[str]) -> None:
     with beside_inputs():
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
+    if meets_servers_in_nccl(config):
+        # SGLang sets it to 0 for its workers unless it is set, and processes of one machine that differ in it cannot connect.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     apart = nodes_apart(config)
     place = place_of(apart)
     if apart:  # the training world excludes these nodes

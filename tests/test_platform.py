@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -172,3 +173,26 @@ def test_a_rank_has_kernels_start_in_the_order_of_their_launches_unless_told_oth
     with pytest.raises(UserError):
         train._run(["no_such.key=1"])
     assert os.environ[name] == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "wanted"),
+    [
+        ([], None, "0"),
+        ([], "1", "1"),
+        (["sglang.sync=sharded"], None, "0"),
+        (["sglang.sync=disk"], None, None),
+        (["sglang.placement=colocated"], None, None),
+        (["rollout.backend=embedded"], None, None),
+    ],
+)
+def test_a_rank_that_meets_servers_in_nccl_lets_it_allocate_as_theirs_does(monkeypatch, overrides, given, wanted):
+    name = "NCCL_CUMEM_ENABLE"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ETR_PLATFORM", "cpu")  # is set as well
+    monkeypatch.setattr(train, "place_of", mock.Mock(side_effect=UserError("far enough")))
+    with pytest.raises(UserError, match="far enough"):
+        train._run(["rollout.backend=sglang", *overrides])
+    assert os.environ.get(name) == wanted

@@ -33,6 +33,14 @@ def backend() -> str:
     return "nccl" if uses_cuda() else "gloo"
 
 
+def release_cached_memory() -> None:
+    """Return to the device the GPU memory that torch keeps for its next tensors, so that other processes can take it."""
+    import torch
+
+    if uses_cuda():
+        torch.cuda.empty_cache()
+
+
 _prepared = False
 
 
@@ -62,4 +70,4 @@ def prepare_megatron() -> None:
     _prepared = True
 
 
-__all__ = ["backend", "device", "prepare_megatron", "uses_cuda"]
+__all__ = ["backend", "device", "prepare_megatron", "release_cached_memory", "uses_cuda"]

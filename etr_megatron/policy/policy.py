@@ -194,7 +194,10 @@ class Policy:
         collective."""
         if self.config.train.overlap_param_gather:
             for chunk in self._ddp:
-                chunk.start_param_sync(force_sync=True)
+                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    # As Megatron does it before a forward pass. Its `start_param_sync(force_sync=True)` would leave the
+                    # transposed copies of FP8 weights, which backward passes use, as they were before the update.
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
