@@ -11,6 +11,7 @@ from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, 
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
 from etr_megatron.status import exit_code_of
 
@@ -44,8 +45,7 @@ def _run(argv: list[str]) -> None:
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
     if meets_servers_in_nccl(config):
-        # SGLang sets it to 0 for its workers unless it is set, and processes of one machine that differ in it cannot connect.
-        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+        prepare_for_groups_with_servers()
     apart = nodes_apart(config)
     place = place_of(apart)
     if apart:  # the training world excludes these nodes

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from etr_megatron.platform.nccl import outliving_failures
+
 
 class UpdateGroup:
     """A store and, once `join` has returned, a group: rank 0 is this process, the others are the servers' workers."""
@@ -33,17 +35,18 @@ class UpdateGroup:
     def join(self) -> None:
         """Form the group; blocks until all workers have joined. Raises torch's error when they do not join in time."""
         store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
-        # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
-        self._group, _ = c10d._new_process_group_helper(
-            self.world,
-            0,
-            [],
-            c10d.Backend(self.backend),
-            dist.PrefixStore(self.name, store),
-            group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
-            backend_options=None,
-            timeout=self._timeout,
-        )
+        with outliving_failures():
+            # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
+            self._group, _ = c10d._new_process_group_helper(
+                self.world,
+                0,
+                [],
+                c10d.Backend(self.backend),
+                dist.PrefixStore(self.name, store),
+                group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
+                backend_options=None,
+                timeout=self._timeout,
+            )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
 
     def broadcast(self, flat: Tensor) -> None:
