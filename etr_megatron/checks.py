@@ -360,6 +360,12 @@ def starts_servers(config: Config) -> bool:
     return config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
 
 
+def meets_servers_in_nccl(config: Config) -> bool:
+    """Whether training ranks and servers form process groups, on GPUs with NCCL, in which weights travel."""
+    engine = config.rollout.backend == "sglang" and config.rollout.replay is None
+    return engine and config.sglang.placement != "colocated" and config.sglang.sync in (None, "broadcast", "sharded")
+
+
 def check_servers(config: Config) -> None:
     """Check the interpreter and the arguments of the servers that this node starts."""
     if not starts_servers(config):

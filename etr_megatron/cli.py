@@ -19,8 +19,9 @@ USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
   CONFIG          a YAML file, such as configs/cpu_tiny.yaml (which is taken when there is no GPU and none is named)
   key=value       overrides of the config, such as run.name=first train.lr=1e-5
   --rollout-only  rollouts and rewards, recorded; no training
-  --dry-run       config, layout, model and memory checked for GPUs that need not be here; nothing is started. With --gpus N
-                  [--gpu-memory GIB] [--gpus-per-node N]; without --gpus for the fewest that the config fits on"""
+  --dry-run       config, layout, model, data files and memory checked for GPUs that need not be here; nothing is started. With
+                  --gpus N [--gpu a100|h100|h200|b200] [--gpu-memory GIB] [--gpus-per-node N]; without --gpus for the fewest
+                  that the config fits on"""
 
 
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, samples_of_set
+from etr_megatron.data import named
 from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.engine import MustStop
@@ -17,22 +18,15 @@ WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The problems of every set of `data.eval`, by set name; the name is empty if `data.eval` is a single unnamed source.
-
-    Ids are unique over all sets: in a named set they are prefixed with its name.
-    """
+    """The problems of every set of `data.eval`, by set name, with ids as `named` makes them; a single unnamed set has the empty
+    name."""
 
     sets: Mapping[str, Sequence[Problem]]
 
     @classmethod
     def of(cls, sets: Iterable[tuple[str, Sequence[Problem]]], at_most: int) -> HeldOut:
         """The first `at_most` problems of each set."""
-        return cls(
-            {
-                name: [replace(one, id=f"{name}/{one.id}") if name else one for one in problems[:at_most]]
-                for name, problems in sets
-            }
-        )
+        return cls({name: named(name, problems[:at_most]) for name, problems in sets})
 
     @property
     def problems(self) -> list[Problem]:
@@ -56,7 +50,7 @@ def evaluate(
     Raises UngradedError and the errors of `engine.generate`.
     """
     sampling = Sampling(
-        samples=config.eval.samples,
+        samples=tuple(samples_of_set(config, name) for name, problems in held_out.sets.items() for _ in problems),
         max_tokens=config.eval.max_response_tokens or config.rollout.max_response_tokens,
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
@@ -71,19 +65,23 @@ def evaluate(
 
 
 def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> dict[str, float]:
-    """Metrics of graded held-out responses: the mean over sets, and the values of each named set."""
+    """Metrics of graded held-out responses: the mean over the sets that have them, and the values of each named set."""
     each = {name: _metrics_of(groups, config) for name, groups in sets.items()}
-    found = {f"eval_{key}": sum(one[key] for one in each.values()) / len(each) for key in next(iter(each.values()))}
+    values: dict[str, list[float]] = {}
+    for one in each.values():
+        for key, value in one.items():
+            values.setdefault(key, []).append(value)
+    found = {f"eval_{key}": sum(several) / len(several) for key, several in values.items()}
     return found | {f"eval/{name}/{key}": value for name, one in each.items() if name for key, value in one.items()}
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """avg@k, pass@k where `eval.samples` > 1, and response lengths."""
+    """avg@k, pass@k if there are several responses per problem, and response lengths."""
     right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
     samples = [sample for group in groups for sample in group.samples]
     return {
         "accuracy": sum(map(sum, right)) / len(samples),
-        **({"pass_at_k": sum(map(any, right)) / len(right)} if config.eval.samples > 1 else {}),
+        **({"pass_at_k": sum(map(any, right)) / len(right)} if len(samples) > len(groups) else {}),
         "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
     }

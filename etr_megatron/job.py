@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
 from etr_megatron.checks import nodes_apart
-from etr_megatron.config import Config, Source, doubts, resolved, sources_of
+from etr_megatron.config import Config, doubts, resolved
 from etr_megatron.data import (
-    ProblemSet,
     PromptCursor,
     build_tiny_policy,
     load_tokenizer,
-    open_problems,
     refuse_unknown_tokens,
 )
 from etr_megatron.errors import RequeueError, UserError
@@ -33,8 +30,6 @@ from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from etr_megatron.observe.run_directory import RunState
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
@@ -70,22 +65,18 @@ def initial_checkpoint(config: Config) -> Path:
 
 def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:
     from etr_megatron.checkpoint import latest_step
-    from etr_megatron.evaluation import HeldOut
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
+    from etr_megatron.problem_sets import open_sets
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
-    agree_on_nccl(config)
     init_world(config.run.phase_timeout_s)
     require_fp8(config.fp8)  # before spending minutes on server startup
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
-    sources = sources_of(config.data)
-    problems, *sets = (_problems(config, source, tokenizer, report=layout.rank == 0) for source in sources)
-    refuse_other_problems({source.key: found for source, found in zip(sources, (problems, *sets), strict=True)})
-    held_out = HeldOut.of(zip([source.name for source in sources[1:]], sets, strict=True), config.eval.problems)
+    problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
@@ -129,19 +120,6 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         gc.unfreeze()  # else Triton's bindings report what is left at exit as leaked
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
-
-
-def agree_on_nccl(config: Config) -> None:
-    """Give ranks the setting that SGLang gives its servers if none is set (`entrypoints/engine.py`), before NCCL's first group.
-
-    Processes of one group that allocate buffers in different ways cannot open those of each other on the same machine.
-    """
-    if config.rollout.backend != "sglang" or config.rollout.replay is not None:
-        return
-    from etr_megatron.rollout.sglang.commands import sync_of
-
-    if sync_of(config.sglang) in ("broadcast", "sharded"):
-        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
 
 
 def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:
@@ -228,37 +206,6 @@ def _sampler(
         return RoundSampler(config, engine, cursor, decode, grader)
     servers = cast("StreamingEngine", engine)  # see `_engine`
     return StreamingSampler(config, servers, cursor, decode, grader)
-
-
-def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
-    """The problems of a source; prints how many rows were skipped and why."""
-    found = open_problems(source, config.data, config.arithmetic, tokenizer, config.reward.columns)
-    if report and (found.skipped_too_long or found.skipped_broken):
-        print(
-            f"{source.key}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
-            f"{config.data.max_prompt_tokens} and {found.skipped_broken} broken rows",
-            file=sys.stderr,
-        )
-    return found
-
-
-def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
-    """Raise UserError on every rank if any rank's problems differ from rank 0's: it would train on its own prompts with other
-    prompts' rewards. A collective. found: the problems by config key."""
-    from etr_megatron.rollout.rank0 import on_rank0
-
-    mine = {key: problems.fingerprint for key, problems in found.items()}
-    host, wanted = on_rank0(lambda: (socket.gethostname(), mine))
-
-    def compare() -> None:
-        for key in mine:
-            if mine[key] != wanted[key]:
-                raise UserError(
-                    f"{key}: {socket.gethostname()} reads other problems than {host}, the machine of rank 0; give both the "
-                    "same files, also of the tokenizer"
-                )
-
-    together(compare)
 
 
 def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from etr_megatron import platform
-from etr_megatron.config import Config, resolved
+from etr_megatron.config import Config, resolved, sets_by_name
+from etr_megatron.data import set_of
 from etr_megatron.flops import BF16_PEAK, sequence_flops
 from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
+from etr_megatron.observe.metrics import TRAIN_SET_PREFIX
 from etr_megatron.policy import Policy, PolicyBatch, Update
 from etr_megatron.types import Group
 
@@ -54,14 +56,33 @@ def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[
     return {
         "step": step,
         "weight_version": max(sample.weight_version for sample in samples),
+        **_groups_metrics(groups, config),
+        "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
+        "reward_errors": sum(sample.reward_status == "error" for sample in samples),
+        **_by_set(groups, config),
+    }
+
+
+def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """Rewards and lengths of at least one group."""
+    samples = [sample for group in groups for sample in group.samples]
+    return {
         "reward_mean": _mean([sample.known_reward() for sample in samples]),
         "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
-        "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
-        "reward_errors": sum(sample.reward_status == "error" for sample in samples),
         "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
     }
+
+
+def _by_set(groups: Sequence[Group], config: Config) -> dict[str, float]:
+    """Metrics of each named training set's groups."""
+    found: dict[str, float] = {}
+    for name in filter(None, sets_by_name(config.data.train)):
+        own = [group for group in groups if set_of(group.problem.id) == name]
+        values = {"groups": len(own), **(_groups_metrics(own, config) if own else {})}
+        found |= {f"{TRAIN_SET_PREFIX}{name}/{key}": value for key, value in values.items()}
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,10 +7,11 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, nodes_apart
+from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, meets_servers_in_nccl, nodes_apart
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
 from etr_megatron.status import exit_code_of
 
@@ -43,6 +44,8 @@ def _run(argv: list[str]) -> None:
     with beside_inputs():
         config = load_config(path, overrides)
     os.environ["ETR_PLATFORM"] = config.run.platform
+    if meets_servers_in_nccl(config):
+        prepare_for_groups_with_servers()
     apart = nodes_apart(config)
     place = place_of(apart)
     if apart:  # the training world excludes these nodes

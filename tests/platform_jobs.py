@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from etr_megatron.data import ProblemSet
 from etr_megatron.errors import UserError
-from etr_megatron.job import refuse_other_problems
 from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.problem_sets import refuse_other_problems
 from etr_megatron.types import Problem
 
 

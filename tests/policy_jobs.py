@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -124,6 +126,57 @@ def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_
     except (FloatingPointError, UserError) as error:
         return str(error)
     return ""
+
+
+def start_of_weights_held_in_fp8(model: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The optimizer's fp32 weights and the loaded ones [n] of layers' matrices that pass for FP8 weights of Transformer Engine:
+    these keep the random values that they were made with, behind two methods."""
+    from etr_megatron.policy import policy as policy_module
+
+    def initial(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return getattr(parameter, "_high_precision_init_val", None)
+
+    def clear(parameter: torch.nn.Parameter) -> None:
+        vars(parameter).pop("_high_precision_init_val", None)
+
+    def build_chunks(*args: Any) -> list[Any]:
+        chunks = original(*args)
+        for name, parameter in (pair for chunk in chunks for pair in chunk.named_parameters()):
+            if "linear" in name and parameter.dim() == 2:
+                parameter._high_precision_init_val = torch.zeros_like(parameter)
+                parameter.get_high_precision_init_val = MethodType(initial, parameter)
+                parameter.clear_high_precision_init_val = MethodType(clear, parameter)
+                held[name] = parameter
+        return chunks
+
+    held: dict[str, torch.nn.Parameter] = {}
+    original = policy_module.build_chunks
+    with (
+        mock.patch.object(policy_module, "build_chunks", build_chunks),
+        mock.patch(
+            "megatron.core.optimizer.distrib_optimizer.is_float8tensor",
+            lambda tensor: any(tensor is parameter for parameter in held.values()),
+        ),
+    ):
+        build(model, ["parallel.tp=1", "model.dtype=bfloat16", "train.distributed_optimizer=true"])
+    return {name: (parameter.main_param, parameter.detach().float().view(-1)) for name, parameter in held.items()}
+
+
+def not_processed_after_gathering(model: str) -> list[str]:
+    """Weights that Megatron has not let Transformer Engine process, after an update and an export have gathered them."""
+    place = "megatron.core.distributed.param_and_grad_buffer"
+    overlap = [f"train.{name}=true" for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")]
+    policy = build(model, ["parallel.tp=1", *overlap])
+    policy.update(make_batch([([7, 8, 9], [1, 2]), ([5], [3] * 4)]))
+    processed: list[torch.Tensor] = []
+    with (
+        mock.patch(f"{place}.is_float8tensor", lambda tensor: True),
+        mock.patch(f"{place}.post_all_gather_processing", processed.extend),
+    ):
+        policy.export()
+        policy.logprobs([([7, 8, 9], [1, 2])])
+    names = {parameter: name for chunk in policy.chunks for name, parameter in chunk.named_parameters()}
+    return sorted(names[parameter] for parameter in names.keys() - set(processed))
 
 
 def table_error(model: str, family: str, rows: tuple[Row, ...]) -> str:

@@ -225,7 +225,7 @@ def killed_between(model: str, directory: str, number: int, **settings: Any) -> 
             pid = victim["SGLang server 0"]["pid"]
             threading.Timer(0.3, os.kill, (pid, number)).start()
         problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
-        sampling, failed = Sampling(2, 5, 1.0, seed=1, step=1), {}
+        sampling, failed = Sampling((1, 3) * 15, 5, 1.0, seed=1, step=1), {}
         try:
             engine.generate(problems, sampling)
         except NeedsSyncError:

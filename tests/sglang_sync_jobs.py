@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from etr_megatron import platform
 from etr_megatron.batching import Sequences
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
@@ -166,11 +166,10 @@ def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, A
         engine.close()
 
 
-def as_on_gpus(model: str, directory: str, **settings: Any) -> list[str]:
-    """What a rank does in three syncs with a colocated server when ranks have GPUs, whose caches of memory are stand-ins."""
+def syncs_beside_a_server(model: str, directory: str, **settings: Any) -> list[str]:
+    """What a rank does in three syncs with a colocated server; its cache of GPU memory is a stand-in."""
     policy = build(model, [])
     engine = engine_of(policy, model, directory, max_gap=1e9, placement="colocated", **settings)
-    engine._serving = replace(engine._serving, backend="nccl")
     done: list[str] = []
 
     def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,7 +181,7 @@ def as_on_gpus(model: str, directory: str, **settings: Any) -> list[str]:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty cache"))
+            patch.setattr(platform, "release_cached_memory", lambda: done.append("empty cache"))
             for name in ("due", "begin", "finish", "probe"):
                 patch.setattr(Control, name, noting(name, getattr(Control, name)))
             for version in (1, 2, 3):

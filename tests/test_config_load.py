@@ -25,6 +25,12 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def test_samples_are_given_for_all_held_out_sets_or_by_set():
+    sets = ("data.eval={aime24: a.jsonl, 7: b.jsonl}", "eval.temperature=1")
+    assert load_config(None, [*sets, "eval.samples={aime24: 32, 7: 4}"]).eval.samples == {"aime24": 32, "7": 4}
+    assert load_config(None, [*sets, "eval.samples=4"]).eval.samples == 4
+
+
 def test_without_a_file_the_defaults_hold():
     assert load_config(None, []) == Config()
 
@@ -49,6 +55,8 @@ def test_file_then_overrides_and_the_last_override_wins(tmp_path):
         ("data.eval='null'", "data", "eval", "null"),
         ("data.eval=my problems.jsonl", "data", "eval", "my problems.jsonl"),
         ("data.eval={aime24: a.jsonl, 7: owner/b:main}", "data", "eval", {"aime24": "a.jsonl", "7": "owner/b:main"}),
+        ("data.train={sums: arithmetic, b: b.parquet}", "data", "train", {"sums": "arithmetic", "b": "b.parquet"}),
+        ("eval.samples=1", "eval", "samples", 1),
         ("data.prompt_column=reward_model.x: y", "data", "prompt_column", "reward_model.x: y"),
         ("data.prompt_column=[question, problem]", "data", "prompt_column", ("question", "problem")),
         ("data.eval=a: [b", "data", "eval", "a: [b"),
@@ -105,6 +113,10 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("reward.extract=[boxed", "a list of texts"),
         ("objective.options={margin: 1", "numbers by name"),
         ("data.eval={a: b.jsonl", "texts by name, such as {a: b}"),
+        ("data.train=[a.jsonl, b.jsonl]", "texts by name, such as {a: b}"),
+        ("eval.samples={a: 1", "whole numbers by name, such as {a: 1, b: 2} or a whole number"),
+        ("eval.samples={a: 0.5}", "whole numbers by name, such as {a: 1, b: 2}"),
+        ("eval.samples=many", "whole numbers by name, such as {a: 1, b: 2} or a whole number"),
         ("data.eval=[a.jsonl, b.jsonl]", "texts by name, such as {a: b}"),
         ("data.eval={a: [b.jsonl]}", "texts by name, such as {a: b}"),
         ("data.eval={a: b.jsonl, a: c.jsonl}", "texts by name, such as {a: b}, each name once"),

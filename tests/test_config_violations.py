@@ -42,6 +42,15 @@ VIOLATIONS = [
     (dict(data__eval={"a": ""}), ["data.eval"]),
     (dict(data__eval={"a/b": "c.jsonl"}), ["data.eval"]),
     (dict(data__eval={"": "c.jsonl"}), ["data.eval"]),
+    (dict(data__train={}), ["data.train"]),
+    (dict(data__train={"a": ""}), ["data.train"]),
+    (dict(data__train={"a b": "c.jsonl"}), ["data.train"]),
+    (
+        dict(
+            data__train={"a": "t.jsonl", "b": "arithmetic"}, data__eval=None, arithmetic__max_digits=1, arithmetic__min_digits=1
+        ),
+        ["arithmetic.train_problems"],
+    ),
     (
         dict(data__train="t.jsonl", data__eval={"a": "arithmetic"}, arithmetic__max_digits=1, arithmetic__min_digits=1),
         ["arithmetic.train_problems"],
@@ -72,7 +81,12 @@ VIOLATIONS = [
     (dict(rollout__temperature=1e-39), ["rollout.temperature"]),
     (dict(eval__temperature=1e-39), ["eval.temperature"]),
     (dict(eval__samples=0), ["eval.samples"]),
+    (dict(eval__samples=2**31, eval__temperature=1.0), ["eval.samples"]),
     (dict(eval__samples=4), ["eval.samples", "eval.temperature"]),
+    (dict(eval__samples={"a": 1, "b": 4}, data__eval={"a": "a.jsonl", "b": "b.jsonl"}), ["eval.samples", "eval.temperature"]),
+    (dict(eval__samples={"a": 0}, data__eval={"a": "a.jsonl", "b": "b.jsonl"}), ["eval.samples"]),
+    (dict(eval__samples={"a": 1}), ["eval.samples", "data.eval"]),
+    (dict(eval__samples={"c": 1}, data__eval={"a": "a.jsonl"}), ["eval.samples", "data.eval"]),
     (
         dict(sglang__router="random", train__routing_replay=True, rollout__backend="sglang"),
         ["sglang.router", "train.routing_replay"],

@@ -210,7 +210,7 @@ def test_a_hub_dataset_may_name_a_split_of_its_own(tmp_path, monkeypatch):
     ]
 
 
-def test_held_out_sets_are_named_by_their_key():
+def test_sets_are_named_by_their_key():
     config = DataConfig(train="t.jsonl", eval={"aime24": "a.jsonl", "amc23": "owner/b"}, eval_split="te")
     assert sources_of(config) == [
         Source("data.train", "t.jsonl", "train", "train"),
@@ -219,3 +219,8 @@ def test_held_out_sets_are_named_by_their_key():
     ]
     assert sources_of(DataConfig(eval="e.jsonl"))[1:] == [Source("data.eval", "e.jsonl", "test", "eval")]
     assert len(sources_of(DataConfig(eval=None))) == 1
+    several = DataConfig(train={"gsm8k": "owner/g", "maths": "m.parquet"}, train_split="all", eval=None)
+    assert sources_of(several) == [
+        Source("data.train.gsm8k", "owner/g", "all", "train", "gsm8k"),
+        Source("data.train.maths", "m.parquet", "all", "train", "maths"),
+    ]

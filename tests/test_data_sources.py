@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from etr_megatron.config import sources_of
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
-from etr_megatron.data import ProblemSet, load_tokenizer, open_problems
+from etr_megatron.data import ProblemSet, load_tokenizer, open_problems, set_of
 from etr_megatron.errors import UserError
 
 ARITHMETIC = ArithmeticConfig(train_problems=50, eval_problems=20)
@@ -95,6 +95,20 @@ def test_a_broken_line_is_fatal_with_its_file_and_line_or_skipped_and_counted(tm
     problems = opened(source, tokenizer, on_bad_row="skip")
     assert [p.id for p in problems] == ["b.jsonl:1", "b.jsonl:2", "b.jsonl:4"]
     assert problems.skipped_broken == 1
+
+
+def test_joined_sets_keep_their_problems_apart_by_name(tmp_path, tokenizer):
+    """A file given twice comes twice, and problems under other names are others."""
+    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "broken", {"question": 40 * "long", "answer": "7"}, GOOD])
+    config = DataConfig(train={"x": source, "y": source}, eval=None, on_bad_row="skip", max_prompt_tokens=100)
+    first, second = opened_all(config, tokenizer)
+    both = ProblemSet.joined([("x", first), ("y", second)])
+    assert [one.id for one in both] == ["x/a.jsonl:1", "x/a.jsonl:4", "y/a.jsonl:1", "y/a.jsonl:4"]
+    assert [set_of(one.id) for one in both] == ["x", "x", "y", "y"]
+    assert (both.skipped_broken, both.skipped_too_long) == (2, 2)
+    assert both.fingerprint != ProblemSet.joined([("x", first), ("z", second)]).fingerprint
+    alone = ProblemSet.joined([("", first)])
+    assert alone.problems == first.problems and alone.fingerprint == first.fingerprint
 
 
 def test_a_line_that_is_not_utf8_is_reported_by_line(tmp_path, tokenizer):

@@ -66,6 +66,14 @@ def test_of_several_sets_each_is_told_and_their_mean_whatever_their_sizes(tmp_pa
     assert found.items() <= log.rows()[0].items() and start.items() <= log.rows()[0].items()
 
 
+def test_sets_that_are_answered_once_have_no_share_in_pass_at_k():
+    own = ("data.eval={a: a.jsonl, b: b.jsonl, c: c.jsonl}", "eval.samples={a: 2, c: 4}", "eval.temperature=1.0")
+    sets = {"a": graded((1.0, 0.0), (0.0, 0.0)), "b": graded((1.0,)), "c": graded((0.0, 0.0, 0.0, 1.0))}
+    found = evaluation_metrics(sets, config(*own))
+    assert found["eval_pass_at_k"] == 0.75 and found["eval_accuracy"] == 0.5
+    assert found["eval/a/pass_at_k"] == 0.5 and found["eval/c/pass_at_k"] == 1.0 and "eval/b/pass_at_k" not in found
+
+
 def test_the_first_problems_of_every_set_are_asked_once_under_names_that_are_theirs_alone():
     sets = [("", [Problem("1", "a?", "", [1])]), ("b", [Problem("1", "b?", "", [2]), Problem("2", "b?", "", [3])])]
     held_out = HeldOut.of(sets, 1)
@@ -97,10 +105,32 @@ def test_an_evaluation_samples_as_its_own_settings_say_and_gives_the_groups_of_e
     )
     ((count, sampling),) = asked
     assert count == 3
-    assert (sampling.samples, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.6, 0.95, 20)
+    assert (sampling.samples[0], sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.6, 0.95, 20)
     assert (sampling.max_tokens, sampling.seed, sampling.step, sampling.routing) == (77, 3, -1, False)
     rewards = {name: [[sample.reward for sample in group.samples] for group in groups] for name, groups in found.items()}
     assert rewards == {"a": [[1.0, 0.0]], "b": [[0.0, 1.0], [0.0, 0.0]]}
+
+
+def test_each_set_is_answered_as_often_as_its_samples_say(one_rank):
+    asked = []
+
+    class Engine:
+        def generate(self, problems, sampling, must_stop):
+            asked.append(dict(zip([one.id for one in problems], sampling.samples_of(problems), strict=True)))
+            return [[Sample(i, [7], [-1.0], "stop", 0) for i in range(count)] for count in sampling.samples_of(problems)]
+
+    sets = [("a", [Problem("1", "a?", "", [1])]), ("b", [Problem("1", "b?", "", [2]), Problem("2", "c?", "", [3])])]
+    found = evaluate(
+        Engine(),
+        HeldOut.of(sets, 5),
+        config("data.eval={a: a.jsonl, b: b.jsonl}", "eval.samples={b: 3}", "eval.temperature=0.6"),
+        decode=str,
+        grader=lambda requests: [Grade(0.0, "ok", "")] * len(requests),
+        must_stop=lambda: None,
+        with_servers=lambda draw: draw(),
+    )
+    assert asked == [{"a/1": 1, "b/1": 3, "b/2": 3}]
+    assert {name: [len(group.samples) for group in groups] for name, groups in found.items()} == {"a": [1], "b": [3, 3]}
 
 
 def test_an_evaluation_is_limited_as_the_rollouts_are_where_it_has_no_limit_of_its_own(one_rank):

@@ -278,6 +278,19 @@ def test_of_a_short_run_the_report_has_its_first_and_last_step_and_a_reward_of_z
     assert "clipped tokens" not in summary(rows)
 
 
+def test_the_report_tells_each_training_sets_reward_over_the_steps_that_have_groups_of_it() -> None:
+    rows = [make_row(step) for step in range(1, 21)]
+    for row, gsm8k, rare in ((rows[0], 0.25, None), (rows[1], 0.75, None), (rows[18], None, 1.0), (rows[19], 1.0, 0.5)):
+        own = {"train/gsm8k/reward_mean": gsm8k, "train/rare/reward_mean": rare}
+        row |= {key: value for key, value in own.items() if value is not None} | {"train/rare/groups": 0}
+    told = summary(rows).splitlines()
+    assert told[2:4] == [
+        "  gsm8k           first tenth 0.500, last tenth 1.000",
+        "  rare            first tenth no groups, last tenth 0.750",
+    ]
+    assert told[1].startswith("reward            first tenth ") and told[4].startswith("eval accuracy")
+
+
 def test_the_bar_of_a_resumed_run_goes_on_from_its_step() -> None:
     stream = Terminal()
     progress = Progress(total=30, done=25, stream=stream)

@@ -117,6 +117,11 @@ def test_a_reference_in_fp8_has_no_copy_for_a_backward_pass():
     assert held.reference == held.parameters == 2 * held.elements
 
 
+def test_weights_held_in_fp8_are_sent_from_a_copy_in_bf16():
+    rank, held = plan("fp8.recipe=blockwise").ranks[0], plan("fp8.recipe=blockwise", "fp8.param=true").ranks[0]
+    assert held.export - rank.export == rank.parameters - 2 * rank.elements > 0
+
+
 def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
     config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), ["rollout.backend=embedded", "rollout.batch_samples=16"])
     planned = make_plan(config, 8)

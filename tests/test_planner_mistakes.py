@@ -37,6 +37,8 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 1"),
         (["--gpus", "100000000"], "--gpus 100000000: no more than 65536 can be planned"),
+        (["--gpu", "a100", "fp8.recipe=blockwise"], "fp8.recipe=blockwise: an A100 SXM has no FP8"),
+        (["--gpu", "a100", "sglang.fp8=true"], "sglang.fp8=true: an A100 SXM has no FP8"),
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),
@@ -67,6 +69,7 @@ def test_a_mistake_that_no_number_of_gpus_mends_is_told_as_such() -> None:
     for arguments, told in (
         (["model.path=models/Nobody-1B"], "^model.path: "),
         (["--gpu-memory", "0"], "^--gpu-memory 0: "),
+        (["--gpu", "h1000"], "^--dry-run: argument --gpu: invalid choice: 'h1000'"),
         (["--nproc", "2"], "^--dry-run starts no processes: give --gpus"),
     ):
         with pytest.raises(UserError, match=told):

@@ -10,11 +10,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from etr_megatron.config import load_config
 from etr_megatron.flops import active_parameters, body_flops, head_flops
-from etr_megatron.planner import H100, make_plan
+from etr_megatron.planner import GPUS, H100, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
-from etr_megatron.planner.published import ROWS, SYNC_32B, sync_of_32b, table
+from etr_megatron.planner.published import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
 from etr_megatron.planner.speed import sync_seconds
 from etr_megatron.weights import read_architecture
 
@@ -190,3 +190,15 @@ def test_the_head_makes_its_logits_twice_for_a_loss_that_does_not_say_that_it_is
 
     once, twice = seconds_of_training(), seconds_of_training("train.grads_dtype=bfloat16")
     assert once < twice == seconds_of_training("objective.loss=tests.broken_loss:leaves")
+
+
+def test_each_gpu_brings_its_own_memory_and_rates() -> None:
+    """Training is bound by matrix products alone; an H200 has those of an H100, and more memory for the servers' caches."""
+    config = load_config(CONFIGS / "qwen3_8b_8gpu.yaml")
+    plans = {name: make_plan(config, 8, gpu=gpu) for name, gpu in GPUS.items()}
+    assert {name: plan.gpu_memory for name, plan in plans.items()} == {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
+    assert make_plan(config, 8, gpu=GPUS["h200"], gpu_memory=80).time.generate > plans["h200"].time.generate
+    train = {name: plan.time.train / plans["h100"].time.train for name, plan in plans.items()}
+    assert train == pytest.approx({"a100": 989.4 / 312, "h100": 1, "h200": 1, "b200": 989.4 / 2250})
+    generate = [plans[name].time.generate for name in ("a100", "h100", "h200", "b200")]
+    assert generate == sorted(generate, reverse=True) and len(set(generate)) == 4

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from etr_megatron import train
 from etr_megatron.errors import UserError
 from etr_megatron.platform import cpu_shim
 from etr_megatron.platform.phases import Phases
+from etr_megatron.rollout.sglang import update_group
+from etr_megatron.weights.transport import wire
 from tests.gang import ROOT
 
 WAITED, LOST = "rank 0 waited 10 s at the save for", "rank 0 lost at the save,"
@@ -172,3 +175,64 @@ def test_a_rank_has_kernels_start_in_the_order_of_their_launches_unless_told_oth
     with pytest.raises(UserError):
         train._run(["no_such.key=1"])
     assert os.environ[name] == wanted
+
+
+@pytest.mark.parametrize("name", ["NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"])
+@pytest.mark.parametrize(
+    ("overrides", "given", "wanted"),
+    [
+        ([], None, "0"),
+        ([], "1", "1"),
+        (["sglang.sync=sharded"], None, "0"),
+        (["sglang.sync=disk"], None, None),
+        (["sglang.placement=colocated"], None, None),
+        (["rollout.backend=embedded"], None, None),
+    ],
+)
+def test_a_rank_that_meets_servers_in_nccl_connects_to_them_and_outlives_them(monkeypatch, name, overrides, given, wanted):
+    for one in ("NCCL_CUMEM_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.setenv(one, "")  # is set as well
+        monkeypatch.delenv(one)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    monkeypatch.setenv("ETR_PLATFORM", "cpu")  # is set as well
+    monkeypatch.setattr(train, "place_of", mock.Mock(side_effect=UserError("far enough")))
+    with pytest.raises(UserError, match="far enough"):
+        train._run(["rollout.backend=sglang", *overrides])
+    assert os.environ.get(name) == wanted
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_a_group_with_servers_outlives_them_and_other_groups_keep_their_own_settings(monkeypatch, own):
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    seen = []
+
+    def formed(*_arguments, **_options):
+        seen.append(os.environ.get(name))
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", formed, raising=False)
+    with pytest.raises(RuntimeError, match="not here"):
+        wire._open_group("nccl", dist.HashStore(), 0, 2, 1.0)
+    monkeypatch.setattr(update_group.c10d, "_new_process_group_helper", formed)
+    with pytest.raises(RuntimeError, match="not here"):
+        update_group.UpdateGroup(1, host="127.0.0.1", backend="gloo", timeout_s=5).join()
+    assert seen == ["0", "0"]
+    assert os.environ.get(name) == own
+
+
+@pytest.mark.parametrize(("backend", "ended"), [("nccl", "aborted"), ("gloo", "destroyed")])
+def test_a_group_with_servers_is_left_without_waiting_for_them(monkeypatch, backend, ended):
+    """torch's orderly end of an NCCL group waits for operations under way and for the other processes of the machine."""
+    done = []
+    group = update_group.UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5)
+    monkeypatch.setattr(update_group.c10d, "_abort_process_group", lambda it: done.append(("aborted", it)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda it: done.append(("destroyed", it)))
+    group.close()  # nobody has joined
+    group._group = "the group"
+    group.close()
+    group.close()
+    assert done == [(ended, "the group")]

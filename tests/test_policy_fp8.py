@@ -13,7 +13,7 @@ import torch
 
 from etr_megatron.config import Fp8Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.policy import Layout, megatron_weights
+from etr_megatron.policy import Layout
 from etr_megatron.policy import fp8 as policy_fp8
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.packing import pack
@@ -81,7 +81,8 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
         assert batch.cu_seqlens[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
 
 
-def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imported(tmp_path):
+@pytest.mark.parametrize(("capability", "scales"), [(None, "1"), ((9, 0), "1"), ((10, 0), "0"), ((12, 0), "0")])
+def test_transformer_engine_finds_in_the_environment_which_scales_the_device_has(tmp_path, capability, scales):
     package = tmp_path / "transformer_engine"
     package.mkdir()
     seen = tmp_path / "seen"
@@ -91,18 +92,27 @@ def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imp
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     env.pop(name, None)
-    subprocess.run([sys.executable, "-c", "import etr_megatron.policy"], env=env, check=True, capture_output=True, timeout=120)
-    assert seen.read_text() == "1"
+    program = "import etr_megatron.policy"
+    if capability is not None:
+        program = (
+            "import torch; torch.cuda.is_available = lambda: True\n"
+            f"torch.cuda.get_device_capability = lambda *_: {capability}\nfrom etr_megatron import platform\n"
+            "platform.prepare_megatron()"
+        )
+    # The import of the stand-in ends the program.
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, timeout=120)
+    assert seen.read_text() == scales
 
 
-def test_the_optimizer_does_not_start_from_what_weights_held_in_fp8_were_made_with(monkeypatch):
-    chunk, cleared = torch.nn.Linear(2, 3), []
-    chunk.weight.clear_high_precision_init_val = lambda: cleared.append("weight")
-    monkeypatch.setattr(megatron_weights, "is_torch_dist", lambda directory: False)
-    monkeypatch.setattr(megatron_weights, "open_checkpoint", lambda directory: None)
-    monkeypatch.setattr(megatron_weights, "load_hf_weights", lambda models, checkpoint: cleared.append("loaded"))
-    megatron_weights.load_weights([[chunk]], "somewhere")
-    assert cleared == ["loaded", "weight"]
+def test_the_optimizer_starts_from_the_loaded_weights_not_from_what_those_held_in_fp8_were_made_with(gangs, hf_models):
+    found = gangs(1).run("tests.policy_jobs:start_of_weights_held_in_fp8", model=hf_models["qwen3"])[0]
+    assert found and all(torch.equal(main, loaded) for main, loaded in found.values())
+
+
+def test_whoever_needs_whole_weights_leaves_no_stale_copies_of_those_held_in_fp8(gangs, hf_models):
+    """After a weight sync, all weights have been gathered, and the next forward pass finds nothing to do."""
+    for stale in gangs(2).run("tests.policy_jobs:not_processed_after_gathering", model=hf_models["qwen3"]):
+        assert stale == []
 
 
 def with_transformer_engine(monkeypatch, **modules: types.ModuleType | None) -> None:

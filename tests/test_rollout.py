@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from etr_megatron.rollout import Sampling, sample_seed
 from etr_megatron.rollout.sampling import draw, keep_top
+from etr_megatron.types import Problem
 from tests.hf_models import write_model
 from tests.test_policy_logprobs import reference
 
@@ -58,10 +60,24 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(gangs, hf_models):
         assert after["finish_reason"] == ("stop" if stop in ids else "length")
 
 
-def test_seeds_differ_by_run_step_prompt_and_sample():
-    from etr_megatron.rollout import Sampling, sample_seed
-    from etr_megatron.types import Problem
+def test_problems_may_be_answered_a_different_number_of_times(gangs, hf_models):
+    """A response depends only on its prompt and its position, so the first ones are the same."""
+    options = dict(temperature=0.9, max_tokens=7)
+    three = generate(gangs, hf_models["qwen3"], 1, samples=3, **options)[0]
+    counts = (1, 3, 2, 1, 3)
+    for replies in generate(gangs, hf_models["qwen3"], 2, samples=counts, **options):
+        for group, every, count in zip(replies, three, counts, strict=True):
+            assert [(one["index"], one["response_ids"]) for one in group] == [
+                (one["index"], one["response_ids"]) for one in every[:count]
+            ]
 
+
+def test_a_number_of_responses_for_other_problems_is_refused():
+    with pytest.raises(ValueError, match="numbers of responses for 2 problems, but there are 1"):
+        Sampling((1, 2), 1, 1.0, 0, 0).samples_of([Problem("a", "", "")])
+
+
+def test_seeds_differ_by_run_step_prompt_and_sample():
     seeds = {
         sample_seed(Sampling(1, 1, 1.0, seed, step), Problem(name, "", ""), index)
         for seed in (0, 1)

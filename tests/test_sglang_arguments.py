@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from etr_megatron.config import Config, SglangConfig, TrainConfig, validate
-from etr_megatron.config.schema import RolloutConfig
 from etr_megatron.errors import UserError
-from etr_megatron.job import agree_on_nccl
 from etr_megatron.rollout.sglang.arguments import check_arguments, known_arguments
 from etr_megatron.rollout.sglang.commands import LOADER, server_command
 from etr_megatron.rollout.sglang.places import new_key, own_address_of
@@ -280,22 +277,3 @@ def test_a_run_with_an_unknown_argument_ends_before_anything_is_started(runs):
         "error: sglang.arguments: the server has no argument --atention-backend; did you mean --attention-backend?"
     )
     assert not (runs.directory("small") / "servers").exists()
-
-
-@pytest.mark.parametrize(
-    ("backend", "settings", "before", "after"),
-    [
-        ("sglang", {}, None, "0"),  # broadcast
-        ("sglang", dict(sync="sharded"), None, "0"),
-        ("sglang", dict(urls=("http://a:1",)), "1", "1"),
-        ("sglang", dict(placement="colocated"), None, None),
-        ("sglang", dict(sync="disk"), None, None),
-        ("embedded", {}, None, None),
-    ],
-)
-def test_ranks_in_one_nccl_group_with_servers_have_their_setting(monkeypatch, backend, settings, before, after):
-    monkeypatch.setenv("NCCL_CUMEM_ENABLE", before or "")
-    if before is None:
-        monkeypatch.delenv("NCCL_CUMEM_ENABLE")
-    agree_on_nccl(replace(Config(), rollout=RolloutConfig(backend=backend), sglang=SglangConfig(**settings)))
-    assert os.environ.get("NCCL_CUMEM_ENABLE") == after

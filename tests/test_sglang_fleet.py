@@ -371,18 +371,6 @@ def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_o
     assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)
 
 
-def test_a_group_of_nccl_is_aborted_and_no_worker_waited_for(monkeypatch):
-    done = []
-    monkeypatch.setattr("torch.distributed.distributed_c10d._abort_process_group", lambda group: done.append(f"abort {group}"))
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda group: done.append(f"destroy {group}"))
-    for backend in ("nccl", "gloo"):
-        group = UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5.0)
-        group._group = backend
-        group.close()
-        group.close()
-    assert done == ["abort nccl", "destroy gloo"]
-
-
 def test_a_group_that_never_connects_costs_its_servers_and_not_the_run(monkeypatch):
     monkeypatch.setattr(UpdateGroup, "broadcast", lambda *_: time.sleep(3600))  # as NCCL while a worker is missing
 

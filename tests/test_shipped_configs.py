@@ -134,3 +134,23 @@ def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
     wrong = subprocess.run([*command, "9"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --gpus 9 is no multiple")
+
+
+def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, absent, broken = (str(tmp_path / f"{name}.jsonl") for name in ("good", "absent", "broken"))
+    Path(good).write_text('{"problem": "1+1?", "answer": "2"}\n')
+    Path(broken).write_text('{"problem": "1+1?"}\n')
+    job = ["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8"]
+    dry_run([*job, "data.prompt_column=problem", f"data.train={{a: {good}, b: {absent}}}", "data.eval=owner/set"])
+    assert capsys.readouterr().out.splitlines()[-4:-1] == [
+        f"{good} has rows that can be used",
+        f"{absent} is not here: its rows were not looked at",
+        "owner/set was not fetched: its rows were not looked at",
+    ]
+    with pytest.raises(UserError) as told:
+        dry_run([*job, f"data.train={good}", f"data.eval={broken}", "reward.function=nobody:score"])
+    assert [line.partition(":")[0] for line in str(told.value).splitlines()] == [
+        "data.train",
+        "data.eval",
+        "reward.function is 'nobody",
+    ]

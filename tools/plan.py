@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plan a run: `tools/plan.py --config CONFIG --gpus N [--gpu-memory GIB] [key=value ...]`, on any machine.
+"""Plan a run: `tools/plan.py --config CONFIG --gpus N [--gpu NAME] [key=value ...]`, on any machine.
 
 Prints the memory of every pipeline stage, whether it fits and which setting to change if not, and an estimate of a step's time.
 Exits with 0 if it fits, 1 if it does not, 2 for a mistake.
@@ -14,7 +14,7 @@ import sys
 from etr_megatron.cli import given_path
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
-from etr_megatron.planner import make_plan, render, suggestions
+from etr_megatron.planner import GPUS, make_plan, render, suggestions
 from etr_megatron.status import code_of_printing
 
 
@@ -23,7 +23,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=given_path, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, those of its servers included")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a GPU (80)")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="what the GPUs are (h100)")
+    parser.add_argument("--gpu-memory", type=float, help="GiB of a GPU, if not those of --gpu")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--mean-prompt", type=float, help="tokens (a quarter of data.max_prompt_tokens)")
     parser.add_argument("--mean-response", type=float, help="tokens (half of rollout.max_response_tokens)")
@@ -31,7 +32,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     options = dict(
-        gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node, prompt=args.mean_prompt, response=args.mean_response
+        gpu=GPUS[args.gpu],
+        gpu_memory=args.gpu_memory,
+        gpus_per_node=args.gpus_per_node,
+        prompt=args.mean_prompt,
+        response=args.mean_response,
     )
     try:
         config = load_config(args.config, args.overrides)

@@ -32,7 +32,7 @@ from etr_megatron.config.schema import (
     TinyConfig,
     TrainConfig,
 )
-from etr_megatron.config.sources import ARITHMETIC, Source, sources_of
+from etr_megatron.config.sources import ARITHMETIC, Source, samples_of_set, sets_by_name, sources_of
 from etr_megatron.config.validate import doubts, validate
 
 __all__ = [
@@ -65,6 +65,8 @@ __all__ = [
     "resolve",
     "resolved",
     "response_limits",
+    "samples_of_set",
+    "sets_by_name",
     "sources_of",
     "tensor_parallel",
     "to_dict",

@@ -33,15 +33,19 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list of texts, such as [a, b]"
     if get_origin(hint) is dict:
-        return "numbers by name, such as {a: 0.5, b: 2}" if get_args(hint)[1] is float else "texts by name, such as {a: b}"
+        return {
+            float: "numbers by name, such as {a: 0.5, b: 2}",
+            int: "whole numbers by name, such as {a: 1, b: 2}",
+            str: "texts by name, such as {a: b}",
+        }[get_args(hint)[1]]
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
 
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     """The value of `node` converted to the type `hint`.
 
-    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, float | str], or a union of these and None, str
-        last.
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, ...] of float, int or str, or a union of these and
+        None, str last.
     verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting. For a key that may be a list or a mapping, text in brackets is
         always parsed as one.
@@ -98,7 +102,7 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
     return _scalar(node, hint)
 
 
-def _mapping(node: yaml.Node, hint: Any) -> dict[str, float] | dict[str, str]:
+def _mapping(node: yaml.Node, hint: Any) -> dict[str, float] | dict[str, int] | dict[str, str]:
     """A mapping from unique names to finite numbers or texts."""
     if not isinstance(node, yaml.MappingNode):
         raise Mismatch(describe(hint))

@@ -1,4 +1,4 @@
-"""The sources of problems in a config."""
+"""The sources of problems in a config, and what is set for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from etr_megatron.config.schema import DataConfig
+from etr_megatron.config.schema import Config, DataConfig
 
 ARITHMETIC = "arithmetic"
 """The generated source."""
@@ -16,11 +16,11 @@ ARITHMETIC = "arithmetic"
 class Source:
     """One source of problems.
 
-    key: the config key, for messages: `data.train`, `data.eval`, or `data.eval.<name>`.
+    key: the config key, for messages: `data.train` or `data.eval`, followed by `.<name>` for a named set.
     location: `arithmetic`, a .jsonl or .parquet file, or a hub dataset (`name`, `name:config` or its directory).
     hub_split: the split of a hub dataset.
     split: the split of generated problems.
-    name: the name of a held-out set, which its metrics use; empty if it has none.
+    name: the name of the set, which its metrics use; empty if it has none.
     """
 
     key: str
@@ -36,17 +36,26 @@ class Source:
 
 
 def sources_of(config: DataConfig) -> list[Source]:
-    """The source of `data.train`, followed by the held-out sets of `data.eval` in order, none if that is null."""
-    sets = {"": config.eval} if isinstance(config.eval, str) else (config.eval or {})
-    held_out = ((f"data.eval.{name}" if name else "data.eval", location, name) for name, location in sets.items())
+    """The sets of `data.train`, followed by those of `data.eval`, in order."""
     return [
-        _source("data.train", config.train, config.train_split, "train"),
-        *(_source(key, location, config.eval_split, "eval", name) for key, location, name in held_out),
+        *(_source("train", config.train_split, name, location) for name, location in sets_by_name(config.train).items()),
+        *(_source("eval", config.eval_split, name, location) for name, location in sets_by_name(config.eval).items()),
     ]
 
 
-def _source(key: str, location: str, hub_split: str, split: Literal["train", "eval"], name: str = "") -> Source:
-    source = Source(key, location, hub_split, split, name)
+def sets_by_name(value: dict[str, str] | str | None) -> dict[str, str]:
+    """`data.train` or `data.eval` as locations by name; a single unnamed set has the empty name."""
+    return {"": value} if isinstance(value, str) else (value or {})
+
+
+def samples_of_set(config: Config, name: str) -> int:
+    """Responses per problem of a held-out set."""
+    samples = config.eval.samples
+    return samples if isinstance(samples, int) else samples.get(name, 1)
+
+
+def _source(split: Literal["train", "eval"], hub_split: str, name: str, location: str) -> Source:
+    source = Source(f"data.{split}.{name}" if name else f"data.{split}", location, hub_split, split, name)
     if "@" not in location or source.is_file or Path(location).exists():
         return source
     location, _, hub_split = location.rpartition("@")

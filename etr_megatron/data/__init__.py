@@ -1,7 +1,7 @@
 """Prompts with verifiable answers: sources, templates and the resumable cursor; also the tiny policy and its arithmetic."""
 
 from etr_megatron.data.cursor import PromptCursor
-from etr_megatron.data.problems import ProblemSet, open_problems, refuse_unknown_tokens
+from etr_megatron.data.problems import ProblemSet, named, open_problems, refuse_unknown_tokens, set_of
 from etr_megatron.data.prompts import load_tokenizer
 from etr_megatron.data.rows import read_rows
 from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
@@ -11,8 +11,10 @@ __all__ = [
     "PromptCursor",
     "build_tiny_policy",
     "load_tokenizer",
+    "named",
     "open_problems",
     "read_rows",
     "refuse_unknown_tokens",
+    "set_of",
     "tiny_policy_path",
 ]

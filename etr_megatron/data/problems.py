@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -50,6 +50,16 @@ class ProblemSet(Sequence[Problem]):
         """The problems in order."""
         return iter(self.problems)
 
+    @classmethod
+    def joined(cls, sets: Iterable[tuple[str, ProblemSet]]) -> ProblemSet:
+        """The problems of several sets by name, one set after the other; see `named`."""
+        pairs = list(sets)
+        return cls(
+            [problem for name, problems in pairs for problem in named(name, problems)],
+            skipped_too_long=sum(problems.skipped_too_long for _, problems in pairs),
+            skipped_broken=sum(problems.skipped_broken for _, problems in pairs),
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over every problem's id, text, answer, token ids and further columns, in order."""
@@ -58,6 +68,16 @@ class ProblemSet(Sequence[Problem]):
             said = [problem.id, problem.prompt, problem.answer, problem.prompt_ids]
             digest.update(json.dumps([*said, problem.extra] if problem.extra else said).encode())
         return digest.hexdigest()[:16]
+
+
+def named(set_name: str, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems under ids unique over all sets, `<set>/<id>`; unchanged if the set has no name."""
+    return [replace(one, id=f"{set_name}/{one.id}") if set_name else one for one in problems]
+
+
+def set_of(problem_id: str) -> str:
+    """The name of a problem's set, from an id that `named` has made."""
+    return problem_id.partition("/")[0]
 
 
 def open_problems(

@@ -50,14 +50,15 @@ class StepMetrics(TypedDict):
 
 
 class MetricsRow(StepMetrics, total=False):
-    """A row; only some steps have the keys below, those of `PASS_RATE_KEYS`, `eval/...` and `loss/...`.
+    """A row; only some steps have the keys below, those of `PASS_RATE_KEYS`, `train/...`, `eval/...` and `loss/...`.
 
     With several held-out sets, `eval_...` keys are means over sets; `eval/<name>/accuracy` and so on are those of one set.
+    `train/<name>/accuracy` and so on are those of the step's groups of one training set.
     """
 
     eval_accuracy: float  # share of correct responses to held-out problems, after the step's updates
     eval_accuracy_start: float  # same before any update; all `..._start` keys are in the first row only
-    eval_pass_at_k: float  # with `eval.samples` above 1: share of held-out problems with a correct response
+    eval_pass_at_k: float  # of sets with `eval.samples` above 1: share of held-out problems with a correct response
     eval_pass_at_k_start: float  # same before any update
     eval_response_tokens_mean: float  # tokens per response to a held-out problem
     eval_response_tokens_mean_start: float  # same before any update
@@ -103,6 +104,10 @@ LOSS_PREFIX = "loss/"
 """Prefix of keys for further values that a loss reports, means over tokens."""
 SET_PREFIX = "eval/"
 """Prefix of the keys of a named held-out set: `eval/<name>/accuracy`, and so on."""
+TRAIN_SET_PREFIX = "train/"
+"""Prefix of the keys of a named training set: `train/<name>/` and each of `TRAIN_SET_KEYS`."""
+TRAIN_SET_KEYS = ("groups", "reward_mean", "accuracy", "zero_variance_groups", "truncated", "response_tokens_mean")
+"""Keys of a named training set, which mean the same as in every row; without groups in a step it has only `groups`."""
 
 
 def set_accuracies(row: MetricsRow) -> dict[str, float]:
@@ -223,7 +228,7 @@ def _checked(row: MetricsRow) -> dict[str, Any]:
     given: dict[str, Any] = dict(row)
     is_trained = any(key in given for key in METRIC_KEYS if key not in ROLLOUT_METRIC_KEYS)
     missing = [key for key in (METRIC_KEYS if is_trained else ROLLOUT_METRIC_KEYS) if key not in given]
-    named_elsewhere = [key for key in given if key.startswith((SET_PREFIX, LOSS_PREFIX))]
+    named_elsewhere = [key for key in given if key.startswith((TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX))]
     unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *named_elsewhere)]
     if missing or unknown:
         raise ValueError(

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 
-from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, MetricsRow, StepMetrics
+from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsRow, StepMetrics
 from etr_megatron.status import code_of_printing
 
 _KEY = re.compile(r"    (\w+): (int|float)(?:  # (.*))?")
@@ -35,7 +35,9 @@ def render_reference() -> str:
             _table(StepMetrics),
             "## In some rows\n",
             "With several held-out sets, `eval_...` is the mean over sets, and each set has its own keys, such as",
-            "`eval/<name>/accuracy`. `loss/...` are values that the loss reports, means over tokens.\n",
+            "`eval/<name>/accuracy`. With several training sets, each has `train/<name>/groups`, its groups in the step, and",
+            f"over these {', '.join(f'`{key}`' for key in TRAIN_SET_KEYS[1:])}.",
+            "`loss/...` are values that the loss reports, means over tokens.\n",
             _table(MetricsRow),
             "## By pass rate\n",
             f"{', '.join(f'`{key}LOW_HIGH`' for key in pass_rate)},",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.metrics import SET_PREFIX, MetricsRow, set_accuracies
+from etr_megatron.observe.metrics import SET_PREFIX, TRAIN_SET_PREFIX, MetricsRow, set_accuracies
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
 
@@ -48,15 +48,15 @@ def load_rows(run: Path) -> list[MetricsRow]:
 def summary(rows: list[MetricsRow]) -> str:
     """The report's text; a tenth is at least one step, means ignore values that were not finite."""
     tenth = max(1, len(rows) // 10)
-    first = _mean(row["reward_mean"] for row in rows[:tenth])
-    last = _mean(row["reward_mean"] for row in rows[-tenth:])
+    first_rows, last_rows = rows[:tenth], rows[-tenth:]
     trained = [row for row in rows if "loss" in row]
     upper, lower = _mean(row.get("clip_frac_upper") for row in trained), _mean(row.get("clip_frac_lower") for row in trained)
     clipped = f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower"
     tokens = sum((row["tokens_per_s"] or 0) * (row["time_step"] or 0) for row in rows)
     lines = [
         f"steps             {rows[0]['step']} to {rows[-1]['step']} ({len(rows)} rows)",
-        f"reward            first tenth {_number(first)}, last tenth {_number(last)}",
+        f"reward            {_change('reward_mean', first_rows, last_rows)}",
+        *(f"  {name:<15} {_change(key, first_rows, last_rows)}" for name, key in _training_sets(rows).items()),
         f"eval accuracy     {_evaluations(rows, 'eval_accuracy')}",
         *(f"  {name:<15} {_evaluations(rows, key)}" for name, key in _sets(rows).items()),
         *([f"eval pass@k       {_evaluations(rows, 'eval_pass_at_k')}"] if _points(rows, "eval_pass_at_k") else []),
@@ -104,6 +104,13 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
     return points
 
 
+def _training_sets(rows: list[MetricsRow]) -> dict[str, str]:
+    """Named training sets -> the key of their mean reward."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(TRAIN_SET_PREFIX))
+    end = "/reward_mean"
+    return {key.removeprefix(TRAIN_SET_PREFIX).removesuffix(end): key for key in keys if key.endswith(end)}
+
+
 def _sets(rows: list[MetricsRow]) -> dict[str, str]:
     """Named held-out sets -> the key of their accuracy."""
     return {name: f"{SET_PREFIX}{name}/accuracy" for row in rows for name in set_accuracies(row)}
@@ -115,6 +122,15 @@ def _evaluations(rows: list[MetricsRow], key: str) -> str:
         return "not evaluated"
     (first_step, first), (last_step, last) = points[0], points[-1]
     return f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
+
+
+def _change(key: str, first: list[MetricsRow], last: list[MetricsRow]) -> str:
+    """Means over the rows of a run's first and last tenth; rows without groups of a training set lack its keys."""
+    told = []
+    for rows in (first, last):
+        values: list[dict[str, Any]] = [dict(row) for row in rows if key in row]
+        told.append(_number(_mean(row[key] for row in values)) if values else "no groups")
+    return f"first tenth {told[0]}, last tenth {told[1]}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -7,8 +7,8 @@ Importing it does not import torch. `dry_run` also builds a rank's model on the 
 """
 
 from etr_megatron.planner.advice import Suggestion, suggestions
-from etr_megatron.planner.hardware import H100, Hardware
+from etr_megatron.planner.hardware import GPUS, H100, Hardware
 from etr_megatron.planner.plan import Plan, make_plan
 from etr_megatron.planner.report import render
 
-__all__ = ["H100", "Hardware", "Plan", "Suggestion", "make_plan", "render", "suggestions"]
+__all__ = ["GPUS", "H100", "Hardware", "Plan", "Suggestion", "make_plan", "render", "suggestions"]

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from etr_megatron.cli import parse_args
-from etr_megatron.config import Config, load_config
+from etr_megatron.config import ARITHMETIC, Config, load_config, sources_of
 from etr_megatron.errors import UserError
 from etr_megatron.planner.advice import suggestions
 from etr_megatron.planner.architecture import architecture_of
+from etr_megatron.planner.hardware import GPUS
 from etr_megatron.planner.plan import Plan, check_options, make_plan
 from etr_megatron.planner.report import misfit, render
+from etr_megatron.platform.files import refuse_all
 from etr_megatron.status import code_of_printing
 
 if TYPE_CHECKING:
@@ -41,14 +43,15 @@ def dry_run(argv: Sequence[str]) -> int:
 
 
 def check_and_print(argv: Sequence[str]) -> None:
-    """Check and print for `[--config] CONFIG [--gpus N] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]`.
+    """Check and print for `[--config] CONFIG [--gpus N] [--gpu NAME] [--gpu-memory GIB] [--gpus-per-node N] [key=value ...]`.
 
     Without --gpus, plans for the fewest GPUs that the config fits on. Raises UserError for everything that would keep the job
     from starting, including memory.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", type=int)
-    parser.add_argument("--gpu-memory", type=float, default=80.0)
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpu-memory", type=float)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     try:
         args, rest = parser.parse_known_args(argv)
@@ -56,21 +59,21 @@ def check_and_print(argv: Sequence[str]) -> None:
         raise UserError(f"--dry-run: {error}") from None
     if any(argument.partition("=")[0] == "--nproc" for argument in rest):
         raise UserError("--dry-run starts no processes: give --gpus in the place of --nproc")
-    options = dict(gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
+    options = dict(gpu=GPUS[args.gpu], gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
     path, overrides = parse_args(rest)
     config = load_config(path, overrides)
     plan = fewest_gpus(config, **options) if args.gpus is None else make_plan(config, args.gpus, **options)
-    weights = check_weights(plan.config)
+    looked_at = [check_weights(plan.config), check_problems(plan.config)]
     built = check_ranks(plan, distinct_ranks(plan))
     print(render(plan))
-    print(f"\n{weights}")
+    print("", *looked_at, sep="\n")
     print(f"ranks {', '.join(map(str, built))} built without memory: their parameters are those of the weight map and the plan")
     if args.gpus is None:
         print(f"--gpus is not given: {plan.cluster.gpus} is the first of 1, 2, 4, 8 ... that the config fits on")
     if not plan.fits:
         fitting = [s.setting for s in suggestions(config, plan, **options) if s.fits]
         hint = f"; one of these makes it fit: {', '.join(fitting)}" if fitting else ""
-        raise UserError(f"{path} does not fit on GPUs of {args.gpu_memory:g} GiB: {misfit(plan)}{hint}")
+        raise UserError(f"{path} does not fit on GPUs of {plan.gpu_memory:g} GiB: {misfit(plan)}{hint}")
 
 
 def fewest_gpus(config: Config, **options: Any) -> Plan:
@@ -103,6 +106,27 @@ def check_weights(config: Config) -> str:
         return f"{config.model.path} is not here: its weights were not looked at"
     check_checkpoint(config.model.path)
     return f"{config.model.path} has every tensor of the weight map, and no other"
+
+
+def check_problems(config: Config) -> str:
+    """Sentences on the problems. Raises UserError for a file, a custom reward function or a loss that cannot be used."""
+    from etr_megatron.checks import check_loss, check_reward, check_source
+
+    sources = sources_of(config.data)
+    here = [source for source in sources if source.is_file and Path(source.location).is_file()]
+    refuse_all(
+        *(partial(check_source, source, config) for source in here),
+        lambda: check_reward(config),
+        lambda: check_loss(config),
+    )
+    rest = [source for source in sources if source not in here and source.location != ARITHMETIC]
+    found = {
+        "has rows that can be used": here,
+        "is not here: its rows were not looked at": [source for source in rest if source.is_file],
+        "was not fetched: its rows were not looked at": [source for source in rest if not source.is_file],
+    }
+    told = [f"{source.location} {what}" for what, which in found.items() for source in which]
+    return "\n".join(told) or "the problems are generated"
 
 
 def distinct_ranks(plan: Plan) -> list[int]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from etr_megatron.flops import BF16_PEAK
+
 
 @dataclass(frozen=True)
 class Hardware:
     """Rates in FLOP/s and bytes/s, times in seconds.
 
-    matmul, memory, nvlink, network: peaks; nvlink and network per GPU in one direction. The fields below are assumptions, none
-    of them fitted to a run.
+    gib: size of its memory. matmul, memory, nvlink, network: peaks; matmul in BF16, nvlink and network in one direction. fp8:
+    whether its tensor cores have FP8. The fields below are assumptions: the same for every GPU, none of them fitted to a run.
     """
 
     name: str
+    gib: float
     matmul: float
     memory: float
     nvlink: float
     network: float
+    fp8: bool = True
     dense_efficiency: float = 0.41
     """Fraction of the peak that training reaches without the pipeline bubble: Megatron-LM's README reports an MFU of 41% to 48%
     on H100; this is the lower end, because RL's microbatches are small."""
@@ -46,6 +50,25 @@ class Hardware:
     """Fixed cost of a weight sync: pause, flush, version handshake."""
 
 
-H100 = Hardware(name="H100 SXM", matmul=989.4e12, memory=3.35e12, nvlink=450e9, network=50e9)
+A100 = Hardware(
+    name="A100 SXM",
+    gib=80,
+    matmul=BF16_PEAK["NVIDIA A100-SXM4-80GB"],
+    memory=2.039e12,
+    nvlink=300e9,
+    network=25e9,
+    fp8=False,
+)
+"""NVIDIA A100 datasheet, SXM4 with 80 GB; NVLink 3 is 600 GB/s for both directions together; a DGX A100 has one 200 Gb/s HDR
+adapter per GPU."""
+H100 = Hardware(name="H100 SXM", gib=80, matmul=BF16_PEAK["NVIDIA H100 80GB HBM3"], memory=3.35e12, nvlink=450e9, network=50e9)
 """NVIDIA H100 datasheet, SXM5, dense BF16 and HBM3; NVLink 4 is 900 GB/s for both directions together; a DGX H100 has one 400
 Gb/s NDR adapter per GPU."""
+H200 = Hardware(name="H200 SXM", gib=141, matmul=BF16_PEAK["NVIDIA H200"], memory=4.8e12, nvlink=450e9, network=50e9)
+"""NVIDIA H200 datasheet, SXM: an H100 with 141 GB of HBM3e."""
+B200 = Hardware(name="B200", gib=180, matmul=BF16_PEAK["NVIDIA B200"], memory=8e12, nvlink=900e9, network=50e9)
+"""NVIDIA DGX B200 datasheet: 180 GB and 64 TB/s of HBM3e for 8 GPUs; NVLink 5 is 1.8 TB/s for both directions together; one 400
+Gb/s adapter per GPU."""
+
+GPUS = {"a100": A100, "h100": H100, "h200": H200, "b200": B200}
+"""By the name that `--gpu` takes. `gib` is the number of GB in the datasheet, which drivers report in GiB, within 2%."""

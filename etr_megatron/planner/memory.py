@@ -31,7 +31,8 @@ class RankMemory:
     """Bytes of a rank.
 
     reference: the frozen model for a KL term. activations, head: during training. export: full weights and buckets while
-    weights are sent. server: the pool of a server on the same GPU during generation. graphs: its CUDA graphs, which stay.
+    weights are sent, and a bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation.
+    graphs: its CUDA graphs, which stay.
     embedded, cache: the embedded engine's weights, and keys and values of its largest batch during generation.
     """
 
@@ -152,7 +153,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 reference=_reference_bytes(held, config, element),
                 activations=stages[stage],
                 head=head if stage == layout.pp - 1 else 0,
-                export=export,
+                export=export + (2 * held.matrices if config.fp8.param else 0),
                 server=server.pool if cluster.shares_gpu(rank) else 0,
                 graphs=server.graphs if cluster.shares_gpu(rank) else 0,
                 embedded=server.weights if is_embedded else 0,

@@ -68,6 +68,7 @@ class Plan:
         """The plan for `--json`: bytes, seconds and counts."""
         ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
         return {
+            "gpu": self.gpu.name,
             "parameters": self.parameters,
             "fits": self.fits,
             "usable_bytes": usable(self.gpu_memory),
@@ -88,18 +89,19 @@ def make_plan(
     config: Config,
     gpus: int,
     *,
-    gpu_memory: float = 80.0,
+    gpu: Hardware = H100,
+    gpu_memory: float | None = None,
     gpus_per_node: int = 8,
     prompt: float | None = None,
     response: float | None = None,
-    gpu: Hardware = H100,
 ) -> Plan:
     """Plan a loaded, unresolved config for machines with CUDA.
 
-    gpu_memory: GiB. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that is not valid on that
-    number of GPUs or whose layout does not fit the model, and when `check_options` does.
+    gpu_memory: GiB; None is that of `gpu`. prompt, response: mean tokens, see `workload_of`. Raises UserError for a config that
+    is not valid on that number of GPUs or whose layout does not fit the model, and when `check_options` does.
     """
-    check_options(config, gpus, gpu_memory=gpu_memory, gpus_per_node=gpus_per_node, prompt=prompt, response=response)
+    gpu_memory = gpu.gib if gpu_memory is None else gpu_memory
+    check_options(config, gpus, gpu=gpu, gpu_memory=gpu_memory, gpus_per_node=gpus_per_node, prompt=prompt, response=response)
     cluster = divide(config, gpus, gpus_per_node)
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
@@ -130,14 +132,17 @@ def check_options(
     config: Config,
     gpus: int,
     *,
-    gpu_memory: float = 80.0,
+    gpu: Hardware = H100,
+    gpu_memory: float | None = None,
     gpus_per_node: int = 8,
     prompt: float | None = None,
     response: float | None = None,
 ) -> None:
-    """Check the options of `make_plan`. Raises one UserError for all invalid numbers."""
+    """Check the options of `make_plan`. Raises one UserError for all invalid numbers, and for FP8 on a GPU without it."""
     problems = gpu_problems(gpus, gpus_per_node)
-    if not 0 < gpu_memory < inf:
+    for key in () if gpu.fp8 else fp8_keys(config):
+        problems.append(f"{key}: an {gpu.name} has no FP8; leave it out, or name another --gpu")
+    if gpu_memory is not None and not 0 < gpu_memory < inf:
         problems.append(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
     longest = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
     longest |= {"rollout.max_response_tokens": config.rollout.max_response_tokens}
@@ -146,6 +151,12 @@ def check_options(
             problems.append(f"--mean-{option} {mean:g}: must be greater than 0 and at most {key} = {most}")
     if problems:
         raise UserError("\n".join(problems))
+
+
+def fp8_keys(config: Config) -> list[str]:
+    """The settings of a config that need FP8 on the GPU."""
+    found = [f"fp8.recipe={config.fp8.recipe}"] if config.fp8.recipe != "none" else []
+    return [*found, "sglang.fp8=true"] if config.rollout.backend == "sglang" and config.sglang.fp8 else found
 
 
 def check_model_fits_layout(arch: Architecture, config: Config) -> None:

@@ -22,6 +22,9 @@ from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
 
+_INITIAL_VALUES = ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val")
+"""Attributes that Transformer Engine adds to a weight that it creates in FP8."""
+
 
 def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | Path) -> None:
     """Copy this rank's shards of a checkpoint into the parameters of every model (in place; each model is its list of chunks).
@@ -34,9 +37,11 @@ def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | 
     else:
         load_hf_weights(models, open_checkpoint(checkpoint_dir))
     for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
-        # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them.
-        if hasattr(parameter, "clear_high_precision_init_val"):
-            parameter.clear_high_precision_init_val()
+        # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them. Without
+        # the methods it starts from the weight; after TE's `clear_high_precision_init_val` alone it would fail on a None.
+        for name in _INITIAL_VALUES:
+            if hasattr(parameter, name):
+                delattr(parameter, name)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.not_finite import RowWatch
-from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
+from etr_megatron.policy.optimizer import DTYPES, build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
@@ -101,7 +100,7 @@ class Policy:
             self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
             self._routing = RoutingReplay(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), [*self._ddp])
+        self.optimizer = build_optimizer(self._ddp, config)
         self.scheduler = lr_scheduler(self.optimizer, config)
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
@@ -194,7 +193,10 @@ class Policy:
         collective."""
         if self.config.train.overlap_param_gather:
             for chunk in self._ddp:
-                chunk.start_param_sync(force_sync=True)
+                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    # As Megatron does it before a forward pass. Its `start_param_sync(force_sync=True)` would leave the
+                    # transposed copies of FP8 weights, which backward passes use, as they were before the update.
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""

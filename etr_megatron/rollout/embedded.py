@@ -46,7 +46,8 @@ class EmbeddedEngine:
         RuntimeError before the first update."""
         if not self._has_weights:
             raise RuntimeError("the engine has no weights before the first update_weights")
-        jobs = [(number, index) for number in range(len(problems)) for index in range(sampling.samples)]
+        counts = sampling.samples_of(problems)
+        jobs = [(number, index) for number, count in enumerate(counts) for index in range(count)]
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
         mine: list[tuple[tuple[int, int], Sample]] = []
         for batch in batches[dist.get_rank() :: dist.get_world_size()]:
@@ -56,7 +57,7 @@ class EmbeddedEngine:
         shares: list[list[tuple[tuple[int, int], Sample]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine)
         found = {job: sample for share in shares for job, sample in share}
-        return [[found[number, index] for index in range(sampling.samples)] for number in range(len(problems))]
+        return [[found[number, index] for index in range(count)] for number, count in enumerate(counts)]
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

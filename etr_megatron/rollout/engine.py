@@ -18,10 +18,10 @@ from etr_megatron.weights.transport import Shards
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing:
-    whether to return the chosen experts."""
+    """Sampling parameters. samples: responses per problem, of all or of each. `temperature` 0 is greedy; `top_p` 1 and `top_k`
+    0 are off. seed, step: of the run. routing: whether to return the chosen experts."""
 
-    samples: int
+    samples: int | tuple[int, ...]
     max_tokens: int
     temperature: float
     seed: int
@@ -29,6 +29,13 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     routing: bool = False
+
+    def samples_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
+        """Responses to each of these problems. Raises ValueError if `samples` is of another number of problems."""
+        counts = (self.samples,) * len(problems) if isinstance(self.samples, int) else self.samples
+        if len(counts) != len(problems):
+            raise ValueError(f"numbers of responses for {len(counts)} problems, but there are {len(problems)}")
+        return counts
 
 
 def sample_seed(sampling: Sampling, problem: Problem, index: int) -> int:
@@ -94,7 +101,7 @@ class RolloutEngine(Protocol):
     """Version of the weights that the next response is drawn from."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """`sampling.samples` responses to each problem, in order; rewards and texts are not filled in.
+        """`sampling.samples_of(problems)` responses to each problem, in order; rewards and texts are not filled in.
 
         A response that the engine has given up is empty, with finish reason "abort". must_stop: whether this rank was told to
         stop; an engine that generates in other processes then raises StopAskedError on every rank.

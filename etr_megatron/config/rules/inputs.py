@@ -75,19 +75,34 @@ def data(config: Config) -> Iterator[Violation]:
         names = get(config, key)
         if isinstance(names, tuple) and not all(names):
             yield Violation((key,), "must not have an empty name in it")
-    if isinstance(config.data.eval, dict):
-        yield from _held_out(config.data.eval)
-    if config.eval.samples > 1 and config.eval.temperature == 0:
+    for key in ("data.train", "data.eval"):
+        if isinstance(sets := get(config, key), dict):
+            yield from _sets(key, sets)
+    yield from _samples(config)
+
+
+def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
+    if wrong := [name for name in sets if not _SET_NAME.fullmatch(name)]:
+        yield Violation((key,), f"the name of a set is of letters, digits, `_`, `-` and `.`, and {wrong[0]!r} is not")
+    if empty := [name for name, place in sets.items() if not place]:
+        yield Violation((key,), f"{empty[0]} names no source; leave it out, or give one")
+
+
+def _samples(config: Config) -> Iterator[Violation]:
+    """Responses per held-out problem."""
+    samples = config.eval.samples
+    counts = [samples] if isinstance(samples, int) else list(samples.values())
+    if any(count < 1 for count in counts):
+        yield Violation(("eval.samples",), "must be at least 1")
+    if any(count >= 2**31 for count in counts):
+        yield Violation(("eval.samples",), "must be below 2**31")
+    if any(count > 1 for count in counts) and config.eval.temperature == 0:
         yield Violation(
             ("eval.samples", "eval.temperature"), "greedy responses to a problem are all the same; set a temperature above 0"
         )
-
-
-def _held_out(sets: dict[str, str]) -> Iterator[Violation]:
-    if wrong := [name for name in sets if not _SET_NAME.fullmatch(name)]:
-        yield Violation(("data.eval",), f"the name of a set is of letters, digits, `_`, `-` and `.`, and {wrong[0]!r} is not")
-    if empty := [name for name, place in sets.items() if not place]:
-        yield Violation(("data.eval",), f"{empty[0]} names no source; leave it out, or give one")
+    sets = config.data.eval if isinstance(config.data.eval, dict) else {}
+    if isinstance(samples, dict) and (unknown := [name for name in samples if name not in sets]):
+        yield Violation(("eval.samples", "data.eval"), f"there is no set named {unknown[0]!r}")
 
 
 def reward(config: Config) -> Iterator[Violation]:

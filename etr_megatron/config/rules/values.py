@@ -51,7 +51,6 @@ AT_LEAST: dict[str, int] = {
     "parallel.ep": 1,
     "eval.every": 0,
     "eval.problems": 1,
-    "eval.samples": 1,
     "eval.top_k": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,

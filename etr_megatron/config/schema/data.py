@@ -10,13 +10,14 @@ from typing import Literal
 class DataConfig:
     """Prompts and reference answers."""
 
-    train: str = "arithmetic"
+    train: dict[str, str] | str = "arithmetic"
     """`arithmetic`; a .jsonl or .parquet file; or a hub dataset, by name (`name` or `name:config`) or as a local directory. A
-    name may end in a split, as `name@split`."""
+    name may end in a split, as `name@split`. Several sets have names: `{gsm8k: a.jsonl, math: b.parquet}`; an epoch has every
+    problem of each set once."""
     train_split: str = "train"
-    """Split of a hub dataset that names none."""
+    """Split of the hub datasets of `train` that name none."""
     eval: dict[str, str] | str | None = "arithmetic"
-    """Held-out problems, given like `train`. Several sets have names: `{aime24: a.jsonl, amc23: b.jsonl}`; null is none."""
+    """Held-out problems, given like `train`; null is none."""
     eval_split: str = "test"
     """Split of the hub datasets of `eval` that name none."""
     prompt_column: tuple[str, ...] | str = "question"
@@ -37,7 +38,7 @@ class DataConfig:
     on_bad_row: Literal["fail", "skip"] = "fail"
     """If a row cannot be read: stop and name its file and line, or skip and count it."""
     shuffle: bool = True
-    """Shuffle the problems anew for every epoch, seeded by `run.seed`."""
+    """Shuffle the problems, those of all sets together, anew for every epoch, seeded by `run.seed`."""
 
 
 @dataclass(frozen=True)

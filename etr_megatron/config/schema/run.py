@@ -38,9 +38,10 @@ class EvalConfig:
     """Steps between evaluations. The run also evaluates before the first and after the last step; 0 is never."""
     problems: int = 128
     """Most problems used of each set of `data.eval`."""
-    samples: int = 1
-    """Responses per problem. `eval_accuracy` is the share of correct responses (avg@k); with more than one response,
-    `eval_pass_at_k` is the share of problems with a correct one (pass@k). More than one needs a temperature above 0."""
+    samples: dict[str, int] | int = 1
+    """Responses per problem, of all sets or by set: `{aime24: 32, math500: 4}`, 1 for a set that is not named. `eval_accuracy`
+    is the share of correct responses (avg@k); with more than one response, `eval_pass_at_k` is the share of problems with a
+    correct one (pass@k). More than one needs a temperature above 0."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from etr_megatron import platform
 from etr_megatron.config import SglangConfig
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
@@ -187,27 +188,22 @@ class SglangEngine:
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Raises EngineGoneError, NeedsSyncError and RefusedError on every rank."""
+        counts = sampling.samples_of(problems)
         requests = [
             Request(problem.prompt_ids, self._parameters(problem, index, sampling), problem.id)
-            for problem in problems
-            for index in range(sampling.samples)
+            for problem, count in zip(problems, counts, strict=True)
+            for index in range(count)
         ]
         self._require_weights()
         found: list[Generated] = on_rank0_until_stopped(
             lambda anywhere: self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere), must_stop
         )
-        samples = [
-            Sample(
-                number % sampling.samples,
-                array("i", one.ids),
-                array("d", one.logprobs),
-                one.finish_reason,
-                self.weight_version,
-                routing=one.routing,
-            )
-            for number, one in enumerate(found)
-        ]
-        return [samples[begin : begin + sampling.samples] for begin in range(0, len(samples), sampling.samples)]
+        replies = iter(found)
+        return [[self._sample(index, next(replies)) for index in range(count)] for count in counts]
+
+    def _sample(self, index: int, reply: Generated) -> Sample:
+        ids, logprobs = array("i", reply.ids), array("d", reply.logprobs)
+        return Sample(index, ids, logprobs, reply.finish_reason, self.weight_version, routing=reply.routing)
 
     def submit(self, draws: Sequence[Draw]) -> None:
         """See `StreamingEngine.submit`."""
@@ -259,8 +255,8 @@ class SglangEngine:
     def _empty_caches(self) -> None:
         """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:
         rank 0 asks the servers once all ranks are done."""
-        if self._config.placement == "colocated" and self._serving.backend == "nccl":
-            together(torch.cuda.empty_cache)
+        if self._config.placement == "colocated":
+            together(platform.release_cached_memory)
 
     def _is_probed(self) -> bool:
         """Whether a probe follows the last sync. Of colocated servers it also follows the second one, the first after they

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from etr_megatron.platform.nccl import outliving_failures
+
 
 class UpdateGroup:
     """A store and, once `join` has returned, a group: rank 0 is this process, the others are the servers' workers."""
@@ -33,18 +35,18 @@ class UpdateGroup:
     def join(self) -> None:
         """Form the group; blocks until all workers have joined. Raises torch's error when they do not join in time."""
         store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
-        # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
-        self._group, _ = c10d._new_process_group_helper(
-            self.world,
-            0,
-            [],
-            c10d.Backend(self.backend),
-            dist.PrefixStore(self.name, store),
-            group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
-            backend_options=None,
-            # At its timeout NCCL's watchdog ends the process; `broadcast` gives up before.
-            timeout=self._timeout * (2 if self.backend == "nccl" else 1),
-        )
+        with outliving_failures():
+            # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
+            self._group, _ = c10d._new_process_group_helper(
+                self.world,
+                0,
+                [],
+                c10d.Backend(self.backend),
+                dist.PrefixStore(self.name, store),
+                group_name=self.name,  # type: ignore[arg-type]  # a NewType of str, private to torch
+                backend_options=None,
+                timeout=self._timeout,
+            )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
 
     def broadcast(self, flat: Tensor) -> None:
@@ -56,12 +58,11 @@ class UpdateGroup:
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close."""
+        """Leave the group at once, also during a broadcast in another thread; workers that still wait in one, or for others to
+        join, see the connection close."""
         self._master = None
         if self._group is not None:
-            if self.backend == "nccl":
-                # Destroying it would first finish a broadcast, and wait for the group's other processes on this machine.
-                c10d._abort_process_group(self._group)
-            else:
-                dist.destroy_process_group(self._group)
+            # With NCCL, the orderly end would wait for the broadcast, and for the workers of this machine to end theirs.
+            leave = c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
+            leave(self._group)
             self._group = None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.platform.job_store import job_store
+from etr_megatron.platform.nccl import outliving_failures
 from etr_megatron.weights.transport.board import Board, SyncError
 
 Message = tuple[Tensor, int]
@@ -173,5 +174,6 @@ def _open_group(backend: str, store: dist.Store, rank: int, world: int, timeout_
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
     if backend == "nccl":
-        return dist.ProcessGroupNCCL(store, rank, world, timeout)  # type: ignore[arg-type]  # the stub lacks this overload
+        with outliving_failures():
+            return dist.ProcessGroupNCCL(store, rank, world, timeout)  # type: ignore[arg-type]  # the stub lacks this overload
     raise ValueError(f"unknown backend {backend!r}; known are gloo and nccl")

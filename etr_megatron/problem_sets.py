@@ -1,0 +1,62 @@
+"""The training and held-out problems of a run, the same on every rank."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from etr_megatron.config import Config, Source, sources_of
+from etr_megatron.data import ProblemSet, open_problems
+from etr_megatron.errors import UserError
+from etr_megatron.evaluation import HeldOut
+from etr_megatron.platform.together import together
+from etr_megatron.rollout.rank0 import on_rank0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> tuple[ProblemSet, HeldOut]:
+    """The problems of `data.train` and of `data.eval`; a collective. report: whether to print what was left out.
+
+    Raises UserError on every rank as `open_problems` and `refuse_other_problems` do.
+    """
+    sources = sources_of(config.data)
+    found = [_problems(config, source, tokenizer, report=report) for source in sources]
+    refuse_other_problems({source.key: problems for source, problems in zip(sources, found, strict=True)})
+    pairs = {
+        split: [(source.name, problems) for source, problems in zip(sources, found, strict=True) if source.split == split]
+        for split in ("train", "eval")
+    }
+    return ProblemSet.joined(pairs["train"]), HeldOut.of(pairs["eval"], config.eval.problems)
+
+
+def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
+    """The problems of a source; prints how many rows were skipped and why."""
+    found = open_problems(source, config.data, config.arithmetic, tokenizer, config.reward.columns)
+    if report and (found.skipped_too_long or found.skipped_broken):
+        print(
+            f"{source.key}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} and {found.skipped_broken} broken rows",
+            file=sys.stderr,
+        )
+    return found
+
+
+def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
+    """Raise UserError on every rank if any rank's problems differ from rank 0's: it would train on its own prompts with other
+    prompts' rewards. A collective. found: the problems by config key."""
+    mine = {key: problems.fingerprint for key, problems in found.items()}
+    host, wanted = on_rank0(lambda: (socket.gethostname(), mine))
+
+    def compare() -> None:
+        for key in mine:
+            if mine[key] != wanted[key]:
+                raise UserError(
+                    f"{key}: {socket.gethostname()} reads other problems than {host}, the machine of rank 0; give both the "
+                    "same files, also of the tokenizer"
+                )
+
+    together(compare)
