@@ -194,6 +194,7 @@ class Trainer:
             self._phases.meet(f"training of step {self.step}")
             if self.engine is not None:
                 self.engine.release()
+            self.policy.reload()
             sequences, has_reference = sequences_of(groups), self.policy.reference is not None
             routing = self._routing(groups)
             old = self.policy.logprobs(sequences, routing=routing)
@@ -221,6 +222,7 @@ class Trainer:
             self._phases.meet(f"weight sync of step {self.step}")
             self.sampler.pause()
             if self.config.sglang.placement == "colocated":  # servers are about to take back memory that training has used
+                self.policy.offload()
                 platform.release_cached_memory()
             self.engine.update_weights(self.policy.export(), version=self._version)
             self.sampler.resume()

@@ -131,6 +131,14 @@ VIOLATIONS = [
     (dict(train__overlap_param_gather=True, train__distributed_optimizer=True), ["train.overlap_grad_reduce"]),
     (dict(train__optimizer_offload=True), ["train.distributed_optimizer"]),
     (
+        dict(train__offload_for_rollout=True, sglang__placement="colocated", rollout__backend="sglang"),
+        ["train.offload_for_rollout", "train.distributed_optimizer"],
+    ),
+    (
+        dict(train__offload_for_rollout=True, train__distributed_optimizer=True, rollout__backend="sglang"),
+        ["train.offload_for_rollout", "sglang.placement"],
+    ),
+    (
         dict(train__optimizer_offload=True, train__distributed_optimizer=True, model__dtype="float32"),
         ["train.optimizer_offload", "model.dtype"],
     ),
