@@ -72,7 +72,8 @@ BROKEN_LINES = [
     ('["a list"]', "a JSON list, not an object"),
     ('{"question": null, "answer": "2"}', "column 'question' is null"),
     ('{"answer": "2"}', "column 'question' is missing"),
-    ('{"question": 5, "answer": "2"}', "column 'question' is int, not text"),
+    ('{"question": 5, "answer": "2"}', "column 'question' is int, not text or chat messages"),
+    ('{"question": {"role": ["user"]}, "answer": "2"}', "column 'question' is dict, not text or chat messages"),
     ('{"question": "  ", "answer": "2"}', "column 'question' is empty"),
     ('{"question": "1+1?"}', "column 'answer' is missing"),
     ('{"question": "1+1?", "answer": ["2"]}', "column 'answer' is list, not text or a number"),
@@ -95,6 +96,11 @@ def test_a_broken_line_is_fatal_with_its_file_and_line_or_skipped_and_counted(tm
     problems = opened(source, tokenizer, on_bad_row="skip")
     assert [p.id for p in problems] == ["b.jsonl:1", "b.jsonl:2", "b.jsonl:4"]
     assert problems.skipped_broken == 1
+
+
+def test_an_answer_that_is_too_large_for_a_float_is_kept(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "h.jsonl", [GOOD | {"answer": 10**400}])
+    assert opened(source, tokenizer)[0].answer == f"1{400 * '0'}"
 
 
 def test_joined_sets_keep_their_problems_apart_by_name(tmp_path, tokenizer):
@@ -129,6 +135,8 @@ def test_a_missing_column_is_reported_with_the_available_ones(tmp_path, tokenize
     assert opened(source, tokenizer, prompt_column="problem")[0].prompt == "1+1?"
     with pytest.raises(UserError, match=r"no column 'uid' \(data\.id_column\)"):
         opened(source, tokenizer, prompt_column="problem", id_column="uid")
+    with pytest.raises(UserError, match=r"no column 'answer' \(data\.answer_column\); it has none at all$"):
+        opened(write_jsonl(tmp_path / "n.jsonl", [{}]), tokenizer)
 
 
 def test_a_column_that_the_first_row_lacks_is_that_rows_mistake(tmp_path, tokenizer):

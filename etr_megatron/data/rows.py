@@ -135,9 +135,9 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
 
 
 def _row(raw: Mapping[str, Any], place: str, columns: Columns) -> Row:
-    row_id = place if columns.id is None else text_of(raw, columns.id, numbers=True)
+    row_id = place if columns.id is None else text_of(raw, columns.id)
     prompt = prompt_of(raw, columns.prompt)
-    return Row(row_id, prompt, text_of(raw, columns.answer, numbers=True), extra_of(raw, columns.extra))
+    return Row(row_id, prompt, text_of(raw, columns.answer), extra_of(raw, columns.extra))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
