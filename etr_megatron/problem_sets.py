@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> tuple[ProblemSet, HeldOut]:
     """The problems of `data.train` and of `data.eval`; a collective. report: whether to print what was left out.
 
-    Raises UserError on every rank as `open_problems` and `refuse_other_problems` do.
+    Raises UserError as `open_problems` does, on the ranks where it does, and as `refuse_other_problems` does.
     """
     sources = sources_of(config.data)
     found = [_problems(config, source, tokenizer, report=report) for source in sources]

@@ -48,7 +48,7 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
         None, str last.
     verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting. For a key that may be a list or a mapping, text in brackets is
-        always parsed as one.
+        always parsed as one, and so is `a: b` where a mapping may stand.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
     """
     options = _options(hint)

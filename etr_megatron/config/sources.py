@@ -19,7 +19,7 @@ class Source:
     key: the config key, for messages: `data.train` or `data.eval`, followed by `.<name>` for a named set.
     location: `arithmetic`, a .jsonl or .parquet file, or a hub dataset (`name`, `name:config` or its directory).
     hub_split: the split of a hub dataset.
-    split: the split of generated problems.
+    split: whether the problems are trained on or held out; generated ones differ between the two.
     name: the name of the set, which its metrics use; empty if it has none.
     """
 
