@@ -143,6 +143,7 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
         ([{"role": "human", "content": "?"}], "message 1 of column 'question' is of 'human', which is not one of system, user"),
         ([CONVERSATION[0] | {"tool_calls": [1]}], "message 1 of column 'question' has `tool_calls`, and nothing but `role`"),
         (CONVERSATION[:2], "the last message of column 'question' is of assistant, not of user"),
+        ([{"role": "system", "content": "Think."}], "the last message of column 'question' is of system, not of user"),
     ],
 )
 def test_messages_that_cannot_be_asked_are_a_broken_row(tmp_path, messages, reason):

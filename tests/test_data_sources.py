@@ -105,13 +105,13 @@ def test_an_answer_that_is_too_large_for_a_float_is_kept(tmp_path, tokenizer):
 
 def test_joined_sets_keep_their_problems_apart_by_name(tmp_path, tokenizer):
     """A file given twice comes twice, and problems under other names are others."""
-    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "broken", {"question": 40 * "long", "answer": "7"}, GOOD])
+    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "broken", "broken", {"question": 40 * "long", "answer": "7"}, GOOD])
     config = DataConfig(train={"x": source, "y": source}, eval=None, on_bad_row="skip", max_prompt_tokens=100)
     first, second = opened_all(config, tokenizer)
     both = ProblemSet.joined([("x", first), ("y", second)])
-    assert [one.id for one in both] == ["x/a.jsonl:1", "x/a.jsonl:4", "y/a.jsonl:1", "y/a.jsonl:4"]
+    assert [one.id for one in both] == ["x/a.jsonl:1", "x/a.jsonl:5", "y/a.jsonl:1", "y/a.jsonl:5"]
     assert [set_of(one.id) for one in both] == ["x", "x", "y", "y"]
-    assert (both.skipped_broken, both.skipped_too_long) == (2, 2)
+    assert (both.skipped_broken, both.skipped_too_long) == (4, 2)
     assert both.fingerprint != ProblemSet.joined([("x", first), ("z", second)]).fingerprint
     alone = ProblemSet.joined([("", first)])
     assert alone.problems == first.problems and alone.fingerprint == first.fingerprint
@@ -135,6 +135,9 @@ def test_a_missing_column_is_reported_with_the_available_ones(tmp_path, tokenize
     assert opened(source, tokenizer, prompt_column="problem")[0].prompt == "1+1?"
     with pytest.raises(UserError, match=r"no column 'uid' \(data\.id_column\)"):
         opened(source, tokenizer, prompt_column="problem", id_column="uid")
+    many = write_jsonl(tmp_path / "m.jsonl", [{f"c{number}": 1 for number in range(27)}])
+    with pytest.raises(UserError, match=r"'c22', 'c23', and 3 more$"):
+        opened(many, tokenizer)
     with pytest.raises(UserError, match=r"no column 'answer' \(data\.answer_column\); it has none at all$"):
         opened(write_jsonl(tmp_path / "n.jsonl", [{}]), tokenizer)
 

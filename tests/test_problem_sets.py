@@ -1,0 +1,34 @@
+"""The training and held-out problems of a run, from the sources that its config names."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron import problem_sets
+from etr_megatron.problem_sets import open_sets
+from tests.batches import config
+from tests.test_data_sources import byte_tokenizer, write_jsonl
+
+
+def test_training_sets_are_joined_and_held_out_sets_kept_apart_and_what_is_left_out_is_told(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(problem_sets, "on_rank0", lambda body: body())
+    row = {"question": "1+1?", "answer": "2", "level": 3}
+    first = write_jsonl(tmp_path / "a.jsonl", [row, "broken", "broken", row | {"question": 99 * "long"}, row])
+    second = write_jsonl(tmp_path / "b.jsonl", [row])
+    held_out = write_jsonl(tmp_path / "c.jsonl", [row, row, row])
+    sets = (f"data.train={{x: {first}, y: {second}}}", f"data.eval={{z: {held_out}, y: {second}}}", "eval.problems=2")
+    reading = ("data.on_bad_row=skip", "data.max_prompt_tokens=100", "reward.function=my:f", "reward.columns=[level]")
+    problems, asked = open_sets(config(*sets, *reading), byte_tokenizer(), report=True)
+    assert [one.id for one in problems] == ["x/a.jsonl:1", "x/a.jsonl:5", "y/b.jsonl:1"]
+    assert {name: [one.id for one in own] for name, own in asked.sets.items()} == {
+        "z": ["z/c.jsonl:1", "z/c.jsonl:2"],
+        "y": ["y/b.jsonl:1"],
+    }
+    assert all(one.extra == {"level": 3} for one in [*problems, *asked.problems])
+    assert capsys.readouterr().err == (
+        "data.train.x: 2 problems; left out 1 over data.max_prompt_tokens=100 and 2 broken rows\n"
+    )
+    open_sets(config(*sets, *reading), byte_tokenizer(), report=False)
+    assert capsys.readouterr().err == ""
