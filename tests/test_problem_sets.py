@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 
 from etr_megatron import problem_sets
+from etr_megatron.errors import UserError
 from etr_megatron.problem_sets import open_sets
 from tests.batches import config
 from tests.test_data_sources import byte_tokenizer, write_jsonl
 
 
-def test_training_sets_are_joined_and_held_out_sets_kept_apart_and_what_is_left_out_is_told(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_sets, "on_rank0", lambda body: body())
+
+
+def test_training_sets_are_joined_and_held_out_sets_kept_apart_and_what_is_left_out_is_told(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+):
     row = {"question": "1+1?", "answer": "2", "level": 3}
     first = write_jsonl(tmp_path / "a.jsonl", [row, "broken", "broken", row | {"question": 99 * "long"}, row])
     second = write_jsonl(tmp_path / "b.jsonl", [row])
@@ -31,4 +36,18 @@ def test_training_sets_are_joined_and_held_out_sets_kept_apart_and_what_is_left_
         "data.train.x: 2 problems; left out 1 over data.max_prompt_tokens=100 and 2 broken rows\n"
     )
     open_sets(config(*sets, *reading), byte_tokenizer(), report=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reward_column_may_be_lacking_in_some_of_several_training_sets_which_are_named_but_not_in_all(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    verl = write_jsonl(tmp_path / "v.jsonl", [{"question": "?", "answer": "1", "extra_info": {"tests": [2]}}])
+    plain = write_jsonl(tmp_path / "p.jsonl", [{"question": "?", "answer": "1"}])
+    sets = (f"data.train={{code: {verl}, maths: {plain}, sums: arithmetic}}", "data.eval=null", "reward.function=my:f")
+    problems, _ = open_sets(config(*sets, "reward.columns=[extra_info.tests]"), byte_tokenizer(), report=True)
+    assert [one.extra["extra_info.tests"] for one in problems[:3]] == [[2], None, None]
+    assert capsys.readouterr().err == ("data.train: no values in a column 'extra_info.tests' (reward.columns) of maths, sums\n")
+    with pytest.raises(UserError, match=r"^reward\.columns: no training set has values in a column 'extra_info\.test'; "):
+        open_sets(config(*sets, "reward.columns=[extra_info.tests, extra_info.test]"), byte_tokenizer(), report=False)
     assert capsys.readouterr().err == ""

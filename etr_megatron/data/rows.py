@@ -72,7 +72,8 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     Args:
         source: any but generated arithmetic.
         config: column names and the handling of broken rows.
-        extra: further columns to keep; None in a row that lacks one. Only a held-out set may lack one in all rows.
+        extra: further columns to keep; None in a row that lacks one. A held-out set, and one of several training sets, may lack
+            one in all rows.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
@@ -103,7 +104,8 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         raise UserError(f"{where} holds no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]
     try:
-        columns = find_columns(parsed, config, extra, may_lack_extra=source.split == "eval") if parsed else None
+        may_lack_extra = source.split == "eval" or bool(source.name)
+        columns = find_columns(parsed, config, extra, may_lack_extra=may_lack_extra) if parsed else None
     except NoColumnError as error:
         raise UserError(f"{where} has {error}") from None
     rows = Rows()
