@@ -56,6 +56,7 @@ def test_file_then_overrides_and_the_last_override_wins(tmp_path):
         ("data.eval=my problems.jsonl", "data", "eval", "my problems.jsonl"),
         ("data.eval={aime24: a.jsonl, 7: owner/b:main}", "data", "eval", {"aime24": "a.jsonl", "7": "owner/b:main"}),
         ("data.train={sums: arithmetic, b: b.parquet}", "data", "train", {"sums": "arithmetic", "b": "b.parquet"}),
+        ("data.eval={math-v1.0_b: b.jsonl}", "data", "eval", {"math-v1.0_b": "b.jsonl"}),
         ("eval.samples=1", "eval", "samples", 1),
         ("data.prompt_column=reward_model.x: y", "data", "prompt_column", "reward_model.x: y"),
         ("data.prompt_column=[question, problem]", "data", "prompt_column", ("question", "problem")),

@@ -45,6 +45,7 @@ VIOLATIONS = [
     (dict(data__train={}), ["data.train"]),
     (dict(data__train={"a": ""}), ["data.train"]),
     (dict(data__train={"a b": "c.jsonl"}), ["data.train"]),
+    (dict(data__train={"größe": "c.jsonl"}), ["data.train"]),
     (
         dict(
             data__train={"a": "t.jsonl", "b": "arithmetic"}, data__eval=None, arithmetic__max_digits=1, arithmetic__min_digits=1

@@ -265,6 +265,16 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokeniz
     assert "\n" not in str(caught.value) and "is not in the cache, and" not in str(caught.value)  # offline, as requested
 
 
+def test_rows_that_cannot_be_read_to_their_end_are_refused_with_the_readers_reason(tokenizer, monkeypatch):
+    def load_dataset(*_, **__):
+        yield GOOD
+        raise OSError("corrupt page")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"data\.train: 'owner/set' cannot be read \(corrupt page\)"):
+        opened("owner/set", tokenizer)
+
+
 def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):
     train, held_out = opened_all(DataConfig(), tokenizer)
     assert (len(train), len(held_out)) == (50, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -56,7 +57,7 @@ def samples_of_set(config: Config, name: str) -> int:
 
 def _source(split: Literal["train", "eval"], hub_split: str, name: str, location: str) -> Source:
     source = Source(f"data.{split}.{name}" if name else f"data.{split}", location, hub_split, split, name)
-    if "@" not in location or source.is_file or Path(location).exists():
+    if "@" not in location or source.is_file or os.path.exists(location):  # `Path.exists` raises where it may not look
         return source
     location, _, hub_split = location.rpartition("@")
     return replace(source, location=location, hub_split=hub_split)

@@ -40,7 +40,7 @@ _PARQUET_BATCH = 1024
 class Row:
     """A prompt and its answer as in the source.
 
-    id: value of the id column, else `<file>:<line or row>` (counted from 1).
+    id: value of the id column, else `<file>:<line or row>` or `<dataset>:<split>:<row>` (counted from 1).
     prompt: text, or the messages of a conversation that ends with a user message.
     answer: text, not empty.
     extra: further columns, for a custom reward function.
@@ -99,7 +99,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
     try:
         pairs = list(located)
     except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{where} cannot be read ({error.strerror or error}); check its permissions") from error
     if not pairs:
         raise UserError(f"{where} holds no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]

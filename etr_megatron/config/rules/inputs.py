@@ -72,8 +72,8 @@ def data(config: Config) -> Iterator[Violation]:
         if get(config, key) is not None and not get(config, key):
             yield Violation((key,), "must not be empty; null is none")
     for key in ("data.prompt_column", "data.answer_column", "data.id_column"):
-        names = get(config, key)
-        if isinstance(names, tuple) and not all(names):
+        columns = get(config, key)
+        if isinstance(columns, tuple) and not all(columns):
             yield Violation((key,), "must not have an empty name in it")
     for key in ("data.train", "data.eval"):
         if isinstance(sets := get(config, key), dict):
