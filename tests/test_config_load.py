@@ -122,6 +122,7 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("data.eval={a: [b.jsonl]}", "texts by name, such as {a: b}"),
         ("data.eval={a: b.jsonl, a: c.jsonl}", "texts by name, such as {a: b}, each name once"),
         ("data.eval={b.jsonl}", "texts by name, such as {a: b}"),
+        ("data.eval={[a]: b.jsonl}", "texts by name, such as {a: b}"),
         ("data.prompt_column=[question", "a list of texts"),
         ("data.prompt_column={a: b}", "a list of texts"),
         ("model.path=", "text"),
