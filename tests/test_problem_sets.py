@@ -42,11 +42,12 @@ def test_training_sets_are_joined_and_held_out_sets_kept_apart_and_what_is_left_
 def test_a_reward_column_may_be_lacking_in_some_of_several_training_sets_which_are_named_but_not_in_all(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ):
-    verl = write_jsonl(tmp_path / "v.jsonl", [{"question": "?", "answer": "1", "extra_info": {"tests": [2]}}])
-    plain = write_jsonl(tmp_path / "p.jsonl", [{"question": "?", "answer": "1"}])
+    row = {"question": "?", "answer": "1"}
+    verl = write_jsonl(tmp_path / "v.jsonl", [row | {"extra_info": {"tests": [2]}}, row])
+    plain = write_jsonl(tmp_path / "p.jsonl", [row])
     sets = (f"data.train={{code: {verl}, maths: {plain}, sums: arithmetic}}", "data.eval=null", "reward.function=my:f")
     problems, _ = open_sets(config(*sets, "reward.columns=[extra_info.tests]"), byte_tokenizer(), report=True)
-    assert [one.extra["extra_info.tests"] for one in problems[:3]] == [[2], None, None]
+    assert [one.extra["extra_info.tests"] for one in problems[:4]] == [[2], None, None, None]
     assert capsys.readouterr().err == ("data.train: no values in a column 'extra_info.tests' (reward.columns) of maths, sums\n")
     with pytest.raises(UserError, match=r"^reward\.columns: no training set has values in a column 'extra_info\.test'; "):
         open_sets(config(*sets, "reward.columns=[extra_info.tests, extra_info.test]"), byte_tokenizer(), report=False)
