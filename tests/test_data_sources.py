@@ -195,9 +195,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
 
 
 def test_other_file_types_are_not_taken_for_hub_names(tmp_path, tokenizer):
-    (tmp_path / "problems").write_text("")
+    plain = (tmp_path / "problems", tmp_path / "pro@blems")
+    for file in plain:
+        file.write_text("")
     endings = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip", ".CSV")
-    for source in [str(tmp_path / "problems"), *(str(tmp_path / f"a{ending}") for ending in endings)]:
+    for source in [*map(str, plain), *(str(tmp_path / f"a{ending}") for ending in endings)]:
         with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
             opened(source, tokenizer)
 
