@@ -128,6 +128,11 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
         opened(one, system_prompt="Be brief.")
 
 
+def test_keys_of_a_message_that_say_nothing_are_passed_over(tmp_path):
+    message = CONVERSATION[0] | {"name": None, "tool_calls": [], "refusal": ""}
+    assert PLAIN.decode(opened(write_jsonl(tmp_path / "o.jsonl", [chat_row(message)]))[0].prompt_ids) == "Add 1 and 2."
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

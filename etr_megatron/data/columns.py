@@ -119,7 +119,8 @@ def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
 def _message(one: Any, what: str) -> dict[str, str]:
     if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
-    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value is not None):
+    # Exports have keys that say nothing, such as `"tool_calls": []`.
+    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value):
         raise BrokenRowError(f"{what} has `{more[0]}`, and nothing but `role` and `content` is read")
     if one["role"] not in _ROLES:
         raise BrokenRowError(f"{what} is of {one['role']!r}, which is not one of {', '.join(_ROLES)}")
