@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from etr_megatron import trainer
 from etr_megatron.config import Config
 from etr_megatron.rollout import Rollouts
@@ -39,3 +41,35 @@ def test_the_groups_and_the_batch_of_a_step_are_gone_before_the_next_ones_groups
     with keep_nothing, mock.patch.object(trainer, "step_metrics", lambda *_: {}):
         one._run_steps()
     assert alive == [[], [False] * 2, [False] * 4]
+
+
+@pytest.mark.parametrize(("placement", "before"), [("colocated", ["offloaded", "returned"]), ("dedicated", []), (None, [])])
+def test_ranks_return_what_training_used_before_servers_on_their_gpus_take_their_memory_back(monkeypatch, placement, before):
+    config, done = Config(), []
+    monkeypatch.setattr(trainer.platform, "release_cached_memory", lambda: done.append("returned"))
+    others = "policy", "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    stubs = dict.fromkeys(others, mock.MagicMock())
+    stubs["policy"].offload = lambda: done.append("offloaded")
+    engine = mock.Mock(update_weights=lambda *_args, **_options: done.append("taken back"))
+    config = replace(config, sglang=replace(config.sglang, placement=placement))
+    trainer.Trainer(config, engine=engine, **stubs)._sync()
+    assert done == [*before, "taken back"]
+
+
+def test_ranks_take_their_memory_back_after_servers_have_released_it_and_before_they_train():
+    done: list[str] = []
+
+    class StopHereError(Exception):
+        pass
+
+    def logprobs(*_args: Any, **_options: Any) -> None:
+        done.append("log-probs")
+        raise StopHereError
+
+    others = "policy", "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    stubs = dict.fromkeys(others, mock.MagicMock())
+    stubs["policy"] = mock.MagicMock(reload=lambda: done.append("reloaded"), logprobs=logprobs, reference=None)
+    engine = mock.Mock(release=lambda: done.append("released"))
+    with pytest.raises(StopHereError):
+        trainer.Trainer(Config(), engine=engine, **stubs)._train([])
+    assert done == ["released", "reloaded", "log-probs"]

@@ -188,6 +188,25 @@ class Policy:
         self.finish_update()
         return Export(self)
 
+    def offload(self) -> None:
+        """With `train.offload_for_rollout`, free the GPU memory that only updates need, until `reload`: gradients are dropped,
+        and the optimizer's state moves to the CPU. Weights stay. May be called again."""
+        if not self.config.train.offload_for_rollout:
+            return
+        for chunk in self._ddp:
+            chunk.offload_grad_buffers(empty_cache=False)
+        if not self.config.train.optimizer_offload:  # else it is there already
+            self.optimizer.offload_to_cpu()
+
+    def reload(self) -> None:
+        """Undo `offload`; needed before an update."""
+        if not self.config.train.offload_for_rollout:
+            return
+        for chunk in self._ddp:
+            chunk.restore_grad_buffers()
+        if not self.config.train.optimizer_offload:
+            self.optimizer.restore_from_cpu()
+
     def finish_update(self) -> None:
         """Run the parameter all-gather that an update deferred to the next forward pass; needed before reading parameters. A
         collective."""

@@ -9,7 +9,7 @@ from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
-from etr_megatron.config.sources import ARITHMETIC, sources_of
+from etr_megatron.config.sources import ARITHMETIC, sets_by_name, sources_of
 
 TINY_POSITIONS = 4096
 """Context length of the tiny policy in tokens."""
@@ -72,12 +72,13 @@ def data(config: Config) -> Iterator[Violation]:
         if get(config, key) is not None and not get(config, key):
             yield Violation((key,), "must not be empty; null is none")
     for key in ("data.prompt_column", "data.answer_column", "data.id_column"):
-        names = get(config, key)
-        if isinstance(names, tuple) and not all(names):
+        columns = get(config, key)
+        if isinstance(columns, tuple) and not all(columns):
             yield Violation((key,), "must not have an empty name in it")
     for key in ("data.train", "data.eval"):
         if isinstance(sets := get(config, key), dict):
             yield from _sets(key, sets)
+    yield from _splits(config)
     yield from _samples(config)
 
 
@@ -86,6 +87,20 @@ def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
         yield Violation((key,), f"the name of a set is of letters, digits, `_`, `-` and `.`, and {wrong[0]!r} is not")
     if empty := [name for name, place in sets.items() if not place]:
         yield Violation((key,), f"{empty[0]} names no source; leave it out, or give one")
+
+
+def _splits(config: Config) -> Iterator[Violation]:
+    """What follows an `@`, which nothing would read where there are no splits."""
+    for source in sources_of(config.data):
+        key = f"data.{source.split}"
+        if (given := sets_by_name(get(config, key))[source.name]) == source.location:
+            continue
+        if not source.location or not source.hub_split:
+            yield Violation((key,), f"in {given} the `@` must stand between a hub dataset and its split")
+        elif source.is_file or source.location == ARITHMETIC:
+            yield Violation(
+                (key,), f"{source.location} has no splits, as only hub datasets do; leave out `@{source.hub_split}`"
+            )
 
 
 def _samples(config: Config) -> Iterator[Violation]:

@@ -36,6 +36,14 @@ def train(config: Config) -> Iterator[Violation]:
             ("train.optimizer_offload", "model.dtype"),
             "Megatron offloads the optimizer of bfloat16 weights alone; set model.dtype to bfloat16 or auto",
         )
+    if train.offload_for_rollout and not train.distributed_optimizer:
+        yield Violation(
+            ("train.offload_for_rollout", "train.distributed_optimizer"), "only the distributed optimizer can be offloaded"
+        )
+    if train.offload_for_rollout and config.sglang.placement != "colocated":
+        yield Violation(
+            ("train.offload_for_rollout", "sglang.placement"), "only colocated servers need the GPU memory; set it to false"
+        )
     if train.grads_dtype == "bfloat16" and config.model.dtype == "float32":
         yield Violation(("train.grads_dtype", "model.dtype"), "gradients of a float32 model are float32")
 
