@@ -6,7 +6,7 @@ Every check raises UserError, which names the key, its value and the fix.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ def check_inputs(config: Config, world_size: int) -> None:
     """
     refuse_all(
         lambda: check_model(config, world_size),
-        *(partial(check_source, source, config) for source in sources_of(config.data)),
+        lambda: check_problems(sources_of(config.data), config),
         lambda: check_reward(config),
         lambda: check_loss(config),
         lambda: check_servers(config),
@@ -76,7 +76,7 @@ def beside_inputs() -> Iterator[None]:
         raise error.beside([line for problem in problems for line in problem.splitlines()]) from None
 
 
-def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], None], tuple[str, ...]]]:
+def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:
     """The fast checks (or fast parts of checks) of `check_inputs`, each with the keys it depends on."""
     yield lambda: check_model_is_there(config), ("model.path",)
     for source in sources_of(config.data):
@@ -285,13 +285,31 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
         )
 
 
-def check_source(source: Source, config: Config) -> None:
-    """Check that every row can be used, or skipped under `data.on_bad_row`; fetches a hub dataset once for all ranks."""
+def check_problems(sources: Iterable[Source], config: Config) -> None:
+    """Check these sources as `check_source` does and, if all training sets are among them, that they suffice for a step."""
+    usable: dict[str, int] = {}
+
+    def look(source: Source) -> None:
+        usable[source.key] = check_source(source, config)
+
+    refuse_all(*(partial(look, source) for source in sources))
+    train = [source.key for source in sources_of(config.data) if source.split == "train"]
+    needed = config.rollout.prompts_per_step
+    if usable.keys() >= set(train) and (found := sum(usable[key] for key in train)) < needed:
+        raise UserError(
+            f"data.train has {found} problems, fewer than a step needs (rollout.prompts_per_step={needed}); lower this or give "
+            "more data"
+        )
+
+
+def check_source(source: Source, config: Config) -> int:
+    """Check that every row can be used, or skipped under `data.on_bad_row`; returns how many can be used, of which some may be
+    too long. Fetches a hub dataset once for all ranks."""
     if source.location == ARITHMETIC:
-        return
+        return config.arithmetic.train_problems if source.split == "train" else config.arithmetic.eval_problems
     from etr_megatron.data import read_rows
 
-    read_rows(source, config.data, config.reward.columns)
+    return len(read_rows(source, config.data, config.reward.columns).good)
 
 
 def check_directory(config: Config) -> None:

@@ -170,4 +170,10 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == USER_ERROR_EXIT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: threads of pyarrow, with which data was read, have been seen to abort the interpreter's end.
+        os._exit(code)
+    sys.exit(code)

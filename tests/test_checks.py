@@ -234,10 +234,22 @@ def test_a_missing_column_is_named_with_the_columns_there_are(config: Config, tm
 
 def test_a_broken_row_is_named_with_its_line(config: Config, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"question": "6*7", "answer": "42"}\n{"question"\n')
+    config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))
     data = DataConfig(train=str(tmp_path / "train.jsonl"))
     message = refusal(replace(config, data=data))
     assert "train.jsonl" in message and "2" in message
     check_inputs(replace(config, data=replace(data, on_bad_row="skip")), 1)
+
+
+def test_training_sets_that_do_not_suffice_for_a_step_together_are_refused(config: Config, tmp_path: Path) -> None:
+    for name, rows in (("a", 3), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text(rows * '{"question": "6*7", "answer": "42"}\n')
+    data = DataConfig(train={name: str(tmp_path / f"{name}.jsonl") for name in "ab"}, eval=str(tmp_path / "a.jsonl"))
+    config = replace(config, data=data, rollout=replace(config.rollout, prompts_per_step=5))
+    check_inputs(config, 1)
+    assert refusal(replace(config, rollout=replace(config.rollout, prompts_per_step=6))) == (
+        "data.train has 5 problems, fewer than a step needs (rollout.prompts_per_step=6); lower this or give more data"
+    )
 
 
 def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) -> None:

@@ -150,7 +150,12 @@ def test_a_model_that_the_system_does_not_let_in_is_a_finding_of_its_node(tmp_pa
 def test_problems_that_differ_between_nodes_or_cannot_be_used_on_one_are_found(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"question": "1+1?", "answer": "2"}\n')
-    options = (f"data.train={file}", "data.eval={a: arithmetic, b: owner/set}")
+    options = (
+        f"data.train={file}",
+        "data.eval={a: arithmetic, b: owner/set}",
+        "rollout.prompts_per_step=1",
+        "train.minibatches=1",
+    )
     mine = facts_of(tmp_path, *options)
     assert mine.data.keys() == {"data.train"} and not mine.data_error
     file.write_text('{"question": "1+1?", "answer": "3"}\n')

@@ -154,3 +154,27 @@ def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pyt
         "data.eval",
         "reward.function is 'nobody",
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"data.train": "list.json"}, "data.train: '{0}/list.json' is neither .jsonl nor .parquet"),
+        ({"data.train": "one.jsonl"}, "data.train has 1 problems, fewer than a step needs (rollout.prompts_per_step=64)"),
+        ({"data.train": "empty"}, "data.train: dataset '{0}/empty'"),
+    ],
+)
+def test_a_dry_run_refuses_problems_that_a_job_would_refuse(tmp_path: Path, data: dict[str, str], told: str) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "one.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (tmp_path / "empty").mkdir()
+    job = ["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8", "data.eval=null"]
+    columns = ["data.prompt_column=question", "data.answer_column=answer"]
+    with pytest.raises(UserError) as refused:
+        dry_run([*job, *columns, *(f"{key}={tmp_path / name}" for key, name in data.items())])
+    assert str(refused.value).startswith(told.format(tmp_path))
+
+
+def test_the_names_of_gpus_are_taken_in_capitals_too(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8", "--gpu", "H200"])
+    assert "GPUs       8 of 141 GiB" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=given_path, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, those of its servers included")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="what the GPUs are (h100)")
+    parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h100", help="what the GPUs are (h100)")
     parser.add_argument("--gpu-memory", type=float, help="GiB of a GPU, if not those of --gpu")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--mean-prompt", type=float, help="tokens (a quarter of data.max_prompt_tokens)")

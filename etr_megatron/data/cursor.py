@@ -78,7 +78,7 @@ class PromptCursor:
         """
         names = {
             "problems": "the number of problems",
-            "fingerprint": "the problems' fingerprint (text, answers, templates, tokenizer and reward.columns)",
+            "fingerprint": "the problems' fingerprint (sets, ids, text, answers, templates, tokenizer and reward.columns)",
             "seed": "run.seed",
             "shuffle": "data.shuffle",
         }

@@ -50,7 +50,7 @@ def check_and_print(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", type=int)
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h100")
     parser.add_argument("--gpu-memory", type=float)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     try:
@@ -110,14 +110,16 @@ def check_weights(config: Config) -> str:
 
 def check_problems(config: Config) -> str:
     """Sentences on the problems. Raises UserError for a file, a custom reward function or a loss that cannot be used."""
-    from etr_megatron.checks import check_loss, check_reward, check_source
+    from etr_megatron import checks
 
     sources = sources_of(config.data)
-    here = [source for source in sources if source.is_file and Path(source.location).is_file()]
+    # A hub dataset may be a directory here, which is read without fetching anything.
+    here = [source for source in sources if source.location != ARITHMETIC and os.path.exists(source.location)]
+    generated = [source for source in sources if source.location == ARITHMETIC]
     refuse_all(
-        *(partial(check_source, source, config) for source in here),
-        lambda: check_reward(config),
-        lambda: check_loss(config),
+        lambda: checks.check_problems([*here, *generated], config),
+        lambda: checks.check_reward(config),
+        lambda: checks.check_loss(config),
     )
     rest = [source for source in sources if source not in here and source.location != ARITHMETIC]
     found = {

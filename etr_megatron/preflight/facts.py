@@ -10,7 +10,6 @@ import shutil
 import socket
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -146,15 +145,12 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
 
     A hub dataset is not fetched here.
     """
-    from etr_megatron.checks import check_loss, check_reward, check_source, nodes_apart
+    from etr_megatron.checks import check_loss, check_problems, check_reward, nodes_apart
 
     if number_apart(nodes_apart(config)) is not None:
         return {}, ""
     files = [source for source in sources_of(config.data) if source.is_file]
-    looks = [
-        *(partial(check_source, source, config) for source in files),
-        *(partial(look, config) for look in (check_reward, check_loss)),
-    ]
+    looks = (lambda: check_problems(files, config), lambda: check_reward(config), lambda: check_loss(config))
     if problems := problems_of(looks):
         return {}, "; ".join(problems)
     return {source.key: _digest(Path(source.location)) for source in files}, ""
