@@ -25,7 +25,7 @@ def config_with(**parallel) -> Config:
         (4, dict(tp=2, ep=4), "the 4 ranks of a pipeline stage are not divisible by ep x etp = 4 x 2 = 8"),
         (4, dict(tp=2, pp=2, ep=2), "the 2 ranks of a pipeline stage are not divisible by ep x etp = 2 x 2 = 4"),
         (2, dict(tp=1, ep=0), "must be at least 1"),
-        (2, dict(tp=1, etp=0), "must be at least 1; null is tp"),
+        (2, dict(tp=1, etp=0), "must be at least 1, or null for tp"),
     ],
 )
 def test_experts_that_do_not_divide_the_ranks_are_refused_with_the_numbers(world, parallel, message):

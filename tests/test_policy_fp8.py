@@ -26,10 +26,13 @@ SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["fp8.recipe=blockwise"], 'fp8.recipe = "blockwise": FP8 needs a GPU and this job runs on CPU; set it to none'),
+        (
+            ["fp8.recipe=blockwise"],
+            'fp8.recipe = "blockwise": FP8 needs a GPU, and this job runs on CPU; set fp8.recipe to none',
+        ),
         (
             ["train.optimizer_offload=true", "train.distributed_optimizer=true"],
-            "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set it to false",
+            "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set optimizer_offload to false",
         ),
         (
             ["train.grads_dtype=bfloat16"],

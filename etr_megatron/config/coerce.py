@@ -31,12 +31,12 @@ def describe(hint: Any) -> str:
         names = ", ".join(f'"{option}"' for option in get_args(hint))
         return names if len(get_args(hint)) == 1 else f"one of {names}"
     if get_origin(hint) is tuple:
-        return "a list of texts, such as [a, b]"
+        return "a list of strings, such as [a, b]"
     if get_origin(hint) is dict:
         return {
-            float: "numbers by name, such as {a: 0.5, b: 2}",
-            int: "whole numbers by name, such as {a: 1, b: 2}",
-            str: "texts by name, such as {a: b}",
+            float: "a mapping of names to numbers, such as {a: 0.5, b: 2}",
+            int: "a mapping of names to whole numbers, such as {a: 1, b: 2}",
+            str: "a mapping of names to text, such as {a: b}",
         }[get_args(hint)[1]]
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
