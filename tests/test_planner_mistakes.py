@@ -42,7 +42,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),
-        (["train.moe_aux_loss_coef=0.01"], "has no experts for train.moe_aux_loss_coef to balance"),
+        (["train.moe_aux_loss_coef=0.01"], "has no experts, so train.moe_aux_loss_coef has no effect"),
         (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "28 attention heads, which sglang.tp=8 does not divide"),
         (
             ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],

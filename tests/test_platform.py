@@ -91,8 +91,8 @@ def test_a_missing_rank_is_named_with_the_phase(gangs):
 
 @pytest.mark.parametrize(("changed", "rank"), [("data.train", 1), ("data.eval.aime24", 1), ("data.train", 0)])
 def test_a_rank_that_reads_other_problems_than_rank_0_stops_all(gangs, changed, rank):
-    told = f"{changed}: HOST reads other problems than HOST, the machine of rank 0; give both the same files, also of "
-    told = f"{told}the tokenizer"
+    told = f"{changed}: HOST reads different problems from HOST, the machine of rank 0; give both the same "
+    told = f"{told}data and tokenizer files"
     told = told.replace("HOST", socket.gethostname())
     assert gangs(2).run("tests.platform_jobs:other_problems", changed=changed, rank=rank) == [told] * 2
 

@@ -52,7 +52,7 @@ def test_the_tiny_model_has_no_experts():
         (None, dict(ep=2), 1, "m has no experts to spread over parallel.ep=2; set parallel.ep to 1"),
         (EXPERTS, dict(ep=4), 1, "m has 6 experts, which parallel.ep=4 does not divide"),
         (EXPERTS, dict(sequence_parallel=True), 8, "m has experts of width 28, which parallel.etp=8 does not divide"),
-        (EXPERTS, dict(), 2, "m has experts, which parallel.tp=2 trains with parallel.sequence_parallel=true only"),
+        (EXPERTS, dict(), 2, "m has experts, which need parallel.sequence_parallel=true with parallel.tp=2"),
     ],
 )
 def test_what_a_mixture_cannot_do_is_refused_in_one_sentence(experts, parallel, tp, sentence):
