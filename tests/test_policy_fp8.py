@@ -121,7 +121,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_refused_whatever_the_re
     # Megatron would treat it as not installed while we assume that its layers exist, which ends in a NameError.
     with_transformer_engine(monkeypatch, transformer_engine=None)
     for recipe in ("none", "tensorwise"):
-        with pytest.raises(UserError, match=r"^Transformer Engine is installed and cannot be imported \([^\n]+$"):
+        with pytest.raises(UserError, match=r"^Transformer Engine is installed but cannot be imported \([^\n]+$"):
             policy_fp8.require_fp8(Fp8Config(recipe=recipe))
 
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in unmoved], abs=2e-4), key
     code, printed = runs.finish("run.name=moved", "parallel.tp=1")
-    assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to go on" in printed
+    assert code == 0 and "moved: all run.steps=6 steps are done; raise run.steps to continue" in printed
     assert runs.rows("moved") == moved
 
 
@@ -146,7 +146,7 @@ def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(r
     code, output = runs.finish("run.name=broken", "--nproc", "2", "parallel.tp=1", *loss)
     assert code == 2 and "Traceback" not in output
     assert re.search(
-        r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite where all of its "
+        r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite although all of its "
         r"inputs are: position 0 in the response of sample \S+, on rank 1\n",
         output,
     )

@@ -43,7 +43,9 @@ def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] |
     """
     settings, weight = inputs.settings, inputs.weight
     if surrogate.shape != weight.shape:
-        raise ValueError(f"the surrogate has shape {list(surrogate.shape)} where {list(weight.shape)} is wanted, a value a row")
+        raise ValueError(
+            f"the surrogate has shape {list(surrogate.shape)}, but must have {list(weight.shape)}, one value per row"
+        )
     loss = -(weight * inputs.correction * surrogate).sum()
     if settings.kl_coef:
         if inputs.ref_logp is None:
