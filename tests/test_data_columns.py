@@ -140,7 +140,10 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
         ),
         ([{"role": "user", "content": " "}], "message 1 of column 'question' is empty"),
         ([{"role": "user", "content": "\ud83d"}], "message 1 of column 'question' has half a surrogate pair"),
-        ([{"role": "human", "content": "?"}], "message 1 of column 'question' has the role 'human', which is not one of system, user"),
+        (
+            [{"role": "human", "content": "?"}],
+            "message 1 of column 'question' has the role 'human', which is not one of system, user",
+        ),
         ([CONVERSATION[0] | {"tool_calls": [1]}], "message 1 of column 'question' has `tool_calls`, but only `role`"),
         (CONVERSATION[:2], "the last message of column 'question' has the role assistant, not user"),
     ],
