@@ -91,7 +91,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(config: Config, key: str
 def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
     assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    wanted = f"`tools/convert_hf.py to-hf --megatron {tmp_path}` makes one of this run"
+    wanted = f"`tools/convert_hf.py to-hf --megatron {tmp_path}` creates one from this run"
     assert refusal(with_model(config, tmp_path)).endswith(wanted)
 
 

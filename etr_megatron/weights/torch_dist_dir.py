@@ -131,7 +131,7 @@ class TorchDistDir:
             twice = _overlapping(chunks, 0)
             if twice:
                 where = list(twice.offset)
-                raise UserError(f"{self.path}: {name} has some of its values from {where} twice; fetch the checkpoint again")
+                raise UserError(f"{self.path}: {name} has duplicate values from {where} on; fetch the checkpoint again")
             wanted, found = math.prod(shape), sum(math.prod(chunk.size) for chunk in chunks)
             if found != wanted:
                 raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")
