@@ -223,7 +223,7 @@ def test_an_error_of_one_process_reaches_all(gangs, hf_models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     found = gangs(2).run("tests.convert_jobs:refused", out=str(tmp_path / "out"))
-    assert len(set(found)) == 1 and found[0].startswith("UserError: --out") and "exists already" in found[0]
+    assert len(set(found)) == 1 and found[0].startswith("UserError: --out") and "already exists" in found[0]
 
 
 def test_a_full_disk_of_one_process_is_a_full_disk_for_all(gangs):

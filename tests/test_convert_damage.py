@@ -143,8 +143,6 @@ def test_a_directory_that_only_has_the_name_of_an_unfinished_one_is_kept(capsys,
     partial.mkdir()
     (partial / "thesis").write_text("years of work")
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert (
-        said
-        == f"error: --out {tmp_path}/out: {partial} is there and no conversion has left it; remove it or choose another --out\n"
-    )
+    wanted = f"{partial} exists and was not left by a conversion; remove it or choose another --out"
+    assert said == f"error: --out {tmp_path}/out: {wanted}\n"
     assert (partial / "thesis").read_text() == "years of work" and not (tmp_path / "out").exists()

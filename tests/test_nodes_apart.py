@@ -44,7 +44,7 @@ def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
         place_of(2)
     torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
-    with pytest.raises(UserError, match=r"7 processes on 2 nodes, of which this one has 4"):
+    with pytest.raises(UserError, match=r"7 processes on 2 nodes, 4 of them on this node"):
         place_of(1)
 
 
