@@ -342,7 +342,7 @@ def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(co
     directory.recorded.mkdir()
     (directory.recorded / "reached.safetensors").write_bytes(b"")
     directory.write_status("finished", 2, 2)
-    assert refusal(config, 2).startswith(f"{directory.recorded} holds steps that --rollout-only has recorded, which training")
+    assert refusal(config, 2).startswith(f"{directory.recorded} holds steps recorded by --rollout-only, which training")
     check_inputs(replace(config, rollout=replace(config.rollout, only=True)), 2)  # it continues after the recorded steps
     (directory.recorded / "reached.safetensors").unlink()
     for only in (False, True):
