@@ -260,6 +260,6 @@ def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoin
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
     code, printed = runs.finish("run.name=full", ONE_RANK, "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
     assert code == 2, printed
-    assert "checkpoints: no space left on the device, while step 2 was saved" in printed
+    assert "checkpoints: no space left on the device while saving step 2" in printed
     assert "Traceback" not in printed
     assert "step_000001" in printed and "trainer.json" in printed and "unfinished" not in printed

@@ -118,7 +118,7 @@ def test_missing_and_transposed_tensors_are_refused_by_name(hf_models, tmp_path)
     ("change", "message"),
     [
         (lambda part: replace(part, offset=(0, *part.offset[1:])), r"has duplicate values from \[0, 0, 0\] on"),
-        (lambda part: replace(part, offset=(4, *part.offset[1:])), r"a part of .* lies outside of it"),
+        (lambda part: replace(part, offset=(4, *part.offset[1:])), r"a part of .* lies outside the tensor"),
         (None, r"mlp\.linear_fc2\.weight has 11520 of 15360 values"),
     ],
     ids=["twice", "outside", "missing"],

@@ -98,8 +98,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
         if rank0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{checkpoints}: {no_room(full)}, while step {step} was saved; make room and start again with the same command: "
-            "the last complete checkpoint is untouched"
+            f"{checkpoints}: {no_room(full)} while saving step {step}; make room and start again with the same command: the "
+            "last complete checkpoint is untouched"
         ) from error
     dist.barrier()
 

@@ -49,7 +49,7 @@ def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] |
     loss = -(weight * inputs.correction * surrogate).sum()
     if settings.kl_coef:
         if inputs.ref_logp is None:
-            raise ValueError(f"objective.kl_coef is {settings.kl_coef:g}, but there are no log-probs of a reference")
+            raise ValueError(f"objective.kl_coef is {settings.kl_coef:g}, but there are no reference log-probs")
         kl = kl_estimate(inputs.logp, inputs.ref_logp, settings.kl_estimator, settings.log_ratio_bound)
         loss = loss + settings.kl_coef * (weight * kl).sum()
     if settings.entropy_coef:

@@ -127,7 +127,7 @@ class TorchDistDir:
         for name in names:
             shape, chunks = tuple(self._tensors[name].size), self._chunks[name]
             if any(o + n > s for c in chunks for o, n, s in zip(c.offset, c.size, shape, strict=True)):
-                raise UserError(f"{self.path}: a part of {name} lies outside of it; fetch the checkpoint again")
+                raise UserError(f"{self.path}: a part of {name} lies outside the tensor; fetch the checkpoint again")
             twice = _overlapping(chunks, 0)
             if twice:
                 where = list(twice.offset)
