@@ -131,7 +131,7 @@ def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(
     told = (
         r"error: \d+ of 24 answers got a reward that cannot be; the first, to problem \S+: "
         r"tests\.rewards:doubled_after_30_answers returned 2\.0, outside "
-        r"of reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
+        r"reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
     )
     assert re.search(told, printed), printed
     saved = runs.saved_rows("outside")
