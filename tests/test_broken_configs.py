@@ -131,7 +131,7 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
         ),
         (
             {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
-            "original_max_position_embeddings is 64, and 32 for the rotary embedding; remove the wrong one",
+            "original_max_position_embeddings is 64, but 32 for the rotary embedding; remove the wrong one",
         ),
         ({"rope_scaling": {**LLAMA3, "factor": "8"}}, 'factor must be a positive number, not "8"'),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "field 'low_freq_factor' is missing"),
