@@ -72,7 +72,7 @@ def test_one_machine_cannot_set_itself_apart(capsys):
         ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; set sync to broadcast, sharded or disk"),
         ("sglang.nodes=every", "servers are either on dedicated nodes or on every node"),
         ("sglang.placement=colocated", "dedicated nodes have no ranks to share GPUs with"),
-        ("sglang.urls=[http://a:1]", "servers that run already are on the nodes where they are"),
+        ("sglang.urls=[http://a:1]", "the job does not place servers at sglang.urls"),
         ("sglang.dedicated_nodes=-1", "must be at least 0"),
     ],
 )

@@ -93,7 +93,7 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(arguments=("--ep-num-redundant-experts=2",), sync="sharded"), "moves experts away"),
         (dict(checksums=True), "checksums need sync to be sharded"),
         (dict(urls=("http://a:1",), router="random"), "the job starts a router only for servers that it also starts"),
-        (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
+        (dict(urls=("http://a:1",), nodes="every"), "the job does not place servers at sglang.urls"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, problem):

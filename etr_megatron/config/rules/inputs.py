@@ -37,7 +37,11 @@ def tiny(config: Config) -> Iterator[Violation]:
     if tiny.head_dim % 2:
         yield Violation(("tiny.head_dim",), "must be even, as rotary embeddings turn pairs of dimensions")
     if config.model.path == "tiny" and tiny.layers < config.parallel.pp:
-        yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer", given=("model.path",))
+        yield Violation(
+            ("parallel.pp", "tiny.layers"),
+            "every pipeline stage needs at least one layer; lower pp or raise layers",
+            given=("model.path",),
+        )
     for key, tokens in response_limits(config).items():
         if config.model.path == "tiny" and config.data.max_prompt_tokens + tokens > TINY_POSITIONS:
             yield Violation(

@@ -151,7 +151,7 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         what = "servers at sglang.urls are external; set placement to external or null" if external else missing
         yield Violation(("sglang.placement", "sglang.urls"), what)
     if external and sglang.nodes == "every":
-        yield Violation(("sglang.nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+        yield Violation(("sglang.nodes", "sglang.urls"), "the job does not place servers at sglang.urls; set nodes to first")
     if sglang.dedicated_nodes > 0:
         yield from _dedicated_nodes(sglang)
     if external and sglang.router is not None:
@@ -178,7 +178,9 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
 
 def _dedicated_nodes(sglang: SglangConfig) -> Iterator[Violation]:
     if sglang.urls:
-        yield Violation(("sglang.dedicated_nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+        yield Violation(
+            ("sglang.dedicated_nodes", "sglang.urls"), "the job does not place servers at sglang.urls; set dedicated_nodes to 0"
+        )
     elif sglang.placement == "colocated":
         yield Violation(
             ("sglang.dedicated_nodes", "sglang.placement"),
