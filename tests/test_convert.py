@@ -313,7 +313,7 @@ def test_a_converted_checkpoint_of_two_types_is_refused_without_a_type(hf_models
     tensors["model.layers.1.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].bfloat16()
     (hf / "config.json").write_text((Path(hf_models["qwen3"]) / "config.json").read_text())
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(Exception, match=r"layers\.1\.self_attn\.k_proj\.weight is torch\.bfloat16 .*--dtype"):
+    with pytest.raises(Exception, match=r"layers\.1\.self_attn\.k_proj\.weight is torch\.bfloat16, .*--dtype"):
         to_megatron(hf, tmp_path / "out", Ranks())
     to_megatron(hf, tmp_path / "out", Ranks(), torch.float32)
     to_hf(tmp_path / "out", tmp_path / "back", Ranks())

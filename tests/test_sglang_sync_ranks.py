@@ -47,7 +47,7 @@ def test_with_checksums_a_server_that_holds_something_else_than_its_source_is_fo
         assert errors == ["", ""]
     else:  # the server's own worker detected it, so the server has failed, and it was the last one
         assert all("pieces that differ from their source after the transfer: " in error for error in errors)
-        assert all("that source rank 1 sent" in error for error in errors)
+        assert all("sent by source rank 1" in error for error in errors)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

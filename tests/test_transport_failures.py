@@ -37,7 +37,7 @@ from etr_megatron.weights.transport.board import Board
             2,
             "flip",
             r"rank 2 failed: pieces that differ .*: 1, first model\.layers\.2\.mlp\.down_proj\.weight .*, "
-            r"\[48, 40\] from \[0, 0\] that source rank 0 sent",
+            r"\[48, 40\] from \[0, 0\] on, sent by source rank 0",
         ),
     ],
 )
