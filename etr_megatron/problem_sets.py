@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config, Source, sources_of
@@ -13,15 +13,17 @@ from etr_megatron.errors import UserError
 from etr_megatron.evaluation import HeldOut
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.types import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> tuple[ProblemSet, HeldOut]:
-    """The problems of `data.train` and of `data.eval`; a collective. report: whether to print what was left out.
+    """The problems of `data.train` and of `data.eval`; a collective. report: whether to print what was left out or is lacking.
 
-    Raises UserError on every rank as `open_problems` and `refuse_other_problems` do.
+    Raises UserError as `open_problems` does, on the ranks where it does, as `refuse_other_problems` does, and for a column of
+    `reward.columns` that none of several training sets has.
     """
     sources = sources_of(config.data)
     found = [_problems(config, source, tokenizer, report=report) for source in sources]
@@ -30,6 +32,7 @@ def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: boo
         split: [(source.name, problems) for source, problems in zip(sources, found, strict=True) if source.split == split]
         for split in ("train", "eval")
     }
+    _look_for_columns(config, {name: problems for name, problems in pairs["train"] if name}, report=report)
     return ProblemSet.joined(pairs["train"]), HeldOut.of(pairs["eval"], config.eval.problems)
 
 
@@ -43,6 +46,16 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
             file=sys.stderr,
         )
     return found
+
+
+def _look_for_columns(config: Config, train: Mapping[str, Sequence[Problem]], *, report: bool) -> None:
+    """Print which of the named training sets lack which of `reward.columns`; raise UserError for one that all of them lack."""
+    for column in config.reward.columns if train else ():
+        without = [name for name, problems in train.items() if all(one.extra[column] is None for one in problems)]
+        if len(without) == len(train):
+            raise UserError(f"reward.columns: no training set has values in a column {column!r}; give the name of one that has")
+        if without and report:
+            print(f"data.train: no values in a column {column!r} (reward.columns) of {', '.join(without)}", file=sys.stderr)
 
 
 def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from etr_megatron import checkpoint, platform
+from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
@@ -194,6 +194,7 @@ class Trainer:
             self._phases.meet(f"training of step {self.step}")
             if self.engine is not None:
                 self.engine.release()
+            self.policy.reload()
             sequences, has_reference = sequences_of(groups), self.policy.reference is not None
             routing = self._routing(groups)
             old = self.policy.logprobs(sequences, routing=routing)
@@ -220,8 +221,7 @@ class Trainer:
         with self._watch.phase("sync"):
             self._phases.meet(f"weight sync of step {self.step}")
             self.sampler.pause()
-            if self.config.sglang.placement == "colocated":  # servers are about to take back memory that training has used
-                platform.release_cached_memory()
+            self.policy.offload()
             self.engine.update_weights(self.policy.export(), version=self._version)
             self.sampler.resume()
 

@@ -137,3 +137,52 @@ def resume(model: str, overrides: list[str], there: str, kind: str, step: int, c
     checkpoint.load(Path(there), step, policy)
     loaded = _weights(policy)
     return {"loaded": loaded, "updates": updates(policy, count), "weights": _weights(policy)}
+
+
+@contextmanager
+def _leaving_a_gpu(policy: Policy):
+    """Megatron takes tensors for a GPU's, and what has been copied off it is lost there: it becomes NaN, unless it is a part of
+    the weights that stay."""
+    staying = {weights.untyped_storage().data_ptr() for chunk in policy.chunks for weights in chunk.parameters()}
+    to_cpu = torch.Tensor.cpu
+
+    def leave(tensor: torch.Tensor) -> torch.Tensor:
+        copy = to_cpu(tensor).clone()
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in staying:
+            tensor.fill_(float("nan"))
+        return copy
+
+    with patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)), patch.object(torch.Tensor, "cpu", leave):
+        yield
+
+
+def _places_of_state(policy: Policy) -> list[int]:
+    """Addresses of the fp32 weights and of the moments."""
+    inner = [one.optimizer for one in optimizers_of(policy.optimizer)]
+    states = [value for one in inner for state in one.state.values() for value in state.values()]
+    weights = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
+    return [tensor.data_ptr() for tensor in (*weights, *states) if isinstance(tensor, torch.Tensor) and tensor.numel()]
+
+
+def train_with_rollouts_between(model: str, overrides: list[str], there: str, kind: str) -> dict[str, Any]:
+    """Three updates without and with an offload before each; while the second one lasts, the latter is saved as step 1."""
+    plain = build(model, overrides, kind)
+    policy = build(model, [*overrides, "train.offload_for_rollout=true", "sglang.placement=colocated"], kind)
+    buffers = [buffer for chunk in policy._ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    checkpoint.save(Path(there), 0, policy, {}, keep=2)
+    found: dict[str, Any] = {"plain": [], "updates": [], "gradients": [], "moved": [], "weights": []}
+    for step in range(3):
+        found["plain"] += updates(plain, 1)
+        places = [_places_of_state(policy)]
+        for _ in range(2):  # the second time, as when servers had to be restarted for the rollout, there is nothing left to do
+            with _leaving_a_gpu(policy) if kind != "offloaded" else nullcontext():
+                policy.offload()
+            found["gradients"].append(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers))
+            places.append(_places_of_state(policy))
+        found["moved"].append({then != now for then, now in zip(*places[:2], strict=True)})
+        found["weights"].append(_weights(policy))
+        if step == 1:
+            checkpoint.save(Path(there), 1, policy, {}, keep=2)
+        policy.reload()
+        found["updates"] += updates(policy, 1)
+    return found | {"end": {"plain": _weights(plain), kind: _weights(policy)}}

@@ -107,3 +107,19 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
             return {"states": states_of(engine), "sums": sums_of(policy)}
         finally:
             engine.close()
+
+
+def beside_a_slow_server(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
+    """Two ranks, the first of which starts a server; what this is sent. collective_s: a collective's deadline meanwhile."""
+    policy = build(model, ["parallel.tp=2"])
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=collective_s), dist.group.WORLD)
+    try:
+        engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    finally:
+        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+    try:
+        engine.update_weights(policy.export(), 1)
+        return {"states": states_of(engine), "sums": sums_of(policy)}
+    finally:
+        dist.barrier()
+        engine.close()

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from etr_megatron import platform
 from etr_megatron.batching import Sequences
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
+from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.types import Problem
 from etr_megatron.weights.transport import verify
@@ -160,5 +162,32 @@ def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, A
                 found["prompts"].append([len(state["prompts"]) for state in states])
                 control.run(control.fleet.clients[1].call("/behave", {"logprob": -0.5}, timeout_s=10))
         return found
+    finally:
+        engine.close()
+
+
+def syncs_beside_a_server(model: str, directory: str, **settings: Any) -> list[str]:
+    """What a rank does in three syncs with a colocated server; its cache of GPU memory is a stand-in."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, max_gap=1e9, placement="colocated", **settings)
+    done: list[str] = []
+
+    def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            done.append(name)
+            return method(*args)
+
+        return noted
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(platform, "release_cached_memory", lambda: done.append("empty cache"))
+            for name in ("due", "begin", "finish", "probe"):
+                patch.setattr(Control, name, noting(name, getattr(Control, name)))
+            for version in (1, 2, 3):
+                done.append(f"sync {version}")
+                engine.update_weights(policy.export(), version)
+                engine.release()
+        return done
     finally:
         engine.close()

@@ -49,6 +49,12 @@ def test_no_wait_may_be_longer_than_the_system_can_wait(key):
     assert any(f"{key} = 2147484.0: must be at most 1e+06" in p for p in validate(config_with(**{path: 2147484.0}), 2))
 
 
+def test_every_operator_has_problems_of_its_own():
+    two_digits = dict(arithmetic__min_digits=2, arithmetic__max_digits=2, arithmetic__train_problems=15_000)
+    assert "there are at most 10000 different problems" in validate(config_with(**two_digits), None)[0]
+    assert validate(config_with(**two_digits, arithmetic__operators=("+", "-")), None) == []
+
+
 @pytest.mark.parametrize("function", ["math", "reward:f", "my.rewards.math:Grader.score"])
 def test_reward_function_forms(function):
     assert validate(config_with(reward__function=function), None) == []

@@ -45,6 +45,7 @@ VIOLATIONS = [
     (dict(data__train={}), ["data.train"]),
     (dict(data__train={"a": ""}), ["data.train"]),
     (dict(data__train={"a b": "c.jsonl"}), ["data.train"]),
+    (dict(data__train={"größe": "c.jsonl"}), ["data.train"]),
     (
         dict(
             data__train={"a": "t.jsonl", "b": "arithmetic"}, data__eval=None, arithmetic__max_digits=1, arithmetic__min_digits=1
@@ -55,9 +56,15 @@ VIOLATIONS = [
         dict(data__train="t.jsonl", data__eval={"a": "arithmetic"}, arithmetic__max_digits=1, arithmetic__min_digits=1),
         ["arithmetic.train_problems"],
     ),
+    (dict(data__train="a.jsonl@[0:16]"), ["data.train"]),
+    (dict(data__eval={"a": "owner/a@test", "b": "arithmetic@test"}), ["data.eval"]),
+    (dict(data__eval="owner/a@"), ["data.eval"]),
+    (dict(data__eval="@test"), ["data.eval"]),
     (dict(data__prompt_column=""), ["data.prompt_column"]),
     (dict(data__answer_column=()), ["data.answer_column"]),
     (dict(data__prompt_column=("a", "")), ["data.prompt_column"]),
+    (dict(data__answer_column=("a", "")), ["data.answer_column"]),
+    (dict(data__id_column=("a", "")), ["data.id_column"]),
     (dict(data__id_column=()), ["data.id_column"]),
     (dict(reward__columns=("level",)), ["reward.columns", "reward.function"]),
     (dict(reward__columns=("a", "a"), reward__function="m:f"), ["reward.columns"]),
@@ -84,7 +91,7 @@ VIOLATIONS = [
     (dict(eval__samples=2**31, eval__temperature=1.0), ["eval.samples"]),
     (dict(eval__samples=4), ["eval.samples", "eval.temperature"]),
     (dict(eval__samples={"a": 1, "b": 4}, data__eval={"a": "a.jsonl", "b": "b.jsonl"}), ["eval.samples", "eval.temperature"]),
-    (dict(eval__samples={"a": 0}, data__eval={"a": "a.jsonl", "b": "b.jsonl"}), ["eval.samples"]),
+    (dict(eval__samples={"a": 0, "b": 1}, data__eval={"a": "a.jsonl", "b": "b.jsonl"}), ["eval.samples"]),
     (dict(eval__samples={"a": 1}), ["eval.samples", "data.eval"]),
     (dict(eval__samples={"c": 1}, data__eval={"a": "a.jsonl"}), ["eval.samples", "data.eval"]),
     (
@@ -130,6 +137,14 @@ VIOLATIONS = [
     (dict(train__head_chunk_rows=0), ["train.head_chunk_rows"]),
     (dict(train__overlap_param_gather=True, train__distributed_optimizer=True), ["train.overlap_grad_reduce"]),
     (dict(train__optimizer_offload=True), ["train.distributed_optimizer"]),
+    (
+        dict(train__offload_for_rollout=True, sglang__placement="colocated", rollout__backend="sglang"),
+        ["train.offload_for_rollout", "train.distributed_optimizer"],
+    ),
+    (
+        dict(train__offload_for_rollout=True, train__distributed_optimizer=True, rollout__backend="sglang"),
+        ["train.offload_for_rollout", "sglang.placement"],
+    ),
     (
         dict(train__optimizer_offload=True, train__distributed_optimizer=True, model__dtype="float32"),
         ["train.optimizer_offload", "model.dtype"],

@@ -128,6 +128,11 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
         opened(one, system_prompt="Be brief.")
 
 
+def test_keys_of_a_message_that_say_nothing_are_passed_over(tmp_path):
+    message = CONVERSATION[0] | {"name": None, "tool_calls": [], "refusal": ""}
+    assert PLAIN.decode(opened(write_jsonl(tmp_path / "o.jsonl", [chat_row(message)]))[0].prompt_ids) == "Add 1 and 2."
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -146,6 +151,7 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
         ),
         ([CONVERSATION[0] | {"tool_calls": [1]}], "message 1 of column 'question' has `tool_calls`, but only `role`"),
         (CONVERSATION[:2], "the last message of column 'question' has the role assistant, not user"),
+        ([{"role": "system", "content": "Think."}], "the last message of column 'question' has the role system, not user"),
     ],
 )
 def test_messages_that_cannot_be_asked_are_a_broken_row(tmp_path, messages, reason):
@@ -202,7 +208,8 @@ def test_a_directory_of_a_hub_dataset_is_read_without_a_network(tmp_path, monkey
 def test_a_hub_dataset_may_name_a_split_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("odd@name").mkdir()
-    sets = {"a": "owner/a:main@dev", "b": "owner/b", "c": "c@1.jsonl", "d": "odd@name"}
+    unknown = f"{300 * 'x'}@y"  # too long to be the name of a directory
+    sets = {"a": "owner/a:main@dev", "b": "owner/b", "c": "c@1.jsonl", "d": "odd@name", "e": "odd@name@dev", "f": unknown}
     found = sources_of(DataConfig(train="owner/t@all", eval=sets))
     assert [(one.location, one.hub_split) for one in found] == [
         ("owner/t", "all"),
@@ -210,6 +217,8 @@ def test_a_hub_dataset_may_name_a_split_of_its_own(tmp_path, monkeypatch):
         ("owner/b", "test"),
         ("c@1.jsonl", "test"),
         ("odd@name", "test"),
+        ("odd@name", "dev"),
+        (300 * "x", "y"),
     ]
 
 

@@ -72,7 +72,8 @@ BROKEN_LINES = [
     ('["a list"]', "a JSON list, not an object"),
     ('{"question": null, "answer": "2"}', "column 'question' is null"),
     ('{"answer": "2"}', "column 'question' is missing"),
-    ('{"question": 5, "answer": "2"}', "column 'question' is int, not text"),
+    ('{"question": 5, "answer": "2"}', "column 'question' is int, not text or chat messages"),
+    ('{"question": {"role": ["user"]}, "answer": "2"}', "column 'question' is dict, not text or chat messages"),
     ('{"question": "  ", "answer": "2"}', "column 'question' is empty"),
     ('{"question": "1+1?"}', "column 'answer' is missing"),
     ('{"question": "1+1?", "answer": ["2"]}', "column 'answer' is list, not text or a number"),
@@ -97,15 +98,20 @@ def test_a_broken_line_is_fatal_with_its_file_and_line_or_skipped_and_counted(tm
     assert problems.skipped_broken == 1
 
 
+def test_an_answer_that_is_too_large_for_a_float_is_kept(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "h.jsonl", [GOOD | {"answer": 10**400}])
+    assert opened(source, tokenizer)[0].answer == f"1{400 * '0'}"
+
+
 def test_joined_sets_keep_their_problems_apart_by_name(tmp_path, tokenizer):
     """A file given twice comes twice, and problems under other names are others."""
-    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "broken", {"question": 40 * "long", "answer": "7"}, GOOD])
+    source = write_jsonl(tmp_path / "a.jsonl", [GOOD, "broken", "broken", {"question": 40 * "long", "answer": "7"}, GOOD])
     config = DataConfig(train={"x": source, "y": source}, eval=None, on_bad_row="skip", max_prompt_tokens=100)
     first, second = opened_all(config, tokenizer)
     both = ProblemSet.joined([("x", first), ("y", second)])
-    assert [one.id for one in both] == ["x/a.jsonl:1", "x/a.jsonl:4", "y/a.jsonl:1", "y/a.jsonl:4"]
+    assert [one.id for one in both] == ["x/a.jsonl:1", "x/a.jsonl:5", "y/a.jsonl:1", "y/a.jsonl:5"]
     assert [set_of(one.id) for one in both] == ["x", "x", "y", "y"]
-    assert (both.skipped_broken, both.skipped_too_long) == (2, 2)
+    assert (both.skipped_broken, both.skipped_too_long) == (4, 2)
     assert both.fingerprint != ProblemSet.joined([("x", first), ("z", second)]).fingerprint
     alone = ProblemSet.joined([("", first)])
     assert alone.problems == first.problems and alone.fingerprint == first.fingerprint
@@ -129,6 +135,11 @@ def test_a_missing_column_is_reported_with_the_available_ones(tmp_path, tokenize
     assert opened(source, tokenizer, prompt_column="problem")[0].prompt == "1+1?"
     with pytest.raises(UserError, match=r"no column 'uid' \(data\.id_column\)"):
         opened(source, tokenizer, prompt_column="problem", id_column="uid")
+    many = write_jsonl(tmp_path / "m.jsonl", [{f"c{number}": 1 for number in range(27)}])
+    with pytest.raises(UserError, match=r"'c22', 'c23', and 3 more$"):
+        opened(many, tokenizer)
+    with pytest.raises(UserError, match=r"no column 'answer' \(data\.answer_column\); it has none at all$"):
+        opened(write_jsonl(tmp_path / "n.jsonl", [{}]), tokenizer)
 
 
 def test_a_column_that_the_first_row_lacks_is_that_rows_mistake(tmp_path, tokenizer):
@@ -184,9 +195,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
 
 
 def test_other_file_types_are_not_taken_for_hub_names(tmp_path, tokenizer):
-    (tmp_path / "problems").write_text("")
+    plain = (tmp_path / "problems", tmp_path / "pro@blems")
+    for file in plain:
+        file.write_text("")
     endings = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zst", ".zip", ".CSV")
-    for source in [str(tmp_path / "problems"), *(str(tmp_path / f"a{ending}") for ending in endings)]:
+    for source in [*map(str, plain), *(str(tmp_path / f"a{ending}") for ending in endings)]:
         with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
             opened(source, tokenizer)
 
@@ -252,6 +265,16 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused_in_one_sentence(tokeniz
     ) as caught:
         opened("owner/no-such-set", tokenizer)
     assert "\n" not in str(caught.value) and "is not in the cache, and" not in str(caught.value)  # offline, as requested
+
+
+def test_rows_that_cannot_be_read_to_their_end_are_refused_with_the_readers_reason(tokenizer, monkeypatch):
+    def load_dataset(*_, **__):
+        yield GOOD
+        raise OSError("corrupt page")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"data\.train: 'owner/set' cannot be read \(corrupt page\)"):
+        opened("owner/set", tokenizer)
 
 
 def test_arithmetic_problems_have_the_right_answer_and_disjoint_splits(tokenizer):

@@ -32,7 +32,7 @@ def graded(*rewards: tuple[float, ...], tokens: int = 2, finish: FinishReason = 
 def test_right_responses_and_problems_that_any_of_them_is_right_for_are_counted():
     """Of three problems, the first has both responses right, the second one of two, the third none: 3 of 6, and 2 of 3."""
     groups = graded((1.0, 1.0), (-1.0, 1.0), (-1.0, 0.5))
-    groups[2].samples[0].finish_reason = "length"
+    groups[2].samples[0].finish_reason, groups[2].samples[1].finish_reason = "length", "abort"
     twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
     assert evaluation_metrics({"": groups}, twice) == {
         "eval_accuracy": 0.5,

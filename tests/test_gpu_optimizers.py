@@ -79,3 +79,22 @@ def test_another_layout_goes_on_with_it(own_gangs, kind, trained):
         # With Adam's moments lost or its step reset to 1, weights would move by the whole learning rate, 1e-3, or more.
         moved = [(found["weights"][name] - tensor).abs().sum() for name, tensor in wanted["weights"][job["kind"]].items()]
         assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["fused", "offloaded"])
+def test_what_leaves_the_gpu_for_rollouts_comes_back_unchanged(own_gangs, hf_models, tmp_path, kind, layout):
+    family, overrides = LAYOUTS[layout]
+    job = {"model": hf_models[family], "overrides": [*overrides, *DISTRIBUTED], "there": str(tmp_path), "kind": kind}
+    ranks = own_gangs(2).run("tests.gpu_optimizer_jobs:train_with_rollouts_between", **job)
+    for found in ranks:
+        assert found["gradients"] == [0] * 6
+        assert found["moved"] == [{kind == "fused"}] * 3  # an offloaded optimizer has its state on the CPU already
+        assert found["updates"] == found["plain"]
+        assert_same(found["end"][kind], found["end"]["plain"])
+    for resumed, straight in zip(
+        own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **job, step=1, count=2), ranks, strict=True
+    ):
+        assert_same(resumed["loaded"], straight["weights"][1])
+        assert resumed["updates"] == straight["updates"][1:]
+        assert_same(resumed["weights"], straight["end"][kind])

@@ -86,18 +86,19 @@ def test_a_steps_groups_are_counted_each_for_what_it_is():
     assert row["accuracy"] == pytest.approx(4 / 11) and row["reward_mean"] == pytest.approx(4.5 / 11)
     assert row["reward_timeouts"] == 3 and row["reward_errors"] == 2 and row["truncated"] == 4
     assert row["zero_variance_groups"] == 1 and row["response_tokens_mean"] == 3.0
+    assert not any(key.startswith("train/") for key in row)
 
 
 def test_groups_are_counted_by_the_training_set_that_their_problem_is_from(tmp_path):
     step = groups()
     for group, name in zip(step, ("long", "sums", "long", "sums"), strict=True):
         group.problem.id = f"{name}/a/b:{group.problem.id}"
-    row = rollout_metrics(3, step, config("data.train={sums: arithmetic, long: l.jsonl, rare: r.jsonl}"))
+    row = rollout_metrics(3, step, config("data.train={sums: arithmetic, long: l.jsonl, lo: r.jsonl}"))
     for name, own in (("sums", step[1::2]), ("long", step[::2])):
         alone = rollout_metrics(3, own, config())
         assert row[f"train/{name}/groups"] == 2
         assert all(row[f"train/{name}/{key}"] == alone[key] for key in TRAIN_SET_KEYS[1:])
-    assert {key: value for key, value in row.items() if key.startswith("train/rare")} == {"train/rare/groups": 0}
+    assert {key: value for key, value in row.items() if key.startswith("train/lo/")} == {"train/lo/groups": 0}
     assert {key.rpartition("/")[2] for key in row if key.startswith("train/sums")} == set(TRAIN_SET_KEYS)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append(row | {key: 0.0 for key in ROLLOUT_METRIC_KEYS if key.startswith(("tokens", "time"))})

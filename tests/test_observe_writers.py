@@ -278,6 +278,18 @@ def test_of_a_short_run_the_report_has_its_first_and_last_step_and_a_reward_of_z
     assert "clipped tokens" not in summary(rows)
 
 
+def test_the_report_tells_of_sets_that_the_last_step_did_not_evaluate_and_leaves_out_what_was_not_finite() -> None:
+    rows = [make_row(step) for step in range(1, 21)]
+    rows[0] |= {"eval_accuracy": 0.5, "eval/amc23/accuracy": 0.25}
+    for row in rows:
+        row |= {"reward_mean": None, "tokens_per_s": None, "time_step": 3.0, "truncated": None}
+    rows[1] |= {"reward_mean": 0.75, "tokens_per_s": 300.0}
+    told = summary(rows)
+    assert "reward            first tenth 0.750, last tenth not finite\n" in told
+    assert "  amc23           0.250 (step 1) to 0.250 (step 1)\n" in told
+    assert "response tokens   900\n" in told and "truncated         0 samples\n" in told
+
+
 def test_the_report_tells_each_training_sets_reward_over_the_steps_that_have_groups_of_it() -> None:
     rows = [make_row(step) for step in range(1, 21)]
     for row, gsm8k, rare in ((rows[0], 0.25, None), (rows[1], 0.75, None), (rows[18], None, 1.0), (rows[19], 1.0, 0.5)):

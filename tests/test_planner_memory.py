@@ -117,6 +117,17 @@ def test_a_reference_in_fp8_has_no_copy_for_a_backward_pass():
     assert held.reference == held.parameters == 2 * held.elements
 
 
+def test_what_leaves_for_the_rollout_is_counted_in_training_alone_and_its_way_in_time():
+    stays, leaves = plan(), plan("train.offload_for_rollout=true")
+    for one, other in zip(stays.ranks, leaves.ranks, strict=True):
+        assert other.offloaded == one.gradients + one.optimizer and one.offloaded == 0
+        away = {phase: one.phases[phase] - other.phases[phase] for phase in one.phases}
+        assert away == {"train": 0, "sync": other.offloaded, "generate": other.offloaded}
+    moved = max(rank.optimizer for rank in leaves.ranks)
+    assert leaves.time.sync - stays.time.sync == pytest.approx(2 * moved / leaves.gpu.host_rate)
+    assert plan("train.offload_for_rollout=true", "train.optimizer_offload=true").time.sync == stays.time.sync
+
+
 def test_weights_held_in_fp8_are_sent_from_a_copy_in_bf16():
     rank, held = plan("fp8.recipe=blockwise").ranks[0], plan("fp8.recipe=blockwise", "fp8.param=true").ranks[0]
     assert held.export - rank.export == rank.parameters - 2 * rank.elements > 0

@@ -127,8 +127,6 @@ MEETING = """
 import datetime, os, sys, time
 import torch.distributed as dist
 from etr_megatron.platform.phases import Phases
-from etr_megatron.rollout.sglang import update_group
-from etr_megatron.weights.transport import wire
 rank, store, dying = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
 phases = Phases(timeout_s=900)
@@ -224,3 +222,17 @@ def test_a_group_with_servers_outlives_them_and_other_groups_keep_their_own_sett
         update_group.UpdateGroup(1, host="127.0.0.1", backend="gloo", timeout_s=5).join()
     assert seen == ["0", "0"]
     assert os.environ.get(name) == own
+
+
+@pytest.mark.parametrize(("backend", "ended"), [("nccl", "aborted"), ("gloo", "destroyed")])
+def test_a_group_with_servers_is_left_without_waiting_for_them(monkeypatch, backend, ended):
+    """torch's orderly end of an NCCL group waits for operations under way and for the other processes of the machine."""
+    done = []
+    group = update_group.UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5)
+    monkeypatch.setattr(update_group.c10d, "_abort_process_group", lambda it: done.append(("aborted", it)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda it: done.append(("destroyed", it)))
+    group.close()  # nobody has joined
+    group._group = "the group"
+    group.close()
+    group.close()
+    assert done == [(ended, "the group")]

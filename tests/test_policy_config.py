@@ -10,6 +10,7 @@ import torch
 from etr_megatron.checks import check_layers, check_stages
 from etr_megatron.config import Config, Fp8Config, ModelConfig, ParallelConfig, TrainConfig, load_config, validate
 from etr_megatron.errors import UserError
+from etr_megatron.policy import optimizer
 from etr_megatron.policy.model_config import (
     get_num_layers_to_build,
     get_transformer_layer_offset,
@@ -131,3 +132,18 @@ def test_the_weight_map_and_megatron_put_every_layer_into_the_same_chunk(hf_mode
             first = get_transformer_layer_offset(*place)
             found += [(first + n, (stage, chunk, n)) for n in range(get_num_layers_to_build(*place))]
     assert sorted(found) == [(layer, training.chunk_of(layer, arch)) for layer in range(arch.layers)]
+
+
+@pytest.mark.parametrize(("offload", "before", "threads"), [(True, 1, 6), (True, 8, 8), (False, 1, None)])
+def test_an_offloaded_optimizer_updates_with_its_ranks_share_of_the_cores(monkeypatch, offload, before, threads):
+    given = []
+    monkeypatch.setattr(optimizer.platform, "uses_cuda", lambda: True)
+    monkeypatch.setattr(optimizer.os, "sched_getaffinity", lambda process: set(range(48)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(optimizer, "optimizer_config", lambda config: "settings")
+    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda settings, chunks: (settings, chunks))
+    config = Config(train=TrainConfig(optimizer_offload=offload))
+    assert optimizer.build_optimizer(["chunk"], config) == ("settings", ["chunk"])
+    assert given == ([threads] if offload else [])

@@ -84,7 +84,8 @@ def test_every_rank_has_a_multiple_of_the_recipes_tokens_between_tensor_parallel
         assert batch.cu_seqlens[real] <= sum(len(p) + len(r) + 2 * cp for p, r in (SEQUENCES[i] for i in numbers))
 
 
-def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imported(tmp_path):
+@pytest.mark.parametrize(("capability", "scales"), [(None, "1"), ((9, 0), "1"), ((10, 0), "0"), ((12, 0), "0")])
+def test_transformer_engine_finds_in_the_environment_which_scales_the_device_has(tmp_path, capability, scales):
     package = tmp_path / "transformer_engine"
     package.mkdir()
     seen = tmp_path / "seen"
@@ -94,8 +95,16 @@ def test_transformer_engine_finds_float_scales_in_the_environment_when_it_is_imp
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     env.pop(name, None)
-    subprocess.run([sys.executable, "-c", "import etr_megatron.policy"], env=env, check=True, capture_output=True, timeout=120)
-    assert seen.read_text() == "1"
+    program = "import etr_megatron.policy"
+    if capability is not None:
+        program = (
+            "import torch; torch.cuda.is_available = lambda: True\n"
+            f"torch.cuda.get_device_capability = lambda *_: {capability}\nfrom etr_megatron import platform\n"
+            "platform.prepare_megatron()"
+        )
+    # The import of the stand-in ends the program.
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, timeout=120)
+    assert seen.read_text() == scales
 
 
 def test_the_optimizer_starts_from_the_loaded_weights_not_from_what_those_held_in_fp8_were_made_with(gangs, hf_models):

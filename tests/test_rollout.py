@@ -73,8 +73,9 @@ def test_problems_may_be_answered_a_different_number_of_times(gangs, hf_models):
 
 
 def test_a_number_of_responses_for_other_problems_is_refused():
-    with pytest.raises(ValueError, match="numbers of responses for 2 problems, but there are 1"):
-        Sampling((1, 2), 1, 1.0, 0, 0).samples_of([Problem("a", "", "")])
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"numbers of responses for 2 problems, but there are {count}"):
+            Sampling((1, 2), 1, 1.0, 0, 0).samples_of([Problem("a", "", "")] * count)
 
 
 def test_seeds_differ_by_run_step_prompt_and_sample():

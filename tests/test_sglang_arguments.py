@@ -143,6 +143,33 @@ def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and command.host == "10.0.0.7"
 
 
+def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_path):
+    alone, beside = (command_of(tmp_path, placement=how, mem_fraction=0.5) for how in ("dedicated", "colocated"))
+    assert value_of(alone.arguments, "--mem-fraction-static") == "0.5" and alone.memory is None
+    assert "--mem-fraction-static" not in beside.arguments and beside.memory == 0.5
+    assert set(beside.environment) - set(alone.environment) == {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"}
+    assert command_of(tmp_path, placement="colocated").memory is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "model", "settings", "wanted"),
+    [
+        ((10, 0), {}, dict(fp8=True), ["--fp8-gemm-backend", "triton"]),
+        ((10, 3), {"num_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
+        ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
+        ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
+        ((10, 0), {}, {}, []),
+        ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),
+    ],
+)
+def test_servers_on_blackwell_keep_weights_as_they_are_sent(tmp_path, monkeypatch, capability, model, settings, wanted):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    arguments = command_of(tmp_path, **settings).arguments
+    assert [word for word in arguments if "-backend" in word or word == "triton"] == wanted
+
+
 @pytest.mark.parametrize(
     ("settings", "ranks", "wanted"),
     [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
 from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang.connections import allow_connections
 from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.weights import read_architecture
@@ -64,6 +66,27 @@ def test_that_servers_on_other_machines_have_no_key_is_said_once(hf_models, tmp_
     said = f"sglang.urls: whoever reaches {hosts} can give servers there other weights; start them with --api-key, and set "
     said += "ETR_SGLANG_API_KEY"
     assert [record.getMessage() for record in caplog.records] == [said] * (hosts is not None)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised", "is_said"),
+    [
+        (1024, 2**19, 5120, False),
+        (20000, 2**19, None, False),
+        (1024, 4096, 4096, True),
+        (1024, resource.RLIM_INFINITY, 5120, False),
+    ],
+)
+def test_every_request_may_have_a_connection_and_what_the_system_does_not_allow_is_said(
+    monkeypatch, caplog, soft, hard, raised, is_said
+):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append((what, both)))
+    allow_connections(4096)
+    assert limits == ([] if raised is None else [(resource.RLIMIT_NOFILE, (raised, hard))])
+    said = "sglang.concurrency: up to 4096 requests at a time need 5120 open files, of which the system allows 4096"
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [said] * is_said
 
 
 @pytest.mark.slow

@@ -201,11 +201,12 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_a_node_of_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path):
-    """For example a node that hangs: only rank 0 communicates with it."""
+@pytest.mark.parametrize("where", ["beside_a_node_of_servers", "beside_a_slow_server"])
+def test_ranks_wait_for_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path, where):
+    """For example on a node that hangs: only rank 0 communicates with it."""
     launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=4, python=sys.executable, launch=("-c", launch))
-    found = gangs(2).run("tests.sglang_node_jobs:beside_a_node_of_servers", **job)[0]
+    found = gangs(2).run(f"tests.sglang_node_jobs:{where}", **job)[0]
     assert list(found["states"]) == ["SGLang server 0"]
     check_sums(found["states"]["SGLang server 0"], found["sums"])
 
@@ -227,15 +228,24 @@ def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_come
 
 def test_colocated_servers_have_their_memory_back_before_a_sync(gangs, hf_models, tmp_path):
     routes = gangs(1).run("tests.sglang_jobs:colocated", model=hf_models["qwen3"], directory=str(tmp_path), **OWN)[0]
-    first = [route for route in routes if "memory" in route or "generation" in route or "_weights_" in route]
+    first = [route for route in routes if any(word in route for word in ("memory", "generation", "_weights_", "flush"))]
     assert first[first.index("/continue_generation") + 1 :] == [
         "/release_memory_occupation",
         "/resume_memory_occupation weights",
         "/pause_generation",
         "/update_weights_from_tensor",
+        "/flush_cache",
         "/resume_memory_occupation kv_cache cuda_graph",
+        "/flush_cache",
         "/continue_generation",
     ]
+
+
+def test_ranks_leave_their_gpus_to_colocated_servers_and_probe_these_after_their_first_release(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    (done,) = gangs(1).run("tests.sglang_sync_jobs:syncs_beside_a_server", **job)
+    sync = ["empty cache", "due", "begin", "empty cache", "finish"]
+    assert done == ["sync 1", *sync, "probe", "sync 2", *sync, "probe", "sync 3", *sync]
 
 
 @pytest.mark.slow
@@ -259,18 +269,18 @@ def test_servers_whose_logprobs_are_not_the_trainers_are_refused(gangs, hf_model
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
         (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)
     assert error.startswith("OtherModelError: SGLang server 0: after weight sync 1 its log-probs differ by ")
-    assert "more than rollout.max_logprob_gap = 0.001 allows" in error
+    assert "more than 10 x rollout.max_logprob_gap = 0.001; it serves another model" in error
 
 
 @pytest.mark.slow
 def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_sync_after_which_they_are_right(
     gangs, hf_models, tmp_path
 ):
-    with servers({}, {"logprob": -0.9}, {}) as urls:
+    with servers({}, {"logprob": -0.9}, {"logprob": -0.508}) as urls:  # the last is off as bfloat16 may be
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls, max_gap=1e-3)
         found, other = gangs(2).run("tests.sglang_sync_jobs:one_probed_wrong", **job)
     what = "after weight sync 1 its log-probs differ by 0.4 on average from the trainer's"
-    assert found["failed"] == [{"SGLang server 1": f"{what}, more than rollout.max_logprob_gap = 0.001 allows"}, {}]
+    assert found["failed"] == [{"SGLang server 1": f"{what}, more than 10 x rollout.max_logprob_gap = 0.001"}, {}]
     (first, wrong, third), after = found["prompts"]
     assert wrong == 1 and first + third == 2 + 12 and min(first, third) > 1  # it had only the probe's prompt
     assert after[1] > 2 and sum(after) == 2 * (3 + 12)

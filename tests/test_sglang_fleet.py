@@ -21,6 +21,7 @@ from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Deli
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
+from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
 from tests.fake_servers import servers
 
@@ -368,3 +369,14 @@ def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_o
     states, failed, seconds = asyncio.run(body())
     assert set(failed) == {"server 1"} and seconds < 20
     assert all(has_all(state) and state["version"] == "3" and not state["paused"] for state in states)
+
+
+def test_a_group_that_never_connects_costs_its_servers_and_not_the_run(monkeypatch):
+    monkeypatch.setattr(UpdateGroup, "broadcast", lambda *_: time.sleep(3600))  # as NCCL while a worker is missing
+
+    async def body():
+        async with fleet_of({"die_at_bucket": 0}) as fleet:
+            with pytest.raises(EngineGoneError, match=r"no SGLang server is left: server 0: /update_weights_from_distributed"):
+                await asyncio.wait_for(sync(fleet, 1, timeout_s=5.0), 60)
+
+    asyncio.run(body())

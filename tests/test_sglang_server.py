@@ -298,6 +298,8 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
         f"sglang.arguments=[{quoted}]",
         "sglang.mem_fraction=0.3",
         "sglang.placement=colocated",
+        "train.distributed_optimizer=true",
+        "train.offload_for_rollout=true",
     ]
     job = runs.start(*options, start_new_session=True)
     try:

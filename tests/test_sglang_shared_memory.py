@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from etr_megatron.rollout.sglang import shared_memory
-from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang import node_buckets, shared_memory
+from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
+from etr_megatron.weights import read_architecture
 from tests.runs import REPO, wait_for
 from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
 
@@ -157,3 +159,22 @@ def test_where_torch_makes_no_segment_there_is_a_sentence(monkeypatch):
 
 def segments_of(process: int) -> set[str]:
     return {path.name for path in Path("/dev/shm").glob(f"torch_{process}_*")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_tensors_as_bytes_are_read_again(dtype):
+    flat = torch.arange(192, dtype=torch.int32).to(torch.uint8)
+    tensor = flat[64:].view(dtype).view(-1, 4)
+    ((name, found),) = pickle.loads(base64.b64decode(serialized([("a", tensor)])))
+    assert name == "a" and found.dtype == dtype and found.shape == tensor.shape
+    assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_machine_without_shared_memory_is_refused_for_weights_that_would_take_hours_as_text(monkeypatch, hf_models):
+    asked = []
+    monkeypatch.setattr(node_buckets, "has_room", asked.append)  # there is none
+    large, small = (read_architecture(path) for path in (REPO / "configs/models/Qwen3-32B", hf_models["qwen3"]))
+    with pytest.raises(UserError, match=r"/dev/shm of \S+ has no room for the 2\.9 GiB .* as text 61 GiB would take hours"):
+        node_buckets.require_room(large, torch.bfloat16, None, 512 << 20)
+    assert asked == [2 * 151936 * 5120 * 2]  # the embedding, which is larger than a bucket
+    node_buckets.require_room(small, torch.bfloat16, None, 512 << 20)

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.hosts import Host
-from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, environment_of_server
+from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, environment_of_server, share_of_free
 from tests.runs import REPO, wait_for
 from tests.test_lifetime import gone
 
@@ -124,8 +125,38 @@ def test_a_missing_interpreter_is_refused_with_the_command_that_makes_it(tmp_pat
         ServerProcess("server", ServerCommand("nowhere/python", (), ()), tmp_path / "server.log")
 
 
-def test_a_server_inherits_nothing_that_torchrun_said_to_the_rank_and_uses_no_proxy():
+def test_a_server_inherits_nothing_that_is_for_the_rank_alone_uses_no_proxy_and_finds_its_own_programs():
     inherited = {"RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "PATH": "/bin"}
+    inherited |= dict.fromkeys(("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True")
     inherited |= {"no_proxy": "elsewhere", "http_proxy": "http://proxy:1"}
-    kept = {"PATH": "/bin", "http_proxy": "http://proxy:1", "no_proxy": "*", "NO_PROXY": "*"}
-    assert environment_of_server(inherited) == kept
+    kept = {"PATH": "/env/bin:/bin", "http_proxy": "http://proxy:1", "no_proxy": "*", "NO_PROXY": "*"}
+    assert environment_of_server(inherited, "/env/bin/python") == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [
+        ("79000, 81559", 0.4),  # only contexts
+        ("40000, 81559\n44000, 81559", 0.816),
+        ("20000, 81559", 0.95),
+        ("0, 81559", 0.95),
+        ("No devices were found", 0.4),
+        ("", 0.4),
+    ],
+)
+def test_a_server_that_is_started_beside_ranks_gets_as_much_memory_as_on_an_empty_gpu(tmp_path, monkeypatch, said, share):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho \"$@\" >>{tmp_path}/asked\nprintf '{said}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    command = ServerCommand(sys.executable, ("-c", "import sys; print(sys.argv[1:3], flush=True)"), (), memory=0.4)
+    server = ServerProcess("server", replace(command, environment={"CUDA_VISIBLE_DEVICES": "4,5"}), tmp_path / "server.log")
+    wait_for(lambda: not server.is_running)
+    server.stop()
+    assert server.last_words() == f"['--mem-fraction-static', '{share:g}']"
+    assert (tmp_path / "asked").read_text().split()[-2:] == ["-i", "4,5"]
+
+
+def test_without_nvidia_smi_a_servers_fraction_is_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert share_of_free(0.4, None) == 0.4

@@ -43,13 +43,30 @@ def test_the_groups_and_the_batch_of_a_step_are_gone_before_the_next_ones_groups
     assert alive == [[], [False] * 2, [False] * 4]
 
 
-@pytest.mark.parametrize(("placement", "before"), [("colocated", ["returned"]), ("dedicated", []), (None, [])])
-def test_ranks_return_what_training_used_before_servers_on_their_gpus_take_their_memory_back(monkeypatch, placement, before):
-    config, done = Config(), []
-    monkeypatch.setattr(trainer.platform, "release_cached_memory", lambda: done.append("returned"))
+def test_what_only_training_needs_leaves_the_gpu_before_servers_take_their_memory_back():
+    done: list[str] = []
+    others = "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    stubs = dict.fromkeys(others, mock.MagicMock())
+    stubs["policy"] = mock.MagicMock(offload=lambda: done.append("offloaded"))
+    engine = mock.Mock(update_weights=lambda *_args, **_options: done.append("taken back"))
+    trainer.Trainer(Config(), engine=engine, **stubs)._sync()
+    assert done == ["offloaded", "taken back"]
+
+
+def test_ranks_take_their_memory_back_after_servers_have_released_it_and_before_they_train():
+    done: list[str] = []
+
+    class StopHereError(Exception):
+        pass
+
+    def logprobs(*_args: Any, **_options: Any) -> None:
+        done.append("log-probs")
+        raise StopHereError
+
     others = "policy", "sampler", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
     stubs = dict.fromkeys(others, mock.MagicMock())
-    engine = mock.Mock(update_weights=lambda *_args, **_options: done.append("taken back"))
-    config = replace(config, sglang=replace(config.sglang, placement=placement))
-    trainer.Trainer(config, engine=engine, **stubs)._sync()
-    assert done == [*before, "taken back"]
+    stubs["policy"] = mock.MagicMock(reload=lambda: done.append("reloaded"), logprobs=logprobs, reference=None)
+    engine = mock.Mock(release=lambda: done.append("released"))
+    with pytest.raises(StopHereError):
+        trainer.Trainer(Config(), engine=engine, **stubs)._train([])
+    assert done == ["released", "reloaded", "log-probs"]

@@ -159,15 +159,17 @@ def test_other_tensors_and_unknown_parameters_are_refused():
         server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
 
 
-@pytest.mark.parametrize("order", ["load_up_proj_weight_first", "w13_swiglu_interleaved"])
+@pytest.mark.parametrize("order", ["load_up_proj_weight_first", "w13_swiglu_interleaved", "use_flashinfer_trtllm_moe"])
 def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_their_shapes_are_the_same(hf_models, order):
     arch = read_architecture(hf_models["qwen3_moe"])
     offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), arch, timeout_s=1)
     model = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2)})
-    model["experts"].quant_method = SimpleNamespace(**{order: True})
+    model["experts"].quant_method = SimpleNamespace()
+    flagged = model["experts"] if order.startswith("use_") else model["experts"].quant_method
+    setattr(flagged, order, True)
     with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in its own order \({order}\)"):
         server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
-    setattr(model["experts"].quant_method, order, False)
+    setattr(flagged, order, False)
     with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):
         server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
 

@@ -48,7 +48,7 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
         None, str last.
     verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting. For a key that may be a list or a mapping, text in brackets is
-        always parsed as one.
+        always parsed as one, and so is `a: b` where a mapping may stand.
     Raises Mismatch. An integer is a valid float, a bool is never a number, `1e-3` is a float.
     """
     options = _options(hint)
@@ -68,12 +68,14 @@ def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     raise Mismatch(describe(hint))
 
 
-def text_may_be(text: str, hint: Any) -> bool:
-    """Whether an override that is no YAML at all can still be meant as plain text: not with an opening bracket, where a list
-    or a mapping may stand."""
+def plain_text(text: str, hint: Any) -> str:
+    """The text of an override that is no YAML at all, if it can be meant as it is: not with an opening bracket, where a list or
+    a mapping may stand. Raises Mismatch."""
+    if _several(hint) and text.lstrip().startswith(("[", "{")):
+        raise Mismatch(f"{describe(hint)}; quote a text in it that holds brackets, a comma or a colon")
     if str not in _options(hint):
-        return False
-    return not (_several(hint) and text.lstrip().startswith(("[", "{")))
+        raise Mismatch(describe(hint))
+    return text
 
 
 def _several(hint: Any) -> Any:

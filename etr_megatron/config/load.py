@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from etr_megatron.config.coerce import Mismatch, coerce, describe, text_may_be
+from etr_megatron.config.coerce import Mismatch, coerce, plain_text
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import depends_on, render, violations, wrong_alone
@@ -91,9 +91,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def _value(setting: _Setting) -> Any:
     hint = SECTIONS[setting.section][setting.name]
     if setting.node is None:  # an override that is not valid YAML can still be plain text
-        if setting.verbatim is not None and text_may_be(setting.verbatim, hint):
-            return setting.verbatim
-        raise Mismatch(describe(hint))
+        assert setting.verbatim is not None  # nothing is read from a file that is not
+        return plain_text(setting.verbatim, hint)
     return coerce(setting.node, hint, setting.verbatim)
 
 

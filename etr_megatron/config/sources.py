@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ class Source:
     key: the config key, for messages: `data.train` or `data.eval`, followed by `.<name>` for a named set.
     location: `arithmetic`, a .jsonl or .parquet file, or a hub dataset (`name`, `name:config` or its directory).
     hub_split: the split of a hub dataset.
-    split: the split of generated problems.
+    split: whether the problems are trained on or held out; generated ones differ between the two.
     name: the name of the set, which its metrics use; empty if it has none.
     """
 
@@ -56,7 +57,7 @@ def samples_of_set(config: Config, name: str) -> int:
 
 def _source(split: Literal["train", "eval"], hub_split: str, name: str, location: str) -> Source:
     source = Source(f"data.{split}.{name}" if name else f"data.{split}", location, hub_split, split, name)
-    if "@" not in location or source.is_file or Path(location).exists():
+    if "@" not in location or source.is_file or os.path.exists(location):  # `Path.exists` raises where it may not look
         return source
     location, _, hub_split = location.rpartition("@")
     return replace(source, location=location, hub_split=hub_split)

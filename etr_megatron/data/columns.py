@@ -57,7 +57,8 @@ def find_columns(
     if missing:
         shown = [repr(name) for name in available]
         rest = [f"and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
-        raise NoColumnError(f"no {' and no '.join(missing)}; its columns are {', '.join([*shown[:_MOST_SHOWN], *rest])}")
+        told = f"its columns are {', '.join([*shown[:_MOST_SHOWN], *rest])}" if shown else "it has none at all"
+        raise NoColumnError(f"no {' and no '.join(missing)}; {told}")
     prompt, answer = found["prompt_column"], found["answer_column"]
     assert prompt is not None and answer is not None  # the config refuses empty names
     return Columns(prompt, answer, found["id_column"], extra)
@@ -88,23 +89,25 @@ def _values(row: Mapping[str, Any], column: str) -> Iterator[Any]:
             yield from _values(row[column[:end]], column[end + 1 :])
 
 
-def text_of(row: Mapping[str, Any], column: str, *, numbers: bool) -> str:
-    """The text in a column; with `numbers`, also a finite number as text. Raises BrokenRowError for anything else or blank."""
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text or finite number in a column, as text. Raises BrokenRowError for anything else or blank."""
     value = value_of(row, column)
-    if numbers and isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if not isinstance(value, int) and not math.isfinite(value):  # an integer may be too large for a float
             raise BrokenRowError(f"column {column!r} is {value}, not a finite number")
         return str(value)
     if not isinstance(value, str):
-        raise BrokenRowError(f"column {column!r} is {type(value).__name__}, not text{' or a number' if numbers else ''}")
+        raise BrokenRowError(f"column {column!r} is {type(value).__name__}, not text or a number")
     return _checked_text(value, f"column {column!r}")
 
 
 def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
     """The text of a problem, or the messages of a conversation that ends with a user message. Raises BrokenRowError."""
     value = value_of(row, column)
+    if isinstance(value, str):
+        return _checked_text(value, f"column {column!r}")
     if not isinstance(value, list):
-        return text_of(row, column, numbers=False)
+        raise BrokenRowError(f"column {column!r} is {type(value).__name__}, not text or chat messages")
     if not value:
         raise BrokenRowError(f"column {column!r} is an empty list, not text or chat messages")
     messages = [_message(one, f"message {number} of column {column!r}") for number, one in enumerate(value, start=1)]
@@ -116,7 +119,8 @@ def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
 def _message(one: Any, what: str) -> dict[str, str]:
     if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
-    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value is not None):
+    # Exports have keys that say nothing, such as `"tool_calls": []`.
+    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value):
         raise BrokenRowError(f"{what} has `{more[0]}`, but only `role` and `content` are supported")
     if one["role"] not in _ROLES:
         raise BrokenRowError(f"{what} has the role {one['role']!r}, which is not one of {', '.join(_ROLES)}")

@@ -40,7 +40,7 @@ _PARQUET_BATCH = 1024
 class Row:
     """A prompt and its answer as in the source.
 
-    id: value of the id column, else `<file>:<line or row>` (counted from 1).
+    id: value of the id column, else `<file>:<line or row>` or `<dataset>:<split>:<row>` (counted from 1).
     prompt: text, or the messages of a conversation that ends with a user message.
     answer: text, not empty.
     extra: further columns, for a custom reward function.
@@ -72,7 +72,8 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     Args:
         source: any but generated arithmetic.
         config: column names and the handling of broken rows.
-        extra: further columns to keep; None in a row that lacks one. Only a held-out set may lack one in all rows.
+        extra: further columns to keep; None in a row that lacks one. A held-out set, and one of several training sets, may lack
+            one in all rows.
 
     Raises:
         UserError: the source is missing, unreadable or empty, lacks a column, or has a broken row with
@@ -98,12 +99,13 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
     try:
         pairs = list(located)
     except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{where} cannot be read ({error.strerror or error}); check its permissions") from error
     if not pairs:
         raise UserError(f"{where} has no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]
     try:
-        columns = find_columns(parsed, config, extra, may_lack_extra=source.split == "eval") if parsed else None
+        may_lack_extra = source.split == "eval" or bool(source.name)
+        columns = find_columns(parsed, config, extra, may_lack_extra=may_lack_extra) if parsed else None
     except NoColumnError as error:
         raise UserError(f"{where} has {error}") from None
     rows = Rows()
@@ -135,9 +137,9 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
 
 
 def _row(raw: Mapping[str, Any], place: str, columns: Columns) -> Row:
-    row_id = place if columns.id is None else text_of(raw, columns.id, numbers=True)
+    row_id = place if columns.id is None else text_of(raw, columns.id)
     prompt = prompt_of(raw, columns.prompt)
-    return Row(row_id, prompt, text_of(raw, columns.answer, numbers=True), extra_of(raw, columns.extra))
+    return Row(row_id, prompt, text_of(raw, columns.answer), extra_of(raw, columns.extra))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:

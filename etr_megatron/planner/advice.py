@@ -65,6 +65,8 @@ def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
         wanted.append(("train", {"grads_dtype": "bfloat16"}))
     if train.distributed_optimizer and not train.optimizer_offload:
         wanted.append(("train", {"optimizer_offload": True}))
+    if train.distributed_optimizer and now.sglang.placement == "colocated" and not train.offload_for_rollout:
+        wanted.append(("train", {"offload_for_rollout": True}))
     if train.tokens_per_microbatch > longest:
         wanted.append(("train", {"tokens_per_microbatch": max(longest, train.tokens_per_microbatch // 2)}))
     if rollout.backend == "embedded" and rollout.batch_samples > 1:

@@ -30,10 +30,10 @@ CHUNK_ROWS = 1024
 class RankMemory:
     """Bytes of a rank.
 
-    reference: the frozen model for a KL term. activations, head: during training. export: full weights and buckets while
-    weights are sent, and a bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation.
-    graphs: its CUDA graphs, which stay.
-    embedded, cache: the embedded engine's weights, and keys and values of its largest batch during generation.
+    reference: the frozen model for a KL term. offloaded: what leaves the GPU for the rollout. activations, head: during
+    training. export: full weights and buckets while weights are sent, and a bfloat16 copy of those held in FP8. server: the
+    pool of a server on the same GPU during generation. graphs: its CUDA graphs, which stay. embedded, cache: the embedded
+    engine's weights, and keys and values of its largest batch during generation.
     """
 
     rank: int
@@ -42,6 +42,7 @@ class RankMemory:
     parameters: int
     gradients: int
     optimizer: int
+    offloaded: int
     reference: int
     activations: int
     head: int
@@ -53,7 +54,7 @@ class RankMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes held in every phase."""
+        """Bytes held in every phase, or with `offloaded` in training."""
         return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + RUNTIME
 
     @property
@@ -62,8 +63,8 @@ class RankMemory:
         other = RUNTIME // 2 + self.graphs if self.server else 0
         return {
             "train": self.resident + self.activations + self.head + other,
-            "sync": self.resident + self.export + self.server + other,
-            "generate": self.resident + self.server + self.cache + other,
+            "sync": self.resident - self.offloaded + self.export + self.server + other,
+            "generate": self.resident - self.offloaded + self.server + self.cache + other,
         }
 
     @property
@@ -142,14 +143,17 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
     found = []
     for rank, held in enumerate(parameters_by_rank(arch, layout, unquantised=in_bf16)):
         stage = rank // layout.stage_ranks
+        gradients = held.total * (2 if config.train.grads_dtype == "bfloat16" else 4)
+        optimizer = _optimizer_bytes(held, config, layout)
         found.append(
             RankMemory(
                 rank=rank,
                 stage=stage,
                 elements=held.total,
                 parameters=_parameter_bytes(held, config, element),
-                gradients=held.total * (2 if config.train.grads_dtype == "bfloat16" else 4),
-                optimizer=_optimizer_bytes(held, config, layout),
+                gradients=gradients,
+                optimizer=optimizer,
+                offloaded=gradients + optimizer if config.train.offload_for_rollout else 0,
                 reference=_reference_bytes(held, config, element),
                 activations=stages[stage],
                 head=head if stage == layout.pp - 1 else 0,

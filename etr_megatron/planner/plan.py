@@ -124,8 +124,13 @@ def make_plan(
         parameters=total_parameters(arch),
         ranks=ranks,
         server=server,
-        time=step_time(arch, config, cluster, work, server, gpu),
+        time=step_time(arch, config, cluster, work, server, gpu, moved=_moved(config, ranks)),
     )
+
+
+def _moved(config: Config, ranks: list[RankMemory]) -> int:
+    """Bytes of optimizer state that a rank moves to the CPU and back in every step."""
+    return max(rank.optimizer for rank in ranks) if config.train.offload_for_rollout else 0
 
 
 def check_options(

@@ -46,9 +46,17 @@ class StepTime:
 
 
 def step_time(
-    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware
+    arch: Architecture,
+    config: Config,
+    cluster: Cluster,
+    work: Workload,
+    server: ServerMemory,
+    gpu: Hardware,
+    *,
+    moved: int = 0,
 ) -> StepTime:
-    """The estimate for a resolved config. Excludes grading, checkpoints, evaluation and startup."""
+    """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
+    sync. Excludes grading, checkpoints, evaluation and startup."""
     parallel = config.parallel
     bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
     body = work.samples * body_flops(arch, work.prompt + work.response)
@@ -67,7 +75,8 @@ def step_time(
         generate=_generate(arch, config, cluster, work, server, gpu),
         logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
         train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
-        sync=sync_seconds(config, cluster, model_bytes, gpu, sent_bytes=_sent_bytes(arch, config, model_bytes)),
+        sync=sync_seconds(config, cluster, model_bytes, gpu, sent_bytes=_sent_bytes(arch, config, model_bytes))
+        + 2 * moved / gpu.host_rate,
         bubble=bubble,
         tokens=work.tokens,
         gpus=cluster.gpus,

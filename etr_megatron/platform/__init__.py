@@ -41,6 +41,12 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _is_blackwell_or_later() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
+
+
 _prepared = False
 
 
@@ -53,8 +59,8 @@ def prepare_megatron() -> None:
     if _prepared:
         return
     # Transformer Engine reads it when megatron.core imports TE. Without it, scales of FP8 blocks are powers of two, unlike
-    # those of the rollout servers.
-    os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    # those of the rollout servers; from Blackwell on, TE computes with MXFP8, which has no others.
+    os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0" if _is_blackwell_or_later() else "1")
     # megatron-core 0.16.1 uses names that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)

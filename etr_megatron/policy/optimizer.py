@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from etr_megatron import platform
 from etr_megatron.config import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,6 +59,15 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         use_precision_aware_optimizer=train.optimizer_offload,
         fp8_recipe=None if config.fp8.recipe == "none" else config.fp8.recipe,
     )
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -> Any:
+    """Megatron's optimizer of wrapped chunks; a collective."""
+    if config.train.optimizer_offload and platform.uses_cuda():
+        # torchrun gives a rank one thread unless told otherwise, with which an update takes seconds per 10^9 weights.
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(torch.get_num_threads(), cores))
+    return get_megatron_optimizer(optimizer_config(config), [*chunks])
 
 
 def lr_scheduler(optimizer: Any, config: Config) -> OptimizerParamScheduler:

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from etr_megatron.policy.megatron_weights import load_weights
 from etr_megatron.policy.model import PolicyModel, build_chunks
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.not_finite import RowWatch
-from etr_megatron.policy.optimizer import DTYPES, lr_scheduler, optimizer_config, wrap_chunks
+from etr_megatron.policy.optimizer import DTYPES, build_optimizer, lr_scheduler, wrap_chunks
 from etr_megatron.policy.packing import Microbatch, pack, refuse_unknown_tokens
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
@@ -101,7 +100,7 @@ class Policy:
             self._balance = ExpertBalance(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
             self._routing = RoutingReplay(arch, self.chunks, layout, tp_shares=config.parallel.sequence_parallel)
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), [*self._ddp])
+        self.optimizer = build_optimizer(self._ddp, config)
         self.scheduler = lr_scheduler(self.optimizer, config)
         self._megatron.finalize_model_grads_func = _finalize_without_division
         self._megatron.grad_scale_func = self.optimizer.scale_loss
@@ -188,6 +187,25 @@ class Policy:
         """The current weights; iterating yields full HF tensors by name."""
         self.finish_update()
         return Export(self)
+
+    def offload(self) -> None:
+        """With `train.offload_for_rollout`, free the GPU memory that only updates need, until `reload`: gradients are dropped,
+        and the optimizer's state moves to the CPU. Weights stay. May be called again."""
+        if not self.config.train.offload_for_rollout:
+            return
+        for chunk in self._ddp:
+            chunk.offload_grad_buffers(empty_cache=False)
+        if not self.config.train.optimizer_offload:  # else it is there already
+            self.optimizer.offload_to_cpu()
+
+    def reload(self) -> None:
+        """Undo `offload`; needed before an update."""
+        if not self.config.train.offload_for_rollout:
+            return
+        for chunk in self._ddp:
+            chunk.restore_grad_buffers()
+        if not self.config.train.optimizer_offload:
+            self.optimizer.restore_from_cpu()
 
     def finish_update(self) -> None:
         """Run the parameter all-gather that an update deferred to the next forward pass; needed before reading parameters. A

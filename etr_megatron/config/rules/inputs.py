@@ -9,7 +9,7 @@ from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
-from etr_megatron.config.sources import ARITHMETIC, sources_of
+from etr_megatron.config.sources import ARITHMETIC, sets_by_name, sources_of
 
 TINY_POSITIONS = 4096
 """Context length of the tiny policy in tokens."""
@@ -76,12 +76,13 @@ def data(config: Config) -> Iterator[Violation]:
         if get(config, key) is not None and not get(config, key):
             yield Violation((key,), "must not be empty; use null for none")
     for key in ("data.prompt_column", "data.answer_column", "data.id_column"):
-        names = get(config, key)
-        if isinstance(names, tuple) and not all(names):
+        columns = get(config, key)
+        if isinstance(columns, tuple) and not all(columns):
             yield Violation((key,), "must not contain an empty name")
     for key in ("data.train", "data.eval"):
         if isinstance(sets := get(config, key), dict):
             yield from _sets(key, sets)
+    yield from _splits(config)
     yield from _samples(config)
 
 
@@ -90,6 +91,20 @@ def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
         yield Violation((key,), f"the set name {wrong[0]!r} may contain only letters, digits, `_`, `-` and `.`")
     if empty := [name for name, place in sets.items() if not place]:
         yield Violation((key,), f"the set {empty[0]} has no source; give it one, or remove it")
+
+
+def _splits(config: Config) -> Iterator[Violation]:
+    """What follows an `@`, which nothing would read where there are no splits."""
+    for source in sources_of(config.data):
+        key = f"data.{source.split}"
+        if (given := sets_by_name(get(config, key))[source.name]) == source.location:
+            continue
+        if not source.location or not source.hub_split:
+            yield Violation((key,), f"in {given} the `@` must stand between a hub dataset and its split")
+        elif source.is_file or source.location == ARITHMETIC:
+            yield Violation(
+                (key,), f"{source.location} has no splits, as only hub datasets do; leave out `@{source.hub_split}`"
+            )
 
 
 def _samples(config: Config) -> Iterator[Violation]:

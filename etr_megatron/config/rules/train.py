@@ -38,6 +38,14 @@ def train(config: Config) -> Iterator[Violation]:
             ("train.optimizer_offload", "model.dtype"),
             "Megatron can offload the optimizer only for bfloat16 weights; set model.dtype to bfloat16 or auto",
         )
+    if train.offload_for_rollout and not train.distributed_optimizer:
+        yield Violation(
+            ("train.offload_for_rollout", "train.distributed_optimizer"), "only the distributed optimizer can be offloaded"
+        )
+    if train.offload_for_rollout and config.sglang.placement != "colocated":
+        yield Violation(
+            ("train.offload_for_rollout", "sglang.placement"), "only colocated servers need the GPU memory; set it to false"
+        )
     if train.grads_dtype == "bfloat16" and config.model.dtype == "float32":
         yield Violation(
             ("train.grads_dtype", "model.dtype"),

@@ -67,7 +67,8 @@ class RewardConfig:
     """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer) -> float`."""
     columns: tuple[str, ...] = ()
     """More columns (`outer.inner` in a nested one) for your own function, which is then called as
-    `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, or a whole held-out set, lacks is None."""
+    `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, a whole held-out set or one of several
+    training sets lacks is None."""
     extract: tuple[str, ...] = ("boxed", "hash", "last_number")
     """Where to find the answer in a response; the first hit wins: in `\\boxed{}`, after `####`, the last number."""
     range_min: float = 0.0

@@ -14,8 +14,9 @@ class Fp8Config:
     """Training in FP8 with Transformer Engine (CUDA only)."""
 
     recipe: Literal["none", "blockwise", "tensorwise", "delayed", "mxfp8"] = "none"
-    """Scaling of tensors; `none` is no FP8. `blockwise` (128 x 128, Hopper) is also what FP8 rollout servers use; `mxfp8` needs
-    Blackwell. `delayed` takes scales from earlier updates, so log-probs before the first update are poor."""
+    """Scaling of tensors; `none` is no FP8. `blockwise` (128 x 128; on Blackwell with powers of two as scales) is also what FP8
+    rollout servers use; `mxfp8` needs Blackwell. `delayed` takes scales from earlier updates, so log-probs before the first
+    update are poor."""
     first_last_layers_bf16: bool = False
     """Keep the first and last layer in bfloat16."""
     param: bool = False

@@ -103,8 +103,8 @@ class SglangConfig:
     """With `sync: sharded`, compare all weights in the servers with their source after each sync. This reads all weights twice
     more."""
     probe_every: int = 100
-    """Weight syncs between probes, the first sync included; 0 is never. In a probe, each server generates, and its log-probs
-    must match the trainer's within `rollout.max_logprob_gap`."""
+    """Weight syncs between probes, the first sync included; 0 is never. In a probe, each server generates a few tokens, whose
+    log-probs must match the trainer's within ten times `rollout.max_logprob_gap`."""
     concurrency: int = 128
     """Most requests in flight per server."""
     bucket_mib: int = 512

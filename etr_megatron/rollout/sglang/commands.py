@@ -10,6 +10,7 @@ from pathlib import Path
 import etr_megatron
 from etr_megatron.config import SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
 
 FP8_BLOCK = 128
@@ -49,7 +50,8 @@ def server_command(
     arguments += ["--tp-size", str(config.tp)]
     if config.ep > 1:
         arguments += ["--ep-size", str(config.ep)]
-    if config.mem_fraction is not None:
+    shares_gpus = config.placement == "colocated" and cuda
+    if config.mem_fraction is not None and not shares_gpus:
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
     if config.context_length is not None:
         arguments += ["--context-length", str(config.context_length)]
@@ -57,14 +59,19 @@ def server_command(
     if config.fp8:
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         quantization = {"fmt": "e4m3", **blocks}
-    if config.fp8 or _is_quantised(model_dir):
+    if config.fp8 or _named_in(model_dir, "quantization_config"):
         # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
-    if config.placement == "colocated" and cuda:
+    if cuda:
+        arguments += _plain_kernels(config, model_dir)
+    environment = {}
+    if shares_gpus:
         arguments += ["--enable-memory-saver"]
+        # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
+        # amounts when a server is started again. It sizes its cache by the least in any case.
+        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     if routing:
         arguments += [ROUTING]
-    environment = {}
     if sync_of(config) == "sharded":
         arguments += ["--custom-weight-loader", LOADER]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
@@ -75,7 +82,8 @@ def server_command(
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
-    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key)
+    memory = config.mem_fraction if shares_gpus else None
+    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key, memory)
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,9 +120,26 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     return tuple(gpus[first : first + config.tp])
 
 
-def _is_quantised(model_dir: Path) -> bool:
+def _plain_kernels(config: SglangConfig, model_dir: Path) -> list[str]:
+    """Arguments for kernels that keep weights as they are sent, unless the user has chosen some.
+
+    On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
+    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
+        return []
+    experts = _named_in(model_dir, "num_experts") or _named_in(model_dir, "num_local_experts")
+    kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
+    given = set(names_of(config.arguments))
+    return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
+
+
+def _named_in(model_dir: Path, key: str) -> bool:
+    """Whether config.json has a value for this."""
     file = model_dir / "config.json"
-    return file.is_file() and bool(json.loads(file.read_text()).get("quantization_config"))
+    return file.is_file() and bool(json.loads(file.read_text()).get(key))
 
 
 def _this_package(folder: Path) -> str:

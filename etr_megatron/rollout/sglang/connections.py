@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 
 import httpx
 
+logger = logging.getLogger(__name__)
+
 _IDLE_S = 2.0
 """Connections idle for longer are closed: a server closes them after 5 seconds, perhaps while a request is on its way."""
 
+_OTHER_FILES = 1024
+"""Open files that a rank has besides: sockets of ranks and of the store, checkpoints, logs."""
+
 _Idle = deque[tuple[float, httpx.AsyncHTTPTransport]]
 """Idle connections with the time of their last use, the most recent at the end."""
+
+
+def allow_connections(count: int) -> None:
+    """Raise this process's limit of open files for so many connections, as far as the hard limit allows; warn if it does not.
+
+    Without one more file a connection fails, which looks like a server that is gone.
+    """
+    wanted = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        logger.warning(
+            "sglang.concurrency: up to %d requests at a time need %d open files, of which the system allows %d; raise "
+            "`ulimit -Hn`, or lower the concurrency",
+            count,
+            wanted,
+            most,
+        )
 
 
 class Connections(httpx.AsyncBaseTransport):

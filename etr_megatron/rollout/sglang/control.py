@@ -20,7 +20,7 @@ from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
 from etr_megatron.rollout.sglang.commands import sync_of
-from etr_megatron.rollout.sglang.connections import Connections
+from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Fleet
@@ -103,6 +103,7 @@ class Control:
                 ", ".join(dict.fromkeys(away)),
                 API_KEY_VARIABLE,
             )
+        allow_connections(config.concurrency * max(1, len(names)))
         self._http = httpx.AsyncClient(transport=Connections(), headers=headers)
         urls = config.urls or ("",) * len(names)
         self._clients = {name: ServerClient(name, url, self._http) for name, url in zip(names, urls, strict=True)}
@@ -240,6 +241,8 @@ class Control:
 
     def finish(self, version: int) -> None:
         """Close the transaction. Raises EngineGoneError when no server is left."""
+        if self._released:  # a flush also returns what the transfer took to the GPU, where the KV cache needs the room
+            self.run(self.fleet.call_all("/flush_cache", {}, timeout_s=self._config.update_timeout_s))
         self.run(self._resume("kv_cache", "cuda_graph"))
         self._released = []
         self.run(self._transaction.finish(version))

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import pickle
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
+from etr_megatron.weights.quantize import FP8
 from etr_megatron.weights.transport.whole import Field
 
 LIVENESS_S = 30.0
@@ -65,9 +71,22 @@ class Delivery(Protocol):
         ...
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles FP8 tensors with a storage of bytes: what torch (2.13) itself writes for them it cannot read again."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.dtype is not FP8:
+            return NotImplemented
+        storage = obj.view(torch.uint8)._typed_storage()
+        where = storage, obj.storage_offset(), tuple(obj.shape), obj.stride()
+        return torch._utils._rebuild_tensor_v3, (*where, False, OrderedDict(), obj.dtype)
+
+
 def serialized(named: Sequence[tuple[str, Tensor]]) -> str:
     """Tensors as `/update_weights_from_tensor` takes them: as bytes, not as handles that are valid only on this machine."""
-    return base64.b64encode(pickle.dumps([(name, tensor.to("cpu", copy=True)) for name, tensor in named])).decode()
+    output = io.BytesIO()
+    _Pickler(output).dump([(name, tensor.to("cpu", copy=True)) for name, tensor in named])
+    return base64.b64encode(output.getbuffer()).decode()
 
 
 class TensorDelivery:
@@ -97,6 +116,30 @@ class TensorDelivery:
 
     async def close(self) -> None:
         """See `Delivery.close`."""
+
+
+def _beside(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run in a thread that the process does not wait for at its end: NCCL connects to workers without a deadline, and closing
+    the group does not stop it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    future.add_done_callback(lambda one: one.cancelled() or one.exception())  # it may be that nobody waits any more
+
+    def end(error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(None)
+
+    def run() -> None:
+        found = None
+        try:
+            work()
+        except Exception as error:
+            found = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(end, found)
+
+    threading.Thread(target=run, name="weight_group", daemon=True).start()
+    return future
 
 
 class BroadcastDelivery:
@@ -136,17 +179,17 @@ class BroadcastDelivery:
         clients = self._fleet.serving
         route = "/update_weights_from_distributed"
         calls = [asyncio.create_task(client.call(route, body, timeout_s=self._timeout_s)) for client in clients]
-        sending = asyncio.create_task(asyncio.to_thread(group.broadcast, bucket.flat))
+        sending = _beside(lambda: group.broadcast(bucket.flat))
         # A server that refuses never joins the broadcast: unless the group is closed, everybody would wait for it.
-        done, _ = await asyncio.wait([*calls, sending], return_when=asyncio.FIRST_EXCEPTION)
-        broken = any(task.exception() is not None for task in done)
-        if broken:
-            group.close()
-        replies = await asyncio.gather(*calls, sending, return_exceptions=True)
-        if not broken:
+        both: list[asyncio.Future[Any]] = [*calls, sending]
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+        if all(task.exception() is None for task in done):
             return True
+        group.close()
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.wait([sending], timeout=self._liveness_s)
         failed = {
-            client: str(reply) for client, reply in zip(clients, replies[:-1], strict=True) if isinstance(reply, BaseException)
+            client: str(reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)
         }
         await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast to it failed"))
         return False
@@ -177,11 +220,11 @@ class BroadcastDelivery:
                 "backend": group.backend,
             }
             calls.append(asyncio.create_task(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)))
-        joining = asyncio.create_task(asyncio.to_thread(group.join))
+        joining = _beside(group.join)
         # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
-        done, _ = await asyncio.wait([*calls, joining], return_when=asyncio.FIRST_EXCEPTION)
+        both: list[asyncio.Future[Any]] = [*calls, joining]
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() is not None for task in done):
-            joining.add_done_callback(lambda task: task.exception())
             refused = {
                 client: str(call.exception())
                 for client, call in zip(clients, calls, strict=True)

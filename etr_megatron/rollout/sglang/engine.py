@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from etr_megatron import platform
 from etr_megatron.config import SglangConfig
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
@@ -21,7 +23,7 @@ from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.hosts import Host, Started
-from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
+from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
 from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
@@ -29,14 +31,21 @@ from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
 
+_MEETING_S = 60.0
+"""Time for ranks to meet after servers have started."""
+
+_PROBE_GAPS = 10.0
+"""Limit of a probe's gap, in largest mean gaps of a step. The probe has few tokens, whose text means nothing: their
+distributions are flat, and rounding to bfloat16 and FP8 shows undamped. Other weights differ by a nat or more."""
+
 
 @dataclass(frozen=True)
 class Serving:
     """What the servers must know of the run.
 
     dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
-    directory: for the servers' files. temperature, max_gap: for a probe, the sampler's temperature and the largest mean
-    difference of its log-probs from the trainer's. routing: whether they must return the chosen experts.
+    directory: for the servers' files. temperature: the sampler's. max_gap: the largest mean difference of a step's log-probs
+    from the trainer's, of which a probe allows a multiple. routing: whether they must return the chosen experts.
     """
 
     architecture: Architecture
@@ -85,6 +94,10 @@ class SglangEngine:
         }
         cuda = serving.backend == "nccl"
         setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
+        # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
+        # have only a collective's time.
+        longest = datetime.timedelta(seconds=Host.STARTS * config.startup_timeout_s + _MEETING_S)
+        self._starters = dist.new_group(backend="gloo", timeout=longest)
         self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
             lambda: (
@@ -123,11 +136,16 @@ class SglangEngine:
         if nodes is not None:
             nodes.prepare(names, setting)
             return nodes
-        return host_of(self._config, self._hosts[rank], addresses[rank], setting) if rank in addresses else None
+        if rank not in addresses:
+            return None
+        if sync_of(self._config) == "tensor":
+            send = self._send_settings()
+            require_room(send.arch, send.dtype, send.fp8_block, send.bucket_bytes)
+        return host_of(self._config, self._hosts[rank], addresses[rank], setting)
 
-    def _make_sender(self, address: str) -> Sender:
-        config, serving, control = self._config, self._serving, self._control
-        settings = SendSettings(
+    def _send_settings(self) -> SendSettings:
+        config, serving = self._config, self._serving
+        return SendSettings(
             serving.architecture,
             getattr(torch, serving.dtype),
             FP8_BLOCK if config.fp8 else None,
@@ -136,6 +154,10 @@ class SglangEngine:
             config.update_timeout_s,
             config.checksums,
         )
+
+    def _make_sender(self, address: str) -> Sender:
+        config, serving, control = self._config, self._serving, self._control
+        settings = self._send_settings()
         how = sync_of(config)
         if how == "disk":
             directory = Path(config.sync_dir) if config.sync_dir else serving.directory / "weights"
@@ -158,9 +180,10 @@ class SglangEngine:
                 return self._host.start(names, must_stop)
 
             return on_rank0(start, long=True)
-        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {})
+        group = self._starters
+        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {}, group)
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=group)
         return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
@@ -219,13 +242,28 @@ class SglangEngine:
         when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers' log-probs differ from
         the trainer's.
         """
+        self._empty_caches()
         self._bring_back()
         with self._transaction(version):
             self._sender.send(weights, version)
+            self._empty_caches()
         self.weight_version = version
         self._syncs += 1
-        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
+        if self._is_probed():
             self._probe(weights)
+
+    def _empty_caches(self) -> None:
+        """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:
+        rank 0 asks the servers once all ranks are done."""
+        if self._config.placement == "colocated":
+            together(platform.release_cached_memory)
+
+    def _is_probed(self) -> bool:
+        """Whether a probe follows the last sync. Of colocated servers it also follows the second one, the first after they
+        released memory: what SGLang keeps there besides weights and buffers is lost."""
+        every = self._config.probe_every
+        after_release = self._config.placement == "colocated" and self._syncs == 2
+        return bool(every) and ((self._syncs - 1) % every == 0 or after_release)
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
@@ -254,10 +292,10 @@ class SglangEngine:
             name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
             for (name, reply), wanted in zip(found.items(), ours, strict=True)
         }
-        wrong = {name: gap for name, gap in gaps.items() if not gap <= self._serving.max_gap}
+        wrong = {name: gap for name, gap in gaps.items() if not gap <= _PROBE_GAPS * self._serving.max_gap}
         for name, gap in wrong.items():
             what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
-            limit = f"more than rollout.max_logprob_gap = {self._serving.max_gap:g} allows"
+            limit = f"more than {_PROBE_GAPS:g} x rollout.max_logprob_gap = {self._serving.max_gap:g}"
             if len(wrong) == len(gaps):
                 raise OtherModelError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
             if self._control is not None:

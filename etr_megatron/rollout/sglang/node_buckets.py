@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
-from etr_megatron.weights.transport.whole import Field
+from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.shared_memory import FILES, SEGMENTS, SharedBuckets, has_room
+from etr_megatron.weights import Architecture, weights_of
+from etr_megatron.weights.transport.whole import Field, groups_of
 from etr_megatron.weights.transport.wire import Part, Wire
 
 logger = logging.getLogger(__name__)
+
+_MOST_AS_TEXT = 4 << 30
+"""Bytes of weights that may go to servers as text, which they read at some 30 MB/s, once for each worker."""
+
+
+def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, bucket_bytes: int) -> None:
+    """Raise UserError on a machine without shared memory for the buckets of a model that is too large to be sent as text."""
+    sizes = [group.nbytes for group in groups_of(list(weights_of(arch)), dtype, fp8_block, bucket_bytes)]
+    needed, total = SEGMENTS * max(sizes), sum(sizes)
+    if total > _MOST_AS_TEXT and not has_room(needed):
+        raise UserError(
+            f"sglang.sync: {FILES} of {socket.gethostname()} has no room for the {needed / 2**30:.1f} GiB through which tensor "
+            f"brings weights to its servers, and as text {total / 2**30:.0f} GiB would take hours; start a container with "
+            "--ipc host (or a larger --shm-size), or set sglang.sync=disk"
+        )
 
 
 class NodeBuckets:

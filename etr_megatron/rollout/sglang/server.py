@@ -32,7 +32,8 @@ class ServerCommand:
     arguments: SGLang's. environment: added to the job's own. host: the address it listens on.
     told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and reports
     it at /model_info. "request_id": it takes `--request-id-headers` and uses the value of that header as the id of a request.
-    None: not at all. api_key: the one it requires.
+    None: not at all. api_key: the one it requires. memory: fraction of its GPUs' memory for weights and KV cache, passed as one
+    of what is free when it starts, see `share_of_free`; None if the arguments say it.
     """
 
     python: str
@@ -42,18 +43,27 @@ class ServerCommand:
     host: str = "127.0.0.1"
     told_by: Literal["weight_version", "request_id"] | None = None
     api_key: str | None = field(default=None, repr=False)
+    memory: float | None = None
 
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
 
-def environment_of_server(inherited: Mapping[str, str]) -> dict[str, str]:
+def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str, str]:
     """A rank's environment without torchrun's variables: with TORCHELASTIC_USE_AGENT_STORE the server's own workers would look
-    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other."""
-    kept = {k: v for k, v in inherited.items() if k not in _TORCHRUN and not k.startswith(_TORCHRUN_PREFIXES)}
-    return {**kept, "no_proxy": "*", "NO_PROXY": "*"}
+    for each other in the job's store, forever. Proxies are bypassed, as servers only make requests to each other. Settings of
+    torch's allocator are the ranks' alone: a server that can release memory does not start with expandable segments. Programs
+    beside its interpreter come first, as in an activated environment: SGLang builds kernels with the `ninja` there."""
+    left_out = (*_TORCHRUN, *_ALLOCATOR)
+    kept = {k: v for k, v in inherited.items() if k not in left_out and not k.startswith(_TORCHRUN_PREFIXES)}
+    path = os.pathsep.join([str(Path(python).absolute().parent), inherited.get("PATH", os.defpath)])
+    return {**kept, "PATH": path, "no_proxy": "*", "NO_PROXY": "*"}
 
+
+_NEARLY_ALL, _MOST_OF_FREE = 0.9, 0.95
+"""Free fraction above which only contexts of processes can take the rest; largest fraction of free memory for a server."""
 
 _HANDED_OUT: deque[int] = deque(maxlen=1024)
 
@@ -68,6 +78,23 @@ def free_port(host: str) -> int:
         if port not in _HANDED_OUT:
             _HANDED_OUT.append(port)
             return port
+
+
+def share_of_free(fraction: float, devices: str | None) -> float:
+    """A fraction of a GPU's memory as one of what is free there now, by which SGLang counts `--mem-fraction-static`.
+
+    When a colocated server is started again the ranks hold memory; with the fraction itself it would get less than the first
+    time, or not enough for its weights. devices: as in CUDA_VISIBLE_DEVICES. Unchanged if nearly all is free or nvidia-smi does
+    not tell.
+    """
+    command = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run([*command, *(("-i", devices) if devices else ())], capture_output=True, text=True, timeout=30.0)
+        pairs = [tuple(map(float, line.split(","))) for line in told.stdout.splitlines()]
+        least = min(free / total for free, total in pairs)
+    except (OSError, ValueError, ZeroDivisionError, subprocess.SubprocessError):
+        return fraction
+    return fraction if least > _NEARLY_ALL else round(fraction / max(least, fraction / _MOST_OF_FREE), 3)
 
 
 class ServerProcess:
@@ -94,7 +121,7 @@ class ServerProcess:
                 pass_fds=(report,),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**environment_of_server(os.environ), **command.environment},
+                env={**environment_of_server(os.environ, command.python), **command.environment},
                 start_new_session=True,  # Ctrl-C is for the job, which then closes the pipe
             )
         os.close(report)
@@ -103,7 +130,11 @@ class ServerProcess:
         options = {"weight_version": "--weight-version", "request_id": "--request-id-headers"}
         identity = () if self.told_by is None else (options[self.told_by], self.identity)
         address = ("--host", self._command.host, "--port", str(self.port))
-        return (*self._command.launch, *self._command.arguments, *identity, *address)
+        memory: tuple[str, ...] = ()
+        if self._command.memory is not None:
+            share = share_of_free(self._command.memory, self._command.environment.get("CUDA_VISIBLE_DEVICES"))
+            memory = ("--mem-fraction-static", str(share))
+        return (*self._command.launch, *self._command.arguments, *memory, *identity, *address)
 
     @property
     def told_by(self) -> str | None:

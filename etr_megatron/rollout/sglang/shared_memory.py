@@ -17,7 +17,10 @@ from torch import Tensor
 
 from etr_megatron.weights.transport.whole import Field
 
-_FILES = Path("/dev/shm")
+FILES = Path("/dev/shm")
+SEGMENTS = 2
+"""Segments of `SharedBuckets`, each as large as the largest bucket."""
+
 _ROOM = 64 << 20
 """Bytes left to other users of the machine: a process that writes to a file without room dies of SIGBUS, without a warning."""
 
@@ -74,7 +77,7 @@ class SharedMemory:
 def _segment(nbytes: int) -> Tensor:
     """Raises OSError."""
     if not has_room(nbytes):
-        raise OSError(f"{_FILES} has no room for {-(-nbytes // (1 << 20))} MiB of weights")
+        raise OSError(f"{FILES} has no room for {-(-nbytes // (1 << 20))} MiB of weights")
     try:
         _keep_sockets_to_ourselves()
         with _by_name():
@@ -90,7 +93,7 @@ class SharedBuckets:
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers, self._segments = workers, deque([SharedMemory(), SharedMemory()])
+        self._workers, self._segments = workers, deque(SharedMemory() for _ in range(SEGMENTS))
 
     def put(self, fields: Sequence[Field], flat: Tensor, names: Sequence[str], largest: int = 0) -> dict[str, list[str]]:
         """Server -> handles of a bucket (uint8 [n], any device) for each of its workers. largest: see `SharedMemory.put`.
@@ -105,13 +108,13 @@ class SharedBuckets:
 
     def close(self) -> None:
         """Release the segments; processes that have them open keep them."""
-        self._segments = deque([SharedMemory(), SharedMemory()])
+        self._segments = deque(SharedMemory() for _ in range(SEGMENTS))
 
 
 def has_room(nbytes: int) -> bool:
     """Whether there is room for a segment of this size."""
     try:
-        found = os.statvfs(_FILES)
+        found = os.statvfs(FILES)
     except OSError:
         return False
     return found.f_bavail * found.f_frsize >= nbytes + _ROOM

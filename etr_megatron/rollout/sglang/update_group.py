@@ -58,8 +58,11 @@ class UpdateGroup:
             torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
-        """Leave the group; workers that still wait in a broadcast, or for others to join, see the connection close."""
+        """Leave the group at once, also during a broadcast in another thread; workers that still wait in one, or for others to
+        join, see the connection close."""
         self._master = None
         if self._group is not None:
-            dist.destroy_process_group(self._group)
+            # With NCCL, the orderly end would wait for the broadcast, and for the workers of this machine to end theirs.
+            leave = c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
+            leave(self._group)
             self._group = None

@@ -40,8 +40,8 @@ from etr_megatron.weights.transport.wire import Wire
 MESSAGE_NAME = "etr_megatron.sync_offer"
 """Name of the tiny tensor that carries an offer."""
 
-_OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved")
-"""Flags of a layer's `quant_method` for fused experts that are not gate above up, although their shapes are the same."""
+_OWN_ORDERS = ("load_up_proj_weight_first", "w13_swiglu_interleaved", "use_flashinfer_trtllm_moe")
+"""Flags of a layer or its `quant_method` for fused experts that are not gate above up, although their shapes are the same."""
 
 
 class MisfitError(ValueError):
@@ -154,7 +154,7 @@ def refuse_other_orders(model: Any) -> None:
     """Raise MisfitError if a layer of the worker's keeps the rows of its experts in another order."""
     for name, module in model.named_modules():
         for order in _OWN_ORDERS:
-            if getattr(getattr(module, "quant_method", None), order, False):
+            if getattr(module, order, False) or getattr(getattr(module, "quant_method", None), order, False):
                 raise MisfitError(
                     f"the server keeps the experts of {name} in its own order ({order}); start it with --moe-runner-backend "
                     "triton, or send whole tensors (sglang.sync=broadcast)"
