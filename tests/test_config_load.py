@@ -124,7 +124,7 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("data.eval={b.jsonl}", "a mapping of names to text, such as {a: b}"),
         (
             "data.eval={a: b@c[:9]}",
-            "such as {a: b} or text or null; quote a text in it that holds brackets, a comma or a colon",
+            "such as {a: b} or text or null; quote text that contains brackets, a comma or a colon",
         ),
         ("data.eval={[a]: b.jsonl}", "a mapping of names to text, such as {a: b}"),
         ("data.prompt_column=[question", "a list of strings"),

@@ -72,7 +72,7 @@ def plain_text(text: str, hint: Any) -> str:
     """The text of an override that is no YAML at all, if it can be meant as it is: not with an opening bracket, where a list or
     a mapping may stand. Raises Mismatch."""
     if _several(hint) and text.lstrip().startswith(("[", "{")):
-        raise Mismatch(f"{describe(hint)}; quote a text in it that holds brackets, a comma or a colon")
+        raise Mismatch(f"{describe(hint)}; quote text that contains brackets, a comma or a colon")
     if str not in _options(hint):
         raise Mismatch(describe(hint))
     return text

@@ -100,10 +100,10 @@ def _splits(config: Config) -> Iterator[Violation]:
         if (given := sets_by_name(get(config, key))[source.name]) == source.location:
             continue
         if not source.location or not source.hub_split:
-            yield Violation((key,), f"in {given} the `@` must stand between a hub dataset and its split")
+            yield Violation((key,), f"in {given}, the `@` must be between a hub dataset and its split")
         elif source.is_file or source.location == ARITHMETIC:
             yield Violation(
-                (key,), f"{source.location} has no splits, as only hub datasets do; leave out `@{source.hub_split}`"
+                (key,), f"{source.location} has no splits (only hub datasets have them); remove `@{source.hub_split}`"
             )
 
 

@@ -40,11 +40,14 @@ def train(config: Config) -> Iterator[Violation]:
         )
     if train.offload_for_rollout and not train.distributed_optimizer:
         yield Violation(
-            ("train.offload_for_rollout", "train.distributed_optimizer"), "only the distributed optimizer can be offloaded"
+            ("train.offload_for_rollout", "train.distributed_optimizer"),
+            "only the distributed optimizer can be offloaded; set distributed_optimizer to true, or offload_for_rollout to "
+            "false",
         )
     if train.offload_for_rollout and config.sglang.placement != "colocated":
         yield Violation(
-            ("train.offload_for_rollout", "sglang.placement"), "only colocated servers need the GPU memory; set it to false"
+            ("train.offload_for_rollout", "sglang.placement"),
+            "only colocated servers need the GPU memory; set offload_for_rollout to false",
         )
     if train.grads_dtype == "bfloat16" and config.model.dtype == "float32":
         yield Violation(
