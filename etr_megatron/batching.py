@@ -46,14 +46,14 @@ def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[
             highest = int(chosen.max()) if len(chosen) else 0  # not `chosen >= count`: a count of 256 would wrap to 0 in uint8
             if len(chosen) % of_token or len(chosen) > tokens * of_token or highest >= experts.count:
                 raise RuntimeError(
-                    f"the engine says of sample {group.id}/{sample.index} that it chose {len(chosen)} experts up to {highest}, "
-                    f"where {tokens} tokens have {of_token} each, of {experts.count}"
+                    f"the engine reports {len(chosen)} chosen experts up to {highest} for sample {group.id}/{sample.index}, "
+                    f"whose {tokens} tokens have {of_token} each, of {experts.count}"
                 )
             found.append(chosen.view(-1, layers, experts.per_token))
             if experts.per_token > 1 and bool((found[-1][..., 0] == found[-1][..., 1]).any()):
                 raise UserError(
-                    f"the engine says of sample {group.id}/{sample.index} that a token has one expert twice; SGLang says so "
-                    "where the kernel of its experts chooses by itself, as on Blackwell: add --moe-runner-backend,triton to "
+                    f"the engine reports the same expert twice for a token of sample {group.id}/{sample.index}, as SGLang does "
+                    "when its expert kernel routes by itself (as on Blackwell): add --moe-runner-backend,triton to "
                     "sglang.arguments, or set train.routing_replay to false"
                 )
     return tuple(found)

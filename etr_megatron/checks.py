@@ -113,7 +113,9 @@ def check_model(config: Config, world_size: int) -> None:
     check_checkpoint(name, values=True)
     check_context(architecture, config)
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
-        raise UserError(f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there")
+        raise UserError(
+            f"model.path: {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy its tokenizer files there"
+        )
 
 
 def check_model_is_there(config: Config) -> None:
@@ -121,8 +123,8 @@ def check_model_is_there(config: Config) -> None:
     name = config.model.path
     if name != "tiny" and not Path(name).is_dir():
         raise UserError(
-            f"model.path: {name} is not a directory; give that of a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, "
-            "Qwen3 or Qwen3-MoE), one that tools/convert_hf.py wrote, or tiny"
+            f"model.path: {name} is not a directory; give a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3 or "
+            "Qwen3-MoE), a directory written by tools/convert_hf.py, or tiny"
         )
 
 
@@ -136,8 +138,8 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
         check_without_experts(model, config)
     elif config.train.routing_replay and architecture.experts.count > MOST_REPLAYED:
         raise UserError(
-            f"{model} has {architecture.experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay takes; "
-            "set it to false"
+            f"{model} has {architecture.experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay "
+            "supports; set it to false"
         )
     if architecture.has_dense_layers:
         check_mlp(model, architecture.intermediate_size, tp)
@@ -174,8 +176,8 @@ def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: in
     held = max(1, kv_heads // tp)
     if parallel.cp_comm == "a2a" and held % parallel.cp:
         raise UserError(
-            f"{model} has {held} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} "
-            "does not divide, as parallel.cp_comm=a2a needs; set that to p2p"
+            f"{model} has {held} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} must "
+            "divide for parallel.cp_comm=a2a; set parallel.cp_comm to p2p"
         )
 
 
@@ -236,21 +238,21 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
         )
     if tp > 1 and not parallel.sequence_parallel:
         raise UserError(
-            f"{model} has experts, which parallel.tp={tp} trains with parallel.sequence_parallel=true only; set that, or "
-            "parallel.tp to 1"
+            f"{model} has experts, which need parallel.sequence_parallel=true with parallel.tp={tp}; set that, or parallel.tp "
+            "to 1"
         )
 
 
 def check_without_experts(model: str, config: Config) -> None:
     """Refuse MoE options, which would have no effect on a dense model."""
     if config.train.moe_aux_loss_coef:
-        raise UserError(f"{model} has no experts for train.moe_aux_loss_coef to balance; set it to 0")
+        raise UserError(f"{model} has no experts, so train.moe_aux_loss_coef has no effect; set it to 0")
     if config.train.moe_router_fp32:
-        raise UserError(f"{model} has no experts, whose router train.moe_router_fp32 is about; set it to false")
+        raise UserError(f"{model} has no experts, so train.moe_router_fp32 has no effect; set it to false")
     if config.train.routing_replay:
-        raise UserError(f"{model} has no experts, whose choice train.routing_replay is about; set it to false")
+        raise UserError(f"{model} has no experts, so train.routing_replay has no effect; set it to false")
     if config.parallel.etp is not None:
-        raise UserError(f"{model} has no experts to cut over parallel.etp={config.parallel.etp}; set it to null")
+        raise UserError(f"{model} has no experts to split over parallel.etp={config.parallel.etp}; set it to null")
 
 
 def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
@@ -280,8 +282,7 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
     unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
     if unserved:
         raise UserError(
-            f"{model} has experts and {unserved}, where SGLang's Qwen3-MoE has experts in all layers and a head of its own; "
-            "set rollout.backend to embedded"
+            f"{model} has experts and {unserved}, which SGLang's Qwen3-MoE does not support; set rollout.backend to embedded"
         )
 
 
@@ -317,9 +318,7 @@ def check_directory(config: Config) -> None:
     run."""
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     if config.rollout.replay is not None and os.path.realpath(config.rollout.replay) == os.path.realpath(directory.root):
-        raise UserError(
-            f"{directory.root} is the run that rollout.replay names, and would be written over; choose another run.name"
-        )
+        raise UserError(f"{directory.root} is the run in rollout.replay and would be overwritten; choose another run.name")
     directory.refuse_if_unwritable()
     directory.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
 

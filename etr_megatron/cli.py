@@ -16,12 +16,12 @@ CPU_CONFIG = "cpu_tiny.yaml"
 
 USAGE = """[--rollout-only | --dry-run] [CONFIG] [key=value ...]
 
-  CONFIG          a YAML file, such as configs/cpu_tiny.yaml (which is taken when there is no GPU and none is named)
+  CONFIG          a YAML file, such as configs/cpu_tiny.yaml (the default on a machine without a GPU)
   key=value       overrides of the config, such as run.name=first train.lr=1e-5
-  --rollout-only  rollouts and rewards, recorded; no training
-  --dry-run       config, layout, model, data files and memory checked for GPUs that need not be here; nothing is started. With
-                  --gpus N [--gpu a100|h100|h200|b200] [--gpu-memory GIB] [--gpus-per-node N]; without --gpus for the fewest
-                  that the config fits on"""
+  --rollout-only  generate, reward and record rollouts, without training
+  --dry-run       check config, layout, model, data files and memory for GPUs that need not be here; nothing is started. Takes
+                  --gpus N [--gpu a100|h100|h200|b200] [--gpu-memory GIB] [--gpus-per-node N]; without --gpus it plans for the
+                  fewest that the config fits on"""
 
 
 def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
@@ -34,11 +34,11 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
     arguments = iter(argv)
     for argument in arguments:
         if argument in ("", "--config="):
-            raise UserError("an argument is empty, perhaps of a variable that is not set; give a config file or key=value")
+            raise UserError("an argument is empty, perhaps because a variable is not set; give a config file or key=value")
         if argument == "--config":
             named = next(arguments, None)
             if not named:
-                raise UserError("--config must be followed by a config file, and is by nothing")
+                raise UserError("--config must be followed by a config file")
         elif argument.startswith("--config="):
             named = argument.removeprefix("--config=")
         elif argument == "--rollout-only":
@@ -52,7 +52,7 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
         else:
             named = argument
         if config is not None:
-            raise UserError(f"two configs are named, {config} and {named}; give one, and overrides as key=value")
+            raise UserError(f"two configs are given, {config} and {named}; give one, and overrides as key=value")
         config = named
     if config is not None:
         return Path(config), overrides
@@ -62,7 +62,7 @@ def parse_args(argv: list[str]) -> tuple[Path, list[str]]:
 def given_path(text: str) -> Path:
     """Argparse type for a path; rejects the empty string, which would mean the working directory."""
     if not text:
-        raise ArgumentTypeError("it is empty, perhaps of a variable that is not set")
+        raise ArgumentTypeError("it is empty, perhaps because a variable is not set")
     return Path(text)
 
 
@@ -76,8 +76,8 @@ def require_torchrun(module: str) -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"{missing[0]} is not set: python -m {module} is what every rank runs; start it by torchrun --nproc-per-node N -m "
-            f"{module}" + (", or the whole job by bash examples/run_etr.sh" if module.endswith(".train") else "")
+            f"{missing[0]} is not set: python -m {module} runs a single rank; start it with torchrun --nproc-per-node N -m "
+            f"{module}" + (", or the whole job with bash examples/run_etr.sh" if module.endswith(".train") else "")
         )
 
 
@@ -88,10 +88,10 @@ def default_config(cuda: bool) -> Path:
     """
     if cuda:
         listing = "\n".join(f"  {path}  {_first_comment(path)}" for path in sorted(CONFIGS.glob("*.yaml")))
-        raise UserError(f"no CONFIG is named and this machine has a GPU; name one of\n{listing}")
+        raise UserError(f"no CONFIG is given and this machine has a GPU; give one of\n{listing}")
     path = CONFIGS / CPU_CONFIG
     if not path.is_file():
-        raise UserError(f"no CONFIG is named and the default {path} does not exist; name a config file")
+        raise UserError(f"no CONFIG is given and the default {path} does not exist; give a config file")
     return path
 
 

@@ -18,7 +18,7 @@ def import_function(path: str) -> Callable[..., Any]:
     """The callable that `path` names. Raises ImportPathError if it cannot be imported or is not callable."""
     module_name, _, attributes = path.partition(":")
     if module_name.endswith(".py"):
-        raise ImportPathError(f"{module_name} is a file; a module is named without .py")
+        raise ImportPathError(f"{module_name} is a file name; give the module's name, without .py")
     # A rank that torchrun started as a script has the script's folder on sys.path, not the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

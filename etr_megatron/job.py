@@ -149,7 +149,7 @@ def _stopped_before_a_step(directory: RunDirectory, config: Config, *, reports: 
     try:
         yield
     except StopAskedError as error:
-        words = f"{error}: start again with the same command to go on"
+        words = f"{error}: start again with the same command to continue"
         if reports:
             with suppress(UserError):
                 directory.write_status("requeue", latest_step(directory.checkpoints) or 0, config.run.steps, words)
@@ -221,8 +221,8 @@ def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
         named = read_config(file).get("eos_token_id")
         ids = named if isinstance(named, list) else [named]
         if not all(type(one) is int for one in ids if one is not None):  # excludes bool
-            raise UserError(f"{file}: eos_token_id is {json.dumps(named)}; a token's number, or a list of them, is wanted")
+            raise UserError(f"{file}: eos_token_id must be a token id or a list of token ids, not {json.dumps(named)}")
         stops |= set(ids) - {None}
     if not stops:
-        raise UserError(f"{model_dir} names no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
+        raise UserError(f"{model_dir} has no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
     return stops

@@ -77,10 +77,10 @@ def _refuse_more_than_fit(nproc: int, asked: bool) -> None:
     """Raise UserError if the processes exceed memory even without a model: starting them would hang the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nproc * _BYTES_OF_A_PROCESS > memory:
-        said = f"--nproc {nproc}" if asked else f"the layout of parallel asks for {nproc} processes"
+        said = f"--nproc {nproc}" if asked else f"the parallel layout asks for {nproc} processes"
         raise UserError(
-            f"{said}: they would take {nproc * _BYTES_OF_A_PROCESS / 2**30:.0f} GiB on this machine without a GPU, which has "
-            f"{memory / 2**30:.0f} GiB; choose fewer"
+            f"{said}: they would need {nproc * _BYTES_OF_A_PROCESS / 2**30:.0f} GiB of memory, and this machine without a GPU "
+            f"has {memory / 2**30:.0f} GiB; choose fewer"
         )
 
 
@@ -127,7 +127,7 @@ def start_ranks(nproc: int, command: list[str], grace_s: float = 25.0) -> int:
             if reported is not None:
                 return _refuse(*reported)
             code = 128 + received.sigval
-            lost = "interrupted; what came after the last checkpoint is lost, which SIGTERM would have saved"
+            lost = "interrupted; progress since the last checkpoint is lost (SIGTERM would have saved it)"
             return _refuse(lost, code) if received.sigval == signal.SIGINT else code
     return 0
 

@@ -68,8 +68,8 @@ def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:
         for key in mine:
             if mine[key] != wanted[key]:
                 raise UserError(
-                    f"{key}: {socket.gethostname()} reads other problems than {host}, the machine of rank 0; give both the "
-                    "same files, also of the tokenizer"
+                    f"{key}: {socket.gethostname()} reads different problems from {host}, the machine of rank 0; give both the "
+                    "same data and tokenizer files"
                 )
 
     together(compare)

@@ -81,7 +81,7 @@ def code_of_printing(main: Callable[[], int]) -> int:
         # An error on a file that `main` opened has a filename, or is a UserError.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
             raise
-        print(f"error: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         code = USER_ERROR_EXIT
     # At exit the interpreter would flush what is left, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

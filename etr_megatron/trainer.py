@@ -92,12 +92,12 @@ class Trainer:
         try:
             self._resume()
         except StopAskedError as error:  # nothing is unsaved yet
-            raise RequeueError(f"{error}: start again with the same command to go on") from error
+            raise RequeueError(f"{error}: start again with the same command to continue") from error
         try:
             self._roll_out_only() if self.config.rollout.only else self._run_steps()
         except (EngineGoneError, StopAskedError) as error:
             self._save_what_is_trained()
-            raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to go on") from error
+            raise RequeueError(f"{error}; step {self.step} is saved: start again with the same command to continue") from error
         except RefusedError:  # a restart would not help
             self._save_what_is_trained()
             raise
@@ -114,9 +114,9 @@ class Trainer:
         """Whether ranks can still meet to save after a failed weight sync, which may have lost a rank or left one hanging."""
         self._phases.stop_asking()
         try:
-            self._phases.meet("checkpoint after a weight sync that failed", within_s=ROLL_CALL_S)
+            self._phases.meet("checkpoint after a failed weight sync", within_s=ROLL_CALL_S)
         except (TimeoutError, ConnectionError) as error:
-            logger.warning("what was trained since the last checkpoint is lost: %s", error)
+            logger.warning("training since the last checkpoint is lost: %s", error)
             return False
         return True
 
@@ -311,8 +311,10 @@ class Trainer:
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
             if self.step >= self.config.run.steps:
-                print(f"{self._directory.root}: step {self.step} is done, which is all of run.steps; raise it to go on")
+                print(
+                    f"{self._directory.root}: all run.steps={self.config.run.steps} steps are done; raise run.steps to continue"
+                )
             elif self.step:
-                print(f"{self._directory.root}: goes on after step {self.step}")
+                print(f"{self._directory.root}: continues after step {self.step}")
             self._directory.write_status("running", self.step, self.config.run.steps)
             self._recorder = self._open_recorder(self.step)

@@ -264,11 +264,11 @@ def test_a_loss_that_is_not_finite_names_its_samples(loss, error) -> None:
     with pytest.raises(error) as caught:
         RowWatch(batch, micro, loss=loss, rank=3).check(inputs, float("inf"))
     wanted = f"samples {batch.names[2]}, {batch.names[10]}, on rank 3"
-    assert str(caught.value) == f"objective.loss {loss} is inf where all of its inputs are finite: {wanted}"
+    assert str(caught.value) == f"objective.loss {loss} is inf although all of its inputs are finite: {wanted}"
     empty = pack(batch.sequences, [], multiple=2, device=torch.device("cpu"))  # as on a rank with fewer samples than others
     nothing = torch.zeros(0)
     inputs = loss_inputs(batch, empty, loss_settings(config().objective)).at(slice(None), nothing, nothing)
-    with pytest.raises(error, match=r"are finite: a microbatch without rows, of which a mean is NaN, on rank 1$"):
+    with pytest.raises(error, match=r"are finite: a microbatch without rows, whose mean is NaN, on rank 1$"):
         RowWatch(batch, empty, loss=loss, rank=1).check(inputs, float("nan"))
 
 

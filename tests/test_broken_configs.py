@@ -40,29 +40,29 @@ def refusal(read: Any, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("num_hidden_layers", "4", 'num_hidden_layers is "4"; a positive integer is wanted'),
-        ("hidden_size", None, "hidden_size is null; a positive integer is wanted"),
-        ("num_attention_heads", 0, "num_attention_heads is 0; a positive integer is wanted"),
-        ("num_key_value_heads", 0, "num_key_value_heads is 0; a positive integer is wanted"),
-        ("head_dim", -1, "head_dim is -1; a positive integer is wanted"),
-        ("intermediate_size", 80.5, "intermediate_size is 80.5; a positive integer is wanted"),
-        ("vocab_size", True, "vocab_size is true; a positive integer is wanted"),
-        ("max_position_embeddings", [1], "max_position_embeddings is [1]; a positive integer is wanted"),
-        ("rms_norm_eps", "1e-6", 'rms_norm_eps is "1e-6"; a positive number is wanted'),
-        ("rope_theta", 0, "rope_theta is 0; a positive number is wanted"),
-        ("rope_scaling", "x", 'rope_scaling is "x"; an object is wanted'),
-        ("rope_parameters", [], "rope_parameters is []; an object is wanted"),
-        ("tie_word_embeddings", "false", 'tie_word_embeddings is "false"; true or false is wanted'),
-        ("norm_topk_prob", 1, "norm_topk_prob is 1; true or false is wanted"),
-        ("decoder_sparse_step", 0, "decoder_sparse_step is 0; a positive integer is wanted"),
-        ("mlp_only_layers", 1, "mlp_only_layers is 1; a list of layers' numbers is wanted"),
-        ("mlp_only_layers", ["1"], 'mlp_only_layers is ["1"]; a list of layers\' numbers is wanted'),
-        ("num_experts", 0, "num_experts is 0; a positive integer is wanted"),
-        ("num_experts_per_tok", None, "num_experts_per_tok is null; a positive integer is wanted"),
-        ("moe_intermediate_size", {}, "moe_intermediate_size is {}; a positive integer is wanted"),
-        ("num_experts_per_tok", 7, "num_experts_per_tok is 7, of 6 experts"),
+        ("num_hidden_layers", "4", 'num_hidden_layers must be a positive integer, not "4"'),
+        ("hidden_size", None, "hidden_size must be a positive integer, not null"),
+        ("num_attention_heads", 0, "num_attention_heads must be a positive integer, not 0"),
+        ("num_key_value_heads", 0, "num_key_value_heads must be a positive integer, not 0"),
+        ("head_dim", -1, "head_dim must be a positive integer, not -1"),
+        ("intermediate_size", 80.5, "intermediate_size must be a positive integer, not 80.5"),
+        ("vocab_size", True, "vocab_size must be a positive integer, not true"),
+        ("max_position_embeddings", [1], "max_position_embeddings must be a positive integer, not [1]"),
+        ("rms_norm_eps", "1e-6", 'rms_norm_eps must be a positive number, not "1e-6"'),
+        ("rope_theta", 0, "rope_theta must be a positive number, not 0"),
+        ("rope_scaling", "x", 'rope_scaling must be an object, not "x"'),
+        ("rope_parameters", [], "rope_parameters must be an object, not []"),
+        ("tie_word_embeddings", "false", 'tie_word_embeddings must be true or false, not "false"'),
+        ("norm_topk_prob", 1, "norm_topk_prob must be true or false, not 1"),
+        ("decoder_sparse_step", 0, "decoder_sparse_step must be a positive integer, not 0"),
+        ("mlp_only_layers", 1, "mlp_only_layers must be a list of layer numbers, not 1"),
+        ("mlp_only_layers", ["1"], 'mlp_only_layers must be a list of layer numbers, not ["1"]'),
+        ("num_experts", 0, "num_experts must be a positive integer, not 0"),
+        ("num_experts_per_tok", None, "num_experts_per_tok must be a positive integer, not null"),
+        ("moe_intermediate_size", {}, "moe_intermediate_size must be a positive integer, not {}"),
+        ("num_experts_per_tok", 7, "num_experts_per_tok is 7, more than the 6 experts"),
         ("num_experts_per_tok", 1, "num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient"),
-        ("num_key_value_heads", 3, "num_attention_heads is 4, which is no multiple of num_key_value_heads 3"),
+        ("num_key_value_heads", 3, "num_attention_heads is 4, which is not a multiple of num_key_value_heads 3"),
         ("architectures", 3, "architectures is 3; supported are "),
         ("architectures", [["Qwen3ForCausalLM"]], "architectures is [['Qwen3ForCausalLM']]; supported are "),
     ],
@@ -76,12 +76,12 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
     ("change", "sentence"),
     [
         # transformers takes the class from model_type, a server from `architectures`
-        ({"model_type": "llama"}, "model_type is 'llama'; the qwen3 family is supported with 'qwen3' only"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3' is supported for the qwen3 family"),
         # transformers then attends to later tokens, servers do not
-        ({"is_causal": False}, "is_causal is False; the qwen3 family is supported with True only"),
-        ({"use_sliding_window": True}, "use_sliding_window is True; the qwen3 family is supported with False only"),
-        ({"attention_bias": True}, "attention_bias is True; the qwen3 family is supported with False only"),
-        ({"mlp_bias": True}, "mlp_bias is True; the qwen3 family is supported with False only"),
+        ({"is_causal": False}, "is_causal is False; only True is supported for the qwen3 family"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False is supported for the qwen3 family"),
+        ({"attention_bias": True}, "attention_bias is True; only False is supported for the qwen3 family"),
+        ({"mlp_bias": True}, "mlp_bias is True; only False is supported for the qwen3 family"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             'layer_types is ["full_attention", "sliding_attention"]; only',
@@ -89,21 +89,24 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
         ({"layer_types": "x"}, 'layer_types is "x"; only a list of full_attention is supported'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1 is supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; only 1 is supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; known are default,"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; supported are default,"),
         ({"rope_scaling": {"rope_type": 3}}, "rope_type 3 is not supported"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
         # transformers reads only attention_factor, SGLang only attn_factor
         (
             {"rope_scaling": {**YARN, "attention_factor": 1.2}},
-            "attention_factor is 1.2 for rope_type yarn, which is supported without it",
+            "attention_factor is 1.2 for rope_type yarn; yarn is supported only without it",
         ),
         (
             {"rope_scaling": {**YARN, "attn_factor": 1.2}},
-            "attn_factor is 1.2 for rope_type yarn, which is supported without it",
+            "attn_factor is 1.2 for rope_type yarn; yarn is supported only without it",
         ),
-        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate is false for rope_type yarn, which is supported without it"),
+        (
+            {"rope_scaling": {**YARN, "truncate": False}},
+            "truncate is false for rope_type yarn; yarn is supported only without it",
+        ),
         ({"rope_scaling": {**YARN, "factor": None}}, "field 'factor' is missing"),
-        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast is -1; a positive number is wanted"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast must be a positive number, not -1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "field 'original_max_position_embeddings' is missing"),
         (
             {"rope_scaling": {**LLAMA3, "type": "default"}},
@@ -115,22 +118,22 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
         ),
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
-            "rope_scaling and rope_parameters say different things; remove the one that is wrong",
+            "rope_scaling and rope_parameters disagree; remove the wrong one",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 777}, "rope_theta": 1e6},
-            "rope_theta is 777 in rope_parameters, 1e+06 in config.json itself; remove what is wrong",
+            "rope_theta is 777 in rope_parameters, 1e+06 in config.json itself; remove the wrong one",
         ),
         # transformers ignores rope_parameters if there is a rope_scaling
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 777}, "rope_theta": None},
-            "rope_theta is 10000 in rope_scaling, 777 in rope_parameters; remove what is wrong",
+            "rope_theta is 10000 in rope_scaling, 777 in rope_parameters; remove the wrong one",
         ),
         (
             {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
-            "original_max_position_embeddings is 64, and 32 for the rotary embedding; remove the wrong one",
+            "original_max_position_embeddings is 64, but 32 for the rotary embedding; remove the wrong one",
         ),
-        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, 'factor is "8"; a positive number is wanted'),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, 'factor must be a positive number, not "8"'),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "field 'low_freq_factor' is missing"),
         (
             {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
@@ -186,7 +189,7 @@ def test_a_rotary_embedding_is_what_transformers_reads_however_it_is_written(hf_
 def test_a_window_of_attention_is_refused_also_where_transformers_takes_its_own(hf_models, tmp_path, window, without):
     folder = config_with(hf_models["mistral"], tmp_path, {"sliding_window": window}, without=without)
     taken = AutoConfig.from_pretrained(folder).sliding_window
-    message = f"sliding_window is {taken}; the mistral family is supported with null only"
+    message = f"sliding_window is {taken}; only null is supported for the mistral family"
     assert taken is not None and refusal(read_architecture, folder) == message
 
 
@@ -207,7 +210,7 @@ def test_null_is_as_good_as_absent_where_a_field_may_be_absent(hf_models, tmp_pa
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"[1, 2]", " holds [1, 2]; an object with the model's fields is wanted"),
+        (b"[1, 2]", " must hold an object with the model's fields, not [1, 2]"),
         (b"{", " cannot be read as JSON: "),
         (b'{"a": "\xff"}', " cannot be read as JSON: "),
     ],
@@ -225,10 +228,10 @@ def test_blocks_that_are_no_two_equal_positive_integers_are_refused(hf_models, t
     quantization = {"quant_method": "fp8", "weight_block_size": block}
     folder = config_with(hf_models["qwen3"], tmp_path, {"quantization_config": quantization})
     sentence = refusal(open_checkpoint, folder)
-    assert sentence.startswith(f"weights quantised by quant_method fp8 with weight_block_size {block} cannot be read")
+    assert sentence.startswith(f"weights quantised with quant_method fp8 and weight_block_size {block} cannot be read")
     assert "two equal positive integers" in sentence
 
 
 def test_a_quantization_that_is_no_object_is_refused(hf_models, tmp_path):
     folder = config_with(hf_models["qwen3"], tmp_path, {"quantization_config": "fp8"})
-    assert refusal(open_checkpoint, folder) == 'quantization_config is "fp8"; an object is wanted'
+    assert refusal(open_checkpoint, folder) == 'quantization_config must be an object, not "fp8"'

@@ -91,7 +91,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(config: Config, key: str
 def test_a_directory_that_is_no_checkpoint_is_named(config: Config, tmp_path: Path) -> None:
     assert f"{tmp_path}/config.json does not exist" in refusal(with_model(config, tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    wanted = f"`tools/convert_hf.py to-hf --megatron {tmp_path}` makes one of this run"
+    wanted = f"`tools/convert_hf.py to-hf --megatron {tmp_path}` creates one from this run"
     assert refusal(with_model(config, tmp_path)).endswith(wanted)
 
 
@@ -109,8 +109,8 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
         ("qwen3", dict(tp=2, ep=2), "has no experts to spread over sglang.ep=2; set sglang.ep to 1"),
         ("qwen3_moe", dict(tp=4, ep=4), "has 6 experts, which sglang.ep=4 does not divide, and a server would refuse to start"),
         ("qwen3_moe_wide", dict(tp=4, ep=2), "has experts of width 27, which the 2 ranks of each (sglang.tp=4 / sglang.ep=2)"),
-        ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), where SGLang's"),
-        ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), where SGLang's Qwen3-MoE has"),
+        ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), which SGLang's"),
+        ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's Qwen3-MoE does"),
     ],
 )
 def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
@@ -174,7 +174,7 @@ def test_heads_that_context_parallel_ranks_cannot_exchange_are_refused() -> None
     for kv_heads, held in ((4, 2), (1, 1)):
         with pytest.raises(UserError) as caught:
             check_attention("m", 16, kv_heads, 16, 2, exchange)
-        begin = f"m has {held} key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 does not"
+        begin = f"m has {held} key/value heads on each of parallel.tp=2 ranks, which parallel.cp=4 must divide"
         assert str(caught.value).startswith(begin)
 
 
@@ -354,7 +354,7 @@ def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(co
     directory.recorded.mkdir()
     (directory.recorded / "reached.safetensors").write_bytes(b"")
     directory.write_status("finished", 2, 2)
-    assert refusal(config, 2).startswith(f"{directory.recorded} holds steps that --rollout-only has recorded, which training")
+    assert refusal(config, 2).startswith(f"{directory.recorded} holds steps recorded by --rollout-only, which training")
     check_inputs(replace(config, rollout=replace(config.rollout, only=True)), 2)  # it continues after the recorded steps
     (directory.recorded / "reached.safetensors").unlink()
     for only in (False, True):
@@ -364,4 +364,4 @@ def test_training_does_not_begin_where_it_would_remove_what_was_only_recorded(co
 
 def test_a_reward_named_by_its_file_is_told_how_a_module_is_named(config: Config) -> None:
     message = refusal(replace(config, reward=RewardConfig(function="my_rewards.py:score")))
-    assert "my_rewards.py is a file; a module is named without .py" in message
+    assert "my_rewards.py is a file name; give the module's name, without .py" in message

@@ -72,7 +72,7 @@ def test_loss_forms(loss):
 def test_a_loss_without_a_ratio_is_doubted_over_several_optimizer_steps(loss, epochs, minibatches, is_doubtful):
     config = config_with(objective__loss=loss, train__epochs=epochs, train__minibatches=minibatches)
     assert validate(config, None) == []
-    told = f'objective.loss = "{loss}", train.epochs = {epochs}, train.minibatches = {minibatches}: this loss has no ratio'
+    told = f'objective.loss = "{loss}", train.epochs = {epochs}, train.minibatches = {minibatches}: this loss has no'
     assert [doubt.startswith(told) for doubt in doubts(config)] == [True] * is_doubtful
 
 
@@ -241,12 +241,12 @@ def test_shipped_config_is_valid(path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
-        (["rollout.partial=true", "rollout.max_staleness=1"], "can be neither cut off nor run beside them"),
+        (["rollout.max_staleness=1"], "can be neither interrupted nor run during training"),
+        (["rollout.partial=true", "rollout.max_staleness=1"], "can be neither interrupted nor run during training"),
         (["rollout.backend=sglang", "rollout.partial=true"], "set max_staleness to at least 1"),
         (["rollout.max_oversample=0.9"], "must be at least 1"),
-        (["rollout.replay=runs/first"], "there is no engine to evaluate with"),
-        (["rollout.replay=runs/first", "rollout.only=true", "eval.every=0"], "leave out one of them"),
+        (["rollout.replay=runs/first"], "has no engine to evaluate with"),
+        (["rollout.replay=runs/first", "rollout.only=true", "eval.every=0"], "remove one of the two"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):

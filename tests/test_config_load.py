@@ -107,28 +107,28 @@ def test_override_is_coerced_to_the_annotation(override, section, name, value):
         ("objective.kl_in=advantage", 'one of "loss", "reward" or null'),
         ("objective.normalize=1", "true or false or null"),
         ("objective.micro=cube", 'one of "tanh", "linear", "none" or null'),
-        ("reward.extract=boxed", "a list of texts"),
-        ("objective.options=0.1", "numbers by name, such as {a: 0.5, b: 2}"),
-        ("objective.options={margin: wide}", "numbers by name"),
+        ("reward.extract=boxed", "a list of strings"),
+        ("objective.options=0.1", "a mapping of names to numbers, such as {a: 0.5, b: 2}"),
+        ("objective.options={margin: wide}", "a mapping of names to numbers"),
         ("objective.options={margin: 1, margin: 2}", "each name once"),
-        ("reward.extract=[boxed", "a list of texts"),
-        ("objective.options={margin: 1", "numbers by name"),
-        ("data.eval={a: b.jsonl", "texts by name, such as {a: b}"),
-        ("data.train=[a.jsonl, b.jsonl]", "texts by name, such as {a: b}"),
-        ("eval.samples={a: 1", "whole numbers by name, such as {a: 1, b: 2} or a whole number"),
-        ("eval.samples={a: 0.5}", "whole numbers by name, such as {a: 1, b: 2}"),
-        ("eval.samples=many", "whole numbers by name, such as {a: 1, b: 2} or a whole number"),
-        ("data.eval=[a.jsonl, b.jsonl]", "texts by name, such as {a: b}"),
-        ("data.eval={a: [b.jsonl]}", "texts by name, such as {a: b}"),
-        ("data.eval={a: b.jsonl, a: c.jsonl}", "texts by name, such as {a: b}, each name once"),
-        ("data.eval={b.jsonl}", "texts by name, such as {a: b}"),
+        ("reward.extract=[boxed", "a list of strings"),
+        ("objective.options={margin: 1", "a mapping of names to numbers"),
+        ("data.eval={a: b.jsonl", "a mapping of names to text, such as {a: b}"),
+        ("data.train=[a.jsonl, b.jsonl]", "a mapping of names to text, such as {a: b}"),
+        ("eval.samples={a: 1", "a mapping of names to whole numbers, such as {a: 1, b: 2} or a whole number"),
+        ("eval.samples={a: 0.5}", "a mapping of names to whole numbers, such as {a: 1, b: 2}"),
+        ("eval.samples=many", "a mapping of names to whole numbers, such as {a: 1, b: 2} or a whole number"),
+        ("data.eval=[a.jsonl, b.jsonl]", "a mapping of names to text, such as {a: b}"),
+        ("data.eval={a: [b.jsonl]}", "a mapping of names to text, such as {a: b}"),
+        ("data.eval={a: b.jsonl, a: c.jsonl}", "a mapping of names to text, such as {a: b}, each name once"),
+        ("data.eval={b.jsonl}", "a mapping of names to text, such as {a: b}"),
         (
             "data.eval={a: b@c[:9]}",
-            "such as {a: b} or text or null; quote a text in it that holds brackets, a comma or a colon",
+            "such as {a: b} or text or null; quote text that contains brackets, a comma or a colon",
         ),
-        ("data.eval={[a]: b.jsonl}", "texts by name, such as {a: b}"),
-        ("data.prompt_column=[question", "a list of texts"),
-        ("data.prompt_column={a: b}", "a list of texts"),
+        ("data.eval={[a]: b.jsonl}", "a mapping of names to text, such as {a: b}"),
+        ("data.prompt_column=[question", "a list of strings"),
+        ("data.prompt_column={a: b}", "a list of strings"),
         ("model.path=", "text"),
     ],
 )
@@ -242,7 +242,7 @@ def test_key_given_twice_names_both_lines(tmp_path):
 def test_several_held_out_sets_of_a_file_may_stand_one_a_line(tmp_path):
     assert load_config(write(tmp_path, "data:\n  eval:\n    a: b.jsonl\n    c: d\n")).data.eval == {"a": "b.jsonl", "c": "d"}
     told = message(write(tmp_path, "data:\n  eval:\n    a: b.jsonl\n    a: d\n"))
-    assert told.endswith("must be texts by name, such as {a: b}, each name once")
+    assert told.endswith("must be a mapping of names to text, such as {a: b}, each name once")
 
 
 def test_missing_file_directory_and_binary_are_user_errors(tmp_path):

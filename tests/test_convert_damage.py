@@ -36,7 +36,7 @@ def change_header(file: Path, change) -> None:
 def test_a_header_with_other_than_whole_numbers_is_broken(capsys, hf, tmp_path, field):
     change_header(hf / "model.safetensors", lambda header: header[GATE].update(field))
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert f"model.safetensors is not a complete safetensors file ({GATE} has a shape or a place" in said
+    assert f"model.safetensors is not a complete safetensors file ({GATE} has a shape or an offset" in said
 
 
 def test_json_that_is_nested_without_an_end_is_broken(capsys, hf, tmp_path):
@@ -55,25 +55,25 @@ def test_integers_are_no_weights_in_either_format(capsys, hf, megatron, tmp_path
     tensors = load_file(hf / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, hf / "model.safetensors", {"format": "pt"})
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert f"{hf}: weights have to be floating-point numbers, unlike model.embed_tokens.weight of {dtype}" in said
-    with pytest.raises(UserError, match="have to be floating-point numbers"):
+    assert f"{hf}: weights must be floating-point numbers, unlike model.embed_tokens.weight of {dtype}" in said
+    with pytest.raises(UserError, match="must be floating-point numbers"):
         check_checkpoint(hf)  # what a job checks
     monkeypatch.setattr(TorchDistDir, "dtype", lambda *_: dtype)
     said = refusal(capsys, "to-hf", "--megatron", megatron, "--out", tmp_path / "out")
-    assert f"{megatron}: weights have to be floating-point numbers" in said and "and 8 more" in said
+    assert f"{megatron}: weights must be floating-point numbers" in said and "and 8 more" in said
     assert not list(tmp_path.glob("out*"))
 
 
 def test_what_a_clone_without_git_lfs_holds_is_told_apart_from_a_broken_file(capsys, hf, tmp_path):
     (hf / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 900\n")
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert "model.safetensors is not a complete safetensors file (it is a pointer of Git LFS: git lfs pull brings" in said
+    assert "model.safetensors is not a complete safetensors file (it is a Git LFS pointer: git lfs pull fetches" in said
 
 
 def test_weights_in_torchs_own_format_are_named(capsys, hf, tmp_path):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert said.startswith(f"error: {hf} holds pytorch_model.bin but no .safetensors file, the only kind that is read;")
+    assert said.startswith(f"error: {hf} holds pytorch_model.bin but no .safetensors file, the only supported format;")
 
 
 def spoil_metadata(megatron: Path, spoil) -> None:
@@ -143,8 +143,6 @@ def test_a_directory_that_only_has_the_name_of_an_unfinished_one_is_kept(capsys,
     partial.mkdir()
     (partial / "thesis").write_text("years of work")
     said = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert (
-        said
-        == f"error: --out {tmp_path}/out: {partial} is there and no conversion has left it; remove it or choose another --out\n"
-    )
+    wanted = f"{partial} exists and was not left by a conversion; remove it or choose another --out"
+    assert said == f"error: --out {tmp_path}/out: {wanted}\n"
     assert (partial / "thesis").read_text() == "years of work" and not (tmp_path / "out").exists()

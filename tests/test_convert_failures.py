@@ -51,8 +51,8 @@ def test_a_wrong_command_is_refused(capsys, argv, sentence):
 
 def test_an_output_that_exists_is_left_alone(capsys, hf, megatron):
     before = sorted(megatron.iterdir())
-    assert "exists already" in refusal(capsys, "to-megatron", "--hf", hf, "--out", megatron)
-    assert "exists already" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", hf / "config.json")
+    assert "already exists" in refusal(capsys, "to-megatron", "--hf", hf, "--out", megatron)
+    assert "already exists" in refusal(capsys, "to-hf", "--megatron", megatron, "--out", hf / "config.json")
     assert sorted(megatron.iterdir()) == before
 
 
@@ -150,7 +150,7 @@ def test_a_directory_without_a_config_asks_for_one(capsys, megatron, tmp_path, h
 def test_a_disk_that_is_too_small_is_refused_first(capsys, hf, tmp_path, monkeypatch):
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7))
     message = refusal(capsys, "to-megatron", "--hf", hf, "--out", tmp_path / "out")
-    assert "needs 0.02 GB and its disk has 0.01 GB free" in message
+    assert "needs 0.02 GB, but its disk has 0.01 GB free" in message
     assert not list(tmp_path.glob("out*"))
 
 
@@ -223,7 +223,7 @@ def test_ranks_end_with_2_after_a_mistake_and_one_sentence(hf, megatron, tmp_pat
     found = run_ranks(tmp_path, "pass", "to-megatron", "--hf", hf, "--out", megatron)
     assert [code for code, _, _ in found] == [2, 2]
     printed = "".join(err for _, _, err in found)
-    assert printed.startswith("error: --out ") and printed.count("\n") == 1 and "exists already" in printed
+    assert printed.startswith("error: --out ") and printed.count("\n") == 1 and "already exists" in printed
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
@@ -294,7 +294,7 @@ def test_a_conversion_that_is_stopped_says_so_and_what_is_left(hf, tmp_path, num
         _, err = tool.communicate(timeout=20)
     assert tool.returncode == 128 + number
     unfinished = tmp_path / "out.unfinished"
-    assert err == f"error: stopped by {number.name}; {unfinished} is not complete, the same command replaces it\n"
+    assert err == f"error: stopped by {number.name}; {unfinished} is incomplete, the same command replaces it\n"
     assert unfinished.is_dir() and not (tmp_path / "out").exists()
 
 
@@ -311,7 +311,7 @@ def test_a_directory_that_is_renamed_before_it_is_locked_is_not_touched(capsys, 
         return lock(*args)
 
     monkeypatch.setattr(fcntl, "flock", finish_first)
-    assert "exists already" in refusal(capsys, "to-megatron", "--hf", hf, "--out", out)
+    assert "already exists" in refusal(capsys, "to-megatron", "--hf", hf, "--out", out)
     assert [path.name for path in out.iterdir()] == ["weights"] and not partial.exists()
 
 

@@ -150,7 +150,7 @@ def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
     messages = {
         "scales missing": r"layers\.1\.mlp\.up_proj\.weight is FP8 and its .*_scale_inv is missing",
         "scales of another shape": r"_scale_inv is of shape \[10, 3\], not \[5, 3\]",
-        "another method": "quantised by quant_method awq with weight_block_size None cannot be read",
+        "another method": "quantised with quant_method awq and weight_block_size None cannot be read",
     }
     with pytest.raises(UserError, match=messages[spoil]):
         to_megatron(fp8, tmp_path / "out", Ranks())

@@ -32,7 +32,7 @@ def denied(path) -> OSError:
 def test_an_output_below_what_holds_no_directories_is_refused_at_once(capsys, hf_models):
     """The system reports that the directory does not exist, as it does if another process has just removed ours."""
     said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", "/proc/x/y")
-    assert said == "error: --out /proc/x/y: /proc/x/y.unfinished cannot be made (No such file or directory)\n"
+    assert said == "error: --out /proc/x/y: /proc/x/y.unfinished cannot be created (No such file or directory)\n"
 
 
 def test_an_output_with_a_name_that_is_too_long_is_refused(capsys, hf_models, tmp_path):
@@ -44,7 +44,7 @@ def test_an_output_with_a_name_that_is_too_long_is_refused(capsys, hf_models, tm
 def test_a_file_in_the_place_of_the_unfinished_directory_is_named(capsys, hf_models, tmp_path):
     (tmp_path / "out.unfinished").write_text("mine")
     said = refusal(capsys, "to-megatron", "--hf", hf_models["qwen3"], "--out", tmp_path / "out")
-    assert said == f"error: --out {tmp_path}/out: {tmp_path}/out.unfinished cannot be made (File exists)\n"
+    assert said == f"error: --out {tmp_path}/out: {tmp_path}/out.unfinished cannot be created (File exists)\n"
     assert (tmp_path / "out.unfinished").read_text() == "mine"
 
 
@@ -106,7 +106,7 @@ def test_a_file_that_may_not_become_as_large_is_one_sentence(hf_models, tmp_path
     ]
     found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2 and not list(tmp_path.glob("out*"))
-    said = "a file would become larger than is allowed here (ulimit -f, or the file system)"
+    said = "a file would exceed the largest size allowed here (ulimit -f, or the file system)"
     assert found.stderr.endswith(f"error: {out}: {said}; make room or choose another --out\n")
 
 
@@ -125,11 +125,11 @@ def test_a_file_system_without_locks_is_only_warned_of(hf_models, tmp_path, monk
     [
         (
             ("to-megatron", "--hf", "HERE/none", "--out", "HERE/full"),
-            ["HERE/none/config.json does not exist: --hf must be", "--out HERE/full exists already"],
+            ["HERE/none/config.json does not exist: --hf must be", "--out HERE/full already exists"],
         ),
         (
             ("to-hf", "--megatron", "HERE/none", "--out", "HERE/full"),
-            ["--megatron HERE/none is not a directory", "--out HERE/full exists already"],
+            ["--megatron HERE/none is not a directory", "--out HERE/full already exists"],
         ),
         (
             ("verify", "--hf", "HERE/full", "--megatron", "HERE/none"),

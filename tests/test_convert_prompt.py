@@ -41,7 +41,7 @@ def test_logits_are_those_of_the_prompts_tokens(gangs, hf, megatron):
 
 def test_a_prompt_for_a_checkpoint_without_a_tokenizer_is_refused(capsys, hf_models, megatron):
     said = refusal(capsys, "verify", "--hf", hf_models["qwen3"], "--megatron", megatron, "--prompt", "12+7=")
-    assert said == f"error: {hf_models['qwen3']} has no tokenizer for --prompt; leave it out, and made-up tokens are compared\n"
+    assert said == f"error: {hf_models['qwen3']} has no tokenizer for --prompt; leave it out to compare on made-up tokens\n"
 
 
 def test_a_prompt_that_is_no_text_or_longer_than_the_model_takes_is_refused(capsys, hf, megatron):
@@ -51,7 +51,10 @@ def test_a_prompt_that_is_no_text_or_longer_than_the_model_takes_is_refused(caps
     )  # bytes of another encoding
     longest = read_architecture(hf).max_positions
     said = refusal(capsys, *argv, "x" * (longest + 1))
-    assert said == f"error: --prompt has {longest + 1} tokens, the model {longest} positions; give a shorter one\n"
+    assert (
+        said
+        == f"error: --prompt has {longest + 1} tokens, more than the {longest} positions of the model; give a shorter one\n"
+    )
 
 
 def test_a_prompt_without_tokens_is_refused_before_anything_is_compared(capsys, hf, megatron, monkeypatch):
@@ -67,7 +70,9 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_compared(cap
     content["model"]["vocab"]["1"] = 70_000
     file.write_text(json.dumps(content))
     said = refusal(capsys, "verify", "--hf", hf, "--megatron", megatron, "--prompt", "12+7=")
-    assert said.startswith(f"error: {hf}: the tokenizer makes token 70000 of the prompt, and the model has 301 (vocab_size")
+    assert said.startswith(
+        f"error: {hf}: the tokenizer produces token id 70000 for the prompt, but the model has only 301 tokens (vocab_size"
+    )
 
 
 @pytest.mark.parametrize("change", [{"pad_token_id": 99_999}, {"attention_dropout": "some"}])

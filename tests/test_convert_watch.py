@@ -36,7 +36,7 @@ def test_a_store_that_no_longer_answers_is_an_error_after_the_silence_and_not_af
     thread = threading.Thread(target=watch._watch, args=arguments, daemon=True)
     thread.start()
     assert heard.wait(20)
-    assert said == ["rank 0's machine has given no answer for 1 s"]
+    assert said == ["rank 0's machine has not answered for 1 s"]
     over.set()
     thread.join(20)
     assert not thread.is_alive()

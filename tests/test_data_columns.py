@@ -122,9 +122,9 @@ def test_without_a_chat_template_a_single_message_is_its_text_and_several_are_re
     assert PLAIN.decode(opened(one)[0].prompt_ids) == "Add 1 and 2."
     several = write_jsonl(tmp_path / "s.jsonl", [chat_row(CONVERSATION[0]), chat_row(*CONVERSATION)])
     for tokenizer, settings in ((PLAIN, {}), (CHAT, {"chat_template": False})):
-        with pytest.raises(UserError, match=r"a prompt has several chat messages but no chat template takes it \("):
+        with pytest.raises(UserError, match=r"a prompt has several chat messages but no chat template applies \("):
             opened(several, tokenizer, **settings)
-    with pytest.raises(UserError, match=r"data\.system_prompt is set but no chat template takes it \("):
+    with pytest.raises(UserError, match=r"data\.system_prompt is set but no chat template applies \("):
         opened(one, system_prompt="Be brief.")
 
 
@@ -144,11 +144,14 @@ def test_keys_of_a_message_that_say_nothing_are_passed_over(tmp_path):
             "message 1 of column 'question' is not an object with",
         ),
         ([{"role": "user", "content": " "}], "message 1 of column 'question' is empty"),
-        ([{"role": "user", "content": "\ud83d"}], "message 1 of column 'question' holds half a surrogate pair"),
-        ([{"role": "human", "content": "?"}], "message 1 of column 'question' is of 'human', which is not one of system, user"),
-        ([CONVERSATION[0] | {"tool_calls": [1]}], "message 1 of column 'question' has `tool_calls`, and nothing but `role`"),
-        (CONVERSATION[:2], "the last message of column 'question' is of assistant, not of user"),
-        ([{"role": "system", "content": "Think."}], "the last message of column 'question' is of system, not of user"),
+        ([{"role": "user", "content": "\ud83d"}], "message 1 of column 'question' has half a surrogate pair"),
+        (
+            [{"role": "human", "content": "?"}],
+            "message 1 of column 'question' has the role 'human', which is not one of system, user",
+        ),
+        ([CONVERSATION[0] | {"tool_calls": [1]}], "message 1 of column 'question' has `tool_calls`, but only `role`"),
+        (CONVERSATION[:2], "the last message of column 'question' has the role assistant, not user"),
+        ([{"role": "system", "content": "Think."}], "the last message of column 'question' has the role system, not user"),
     ],
 )
 def test_messages_that_cannot_be_asked_are_a_broken_row(tmp_path, messages, reason):

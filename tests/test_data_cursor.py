@@ -105,5 +105,5 @@ def test_a_prompt_with_a_token_that_the_model_has_not_is_refused_wherever_it_is(
     problems = [Problem("a", "", "", [3, 9, 1]), Problem("b", "", "", [2, 8, 10, 4])]
     refuse_unknown_tokens(problems, 11, "model")
     refuse_unknown_tokens([], 11, "model")
-    with pytest.raises(UserError, match=r"^model: the tokenizer makes token 10 of a prompt, and the model has 10 "):
+    with pytest.raises(UserError, match=r"^model: the tokenizer produces token id 10 for a prompt, but the model has only 10 "):
         refuse_unknown_tokens(problems, 10, "model")

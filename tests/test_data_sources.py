@@ -82,7 +82,7 @@ BROKEN_LINES = [
     ('{"question": "1+1?", "answer": -Infinity}', "is -inf, not a finite number"),
     ('{"question": "1+1?", "answer": ' + 5000 * "9" + "}", "not readable JSON (Exceeds the limit"),
     ('{"question": "1+1?", "answer": ""}', "column 'answer' is empty"),
-    ('{"question": "1+\\ud83d?", "answer": "2"}', "column 'question' holds half a surrogate pair at character 3"),
+    ('{"question": "1+\\ud83d?", "answer": "2"}', "column 'question' has half a surrogate pair at character 3"),
     ("[" * 100_000, "not readable JSON"),
 ]
 
@@ -151,7 +151,7 @@ def test_a_column_that_the_first_row_lacks_is_that_rows_mistake(tmp_path, tokeni
 
 def test_ids_of_the_id_column_must_be_unique(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "i.jsonl", [GOOD | {"uid": 4}, GOOD | {"uid": "5"}, GOOD | {"uid": 4}])
-    with pytest.raises(UserError, match=r"i\.jsonl:3 .*id '4' is that of i\.jsonl:1 already"):
+    with pytest.raises(UserError, match=r"i\.jsonl:3 .*id '4' is already that of i\.jsonl:1"):
         opened(source, tokenizer, id_column="uid")
     assert [p.id for p in opened(source, tokenizer, id_column="uid", on_bad_row="skip")] == ["4", "5"]
 
@@ -159,7 +159,7 @@ def test_ids_of_the_id_column_must_be_unique(tmp_path, tokenizer):
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(tmp_path, tokenizer, content):
     (tmp_path / "e.jsonl").write_text(content)
-    with pytest.raises(UserError, match=r"data\.train: .*e\.jsonl' holds no rows"):
+    with pytest.raises(UserError, match=r"data\.train: .*e\.jsonl' has no rows"):
         opened(str(tmp_path / "e.jsonl"), tokenizer)
 
 
@@ -229,7 +229,7 @@ def test_bad_parquet_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"r\.parquet' cannot be read as parquet"):
         opened(str(tmp_path / "r.parquet"), tokenizer)
     empty = write_parquet(tmp_path / "s.parquet", question=pa.array([], pa.string()), answer=pa.array([], pa.string()))
-    with pytest.raises(UserError, match=r"holds no rows"):
+    with pytest.raises(UserError, match=r"has no rows"):
         opened(empty, tokenizer)
 
 
@@ -350,7 +350,7 @@ def test_load_tokenizer_refuses_one_that_encodes_to_nothing(tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(UserError, match=r"encodes text to nothing"):
+    with pytest.raises(UserError, match=r"encodes text to no tokens"):
         load_tokenizer(tmp_path)
 
 

@@ -76,5 +76,5 @@ def test_kl_penalty_sums_k1_over_the_response():
 def test_a_kl_without_a_reference_is_refused_not_left_out():
     case, logp, entropy = loss_cases.random_case(0, LossSettings(kl_coef=0.3))
     inputs = replace(case.inputs(torch.tensor(logp), torch.tensor(entropy)), ref_logp=None)
-    with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no log-probs of a reference"):
+    with pytest.raises(ValueError, match=r"kl_coef is 0\.3, but there are no reference log-probs"):
         resolve_loss("clipped")(inputs)

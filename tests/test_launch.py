@@ -41,8 +41,8 @@ def test_config_and_overrides_come_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("a.yaml b.yaml", "two configs are named, a.yaml and b.yaml"),
-        ("--config a.yaml b.yaml", "two configs are named"),
+        ("a.yaml b.yaml", "two configs are given, a.yaml and b.yaml"),
+        ("--config a.yaml b.yaml", "two configs are given"),
         ("a.yaml --fast", "unknown option --fast"),
         ("--config", "--config must be followed by a config file"),
         ("--config ''", "--config must be followed by a config file"),
@@ -75,7 +75,7 @@ def shipped_configs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_a_path_that_is_empty_is_not_taken_for_the_working_directory(command: tuple[str, ...], option: str) -> None:
     done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"argument {option}: it is empty, perhaps of a variable that is not set" in done.stderr
+    assert f"argument {option}: it is empty, perhaps because a variable is not set" in done.stderr
 
 
 def test_without_a_config_cpu_runs_the_small_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_prepare_returns_what_to_start(small: str) -> None:
         (["--nproc=0"], ["--nproc 0: must be a whole number"]),
         (["--nproc"], ["--nproc"]),
         (["--nproc", "9" * 400], ["must be a whole number of processes, from 1 to 999999999"]),
-        (["--nproc", "100000"], ["--nproc 100000: they would take 29297 GiB", "choose fewer"]),
-        (["parallel.cp=100000"], ["the layout of parallel asks for 100000 processes: they would take 29297 GiB"]),
+        (["--nproc", "100000"], ["--nproc 100000: they would need 29297 GiB", "choose fewer"]),
+        (["parallel.cp=100000"], ["the parallel layout asks for 100000 processes: they would need 29297 GiB"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -179,14 +179,16 @@ def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "other"), [("train", ", or the whole job by bash examples/run_etr.sh"), ("preflight", "")])
+@pytest.mark.parametrize(
+    ("module", "other"), [("train", ", or the whole job with bash examples/run_etr.sh"), ("preflight", "")]
+)
 def test_a_ranks_command_without_torchrun_is_one_sentence(small: str, module: str, other: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", f"etr_megatron.{module}", "--config", small]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        f"error: RANK is not set: python -m etr_megatron.{module} is what every rank runs; start it by torchrun "
+        f"error: RANK is not set: python -m etr_megatron.{module} runs a single rank; start it with torchrun "
         f"--nproc-per-node N -m etr_megatron.{module}{other}\n"
     )
 
@@ -353,9 +355,7 @@ def test_a_signal_to_the_launcher_leaves_no_process(
     finally:
         launcher.kill()
     said = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in said and ("interrupted; what came after the last checkpoint is lost" in said) == (
-        exit_code == 130
-    )
+    assert "Traceback" not in said and ("interrupted; progress since the last checkpoint is lost" in said) == (exit_code == 130)
 
 
 def test_ctrl_c_that_ends_a_peer_first_leaves_no_traceback_of_this_rank() -> None:

@@ -226,7 +226,7 @@ def test_a_chunk_has_no_sequences_to_sum() -> None:
     known = case.inputs(torch.tensor(logp), torch.tensor(entropy))
     chunk = known.at(slice(0, 3), known.logp[:3], known.entropy[:3])
     for rows in (chunk, chunk.at(slice(None), chunk.logp, chunk.entropy)):
-        with pytest.raises(UserError, match="marked token-local asks for sums over sequences"):
+        with pytest.raises(UserError, match="marked token-local uses sums over sequences"):
             resolve_loss("gspo")(rows)
 
 

@@ -44,7 +44,7 @@ def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"dedicated_nodes=2: the job has 2 nodes"):
         place_of(2)
     torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
-    with pytest.raises(UserError, match=r"7 processes on 2 nodes, of which this one has 4"):
+    with pytest.raises(UserError, match=r"7 processes on 2 nodes, 4 of them on this node"):
         place_of(1)
 
 
@@ -69,10 +69,10 @@ def test_one_machine_cannot_set_itself_apart(capsys):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; take broadcast, sharded or disk"),
-        ("sglang.nodes=every", "servers are on nodes of their own or on every node"),
-        ("sglang.placement=colocated", "nodes set apart have no ranks to share GPUs with"),
-        ("sglang.urls=[http://a:1]", "servers that run already are on the nodes where they are"),
+        ("sglang.sync=tensor", "tensor needs a rank on the servers' machine; set sync to broadcast, sharded or disk"),
+        ("sglang.nodes=every", "servers are either on dedicated nodes or on every node"),
+        ("sglang.placement=colocated", "dedicated nodes have no ranks to share GPUs with"),
+        ("sglang.urls=[http://a:1]", "the job does not place servers at sglang.urls"),
         ("sglang.dedicated_nodes=-1", "must be at least 0"),
     ],
 )

@@ -232,7 +232,7 @@ def test_report_names_a_row_that_somebody_has_changed(
     file.write_text("".join(before) + json.dumps(row | ({key: value} if value else {})) + "\n")
     assert report([str(run)]) == 2
     told = capsys.readouterr()
-    assert told.err == f"error: {file}: {key} of step {row['step']} is missing or no number; fix or remove the line\n"
+    assert told.err == f"error: {file}: {key} of step {row['step']} is missing or not a number; fix or remove the line\n"
 
 
 def test_report_works_as_a_module_and_names_what_is_missing(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_record_of_another_user_is_not_taken_for_none(tmp_path):
 @pytest.mark.parametrize(
     ("part", "mode", "said"),
     [
-        ("", 0o755, "--out OUT: OUT.unfinished cannot be made (Permission denied)"),
+        ("", 0o755, "--out OUT: OUT.unfinished cannot be created (Permission denied)"),
         ("out", 0o700, "OUT: Permission denied"),
         ("out.unfinished", 0o755, "--out OUT cannot be written (Permission denied)"),
         ("out.unfinished", 0o700, "--out OUT cannot be written (Permission denied)"),

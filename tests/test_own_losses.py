@@ -130,15 +130,15 @@ def test_a_users_loss_by_import_path_gets_inputs_and_diagnostics() -> None:
     ("function", "complaint"),
     [
         ("returns_a_tensor", "returned Tensor instead of LossOutputs"),
-        ("returns_rows", r"no scalar tensor of floats \(torch.float64, shape \[18\]\)"),
-        ("returns_one_row", r"no scalar tensor of floats \(torch.float64, shape \[1\]\)"),
-        ("returns_an_integer", r"no scalar tensor of floats \(torch.int64, shape \[\]\)"),
-        ("returns_a_number", r"no scalar tensor of floats \(float\)"),
-        ("reports_a_number", r"rows\['gap'\] that is no tensor of shape \[18\] \(float\)"),
+        ("returns_rows", r"not a scalar floating-point tensor \(torch.float64, shape \[18\]\)"),
+        ("returns_one_row", r"not a scalar floating-point tensor \(torch.float64, shape \[1\]\)"),
+        ("returns_an_integer", r"not a scalar floating-point tensor \(torch.int64, shape \[\]\)"),
+        ("returns_a_number", r"not a scalar floating-point tensor \(float\)"),
+        ("reports_a_number", r"rows\['gap'\] that is not a tensor of shape \[18\] \(float\)"),
         ("forgets_the_policy", "without a gradient"),
-        ("reports_a_scalar", r"rows\['gap'\] that is no tensor of shape \[18\]"),
-        ("makes_a_square", r"raised ValueError: the surrogate has shape \[18, 1\] where \[18\] is wanted, a value a row\n"),
-        ("returns_no_rows", r"returned rows that are no tensors by name \(NoneType\)"),
+        ("reports_a_scalar", r"rows\['gap'\] that is not a tensor of shape \[18\]"),
+        ("makes_a_square", r"raised ValueError: the surrogate has shape \[18, 1\], but must have \[18\], one value per row\n"),
+        ("returns_no_rows", r"returned rows that are not a mapping of names to tensors \(NoneType\)"),
     ],
 )
 def test_wrong_outputs_of_a_users_loss_are_named(function: str, complaint: str) -> None:
@@ -238,7 +238,7 @@ def sums_a_sequence(inputs: LossInputs) -> LossOutputs:
 def test_a_user_error_from_inside_of_a_loss_is_told_as_it_is() -> None:
     case, logp, entropy = random_case(1)
     inputs = case.inputs(torch.tensor(logp), torch.tensor(entropy))
-    with pytest.raises(UserError, match=r"^a loss that is marked token-local asks for sums"):
+    with pytest.raises(UserError, match=r"^a loss that is marked token-local uses sums"):
         resolve_loss("tests.test_own_losses:sums_a_sequence")(inputs.at(slice(5), inputs.logp[:5], inputs.entropy[:5]))
 
 
@@ -345,7 +345,7 @@ def test_the_ranks_whose_rows_have_other_names_are_told_and_a_rank_without_rows_
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("nothing", "known are cispo, clipped, gspo, reinforce"),
+        ("nothing", "known: cispo, clipped, gspo, reinforce"),
         ("no_such_module:f", "importing no_such_module failed with ModuleNotFoundError"),
         ("tests.test_own_losses:none", "has no none"),
         ("tests.test_own_losses:NO_FUNCTION", "is not callable"),
@@ -377,7 +377,7 @@ def test_a_module_is_looked_for_in_the_working_directory_after_everywhere_else(t
 
 
 def test_names_are_unique() -> None:
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_loss("clipped", token_local=True)(squared)
 
 

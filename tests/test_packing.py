@@ -40,13 +40,13 @@ def test_an_empty_prompt_is_refused():
 @pytest.mark.parametrize(
     ("sequences", "complaint"),
     [
-        ([([1], [2, 9]), ([3], [4, 10, 1])], "the response of sample 1 holds token 10,"),
-        ([([1, 12], [2])], "the prompt of sample 0 holds token 12,"),
-        ([([1], [2, -1])], "the response of sample 0 holds token -1,"),
+        ([([1], [2, 9]), ([3], [4, 10, 1])], "the response of sample 1 has token 10,"),
+        ([([1, 12], [2])], "the prompt of sample 0 has token 12,"),
+        ([([1], [2, -1])], "the response of sample 0 has token -1,"),
     ],
 )
 def test_tokens_outside_of_the_vocabulary_are_refused(sequences, complaint):
-    with pytest.raises(UserError, match=f"{complaint} which the model does not know: its vocab_size is 10"):
+    with pytest.raises(UserError, match=f"{complaint} outside the model's vocab_size of 10;"):
         refuse_unknown_tokens(sequences, 10)
 
 

@@ -276,7 +276,7 @@ def test_fp8_boxes_are_whole_blocks_and_cost_a_byte_an_element_and_scales():
 def test_cuts_through_fp8_blocks_are_refused_by_name(changes, destination, message):
     """In the last case the up matrix follows a gate that does not end at a block boundary."""
     sizes = dict(hidden_size=256, intermediate_size=1024, head_dim=128, qkv_bias=False, family="llama")
-    with pytest.raises(UserError, match=message + " of a shard do not consist of whole FP8 blocks of 128"):
+    with pytest.raises(UserError, match=message + " of a shard are not whole FP8 blocks of 128"):
         make_plan(TrainingLayout(), ServerLayout(tp=destination), architecture(**{**sizes, **changes}), fp8_block=128)
 
 

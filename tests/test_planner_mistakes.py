@@ -36,19 +36,19 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--mean-response", "9000"], "at most rollout.max_response_tokens = 8192"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 1"),
-        (["--gpus", "100000000"], "--gpus 100000000: no more than 65536 can be planned"),
+        (["--gpus", "100000000"], "--gpus 100000000: must be at most 65536"),
         (["--gpu", "a100", "fp8.recipe=blockwise"], "fp8.recipe=blockwise: an A100 SXM has no FP8"),
         (["--gpu", "a100", "sglang.fp8=true"], "sglang.fp8=true: an A100 SXM has no FP8"),
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),
         (["model.path=" + "m" * 300], "File name too long"),
-        (["train.moe_aux_loss_coef=0.01"], "has no experts for train.moe_aux_loss_coef to balance"),
+        (["train.moe_aux_loss_coef=0.01"], "has no experts, so train.moe_aux_loss_coef has no effect"),
         (["--config", MATH_7B, "sglang.servers=1", "sglang.tp=8"], "28 attention heads, which sglang.tp=8 does not divide"),
         (
             ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],
-            "cannot be cut as the config says",
+            "cannot be split as configured",
         ),
-        (["sglang.tp=3"], "take 24 GPUs of a node that has 8"),
+        (["sglang.tp=3"], "need 24 GPUs on a node, which has 8"),
     ],
 )
 def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(monkeypatch, capsys, arguments, told) -> None:
@@ -91,7 +91,7 @@ def test_a_context_that_is_too_short_is_the_same_sentence_in_a_plan_and_in_a_job
 def test_a_plan_of_a_replay_says_that_it_counts_rollouts() -> None:
     settings = [], ["rollout.replay=runs/a", "eval.every=0"]
     plain, replay = (render(make_plan(load_config(CONFIG, more), 8)) for more in settings)
-    note = "rollout.replay needs none of this"
+    note = "rollout.replay needs neither this memory"
     assert note in replay and note not in plain
 
 

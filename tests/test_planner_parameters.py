@@ -94,12 +94,12 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gpus", "told"),
     [
-        (["sglang.tp=8", "sglang.servers=2"], 8, "take 16 GPUs of a node that has 8"),
+        (["sglang.tp=8", "sglang.servers=2"], 8, "need 16 GPUs on a node, which has 8"),
         (["sglang.tp=8"], 8, "leave none to train on"),
         (["sglang.tp=8"], 16, "take all 8 GPUs of the first node, where rank 0"),
-        ([], 12, "is no multiple of the 8 GPUs of a node"),
-        (["sglang.dedicated_nodes=2"], 16, r"dedicated_nodes=2 of the 2 nodes that 16 GPUs are leave none to train on"),
-        (["sglang.dedicated_nodes=1", "sglang.servers=9"], 16, "take 9 GPUs of a node that has 8"),
+        ([], 12, "is not a multiple of the 8 GPUs of a node"),
+        (["sglang.dedicated_nodes=2"], 16, r"dedicated_nodes=2 leaves none of the 2 nodes \(16 GPUs\) to train on"),
+        (["sglang.dedicated_nodes=1", "sglang.servers=9"], 16, "need 9 GPUs on a node, which has 8"),
     ],
 )
 def test_servers_that_cannot_be_placed_are_refused(overrides: list[str], gpus: int, told: str) -> None:

@@ -22,7 +22,7 @@ from etr_megatron.rollout.sglang import update_group
 from etr_megatron.weights.transport import wire
 from tests.gang import ROOT
 
-WAITED, LOST = "rank 0 waited 10 s at the save for", "rank 0 lost at the save,"
+WAITED, LOST = "rank 0 waited 10 s at the save for", "rank 0 lost its connection to"
 RANK_0 = "rank 0, which may have lost another"
 
 
@@ -91,8 +91,8 @@ def test_a_missing_rank_is_named_with_the_phase(gangs):
 
 @pytest.mark.parametrize(("changed", "rank"), [("data.train", 1), ("data.eval.aime24", 1), ("data.train", 0)])
 def test_a_rank_that_reads_other_problems_than_rank_0_stops_all(gangs, changed, rank):
-    told = f"{changed}: HOST reads other problems than HOST, the machine of rank 0; give both the same files, also of "
-    told = f"{told}the tokenizer"
+    told = f"{changed}: HOST reads different problems from HOST, the machine of rank 0; give both the same "
+    told = f"{told}data and tokenizer files"
     told = told.replace("HOST", socket.gethostname())
     assert gangs(2).run("tests.platform_jobs:other_problems", changed=changed, rank=rank) == [told] * 2
 
@@ -112,9 +112,9 @@ def test_where_one_rank_is_told_to_stop_all_leave_the_same_meeting_and_meet_agai
         (10.0, "Ranks 1, 3 failed to pass monitoredBarrier in 10000 ms", TimeoutError(f"{WAITED} rank 1, 3")),
         (9.95, "Rank 2 failed to pass monitoredBarrier", TimeoutError(f"{WAITED} rank 2")),
         (10.0, "Timed out waiting for recv", TimeoutError(f"{WAITED} rank 0 or another")),
-        (3.0, "Rank 2 failed to pass", ConnectionError(f"{LOST} after 3 s, its connection to rank 2")),
-        (10.0, "Connection closed by peer", ConnectionError(f"{LOST} after 10 s, its connection to {RANK_0}")),
-        (10.0, "Connection reset by peer", ConnectionError(f"{LOST} after 10 s, its connection to {RANK_0}")),
+        (3.0, "Rank 2 failed to pass", ConnectionError(f"{LOST} rank 2 at the save, after 3 s")),
+        (10.0, "Connection closed by peer", ConnectionError(f"{LOST} {RANK_0} at the save, after 10 s")),
+        (10.0, "Connection reset by peer", ConnectionError(f"{LOST} {RANK_0} at the save, after 10 s")),
     ],
 )
 def test_who_is_missing_and_whether_he_is_waited_for_or_lost_is_read_from_what_gloo_says(monkeypatch, waited_s, said, wanted):
@@ -157,7 +157,7 @@ def test_a_rank_that_died_is_not_said_to_have_been_waited_for_until_the_deadline
             rank.communicate()
     left = 1 - dying
     assert re.fullmatch(
-        rf"ConnectionError: rank {left} lost at the rollout of step 7, after \d\d? s, its connection to {whose}\n", printed
+        rf"ConnectionError: rank {left} lost its connection to {whose} at the rollout of step 7, after \d\d? s\n", printed
     )
 
 

@@ -181,8 +181,8 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused_with_the_key_to_set(gang
     job = {"function": "tests.test_policy_checkpoints:other_optimizer", "model": hf_models["qwen3"], "before": before}
     (message,) = gangs(1).run(**job, folder=str(tmp_path))
     assert message == (
-        f"{tmp_path}/step_000001 was written with train.distributed_optimizer={before}, whose state the other optimizer does "
-        "not read; set that, or start under another run.name"
+        f"{tmp_path}/step_000001 was written with train.distributed_optimizer={before}, whose state the other optimizer cannot "
+        "read; set that again, or choose another run.name"
     )
 
 

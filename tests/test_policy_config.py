@@ -26,8 +26,8 @@ from tests.test_policy_fp8 import ONE_RANK
         (dict(vpp=2), {}, "model chunks interleave pipeline stages and need pp > 1; set vpp to 1"),
         (dict(vpp=0), {}, "must be at least 1"),
         (dict(cp=0), {}, "must be at least 1"),
-        (dict(first_stage_layers=2), {}, "there is one stage, which has all layers; set it to null"),
-        (dict(pp=2, last_stage_layers=0), {}, "must be at least 1; null is an even share"),
+        (dict(first_stage_layers=2), {}, "the only pipeline stage has all layers; set first_stage_layers to null"),
+        (dict(pp=2, last_stage_layers=0), {}, "must be at least 1, or null for an even share"),
         (dict(cp=3), {}, "world size 4 is not divisible by tp x pp x cp = 1 x 1 x 3 = 3"),
         ({}, dict(overlap_param_gather=True), "set all three"),
         ({}, dict(optimizer_offload=True), "only the distributed optimizer can be offloaded"),
@@ -46,22 +46,22 @@ def test_the_optimizer_of_a_float32_model_cannot_be_offloaded():
     """Megatron's offloaded optimizer fails with "can't optimize a non-leaf Tensor"."""
     train = TrainConfig(optimizer_offload=True, distributed_optimizer=True)
     (problem,) = validate(Config(model=ModelConfig(path="somewhere", dtype="float32"), train=train), 1)
-    assert "Megatron offloads the optimizer of bfloat16 weights alone; set model.dtype to bfloat16 or auto" in problem
+    assert "Megatron can offload the optimizer only for bfloat16 weights; set model.dtype to bfloat16 or auto" in problem
 
 
 @pytest.mark.parametrize(
     ("fp8", "dtype", "train", "message"),
     [
         (Fp8Config(param=True), "auto", {}, "there is no FP8 without a recipe"),
-        (Fp8Config(recipe="blockwise"), "float32", {}, "FP8 replaces bfloat16"),
-        (Fp8Config(recipe="delayed", first_last_layers_bf16=True), "auto", {}, "delayed scaling is for all layers"),
+        (Fp8Config(recipe="blockwise"), "float32", {}, "FP8 training needs a bfloat16 model"),
+        (Fp8Config(recipe="delayed", first_last_layers_bf16=True), "auto", {}, "delayed scaling applies to all layers"),
         (Fp8Config(recipe="mxfp8", param=True), "auto", dict(distributed_optimizer=True), "not supported with mxfp8"),
         (Fp8Config(recipe="blockwise", param=True), "auto", {}, "only the distributed optimizer updates weights"),
         (
             Fp8Config(recipe="delayed", param=True),
             "auto",
             dict(distributed_optimizer=True, optimizer_offload=True),
-            "the offloaded optimizer updates weights in bfloat16 only",
+            "the offloaded optimizer updates only bfloat16 weights",
         ),
     ],
 )

@@ -25,7 +25,7 @@ def config_with(**parallel) -> Config:
         (4, dict(tp=2, ep=4), "the 4 ranks of a pipeline stage are not divisible by ep x etp = 4 x 2 = 8"),
         (4, dict(tp=2, pp=2, ep=2), "the 2 ranks of a pipeline stage are not divisible by ep x etp = 2 x 2 = 4"),
         (2, dict(tp=1, ep=0), "must be at least 1"),
-        (2, dict(tp=1, etp=0), "must be at least 1; null is tp"),
+        (2, dict(tp=1, etp=0), "must be at least 1, or null for tp"),
     ],
 )
 def test_experts_that_do_not_divide_the_ranks_are_refused_with_the_numbers(world, parallel, message):
@@ -52,7 +52,7 @@ def test_the_tiny_model_has_no_experts():
         (None, dict(ep=2), 1, "m has no experts to spread over parallel.ep=2; set parallel.ep to 1"),
         (EXPERTS, dict(ep=4), 1, "m has 6 experts, which parallel.ep=4 does not divide"),
         (EXPERTS, dict(sequence_parallel=True), 8, "m has experts of width 28, which parallel.etp=8 does not divide"),
-        (EXPERTS, dict(), 2, "m has experts, which parallel.tp=2 trains with parallel.sequence_parallel=true only"),
+        (EXPERTS, dict(), 2, "m has experts, which need parallel.sequence_parallel=true with parallel.tp=2"),
     ],
 )
 def test_what_a_mixture_cannot_do_is_refused_in_one_sentence(experts, parallel, tp, sentence):

@@ -26,10 +26,13 @@ SEQUENCES = [([7, 8, 9], [1, 2]), ([5], [3] * 200)]
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["fp8.recipe=blockwise"], 'fp8.recipe = "blockwise": FP8 needs a GPU and this job runs on CPU; set it to none'),
+        (
+            ["fp8.recipe=blockwise"],
+            'fp8.recipe = "blockwise": FP8 needs a GPU, and this job runs on CPU; set fp8.recipe to none',
+        ),
         (
             ["train.optimizer_offload=true", "train.distributed_optimizer=true"],
-            "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set it to false",
+            "train.optimizer_offload = true: there is no GPU memory to offload from on CPU; set optimizer_offload to false",
         ),
         (
             ["train.grads_dtype=bfloat16"],
@@ -127,7 +130,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_refused_whatever_the_re
     # Megatron would treat it as not installed while we assume that its layers exist, which ends in a NameError.
     with_transformer_engine(monkeypatch, transformer_engine=None)
     for recipe in ("none", "tensorwise"):
-        with pytest.raises(UserError, match=r"^Transformer Engine is installed and cannot be imported \([^\n]+$"):
+        with pytest.raises(UserError, match=r"^Transformer Engine is installed but cannot be imported \([^\n]+$"):
             policy_fp8.require_fp8(Fp8Config(recipe=recipe))
 
 

@@ -32,7 +32,7 @@ def run(*arguments: str, redirect: str = "") -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize("unbuffered", [(), ("-u",)], ids=["buffered", "unbuffered"])
 def test_output_that_finds_a_full_disk_is_one_sentence_and_exit_code_2(command: str, unbuffered: tuple[str, ...]) -> None:
     done = run(*unbuffered, *COMMANDS[command], redirect=">/dev/full")
-    assert (done.returncode, done.stderr) == (2, "error: what is printed cannot be written: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

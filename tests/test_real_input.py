@@ -82,10 +82,14 @@ def larger_vocabulary(content):
 @pytest.mark.parametrize(
     ("file", "spoil", "sentence"),
     [
-        ("tokenizer.json", larger_vocabulary, "the tokenizer makes token 70000 of a prompt, and the model has "),
+        ("tokenizer.json", larger_vocabulary, "the tokenizer produces token id 70000 for a prompt, but the model has "),
         ("config.json", lambda content: content.update(pad_token_id=70_000), "transformers cannot build the model of "),
-        ("generation_config.json", lambda content: content.update(eos_token_id="x"), 'eos_token_id is "x"; a token\'s number'),
-        ("generation_config.json", lambda content: content.update(eos_token_id=True), "eos_token_id is true; a token's number"),
+        ("generation_config.json", lambda content: content.update(eos_token_id="x"), 'token ids, not "x"'),
+        (
+            "generation_config.json",
+            lambda content: content.update(eos_token_id=True),
+            "eos_token_id must be a token id or a list of token ids, not true",
+        ),
     ],
     ids=["tokenizer", "config", "eos that is a word", "eos that is true"],
 )

@@ -122,9 +122,7 @@ def test_a_run_is_not_replayed_into_itself(recorded, state):
     config = Config(run=RunConfig(dir=str(run.parent), name=run.name, steps=3), rollout=rollout)
     with pytest.raises(UserError) as caught:
         check_inputs(config, 1)
-    assert (
-        str(caught.value) == f"{run} is the run that rollout.replay names, and would be written over; choose another run.name"
-    )
+    assert str(caught.value) == f"{run} is the run in rollout.replay and would be overwritten; choose another run.name"
 
 
 def test_a_replay_that_cannot_be_is_told_beside_other_mistakes(recorded, tmp_path):

@@ -71,7 +71,7 @@ def told_to_stop_while_loading() -> tuple[str, list[int]]:
 
 
 def test_sigterm_while_a_checkpoint_is_read_asks_to_be_started_again_and_saves_nothing(gangs):
-    said = "told to stop (SIGTERM) before the resume: start again with the same command to go on"
+    said = "told to stop (SIGTERM) before the resume: start again with the same command to continue"
     assert gangs(2).run("tests.test_resume:told_to_stop_while_loading") == [(said, []), (said, [])]
 
 

@@ -228,9 +228,9 @@ def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
     assert grades[7].detail.endswith("raised SystemExit: 3")
     assert [grade.reward for grade in grades] == [-1.0] * 10 + [1.0, 0.25, 0.0]
     assert "ValueError: no such thing" in grades[0].detail
-    assert "returned inf, which is no finite number" in grades[1].detail
-    assert "returned None, which is no finite number" in grades[6].detail
-    assert all(grade.detail.endswith(", which is no finite number") for grade in (*grades[1:7], *grades[8:10]))
+    assert "returned inf, which is not a finite number" in grades[1].detail
+    assert "returned None, which is not a finite number" in grades[6].detail
+    assert all(grade.detail.endswith(", which is not a finite number") for grade in (*grades[1:7], *grades[8:10]))
 
 
 def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):
@@ -238,7 +238,7 @@ def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_bot
         grades = pool.grade([request(one) for one in ["4", "3.1", "-0.1", "3.000001", "-1e-7", "2.9999999"]])
     assert [grade.status for grade in grades] == ["out_of_range"] * 3 + ["ok"] * 3
     assert [grade.reward for grade in grades] == [0.0, 0.0, 0.0, 3.0, 0.0, 2.9999999]
-    assert grades[0].detail.endswith("returned 4.0, outside of reward.range_min = 0.0 to reward.range_max = 3.0")
+    assert grades[0].detail.endswith("returned 4.0, outside reward.range_min = 0.0 to reward.range_max = 3.0")
 
 
 @pytest.mark.parametrize(

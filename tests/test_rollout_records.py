@@ -266,7 +266,7 @@ prompt
 response
     ~
 
-tokens have no text here: its tokenizer is gone
+tokens are shown without text: its tokenizer is gone
 token       id  text  weights     engine    trainer        gap
     0        8              4    -0.2500"""
 

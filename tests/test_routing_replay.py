@@ -190,7 +190,7 @@ def test_routing_is_what_the_samples_say_and_must_be_of_this_models_experts():
     assert found.tolist() == [[[0, 1], [2, 3], [4, 5]]] * 4
     assert [len(one) for one in routing_of(told_by(), experts, layers=3)] == [0]
     for wrong in ([0, 1, 2, 3, 4], [0] * 6 * 6, [0, 1, 2, 3, 4, 6]):
-        with pytest.raises(RuntimeError, match=r"^the engine says of sample p@1/0 that it chose \d+ experts up to \d, where 5"):
+        with pytest.raises(RuntimeError, match=r"^the engine reports \d+ chosen experts up to \d for sample p@1/0, whose 5"):
             routing_of(told_by(*wrong), experts, layers=3)
 
 
@@ -203,7 +203,7 @@ def test_all_that_a_byte_can_say_are_experts_of_a_model_that_has_so_many():
 def test_zeros_of_an_engine_that_did_not_note_its_choice_are_no_routing():
     """SGLang's buffer stays zero if the experts' kernel also chooses the experts."""
     with pytest.raises(
-        UserError, match=r"^the engine says of sample p@1/0 that a token has one expert twice; .*,triton to sglang"
+        UserError, match=r"^the engine reports the same expert twice for a token of sample p@1/0, .*,triton to sglang"
     ):
         routing_of(told_by(*[0] * 24), Experts(count=6, per_token=2, intermediate_size=1, normalized=True), layers=3)
     (found,) = routing_of(told_by(*[0] * 4), Experts(count=6, per_token=1, intermediate_size=1, normalized=True), layers=1)

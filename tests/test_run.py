@@ -88,7 +88,7 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):
         assert [row[key] for row in moved] == pytest.approx([row[key] for row in unmoved], abs=2e-4), key
     code, printed = runs.finish("run.name=moved", "parallel.tp=1")
-    assert code == 0 and "moved: step 6 is done, which is all of run.steps; raise it to go on" in printed
+    assert code == 0 and "moved: all run.steps=6 steps are done; raise run.steps to continue" in printed
     assert runs.rows("moved") == moved
 
 
@@ -131,7 +131,7 @@ def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(
     told = (
         r"error: \d+ of 24 answers got a reward that cannot be; the first, to problem \S+: "
         r"tests\.rewards:doubled_after_30_answers returned 2\.0, outside "
-        r"of reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
+        r"reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
     )
     assert re.search(told, printed), printed
     saved = runs.saved_rows("outside")
@@ -146,7 +146,7 @@ def test_a_loss_whose_gradient_is_nan_on_one_rank_stops_the_run_and_says_where(r
     code, output = runs.finish("run.name=broken", "--nproc", "2", "parallel.tp=1", *loss)
     assert code == 2 and "Traceback" not in output
     assert re.search(
-        r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite where all of its "
+        r"the gradient of objective.loss tests.broken_loss:root_of_zero with respect to logp is not finite although all of its "
         r"inputs are: position 0 in the response of sample \S+, on rank 1\n",
         output,
     )
@@ -260,6 +260,6 @@ def test_a_full_disk_at_save_ends_with_one_sentence_and_keeps_the_last_checkpoin
     prefix = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash")
     code, printed = runs.finish("run.name=full", ONE_RANK, "checkpoint.every=1", "checkpoint.keep=5", prefix=prefix)
     assert code == 2, printed
-    assert "checkpoints: no space left on the device, while step 2 was saved" in printed
+    assert "checkpoints: no space left on the device while saving step 2" in printed
     assert "Traceback" not in printed
     assert "step_000001" in printed and "trainer.json" in printed and "unfinished" not in printed

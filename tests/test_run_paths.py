@@ -82,14 +82,14 @@ def test_a_rollout_whose_tokenizer_is_gone_is_shown_by_ids_and_says_what_is_miss
     write_record(run / "recorded", 1, [Group("a@1", Problem("a", "?", "1", [1]), [sample])], {}, None)
     (model,) = (file.parent for file in run.parents[1].rglob("tokenizer.json"))
     command = ["rollout", str(run), "--step", "1", "--sample", "a@1/0"]
-    assert observe(command) == 0 and "no text here" not in capsys.readouterr().out
+    assert observe(command) == 0 and "without text" not in capsys.readouterr().out
     (model / "tokenizer.json").write_text("{")
     assert observe(command) == 0
-    assert f"tokens have no text here: model.path: the tokenizer in '{model}' cannot be loaded" in capsys.readouterr().out
+    assert f"tokens are shown without text: model.path: the tokenizer in '{model}' cannot be loaded" in capsys.readouterr().out
     shutil.rmtree(model)
     assert observe(command) == 0
     said = capsys.readouterr().out
-    assert "tokens have no text here: the tokenizer was in " in said and "and there is no such directory any more\n" in said
+    assert "tokens are shown without text: the run's model.path, " in said and ", no longer exists\n" in said
     assert model.name in said and said.splitlines()[-1].split()[:2] == ["1", "6"]
     (run / "config.yaml").unlink()
     assert observe(command) == 0 and "config.yaml cannot be read: No such file" in capsys.readouterr().out
@@ -99,4 +99,4 @@ def test_a_rollout_whose_tokenizer_is_gone_is_shown_by_ids_and_says_what_is_miss
 def test_a_model_that_is_nowhere_is_asked_for(run, capsys):
     shutil.rmtree(run.parents[1] / "model")
     said = refusal(capsys, "to-hf", "--megatron", run, "--out", "out")
-    assert "the run started from model, which is not there; name the model's HuggingFace directory with --config-from" in said
+    assert "the run started from model, which does not exist; give the model's HuggingFace directory with --config-from" in said

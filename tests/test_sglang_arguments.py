@@ -85,15 +85,15 @@ def test_the_answer_is_remembered_until_another_version_is_installed(tmp_path):
         (dict(arguments=("--mem-fraction-static", "0.5"), mem_fraction=0.5), "--mem-fraction-static is given twice"),
         (dict(mem_fraction=1.0), "must lie between 0 and 1"),
         (dict(tp=4, ep=3), "ep must divide tp"),
-        (dict(placement="external"), "external servers are named by sglang.urls"),
-        (dict(placement="colocated", urls=("http://a:1",)), "servers that run already are external"),
-        (dict(placement="colocated", sync="broadcast"), "colocated servers take tensor or disk"),
-        (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job started"),
-        (dict(arguments=("--enable-eplb",), sync="sharded"), "--enable-eplb puts experts elsewhere than sharded writes them"),
-        (dict(arguments=("--ep-num-redundant-experts=2",), sync="sharded"), "puts experts elsewhere"),
-        (dict(checksums=True), "only servers of sync: sharded can be asked for checksums"),
-        (dict(urls=("http://a:1",), router="random"), "the job's router is for servers that the job started"),
-        (dict(urls=("http://a:1",), nodes="every"), "servers that run already are on the nodes where they are"),
+        (dict(placement="external"), "external servers need their addresses in sglang.urls"),
+        (dict(placement="colocated", urls=("http://a:1",)), "servers at sglang.urls are external"),
+        (dict(placement="colocated", sync="broadcast"), "set sync to tensor or disk for colocated servers"),
+        (dict(urls=("http://a:1",), sync="sharded"), "sharded needs servers that the job starts"),
+        (dict(arguments=("--enable-eplb",), sync="sharded"), "--enable-eplb moves experts away from where sharded writes them"),
+        (dict(arguments=("--ep-num-redundant-experts=2",), sync="sharded"), "moves experts away"),
+        (dict(checksums=True), "checksums need sync to be sharded"),
+        (dict(urls=("http://a:1",), router="random"), "the job starts a router only for servers that it also starts"),
+        (dict(urls=("http://a:1",), nodes="every"), "the job does not place servers at sglang.urls"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, problem):
@@ -105,7 +105,7 @@ def test_a_router_and_routing_replay_are_refused_together():
     config = replace(Config(), sglang=SglangConfig(router="cache_aware"), train=TrainConfig(routing_replay=True))
     (problem,) = validate(config, 2)
     assert problem.startswith(
-        'sglang.router = "cache_aware", train.routing_replay = true: sglang-router (0.3.2) does not pass on'
+        'sglang.router = "cache_aware", train.routing_replay = true: sglang-router (0.3.2) does not forward'
     )
 
 

@@ -81,7 +81,7 @@ def test_a_server_whose_parameters_are_another_models_says_so_and_does_not_cost_
     gangs, hf_models, tmp_path
 ):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync="sharded")
-    why = "the server's parameters are not those of the offer: there is no model.embed_tokens.weight; "
+    why = "the server's parameters do not match the offer: there is no model.embed_tokens.weight; "
     with servers({}, {"misfit": True}) as urls:
         found = gangs(2).run("tests.sglang_jobs:fake_sync", overrides=["parallel.tp=2"], versions=(1, 2), urls=urls, **job)[0]
         assert list(found["failed"]) == ["SGLang server 1"] and found["failed"]["SGLang server 1"].startswith(why)

@@ -104,7 +104,7 @@ def test_a_layout_that_the_gpus_do_not_divide_into_is_told() -> None:
 def test_a_server_in_fp8_that_cannot_cut_whole_blocks_is_refused() -> None:
     config = str(CONFIGS / "qwen3_30b_a3b_32gpu_fp8.yaml")
     with pytest.raises(
-        UserError, match=r"experts\.0\.gate_proj\.weight is cut into parts of 192 x 2048 by sglang\.tp=4, sglang\.ep=1"
+        UserError, match=r"experts\.0\.gate_proj\.weight is split into parts of 192 x 2048 by sglang\.tp=4, sglang\.ep=1"
     ):
         dry_run(["--config", config, "--gpus", "32", "sglang.ep=1"])
 
@@ -133,7 +133,7 @@ def test_the_entry_point_dry_runs_and_a_mistake_ends_it_with_2() -> None:
     assert "fits: rank" in done.stdout
     wrong = subprocess.run([*command, "9"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: --gpus 9 is no multiple")
+    assert wrong.stderr.startswith("error: --gpus 9 is not a multiple")
 
 
 def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +144,8 @@ def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pyt
     dry_run([*job, "data.prompt_column=problem", f"data.train={{a: {good}, b: {absent}}}", "data.eval=owner/set"])
     assert capsys.readouterr().out.splitlines()[-4:-1] == [
         f"{good} has rows that can be used",
-        f"{absent} is not here: its rows were not looked at",
-        "owner/set was not fetched: its rows were not looked at",
+        f"{absent} is not here: its rows were not checked",
+        "owner/set was not fetched: its rows were not checked",
     ]
     with pytest.raises(UserError) as told:
         dry_run([*job, f"data.train={good}", f"data.eval={broken}", "reward.function=nobody:score"])

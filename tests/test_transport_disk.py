@@ -183,7 +183,7 @@ def test_versions_of_an_earlier_run_are_not_taken_and_go(gangs, hf_models, tmp_p
     write = dict(directory=str(tmp_path), model=model, source=TrainingLayout(tp=2))
     gangs(2).run("tests.transport_jobs:write_to_disk", **write, versions=[3, 40], run="first")
     reader = DiskReader(tmp_path, ServerLayout(), read_architecture(model), 0, run="second", timeout_s=0.2)
-    with pytest.raises(SyncError, match=r"version 3 .* did not appear .* what lies there is of run 'first', not of 'second'"):
+    with pytest.raises(SyncError, match=r"version 3 .* did not appear .* the files there belong to run 'first', not 'second'"):
         reader.sync(3, None, shards_from(model, ServerLayout(), 0))
     gangs(2).run("tests.transport_jobs:write_to_disk", **write, versions=[3, 4], run="second")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["version_000003", "version_000004"]
@@ -192,7 +192,7 @@ def test_versions_of_an_earlier_run_are_not_taken_and_go(gangs, hf_models, tmp_p
 
 
 def test_a_writer_that_would_keep_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0; the version that is written must stay"):
+    with pytest.raises(ValueError, match="keep is 0, but must be at least 1"):
         DiskWriter(tmp_path, TrainingLayout(), architecture(), None, keep=0)
 
 
@@ -220,7 +220,7 @@ def test_a_reader_names_what_does_not_fit_before_it_writes_anything(gangs, hf_mo
         "missing": r"o_proj\.weight is missing",
         "transposed": r"o_proj\.weight has shape \[64, 48\], not \[48, 64\]",
         "of another type": r"o_proj\.weight is torch\.float8_e4m3fn, which is quantised",
-        "shard of another type": r"linear_proj\.weight is torch\.float8_e4m3fn, which must be of a type that is not quantised",
+        "shard of another type": r"linear_proj\.weight is torch\.float8_e4m3fn, but must be a type that is not quantised",
     }
     if spoil == "shard of another type":
         for layer in (1, 2):

@@ -23,21 +23,21 @@ from etr_megatron.weights.transport.board import Board
 @pytest.mark.parametrize(
     ("culprit", "fault", "message"),
     [
-        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not come within 2 s"),
-        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not come within 2 s"),
-        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not come within 2 s"),
+        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not arrive within 2 s"),
+        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not arrive within 2 s"),
+        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not arrive within 2 s"),
         (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 is gone: the connection was lost"),
         (
             2,
             "wrong_shape",
-            r"rank 2 failed: ValueError: .*decoder\.final_layernorm\.weight is \(47,\), the plan says \(48,\)",
+            r"rank 2 failed: ValueError: .*decoder\.final_layernorm\.weight has shape \(47,\), but \(48,\) in the plan",
         ),
         (0, "raise", r"rank 0 failed: OSError: the device fell off"),
         (
             2,
             "flip",
             r"rank 2 failed: pieces that differ .*: 1, first model\.layers\.2\.mlp\.down_proj\.weight .*, "
-            r"\[48, 40\] from \[0, 0\] that source rank 0 sent",
+            r"\[48, 40\] from \[0, 0\] on, sent by source rank 0",
         ),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_rank_that_nobody_waits_for_says_where_it_looked():
         port = free.getsockname()[1]
     with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
         Wire.at("127.0.0.1", port, 1, 2, timeout_s=1)
-    with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not come within 1 s"):
+    with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not arrive within 1 s"):
         Wire.at("127.0.0.1", port, 0, 2, timeout_s=1)
 
 

@@ -134,7 +134,7 @@ def test_parameters_of_another_shape_and_offers_of_another_version_are_refused_i
         for weight, shape in ((weight, shard.shape) for weight, shard in shards_of(ServerLayout(), architecture(), 0))
     }
     parameters["model.norm.weight"] = torch.zeros(7)
-    with pytest.raises(ValueError, match=r"those of the offer: model\.norm\.weight is \(7,\), not \(6,\)$"):
+    with pytest.raises(ValueError, match=r"do not match the offer: model\.norm\.weight is \(7,\), not \(6,\)$"):
         server_loader.server_shards(parameters, offer)
     assert "more" in str(refused.value)
     fields = json.loads(bytes(offer.message().tolist()))
@@ -152,10 +152,10 @@ def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
 
 
 def test_other_tensors_and_unknown_parameters_are_refused():
-    with pytest.raises(ValueError, match=r"takes the tensor etr_megatron\.sync_offer alone, not lm_head"):
+    with pytest.raises(ValueError, match=r"accepts only the tensor etr_megatron\.sync_offer, not lm_head"):
         server_loader.load(torch.nn.Linear(2, 2), [("lm_head", torch.ones(2))])
     offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
-    with pytest.raises(ValueError, match=r"those of the offer: there is no model\.embed_tokens\.weight; .*; and \d+ more$"):
+    with pytest.raises(ValueError, match=r"do not match the offer: there is no model\.embed_tokens\.weight; .*; and \d+ more$"):
         server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
 
 
@@ -167,7 +167,7 @@ def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_t
     model["experts"].quant_method = SimpleNamespace()
     flagged = model["experts"] if order.startswith("use_") else model["experts"].quant_method
     setattr(flagged, order, True)
-    with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in an order of its own \({order}\)"):
+    with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in its own order \({order}\)"):
         server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
     setattr(flagged, order, False)
     with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):

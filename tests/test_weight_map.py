@@ -94,7 +94,7 @@ SPOILED = {
     ),
     "other dimensions": (
         lambda row: (replace(row, hf=((row.hf[0][0], "HQ"),)),),
-        f"ValueError: {in_layers(FC2, ' is (48, 80), the map says (48, 64)', '; ')}",
+        f"ValueError: {in_layers(FC2, ' has shape (48, 80), but (48, 64) in the weight map', '; ')}",
     ),
 }
 

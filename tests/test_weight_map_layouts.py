@@ -173,10 +173,10 @@ def test_a_column_split_is_a_run_of_rows_on_both_sides():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (TrainingLayout(tp=12), "8 query groups cannot be cut into tensor parallelism of 12"),
-        (TrainingLayout(tp=64), "linear_qkv.weight has 96 rows to cut, which tensor parallelism of 64 does not divide"),
+        (TrainingLayout(tp=12), "8 query groups cannot be split over tensor parallelism of 12"),
+        (TrainingLayout(tp=64), "linear_qkv.weight has 96 rows to split, which tensor parallelism of 64 does not divide"),
         (TrainingLayout(pp=3), "4 layers do not divide into 3 stages of 1 chunks"),
-        (TrainingLayout(dp=4, ep=4), "6 experts do not divide over expert parallelism of 4"),
+        (TrainingLayout(dp=4, ep=4), "6 experts cannot be split over expert parallelism of 4"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_model_is_refused(layout, message):

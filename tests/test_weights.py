@@ -117,8 +117,8 @@ def test_missing_and_transposed_tensors_are_refused_by_name(hf_models, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda part: replace(part, offset=(0, *part.offset[1:])), r"has some of its values from \[0, 0, 0\] twice"),
-        (lambda part: replace(part, offset=(4, *part.offset[1:])), r"a part of .* lies outside of it"),
+        (lambda part: replace(part, offset=(0, *part.offset[1:])), r"has duplicate values from \[0, 0, 0\] on"),
+        (lambda part: replace(part, offset=(4, *part.offset[1:])), r"a part of .* lies outside the tensor"),
         (None, r"mlp\.linear_fc2\.weight has 11520 of 15360 values"),
     ],
     ids=["twice", "outside", "missing"],
@@ -191,11 +191,11 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path, file, val
         ({"x_alone": "x.safetensors", "y_alone": "y.safetensors"}, r"both is in both x\.safetensors and y\.safetensors"),
         (
             {"both": "y.safetensors", "x_alone": "y.safetensors"},
-            r"index\.json names what is not there: x_alone in y\.safetensors; fetch",
+            r"index\.json names missing tensors: x_alone in y\.safetensors; fetch",
         ),
-        ({"both": "x.safetensors", "x_alone": "z.safetensors"}, r"names z\.safetensors, which is not there"),
-        ({"both": 1}, r"index\.json is broken \(it has no weight_map that names a file for each tensor\)"),
-        ({}, r"index\.json is broken \(it has no weight_map that names a file for each tensor\)"),
+        ({"both": "x.safetensors", "x_alone": "z.safetensors"}, r"names z\.safetensors, which does not exist"),
+        ({"both": 1}, r"index\.json is broken \(it has no weight_map with a file for each tensor\)"),
+        ({}, r"index\.json is broken \(it has no weight_map with a file for each tensor\)"),
     ],
     ids=["no index", "not in the index", "in another file", "no such file", "no file name", "empty index"],
 )
@@ -216,7 +216,7 @@ def test_a_file_beside_the_index_that_transformers_would_read_instead_is_refused
 def test_a_type_that_cannot_be_read_is_named_and_is_no_damage(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(2, dtype=torch.uint16)}, file)
-    with pytest.raises(UserError, match=r"model\.safetensors: x is of type U16; known are F64, F32"):
+    with pytest.raises(UserError, match=r"model\.safetensors: x has type U16; supported are F64, F32"):
         SafetensorsDir(tmp_path)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help says more)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,22 +43,24 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("to-megatron", help="HuggingFace to torch_dist, which loads in any layout")
     command.add_argument("--hf", type=given_path, required=True, metavar="DIR", help="HuggingFace checkpoint")
     command.add_argument("--out", type=given_path, required=True, metavar="DIR", help="new directory")
-    command.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the tensors (default: as they are)")
-    dtype = "type of the tensors; what is quantised is rounded to it first (default: as they are)"
+    command.add_argument("--dtype", choices=["bf16", "fp32"], help="dtype of the tensors (default: unchanged)")
+    dtype = "dtype of the tensors; those to be quantised are rounded to it first (default: unchanged)"
     command = commands.add_parser("to-hf", help="torch_dist, or a training run's checkpoint, to HuggingFace")
     _add_megatron(command)
     command.add_argument("--out", type=given_path, required=True, metavar="DIR", help="new directory")
     command.add_argument("--dtype", choices=["bf16", "fp32"], help=dtype)
     command.add_argument("--fp8-block", type=int, choices=[128], help="quantise to FP8 in blocks of 128 x 128")
-    command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a file (default: 5)")
     command.add_argument(
-        "--config-from", type=given_path, metavar="DIR", help="where config.json and the tokenizer are, if elsewhere"
+        "--config-from", type=given_path, metavar="DIR", help="directory of config.json and the tokenizer, if elsewhere"
     )
     command = commands.add_parser("verify", help="compare tensor by tensor, then the logits of a prompt")
     command.add_argument("--hf", type=given_path, required=True, metavar="DIR", help="HuggingFace checkpoint")
     _add_megatron(command)
-    command.add_argument("--no-logits", action="store_true", help="tensors alone; logits need both models in memory, in fp32")
-    command.add_argument("--prompt", help="prompt of the logits")
+    command.add_argument(
+        "--no-logits", action="store_true", help="compare tensors only; logits need both models in memory, in fp32"
+    )
+    command.add_argument("--prompt", help="prompt whose logits are compared")
     return top
 
 
@@ -115,7 +117,7 @@ def report(found: object) -> int:
     for name in found.differing:
         print(f"  {name}")
     if found.rounded:
-        print(f"{len(found.rounded)} are FP8 and equal what Megatron holds once that is quantised; logits are of the latter")
+        print(f"{len(found.rounded)} are FP8 and equal Megatron's values once quantised; the logits use Megatron's values")
     if found.logits is not None:
         print(f"logits: largest difference {found.logits[0]:.1e}, largest logit {found.logits[1]:.1f}")
     print("the same model" if found.same else "NOT the same model")
@@ -181,7 +183,7 @@ def _unfinished(argv: list[str]) -> str:
     options.add_argument("--out")
     asked, _ = options.parse_known_args(argv)
     partial = Path(f"{asked.out}.unfinished")
-    return f"; {partial} is not complete, the same command replaces it" if asked.out and partial.exists() else ""
+    return f"; {partial} is incomplete, the same command replaces it" if asked.out and partial.exists() else ""
 
 
 if __name__ == "__main__":

@@ -22,13 +22,17 @@ def main() -> int:
     """Parse, plan, print; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=given_path, required=True)
-    parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, those of its servers included")
-    parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h100", help="what the GPUs are (h100)")
-    parser.add_argument("--gpu-memory", type=float, help="GiB of a GPU, if not those of --gpu")
+    parser.add_argument("--gpus", type=int, required=True, help="all GPUs of the job, including those of its servers")
+    parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h100", help="type of the GPUs (default: h100)")
+    parser.add_argument("--gpu-memory", type=float, help="memory of a GPU in GiB (default: that of --gpu)")
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--mean-prompt", type=float, help="tokens (a quarter of data.max_prompt_tokens)")
-    parser.add_argument("--mean-response", type=float, help="tokens (half of rollout.max_response_tokens)")
-    parser.add_argument("--json", action="store_true", help="every rank, in bytes and seconds")
+    parser.add_argument(
+        "--mean-prompt", type=float, help="mean tokens of a prompt (default: a quarter of data.max_prompt_tokens)"
+    )
+    parser.add_argument(
+        "--mean-response", type=float, help="mean tokens of a response (default: half of rollout.max_response_tokens)"
+    )
+    parser.add_argument("--json", action="store_true", help="print every rank as JSON, in bytes and seconds")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     options = dict(

@@ -86,7 +86,7 @@ export -f install fingerprint
 export venv root stamp
 if ! bash -euo pipefail -c 'install "$@"' install "$python" "$torch" >"$log" 2>&1 9>&-; then
     tail -n 20 "$log" >&2
-    fail "the set-up failed; the whole log is $log. Mend its cause and start the same command again"
+    fail "the set-up failed; the whole log is $log. Fix the cause and start the same command again"
 fi
 mv "$stamp.new" "$stamp"
 echo "set-up done" >&2

@@ -48,7 +48,7 @@ export -f install
 export python venv sglang router requirements kind
 if ! bash -euo pipefail -c install >"$log" 2>&1 9>&-; then
     tail -n 20 "$log" >&2
-    echo "error: the set-up failed; the whole log is $log. Mend its cause and start the same command again" >&2
+    echo "error: the set-up failed; the whole log is $log. Fix the cause and start the same command again" >&2
     exit 2
 fi
 echo "$wanted" >"$venv/.etr_setup_stamp"

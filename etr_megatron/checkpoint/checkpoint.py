@@ -98,8 +98,8 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
         if rank0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{checkpoints}: {no_room(full)}, while step {step} was saved; make room and start again with the same command: "
-            "the last complete checkpoint is untouched"
+            f"{checkpoints}: {no_room(full)} while saving step {step}; make room and start again with the same command: the "
+            "last complete checkpoint is untouched"
         ) from error
     dist.barrier()
 
@@ -129,13 +129,13 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged ({what}); remove it, and the run goes on from the checkpoint before it")
+    return UserError(f"{path} is damaged ({what}); remove it to continue from the previous checkpoint")
 
 
 def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     trainer = json.loads((path / TRAINER_FILE).read_text())
     if not isinstance(trainer, dict):
-        raise _damaged(path, f"{TRAINER_FILE} is no object")
+        raise _damaged(path, f"{TRAINER_FILE} is not a JSON object")
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     _refuse_other_optimizer(path, trainer, policy)
@@ -144,8 +144,8 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
         state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise UserError(
-            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, start under "
-            "another run.name or, where it is damaged, remove it"
+            f"{path} does not fit this model ({reason(error)}); restore the settings it was made with, choose another "
+            "run.name, or remove it if it is damaged"
         ) from error
     for name, chunk in _chunks(policy).items():
         chunk.load_state_dict(state[name], strict=False)
@@ -165,8 +165,8 @@ def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy)
     written = trainer.get(_DISTRIBUTED, now)
     if trainer["step"] > 0 and written != now:
         raise UserError(
-            f"{path} was written with train.distributed_optimizer={str(written).lower()}, whose state the other optimizer does "
-            "not read; set that, or start under another run.name"
+            f"{path} was written with train.distributed_optimizer={str(written).lower()}, whose state the other optimizer "
+            "cannot read; set that again, or choose another run.name"
         )
 
 

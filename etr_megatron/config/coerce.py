@@ -31,12 +31,12 @@ def describe(hint: Any) -> str:
         names = ", ".join(f'"{option}"' for option in get_args(hint))
         return names if len(get_args(hint)) == 1 else f"one of {names}"
     if get_origin(hint) is tuple:
-        return "a list of texts, such as [a, b]"
+        return "a list of strings, such as [a, b]"
     if get_origin(hint) is dict:
         return {
-            float: "numbers by name, such as {a: 0.5, b: 2}",
-            int: "whole numbers by name, such as {a: 1, b: 2}",
-            str: "texts by name, such as {a: b}",
+            float: "a mapping of names to numbers, such as {a: 0.5, b: 2}",
+            int: "a mapping of names to whole numbers, such as {a: 1, b: 2}",
+            str: "a mapping of names to text, such as {a: b}",
         }[get_args(hint)[1]]
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
@@ -72,7 +72,7 @@ def plain_text(text: str, hint: Any) -> str:
     """The text of an override that is no YAML at all, if it can be meant as it is: not with an opening bracket, where a list or
     a mapping may stand. Raises Mismatch."""
     if _several(hint) and text.lstrip().startswith(("[", "{")):
-        raise Mismatch(f"{describe(hint)}; quote a text in it that holds brackets, a comma or a colon")
+        raise Mismatch(f"{describe(hint)}; quote text that contains brackets, a comma or a colon")
     if str not in _options(hint):
         raise Mismatch(describe(hint))
     return text

@@ -100,11 +100,11 @@ def _read_override(override: str, problems: _Problems) -> _Setting | None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals:
-        problems.tell(f"{override} ({OVERRIDE}): an override is written section.key=value")
+        problems.tell(f"{override} ({OVERRIDE}): an override must have the form section.key=value")
         return None
     if not dot:
         near, hint = _nearest(section)
-        problems.tell(f"{section} ({OVERRIDE}): an override is written section.key=value{hint}", near)
+        problems.tell(f"{section} ({OVERRIDE}): an override must have the form section.key=value{hint}", near)
         return None
     if not _known(section, name, OVERRIDE, problems):
         return None
@@ -209,7 +209,7 @@ def _nearest(name: str, section: str | None = None) -> tuple[list[str], str]:
     if near:
         return _suggestion([f"{section}.{near[0]}" if section else near[0]])
     near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
-    return _suggestion(everywhere[near[0]]) if near else ([], f"; known are {', '.join(sorted(here))}")
+    return _suggestion(everywhere[near[0]]) if near else ([], f"; known: {', '.join(sorted(here))}")
 
 
 def _suggestion(names: list[str]) -> tuple[list[str], str]:

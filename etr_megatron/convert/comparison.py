@@ -149,7 +149,7 @@ def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
     """int64 [1, S]: the prompt's tokens; without prompt and tokenizer, ids spread over the vocabulary. Raises UserError."""
     if not any((hf / file).is_file() for file in TOKENIZER_FILES):
         if prompt is not None:
-            raise UserError(f"{hf} has no tokenizer for --prompt; leave it out, and made-up tokens are compared")
+            raise UserError(f"{hf} has no tokenizer for --prompt; leave it out to compare on made-up tokens")
         return (torch.arange(16) * 7919 % arch.vocab_size)[None]
     from etr_megatron.data import load_tokenizer
 
@@ -162,11 +162,13 @@ def _tokens(hf: Path, arch: Architecture, prompt: str | None) -> Tensor:
     if not ids:
         raise UserError("--prompt has no tokens; give another one")
     if 0 < arch.max_positions < len(ids):
-        raise UserError(f"--prompt has {len(ids)} tokens, the model {arch.max_positions} positions; give a shorter one")
+        raise UserError(
+            f"--prompt has {len(ids)} tokens, more than the {arch.max_positions} positions of the model; give a shorter one"
+        )
     if max(ids) >= arch.vocab_size:
         raise UserError(
-            f"{hf}: the tokenizer makes token {max(ids)} of the prompt, and the model has {arch.vocab_size} (vocab_size of "
-            "config.json); copy the tokenizer files of this very model there"
+            f"{hf}: the tokenizer produces token id {max(ids)} for the prompt, but the model has only {arch.vocab_size} tokens "
+            "(vocab_size of config.json); copy this model's tokenizer files there"
         )
     return torch.tensor([ids])
 

@@ -40,7 +40,7 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
     directory that cannot be converted, and as `output_directory`.
     """
     if is_torch_dist(hf):
-        raise UserError(f"--hf {hf} is a torch_dist checkpoint already")
+        raise UserError(f"--hf {hf} is already a torch_dist checkpoint")
     from etr_megatron.convert.torch_dist_writer import write_torch_dist  # takes a second, which other code does not need
 
     arch, dtypes, chunks = ranks.together(lambda: _prepare(hf, dtype, ranks.rank == 0))
@@ -70,8 +70,8 @@ def _stored_dtypes(arch: Architecture, source: SafetensorsDir, dtype: torch.dtyp
             wanted = dtype or source.dtype(name)
             if dtypes.setdefault(weight.stored, wanted) != wanted:
                 raise UserError(
-                    f"{source.path}: {name} is {wanted} where others that Megatron keeps in one tensor with it are "
-                    f"{dtypes[weight.stored]}; choose one with --dtype"
+                    f"{source.path}: {name} is {wanted}, but Megatron merges it with tensors that are {dtypes[weight.stored]}; "
+                    "choose one with --dtype"
                 )
     return dtypes
 

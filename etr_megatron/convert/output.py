@@ -65,7 +65,7 @@ def _prepare(out: Path, partial: Path, size: int) -> int:
         if free < size + _SPARE_BYTES:
             shutil.rmtree(partial)
             raise UserError(
-                f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some "
+                f"--out {out} needs {(size + _SPARE_BYTES) / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; make room "
                 "or choose another --out"
             )
     except BaseException:
@@ -79,7 +79,7 @@ def refuse_existing(out: Path) -> None:
     if not out.name or out.resolve().name != out.name:
         raise UserError(f"--out {out} must end in the name of a new directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already and is not an empty directory; choose another one or remove it")
+        raise UserError(f"--out {out} already exists and is not an empty directory; choose another one or remove it")
 
 
 def _lock(out: Path, partial: Path) -> int:
@@ -89,7 +89,7 @@ def _lock(out: Path, partial: Path) -> int:
         try:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # also "no such file", for an impossible path such as one below /proc
-            raise UserError(f"--out {out}: {partial} cannot be made ({error.strerror})") from error
+            raise UserError(f"--out {out}: {partial} cannot be created ({error.strerror})") from error
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
@@ -108,7 +108,7 @@ def _lock(out: Path, partial: Path) -> int:
 def _claim(out: Path, partial: Path) -> None:
     """Mark the unfinished directory as a conversion's; one that is not empty and has no mark is somebody else's."""
     if not (partial / _OURS).exists() and any(partial.iterdir()):
-        raise UserError(f"--out {out}: {partial} is there and no conversion has left it; remove it or choose another --out")
+        raise UserError(f"--out {out}: {partial} exists and was not left by a conversion; remove it or choose another --out")
     try:
         (partial / _OURS).touch()
     except OSError as error:
@@ -141,8 +141,8 @@ def _refuse_unshared(partial: Path, out: Path, ranks: Ranks) -> None:
         while not _holds(marker, token):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--out {out} is not the same directory for rank {ranks.rank} as for rank 0; name one that all processes "
-                    "see, on a file system that they share, with its full path"
+                    f"--out {out} is not the same directory for rank {ranks.rank} as for rank 0; give the full path of a "
+                    "directory on a file system that all processes share"
                 )
             time.sleep(0.1)
 

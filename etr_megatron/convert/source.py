@@ -32,7 +32,7 @@ def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
     config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights))
     if not (config / "config.json").is_file():
         said = f"--config-from {config}" if config_from else str(config)
-        raise UserError(f"{said} holds no config.json; name the model's HuggingFace directory with --config-from")
+        raise UserError(f"{said} has no config.json; give the model's HuggingFace directory with --config-from")
     return MegatronSource(weights, config, "--config-from" if config_from else "--megatron")
 
 
@@ -56,7 +56,7 @@ def _model_of_run(weights: Path) -> Path:
     """The HuggingFace directory that the run started from, according to its config.yaml."""
     file = weights.parent.parent / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{weights} holds no config.json; name the model's HuggingFace directory with --config-from")
+        raise UserError(f"{weights} has no config.json; give the model's HuggingFace directory with --config-from")
     from etr_megatron.config import load_config, path_of_run
 
     config = load_config(file, [])
@@ -68,7 +68,7 @@ def _model_of_run(weights: Path) -> Path:
     model = path_of_run(config.model.path, file.parent, config)
     if not model.is_dir():
         raise UserError(
-            f"{file} says that the run started from {config.model.path}, which is not there; name the model's HuggingFace "
+            f"{file} says that the run started from {config.model.path}, which does not exist; give the model's HuggingFace "
             "directory with --config-from"
         )
     return model

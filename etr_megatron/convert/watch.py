@@ -52,7 +52,7 @@ def _within(seconds: float, late: Callable[[], None]) -> Iterator[None]:
 
 def _watch(store: dist.Store, rank: int, world: int, done: threading.Event, give_up: Callable[[str], None]) -> None:
     seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
-    unanswered = partial(give_up, f"rank 0's machine has given no answer for {SILENCE_S:g} s")
+    unanswered = partial(give_up, f"rank 0's machine has not answered for {SILENCE_S:g} s")
     try:
         while not done.is_set():
             with _within(SILENCE_S, unanswered):

@@ -112,7 +112,7 @@ def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
         raise BrokenRowError(f"column {column!r} is an empty list, not text or chat messages")
     messages = [_message(one, f"message {number} of column {column!r}") for number, one in enumerate(value, start=1)]
     if messages[-1]["role"] != "user":
-        raise BrokenRowError(f"the last message of column {column!r} is of {messages[-1]['role']}, not of user")
+        raise BrokenRowError(f"the last message of column {column!r} has the role {messages[-1]['role']}, not user")
     return messages
 
 
@@ -121,9 +121,9 @@ def _message(one: Any, what: str) -> dict[str, str]:
         raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
     # Exports have keys that say nothing, such as `"tool_calls": []`.
     if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value):
-        raise BrokenRowError(f"{what} has `{more[0]}`, and nothing but `role` and `content` is read")
+        raise BrokenRowError(f"{what} has `{more[0]}`, but only `role` and `content` are supported")
     if one["role"] not in _ROLES:
-        raise BrokenRowError(f"{what} is of {one['role']!r}, which is not one of {', '.join(_ROLES)}")
+        raise BrokenRowError(f"{what} has the role {one['role']!r}, which is not one of {', '.join(_ROLES)}")
     return {"role": one["role"], "content": _checked_text(one["content"], what)}
 
 
@@ -148,5 +148,5 @@ def _checked_text(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can encode half a surrogate pair, which no tokenizer accepts
-        raise BrokenRowError(f"{what} holds half a surrogate pair at character {error.start + 1}") from None
+        raise BrokenRowError(f"{what} has half a surrogate pair at character {error.start + 1}") from None
     return text

@@ -116,6 +116,6 @@ def refuse_unknown_tokens(problems: Sequence[Problem], vocab_size: int, model_di
     largest = max((max(problem.prompt_ids, default=0) for problem in problems), default=0)
     if largest >= vocab_size:
         raise UserError(
-            f"{model_dir}: the tokenizer makes token {largest} of a prompt, and the model has {vocab_size} (vocab_size of "
-            "config.json); copy the tokenizer files of this very model there"
+            f"{model_dir}: the tokenizer produces token id {largest} for a prompt, but the model has only {vocab_size} tokens "
+            "(vocab_size of config.json); copy this model's tokenizer files there"
         )

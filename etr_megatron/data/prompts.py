@@ -27,7 +27,7 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"{named}: there is no directory {str(path)!r}; give that of a HuggingFace checkpoint, or tiny")
+        raise UserError(f"{named}: there is no directory {str(path)!r}; give a HuggingFace checkpoint directory, or tiny")
     # Without its files, transformers 5 silently creates an empty tokenizer of the class that config.json suggests.
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
@@ -41,13 +41,13 @@ def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrained
     except Exception as error:  # damaged files surface as OSError, ValueError, KeyError or tokenizers' bare Exception
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{named}: the tokenizer in {str(path)!r} cannot be loaded ({type(error).__name__}: {reason}); copy the "
-            "model's tokenizer files anew"
+            f"{named}: the tokenizer in {str(path)!r} cannot be loaded ({type(error).__name__}: {reason}); copy the model's "
+            "tokenizer files again"
         ) from error
     if not tokenizer.encode("12 + 7", add_special_tokens=False):
         raise UserError(
-            f"{named}: the tokenizer in {str(path)!r} loads as {type(tokenizer).__name__} and encodes text to nothing; its "
-            "files do not fit the model type in config.json"
+            f"{named}: the tokenizer in {str(path)!r} loads as {type(tokenizer).__name__} and encodes text to no tokens; its "
+            "files do not match the model type in config.json"
         )
     return tokenizer
 
@@ -84,11 +84,11 @@ def tokenize_prompts(
     if not conversations:
         return []
     if not (config.chat_template and tokenizer.chat_template):
-        without = "no chat template takes it (data.chat_template is off, or the tokenizer has none)"
+        without = "no chat template applies (data.chat_template is false, or the tokenizer has none)"
         if config.system_prompt is not None:
             raise UserError(f"data.system_prompt is set but {without}: put it into data.prompt_template")
         if any(len(messages) > 1 for messages in conversations):
-            raise UserError(f"a prompt has several chat messages but {without}: make one text of them")
+            raise UserError(f"a prompt has several chat messages but {without}: merge them into one text")
         return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
     try:
         texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)

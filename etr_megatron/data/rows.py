@@ -84,7 +84,7 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     if source.is_file:
         path = Path(location)
         if not path.is_file():
-            raise UserError(f"{key}: there is no file {location!r}; give the path of a .jsonl or .parquet file that exists")
+            raise UserError(f"{key}: there is no file {location!r}; give the path of an existing .jsonl or .parquet file")
         located = _jsonl(path) if suffix == ".jsonl" else _numbered(_read_parquet(path, key), path.name)
     elif suffix in _NOT_READ or Path(location).is_file():
         raise UserError(f"{key}: {location!r} is neither .jsonl nor .parquet; convert it to one of them")
@@ -101,7 +101,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror or error}); check its permissions") from error
     if not pairs:
-        raise UserError(f"{where} holds no rows; give a dataset with at least one")
+        raise UserError(f"{where} has no rows; give a dataset with at least one")
     parsed = [row for _, row in pairs if isinstance(row, Mapping)]
     try:
         may_lack_extra = source.split == "eval" or bool(source.name)
@@ -117,7 +117,7 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
             assert columns is not None
             row = _row(raw, place, columns)
             if row.id in place_of_id:
-                raise BrokenRowError(f"id {row.id!r} is that of {place_of_id[row.id]} already")
+                raise BrokenRowError(f"id {row.id!r} is already that of {place_of_id[row.id]}")
         except BrokenRowError as reason:
             if config.on_bad_row == "fail":
                 raise UserError(
@@ -130,8 +130,8 @@ def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataCon
         rows.good.append(row)
     if not rows.good:
         raise UserError(
-            f"{source.key}: none of the {len(pairs)} rows of {source.location!r} can be used; data.on_bad_row=fail names the "
-            "first"
+            f"{source.key}: none of the {len(pairs)} rows of {source.location!r} can be used; set data.on_bad_row=fail to see "
+            "what is wrong with the first"
         )
     return rows
 
@@ -178,7 +178,7 @@ def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
             )
         )
     except Exception as error:  # pyarrow and datasets raise types without a common base
-        raise UserError(f"{key}: {str(path)!r} cannot be read as parquet ({_first_line(error)}); write it anew") from error
+        raise UserError(f"{key}: {str(path)!r} cannot be read as parquet ({_first_line(error)}); write it again") from error
 
 
 def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
@@ -194,7 +194,7 @@ def _open_hub(source: str, split: str, key: str) -> datasets.Dataset:
             reason = f"it is not in the cache, and {unreachable}" if is_absent else _first_line(error)
             raise UserError(
                 f"{key}: dataset {source!r} (split {split!r}) could not be loaded ({reason}); check name and split, or "
-                "download it where there is a network and give a .jsonl or .parquet file"
+                "download it on a machine with network access and give a .jsonl or .parquet file"
             ) from error
 
 

@@ -32,8 +32,8 @@ def refuse_if_rows_interact(loss: PolicyLoss, inputs: LossInputs) -> bool:
     gap, size = (whole - halves).abs().max().item(), whole.abs().max().item()
     if gap > _TOLERANCE * size:
         raise UserError(
-            f"objective.loss {loss.name} is marked token-local, but a row's gradient depends on which rows come with it (by "
-            f"{gap / size:.0%} of the largest); remove the mark, or take sums with inputs.weight instead of means"
+            f"objective.loss {loss.name} is marked token-local, but a row's gradient depends on the other rows (by "
+            f"{gap / size:.0%} of the largest); remove the mark, or use sums with inputs.weight instead of means"
         )
     return size > 0
 

@@ -70,7 +70,9 @@ def group_statistics(
     """
     verifier = rewards if verifier_rewards is None else verifier_rewards
     if not len(rewards) == len(group_ids) == len(verifier):
-        raise ValueError(f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(verifier)} verifier rewards")
+        raise ValueError(
+            f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(verifier)} verifier rewards must be equally many"
+        )
     trained = torch.tensor(list(rewards), dtype=torch.float64)
     verified = torch.tensor(list(verifier), dtype=torch.float64)
     low, high = reward_range
@@ -82,8 +84,8 @@ def group_statistics(
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(
-            f"reward {verified[at].item()} of sample {at} in group {group_ids[at]!r} is outside of the declared range "
-            f"[{low}, {high}]; set reward.range_min and reward.range_max"
+            f"reward {verified[at].item()} of sample {at} in group {group_ids[at]!r} is outside the declared range [{low}, "
+            f"{high}]; set reward.range_min and reward.range_max to include it"
         )
     order: dict[str, int] = {}
     index = torch.tensor([order.setdefault(name, len(order)) for name in group_ids], dtype=torch.long)

@@ -49,7 +49,7 @@ class Sequences:
         Raises UserError for a chunk of the rows: a loss that needs whole sequences must not be marked token-local.
         """
         if self.is_cut:
-            raise UserError("a loss that is marked token-local asks for sums over sequences; remove the mark")
+            raise UserError("a loss that is marked token-local uses sums over sequences; remove the mark")
         sums = torch.zeros(len(self.lengths), dtype=rows.dtype, device=rows.device).index_add(0, self.index, rows)
         if self.reduce is not None:
             sums = self.reduce(sums)

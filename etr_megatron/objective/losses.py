@@ -43,11 +43,13 @@ def regularized(inputs: LossInputs, surrogate: Tensor, rows: dict[str, Tensor] |
     """
     settings, weight = inputs.settings, inputs.weight
     if surrogate.shape != weight.shape:
-        raise ValueError(f"the surrogate has shape {list(surrogate.shape)} where {list(weight.shape)} is wanted, a value a row")
+        raise ValueError(
+            f"the surrogate has shape {list(surrogate.shape)}, but must have {list(weight.shape)}, one value per row"
+        )
     loss = -(weight * inputs.correction * surrogate).sum()
     if settings.kl_coef:
         if inputs.ref_logp is None:
-            raise ValueError(f"objective.kl_coef is {settings.kl_coef:g}, but there are no log-probs of a reference")
+            raise ValueError(f"objective.kl_coef is {settings.kl_coef:g}, but there are no reference log-probs")
         kl = kl_estimate(inputs.logp, inputs.ref_logp, settings.kl_estimator, settings.log_ratio_bound)
         loss = loss + settings.kl_coef * (weight * kl).sum()
     if settings.entropy_coef:

@@ -71,7 +71,7 @@ class PolicyLoss:
             return ""
         # A mean over the step's tokens would be wrong if some of them had no value.
         found = "returned" if changed[0] in outputs.rows else "left out"
-        return f"{found} rows[{changed[0]!r}], other than in its first call; every call must return the same names"
+        return f"{found} rows[{changed[0]!r}], unlike in its first call; every call must return the same names"
 
     @property
     def row_names(self) -> frozenset[str] | None:
@@ -98,7 +98,7 @@ def register_loss(name: str, *, token_local: bool) -> Callable[[LossFunction], L
 
     def add(function: LossFunction) -> LossFunction:
         if name in _LOSSES:
-            raise ValueError(f"a loss named {name!r} is registered already")
+            raise ValueError(f"a loss named {name!r} is already registered")
         _LOSSES[name] = PolicyLoss(name, function, token_local)
         return function
 
@@ -125,7 +125,7 @@ def resolve_loss(name: str) -> PolicyLoss:
         return replace(_LOSSES[name])
     if ":" not in name:
         known = ", ".join(loss_names())
-        raise UserError(f"objective.loss is {name!r}; known are {known}, and your own as package.module:function")
+        raise UserError(f"objective.loss is {name!r}; known: {known}, and your own as package.module:function")
     try:
         function = import_function(name)
     except ImportPathError as error:
@@ -141,15 +141,15 @@ def _fault(outputs: object, inputs: LossInputs) -> str:
         return f"returned {type(outputs).__name__} instead of LossOutputs"
     loss = outputs.loss
     if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
-        return f"returned a loss that is no scalar tensor of floats ({_described(loss)})"
+        return f"returned a loss that is not a scalar floating-point tensor ({_described(loss)})"
     if torch.is_grad_enabled() and inputs.logp.requires_grad and not loss.requires_grad:
         return "returned a loss without a gradient: it depends on neither inputs.logp nor inputs.entropy"
     by_name: object = outputs.rows  # a function of the user's own may have put anything there
     if not isinstance(by_name, Mapping):
-        return f"returned rows that are no tensors by name ({_described(by_name)})"
+        return f"returned rows that are not a mapping of names to tensors ({_described(by_name)})"
     for name, rows in by_name.items():
         if not isinstance(rows, Tensor) or rows.shape != inputs.logp.shape:
-            return f"returned rows[{name!r}] that is no tensor of shape {list(inputs.logp.shape)} ({_described(rows)})"
+            return f"returned rows[{name!r}] that is not a tensor of shape {list(inputs.logp.shape)} ({_described(rows)})"
     return ""
 
 

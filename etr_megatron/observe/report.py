@@ -41,7 +41,7 @@ def load_rows(run: Path) -> list[MetricsRow]:
     for row in rows:
         for key in (*_SUMMARISED, *row):
             if key not in row or not isinstance(row.get(key), int | float | None):
-                raise UserError(f"{path}: {key} of step {row['step']} is missing or no number; fix or remove the line")
+                raise UserError(f"{path}: {key} of step {row['step']} is missing or not a number; fix or remove the line")
     return rows
 
 

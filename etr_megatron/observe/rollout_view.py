@@ -35,9 +35,9 @@ def view(run: Path, step: int, name: str, pieces: Pieces | str) -> str:
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
             if f"{group['id']}/{sample['index']}" == name:
-                missing = [f"tokens have no text here: {pieces}"] if isinstance(pieces, str) else []
+                missing = [f"tokens are shown without text: {pieces}"] if isinstance(pieces, str) else []
                 return "\n".join([*_facts(name, group["problem"], sample), "", *missing, *_tokens(sample, pieces)])
-    raise UserError(f"step {step} of {run} has no sample {name}; leave out --sample to see which there are")
+    raise UserError(f"step {step} of {run} has no sample {name}; leave out --sample to list the samples")
 
 
 def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[str]:
@@ -88,7 +88,7 @@ def tokenizer_pieces(run: Path) -> Pieces | str:
         name = tiny_policy_path(config.tiny, config.arithmetic) if config.model.path == "tiny" else config.model.path
         path = path_of_run(name, run, config)
         if not path.is_dir():
-            return f"the tokenizer was in {path}, the run's model.path, and there is no such directory any more"
+            return f"the run's model.path, {path}, no longer exists"
         tokenizer = load_tokenizer(path)
     except (UserError, OSError, ValueError, yaml.YAMLError) as error:
         return " ".join(str(error).split())

@@ -104,7 +104,7 @@ class RunDirectory:
             )
         if is_recorded and not only_records:
             raise UserError(
-                f"{self.recorded} holds steps that --rollout-only has recorded, which training there would remove; move it "
+                f"{self.recorded} holds steps recorded by --rollout-only, which training there would remove; move it "
                 "elsewhere, or choose another run.name"
             )
         if is_over:

@@ -74,8 +74,8 @@ class WandbWriter:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"observe.wandb_project is {config.observe.wandb_project!r} but W&B cannot be reached "
-                f"({' '.join(str(error).split())}); `wandb login`, set WANDB_MODE=offline, or observe.wandb_project=null"
+                f"observe.wandb_project is {config.observe.wandb_project!r} but W&B cannot be used "
+                f"({' '.join(str(error).split())}); run `wandb login`, or set WANDB_MODE=offline or observe.wandb_project=null"
             ) from error
         self._run.define_metric("*", step_metric="step")
 

@@ -33,7 +33,7 @@ def architecture_of(config: Config) -> Architecture:
             return read_architecture(MODELS / path.name)
     known = ", ".join(sorted(folder.name for folder in MODELS.iterdir())) if MODELS.is_dir() else "none"
     raise UserError(
-        f"model.path: {path} is no directory, and no config.json of a model {path.name} is shipped (shipped are {known}); give "
+        f"model.path: {path} is not a directory, and no config.json of a model {path.name} is shipped (shipped: {known}); give "
         "a directory with the model's config.json"
     )
 

@@ -60,7 +60,7 @@ def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
     """Messages for invalid numbers of GPUs."""
     counts = {"--gpus": gpus, "--gpus-per-node": gpus_per_node}
     found = [f"{option} {count}: must be at least 1" for option, count in counts.items() if count < 1]
-    return found + ([f"--gpus {gpus}: no more than {MOST_GPUS} can be planned"] if gpus > MOST_GPUS else [])
+    return found + ([f"--gpus {gpus}: must be at most {MOST_GPUS}"] if gpus > MOST_GPUS else [])
 
 
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
@@ -72,7 +72,7 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
         raise UserError("\n".join(problems))
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
-        raise UserError(f"--gpus {gpus} is no multiple of the {gpus_per_node} GPUs of a node")
+        raise UserError(f"--gpus {gpus} is not a multiple of the {gpus_per_node} GPUs of a node")
     if config.rollout.backend == "embedded":
         return Cluster(gpus, gpus_per_node, gpus, servers=gpus, server_tp=1, colocated=True)
     sglang = config.sglang
@@ -81,7 +81,8 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     on_a_node = sglang.gpus_of_a_node
     if on_a_node > gpus_per_node:
         raise UserError(
-            f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} take {on_a_node} GPUs of a node that has {gpus_per_node}"
+            f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} need {on_a_node} GPUs on a node, which has "
+            f"{gpus_per_node}; lower one of them"
         )
     if sglang.dedicated_nodes:
         return _with_dedicated_nodes(sglang, gpus, gpus_per_node)
@@ -89,12 +90,15 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     colocated = sglang.placement == "colocated"
     ranks = gpus if colocated else gpus - nodes * on_a_node
     if ranks < 1:
-        raise UserError(f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on")
+        raise UserError(
+            f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on; lower sglang.servers or "
+            "sglang.tp"
+        )
     first = None if colocated or nodes * gpus_per_node == gpus else gpus_per_node - on_a_node
     if first == 0:
         raise UserError(
-            f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0, which starts them, needs one; "
-            "lower sglang.servers or sglang.tp, or set sglang.nodes=every with fewer on each"
+            f"dedicated servers take all {gpus_per_node} GPUs of the first node, where rank 0 needs one; lower sglang.servers "
+            "or sglang.tp, or set sglang.nodes=every with fewer on each"
         )
     return Cluster(
         gpus,
@@ -112,7 +116,8 @@ def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -
     apart, nodes = sglang.dedicated_nodes, gpus // gpus_per_node
     if apart >= nodes:
         raise UserError(
-            f"sglang.dedicated_nodes={apart} of the {nodes} node{'s' * (nodes > 1)} that {gpus} GPUs are leave none to train on"
+            f"sglang.dedicated_nodes={apart} leaves none of the {nodes} node{'s' * (nodes > 1)} ({gpus} GPUs) to train on; "
+            "lower it"
         )
     ranks = (nodes - apart) * gpus_per_node
     return Cluster(gpus, gpus_per_node, ranks, apart * sglang.servers, sglang.tp, dedicated_nodes=apart)

@@ -58,7 +58,7 @@ def check_and_print(argv: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise UserError(f"--dry-run: {error}") from None
     if any(argument.partition("=")[0] == "--nproc" for argument in rest):
-        raise UserError("--dry-run starts no processes: give --gpus in the place of --nproc")
+        raise UserError("--dry-run starts no processes: give --gpus instead of --nproc")
     options = dict(gpu=GPUS[args.gpu], gpu_memory=args.gpu_memory, gpus_per_node=args.gpus_per_node)
     path, overrides = parse_args(rest)
     config = load_config(path, overrides)
@@ -93,7 +93,9 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
         if plan.fits:
             return plan
         reason = misfit(plan)
-    raise UserError(f"no power of 2 up to {_MOST_GPUS} GPUs will do, name a number with --gpus; on {_MOST_GPUS}: {reason}")
+    raise UserError(
+        f"the config fits on no power of 2 up to {_MOST_GPUS} GPUs; give a number with --gpus; on {_MOST_GPUS}: {reason}"
+    )
 
 
 def check_weights(config: Config) -> str:
@@ -101,9 +103,9 @@ def check_weights(config: Config) -> str:
     from etr_megatron.weights import check_checkpoint
 
     if config.model.path == "tiny":
-        return "the tiny model is made when the job starts: there are no weights to look at yet"
+        return "the tiny model is created when the job starts: there are no weights to check yet"
     if not Path(config.model.path).is_dir():
-        return f"{config.model.path} is not here: its weights were not looked at"
+        return f"{config.model.path} is not here: its weights were not checked"
     check_checkpoint(config.model.path)
     return f"{config.model.path} has every tensor of the weight map, and no other"
 
@@ -124,8 +126,8 @@ def check_problems(config: Config) -> str:
     rest = [source for source in sources if source not in here and source.location != ARITHMETIC]
     found = {
         "has rows that can be used": here,
-        "is not here: its rows were not looked at": [source for source in rest if source.is_file],
-        "was not fetched: its rows were not looked at": [source for source in rest if not source.is_file],
+        "is not here: its rows were not checked": [source for source in rest if source.is_file],
+        "was not fetched: its rows were not checked": [source for source in rest if not source.is_file],
     }
     told = [f"{source.location} {what}" for what, which in found.items() for source in which]
     return "\n".join(told) or "the problems are generated"

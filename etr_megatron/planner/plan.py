@@ -113,7 +113,7 @@ def make_plan(
         server = server_memory(arch, config, cluster, gpu_memory)
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
-        raise UserError(f"{config.model.path} cannot be cut as the config says: {error}") from None
+        raise UserError(f"{config.model.path} cannot be split as configured: {error}") from None
     return Plan(
         config=config,
         arch=arch,
@@ -146,7 +146,7 @@ def check_options(
     """Check the options of `make_plan`. Raises one UserError for all invalid numbers, and for FP8 on a GPU without it."""
     problems = gpu_problems(gpus, gpus_per_node)
     for key in () if gpu.fp8 else fp8_keys(config):
-        problems.append(f"{key}: an {gpu.name} has no FP8; leave it out, or name another --gpu")
+        problems.append(f"{key}: an {gpu.name} has no FP8; remove the setting, or choose another --gpu")
     if gpu_memory is not None and not 0 < gpu_memory < inf:
         problems.append(f"--gpu-memory {gpu_memory:g}: must be a number of GiB greater than 0")
     longest = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
@@ -190,7 +190,7 @@ def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: b
                 if any(size % FP8_BLOCK for size in piece.size):
                     shape = " x ".join(map(str, piece.size))
                     raise UserError(
-                        f"sglang.fp8: {weight.hf[piece.hf]} is cut into parts of {shape} by sglang.tp={layout.tp}, sglang.ep="
-                        f"{layout.ep}, which are no whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; a smaller sglang.tp fits, or a "
-                        "larger sglang.ep for experts"
+                        f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={layout.tp}, "
+                        f"sglang.ep={layout.ep}, which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; lower sglang.tp, or "
+                        "raise sglang.ep for experts"
                     )

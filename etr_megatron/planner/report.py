@@ -55,7 +55,7 @@ def _head(plan: Plan) -> Iterator[str]:
             f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"
         )
     if plan.config.rollout.replay is not None:
-        yield "           (rollout.replay needs none of this, nor its time: planned is a run that makes its rollouts)"
+        yield "           (planned as if rollouts were generated; rollout.replay needs neither this memory nor this time)"
     yield (
         f"a step     {work.samples:,} samples of {work.prompt:,.0f} + {work.response:,.0f} tokens on average (assumed unless "
         f"given), {work.longest:,} at most"
@@ -95,7 +95,7 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     if not plan.server_fits:
         yield f"servers DO NOT FIT: {_server_misfit(plan)}"
     if plan.fits and advice:
-        yield "would fit as well, and be faster:"
+        yield "would also fit, and be faster:"
     for suggestion in advice:
         end = "fits" if suggestion.fits else "does not fit"
         least = "" if suggestion.is_counted else "at least "

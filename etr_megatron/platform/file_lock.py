@@ -25,6 +25,6 @@ def try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        text = "%s: its file system has no locks (%s), so that nothing keeps a second process from working there"
+        text = "%s: its file system has no locks (%s), so nothing prevents a second process from working there"
         logger.warning(text, path, error.strerror)
     return True

@@ -14,7 +14,7 @@ from etr_megatron.errors import UserError
 _NO_ROOM = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would become larger than is allowed here (ulimit -f, or the file system)",
+    errno.EFBIG: "a file would exceed the largest size allowed here (ulimit -f, or the file system)",
 }
 """Messages for the error numbers of a full disk."""
 _NOT_WRITABLE = (
@@ -40,8 +40,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise UserError(
-                f"{path}: {no_room(error)}; make room (or set run.dir to another disk) and start the same command again, it "
-                "continues from the last checkpoint"
+                f"{path}: {no_room(error)}; make room and start the same command again to continue from the last checkpoint "
+                "(or move the run to another disk and set run.dir)"
             ) from error
         if error.errno in _NOT_WRITABLE:
             raise UserError(

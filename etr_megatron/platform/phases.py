@@ -58,7 +58,7 @@ class Phases:
         if waited_s < 0.99 * timeout.total_seconds() or "closed by peer" in said or "reset by peer" in said:
             who = f"rank {missing[1]}" if missing else "rank 0, which may have lost another"
             return ConnectionError(
-                f"rank {dist.get_rank()} lost at the {phase}, after {waited_s:.0f} s, its connection to {who}"
+                f"rank {dist.get_rank()} lost its connection to {who} at the {phase}, after {waited_s:.0f} s"
             )
         who = f"rank {missing[1]}" if missing else "rank 0 or another"
         return TimeoutError(f"rank {dist.get_rank()} waited {waited_s:.0f} s at the {phase} for {who}")

@@ -34,11 +34,11 @@ def place_of(nodes_apart: int) -> Place:
     if nodes_apart >= nodes:
         raise UserError(
             f"sglang.dedicated_nodes={nodes_apart}: the job has {nodes} node{'s' * (nodes > 1)}, of which at least one must be "
-            "left to train; start one torchrun on each of more (--nnodes), or set it lower"
+            "left to train; start torchrun on more nodes (--nnodes), or lower it"
         )
     if world != nodes * local:
         raise UserError(
-            f"sglang.dedicated_nodes={nodes_apart}: {world} processes on {nodes} nodes, of which this one has {local}; with "
-            "nodes set apart every node needs as many (--nproc-per-node), the number of GPUs that one trains on"
+            f"sglang.dedicated_nodes={nodes_apart}: {world} processes on {nodes} nodes, {local} of them on this node; with "
+            "dedicated nodes, every node needs the same --nproc-per-node, the number of GPUs that a training node trains on"
         )
     return Place((nodes - nodes_apart) * local, number_apart(nodes_apart))

@@ -35,7 +35,7 @@ def require_fp8(fp8: Fp8Config) -> None:
     except ImportError as error:
         why = str(error).partition("\n")[0]
         raise UserError(
-            f"Transformer Engine is installed and cannot be imported ({why}); build it for this torch and CUDA, or uninstall it"
+            f"Transformer Engine is installed but cannot be imported ({why}); build it for this torch and CUDA, or uninstall it"
         ) from error
     if fp8.recipe == "none":
         return

@@ -159,7 +159,7 @@ def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: Safeten
     own, *others = (own_parameters(chunks) for chunks in models)
     shards = {name: megatron_shard(weight, arch, *layout.cut(weight)) for name, (weight, _) in own.items()}
     differing = [
-        f"{name} is {tuple(parameter.shape)}, the map says {shards[name].shape}"
+        f"{name} has shape {tuple(parameter.shape)}, but {shards[name].shape} in the weight map"
         for name, (_, parameter) in own.items()
         if tuple(parameter.shape) != shards[name].shape
     ]

@@ -56,9 +56,9 @@ class RowWatch:
         self._check_gradients()
         if not torch.isfinite(torch.tensor(loss)):
             samples = ", ".join(self._batch.names[i] for i in self._micro.samples)
-            where = f"samples {samples}" if samples else "a microbatch without rows, of which a mean is NaN"
+            where = f"samples {samples}" if samples else "a microbatch without rows, whose mean is NaN"
             raise self._losses_error(
-                f"objective.loss {self._loss} is {loss} where all of its inputs are finite: {where}, on rank {self._rank}"
+                f"objective.loss {self._loss} is {loss} although all of its inputs are finite: {where}, on rank {self._rank}"
             )
         self._waits_for_backward = True
 
@@ -67,8 +67,8 @@ class RowWatch:
             return
         row, place = self._broken.T.nonzero()[0].tolist()
         raise self._losses_error(
-            f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite where all "
-            f"of its inputs are: {self._place(row)}"
+            f"the gradient of objective.loss {self._loss} with respect to {('logp', 'entropy')[place]} is not finite although "
+            f"all of its inputs are: {self._place(row)}"
         )
 
     def _place(self, row: int) -> str:

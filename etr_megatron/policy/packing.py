@@ -49,8 +49,8 @@ def refuse_unknown_tokens(sequences: Sequence[tuple[Sequence[int], Sequence[int]
             if len(found) and not 0 <= found.min() <= found.max() < vocab_size:
                 unknown = next(one for one in ids if not 0 <= one < vocab_size)
                 raise UserError(
-                    f"the {part} of sample {number} holds token {unknown}, which the model does not know: its vocab_size is "
-                    f"{vocab_size}; do the tokenizer and the rollout engine belong to the model?"
+                    f"the {part} of sample {number} has token {unknown}, outside the model's vocab_size of {vocab_size}; check "
+                    "that the tokenizer and the rollout engine belong to the model"
                 )
 
 

@@ -79,7 +79,9 @@ def _meet() -> None:
     try:
         init_world(TIMEOUT_S)
     except RuntimeError as error:  # raised by torch: some rank is missing or unreachable
-        raise UserError(f"the ranks did not find each other within {TIMEOUT_S:g} s: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the ranks did not connect to each other within {TIMEOUT_S:g} s: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _leave_token(config: Config) -> tuple[str, Path]:
@@ -96,7 +98,7 @@ def _leave_token(config: Config) -> tuple[str, Path]:
             file.write_text(box[0])
         except OSError as error:
             problem = [
-                f"run.dir: {file.parent} cannot be written by rank 0 ({error.strerror}); set run.dir to a directory of yours"
+                f"run.dir: {file.parent} cannot be written by rank 0 ({error.strerror}); set run.dir to a writable directory"
             ]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:

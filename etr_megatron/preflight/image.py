@@ -23,11 +23,12 @@ def check(folder: Path, *, gpus: int, wants_gpu: bool) -> list[str]:
     """
     if wants_gpu and not gpus:
         raise UserError(
-            "this image is for GPUs and the container sees none; start it with --gpus all, or with ETR_PLATFORM=cpu"
+            "this image is for GPUs, but the container sees none; start it with --gpus all, or with ETR_PLATFORM=cpu"
         )
     if not os.access(folder, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written by uid {os.getuid()}; mount a folder of that user's there, or start with --user"
+            f"{folder} cannot be written by uid {os.getuid()}; mount a folder that this user can write there, or start with "
+            "--user"
         )
     warnings = []
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0

@@ -59,12 +59,12 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
         reward = float("nan")
     if not math.isfinite(reward):
         shown = reprlib.repr(value)  # does not fail if the value's own repr does
-        return Grade(config.range_min, "error", f"{config.function} returned {shown}, which is no finite number")
+        return Grade(config.range_min, "error", f"{config.function} returned {shown}, which is not a finite number")
     within = min(max(reward, config.range_min), config.range_max)
     if abs(reward - within) > ROUNDING * (config.range_max - config.range_min):
         detail = (
-            f"{config.function} returned {reward}, outside of reward.range_min = {config.range_min} to "
-            f"reward.range_max = {config.range_max}"
+            f"{config.function} returned {reward}, outside reward.range_min = {config.range_min} to reward.range_max = "
+            f"{config.range_max}"
         )
         return Grade(config.range_min, "out_of_range", detail)
     return Grade(within, "ok", "")

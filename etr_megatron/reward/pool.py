@@ -168,7 +168,7 @@ class _Round:
     def _replace_crashed(self, worker: GraderProcess) -> None:
         jobs, how = list(worker.inflight), self._pool._drop(worker)
         if not worker.ready:
-            raise self._load_error(f"a grader process ended while starting ({how}); its own output says why")
+            raise self._load_error(f"a grader process ended while starting ({how}); see its own output")
         if jobs:
             jobs[0].crashes += 1
             if jobs[0].crashes >= MAX_CRASHES:

@@ -99,10 +99,10 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
         wanted["attention_bias"] = False
     for key, value in wanted.items():
         if config.get(key, value) != value:
-            raise UserError(f"{source}: {key} is {config[key]!r}; the {family} family is supported with {value!r} only")
+            raise UserError(f"{source}: {key} is {config[key]!r}; only {value!r} is supported for the {family} family")
     window = config.get("sliding_window", 4096)  # transformers' default
     if family == "mistral" and window is not None:
-        raise UserError(f"{source}: sliding_window is {spelled(window)}; the mistral family is supported with null only")
+        raise UserError(f"{source}: sliding_window is {spelled(window)}; only null is supported for the mistral family")
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{source}: layer_types is {spelled(kinds)}; only a list of full_attention is supported")
@@ -116,7 +116,7 @@ def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
     per_token = positive_int(config, "num_experts_per_tok", source)
     normalized = optional_bool(config, "norm_topk_prob", source)
     if per_token > count:
-        raise UserError(f"{source}: num_experts_per_tok is {per_token}, of {count} experts")
+        raise UserError(f"{source}: num_experts_per_tok is {per_token}, more than the {count} experts")
     if per_token == 1 and normalized:
         raise UserError(f"{source}: num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient")
     return Experts(
@@ -140,7 +140,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         config = read_config(source)
     except FileNotFoundError:
         run = Path(model_dir, "checkpoints").is_dir()
-        way_out = f"; `tools/convert_hf.py to-hf --megatron {model_dir}` makes one of this run" if run else ""
+        way_out = f"; `tools/convert_hf.py to-hf --megatron {model_dir}` creates one from this run" if run else ""
         raise UserError(f"{source} does not exist: {named} must be a HuggingFace checkpoint directory{way_out}") from None
     names = config.get("architectures") or []
     known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
@@ -151,7 +151,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
     kv_heads = positive_int(config, "num_key_value_heads", source, heads)
     if heads % kv_heads:
-        raise UserError(f"{source}: num_attention_heads is {heads}, which is no multiple of num_key_value_heads {kv_heads}")
+        raise UserError(f"{source}: num_attention_heads is {heads}, which is not a multiple of num_key_value_heads {kv_heads}")
     layers = positive_int(config, "num_hidden_layers", source)
     return Architecture(
         family=family,

@@ -143,7 +143,7 @@ def _refuse_integers(checkpoint: SafetensorsDir | TorchDistDir, names: Iterable[
     """Raise UserError for integer tensors: weights that are quantised although config.json does not say so."""
     found = [f"{name} of {checkpoint.dtype(name)}" for name in names if not checkpoint.dtype(name).is_floating_point]
     if found:
-        raise UserError(f"{checkpoint.path}: weights have to be floating-point numbers, unlike {listed(found, limit=_SHAPES)}")
+        raise UserError(f"{checkpoint.path}: weights must be floating-point numbers, unlike {listed(found, limit=_SHAPES)}")
 
 
 def _tensors(names: list[str]) -> str:

@@ -32,8 +32,8 @@ def open_checkpoint(model_dir: str | Path) -> SafetensorsDir:
     square = isinstance(block, list) and len(block) == 2 and is_positive_int(block[0]) and block[0] == block[1]
     if method != "fp8" or not square:
         raise UserError(
-            f"{source}: weights quantised by quant_method {method} with weight_block_size {block} cannot be read; those in fp8 "
-            "with square blocks, of two equal positive integers, can, and those that are not quantised"
+            f"{source}: weights quantised with quant_method {method} and weight_block_size {block} cannot be read; only fp8 "
+            "with square blocks (two equal positive integers) and weights that are not quantised can"
         )
     return Fp8Dir(model_dir, block[0])
 
@@ -52,7 +52,7 @@ class Fp8Dir(SafetensorsDir):
         for name in sorted(self.quantized):
             shape, scales = self._stored[name].shape, self._stored.get(name + SCALE_SUFFIX)
             if len(shape) != 2:
-                raise UserError(f"{self.path}: {name} is FP8 of shape {list(shape)}; only matrices are read")
+                raise UserError(f"{self.path}: {name} is FP8 of shape {list(shape)}; only matrices can be FP8")
             wanted = scale_shape(shape, block)
             if scales is None or scales.shape != wanted:
                 found = "missing" if scales is None else f"of shape {list(scales.shape)}, not {list(wanted)}"

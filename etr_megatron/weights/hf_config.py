@@ -22,7 +22,7 @@ def read_config(source: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, or nested too deeply
         raise UserError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{source} holds {spelled(config)}; an object with the model's fields is wanted")
+        raise UserError(f"{source} must hold an object with the model's fields, not {spelled(config)}")
     return config
 
 
@@ -64,7 +64,7 @@ def optional_layers(config: dict[str, Any], name: str, source: Path) -> list[int
     def fits(value: Any) -> bool:
         return isinstance(value, list) and all(layer == 0 or is_positive_int(layer) for layer in value)
 
-    return _field(config, name, source, [], fits, "a list of layers' numbers")
+    return _field(config, name, source, [], fits, "a list of layer numbers")
 
 
 def _field(config: dict[str, Any], name: str, source: Path, default: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
@@ -73,7 +73,7 @@ def _field(config: dict[str, Any], name: str, source: Path, default: Any, fits: 
     if name not in config:
         raise UserError(f"{source}: field {name!r} is missing")
     if not fits(config[name]):
-        raise UserError(f"{source}: {name} is {spelled(config[name])}; {wanted} is wanted")
+        raise UserError(f"{source}: {name} must be {wanted}, not {spelled(config[name])}")
     return config[name]
 
 

@@ -184,7 +184,7 @@ def _expert_rank(expert: int, arch: Architecture, ep: int) -> int:
     """The expert-parallel rank that holds an expert; each rank holds equally many, consecutive ones."""
     count = arch.experts.count if arch.experts else 0
     if count == 0 or count % ep:
-        raise ValueError(f"{count} experts do not divide over expert parallelism of {ep}")
+        raise ValueError(f"{count} experts cannot be split over expert parallelism of {ep}")
     return expert // (count // ep)
 
 

@@ -145,8 +145,8 @@ def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: I
         if start % block or place % block or (end % block and end != weight.shapes[hf][dim]):
             kind = ("rows", "columns")[dim]
             raise UserError(
-                f"{weight.hf[hf]}: {kind} {start} to {end} of a shard do not consist of whole FP8 blocks of {block}; choose "
-                "tensor parallelism that cuts at multiples of the block, or leave the weights unquantised"
+                f"{weight.hf[hf]}: {kind} {start} to {end} of a shard are not whole FP8 blocks of {block}; choose tensor "
+                "parallelism that splits at multiples of the block, or leave the weights unquantised"
             )
 
 

@@ -28,7 +28,7 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     places = {name: place for name, place in places.items() if place}
     rest = [{key: value for key, value in place.items() if key != "rope_theta"} for place in places.values()]
     if rest and rest[0] != rest[-1]:
-        raise UserError(f"{source}: rope_scaling and rope_parameters say different things; remove the one that is wrong")
+        raise UserError(f"{source}: rope_scaling and rope_parameters disagree; remove the wrong one")
     scaling = rest[0] if rest else {}
     rope = {"rope_type": scaling.get("rope_type", "default"), "rope_theta": _theta(config, places, source)}
     for place in (config, *places.values()):
@@ -48,7 +48,9 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
 def _refuse_other_yarn(scaling: dict[str, Any], source: Path) -> None:
     for name in _YARN_OTHER:
         if name in scaling and not (name == "truncate" and scaling[name] is True):
-            raise UserError(f"{source}: {name} is {spelled(scaling[name])} for rope_type yarn, which is supported without it")
+            raise UserError(
+                f"{source}: {name} is {spelled(scaling[name])} for rope_type yarn; yarn is supported only without it"
+            )
 
 
 def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _place(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in place.values()):
         raise UserError(f"{source}: {name} has several rotary embeddings ({', '.join(place)}); only one is supported")
     if kinds and kinds[0] not in ("default", "llama3", "yarn"):
-        raise UserError(f"{source}: rope_type {kinds[0]!r} is not supported; known are default, llama3 and yarn")
+        raise UserError(f"{source}: rope_type {kinds[0]!r} is not supported; supported are default, llama3 and yarn")
     return place | ({"rope_type": kinds[0]} if kinds else {})
 
 
@@ -72,7 +74,7 @@ def _theta(config: dict[str, Any], places: dict[str, dict[str, Any]], source: Pa
         found["config.json itself"] = outside
     if len(set(found.values())) > 1:
         said = ", ".join(f"{value:g} in {name}" for name, value in found.items())
-        raise UserError(f"{source}: rope_theta is {said}; remove what is wrong")
+        raise UserError(f"{source}: rope_theta is {said}; remove the wrong one")
     return next(iter(found.values()))
 
 
@@ -82,5 +84,5 @@ def _original_positions(config: dict[str, Any], scaling: dict[str, Any], source:
     inside = positive_int(scaling, name, source)
     outside = positive_int(config, name, source, inside)
     if inside != outside:
-        raise UserError(f"{source}: {name} is {outside}, and {inside} for the rotary embedding; remove the wrong one")
+        raise UserError(f"{source}: {name} is {outside}, but {inside} for the rotary embedding; remove the wrong one")
     return inside

@@ -63,12 +63,12 @@ class SafetensorsDir:
                     self._add(name, stored)
         missing = [f"{name} in {file}" for name, file in placed.items() if name not in self._stored]
         if missing:
-            raise UserError(f"{self.path / INDEX} names what is not there: {listed(missing)}; fetch the checkpoint again")
+            raise UserError(f"{self.path / INDEX} names missing tensors: {listed(missing)}; fetch the checkpoint again")
 
     def _add(self, name: str, stored: FileTensor) -> None:
         if name in self._stored:
             files = f"{self._stored[name].file.name} and {stored.file.name}"
-            raise UserError(f"{self.path}: {name} is in both {files}; remove the one that is no part of the checkpoint")
+            raise UserError(f"{self.path}: {name} is in both {files}; remove the file that is not part of the checkpoint")
         self._stored[name] = stored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -107,7 +107,7 @@ def _index(folder: Path) -> dict[str, str]:
         content = json.loads(index.read_text())
         placed = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise ValueError("it has no weight_map that names a file for each tensor")
+            raise ValueError("it has no weight_map with a file for each tensor")
     except (OSError, ValueError) as error:
         raise UserError(f"{index} is broken ({error}); fetch the checkpoint again") from None
     return placed
@@ -120,15 +120,15 @@ def _files(folder: Path, wanted: set[str]) -> list[Path]:
         raise UserError(f"{folder} holds {_ALONE} and an {INDEX} that does not name it; remove the one that is out of date")
     missing = sorted(wanted - {file.name for file in files})
     if missing:
-        raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there; fetch the checkpoint again")
+        raise UserError(f"{folder / INDEX} names {missing[0]}, which does not exist; fetch the checkpoint again")
     if wanted:
         files = [file for file in files if file.name in wanted]
     if not files:
         other = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
         if other:
             raise UserError(
-                f"{folder} holds {other[0]} but no .safetensors file, the only kind that is read; save_pretrained of "
-                "transformers writes the model anew as one"
+                f"{folder} holds {other[0]} but no .safetensors file, the only supported format; convert the model with "
+                "save_pretrained of transformers"
             )
         raise UserError(f"{folder} holds no .safetensors file; it is not a HuggingFace checkpoint directory")
     return files
@@ -141,7 +141,7 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
         total = os.fstat(file.fileno()).st_size
         first = file.read(8)
         if first == b"version ":
-            raise ValueError("it is a pointer of Git LFS: git lfs pull brings the file itself")
+            raise ValueError("it is a Git LFS pointer: git lfs pull fetches the file itself")
         length = int.from_bytes(first, "little")
         if total < 8 or length > total - 8:
             raise ValueError(f"its header of {length} bytes does not fit into {total}")
@@ -151,13 +151,13 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
+            raise UserError(f"{path}: {name} has type {entry['dtype']}; supported are {', '.join(DTYPES)}")
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if not all(isinstance(number, int) for number in (*shape, begin, end)):
-            raise ValueError(f"{name} has a shape or a place that is no whole number")
+            raise ValueError(f"{name} has a shape or an offset that is not a whole number")
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} has {end - begin} bytes, not those of {list(shape)}")
+            raise ValueError(f"{name} has {end - begin} bytes, which do not match its shape {list(shape)}")
         if not 0 <= begin <= end <= total - 8 - length:
-            raise ValueError(f"{name} ends {end - (total - 8 - length)} bytes after the file")
+            raise ValueError(f"{name} ends {end - (total - 8 - length)} bytes after the end of the file")
         found[name] = FileTensor(path, 8 + length + begin, dtype, shape)
     return found

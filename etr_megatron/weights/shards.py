@@ -72,7 +72,7 @@ def _even(weight: Weight, hf: int, dim: int, tp: int, rank: int) -> tuple[int, i
     total = weight.shapes[hf][dim]
     if total % tp:
         raise ValueError(
-            f"{weight.hf[hf]} has {total} rows or columns to cut, which tensor parallelism of {tp} does not divide"
+            f"{weight.hf[hf]} has {total} rows or columns to split, which tensor parallelism of {tp} does not divide"
         )
     return rank * total // tp, (rank + 1) * total // tp
 
@@ -104,10 +104,10 @@ def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sha
     With more ranks than groups, a rank has a part of one, which may end anywhere: Megatron gathers the outputs of all ranks.
     """
     if arch.kv_heads % tp and tp % arch.kv_heads:
-        raise ValueError(f"{arch.kv_heads} query groups cannot be cut into tensor parallelism of {tp}")
+        raise ValueError(f"{arch.kv_heads} query groups cannot be split over tensor parallelism of {tp}")
     total = sum(shape[0] for shape in weight.shapes)
     if total % tp:
-        raise ValueError(f"{weight.megatron} has {total} rows to cut, which tensor parallelism of {tp} does not divide")
+        raise ValueError(f"{weight.megatron} has {total} rows to split, which tensor parallelism of {tp} does not divide")
     begin, end = rank * total // tp, (rank + 1) * total // tp
     pieces, row = [], 0
     for group in range(arch.kv_heads):
@@ -140,7 +140,7 @@ def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shar
     if weight.split == "vocab":
         padded = -(-arch.vocab_size // SERVER_VOCAB_MULTIPLE) * SERVER_VOCAB_MULTIPLE
         if padded % tp:
-            raise ValueError(f"the server's padded vocabulary of {padded} cannot be cut into tensor parallelism of {tp}")
+            raise ValueError(f"the server's padded vocabulary of {padded} cannot be split over tensor parallelism of {tp}")
         return _vocab(weight, arch, padded // tp, rank)
     if weight.split == "qkv":
         q = _rows(weight, 0, *_even(weight, 0, 0, tp, rank), 0)

@@ -127,11 +127,11 @@ class TorchDistDir:
         for name in names:
             shape, chunks = tuple(self._tensors[name].size), self._chunks[name]
             if any(o + n > s for c in chunks for o, n, s in zip(c.offset, c.size, shape, strict=True)):
-                raise UserError(f"{self.path}: a part of {name} lies outside of it; fetch the checkpoint again")
+                raise UserError(f"{self.path}: a part of {name} lies outside the tensor; fetch the checkpoint again")
             twice = _overlapping(chunks, 0)
             if twice:
                 where = list(twice.offset)
-                raise UserError(f"{self.path}: {name} has some of its values from {where} twice; fetch the checkpoint again")
+                raise UserError(f"{self.path}: {name} has duplicate values from {where} on; fetch the checkpoint again")
             wanted, found = math.prod(shape), sum(math.prod(chunk.size) for chunk in chunks)
             if found != wanted:
                 raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")

@@ -67,7 +67,7 @@ def read_metadata(folder: Path) -> Record:
     except Exception as error:  # a pickle that is cut off or altered can raise anything
         raise UserError(f"{file} cannot be read ({type(error).__name__}: {error}); fetch the checkpoint again") from None
     if not isinstance(getattr(metadata, "storage_data", None), dict):
-        raise UserError(f"{file} is not that of a torch_dist checkpoint")
+        raise UserError(f"{file} is not the metadata of a torch_dist checkpoint")
     return metadata
 
 

@@ -61,7 +61,7 @@ def find_values(path: Path, begin: int, length: int, dtype: torch.dtype, shape: 
     if tuple(size) != shape:
         raise ValueError(f"it has shape {list(size)}, not {list(shape)}")
     if record.file_size != count * dtype.itemsize:
-        raise ValueError(f"it has {record.file_size} bytes, not those of {count} values of {dtype}")
+        raise ValueError(f"it has {record.file_size} bytes, which do not match {count} values of {dtype}")
     dense = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     plain = (kind, offset, count, record.compress_type) == ("storage", 0, math.prod(shape), zipfile.ZIP_STORED)
     return values if plain and tuple(stride) == dense else None

@@ -24,7 +24,7 @@ def run(config: Config) -> Iterator[Violation]:
     """The run's name."""
     name = config.run.name
     if any(separator in name for separator in "/\\\0") or name in (".", ".."):
-        yield Violation(("run.name",), "names a directory inside run.dir and must hold no path separator")
+        yield Violation(("run.name",), "must be a plain directory name without path separators, and neither . nor ..")
     if name != name.strip():
         yield Violation(("run.name",), "must not begin or end with a space")
 
@@ -37,12 +37,16 @@ def tiny(config: Config) -> Iterator[Violation]:
     if tiny.head_dim % 2:
         yield Violation(("tiny.head_dim",), "must be even, as rotary embeddings turn pairs of dimensions")
     if config.model.path == "tiny" and tiny.layers < config.parallel.pp:
-        yield Violation(("parallel.pp", "tiny.layers"), "every pipeline stage needs at least one layer", given=("model.path",))
+        yield Violation(
+            ("parallel.pp", "tiny.layers"),
+            "every pipeline stage needs at least one layer; lower pp or raise layers",
+            given=("model.path",),
+        )
     for key, tokens in response_limits(config).items():
         if config.model.path == "tiny" and config.data.max_prompt_tokens + tokens > TINY_POSITIONS:
             yield Violation(
                 ("data.max_prompt_tokens", key),
-                f"the tiny model has a context of {TINY_POSITIONS} tokens",
+                f"their sum exceeds the context of the tiny model, {TINY_POSITIONS} tokens; lower one of them",
                 given=("model.path", *EVALUATED),
             )
 
@@ -70,11 +74,11 @@ def data(config: Config) -> Iterator[Violation]:
         yield Violation(("data.prompt_template",), "must contain {prompt}, which stands for the problem's text")
     for key in ("data.eval", "data.id_column"):
         if get(config, key) is not None and not get(config, key):
-            yield Violation((key,), "must not be empty; null is none")
+            yield Violation((key,), "must not be empty; use null for none")
     for key in ("data.prompt_column", "data.answer_column", "data.id_column"):
         columns = get(config, key)
         if isinstance(columns, tuple) and not all(columns):
-            yield Violation((key,), "must not have an empty name in it")
+            yield Violation((key,), "must not contain an empty name")
     for key in ("data.train", "data.eval"):
         if isinstance(sets := get(config, key), dict):
             yield from _sets(key, sets)
@@ -84,9 +88,9 @@ def data(config: Config) -> Iterator[Violation]:
 
 def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
     if wrong := [name for name in sets if not _SET_NAME.fullmatch(name)]:
-        yield Violation((key,), f"the name of a set is of letters, digits, `_`, `-` and `.`, and {wrong[0]!r} is not")
+        yield Violation((key,), f"the set name {wrong[0]!r} may contain only letters, digits, `_`, `-` and `.`")
     if empty := [name for name, place in sets.items() if not place]:
-        yield Violation((key,), f"{empty[0]} names no source; leave it out, or give one")
+        yield Violation((key,), f"the set {empty[0]} has no source; give it one, or remove it")
 
 
 def _splits(config: Config) -> Iterator[Violation]:
@@ -96,10 +100,10 @@ def _splits(config: Config) -> Iterator[Violation]:
         if (given := sets_by_name(get(config, key))[source.name]) == source.location:
             continue
         if not source.location or not source.hub_split:
-            yield Violation((key,), f"in {given} the `@` must stand between a hub dataset and its split")
+            yield Violation((key,), f"in {given}, the `@` must be between a hub dataset and its split")
         elif source.is_file or source.location == ARITHMETIC:
             yield Violation(
-                (key,), f"{source.location} has no splits, as only hub datasets do; leave out `@{source.hub_split}`"
+                (key,), f"{source.location} has no splits (only hub datasets have them); remove `@{source.hub_split}`"
             )
 
 
@@ -113,23 +117,27 @@ def _samples(config: Config) -> Iterator[Violation]:
         yield Violation(("eval.samples",), "must be below 2**31")
     if any(count > 1 for count in counts) and config.eval.temperature == 0:
         yield Violation(
-            ("eval.samples", "eval.temperature"), "greedy responses to a problem are all the same; set a temperature above 0"
+            ("eval.samples", "eval.temperature"),
+            "greedy responses to a problem are all the same; set a temperature above 0, or samples to 1",
         )
     sets = config.data.eval if isinstance(config.data.eval, dict) else {}
     if isinstance(samples, dict) and (unknown := [name for name in samples if name not in sets]):
-        yield Violation(("eval.samples", "data.eval"), f"there is no set named {unknown[0]!r}")
+        yield Violation(("eval.samples", "data.eval"), f"data.eval has no set named {unknown[0]!r}")
 
 
 def reward(config: Config) -> Iterator[Violation]:
     """The verifier."""
     reward = config.reward
     if reward.columns and reward.function == "math":
-        yield Violation(("reward.columns", "reward.function"), "math has no use for them; they are for a function of your own")
+        yield Violation(
+            ("reward.columns", "reward.function"),
+            "the math reward does not use columns; remove them, or set reward.function to your own function",
+        )
     if len(set(reward.columns)) < len(reward.columns) or not all(reward.columns):
-        yield Violation(("reward.columns",), "must name columns, each once")
+        yield Violation(("reward.columns",), "must not contain empty or duplicate names")
     yield from names(config, "reward.extract", EXTRACTORS)
     if reward.function != "math" and not IMPORT_PATH.fullmatch(reward.function):
-        yield Violation(("reward.function",), "must be math, or a function's import path as package.module:function")
+        yield Violation(("reward.function",), "must be math, or an import path of the form package.module:function")
     if reward.range_min >= reward.range_max:
         yield Violation(("reward.range_min", "reward.range_max"), "range_min must be below range_max")
     if reward.overlong_buffer > config.rollout.max_response_tokens:
@@ -145,4 +153,4 @@ def names(config: Config, key: str, allowed: tuple[str, ...]) -> Iterator[Violat
     if unknown:
         yield Violation((key,), f"{', '.join(unknown)} is not one of {', '.join(allowed)}")
     if len(set(values)) < len(values):
-        yield Violation((key,), "must not name anything twice")
+        yield Violation((key,), "must not contain duplicates")

@@ -16,26 +16,30 @@ def objective(config: Config) -> Iterator[Violation]:
     objective = config.objective
     if objective.loss not in LOSSES and not IMPORT_PATH.fullmatch(objective.loss or ""):
         yield Violation(
-            ("objective.loss",), f"must be one of {', '.join(LOSSES)}, or a function's import path as package.module:function"
+            ("objective.loss",), f"must be one of {', '.join(LOSSES)}, or an import path of the form package.module:function"
         )
     if objective.options and objective.loss in LOSSES:
-        yield Violation(("objective.options", "objective.loss"), "options are for a loss of your own; this one has none")
+        yield Violation(("objective.options", "objective.loss"), "only a custom loss takes options; remove them")
     if objective.dual_clip is not None:
         if objective.dual_clip <= 1:
-            yield Violation(("objective.dual_clip",), "must be greater than 1; null is off")
+            yield Violation(("objective.dual_clip",), "must be greater than 1, or null to disable it")
         if objective.loss in LOSSES and objective.loss != "clipped":
-            yield Violation(("objective.dual_clip", "objective.loss"), "only the clipped loss has a dual clip; set it to null")
+            yield Violation(
+                ("objective.dual_clip", "objective.loss"),
+                "only the clipped loss has a dual clip; set dual_clip to null",
+            )
     if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.kl_estimator != "k1":
         yield Violation(
             ("objective.kl_in", "objective.kl_estimator"),
-            "a reward is a constant, so that only k1 pulls to the reference there; set kl_estimator to k1, or kl_in to loss",
+            "a KL term in the reward has no gradient of its own, so only k1 pulls towards the reference; set kl_estimator to "
+            "k1, or kl_in to loss",
             given=("objective.kl_coef",),
         )
     if objective.kl_coef > 0 and objective.kl_in == "reward" and objective.normalize:
         yield Violation(
             ("objective.kl_in", "objective.normalize"),
-            "in a group whose rewards are otherwise equal, dividing by the deviation makes advantages of full size of the KL "
-            "alone, however small it is; set normalize to false, or kl_in to loss",
+            "if the rewards of a group are otherwise equal, normalization scales even a tiny KL term to full-size "
+            "advantages; set normalize to false, or kl_in to loss",
             given=("objective.kl_coef",),
         )
     if objective.correction_floor > objective.correction_cap:
@@ -44,10 +48,11 @@ def objective(config: Config) -> Iterator[Violation]:
         )
     if not 0 < objective.log_ratio_bound <= 80:
         yield Violation(
-            ("objective.log_ratio_bound",), "must be greater than 0 and at most 80, where exp() leaves the float32 range"
+            ("objective.log_ratio_bound",),
+            "must be greater than 0 and at most 80, so that exp() stays within the float32 range",
         )
     if objective.constant_length is not None and objective.constant_length < 1:
-        yield Violation(("objective.constant_length",), "must be at least 1; null is rollout.max_response_tokens")
+        yield Violation(("objective.constant_length",), "must be at least 1, or null for rollout.max_response_tokens")
 
 
 def off_policy(config: Config) -> Iterator[Violation]:
@@ -55,8 +60,8 @@ def off_policy(config: Config) -> Iterator[Violation]:
     if config.objective.loss == "reinforce" and config.train.epochs * config.train.minibatches > 1:
         yield Violation(
             ("objective.loss", "train.epochs", "train.minibatches"),
-            "this loss has no ratio, so that every optimizer step of a rollout after the first is off-policy and nothing "
-            "corrects or bounds it; set train.epochs and train.minibatches to 1 for what its source describes",
+            "this loss has no importance ratio, so nothing corrects or bounds the optimizer steps after the first of each "
+            "rollout, which are off-policy; set train.epochs and train.minibatches to 1 for the original algorithm",
         )
 
 
@@ -67,7 +72,7 @@ def clip_range(config: Config) -> Iterator[Violation]:
     if objective.loss in ("clipped", "gspo") and eps_max >= 1:
         yield Violation(
             ("objective.eps_max",),
-            "must be below 1, else the lower clip bound 1 - eps is not positive",
+            "must be below 1, otherwise the lower clip bound 1 - eps is not positive",
             given=("objective.loss",),
         )
     if eps_min > eps_max:
@@ -77,5 +82,5 @@ def clip_range(config: Config) -> Iterator[Violation]:
         if not eps_min <= getattr(objective, side) <= eps_max:
             yield Violation(
                 (f"objective.{side}", "objective.eps_min", "objective.eps_max"),
-                f"{side} must lie between eps_min and eps_max, else it never takes effect",
+                f"{side} must lie between eps_min and eps_max, otherwise it never takes effect",
             )

@@ -17,11 +17,12 @@ def parallel(config: Config) -> Iterator[Violation]:
     if tp == 1 and config.parallel.sequence_parallel:
         yield Violation(
             ("parallel.sequence_parallel", "parallel.tp"),
-            "sequence parallelism splits over tensor-parallel ranks and needs tp > 1; set it to false",
+            "sequence parallelism splits activations over tensor-parallel ranks and needs tp > 1; set sequence_parallel to "
+            "false",
         )
     yield from _stages(config)
     if config.parallel.etp is not None and config.parallel.etp < 1:
-        yield Violation(("parallel.etp",), "must be at least 1; null is tp")
+        yield Violation(("parallel.etp",), "must be at least 1, or null for tp")
     if config.model.path == "tiny" and config.parallel.ep > 1:
         yield Violation(("parallel.ep", "model.path"), "the tiny model has no experts to spread; set ep to 1")
 
@@ -36,9 +37,9 @@ def _stages(config: Config) -> Iterator[Violation]:
     for name in ("first_stage_layers", "last_stage_layers"):
         count = getattr(parallel, name)
         if count is not None and count < 1:
-            yield Violation((f"parallel.{name}",), "must be at least 1; null is an even share")
+            yield Violation((f"parallel.{name}",), "must be at least 1, or null for an even share")
         elif count is not None and parallel.pp == 1:
-            yield Violation((f"parallel.{name}", "parallel.pp"), "there is one stage, which has all layers; set it to null")
+            yield Violation((f"parallel.{name}", "parallel.pp"), f"the only pipeline stage has all layers; set {name} to null")
 
 
 def layout(config: Config, world_size: int) -> Iterator[Violation]:
@@ -61,7 +62,8 @@ def layout(config: Config, world_size: int) -> Iterator[Violation]:
     if config.parallel.tp == "auto" and tp == 1 and config.parallel.sequence_parallel:
         yield Violation(
             ("parallel.sequence_parallel", "parallel.tp"),
-            f"tp is 1 on {world_size} ranks, and sequence parallelism needs tp > 1; start more ranks or set it to false",
+            f"tp is 1 on {world_size} ranks, and sequence parallelism needs tp > 1; start more ranks, or set "
+            "sequence_parallel to false",
         )
     heads, kv_heads = config.tiny.heads, config.tiny.heads // 2
     if config.model.path == "tiny" and heads >= 2 and heads % 2 == 0 and (heads % tp or (kv_heads % tp and tp % kv_heads)):
@@ -79,6 +81,6 @@ def _experts_layout(config: Config, stage_ranks: int, tp: int) -> Iterator[Viola
     if ep >= 1 and etp >= 1 and stage_ranks % (ep * etp):
         yield Violation(
             ("parallel.ep", "parallel.etp"),
-            f"the {stage_ranks} ranks of a pipeline stage are not divisible by ep x etp = {ep} x {etp} = {ep * etp} (etp is tp "
-            "where it is null); choose ep and etp whose product divides them",
+            f"the {stage_ranks} ranks of a pipeline stage are not divisible by ep x etp = {ep} x {etp} = {ep * etp} (a null "
+            f"etp is tp); choose ep and etp so that their product divides {stage_ranks}",
         )

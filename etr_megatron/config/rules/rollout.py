@@ -16,15 +16,15 @@ def rollout(config: Config) -> Iterator[Violation]:
     if rollout.samples_per_prompt < 2:
         yield Violation(
             ("rollout.samples_per_prompt",),
-            "must be at least 2: the advantage compares the responses to one prompt, and is 0 for a single one",
+            "must be at least 2: the advantage compares responses to the same prompt, and is 0 for a single one",
         )
     for key, top_p in (("rollout.top_p", rollout.top_p), ("eval.top_p", config.eval.top_p)):
         if not 0 < top_p <= 1:
             yield Violation((key,), "must be greater than 0 and at most 1")
     if config.eval.max_response_tokens is not None and config.eval.max_response_tokens < 1:
-        yield Violation(("eval.max_response_tokens",), "must be at least 1; null is rollout.max_response_tokens")
+        yield Violation(("eval.max_response_tokens",), "must be at least 1, or null for rollout.max_response_tokens")
     if rollout.max_logprob_gap is not None and rollout.max_logprob_gap <= 0:
-        yield Violation(("rollout.max_logprob_gap",), "must be greater than 0; null takes the default of the dtype")
+        yield Violation(("rollout.max_logprob_gap",), "must be greater than 0, or null for the default of the dtype")
     updates = config.train.minibatches
     if updates >= 1 and rollout.prompts_per_step % updates:
         yield Violation(
@@ -37,18 +37,18 @@ def asynchronous(config: Config) -> Iterator[Violation]:
     """Oversampling, responses that outlive a step, and generation that overlaps with training."""
     rollout = config.rollout
     if rollout.max_oversample < 1:
-        yield Violation(("rollout.max_oversample",), "must be at least 1, which asks for no more than prompts_per_step")
+        yield Violation(("rollout.max_oversample",), "must be at least 1, which means no oversampling")
     for key, is_on in (("partial", rollout.partial), ("max_staleness", rollout.max_staleness > 0)):
         if is_on and rollout.backend == "embedded":
             yield Violation(
                 (f"rollout.{key}", "rollout.backend"),
-                "the embedded engine lives in the ranks that train, and can be neither cut off nor run beside them; set "
-                "backend to sglang",
+                "the embedded engine runs in the training ranks, so it can be neither interrupted nor run during training; "
+                "set backend to sglang",
             )
     if rollout.partial and rollout.max_staleness < 1:
         yield Violation(
             ("rollout.partial", "rollout.max_staleness"),
-            "a response that goes on after a weight sync has tokens of older weights; set max_staleness to at least 1",
+            "a response that continues after a weight sync has tokens from older weights; set max_staleness to at least 1",
         )
 
 
@@ -56,11 +56,14 @@ def recorded(config: Config) -> Iterator[Violation]:
     """Replay of recorded steps, and rollouts without training."""
     rollout = config.rollout
     if rollout.replay == "":
-        yield Violation(("rollout.replay",), "must not be empty; null is off")
+        yield Violation(("rollout.replay",), "must not be empty; use null to disable replay")
     if rollout.replay is not None and config.eval.every:
-        yield Violation(("rollout.replay", "eval.every"), "there is no engine to evaluate with; set eval.every to 0")
+        yield Violation(("rollout.replay", "eval.every"), "a replay has no engine to evaluate with; set eval.every to 0")
     if rollout.replay is not None and rollout.only:
-        yield Violation(("rollout.replay", "rollout.only"), "what is replayed is recorded already; leave out one of them")
+        yield Violation(
+            ("rollout.replay", "rollout.only"),
+            "replayed rollouts are already recorded; remove one of the two settings",
+        )
 
 
 SET_BY_THE_JOB = {
@@ -102,16 +105,16 @@ def sglang(config: Config) -> Iterator[Violation]:
     """Servers."""
     sglang = config.sglang
     if any(not re.match(r"https?://[^/]+", url) for url in sglang.urls):
-        yield Violation(("sglang.urls",), "every server's address must be http://host:port")
+        yield Violation(("sglang.urls",), "every URL must have the form http://host:port")
     if len(set(sglang.urls)) < len(sglang.urls):
-        yield Violation(("sglang.urls",), "must not name a server twice")
+        yield Violation(("sglang.urls",), "must not list a server twice")
     if sglang.devices and len(sglang.devices) != sglang.gpus_of_a_node:
         yield Violation(
             ("sglang.devices", "sglang.servers", "sglang.tp"),
-            f"{sglang.servers} servers of tp {sglang.tp} take {sglang.gpus_of_a_node} GPUs",
+            f"{sglang.servers} servers of tp {sglang.tp} need {sglang.gpus_of_a_node} GPUs; list as many devices",
         )
     if sglang.ep >= 1 and sglang.tp % sglang.ep:
-        yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, whose ranks the experts are spread over")
+        yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, as experts are spread over the tp ranks of a server")
     if sglang.mem_fraction is not None and not 0 < sglang.mem_fraction < 1:
         yield Violation(("sglang.mem_fraction",), "must lie between 0 and 1")
     if sglang.context_length is not None and sglang.context_length < 1:
@@ -122,19 +125,21 @@ def sglang(config: Config) -> Iterator[Violation]:
             if sglang.context_length < longest:
                 yield Violation(
                     ("sglang.context_length", "data.max_prompt_tokens", key),
-                    f"servers refuse a prompt with a response of together {longest} tokens, which the other two allow",
+                    f"a prompt and its response can have {longest} tokens together, which servers would refuse; raise "
+                    "context_length, or lower one of the other two",
                     given=("sglang.urls", *EVALUATED),
                 )
     yield from _placement(sglang)
     if sglang.placement == "colocated" and config.rollout.max_staleness:
         yield Violation(
             ("sglang.placement", "rollout.max_staleness"),
-            "colocated servers generate and train by turns; set max_staleness to 0, or give the servers GPUs of their own",
+            "colocated servers and training take turns on the GPUs; set max_staleness to 0, or placement to dedicated",
         )
     if sglang.router is not None and config.train.routing_replay:
         yield Violation(
             ("sglang.router", "train.routing_replay"),
-            "sglang-router (0.3.2) does not pass on to servers that their experts are asked for; leave out one of them",
+            "sglang-router (0.3.2) does not forward the request for expert choices to servers; set router to null, or "
+            "routing_replay to false",
         )
     yield from _arguments(sglang)
 
@@ -142,36 +147,54 @@ def sglang(config: Config) -> Iterator[Violation]:
 def _placement(sglang: SglangConfig) -> Iterator[Violation]:
     external = bool(sglang.urls)
     if sglang.placement is not None and external != (sglang.placement == "external"):
-        what = "servers that run already are external" if external else "external servers are named by sglang.urls"
+        missing = "external servers need their addresses in sglang.urls"
+        what = "servers at sglang.urls are external; set placement to external or null" if external else missing
         yield Violation(("sglang.placement", "sglang.urls"), what)
     if external and sglang.nodes == "every":
-        yield Violation(("sglang.nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+        yield Violation(("sglang.nodes", "sglang.urls"), "the job does not place servers at sglang.urls; set nodes to first")
     if sglang.dedicated_nodes > 0:
         yield from _dedicated_nodes(sglang)
     if external and sglang.router is not None:
-        yield Violation(("sglang.router", "sglang.urls"), "the job's router is for servers that the job started")
+        yield Violation(
+            ("sglang.router", "sglang.urls"),
+            "the job starts a router only for servers that it also starts; set router to null",
+        )
     if external and sglang.sync == "sharded":
-        yield Violation(("sglang.sync", "sglang.urls"), "sharded needs servers that the job started with its weight loader")
+        yield Violation(
+            ("sglang.sync", "sglang.urls"),
+            "sharded needs servers that the job starts with its weight loader; set sync to broadcast, tensor or disk",
+        )
     if sglang.checksums and sglang.sync != "sharded":
-        yield Violation(("sglang.checksums", "sglang.sync"), "only servers of sync: sharded can be asked for checksums")
+        yield Violation(
+            ("sglang.checksums", "sglang.sync"),
+            "checksums need sync to be sharded; set sync to sharded, or checksums to false",
+        )
     if sglang.placement == "colocated" and sglang.sync in ("broadcast", "sharded"):
         yield Violation(
             ("sglang.sync", "sglang.placement"),
-            "colocated servers take tensor or disk: NCCL has no group with two processes on one GPU",
+            "NCCL does not allow two processes of a group on one GPU; set sync to tensor or disk for colocated servers",
         )
 
 
 def _dedicated_nodes(sglang: SglangConfig) -> Iterator[Violation]:
     if sglang.urls:
-        yield Violation(("sglang.dedicated_nodes", "sglang.urls"), "servers that run already are on the nodes where they are")
+        yield Violation(
+            ("sglang.dedicated_nodes", "sglang.urls"), "the job does not place servers at sglang.urls; set dedicated_nodes to 0"
+        )
     elif sglang.placement == "colocated":
-        yield Violation(("sglang.dedicated_nodes", "sglang.placement"), "nodes set apart have no ranks to share GPUs with")
+        yield Violation(
+            ("sglang.dedicated_nodes", "sglang.placement"),
+            "dedicated nodes have no ranks to share GPUs with; set placement to dedicated, or dedicated_nodes to 0",
+        )
     if sglang.nodes == "every":
-        yield Violation(("sglang.dedicated_nodes", "sglang.nodes"), "servers are on nodes of their own or on every node")
+        yield Violation(
+            ("sglang.dedicated_nodes", "sglang.nodes"),
+            "servers are either on dedicated nodes or on every node; set nodes to first, or dedicated_nodes to 0",
+        )
     if sglang.sync == "tensor":
         yield Violation(
             ("sglang.dedicated_nodes", "sglang.sync"),
-            "tensor needs a rank on the servers' machine; take broadcast, sharded or disk",
+            "tensor needs a rank on the servers' machine; set sync to broadcast, sharded or disk",
         )
 
 
@@ -183,9 +206,9 @@ def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
             key = SET_BY_THE_JOB[name]
             yield Violation(("sglang.arguments",), f"{name} is set by the job" + (f", see {key}" if key else ""))
         elif name in typed and getattr(sglang, typed[name]) is not None:
-            yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice")
+            yield Violation(("sglang.arguments", f"sglang.{typed[name]}"), f"{name} is given twice; remove one of the two")
         elif name in _MOVES_EXPERTS and sglang.sync == "sharded":
             yield Violation(
                 ("sglang.arguments", "sglang.sync"),
-                f"{name} puts experts elsewhere than sharded writes them; use broadcast, tensor or disk",
+                f"{name} moves experts away from where sharded writes them; set sync to broadcast, tensor or disk",
             )

@@ -153,7 +153,7 @@ def bounds(config: Config) -> Iterator[Violation]:
         yield Violation(("train.adam_eps",), f"must be at least {LEAST_EPS:g}")
     for key in ("rollout.temperature", "eval.temperature"):
         if 0 < get(config, key) < COLDEST:
-            yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0, the likeliest token" if "eval" in key else ""))
+            yield Violation((key,), f"must be at least {COLDEST:g}" + (", or 0 for greedy sampling" if "eval" in key else ""))
     for key, most in AT_MOST.items():
         if get(config, key) > most:
             yield Violation((key,), f"must be at most {most}")

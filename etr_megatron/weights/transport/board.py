@@ -138,7 +138,7 @@ class Board:
             time.sleep(_POLL_S)
         if gone:
             return f"{_ranks(gone)} gone: the connection was lost"
-        return f"{_ranks(silent, verb=False)} did not come within {self._patience:g} s" if silent else ""
+        return f"{_ranks(silent, verb=False)} did not arrive within {self._patience:g} s" if silent else ""
 
     def _there(self, rank: int) -> bool:
         return self._store.check([self._key(self._phase, rank)])

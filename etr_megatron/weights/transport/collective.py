@@ -49,9 +49,9 @@ def check_shards(role: str, rank: int | None, wanted: Mapping[str, Wanted], give
         if tensor is None:
             problems.append(f"{name} is missing")
         elif tuple(tensor.shape) != shape:
-            problems.append(f"{name} is {tuple(tensor.shape)}, the plan says {shape}")
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, but {shape} in the plan")
         elif tensor.dtype != dtype if dtype else tensor.dtype == FP8:
-            problems.append(f"{name} is {tensor.dtype}, which must be {dtype or 'of a type that is not quantised'}")
+            problems.append(f"{name} is {tensor.dtype}, but must be {dtype or 'a type that is not quantised'}")
     if problems:
         raise ValueError(f"shards of {role} rank {rank} do not fit: {listed(problems, '; ')}")
 

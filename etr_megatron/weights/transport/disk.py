@@ -93,7 +93,7 @@ class DiskWriter(CollectiveTransport):
         checksums: bool = False,
     ) -> None:
         if keep < 1:
-            raise ValueError(f"keep is {keep}; the version that is written must stay")
+            raise ValueError(f"keep is {keep}, but must be at least 1")
         nothing = WholeLayout(0, lambda weight: 0)
         super().__init__(wire, arch, source, nothing, 0, fp8_block)
         self.directory, self._run, self._keep, self._checksums = Path(directory), run, keep, checksums
@@ -273,7 +273,7 @@ class DiskReader:
             if said.get("run") == self._run:
                 return said
             if time.monotonic() > deadline:
-                other = f"; what lies there is of run {said['run']!r}, not of {self._run!r}" if "run" in said else ""
+                other = f"; the files there belong to run {said['run']!r}, not {self._run!r}" if "run" in said else ""
                 raise SyncError(
                     f"version {version} of the weights did not appear in {self.directory} in {self._timeout_s:g} s{other}"
                 )
@@ -282,7 +282,7 @@ class DiskReader:
     def _refuse_misfit(self, files: SafetensorsDir, said: dict[str, Any], version: int) -> None:
         """Raises ValueError for files of another version, or naming tensors that are missing or of another shape or type."""
         if said.get("version") != version:
-            raise ValueError(f"{VERSION_FILE} says that it is version {said.get('version')}")
+            raise ValueError(f"{VERSION_FILE} is for version {said.get('version')}")
         shapes, problems = files.shapes(), []
         for weight, _ in self._shards:
             block = self._block if weight.fp8 else None

@@ -146,7 +146,7 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
                 found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
     if problems:
         differing = listed(list(dict.fromkeys(problems)), "; ")  # a fused parameter comes up once per expert
-        raise MisfitError(f"the server's parameters are not those of the offer: {differing}")
+        raise MisfitError(f"the server's parameters do not match the offer: {differing}")
     return found
 
 
@@ -156,8 +156,8 @@ def refuse_other_orders(model: Any) -> None:
         for order in _OWN_ORDERS:
             if getattr(module, order, False) or getattr(getattr(module, "quant_method", None), order, False):
                 raise MisfitError(
-                    f"the server keeps the experts of {name} in an order of its own ({order}); start it with another "
-                    "--moe-runner-backend (triton), or send whole tensors (sglang.sync=broadcast)"
+                    f"the server keeps the experts of {name} in its own order ({order}); start it with --moe-runner-backend "
+                    "triton, or send whole tensors (sglang.sync=broadcast)"
                 )
 
 
@@ -183,7 +183,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     tensors = dict(named_tensors)
     if tensors.keys() != {MESSAGE_NAME}:
-        raise ValueError(f"this loader takes the tensor {MESSAGE_NAME} alone, not {', '.join(sorted(tensors))}")
+        raise ValueError(f"this loader accepts only the tensor {MESSAGE_NAME}, not {', '.join(sorted(tensors))}")
     offer = Offer.read(tensors[MESSAGE_NAME])
     if offer.arch.experts is not None:
         refuse_other_orders(model)

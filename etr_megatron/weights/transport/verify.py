@@ -51,8 +51,8 @@ def refuse_differing(wire: Wire, differing: Sequence[Transfer]) -> None:
         first = differing[0]
         raise wire.board.fail(
             f"pieces that differ from their source after the transfer: {len(differing)}, first {first.weight.server} (of "
-            f"{', '.join(first.weight.hf)}), {list(first.size)} from {list(first.destination_at)} that source rank "
-            f"{first.source} sent"
+            f"{', '.join(first.weight.hf)}), {list(first.size)} from {list(first.destination_at)} on, sent by source rank "
+            f"{first.source}"
         )
 
 
