@@ -298,8 +298,8 @@ def check_problems(sources: Iterable[Source], config: Config) -> None:
     needed = config.rollout.prompts_per_step
     if usable.keys() >= set(train) and (found := sum(usable[key] for key in train)) < needed:
         raise UserError(
-            f"data.train has {found} problems, fewer than a step needs (rollout.prompts_per_step={needed}); lower this or give "
-            "more data"
+            f"data.train has {found} problem{'s' * (found != 1)}, fewer than a step needs; lower "
+            f"rollout.prompts_per_step={needed} or give more data"
         )
 
 

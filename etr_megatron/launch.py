@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,9 +172,8 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
 
 if __name__ == "__main__":
     code = main()
-    if code == USER_ERROR_EXIT:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: threads of pyarrow, with which data was read, have been seen to abort the interpreter's end.
-        os._exit(code)
-    sys.exit(code)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    # Not sys.exit: threads of pyarrow, with which data was read, have been seen to abort the interpreter's end.
+    os._exit(code)

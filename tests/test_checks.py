@@ -248,7 +248,7 @@ def test_training_sets_that_do_not_suffice_for_a_step_together_are_refused(confi
     config = replace(config, data=data, rollout=replace(config.rollout, prompts_per_step=5))
     check_inputs(config, 1)
     assert refusal(replace(config, rollout=replace(config.rollout, prompts_per_step=6))) == (
-        "data.train has 5 problems, fewer than a step needs (rollout.prompts_per_step=6); lower this or give more data"
+        "data.train has 5 problems, fewer than a step needs; lower rollout.prompts_per_step=6 or give more data"
     )
 
 

@@ -38,6 +38,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 1"),
         (["--gpus", "100000000"], "--gpus 100000000: must be at most 65536"),
         (["--gpu", "a100", "fp8.recipe=blockwise"], "fp8.recipe=blockwise: an A100 SXM has no FP8"),
+        (["fp8.recipe=mxfp8"], "fp8.recipe=mxfp8: an H100 SXM has no MXFP8; set fp8.recipe=blockwise"),
         (["--gpu", "a100", "sglang.fp8=true"], "sglang.fp8=true: an A100 SXM has no FP8"),
         (["train.lrr=1"], "did you mean train.lr?"),
         (["--config", "none.yaml"], "none.yaml cannot be read"),

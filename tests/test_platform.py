@@ -204,24 +204,26 @@ def test_a_rank_that_meets_servers_in_nccl_connects_to_them_and_outlives_them(mo
 
 @pytest.mark.parametrize("own", [None, "3"])
 def test_a_group_with_servers_outlives_them_and_other_groups_keep_their_own_settings(monkeypatch, own):
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    monkeypatch.setenv(name, own or "")
-    if own is None:
-        monkeypatch.delenv(name)
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC")
+    for name in names:
+        monkeypatch.setenv(name, own or "")
+        if own is None:
+            monkeypatch.delenv(name)
     seen = []
 
     def formed(*_arguments, **_options):
-        seen.append(os.environ.get(name))
+        seen.append([os.environ.get(name) for name in names])
         raise RuntimeError("not here")
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", formed, raising=False)
     with pytest.raises(RuntimeError, match="not here"):
         wire._open_group("nccl", dist.HashStore(), 0, 2, 1.0)
     monkeypatch.setattr(update_group.c10d, "_new_process_group_helper", formed)
-    with pytest.raises(RuntimeError, match="not here"):
-        update_group.UpdateGroup(1, host="127.0.0.1", backend="gloo", timeout_s=5).join()
-    assert seen == ["0", "0"]
-    assert os.environ.get(name) == own
+    for backend in ("nccl", "gloo"):
+        with pytest.raises(RuntimeError, match="not here"):
+            update_group.UpdateGroup(1, host="127.0.0.1", backend=backend, timeout_s=5).join()
+    assert seen == [["0", "250"], ["0", "250"], [own, own]]
+    assert [os.environ.get(name) for name in names] == [own, own]
 
 
 @pytest.mark.parametrize(("backend", "ended"), [("nccl", "aborted"), ("gloo", "destroyed")])

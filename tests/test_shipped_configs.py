@@ -160,7 +160,7 @@ def test_a_dry_run_reads_the_problems_that_are_there(tmp_path: Path, capsys: pyt
     ("data", "told"),
     [
         ({"data.train": "list.json"}, "data.train: '{0}/list.json' is neither .jsonl nor .parquet"),
-        ({"data.train": "one.jsonl"}, "data.train has 1 problems, fewer than a step needs (rollout.prompts_per_step=64)"),
+        ({"data.train": "one.jsonl"}, "data.train has 1 problem, fewer than a step needs; lower rollout.prompts_per_step=64"),
         ({"data.train": "empty"}, "data.train: dataset '{0}/empty'"),
     ],
 )

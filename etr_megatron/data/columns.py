@@ -120,7 +120,7 @@ def _message(one: Any, what: str) -> dict[str, str]:
     if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
     # Exports have keys that say nothing, such as `"tool_calls": []`.
-    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value):
+    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value not in (None, "", [], {})):
         raise BrokenRowError(f"{what} has `{more[0]}`, but only `role` and `content` are supported")
     if one["role"] not in _ROLES:
         raise BrokenRowError(f"{what} has the role {one['role']!r}, which is not one of {', '.join(_ROLES)}")

@@ -11,8 +11,9 @@ from etr_megatron.flops import BF16_PEAK
 class Hardware:
     """Rates in FLOP/s and bytes/s, times in seconds.
 
-    gib: size of its memory. matmul, memory, nvlink, network: peaks; matmul in BF16, nvlink and network in one direction. fp8:
-    whether its tensor cores have FP8. The fields below are assumptions: the same for every GPU, none of them fitted to a run.
+    gib: size of its memory. matmul, memory, nvlink, network: peaks; matmul in BF16, nvlink and network in one direction. fp8,
+    mxfp8: whether its tensor cores have FP8, and FP8 with a scale for 32 values. The fields below are assumptions: the same for
+    every GPU, none of them fitted to a run.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Hardware:
     nvlink: float
     network: float
     fp8: bool = True
+    mxfp8: bool = False
     dense_efficiency: float = 0.41
     """Fraction of the peak that training reaches without the pipeline bubble: Megatron-LM's README reports an MFU of 41% to 48%
     on H100; this is the lower end, because RL's microbatches are small."""
@@ -66,7 +68,7 @@ H100 = Hardware(name="H100 SXM", gib=80, matmul=BF16_PEAK["NVIDIA H100 80GB HBM3
 Gb/s NDR adapter per GPU."""
 H200 = Hardware(name="H200 SXM", gib=141, matmul=BF16_PEAK["NVIDIA H200"], memory=4.8e12, nvlink=450e9, network=50e9)
 """NVIDIA H200 datasheet, SXM: an H100 with 141 GB of HBM3e."""
-B200 = Hardware(name="B200", gib=180, matmul=BF16_PEAK["NVIDIA B200"], memory=8e12, nvlink=900e9, network=50e9)
+B200 = Hardware(name="B200", gib=180, matmul=BF16_PEAK["NVIDIA B200"], memory=8e12, nvlink=900e9, network=50e9, mxfp8=True)
 """NVIDIA DGX B200 datasheet: 180 GB and 64 TB/s of HBM3e for 8 GPUs; NVLink 5 is 1.8 TB/s for both directions together; one 400
 Gb/s adapter per GPU."""
 

@@ -145,6 +145,8 @@ def check_options(
 ) -> None:
     """Check the options of `make_plan`. Raises one UserError for all invalid numbers, and for FP8 on a GPU without it."""
     problems = gpu_problems(gpus, gpus_per_node)
+    if config.fp8.recipe == "mxfp8" and gpu.fp8 and not gpu.mxfp8:
+        problems.append(f"fp8.recipe=mxfp8: an {gpu.name} has no MXFP8; set fp8.recipe=blockwise, or name another --gpu")
     for key in () if gpu.fp8 else fp8_keys(config):
         problems.append(f"{key}: an {gpu.name} has no FP8; remove the setting, or choose another --gpu")
     if gpu_memory is not None and not 0 < gpu_memory < inf:

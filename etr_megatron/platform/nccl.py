@@ -9,17 +9,22 @@ NCCL group to write its flight record, after which that one ends the process, to
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SHARED = {
-    "NCCL_CUMEM_ENABLE": "0",  # as SGLang sets it for its workers: processes of one machine that differ in it cannot connect
+    # As SGLang sets it for its workers: processes of one machine that differ in it cannot connect. It holds for training's
+    # groups as well, which then do without what NCCL builds on it, such as NVLS.
+    "NCCL_CUMEM_ENABLE": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the first group of the process does not heed signals to write its record
 }
 _SURVIVING = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # the watchdog reports an error and goes on
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",  # it then sleeps four times as long; closing a group waits for it
 }
+
+_lock = threading.Lock()
 
 
 def prepare_for_groups_with_servers() -> None:
@@ -35,13 +40,14 @@ def outliving_failures() -> Iterator[None]:
     Whoever waits for the operation gets the error, and has to close the group. Groups read the environment as they are formed;
     those of training keep torch's default, which ends a rank whose collective hangs.
     """
-    before = {name: os.environ.get(name) for name in _SURVIVING}
-    os.environ.update(_SURVIVING)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with _lock:  # else a thread that leaves could restore what another one has set
+        before = {name: os.environ.get(name) for name in _SURVIVING}
+        os.environ.update(_SURVIVING)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

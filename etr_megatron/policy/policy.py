@@ -193,6 +193,7 @@ class Policy:
         and the optimizer's state moves to the CPU. Weights stay. May be called again."""
         if not self.config.train.offload_for_rollout:
             return
+        self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy
         for chunk in self._ddp:
             chunk.offload_grad_buffers(empty_cache=False)
         if not self.config.train.optimizer_offload:  # else it is there already

@@ -51,7 +51,7 @@ class TrainConfig:
     """Keep the optimizer state in CPU memory, and update there (CUDA only)."""
     offload_for_rollout: bool = False
     """While colocated servers have the GPUs, keep the optimizer state in CPU memory and free the gradients' buffers, so that
-    `sglang.mem_fraction` can be larger. Needs `distributed_optimizer`."""
+    `sglang.mem_fraction` can be larger. Needs `distributed_optimizer`; of a float32 model less leaves the GPU."""
     moe_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss of experts, averaged over tokens (models with experts); 0 is off."""
     moe_router_fp32: bool = False

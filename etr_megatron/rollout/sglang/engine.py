@@ -34,9 +34,9 @@ from etr_megatron.weights import Architecture, ServerLayout
 _MEETING_S = 60.0
 """Time for ranks to meet after servers have started."""
 
-_PROBE_GAPS = 10.0
-"""Limit of a probe's gap, in largest mean gaps of a step. The probe has few tokens, whose text means nothing: their
-distributions are flat, and rounding to bfloat16 and FP8 shows undamped. Other weights differ by a nat or more."""
+_PROBE_GAPS, _LARGEST_PROBE_GAP = 10.0, 0.5
+"""Limits of a probe's mean gap: in largest mean gaps of a step, and in nats unless a step's own limit is larger. The probe has
+few tokens, whose text means nothing: their distributions are flat, and rounding to bfloat16 and FP8 shows undamped."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class SglangEngine:
             on_rank0(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
             started = self._start(names, must_stop)
             on_rank0(lambda: self._speaker.open(started))
+            self.release()  # ranks build their models next, on the GPUs of colocated servers
         except BaseException:
             self.close()
             raise
@@ -259,11 +260,9 @@ class SglangEngine:
             together(platform.release_cached_memory)
 
     def _is_probed(self) -> bool:
-        """Whether a probe follows the last sync. Of colocated servers it also follows the second one, the first after they
-        released memory: what SGLang keeps there besides weights and buffers is lost."""
+        """Whether a probe follows the last sync."""
         every = self._config.probe_every
-        after_release = self._config.placement == "colocated" and self._syncs == 2
-        return bool(every) and ((self._syncs - 1) % every == 0 or after_release)
+        return bool(every) and (self._syncs - 1) % every == 0
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:
@@ -292,10 +291,11 @@ class SglangEngine:
             name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
             for (name, reply), wanted in zip(found.items(), ours, strict=True)
         }
-        wrong = {name: gap for name, gap in gaps.items() if not gap <= _PROBE_GAPS * self._serving.max_gap}
+        most = max(self._serving.max_gap, min(_PROBE_GAPS * self._serving.max_gap, _LARGEST_PROBE_GAP))
+        wrong = {name: gap for name, gap in gaps.items() if not gap <= most}
         for name, gap in wrong.items():
             what = f"after weight sync {self.weight_version} its log-probs differ by {gap:.3g} on average from the trainer's"
-            limit = f"more than {_PROBE_GAPS:g} x rollout.max_logprob_gap = {self._serving.max_gap:g}"
+            limit = f"more than the {most:g} that rollout.max_logprob_gap={self._serving.max_gap:g} allows in a probe"
             if len(wrong) == len(gaps):
                 raise OtherModelError(f"{name}: {what}, {limit}; it serves another model or computes in another precision")
             if self._control is not None:

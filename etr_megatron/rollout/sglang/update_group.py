@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import uuid
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ class UpdateGroup:
     def join(self) -> None:
         """Form the group; blocks until all workers have joined. Raises torch's error when they do not join in time."""
         store = dist.TCPStore(self.host, self.port, self.world, wait_for_workers=False, timeout=self._timeout)
-        with outliving_failures():
+        # gloo reads nothing there, and may wait here for a worker that never comes.
+        with outliving_failures() if self.backend == "nccl" else nullcontext():
             # torch has no public API for a group beyond the ranks of the default one; SGLang calls the same function.
             self._group, _ = c10d._new_process_group_helper(
                 self.world,
@@ -48,6 +50,8 @@ class UpdateGroup:
                 timeout=self._timeout,
             )
         c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(self.world)}
+        if self._master is None:  # it was closed meanwhile
+            self.close()
 
     def broadcast(self, flat: Tensor) -> None:
         """Send uint8 [n] to all workers; `flat` stays the caller's. Raises torch's error when one of them is gone."""
