@@ -82,6 +82,15 @@ def on_two_nodes(
         engine.close()
 
 
+@contextmanager
+def _collectives_within(seconds: float) -> Iterator[None]:
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+
+
 def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
     """Two ranks, the first of which runs a node of servers in a thread; what these are sent. collective_s: the deadline of a
     collective while servers start."""
@@ -97,11 +106,8 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
             node = ServerNode(0, config, 0.0, patience_s=60.0, store=client)
             threading.Thread(target=node.serve, daemon=True).start()
             nodes = stack.enter_context(ServerNodes(1, config, store))
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=collective_s), dist.group.WORLD)
-        try:
+        with _collectives_within(collective_s):
             engine = SglangEngine(config, Path(model), serving, nodes)
-        finally:
-            dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
         try:
             engine.update_weights(policy.export(), 1)
             return {"states": states_of(engine), "sums": sums_of(policy)}
@@ -112,11 +118,8 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
 def beside_a_slow_server(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
     """Two ranks, the first of which starts a server; what this is sent. collective_s: a collective's deadline meanwhile."""
     policy = build(model, ["parallel.tp=2"])
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=collective_s), dist.group.WORLD)
-    try:
+    with _collectives_within(collective_s):
         engine = engine_of(policy, model, directory, probe_every=0, **settings)
-    finally:
-        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
     try:
         engine.update_weights(policy.export(), 1)
         return {"states": states_of(engine), "sums": sums_of(policy)}
