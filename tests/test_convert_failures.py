@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from etr_megatron.convert import Ranks, output, to_hf, to_megatron, torch_dist_writer
@@ -205,9 +205,10 @@ def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, befor
     """
     program = f"{before}import os, sys\nfrom tools import convert_hf\nif os.environ['RANK'] == '{rank}':\n    {hook}"
     program += "\nconvert_hf.run_and_leave()"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    # With a store as torchrun has it: a port that was only found free may be taken when rank 0 opens it, and rank 1 would wait.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     command = [sys.executable, "-c", program, *map(str, argv)]
     ranks = []
     for rank in ("0", "1"):
