@@ -23,6 +23,7 @@ from etr_megatron.config import (
     resolved,
     response_limits,
     sources_of,
+    sync_of,
     tensor_parallel,
 )
 from etr_megatron.errors import UserError
@@ -380,7 +381,7 @@ def starts_servers(config: Config) -> bool:
 def meets_servers_in_nccl(config: Config) -> bool:
     """Whether training ranks and servers form process groups, on GPUs with NCCL, in which weights travel."""
     engine = config.rollout.backend == "sglang" and config.rollout.replay is None
-    return engine and config.sglang.placement != "colocated" and config.sglang.sync in (None, "broadcast", "sharded")
+    return engine and sync_of(config.sglang) in ("broadcast", "sharded")
 
 
 def check_servers(config: Config) -> None:

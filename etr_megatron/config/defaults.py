@@ -1,4 +1,5 @@
-"""Fill in values that a config leaves open and that follow from others: the preset's, and `parallel.tp: auto`."""
+"""Fill in values that a config leaves open and that follow from others: the preset's, `parallel.tp: auto`, and
+the transport of weight syncs."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from etr_megatron.config.presets import PRESETS
-from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig
+from etr_megatron.config.schema import Config, ObjectiveConfig, ParallelConfig, SglangConfig
 
 T = TypeVar("T")
 
@@ -47,3 +48,8 @@ def response_limits(config: Config) -> dict[str, int]:
     own = config.eval.max_response_tokens if is_evaluated else None
     limits = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
     return limits if own is None else limits | {"eval.max_response_tokens": own}
+
+
+def sync_of(config: SglangConfig) -> str:
+    """The transport of weight syncs, with null resolved to the default."""
+    return config.sync or ("tensor" if config.placement == "colocated" else "broadcast")

@@ -110,11 +110,17 @@ TRAIN_SET_KEYS = ("groups", "reward_mean", "accuracy", "zero_variance_groups", "
 """Keys of a named training set, which mean the same as in every row; without groups in a step it has only `groups`."""
 
 
+def keys_by_set(row: MetricsRow, prefix: str, metric: str) -> dict[str, str]:
+    """The keys `<prefix><name>/<metric>` that `row` has, by name."""
+    end = f"/{metric}"
+    keys = (key for key in row if key.startswith(prefix) and key.endswith(end))
+    return {key.removeprefix(prefix).removesuffix(end): key for key in keys}
+
+
 def set_accuracies(row: MetricsRow) -> dict[str, float]:
     """The accuracies of the named held-out sets that `row` has, by name."""
     values: dict[str, Any] = dict(row)
-    keys = (key for key in values if key.startswith(SET_PREFIX) and key.endswith("/accuracy"))
-    return {key.removeprefix(SET_PREFIX).removesuffix("/accuracy"): values[key] for key in keys}
+    return {name: values[key] for name, key in keys_by_set(row, SET_PREFIX, "accuracy").items()}
 
 
 class MetricsLog:

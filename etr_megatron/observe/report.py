@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.observe.metrics import SET_PREFIX, TRAIN_SET_PREFIX, MetricsRow, set_accuracies
+from etr_megatron.observe.metrics import SET_PREFIX, TRAIN_SET_PREFIX, MetricsRow, keys_by_set
 from etr_megatron.observe.progress import format_seconds
 from etr_megatron.observe.run_directory import RunDirectory
 
@@ -49,6 +49,7 @@ def summary(rows: list[MetricsRow]) -> str:
     """The report's text; a tenth is at least one step, means ignore values that were not finite."""
     tenth = max(1, len(rows) // 10)
     first_rows, last_rows = rows[:tenth], rows[-tenth:]
+    training, held_out = _sets(rows, TRAIN_SET_PREFIX, "reward_mean"), _sets(rows, SET_PREFIX, "accuracy")
     trained = [row for row in rows if "loss" in row]
     upper, lower = _mean(row.get("clip_frac_upper") for row in trained), _mean(row.get("clip_frac_lower") for row in trained)
     clipped = f"clipped tokens    {_percent(upper)} at the upper bound, {_percent(lower)} at the lower"
@@ -56,9 +57,9 @@ def summary(rows: list[MetricsRow]) -> str:
     lines = [
         f"steps             {rows[0]['step']} to {rows[-1]['step']} ({len(rows)} rows)",
         f"reward            {_change('reward_mean', first_rows, last_rows)}",
-        *(f"  {name:<15} {_change(key, first_rows, last_rows)}" for name, key in _training_sets(rows).items()),
+        *(f"  {name:<15} {_change(key, first_rows, last_rows)}" for name, key in training.items()),
         f"eval accuracy     {_evaluations(rows, 'eval_accuracy')}",
-        *(f"  {name:<15} {_evaluations(rows, key)}" for name, key in _sets(rows).items()),
+        *(f"  {name:<15} {_evaluations(rows, key)}" for name, key in held_out.items()),
         *([f"eval pass@k       {_evaluations(rows, 'eval_pass_at_k')}"] if _points(rows, "eval_pass_at_k") else []),
         *([clipped] if trained else []),
         f"response tokens   {tokens:,.0f}",
@@ -104,16 +105,9 @@ def _points(rows: list[MetricsRow], key: str) -> list[tuple[int, float]]:
     return points
 
 
-def _training_sets(rows: list[MetricsRow]) -> dict[str, str]:
-    """Named training sets -> the key of their mean reward."""
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(TRAIN_SET_PREFIX))
-    end = "/reward_mean"
-    return {key.removeprefix(TRAIN_SET_PREFIX).removesuffix(end): key for key in keys if key.endswith(end)}
-
-
-def _sets(rows: list[MetricsRow]) -> dict[str, str]:
-    """Named held-out sets -> the key of their accuracy."""
-    return {name: f"{SET_PREFIX}{name}/accuracy" for row in rows for name in set_accuracies(row)}
+def _sets(rows: list[MetricsRow], prefix: str, metric: str) -> dict[str, str]:
+    """`keys_by_set` of all rows."""
+    return {name: key for row in rows for name, key in keys_by_set(row, prefix, metric).items()}
 
 
 def _evaluations(rows: list[MetricsRow], key: str) -> str:

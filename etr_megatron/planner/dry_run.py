@@ -116,16 +116,15 @@ def check_problems(config: Config) -> str:
 
     sources = sources_of(config.data)
     # A hub dataset may be a directory here, which is read without fetching anything.
-    here = [source for source in sources if source.location != ARITHMETIC and os.path.exists(source.location)]
-    generated = [source for source in sources if source.location == ARITHMETIC]
+    known = [source for source in sources if source.location == ARITHMETIC or os.path.exists(source.location)]
     refuse_all(
-        lambda: checks.check_problems([*here, *generated], config),
+        lambda: checks.check_problems(known, config),
         lambda: checks.check_reward(config),
         lambda: checks.check_loss(config),
     )
-    rest = [source for source in sources if source not in here and source.location != ARITHMETIC]
+    rest = [source for source in sources if source not in known]
     found = {
-        "has rows that can be used": here,
+        "has rows that can be used": [source for source in known if source.location != ARITHMETIC],
         "is not here: its rows were not checked": [source for source in rest if source.is_file],
         "was not fetched: its rows were not checked": [source for source in rest if not source.is_file],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import LOSSES, Config
+from etr_megatron.config import LOSSES, Config, sync_of
 from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
@@ -97,7 +97,7 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
     gather = (model_bytes / nvlink if parallel.tp != 1 else 0.0) + (model_bytes / network if parallel.pp > 1 else 0.0)
     if config.rollout.backend == "embedded":
         return gather
-    transport = sglang.sync or ("tensor" if sglang.placement == "colocated" else "broadcast")
+    transport = sync_of(sglang)
     sent_bytes = model_bytes if sent_bytes is None else sent_bytes
     if transport == "sharded":
         received = sent_bytes / cluster.server_tp

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import etr_megatron
-from etr_megatron.config import SglangConfig
+from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
+from etr_megatron.weights.hf_config import read_config
 
 FP8_BLOCK = 128
 """Rows and columns of a block of `sglang.fp8`."""
@@ -20,11 +23,6 @@ LOADER = "etr_megatron.weights.transport.server_entry.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
 ROUTING = "--enable-return-routed-experts"
-
-
-def sync_of(config: SglangConfig) -> str:
-    """The transport of weight syncs, with null resolved to the default."""
-    return config.sync or ("tensor" if config.placement == "colocated" else "broadcast")
 
 
 def server_command(
@@ -59,11 +57,12 @@ def server_command(
     if config.fp8:
         blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         quantization = {"fmt": "e4m3", **blocks}
-    if config.fp8 or _named_in(model_dir, "quantization_config"):
+    model = _model_config(model_dir)
+    if config.fp8 or model.get("quantization_config"):
         # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
     if cuda:
-        arguments += _plain_kernels(config, model_dir)
+        arguments += _plain_kernels(config, model)
     environment = {}
     if shares_gpus:
         arguments += ["--enable-memory-saver"]
@@ -120,8 +119,8 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     return tuple(gpus[first : first + config.tp])
 
 
-def _plain_kernels(config: SglangConfig, model_dir: Path) -> list[str]:
-    """Arguments for kernels that keep weights as they are sent, unless the user has chosen some.
+def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
+    """Arguments for kernels that keep weights as they are sent, unless the user has chosen some. model: its config.json.
 
     On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
     flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either.
@@ -130,16 +129,18 @@ def _plain_kernels(config: SglangConfig, model_dir: Path) -> list[str]:
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
         return []
-    experts = _named_in(model_dir, "num_experts") or _named_in(model_dir, "num_local_experts")
+    experts = model.get("num_experts") or model.get("num_local_experts")
     kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
     given = set(names_of(config.arguments))
     return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
 
 
-def _named_in(model_dir: Path, key: str) -> bool:
-    """Whether config.json has a value for this."""
-    file = model_dir / "config.json"
-    return file.is_file() and bool(json.loads(file.read_text()).get(key))
+def _model_config(model_dir: Path) -> dict[str, Any]:
+    """config.json; empty if there is none."""
+    try:
+        return read_config(model_dir / "config.json")
+    except FileNotFoundError:
+        return {}
 
 
 def _this_package(folder: Path) -> str:

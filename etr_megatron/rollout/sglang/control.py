@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 
 import httpx
 
-from etr_megatron.config import SglangConfig
+from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
 from etr_megatron.rollout.sglang.comebacks import Comebacks
-from etr_megatron.rollout.sglang.commands import sync_of
 from etr_megatron.rollout.sglang.connections import Connections, allow_connections
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, BroadcastDelivery, Bucket, Delivery, TensorDelivery
 from etr_megatron.rollout.sglang.fits import Expected

@@ -118,7 +118,7 @@ class TensorDelivery:
         """See `Delivery.close`."""
 
 
-def _beside(work: Callable[[], None]) -> asyncio.Future[None]:
+def _in_daemon_thread(work: Callable[[], None]) -> asyncio.Future[None]:
     """Run in a thread that the process does not wait for at its end: NCCL connects to workers without a deadline, and closing
     the group does not stop it."""
     loop = asyncio.get_running_loop()
@@ -179,7 +179,7 @@ class BroadcastDelivery:
         clients = self._fleet.serving
         route = "/update_weights_from_distributed"
         calls = [asyncio.create_task(client.call(route, body, timeout_s=self._timeout_s)) for client in clients]
-        sending = _beside(lambda: group.broadcast(bucket.flat))
+        sending = _in_daemon_thread(lambda: group.broadcast(bucket.flat))
         # A server that refuses never joins the broadcast: unless the group is closed, everybody would wait for it.
         both: list[asyncio.Future[Any]] = [*calls, sending]
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
@@ -220,7 +220,7 @@ class BroadcastDelivery:
                 "backend": group.backend,
             }
             calls.append(asyncio.create_task(client.call("/init_weights_update_group", body, timeout_s=self._timeout_s)))
-        joining = _beside(group.join)
+        joining = _in_daemon_thread(group.join)
         # A server that refuses never joins the rendezvous: the others would wait there until their timeout.
         both: list[asyncio.Future[Any]] = [*calls, joining]
         done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.config import SglangConfig
+from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK, sync_of
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
@@ -250,7 +250,7 @@ class SglangEngine:
             self._empty_caches()
         self.weight_version = version
         self._syncs += 1
-        if self._is_probed():
+        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
             self._probe(weights)
 
     def _empty_caches(self) -> None:
@@ -258,11 +258,6 @@ class SglangEngine:
         rank 0 asks the servers once all ranks are done."""
         if self._config.placement == "colocated":
             together(platform.release_cached_memory)
-
-    def _is_probed(self) -> bool:
-        """Whether a probe follows the last sync."""
-        every = self._config.probe_every
-        return bool(every) and (self._syncs - 1) % every == 0
 
     @contextmanager
     def _transaction(self, version: int) -> Iterator[None]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.config import SglangConfig
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK, ROUTING, sync_of
+from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.rollout.sglang.commands import FP8_BLOCK, ROUTING
 from etr_megatron.weights import FAMILIES, Architecture
 
 _SIZES = {
