@@ -37,6 +37,7 @@ VIOLATIONS = [
     (dict(arithmetic__operators=("+", "+")), ["arithmetic.operators"]),
     (dict(arithmetic__min_digits=1, arithmetic__max_digits=1), ["arithmetic.train_problems"]),
     (dict(data__prompt_template="Q:"), ["data.prompt_template"]),
+    (dict(data__chat_template=False, data__chat_template_kwargs={"a": True}), ["data.chat_template_kwargs"]),
     (dict(data__eval=""), ["data.eval"]),
     (dict(data__eval={}), ["data.eval"]),
     (dict(data__eval={"a": ""}), ["data.eval"]),

@@ -236,3 +236,25 @@ def test_sets_are_named_by_their_key():
         Source("data.train.gsm8k", "owner/g", "all", "train", "gsm8k"),
         Source("data.train.maths", "m.parquet", "all", "train", "maths"),
     ]
+
+
+THINKING = byte_tokenizer(
+    CHAT_TEMPLATE + "{% if enable_thinking is false %}<none>{% endif %}{{ '!' * effort if effort else '' }}"
+)
+
+
+def test_arguments_of_the_chat_template_reach_it(tmp_path):
+    source = write_jsonl(tmp_path / "k.jsonl", [{"question": "1+1?", "answer": "2"}])
+    for given, wanted in (({}, ""), ({"enable_thinking": True}, ""), ({"enable_thinking": False, "effort": 3}, "<none>!!!")):
+        for held_out in (False, True):
+            (problem,) = opened(source, THINKING, held_out=held_out, chat_template_kwargs=given)
+            assert THINKING.decode(problem.prompt_ids) == "<user>1+1?<assistant>" + wanted
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "thinking", "add_generation_prompt", "tokenize", "messages"])
+def test_an_argument_that_is_not_the_chat_templates_is_refused(tmp_path, name):
+    source = write_jsonl(tmp_path / "k.jsonl", [{"question": "1+1?", "answer": "2"}])
+    with pytest.raises(UserError, match=f"^data.chat_template_kwargs: '{name}' is not an argument of the tokenizer's chat"):
+        opened(source, THINKING, chat_template_kwargs={name: True})
+    with pytest.raises(UserError, match=r"^data\.chat_template_kwargs is set but no chat template applies \("):
+        opened(source, PLAIN, chat_template_kwargs={"enable_thinking": True})

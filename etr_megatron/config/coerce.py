@@ -37,15 +37,15 @@ def describe(hint: Any) -> str:
             float: "a mapping of names to numbers, such as {a: 0.5, b: 2}",
             int: "a mapping of names to whole numbers, such as {a: 1, b: 2}",
             str: "a mapping of names to text, such as {a: b}",
-        }[get_args(hint)[1]]
+        }.get(get_args(hint)[1], "a mapping of names to values, such as {a: true, b: text}")
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "null"}[hint]
 
 
 def coerce(node: yaml.Node, hint: Any, verbatim: str | None = None) -> Any:
     """The value of `node` converted to the type `hint`.
 
-    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, ...] of float, int or str, or a union of these and
-        None, str last.
+    hint: bool, int, float, str, Literal of texts, tuple[str, ...], dict[str, ...] of float, int, str or a union, or a union
+        of these and None, str last.
     verbatim: the text of a command-line override; text fields take it unchanged unless it is quoted, so that
         `data.prompt_template=Q: {prompt}` needs no YAML quoting. For a key that may be a list or a mapping, text in brackets is
         always parsed as one, and so is `a: b` where a mapping may stand.
@@ -104,13 +104,13 @@ def _coerce_one(node: yaml.Node, hint: Any, verbatim: str | None) -> Any:
     return _scalar(node, hint)
 
 
-def _mapping(node: yaml.Node, hint: Any) -> dict[str, float] | dict[str, int] | dict[str, str]:
-    """A mapping from unique names to finite numbers or texts."""
+def _mapping(node: yaml.Node, hint: Any) -> dict[str, Any]:
+    """A mapping from unique names to values of one type, or of one of a union's types."""
     if not isinstance(node, yaml.MappingNode):
         raise Mismatch(describe(hint))
     of = get_args(hint)[1]
     try:
-        found = {_text(key, None): _coerce_one(value, of, None) for key, value in node.value}
+        found = {_text(key, None): coerce(value, of) for key, value in node.value}
     except Mismatch:
         raise Mismatch(describe(hint)) from None
     if len(found) < len(node.value):

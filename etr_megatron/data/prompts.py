@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,19 +81,24 @@ def tokenize_prompts(
     are the user's message with the tokenizer's default special tokens.
 
     Raises:
-        UserError: the chat template refuses the messages, or several messages have no template.
+        UserError: the chat template refuses the messages or does not read an argument, or several messages have no template.
     """
     if not conversations:
         return []
     if not (config.chat_template and tokenizer.chat_template):
         without = "no chat template applies (data.chat_template is false, or the tokenizer has none)"
+        if config.chat_template_kwargs:
+            raise UserError(f"data.chat_template_kwargs is set but {without}: remove it")
         if config.system_prompt is not None:
             raise UserError(f"data.system_prompt is set but {without}: put it into data.prompt_template")
         if any(len(messages) > 1 for messages in conversations):
             raise UserError(f"a prompt has several chat messages but {without}: merge them into one text")
         return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
+    _check_arguments(config.chat_template_kwargs, tokenizer)
     try:
-        texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
+        texts = tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
+        )
     except TemplateError as error:
         raise UserError(
             f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or fix the data's chat "
@@ -99,3 +106,14 @@ def tokenize_prompts(
         ) from error
     # The template has already added the special tokens.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _check_arguments(arguments: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for arguments that the template would pass over in silence, or that are transformers' own."""
+    template = tokenizer.get_chat_template()
+    own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in arguments:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(
+                f"data.chat_template_kwargs: {name!r} is not an argument of the tokenizer's chat template; remove it"
+            )

@@ -72,6 +72,10 @@ def data(config: Config) -> Iterator[Violation]:
     """Prompts and reference answers."""
     if "{prompt}" not in config.data.prompt_template:
         yield Violation(("data.prompt_template",), "must contain {prompt}, which stands for the problem's text")
+    if config.data.chat_template_kwargs and not config.data.chat_template:
+        yield Violation(
+            ("data.chat_template_kwargs", "data.chat_template"), "there is no chat template to give arguments to; remove them"
+        )
     for key in ("data.eval", "data.id_column"):
         if get(config, key) is not None and not get(config, key):
             yield Violation((key,), "must not be empty; use null for none")

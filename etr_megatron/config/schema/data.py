@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -33,6 +33,8 @@ class DataConfig:
     """System message for the chat template, for prompts without one."""
     chat_template: bool = True
     """Apply the tokenizer's chat template if it has one."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Arguments of the chat template, such as `{enable_thinking: false}` for Qwen3."""
     max_prompt_tokens: int = 1024
     """Longer prompts are skipped and counted."""
     on_bad_row: Literal["fail", "skip"] = "fail"
