@@ -20,7 +20,7 @@ from etr_megatron.objective import (
     token_weights,
 )
 from etr_megatron.policy import PolicyBatch, StepRouting, TokenLogprobs
-from etr_megatron.types import Group
+from etr_megatron.types import Group, Sample
 from etr_megatron.weights import Experts
 
 Sequences = tuple[tuple[Sequence[int], Sequence[int]], ...]
@@ -29,6 +29,11 @@ Sequences = tuple[tuple[Sequence[int], Sequence[int]], ...]
 def sequences_of(groups: Sequence[Group]) -> Sequences:
     """(prompt ids, response ids) of every sample of the step."""
     return tuple((group.problem.prompt_ids, sample.response_ids) for group in groups for sample in group.samples)
+
+
+def is_trained(sample: Sample, config: Config) -> bool:
+    """Whether the loss covers the sample, or `objective.mask_truncated` leaves it out."""
+    return not (config.objective.mask_truncated and sample.finish_reason == "length")
 
 
 def routing_of(groups: Sequence[Group], experts: Experts, layers: int) -> tuple[torch.Tensor, ...]:
@@ -76,6 +81,7 @@ def build_batch(
     """
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
+    trained = [is_trained(sample, config) for _, sample in pairs]
     lengths = [len(sample.response_ids) for _, sample in pairs]
     rewards = [sample.known_reward() for _, sample in pairs]
     statistics = group_statistics(
@@ -92,7 +98,7 @@ def build_batch(
         low,
         high,
         how=resolved(objective.control),
-        advantage=statistics.advantage,
+        advantage=statistics.advantage.where(torch.tensor(trained), 0.0),
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
     )
@@ -103,7 +109,7 @@ def build_batch(
         advantage=statistics.advantage.float(),
         clip_low=low.float(),
         clip_high=high.float(),
-        weight=_weights(lengths, config),
+        weight=_weights(lengths, trained, config),
         group_mean=statistics.mean.float(),
         group_std=statistics.std.float(),
         variance=statistics.variance.float(),
@@ -118,15 +124,18 @@ def build_batch(
 
 
 def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> list[PolicyBatch]:
-    """The step's batch as `train.minibatches` batches of whole groups, each with its own denominator."""
+    """The step's batch as `train.minibatches` batches of whole groups, each with its own denominator and without samples that
+    the loss does not cover."""
+    trained = [is_trained(sample, config) for group in groups for sample in group.samples]
     ends = torch.tensor([len(group.samples) for group in groups]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     per_update = len(groups) // config.train.minibatches
     parts = []
     for first in range(0, len(groups), per_update):
-        numbers = range(starts[first], ends[first + per_update - 1])
+        whole = range(starts[first], ends[first + per_update - 1])
+        numbers = [i for i in whole if trained[i]] or list(whole)  # an update needs samples, even if none has weight
         lengths = [len(batch.sequences[i][1]) for i in numbers]
-        parts.append(batch.select(numbers, _weights(lengths, config)))
+        parts.append(batch.select(numbers, _weights(lengths, [trained[i] for i in numbers], config)))
     return parts
 
 
@@ -168,7 +177,10 @@ def _bounds(config: Config) -> ElasticBounds:
     return ElasticBounds(**{name: getattr(config.objective, name) for name in fields})
 
 
-def _weights(lengths: Sequence[int], config: Config) -> torch.Tensor:
+def _weights(lengths: Sequence[int], trained: Sequence[bool], config: Config) -> torch.Tensor:
+    """Aggregation weights [N]; 0 for samples that are not `trained`, which no denominator counts."""
     objective = config.objective
-    aggregation = resolved(objective.aggregation)
-    return torch.tensor(token_weights(lengths, aggregation, objective.constant_length), dtype=torch.float32)
+    weight, covered = torch.zeros(len(lengths)), torch.tensor(trained)
+    counted = [length for length, is_covered in zip(lengths, trained, strict=True) if is_covered]
+    weight[covered] = torch.tensor(token_weights(counted, resolved(objective.aggregation), objective.constant_length))
+    return weight

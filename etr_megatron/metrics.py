@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from etr_megatron import platform
+from etr_megatron.batching import is_trained
 from etr_megatron.config import Config, resolved, sets_by_name
 from etr_megatron.data import set_of
 from etr_megatron.flops import BF16_PEAK, sequence_flops
@@ -125,9 +126,7 @@ def step_metrics(
     }
 
 
-def training_speed(
-    policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], epochs: int, seconds: float
-) -> dict[str, float]:
+def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seconds: float) -> dict[str, float]:
     """TFLOP/s per rank over the `seconds` spent on a step's log-probs and updates, and the MFU if the device's bf16 peak is
     known; empty if nothing was trained.
 
@@ -136,8 +135,13 @@ def training_speed(
     """
     if not seconds:
         return {}
-    passes = 1 + (policy.reference is not None) + 3 * epochs
-    step = passes * sum(sequence_flops(policy.arch, len(prompt) + len(rows), len(rows)) for prompt, rows in sequences)
+    logprobs = 1 + (policy.reference is not None)
+    step = 0.0
+    for group in groups:
+        for sample in group.samples:
+            passes = logprobs + 3 * config.train.epochs * is_trained(sample, config)
+            rows = len(sample.response_ids)
+            step += passes * sequence_flops(policy.arch, len(group.problem.prompt_ids) + rows, rows)
     rate = step / seconds / policy.layout.world
     peak = BF16_PEAK.get(torch.cuda.get_device_name()) if platform.uses_cuda() else None
     return {"tflops_per_gpu": rate / 1e12} | ({} if peak is None else {"mfu": rate / peak})
@@ -193,7 +197,10 @@ def _by_pass_rate(batch: PolicyBatch, total: dict[str, float]) -> dict[str, floa
 
 
 def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, float]:
-    """10th and 90th percentiles over the tokens of the samples `numbers`: the least radius that this share does not exceed."""
+    """10th and 90th percentiles over the tokens of the samples `numbers` that the loss covers: the least radius that this share
+    does not exceed."""
+    covered = numbers[batch.weight[numbers] > 0]
+    numbers = covered if len(covered) else numbers
     radius = ((batch.clip_low + batch.clip_high) / 2)[numbers].double()
     tokens = torch.tensor([len(response) for _, response in batch.sequences], dtype=torch.float64)[numbers]
     order = radius.argsort()

@@ -267,7 +267,7 @@ class Trainer:
         tokens = sum(len(sample.response_ids) for group in groups for sample in group.samples)
         speed = {}
         if not self.config.rollout.only:
-            speed = training_speed(self.policy, sequences_of(groups), self.config.train.epochs, times["time_train"])
+            speed = training_speed(self.policy, groups, self.config, times["time_train"])
         row = {**row, **times, **speed, "tokens_per_s": tokens / times["time_step"]}
         self._recorder.record(cast(MetricsRow, row))  # whose keys are checked as it is appended
         self._directory.write_status("running", self.step, self.config.run.steps)

@@ -184,6 +184,55 @@ def test_the_length_punishment_changes_what_is_trained_on_and_leaves_the_varianc
     assert "reward_shaped_mean" not in metrics_row(plain)
 
 
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "constant_length"])
+def test_without_truncated_responses_the_loss_is_that_of_the_others_with_the_advantages_of_all(how):
+    """In `groups()`, the first response of each group was cut off."""
+    overrides = [f"objective.aggregation={how}", "objective.constant_length=10"]
+    masking = config(*overrides, "objective.mask_truncated=true")
+    routing = StepRouting(tuple(FLAT_LENGTHS), tuple(torch.full((n, 1, 2), n) for n in FLAT_LENGTHS))
+    whole, masked = (build_batch(groups(), c, 1, old=logprobs(), reference=None, routing=routing) for c in (config(), masking))
+    for name in ("advantage", "group_mean", "group_std", "variance", "clip_low", "pass_rate_bin"):
+        assert torch.equal(getattr(masked, name), getattr(whole, name))
+    for part, kept in zip(minibatches(masked, groups(), masking), ([1, 3, 4], [6, 8, 9, 10]), strict=True):
+        assert part.names == tuple(whole.names[i] for i in kept)
+        assert torch.equal(part.advantage, whole.advantage[kept])
+        assert list(part.routing.lengths) == [FLAT_LENGTHS[i] for i in kept]
+        lengths = [FLAT_LENGTHS[i] for i in kept]
+        per_token = {
+            "token_mean": [1 / sum(lengths)] * len(kept),
+            "sequence_mean": [1 / (n * len(kept)) for n in lengths],
+            "constant_length": [1 / (10 * len(kept))] * len(kept),
+        }[how]
+        assert part.weight.tolist() == pytest.approx(per_token)
+    assert (masked.weight == 0).nonzero()[:, 0].tolist() == [0, 2, 5, 7]
+
+
+def test_a_minibatch_of_truncated_responses_alone_has_no_weight():
+    cut = groups()
+    for sample in (sample for group in cut[2:] for sample in group.samples):
+        sample.finish_reason = "length"
+    masking = config("objective.mask_truncated=true")
+    first, second = minibatches(build_batch(cut, masking, 1, old=logprobs(), reference=None), cut, masking)
+    assert first.weight.sum() > 0 and len(second) == 6 and not second.weight.any()
+
+
+def test_radii_of_truncated_responses_do_not_count_where_the_loss_leaves_them_out():
+    matched, masked = "objective.preset=etr_matched", "objective.mask_truncated=true"
+    etr, found = batch_of(masked), batch_of(matched, masked)
+    kept = [1, 3, 4, 8, 9, 10]  # 6, which is not cut off either, has no advantage
+    tokens = torch.tensor([FLAT_LENGTHS[i] for i in kept]).float()
+    assert found.clip_low[0].item() == pytest.approx((etr.clip_low[kept] @ tokens / tokens.sum()).item())
+    dealt = batch_of("objective.preset=etr_shuffled", masked).clip_low
+    assert sorted(dealt[kept].tolist()) == sorted(etr.clip_low[kept].tolist())
+    rows = [1, 3, 4, 6, 8, 9, 10]
+    of_tokens = np.repeat(((etr.clip_low + etr.clip_high) / 2)[rows].double().numpy(), [FLAT_LENGTHS[i] for i in rows])
+    row = metrics_row(etr, masked)
+    for percent in (10, 90):
+        wanted = np.quantile(of_tokens, percent / 100, method="inverted_cdf")
+        assert row[f"clip_radius_p{percent}"] == pytest.approx(wanted)
+    assert row["clip_radius_p10"] != metrics_row(batch_of())["clip_radius_p10"]
+
+
 def test_kl_in_the_reward_is_subtracted_before_the_groups_are_compared():
     old, reference = logprobs(seed=3), logprobs(seed=4)
     overrides = ["objective.preset=dr_grpo", "objective.kl_coef=0.5"]

@@ -139,10 +139,15 @@ def test_a_ranks_speed_counts_the_passes_over_whole_sequences_that_training_take
     """For a model with 2e12 FLOP per token and 3e13 per row of its head: 4 epochs of 3 passes each, plus the log-probs."""
     monkeypatch.setattr("etr_megatron.metrics.sequence_flops", lambda arch, tokens, rows: arch * tokens + 3e13 * rows)
     policy = SimpleNamespace(reference=reference, arch=2e12, layout=SimpleNamespace(world=5))
-    sequences = [([1] * 7, [2] * 4), ([1], [2] * 2)]
-    found = training_speed(policy, sequences, epochs=4, seconds=8.0)
-    assert found == {"tflops_per_gpu": pytest.approx(passes * (2 * 14 + 30 * 6) / 8.0 / 5)}
-    assert training_speed(policy, sequences, epochs=4, seconds=0.0) == {}
+    settings = ["train.epochs=4", "objective.mask_truncated=true"]
+    found = training_speed(policy, groups(), config(settings[0]), seconds=8.0)
+    of_all = 2 * (33 + 11 * 2) + 30 * 33  # 33 response tokens, 11 prompts of 2 tokens
+    assert found == {"tflops_per_gpu": pytest.approx(passes * of_all / 8.0 / 5)}
+    assert training_speed(policy, groups(), config(settings[0]), seconds=0.0) == {}
+    # The first response of each group was cut off; they have 12 tokens.
+    of_masked = 2 * (12 + 4 * 2) + 30 * 12
+    found = training_speed(policy, groups(), config(*settings), seconds=8.0)
+    assert found == {"tflops_per_gpu": pytest.approx((passes * of_all - 12 * of_masked) / 8.0 / 5)}
 
 
 def test_a_losss_own_rows_become_metrics_of_their_own():

@@ -34,3 +34,14 @@ def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
         # The engine computes in another order than the trainer, so weights are almost 1, and some are above this cap.
         assert first["kl"] == 0 and 0 < first["correction_frac"] < 1
         assert 1 - 1e-3 < first["correction_mean"] < 1.000001 + 1e-9
+
+
+def test_truncated_responses_can_be_left_out_of_the_loss(runs):
+    for name, limit in (("some", 10), ("all", 1)):
+        overrides = (f"run.name={name}", "objective.mask_truncated=true", f"rollout.max_response_tokens={limit}")
+        code, printed = runs.finish(*SHORT, *overrides)
+        assert code == 0, printed
+    for row in runs.rows("some"):
+        assert 0 < row["truncated"] < 24 and row["grad_norm"] > 0
+    for row in runs.rows("all"):
+        assert row["truncated"] == 24 and row["loss"] == row["grad_norm"] == 0

@@ -65,6 +65,9 @@ class ObjectiveConfig:
     sequence's sum divided by a constant (no length bias)."""
     constant_length: int | None = None
     """Divisor per sequence for `aggregation: constant_length`; null is `rollout.max_response_tokens`."""
+    mask_truncated: bool = False
+    """Overlong filtering: leave responses that were cut off at `rollout.max_response_tokens` out of the loss and its
+    denominators. Their rewards still count in their groups' statistics."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference model, which is the policy at the run's start. 0 loads no reference model."""
     kl_in: Literal["loss", "reward"] | None = None
