@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from etr_megatron.reward import GraderPool
 from etr_megatron.status import given_up
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from etr_megatron.observe.run_directory import RunState
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
@@ -81,7 +83,7 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
     phases = Phases(config.run.phase_timeout_s, must_stop=stop)
-    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer.eos_token_id)
+    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer, config.rollout.stop_tokens)
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
     engine = None
@@ -208,14 +210,19 @@ def _sampler(
     return StreamingSampler(config, servers, cursor, decode, grader)
 
 
-def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
-    """End-of-sequence ids from generation_config.json (a chat model may have several) and the tokenizer.
+def _stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> set[int]:
+    """End-of-sequence ids from generation_config.json (a chat model may have several) and the tokenizer, and `stop_tokens`.
 
-    Raises UserError if there are none or generation_config.json's are not token ids.
+    Raises UserError if there are none, if generation_config.json's are not token ids, or a stop token is not one token.
     """
     from etr_megatron.weights.hf_config import read_config
 
-    stops = {tokenizer_eos} if tokenizer_eos is not None else set()
+    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    for text in stop_tokens:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UserError(f"rollout.stop_tokens: {text!r} is {len(ids)} tokens of the model's tokenizer, and must be one")
+        stops.add(ids[0])
     file = model_dir / "generation_config.json"
     if file.is_file():
         named = read_config(file).get("eos_token_id")
@@ -224,5 +231,8 @@ def _stop_ids(model_dir: Path, tokenizer_eos: int | None) -> set[int]:
             raise UserError(f"{file}: eos_token_id must be a token id or a list of token ids, not {json.dumps(named)}")
         stops |= set(ids) - {None}
     if not stops:
-        raise UserError(f"{model_dir} has no end-of-sequence token, neither in its tokenizer nor in generation_config.json")
+        raise UserError(
+            f"{model_dir} has no end-of-sequence token, neither in its tokenizer nor in generation_config.json; name one in "
+            "rollout.stop_tokens"
+        )
     return stops

@@ -67,6 +67,26 @@ def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, m
     assert "apples" in sample["prompt"] and "\\boxed{}" in sample["prompt"] and "####" in sample["answer"]
 
 
+@pytest.mark.slow
+def test_stop_tokens_end_responses_besides_the_models_own(runs):
+    """Without them, responses of the small policy have other tokens behind a 1 or 2."""
+    overrides = ("run.name=stops", "run.steps=1", "eval.every=1", "eval.temperature=1", "observe.rollouts_groups=8")
+    code, printed = runs.finish(*overrides, "rollout.stop_tokens=['1', '2', '<|endoftext|>']")
+    assert code == 0, printed
+    for folder, file in (("rollouts", "step_000001.jsonl"), ("evaluations", "step_000000.jsonl")):
+        lines = (runs.directory("stops") / folder / file).read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        stopped = [sample for sample in samples if sample["response"][-1:] in ("1", "2")]
+        assert stopped and all(sample["finish_reason"] == "stop" for sample in stopped)
+        assert not any(digit in sample["response"][:-1] for sample in samples for digit in "12")
+
+
+def test_a_stop_token_that_the_tokenizer_has_not_as_one_is_refused(runs, model):
+    code, printed = runs.finish(f"model.path={model}", "rollout.stop_tokens=[<|im_end|>, so not]")
+    assert code == 2 and "Traceback" not in printed
+    assert "error: rollout.stop_tokens: 'so not' is " in printed and "must be one" in printed
+
+
 def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):
     code, printed = runs.finish(f"data.train={problems}", f"model.path={model}")
     assert code == 2 and "Traceback" not in printed
