@@ -117,6 +117,7 @@ def step_metrics(
         **_replayed(batch),
         **_shaped_reward(batch, config),
         **{name: _mean([update.balance[name] for update in updates]) for name in updates[0].balance},
+        **{name: max(update.memory[name] for update in updates) for name in updates[0].memory},
         **_by_pass_rate(batch, total),
         **{
             name: value / tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 from etr_megatron import checkpoint
@@ -19,7 +20,7 @@ from etr_megatron.metrics import (
     step_metrics,
     training_speed,
 )
-from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch
+from etr_megatron.observe import MetricsRow, Recorder, RunDirectory, Stopwatch, profiled
 from etr_megatron.platform.files import path_errors
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
@@ -202,8 +203,18 @@ class Trainer:
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
-            parts = minibatches(batch, groups, self.config)
-            return batch, [self.policy.update(part) for _ in range(self.config.train.epochs) for part in parts]
+            updates: list[Update] = []
+            for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
+                with nullcontext() if updates else self._profiled():
+                    updates.append(self.policy.update(part))
+            return batch, updates
+
+    def _profiled(self) -> AbstractContextManager[Any]:
+        """Context of a step's first update, which is profiled at `observe.profile_step`."""
+        layout = self.policy.layout
+        if self.step != self.config.observe.profile_step or layout.dp_rank != 0:
+            return nullcontext()
+        return profiled(self._directory.profiles / f"step_{self.step:06}_rank_{layout.rank}.json.gz")
 
     def _routing(self, groups: list[Group]) -> StepRouting | None:
         """The experts that the engine chose, if routing replay is on."""

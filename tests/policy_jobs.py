@@ -114,6 +114,15 @@ def padded_logits(model: str, tokens: torch.Tensor, overrides: list[str]) -> tor
     return logits.transpose(0, 1)[..., : policy.arch.vocab_size]
 
 
+def memory_peaks(model: str, sequences: list) -> dict[str, float]:
+    """`Update.memory` of an update for which each rank's device counts peaks of its own."""
+    policy = build(model, [])
+    rank = dist.get_rank()
+    counted = {"memory_allocated_gib": 5.0 - rank, "memory_reserved_gib": 7.0 + rank}
+    with mock.patch("etr_megatron.platform.take_memory_peaks", lambda: counted):
+        return policy.update(make_batch(sequences)).memory
+
+
 def nan_error(model: str, sequences: list, overrides: Sequence[str] = (), *, in_weights: bool) -> str:
     """The error of an update. in_weights: after a NaN in the embedding of a token of the last sample only."""
     policy = build(model, ["parallel.tp=1", *overrides])

@@ -110,6 +110,16 @@ def test_the_balance_of_experts_is_the_mean_over_the_steps_updates():
     assert metrics_row(with_old(0.0), updates=updates)["expert_load_imbalance"] == 1.75
 
 
+def test_memory_is_the_highest_of_the_steps_updates():
+    peaks = [
+        {"memory_allocated_gib": 5.0, "memory_reserved_gib": 8.0},
+        {"memory_allocated_gib": 6.0, "memory_reserved_gib": 7.0},
+    ]
+    updates = [replace(update(33.0, ratio_squared=1.0), memory=found) for found in peaks]
+    row = metrics_row(with_old(0.0), updates=updates)
+    assert (row["memory_allocated_gib"], row["memory_reserved_gib"]) == (6.0, 8.0)
+
+
 def test_entropy_and_the_gap_to_the_engine_are_over_tokens_not_samples():
     tokens = torch.arange(33.0)
     old = TokenLogprobs((tokens / 64 - 1.25).split(FLAT_LENGTHS), (tokens**2).split(FLAT_LENGTHS))

@@ -106,6 +106,11 @@ def test_kl_to_the_reference_starts_at_zero_and_grows(gangs, hf_models, single):
     assert found["sums"][1]["kl"] > 1e-6
 
 
+def test_memory_peaks_are_the_highest_of_all_ranks(gangs, hf_models):
+    for found in gangs(2).run("tests.policy_jobs:memory_peaks", model=hf_models["qwen2"], sequences=random_sequences()):
+        assert found == {"memory_allocated_gib": 5.0, "memory_reserved_gib": 8.0}
+
+
 def test_more_ranks_than_samples_changes_nothing(gangs, hf_models):
     sequences = random_sequences(3)
     wanted = gangs(1).run("tests.policy_jobs:train", model=hf_models["llama"], sequences=sequences, overrides=BASE)[0]

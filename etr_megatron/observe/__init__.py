@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from etr_megatron.observe.metrics import METRIC_KEYS, OPTIONAL_METRIC_KEYS, MetricsLog, MetricsRow, StepMetrics
+from etr_megatron.observe.profile import profiled
 from etr_megatron.observe.progress import Progress
 from etr_megatron.observe.recorder import Recorder
 from etr_megatron.observe.rollouts import save_rollouts
@@ -23,6 +24,7 @@ __all__ = [
     "Stopwatch",
     "TensorBoardWriter",
     "WandbWriter",
+    "profiled",
     "require_wandb",
     "save_rollouts",
 ]

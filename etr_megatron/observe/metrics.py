@@ -75,6 +75,8 @@ class MetricsRow(StepMetrics, total=False):
     groups_in_hand: int  # with `max_staleness`: groups begun or complete, kept for later steps
     tflops_per_gpu: float  # model TFLOP/s per rank: FLOPs of log-probs and updates / `time_train`; recomputation not counted
     mfu: float  # `tflops_per_gpu` / bf16 peak of the device, if that is known
+    memory_allocated_gib: float  # most GPU memory of a rank's tensors since the last step's updates, highest of all ranks
+    memory_reserved_gib: float  # same, with the memory that torch kept for later tensors
     load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
     routing_replayed: float  # with `routing_replay`: share of response tokens predicted with the engine's experts

@@ -58,6 +58,7 @@ class RunDirectory:
     recorded/         all groups of every step, for replay; owned by the rollout package
     checkpoints/      owned by the checkpoint package
     tensorboard/      event files, made from the same rows as metrics.jsonl
+    profiles/         PyTorch traces of updates; each profiled rank writes its own
     servers/          output of the rollout servers
     lock              empty; locked while the run is in progress
     status.json       the run's state (running, finished, failed or requeue, which means start it again) and step
@@ -73,6 +74,7 @@ class RunDirectory:
         self.reached_file = self.recorded / "reached.safetensors"
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
+        self.profiles = root / "profiles"
         self.servers = root / "servers"
         self.status_file = root / "status.json"
         self.lock_file = root / "lock"
@@ -134,7 +136,15 @@ class RunDirectory:
     def _refuse_what_is_anothers(self) -> None:
         """Refuse files that another user, or root in a container, has left in a world-writable directory. Otherwise the run
         would fail at the step that needs them, such as the first checkpoint."""
-        for folder in (self.rollouts, self.evaluations, self.recorded, self.checkpoints, self.tensorboard, self.servers):
+        for folder in (
+            self.rollouts,
+            self.evaluations,
+            self.recorded,
+            self.checkpoints,
+            self.tensorboard,
+            self.profiles,
+            self.servers,
+        ):
             _require(folder, os.R_OK | os.W_OK | os.X_OK)
         steps = entries(self.checkpoints, "step_*")
         for folder in steps:  # each will be removed eventually

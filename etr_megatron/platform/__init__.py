@@ -41,6 +41,21 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def take_memory_peaks() -> dict[str, float]:
+    """The most GPU memory since the last call, in GiB: `memory_allocated_gib` of tensors, `memory_reserved_gib` with what torch
+    kept for later ones. Empty on CPU."""
+    import torch
+
+    if not uses_cuda():
+        return {}
+    found = {
+        "memory_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
 def _is_blackwell_or_later() -> bool:
     import torch
 
@@ -76,4 +91,4 @@ def prepare_megatron() -> None:
     _prepared = True
 
 
-__all__ = ["backend", "device", "prepare_megatron", "release_cached_memory", "uses_cuda"]
+__all__ = ["backend", "device", "prepare_megatron", "release_cached_memory", "take_memory_peaks", "uses_cuda"]

@@ -59,13 +59,15 @@ class TokenLogprobs:
 @dataclass(frozen=True)
 class Update:
     """Result of one optimizer step. loss: of the whole batch. sums: see `objective.diagnostic_sums`. grad_norm: before
-    clipping. lr: of this step. balance: expert load balance, see `ExpertBalance.take`."""
+    clipping. lr: of this step. balance: expert load balance, see `ExpertBalance.take`. memory: `platform.take_memory_peaks`
+    since the last update, the highest of all ranks."""
 
     loss: float
     sums: dict[str, float]
     grad_norm: float
     lr: float
     balance: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 class Policy:
@@ -168,11 +170,14 @@ class Policy:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(shares, (self._policy_loss.row_names, _totals(outputs) if self.layout.is_reporter else {}))
-        self._policy_loss.refuse_other_names([names for names, _ in shares])
-        totals = _totals([share for _, share in shares])
+        mine = _totals(outputs) if self.layout.is_reporter else {}
+        dist.all_gather_object(shares, (self._policy_loss.row_names, mine, platform.take_memory_peaks()))
+        names, sums, peaks = zip(*shares, strict=True)
+        self._policy_loss.refuse_other_names(names)
+        totals = _totals(sums)
         balance = {} if self._balance is None else self._balance.take()
-        return Update(totals.pop("loss"), totals, float(grad_norm), lr, balance)
+        memory = {name: max(peak[name] for peak in peaks) for name in peaks[0]}
+        return Update(totals.pop("loss"), totals, float(grad_norm), lr, balance, memory)
 
     def load_schedule(self, state: dict[str, Any]) -> None:
         """Continue the learning-rate schedule from a `scheduler.state_dict()` under the current config.

@@ -110,7 +110,9 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
     # A gap of exactly 0 would mean that it is bf16 after all.
     assert gap < 0.3 and (recipe == "none" or gap > 0)
     batch = promote_all(pairs, old)
-    losses = [policy.update(batch).loss for _ in range(6)]
+    updates = [policy.update(batch) for _ in range(6)]
+    losses = [update.loss for update in updates]
+    assert all(0 < update.memory["memory_allocated_gib"] <= update.memory["memory_reserved_gib"] for update in updates)
     assert all(abs(loss) < 100 for loss in losses)
     assert losses[-1] < losses[0] - 0.05, losses
     assert torch.isfinite(torch.cat(policy.logprobs(pairs).logp)).all()

@@ -56,6 +56,7 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep": 1,
     "observe.rollouts_every": 0,
     "observe.rollouts_groups": 1,
+    "observe.profile_step": 0,
 }
 """Minimum of whole numbers."""
 

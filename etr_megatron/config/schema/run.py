@@ -78,3 +78,6 @@ class ObserveConfig:
     """Steps between saved rollouts. 0 saves none, nor responses of evaluations."""
     rollouts_groups: int = 4
     """Groups written per saved step, and per held-out set and evaluation."""
+    profile_step: int = 0
+    """Step whose first update is profiled: each rank of the first data-parallel replica writes a PyTorch trace, to be viewed in
+    Perfetto, to `<run>/profiles/`. 0 is none."""
