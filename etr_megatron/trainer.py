@@ -295,8 +295,18 @@ class Trainer:
 
     def _save(self) -> None:
         self._phases.meet(f"checkpoint of step {self.step}")
-        state = self.sampler.state_dict()
-        checkpoint.save(self._directory.checkpoints, self.step, self.policy, state, keep=self.config.checkpoint.keep)
+        state, folder = self.sampler.state_dict(), self._directory.checkpoints
+        best = self._best_saved() if self._recorder is not None else ()
+        checkpoint.save(folder, self.step, self.policy, state, keep=self.config.checkpoint.keep, best=best)
+
+    def _best_saved(self) -> list[int]:
+        """Steps, this one or saved, whose checkpoints `checkpoint.keep_best` asks for; of equally good ones the later."""
+        count = self.config.checkpoint.keep_best
+        if not count:
+            return []
+        saved = {self.step, *checkpoint.saved_steps(self._directory.checkpoints)}
+        rows = [row for row in self._directory.metrics.rows() if row["step"] in saved and row.get("eval_accuracy") is not None]
+        return [row["step"] for row in sorted(rows, key=lambda row: (row["eval_accuracy"], row["step"]))[-count:]]
 
     def _latest_checkpoint(self) -> int | None:
         """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory

@@ -78,6 +78,17 @@ def test_kill_9_and_the_same_command_give_the_same_run_bit_for_bit(runs, straigh
     assert before[:4] == wanted[:4]
 
 
+def test_the_checkpoints_with_the_best_evaluations_are_kept_besides_the_latest(runs):
+    overrides = ("run.name=best", "eval.every=1", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2")
+    code, printed = runs.finish(ONE_RANK, *overrides)
+    assert code == 0, printed
+    accuracy = {row["step"]: row["eval_accuracy"] for row in runs.rows("best")}
+    best = sorted(accuracy, key=lambda step: (accuracy[step], step))[-2:]
+    assert len(set(accuracy.values())) > 1 and min(best) < 6
+    kept = sorted(entry.name for entry in (runs.directory("best") / "checkpoints").iterdir())
+    assert kept == [f"step_{step:06}" for step in sorted({6, *best})]
+
+
 def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     shutil.copytree(straight.directory("straight"), runs.directory("moved"))
     shutil.rmtree(runs.directory("moved") / "checkpoints" / "step_000006")

@@ -1,6 +1,6 @@
 """Saving and resuming a run."""
 
 import etr_megatron.policy  # noqa: F401  (its import makes megatron.core importable without a GPU)
-from etr_megatron.checkpoint.checkpoint import latest_step, load, save
+from etr_megatron.checkpoint.checkpoint import latest_step, load, save, saved_steps
 
-__all__ = ["latest_step", "load", "save"]
+__all__ = ["latest_step", "load", "save", "saved_steps"]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,11 +49,12 @@ _DISTRIBUTED = "distributed_optimizer"
 
 def latest_step(checkpoints: Path) -> int | None:
     """Step of the newest complete checkpoint, or None."""
-    steps = _steps(checkpoints)
+    steps = saved_steps(checkpoints)
     return steps[-1] if steps else None
 
 
-def _steps(checkpoints: Path) -> list[int]:
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps of all complete checkpoints, in order."""
     if not checkpoints.is_dir():
         return []
     found = (_NAME.match(entry.name) for entry in checkpoints.iterdir() if (entry / TRAINER_FILE).is_file())
@@ -64,12 +65,14 @@ def _path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
-def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int) -> None:
-    """Write the checkpoint of `step` and remove all but the last `keep`. A collective.
+def save(
+    checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], *, keep: int, best: Collection[int] = ()
+) -> None:
+    """Write the checkpoint of `step` and remove all but the last `keep` and those of the steps `best`. A collective.
 
     step: number of trained steps; at 0 the optimizer has made no step, and its state is not written.
-    trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`; only rank 0's is written. Raises
-    UserError, naming the path, if the disk is full; the partial checkpoint is removed and older ones stay untouched.
+    trainer: the trainer's state, JSON except for the tensors in `trainer["tensors"]`. Of it and `best`, only rank 0's count.
+    Raises UserError, naming the path, if the disk is full; the partial checkpoint is removed and older ones stay untouched.
     """
     final, temporary = _path(checkpoints, step), checkpoints / f".step_{step:06d}.unfinished"
     rank0 = dist.get_rank() == 0
@@ -89,7 +92,7 @@ def save(checkpoints: Path, step: int, policy: Policy, trainer: dict[str, Any], 
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync_to_disk(checkpoints)
-            for old in _steps(checkpoints)[:-keep]:
+            for old in set(saved_steps(checkpoints)[:-keep]).difference(best):
                 shutil.rmtree(_path(checkpoints, old))
     except (OSError, RuntimeError, CheckpointException) as error:
         full = disk_full_anywhere(error)

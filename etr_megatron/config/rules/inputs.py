@@ -88,6 +88,11 @@ def data(config: Config) -> Iterator[Violation]:
             yield from _sets(key, sets)
     yield from _splits(config)
     yield from _samples(config)
+    for key in ("eval.every", "data.eval"):
+        if config.checkpoint.keep_best > 0 and not get(config, key):
+            yield Violation(
+                ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
+            )
 
 
 def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:

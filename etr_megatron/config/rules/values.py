@@ -54,6 +54,7 @@ AT_LEAST: dict[str, int] = {
     "eval.top_k": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
     "observe.rollouts_every": 0,
     "observe.rollouts_groups": 1,
     "observe.profile_step": 0,

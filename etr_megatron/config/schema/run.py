@@ -60,6 +60,8 @@ class CheckpointConfig:
     """Steps between checkpoints. The run also saves after the last step and when it is stopped; 0 saves only when stopped."""
     keep: int = 2
     """Number of latest checkpoints to keep."""
+    keep_best: int = 0
+    """Number of checkpoints with the highest `eval_accuracy` to keep as well, of steps that were evaluated (`eval.every`)."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 
