@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from etr_megatron.config import Config, samples_of_set
 from etr_megatron.data import named
+from etr_megatron.metrics import reward_parts
 from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.engine import MustStop
@@ -84,4 +85,5 @@ def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
         **({"pass_at_k": sum(map(any, right)) / len(right)} if len(samples) > len(groups) else {}),
         "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        **reward_parts(samples),
     }

@@ -13,9 +13,9 @@ from etr_megatron.config import Config, resolved, sets_by_name
 from etr_megatron.data import set_of
 from etr_megatron.flops import BF16_PEAK, sequence_flops
 from etr_megatron.objective import PASS_RATE_BINS, kl_estimate
-from etr_megatron.observe.metrics import TRAIN_SET_PREFIX
+from etr_megatron.observe.metrics import REWARD_PREFIX, TRAIN_SET_PREFIX
 from etr_megatron.policy import Policy, PolicyBatch, Update
-from etr_megatron.types import Group
+from etr_megatron.types import Group, Sample
 
 
 def logprob_gap(batch: PolicyBatch) -> torch.Tensor:
@@ -73,7 +73,17 @@ def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
+        **reward_parts(samples),
     }
+
+
+def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """`reward/<name>`: further numbers of the user's reward function, means over the samples that have them."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, part in sample.reward_parts.items():
+            values.setdefault(REWARD_PREFIX + name, []).append(part)
+    return {name: _mean(parts) for name, parts in values.items()}
 
 
 def _by_set(groups: Sequence[Group], config: Config) -> dict[str, float]:

@@ -52,6 +52,7 @@ class Sample:
     routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
         Covers the prompt and the response without its last token; shorter or empty if the engine did not report them all.
         Rank 0 has it; other ranks may not have that of samples they did not draw themselves.
+    reward_parts: further numbers of the user's reward function, by name.
 
     response_ids, rollout_logprobs and weight_versions may be any sequences; they are stored as arrays of type "i", "d" and "i".
     """
@@ -66,6 +67,7 @@ class Sample:
     reward_status: RewardStatus | None = None
     weight_versions: array[int] = field(default_factory=lambda: array("i"))
     routing: array[int] = field(default_factory=lambda: array("B"))
+    reward_parts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.response_ids = array("i", self.response_ids)

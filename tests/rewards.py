@@ -11,6 +11,10 @@ def digit_sum_is_even(prompt: str, response: str, answer: str) -> float:
     return float(sum(int(c) for c in response if c.isdigit()) % 2 == 0)
 
 
+def in_parts(prompt: str, response: str, answer: str) -> dict[str, object]:
+    return {"score": digit_sum_is_even(prompt, response, answer), "digits": sum(map(str.isdigit, response)), "text": response}
+
+
 def always_fails(prompt: str, response: str, answer: str) -> float:
     raise KeyError("gold")
 

@@ -72,9 +72,11 @@ def test_the_reward_function_for_verl_works(monkeypatch: pytest.MonkeyPatch):
     assert code
     verls = ModuleType("my_rewards")
     verls.compute_score = lambda data_source, solution_str, ground_truth, extra_info: {
-        "score": float(solution_str == ground_truth) + (data_source == "a") + extra_info["more"]
+        "score": float(solution_str == ground_truth) + (data_source == "a") + extra_info["more"],
+        "acc": solution_str == ground_truth,
     }
     monkeypatch.setitem(sys.modules, "my_rewards", verls)
     names: dict = {}
     exec(code[1], names)
-    assert names["score"]("1+1?", "2", "2", {"data_source": "a", "extra_info": {"more": 5}}) == 7.0
+    columns = {"data_source": "a", "extra_info": {"more": 5}}
+    assert names["score"]("1+1?", "2", "2", columns) == {"score": 7.0, "acc": True}

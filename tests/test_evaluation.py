@@ -66,6 +66,19 @@ def test_of_several_sets_each_is_told_and_their_mean_whatever_their_sizes(tmp_pa
     assert found.items() <= log.rows()[0].items() and start.items() <= log.rows()[0].items()
 
 
+def test_parts_of_rewards_are_told_of_each_set_and_as_a_mean_over_sets(tmp_path):
+    sets = {"a": graded((1.0, 0.0)), "b": graded((0.0,))}
+    for sample, part in zip(sets["a"][0].samples, (1.0, 0.5), strict=True):
+        sample.reward_parts = {"format": part}
+    sets["b"][0].samples[0].reward_parts = {"format": 0.25}
+    found = evaluation_metrics(sets, config())
+    wanted = {"eval_reward/format": 0.5, "eval/a/reward/format": 0.75, "eval/b/reward/format": 0.25}
+    assert {key: value for key, value in found.items() if "reward/" in key} == wanted
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(make_row(1) | found | {f"{key}_start": value for key, value in found.items()})
+    assert wanted.items() <= log.rows()[0].items()
+
+
 def test_sets_that_are_answered_once_have_no_share_in_pass_at_k():
     own = ("data.eval={a: a.jsonl, b: b.jsonl, c: c.jsonl}", "eval.samples={a: 2, c: 4}", "eval.temperature=1.0")
     sets = {"a": graded((1.0, 0.0), (0.0, 0.0)), "b": graded((1.0,)), "c": graded((0.0, 0.0, 0.0, 1.0))}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, training_speed
-from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsLog
+from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsLog, keys_by_set
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
 from tests.batches import FLAT_LENGTHS, batch_of, config, groups, logprobs, metrics_row, update, with_old
 
@@ -87,6 +87,21 @@ def test_a_steps_groups_are_counted_each_for_what_it_is():
     assert row["reward_timeouts"] == 3 and row["reward_errors"] == 2 and row["truncated"] == 4
     assert row["zero_variance_groups"] == 1 and row["response_tokens_mean"] == 3.0
     assert not any(key.startswith("train/") for key in row)
+
+
+def test_parts_of_rewards_are_means_over_the_samples_that_have_them(tmp_path):
+    step = groups()
+    for group, name in zip(step, ("a", "b", "b", "b"), strict=True):
+        group.problem.id = f"{name}/x:{group.problem.id}"
+    step[0].samples[0].reward_parts = {"format": 1.0, "accuracy": 0.5}
+    step[1].samples[2].reward_parts = {"format": 0.25}
+    row = rollout_metrics(3, step, config("data.train={a: a.jsonl, b: b.jsonl}"))
+    wanted = {"reward/format": 0.625, "reward/accuracy": 0.5, "train/a/reward/format": 1.0, "train/b/reward/format": 0.25}
+    assert {key: value for key, value in row.items() if "reward/" in key} == wanted | {"train/a/reward/accuracy": 0.5}
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(row | {key: 0.0 for key in ROLLOUT_METRIC_KEYS if key.startswith(("tokens", "time"))})
+    assert row.items() <= log.rows()[0].items()
+    assert keys_by_set(row, "train/", "accuracy") == {"a": "train/a/accuracy", "b": "train/b/accuracy"}
 
 
 def test_groups_are_counted_by_the_training_set_that_their_problem_is_from(tmp_path):

@@ -27,7 +27,7 @@ NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
 
 def group(name: str = "a") -> Group:
     samples = [
-        Sample(0, [5, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x €", 1.0, "ok", [3, 4, 4]),
+        Sample(0, [5, 6, 7], [-0.1, -1 / 3, -2e-9], "stop", 4, "x €", 1.0, "ok", [3, 4, 4], reward_parts={"format": 0.5}),
         Sample(1, [8], [-0.25], "length", 4, "y", 0.0, "timeout", routing=array("B", [0, 255, 17, 3])),
     ]
     return Group(f"{name}@5", Problem(name, "6 times 7?", "42", [1, 2]), samples)
@@ -158,6 +158,8 @@ DAMAGES = [
     (damaged(rollout_logprobs=[None, 0, 0]), "line 2: `rollout_logprobs`"),
     (damaged(weight_versions=[1]), "line 2: `weight_versions`"),
     (damaged().replace('"text"', '"old_logprobs": [0.5], "text"'), "line 2: `old_logprobs`"),
+    (damaged(reward_parts=[0.5]), "line 2: `reward_parts`"),
+    (damaged(reward_parts={"format": "0.5"}), "line 2: `reward_parts`"),
     (damaged(routing="AA=A"), "line 2: `routing`"),
     (damaged(routing=[1, 2]), "line 2: `routing`"),
     (damaged().replace('"answer"', '"more": 1, "answer"'), "line 2"),
@@ -240,7 +242,7 @@ def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
 
 SHOWN = """\
 sample        a@5/0
-reward        0.5 (ok)
+reward        0.5 (ok, format 0.5)
 finish        stop, 3 tokens
 log-prob gap  mean 1.1e-01, largest 2.3e-01 at token 1
 answer        42

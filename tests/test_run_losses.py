@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -45,3 +46,15 @@ def test_truncated_responses_can_be_left_out_of_the_loss(runs):
         assert 0 < row["truncated"] < 24 and row["grad_norm"] > 0
     for row in runs.rows("all"):
         assert row["truncated"] == 24 and row["loss"] == row["grad_norm"] == 0
+
+
+def test_further_numbers_of_the_reward_function_become_metrics_and_are_saved_with_the_responses(runs):
+    own = ("run.name=parts", "reward.function=tests.rewards:in_parts", "run.steps=1", "eval.every=1")
+    code, printed = runs.finish(*own)
+    assert code == 0, printed
+    (row,) = runs.rows("parts")
+    (file,) = (runs.directory("parts") / "rollouts").iterdir()
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(sample["parts"] == {"digits": sum(map(str.isdigit, sample["response"]))} for sample in samples)
+    assert row["reward/digits"] > 0 and row["eval_reward/digits"] > 0 and row["eval_reward/digits_start"] > 0
+    assert 0 < row["reward_mean"] < 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -102,6 +103,8 @@ OPTIONAL_METRIC_KEYS: tuple[str, ...] = (
     *PASS_RATE_KEYS,
 )
 """Keys that only some rows have."""
+REWARD_PREFIX = "reward/"
+"""Prefix of keys for further numbers that a reward function returns, means over the samples that have them."""
 LOSS_PREFIX = "loss/"
 """Prefix of keys for further values that a loss reports, means over tokens."""
 SET_PREFIX = "eval/"
@@ -113,10 +116,9 @@ TRAIN_SET_KEYS = ("groups", "reward_mean", "accuracy", "zero_variance_groups", "
 
 
 def keys_by_set(row: MetricsRow, prefix: str, metric: str) -> dict[str, str]:
-    """The keys `<prefix><name>/<metric>` that `row` has, by name."""
-    end = f"/{metric}"
-    keys = (key for key in row if key.startswith(prefix) and key.endswith(end))
-    return {key.removeprefix(prefix).removesuffix(end): key for key in keys}
+    """The keys `<prefix><name>/<metric>` that `row` has, by name; a name has no slash, which a part of the reward has."""
+    found = re.compile(rf"{re.escape(prefix)}([^/]+)/{re.escape(metric)}")
+    return {match[1]: key for key in row if (match := found.fullmatch(key))}
 
 
 def set_accuracies(row: MetricsRow) -> dict[str, float]:
@@ -231,12 +233,15 @@ def _append_whole(descriptor: int, line: bytes) -> None:
         raise
 
 
+_NAMED_ELSEWHERE = (TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX, REWARD_PREFIX, f"eval_{REWARD_PREFIX}")
+
+
 def _checked(row: MetricsRow) -> dict[str, Any]:
     """The row in the file's key order, numbers only, with non-finite values as None."""
     given: dict[str, Any] = dict(row)
     is_trained = any(key in given for key in METRIC_KEYS if key not in ROLLOUT_METRIC_KEYS)
     missing = [key for key in (METRIC_KEYS if is_trained else ROLLOUT_METRIC_KEYS) if key not in given]
-    named_elsewhere = [key for key in given if key.startswith((TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX))]
+    named_elsewhere = [key for key in given if key.startswith(_NAMED_ELSEWHERE)]
     unknown = [key for key in given if key not in (*METRIC_KEYS, *OPTIONAL_METRIC_KEYS, *named_elsewhere)]
     if missing or unknown:
         raise ValueError(

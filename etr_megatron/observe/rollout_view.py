@@ -46,9 +46,10 @@ def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[s
     gap = "the trainer's log-probs were not recorded"
     if gaps:
         gap = f"mean {sum(gaps) / len(gaps):.1e}, largest {max(gaps):.1e} at token {gaps.index(max(gaps))}"
+    parts = [f"{part} {value:g}" for part, value in sample.get("reward_parts", {}).items()]
     return [
         f"sample        {name}",
-        f"reward        {sample['reward']:g} ({sample['reward_status']})",
+        f"reward        {sample['reward']:g} ({', '.join([sample['reward_status'], *parts])})",
         f"finish        {sample['finish_reason']}, {len(sample['response_ids'])} tokens",
         f"log-prob gap  {gap}",
         f"answer        {problem['answer']}",

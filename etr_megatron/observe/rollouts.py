@@ -49,6 +49,7 @@ def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
         "answer": group.problem.answer,
         "reward": sample.reward,
         "status": sample.reward_status,
+        **({"parts": sample.reward_parts} if sample.reward_parts else {}),
         "finish_reason": sample.finish_reason,
         "weight_version": sample.weight_version,
         "tokens": len(sample.response_ids),

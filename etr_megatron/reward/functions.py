@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
@@ -47,12 +48,21 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
 
 
 def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: RewardConfig) -> Grade:
-    """Grade with a user's function. If it fails on an answer, that answer gets status "error", and the run continues."""
+    """Grade with a user's function. If it fails on an answer, that answer gets status "error", and the run continues.
+
+    Of a dict, as verl's scorers return, `score` is the reward, and other numbers are the grade's parts.
+    """
     try:
         extra = (request.extra,) if config.columns else ()
         value = function(request.prompt, request.response, request.answer, *extra)
     except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
+    parts: dict[str, float] = {}
+    if isinstance(value, Mapping):
+        if "score" not in value:
+            return Grade(config.range_min, "error", f"{config.function} returned a dict without `score`, which is the reward")
+        parts = {name: float(part) for name, part in value.items() if name != "score" and _is_number(part)}
+        value = value["score"]
     try:
         reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
     except Exception:  # numpy and torch types raise various exceptions
@@ -67,4 +77,8 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
             f"{config.range_max}"
         )
         return Grade(config.range_min, "out_of_range", detail)
-    return Grade(within, "ok", "")
+    return Grade(within, "ok", "", parts)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)

@@ -27,8 +27,10 @@ class Grade:
     status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), "error" (the reward
         function failed, or crashed its process twice), or "out_of_range" (its reward was outside the configured range).
     detail: what was compared, or what went wrong; for people.
+    parts: further numbers of the user's function, by name.
     """
 
     reward: float
     status: RewardStatus
     detail: str
+    parts: dict[str, float] = field(default_factory=dict)

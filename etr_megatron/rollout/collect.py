@@ -47,7 +47,7 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
 
     # Long: an evaluation may have thousands of answers, and a custom reward may take its time over each.
     for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
-        sample.reward, sample.reward_status = grade.reward, grade.status
+        sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
 
 
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
@@ -65,7 +65,7 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
             f"{grade.detail}; set these two to the least and the most that it gives, or fix it"
         )
     for (_, sample), grade in zip(samples, grades, strict=True):
-        sample.reward, sample.reward_status = grade.reward, grade.status
+        sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
     return grades
 
 

@@ -57,6 +57,9 @@ def _check_sample(sample: Any) -> None:
     _check_numbers(sample, "rollout_logprobs", "d", tokens)
     if sample["weight_versions"]:
         _check_numbers(sample, "weight_versions", "i", tokens)
+    parts = sample.get("reward_parts", {})  # missing in records of older versions
+    if not isinstance(parts, dict) or not all(isinstance(part, int | float) for part in parts.values()):
+        raise ValueError("`reward_parts` of a sample is not a mapping of names to numbers")
     if "routing" in sample:
         _check_routing(sample["routing"])
     if sample.get("old_logprobs") is not None:

@@ -66,7 +66,8 @@ class RewardConfig:
     """The verifier."""
 
     function: str = "math"
-    """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer) -> float`."""
+    """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer)`.
+    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`)."""
     columns: tuple[str, ...] = ()
     """More columns (`outer.inner` in a nested one) for your own function, which is then called as
     `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, a whole held-out set or one of several
