@@ -15,9 +15,8 @@ import pytest
 from tests.gang import ROOT
 
 RANKS = [
-    ("broadcast", 2, 1, 0),
-    ("broadcast", 2, 1, 1),
-    ("broadcast", 2, 1, 2),
+    ("whole", 2, 0, 0),
+    ("whole", 2, 0, 1),
     ("sharded", 2, 1, 1),
     ("sharded", 1, 2, 2),
     ("disk", 2, 0, 0),
@@ -32,7 +31,7 @@ def check_others(found: list[dict[str, Any] | None], culprit: int, message: str,
             continue
         assert re.search(message, one["error"]), one["error"]
         assert one["seconds"] < within_s
-        assert one["begun"] == 3 and one["complete"] is None
+        assert one["complete"] is None
 
 
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), RANKS)
@@ -81,7 +80,7 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[3], RANKS[6]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[2], RANKS[5]])
 def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
     store = f"tcp://127.0.0.1:{free_port()}" if culprit == 0 else f"file://{tmp_path}/store"
@@ -95,7 +94,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[4], RANKS[5]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[3], RANKS[4]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
     found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)

@@ -80,7 +80,7 @@ def test_a_server_receives_its_fused_parameters(gangs, hf_models, family):
         wanted = fused_by_hand(model, 2, rank)
         assert parameters.keys() == wanted.keys()
         assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
-        assert versions == [None, 11, 12]
+        assert versions == [11, 12]
 
 
 @pytest.mark.parametrize("ep", [1, 2])
@@ -107,9 +107,8 @@ def test_a_quantised_server_receives_values_and_scales(gangs, hf_models):
             assert torch.equal(parameters[name + "_scale_inv"], scales)
 
 
-@pytest.mark.parametrize(("fault", "kept"), [("middle", None), ("before", 1)])
-def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models, fault, kept):
-    """If the sync failed before the begin, nothing was written, and the previous version is still complete."""
+@pytest.mark.parametrize("fault", ["middle", "before"])
+def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models, fault):
     model = hf_models["llama"]
     found = gangs(3).run("tests.transport_jobs:recover", model=model, destination=ServerLayout(tp=2), fault=fault)
     reason = {
@@ -117,10 +116,9 @@ def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models
         "before": "ValueError: shards of source rank 0 do not fit: .* is missing",
     }
     for rank in (0, 1):
-        parameters, errors, versions = found[1 + rank]
+        parameters, errors = found[1 + rank]
         wanted = fused_by_hand(model, 2, rank)
         assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
-        assert versions == [1, kept, 3]
         assert len(errors) == 1 and re.search(f"version 2 did not complete: rank 0 failed: {reason[fault]}", errors[0])
 
 

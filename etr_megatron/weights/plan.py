@@ -62,10 +62,6 @@ class Plan:
         """Whether both ranks are the same process."""
         return source == self.destination_start + destination
 
-    def is_fp8(self, weight: Weight) -> bool:
-        """Whether a weight is sent quantised."""
-        return self.block_of(weight) is not None
-
     def block_of(self, weight: Weight) -> int | None:
         """Rows and columns of the blocks in which a weight is sent quantised; None if it is not."""
         return self.fp8_block if weight.fp8 else None

@@ -8,8 +8,8 @@ import torch
 from benchmarks.gpu_device import recipes_left_out
 from etr_megatron.weights import SafetensorsDir, ServerLayout, make_plan, quantize_blocks, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.transport import SCALE_SUFFIX, ShardedTransport, Wire
+from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
+from etr_megatron.weights.transport import ShardedTransport, Wire
 from tests.gpu.conftest import DEVICE
 from tests.gpu.policies import build, write_qwen3
 
@@ -61,7 +61,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     wanted, destinations = {}, {}
     for weight, shard in shards_of(plan.destination, arch, 0):
         full, name = read_shard(weight, shard, checkpoint.read).bfloat16(), weight.megatron
-        if plan.is_fp8(weight):
+        if plan.block_of(weight) is not None:
             wanted[name], wanted[name + SCALE_SUFFIX] = quantize_blocks(full, fp8_block)
         else:
             wanted[name] = full
@@ -71,7 +71,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     transport = ShardedTransport(plan, Wire.in_world(backend=world, timeout_s=60), dtype=torch.bfloat16, checksums=True)
     for version in (3, 4):
         transport.sync(version, sources, destinations)
-    assert transport.versions.complete == 4
+    assert transport.complete == 4
     assert any(tensor.dtype == FP8 for tensor in destinations.values()) == (fp8_block is not None)
     for name, tensor in wanted.items():
         assert torch.equal(destinations[name].cpu().view(torch.uint8), tensor.view(torch.uint8)), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -82,19 +82,18 @@ class Group:
                 fields[name + SCALE_SUFFIX].view(flat).copy_(scales)
 
 
-def groups_of(weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> Iterator[Group]:
+def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
     """Weights in order, in groups of at most `limit` bytes, or of one weight that is larger."""
-    filling: list[Weight] = []
-    space = limit
+    groups: list[list[Weight]] = []
+    space = 0
     for weight in weights:
         nbytes = Group([weight], dtype, fp8_block).nbytes
-        if filling and nbytes > space:
-            yield Group(filling, dtype, fp8_block)
-            filling, space = [], limit
-        filling.append(weight)
+        if not groups or nbytes > space:
+            groups.append([])
+            space = limit
+        groups[-1].append(weight)
         space -= nbytes
-    if filling:
-        yield Group(filling, dtype, fp8_block)
+    return [Group(some, dtype, fp8_block) for some in groups]
 
 
 class Gather:
@@ -130,13 +129,13 @@ class Gather:
         ]
         self._dtype = dtype
 
-    def group(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> Shards:
-        """Gather; an owner's group is put into `flat` (uint8). Returns the owner's full, unquantised tensors by weight."""
-        full: dict[str, Tensor] = {}
+    def group(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
+        """Gather; own: on an owner, its group and the flat bucket (uint8) to put it into."""
         if own is None:
-            self.exchanges[number].run(sources, full)
-            return full
+            self.exchanges[number].run(sources, {})
+            return
         group, flat = own
+        full: dict[str, Tensor] = {}
         for weight in group.weights:
             field = group.shards[weight.megatron]
             if group.is_quantised(weight):
@@ -145,7 +144,6 @@ class Gather:
                 full[weight.megatron] = field.view(flat)
         self.exchanges[number].run(sources, full)
         group.quantize(full, flat)
-        return full
 
     def forget(self) -> None:
         """Free the buckets' memory."""
