@@ -32,8 +32,8 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
         tex.DType.kFloat8E4M3, rowwise=True, columnwise=False, block_scaling_dim=2, force_pow_2_scales=False
     )
     theirs = quantizer(weight)
-    codes, scales = quantize_blocks(weight)
-    rows, columns = scale_shape(shape)
+    codes, scales = quantize_blocks(weight, 128)
+    rows, columns = scale_shape(shape, 128)
     # Theirs are padded in memory and exist for whole blocks only.
     assert torch.equal(scales, theirs._rowwise_scale_inv[:rows, :columns])
     assert torch.equal(codes.view(torch.uint8), theirs._rowwise_data.view(torch.uint8))
@@ -43,8 +43,8 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
 def test_blocks_are_the_same_on_every_device(device, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)).mul_(0.02).bfloat16()
     weight[:128, :128] = 0
-    codes, scales = quantize_blocks(weight)
-    found_codes, found_scales = quantize_blocks(weight.to(device))
+    codes, scales = quantize_blocks(weight, 128)
+    found_codes, found_scales = quantize_blocks(weight.to(device), 128)
     assert torch.equal(found_codes.cpu().view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(found_scales.cpu(), scales)
 
