@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import Index, box
+from etr_megatron.weights.shards import box
 
 ALONE_BYTES = 1 << 18
 """Tensors of at least this size are messages of their own."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.layout import Placement, WholeLayout
 from etr_megatron.weights.map import Weight
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import Index
 from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.exchange import Exchange, Memory
 from etr_megatron.weights.transport.wire import Wire
