@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from etr_megatron.config import Config, ObserveConfig, RunConfig, to_dict
 from etr_megatron.errors import UserError
-from etr_megatron.observe import Progress, Recorder, RunDirectory, TensorBoardWriter, WandbWriter
+from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.observe.__main__ import main as report
-from etr_megatron.observe.progress import format_seconds
+from etr_megatron.observe.progress import Progress, format_seconds
 from etr_megatron.observe.report import summary
+from etr_megatron.observe.writers import TensorBoardWriter, WandbWriter
 from tests.test_observe import full_disk, make_row
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import socket
 import time
 
 import pytest
@@ -18,6 +17,7 @@ from etr_megatron.weights.checksum import _CHUNK, checksum
 from etr_megatron.weights.transport import SyncError, Wire
 from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import Offer
+from tests.gang import free_port
 from tests.test_plan import architecture
 
 
@@ -64,12 +64,6 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
             assert one["seconds"] < 50  # less than the minute for which a rank hangs, or for which others would wait for it
         # If the fault came before the begin, nothing was written, and the previous version is still there.
         assert one["complete"] == ([2, 2] if fault in ("wrong_shape", "absent") else [None, None])
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow

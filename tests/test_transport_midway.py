@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.gang import ROOT
+from tests.gang import ROOT, free_port
 
 RANKS = [
     ("whole", 2, 0, 0),
@@ -49,12 +48,6 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
     check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 50)
     if kind == "disk":
         assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import resource
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Wire, buckets, disk, exchange, server_loader
 from etr_megatron.weights.transport.server_loader import Offer
+from tests.gang import free_port
 from tests.hang import Hang
 
 
@@ -180,11 +180,7 @@ class ToyServer:
 
 def free_ports(count: int) -> list[int]:
     """Free ports of rank 0's, the same on every rank."""
-    ports = []
-    for _ in range(count):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    ports = [free_port() for _ in range(count)]
     dist.broadcast_object_list(ports)
     return ports
 

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     group: Any
 
 
-_names = iter(range(1 << 62))
+_names = itertools.count()
 
 _LOOKS = 256
 """Polls of an NCCL message per poll of the board."""
