@@ -41,7 +41,7 @@ def test_files_that_some_ranks_write_alone_are_the_checkpoint(gangs, hf_models, 
 def test_what_is_gathered_for_servers_is_the_checkpoint(gangs, hf_models):
     """The second stage has no part of the first bucket."""
     model = hf_models["qwen3"]
-    found = gangs(4).run(JOB, job="transport_jobs:whole", model=model, source=TrainingLayout(tp=2, pp=2), backend="nccl")
+    found = gangs(4).run(JOB, job="transport_whole_jobs:whole", model=model, source=TrainingLayout(tp=2, pp=2), backend="nccl")
     tensors, wanted = found[0]["tensors"], load_file(f"{model}/model.safetensors")
     assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 

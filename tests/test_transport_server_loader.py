@@ -151,10 +151,10 @@ def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
 
 def test_other_tensors_and_unknown_parameters_are_refused():
     with pytest.raises(ValueError, match=r"accepts only the tensor etr_megatron\.sync_offer, not lm_head"):
-        server_loader.load(torch.nn.Linear(2, 2), [("lm_head", torch.ones(2))])
+        server_loader.receive(torch.nn.Linear(2, 2), {"lm_head": torch.ones(2)})
     offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), architecture())
     with pytest.raises(ValueError, match=r"do not match the offer: there is no model\.embed_tokens\.weight; .*; and \d+ more$"):
-        server_loader.load(torch.nn.Linear(2, 2), [(server_loader.MESSAGE_NAME, offer.message())])
+        server_loader.receive(torch.nn.Linear(2, 2), {server_loader.MESSAGE_NAME: offer.message()})
 
 
 @pytest.mark.parametrize("order", ["load_up_proj_weight_first", "w13_swiglu_interleaved", "use_flashinfer_trtllm_moe"])
@@ -166,10 +166,10 @@ def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_t
     flagged = model["experts"] if order.startswith("use_") else model["experts"].quant_method
     setattr(flagged, order, True)
     with pytest.raises(server_loader.MisfitError, match=rf"keeps the experts of experts in its own order \({order}\)"):
-        server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
+        server_loader.receive(model, {server_loader.MESSAGE_NAME: offer.message()})
     setattr(flagged, order, False)
     with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):
-        server_loader.load(model, [(server_loader.MESSAGE_NAME, offer.message())])
+        server_loader.receive(model, {server_loader.MESSAGE_NAME: offer.message()})
 
 
 def test_the_loader_imports_neither_megatron_nor_a_server():

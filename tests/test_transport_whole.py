@@ -12,7 +12,7 @@ from etr_megatron.weights import TrainingLayout, read_architecture, weights_of
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
 
-JOB = "tests.transport_jobs:whole"
+JOB = "tests.transport_whole_jobs:whole"
 
 
 def model_elements(model: str) -> int:

@@ -21,7 +21,8 @@ from etr_megatron.rollout.sglang.senders import SendSettings
 from etr_megatron.weights import ServerLayout, TrainingLayout, make_plan, read_architecture
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Transport, Wire, buckets, disk, exchange
 from tests.hang import Hang
-from tests.transport_jobs import delivered, empty_shards, shards_from, whole_tensors
+from tests.transport_jobs import empty_shards, shards_from
+from tests.transport_whole_jobs import delivered, whole_tensors
 
 SPOILT = "decoder.layers.2.mlp.linear_fc2.weight"
 """A weight in the middle of the model, held by every rank."""

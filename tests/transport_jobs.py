@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import resource
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,9 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.rollout.sglang.delivery import Bucket
-from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
-from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
 from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.plan import Plan, make_plan
@@ -116,47 +111,6 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
     return {"shards": destinations, "version": transport.complete}
 
 
-def whole(
-    model: str,
-    source: TrainingLayout,
-    *,
-    dtype: torch.dtype = torch.float32,
-    fp8_block: int | None = None,
-    bucket_bytes: int = 50_000,
-    backend: str = "gloo",
-) -> dict[str, Any]:
-    """Whole tensors that rank 0 has handed over for servers in the second of two syncs, the names in its buckets, and the bytes
-    that this rank has sent in both."""
-    found: dict[str, Tensor] = {}
-    names: list[list[str]] = []
-
-    def post(bucket: Bucket) -> Future[None]:
-        found.update({field.name: field.view(bucket.flat).clone() for field in bucket.fields})
-        names.append(bucket.names)
-        return delivered()
-
-    settings = SendSettings(read_architecture(model), dtype, fp8_block, bucket_bytes, backend, 60.0)
-    transport = whole_tensors(source, settings, post)
-    for version in (4, 5):
-        found.clear()
-        names.clear()
-        transport.sync(version, shards_from(model, source, dist.get_rank(), dtype))
-    transport.close()
-    return {"tensors": picklable(found), "names": names, "bytes": transport.wire.bytes_sent, "version": transport.complete}
-
-
-def delivered(_bucket: Bucket | None = None) -> Future[None]:
-    """A delivery that is over at once."""
-    done: Future[None] = Future()
-    done.set_result(None)
-    return done
-
-
-def whole_tensors(source: TrainingLayout, settings: SendSettings, post: Callable[[Bucket], Future[None]]) -> WholeTensors:
-    """The transport of whole tensors to servers, of which rank 0 hands buckets to `post`."""
-    return WholeTensors(source, settings, Outbox(post) if dist.get_rank() == 0 else None, NodeBuckets({}, 1))
-
-
 class ToyServer:
     """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
@@ -209,7 +163,7 @@ def serve(
     server = ToyServer(offer.plan(), place, torch.float32)
     server_loader._open.clear()
     for version in (11, 12):
-        server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+        server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
         versions += [transport.complete for transport in server_loader._open.values()]
     dist.barrier()
     server_loader._open.clear()
@@ -239,7 +193,7 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
     server_loader._open.clear()
     for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
         try:
-            server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+            server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
         except SyncError as error:
             errors.append(str(error))
     dist.barrier()

@@ -17,7 +17,7 @@ from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
 from etr_megatron.weights.hf_config import read_config
 
-LOADER = "etr_megatron.weights.transport.server_entry.load"
+LOADER = "etr_megatron.weights.transport.server_loader.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
 ROUTING = "--enable-return-routed-experts"

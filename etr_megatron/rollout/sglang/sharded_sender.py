@@ -94,7 +94,7 @@ class OfferCalls:
 class ShardedSender:
     """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0 only. See `Sender`.
 
-    After a server is lost, the sync restarts with the others, whose workers survive: see `server_entry`.
+    After a server is lost, the sync restarts with the others, whose workers survive: see `server_loader.load`.
     """
 
     def __init__(self, settings: SendSettings, server: ServerLayout, host: str, calls: OfferCalls | None) -> None:

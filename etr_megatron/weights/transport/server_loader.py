@@ -7,8 +7,7 @@ reuse it. This module imports nothing of Megatron or of the server's package.
 
 How it is loaded: a worker's `update_weights_from_tensor` finds `load_format` among the paths that the server was started with,
 imports it by that path (so this package must be importable in the server's environment) and calls it with the live model and
-with the tensors of its own rank. An exception raised there ends the worker, see `server_entry`. Module state outlives the call
-and keeps the open connection.
+with the tensors of its own rank. Module state outlives the call and keeps the open connection.
 
 After a failed sync the connection is dropped. The next offer opens a new one, for which the training ranks need a new transport
 and a new store too: others may still read from the old one why the sync failed.
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,6 +35,8 @@ from etr_megatron.weights.transport.base import shards_wanted
 from etr_megatron.weights.transport.board import Board, SyncError
 from etr_megatron.weights.transport.sharded import ShardedTransport
 from etr_megatron.weights.transport.wire import Wire
+
+logger = logging.getLogger(__name__)
 
 MESSAGE_NAME = "etr_megatron.sync_offer"
 """Name of the tiny tensor that carries an offer."""
@@ -181,14 +183,30 @@ _open: dict[str, ShardedTransport] = {}
 """The transport in use, by its offer without the version: one at a time."""
 
 
-@torch.no_grad()
 def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
+    """`receive`, as SGLang calls a custom weight loader: an exception raised here ends the worker.
 
-    named_tensors: only the tiny tensor. Raises ValueError for another message, MisfitError for parameters that do not match the
+    So a sync that did not complete is only logged, as the training ranks know of it, and parameters that do not match the offer
+    are reported to them. The worker survives, after an incomplete sync with a mixture of two versions, and must get a complete
+    one before it serves. Other errors are raised.
+    """
+    named = dict(named_tensors)
+    try:
+        receive(model, named)
+    except SyncError as error:
+        logger.error("%s", error)
+    except MisfitError as error:
+        logger.error("%s", error)
+        Offer.read(named[MESSAGE_NAME]).refuse(str(error))
+
+
+@torch.no_grad()
+def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Receive a version into the parameters of a worker's `model`.
+
+    tensors: only the tiny one. Raises ValueError for another message, MisfitError for parameters that do not match the
     offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions.
     """
-    tensors = dict(named_tensors)
     if tensors.keys() != {MESSAGE_NAME}:
         raise ValueError(f"this loader accepts only the tensor {MESSAGE_NAME}, not {', '.join(sorted(tensors))}")
     offer = Offer.read(tensors[MESSAGE_NAME])
