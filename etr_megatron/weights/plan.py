@@ -76,14 +76,6 @@ class Plan:
         pairs = {pair: tuple(t for t in transfers if t.weight.megatron in names) for pair, transfers in self.pairs.items()}
         return replace(self, pairs={pair: transfers for pair, transfers in pairs.items() if transfers})
 
-    def bytes_sent(self, itemsize: int) -> dict[int, int]:
-        """Bytes that each source rank sends to other processes."""
-        sent = dict.fromkeys(range(self.source.world), 0)
-        for (source, destination), transfers in self.pairs.items():
-            if not self.is_local(source, destination):
-                sent[source] += sum(self.bytes(transfer, itemsize) for transfer in transfers)
-        return sent
-
 
 def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
     if block is None:
