@@ -42,7 +42,7 @@ class BroadcastTransport(Transport):
         for number, group in enumerate(self._groups):
             flat = self._flat(number)
             if self._gather is not None:
-                self._gather.group(number, sources, (group, flat) if self.wire.rank == 0 else None)
+                self._gather.run(number, sources, (group, flat) if self.wire.rank == 0 else None)
             before, works = works, self.wire.broadcast(flat, self._receivers) if flat is not None else []
             if number:
                 self.wire.wait(before)

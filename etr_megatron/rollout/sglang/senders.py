@@ -109,11 +109,11 @@ class WholeTensors(Transport):
         for number, group in enumerate(self._groups):
             self._follow(f"bucket {number}")
             if self._outbox is None:
-                self._gather.group(number, sources, None)
+                self._gather.run(number, sources, None)
                 self._shared.share(group.tensors, group.nbytes, None)
                 continue
             flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
-            self._gather.group(number, sources, (group, flat))
+            self._gather.run(number, sources, (group, flat))
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
             # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
@@ -122,7 +122,7 @@ class WholeTensors(Transport):
 
     def _follow(self, phase: str) -> None:
         """Wait for rank 0 to get here: a rank that holds nothing of the buckets would otherwise wait for all at the end."""
-        self.wire.board.follow(phase, 0, self._longest_wait_s)
+        self.wire.board.follow_rank0(phase, self._longest_wait_s)
 
     def close(self) -> None:
         """See `Transport.close`."""

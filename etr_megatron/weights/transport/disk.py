@@ -142,11 +142,11 @@ class DiskWriter(Transport):
     def _gather_file(self, number: int, sources: Shards) -> dict[str, Tensor] | None:
         """HF name -> CPU tensor of this rank's file of that number; None if it only helps to gather the others' files."""
         if number >= len(self._own):
-            self._gather.group(number, sources, None)
+            self._gather.run(number, sources, None)
             return None
         group = self._own[number]
         flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
-        self._gather.group(number, sources, (group, flat))
+        self._gather.run(number, sources, (group, flat))
         return {field.name: field.view(flat).cpu() for field in group.tensors}
 
     def _publish(self, version: int, own: Mapping[str, str], unfinished: Path, final: Path) -> None:
