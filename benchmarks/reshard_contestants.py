@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.reshard_broadcast import BroadcastTransport
 from benchmarks.reshard_problem import Case
 from etr_megatron.weights import Architecture, Weight, join_shards, read_shard, weights_of
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.shards import box
-from etr_megatron.weights.transport import BroadcastTransport, ShardedTransport, Wire
+from etr_megatron.weights.transport import ShardedTransport, Wire
 
 Shards = dict[str, Tensor]
 
@@ -42,9 +43,7 @@ class Broadcast(Sharded):
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
         self.wire = Wire.in_world(timeout_s=300)
-        self._transport = BroadcastTransport(
-            case.source, case.destination, arch, self.wire, destination_start=case.start, dtype=dtype
-        )
+        self._transport = BroadcastTransport(case.source, case.destination, arch, self.wire, case.start, dtype)
         self._shards = sources or None, destinations or None
         self._version = 0
 

@@ -17,7 +17,7 @@ def architecture(
     family: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **changes: object
 ) -> Architecture:
     """An untied model with heads of 64."""
-    fixed = dict(tied_embeddings=False, qkv_bias=False, qk_norm=family != "llama", norm_eps=1e-6, max_positions=1024)
+    fixed = dict(tied_embeddings=False, norm_eps=1e-6, max_positions=1024)
     sizes = dict(head_dim=64, layers=layers, hidden_size=hidden, intermediate_size=intermediate, heads=heads, kv_heads=kv_heads)
     return Architecture(family=family, vocab_size=vocab, **{**sizes, **fixed, **changes})
 

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def buckets_of(arch: Architecture, tensors: dict[str, Tensor], limit: int) -> Iterator[Bucket]:
     """Buckets as in a sync: weights in order, in flat buckets of at most `limit` bytes, or of one weight that is larger."""
-    for group in groups_of(list(weights_of(arch)), torch.float32, None, limit):
+    for group in groups_of(weights_of(arch), torch.float32, None, limit):
         flat = torch.empty(group.nbytes, dtype=torch.uint8)
         for field in group.tensors:
             field.view(flat).copy_(tensors[field.name])

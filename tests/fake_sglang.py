@@ -237,7 +237,7 @@ def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
         STATE.sums |= found[0]
         return 200, {"success": True, "message": ""}
     named = workers[0]
-    from etr_megatron.weights.transport import server_entry, server_loader
+    from etr_megatron.weights.transport import server_loader
     from tests.transport_jobs import ToyServer
 
     offer = server_loader.Offer.read(named[0][1])
@@ -245,7 +245,7 @@ def take_tensors(body: dict[str, Any]) -> tuple[int, Any]:
         STATE.model = ToyServer(offer.plan(), offer.rank, torch.float32)
         if BEHAVIOUR.get("misfit"):
             STATE.model.named_parameters = lambda: [("model.norm.weight", torch.zeros(3))]
-    server_entry.load(STATE.model, named)
+    server_loader.load(STATE.model, named)
     STATE.sums = {name: tensor.double().sum().item() for name, tensor in STATE.model.named_parameters()}
     return 200, {"success": True, "message": ""}
 

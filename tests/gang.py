@@ -31,6 +31,13 @@ _MOST_THREADS = 200
 """A worker has about 60 to begin with."""
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class _Nursery:
     """The process that workers are forked from; its environment is what there is when it is made. imports: of its own."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -14,12 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from etr_megatron.rollout.sglang.delivery import Bucket
-from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
-from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
-from etr_megatron.weights import TrainingLayout, read_architecture
 from etr_megatron.weights.transport import Wire, wire
-from tests.transport_jobs import shards_from
 
 
 class Launch:
@@ -108,23 +102,3 @@ def run(job: str, **arguments: Any) -> Any:
     ):
         module, _, function = job.partition(":")
         return getattr(import_module(f"tests.{module}"), function)(**arguments)
-
-
-def whole_tensors(model: str, source: TrainingLayout) -> dict[str, torch.Tensor]:
-    """What rank 0 has delivered to the servers after two syncs; empty on the others."""
-    found: dict[str, torch.Tensor] = {}
-
-    def post(bucket: Bucket) -> Future[None]:
-        found.update({field.name: field.view(bucket.flat).clone() for field in bucket.fields})
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    rank = dist.get_rank()
-    settings = SendSettings(read_architecture(model), torch.float32, None, 50_000, "nccl", 20.0)
-    tensors = WholeTensors(source, settings, Outbox(post) if rank == 0 else None, NodeBuckets({}, 1))
-    for version in (1, 2):
-        found.clear()
-        tensors.sync(version, shards_from(model, source, rank))
-    tensors.close()
-    return found

@@ -120,7 +120,7 @@ def sums_of(policy: Any, fp8: bool = False) -> dict[str, float]:
     quantised = {name for weight in weights_of(policy.arch) if weight.fp8 and fp8 for name in weight.hf}
     found = dict(policy.export())
     for name in quantised:
-        found[name], found[f"{name}_scale_inv"] = quantize_blocks(found[name])
+        found[name], found[f"{name}_scale_inv"] = quantize_blocks(found[name], 128)
     return {name: tensor.double().sum().item() for name, tensor in found.items()}
 
 

@@ -100,7 +100,7 @@ def test_the_target_is_in_bf16_of_the_backend_that_runs_by_default():
 
 
 def test_flops_are_those_of_every_product_three_times():
-    arch = Architecture("qwen3", 2, 6, 10, 4, 2, 3, 11, False, False, True, 1e-6, 64)
+    arch = Architecture("qwen3", 2, 6, 10, 4, 2, 3, 11, False, 1e-6, 64)
     matrices = 2 * (6 * 12 + 2 * 6 * 6 + 12 * 6 + 3 * 6 * 10)
     attention = sum(2 * 2 * 4 * 3 * seen for seen in range(1, 8)) * 2  # scores and values: position t attends to t + 1 keys
     wanted = 3 * 5 * (2 * matrices * 7 + attention + 2 * 6 * 11 * 4)

@@ -85,6 +85,16 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(capsys
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_tensor_of_one_layers_experts_is_not_said_to_be_of_several_layers(capsys, hf_models, tmp_path):
+    """Layers that differ are stored one by one."""
+    to_megatron(Path(hf_models["qwen3_moe_dense"]), tmp_path / "megatron", Ranks())
+    file = tmp_path / "megatron" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"moe_intermediate_size": 2 * config["moe_intermediate_size"]}))
+    message = refusal(capsys, "to-hf", "--megatron", tmp_path / "megatron", "--out", tmp_path / "out")
+    assert "linear_fc1.weight (mlp.experts.0.gate_proj.weight over mlp.experts.0.up_proj.weight) has shape" in message
+
+
 def test_tensors_that_are_missing_or_unknown_are_named(capsys, hf, megatron, tmp_path, hf_models):
     config = json.loads((megatron / "config.json").read_text())
     (megatron / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

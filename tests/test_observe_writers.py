@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from etr_megatron.config import Config, ObserveConfig, RunConfig, to_dict
 from etr_megatron.errors import UserError
-from etr_megatron.observe import Progress, Recorder, RunDirectory, TensorBoardWriter, WandbWriter
+from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.observe.__main__ import main as report
-from etr_megatron.observe.progress import format_seconds
+from etr_megatron.observe.progress import Progress, format_seconds
 from etr_megatron.observe.report import summary
+from etr_megatron.observe.writers import TensorBoardWriter, WandbWriter
 from tests.test_observe import full_disk, make_row
 
 
@@ -122,10 +124,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_one_plain_line_per_step_off_a_terminal() -> None:
+def test_progress_is_one_plain_line_per_step_off_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
-    stream = io.StringIO()
-    progress = Progress(total=100, done=20, stream=stream, clock=lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(total=100, done=20)
     now[0] = 10.0
     progress.update(make_row(21, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4))
     now[0] = 30.0
@@ -135,7 +139,7 @@ def test_progress_is_one_plain_line_per_step_off_a_terminal() -> None:
     progress.update(make_row(23, reward_mean=0.5, entropy=1.25, tokens_per_s=1234.4, eval_accuracy=0.5, **of_sets))
     progress.close()
     # 10 s for 1 step, 79 to go; then 15 s per step, 78 to go.
-    assert stream.getvalue().splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "step 21/100: reward 0.500, entropy 1.250, 1,234 tokens/s, 13m 10s left",
         "step 22/100: reward 0.500, entropy 1.250, 1,234 tokens/s, eval accuracy 0.750, 19m 30s left",
         "step 23/100: reward 0.500, entropy 1.250, 1,234 tokens/s, eval accuracy 0.500 (aime24 0.250, amc23 0.750), "
@@ -143,9 +147,9 @@ def test_progress_is_one_plain_line_per_step_off_a_terminal() -> None:
     ]
 
 
-def test_progress_is_a_bar_on_a_terminal() -> None:
-    stream = Terminal()
-    progress = Progress(total=4, done=1, stream=stream)
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    progress = Progress(total=4, done=1)
     for step in (2, 3, 4):
         progress.update(make_row(step, reward_mean=0.5))
     progress.close()
@@ -171,7 +175,7 @@ def test_a_resumed_recorder_counts_its_own_steps_for_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (0, None, lambda: now[0]))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Recorder(Config(), RunDirectory(tmp_path / "run"), resumed_at=98) as recorder:
         now[0] = 7.0
         (tmp_path / "run").mkdir(exist_ok=True)
@@ -303,9 +307,9 @@ def test_the_report_tells_each_training_sets_reward_over_the_steps_that_have_gro
     assert told[1].startswith("reward            first tenth ") and told[4].startswith("eval accuracy")
 
 
-def test_the_bar_of_a_resumed_run_goes_on_from_its_step() -> None:
-    stream = Terminal()
-    progress = Progress(total=30, done=25, stream=stream)
+def test_the_bar_of_a_resumed_run_goes_on_from_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    progress = Progress(total=30, done=25)
     progress.update(make_row(26))
     progress.update(make_row(28))
     progress.close()

@@ -14,9 +14,9 @@ from etr_megatron.planner import GPUS, H100, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
-from etr_megatron.planner.published import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
 from etr_megatron.planner.speed import sync_seconds
 from etr_megatron.weights import read_architecture
+from tests.published_runs import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
 
 
 def test_operations_are_those_that_torch_counts(tmp_path) -> None:
@@ -144,7 +144,7 @@ def test_a_sync_by_memory_depends_on_where_the_servers_are(gpus, outside, parts)
     )
     cluster = Cluster(gpus=gpus, gpus_per_node=8, ranks=gpus, servers=gpus // 4, server_tp=4, colocated=True, outside=outside)
     model_bytes = 65 * 10**9
-    assert sync_seconds(config, cluster, model_bytes, H100) == pytest.approx(1.0 + model_bytes * sum(parts))
+    assert sync_seconds(config, cluster, model_bytes, model_bytes, H100) == pytest.approx(1.0 + model_bytes * sum(parts))
 
 
 @pytest.mark.parametrize("sync", ["tensor", "disk", "broadcast", "sharded"])

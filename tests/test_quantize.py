@@ -100,10 +100,10 @@ def test_ragged_ends_equal_the_definition_block_by_block(rows, cols, block):
 
 def test_a_matrix_of_several_panels_equals_its_rows_of_blocks_one_by_one():
     weight = random_matrix(1200, 1000, torch.bfloat16, seed=5)  # a panel holds 4 rows of blocks
-    quantized, scale_inv = quantize_blocks(weight)
+    quantized, scale_inv = quantize_blocks(weight, 128)
     for i in range(10):
         rows = slice(i * 128, (i + 1) * 128)
-        values, scales = quantize_blocks(weight[rows])
+        values, scales = quantize_blocks(weight[rows], 128)
         assert torch.equal(bits(quantized[rows]), bits(values)) and torch.equal(scale_inv[i : i + 1], scales)
 
 
@@ -136,7 +136,7 @@ def test_a_box_that_begins_and_ends_within_blocks_is_a_cut_of_the_whole(begin, s
 def test_a_block_of_zeros_has_scale_one_and_comes_back_as_zeros():
     weight = torch.zeros(130, 257, dtype=torch.bfloat16)
     weight[0, 0] = 1e-38  # its scale would be infinite in fp32
-    quantized, scale_inv = quantize_blocks(weight)
+    quantized, scale_inv = quantize_blocks(weight, 128)
     assert torch.equal(scale_inv, torch.ones(2, 3))
     assert torch.equal(dequantize_blocks(quantized, scale_inv), torch.zeros(130, 257))
 
@@ -160,7 +160,7 @@ def test_a_value_that_is_not_finite_spoils_its_block_and_no_other(value):
 
 
 def test_scales_of_another_shape_are_refused():
-    quantized, scale_inv = quantize_blocks(torch.ones(130, 200))
+    quantized, scale_inv = quantize_blocks(torch.ones(130, 200), 128)
     with pytest.raises(ValueError, match=r"scale_inv is \(2, 1\); blocks of 128 in 130 x 200 need \(2, 2\)"):
         dequantize_blocks(quantized, scale_inv[:, :1])
 

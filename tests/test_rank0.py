@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from array import array
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from etr_megatron.rollout import rank0
 from etr_megatron.types import Sample
+from tests.gang import free_port
 from tests.runs import REPO
 
 PROGRAM = """
@@ -61,9 +61,7 @@ os._exit(0)
 
 def run_ranks(case: str, silence_s: float = 60) -> list[str]:
     """The output of rank 0 and rank 1; in case "stops", only of rank 1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), str(port), case, str(silence_s)], cwd=REPO, stdout=-1, text=True

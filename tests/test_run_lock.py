@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,16 @@ from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory, run_lock
 from tests.runs import REPO
 
-pytestmark = pytest.mark.usefixtures("deadline")
+pytestmark = pytest.mark.usefixtures("deadline", "no_patience")
+
+
+@pytest.fixture
+def no_patience(monkeypatch) -> float:
+    """Locks that are held are asked for once; returns the patience that runs have."""
+    usual = run_lock.PATIENCE_S
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.0)
+    return usual
+
 
 HOLDER = """
 import os, signal, subprocess, sys, time
@@ -43,19 +52,19 @@ def test_the_lock_of_a_killed_process_is_free_though_its_child_lives_on(tmp_path
         assert holder.stdout is not None
         child = int(holder.stdout.readline())
         try:
-            with pytest.raises(UserError, match="another process is running in"), directory.locked(patience_s=0):
+            with pytest.raises(UserError, match="another process is running in"), directory.locked():
                 pass
             holder.kill()
             holder.wait()
-            with directory.locked(patience_s=0):
+            with directory.locked():
                 os.kill(child, 0)  # still alive
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("patience_s", [None, 0])
-def test_a_lock_that_is_held_is_asked_for_again_for_some_seconds_or_not_at_all(tmp_path, monkeypatch, patience_s) -> None:
+def test_a_lock_that_is_held_is_asked_for_again_for_some_seconds(tmp_path, monkeypatch, no_patience) -> None:
+    monkeypatch.setattr(run_lock, "PATIENCE_S", no_patience)
     slept, clock, directory = [], iter(range(100)), RunDirectory(tmp_path / "run")
     monkeypatch.setattr(run_lock.time, "monotonic", lambda: next(clock))
     with ExitStack() as held:
@@ -67,10 +76,9 @@ def test_a_lock_that_is_held_is_asked_for_again_for_some_seconds_or_not_at_all(t
                 held.close()  # as the kernel does, some time after a process is killed
 
         monkeypatch.setattr(run_lock.time, "sleep", sleep)
-        refused = pytest.raises(UserError, match="another process is running in")
-        with refused if patience_s == 0 else nullcontext(), directory.locked(patience_s=patience_s):
+        with directory.locked():
             pass
-    assert slept == ([] if patience_s == 0 else [run_lock._PAUSE_S] * 3) and run_lock._PAUSE_S > 0
+    assert slept == [run_lock._PAUSE_S] * 3 and run_lock._PAUSE_S > 0
 
 
 def test_children_that_are_forked_close_the_lock_and_nothing_else(tmp_path: Path) -> None:
@@ -107,19 +115,19 @@ def test_a_lock_is_free_where_nobody_holds_it_and_others_may_ask_at_the_same_tim
         fcntl.flock(asking, fcntl.LOCK_SH)
         assert run_lock.is_free(directory.lock_file)
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    with directory.locked(patience_s=0):
+    with directory.locked():
         pass
 
 
 def test_a_run_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
     one, other = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     second = RunDirectory(tmp_path / "more" / "second")
-    with one.locked(), second.locked(), pytest.raises(UserError) as caught, other.locked(patience_s=0.2):
+    with one.locked(), second.locked(), pytest.raises(UserError) as caught, other.locked():
         pass
     assert str(caught.value) == (
         f"another process is running in {tmp_path}/run; wait for it, stop it, or choose another run.name"
     )
-    with other.locked(patience_s=0):
+    with other.locked():
         pass
 
 

@@ -236,7 +236,7 @@ def test_a_sharded_server_finds_this_package_and_nothing_else_of_the_trainers(tm
     assert value_of(command.arguments, "--custom-weight-loader") == LOADER
     folder = Path(command.environment["PYTHONPATH"].split(":")[0])
     assert [path.name for path in folder.iterdir()] == ["etr_megatron"]
-    assert (folder / "etr_megatron" / "weights" / "transport" / "server_entry.py").is_file()
+    assert (folder / "etr_megatron" / "weights" / "transport" / "server_loader.py").is_file()
 
 
 def test_an_api_key_is_in_a_file_that_only_the_user_reads(tmp_path):

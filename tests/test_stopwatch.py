@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from etr_megatron.observe import Stopwatch
 
 
-def test_stopwatch_adds_up_phases_and_restarts_at_each_lap() -> None:
+def test_stopwatch_adds_up_phases_and_restarts_at_each_lap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    watch = Stopwatch(clock=lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch()
     for phase, seconds in (("rollout", 3.0), ("reward", 1.5), ("rollout", 0.25), ("sync", 2.0)):
         with watch.phase(phase):  # type: ignore[arg-type]
             now[0] += seconds
@@ -18,9 +21,10 @@ def test_stopwatch_adds_up_phases_and_restarts_at_each_lap() -> None:
     assert watch.lap() == dict.fromkeys(expected, 0.0) | {"time_step": 4.0}
 
 
-def test_stopwatch_phases_do_not_nest_and_count_when_they_raise() -> None:
+def test_stopwatch_phases_do_not_nest_and_count_when_they_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    watch = Stopwatch(clock=lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch()
     with pytest.raises(RuntimeError, match="'reward' inside phase 'train'"), watch.phase("train"):
         now[0] += 2.0
         with watch.phase("reward"):

@@ -73,7 +73,7 @@ def order_on_disk(directory: str, model: str) -> list[str]:
     arch, events, gathered = read_architecture(model), [], threading.Semaphore(0)
     wire = Wire.in_world(timeout_s=60)
     writer = DiskWriter(directory, TrainingLayout(), arch, wire, dtype=torch.float32, file_bytes=60_000)
-    gather, write, files = writer._gather.group, disk._write_file, len(writer._own)
+    gather, write, files = writer._gather.run, disk._write_file, len(writer._own)
 
     def group(number: int, *arguments: Any) -> Any:
         found = gather(number, *arguments)
@@ -90,7 +90,7 @@ def order_on_disk(directory: str, model: str) -> list[str]:
         write(file, tensors)
         events.append(f"written {number}")
 
-    writer._gather.group = group
+    writer._gather.run = group
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk, "_write_file", slow)
         writer.sync(1, shards_from(model, TrainingLayout(), 0))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 import re
-import socket
 import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from etr_megatron.weights import ServerLayout, TrainingLayout
 from etr_megatron.weights.checksum import _CHUNK, checksum
-from etr_megatron.weights.transport import SyncError, Versions, Wire
+from etr_megatron.weights.transport import SyncError, Wire
 from etr_megatron.weights.transport.board import Board
+from etr_megatron.weights.transport.server_loader import Offer
+from tests.gang import free_port
+from tests.test_plan import architecture
 
 
 @pytest.mark.slow
@@ -66,28 +68,29 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
 
 @pytest.mark.slow
 def test_a_rank_that_nobody_waits_for_says_where_it_looked():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
+    offer = Offer(3, "127.0.0.1", port, 0, TrainingLayout(), ServerLayout(), architecture(), timeout_s=1)
     with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
-        Wire.at("127.0.0.1", port, 1, 2, timeout_s=1)
+        offer.store()
     with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not arrive within 1 s"):
-        Wire.at("127.0.0.1", port, 0, 2, timeout_s=1)
+        Wire(HashStore(), 0, 2, timeout_s=1)
 
 
-def test_a_closed_wire_still_says_why_and_its_port_is_free_once_nobody_has_it():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    wire = Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
+def test_a_closed_wire_still_says_why_and_its_store_is_gone_once_nobody_has_it():
+    port = free_port()
+
+    def open_store() -> TCPStore:
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    wire = Wire(open_store(), 0, 1, timeout_s=5)
     wire.board.report("OSError: the device fell off")
     wire.close()
     assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
-    with pytest.raises(SyncError, match=rf"rank 0 could not open 127\.0\.0\.1:{port}"):
-        Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
+    with pytest.raises(RuntimeError, match="address already in use"):
+        open_store()
     del wire
     gc.collect()  # frees the error above
-    Wire.at("127.0.0.1", port, 0, 1, timeout_s=5).close()
+    open_store()
 
 
 def test_a_board_keeps_nothing_of_syncs_that_are_over():
@@ -149,19 +152,6 @@ def test_an_nccl_message_ends_when_another_rank_has_given_up():
     with pytest.raises(SyncError, match="did not complete: rank 2 failed: OSError: the device fell off"):
         wire.wait([(1, NeverDone())])
     assert time.monotonic() - start < 5
-
-
-def test_a_version_is_complete_only_between_its_end_and_the_next_begin():
-    versions = Versions()
-    with pytest.raises(SyncError, match="no complete version of the weights: none was received"):
-        versions.require()
-    versions.begin(7)
-    with pytest.raises(SyncError, match="the sync of version 7 did not complete"):
-        versions.require()
-    versions.end(7)
-    assert versions.require() == 7
-    versions.begin(8)
-    assert versions.complete is None
 
 
 @given(st.binary(min_size=1, max_size=70), st.integers(0, 10**6), st.integers(1, 255))

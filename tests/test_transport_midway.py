@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.gang import ROOT
+from tests.gang import ROOT, free_port
 
 RANKS = [
-    ("broadcast", 2, 1, 0),
-    ("broadcast", 2, 1, 1),
-    ("broadcast", 2, 1, 2),
+    ("whole", 2, 0, 0),
+    ("whole", 2, 0, 1),
     ("sharded", 2, 1, 1),
     ("sharded", 1, 2, 2),
     ("disk", 2, 0, 0),
@@ -32,7 +30,7 @@ def check_others(found: list[dict[str, Any] | None], culprit: int, message: str,
             continue
         assert re.search(message, one["error"]), one["error"]
         assert one["seconds"] < within_s
-        assert one["begun"] == 3 and one["complete"] is None
+        assert one["complete"] is None
 
 
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), RANKS)
@@ -50,12 +48,6 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
     check_others(found, -1, rf"version 3 did not complete: rank {culprit} failed: OSError: the device fell off$", 50)
     if kind == "disk":
         assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:
@@ -81,7 +73,7 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[3], RANKS[6]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[2], RANKS[5]])
 def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
     store = f"tcp://127.0.0.1:{free_port()}" if culprit == 0 else f"file://{tmp_path}/store"
@@ -95,7 +87,7 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[4], RANKS[5]])
+@pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[3], RANKS[4]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
     found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)

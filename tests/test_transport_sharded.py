@@ -9,8 +9,7 @@ import torch
 
 from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.quantize import quantize_blocks
-from etr_megatron.weights.transport import SCALE_SUFFIX
+from etr_megatron.weights.quantize import SCALE_SUFFIX, quantize_blocks
 from tests.hf_models import FAMILIES
 from tests.transport_jobs import shards_from
 

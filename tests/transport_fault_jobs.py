@@ -17,22 +17,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
-from etr_megatron.weights.layout import WholeLayout
-from etr_megatron.weights.plan import Plan, make_plan
-from etr_megatron.weights.transport import (
-    BroadcastTransport,
-    DiskWriter,
-    ShardedTransport,
-    SyncError,
-    Transport,
-    Wire,
-    buckets,
-    disk,
-    exchange,
-)
+from etr_megatron.rollout.sglang.senders import SendSettings
+from etr_megatron.weights import ServerLayout, TrainingLayout, make_plan, read_architecture
+from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Transport, Wire, buckets, disk, exchange
 from tests.hang import Hang
 from tests.transport_jobs import empty_shards, shards_from
+from tests.transport_whole_jobs import delivered, whole_tensors
 
 SPOILT = "decoder.layers.2.mlp.linear_fc2.weight"
 """A weight in the middle of the model, held by every rank."""
@@ -71,9 +61,9 @@ def _transport(
     kind: str, source: TrainingLayout, destination: ServerLayout, model: str, directory: str, timeout_s: float
 ) -> Transport:
     arch, options = read_architecture(model), dict(dtype=torch.float32)
+    if kind == "whole":
+        return whole_tensors(source, SendSettings(arch, torch.float32, None, 20_000, "gloo", timeout_s), delivered)
     wire = Wire.in_world(timeout_s=timeout_s)
-    if kind == "broadcast":
-        return BroadcastTransport(source, destination, arch, wire, bucket_bytes=20_000, **options)
     if kind == "sharded":
         return ShardedTransport(make_plan(source, destination, arch, itemsize=4), wire, bucket_bytes=1, **options)
     return DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
@@ -84,7 +74,8 @@ def midway(
 ) -> dict[str, Any]:
     """A good sync of version 2 and one of version 3 in which `culprit` has the fault; returns the outcome on this rank.
 
-    servers: 0 for a writer to disk. The fault strikes where a source reads its shard, or where a destination writes it.
+    servers: 0 for a writer to disk and for whole tensors. The fault strikes where a source reads its shard, or where a
+    destination writes it.
     """
     bounds = (buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET)
     buckets.ALONE_BYTES, exchange.SMALLEST_BUCKET = 3000, 9000  # many rounds of a small model
@@ -106,8 +97,8 @@ def _midway(
     source, destination, rank = TrainingLayout(tp=tp), ServerLayout(servers=max(1, servers)), dist.get_rank()
     transport = _transport(kind, source, destination, model, directory, timeout_s)
     sources = Spoilt(shards_from(model, source, rank)) if rank < tp else None
-    whole = make_plan(WholeLayout(1, lambda weight: 0), destination, read_architecture(model))
-    destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
+    plan = make_plan(source, destination, read_architecture(model))
+    destinations = Spoilt(empty_shards(plan, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
     if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is being written when the culprit fails
@@ -121,47 +112,7 @@ def _midway(
         error = str(failed)
         if fault == "hang" and rank != culprit:
             hang.given_up()
-    versions = transport.versions
-    return {"error": error, "seconds": time.monotonic() - start, "complete": versions.complete, "begun": versions.begun}
-
-
-def _flip(shards: dict[str, torch.Tensor]) -> None:
-    """Flip one bit of the spoilt weight, on a rank that has it."""
-    if SPOILT in shards:
-        shards[SPOILT].view(torch.uint8)[7, 33] ^= 4
-
-
-def corrupted(kind: str, model: str, place: str, directory: str, fp8_block: int | None = None) -> tuple[str, int | None]:
-    """The error and the complete version after a sync of two training ranks with checksums, in which one bit is flipped.
-
-    kind: broadcast, to one receiver, or disk. place: `gathered`: in an assembled full tensor; `cut`: in the shard that a
-    receiver has cut from one.
-    """
-    source, destination, rank = TrainingLayout(tp=2), ServerLayout(), dist.get_rank()
-    arch, wire = read_architecture(model), Wire.in_world(timeout_s=60)
-    options = dict(dtype=torch.float32, fp8_block=fp8_block, checksums=True)
-    if kind == "broadcast":
-        transport = BroadcastTransport(source, destination, arch, wire, bucket_bytes=20_000, **options)
-    else:
-        transport = DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
-    whole = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)
-    sources = shards_from(model, source, rank) if rank < 2 else None
-    destinations = empty_shards(whole, 0, torch.float32) if rank == 2 else None
-    transport.sync(2, sources, destinations)
-    for step in transport._gather.exchanges if place == "gathered" and rank < 2 else ():
-        step.run = lambda given, full, run=step.run: (run(given, full), _flip(full))
-    if place == "cut" and rank == 2:
-        compare = transport._compare
-        transport._compare = lambda *given: (_flip(given[-1]) if SPOILT in _names(given[0]) else None, compare(*given))
-    try:
-        transport.sync(3, sources, destinations)
-    except SyncError as error:
-        return str(error), transport.versions.complete
-    return "", transport.versions.complete
-
-
-def _names(plan: Plan) -> set[str]:
-    return {transfer.weight.megatron for some in plan.pairs.values() for transfer in some}
+    return {"error": error, "seconds": time.monotonic() - start, "complete": transport.complete}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import resource
-import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -14,23 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.weights import Placement, SafetensorsDir, ServerLayout, TrainingLayout, read_architecture, read_shard
-from etr_megatron.weights.layout import WholeLayout, shards_of
+from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.plan import Plan, make_plan
-from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.transport import (
-    SCALE_SUFFIX,
-    BroadcastTransport,
-    DiskWriter,
-    ShardedTransport,
-    SyncError,
-    Versions,
-    Wire,
-    buckets,
-    disk,
-    exchange,
-    server_loader,
-)
+from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
+from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Wire, buckets, disk, exchange, server_loader
 from etr_megatron.weights.transport.server_loader import Offer
+from tests.gang import free_port
 from tests.hang import Hang
 
 
@@ -105,7 +94,7 @@ def _sharded(
         transport.sync(version + 5, sources, destinations)
     plain = Wire.in_world(timeout_s=60)
     ShardedTransport(plan, plain, dtype=dtype, bucket_bytes=bucket_bytes).sync(1, sources, destinations)
-    return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.versions.complete}
+    return {"shards": picklable(destinations), "bytes": plain.bytes_sent, "version": transport.complete}
 
 
 def from_policy(model: str, overrides: list[str], destination: Placement) -> dict[str, Any]:
@@ -119,30 +108,7 @@ def from_policy(model: str, overrides: list[str], destination: Placement) -> dic
     destinations = empty_shards(plan, dist.get_rank(), torch.float32)
     transport = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=torch.float32, checksums=True)
     transport.sync(5, sources, destinations)
-    return {"shards": destinations, "version": transport.versions.complete}
-
-
-def broadcast(model: str, source: Placement, destination: Placement, *, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
-    """Destination shards after two syncs with checksums, bytes of one without, and the names in the buckets."""
-    arch = read_architecture(model)
-    fp8_block = options.get("fp8_block")
-    shape = make_plan(WholeLayout(1, lambda weight: 0), destination, arch, fp8_block=fp8_block)
-    rank, place = dist.get_rank(), dist.get_rank() - source.world
-    sources = shards_from(model, source, rank, dtype) if place < 0 else None
-    destinations = empty_shards(shape, place, dtype) if place >= 0 else None
-    transport = BroadcastTransport(
-        source, destination, arch, Wire.in_world(timeout_s=60), dtype=dtype, checksums=True, **options
-    )
-    for version in (4, 5):
-        transport.sync(version, sources, destinations)
-    plain = Wire.in_world(timeout_s=60)
-    BroadcastTransport(source, destination, arch, plain, dtype=dtype, **options).sync(1, sources, destinations)
-    return {
-        "shards": picklable(destinations),
-        "bytes": plain.bytes_sent,
-        "version": transport.versions.complete,
-        "groups": [[field.name for field in group.tensors] for group in transport.groups],
-    }
+    return {"shards": destinations, "version": transport.complete}
 
 
 class ToyServer:
@@ -166,79 +132,73 @@ class ToyServer:
         return ()
 
 
+def free_ports(count: int) -> list[int]:
+    """Free ports of rank 0's, the same on every rank."""
+    ports = [free_port() for _ in range(count)]
+    dist.broadcast_object_list(ports)
+    return ports
+
+
+def store_of(offer: Offer) -> dist.TCPStore:
+    """A training rank's; rank 0 opens it."""
+    timeout = datetime.timedelta(seconds=offer.timeout_s)
+    return dist.TCPStore(offer.address, offer.port, is_master=dist.get_rank() == 0, wait_for_workers=False, timeout=timeout)
+
+
 def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
 ) -> tuple[dict[str, Tensor] | None, list[int | None]]:
-    """Parameters of toy workers, and their versions before, between and after two syncs through the loader."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = [free.getsockname()[1]]
-    dist.broadcast_object_list(port)
+    """Parameters of toy workers, and the complete versions of their transports after each of two syncs through the loader."""
+    (port,) = free_ports(1)
     rank, arch = dist.get_rank(), read_architecture(model)
     place = rank - source.world
-    offer = Offer(
-        11, "127.0.0.1", port[0], place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60
-    )
+    offer = Offer(11, "127.0.0.1", port, place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60)
     versions = []
     if place < 0:
-        transport = offer.transport(rank)
+        transport = offer.transport(store_of(offer), rank)
         for version in (11, 12):
             transport.sync(version, shards_from(model, source, rank))
         dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
         return None, versions
     server = ToyServer(offer.plan(), place, torch.float32)
-    forget_server()
-    versions.append(server_loader.complete_version())
+    server_loader._open.clear()
     for version in (11, 12):
-        server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
-        versions.append(server_loader.complete_version())
+        server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
+        versions += [transport.complete for transport in server_loader._open.values()]
     dist.barrier()
-    forget_server()
+    server_loader._open.clear()
     return picklable(dict(server.named_parameters())), versions
 
 
-def forget_server() -> None:
-    """Reset the loader to the state of a newly started worker."""
-    server_loader._open.clear()
-    server_loader._versions = Versions()
-
-
-def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str], list[int | None]]:
-    """A good sync, one in which training rank 0 fails, and a good one on another port: parameters, errors, versions."""
-    ports: list[int] = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    dist.broadcast_object_list(ports)
+def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str]]:
+    """A good sync, one in which training rank 0 fails, and a good one on another port: parameters and errors."""
     rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
     offers = [
         Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
-        for port in ports
+        for port in free_ports(2)
     ]
     if rank == 0:
         shards = shards_from(model, source, 0)
-        transport = offers[0].transport(0)
+        transport = offers[0].transport(store_of(offers[0]), 0)
         transport.sync(1, shards)
         if fault == "middle":
             transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
         with suppress(SyncError):
             transport.sync(2, shards if fault == "middle" else {})
-        last = offers[1].transport(0)
+        last = offers[1].transport(store_of(offers[1]), 0)
         last.sync(3, shards)
         dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
-        return None, [], []
-    server, errors, versions = ToyServer(offers[0].plan(), rank - 1, torch.float32), [], []
-    forget_server()
+        return None, []
+    server, errors = ToyServer(offers[0].plan(), rank - 1, torch.float32), []
+    server_loader._open.clear()
     for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
         try:
-            server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+            server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
         except SyncError as error:
             errors.append(str(error))
-        versions.append(server_loader.complete_version())
     dist.barrier()
-    forget_server()
-    return picklable(dict(server.named_parameters())), errors, versions
+    server_loader._open.clear()
+    return picklable(dict(server.named_parameters())), errors
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
@@ -249,7 +209,7 @@ def write_to_disk(directory: str, model: str, source: Placement, versions: list[
     writer = DiskWriter(directory, source, read_architecture(model), wire, **{"dtype": dtype, **options})
     for version in versions:
         writer.sync(version, sources)
-    return writer.versions.complete
+    return writer.complete
 
 
 def fail_to_write(directory: str, model: str, source: Placement, file: int, culprit: int) -> tuple[str, int]:
@@ -340,13 +300,13 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
             found["errors"].append(str(error))
             if rank != culprit and len(found["errors"]) == 1:
                 hang.given_up()
-        found["complete"].append(transport.versions.complete)
+        found["complete"].append(transport.complete)
         found.setdefault("seconds", time.monotonic() - start)
     dist.barrier()
     fresh_sources, fresh_destinations = in_roles(plan, model, dtype)
     again = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=dtype, checksums=True)
     again.sync(4, fresh_sources, fresh_destinations)
-    return {**found, "after": again.versions.complete}
+    return {**found, "after": again.complete}
 
 
 def _absent(*_: Any) -> None:

@@ -25,10 +25,7 @@ _EXPERTS = dict(count=6, per_token=3, intermediate_size=56)
 
 
 def _arch(family: str, *, tied: bool = False, experts: Experts | None = None, **sizes: int) -> Architecture:
-    qk_norm = family in ("qwen3", "qwen3_moe")
-    return Architecture(
-        family=family, tied_embeddings=tied, qkv_bias=family == "qwen2", qk_norm=qk_norm, experts=experts, **{**_SIZES, **sizes}
-    )
+    return Architecture(family=family, tied_embeddings=tied, experts=experts, **{**_SIZES, **sizes})
 
 
 ARCHITECTURES = {

@@ -29,28 +29,22 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
     """The boxes that cover the elements [begin, end) of a flattened tensor, in order: at most 2 n - 1 for n axes."""
-    if begin >= end:
-        return
     if len(shape) <= 1:
-        yield (begin,), (end - begin,)
+        if begin < end:
+            yield (begin,), (end - begin,)
         return
     inner = math.prod(shape[1:])
-    first, last = -(-begin // inner), end // inner  # whole rows are [first, last)
-    if first > last:  # within one row
-        first = last = begin // inner
-        yield from _boxes_of_row(shape, first, begin - first * inner, end - first * inner)
-        return
-    if begin < first * inner:
-        yield from _boxes_of_row(shape, first - 1, begin - (first - 1) * inner, inner)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    if last * inner < end:
-        yield from _boxes_of_row(shape, last, 0, end - last * inner)
-
-
-def _boxes_of_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[Box]:
-    for offsets, sizes in boxes_of_range(shape[1:], begin, end):
-        yield (row, *offsets), (1, *sizes)
+    while begin < end:
+        row, start = divmod(begin, inner)
+        rows = (end - begin) // inner if start == 0 else 0
+        if rows:
+            yield (row, *[0] * (len(shape) - 1)), (rows, *shape[1:])
+            begin += rows * inner
+        else:
+            stop = min(end, (row + 1) * inner)
+            for offsets, sizes in boxes_of_range(shape[1:], start, stop - row * inner):
+                yield (row, *offsets), (1, *sizes)
+            begin = stop
 
 
 def optimizers_of(optimizer: Any) -> list[Any]:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from etr_megatron.weights.shards import Index
-
-Span = tuple[Path, int, int]
-"""File, first byte, bytes."""
+from etr_megatron.weights.file_tensor import Index, Span
 
 
 @dataclass(frozen=True)

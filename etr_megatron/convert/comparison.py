@@ -134,9 +134,7 @@ def _whole_tensors(names: Set[str], arch: Architecture, stored: TorchDistDir) ->
         for name, shape in zip(weight.hf, weight.shapes, strict=True):
             if name in names:
                 found[name] = torch.empty(shape, dtype=stored.dtype(weight.stored))
-                for _, begin, values in stored.parts(weight, arch, only=name):
-                    place = tuple(slice(first, first + size) for first, size in zip(begin, values.shape, strict=True))
-                    found[name][place] = values
+                stored.read_into(name, weight, arch, found[name])
     return found
 
 

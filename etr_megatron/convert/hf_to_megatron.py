@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from etr_megatron.convert.chunk import ChunkToWrite, Span
+from etr_megatron.convert.chunk import ChunkToWrite
 from etr_megatron.convert.hf_files import copy_hf_files
 from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
@@ -28,6 +28,7 @@ from etr_megatron.weights import (
     stored_shapes,
     weights_of,
 )
+from etr_megatron.weights.file_tensor import Span
 
 CHUNK_BYTES = 16 * 2**20
 """Larger tensors are stored in several chunks of rows, so that memory use does not depend on their size."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from etr_megatron.weights import Architecture, TorchDistDir, Weight
 from etr_megatron.weights.quantize import quantize_blocks
-from etr_megatron.weights.shards import box
 
 _PANEL = 2**22
 """Number of values quantised at a time."""
@@ -35,8 +34,7 @@ class Quantiser:
         """
         shape = weight.shapes[weight.hf.index(name)]
         full = self._tensor(shape, dtype or self._source.dtype(weight.stored))
-        for _, begin, values in self._source.parts(weight, self._arch, only=name):
-            box(full, begin, tuple(values.shape)).copy_(values)
+        self._source.read_into(name, weight, self._arch, full)
         step = self.block * max(1, _PANEL // (self.block * shape[1]))
         for first in range(0, shape[0], step):
             yield first, *quantize_blocks(full[first : first + step], self.block)

@@ -27,13 +27,8 @@ class Ranks:
             dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # The world's own group may use NCCL, and may have a short timeout.
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.world > 1 else None
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The gloo group of all ranks; None for one process."""
-        return self._group
+        # For one process None. The world's own group may use NCCL, and may have a short timeout.
+        self.group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.world > 1 else None
 
     def together(self, work: Callable[[], T]) -> T:
         """See `platform.together`, with `path_errors`; not a collective with one process."""
@@ -42,7 +37,7 @@ class Ranks:
             with path_errors():
                 return work()
 
-        return together(named, self._group) if self._group is not None else named()
+        return together(named, self.group) if self.group is not None else named()
 
     def first(self, work: Callable[[], T]) -> T | None:
         """Do `work` on rank 0 while the others wait; returns its result there. A collective, raises as `together`."""
@@ -51,8 +46,8 @@ class Ranks:
     def agreed(self, value: T) -> T:
         """Rank 0's value, on every rank. A collective."""
         values = [value]
-        if self._group is not None:
-            dist.broadcast_object_list(values, src=0, group=self._group)
+        if self.group is not None:
+            dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def share(self, sizes: Sequence[int]) -> range:

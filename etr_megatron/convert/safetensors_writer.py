@@ -91,8 +91,9 @@ class SafetensorsWriter:
         source, target = stored.span(), place.span(stored.begin, stored.size)
         if source is None or target is None or stored.values.dtype != place.dtype:
             return 0
-        copy_bytes(source[0], source[1], place.file, target[0], source[2])
-        return source[2]
+        (file, first, count), (_, at, _) = source, target
+        copy_bytes(file, first, place.file, at, count)
+        return count
 
 
 def _grouped(tensors: Sequence[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:

@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from etr_megatron.convert.ahead import one_ahead
-from etr_megatron.convert.chunk import ChunkToWrite, Span
+from etr_megatron.convert.chunk import ChunkToWrite
 from etr_megatron.convert.copying import WRITE_BYTES, copy_bytes, start_writeback
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.platform.files import disk_full_behind
-from etr_megatron.weights.shards import Index
+from etr_megatron.weights.file_tensor import Index, Span
 
 _SMALL = 2**16
 """Tensors of fewer bytes are not worth the two steps of `_fill`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -20,22 +19,13 @@ class Progress:
     progress.close()
     """
 
-    def __init__(
-        self,
-        total: int,
-        done: int = 0,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, total: int, done: int = 0) -> None:
         """`total` and `done` count steps; the time left is estimated from the steps seen here."""
-        self._total = total
-        self._done_before = done
-        self._stream = stream if stream is not None else sys.stderr
-        self._clock = clock
-        self._started = clock()
+        self._total, self._done_before = total, done
+        self._started = time.monotonic()
         self._bar: tqdm[NoReturn] | None = None  # over no iterable
-        if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def update(self, row: MetricsRow) -> None:
         """Show the row of the step just finished."""
@@ -50,7 +40,7 @@ class Progress:
             self._bar.update(row["step"] - self._bar.n)
             return
         left = format_seconds(self._seconds_left(row["step"]))
-        print(f"step {row['step']}/{self._total}: {facts}, {left} left", file=self._stream, flush=True)
+        print(f"step {row['step']}/{self._total}: {facts}, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar's line."""
@@ -59,7 +49,7 @@ class Progress:
 
     def _seconds_left(self, step: int) -> float:
         seen = max(1, step - self._done_before)
-        return (self._clock() - self._started) / seen * max(0, self._total - step)
+        return (time.monotonic() - self._started) / seen * max(0, self._total - step)
 
 
 def format_seconds(seconds: float) -> str:

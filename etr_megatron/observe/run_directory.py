@@ -79,9 +79,9 @@ class RunDirectory:
         self.status_file = root / "status.json"
         self.lock_file = root / "lock"
 
-    def locked(self, patience_s: float | None = None) -> AbstractContextManager[None]:
-        """Keep every other process from running here; see `run_lock.locked` for `patience_s` and what it raises."""
-        return run_lock.locked(self.lock_file, patience_s)
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep every other process from running here; raises as `run_lock.locked`."""
+        return run_lock.locked(self.lock_file)
 
     def is_used(self) -> bool:
         """Whether a run has written results here."""
@@ -98,7 +98,7 @@ class RunDirectory:
         """
         with disk_errors(self.root):
             is_used, is_recorded = self.is_used(), self.reached_file.exists()
-            is_over = self._is_finished() and not entries(self.checkpoints, "step_*") and not is_recorded
+            is_over = self.read_state() == "finished" and not entries(self.checkpoints, "step_*") and not is_recorded
         if not resume and is_used:
             raise UserError(
                 f"{self.root} holds an earlier run and checkpoint.resume is false; choose another run.name, remove the "
@@ -163,20 +163,18 @@ class RunDirectory:
         Raises `UserError` if the directory is used and resuming is off, if it cannot be written, or if the disk is full.
         """
         with path_errors():
-            return self._prepare(config)
-
-    def _prepare(self, config: Config) -> list[str]:
-        self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
-        for folder in (self.root, self.rollouts, self.checkpoints):
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        is_resumed = self.is_used() and self.config_file.exists()
-        changes = _changed_keys(self._started_with(), to_dict(config)) if is_resumed else []
-        if changes:
-            logger.warning("%s: resumed with settings that differ from its start: %s", self.root, "; ".join(changes))
-        else:
-            write_atomically(self.config_file, dump_yaml(config).encode())
-        return [change.split(" ", 1)[0] for change in changes]
+            self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
+            for folder in (self.root, self.rollouts, self.checkpoints):
+                with disk_errors(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+            is_resumed = self.is_used() and self.config_file.exists()
+            changes = _changed_keys(self._started_with(), to_dict(config)) if is_resumed else {}
+            if changes:
+                said = "; ".join(f"{key} ({change})" for key, change in changes.items())
+                logger.warning("%s: resumed with settings that differ from its start: %s", self.root, said)
+            else:
+                write_atomically(self.config_file, dump_yaml(config).encode())
+        return list(changes)
 
     def save_rollouts(self, step: int, groups: Iterable[Group]) -> Path:
         """Write the samples of `groups` to `rollouts/step_<step>.jsonl` and return its path."""
@@ -217,9 +215,6 @@ class RunDirectory:
             raise UserError(f"{self.status_file} does not hold a run's state ({error}); remove it") from error
         return "interrupted" if state == "running" and run_lock.is_free(self.lock_file) else state
 
-    def _is_finished(self) -> bool:
-        return self.read_state() == "finished"
-
     def _started_with(self) -> dict[str, Any]:
         try:
             loaded = yaml.safe_load(self.config_file.read_bytes())  # bytes: YAML detects the encoding itself
@@ -238,14 +233,14 @@ def _require(path: Path, mode: int) -> None:
         raise UserError(f"{path}: cannot be {what} (Permission denied); choose another run.dir or run.name")
 
 
-def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key (old -> new)` for every key that matters and differs; ignores keys that only one version knows."""
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Key -> "old -> new" for every key that matters and differs; ignores keys that only one version knows."""
     old, new = _flat(before), _flat(now)
-    return [
-        f"{key} ({old[key]!r} -> {new[key]!r})"
+    return {
+        key: f"{old[key]!r} -> {new[key]!r}"
         for key in new
         if key in old and old[key] != new[key] and not key.startswith(FREE_TO_CHANGE)
-    ]
+    }
 
 
 def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -32,11 +32,10 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
-def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Hold the lock of `file`'s directory, which is created if missing. The lock ends with this process, however that ends.
 
-    patience_s: seconds to retry while another process holds the lock; None: `PATIENCE_S`.
-    Raises `UserError` if another process holds the lock, the directory cannot be written or its disk is full.
+    Raises `UserError` if another process holds the lock for `PATIENCE_S`, the directory cannot be written or its disk is full.
     Warns and continues without a lock if the file system has none.
     """
     with disk_errors(file.parent):
@@ -46,7 +45,7 @@ def locked(file: Path, patience_s: float | None = None) -> Iterator[None]:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(descriptor)
     try:
-        _lock(descriptor, file, PATIENCE_S if patience_s is None else patience_s)
+        _lock(descriptor, file)
         yield
     finally:
         _held.discard(descriptor)
@@ -68,8 +67,8 @@ def is_free(file: Path) -> bool:
     return True
 
 
-def _lock(descriptor: int, file: Path, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
+def _lock(descriptor: int, file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not try_lock(descriptor, file.parent):
         if time.monotonic() >= deadline:
             raise UserError(f"another process is running in {file.parent}; wait for it, stop it, or choose another run.name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TypedDict, get_args
 
@@ -32,11 +32,10 @@ class Stopwatch:
     synchronization (all four do: they return Python numbers or wait for other ranks).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
         self._running: Phase | None = None
-        self._step_started = clock()
+        self._step_started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -44,16 +43,16 @@ class Stopwatch:
         if self._running is not None:
             raise RuntimeError(f"phase {name!r} inside phase {self._running!r}: its time would count twice")
         self._running = name
-        started = self._clock()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] += self._clock() - started
+            self._seconds[name] += time.perf_counter() - started
             self._running = None
 
     def lap(self) -> StepTimes:
         """Return the times since the last lap and restart at zero."""
-        now = self._clock()
+        now = time.perf_counter()
         seconds, self._seconds = self._seconds, dict.fromkeys(get_args(Phase), 0.0)
         step, self._step_started = now - self._step_started, now
         return StepTimes(

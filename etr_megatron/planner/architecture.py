@@ -52,8 +52,6 @@ def _tiny(tiny: TinyConfig) -> Architecture:
         head_dim=tiny.head_dim,
         vocab_size=tiny.vocab_size,
         tied_embeddings=False,
-        qkv_bias=False,
-        qk_norm=True,
         norm_eps=1e-6,
         max_positions=0,
         rope={"rope_type": "default", "rope_theta": 10000.0},

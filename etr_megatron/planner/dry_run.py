@@ -64,7 +64,8 @@ def check_and_print(argv: Sequence[str]) -> None:
     config = load_config(path, overrides)
     plan = fewest_gpus(config, **options) if args.gpus is None else make_plan(config, args.gpus, **options)
     looked_at = [check_weights(plan.config), check_problems(plan.config)]
-    built = check_ranks(plan, distinct_ranks(plan))
+    built = distinct_ranks(plan)
+    check_ranks(plan, built)
     print(render(plan))
     print("", *looked_at, sep="\n")
     print(f"ranks {', '.join(map(str, built))} built without memory: their parameters are those of the weight map and the plan")
@@ -138,8 +139,8 @@ def distinct_ranks(plan: Plan) -> list[int]:
     return sorted({rank for first in range(0, plan.cluster.ranks, size) for rank in (first, first + size - 1)})
 
 
-def check_ranks(plan: Plan, ranks: Sequence[int]) -> list[int]:
-    """Build the model of each of `ranks` and compare; returns the ranks.
+def check_ranks(plan: Plan, ranks: Sequence[int]) -> None:
+    """Build the model of each of `ranks` and compare.
 
     Raises RuntimeError for a parameter missing from the weight map, a row of the map without a parameter, and a rank whose
     number of parameters differs from the plan's. The process must not be in a torch.distributed world.
@@ -148,7 +149,6 @@ def check_ranks(plan: Plan, ranks: Sequence[int]) -> list[int]:
         elements = parameters_built(plan.arch, plan.config, plan.cluster.ranks, rank)
         if elements != plan.ranks[rank].elements:
             raise RuntimeError(f"rank {rank} has {elements} parameters, the plan says {plan.ranks[rank].elements}")
-    return list(ranks)
 
 
 def parameters_built(arch: Architecture, config: Config, world: int, rank: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.planner.activations import Split, head_bytes, stage_activations
 from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
 from etr_megatron.planner.cuda_graphs import graph_bytes
@@ -97,16 +98,21 @@ def usable(gpu_memory_gib: float) -> int:
     return int(gpu_memory_gib * GIB * (1 - SLACK))
 
 
+def element_bytes(config: Config) -> int:
+    """Bytes of an element of the model's dtype."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
 def fp8_bytes(matrices: int) -> int:
-    """Bytes of FP8 matrices on servers, from their elements: one byte each, and an fp32 scale per block of 128 x 128."""
-    return matrices + 4 * matrices // 128**2
+    """Bytes of FP8 matrices on servers, from their elements: one byte each, and an fp32 scale per block."""
+    return matrices + 4 * matrices // FP8_BLOCK**2
 
 
 def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memory_gib: float) -> ServerMemory:
     """Memory of the server GPU with the most parameters. The embedded engine has no pool (0 here), see `RankMemory.cache`."""
     layout = server_layout(config, cluster)
     held = max(parameters_by_rank(arch, layout), key=lambda rank: rank.total)
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     weights = held.total * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
@@ -135,7 +141,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
         )
         for stage in range(layout.pp)
     ]
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     is_embedded = config.rollout.backend == "embedded"
     batch = min(config.rollout.batch_samples, work.samples) * work.longest
     export = 2 * largest_weight(arch) * element + 2 * config.sglang.bucket_mib * 2**20
@@ -172,7 +178,7 @@ def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
         tokens=-(-work.microbatch_tokens // config.parallel.cp),
         tp=layout.tp,
         sequence_parallel=config.parallel.sequence_parallel,
-        element=4 if config.model.dtype == "float32" else 2,
+        element=element_bytes(config),
         fp8=config.fp8.recipe,
     )
 

@@ -7,6 +7,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config, resolve
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout
@@ -18,10 +19,6 @@ from etr_megatron.planner.workload import Workload, workload_of
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, ServerLayout
-
-
-FP8_BLOCK = 128
-"""Rows and columns of a block that shares a scale in a server's FP8 matrices."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,8 @@ def make_plan(
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
         raise UserError(f"{config.model.path} cannot be split as configured: {error}") from None
+    # Moved to the CPU and back in every step.
+    moved = max(rank.optimizer for rank in ranks) if config.train.offload_for_rollout else 0
     return Plan(
         config=config,
         arch=arch,
@@ -124,13 +123,8 @@ def make_plan(
         parameters=total_parameters(arch),
         ranks=ranks,
         server=server,
-        time=step_time(arch, config, cluster, work, server, gpu, moved=_moved(config, ranks)),
+        time=step_time(arch, config, cluster, work, server, gpu, moved),
     )
-
-
-def _moved(config: Config, ranks: list[RankMemory]) -> int:
-    """Bytes of optimizer state that a rank moves to the CPU and back in every step."""
-    return max(rank.optimizer for rank in ranks) if config.train.offload_for_rollout else 0
 
 
 def check_options(

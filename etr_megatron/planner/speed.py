@@ -10,7 +10,8 @@ from etr_megatron.flops import body_flops, head_flops
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
 from etr_megatron.planner.hardware import Hardware
-from etr_megatron.planner.memory import ServerMemory, fp8_bytes
+from etr_megatron.planner.memory import ServerMemory, element_bytes, fp8_bytes
+from etr_megatron.planner.parameters import total_matrices, total_parameters
 from etr_megatron.planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -46,14 +47,7 @@ class StepTime:
 
 
 def step_time(
-    arch: Architecture,
-    config: Config,
-    cluster: Cluster,
-    work: Workload,
-    server: ServerMemory,
-    gpu: Hardware,
-    *,
-    moved: int = 0,
+    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware, moved: int
 ) -> StepTime:
     """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
     sync. Excludes grading, checkpoints, evaluation and startup."""
@@ -70,13 +64,13 @@ def step_time(
     loss = config.objective.loss
     heads = 4 if loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16" else 3
     forward = (body / fp8 + head) / rate
-    model_bytes = _model_bytes(arch, config)
+    model_bytes = total_parameters(arch) * element_bytes(config)
+    sync = sync_seconds(config, cluster, model_bytes, _sent_bytes(arch, config, model_bytes), gpu)
     return StepTime(
         generate=_generate(arch, config, cluster, work, server, gpu),
         logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
         train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
-        sync=sync_seconds(config, cluster, model_bytes, gpu, sent_bytes=_sent_bytes(arch, config, model_bytes))
-        + 2 * moved / gpu.host_rate,
+        sync=sync + 2 * moved / gpu.host_rate,
         bubble=bubble,
         tokens=work.tokens,
         gpus=cluster.gpus,
@@ -84,10 +78,10 @@ def step_time(
     )
 
 
-def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardware, *, sent_bytes: int | None = None) -> float:
+def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, sent_bytes: int, gpu: Hardware) -> float:
     """Seconds from the last update until servers have the new weights.
 
-    model_bytes: as trained. sent_bytes: as sent to servers, after quantization; None is the same.
+    model_bytes: as trained. sent_bytes: as sent to servers, after quantization.
     Full tensors are first gathered over tensor-parallel ranks and broadcast to all stages; then `broadcast` sends them from one
     adapter, `disk` uses a file system, and `tensor` works as in `_by_memory`. `sharded` sends every server GPU its part, from
     all ranks.
@@ -98,7 +92,6 @@ def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, gpu: Hardwa
     if config.rollout.backend == "embedded":
         return gather
     transport = sync_of(sglang)
-    sent_bytes = model_bytes if sent_bytes is None else sent_bytes
     if transport == "sharded":
         received = sent_bytes / cluster.server_tp
         sent = sent_bytes * cluster.servers / cluster.ranks
@@ -119,20 +112,12 @@ def _by_memory(cluster: Cluster, model_bytes: int, gpu: Hardware, *, nodes: int)
     return to_nodes + 2 * model_bytes / gpu.host_rate
 
 
-def _model_bytes(arch: Architecture, config: Config) -> int:
-    from etr_megatron.planner.parameters import total_parameters
-
-    return total_parameters(arch) * (4 if config.model.dtype == "float32" else 2)
-
-
 def _sent_bytes(arch: Architecture, config: Config, whole: int) -> int:
     """Bytes sent in a sync: `whole` as trained, or for FP8 servers with quantized matrices and their scales."""
-    from etr_megatron.planner.parameters import total_matrices
-
     if config.rollout.backend != "sglang" or not config.sglang.fp8:
         return whole
     matrices = total_matrices(arch)
-    return whole - matrices * (4 if config.model.dtype == "float32" else 2) + fp8_bytes(matrices)
+    return whole - matrices * element_bytes(config) + fp8_bytes(matrices)
 
 
 def _generate(

@@ -3,12 +3,12 @@
 from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, read_architecture
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
-from etr_megatron.weights.layout import Holding, Placement, ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.map import TABLES, Weight, weights_of
-from etr_megatron.weights.plan import Plan, Transfer, make_plan
+from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
-from etr_megatron.weights.shards import Piece, Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
+from etr_megatron.weights.shards import Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 
 __all__ = [
@@ -16,16 +16,12 @@ __all__ = [
     "TABLES",
     "Architecture",
     "Experts",
-    "Holding",
-    "Piece",
     "Placement",
-    "Plan",
     "SafetensorsDir",
     "ServerLayout",
     "Shard",
     "TorchDistDir",
     "TrainingLayout",
-    "Transfer",
     "Weight",
     "check_checkpoint",
     "check_torch_dist",

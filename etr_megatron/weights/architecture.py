@@ -48,7 +48,6 @@ class Architecture:
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors), see
     `read_rope`.
-    qkv_bias, qk_norm: biases on q/k/v, RMSNorm on queries and keys per head, if the family's table has rows for them.
     """
 
     family: str
@@ -60,12 +59,20 @@ class Architecture:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
     norm_eps: float
     max_positions: int
     rope: dict[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return _has_rows(self.family, "linear_qkv.bias")
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys have an RMSNorm per head."""
+        return _has_rows(self.family, "q_layernorm.")
 
     @property
     def has_dense_layers(self) -> bool:
@@ -163,8 +170,6 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         head_dim=positive_int(config, "head_dim", source, hidden // heads),
         vocab_size=positive_int(config, "vocab_size", source),
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
-        qkv_bias=_has_rows(family, "linear_qkv.bias"),
-        qk_norm=_has_rows(family, "q_layernorm."),
         norm_eps=positive_number(config, "rms_norm_eps", source),
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
         rope=read_rope(config, source),

@@ -10,14 +10,13 @@ import torch
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture, read_architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.listing import LIMIT, listed
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name, weights_of
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import megatron_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
-
-Shape = tuple[int, ...]
 
 _SHAPES = 3
 """Number of tensors whose two shapes are reported: more would make an unreadable message."""
@@ -51,27 +50,17 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
 def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
     found = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
-    if _is_stored_twice(checkpoint, arch):
-        embedding, head = _embedding_and_head(arch)
+    embedding, head = hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
+    if arch.tied_embeddings and head in found:  # some checkpoints store it twice
         wanted[head] = wanted[embedding]
     _refuse_difference(checkpoint.path, arch, wanted, found)
     _refuse_integers(checkpoint, wanted)
 
 
-def _embedding_and_head(arch: Architecture) -> tuple[str, str]:
-    """HF names of the two."""
-    return hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
-
-
-def _is_stored_twice(checkpoint: SafetensorsDir, arch: Architecture) -> bool:
-    """Whether a head is stored although it is tied to the embedding, as in some checkpoints."""
-    return arch.tied_embeddings and hf_name(arch.family, HEAD) in checkpoint.shapes()
-
-
 def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:
-    if not _is_stored_twice(checkpoint, arch):
+    embedding, head = hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
+    if not arch.tied_embeddings or head not in checkpoint.shapes():
         return
-    embedding, head = _embedding_and_head(arch)
     rows, width = checkpoint.shapes()[embedding]
     step = max(1, _PANEL_BYTES // (width * checkpoint.dtype(embedding).itemsize))
     for first in range(0, rows, step):
@@ -102,13 +91,12 @@ def _contents(arch: Architecture) -> dict[str, str]:
     found: dict[str, str] = {}
     for weight in weights_of(arch):
         in_layer = (name if weight.layer is None else name.partition(f".{weight.layer}.")[2] for name in weight.hf)
-        parts = " over ".join(in_layer)
-        layers = [size for index, (_, size) in enumerate(weight.stored_at) if index == 0 and weight.layer is not None]
-        found.setdefault(weight.stored, parts + "".join(f", of {size} layers" for size in layers))
+        of_all_layers = len(weight.stored_at) > (weight.expert is not None)  # an expert has an axis of its own
+        found.setdefault(weight.stored, " over ".join(in_layer) + (f", of {arch.layers} layers" if of_all_layers else ""))
     return found
 
 
-def stored_shapes(arch: Architecture) -> dict[str, Shape]:
+def stored_shapes(arch: Architecture) -> dict[str, Index]:
     """Name and global shape of every tensor that a `torch_dist` checkpoint of this architecture holds, in the model's order.
 
     The vocabulary is padded as for TP1.
@@ -120,7 +108,7 @@ def stored_shapes(arch: Architecture) -> dict[str, Shape]:
 
 
 def _refuse_difference(
-    path: Path, arch: Architecture, wanted: dict[str, Shape], found: dict[str, Shape], contents: dict[str, str] | None = None
+    path: Path, arch: Architecture, wanted: dict[str, Index], found: dict[str, Index], contents: dict[str, str] | None = None
 ) -> None:
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]

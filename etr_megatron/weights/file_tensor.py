@@ -18,6 +18,9 @@ from etr_megatron.errors import UserError
 
 Index = tuple[int, ...]
 
+Span = tuple[Path, int, int]
+"""File, first byte, bytes."""
+
 
 @dataclass(frozen=True)
 class FileTensor:
@@ -33,12 +36,12 @@ class FileTensor:
         """Its bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def span(self, begin: Index, size: Index) -> tuple[int, int] | None:
-        """(first byte in the file, number of bytes) of a box that is contiguous there, else None."""
+    def span(self, begin: Index, size: Index) -> Span | None:
+        """Where a box is, if it is contiguous in the file, else None."""
         found = list(itertools.islice(runs(self.shape, begin, size), 2))
         if len(found) != 1:
             return None
-        return self.begin + found[0][0] * self.dtype.itemsize, math.prod(size) * self.dtype.itemsize
+        return self.file, self.begin + found[0][0] * self.dtype.itemsize, math.prod(size) * self.dtype.itemsize
 
     def read_into(self, begin: Index, out: Tensor) -> None:
         """Fill `out` (contiguous, on the CPU, of this type) with the box of its shape that starts at `begin`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.file_tensor import Index
+from etr_megatron.weights.file_tensor import Index, Span
 from etr_megatron.weights.hf_config import is_positive_int, optional_object, read_config
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, dequantize_box, scale_shape
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
@@ -60,7 +60,7 @@ class Fp8Dir(SafetensorsDir):
                     f"{self.path}: {name} is FP8 and its {name + SCALE_SUFFIX} is {found}; fetch the checkpoint again"
                 )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Index]:
         """Shape of every tensor, scales excepted."""
         scales = {name + SCALE_SUFFIX for name in self.quantized}
         return {name: shape for name, shape in super().shapes().items() if name not in scales}
@@ -69,11 +69,11 @@ class Fp8Dir(SafetensorsDir):
         """Type in which a tensor is read."""
         return torch.bfloat16 if name in self.quantized else super().dtype(name)
 
-    def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
+    def span(self, name: str, begin: Index, size: Index) -> Span | None:
         """See `SafetensorsDir.span`; None for tensors that are dequantised."""
         return None if name in self.quantized else super().span(name, begin, size)
 
-    def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
+    def read_into(self, name: str, begin: Index, out: Tensor) -> None:
         """See `SafetensorsDir.read_into`; products with the scales are computed in fp32, as in `dequantize_box`."""
         if name not in self.quantized:
             return super().read_into(name, begin, out)

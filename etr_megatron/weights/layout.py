@@ -6,7 +6,7 @@ parallel ranks hold the same weights and count as data-parallel here. Experts re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -111,21 +111,13 @@ class TrainingLayout:
 
     def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
         """See `Placement`."""
-        starts = [stage * self.stage_ranks for stage in self.stages_of(weight, arch)]
-        places: Callable[[int], Iterator[int]]
-        if weight.expert is None:
-            cut, places = self.tp, self._dense_places
-        else:
-            cut, places = self.expert_tp, self._expert_places(weight.expert, arch)
-        return _holdings(weight, arch, cut, lambda rank: [start + i for start in starts for i in places(rank)], megatron_shard)
-
-    def _dense_places(self, tp_rank: int) -> Iterator[int]:
-        return iter(range(tp_rank, self.stage_ranks, self.tp))
-
-    def _expert_places(self, expert: int, arch: Architecture) -> Callable[[int], Iterator[int]]:
-        ep_rank = _expert_rank(expert, arch, self.ep)
-        step = self.expert_tp * self.ep
-        return lambda etp_rank: iter(range(etp_rank + self.expert_tp * ep_rank, self.stage_ranks, step))
+        ways, first, step = self.tp, 0, self.tp
+        if weight.expert is not None:
+            ways, step = self.expert_tp, self.expert_tp * self.ep
+            first = ways * _expert_rank(weight.expert, arch, self.ep)
+        in_stage = range(first, self.stage_ranks, step)
+        places = [stage * self.stage_ranks + place for stage in self.stages_of(weight, arch) for place in in_stage]
+        return _holdings(weight, arch, ways, places, megatron_shard)
 
 
 @dataclass(frozen=True)
@@ -152,12 +144,11 @@ class ServerLayout:
 
     def holdings(self, weight: Weight, arch: Architecture) -> list[Holding]:
         """See `Placement`."""
-        starts = range(0, self.world, self.tp)
-        if weight.expert is None:
-            return _holdings(weight, arch, self.tp, lambda rank: [start + rank for start in starts], server_shard)
-        moe_tp, ep_rank = self.tp // self.ep, _expert_rank(weight.expert, arch, self.ep)
-        first = ep_rank * moe_tp
-        return _holdings(weight, arch, moe_tp, lambda rank: [start + first + rank for start in starts], server_shard)
+        ways, first = self.tp, 0
+        if weight.expert is not None:
+            ways = self.tp // self.ep
+            first = ways * _expert_rank(weight.expert, arch, self.ep)
+        return _holdings(weight, arch, ways, range(first, self.world, self.tp), server_shard)
 
 
 @dataclass(frozen=True)
@@ -215,12 +206,13 @@ def _holdings(
     weight: Weight,
     arch: Architecture,
     ways: int,
-    ranks_of: Callable[[int], list[int]],
+    places: Sequence[int],
     shard_of: Callable[[Weight, Architecture, int, int], Shard],
 ) -> list[Holding]:
-    """The distinct shards of a cut into `ways`, with the layout's ranks that hold them."""
+    """The distinct shards of a cut into `ways`. places: the layout's ranks that hold its first part; those of the others follow
+    each of them."""
     cut = _Cut(shard_of, ways, weight.split, weight.shapes, arch.kv_heads, arch.vocab_size, weight, arch)
     return [
-        Holding(shard, tuple(sorted(place for rank in ranks for place in ranks_of(rank))))
+        Holding(shard, tuple(sorted(place + rank for place in places for rank in ranks)))
         for shard, ranks in _distinct_shards(cut)
     ]

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.layout import Holding, Placement
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.shards import Index, Piece, Shard
+from etr_megatron.weights.shards import Piece, Shard, moved, overlap
 
 _GRAIN = 0.1
 """Largest fraction of a replica's mean load in one transfer; then no replica sends more than 1 + this times the mean."""
@@ -62,10 +63,6 @@ class Plan:
         """Whether both ranks are the same process."""
         return source == self.destination_start + destination
 
-    def is_fp8(self, weight: Weight) -> bool:
-        """Whether a weight is sent quantised."""
-        return self.block_of(weight) is not None
-
     def block_of(self, weight: Weight) -> int | None:
         """Rows and columns of the blocks in which a weight is sent quantised; None if it is not."""
         return self.fp8_block if weight.fp8 else None
@@ -78,14 +75,6 @@ class Plan:
         """The transfers of these weights (`Weight.megatron`)."""
         pairs = {pair: tuple(t for t in transfers if t.weight.megatron in names) for pair, transfers in self.pairs.items()}
         return replace(self, pairs={pair: transfers for pair, transfers in pairs.items() if transfers})
-
-    def bytes_sent(self, itemsize: int) -> dict[int, int]:
-        """Bytes that each source rank sends to other processes."""
-        sent = dict.fromkeys(range(self.source.world), 0)
-        for (source, destination), transfers in self.pairs.items():
-            if not self.is_local(source, destination):
-                sent[source] += sum(self.bytes(transfer, itemsize) for transfer in transfers)
-        return sent
 
 
 def _box_bytes(size: Index, itemsize: int, block: int | None) -> int:
@@ -105,37 +94,27 @@ class _Box:
 
     def follows(self, other: _Box) -> bool:
         """Whether this box is directly below `other` on both sides, with the same columns."""
-        here = [(self.at, other.at)]
-        if self.shard != other.shard or len(self.holders) != len(other.holders):
-            return False
-        for (shard, at), (other_shard, other_at) in zip(self.holders, other.holders, strict=True):
-            if shard != other_shard:
-                return False
-            here.append((at, other_at))
         rows = other.size[0]
-        return self.size[1:] == other.size[1:] and all(a == (b[0] + rows, *b[1:]) for a, b in here)
+
+        def below(at: Index) -> Index:
+            return (at[0] + rows, *at[1:])
+
+        holders = tuple((shard, below(at)) for shard, at in other.holders)
+        return (self.shard, self.at, self.size[1:], self.holders) == (other.shard, below(other.at), other.size[1:], holders)
 
 
 class _Job(NamedTuple):
-    """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there)."""
+    """A box that one destination rank needs from one of several source ranks (rank -> corner of the box there).
+
+    number: of the weight, in the model's order. block: see `Plan.block_of`.
+    """
 
     number: int
     weight: Weight
     box: _Box
     destination: int
     holders: dict[int, Index]
-
-
-def _intersection(a: Piece, b: Piece) -> tuple[Index, Index] | None:
-    """(begin, size) of the intersection of two pieces of the same HF tensor, in its coordinates."""
-    begin = tuple(map(max, a.begin, b.begin))
-    end = tuple(min(i + m, j + n) for i, m, j, n in zip(a.begin, a.size, b.begin, b.size, strict=True))
-    size = tuple(e - s for s, e in zip(begin, end, strict=True))
-    return (begin, size) if min(size) > 0 else None
-
-
-def _moved(at: Index, begin: Index, origin: Index) -> Index:
-    return tuple(a + b - o for a, b, o in zip(at, begin, origin, strict=True))
+    block: int | None
 
 
 def _refuse_cut_blocks(weight: Weight, hf: int, begin: Index, size: Index, at: Index, block: int) -> None:
@@ -155,13 +134,13 @@ def _piece_boxes(weight: Weight, shard: int, piece: Piece, source: Sequence[Hold
     found: dict[tuple[Index, Index], list[tuple[int, Index]]] = {}
     for number, holding in enumerate(source):
         for held in holding.shard.pieces:
-            common = _intersection(piece, held) if held.hf == piece.hf else None
+            common = overlap(piece.begin, piece.size, held.begin, held.size) if held.hf == piece.hf else None
             if common:
-                found.setdefault(common, []).append((number, _moved(held.at, common[0], held.begin)))
+                found.setdefault(common, []).append((number, moved(held.at, common[0], held.begin)))
     if sum(prod(size) for _, size in found) != prod(piece.size):
         raise ValueError(f"{weight.hf[piece.hf]}: the source does not hold rows from {piece.begin[0]} exactly once")
     for begin, size in sorted(found):
-        at = _moved(piece.at, begin, piece.begin)
+        at = moved(piece.at, begin, piece.begin)
         if fp8_block is not None:
             _refuse_cut_blocks(weight, piece.hf, begin, size, at, fp8_block)
         yield _Box(shard, at, size, tuple(found[begin, size]))
@@ -180,10 +159,8 @@ def _boxes(weight: Weight, source: Sequence[Holding], destination: Sequence[Hold
     return merged
 
 
-def _jobs(
-    source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None
-) -> Iterator[tuple[_Job, int | None]]:
-    """Every box that every destination rank needs, with the weight's FP8 block."""
+def _jobs(source: Placement, destination: Placement, arch: Architecture, fp8_block: int | None) -> Iterator[_Job]:
+    """Every box that every destination rank needs."""
     known: dict[tuple[object, ...], tuple[list[Shard], list[Shard], list[_Box]]] = {}
     for number, weight in enumerate(weights_of(arch)):
         held, needed = source.holdings(weight, arch), destination.holdings(weight, arch)
@@ -195,7 +172,7 @@ def _jobs(
         for box in known[key][2]:
             holders = {rank: at for shard, at in box.holders for rank in held[shard].ranks}
             for rank in needed[box.shard].ranks:
-                yield _Job(number, weight, box, rank, holders), block
+                yield _Job(number, weight, box, rank, holders, block)
 
 
 class _Assignment:
@@ -219,15 +196,15 @@ class _Assignment:
         )
         self.pairs[source, job.destination].append((job.number, transfer))
 
-    def share(self, ranks: tuple[int, ...], jobs: list[tuple[_Job, int | None]]) -> None:
+    def share(self, ranks: tuple[int, ...], jobs: list[_Job]) -> None:
         """Spread the boxes that exactly `ranks` hold: each goes to the least loaded rank, in parts small enough to balance.
 
         Up to the mean, a rank that sends to the destination anyway is preferred, which keeps the number of connections low.
         """
-        mean = sum(_box_bytes(job.box.size, self._itemsize, block) for job, block in jobs) / len(ranks)
+        mean = sum(_box_bytes(job.box.size, self._itemsize, job.block) for job in jobs) / len(ranks)
         loads = dict.fromkeys(ranks, 0)
-        for job, block in jobs:
-            size = job.box.size
+        for job in jobs:
+            size, block = job.box.size, job.block
             for row, rows in _parts(size, _box_bytes(size, self._itemsize, block), _GRAIN * mean, len(ranks), block or 1):
                 part = _box_bytes((rows, *size[1:]), self._itemsize, block)
                 friends = [rank for rank in ranks if (rank, job.destination) in self.pairs and loads[rank] + part <= mean]
@@ -266,12 +243,12 @@ def make_plan(
     """
     start = source.world if destination_start is None else destination_start
     assignment = _Assignment(source.world, itemsize)
-    shared: dict[tuple[int, ...], list[tuple[_Job, int | None]]] = defaultdict(list)
-    for job, block in _jobs(source, destination, arch, fp8_block):
+    shared: dict[tuple[int, ...], list[_Job]] = defaultdict(list)
+    for job in _jobs(source, destination, arch, fp8_block):
         if start + job.destination in job.holders:
             assignment.add(job, start + job.destination)
         else:
-            shared[tuple(sorted(job.holders))].append((job, block))
+            shared[tuple(sorted(job.holders))].append(job)
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         assignment.share(ranks, shared[ranks])
     pairs = {

@@ -1,10 +1,10 @@
 """Block quantisation to FP8, as in checkpoints with `quant_method: fp8` and a `weight_block_size`.
 
-Every block of 128 x 128 values has its own scale, which maps the largest value of the block to the largest of e4m3. Stored are
-the scaled values and, as `weight_scale_inv`, the factors to multiply them by. The arithmetic is that of Transformer Engine's
-blockwise recipe with fp32 scales, so that a server computes with the same values as the trainer; the only difference is that
-blocks without a value above 2^-116 count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: its scales are up
-to two fp32 ulps from these, so a few codes differ.
+Every block, usually of 128 x 128 values, has its own scale, which maps the largest value of the block to the largest of e4m3.
+Stored are the scaled values and, as `weight_scale_inv`, the factors to multiply them by. The arithmetic is that of Transformer
+Engine's blockwise recipe with fp32 scales, so that a server computes with the same values as the trainer; the only difference
+is that blocks without a value above 2^-116 count as zeros here. Transformers' fine-grained FP8 rounds a scale twice: its scales
+are up to two fp32 ulps from these, so a few codes differ.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-BLOCK = 128
-"""Rows and columns of a block in every published checkpoint."""
 
 SCALE_SUFFIX = "_scale_inv"
 """The name of a quantised weight with this suffix is that of its scales."""
@@ -31,7 +28,7 @@ _PANEL, _CPU_PANEL = 2**26, 2**19
 """Number of values quantised at a time: fp32 copies take a quarter of a GB on a GPU; on a CPU they stay in its cache."""
 
 
-def scale_shape(size: Sequence[int], block: int = BLOCK) -> tuple[int, int]:
+def scale_shape(size: Sequence[int], block: int) -> tuple[int, int]:
     """Number of blocks in each dimension of a matrix of `size`; the last ones may be partial."""
     rows, cols = size
     return -(-rows // block), -(-cols // block)
@@ -55,7 +52,7 @@ def _blocks(matrix: Tensor, block: int) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Quantise a matrix block by block.
 
     weight: [rows, cols], fp32 or bf16, finite; not written to. Returns float8_e4m3fn [rows, cols] and fp32 scale_inv
@@ -80,9 +77,7 @@ def quantize_blocks(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def dequantize_box(
-    quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int = BLOCK, begin: tuple[int, int] = (0, 0)
-) -> None:
+def dequantize_box(quantized: Tensor, scale_inv: Tensor, out: Tensor, block: int, begin: tuple[int, int] = (0, 0)) -> None:
     """Dequantise what `quantize_blocks` returned: a whole matrix, or a box that need not begin or end where a block does.
 
     quantized: float8_e4m3fn [rows, cols]. scale_inv: fp32, of the blocks that the box touches. out: [rows, cols], the caller's,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import entries
-from etr_megatron.weights.file_tensor import FileTensor
+from etr_megatron.weights.file_tensor import FileTensor, Index, Span
 from etr_megatron.weights.listing import listed
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ class SafetensorsDir:
             raise UserError(f"{self.path}: {name} is in both {files}; remove the file that is not part of the checkpoint")
         self._stored[name] = stored
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Index]:
         """Shape of every tensor, from the files' headers."""
         return {name: stored.shape for name, stored in self._stored.items()}
 
@@ -79,18 +79,17 @@ class SafetensorsDir:
         """Type of a tensor, from its file's header."""
         return self._stored[name].dtype
 
-    def span(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> tuple[Path, int, int] | None:
-        """(file, first byte, number of bytes) of a box that is contiguous in its file, else None."""
-        found = self._stored[name].span(begin, size)
-        return (self._stored[name].file, *found) if found else None
+    def span(self, name: str, begin: Index, size: Index) -> Span | None:
+        """Where a box is, if it is contiguous in its file, else None."""
+        return self._stored[name].span(begin, size)
 
-    def read(self, name: str, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, begin: Index, size: Index) -> Tensor:
         """A box of the tensor as a new CPU tensor: `size` elements from `begin` in each dimension."""
         out = torch.empty(size, dtype=self.dtype(name))
         self.read_into(name, begin, out)
         return out
 
-    def read_into(self, name: str, begin: tuple[int, ...], out: Tensor) -> None:
+    def read_into(self, name: str, begin: Index, out: Tensor) -> None:
         """Fill `out` (contiguous, on the CPU, of the stored type) with the box of its shape that starts at `begin`.
 
         Raises UserError when the file ends too early.

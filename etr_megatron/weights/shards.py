@@ -6,13 +6,14 @@ layouts and quantising a part of a tensor all iterate over pieces; only this mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.map import Weight
 
 VOCAB_MULTIPLE = 128
@@ -20,8 +21,6 @@ VOCAB_MULTIPLE = 128
 
 SERVER_VOCAB_MULTIPLE = 64
 """SGLang pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`) for any TP, and then divides it."""
-
-Index = tuple[int, ...]
 
 Read = Callable[[str, Index, Index], Tensor]
 """read(hf name, begin, size): that box of the tensor; nothing else is touched. The result is not written to."""
@@ -51,11 +50,11 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // step) * step
 
 
-def _rows(weight: Weight, hf: int, begin: int, end: int, at: int) -> Piece:
-    """Rows [begin, end) of an HF tensor, which start at row `at` of the shard."""
+def _rows(weight: Weight, hf: int, begin: int, end: int) -> Piece:
+    """Rows [begin, end) of an HF tensor, at the top of the shard."""
     rest = weight.shapes[hf][1:]
     zeros = (0,) * len(rest)
-    return Piece(hf, (begin, *zeros), (at, *zeros), (end - begin, *rest))
+    return Piece(hf, (begin, *zeros), (0, *zeros), (end - begin, *rest))
 
 
 def _stack(pieces: Sequence[Piece]) -> Shard:
@@ -79,18 +78,18 @@ def _even(weight: Weight, hf: int, dim: int, tp: int, rank: int) -> tuple[int, i
 
 def _vocab(weight: Weight, arch: Architecture, size: int, rank: int) -> Shard:
     begin, end = min(rank * size, arch.vocab_size), min((rank + 1) * size, arch.vocab_size)
-    pieces = (_rows(weight, 0, begin, end, 0),) if end > begin else ()
+    pieces = (_rows(weight, 0, begin, end),) if end > begin else ()
     return Shard((size, *weight.shapes[0][1:]), pieces)
 
 
 def _plain(weight: Weight, tp: int, rank: int) -> Shard:
     """The split kinds that Megatron and the server cut alike."""
     if weight.split == "replicated":
-        return _stack([_rows(weight, 0, 0, weight.shapes[0][0], 0)])
+        return _stack([_rows(weight, 0, 0, weight.shapes[0][0])])
     if weight.split == "column":
-        return _stack([_rows(weight, 0, *_even(weight, 0, 0, tp, rank), 0)])
+        return _stack([_rows(weight, 0, *_even(weight, 0, 0, tp, rank))])
     if weight.split == "gate_up":
-        return _stack([_rows(weight, hf, *_even(weight, hf, 0, tp, rank), 0) for hf in (0, 1)])
+        return _stack([_rows(weight, hf, *_even(weight, hf, 0, tp, rank)) for hf in (0, 1)])
     if weight.split == "row":
         (rows, _), (begin, end) = weight.shapes[0], _even(weight, 0, 1, tp, rank)
         size = (rows, end - begin)
@@ -115,7 +114,7 @@ def _query_groups(weight: Weight, arch: Architecture, tp: int, rank: int) -> Sha
             height = shape[0] // arch.kv_heads
             first, last = max(begin - row, 0), min(end - row, height)
             if first < last:
-                pieces.append(_rows(weight, hf, group * height + first, group * height + last, 0))
+                pieces.append(_rows(weight, hf, group * height + first, group * height + last))
             row += height
     return _stack(pieces)
 
@@ -143,19 +142,32 @@ def server_shard(weight: Weight, arch: Architecture, tp: int, rank: int) -> Shar
             raise ValueError(f"the server's padded vocabulary of {padded} cannot be split over tensor parallelism of {tp}")
         return _vocab(weight, arch, padded // tp, rank)
     if weight.split == "qkv":
-        q = _rows(weight, 0, *_even(weight, 0, 0, tp, rank), 0)
+        q = _rows(weight, 0, *_even(weight, 0, 0, tp, rank))
         if arch.kv_heads >= tp:
-            return _stack([q, *(_rows(weight, hf, *_even(weight, hf, 0, tp, rank), 0) for hf in (1, 2))])
+            return _stack([q, *(_rows(weight, hf, *_even(weight, hf, 0, tp, rank)) for hf in (1, 2))])
         if tp % arch.kv_heads:
             raise ValueError(f"{arch.kv_heads} key/value heads cannot be spread over tensor parallelism of {tp}")
         head, height = rank // (tp // arch.kv_heads), weight.shapes[1][0] // arch.kv_heads
-        return _stack([q, *(_rows(weight, hf, head * height, (head + 1) * height, 0) for hf in (1, 2))])
+        return _stack([q, *(_rows(weight, hf, head * height, (head + 1) * height) for hf in (1, 2))])
     return _plain(weight, tp, rank)
 
 
 def whole_shard(weight: Weight) -> Shard:
     """The whole weight: its HF tensors stacked along the rows, so that each is a contiguous part."""
-    return _stack([_rows(weight, hf, 0, shape[0], 0) for hf, shape in enumerate(weight.shapes)])
+    return _stack([_rows(weight, hf, 0, shape[0]) for hf, shape in enumerate(weight.shapes)])
+
+
+def overlap(begin: Index, size: Index, other_begin: Index, other_size: Index) -> tuple[Index, Index] | None:
+    """(begin, size) of the intersection of two boxes, None if it is empty."""
+    low = tuple(map(max, begin, other_begin))
+    high = tuple(min(a + n, b + m) for a, n, b, m in zip(begin, size, other_begin, other_size, strict=True))
+    common = tuple(h - w for h, w in zip(high, low, strict=True))
+    return (low, common) if min(common) > 0 else None
+
+
+def moved(at: Index, begin: Index, origin: Index) -> Index:
+    """The place that is as far from `at` as `begin` is from `origin`."""
+    return tuple(a + b - o for a, b, o in zip(at, begin, origin, strict=True))
 
 
 def box(tensor: Tensor, begin: Index, size: Index) -> Tensor:
@@ -177,17 +189,11 @@ def read_shard(weight: Weight, shard: Shard, read: Read) -> Tensor:
     return out
 
 
-def hf_boxes(shard: Shard, tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    """The pieces of a shard, each with its view of `tensor`, which holds the shard."""
-    for piece in shard.pieces:
-        yield piece, box(tensor, piece.at, piece.size)
-
-
 def join_shards(weight: Weight, shards: Sequence[tuple[Shard, Tensor]]) -> dict[str, Tensor]:
     """The full HF tensors, new ones, from the shards that together cover them: the inverse of `read_shard`."""
     first = shards[0][1]
     full = {name: first.new_empty(shape) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
     for shard, tensor in shards:
-        for piece, part in hf_boxes(shard, tensor):
-            box(full[weight.hf[piece.hf]], piece.begin, piece.size).copy_(part)
+        for piece in shard.pieces:
+            box(full[weight.hf[piece.hf]], piece.begin, piece.size).copy_(box(tensor, piece.at, piece.size))
     return full

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.file_tensor import FileTensor
+from etr_megatron.weights.file_tensor import FileTensor, Index, Span
 from etr_megatron.weights.map import Weight
-from etr_megatron.weights.shards import Index, Piece, box, megatron_shard
+from etr_megatron.weights.shards import box, megatron_shard, moved, overlap
 from etr_megatron.weights.torch_dist_metadata import METADATA_FILE, Record, dtype_of, read_metadata
 from etr_megatron.weights.torch_saved import Slice, find_values
 
@@ -60,13 +60,12 @@ class StoredBox:
     values: FileTensor | Tensor
     at: Index
 
-    def span(self) -> tuple[Path, int, int] | None:
-        """(file, first byte, number of bytes) if the box is contiguous in a file, else None."""
+    def span(self) -> Span | None:
+        """Where the box is, if it is contiguous in a file, else None."""
         if not isinstance(self.values, FileTensor):
             return None
         lead = len(self.at) - len(self.size)
-        found = self.values.span(self.at, (*(1 for _ in range(lead)), *self.size))
-        return (self.values.file, *found) if found else None
+        return self.values.span(self.at, (*(1 for _ in range(lead)), *self.size))
 
     def read_into(self, at: Index, out: Tensor) -> None:
         """Fill `out` with the values from `at` on in the chunk."""
@@ -144,18 +143,25 @@ class TorchDistDir:
         lead = tuple(index for index, _ in weight.stored_at)
         pieces = [piece for piece in megatron_shard(weight, arch, 1, 0).pieces if only in (None, weight.hf[piece.hf])]
         for chunk in self._chunks_at(weight.stored, lead):
-            overlaps = list(_overlaps(pieces, chunk.offset[len(lead) :], chunk.size[len(lead) :]))
-            if overlaps:
-                inside = tuple(i - o for i, o in zip(lead, chunk.offset, strict=False))
-                values = _open(chunk, self.dtype(weight.stored))
-                for hf, begin, at, size in overlaps:
-                    yield StoredBox(weight.hf[hf], begin, size, values, (*inside, *at))
+            corner, extent = chunk.offset[len(lead) :], chunk.size[len(lead) :]
+            found = [(piece, *common) for piece in pieces if (common := overlap(piece.at, piece.size, corner, extent))]
+            if not found:
+                continue
+            values = _open(chunk, self.dtype(weight.stored))
+            for piece, first, size in found:
+                at = tuple(i - o for i, o in zip((*lead, *first), chunk.offset, strict=True))
+                yield StoredBox(weight.hf[piece.hf], moved(piece.begin, first, piece.at), size, values, at)
 
     def parts(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[tuple[str, Index, Tensor]]:
         """As `boxes`, in small blocks: (HF name, corner in that tensor, values); the next block overwrites the values."""
         for stored in self.boxes(weight, arch, only=only):
             for begin, values in self.blocks(stored):
                 yield stored.name, begin, values
+
+    def read_into(self, name: str, weight: Weight, arch: Architecture, out: Tensor) -> None:
+        """Fill `out`, of any type, with one of the weight's HF tensors."""
+        for _, begin, values in self.parts(weight, arch, only=name):
+            box(out, begin, tuple(values.shape)).copy_(values)
 
     def blocks(self, stored: StoredBox) -> Iterator[tuple[Index, Tensor]]:
         """A box, a few rows at a time, in the same memory: (corner in the HF tensor, values)."""
@@ -189,7 +195,7 @@ def _overlapping(chunks: Sequence[Chunk], dim: int) -> Chunk | None:
     """
     if dim == len(chunks[0].offset if chunks else ()):
         pairs = combinations(chunks, 2)
-        return next((b for a, b in pairs if next(_overlaps([_piece(a)], b.offset, b.size), None)), None)
+        return next((b for a, b in pairs if overlap(a.offset, a.size, b.offset, b.size)), None)
     group: list[Chunk] = []
     end = 0
     for chunk in sorted(chunks, key=lambda chunk: chunk.offset[dim]):
@@ -201,21 +207,6 @@ def _overlapping(chunks: Sequence[Chunk], dim: int) -> Chunk | None:
         group.append(chunk)
         end = max(end, chunk.offset[dim] + chunk.size[dim])
     return _overlapping(group, dim + 1) if len(group) > 1 else None
-
-
-def _piece(chunk: Chunk) -> Piece:
-    return Piece(0, chunk.offset, chunk.offset, chunk.size)
-
-
-def _overlaps(pieces: Iterable[Piece], corner: Index, size: Index) -> Iterator[tuple[int, Index, Index, Index]]:
-    """The overlap of a chunk with each piece: (HF tensor, corner there, corner in the chunk, size)."""
-    for piece in pieces:
-        low = tuple(max(a, b) for a, b in zip(piece.at, corner, strict=True))
-        high = tuple(min(a + n, b + m) for a, n, b, m in zip(piece.at, piece.size, corner, size, strict=True))
-        shape = tuple(h - w for h, w in zip(high, low, strict=True))
-        if min(shape) > 0:
-            begin = tuple(b + w - a for b, w, a in zip(piece.begin, low, piece.at, strict=True))
-            yield piece.hf, begin, tuple(w - c for w, c in zip(low, corner, strict=True)), shape
 
 
 def _open(chunk: Chunk, dtype: torch.dtype) -> FileTensor | Tensor:

@@ -8,8 +8,8 @@ import torch
 from benchmarks.gpu_device import recipes_left_out
 from etr_megatron.weights import SafetensorsDir, ServerLayout, make_plan, quantize_blocks, read_architecture, read_shard
 from etr_megatron.weights.layout import shards_of
-from etr_megatron.weights.quantize import scale_shape
-from etr_megatron.weights.transport import SCALE_SUFFIX, ShardedTransport, Wire
+from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
+from etr_megatron.weights.transport import ShardedTransport, Wire
 from tests.gpu.conftest import DEVICE
 from tests.gpu.policies import build, write_qwen3
 
@@ -32,8 +32,8 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
         tex.DType.kFloat8E4M3, rowwise=True, columnwise=False, block_scaling_dim=2, force_pow_2_scales=False
     )
     theirs = quantizer(weight)
-    codes, scales = quantize_blocks(weight)
-    rows, columns = scale_shape(shape)
+    codes, scales = quantize_blocks(weight, 128)
+    rows, columns = scale_shape(shape, 128)
     # Theirs are padded in memory and exist for whole blocks only.
     assert torch.equal(scales, theirs._rowwise_scale_inv[:rows, :columns])
     assert torch.equal(codes.view(torch.uint8), theirs._rowwise_data.view(torch.uint8))
@@ -43,8 +43,8 @@ def test_blocks_are_those_of_transformer_engine(device, shape, dtype):
 def test_blocks_are_the_same_on_every_device(device, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)).mul_(0.02).bfloat16()
     weight[:128, :128] = 0
-    codes, scales = quantize_blocks(weight)
-    found_codes, found_scales = quantize_blocks(weight.to(device))
+    codes, scales = quantize_blocks(weight, 128)
+    found_codes, found_scales = quantize_blocks(weight.to(device), 128)
     assert torch.equal(found_codes.cpu().view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(found_scales.cpu(), scales)
 
@@ -61,7 +61,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     wanted, destinations = {}, {}
     for weight, shard in shards_of(plan.destination, arch, 0):
         full, name = read_shard(weight, shard, checkpoint.read).bfloat16(), weight.megatron
-        if plan.is_fp8(weight):
+        if plan.block_of(weight) is not None:
             wanted[name], wanted[name + SCALE_SUFFIX] = quantize_blocks(full, fp8_block)
         else:
             wanted[name] = full
@@ -71,7 +71,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     transport = ShardedTransport(plan, Wire.in_world(backend=world, timeout_s=60), dtype=torch.bfloat16, checksums=True)
     for version in (3, 4):
         transport.sync(version, sources, destinations)
-    assert transport.versions.complete == 4
+    assert transport.complete == 4
     assert any(tensor.dtype == FP8 for tensor in destinations.values()) == (fp8_block is not None)
     for name, tensor in wanted.items():
         assert torch.equal(destinations[name].cpu().view(torch.uint8), tensor.view(torch.uint8)), name

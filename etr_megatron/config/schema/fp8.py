@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+FP8_BLOCK = 128
+"""Rows and columns of a block that shares a scale, in servers and in every published FP8 checkpoint."""
+
 FP8_TOKENS = {"none": 1, "blockwise": 128, "tensorwise": 16, "delayed": 16, "mxfp8": 32}
 """Per recipe, the number that token counts must be a multiple of: the block size, or what FP8 products need."""
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import etr_megatron
 from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
 from etr_megatron.weights.hf_config import read_config
 
-FP8_BLOCK = 128
-"""Rows and columns of a block of `sglang.fp8`."""
-
-LOADER = "etr_megatron.weights.transport.server_entry.load"
+LOADER = "etr_megatron.weights.transport.server_loader.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
 ROUTING = "--enable-return-routed-experts"

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from etr_megatron import platform
 from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request

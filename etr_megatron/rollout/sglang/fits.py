@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.config import SglangConfig, sync_of
-from etr_megatron.rollout.sglang.commands import FP8_BLOCK, ROUTING
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
+from etr_megatron.rollout.sglang.commands import ROUTING
 from etr_megatron.weights import FAMILIES, Architecture
 
 _SIZES = {

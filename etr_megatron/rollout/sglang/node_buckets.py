@@ -24,7 +24,7 @@ _MOST_AS_TEXT = 4 << 30
 
 def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, bucket_bytes: int) -> None:
     """Raise UserError on a machine without shared memory for the buckets of a model that is too large to be sent as text."""
-    sizes = [group.nbytes for group in groups_of(list(weights_of(arch)), dtype, fp8_block, bucket_bytes)]
+    sizes = [group.nbytes for group in groups_of(weights_of(arch), dtype, fp8_block, bucket_bytes)]
     needed, total = SEGMENTS * max(sizes), sum(sizes)
     if total > _MOST_AS_TEXT and not has_room(needed):
         raise UserError(

@@ -17,9 +17,7 @@ from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
-from etr_megatron.weights.layout import WholeLayout
-from etr_megatron.weights.transport import DiskWriter, Shards, Wire, version_directory
-from etr_megatron.weights.transport.collective import CollectiveTransport
+from etr_megatron.weights.transport import DiskWriter, Shards, Transport, Wire, version_directory
 from etr_megatron.weights.transport.whole import Gather, groups_of
 
 
@@ -92,7 +90,7 @@ _PATIENCE = 3.0
 """Timeouts that ranks wait for rank 0 before a bucket: it may have to wait for a server that hangs, find it and go on."""
 
 
-class WholeTensors(CollectiveTransport):
+class WholeTensors(Transport):
     """Gathers HF tensors bucket by bucket on rank 0, which puts them into its `outbox`; the other ranks have none.
 
     shared: where servers find a bucket on their own machine.
@@ -100,22 +98,22 @@ class WholeTensors(CollectiveTransport):
 
     def __init__(self, source: TrainingLayout, settings: SendSettings, outbox: Outbox | None, shared: NodeBuckets) -> None:
         arch, dtype, limit = settings.arch, settings.dtype, settings.bucket_bytes
-        super().__init__(settings.wire(), arch, source, WholeLayout(0, _rank0), 0, settings.fp8_block)
+        super().__init__(settings.wire(), arch, source)
         self._outbox, self._shared, self._longest_wait_s = outbox, shared, _PATIENCE * settings.timeout_s
-        self._groups = list(groups_of(list(weights_of(arch)), dtype, settings.fp8_block, limit))
+        self._groups = groups_of(weights_of(arch), dtype, settings.fp8_block, limit)
         shared.open(self.wire, max(group.nbytes for group in self._groups))
         together = [[group] for group in self._groups]
         self._gather = Gather(source, arch, _rank0, together, self.wire, dtype=dtype, bucket_bytes=limit)
 
-    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+    def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         for number, group in enumerate(self._groups):
             self._follow(f"bucket {number}")
             if self._outbox is None:
-                self._gather.group(number, sources, None)
+                self._gather.run(number, sources, None)
                 self._shared.share(group.tensors, group.nbytes, None)
                 continue
             flat = torch.empty(group.nbytes, dtype=torch.uint8, device=self.wire.device)
-            self._gather.group(number, sources, (group, flat))
+            self._gather.run(number, sources, (group, flat))
             if flat.is_cuda:
                 torch.cuda.synchronize()  # it is sent from another thread
             # Servers may still read the previous bucket, but not the one before it: `put` has waited for that.
@@ -124,7 +122,7 @@ class WholeTensors(CollectiveTransport):
 
     def _follow(self, phase: str) -> None:
         """Wait for rank 0 to get here: a rank that holds nothing of the buckets would otherwise wait for all at the end."""
-        self.wire.board.follow(phase, 0, self._longest_wait_s)
+        self.wire.board.follow_rank0(phase, self._longest_wait_s)
 
     def close(self) -> None:
         """See `Transport.close`."""

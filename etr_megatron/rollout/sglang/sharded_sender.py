@@ -18,7 +18,7 @@ from etr_megatron.rollout.sglang.delivery import LIVENESS_S, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.senders import SendSettings
 from etr_megatron.weights import ServerLayout
-from etr_megatron.weights.transport import ShardedTransport, Wire
+from etr_megatron.weights.transport import ShardedTransport
 from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import MESSAGE_NAME, Offer, refusal_key
 
@@ -94,7 +94,7 @@ class OfferCalls:
 class ShardedSender:
     """`sharded`. server: one server's layout. host: rank 0's address. calls: on rank 0 only. See `Sender`.
 
-    After a server is lost, the sync restarts with the others, whose workers survive: see `server_entry`.
+    After a server is lost, the sync restarts with the others, whose workers survive: see `server_loader.load`.
     """
 
     def __init__(self, settings: SendSettings, server: ServerLayout, host: str, calls: OfferCalls | None) -> None:
@@ -177,12 +177,8 @@ class ShardedSender:
 
     def _open(self, offer: Offer) -> ShardedTransport:
         assert self._store is not None  # of the offer
-        settings, plan, rank = self._settings, offer.plan(), dist.get_rank()
-        self._opening = Board(dist.PrefixStore("board", self._store), rank, plan.processes, settings.timeout_s)
-        wire = Wire(self._store, rank, plan.processes, backend=settings.backend, timeout_s=settings.timeout_s)
-        return ShardedTransport(
-            plan, wire, dtype=settings.dtype, bucket_bytes=settings.bucket_bytes, checksums=settings.checksums
-        )
+        self._opening = offer.board(self._store, dist.get_rank())
+        return offer.transport(self._store, dist.get_rank())
 
     def _report(self, reason: str) -> None:
         """Tell the ranks that a server is lost, so that none waits for it until the timeout."""

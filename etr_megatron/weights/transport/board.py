@@ -57,13 +57,13 @@ class Board:
         self._arrive(phase)
         self._await([self._key(phase, rank) for rank in range(self.world)], self.timeout_s)
 
-    def follow(self, phase: str, leader: int, timeout_s: float) -> None:
-        """Reach this phase; ranks other than the leader wait for it, up to `timeout_s` seconds. Raises SyncError as `meet`.
+    def follow_rank0(self, phase: str, timeout_s: float) -> None:
+        """Reach this phase; the others wait for rank 0, up to `timeout_s` seconds. Raises SyncError as `meet`.
 
-        So what the leader does alone between two phases does not count against the timeout of the others' transfers.
+        So what rank 0 does alone between two phases does not count against the timeout of the others' transfers.
         """
         self._arrive(phase)
-        self._await([self._key(phase, leader)], timeout_s)
+        self._await([self._key(phase, 0)], timeout_s)
 
     def _arrive(self, phase: str) -> None:
         self._phase = phase

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.plan import Plan, Transfer
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import Index, box
+from etr_megatron.weights.shards import box
 
 ALONE_BYTES = 1 << 18
 """Tensors of at least this size are messages of their own."""
@@ -138,7 +139,7 @@ def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None
 
 def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
     """The bytes of a slot in the shard itself, if it is there exactly as it is sent; else None."""
-    if sending and plan.is_fp8(slot.transfer.weight):
+    if sending and plan.block_of(slot.transfer.weight) is not None:
         return None
     block = plan.fp8_block if slot.scales else None
     tensor = (source_box if sending else destination_box)(slot.transfer, shards, block).detach()

@@ -7,6 +7,7 @@ a round is sent, the next one is packed and the previous one is unpacked.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -38,11 +39,8 @@ class Exchange:
         """This rank's buckets by peer process. A pair's bucket size follows from the busier end's number of peers."""
         plan = self.plan
         remote = [pair for pair in plan.pairs if not plan.is_local(*pair)]
-        sources: dict[int, int] = {}
-        destinations: dict[int, int] = {}
-        for source, destination in remote:
-            sources[destination] = sources.get(destination, 0) + 1
-            destinations[source] = destinations.get(source, 0) + 1
+        sources = Counter(destination for _, destination in remote)
+        destinations = Counter(source for source, _ in remote)
         outgoing, incoming = {}, {}
         for source, destination in remote:
             if source != self.source and destination != self.destination:

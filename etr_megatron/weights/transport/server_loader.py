@@ -7,17 +7,17 @@ reuse it. This module imports nothing of Megatron or of the server's package.
 
 How it is loaded: a worker's `update_weights_from_tensor` finds `load_format` among the paths that the server was started with,
 imports it by that path (so this package must be importable in the server's environment) and calls it with the live model and
-with the tensors of its own rank. An exception raised there ends the worker, see `server_entry`. Module state outlives the call
-and keeps the open connection and the worker's version.
+with the tensors of its own rank. Module state outlives the call and keeps the open connection.
 
 After a failed sync the connection is dropped. The next offer opens a new one, for which the training ranks need a new transport
-too, at another port as long as process 0 still has the previous one, closed or not: see `Wire.close`.
+and a new store too: others may still read from the old one why the sync failed.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,11 +31,12 @@ from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX
-from etr_megatron.weights.transport.board import Board
-from etr_megatron.weights.transport.collective import shards_wanted
-from etr_megatron.weights.transport.interface import Versions
+from etr_megatron.weights.transport.base import shards_wanted
+from etr_megatron.weights.transport.board import Board, SyncError
 from etr_megatron.weights.transport.sharded import ShardedTransport
 from etr_megatron.weights.transport.wire import Wire
+
+logger = logging.getLogger(__name__)
 
 MESSAGE_NAME = "etr_megatron.sync_offer"
 """Name of the tiny tensor that carries an offer."""
@@ -57,7 +58,7 @@ def refusal_key(rank: int) -> str:
 class Offer:
     """All that a worker needs for a sync. address, port: of the store of the training ranks' process 0.
 
-    rank: the worker's rank in the destination. The rest is what the training ranks pass to `make_plan`, `Wire.at` and
+    rank: the worker's rank in the destination. The rest is what the training ranks pass to `make_plan`, `Wire` and
     `ShardedTransport`; all must be the same everywhere.
     """
 
@@ -101,23 +102,40 @@ class Offer:
         fields["source"], fields["destination"] = TrainingLayout(**fields["source"]), ServerLayout(**fields["destination"])
         return cls(**fields)
 
+    @property
+    def process(self) -> int:
+        """The worker's process: the training ranks come first."""
+        return self.source.world + self.rank
+
     def plan(self) -> Plan:
         """The plan of the sync."""
         itemsize = getattr(torch, self.dtype).itemsize
         return make_plan(self.source, self.destination, self.arch, itemsize=itemsize, fp8_block=self.fp8_block)
 
-    def refuse(self, reason: str) -> None:
-        """Tell the training ranks, which would otherwise wait for this worker. Raises RuntimeError if their store is gone."""
+    def store(self) -> dist.TCPStore:
+        """A worker's connection to the store. Raises SyncError if there is none."""
         timeout = datetime.timedelta(seconds=self.timeout_s)
-        store = dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        store.set(refusal_key(self.rank), reason)
-        process, processes = self.source.world + self.rank, self.source.world + self.destination.world
-        Board(dist.PrefixStore("board", store), process, processes, self.timeout_s).report(reason)
+        try:
+            return dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        except RuntimeError as error:
+            what = f"rank {self.process} did not reach rank 0 within {self.timeout_s:g} s"
+            raise SyncError(f"weight sync: {what} at {self.address}:{self.port}") from error
 
-    def transport(self, process: int) -> ShardedTransport:
+    def board(self, store: dist.Store, process: int) -> Board:
+        """The board of a process of the sync."""
+        processes = self.source.world + self.destination.world
+        return Board(dist.PrefixStore("board", store), process, processes, self.timeout_s)
+
+    def refuse(self, reason: str) -> None:
+        """Tell the training ranks, which would otherwise wait for this worker. Raises SyncError if their store is gone."""
+        store = self.store()
+        store.set(refusal_key(self.rank), reason)
+        self.board(store, self.process).report(reason)
+
+    def transport(self, store: dist.Store, process: int) -> ShardedTransport:
         """The transport of a process; a collective of the training ranks (from 0) and all workers (after them)."""
         plan = self.plan()
-        wire = Wire.at(self.address, self.port, process, plan.processes, backend=self.backend, timeout_s=self.timeout_s)
+        wire = Wire(store, process, plan.processes, backend=self.backend, timeout_s=self.timeout_s)
         return ShardedTransport(
             plan, wire, dtype=getattr(torch, self.dtype), bucket_bytes=self.bucket_bytes, checksums=self.checksums
         )
@@ -164,24 +182,31 @@ def refuse_other_orders(model: Any) -> None:
 _open: dict[str, ShardedTransport] = {}
 """The transport in use, by its offer without the version: one at a time."""
 
-_versions = Versions()
-"""Versions of the worker's weights, whichever transport has brought them."""
 
+def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`receive`, as SGLang calls a custom weight loader: an exception raised here ends the worker.
 
-def complete_version() -> int | None:
-    """The version that this worker holds completely; None before the first one, and after a sync that failed once begun."""
-    return _versions.complete
+    So a sync that did not complete is only logged, as the training ranks know of it, and parameters that do not match the offer
+    are reported to them. The worker survives, after an incomplete sync with a mixture of two versions, and must get a complete
+    one before it serves. Other errors are raised.
+    """
+    named = dict(named_tensors)
+    try:
+        receive(model, named)
+    except SyncError as error:
+        logger.error("%s", error)
+    except MisfitError as error:
+        logger.error("%s", error)
+        Offer.read(named[MESSAGE_NAME]).refuse(str(error))
 
 
 @torch.no_grad()
-def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Receive a version into the parameters of a worker's `model`, as SGLang calls a custom weight loader.
+def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Receive a version into the parameters of a worker's `model`.
 
-    named_tensors: only the tiny tensor. Raises ValueError for another message, MisfitError for parameters that do not match the
-    offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions and
-    `complete_version` is None.
+    tensors: only the tiny one. Raises ValueError for another message, MisfitError for parameters that do not match the
+    offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions.
     """
-    tensors = dict(named_tensors)
     if tensors.keys() != {MESSAGE_NAME}:
         raise ValueError(f"this loader accepts only the tensor {MESSAGE_NAME}, not {', '.join(sorted(tensors))}")
     offer = Offer.read(tensors[MESSAGE_NAME])
@@ -193,8 +218,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         for old in _open.values():
             old.close()
         _open.clear()
-        _open[key] = offer.transport(offer.source.world + offer.rank)
-        _open[key].versions = _versions
+        _open[key] = offer.transport(offer.store(), offer.process)
     try:
         _open[key].sync(offer.version, None, shards)
     except BaseException:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from etr_megatron.weights.plan import Plan
+from etr_megatron.weights.transport.base import Transport
 from etr_megatron.weights.transport.buckets import Shards
-from etr_megatron.weights.transport.collective import CollectiveTransport
 from etr_megatron.weights.transport.exchange import Exchange
 from etr_megatron.weights.transport.verify import compare
 from etr_megatron.weights.transport.wire import Wire
 
 
-class ShardedTransport(CollectiveTransport):
+class ShardedTransport(Transport):
     """See `Transport`. The wire's ranks are the plan's processes.
 
     dtype: of what is sent unquantised, the same on all ranks; shards of another are cast. bucket_bytes: bound of the buckets
@@ -33,7 +33,7 @@ class ShardedTransport(CollectiveTransport):
         self._exchange = Exchange(plan, wire, dtype=dtype, bucket_bytes=bucket_bytes)
         self._checksums = checksums
 
-    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+    def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         self._exchange.run(sources, destinations)
         if self._checksums:
             compare(self._exchange, sources, destinations)

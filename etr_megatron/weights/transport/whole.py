@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.layout import Placement, WholeLayout
 from etr_megatron.weights.map import Weight
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, quantize_blocks, scale_shape
-from etr_megatron.weights.shards import Index
 from etr_megatron.weights.transport.buckets import Shards
 from etr_megatron.weights.transport.exchange import Exchange, Memory
 from etr_megatron.weights.transport.wire import Wire
@@ -42,10 +42,10 @@ class Group:
     """
 
     def __init__(self, weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None) -> None:
-        self.weights, self._block = tuple(weights), fp8_block
+        self.weights, self._fp8_block = tuple(weights), fp8_block
         wanted: list[tuple[Weight, int | None, torch.dtype]] = []
         for weight in weights:
-            block = fp8_block if weight.fp8 else None
+            block = self.block_of(weight)
             wanted.append((weight, None, dtype if block is None else FP8))
             if block is not None:
                 wanted.append((weight, block, torch.float32))
@@ -65,42 +65,43 @@ class Group:
         rows = sum(shape[0] for shape in shapes)
         self.shards[weight.megatron + suffix] = Field(weight.megatron + suffix, dtype, (rows, *shapes[0][1:]), start)
 
-    def is_quantised(self, weight: Weight) -> bool:
-        """Whether the bucket holds it as FP8."""
-        return self._block is not None and weight.fp8
+    def block_of(self, weight: Weight) -> int | None:
+        """Rows and columns of the blocks in which the bucket holds a weight quantised; None if it does not."""
+        return self._fp8_block if weight.fp8 else None
 
     def quantize(self, full: Shards, flat: Tensor) -> None:
         """Quantise full tensors (by weight, `whole_shard`) into the bucket, one HF tensor at a time."""
-        if self._block is None:
-            return
         fields = {field.name: field for field in self.tensors}
         for weight in self.weights:
+            block = self.block_of(weight)
+            if block is None:
+                continue
             rows = [shape[0] for shape in weight.shapes]
-            for name, part in zip(weight.hf, full[weight.megatron].split(rows), strict=True) if weight.fp8 else ():
-                values, scales = quantize_blocks(part, self._block)
+            for name, part in zip(weight.hf, full[weight.megatron].split(rows), strict=True):
+                values, scales = quantize_blocks(part, block)
                 fields[name].view(flat).copy_(values)
                 fields[name + SCALE_SUFFIX].view(flat).copy_(scales)
 
 
-def groups_of(weights: Sequence[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> Iterator[Group]:
+def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
     """Weights in order, in groups of at most `limit` bytes, or of one weight that is larger."""
-    filling: list[Weight] = []
-    space = limit
+    groups: list[list[Weight]] = []
+    space = 0
     for weight in weights:
         nbytes = Group([weight], dtype, fp8_block).nbytes
-        if filling and nbytes > space:
-            yield Group(filling, dtype, fp8_block)
-            filling, space = [], limit
-        filling.append(weight)
+        if not groups or nbytes > space:
+            groups.append([])
+            space = limit
+        groups[-1].append(weight)
         space -= nbytes
-    if filling:
-        yield Group(filling, dtype, fp8_block)
+    return [Group(some, dtype, fp8_block) for some in groups]
 
 
 class Gather:
     """Gathers groups of weights on their owners, whole and unquantised; only what an owner lacks is sent.
 
-    `group` is a collective of the source's ranks.
+    groups: groups[number] are those that `run(number)` gathers together, each on an owner of its own. `run` is a collective of
+    the source's ranks.
     """
 
     def __init__(
@@ -114,11 +115,10 @@ class Gather:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        """groups: groups[number] are those that `group(number)` gathers together, each on an owner of its own."""
         layout = WholeLayout(source.world, owner)
         plan = make_plan(source, layout, arch, destination_start=0, itemsize=dtype.itemsize)
         self._memory: Memory = {}
-        self.exchanges = [
+        self._exchanges = [
             Exchange(
                 plan.only({weight.megatron for group in together for weight in group.weights}),
                 wire,
@@ -130,22 +130,21 @@ class Gather:
         ]
         self._dtype = dtype
 
-    def group(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> Shards:
-        """Gather; an owner's group is put into `flat` (uint8). Returns the owner's full, unquantised tensors by weight."""
-        full: dict[str, Tensor] = {}
+    def run(self, number: int, sources: Shards, own: tuple[Group, Tensor] | None) -> None:
+        """Gather; own: on an owner, its group and the flat bucket (uint8) to put it into."""
         if own is None:
-            self.exchanges[number].run(sources, full)
-            return full
+            self._exchanges[number].run(sources, {})
+            return
         group, flat = own
+        full: dict[str, Tensor] = {}
         for weight in group.weights:
             field = group.shards[weight.megatron]
-            if group.is_quantised(weight):
-                full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
-            else:
+            if group.block_of(weight) is None:
                 full[weight.megatron] = field.view(flat)
-        self.exchanges[number].run(sources, full)
+            else:
+                full[weight.megatron] = torch.empty(field.shape, dtype=self._dtype, device=flat.device)
+        self._exchanges[number].run(sources, full)
         group.quantize(full, flat)
-        return full
 
     def forget(self) -> None:
         """Free the buckets' memory."""

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     group: Any
 
 
-_names = iter(range(1 << 62))
+_names = itertools.count()
 
 _LOOKS = 256
 """Polls of an NCCL message per poll of the board."""
@@ -69,20 +69,6 @@ class Wire:
         """A wire between all ranks of torch.distributed's world, which must be initialised; a collective."""
         named = dist.PrefixStore(f"weight_sync_{next(_names)}", job_store())
         return cls(named, dist.get_rank(), dist.get_world_size(), backend=backend, timeout_s=timeout_s)
-
-    @classmethod
-    def at(cls, address: str, port: int, rank: int, world: int, *, backend: str = "gloo", timeout_s: float = 600.0) -> Wire:
-        """A wire between ranks without a common world; rank 0 opens the port. Raises SyncError if that fails.
-
-        The port is free again when rank 0 drops the wire, see `close`.
-        """
-        deadline = datetime.timedelta(seconds=timeout_s)
-        try:
-            store = dist.TCPStore(address, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False)
-        except RuntimeError as error:
-            what = "could not open" if rank == 0 else f"did not reach rank 0 within {timeout_s:g} s at"
-            raise SyncError(f"weight sync: rank {rank} {what} {address}:{port}") from error
-        return cls(store, rank, world, backend=backend, timeout_s=timeout_s)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[tuple[int, Any]]:
         """Post messages, which must be posted on both sides in the same order; returns what to `wait` for."""
@@ -154,8 +140,8 @@ class Wire:
     def close(self) -> None:
         """Drop the connections, so that nobody waits for this rank until the deadline. Holders of parts must drop these too.
 
-        The board and its store, and with it rank 0's port, live as long as this object: other ranks may still have to read
-        there why the sync failed, or that it has ended, and a server's worker may do so much later.
+        The board and its store live as long as this object: other ranks may still have to read there why the sync failed, or
+        that it has ended, and a server's worker may do so much later.
         """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
         for group in groups:

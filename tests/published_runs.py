@@ -12,7 +12,7 @@ from pathlib import Path
 from etr_megatron.config import load_config
 from etr_megatron.planner.plan import Plan, make_plan
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 _NEMO = (
     "rollout.prompts_per_step=64",

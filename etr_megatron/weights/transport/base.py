@@ -1,4 +1,4 @@
-"""What the transports over a wire have in common: roles, begin and end, and errors that reach every rank."""
+"""What all transports have in common: roles, begin and end, and errors that reach every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from etr_megatron.weights.listing import listed
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport.board import SyncError
 from etr_megatron.weights.transport.buckets import Shards
-from etr_megatron.weights.transport.interface import Versions
 from etr_megatron.weights.transport.wire import Wire
 
 
@@ -64,35 +63,57 @@ def _let_go(error: BaseException) -> None:
         found = found.__cause__ or found.__context__
 
 
-class CollectiveTransport:
-    """A transport whose ranks all share a wire: the source's ranks from process 0, the destination's from `start`."""
+class Transport:
+    """Brings weights from training ranks to ranks, servers or files that use them. One object per rank; `sync` is a collective.
+
+    The source's ranks are those of the wire from 0 on, the destination's (None: it has none) those from `start` on; fp8_block:
+    of a quantised destination. Raises ValueError when the wire has another number of ranks.
+
+    complete: the version that all ranks have confirmed; None before the first one, and from a sync's beginning to its end. So
+    it is None after a sync that failed in between, which leaves a mixture of versions.
+
+    Buffers: `sources` are read and `destinations` are written in place between call and return of `sync`; both belong to the
+    caller, before and after. The transport owns its buckets and keeps them for the next sync.
+    """
 
     def __init__(
-        self, wire: Wire, arch: Architecture, source: Placement, destination: Placement, start: int, fp8_block: int | None
+        self,
+        wire: Wire,
+        arch: Architecture,
+        source: Placement,
+        destination: Placement | None = None,
+        start: int = 0,
+        fp8_block: int | None = None,
     ) -> None:
-        processes = max(source.world, start + destination.world)
+        receivers = 0 if destination is None else destination.world
+        processes = max(source.world, start + receivers)
         if wire.world != processes:
             raise ValueError(f"the layouts need {processes} processes, the wire has {wire.world}")
-        self.wire, self.versions = wire, Versions()
+        self.wire = wire
+        self.complete: int | None = None
         self.source = wire.rank if wire.rank < source.world else None
-        self.destination = wire.rank - start if 0 <= wire.rank - start < destination.world else None
+        self.destination = wire.rank - start if 0 <= wire.rank - start < receivers else None
         self._source_wanted = {} if self.source is None else shards_wanted(source, arch, self.source, None)
-        self._destination_wanted = (
-            {} if self.destination is None else shards_wanted(destination, arch, self.destination, fp8_block)
-        )
+        self._destination_wanted: dict[str, Wanted] = {}
+        if destination is not None and self.destination is not None:
+            self._destination_wanted = shards_wanted(destination, arch, self.destination, fp8_block)
 
     @torch.no_grad()
     def sync(self, version: int, sources: Shards | None = None, destinations: Shards | None = None) -> None:
-        """See `Transport.sync`."""
+        """Transfer one version. A rank passes its shards for the role, or both roles, that the layouts give it.
+
+        Returns when every rank has confirmed that it has everything. Raises SyncError naming the ranks that are missing or
+        failed, or the tensors whose checksums differ; the transport cannot be used after it.
+        """
         board = self.wire.board
         board.start(version)
         try:
             check_shards("source", self.source, self._source_wanted, sources)
             check_shards("destination", self.destination, self._destination_wanted, destinations)
             board.meet("begin")
-            self.versions.begin(version)
+            self.complete = None
             destinations = destinations or {}
-            self._transfer(sources or {}, destinations)
+            self._transfer(version, sources or {}, destinations)
             for name, wanted in self._destination_wanted.items():
                 if wanted.filled < wanted.shape[0]:
                     destinations[name][wanted.filled :].zero_()
@@ -110,12 +131,12 @@ class CollectiveTransport:
             if not isinstance(error, Exception):  # Ctrl-C and the like end this process
                 raise
             raise board.failure() from error
-        self.versions.end(version)
+        self.complete = version
 
-    def _transfer(self, sources: Shards, destinations: Shards) -> None:
+    def _transfer(self, version: int, sources: Shards, destinations: Shards) -> None:
         """Fill the destinations, except for a vocabulary's padding."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """See `Transport.close`."""
+        """Release connections and buckets."""
         self.wire.close()
