@@ -9,12 +9,13 @@ abort_prompt, die_prompt, die_late (first token of prompts at which it does this
 not answer /server_info while it generates), die_at_bucket, hang_at_bucket (number of the weight bucket, from 0), die_at_join
 (of a weight group), stale (never accepts a new version), old (no begin and end of an update: SGLang before 0.5.21),
 tokens_per_s (generates a chain of tokens at this rate, which can be cut off and resumes where a prompt ends), odd_tokens_per_s
-(the rate of prompts whose token ids have an odd sum), hang_at_abort, stop_at (the whole process stops at this generate request;
-with hang_at only the request waits), die_once (a number and a file: dies at this generate request unless another server has
-made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with weights), misfit (its parameters
-are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of every token), says (by route, what
-it adds to /server_info and /model_info), says_no_experts (leaves out routed experts although requested), weightless (accepts no
-weights; starts at once, without torch).
+(the rate of prompts whose token ids have an odd sum), pause_at (where a chain that begins waits, at this many tokens, until it
+is cut off or this is taken back; `waiting` in /state counts them), odd_pause_at, hang_at_abort, stop_at (the whole process
+stops at this generate request; with hang_at only the request waits), die_once (a number and a file: dies at this generate
+request unless another server has made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with
+weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
+every token), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves out routed experts
+although requested), weightless (accepts no weights; starts at once, without torch).
 POST /behave changes them in a running server.
 """
 
@@ -104,6 +105,7 @@ class State:
         self.aborted: set[str] = set()
         self.rids: list[str | None] = []  # of `prompts`
         self.running: set[str] = set()
+        self.waiting: set[str] = set()
         self.prompts: list[list[int]] = []  # in the order received
         self.prompt_versions: list[str] = []  # weight version when each was received
         self.origin: dict[int, list[int]] = {}  # seed -> the first prompt that had it
@@ -167,13 +169,20 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
 def draw_slowly(body: dict[str, Any], count: int) -> tuple[list[int], str]:
     """The chain, or the part generated before the request is cut off. A seed identifies one response across resumptions."""
     last = body["input_ids"][-1]
-    rate = BEHAVIOUR["tokens_per_s"]
-    if sum(STATE.origin.setdefault(body["sampling_params"]["sampling_seed"], body["input_ids"])) % 2:
+    rate, seed = BEHAVIOUR["tokens_per_s"], body["sampling_params"]["sampling_seed"]
+    is_new = seed not in STATE.origin
+    is_odd = sum(STATE.origin.setdefault(seed, body["input_ids"])) % 2
+    if is_odd:
         rate = BEHAVIOUR.get("odd_tokens_per_s", rate)
     started = time.monotonic()
     STATE.running.add(body.get("rid"))
-    while (drawn := int((time.monotonic() - started) * rate)) < count and body.get("rid") not in STATE.aborted:
+    drawn = 0
+    while drawn < count and body.get("rid") not in STATE.aborted:
         time.sleep(0.005)
+        most = BEHAVIOUR.get("odd_pause_at" if is_odd and "pause_at" not in BEHAVIOUR else "pause_at") if is_new else None
+        drawn = min(int((time.monotonic() - started) * rate), count if most is None else most)
+        if drawn == most:
+            STATE.waiting.add(body.get("rid"))
         if BEHAVIOUR.get("die_late") == body["input_ids"][0] and drawn >= 30:
             os._exit(9)
     chain = [(last + 1 + i) % 97 for i in range(count)]
@@ -278,7 +287,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/state":
         names = ("sums", "log", "paused", "version", "prompts", "prompt_versions", "rids", "most_payload_bytes")
         said = {name: getattr(STATE, name) for name in names}
-        return 200, said | {"aborted": list(filter(None, STATE.aborted)), "pid": os.getpid()}
+        said |= {"aborted": list(filter(None, STATE.aborted)), "waiting": len(STATE.waiting)}
+        return 200, said | {"pid": os.getpid()}
     if route == "/server_info":
         with SCHEDULER, BATCH:
             return 200, BEHAVIOUR.get("says", {}).get(route, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import datetime
 
 import torch.distributed as dist
 
@@ -11,17 +11,21 @@ from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.problem_sets import refuse_other_problems
 from etr_megatron.types import Problem
+from tests.hang import Hang
 
 
 def meet_without(missing: int) -> str:
     """Result on this rank if the rank `missing` does not come (-1: all come)."""
-    phases = Phases(timeout_s=2)
+    phases, hang = Phases(timeout_s=60), Hang()
+    if missing >= 0:
+        phases._timeout = datetime.timedelta(seconds=2)
     if dist.get_rank() == missing:
-        time.sleep(4)  # alive, but not in the meeting
+        hang()  # alive, but not in the meeting
         return "absent"
     try:
         phases.meet("rollout of step 7")
     except TimeoutError as error:
+        hang.given_up()
         return str(error)
     return "met"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
+HELD = "reward.function=tests.held:digit_sum_is_even"
 TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s", "tflops_per_gpu")
 
 SMALL = """
@@ -39,14 +40,32 @@ class Runs:
     def command(self, *overrides: str) -> list[str]:
         return [sys.executable, "-m", "etr_megatron.launch", str(self.config), *self._common, *overrides]
 
-    def start(self, *overrides: str, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(self, *overrides: str, prefix: tuple[str, ...] = (), hold: str = "", **options: Any) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HOLD": hold}
         pipe = subprocess.PIPE
         return subprocess.Popen(
             [*prefix, *self.command(*overrides)], cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True, **options
         )
 
-    def finish(self, *overrides: str, deadline_s: float = 240.0, **options: Any) -> tuple[int, str]:
+    def held(self, point: str, *overrides: str) -> subprocess.Popen:
+        """A run that is held at this point, see tests/held.py; returns when it is there."""
+        process = self.start(HELD, *overrides, hold=self.hold(point))
+        wait_for(lambda: self.is_held or process.poll() is not None)
+        assert self.is_held, process.communicate()
+        return process
+
+    def hold(self, point: str) -> str:
+        """The environment's HOLD."""
+        return f"{point} {self.folder / 'held'}"
+
+    @property
+    def is_held(self) -> bool:
+        return (self.folder / "held").exists()
+
+    def let_go(self) -> None:
+        (self.folder / "held.over").touch()
+
+    def finish(self, *overrides: str, deadline_s: float = 900.0, **options: Any) -> tuple[int, str]:
         """Exit code and everything printed."""
         process = self.start(*overrides, **options)
         try:
@@ -75,7 +94,8 @@ class Runs:
         assert saved and self.rows(name, times=True)[: len(saved)] == saved
 
 
-def wait_for(condition: Callable[[], bool], deadline_s: float = 120.0, poll_s: float = 0.02) -> None:
+def wait_for(condition: Callable[[], bool], deadline_s: float = 600.0, poll_s: float = 0.02) -> None:
+    """A deadline is for tests that fail; what is waited for may take many times its usual time on a busy machine."""
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:

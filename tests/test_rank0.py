@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from etr_megatron.rollout import rank0
 from etr_megatron.types import Sample
-from tests.gang import free_port
+from tests.ports import reserved_port
 from tests.runs import REPO
 
 PROGRAM = """
@@ -22,9 +22,10 @@ from etr_megatron.rollout import rank0
 rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
-dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=4))
+if case in ("long", "short", "left"):
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=4))
 if case == "left":  # by the ranks of an earlier start, whose store this is
     for number in range(4):
         for word in ("stop", "done"):
@@ -36,7 +37,10 @@ def body():
         os.kill(os.getpid(), signal.SIGSTOP)
     if case == "fails":
         raise ValueError("no servers")
-    time.sleep(7)  # more than a collective may take
+    if case in ("long", "left"):
+        time.sleep(7)  # more than a collective may take
+    while case == "short" and not store.check(["given up"]):
+        time.sleep(0.05)
     return "groups"
 
 def until_stopped(anywhere):
@@ -55,26 +59,28 @@ try:
     print(rank0.on_rank0(lambda: "again", long=True), flush=True)
 except Exception as error:
     print(f"{type(error).__name__}: {error}", flush=True)
+    if rank:
+        store.set("given up", "")
 os._exit(0)
 """
 
 
-def run_ranks(case: str, silence_s: float = 60) -> list[str]:
+def run_ranks(case: str, silence_s: float = 300) -> list[str]:
     """The output of rank 0 and rank 1; in case "stops", only of rank 1."""
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(port), case, str(silence_s)], cwd=REPO, stdout=-1, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        found = [ranks[1].communicate(timeout=90)[0]]
-        return found if case == "stops" else [ranks[0].communicate(timeout=90)[0], *found]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    with reserved_port() as port:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(rank), str(port), case, str(silence_s)], cwd=REPO, stdout=-1, text=True
+            )
+            for rank in range(2)
+        ]
+        try:
+            found = [ranks[1].communicate(timeout=600)[0]]
+            return found if case == "stops" else [ranks[0].communicate(timeout=600)[0], *found]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
 
 
 @pytest.mark.slow

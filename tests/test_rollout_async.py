@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from etr_megatron.rollout.record import group_from_json, read_record
-from tests.runs import wait_for
+from tests.runs import HELD
 from tests.test_sglang_gone import server
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def options(name: str, url: str, *more: str) -> list[str]:
         "rollout.max_logprob_gap=100",  # the servers' log-probs are made up
         "rollout.record=true",
         f"sglang.urls=[{url}]",
-        "sglang.update_timeout_s=20",
+        "sglang.update_timeout_s=120",
         "sglang.probe_every=0",
         *more,
     ]
@@ -62,14 +62,12 @@ def test_one_step_off_every_step_but_the_first_was_generated_while_another_train
 
 def test_partial_rollouts_killed_and_resumed_lose_nothing_and_repeat_nothing(runs):
     partial = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=1.5")
-    # 24 tokens take 0.4 s for prompts of one kind and 4 s, longer than a step, for the other.
-    with server(tokens_per_s=60, odd_tokens_per_s=6) as url:
-        process = runs.start(*options("killed", url, *partial))
-        wait_for(lambda: len(runs.rows("killed")) >= 3, deadline_s=200)
+    with server(tokens_per_s=200, odd_pause_at=8) as url:  # prompts of one kind have no response that was not cut off once
+        process = runs.held("step 3", *options("killed", url, *partial))
         process.kill()
         process.communicate()
         saved = runs.saved_rows("killed")
-        code, printed = runs.finish(*options("killed", url, *partial))
+        code, printed = runs.finish(*options("killed", url, HELD, *partial))
     assert code == 0, printed
     runs.assert_went_on("killed", saved)
     steps = groups_of(runs, "killed")

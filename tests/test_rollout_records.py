@@ -20,7 +20,7 @@ from etr_megatron.observe.rollout_view import listing, view
 from etr_megatron.rollout import ReplaySampler
 from etr_megatron.rollout.record import group_from_json, group_to_json, read_record, recorded_steps, write_record
 from etr_megatron.types import Group, Problem, Sample
-from tests.runs import wait_for
+from tests.runs import HELD
 
 NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
 
@@ -213,13 +213,12 @@ def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(
 
 @pytest.mark.slow
 def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
-    process = runs.start("--rollout-only", "run.name=only", *NO_EVALUATION)
+    process = runs.held("step 2", "--rollout-only", "run.name=only", *NO_EVALUATION)  # when it has reached the end of step 1
     folder = runs.directory("only")
-    wait_for(lambda: (folder / "recorded" / "reached.safetensors").exists())
     process.kill()
     process.communicate()
     kept = runs.rows("only", times=True)[0]
-    code, printed = runs.finish("--rollout-only", "run.name=only", *NO_EVALUATION)
+    code, printed = runs.finish("--rollout-only", "run.name=only", HELD, *NO_EVALUATION)
     assert code == 0, printed
     assert "step 3/3: reward" in printed and not list((folder / "checkpoints").iterdir())
     rows = runs.rows("only", times=True)

@@ -21,8 +21,9 @@ from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.runs import REPO
 from tests.test_lifetime import gone
-from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, state_of, sync, tokens_of
+from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, patient_with, state_of, sync, tokens_of
 from tests.test_sglang_ports import answering
+from tests.test_sglang_stream import are_waiting, goes_on
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
@@ -122,6 +123,7 @@ def test_behind_the_router_a_prompt_that_servers_die_of_is_found_alone_and_given
 def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline_of_its_requests(tmp_path):
     async def body():
         async with fleet_of({}, {"stop_at": 3}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+            patient_with([fleet.clients[0], fleet.clients[2]])
             with router_before(fleet, tmp_path) as router:
                 return await generate(fleet, REQUESTS), fleet.failed, router.is_up
 
@@ -146,18 +148,21 @@ def test_behind_the_router_a_server_that_was_started_anew_is_found_by_its_weight
 @requires_router
 def test_without_its_router_a_fleet_goes_on_and_has_it_back_when_it_is_started_again(tmp_path):
     async def body():
-        async with fleet_of({"seconds": 0.05}, {"seconds": 0.05}, timeout_s=60.0) as fleet:
+        async with fleet_of(*[{"tokens_per_s": 400, "pause_at": 1}] * 2) as fleet:
             with router_before(fleet, tmp_path) as router:
                 generating = asyncio.create_task(generate(fleet, REQUESTS))
-                await asyncio.sleep(0.3)
+                await are_waiting(fleet.clients, 1)
                 os.kill(pid_of(router), signal.SIGKILL)
+                for client in fleet.clients:
+                    await goes_on(client)
                 first, was_up = await generating, router.is_up
                 await asyncio.to_thread(router.restart_if_down)
                 again = await generate(fleet, REQUESTS[:8])
                 return first, was_up, again, router.is_up, fleet.failed
 
     first, was_up, again, is_up, failed = asyncio.run(body())
-    assert [one.ids for one in [*first, *again]] == [tokens_of(request) for request in [*REQUESTS, *REQUESTS[:8]]]
+    chains = [[(one.prompt_ids[-1] + 1 + i) % 97 for i in range(5)] for one in [*REQUESTS, *REQUESTS[:8]]]
+    assert [one.ids for one in [*first, *again]] == chains
     assert (was_up, is_up, failed) == (False, True, {})
 
 
@@ -166,20 +171,17 @@ def test_what_the_router_has_given_out_is_cut_off_at_every_server(tmp_path):
     requests = {key: Request([3 + key, key], replace(PARAMETERS, max_new_tokens=90, seed=key)) for key in range(6)}
 
     async def body():
-        async with fleet_of({"tokens_per_s": 40}, {"tokens_per_s": 40}, timeout_s=60.0) as fleet:
+        async with fleet_of(*[{"tokens_per_s": 400, "pause_at": 20}] * 2) as fleet:
             with router_before(fleet, tmp_path):
                 stream = RequestStream(fleet, concurrency=4, exclusive=True)
                 await stream.submit(requests)
-                while sum([len(await prompts_of(fleet, number)) for number in range(2)]) < len(requests):
-                    await asyncio.sleep(0.05)
-                await asyncio.sleep(0.2)
+                await are_waiting(fleet.clients, len(requests))
                 return dict(await stream.stop(abort=True))
 
     found = asyncio.run(body())
     assert found.keys() == requests.keys()
     for key, reply in found.items():
-        assert reply.finish_reason == "abort" and 0 < len(reply.ids) < 90
-        assert reply.ids == [(key + 1 + i) % 97 for i in range(len(reply.ids))]
+        assert reply.finish_reason == "abort" and reply.ids == [(key + 1 + i) % 97 for i in range(20)]
 
 
 def test_what_a_router_refuses_and_a_server_takes_is_no_wrong_request():

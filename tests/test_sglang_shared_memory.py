@@ -24,14 +24,14 @@ from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights import read_architecture
 from tests.runs import REPO, wait_for
-from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
+from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, patient_with, state_of, sync
 
 
 class SharedWith(TensorDelivery):
     """Shares buckets of this process with those of a fleet's near servers that still serve."""
 
-    def __init__(self, near: Sequence[str], fleet: Fleet, workers: int) -> None:
-        super().__init__(fleet, workers=workers, timeout_s=20.0)
+    def __init__(self, near: Sequence[str], fleet: Fleet, workers: int, timeout_s: float = 120.0) -> None:
+        super().__init__(fleet, workers=workers, timeout_s=timeout_s)
         self._near, self._fleet, self.buckets = near, fleet, SharedBuckets(workers)
 
     async def deliver(self, bucket: Bucket) -> None:
@@ -70,7 +70,8 @@ def test_a_server_lost_with_a_handle_unread_does_not_cost_the_others_their_weigh
 
     async def body():
         async with fleet_of({}, {what: 5}, {}) as fleet:
-            delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2)
+            patient_with([fleet.clients[0], fleet.clients[2]])
+            delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2, timeout_s=6.0)
             for version in (1, 2):
                 await sync(fleet, version, delivery, timeout_s=6.0)
             grown = {name: torch.cat([tensor] * 9) for name, tensor in TENSORS.items()}
@@ -112,7 +113,7 @@ def test_threads_that_make_handles_do_not_take_the_names_of_segments_from_each_o
         other.start()
         other.join(0.3)
         assert not found and torch.multiprocessing.get_sharing_strategy() == "file_system"
-    other.join(20)
+    other.join(300)
     assert b"rebuild_storage_filename" in base64.b64decode(found[0])
     assert torch.multiprocessing.get_sharing_strategy() == before
 
@@ -133,7 +134,7 @@ def test_a_segment_goes_with_its_process_also_where_a_server_died_before_it_read
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPO)
     assert process.communicate()[0] == "1\n"
-    wait_for(lambda: not segments_of(process.pid), deadline_s=20.0)
+    wait_for(lambda: not segments_of(process.pid), deadline_s=120.0)
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def test_the_process_that_manages_segments_holds_no_socket_of_ours():
         "import socket, torch; from etr_megatron.rollout.sglang.shared_memory import SharedMemory\n"
         "ours, peer = socket.socketpair(); ours.set_inheritable(True)\n"
         "memory = SharedMemory(); memory.put(torch.ones(99, dtype=torch.uint8)); ours.close()\n"
-        "peer.settimeout(5); print(peer.recv(1))"
+        "peer.settimeout(300); print(peer.recv(1))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO).stdout == "b''\n"
 
