@@ -109,10 +109,12 @@ class SglangConfig:
     """Most requests in flight per server."""
     bucket_mib: int = 512
     """Size of a weight sync's buckets. The files of `disk` have 1 GiB."""
-    startup_timeout_s: float = 900.0
-    """Deadline of a server's start, until it answers."""
+    startup_timeout_s: float | None = None
+    """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
+    compiles DeepGEMM's kernels."""
     request_timeout_s: float = 1800.0
-    """Deadline of a response."""
+    """Time in which a server that has requests completes no response, after which it has failed. So it must exceed the
+    generation of one response, but not the wait for others in the server's queue."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

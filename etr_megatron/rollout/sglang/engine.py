@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
@@ -84,7 +84,7 @@ class SglangEngine:
         self._control: Control | None = None
         self._host: Host | ServerNodes | None = None
         addresses = addresses_of(config)
-        apart = on_rank0(lambda: nodes.meet(config.startup_timeout_s, must_stop) if nodes is not None else [], long=True)
+        apart = on_rank0(lambda: nodes.meet(startup_timeout_of(config), must_stop) if nodes is not None else [], long=True)
         places = [*addresses.values(), *apart]
         key = on_rank0(lambda: new_key(places) if places else None)
         names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(places))]
@@ -96,7 +96,7 @@ class SglangEngine:
         setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
         # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
         # have only a collective's time.
-        longest = datetime.timedelta(seconds=Host.STARTS * config.startup_timeout_s + _MEETING_S)
+        longest = datetime.timedelta(seconds=Host.STARTS * startup_timeout_of(config) + _MEETING_S)
         self._starters = dist.new_group(backend="gloo", timeout=longest)
         self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
