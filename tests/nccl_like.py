@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -18,8 +20,11 @@ from etr_megatron.rollout.sglang.delivery import Bucket
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.rollout.sglang.senders import Outbox, SendSettings, WholeTensors
 from etr_megatron.weights import TrainingLayout, read_architecture
-from etr_megatron.weights.transport import Wire, wire
+from etr_megatron.weights.transport import SyncError, Wire, wire
+from tests.hang import Hang
 from tests.transport_jobs import shards_from
+
+_NEVER = datetime.timedelta(hours=1)
 
 
 class Launch:
@@ -57,7 +62,7 @@ class NcclLike:
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> None:
-        self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, timeout)
+        self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, _NEVER)
         self._group = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, world, timeout)
         self._posts: list[Callable[[], Any]] | None = None
 
@@ -108,6 +113,20 @@ def run(job: str, **arguments: Any) -> Any:
     ):
         module, _, function = job.partition(":")
         return getattr(import_module(f"tests.{module}"), function)(**arguments)
+
+
+def one_does_not_connect(culprit: int) -> tuple[str, float]:
+    """The error of every rank but the culprit, which hangs where NCCL connects; and the seconds until the error."""
+    hang, start, is_culprit = Hang(), time.monotonic(), dist.get_rank() == culprit
+    hanging = {"_launch": hang, "_finish": lambda *_: None} if is_culprit else {}
+    try:
+        with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
+            Wire.in_world(timeout_s=3)
+        return "", 0.0
+    except SyncError as error:
+        if not is_culprit:
+            hang.given_up()
+        return str(error), time.monotonic() - start
 
 
 def whole_tensors(model: str, source: TrainingLayout) -> dict[str, torch.Tensor]:
