@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,17 @@ import torch.distributed as dist
 from etr_megatron import platform
 from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.platform.together import together
-from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
+from etr_megatron.rollout.engine import (
+    Draw,
+    Drawn,
+    EngineGoneError,
+    MustStop,
+    OtherModelError,
+    Sampling,
+    WeightSource,
+    never,
+    sample_seed,
+)
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.commands import FP8_BLOCK
@@ -30,6 +41,8 @@ from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting,
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
+
+logger = logging.getLogger(__name__)
 
 _MEETING_S = 60.0
 """Time for ranks to meet after servers have started."""
@@ -239,19 +252,30 @@ class SglangEngine:
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that failed are brought back first, and serve once they have `version`. Raises, on every rank, EngineGoneError
-        when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers' log-probs differ from
-        the trainer's.
+        Servers that failed are brought back first, and serve once they have `version`. If all are lost in the sync, the job
+        starts its own again, once. Raises, on every rank, EngineGoneError when no server is left, SyncError naming ranks that
+        are missing, OtherModelError when all servers' log-probs differ from the trainer's.
         """
+        try:
+            self._try_update(weights, version)
+        except EngineGoneError as error:
+            if self._config.urls:
+                raise
+            # Over NCCL a server that dies takes the others with it, see docs/rollout.md.
+            if self._control is not None:
+                logger.warning("%s; they are started again", error)
+            self._try_update(weights, version)
+        self.weight_version = version
+        self._syncs += 1
+        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
+            self._probe(weights)
+
+    def _try_update(self, weights: WeightSource, version: int) -> None:
         self._empty_caches()
         self._bring_back()
         with self._transaction(version):
             self._sender.send(weights, version)
             self._empty_caches()
-        self.weight_version = version
-        self._syncs += 1
-        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
-            self._probe(weights)
 
     def _empty_caches(self) -> None:
         """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:
