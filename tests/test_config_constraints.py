@@ -220,6 +220,14 @@ def test_servers_of_fp8_have_time_to_compile_before_they_answer():
     assert "greater than 0" in validate(config_with(sglang__startup_timeout_s=0.0), 1)[0]
 
 
+@pytest.mark.parametrize(
+    "fp8", [{"fp8__recipe": "blockwise"}, {"sglang__fp8": True, "rollout__backend": "sglang"}], ids=["trainer", "servers"]
+)
+def test_the_gate_of_the_first_step_is_wider_where_fp8_rounds(fp8):
+    config = resolve(config_with(model__dtype="bfloat16", **fp8), 1, cuda=True)
+    assert config.rollout.max_logprob_gap == 0.2
+
+
 def test_resolve_is_idempotent():
     once = resolve(Config(), 2, cuda=False)
     assert resolve(once, 2, cuda=False) == once

@@ -29,7 +29,7 @@ class RolloutConfig:
     not depend on the layout."""
     max_logprob_gap: float | None = None
     """Gate at the first step: the largest mean gap allowed between the engine's and the trainer's log-probs. null is 1e-4 in
-    float32 and 5e-2 in bfloat16."""
+    float32, 5e-2 in bfloat16, and 0.2 if `sglang.fp8` or `fp8.recipe` makes servers or trainer compute in FP8."""
     dynamic_sampling: bool = False
     """Leave out groups whose rewards are all equal, and replace them by other prompts, up to `max_oversample`. At that limit,
     the step is filled up with groups that were left out."""
