@@ -37,7 +37,7 @@ from benchmarks.experiment_environment import environment
 from benchmarks.output import code_of_stoppable, prepare_output
 from benchmarks.rollout_contestants import Sampled, Shape, config_of, contestants, make_problems, tokenizer_of
 from benchmarks.rollout_report import pair_result, pair_table, tail_result, tail_table
-from etr_megatron.config import load_config
+from etr_megatron.config import load_config, startup_timeout_of
 from etr_megatron.data.warm_start import new_model
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.commands import server_command
@@ -97,7 +97,9 @@ def real_server(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
     model.eos_token_id, model.architectures = None, ["Qwen3ForCausalLM"]
     model.save_pretrained(folder)
     where = dict(place=0, host="127.0.0.1", folder=folder, api_key=None, cuda=False)
-    host = Host({"server": server_command(config.sglang, folder, "float32", **where)}, folder, config.sglang.startup_timeout_s)
+    host = Host(
+        {"server": server_command(config.sglang, folder, "float32", **where)}, folder, startup_timeout_of(config.sglang)
+    )
     try:
         started = host.start(["server"])["server"]
         if started.problem is not None:

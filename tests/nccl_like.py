@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -13,7 +15,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from etr_megatron.weights.transport import Wire, wire
+from etr_megatron.weights.transport import SyncError, Wire, wire
+from tests.hang import Hang
+
+_NEVER = datetime.timedelta(hours=1)
 
 
 class Launch:
@@ -51,7 +56,7 @@ class NcclLike:
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> None:
-        self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, timeout)
+        self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, _NEVER)
         self._group = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, world, timeout)
         self._posts: list[Callable[[], Any]] | None = None
 
@@ -102,3 +107,17 @@ def run(job: str, **arguments: Any) -> Any:
     ):
         module, _, function = job.partition(":")
         return getattr(import_module(f"tests.{module}"), function)(**arguments)
+
+
+def one_does_not_connect(culprit: int) -> tuple[str, float]:
+    """The error of every rank but the culprit, which hangs where NCCL connects; and the seconds until the error."""
+    hang, start, is_culprit = Hang(), time.monotonic(), dist.get_rank() == culprit
+    hanging = {"_launch": hang, "_finish": lambda *_: None} if is_culprit else {}
+    try:
+        with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
+            Wire.in_world(timeout_s=3)
+        return "", 0.0
+    except SyncError as error:
+        if not is_culprit:
+            hang.given_up()
+        return str(error), time.monotonic() - start

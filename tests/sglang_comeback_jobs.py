@@ -10,7 +10,7 @@ import psutil
 from etr_megatron.rollout import Sampling
 from etr_megatron.types import Problem
 from tests.policy_jobs import build
-from tests.sglang_jobs import engine_of, states_of
+from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
 
 
 def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
@@ -57,5 +57,17 @@ def colocated_failures(model: str, directory: str, fails_after: Sequence[int], *
             engine.release()
             found.append([list(states), before, there(states)])
         return found
+    finally:
+        engine.close()
+
+
+def all_are_lost(model: str, directory: str, **settings: Any) -> dict[str, Any]:
+    """States after a sync in which two servers of the job died at the first weights, and the expected sums."""
+    policy = build(model, ["parallel.tp=2"])
+    with behaving({"die_at_bucket": 0}):
+        engine = engine_of(policy, model, directory, probe_every=0, servers=2, **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        return {"states": states_of(engine), "sums": sums_of(policy, fp8=False)}
     finally:
         engine.close()

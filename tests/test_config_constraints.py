@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from etr_megatron.config import PRESETS, Config, doubts, load_config, resolve, validate
+from etr_megatron.config import PRESETS, Config, SglangConfig, doubts, load_config, resolve, startup_timeout_of, validate
 from etr_megatron.config.reference import render_reference
 from etr_megatron.errors import UserError
 
@@ -212,6 +212,20 @@ def test_resolve_on_cuda_takes_bfloat16_and_keeps_what_was_set():
     assert (config.run.platform, config.model.dtype, config.rollout.max_logprob_gap) == ("cuda", "bfloat16", 5e-2)
     assert (config.objective.alpha, config.objective.eps_high) == (0.25, 0.28)
     assert resolve(config_with(run__platform="cpu"), 1, cuda=True).model.dtype == "float32"
+
+
+def test_servers_of_fp8_have_time_to_compile_before_they_answer():
+    given = [{}, {"fp8": True}, {"fp8": True, "startup_timeout_s": 30.0}]
+    assert [startup_timeout_of(SglangConfig(**settings)) for settings in given] == [900, 2400, 30]
+    assert "greater than 0" in validate(config_with(sglang__startup_timeout_s=0.0), 1)[0]
+
+
+@pytest.mark.parametrize(
+    "fp8", [{"fp8__recipe": "blockwise"}, {"sglang__fp8": True, "rollout__backend": "sglang"}], ids=["trainer", "servers"]
+)
+def test_the_gate_of_the_first_step_is_wider_where_fp8_rounds(fp8):
+    config = resolve(config_with(model__dtype="bfloat16", **fp8), 1, cuda=True)
+    assert config.rollout.max_logprob_gap == 0.2
 
 
 def test_resolve_is_idempotent():

@@ -292,6 +292,20 @@ def test_of_several_servers_the_one_with_other_logprobs_gets_no_more_until_a_syn
     assert found["served"] == other["served"] == 24
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", SYNCS)
+def test_servers_of_the_job_that_are_all_lost_in_a_sync_are_started_again_and_have_the_weights(
+    gangs, hf_models, tmp_path, sync
+):
+    """Over NCCL, `broadcast` loses all of them with the first."""
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync=sync, update_timeout_s=20, **OWN)
+    found = gangs(2).run("tests.sglang_comeback_jobs:all_are_lost", **job)[0]
+    assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"]
+    for state in found["states"].values():
+        check_sums(state, found["sums"])
+        assert state["version"] == "1" and not state["paused"]
+
+
 def test_nothing_is_generated_from_random_weights(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), generate_first=True, probe_every=0, **OWN)
     (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)

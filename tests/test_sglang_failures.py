@@ -53,7 +53,7 @@ def test_a_request_that_nobody_finishes_in_time_is_not_waited_for_at_every_serve
             return await generate(fleet, [POISON]), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert why_given_up(found, [POISON]).count("/generate gave no answer within 3 s") == 2 and len(failed) == 2
+    assert why_given_up(found, [POISON]).count("/generate completed no response within 3 s") == 2 and len(failed) == 2
 
 
 def test_a_prompt_that_servers_die_of_costs_two_of_them_however_many_responses_to_it_there_are():

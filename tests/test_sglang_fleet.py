@@ -186,6 +186,16 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]] and not failed
 
 
+def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_completes_others():
+    async def body():
+        async with fleet_of({"seconds": 0.4, "busy": True}, {"seconds": 0.4, "busy": True}, timeout_s=2.0) as fleet:
+            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(8)]
+            return one_prompt, await generate(fleet, one_prompt, concurrency=8), fleet.failed
+
+    requests, found, failed = asyncio.run(body())
+    assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed
+
+
 def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_failure():
     too_long = Request([3, 7], replace(PARAMETERS, max_new_tokens=CONTEXT - 1))
 

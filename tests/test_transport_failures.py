@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import time
 
 import pytest
@@ -152,6 +153,39 @@ def test_an_nccl_message_ends_when_another_rank_has_given_up():
     with pytest.raises(SyncError, match="did not complete: rank 2 failed: OSError: the device fell off"):
         wire.wait([(1, NeverDone())])
     assert time.monotonic() - start < 5
+
+
+class NeverConnected:
+    """An NCCL group whose first message to another rank waits for that."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def _start_coalescing(self) -> None: ...
+
+    def send(self, *_: object) -> None: ...
+
+    def _end_coalescing(self) -> None:
+        self.gone.wait(60)
+
+    def abort(self) -> None:
+        self.gone.set()
+
+
+def test_the_first_nccl_message_to_a_rank_that_hangs_ends_at_the_deadline_and_names_it():
+    store, group = HashStore(), NeverConnected()
+    boards = [Board(store, rank, 3, timeout_s=1.0) for rank in range(3)]
+    for board in boards:
+        board.start(7)
+    wire = Wire.__new__(Wire)
+    wire._backend, wire.board, wire._group, wire._parts, wire.bytes_sent = "nccl", boards[0], group, [], 0
+    wire.device = torch.device("cpu")
+    boards[2]._arrive("end")
+    start = time.monotonic()
+    boards[0]._phase = "end"
+    with pytest.raises(SyncError, match="version 7 did not complete: rank 1 did not arrive within 1 s"):
+        wire.exchange([(torch.zeros(3), 1)], [])
+    assert time.monotonic() - start < 30 and group.gone.is_set()
 
 
 @given(st.binary(min_size=1, max_size=70), st.integers(0, 10**6), st.integers(1, 255))

@@ -7,7 +7,7 @@ print(dump_yaml(config))
 
 from __future__ import annotations
 
-from etr_megatron.config.defaults import fill_objective, resolved, response_limits, sync_of, tensor_parallel
+from etr_megatron.config.defaults import fill_objective, resolved, response_limits, startup_timeout_of, sync_of, tensor_parallel
 from etr_megatron.config.dump import dump_yaml, to_dict
 from etr_megatron.config.invalid import InvalidConfigError
 from etr_megatron.config.load import load_config
@@ -68,6 +68,7 @@ __all__ = [
     "samples_of_set",
     "sets_by_name",
     "sources_of",
+    "startup_timeout_of",
     "sync_of",
     "tensor_parallel",
     "to_dict",

@@ -1,5 +1,5 @@
 """Fill in values that a config leaves open and that follow from others: the preset's, `parallel.tp: auto`, and
-the transport of weight syncs."""
+the transport of weight syncs, and the time for servers to start."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def response_limits(config: Config) -> dict[str, int]:
     own = config.eval.max_response_tokens if is_evaluated else None
     limits = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
     return limits if own is None else limits | {"eval.max_response_tokens": own}
+
+
+def startup_timeout_of(config: SglangConfig) -> float:
+    """`startup_timeout_s` with null resolved to the default. SGLang says that DeepGEMM compiles for 10 to 20 minutes."""
+    return config.startup_timeout_s or (2400.0 if config.fp8 else 900.0)
 
 
 def sync_of(config: SglangConfig) -> str:

@@ -10,8 +10,9 @@ from etr_megatron.config.rules import train
 from etr_megatron.config.schema import Config
 from etr_megatron.config.validate import render, validate
 
-LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Mean gap between rollout and trainer log-probs (nats per token) above which the first step is refused."""
+LOGPROB_GAP_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 0.2}
+"""Mean gap between rollout and trainer log-probs (nats per token) above which the first step is refused. `fp8`: if the servers,
+the trainer or both compute in it; docs/rollout.md says what that rests on."""
 
 
 def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
@@ -36,11 +37,12 @@ def resolve(config: Config, world_size: int, *, cuda: bool) -> Config:
     if objective.constant_length is None:
         objective = replace(objective, constant_length=config.rollout.max_response_tokens)
     gap = config.rollout.max_logprob_gap
+    is_fp8 = config.fp8.recipe != "none" or (config.rollout.backend == "sglang" and config.sglang.fp8)
     return replace(
         config,
         run=replace(config.run, platform=platform),
         model=replace(config.model, dtype=dtype),
         parallel=replace(config.parallel, tp=tensor_parallel(config.parallel, world_size)),
         objective=objective,
-        rollout=replace(config.rollout, max_logprob_gap=LOGPROB_GAP_LIMIT[dtype] if gap is None else gap),
+        rollout=replace(config.rollout, max_logprob_gap=LOGPROB_GAP_LIMIT["fp8" if is_fp8 else dtype] if gap is None else gap),
     )

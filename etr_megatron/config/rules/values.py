@@ -138,13 +138,13 @@ def bounds(config: Config) -> Iterator[Violation]:
         elif get(config, key) >= 2**31 and not key.endswith("seed"):
             yield Violation((key,), "must be below 2**31")
     for key in POSITIVE:
-        if get(config, key) <= 0:
+        if (value := get(config, key)) is not None and value <= 0:
             yield Violation((key,), "must be greater than 0")
     for key in NOT_NEGATIVE:
         if get(config, key) < 0:
             yield Violation((key,), "must not be negative")
     for key in SECONDS:
-        if get(config, key) > LONGEST_S:
+        if (value := get(config, key)) is not None and value > LONGEST_S:
             yield Violation((key,), f"must be at most {LONGEST_S:g}")
     if 0 < config.run.phase_timeout_s < SHORTEST_MEETING_S:
         yield Violation(("run.phase_timeout_s",), f"must be at least {SHORTEST_MEETING_S:g}")

@@ -32,7 +32,7 @@ class RolloutConfig:
     not depend on the layout."""
     max_logprob_gap: float | None = None
     """Gate at the first step: the largest mean gap allowed between the engine's and the trainer's log-probs. null is 1e-4 in
-    float32 and 5e-2 in bfloat16."""
+    float32, 5e-2 in bfloat16, and 0.2 if `sglang.fp8` or `fp8.recipe` makes servers or trainer compute in FP8."""
     dynamic_sampling: bool = False
     """Leave out groups whose rewards are all equal, and replace them by other prompts, up to `max_oversample`. At that limit,
     the step is filled up with groups that were left out."""
@@ -112,10 +112,12 @@ class SglangConfig:
     """Most requests in flight per server."""
     bucket_mib: int = 512
     """Size of a weight sync's buckets. The files of `disk` have 1 GiB."""
-    startup_timeout_s: float = 900.0
-    """Deadline of a server's start, until it answers."""
+    startup_timeout_s: float | None = None
+    """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
+    compiles DeepGEMM's kernels."""
     request_timeout_s: float = 1800.0
-    """Deadline of a response."""
+    """Time in which a server that has requests completes no response, after which it has failed. So it must exceed the
+    generation of one response, but not the wait for others in the server's queue."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

@@ -83,6 +83,7 @@ class ServerClient:
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
         self._routes: frozenset[str] | None = None
+        self._deadlines: dict[asyncio.Timeout, float] = {}  # of responses under way, with the time that each has
 
     async def learn_routes(self, required: Iterable[str], *, timeout_s: float) -> None:
         """Ask the server for its routes, which differ between versions. Raises ServerError naming a required one that it lacks.
@@ -103,7 +104,7 @@ class ServerClient:
         """Whether the server has a route, as far as is known."""
         return self._routes is None or route in self._routes
 
-    async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
+    async def _request(self, method: str, route: str, body: dict[str, Any] | None, timeout_s: float | None) -> httpx.Response:
         try:
             async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
                 return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
@@ -116,8 +117,8 @@ class ServerClient:
                 broken=isinstance(error, httpx.TransportError),
             ) from error
 
-    async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> dict[str, Any]:
-        """POST; returns the reply's JSON object, {} if it is not one.
+    async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float | None) -> dict[str, Any]:
+        """POST; returns the reply's JSON object, {} if it is not one. timeout_s: None if the caller has a deadline.
 
         Raises ServerError for no answer, a status other than 200, and an answer with `success: false`.
         """
@@ -167,7 +168,8 @@ class ServerClient:
     ) -> Generated:
         """One response. Raises RefusedError, and ServerError also for a reply whose log-probs do not belong to its tokens.
 
-        rid: request id, by which `abort` can cut it off; the reply then has the tokens so far.
+        rid: request id, by which `abort` can cut it off; the reply then has the tokens so far. timeout_s: in which the server
+        completes no response at all: a busy one lets requests wait in its queue.
         """
         body = {
             "input_ids": list(prompt_ids),
@@ -178,7 +180,7 @@ class ServerClient:
             **({} if rid is None else {"rid": rid}),
         }
         try:
-            reply = await self.call("/generate", body, timeout_s=timeout_s)
+            reply = await self._complete(body, timeout_s)
         except ServerError as error:
             if error.status in _REFUSALS:
                 size = f"{len(prompt_ids)} prompt tokens and up to {parameters.max_new_tokens} to follow"
@@ -197,6 +199,23 @@ class ServerClient:
         if of != ids:
             raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
         return found
+
+    async def _complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The reply to `/generate`, which gives all others under way their full time again."""
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                self._deadlines[deadline] = timeout_s
+                try:
+                    reply = await self.call("/generate", body, timeout_s=None)
+                finally:
+                    del self._deadlines[deadline]
+        except TimeoutError as error:
+            raise ServerError(f"{self.name}: /generate completed no response within {timeout_s:g} s") from error
+        now = asyncio.get_running_loop().time()
+        for other, patience_s in self._deadlines.items():
+            if not other.expired():
+                other.reschedule(now + patience_s)
+        return reply
 
     async def abort(self, rid: str, *, timeout_s: float) -> None:
         """Cut off the request with this id, if the server has it. Raises ServerError."""

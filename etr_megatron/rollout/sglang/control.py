@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, MustStop, RefusedError
@@ -189,7 +189,7 @@ class Control:
                 if (problem := started[name].problem) is not None:
                     return ServerError(problem)
             try:
-                await self._wait_until_healthy(client, self._config.startup_timeout_s if patient else 0.0)
+                await self._wait_until_healthy(client, startup_timeout_of(self._config) if patient else 0.0)
                 if not await client.is_alive(min(LIVENESS_S, self._config.update_timeout_s)):
                     raise ServerError(f"{client.name}: its workers do not answer at {client.url}")
                 await client.learn_routes(needed, timeout_s=self._config.update_timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,20 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.config import SglangConfig, sync_of
+from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.platform.together import together
-from etr_megatron.rollout.engine import Draw, Drawn, MustStop, OtherModelError, Sampling, WeightSource, never, sample_seed
+from etr_megatron.rollout.engine import (
+    Draw,
+    Drawn,
+    EngineGoneError,
+    MustStop,
+    OtherModelError,
+    Sampling,
+    WeightSource,
+    never,
+    sample_seed,
+)
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
@@ -30,6 +41,8 @@ from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting,
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
+
+logger = logging.getLogger(__name__)
 
 _MEETING_S = 60.0
 """Time for ranks to meet after servers have started."""
@@ -84,7 +97,7 @@ class SglangEngine:
         self._control: Control | None = None
         self._host: Host | ServerNodes | None = None
         addresses = addresses_of(config)
-        apart = on_rank0(lambda: nodes.meet(config.startup_timeout_s, must_stop) if nodes is not None else [], long=True)
+        apart = on_rank0(lambda: nodes.meet(startup_timeout_of(config), must_stop) if nodes is not None else [], long=True)
         places = [*addresses.values(), *apart]
         key = on_rank0(lambda: new_key(places) if places else None)
         names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(places))]
@@ -96,7 +109,7 @@ class SglangEngine:
         setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
         # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
         # have only a collective's time.
-        longest = datetime.timedelta(seconds=Host.STARTS * config.startup_timeout_s + _MEETING_S)
+        longest = datetime.timedelta(seconds=Host.STARTS * startup_timeout_of(config) + _MEETING_S)
         self._starters = dist.new_group(backend="gloo", timeout=longest)
         self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
         self._control = together(
@@ -239,19 +252,30 @@ class SglangEngine:
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.
 
-        Servers that failed are brought back first, and serve once they have `version`. Raises, on every rank, EngineGoneError
-        when no server is left, SyncError naming ranks that are missing, OtherModelError when all servers' log-probs differ from
-        the trainer's.
+        Servers that failed are brought back first, and serve once they have `version`. If all are lost in the sync, the job
+        starts its own again, once. Raises, on every rank, EngineGoneError when no server is left, SyncError naming ranks that
+        are missing, OtherModelError when all servers' log-probs differ from the trainer's.
         """
+        try:
+            self._try_update(weights, version)
+        except EngineGoneError as error:
+            if self._config.urls:
+                raise
+            # Over NCCL a server that dies takes the others with it, see docs/rollout.md.
+            if self._control is not None:
+                logger.warning("%s; they are started again", error)
+            self._try_update(weights, version)
+        self.weight_version = version
+        self._syncs += 1
+        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
+            self._probe(weights)
+
+    def _try_update(self, weights: WeightSource, version: int) -> None:
         self._empty_caches()
         self._bring_back()
         with self._transaction(version):
             self._sender.send(weights, version)
             self._empty_caches()
-        self.weight_version = version
-        self._syncs += 1
-        if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
-            self._probe(weights)
 
     def _empty_caches(self) -> None:
         """Return to the GPUs what torch keeps of freed tensors, as colocated servers take their memory back next. A collective:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from etr_megatron.config import SglangConfig
+from etr_megatron.config import SglangConfig, startup_timeout_of
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
@@ -82,7 +82,7 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
         )
         for place, name in enumerate(names)
     }
-    return Host(commands, folder, config.startup_timeout_s)
+    return Host(commands, folder, startup_timeout_of(config))
 
 
 def _connect(patience_s: float) -> dist.Store:
@@ -175,7 +175,7 @@ class ServerNodes:
         own = self._by_node(names)
         orders = {node: {"do": "start", "names": mine} for node, mine in own.items()}
         found: dict[str, Started] = {}
-        for node, said in self._ask(orders, Host.STARTS * self._config.startup_timeout_s + _END_S, must_stop).items():
+        for node, said in self._ask(orders, Host.STARTS * startup_timeout_of(self._config) + _END_S, must_stop).items():
             if isinstance(said, str):
                 found |= {name: Started("", f"{name} cannot be started on {self._name(node)}: {said}") for name in own[node]}
             else:

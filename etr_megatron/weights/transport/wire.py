@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +36,9 @@ _names = itertools.count()
 _LOOKS = 256
 """Polls of an NCCL message per poll of the board."""
 
+_LOOK_S = 0.05
+"""Interval of polls of the board while NCCL connects."""
+
 
 class Wire:
     """Ranks 0 .. world - 1 of a weight sync, over gloo or NCCL. Creating one is a collective of all of them.
@@ -51,7 +57,7 @@ class Wire:
         self._group = self._open("group", rank, world)
         # A rank that gives up right after it has connected would break connections that others are still making. They would
         # report these, not the rank and its reason.
-        self.board.meet("open")
+        self.board.meet("connection")
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
@@ -59,8 +65,11 @@ class Wire:
             group = _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
             if self._backend == "nccl":
                 # NCCL connects at the first message, in which all ranks must take part; a bucket may concern only some of them.
-                self._finish(group.allreduce([torch.zeros(1, device=self.device)]))
-        except (RuntimeError, TimeoutError) as error:
+                first = [torch.zeros(1, device=self.device)]
+                self._finish(self._launch(lambda: group.allreduce(first)))
+        except TimeoutError as error:
+            raise self.board.fail("") from error
+        except RuntimeError as error:
             raise self.board.fail(f"could not connect to the others ({error})") from error
         return group
 
@@ -83,20 +92,24 @@ class Wire:
         """Launch a round's NCCL messages as one: two ranks that send to each other would otherwise wait for each other."""
         if not sends and not receives:
             return []
-        group = self._group
-        group._start_coalescing()
-        for tensor, other in sends:
-            group.send([tensor], other, 0)
-        for tensor, other in receives:
-            group.recv([tensor], other, 0)
-        return [((*receives, *sends)[0][1], group._end_coalescing())]
+        group, first = self._group, (*receives, *sends)[0][1]
+
+        def post() -> Any:
+            group._start_coalescing()
+            for tensor, other in sends:
+                group.send([tensor], other, 0)
+            for tensor, other in receives:
+                group.recv([tensor], other, 0)
+            return group._end_coalescing()
+
+        return [(first, self._guard(first, lambda: self._launch(post)))]
 
     def part(self, ranks: Sequence[int]) -> Part:
         """A subset of the ranks, for broadcasts among them; every rank of the wire must make the same parts."""
         group = None
         if self.rank in ranks:
             group = self._open(f"part{len(self._parts)}", ranks.index(self.rank), len(ranks))
-        self.board.meet(f"open part {len(self._parts)}")
+        self.board.meet(f"connection of part {len(self._parts)}")
         self._parts.append(group)
         return Part(tuple(ranks), group)
 
@@ -109,12 +122,38 @@ class Wire:
             self.bytes_sent += tensor.nbytes * (len(part.ranks) - 1)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        return [(root, self._guard(root, lambda: part.group.broadcast([tensor], options)))]
+        return [(root, self._guard(root, lambda: self._launch(lambda: part.group.broadcast([tensor], options))))]
 
     def wait(self, works: Sequence[tuple[int, Any]]) -> None:
         """Wait until these messages are through; raises SyncError naming the missing ranks when the sync's deadline is over."""
         for other, work in works:
             self._guard(other, lambda work=work: self._finish(work))
+
+    def _launch(self, post: Callable[[], Any]) -> Any:
+        """`post()`. Raises TimeoutError at the deadline, or when another rank has given up.
+
+        NCCL connects two ranks at the first operation that needs it. The call then blocks until both are there, without a
+        deadline: after an error its thread is left behind. (torch could form groups that do not block, but has one deadline for
+        all groups of a process, and holds a lock meanwhile that `abort` waits for.)
+        """
+        if self._backend != "nccl":
+            return post()
+        found: Future[Any] = Future()
+        # Both are a thread's own in torch.
+        with_stream = torch.cuda.stream(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else nullcontext()
+
+        def run() -> None:
+            try:
+                with with_stream:
+                    found.set_result(post())
+            except Exception as error:
+                found.set_exception(error)
+
+        threading.Thread(target=run, name="weight_sync", daemon=True).start()
+        while not wait([found], timeout=_LOOK_S).done:
+            if self.board.left() <= 0 or self.board.has_failed():
+                raise TimeoutError
+        return found.result()
 
     def _finish(self, work: Any) -> None:
         # NCCL's own wait returns at once and has no deadline, and its connections outlive a failure at the other end.
