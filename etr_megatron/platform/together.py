@@ -37,9 +37,11 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
 
 def _for_others(error: Exception) -> Exception:
     """The error in a form that can be pickled to ranks that lack its class."""
+    if isinstance(error, UserError):  # before the next: it may have been raised from a full disk's
+        return UserError(str(error))
     full = disk_full_behind(error)
     if full is not None:
         return OSError(full.errno, full.strerror)
     if isinstance(error, StopAskedError):
         return StopAskedError(str(error))
-    return UserError(str(error)) if isinstance(error, UserError) else RuntimeError(f"rank {dist.get_rank()} failed: {error}")
+    return RuntimeError(f"rank {dist.get_rank()} failed: {error}")
