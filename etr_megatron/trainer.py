@@ -310,6 +310,7 @@ class Trainer:
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
+            self._directory.continue_with(self.config, self.step)
             if self.step >= self.config.run.steps:
                 print(
                     f"{self._directory.root}: all run.steps={self.config.run.steps} steps are done; raise run.steps to continue"
