@@ -226,7 +226,7 @@ class Trainer:
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluation metrics under the engine's current weights; empty if evaluation is off."""
+        """Evaluation metrics under the engine's current weights, on rank 0; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
         self._phases.meet(f"evaluation after step {self.step}")
@@ -239,8 +239,10 @@ class Trainer:
             must_stop=self._stop_request,
             with_servers=self._with_servers,
         )
+        if self._recorder is None:
+            return {}
         observe = self.config.observe
-        if self._recorder is not None and observe.rollouts_every:
+        if observe.rollouts_every:
             shown = [group for groups in sets.values() for group in groups[: observe.rollouts_groups]]
             self._directory.save_evaluation(self.step, shown)
         return evaluation_metrics(sets, self.config)
