@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import (
-    ARITHMETIC,
     LOSSES,
     Config,
     InvalidConfigError,
@@ -288,30 +287,34 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
 
 
 def check_problems(sources: Iterable[Source], config: Config) -> None:
-    """Check these sources as `check_source` does and, if all training sets are among them, that they suffice for a step."""
-    usable: dict[str, int] = {}
+    """Check these sources as `check_source` does and, if all training sets are among them, that they suffice for a step and
+    that each of `reward.columns` has values in one of them."""
+    from etr_megatron.data import refuse_columns_of_no_set
+
+    usable: dict[Source, tuple[int, list[str]]] = {}
 
     def look(source: Source) -> None:
-        usable[source.key] = check_source(source, config)
+        usable[source] = check_source(source, config)
 
     refuse_all(*(partial(look, source) for source in sources))
-    train = [source.key for source in sources_of(config.data) if source.split == "train"]
+    train = [source for source in sources_of(config.data) if source.split == "train"]
+    if not usable.keys() >= set(train):
+        return
+    refuse_columns_of_no_set({source.name: usable[source][1] for source in train if source.name}, config.reward.columns)
     needed = config.rollout.prompts_per_step
-    if usable.keys() >= set(train) and (found := sum(usable[key] for key in train)) < needed:
+    if (found := sum(usable[source][0] for source in train)) < needed:
         raise UserError(
             f"data.train has {found} problem{'s' * (found != 1)}, fewer than a step needs; lower "
             f"rollout.prompts_per_step={needed} or give more data"
         )
 
 
-def check_source(source: Source, config: Config) -> int:
-    """Check that every row can be used, or skipped under `data.on_bad_row`; returns how many can be used, of which some may be
-    too long. Fetches a hub dataset once for all ranks."""
-    if source.location == ARITHMETIC:
-        return config.arithmetic.train_problems if source.split == "train" else config.arithmetic.eval_problems
-    from etr_megatron.data import read_rows
+def check_source(source: Source, config: Config) -> tuple[int, list[str]]:
+    """Check that every row can be used, or skipped under `data.on_bad_row`; returns what `usable_rows` does. Fetches a hub
+    dataset once for all ranks."""
+    from etr_megatron.data import usable_rows
 
-    return len(read_rows(source, config.data, config.reward.columns).good)
+    return usable_rows(source, config.data, config.arithmetic, config.reward.columns)
 
 
 def check_directory(config: Config) -> None:

@@ -46,7 +46,7 @@ def evaluate(
     with_servers: WithServers,
 ) -> dict[str, list[Group]]:
     """Graded responses to all held-out problems under the engine's current weights, by set. A collective; only rank 0 needs
-    `grader`.
+    `grader`, and other ranks may get responses without their tokens.
 
     Raises UngradedError and the errors of `engine.generate`.
     """

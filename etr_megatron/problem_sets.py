@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from etr_megatron.config import Config, Source, sources_of
-from etr_megatron.data import ProblemSet, open_problems
+from etr_megatron.data import ProblemSet, columns_without_values, open_problems, refuse_columns_of_no_set
 from etr_megatron.errors import UserError
 from etr_megatron.evaluation import HeldOut
 from etr_megatron.platform.together import together
@@ -50,12 +50,13 @@ def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase
 
 def _look_for_columns(config: Config, train: Mapping[str, Sequence[Problem]], *, report: bool) -> None:
     """Print which of the named training sets lack which of `reward.columns`; raise UserError for one that all of them lack."""
-    for column in config.reward.columns if train else ():
-        without = [name for name, problems in train.items() if all(one.extra[column] is None for one in problems)]
-        if len(without) == len(train):
-            raise UserError(f"reward.columns: no training set has values in a column {column!r}; give the name of one that has")
-        if without and report:
-            print(f"data.train: no values in a column {column!r} (reward.columns) of {', '.join(without)}", file=sys.stderr)
+    columns = config.reward.columns
+    without = {name: columns_without_values((one.extra for one in problems), columns) for name, problems in train.items()}
+    refuse_columns_of_no_set(without, columns)  # again, as the problems left out here may be those with values
+    for column in columns:
+        lacking = [name for name, missing in without.items() if column in missing]
+        if lacking and report:
+            print(f"data.train: no values in a column {column!r} (reward.columns) of {', '.join(lacking)}", file=sys.stderr)
 
 
 def refuse_other_problems(found: Mapping[str, ProblemSet]) -> None:

@@ -237,7 +237,7 @@ class Trainer:
             self.sampler.resume()
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluation metrics under the engine's current weights; empty if evaluation is off."""
+        """Evaluation metrics under the engine's current weights, on rank 0; empty if evaluation is off."""
         if self.engine is None or not self._held_out.sets or not self.config.eval.every:
             return {}
         self._phases.meet(f"evaluation after step {self.step}")
@@ -250,8 +250,10 @@ class Trainer:
             must_stop=self._stop_request,
             with_servers=self._with_servers,
         )
+        if self._recorder is None:
+            return {}
         observe = self.config.observe
-        if self._recorder is not None and observe.rollouts_every:
+        if observe.rollouts_every:
             shown = [group for groups in sets.values() for group in groups[: observe.rollouts_groups]]
             self._directory.save_evaluation(self.step, shown)
         return evaluation_metrics(sets, self.config)
@@ -331,6 +333,7 @@ class Trainer:
         self._phases.meet("resume")
         if self._open_recorder is not None:
             self._directory.cut_back(self.step)
+            self._directory.continue_with(self.config, self.step)
             if self.step >= self.config.run.steps:
                 print(
                     f"{self._directory.root}: all run.steps={self.config.run.steps} steps are done; raise run.steps to continue"

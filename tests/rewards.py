@@ -22,3 +22,7 @@ def always_fails(prompt: str, response: str, answer: str) -> float:
 def doubled_after_30_answers(prompt: str, response: str, answer: str) -> float:
     """0 or 1 for a grader's first answers, then 0 or 2."""
     return digit_sum_is_even(prompt, response, answer) * (1 if next(_answers) < 30 else 2)
+
+
+def level(prompt: str, response: str, answer: str, columns: dict[str, float]) -> float:
+    return columns["level"]

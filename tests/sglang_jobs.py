@@ -25,10 +25,11 @@ from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling, StreamingSampler
+from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.rollout.sglang.senders import WholeSender
-from etr_megatron.types import Problem
+from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
 from tests.nodes import as_a_node_at
@@ -69,13 +70,21 @@ def gaps(
         engine.close()
 
 
-def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[str, Any]:
+def generated(engine: SglangEngine, prompts: list[list[int]], sampling: Sampling) -> list[list[Sample]]:
+    """Responses to each prompt on every rank; the engine itself gives them to rank 0 alone."""
     problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
+    found = engine.generate(problems, sampling)
+    assert [len(group) for group in found] == list(sampling.samples_of(problems))
+    assert dist.get_rank() == 0 or not any(sample.response_ids or sample.routing for group in found for sample in group)
+    return on_rank0(lambda: found)
+
+
+def _gaps(policy: Any, engine: SglangEngine, prompts: list[list[int]]) -> dict[str, Any]:
     found, sent = [], []
     for version in (1, 2):
         engine.update_weights(policy.export(), version=version)
         sent.append(getattr(engine._sender, "bytes_sent", 0))
-        groups = engine.generate(problems, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
+        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=version, top_p=0.95))
         samples = [sample for group in groups for sample in group]
         assert all(sample.weight_version == version for sample in samples)
         sequences = [(prompts[i // 2], sample.response_ids) for i, sample in enumerate(samples)]
@@ -95,8 +104,7 @@ def routed(
     engine = engine_of(policy, model, directory, **settings)
     try:
         engine.update_weights(policy.export(), version=1)
-        problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
-        groups = engine.generate(problems, Sampling(2, 8, TEMPERATURE, seed=1, step=1, routing=True))
+        groups = generated(engine, prompts, Sampling(2, 8, TEMPERATURE, seed=1, step=1, routing=True))
     finally:
         engine.close()
     return [

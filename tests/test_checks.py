@@ -252,6 +252,20 @@ def test_training_sets_that_do_not_suffice_for_a_step_together_are_refused(confi
     )
 
 
+def test_a_reward_column_that_no_training_set_has_is_refused_but_not_one_that_some_have(config: Config, tmp_path: Path) -> None:
+    row = '{"question": "6*7", "answer": "42", "%s": 1}\n'
+    for name in ("kind", "level"):
+        (tmp_path / f"{name}.jsonl").write_text(64 * (row % name))
+    train = {name: str(tmp_path / f"{name}.jsonl") for name in ("kind", "level")} | {"sums": "arithmetic"}
+    reward = RewardConfig(function="tests.rewards:level", columns=("level", "kind"))
+    config = replace(config, data=DataConfig(train=train, eval=train["kind"]), reward=reward)
+    check_inputs(config, 1)
+    assert refusal(replace(config, reward=replace(reward, columns=("level", "kinds")))) == (
+        "reward.columns: no training set has values in a column 'kinds'; give the name of a column that at least one of kind, "
+        "level, sums has"
+    )
+
+
 def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) -> None:
     message = refusal(replace(config, reward=RewardConfig(function="no_such_module_here:grade")))
     assert message.startswith("reward.function is 'no_such_module_here:grade'")

@@ -52,10 +52,3 @@ def test_a_reward_column_may_be_lacking_in_some_of_several_training_sets_which_a
     with pytest.raises(UserError, match=r"^reward\.columns: no training set has values in a column 'extra_info\.test'; "):
         open_sets(config(*sets, "reward.columns=[extra_info.tests, extra_info.test]"), byte_tokenizer(), report=False)
     assert capsys.readouterr().err == ""
-
-
-def test_generated_problems_alone_have_no_reward_columns(capsys: pytest.CaptureFixture[str]):
-    generated = ("data.train=arithmetic", "data.eval=null", "reward.function=my:f", "reward.columns=[level]")
-    problems, held_out = open_sets(config(*generated), byte_tokenizer(), report=True)
-    assert problems[0].extra == {"level": None} and not held_out.problems
-    assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ import sys
 import psutil
 import pytest
 
+from etr_megatron.config import load_config
 from etr_megatron.observe import METRIC_KEYS, RunDirectory
 from tests.runs import HELD, REPO, Runs, wait_for
 
@@ -91,8 +92,17 @@ def test_the_checkpoints_with_the_best_evaluations_are_kept_besides_the_latest(r
 def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     shutil.copytree(straight.directory("straight"), runs.directory("moved"))
     shutil.rmtree(runs.directory("moved") / "checkpoints" / "step_000006")
+    before = (runs.directory("moved") / "config.yaml").read_bytes()
+    code, printed = runs.finish("run.name=moved", "run.seed=2")
+    assert code == 2 and "run.seed was 1 and is 2" in printed
+    assert (
+        len(list(runs.directory("moved").glob("*.yaml"))) == 1
+        and (runs.directory("moved") / "config.yaml").read_bytes() == before
+    )
     code, printed = runs.finish("run.name=moved", "parallel.tp=1", "parallel.pp=2")
-    assert code == 0, printed
+    assert code == 0 and "parallel.tp (2 -> 1); parallel.pp (1 -> 2)" in printed, printed
+    assert (runs.directory("moved") / "config.step_000004.yaml").read_bytes() == before
+    assert load_config(runs.directory("moved") / "config.yaml", []).parallel.pp == 2
     moved, unmoved = runs.rows("moved"), straight.rows("straight")
     assert [row["step"] for row in moved] == [1, 2, 3, 4, 5, 6] and moved[4] != unmoved[4]
     for key in ("reward_mean", "entropy", "loss", "grad_norm"):

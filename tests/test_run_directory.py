@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etr_megatron.config import ArithmeticConfig, CheckpointConfig, Config, DataConfig, ObjectiveConfig, RunConfig
+from etr_megatron.config import (
+    ArithmeticConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    RunConfig,
+    load_config,
+)
 from etr_megatron.errors import UserError
 from etr_megatron.observe import RunDirectory
 from etr_megatron.types import Group, Problem, Sample
@@ -168,36 +177,88 @@ def test_a_damaged_config_of_an_earlier_start_is_named(tmp_path: Path, content: 
         directory.prepare(Config())
 
 
-def test_resuming_with_other_settings_warns_and_keeps_the_first_config(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def resumed(directory: RunDirectory, config: Config, step: int) -> list[str]:
+    """The changed keys of a start that continues after `step`."""
+    changes = directory.prepare(config)
+    directory.cut_back(step)
+    directory.continue_with(config, step)
+    return changes
+
+
+def presets(directory: RunDirectory) -> dict[str, str]:
+    """`objective.preset` by the name of every config of the run."""
+    files = sorted(directory.root.glob("config*.yaml"))
+    return {file.name: yaml.safe_load(file.read_text())["objective"]["preset"] for file in files}
+
+
+def with_preset(name: str) -> Config:
+    return Config(objective=ObjectiveConfig(preset=name))
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> RunDirectory:
+    """The directory of a run with 40 steps and the default config."""
+    directory = RunDirectory(tmp_path / "run")
+    resumed(directory, Config(), 0)
+    for step in range(1, 41):
+        directory.metrics.append(make_row(step))
+    return directory
+
+
+def test_resuming_with_other_settings_warns_and_keeps_the_former_ones(
+    used: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.prepare(Config())
-    directory.metrics.append(make_row(1))
-    before = directory.config_file.read_bytes()
+    before = used.config_file.read_bytes()
     changed = Config(objective=ObjectiveConfig(preset="grpo", kl_coef=0.1), run=RunConfig(steps=200))
-    with caplog.at_level("WARNING"):
-        assert directory.prepare(changed) == ["objective.preset", "objective.kl_coef"]
-    assert "objective.preset ('etr' -> 'grpo')" in caplog.text and "run.steps" not in caplog.text
-    assert directory.config_file.read_bytes() == before
+    assert used.prepare(changed) == ["objective.preset", "objective.kl_coef"]
+    assert "differ from its last start: objective.preset ('etr' -> 'grpo'); obj" in caplog.text and "run.s" not in caplog.text
+    assert used.config_file.read_bytes() == before  # the checkpoint may not fit these settings
+    used.continue_with(changed, 25)
+    assert (used.root / "config.step_000025.yaml").read_bytes() == before
+    assert load_config(used.config_file, []) == changed
+    caplog.clear()
+    assert resumed(used, changed, 30) == [] and not caplog.text
+    assert presets(used) == {"config.step_000025.yaml": "etr", "config.yaml": "grpo"}
 
 
-def test_resuming_with_other_held_out_sets_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.prepare(Config())
-    directory.metrics.append(make_row(1))
-    with caplog.at_level("WARNING"):
-        assert directory.prepare(Config(data=DataConfig(eval={"a": "b.jsonl"}))) == ["data.eval"]
-    assert "data.eval ('arithmetic' -> {'a': 'b.jsonl'})" in caplog.text
+def test_each_kept_config_is_that_of_the_steps_up_to_its_own_which_were_not_cut_back(used: RunDirectory) -> None:
+    resumed(used, with_preset("grpo"), 20)
+    resumed(used, with_preset("dapo"), 20)  # no step is left of the start before
+    assert presets(used) == {"config.step_000020.yaml": "etr", "config.yaml": "dapo"}
+    resumed(used, with_preset("gspo"), 30)
+    assert presets(used) == {"config.step_000020.yaml": "etr", "config.step_000030.yaml": "dapo", "config.yaml": "gspo"}
+    resumed(used, with_preset("rloo"), 25)  # the checkpoint of step 30 was removed
+    assert presets(used) == {"config.step_000020.yaml": "etr", "config.step_000025.yaml": "dapo", "config.yaml": "rloo"}
+    resumed(used, with_preset("etr"), 20)
+    assert presets(used) == {"config.yaml": "etr"}
 
 
-def test_resuming_for_more_steps_writes_the_config_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.prepare(Config())
-    directory.metrics.append(make_row(1))
-    with caplog.at_level("WARNING"):
-        assert directory.prepare(Config(run=RunConfig(steps=200))) == []
-    assert caplog.text == "" and yaml.safe_load(directory.config_file.read_text())["run"]["steps"] == 200
+def test_a_run_that_starts_anew_without_a_checkpoint_keeps_no_former_settings(used: RunDirectory) -> None:
+    resumed(used, with_preset("grpo"), 20)
+    resumed(used, with_preset("dapo"), 0)
+    assert presets(used) == {"config.yaml": "dapo"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (Config(data=DataConfig(eval={"a": "b.jsonl"})), "data.eval ('arithmetic' -> {'a': 'b.jsonl'})"),
+        (Config(eval=EvalConfig(samples=4, temperature=0.6)), "eval.samples (1 -> 4); eval.temperature (0.0 -> 0.6)"),
+    ],
+)
+def test_resuming_with_other_held_out_sets_or_ways_to_answer_them_is_told(
+    used: RunDirectory, caplog: pytest.LogCaptureFixture, config: Config, told: str
+) -> None:
+    resumed(used, config, 20)
+    assert told in caplog.text and (used.root / "config.step_000020.yaml").exists()
+
+
+def test_resuming_for_more_steps_or_other_times_of_evaluation_writes_the_config_again(
+    used: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert resumed(used, Config(run=RunConfig(steps=200), eval=EvalConfig(every=5)), 20) == []
+    assert caplog.text == "" and yaml.safe_load(used.config_file.read_text())["run"]["steps"] == 200
+    assert len(presets(used)) == 1
 
 
 def make_group() -> Group:

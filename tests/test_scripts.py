@@ -238,6 +238,29 @@ def test_a_moved_checkout_is_installed_again(fake: FakeCheckout, tmp_path: Path)
     assert fake.set_up("--check").returncode == 1
 
 
+def test_a_link_to_another_disk_is_kept_and_one_to_the_environment_of_another_checkout_is_refused(
+    fake: FakeCheckout, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk" / "venv"
+    (fake.root / ".venv").symlink_to(disk)
+    for _ in range(2):
+        assert fake.set_up().returncode == 0
+    assert (fake.root / ".venv").is_symlink() and (disk / "bin" / "python").exists() and fake.installs() == everything(fake)
+    first, stamp = fake.root, fake.stamp.read_text()
+    fake.root = Path(shutil.copytree(first, tmp_path / "second", symlinks=True))
+    assert fake.set_up("--check").returncode == 1
+    refused = fake.set_up()
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        2,
+        "",
+        f"error: {fake.root}/.venv is a link to {disk}, the environment of {first}; remove the link to set up an environment "
+        "here\n",
+    )
+    assert fake.stamp.read_text() == stamp and fake.installs() == []
+    shutil.rmtree(first)
+    assert fake.set_up().returncode == 0 and fake.installs() == everything(fake)
+
+
 def test_another_torch_is_taken_and_kept(fake: FakeCheckout) -> None:
     fake.set_up(ETR_TORCH_SPEC="torch==2.11.*")
     assert fake.installs() == everything(fake, "torch==2.11.*")

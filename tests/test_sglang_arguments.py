@@ -147,6 +147,7 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
     alone, beside = (command_of(tmp_path, placement=how, mem_fraction=0.5) for how in ("dedicated", "colocated"))
     assert value_of(alone.arguments, "--mem-fraction-static") == "0.5" and alone.memory is None
     assert "--mem-fraction-static" not in beside.arguments and beside.memory == 0.5
+    assert beside.shares_gpus and not alone.shares_gpus
     assert set(beside.environment) - set(alone.environment) == {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"}
     assert command_of(tmp_path, placement="colocated").memory is None
 

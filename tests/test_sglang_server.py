@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import weight_sync
 from etr_megatron.config import SglangConfig
+from etr_megatron.rollout.sglang import hosts
 from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
@@ -78,6 +80,10 @@ def server(model, tmp_path_factory):
     config = SglangConfig(**{**OWN, "arguments": (*ARGUMENTS, "--load-format", "auto")}, sync="sharded")
     with started(config, model, tmp_path_factory.mktemp("sglang")) as process:
         yield process
+
+
+def test_a_server_tells_its_share_of_the_memory(server):
+    assert hosts._share_of(SimpleNamespace(url=server.url, headers={})) == 0.3
 
 
 def test_logprobs_are_those_of_the_tempered_distribution_before_top_p(server, model):

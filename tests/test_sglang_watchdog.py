@@ -34,6 +34,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
 """
+# Chooses its share of the memory itself unless it is given one, and prints what it is started with.
+CHOOSES = """
+import http.server, json, sys
+print(sys.argv[1:-4], flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"tp_size": 1, "mem_fraction_static": 0.4} if self.path == "/server_info" else {}).encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
 JOB = """
 import sys, time
 from pathlib import Path
@@ -155,6 +166,25 @@ def test_a_server_that_is_started_beside_ranks_gets_as_much_memory_as_on_an_empt
     server.stop()
     assert server.last_words() == f"['--mem-fraction-static', '{share:g}']"
     assert (tmp_path / "asked").read_text().split()[-2:] == ["-i", "4,5"]
+
+
+@pytest.mark.parametrize(("shares_gpus", "again"), [(True, "['--mem-fraction-static', '0.816']"), (False, "[]")])
+def test_a_colocated_server_that_chose_its_share_of_an_empty_gpu_gets_as_much_beside_ranks(
+    tmp_path, monkeypatch, shares_gpus, again
+):
+    command = ServerCommand(sys.executable, ("-c", CHOOSES), (), shares_gpus=shares_gpus)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 40000, 81559\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    host = Host({"server": command}, tmp_path, startup_timeout_s=60.0)
+    try:
+        for _ in range(3):
+            assert host.start(["server"])["server"].problem is None
+    finally:
+        host.stop()
+    lines = (tmp_path / "server.log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("[")] == ["[]", again, again]
 
 
 def test_without_nvidia_smi_a_servers_fraction_is_as_it_is(monkeypatch, tmp_path):

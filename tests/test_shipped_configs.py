@@ -175,6 +175,25 @@ def test_a_dry_run_refuses_problems_that_a_job_would_refuse(tmp_path: Path, data
     assert str(refused.value).startswith(told.format(tmp_path))
 
 
+def test_a_dry_run_refuses_a_reward_column_that_no_training_set_has(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(64 * '{"question": "1+1?", "answer": "2", "level": 1}\n')
+    job = [
+        "--config",
+        str(CONFIGS / "qwen3_8b_8gpu.yaml"),
+        "--gpus",
+        "8",
+        "data.eval=null",
+        "reward.function=tests.rewards:level",
+    ]
+    columns = ["data.prompt_column=question", "data.answer_column=answer", "reward.columns=[level, levels]"]
+    sets = f"data.train={{a: {tmp_path / 'a.jsonl'}, b: {tmp_path / 'b.jsonl'}}}"
+    with pytest.raises(
+        UserError, match=r"^reward\.columns: no training set has values in a column 'levels'; give .* of a, b has$"
+    ):
+        dry_run([*job, *columns, sets])
+
+
 def test_the_names_of_gpus_are_taken_in_capitals_too(capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(["--config", str(CONFIGS / "qwen3_8b_8gpu.yaml"), "--gpus", "8", "--gpu", "H200"])
     assert "GPUs       8 of 141 GiB" in capsys.readouterr().out

@@ -7,6 +7,7 @@
 #
 # pip's own settings (index, proxy, cache, constraints) are honoured. ETR_TORCH_SPEC replaces the torch requirement, for
 # example ETR_TORCH_SPEC='torch==2.11.*'. The log is .venv/setup.log. The exit code is 2 when the set-up fails.
+# .venv may be a link, for example to a faster disk, but not to the environment of another checkout.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,6 +37,15 @@ is_set_up() {
     [ -x "$venv/bin/python" ] && [ -f "$stamp" ] || return 1
     [ "$(sed -n 1p "$stamp")" = "$(fingerprint)" ] || return 1
     [ -z "${ETR_TORCH_SPEC:-}" ] || [ "$(sed -n 2p "$stamp")" = "$ETR_TORCH_SPEC" ]
+}
+
+# An environment has one checkout installed in place: an installation through a link would take it from the other one.
+refuse_anothers() {
+    local owner
+    [ -L "$venv" ] && [ -f "$stamp" ] || return 0
+    owner=$(sed -n 1p "$stamp" | cut -d ' ' -f 3-)
+    [ "$owner" -ef "$root" ] || [ ! -d "$owner" ] ||
+        fail "$venv is a link to $(realpath "$venv"), the environment of $owner; remove the link to set up an environment here"
 }
 
 find_python() {
@@ -73,10 +83,11 @@ is_set_up && exit 0
 
 python=$(find_python) || fail "no Python >= 3.11 is on the PATH; install one (python3.11 or newer) and start again"
 command -v flock >/dev/null || fail "the command flock is missing; install util-linux"
-mkdir -p "$venv"
+mkdir -p "$(realpath -m "$venv")"
 exec 9>>"$venv/.setup_lock"
 flock 9                 # two jobs started at once: the second waits here,
 is_set_up && exit 0     # and then finds the work done
+refuse_anothers
 
 torch=${ETR_TORCH_SPEC:-$default_torch}
 echo "setting up .venv with $python (a few minutes; log: $log)" >&2

@@ -1,20 +1,23 @@
 """Prompts with verifiable answers: sources, templates and the resumable cursor; also the tiny policy and its arithmetic."""
 
+from etr_megatron.data.columns import columns_without_values, refuse_columns_of_no_set
 from etr_megatron.data.cursor import PromptCursor
 from etr_megatron.data.problems import ProblemSet, named, open_problems, refuse_unknown_tokens, set_of
 from etr_megatron.data.prompts import load_tokenizer
-from etr_megatron.data.rows import read_rows
+from etr_megatron.data.rows import usable_rows
 from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
 
 __all__ = [
     "ProblemSet",
     "PromptCursor",
     "build_tiny_policy",
+    "columns_without_values",
     "load_tokenizer",
     "named",
     "open_problems",
-    "read_rows",
+    "refuse_columns_of_no_set",
     "refuse_unknown_tokens",
     "set_of",
     "tiny_policy_path",
+    "usable_rows",
 ]

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from etr_megatron.config.schema import DataConfig
+from etr_megatron.errors import UserError
 
 _MOST_SHOWN = 24
 _ROLES = ("system", "user", "assistant", "tool")
@@ -140,6 +141,30 @@ def extra_of(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
         except (TypeError, ValueError, RecursionError) as error:
             raise BrokenRowError(f"column {column!r} cannot be given to a reward function as JSON ({error})") from None
     return found
+
+
+def columns_without_values(extras: Iterable[Mapping[str, Any]], columns: Iterable[str]) -> list[str]:
+    """Those of `columns` that are None in all of these results of `extra_of`."""
+    missing = dict.fromkeys(columns)
+    for extra in extras:
+        if not missing:
+            break
+        missing = {column: None for column in missing if extra[column] is None}
+    return list(missing)
+
+
+def refuse_columns_of_no_set(without: Mapping[str, Iterable[str]], columns: Iterable[str]) -> None:
+    """Raise UserError if all of several training sets lack one of `reward.columns`.
+
+    without: the `columns_without_values` of all training sets by their names; empty if there is a single unnamed one, which
+    `find_columns` has checked.
+    """
+    for column in columns:
+        if without and all(column in missing for missing in without.values()):
+            raise UserError(
+                f"reward.columns: no training set has values in a column {column!r}; give the name of a column that at least "
+                f"one of {', '.join(without)} has"
+            )
 
 
 def _checked_text(text: str, what: str) -> str:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config.schema import ArithmeticConfig, DataConfig
-from etr_megatron.config.sources import Source
+from etr_megatron.config.sources import ARITHMETIC, Source
 from etr_megatron.data.arithmetic import ArithmeticSplit, exercises
 from etr_megatron.data.columns import (
     BrokenRowError,
     Columns,
     Messages,
     NoColumnError,
+    columns_without_values,
     extra_of,
     find_columns,
     prompt_of,
@@ -91,6 +92,19 @@ def read_rows(source: Source, config: DataConfig, extra: tuple[str, ...] = ()) -
     else:
         located = _numbered(_open_hub(location, source.hub_split, key), f"{location}:{source.hub_split}")
     return _checked(located, source, config, extra)
+
+
+def usable_rows(
+    source: Source, config: DataConfig, arithmetic: ArithmeticConfig, extra: tuple[str, ...]
+) -> tuple[int, list[str]]:
+    """The number of rows that can be used, of which some may be too long, and those of `extra` that none has a value of.
+
+    Raises UserError as `read_rows` does.
+    """
+    if source.location == ARITHMETIC:
+        return arithmetic.train_problems if source.split == "train" else arithmetic.eval_problems, list(extra)
+    rows = read_rows(source, config, extra).good
+    return len(rows), columns_without_values((row.extra for row in rows), extra)
 
 
 def _checked(located: Iterator[tuple[str, Any]], source: Source, config: DataConfig, extra: tuple[str, ...]) -> Rows:

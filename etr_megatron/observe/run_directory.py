@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RunState = Literal["running", "finished", "failed", "requeue"]
 
+_KEPT_CONFIG = re.compile(r"config\.step_(\d{6,})\.yaml")
+
 FREE_TO_CHANGE: tuple[str, ...] = (
     "run.name",
     "run.dir",
@@ -33,7 +36,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.phase_timeout_s",
     "run.stop_grace_s",
     "reward.workers",
-    "eval.",
+    "eval.every",
     "checkpoint.",
     "observe.",
     "sglang.",
@@ -49,9 +52,11 @@ class RunDirectory:
         directory = RunDirectory(Path(config.run.dir) / config.run.name)
         with directory.locked():
             directory.prepare(config)
-            directory.cut_back(step=25)     # on resume
+            directory.cut_back(step=25)                  # on resume
+            directory.continue_with(config, step=25)
 
-    config.yaml       the resolved configuration
+    config.yaml       the resolved configuration of the last start
+    config.step_*.yaml  that of earlier starts with other settings, up to this step
     metrics.jsonl     one object per step (`MetricsLog`)
     rollouts/         samples to read, one file per saved step
     evaluations/      responses to held-out problems to read, one file per evaluation
@@ -150,31 +155,58 @@ class RunDirectory:
         for folder in steps:  # each will be removed eventually
             _require(folder, os.R_OK | os.W_OK | os.X_OK)
         _require(self.lock_file, os.R_OK | os.W_OK)
-        for file in (self.config_file, self.metrics.path, self.status_file, *entries(self.recorded, "*.safetensors")):
+        configs = (self.config_file, *self._kept_configs())
+        for file in (*configs, self.metrics.path, self.status_file, *entries(self.recorded, "*.safetensors")):
             _require(file, os.R_OK)
         for file in (file for folder in steps for file in entries(folder, "*")):
             _require(file, os.R_OK)
 
     def prepare(self, config: Config) -> list[str]:
-        """Create the directories and config.yaml; return the keys in which `config` differs from the run's start.
+        """Create the directories and, unless the run is resumed, config.yaml.
 
-        On a resume, config.yaml is rewritten only if nothing that matters has changed (see `FREE_TO_CHANGE`). Otherwise
-        it keeps the settings that the run was started with, and a warning lists the keys that differ.
+        Warns of keys that differ from the last start and may affect the results (see `FREE_TO_CHANGE`), and returns them.
+
+        On a resume, `continue_with` writes config.yaml, once the checkpoint is known to fit `config`.
         Raises `UserError` if the directory is used and resuming is off, if it cannot be written, or if the disk is full.
         """
         with path_errors():
-            self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
-            for folder in (self.root, self.rollouts, self.checkpoints):
-                with disk_errors(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-            is_resumed = self.is_used() and self.config_file.exists()
-            changes = _changed_keys(self._started_with(), to_dict(config)) if is_resumed else {}
-            if changes:
-                said = "; ".join(f"{key} ({change})" for key, change in changes.items())
-                logger.warning("%s: resumed with settings that differ from its start: %s", self.root, said)
-            else:
-                write_atomically(self.config_file, dump_yaml(config).encode())
+            return self._prepare(config)
+
+    def _prepare(self, config: Config) -> list[str]:
+        self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
+        for folder in (self.root, self.rollouts, self.checkpoints):
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        is_resumed = self.is_used() and self.config_file.exists()
+        if not is_resumed:
+            write_atomically(self.config_file, dump_yaml(config).encode())
+            return []
+        changes = _changed_keys(_read_config(self.config_file), to_dict(config))
+        if changes:
+            said = "; ".join(f"{key} ({change})" for key, change in changes.items())
+            logger.warning("%s: resumed with settings that differ from its last start: %s", self.root, said)
         return list(changes)
+
+    def continue_with(self, config: Config, step: int) -> None:
+        """Write config.yaml for a start that continues after `step` (0: a new run).
+
+        If the settings up to `step` differ in a way that may affect the results, they are kept as config.step_<step>.yaml.
+        """
+        with path_errors():
+            kept = self.root / f"config.step_{step:06d}.yaml"
+            later = {file: until for file, until in self._kept_configs().items() if until >= step}
+            former = min(later, key=later.__getitem__, default=self.config_file)  # the settings of the step itself
+            if step and former.exists() and _changed_keys(_read_config(former), to_dict(config)):
+                write_atomically(kept, former.read_bytes())
+                later.pop(kept, None)
+            write_atomically(self.config_file, dump_yaml(config).encode())
+            for file in later:
+                file.unlink()
+
+    def _kept_configs(self) -> dict[Path, int]:
+        """The configs of earlier starts, and the last step of each."""
+        matches = {file: _KEPT_CONFIG.fullmatch(file.name) for file in entries(self.root, "config.step_*.yaml")}
+        return {file: int(match[1]) for file, match in matches.items() if match}
 
     def save_rollouts(self, step: int, groups: Iterable[Group]) -> Path:
         """Write the samples of `groups` to `rollouts/step_<step>.jsonl` and return its path."""
@@ -215,22 +247,24 @@ class RunDirectory:
             raise UserError(f"{self.status_file} does not hold a run's state ({error}); remove it") from error
         return "interrupted" if state == "running" and run_lock.is_free(self.lock_file) else state
 
-    def _started_with(self) -> dict[str, Any]:
-        try:
-            loaded = yaml.safe_load(self.config_file.read_bytes())  # bytes: YAML detects the encoding itself
-        except yaml.YAMLError as error:
-            place = " ".join(str(error).split())
-            raise UserError(f"{self.config_file}: not YAML ({place}); restore it or remove it") from error
-        if not isinstance(loaded, dict) or not all(isinstance(section, dict) for section in loaded.values()):
-            raise UserError(f"{self.config_file}: not a configuration; restore it or remove it")
-        return loaded
-
 
 def _require(path: Path, mode: int) -> None:
     """Raise UserError if an existing path does not allow this access (see `os.access`)."""
     if path.exists() and not os.access(path, mode):
         what = "written" if mode & os.W_OK else "read"
         raise UserError(f"{path}: cannot be {what} (Permission denied); choose another run.dir or run.name")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """The keys of a config by section, also of one that another version wrote."""
+    try:
+        loaded = yaml.safe_load(file.read_bytes())  # bytes: YAML detects the encoding itself
+    except yaml.YAMLError as error:
+        place = " ".join(str(error).split())
+        raise UserError(f"{file}: not YAML ({place}); restore it or remove it") from error
+    if not isinstance(loaded, dict) or not all(isinstance(section, dict) for section in loaded.values()):
+        raise UserError(f"{file}: not a configuration; restore it or remove it")
+    return loaded
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

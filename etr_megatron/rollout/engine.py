@@ -91,7 +91,8 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Every method but `close` is a collective: all ranks call it with the same arguments and get the same result.
+    """Every method but `close` is a collective: all ranks call it with the same arguments and, except for the responses of
+    servers, get the same result.
 
     Raised on every rank: EngineGoneError when the engine can no longer generate, RefusedError when it rejects a request,
     NeedsSyncError when it needs a weight sync to bring servers back.
@@ -103,8 +104,9 @@ class RolloutEngine(Protocol):
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """`sampling.samples_of(problems)` responses to each problem, in order; rewards and texts are not filled in.
 
-        A response that the engine has given up is empty, with finish reason "abort". must_stop: whether this rank was told to
-        stop; an engine that generates in other processes then raises StopAskedError on every rank.
+        A response that the engine has given up is empty, with finish reason "abort". An engine that generates in other
+        processes gives rank 0 the responses, and the others as many without tokens. must_stop: whether this rank was told to
+        stop; such an engine then raises StopAskedError on every rank.
         """
         ...
 

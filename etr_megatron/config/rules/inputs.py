@@ -142,6 +142,11 @@ def reward(config: Config) -> Iterator[Violation]:
             ("reward.columns", "reward.function"),
             "the math reward does not use columns; remove them, or set reward.function to your own function",
         )
+    elif reward.columns and {source.location for source in sources_of(config.data) if source.split == "train"} == {ARITHMETIC}:
+        yield Violation(
+            ("reward.columns", "data.train"),
+            "generated problems have no further columns; leave columns empty, or train on a dataset that has them",
+        )
     if len(set(reward.columns)) < len(reward.columns) or not all(reward.columns):
         yield Violation(("reward.columns",), "must not contain empty or duplicate names")
     yield from names(config, "reward.extract", EXTRACTORS)

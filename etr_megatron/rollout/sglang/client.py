@@ -49,6 +49,10 @@ class Generated:
     given_up: str = ""
     routing: array[int] = field(default_factory=lambda: array("B"))
 
+    def without_tokens(self) -> Generated:
+        """The reply as if nothing had been generated, with its reason."""
+        return Generated([], [], self.finish_reason, self.version, self.given_up)
+
 
 @dataclass(frozen=True)
 class GenerateParameters:

@@ -80,7 +80,9 @@ def server_command(
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
     memory = config.mem_fraction if shares_gpus else None
-    return ServerCommand(config.python, config.launch, own, environment, host, "weight_version", api_key, memory)
+    return ServerCommand(
+        config.python, config.launch, own, environment, host, "weight_version", api_key, memory, shares_gpus=shares_gpus
+    )
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:

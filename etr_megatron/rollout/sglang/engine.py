@@ -201,7 +201,8 @@ class SglangEngine:
         return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
-        """See `RolloutEngine.generate`. Raises EngineGoneError, NeedsSyncError and RefusedError on every rank."""
+        """See `RolloutEngine.generate`. Rank 0 alone gets the responses, other ranks empty ones. Raises EngineGoneError,
+        NeedsSyncError and RefusedError on every rank."""
         counts = sampling.samples_of(problems)
         requests = [
             Request(problem.prompt_ids, self._parameters(problem, index, sampling), problem.id)
@@ -210,7 +211,9 @@ class SglangEngine:
         ]
         self._require_weights()
         found: list[Generated] = on_rank0_until_stopped(
-            lambda anywhere: self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere), must_stop
+            lambda anywhere: self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere),
+            must_stop,
+            share=lambda replies: [reply.without_tokens() for reply in replies],
         )
         replies = iter(found)
         return [[self._sample(index, next(replies)) for index in range(count)] for count in counts]

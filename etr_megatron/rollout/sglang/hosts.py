@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +62,7 @@ class Host:
             if _answers(process.url):  # asked at least once, even if the others took all of the time
                 is_ours = _is_ours(process)
                 if is_ours:
+                    self._keep_share(name)
                     return Started(process.url, None)
                 if is_ours is False:
                     return self._move(name, must_stop, starts)
@@ -77,6 +80,12 @@ class Host:
         if starts > 1 and "address already in use" in words.lower():  # the port was taken after it was found free
             return self._move(name, must_stop, starts)
         return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
+
+    def _keep_share(self, name: str) -> None:
+        """Have a colocated server whose share SGLang chose get the same one when it is started again, with ranks beside it."""
+        command = self._commands[name]
+        if command.shares_gpus and command.memory is None:
+            self._commands[name] = replace(command, memory=_share_of(self._processes[name]))
 
     def _move(self, name: str, must_stop: MustStop, starts: int) -> Started:
         """Restart a server at another port, as another process has taken its own."""
@@ -128,9 +137,21 @@ def _calls_a_request_so(process: ServerProcess) -> bool | None:
 
 
 def _says_its_version(process: ServerProcess) -> bool | None:
+    said = _said(process, "/model_info")
+    return None if said is None else process.identity.encode() in said
+
+
+def _share_of(process: ServerProcess) -> float | None:
+    """The `--mem-fraction-static` that a server reports, whether or not it was given one."""
+    found = re.search(rb'"mem_fraction_static":\s*(0?\.\d+)', _said(process, "/server_info") or b"")
+    return float(found[1]) if found else None
+
+
+def _said(process: ServerProcess, route: str) -> bytes | None:
+    """The start of a server's reply; None if there is none yet."""
     said, end = b"", time.monotonic() + _ASK_S
     try:
-        with _asked(f"{process.url}/model_info", process.headers) as reply:
+        with _asked(f"{process.url}{route}", process.headers) as reply:
             if reply.status_code >= 500:
                 return None
             for piece in reply.iter_bytes():
@@ -139,4 +160,4 @@ def _says_its_version(process: ServerProcess) -> bool | None:
                     break
     except httpx.HTTPError:
         return None
-    return process.identity.encode() in said
+    return said

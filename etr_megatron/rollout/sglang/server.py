@@ -33,7 +33,8 @@ class ServerCommand:
     told_by: how it is told from another process that took its port. "weight_version": it takes `--weight-version` and reports
     it at /model_info. "request_id": it takes `--request-id-headers` and uses the value of that header as the id of a request.
     None: not at all. api_key: the one it requires. memory: fraction of its GPUs' memory for weights and KV cache, passed as one
-    of what is free when it starts, see `share_of_free`; None if the arguments say it.
+    of what is free when it starts, see `share_of_free`; None if the arguments say it or SGLang chooses. shares_gpus: whether
+    ranks use its GPUs, too.
     """
 
     python: str
@@ -44,6 +45,7 @@ class ServerCommand:
     told_by: Literal["weight_version", "request_id"] | None = None
     api_key: str | None = field(default=None, repr=False)
     memory: float | None = None
+    shares_gpus: bool = False
 
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
