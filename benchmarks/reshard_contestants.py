@@ -39,7 +39,7 @@ class Sharded:
 
 
 class Broadcast(Sharded):
-    """Ours: full tensors gathered on rank 0 and broadcast, in buckets; gather and broadcast overlap."""
+    """Made of our parts: full tensors gathered on rank 0 and broadcast, in buckets; gather and broadcast overlap."""
 
     def __init__(self, case: Case, arch: Architecture, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
         self.wire = Wire.in_world(timeout_s=300)

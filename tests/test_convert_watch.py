@@ -6,6 +6,7 @@ import threading
 from types import SimpleNamespace
 
 from etr_megatron.convert import watch
+from etr_megatron.platform import heartbeat
 
 
 class Silent:
@@ -47,7 +48,7 @@ def test_a_store_that_answers_is_left_alone(monkeypatch):
     done, said, beats, now = threading.Event(), [], iter(range(1 << 30)), [0.0]
     monkeypatch.setattr(watch, "BEAT_S", 0.0)
     monkeypatch.setattr(watch, "SILENCE_S", 300.0)
-    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     class Answering:
         def add(self, *_):

@@ -57,13 +57,11 @@ def _callers() -> set[str]:
     return found
 
 
-def _transport(
-    kind: str, source: TrainingLayout, destination: ServerLayout, model: str, directory: str, timeout_s: float
-) -> Transport:
+def _transport(kind: str, source: TrainingLayout, destination: ServerLayout, model: str, directory: str) -> Transport:
     arch, options = read_architecture(model), dict(dtype=torch.float32)
     if kind == "whole":
-        return whole_tensors(source, SendSettings(arch, torch.float32, None, 20_000, "gloo", timeout_s), delivered)
-    wire = Wire.in_world(timeout_s=timeout_s)
+        return whole_tensors(source, SendSettings(arch, torch.float32, None, 20_000, "gloo", 60.0), delivered)
+    wire = Wire.in_world(timeout_s=60)
     if kind == "sharded":
         return ShardedTransport(make_plan(source, destination, arch, itemsize=4), wire, bucket_bytes=1, **options)
     return DiskWriter(directory, source, arch, wire, file_bytes=20_000, **options)
@@ -95,11 +93,12 @@ def _midway(
     kind: str, model: str, tp: int, servers: int, culprit: int, fault: str, directory: str, timeout_s: float
 ) -> dict[str, Any]:
     source, destination, rank = TrainingLayout(tp=tp), ServerLayout(servers=max(1, servers)), dist.get_rank()
-    transport = _transport(kind, source, destination, model, directory, timeout_s)
+    transport = _transport(kind, source, destination, model, directory)
     sources = Spoilt(shards_from(model, source, rank)) if rank < tp else None
     plan = make_plan(source, destination, read_architecture(model))
     destinations = Spoilt(empty_shards(plan, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
+    transport.wire.board.timeout_s = timeout_s  # not before, as a busy machine may be slow
     if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is being written when the culprit fails
     hang = Hang()

@@ -7,7 +7,6 @@ save never damages an older checkpoint. Optimizer state is stored so that anothe
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -87,8 +86,10 @@ def save(
         dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
-            _write_synced(temporary / _TENSORS_FILE, tensors_as_bytes(state.pop("tensors", {})))
-            _write_synced(temporary / TRAINER_FILE, json.dumps(state).encode())
+            tensors = tensors_as_bytes(state.pop("tensors", {}))
+            for name, data in ((_TENSORS_FILE, tensors), (TRAINER_FILE, json.dumps(state).encode())):
+                (temporary / name).write_bytes(data)
+                sync_to_disk(temporary / name)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync_to_disk(checkpoints)
@@ -228,10 +229,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,7 +7,6 @@ that ends is noticed as its connections close, one that only stops is not.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.platform.background import beside
+from etr_megatron.platform.heartbeat import Heartbeat
 
 BEAT_S = 5.0
 """Interval of a rank's heartbeats. Reading and writing files do not delay them."""
@@ -51,18 +51,14 @@ def _within(seconds: float, late: Callable[[], None]) -> Iterator[None]:
 
 
 def _watch(store: dist.Store, rank: int, world: int, done: threading.Event, give_up: Callable[[str], None]) -> None:
-    seen = {other: (0, time.monotonic()) for other in range(world) if other != rank}
+    others = {other: Heartbeat(store, f"beats/{other}") for other in range(world) if other != rank}
     unanswered = partial(give_up, f"rank 0's machine has not answered for {SILENCE_S:g} s")
     try:
         while not done.is_set():
             with _within(SILENCE_S, unanswered):
                 store.add(f"beats/{rank}", 1)
-                for other in list(seen):
-                    if store.check([f"done/{other}"]):
-                        del seen[other]
-                    elif (beats := store.add(f"beats/{other}", 0)) != seen[other][0]:
-                        seen[other] = beats, time.monotonic()
-            silent = [other for other, (_, last) in seen.items() if time.monotonic() - last > SILENCE_S]
+                others = {other: heart for other, heart in others.items() if not store.check([f"done/{other}"])}
+                silent = [other for other, heart in others.items() if heart.silence_s() > SILENCE_S]
             if silent:
                 names = f"ranks {', '.join(map(str, silent))} have" if len(silent) > 1 else f"rank {silent[0]} has"
                 give_up(f"{names} given no sign of life for {SILENCE_S:g} s")

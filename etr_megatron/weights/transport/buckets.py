@@ -120,29 +120,27 @@ def _place(tensors: Sequence[tuple[Transfer, bool, torch.dtype, Index]]) -> Buck
     return Bucket(tuple(packed), tuple(alone), offset, end)
 
 
-def _box(transfer: Transfer, shards: Shards, at: Index, scales_block: int | None) -> Tensor:
-    name = transfer.weight.megatron
+def source_box(transfer: Transfer, shards: Shards) -> Tensor:
+    """A view of what a transfer takes from a source's shard."""
+    return box(shards[transfer.weight.megatron], transfer.source_at, transfer.size)
+
+
+def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
+    """A view of what a transfer fills in a destination's shard, or in its scales if `scales_block` is given."""
+    name, at = transfer.weight.megatron, transfer.destination_at
     if scales_block is None:
         return box(shards[name], at, transfer.size)
     return box(shards[name + SCALE_SUFFIX], tuple(i // scales_block for i in at), scale_shape(transfer.size, scales_block))
 
 
-def source_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
-    """A view of what a transfer takes from a source's shard, or from its scales if `scales_block` is given."""
-    return _box(transfer, shards, transfer.source_at, scales_block)
-
-
-def destination_box(transfer: Transfer, shards: Shards, scales_block: int | None = None) -> Tensor:
-    """A view of what a transfer fills in a destination's shard, or in its scales if `scales_block` is given."""
-    return _box(transfer, shards, transfer.destination_at, scales_block)
-
-
 def _in_place(plan: Plan, slot: Slot, shards: Shards, device: torch.device, *, sending: bool) -> Tensor | None:
     """The bytes of a slot in the shard itself, if it is there exactly as it is sent; else None."""
-    if sending and plan.block_of(slot.transfer.weight) is not None:
+    if not sending:
+        tensor = destination_box(slot.transfer, shards, plan.fp8_block if slot.scales else None).detach()
+    elif plan.block_of(slot.transfer.weight) is None:
+        tensor = source_box(slot.transfer, shards).detach()
+    else:
         return None
-    block = plan.fp8_block if slot.scales else None
-    tensor = (source_box if sending else destination_box)(slot.transfer, shards, block).detach()
     if tensor.dtype != slot.dtype or tensor.device != device or not tensor.is_contiguous():
         return None
     return tensor.view(-1).view(torch.uint8)
