@@ -106,7 +106,7 @@ class Gang:
         """Whether process groups of layouts long gone have left too many threads, three polling ones each, in a worker."""
         return any(len(os.listdir(f"/proc/{worker.pid}/task")) > _MOST_THREADS for worker in self._workers)
 
-    def run(self, function: str, *, deadline_s: float = 180.0, **arguments: Any) -> list[Any]:
+    def run(self, function: str, *, deadline_s: float = 600.0, **arguments: Any) -> list[Any]:
         message = pickle.dumps((function, arguments))
         self._signal(signal.SIGCONT)
         for worker in self._workers:
@@ -146,7 +146,7 @@ class Gang:
                     replies[key.data] = pickle.loads(key.fileobj.read(struct.unpack("<Q", header)[0]))
                     selector.unregister(key.fileobj)
                     if not replies[key.data][0]:
-                        deadline = min(deadline, time.monotonic() + 5.0)
+                        deadline = min(deadline, time.monotonic() + 30.0)
         return replies
 
     def stop(self) -> None:

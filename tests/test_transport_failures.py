@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import socket
 import time
 
 import pytest
@@ -17,15 +16,16 @@ from etr_megatron.weights import ServerLayout, TrainingLayout
 from etr_megatron.weights.checksum import _CHUNK, checksum
 from etr_megatron.weights.transport import SyncError, Versions, Wire
 from etr_megatron.weights.transport.board import Board
+from tests.ports import reserved_port
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("culprit", "fault", "message"),
     [
-        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not arrive within 2 s"),
-        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not arrive within 2 s"),
-        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not arrive within 2 s"),
+        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not arrive within 5 s"),
+        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not arrive within 5 s"),
+        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not arrive within 5 s"),
         (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 is gone: the connection was lost"),
         (
             2,
@@ -66,28 +66,24 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
 
 @pytest.mark.slow
 def test_a_rank_that_nobody_waits_for_says_where_it_looked():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
+    told = r"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:"
+    with reserved_port() as port, pytest.raises(SyncError, match=f"{told}{port}"):
         Wire.at("127.0.0.1", port, 1, 2, timeout_s=1)
     with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not arrive within 1 s"):
-        Wire.at("127.0.0.1", port, 0, 2, timeout_s=1)
+        Wire.at("127.0.0.1", 0, 0, 2, timeout_s=1)
 
 
 def test_a_closed_wire_still_says_why_and_its_port_is_free_once_nobody_has_it():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    wire = Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
-    wire.board.report("OSError: the device fell off")
-    wire.close()
-    assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
-    with pytest.raises(SyncError, match=rf"rank 0 could not open 127\.0\.0\.1:{port}"):
-        Wire.at("127.0.0.1", port, 0, 1, timeout_s=5)
-    del wire
-    gc.collect()  # frees the error above
-    Wire.at("127.0.0.1", port, 0, 1, timeout_s=5).close()
+    with reserved_port() as port:
+        wire = Wire.at("127.0.0.1", port, 0, 1, timeout_s=60)
+        wire.board.report("OSError: the device fell off")
+        wire.close()
+        assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
+        with pytest.raises(SyncError, match=rf"rank 0 could not open 127\.0\.0\.1:{port}"):
+            Wire.at("127.0.0.1", port, 0, 1, timeout_s=60)
+        del wire
+        gc.collect()  # frees the error above
+        Wire.at("127.0.0.1", port, 0, 1, timeout_s=60).close()
 
 
 def test_a_board_keeps_nothing_of_syncs_that_are_over():
@@ -148,7 +144,7 @@ def test_an_nccl_message_ends_when_another_rank_has_given_up():
     start = time.monotonic()
     with pytest.raises(SyncError, match="did not complete: rank 2 failed: OSError: the device fell off"):
         wire.wait([(1, NeverDone())])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 50  # the deadline is 60
 
 
 def test_a_version_is_complete_only_between_its_end_and_the_next_begin():

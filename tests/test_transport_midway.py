@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.gang import ROOT
+from tests.ports import reserved_port
 
 RANKS = [
     ("broadcast", 2, 1, 0),
@@ -52,12 +52,6 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
         assert [path.name for path in tmp_path.iterdir()] == ["version_000002"]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each rank of a separate world."""
     command = [sys.executable, "-m", "tests.transport_fault_jobs", store]
@@ -72,7 +66,7 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
         for rank in range(world)
     ]
     try:
-        printed = [rank.communicate(timeout=120) for rank in ranks]
+        printed = [rank.communicate(timeout=600) for rank in ranks]
         return [(rank.returncode, *both) for rank, both in zip(ranks, printed, strict=True)]
     finally:
         for rank in ranks:
@@ -84,8 +78,9 @@ def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[i
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[0], RANKS[3], RANKS[6]])
 def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="kill")
-    store = f"tcp://127.0.0.1:{free_port()}" if culprit == 0 else f"file://{tmp_path}/store"
-    ranks = processes({**arguments, "directory": str(tmp_path / "out")}, store, tp + servers)
+    with reserved_port() as port:
+        store = f"tcp://127.0.0.1:{port}" if culprit == 0 else f"file://{tmp_path}/store"
+        ranks = processes({**arguments, "directory": str(tmp_path / "out")}, store, tp + servers)
     assert ranks[culprit][0] == -signal.SIGKILL
     for rank, (code, _, err) in enumerate(ranks):
         assert rank == culprit or code == 0, err
@@ -98,5 +93,5 @@ def test_a_rank_that_is_killed_is_named_at_once(hf_models, tmp_path, kind, tp, s
 @pytest.mark.parametrize(("kind", "tp", "servers", "culprit"), [RANKS[1], RANKS[4], RANKS[5]])
 def test_a_rank_that_hangs_is_named_at_the_deadline(gangs, hf_models, tmp_path, kind, tp, servers, culprit):
     arguments = dict(kind=kind, model=hf_models["llama"], tp=tp, servers=servers, culprit=culprit, fault="hang")
-    found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=1.5)
-    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not arrive within 1\.5 s", 50)
+    found = gangs(tp + servers).run("tests.transport_fault_jobs:midway", **arguments, directory=str(tmp_path), timeout_s=5)
+    check_others(found, culprit, rf"version 3 did not complete: rank {culprit} did not arrive within 5 s", 50)

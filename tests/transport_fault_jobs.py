@@ -104,10 +104,12 @@ def _midway(
     kind: str, model: str, tp: int, servers: int, culprit: int, fault: str, directory: str, timeout_s: float
 ) -> dict[str, Any]:
     source, destination, rank = TrainingLayout(tp=tp), ServerLayout(servers=max(1, servers)), dist.get_rank()
+    dist.barrier()  # a short deadline is for the culprit: the others wait for each other only from here on
     transport = _transport(kind, source, destination, model, directory, timeout_s)
     sources = Spoilt(shards_from(model, source, rank)) if rank < tp else None
     whole = make_plan(WholeLayout(1, lambda weight: 0), destination, read_architecture(model))
     destinations = Spoilt(empty_shards(whole, rank - tp, torch.float32)) if rank >= tp else None
+    dist.barrier()
     transport.sync(2, sources, destinations)
     if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is being written when the culprit fails

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -32,6 +31,7 @@ from etr_megatron.weights.transport import (
 )
 from etr_megatron.weights.transport.server_loader import Offer
 from tests.hang import Hang
+from tests.ports import rank_0s_port
 
 
 def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -170,31 +170,28 @@ def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
 ) -> tuple[dict[str, Tensor] | None, list[int | None]]:
     """Parameters of toy workers, and their versions before, between and after two syncs through the loader."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = [free.getsockname()[1]]
-    dist.broadcast_object_list(port)
-    rank, arch = dist.get_rank(), read_architecture(model)
-    place = rank - source.world
-    offer = Offer(
-        11, "127.0.0.1", port[0], place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60
-    )
-    versions = []
-    if place < 0:
-        transport = offer.transport(rank)
-        for version in (11, 12):
-            transport.sync(version, shards_from(model, source, rank))
-        dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
-        return None, versions
-    server = ToyServer(offer.plan(), place, torch.float32)
-    forget_server()
-    versions.append(server_loader.complete_version())
-    for version in (11, 12):
-        server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+    with rank_0s_port() as port:
+        rank, arch = dist.get_rank(), read_architecture(model)
+        place = rank - source.world
+        offer = Offer(
+            11, "127.0.0.1", port, place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60
+        )
+        versions = []
+        if place < 0:
+            transport = offer.transport(rank)
+            for version in (11, 12):
+                transport.sync(version, shards_from(model, source, rank))
+            dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
+            return None, versions
+        server = ToyServer(offer.plan(), place, torch.float32)
+        forget_server()
         versions.append(server_loader.complete_version())
-    dist.barrier()
-    forget_server()
-    return picklable(dict(server.named_parameters())), versions
+        for version in (11, 12):
+            server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+            versions.append(server_loader.complete_version())
+        dist.barrier()
+        forget_server()
+        return picklable(dict(server.named_parameters())), versions
 
 
 def forget_server() -> None:
@@ -205,40 +202,35 @@ def forget_server() -> None:
 
 def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str], list[int | None]]:
     """A good sync, one in which training rank 0 fails, and a good one on another port: parameters, errors, versions."""
-    ports: list[int] = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    dist.broadcast_object_list(ports)
-    rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
-    offers = [
-        Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
-        for port in ports
-    ]
-    if rank == 0:
-        shards = shards_from(model, source, 0)
-        transport = offers[0].transport(0)
-        transport.sync(1, shards)
-        if fault == "middle":
-            transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
-        with suppress(SyncError):
-            transport.sync(2, shards if fault == "middle" else {})
-        last = offers[1].transport(0)
-        last.sync(3, shards)
-        dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
-        return None, [], []
-    server, errors, versions = ToyServer(offers[0].plan(), rank - 1, torch.float32), [], []
-    forget_server()
-    for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
-        try:
-            server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
-        except SyncError as error:
-            errors.append(str(error))
-        versions.append(server_loader.complete_version())
-    dist.barrier()
-    forget_server()
-    return picklable(dict(server.named_parameters())), errors, versions
+    with rank_0s_port() as first, rank_0s_port() as second:
+        rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
+        offers = [
+            Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=60)
+            for port in (first, second)
+        ]
+        if rank == 0:
+            shards = shards_from(model, source, 0)
+            transport = offers[0].transport(0)
+            transport.sync(1, shards)
+            if fault == "middle":
+                transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
+            with suppress(SyncError):
+                transport.sync(2, shards if fault == "middle" else {})
+            last = offers[1].transport(0)
+            last.sync(3, shards)
+            dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
+            return None, [], []
+        server, errors, versions = ToyServer(offers[0].plan(), rank - 1, torch.float32), [], []
+        forget_server()
+        for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
+            try:
+                server_loader.load(server, [(server_loader.MESSAGE_NAME, replace(offer, version=version).message())])
+            except SyncError as error:
+                errors.append(str(error))
+            versions.append(server_loader.complete_version())
+        dist.barrier()
+        forget_server()
+        return picklable(dict(server.named_parameters())), errors, versions
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
@@ -256,7 +248,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
     """The error of a sync in which the disk is full when `culprit` saves this one of its files (-1: the last one), and how many
     files a rank has.
     """
-    arch, wire = read_architecture(model), Wire.in_world(timeout_s=5)
+    arch, wire = read_architecture(model), Wire.in_world(timeout_s=60)
     writer = DiskWriter(directory, source, arch, wire, dtype=torch.float32, file_bytes=20_000)
     save_file, saved, files = disk.save_file, 0, len(writer._own)
 
@@ -284,7 +276,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
 
 def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
     """The error of a second sync in which rank 1 fails after all have written, and rank 0 is slow to publish."""
-    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
+    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=60), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
     writer.sync(1, shards)
     meet, sync_to_disk = writer.wire.board.meet, disk.sync_to_disk
@@ -323,7 +315,8 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)
     sources, destinations = in_roles(plan, model, dtype)
-    patience_s = 2 if fault in ("absent", "hang") else 60
+    patience_s = 5 if fault in ("absent", "hang") else 60
+    dist.barrier()  # the short deadline is for the culprit: the others wait for each other only from here on
     transport = ShardedTransport(plan, Wire.in_world(timeout_s=patience_s), dtype=dtype, checksums=True)
     for version in (1, 2):
         transport.sync(version, sources, destinations)
