@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -209,19 +210,29 @@ class Kept:
 
 
 def kept(model: str, sequences: Sequence, overrides: Sequence[str]) -> dict[str, Any]:
-    """What an update keeps, with each sample in its own microbatch: the passes of the first of three updates, and the smallest
-    of their peaks, since gloo's threads may hold a tensor a little longer."""
-    peaks = []
+    """What an update keeps, with each sample in its own microbatch: the passes of the first of several updates, and the
+    smallest of their peaks, since gloo's threads may hold a tensor a little longer. It has to come twice on every rank."""
+    peaks: list[dict[str, int]] = []
     with like_transformer_engine():
         policy = _policy(model, sequences, overrides)
         found = Kept(policy)
-        for _ in range(3):
+        while len(peaks) < 10 and not _is_there_twice(peaks):
+            _settle()
             found.peak = dict(found.now)
             with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
                 policy.update(make_batch(list(sequences)))
             peaks.append(found.peak)
-    passes = [one for one in found.passes[: len(found.passes) // 3] if one.saved]
+    _settle()
+    passes = [one for one in found.passes[: len(found.passes) // len(peaks)] if one.saved]
     return {"passes": passes, "left": found.now, "peak": {kind: min(peak[kind] for peak in peaks) for kind in found.now}}
+
+
+def _is_there_twice(peaks: Sequence[dict[str, int]]) -> bool:
+    """Whether on every rank the smallest peak of each kind is that of two updates. A collective."""
+    both = [sorted(peak[kind] for peak in peaks)[:2] for kind in (peaks[0] if peaks else {"none": 0})]
+    here = torch.tensor(int(all(len(two) == 2 and two[0] == two[1] for two in both)))
+    dist.all_reduce(here, op=dist.ReduceOp.MIN)
+    return bool(here)
 
 
 def _policy(model: str, sequences: Sequence, overrides: Sequence[str]) -> Policy:
@@ -280,6 +291,23 @@ def around_backward(model: str, sequences: Sequence, overrides: Sequence[str]) -
 
 def _settled(storages: Storages) -> int:
     """Restart the peak once gloo's threads have released their tensors; returns the bytes alive then."""
-    if dist.get_world_size() > 1:
-        time.sleep(0.1)
+    _settle()
     return storages.restart()
+
+
+def _settle() -> None:
+    """Wait until gloo's threads have released the tensors of what is over: until, two looks on end, all of them sleep."""
+    asleep = 0
+    while dist.get_world_size() > 1 and asleep < 2:
+        time.sleep(0.02)
+        asleep = asleep + 1 if set(_states_of_gloo()) <= {"S"} else 0
+
+
+def _states_of_gloo() -> list[str]:
+    """States (S: asleep) of the threads that run this process's collectives."""
+    states = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            name, _, rest = path.read_text().rpartition(")")
+            states += [rest.split()[0]] if name.endswith("(pt_gloo_runloop") else []
+    return states

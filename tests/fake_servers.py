@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tests.runs import REPO
@@ -49,6 +49,13 @@ def servers(*behaviours: dict) -> Iterator[tuple[str, ...]]:
             stack.callback(_nursery.ask, end=pid)
             urls.append(f"http://127.0.0.1:{port}")
         yield tuple(urls)
+
+
+def patient_with(clients: Iterable[Any]) -> None:
+    """Whatever a test's deadline for a server that hangs, these, which are well, may be as slow as the machine is."""
+    for client in clients:
+        request = client._request
+        client._request = lambda method, route, body, _, request=request: request(method, route, body, 600.0)
 
 
 def _fork(behaviour: dict[str, Any]) -> list[int]:

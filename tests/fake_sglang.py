@@ -16,7 +16,7 @@ request unless another server has made the file), seconds (per response), second
 weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
 every token), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves out routed experts
 although requested), weightless (accepts no weights; starts at once, without torch).
-POST /behave changes them in a running server.
+POST /behave changes them in a running server; die_in and stop_in there count from the next request.
 """
 
 from __future__ import annotations
@@ -293,7 +293,8 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         with SCHEDULER, BATCH:
             return 200, BEHAVIOUR.get("says", {}).get(route, {})
     if route == "/behave":
-        BEHAVIOUR.update(body)
+        soon = {how[:-2] + "at": len(STATE.prompts) + more for how, more in body.items() if how in ("die_in", "stop_in")}
+        BEHAVIOUR.update(body | soon)
         return 200, {}
     if route == "/health" and BEHAVIOUR.get("unwell"):
         return 503, {}

@@ -31,13 +31,6 @@ _MOST_THREADS = 200
 """A worker has about 60 to begin with."""
 
 
-def free_port() -> int:
-    """A port of this machine that nobody uses now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 class _Nursery:
     """The process that workers are forked from; its environment is what there is when it is made. imports: of its own."""
 
@@ -113,7 +106,7 @@ class Gang:
         """Whether process groups of layouts long gone have left too many threads, three polling ones each, in a worker."""
         return any(len(os.listdir(f"/proc/{worker.pid}/task")) > _MOST_THREADS for worker in self._workers)
 
-    def run(self, function: str, *, deadline_s: float = 180.0, **arguments: Any) -> list[Any]:
+    def run(self, function: str, *, deadline_s: float = 600.0, **arguments: Any) -> list[Any]:
         message = pickle.dumps((function, arguments))
         self._signal(signal.SIGCONT)
         for worker in self._workers:
@@ -153,7 +146,7 @@ class Gang:
                     replies[key.data] = pickle.loads(key.fileobj.read(struct.unpack("<Q", header)[0]))
                     selector.unregister(key.fileobj)
                     if not replies[key.data][0]:
-                        deadline = min(deadline, time.monotonic() + 5.0)
+                        deadline = min(deadline, time.monotonic() + 30.0)
         return replies
 
     def stop(self) -> None:

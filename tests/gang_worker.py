@@ -70,7 +70,7 @@ def _serve(stdout: int) -> None:
         init_method=os.environ["GANG_STORE"],
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=600),
     )
     with open(0, "rb", closefd=False) as calls:
         while header := calls.read(8):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+import torch.distributed as dist
 
 
 @contextmanager
@@ -15,3 +17,12 @@ def reserved_port(address: str = "127.0.0.1") -> Iterator[int]:
         holding.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holding.bind((address, 0))
         yield int(holding.getsockname()[1])
+
+
+@contextmanager
+def rank_0s_port() -> Iterator[int]:
+    """A port reserved by rank 0 for its store, on every rank. A collective."""
+    with reserved_port() if dist.get_rank() == 0 else nullcontext(0) as own:
+        port = [own]
+        dist.broadcast_object_list(port)
+        yield port[0]

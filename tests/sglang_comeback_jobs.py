@@ -7,10 +7,46 @@ from typing import Any
 
 import psutil
 
-from etr_megatron.rollout import Sampling
+from etr_megatron.rollout import NeedsSyncError, Sampling
+from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.types import Problem
+from tests.fake_servers import patient_with
 from tests.policy_jobs import build
 from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
+
+
+def fails_soon(control: Control, how: str) -> int:
+    """Have the first fake server die or stop (`how`: die_in, stop_in) at its third request from now; returns its process id."""
+    client = control.fleet.clients[0]
+    pid = control.run(client.get("/state", timeout_s=120))["pid"]
+    control.run(client.call("/behave", {how: 2}, timeout_s=120))
+    return pid
+
+
+def killed_between(model: str, directory: str, how: str, **settings: Any) -> dict[str, Any]:
+    """Two servers of the job, one of which dies or stops (see `fails_soon`) with requests under way. Tokens by request, failed
+    servers, and states after the next sync."""
+    policy = build(model, ["parallel.tp=1"])
+    with behaving({"seconds": 0.1}):
+        engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        if engine._control is not None:
+            patient_with(engine._control.fleet.clients[1:])
+            fails_soon(engine._control, how)
+        problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
+        sampling, failed = Sampling((1, 3) * 15, 5, 1.0, seed=1, step=1), {}
+        try:
+            engine.generate(problems, sampling)
+        except NeedsSyncError:
+            failed = engine._control.fleet.failed if engine._control is not None else {}
+            engine.update_weights(policy.export(), 1)
+        groups = engine.generate(problems, sampling)
+        engine.update_weights(policy.export(), 2)
+        states = states_of(engine)
+        return {"ids": [[s.response_ids.tolist() for s in group] for group in groups], "failed": failed, "states": states}
+    finally:
+        engine.close()
 
 
 def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
@@ -23,11 +59,11 @@ def syncs_with(model: str, directory: str, server: str, behaviours: Sequence[Map
         client = next(client for client in engine._control.fleet.clients if client.name == server)
         loads = [0]
         for behaviour in behaviours:
-            engine._control.run(client.call("/behave", dict(behaviour), timeout_s=10))
+            engine._control.run(client.call("/behave", dict(behaviour), timeout_s=120))
             for route in ("/pause_generation", "/begin_weight_update") if behaviour.get("in_update") else ():
-                engine._control.run(client.call(route, timeout_s=10))
+                engine._control.run(client.call(route, timeout_s=120))
             engine.update_weights(policy.export(), len(loads))
-            log = engine._control.run(client.get("/state", timeout_s=10))["log"]
+            log = engine._control.run(client.get("/state", timeout_s=120))["log"]
             loads.append(log.count("/update_weights_from_disk"))
         return [number for number in range(1, len(loads)) if loads[number] > loads[number - 1]]
     finally:
@@ -51,7 +87,7 @@ def colocated_failures(model: str, directory: str, fails_after: Sequence[int], *
             engine.update_weights(policy.export(), version)
             states = states_of(engine)
             if engine._control is not None and version in fails_after:
-                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"fail_at": 0}, timeout_s=10))
+                engine._control.run(engine._control.fleet.clients[0].call("/behave", {"fail_at": 0}, timeout_s=120))
             engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version))
             before = there(states)
             engine.release()

@@ -32,6 +32,7 @@ from etr_megatron.rollout.sglang.senders import WholeSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
+from tests.fake_servers import patient_with
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
 
@@ -120,7 +121,7 @@ def states_of(engine: SglangEngine, names: list[str] | None = None) -> dict[str,
     if control is None:
         return {}
     serving = [client for client in control.fleet.serving if names is None or client.name in names]
-    return {client.name: control.run(client.get("/state", timeout_s=10)) for client in serving}
+    return {client.name: control.run(client.get("/state", timeout_s=120)) for client in serving}
 
 
 def sums_of(policy: Any, fp8: bool = False) -> dict[str, float]:
@@ -220,33 +221,6 @@ def fake_sync(model: str, directory: str, overrides: list[str], versions: Sequen
         engine.close()
 
 
-def killed_between(model: str, directory: str, number: int, **settings: Any) -> dict[str, Any]:
-    """Two servers of the job, one of which gets a signal with requests under way. Tokens by request, failed servers, and states
-    after the next sync."""
-    policy = build(model, ["parallel.tp=1"])
-    with behaving({"seconds": 0.1}):
-        engine = engine_of(policy, model, directory, probe_every=0, **settings)
-    try:
-        engine.update_weights(policy.export(), 1)
-        victim = states_of(engine)
-        if victim:
-            pid = victim["SGLang server 0"]["pid"]
-            threading.Timer(0.3, os.kill, (pid, number)).start()
-        problems = [Problem(f"p{i}", "", "", [i, 7]) for i in range(30)]
-        sampling, failed = Sampling((1, 3) * 15, 5, 1.0, seed=1, step=1), {}
-        try:
-            engine.generate(problems, sampling)
-        except NeedsSyncError:
-            failed = engine._control.fleet.failed if engine._control is not None else {}
-            engine.update_weights(policy.export(), 1)
-        groups = engine.generate(problems, sampling)
-        engine.update_weights(policy.export(), 2)
-        states = states_of(engine)
-        return {"ids": [[s.response_ids.tolist() for s in group] for group in groups], "failed": failed, "states": states}
-    finally:
-        engine.close()
-
-
 @contextmanager
 def behaving(behaviour: Mapping[str, Any]) -> Iterator[None]:
     """Behaviour of fake servers that this process starts in this context."""
@@ -275,7 +249,7 @@ def rank_fails(model: str, directory: str, **settings: Any) -> tuple[str, dict[s
         states = {}
         if engine._control is not None:
             clients = engine._control.fleet.clients
-            states = {client.name: engine._control.run(client.get("/state", timeout_s=10)) for client in clients}
+            states = {client.name: engine._control.run(client.get("/state", timeout_s=120)) for client in clients}
         return f"{type(error).__name__}: {error}", states
     finally:
         dist.barrier()  # rank 0 reads the states of all ranks' servers first
@@ -365,7 +339,8 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
 
     try:
         engine.update_weights(policy.export(), 1)
-        first = engine._control.fleet.clients[0]
+        first, *others = engine._control.fleet.clients
+        patient_with(others)
         on_first_request(first, process(0).suspend)
         problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
         sampling = Sampling(4, tokens, TEMPERATURE, seed=1, step=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,34 +17,34 @@ from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Rollouts, StreamingSampler
 from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.types import Problem
+from tests.fake_servers import patient_with
 from tests.policy_jobs import build
+from tests.sglang_comeback_jobs import fails_soon
 from tests.sglang_jobs import Problems, behaving, engine_of, states_of
 
 
-def lost_while_streaming(model: str, directory: str, number: int, steps: int, rollout: dict, **settings: Any) -> dict[str, Any]:
-    """Steps of a sampler on two fake servers of the job, with a sync before each; in the second step, the first server gets a
-    signal.
+def lost_while_streaming(model: str, directory: str, how: str, steps: int, rollout: dict, **settings: Any) -> dict[str, Any]:
+    """Steps of a sampler on two fake servers of the job, with a sync before each; in the second step or soon after, the first
+    server dies or stops (see `fails_soon`).
 
     Returns the steps' groups, the servers that had failed after each step, the victim's process, and the servers' states after
     the last step.
     """
     with behaving({"tokens_per_s": 60, "odd_tokens_per_s": 12}):  # also for restarted servers
-        return _lost_while_streaming(model, directory, number, steps, rollout, **settings)
+        return _lost_while_streaming(model, directory, how, steps, rollout, **settings)
 
 
-def _lost_while_streaming(
-    model: str, directory: str, number: int, steps: int, rollout: dict[str, Any], **settings: Any
-) -> dict:
+def _lost_while_streaming(model: str, directory: str, how: str, steps: int, rollout: dict[str, Any], **settings: Any) -> dict:
     policy = build(model, ["parallel.tp=1"])
     engine = engine_of(policy, model, directory, probe_every=0, servers=2, **settings)
     sampler = _sampler(engine, steps, rollout)
+    patient_with(engine._control.fleet.clients[1:])
     found: dict[str, Any] = {"steps": [], "failed": [], "pid": 0}
     try:
         for step in range(1, steps + 1):
             sync(sampler, engine, policy, step)
             if step == 2:
-                found["pid"] = states_of(engine)["SGLang server 0"]["pid"]
-                threading.Timer(0.3, os.kill, (found["pid"], number)).start()
+                found["pid"] = fails_soon(engine._control, how)
             groups, failed = _take(sampler, engine, policy, step)
             found["steps"].append([asdict(group) for group in groups.groups])
             sampler.pause()  # finds out by now if a server hangs
@@ -57,10 +55,11 @@ def _lost_while_streaming(
 
 
 def poisoned(
-    model: str, directory: str, steps: int, rollout: dict, poison: int, training_s: float, **settings: Any
+    model: str, directory: str, steps: int, rollout: dict, poison: int, trains_long: bool, **settings: Any
 ) -> dict[str, Any]:
     """Steps of a sampler on fake servers of the job that die of the prompt of problem number `poison`, with a sync before each;
-    restarts whenever no server is left. Returns the steps' groups and counts, and how often all servers were gone."""
+    restarts whenever no server is left. trains_long: until the servers have answered everything. Returns the steps' groups and
+    counts, and how often all servers were gone."""
     with behaving({"die_prompt": 3 + poison}):
         policy, gone = build(model, ["parallel.tp=1"]), 0
         while True:
@@ -70,7 +69,8 @@ def poisoned(
                 for step in range(1, steps + 1):
                     sync(sampler, engine, policy, step)
                     taken, failed = _take(sampler, engine, policy, step)
-                    time.sleep(training_s)
+                    while trains_long and engine._control.run(_is_busy(engine)):
+                        time.sleep(0.05)
                     found.append(([asdict(group) for group in taken.groups], taken.counts, failed))
                 return {"steps": found, "gone": gone}
             except EngineGoneError:
@@ -79,13 +79,16 @@ def poisoned(
                 engine.close()
 
 
+async def _is_busy(engine: SglangEngine) -> bool:
+    return bool(engine._control.stream._running)
+
+
 def routed(model: str, directory: str, steps: int, rollout: dict[str, Any], **settings: Any) -> list[list[dict[str, Any]]]:
     """Groups of the steps of a sampler that requests experts from a fake server of the job, with a sync before each.
 
-    With partial rollouts, every other response is so slow that it needs seconds more when the others are complete, so that a
-    sync cuts it off.
+    With partial rollouts, every other response waits until a sync cuts it off.
     """
-    with behaving({"tokens_per_s": 40, "odd_tokens_per_s": 6 if rollout.get("partial") else 40}):
+    with behaving({"tokens_per_s": 400, "odd_pause_at": 9 if rollout.get("partial") else None}):
         policy = build(model, ["parallel.tp=1"])
         engine = engine_of(policy, model, directory, probe_every=0, routing=True, **settings)
         sampler, found = _sampler(engine, steps, rollout, routing=True), []

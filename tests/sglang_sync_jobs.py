@@ -132,7 +132,7 @@ def host_fails(model: str, directory: str, culprit: int, **settings: Any) -> dic
         control = engine._control
         if control is not None:
             clients = control.fleet.clients
-            found["paused"] = [control.run(client.get("/state", timeout_s=10))["paused"] for client in clients]
+            found["paused"] = [control.run(client.get("/state", timeout_s=120))["paused"] for client in clients]
         return found
     finally:
         dist.barrier()  # rank 0 reads the states of all ranks' servers first
@@ -158,9 +158,9 @@ def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, A
             found["served"] += len(engine.generate(problems, Sampling(1, 2, 1.0, seed=1, step=version)))
             if control is not None:
                 found["failed"].append(control.fleet.failed)
-                states = [control.run(client.get("/state", timeout_s=10)) for client in control.fleet.clients]
+                states = [control.run(client.get("/state", timeout_s=120)) for client in control.fleet.clients]
                 found["prompts"].append([len(state["prompts"]) for state in states])
-                control.run(control.fleet.clients[1].call("/behave", {"logprob": -0.5}, timeout_s=10))
+                control.run(control.fleet.clients[1].call("/behave", {"logprob": -0.5}, timeout_s=120))
         return found
     finally:
         engine.close()

@@ -78,12 +78,12 @@ class SlurmCluster:
         munge = [f"--{what}={folder / name}" for what, name in {"key-file": "key", "socket": "munge"}.items()]
         munge += [f"--{what}={folder / f'munge.{what}'}" for what in ("pid-file", "log-file", "seed-file")]
         self._start(0, "head", "munged", "--foreground", "--force", *munge)
-        wait_for((folder / "munge").exists, deadline_s=20)
+        wait_for((folder / "munge").exists, deadline_s=120)
         self._start(0, "head", "slurmctld", "-D")
         for host, name in enumerate(NODES):
             (folder / name).mkdir()
             self._start(host, name, "slurmd", "-D")
-        wait_for(lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"], deadline_s=60)
+        wait_for(lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"], deadline_s=300)
 
     def _start(self, host: int, name: str, *command: str) -> None:
         """Start a daemon on a host, with this name and the other hosts' addresses."""
@@ -107,7 +107,7 @@ class SlurmCluster:
         """Output of a Slurm command on the first host; empty if it fails."""
         inside = ["nsenter", f"--net=/run/netns/{self._hosts.names[0]}", *command]
         done = subprocess.run(
-            inside, cwd=REPO, env=self._environment(**environment), capture_output=True, text=True, timeout=60
+            inside, cwd=REPO, env=self._environment(**environment), capture_output=True, text=True, timeout=300
         )
         return done.stdout if done.returncode == 0 else ""
 

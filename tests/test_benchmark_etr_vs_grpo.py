@@ -141,7 +141,7 @@ def test_interrupted_it_leaves_no_run_behind_and_has_started_no_more_than_jobs(t
         if how == "ctrl_c":
             raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)  # the signal is handled here
+        time.sleep(60)  # the signal is handled here
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt if how == "ctrl_c" else SystemExit):
@@ -173,7 +173,7 @@ def command(tmp_path: Path, _tiny_cache: Path) -> Callable[..., list[str]]:
 @pytest.mark.slow
 def test_real_runs_one_blocked_then_continued_and_not_repeated(command: Callable[..., list[str]], tmp_path: Path) -> None:
     def start() -> tuple[int, str]:
-        done = subprocess.run(command("--seeds", "1", "--steps", "4"), cwd=REPO, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command("--seeds", "1", "--steps", "4"), cwd=REPO, capture_output=True, text=True, timeout=900)
         return done.returncode, done.stdout + done.stderr
 
     blocked, metrics = tmp_path / "runs" / "etr-seed1", tmp_path / "runs" / "grpo-seed1" / "metrics.jsonl"
@@ -208,5 +208,5 @@ def test_killed_outright_it_leaves_no_process(command: Callable[..., list[str]],
     finally:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]

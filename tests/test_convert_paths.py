@@ -104,7 +104,7 @@ def test_a_file_that_may_not_become_as_large_is_one_sentence(hf_models, tmp_path
         "--dtype",
         "bf16",
     ]
-    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(["bash", "-c", command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert found.returncode == 2 and not list(tmp_path.glob("out*"))
     said = "a file would exceed the largest size allowed here (ulimit -f, or the file system)"
     assert found.stderr.endswith(f"error: {out}: {said}; make room or choose another --out\n")

@@ -54,7 +54,7 @@ def write_wide_model(path: Path, **changes: int) -> int:
 def grown(*argv: str | Path) -> int:
     """Bytes by which the tool's memory grows, measured in a process of its own."""
     command = [sys.executable, "-m", "tests.convert_jobs", "memory", *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 

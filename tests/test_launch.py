@@ -185,7 +185,7 @@ def test_more_processes_than_gpus_are_refused(small: str, monkeypatch: pytest.Mo
 def test_a_ranks_command_without_torchrun_is_one_sentence(small: str, module: str, other: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", f"etr_megatron.{module}", "--config", small]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         f"error: RANK is not set: python -m etr_megatron.{module} runs a single rank; start it with torchrun "
@@ -299,7 +299,7 @@ def command(tmp_path: Path) -> Callable[[str], list[str]]:
 
 
 def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", LAUNCHER, *arguments], capture_output=True, text=True, cwd=REPO, timeout=120)
+    return subprocess.run([sys.executable, "-c", LAUNCHER, *arguments], capture_output=True, text=True, cwd=REPO, timeout=600)
 
 
 def test_ranks_that_finish_give_exit_code_0(command: Callable[[str], list[str]]) -> None:
@@ -330,7 +330,7 @@ def test_under_plain_torchrun_the_sentence_comes_once(command: Callable[[str], l
     environment = {key: value for key, value in os.environ.items() if key != "ETR_STATUS_FILE"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, *command("mistake")], capture_output=True, text=True, cwd=REPO, env=environment, timeout=120
+        [*torchrun, *command("mistake")], capture_output=True, text=True, cwd=REPO, env=environment, timeout=600
     )
     assert done.returncode != 0 and done.stderr.count("error: rank 1: the disk is full") == 1
     assert "connection closed by peer" not in done.stderr
@@ -347,11 +347,11 @@ def test_a_signal_to_the_launcher_leaves_no_process(
         )
     try:
         files = [tmp_path / f"pid{rank}" for rank in range(2)]
-        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 600)
         ranks = [psutil.Process(int(file.read_text())) for file in files]
         launcher.send_signal(signal_number)
-        assert launcher.wait(30) == exit_code
-        wait_until(lambda: not any(is_alive(rank) for rank in ranks), 20)
+        assert launcher.wait(250) == exit_code
+        wait_until(lambda: not any(is_alive(rank) for rank in ranks), 250)
     finally:
         launcher.kill()
     said = (tmp_path / "stderr").read_text()
@@ -361,19 +361,21 @@ def test_a_signal_to_the_launcher_leaves_no_process(
 def test_ctrl_c_that_ends_a_peer_first_leaves_no_traceback_of_this_rank() -> None:
     """Its collective breaks before torchrun has passed the signal on to it."""
     code = """
-from etr_megatron.status import exit_code_of
+from etr_megatron import status
+
+status.SIGNAL_DELAY_S = 300.0  # for a busy machine
 
 def collective():
     print("broken", flush=True)
     raise RuntimeError("connection closed by peer")
 
-exit_code_of(collective)
+status.exit_code_of(collective)
 """
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
     assert rank.stdout is not None and rank.stdout.readline() == "broken\n"
     time.sleep(0.1)
     rank.send_signal(signal.SIGINT)
-    _, said = rank.communicate(timeout=30)
+    _, said = rank.communicate(timeout=250)
     assert (rank.returncode, said) == (-signal.SIGINT, "")
 
 

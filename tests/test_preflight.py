@@ -275,7 +275,7 @@ def preflight(tmp_path, *arguments, nproc=2):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
 
 

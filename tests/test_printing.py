@@ -24,7 +24,7 @@ def run(*arguments: str, redirect: str = "") -> subprocess.CompletedProcess[str]
     """Run Python with these arguments in a shell that redirects its output."""
     command = ["bash", "-c", f'exec "$@" {redirect}', "bash", sys.executable, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

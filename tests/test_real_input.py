@@ -51,7 +51,7 @@ def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, m
         *("rollout.max_response_tokens=16", "eval.max_response_tokens=64"),
         *(sets, "eval.problems=5", "arithmetic.eval_problems=7"),
     ]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "data.train: 12 problems; left out 1 over data.max_prompt_tokens=512 and 1 broken rows" in done.stderr
     rows = runs.rows("gsm8k")
@@ -127,7 +127,7 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command = [*torchrun, "examples/run_etr.sh", *runs.command("run.steps=2", "run.name=plain", "eval.every=0")[3:]]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in runs.rows("plain")] == [1, 2]
 
@@ -142,7 +142,7 @@ def test_plain_torchrun_runs_the_script_on_one_process(runs):
 )
 def test_plain_torchrun_prints_a_mistake_once_and_does_not_have_to_kill_a_rank_that_waits(runs, processes, mistake):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, "examples/run_etr.sh", *runs.command(mistake, "run.stop_grace_s=280")[3:]]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    command = [*torchrun, "examples/run_etr.sh", *runs.command(mistake, "run.stop_grace_s=900")[3:]]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "SIGKILL" not in done.stderr
     assert done.stderr.count("error: ") == 1 and mistake.split("=")[0] in done.stderr

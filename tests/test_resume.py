@@ -86,7 +86,9 @@ def stopped_by(error: Exception, trained: int, *, lost: bool = False) -> tuple[s
         raise KeyboardInterrupt if lost and dist.get_rank() == 1 else error
 
     trainer._run_steps = steps
-    with mock.patch.multiple(module, ROLL_CALL_S=1.0, checkpoint=SimpleNamespace(latest_step=lambda folder: None)):
+    with mock.patch.multiple(
+        module, ROLL_CALL_S=1.0 if lost else 60.0, checkpoint=SimpleNamespace(latest_step=lambda folder: None)
+    ):
         try:
             trainer.run()
         except type(error) as ended:

@@ -36,10 +36,10 @@ with locked(Path(sys.argv[1])):
     if sys.argv[2] == "forks":
         if os.fork() == 0:
             print(os.getpid(), flush=True)  # by itself, when it has let go
-            time.sleep(60)
+            time.sleep(600)
             os._exit(0)
     else:
-        print(subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
+        print(subprocess.Popen(["sleep", "600"], close_fds=False).pid, flush=True)
     signal.pause()
 """
 

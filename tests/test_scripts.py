@@ -21,7 +21,7 @@ SCRIPTS = [RUN, SETUP, REPO / "tools" / "run_tests.sh", REPO / ".ci" / "run"]
 
 
 def run(arguments: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **settings)  # type: ignore[call-overload]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600, **settings)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -281,7 +281,7 @@ def test_a_failed_set_up_shows_why_and_is_tried_again(fake: FakeCheckout) -> Non
 
 def test_two_set_ups_at_once_install_once(fake: FakeCheckout) -> None:
     both = [subprocess.Popen(fake.command, env=fake.environment, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [process.wait(60) for process in both] == [0, 0]
+    assert [process.wait(600) for process in both] == [0, 0]
     for process in both:
         process.communicate()
     assert fake.installs() == everything(fake)

@@ -178,7 +178,7 @@ def test_a_connection_that_breaks_once_costs_no_server_and_what_it_was_for_is_cu
         async with fleet_of({"drop_at": 5}) as fleet:
             first = await generate(fleet, OTHERS)
             assert not fleet.failed
-            await fleet.clients[0].call("/behave", {"drop_at": 20}, timeout_s=10)
+            await fleet.clients[0].call("/behave", {"drop_at": 20}, timeout_s=120)
             stream = RequestStream(fleet, concurrency=4, exclusive=True)
             await stream.submit(dict(enumerate(OTHERS)))
             found = await answers(stream, len(OTHERS))

@@ -23,7 +23,7 @@ from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
-from tests.fake_servers import servers
+from tests.fake_servers import patient_with, servers
 
 CONTEXT = 512
 """Context length of a fake server, in tokens."""
@@ -46,13 +46,6 @@ async def fleet_of(*behaviours: dict, **timeouts: float):
             for client in clients:
                 await client.learn_routes((), timeout_s=120)
             yield Fleet(clients, **{"timeout_s": 120.0, "hang_timeout_s": 120.0, **timeouts})
-
-
-def patient_with(clients: Sequence[ServerClient]) -> None:
-    """Whatever a test's deadline for a server that hangs, these, which are well, may be as slow as the machine is."""
-    for client in clients:
-        request = client._request
-        client._request = lambda method, route, body, _, request=request: request(method, route, body, 600.0)
 
 
 async def generate(fleet: Fleet, requests: Sequence[Request], concurrency: int = 4) -> list[Generated]:

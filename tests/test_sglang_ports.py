@@ -70,7 +70,7 @@ def started_with_ports(tmp_path, monkeypatch, taken: int, count: int):
 
     monkeypatch.setattr(server, "free_port", lambda host: ports.pop() if ports else free_port(host))
     monkeypatch.setattr(hosts, "ServerProcess", Recorded)
-    host = hosts.Host({"server": COMMAND}, tmp_path, startup_timeout_s=60.0)
+    host = hosts.Host({"server": COMMAND}, tmp_path, startup_timeout_s=300.0)
     try:
         yield host.start(["server"])["server"], processes
     finally:

@@ -19,16 +19,18 @@ from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.router import NAME, Router
 from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.stream import RequestStream
+from tests.fake_servers import patient_with
 from tests.runs import REPO
 from tests.test_lifetime import gone
-from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, patient_with, state_of, sync, tokens_of
+from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, state_of, sync, tokens_of
 from tests.test_sglang_ports import answering
 from tests.test_sglang_stream import are_waiting, goes_on
 
 PYTHON = REPO / ".venv-sglang" / "bin" / "python"
 LAUNCH = (str(REPO / "tests" / "sglang_cpu" / "router.py"),)
 GROUPS, SAMPLES = 12, 4
-# Prompts of different lengths and prefixes, each for a whole group.
+# Prompts of different lengths and prefixes, each for a whole group, which stays at one server. The router may give a server a
+# single group: faults come at a request before its fifth.
 REQUESTS = [Request([group * 7 + i for i in range(30 + group)], PARAMETERS) for group in range(GROUPS) for _ in range(SAMPLES)]
 SETTINGS = SglangConfig(python=str(PYTHON), launch=(), router="cache_aware", router_launch=LAUNCH, update_timeout_s=30.0)
 
@@ -67,7 +69,7 @@ def test_a_group_stays_at_one_server_and_servers_that_are_lost_and_come_back_lea
     others = [replace(one, prompt_ids=[500 + token for token in one.prompt_ids]) for one in REQUESTS]  # not cached anywhere
 
     async def body():
-        async with fleet_of({}, {"die_at": 5}, {}, {}, timeout_s=60.0) as fleet:
+        async with fleet_of({}, {"die_at": 3}, {}, {}, timeout_s=60.0) as fleet:
             third = fleet.clients[2]
             fleet.mark_failed(third, "not yet")
             with router_before(fleet, tmp_path) as router:
@@ -135,7 +137,7 @@ def test_a_server_that_hangs_behind_the_router_is_known_long_before_the_deadline
 @requires_router
 def test_behind_the_router_a_server_that_was_started_anew_is_found_by_its_weights(tmp_path):
     async def body():
-        async with fleet_of({}, {"forget_at": 9}, {}, timeout_s=60.0) as fleet:
+        async with fleet_of({}, {"forget_at": 3}, {}, timeout_s=60.0) as fleet:
             await sync(fleet, 3)
             with router_before(fleet, tmp_path) as router:
                 return await generate(fleet, REQUESTS), fleet.failed, router.is_up

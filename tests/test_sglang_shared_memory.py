@@ -23,8 +23,9 @@ from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery, seriali
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights import read_architecture
+from tests.fake_servers import patient_with
 from tests.runs import REPO, wait_for
-from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, patient_with, state_of, sync
+from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
 
 
 class SharedWith(TensorDelivery):

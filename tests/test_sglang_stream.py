@@ -16,7 +16,8 @@ from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
-from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, patient_with, state_of, tokens_of
+from tests.fake_servers import patient_with
+from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, state_of, tokens_of
 
 
 async def are_waiting(clients: Sequence[ServerClient], count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from array import array
 
 import pytest
@@ -13,12 +12,12 @@ STEPS, PER_STEP, TOKENS = 5, 4, 24
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", ["die_in", "stop_in"])
 @pytest.mark.parametrize(
     "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
 )
-def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights(gangs, hf_models, tmp_path, number, rollout):
-    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), number=number, steps=STEPS, hang_timeout_s=3.0, **OWN)
+def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights(gangs, hf_models, tmp_path, how, rollout):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), how=how, steps=STEPS, hang_timeout_s=3.0, **OWN)
     sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=TOKENS)
     (found,) = gangs(1).run("tests.sglang_stream_jobs:lost_while_streaming", rollout=rollout | sizes, **job)
     groups = [group for step in found["steps"] for group in step]
@@ -43,10 +42,9 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
 def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs, hf_models, tmp_path, servers, gone, rollout):
     """A single server is lost twice, but not a third time after the job is restarted."""
     sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=5, samples_per_prompt=3)
-    # Groups may stay in hand while others are ready. These complete before the end: tests are short and run beside training.
-    steps, training_s = (6, 1.5) if rollout else (3, 0.0)
+    steps = 6 if rollout else 3  # ahead, groups may stay in hand while others are ready
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), steps=steps, servers=servers, concurrency=8, **OWN)
-    job |= dict(training_s=training_s)
+    job |= dict(trains_long=bool(rollout))
     (found,) = gangs(1).run("tests.sglang_stream_jobs:poisoned", poison=2, rollout=rollout | sizes, **job)
     assert found["gone"] == gone
     groups = [group for step, _, _ in found["steps"] for group in step]

@@ -56,5 +56,5 @@ def test_a_rank_that_cannot_write_to_the_memory_of_its_node_is_named_on_every_ra
     ranks = gangs(2).run("tests.sglang_sync_jobs:host_fails", culprit=culprit, **job)
     for found in ranks:
         assert found["error"].startswith("SyncError") and f"rank {culprit} failed: RuntimeError: bus error" in found["error"]
-        assert found["buckets"] == 2 and found["after_s"] < 20  # the deadline is 60
+        assert found["buckets"] == 2 and found["after_s"] < 50  # the deadline is 60
     assert ranks[0]["paused"] == [False, False]

@@ -45,7 +45,7 @@ def job(tmp_path):
         env |= {"JOB": shown("RUNNING")}
         env |= {"STATE": json.dumps({"state": state}) if state else "", "STATUS": str(status), "CODE": str(code), **environment}
         command = ["bash", "examples/slurm.sbatch", "configs/cpu_tiny.yaml", f"run.dir={tmp_path / 'runs'}", "run.name=job"]
-        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
         assert "Traceback" not in done.stderr
         return done.returncode, calls.read_text().splitlines()
 

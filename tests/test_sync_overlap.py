@@ -35,7 +35,7 @@ def test_an_outbox_has_one_bucket_under_way_while_the_next_is_gathered():
     second.join(0.2)
     assert [bucket for bucket, _ in posted] == ["first"] and second.is_alive()
     posted[0][1].set_result(None)
-    second.join(10)
+    second.join(300)
     assert [bucket for bucket, _ in posted] == ["first", "second"]
     posted[1][1].set_exception(RuntimeError("the server is gone"))
     outbox.put("dropped")
@@ -68,7 +68,7 @@ def test_a_round_between_shards_is_packed_while_the_one_before_travels(monkeypat
 def order_on_disk(directory: str, model: str) -> list[str]:
     """Runs in a gang: the order of events when a version of several files is written.
 
-    Writing a file waits until the next file is gathered, if there is one, for at most ten seconds.
+    Writing a file waits until the next file is gathered, if there is one, for at most a minute.
     """
     arch, events, gathered = read_architecture(model), [], threading.Semaphore(0)
     wire = Wire.in_world(timeout_s=60)
@@ -86,7 +86,7 @@ def order_on_disk(directory: str, model: str) -> list[str]:
         number = int(file.stem[-5:])
         events.append(f"writing {number}")
         if number < files - 1:
-            gathered.acquire(timeout=10)
+            gathered.acquire(timeout=60)
         write(file, tensors)
         events.append(f"written {number}")
 

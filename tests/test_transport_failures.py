@@ -18,7 +18,7 @@ from etr_megatron.weights.checksum import _CHUNK, checksum
 from etr_megatron.weights.transport import SyncError, Wire
 from etr_megatron.weights.transport.board import Board
 from etr_megatron.weights.transport.server_loader import Offer
-from tests.gang import free_port
+from tests.ports import reserved_port
 from tests.test_plan import architecture
 
 
@@ -26,9 +26,9 @@ from tests.test_plan import architecture
 @pytest.mark.parametrize(
     ("culprit", "fault", "message"),
     [
-        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not arrive within 2 s"),
-        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not arrive within 2 s"),
-        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not arrive within 2 s"),
+        (1, "absent", r"weight sync of version 3 did not complete: rank 1 did not arrive within 5 s"),
+        (0, "hang", r"weight sync of version 3 did not complete: rank 0 did not arrive within 5 s"),
+        (2, "hang", r"weight sync of version 3 did not complete: rank 2 did not arrive within 5 s"),
         (1, "lose_connection", r"weight sync of version 3 did not complete: rank 1 is gone: the connection was lost"),
         (
             2,
@@ -69,29 +69,29 @@ def test_every_rank_names_who_is_at_fault_and_nobody_has_a_version(gangs, hf_mod
 
 @pytest.mark.slow
 def test_a_rank_that_nobody_waits_for_says_where_it_looked():
-    port = free_port()
-    offer = Offer(3, "127.0.0.1", port, 0, TrainingLayout(), ServerLayout(), architecture(), timeout_s=1)
-    with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
-        offer.store()
+    with reserved_port() as port:
+        offer = Offer(3, "127.0.0.1", port, 0, TrainingLayout(), ServerLayout(), architecture(), timeout_s=1)
+        with pytest.raises(SyncError, match=rf"rank 1 did not reach rank 0 within 1 s at 127\.0\.0\.1:{port}"):
+            offer.store()
     with pytest.raises(SyncError, match=r"the opening of the weight sync did not complete: rank 1 did not arrive within 1 s"):
         Wire(HashStore(), 0, 2, timeout_s=1)
 
 
 def test_a_closed_wire_still_says_why_and_its_store_is_gone_once_nobody_has_it():
-    port = free_port()
+    with reserved_port() as port:
 
-    def open_store() -> TCPStore:
-        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        def open_store() -> TCPStore:
+            return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
-    wire = Wire(open_store(), 0, 1, timeout_s=5)
-    wire.board.report("OSError: the device fell off")
-    wire.close()
-    assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
-    with pytest.raises(RuntimeError, match="address already in use"):
+        wire = Wire(open_store(), 0, 1, timeout_s=5)
+        wire.board.report("OSError: the device fell off")
+        wire.close()
+        assert "rank 0 failed: OSError: the device fell off" in str(wire.board.failure())
+        with pytest.raises(RuntimeError, match="address already in use"):
+            open_store()
+        del wire
+        gc.collect()  # frees the error above
         open_store()
-    del wire
-    gc.collect()  # frees the error above
-    open_store()
 
 
 def test_a_board_keeps_nothing_of_syncs_that_are_over():
@@ -152,7 +152,7 @@ def test_an_nccl_message_ends_when_another_rank_has_given_up():
     start = time.monotonic()
     with pytest.raises(SyncError, match="did not complete: rank 2 failed: OSError: the device fell off"):
         wire.wait([(1, NeverDone())])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 50  # the deadline is 60
 
 
 class NeverConnected:

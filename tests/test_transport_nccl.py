@@ -60,4 +60,4 @@ def test_ranks_that_wait_for_one_that_has_failed_end_with_its_reason(gangs, hf_m
     found = gangs(3).run(JOB, job="transport_jobs:failing", model=hf_models["llama"], **layouts, culprit=1, fault="raise")
     for one in found:
         assert "rank 1 failed: OSError: the device fell off" in one["errors"][0]
-        assert one["seconds"] < 10 and one["complete"] == [None, None] and one["after"] == 4
+        assert one["seconds"] < 50 and one["complete"] == [None, None] and one["after"] == 4

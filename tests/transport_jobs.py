@@ -19,8 +19,8 @@ from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport import DiskWriter, ShardedTransport, SyncError, Wire, buckets, disk, exchange, server_loader
 from etr_megatron.weights.transport.server_loader import Offer
-from tests.gang import free_port
 from tests.hang import Hang
+from tests.ports import rank_0s_port
 
 
 def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -132,13 +132,6 @@ class ToyServer:
         return ()
 
 
-def free_ports(count: int) -> list[int]:
-    """Free ports of rank 0's, the same on every rank."""
-    ports = [free_port() for _ in range(count)]
-    dist.broadcast_object_list(ports)
-    return ports
-
-
 def store_of(offer: Offer) -> dist.TCPStore:
     """A training rank's; rank 0 opens it."""
     timeout = datetime.timedelta(seconds=offer.timeout_s)
@@ -149,56 +142,59 @@ def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
 ) -> tuple[dict[str, Tensor] | None, list[int | None]]:
     """Parameters of toy workers, and the complete versions of their transports after each of two syncs through the loader."""
-    (port,) = free_ports(1)
-    rank, arch = dist.get_rank(), read_architecture(model)
-    place = rank - source.world
-    offer = Offer(11, "127.0.0.1", port, place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60)
-    versions = []
-    if place < 0:
-        transport = offer.transport(store_of(offer), rank)
+    with rank_0s_port() as port:
+        rank, arch = dist.get_rank(), read_architecture(model)
+        place = rank - source.world
+        offer = Offer(
+            11, "127.0.0.1", port, place, source, destination, arch, "float32", fp8_block, checksums=True, timeout_s=60
+        )
+        versions = []
+        if place < 0:
+            transport = offer.transport(store_of(offer), rank)
+            for version in (11, 12):
+                transport.sync(version, shards_from(model, source, rank))
+            dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
+            return None, versions
+        server = ToyServer(offer.plan(), place, torch.float32)
+        server_loader._open.clear()
         for version in (11, 12):
-            transport.sync(version, shards_from(model, source, rank))
-        dist.barrier()  # the store lives as long as rank 0's transport: a worker may still be reading there
-        return None, versions
-    server = ToyServer(offer.plan(), place, torch.float32)
-    server_loader._open.clear()
-    for version in (11, 12):
-        server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
-        versions += [transport.complete for transport in server_loader._open.values()]
-    dist.barrier()
-    server_loader._open.clear()
-    return picklable(dict(server.named_parameters())), versions
+            server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
+            versions += [transport.complete for transport in server_loader._open.values()]
+        dist.barrier()
+        server_loader._open.clear()
+        return picklable(dict(server.named_parameters())), versions
 
 
 def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str]]:
     """A good sync, one in which training rank 0 fails, and a good one on another port: parameters and errors."""
-    rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
-    offers = [
-        Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
-        for port in free_ports(2)
-    ]
-    if rank == 0:
-        shards = shards_from(model, source, 0)
-        transport = offers[0].transport(store_of(offers[0]), 0)
-        transport.sync(1, shards)
-        if fault == "middle":
-            transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
-        with suppress(SyncError):
-            transport.sync(2, shards if fault == "middle" else {})
-        last = offers[1].transport(store_of(offers[1]), 0)
-        last.sync(3, shards)
-        dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
-        return None, []
-    server, errors = ToyServer(offers[0].plan(), rank - 1, torch.float32), []
-    server_loader._open.clear()
-    for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
-        try:
-            server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
-        except SyncError as error:
-            errors.append(str(error))
-    dist.barrier()
-    server_loader._open.clear()
-    return picklable(dict(server.named_parameters())), errors
+    with rank_0s_port() as first, rank_0s_port() as second:
+        rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
+        offers = [
+            Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
+            for port in (first, second)
+        ]
+        if rank == 0:
+            shards = shards_from(model, source, 0)
+            transport = offers[0].transport(store_of(offers[0]), 0)
+            transport.sync(1, shards)
+            if fault == "middle":
+                transport._transfer = lambda *_: (_ for _ in ()).throw(OSError("the device fell off"))
+            with suppress(SyncError):
+                transport.sync(2, shards if fault == "middle" else {})
+            last = offers[1].transport(store_of(offers[1]), 0)
+            last.sync(3, shards)
+            dist.barrier()  # the store lives as long as `last`: a worker may still be reading there
+            return None, []
+        server, errors = ToyServer(offers[0].plan(), rank - 1, torch.float32), []
+        server_loader._open.clear()
+        for version, offer in ((1, offers[0]), (2, offers[0]), (3, offers[1])):
+            try:
+                server_loader.receive(server, {server_loader.MESSAGE_NAME: replace(offer, version=version).message()})
+            except SyncError as error:
+                errors.append(str(error))
+        dist.barrier()
+        server_loader._open.clear()
+        return picklable(dict(server.named_parameters())), errors
 
 
 def write_to_disk(directory: str, model: str, source: Placement, versions: list[int], **options: Any) -> int | None:
@@ -216,7 +212,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
     """The error of a sync in which the disk is full when `culprit` saves this one of its files (-1: the last one), and how many
     files a rank has.
     """
-    arch, wire = read_architecture(model), Wire.in_world(timeout_s=5)
+    arch, wire = read_architecture(model), Wire.in_world(timeout_s=60)
     writer = DiskWriter(directory, source, arch, wire, dtype=torch.float32, file_bytes=20_000)
     save_file, saved, files = disk.save_file, 0, len(writer._own)
 
@@ -244,7 +240,7 @@ def fail_to_write(directory: str, model: str, source: Placement, file: int, culp
 
 def fail_while_it_is_published(directory: str, model: str, source: Placement) -> str:
     """The error of a second sync in which rank 1 fails after all have written, and rank 0 is slow to publish."""
-    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=5), dtype=torch.float32)
+    writer = DiskWriter(directory, source, read_architecture(model), Wire.in_world(timeout_s=60), dtype=torch.float32)
     shards = shards_from(model, source, dist.get_rank())
     writer.sync(1, shards)
     meet, sync_to_disk = writer.wire.board.meet, disk.sync_to_disk
@@ -283,7 +279,8 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)
     sources, destinations = in_roles(plan, model, dtype)
-    patience_s = 2 if fault in ("absent", "hang") else 60
+    patience_s = 5 if fault in ("absent", "hang") else 60
+    dist.barrier()  # the short deadline is for the culprit: the others wait for each other only from here on
     transport = ShardedTransport(plan, Wire.in_world(timeout_s=patience_s), dtype=dtype, checksums=True)
     for version in (1, 2):
         transport.sync(version, sources, destinations)
