@@ -283,10 +283,24 @@ def test_what_does_not_fit_is_told_with_settings_that_help_and_each_does() -> No
         assert changed.fits == suggestion.fits
 
 
+def test_the_optimizers_step_holds_a_copy_of_bfloat16_gradients_which_counts_where_activations_are_smaller() -> None:
+    full, half = plan().ranks[0], plan("train.grads_dtype=bfloat16").ranks[0]
+    assert full.step == 0 and half.step == 4 * half.optimizer // 12
+    bare = replace(half, activations=0, head=0)
+    assert bare.phases["train"] - replace(bare, step=0).phases["train"] == half.step < half.activations
+    assert plan("train.grads_dtype=bfloat16", "train.optimizer_offload=true").ranks[0].step == 0
+
+
+def test_a_float32_models_offloaded_optimizer_has_weights_of_its_own() -> None:
+    """Megatron moves its views of the model's weights to the CPU, and copies of them back."""
+    plain, offloaded = (plan("model.dtype=float32", *more).ranks[0] for more in ((), ("train.offload_for_rollout=true",)))
+    assert (plain.optimizer, offloaded.optimizer) == (8 * plain.elements // 2, 12 * plain.elements // 2)
+
+
 def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_known() -> None:
     config = load_config(QWEN_32B, [])
-    tight = make_plan(config, 32, gpu_memory=68.0)
-    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=68.0) if suggestion.fits]
+    tight = make_plan(config, 32, gpu_memory=70.0)
+    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=70.0) if suggestion.fits]
     counted = [suggestion.is_counted for suggestion in fitting]
     assert counted == sorted(counted, reverse=True) and {True, False} == set(counted)
     text = render(tight, fitting)

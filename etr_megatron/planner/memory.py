@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.planner.activations import Split, head_bytes, stage_activations
 from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
 from etr_megatron.planner.cuda_graphs import graph_bytes
+from etr_megatron.planner.nccl import nccl_bytes
 from etr_megatron.planner.parameters import RankParameters, largest_weight, parameters_by_rank
 from etr_megatron.planner.workload import Workload
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture, TrainingLayout
 
 GIB = 2**30
-RUNTIME = 3 * GIB
-"""Assumed: CUDA context, NCCL buffers, cuBLAS workspaces and code of one process."""
+PROCESS = 3 * GIB // 2
+"""Assumed: CUDA context, workspaces and code of one process, without NCCL."""
 SLACK = 0.05
 """Assumed: fraction of a GPU's memory lost to fragmentation."""
 SERVER_FRACTION = 0.85
@@ -31,10 +32,11 @@ CHUNK_ROWS = 1024
 class RankMemory:
     """Bytes of a rank.
 
-    reference: the frozen model for a KL term. offloaded: what leaves the GPU for the rollout. activations, head: during
-    training. export: full weights and buckets while weights are sent, and a bfloat16 copy of those held in FP8. server: the
-    pool of a server on the same GPU during generation. graphs: its CUDA graphs, which stay. embedded, cache: the embedded
-    engine's weights, and keys and values of its largest batch during generation.
+    reference: the frozen model for a KL term. step: an fp32 copy of bfloat16 gradients, during the optimizer's step. offloaded:
+    what leaves the GPU for the rollout. activations, head: during training. export: full weights and buckets while weights are
+    sent, and a bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation. graphs: its
+    CUDA graphs, which stay. embedded, cache: the embedded engine's weights, and keys and values of its largest batch during
+    generation. nccl: see `nccl_bytes`.
     """
 
     rank: int
@@ -43,6 +45,7 @@ class RankMemory:
     parameters: int
     gradients: int
     optimizer: int
+    step: int
     offloaded: int
     reference: int
     activations: int
@@ -52,18 +55,19 @@ class RankMemory:
     graphs: int
     embedded: int
     cache: int
+    nccl: int
 
     @property
     def resident(self) -> int:
         """Bytes held in every phase, or with `offloaded` in training."""
-        return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + RUNTIME
+        return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + PROCESS + self.nccl
 
     @property
     def phases(self) -> dict[str, int]:
         """Peak of every phase. A colocated server that has released its memory still has its process and graphs."""
-        other = RUNTIME // 2 + self.graphs if self.server else 0
+        other = PROCESS + self.graphs if self.server else 0
         return {
-            "train": self.resident + self.activations + self.head + other,
+            "train": self.resident + max(self.activations + self.head, self.step) + other,
             "sync": self.resident - self.offloaded + self.export + self.server + other,
             "generate": self.resident - self.offloaded + self.server + self.cache + other,
         }
@@ -159,6 +163,7 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 parameters=_parameter_bytes(held, config, element),
                 gradients=gradients,
                 optimizer=optimizer,
+                step=4 * _updated(held, config, layout) if config.train.grads_dtype == "bfloat16" else 0,
                 offloaded=gradients + optimizer if config.train.offload_for_rollout else 0,
                 reference=_reference_bytes(held, config, element),
                 activations=stages[stage],
@@ -168,6 +173,14 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                 graphs=server.graphs if cluster.shares_gpu(rank) else 0,
                 embedded=server.weights if is_embedded else 0,
                 cache=batch * server.token if is_embedded else 0,
+                nccl=nccl_bytes(
+                    rank,
+                    layout,
+                    cp=config.parallel.cp,
+                    experts=arch.experts is not None,
+                    node=cluster.ranks_per_node,
+                    sends_weights=not is_embedded and sync_of(config.sglang) != "sharded",
+                ),
             )
         )
     return found
@@ -200,12 +213,17 @@ def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _optimizer_bytes(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
-    """Adam's two fp32 moments, and for a bfloat16 model fp32 weights. The distributed optimizer shards them over data-parallel
-    ranks, experts over their own group."""
+    """Adam's two fp32 moments, and fp32 weights of its own: for a bfloat16 model, and once they have been offloaded."""
+    is_plain = config.model.dtype == "float32" and not config.train.offload_for_rollout
+    return (8 if is_plain else 12) * _updated(held, config, layout)
+
+
+def _updated(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
+    """Elements that a rank updates on its GPU. The distributed optimizer shards them over data-parallel ranks, experts over
+    their own group."""
     if config.train.optimizer_offload:
         return 0
-    each = 8 if config.model.dtype == "float32" else 12
     if not config.train.distributed_optimizer:
-        return each * held.total
+        return held.total
     expert_replicas = layout.stage_ranks // (layout.expert_tp * layout.ep)
-    return each * (-(-held.dense // layout.dp) - (-held.expert // expert_replicas))
+    return -(-held.dense // layout.dp) - (-held.expert // expert_replicas)

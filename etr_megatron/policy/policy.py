@@ -158,7 +158,6 @@ class Policy:
         """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         lr = self.optimizer.param_groups[0]["lr"]
         micro = self._microbatches(batch.sequences)
         if self.config.train.moe_aux_loss_coef:
@@ -168,6 +167,7 @@ class Policy:
         with self._replaying(micro, batch.routing):
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy, also while servers need the memory
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
         mine = _totals(outputs) if self.layout.is_reporter else {}
@@ -198,7 +198,6 @@ class Policy:
         and the optimizer's state moves to the CPU. Weights stay. May be called again."""
         if not self.config.train.offload_for_rollout:
             return
-        self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy
         for chunk in self._ddp:
             chunk.offload_grad_buffers(empty_cache=False)
         if not self.config.train.optimizer_offload:  # else it is there already

@@ -107,7 +107,7 @@ class SglangConfig:
     more."""
     probe_every: int = 100
     """Weight syncs between probes, the first sync included; 0 is never. In a probe, each server generates a few tokens, whose
-    log-probs must match the trainer's within ten times `rollout.max_logprob_gap` (at most 0.5 nats if that allows less)."""
+    log-probs must match the trainer's within ten times `rollout.max_logprob_gap` (at most 2 nats if that allows less)."""
     concurrency: int = 128
     """Most requests in flight per server."""
     bucket_mib: int = 512

@@ -61,7 +61,7 @@ PROBE_PROMPT = tuple(range(3, 15))
 _CLOSE_S = 5.0
 """Time for servers to return aborted requests when the job ends; nobody will read these."""
 
-_PROBE_TOKENS = 8
+_PROBE_TOKENS = 32
 _SUSPICIONS = "suspicions.json"
 _HEALTH_S = 5.0
 """Time for a server to answer a health check, for which it generates a token."""
