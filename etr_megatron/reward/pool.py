@@ -130,7 +130,7 @@ class _Round:
         workers = self._pool._workers
         now = time.monotonic()
         deadlines = [self._deadline(worker) for worker in workers]
-        timeout = max(0.0, min((d for d in deadlines if d is not None), default=now + 1.0) - now)
+        timeout = min((d for d in deadlines if d is not None), default=now + 1.0) - now
         readable: list[GraderProcess] = []
         with selectors.DefaultSelector() as selector:
             for worker in workers:
