@@ -162,8 +162,8 @@ def test_answers_are_spread_over_the_graders(user_rewards):
 def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_late_it_is_read(user_rewards, monkeypatch):
     wait, monotonic, late_s = _Round._wait, time.monotonic, []
 
-    def read_late(self):
-        found = wait(self)
+    def read_late(self, now):
+        found = wait(self, now)
         late_s.extend([1000.0] * len(found))
         return found
 
@@ -173,6 +173,22 @@ def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_l
         monkeypatch.setattr(_Round, "_wait", read_late)
         monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
         assert pool.grade([request(code)]) == [Grade(1.0, "ok", "")] and late_s
+
+
+def test_a_reply_that_comes_while_the_job_is_suspended_is_in_time(user_rewards, monkeypatch):
+    wait, monotonic, late_s = _Round._wait, time.monotonic, []
+
+    def suspended_at_first(self, now):
+        if late_s:
+            return wait(self, now)
+        time.sleep(1)  # the grader answers
+        late_s.append(1000.0)
+        return []
+
+    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
+        monkeypatch.setattr(_Round, "_wait", suspended_at_first)
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
+        assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
@@ -270,7 +286,7 @@ def test_a_reward_that_cannot_be_loaded_stops_the_job_and_leaves_nothing(user_re
 def test_an_interrupted_round_leaves_no_reply_for_the_next(user_rewards, monkeypatch):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("etr_megatron.reward.pool._Round._wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("etr_megatron.reward.pool._Round._wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pool.grade([request("0.5")] * 10)
         assert [grade.reward for grade in pool.grade([request("1")] * 4)] == [1.0] * 4
@@ -359,7 +375,7 @@ def test_answers_and_details_longer_than_a_pipe_holds_arrive_whole_and_so_does_h
 
 def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
     wait, waits = _Round._wait, []
-    monkeypatch.setattr(_Round, "_wait", lambda self: waits.append(self) or wait(self))
+    monkeypatch.setattr(_Round, "_wait", lambda self, now: waits.append(self) or wait(self, now))
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         waits.clear()
         assert pool.grade([request("time.sleep(0.5) or 0.5")] * 2) == [Grade(0.5, "ok", "")] * 2
