@@ -219,28 +219,34 @@ def test_microbatches_and_ranks_of_uneven_lengths_count_by_their_tokens_in_the_b
 
 
 def balance(model: str, sequences: list, overrides: list[str]) -> dict[str, float]:
-    """What an update reports about the experts; the log-prob passes before it must not count."""
-    policy = build(model, [*BASE, *overrides])
-    return policy.update(replace(make_batch(sequences), old_logp=policy.logprobs(sequences).logp)).balance
+    """What an update reports about the experts; an earlier one of fewer sequences and log-prob passes must not count."""
+    policy = build(model, [*BASE, "train.lr=1e-9", *overrides])  # the earlier one leaves the choice of experts as it is
+    for some in (sequences[:2], sequences):
+        found = policy.update(replace(make_batch(some), old_logp=policy.logprobs(some).logp)).balance
+    return found
 
 
 SPREAD = {
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "pp2_recomputed": (2, ["parallel.tp=1", "parallel.pp=2", "train.recompute=full"]),
     "tp2_sp_etp1": BALANCED["tp2_sp_etp1"],
+    "cp2": (2, ["parallel.tp=1", "parallel.cp=2"]),
 }
 
 
-@pytest.mark.parametrize("layout", SPREAD)
-def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs, hf_models, layout):
+@pytest.mark.parametrize(
+    ("family", "layout"), [*(("qwen3_moe", layout) for layout in SPREAD), ("qwen3_moe_dense", "pp2_recomputed")]
+)
+def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs, hf_models, family, layout):
     # Sequences of two lengths do not share a microbatch: the loss is a mean over tokens, not over microbatches.
     sequences = [(prompt, response[: 12 - 4 * (i % 2)]) for i, (prompt, response) in enumerate(without_padding(4))]
-    hf = AutoModelForCausalLM.from_pretrained(hf_models["qwen3_moe"], dtype=torch.float64, experts_implementation="eager")
+    hf = AutoModelForCausalLM.from_pretrained(hf_models[family], dtype=torch.float64, experts_implementation="eager")
     routed: list[torch.Tensor] = []
     for module in hf.modules():
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(lambda _m, _i, out: routed.append(out[0].detach()))
-    chosen, losses = torch.zeros(hf.config.num_hidden_layers, hf.config.num_experts, dtype=torch.float64), []
+    mixtures = {"qwen3_moe": 4, "qwen3_moe_dense": 1}[family]
+    chosen, losses = torch.zeros(mixtures, hf.config.num_experts, dtype=torch.float64), []
     for prompt, response in sequences:
         routed.clear()
         hf(torch.tensor([prompt + response]))
@@ -256,6 +262,12 @@ def test_an_update_says_how_evenly_the_experts_were_chosen_in_every_layout(gangs
     world, overrides = SPREAD[layout]
     overrides = [*overrides, f"train.moe_aux_loss_coef={AUX}", "train.tokens_per_microbatch=16"]
     for found in gangs(world).run(
-        "tests.test_policy_gradients:balance", model=hf_models["qwen3_moe"], sequences=sequences, overrides=overrides
+        "tests.test_policy_gradients:balance", model=hf_models[family], sequences=sequences, overrides=overrides
     ):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_without_a_balancing_loss_an_update_reports_none(gangs, hf_models):
+    arguments = {"model": hf_models["qwen3_moe"], "sequences": without_padding(2), "overrides": ["parallel.tp=1"]}
+    (found,) = gangs(1).run("tests.test_policy_gradients:balance", **arguments)
+    assert set(found) == {"expert_load_imbalance"}

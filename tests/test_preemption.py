@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from etr_megatron.platform.preemption import StopRequest
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -67,3 +71,84 @@ def test_a_rank_of_a_run_that_another_has_given_up_ends_with_its_exit_code_whate
 
 def test_without_grace_sigterm_ends_at_once():
     assert terminated(0, "ends")[:2] == (-signal.SIGTERM, "")
+
+
+LOST = """
+import os, signal, sys, time
+from etr_megatron.platform.preemption import StopRequest
+set_wakeup_fd, calls = signal.set_wakeup_fd, []
+
+def with_a_signal(*arguments, **options):
+    found = set_wakeup_fd(*arguments, **options)
+    calls.append(arguments)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found
+
+signal.set_wakeup_fd = with_a_signal
+with StopRequest().on_sigterm(60):
+    print("in", flush=True)
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("call", "printed"), [(1, ""), (2, "in\n")], ids=["begins", "ends"])
+def test_a_sigterm_that_comes_while_the_handling_begins_or_ends_is_not_swallowed(call, printed):
+    done = subprocess.run([sys.executable, "-c", LOST, str(call)], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, printed)
+
+
+def test_after_the_block_nothing_of_it_is_left():
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        with StopRequest().on_sigterm(60):
+            assert "sigterm" in {thread.name for thread in threading.enumerate()}
+        assert "sigterm" not in {thread.name for thread in threading.enumerate()}
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.set_wakeup_fd(wakeup)
+
+
+@pytest.mark.parametrize(
+    ("arrived", "asked"),
+    [
+        ([signal.SIGCHLD, signal.SIGUSR1], False),  # the program's own handlers wake it too
+        ([signal.SIGUSR1, signal.SIGTERM], True),
+        ([signal.SIGUSR1] * 100 + [signal.SIGTERM], True),
+    ],
+    ids=["others", "both", "after_many"],
+)
+def test_of_the_signals_that_arrive_only_sigterm_asks(arrived, asked):
+    stop, over = StopRequest(), threading.Event()
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        writing.send(bytes(arrived))
+        writing.shutdown(socket.SHUT_WR)
+        over.set()
+        stop._watch(reading, over, 60.0, lambda: None)
+    assert stop() is asked
+
+
+def test_whether_another_rank_has_given_up_is_looked_for_a_few_times_a_second():
+    stop, over, looks = StopRequest(), threading.Event(), []
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        writing.send(bytes([signal.SIGTERM]))
+        watching = threading.Thread(target=stop._watch, args=(reading, over, 60.0, lambda: looks.append(stop())), daemon=True)
+        watching.start()
+        watching.join(0.9)
+        over.set()
+        watching.join(20)
+    assert not watching.is_alive() and looks == [True] * len(looks) and 1 <= len(looks) <= 5
+
+
+def test_a_process_without_a_rank_that_was_told_to_stop_is_heeded_whichever_it_is():
+    stop, told = StopRequest(), set()
+    for node in ("first", "second"):
+        stop.heed(lambda node=node: node in told)
+    assert not stop()
+    for node in ("first", "second"):
+        told.add(node)
+        assert stop()
+        told.clear()
+        assert not stop()

@@ -22,7 +22,7 @@ from etr_megatron.reward.process import GraderProcess, Job
 
 REPO = Path(__file__).parents[1]
 USER_REWARDS = """
-import os, sys, time
+import atexit, os, sys, threading, time
 
 def by_command(prompt, response, answer):
     if response == "hang":
@@ -51,6 +51,12 @@ def by_command(prompt, response, answer):
     if response == "torch":
         return "torch" in sys.modules
     return eval(response)
+
+def hold(pid):
+    if os.getpid() == pid:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    atexit.register(lambda: open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close())
+    return 1.0
 
 def of_two(prompt, response):
     return 1.0
@@ -184,8 +190,8 @@ def test_answers_are_spread_over_the_graders(user_rewards):
 def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_late_it_is_read(user_rewards, monkeypatch):
     wait, monotonic, late_s = _Round._wait, time.monotonic, []
 
-    def read_late(self):
-        found = wait(self)
+    def read_late(self, now):
+        found = wait(self, now)
         late_s.extend([1000.0] * len(found))
         return found
 
@@ -195,6 +201,22 @@ def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_l
         monkeypatch.setattr(_Round, "_wait", read_late)
         monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
         assert pool.grade([request(code)]) == [Grade(1.0, "ok", "")] and late_s
+
+
+def test_a_reply_that_comes_while_the_job_is_suspended_is_in_time(user_rewards, monkeypatch):
+    wait, monotonic, late_s = _Round._wait, time.monotonic, []
+
+    def suspended_at_first(self, now):
+        if late_s:
+            return wait(self, now)
+        time.sleep(1)  # the grader answers
+        late_s.append(1000.0)
+        return []
+
+    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
+        monkeypatch.setattr(_Round, "_wait", suspended_at_first)
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
+        assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
@@ -213,14 +235,14 @@ def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
         assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
-@pytest.mark.parametrize(("response", "how"), [("die", "exit code 7"), ("segfault", "SIGSEGV")])
+@pytest.mark.parametrize(("response", "how"), [("die", "exit code 7"), ("segfault", "signal SIGSEGV")])
 def test_an_answer_that_crashes_two_graders_is_an_error(user_rewards, response, how):
     with GraderPool(RewardConfig(function=user_rewards, workers=1, range_min=-1.0)) as pool:
         # Some are sent ahead; losing their grader to another one does not count against them.
         grades = pool.grade([request(one) for one in ("0.5", response, "die once", *["0.25"] * 20)])
     wanted = [(0.5, "ok"), (-1.0, "error"), (1.0, "ok"), *[(0.25, "ok")] * 20]
     assert [(grade.reward, grade.status) for grade in grades] == wanted
-    assert how in grades[1].detail
+    assert f"({how}) on this answer, 2 times" in grades[1].detail
 
 
 def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
@@ -292,7 +314,7 @@ def test_a_reward_that_cannot_be_loaded_stops_the_job_and_leaves_nothing(user_re
 def test_an_interrupted_round_leaves_no_reply_for_the_next(user_rewards, monkeypatch):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("etr_megatron.reward.pool._Round._wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("etr_megatron.reward.pool._Round._wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pool.grade([request("0.5")] * 10)
         assert [grade.reward for grade in pool.grade([request("1")] * 4)] == [1.0] * 4
@@ -345,6 +367,53 @@ def test_close_ends_the_graders_and_further_use_is_refused(user_rewards):
     assert all(gone(pid) for pid in pids)
     with pytest.raises(RuntimeError, match="closed"):
         pool.grade([request("1")])
+
+
+def test_a_round_of_another_thread_is_finished_before_the_pool_closes(user_rewards):
+    pool = GraderPool(RewardConfig(function=user_rewards, workers=1))
+    found: list[Grade] = []
+    grading = threading.Thread(target=lambda: found.extend(pool.grade([request("time.sleep(0.5) or 0.5")] * 2)), daemon=True)
+    grading.start()
+    assert wait_until(pool._lock.locked)
+    pool.close()
+    grading.join(20)
+    assert found == [Grade(0.5, "ok", "")] * 2
+
+
+def test_one_grader_that_does_not_end_takes_no_other_ones_time_to_end_by_itself(user_rewards, tmp_path):
+    pool = GraderPool(RewardConfig(function=user_rewards, workers=3))
+    stuck, *others = pool.worker_pids
+    assert pool.grade([request(f"hold({stuck})")] * 3) == [Grade(1.0, "ok", "")] * 3
+    begin = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begin < 10 and gone(stuck)
+    assert {path.name for path in tmp_path.glob("ended *")} == {f"ended {pid}" for pid in others}
+
+
+def test_answers_and_details_longer_than_a_pipe_holds_arrive_whole_and_so_does_half_a_character(user_rewards):
+    sizes = (200_000, 3, 300_000, 150_000)
+    asked = [GradeRequest("p", f"len(answer) + {number}", "5" * size) for number, size in enumerate(sizes)]
+    asked.insert(2, request("exec('raise ValueError(str(7) * 250_000)')"))
+    asked.insert(3, request("float(answer == chr(0xD800))", "\ud800"))  # as JSON in a data file may have it
+    with GraderPool(RewardConfig(function=user_rewards, workers=1, range_max=1e9)) as pool:
+        grades = pool.grade(asked)
+    assert [grade.reward for grade in grades] == [200_000.0, 4.0, 0.0, 1.0, 300_002.0, 150_003.0]
+    assert grades[2] == Grade(0.0, "error", f"{user_rewards} raised ValueError: {'7' * 250_000}")
+
+
+def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
+    wait, waits = _Round._wait, []
+    monkeypatch.setattr(_Round, "_wait", lambda self, now: waits.append(self) or wait(self, now))
+    with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
+        waits.clear()
+        assert pool.grade([request("time.sleep(0.5) or 0.5")] * 2) == [Grade(0.5, "ok", "")] * 2
+    assert len(waits) <= 4
+
+
+def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_by_itself(user_rewards, monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
+        assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 def test_a_grader_with_a_thread_of_the_users_that_does_not_end_is_killed(tmp_path, monkeypatch):

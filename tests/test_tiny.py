@@ -1,29 +1,36 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import errno
 import fcntl
 import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from etr_megatron.config import sources_of
 from etr_megatron.config.rules.inputs import TINY_POSITIONS
 from etr_megatron.config.schema import ArithmeticConfig, Config, DataConfig, TinyConfig
 from etr_megatron.data import build_tiny_policy, load_tokenizer, open_problems
+from etr_megatron.data import tiny as tiny_module
 from etr_megatron.data import warm_start as warm_start_module
 from etr_megatron.data.arithmetic import Slips, demonstration, warm_start_exercises
+from etr_megatron.data.tiny import tiny_policy_path
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
 from etr_megatron.job import initial_checkpoint
@@ -196,7 +203,7 @@ def test_the_same_settings_give_the_same_weights_and_leave_the_caller_as_he_was(
     torch.manual_seed(11)
     expected_draw = torch.rand(3)
     torch.manual_seed(11)
-    again = build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path)), ARITHMETIC, progress=False)
+    again = build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path / "a" / "cache")), ARITHMETIC, progress=False)
     assert torch.equal(torch.rand(3), expected_draw)
     assert torch.get_num_threads() == 2
     first, second = state_of(policy), state_of(again)
@@ -278,6 +285,74 @@ def test_what_a_killed_build_of_the_same_settings_left_is_replaced(tmp_path, pol
     assert not left.exists()
     assert not (finished / "stray").exists()
     assert state_of(finished)
+
+
+def test_a_policy_that_another_process_finishes_meanwhile_is_used(tmp_path, policy, monkeypatch):
+    tiny, (name, waits) = replace(SMALL, cache_dir=str(tmp_path)), (policy.name, [])
+    monkeypatch.setattr(tiny_module, "warm_start", None)  # it is not built again
+    with (tmp_path / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                shutil.copytree(policy, tmp_path / name)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(tiny_module.time, "sleep", sleep)
+        assert build_tiny_policy(tiny, ARITHMETIC, progress=False, timeout_s=60) == tmp_path / name
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert build_tiny_policy(tiny, ARITHMETIC, progress=False, timeout_s=0) == tmp_path / name  # needs no lock
+    assert len(waits) == 2 and min(waits) >= 0.1
+
+
+def test_what_the_policy_is_made_of_and_nothing_else_decides_which_one_it_is(monkeypatch):
+    path = tiny_policy_path(SMALL, ARITHMETIC)
+    changed = {
+        name: tiny_policy_path(replace(SMALL, **{name: value + type(value)(1)}), ARITHMETIC)
+        for name, value in dataclasses.asdict(SMALL).items()
+        if name != "cache_dir"
+    }
+    of_problems = {"min_digits": 2, "max_digits": 2, "operators": ("+", "-")}
+    changed |= {name: tiny_policy_path(SMALL, replace(ARITHMETIC, **{name: value})) for name, value in of_problems.items()}
+    elsewhere = tiny_policy_path(replace(SMALL, cache_dir="elsewhere"), ARITHMETIC)
+    assert elsewhere == Path("elsewhere", path.name)
+    for name in ("train_problems", "eval_problems", "seed"):
+        assert tiny_policy_path(SMALL, replace(ARITHMETIC, **{name: 77})) == path
+    monkeypatch.setattr(tiny_module, "_RECIPE", tiny_module._RECIPE + 1)
+    changed["recipe"] = tiny_policy_path(SMALL, ARITHMETIC)
+    assert len({path, *changed.values()}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            SafetensorError("No space left on device (os error 28)"),
+            "(No space left on device (os error 28)): free space there or",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "(Permission denied): name"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), "(No space left on device): free space there or name"),
+    ],
+    ids=["weights", "foreign", "full"],
+)
+def test_a_cache_that_cannot_be_written_is_refused_with_what_to_do(tmp_path, monkeypatch, error, told):
+    monkeypatch.setattr(tiny_module, "_build", mock.Mock(side_effect=error))
+    with pytest.raises(UserError) as caught:
+        build_tiny_policy(replace(SMALL, cache_dir=str(tmp_path)), ARITHMETIC, progress=False)
+    assert str(caught.value).startswith(f"tiny.cache_dir '{tmp_path}' cannot hold the tiny policy {told}")
+    assert str(caught.value).endswith(" name another directory")
+
+
+def test_a_build_that_fails_leaves_the_caller_its_threads_and_the_lock_to_others(tmp_path, monkeypatch):
+    torch.set_num_threads(2)
+    tiny = replace(SMALL, cache_dir=str(tmp_path))
+    for _ in range(2):
+        monkeypatch.setattr(tiny_module, "warm_start", mock.Mock(side_effect=ZeroDivisionError))
+        with pytest.raises(ZeroDivisionError):
+            build_tiny_policy(tiny, ARITHMETIC, progress=False, timeout_s=0)
+        assert torch.get_num_threads() == 2
+    assert not tiny_policy_path(tiny, ARITHMETIC).exists()
 
 
 def test_waiting_for_another_builder_ends_with_a_sentence(tmp_path, policy):

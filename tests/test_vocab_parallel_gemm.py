@@ -111,3 +111,8 @@ def test_a_bf16_weights_gradient_without_a_buffer_is_summed_in_fp32_and_handed_o
             torch.zeros(1, 4), grad.total, torch.ones_like(weight[:, :1].t()), torch.ones_like(weight[:1]), weight
         )
     assert grad.handed_to_autograd().equal(torch.full((3, 4), 300, dtype=torch.bfloat16))
+
+
+def test_without_onednn_in_torch_it_is_not_called(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not gemm._has_onednn()

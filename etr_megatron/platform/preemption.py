@@ -48,16 +48,17 @@ class StopRequest:
         reading, writing = socket.socketpair()
         writing.setblocking(False)
         finished = threading.Event()
-        before = signal.signal(signal.SIGTERM, lambda *_: None)  # the wakeup byte is the message
+        # The wakeup byte is the message. The handler is there only while bytes are written: no signal gets lost in between.
         wakeup_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
         watcher = threading.Thread(target=self._watch, args=(reading, finished, grace_s, given_up), name="sigterm", daemon=True)
         watcher.start()
         try:
             yield self
         finally:
             finished.set()
-            signal.set_wakeup_fd(wakeup_before)
             signal.signal(signal.SIGTERM, before)
+            signal.set_wakeup_fd(wakeup_before)
             writing.close()
             watcher.join()
             reading.close()
@@ -72,7 +73,7 @@ class StopRequest:
             return
         self._asked.set()
         end = time.monotonic() + grace_s
-        while not finished.wait(min(LOOK_S, max(0.0, end - time.monotonic()))):
+        while not finished.wait(LOOK_S):
             code = 128 + signal.SIGTERM if time.monotonic() >= end else given_up()
             if code is not None:
                 os._exit(code)

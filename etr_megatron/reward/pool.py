@@ -110,10 +110,11 @@ class _Round:
         while self._missing or (until_ready and not all(worker.ready for worker in workers)):
             for worker in workers:
                 self._feed(worker)
-            for worker in self._wait():
+            # From before reading: a reply that is in the pipe at its deadline is in time, however late it is read.
+            now = time.monotonic()
+            for worker in self._wait(now):
                 self._receive(worker)
-            # Only after reading: a reply already in the pipe is in time, however late it is read.
-            self._enforce_deadlines()
+            self._enforce_deadlines(now)
         return [grade for grade in self._grades if grade is not None]
 
     def _feed(self, worker: GraderProcess) -> None:
@@ -125,12 +126,11 @@ class _Round:
         while self._pending and len(worker.inflight) < ahead:
             worker.send(self._pending.popleft())
 
-    def _wait(self) -> list[GraderProcess]:
+    def _wait(self, now: float) -> list[GraderProcess]:
         """Write queued requests and return workers with something to read, waiting at most until the next deadline."""
         workers = self._pool._workers
-        now = time.monotonic()
         deadlines = [self._deadline(worker) for worker in workers]
-        timeout = max(0.0, min((d for d in deadlines if d is not None), default=now + 1.0) - now)
+        timeout = min((d for d in deadlines if d is not None), default=now + 1.0) - now
         readable: list[GraderProcess] = []
         with selectors.DefaultSelector() as selector:
             for worker in workers:
@@ -176,8 +176,7 @@ class _Round:
                 self._settle(jobs.pop(0), Grade(self._config.range_min, "error", detail))
         self._requeue(jobs)
 
-    def _enforce_deadlines(self) -> None:
-        now = time.monotonic()
+    def _enforce_deadlines(self, now: float) -> None:
         for worker in list(self._pool._workers):
             deadline = self._deadline(worker)
             if deadline is None or now < deadline:

@@ -128,9 +128,12 @@ class GraderProcess:
         self._stdout.close()
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
-    def close(self, deadline: float) -> None:
-        """Let an idle worker exit by itself (on end of input) until `deadline` (`time.monotonic()`), then kill it."""
+    def end_input(self) -> None:
+        """Let an idle worker exit by itself."""
         self._stdin.close()
+
+    def close(self, deadline: float) -> None:
+        """After `end_input`: wait until the worker exits, and kill it at `deadline` (`time.monotonic()`)."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -140,13 +143,12 @@ class GraderProcess:
 
 
 def close_all(processes: list[GraderProcess]) -> None:
-    """End processes concurrently; kill those that do not exit within a second."""
+    """End processes concurrently; kill those that do not exit within a second, and those that are still starting at once."""
     deadline = time.monotonic() + _CLOSE_GRACE_S
     for process in processes:
-        if process.inflight or not process.ready:
-            process.kill()
-        else:
-            process.close(deadline)
+        process.end_input()
+    for process in processes:
+        process.close(deadline if process.ready else 0.0)
 
 
 def _environment() -> dict[str, str]:
