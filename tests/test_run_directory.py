@@ -20,6 +20,7 @@ from etr_megatron.config import (
     EvalConfig,
     ObjectiveConfig,
     RunConfig,
+    SglangConfig,
     load_config,
 )
 from etr_megatron.errors import UserError
@@ -243,10 +244,11 @@ def test_a_run_that_starts_anew_without_a_checkpoint_keeps_no_former_settings(us
     ("config", "told"),
     [
         (Config(data=DataConfig(eval={"a": "b.jsonl"})), "data.eval ('arithmetic' -> {'a': 'b.jsonl'})"),
+        (Config(sglang=SglangConfig(servers=2, fp8=True)), "last start: sglang.fp8 (False -> True)\n"),
         (Config(eval=EvalConfig(samples=4, temperature=0.6)), "eval.samples (1 -> 4); eval.temperature (0.0 -> 0.6)"),
     ],
 )
-def test_resuming_with_other_held_out_sets_or_ways_to_answer_them_is_told(
+def test_resuming_with_other_held_out_sets_or_other_ways_to_answer_is_told(
     used: RunDirectory, caplog: pytest.LogCaptureFixture, config: Config, told: str
 ) -> None:
     resumed(used, config, 20)

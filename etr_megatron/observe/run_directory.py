@@ -44,6 +44,8 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "rollout.only",
 )
 """Keys (or, ending in a dot, sections) that may change between start and resume without changing the experiment."""
+_NOT_FREE = ("sglang.fp8",)
+"""Keys of these sections that change it."""
 
 
 class RunDirectory:
@@ -273,7 +275,7 @@ def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]
     return {
         key: f"{old[key]!r} -> {new[key]!r}"
         for key in new
-        if key in old and old[key] != new[key] and not key.startswith(FREE_TO_CHANGE)
+        if key in old and old[key] != new[key] and (key in _NOT_FREE or not key.startswith(FREE_TO_CHANGE))
     }
 
 
