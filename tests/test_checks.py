@@ -54,7 +54,7 @@ def test_an_interpreter_of_servers_that_cannot_be_run_is_told_before_anything_is
 ) -> None:
     text = tmp_path / "python"
     text.write_text("")
-    for path, told in ((tmp_path / "none", "does not exist"), (text, "may not be executed")):
+    for path, told in ((tmp_path / "none", "does not exist"), (text, "is not executable")):
         served = replace(
             config,
             rollout=replace(config.rollout, backend="sglang"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from etr_megatron.checks import check_inputs
 from etr_megatron.config import Config, ModelConfig, RewardConfig, RolloutConfig, RunConfig
 from etr_megatron.errors import UserError
 from etr_megatron.rollout import replayable
-from etr_megatron.rollout.record import group_to_json, record_path, write_record
+from etr_megatron.rollout.record import group_to_json, read_record, record_path, write_record
 from etr_megatron.rollout.replayable import survey
 from etr_megatron.types import Group, Problem, Sample
 
@@ -72,11 +73,29 @@ def test_of_a_small_record_every_line_is_looked_at(recorded):
     assert look(recorded, 10, 3, 2) == [f"{path} is not a recorded step (line 2: `reward` is missing in a sample)"]
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "why"),
+    [
+        ('"text": "', '"text": 3, "t": "', "line 2: `text` of a sample must be str, not int"),
+        ('"reward": ', '"reward": "", "r": ', "line 2: `reward` of a sample must be int or float, not str"),
+        ('"answer": ', '"tag": 1, "answer": ', "line 2: a problem has the unknown key `tag`"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_told(recorded, was, now, why):
+    path = record_path(recorded, 7)
+    path.write_text(path.read_text().replace(was, now, 1))
+    with pytest.raises(UserError, match=re.escape(f"is not a recorded step ({why})")):
+        read_record(recorded, 7)
+
+
 def test_all_that_keeps_a_record_from_being_replayed_is_told_at_once(recorded, size):
     for step in (5, 6, 7, 8, 9):
         record_path(recorded, step).write_text("")
     missing, misfit, *damaged, more = look(recorded, 12, 4, 8)
-    assert missing.endswith("has 10 recorded steps, but not step 11; set run.steps to what is there (rollout.record makes it)")
+    assert missing.endswith(
+        "has 10 recorded steps, but not step 11; lower run.steps, or give a run that recorded all of them (with "
+        "rollout.record=true)"
+    )
     assert misfit == (
         f"step 1 in {recorded} has 3 groups of 2 samples; set rollout.prompts_per_step=3 and rollout.samples_per_prompt=2 to "
         "replay it"
@@ -88,8 +107,8 @@ def test_all_that_keeps_a_record_from_being_replayed_is_told_at_once(recorded, s
 def test_rewards_of_another_range_are_told_before_the_first_step(recorded, size):
     (told,) = look(recorded, 10, 3, 2, range_min=-1.0, range_max=0.5)
     assert told == (
-        f"step 1 in {recorded} has a reward of 1.0, outside of reward.range_min = -1.0 to reward.range_max = 0.5; set these "
-        "two as the recorded run had them"
+        f"step 1 in {recorded} has a reward of 1.0, outside of reward.range_min = -1.0 to reward.range_max = 0.5; set both "
+        "to the values of the recorded run"
     )
 
 
@@ -97,7 +116,7 @@ def test_a_directory_that_is_no_recorded_run_is_told_from_one_that_is_not_there(
     assert look(tmp_path / "recorded", 1, 3, 2)[0].startswith(f"there is no directory {tmp_path / 'recorded'}; ")
     (tmp_path / "recorded").mkdir()
     assert look(tmp_path / "recorded", 1, 3, 2)[0].startswith(
-        f"{tmp_path / 'recorded'} has no recorded steps; rollout.record makes"
+        f"{tmp_path / 'recorded'} has no recorded steps; give the directory of a run"
     )
 
 

@@ -28,7 +28,7 @@ def test_a_step_that_only_fails_stops_the_run_with_the_first_reason(grades):
 @pytest.mark.parametrize(
     ("grades", "warning"),
     [
-        ((LATE, LATE, LATE), "none of 3 answers was graded, and all count as wrong: no grade within 10 s"),
+        ((LATE, LATE, LATE), "grading timed out for all 3 answers, which count as wrong: no grade within 10 s"),
         ((OK, ERROR, LATE), "1 of 3 answers could not be graded; the first, to problem p1: it raised KeyError"),
         ((OK, LATE), ""),
         ((), ""),

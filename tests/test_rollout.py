@@ -118,7 +118,7 @@ def test_experts_reach_the_engine_by_their_published_names(gangs, hf_models, wor
 
 def test_an_incomplete_or_misshapen_weight_update_is_refused_by_name(gangs, hf_models):
     message, version = gangs(1).run("tests.rollout_jobs:bad_update", model=hf_models["qwen3"])[0]
-    assert "model.norm.weight is (47,), the engine has (48,)" in message
+    assert "model.norm.weight has shape (47,), but the engine needs (48,)" in message
     assert "lm_head.weight is missing" in message and "nonsense is unknown" in message
     assert version == 0
 

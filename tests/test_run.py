@@ -150,9 +150,9 @@ def test_a_reward_outside_its_range_stops_the_run_and_what_was_trained_is_saved(
     code, printed = runs.finish(*own, "--nproc", "2", "reward.function=tests.rewards:doubled_after_30_answers")
     assert code == 2 and "Traceback" not in printed
     told = (
-        r"error: \d+ of 24 answers got a reward that cannot be; the first, to problem \S+: "
+        r"error: \d+ of 24 answers got a reward outside the configured range; the first, to problem \S+: "
         r"tests\.rewards:doubled_after_30_answers returned 2\.0, outside "
-        r"reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the least"
+        r"reward\.range_min = 0\.0 to reward\.range_max = 1\.0; set these two to the lowest"
     )
     assert re.search(told, printed), printed
     saved = runs.saved_rows("outside")

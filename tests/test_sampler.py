@@ -17,7 +17,7 @@ from tests.hands import Engine, assert_whole, hand_of, names, problems, sync, th
 def test_a_rank_that_must_stop_is_not_kept_by_responses_and_all_is_still_in_hand():
     engine = Engine(lambda problem, index: 2 if problem.id == "p0" else 10**6)
     hand, looks = hand_of(engine), iter([False, False, True])
-    with pytest.raises(StopAskedError, match=r"told to stop \(SIGTERM\) in the rollout of step 1"):
+    with pytest.raises(StopAskedError, match=r"told to stop \(SIGTERM\) during the rollout of step 1"):
         hand.take(1, timer, lambda: next(looks))
     state = through_disk(hand.state_dict())
     resumed_engine = Engine()
@@ -234,13 +234,13 @@ def test_a_group_that_the_engine_gives_up_is_replaced_and_counted(options):
 
 def test_a_step_gives_up_no_more_groups_than_it_trains_on_and_begins_anew_after_that():
     hand = hand_of(Engine(bad=[f"p{number}" for number in range(5)]))
-    with pytest.raises(RefusedError, match="5 groups of a step of 4 were given up, the last as p4 is bad"):
+    with pytest.raises(RefusedError, match="a step of 4 groups had to give up 5; the reason for the last: p4 is bad"):
         hand.take(1, timer)
     assert names(hand.take(1, timer)) == ["p5", "p6", "p7", "p8"]
 
 
 def test_with_no_other_problem_left_a_group_that_is_given_up_is_one_sentence():
-    with pytest.raises(RefusedError, match="1 groups of a step of 4 were given up, the last as p2 is bad"):
+    with pytest.raises(RefusedError, match="a step of 4 groups had to give up 1; the reason for the last: p2 is bad"):
         hand_of(Engine(bad=["p2"]), count=4).take(1, timer)
 
 

@@ -118,7 +118,7 @@ def test_a_machine_that_can_have_no_servers_and_one_that_is_not_there_are_named(
     for node in nodes:
         node.join()
     assert nodes[0].code == 2 and isinstance(nodes[1].error, UserError)
-    missing = r"server node 2 of sglang\.dedicated_nodes=3 was not there within 1 s"
+    missing = r"server node 2 of sglang\.dedicated_nodes=3 did not connect within 1 s"
     with pytest.raises(UserError, match=missing), ServerNodes(3, config, store) as rank0:
         for node in range(2):
             stand_in(store, node)
@@ -170,7 +170,7 @@ def test_a_node_that_hears_nothing_of_rank_0_ends_its_servers_and_itself(store, 
     monkeypatch.setattr(server_nodes, "SILENCE_S", 0.5)
     node.join()
     assert node.code == 1 and gone(pid)
-    assert "rank 0 gives no sign of life any more; the servers are ended" in capsys.readouterr().err
+    assert "rank 0 gives no sign of life any more; the servers are stopped" in capsys.readouterr().err
 
 
 def test_a_sigterm_of_a_node_is_heard_by_rank_0(store):
@@ -257,7 +257,7 @@ def test_a_node_ends_with_its_own_problem_or_a_sentence_where_rank_0_never_comes
             node.serve(check)
         return
     assert node.serve(check) == 1
-    assert "server node 0: rank 0 was not there within 0.3 s" in capsys.readouterr().err
+    assert "server node 0: rank 0 did not connect within 0.3 s" in capsys.readouterr().err
 
 
 def test_a_node_whose_store_is_gone_ends_its_servers_and_says_so(quick, tmp_path, capsys):
@@ -273,7 +273,7 @@ def test_a_node_whose_store_is_gone_ends_its_servers_and_says_so(quick, tmp_path
         del owner
         node.join()
     assert node.error is None and node.code == 1 and gone(pid)
-    assert "rank 0 gives no sign of life any more; the servers are ended" in capsys.readouterr().err
+    assert "rank 0 gives no sign of life any more; the servers are stopped" in capsys.readouterr().err
 
 
 def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_servers(store, tmp_path):

@@ -95,7 +95,7 @@ def test_a_run_goes_on_without_a_node_of_servers_that_is_lost(runs, three_nodes)
     wait_for(lambda: json.loads(status.read_text())["state"] == "finished")
     assert len(runs.rows("apart")) == 4
     wait_for(lambda: gone(states[0]["pid"]), deadline_s=250)  # torchrun waits another five minutes for the lost node
-    assert "SGLang server 1 takes no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
+    assert "SGLang server 1 gets no more requests: " in three_nodes.output(0).read_text(), three_nodes.said()
 
 
 def test_a_run_whose_rank_0_was_killed_is_started_again_with_servers_started_anew(runs, three_nodes):
@@ -125,7 +125,7 @@ def test_several_servers_a_node_take_what_several_ranks_send_them_shard_by_shard
     assert [row["weight_version"] for row in runs.rows("apart")] == [0, 1, 2]
     logs = sorted(path.name for path in (runs.directory("apart") / "servers").glob("sglang_server_*.log"))
     assert logs == [f"sglang_server_{number}.log" for number in range(4)]
-    assert "takes no more requests" not in three_nodes.said()
+    assert "gets no more requests" not in three_nodes.said()
 
 
 def test_sigterm_to_a_node_of_servers_saves_the_run_and_ends_it_to_be_started_again(runs, three_nodes):

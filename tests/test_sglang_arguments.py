@@ -194,9 +194,9 @@ def test_servers_take_their_gpus_from_those_that_the_job_may_use(tmp_path, monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,3,5")
     assert command_of(tmp_path).environment["CUDA_VISIBLE_DEVICES"] == "5"
-    with pytest.raises(UserError, match="take 2 GPUs beside those of 2 ranks, and this machine has 3; lower"):
+    with pytest.raises(UserError, match="need 2 GPUs besides those of 2 ranks, but this machine has 3; lower"):
         command_of(tmp_path, tp=2)
-    with pytest.raises(UserError, match=r"sglang\.tp=4 take 4 GPUs, and this machine has 3; lower one of them$"):
+    with pytest.raises(UserError, match=r"sglang\.tp=4 need 4 GPUs, but this machine has 3; lower one of the two$"):
         command_of(tmp_path, tp=4, placement="colocated")
     assert "CUDA_VISIBLE_DEVICES" not in command_of(tmp_path, tp=4, cuda=False).environment
 
@@ -205,7 +205,7 @@ def test_a_server_on_a_ranks_own_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    with pytest.raises(UserError, match=r"names GPU 4, on which one of the 8 ranks of this machine trains; start 4 here"):
+    with pytest.raises(UserError, match=r"names GPU 4, on which one of the 8 ranks of this machine trains; start only 4"):
         command_of(tmp_path, tp=4, devices=("4", "5", "6", "7"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert command_of(tmp_path, tp=4, devices=("4", "5", "6", "7")).environment["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"

@@ -43,7 +43,7 @@ def test_that_colocated_servers_on_cpu_give_up_no_memory_is_said(hf_models, tmp_
             control.open({})
     finally:
         control.close()
-    said = "sglang.placement: colocated servers on CPU are asked for their memory and give up none"
+    said = "sglang.placement: colocated servers on CPU keep their memory while the policy trains"
     assert [record.getMessage() for record in caplog.records if "sglang" in record.getMessage()] == [said] * is_said
 
 
@@ -63,7 +63,9 @@ def test_that_servers_on_other_machines_have_no_key_is_said_once(hf_models, tmp_
     expected, names = Expected(read_architecture(hf_models["qwen3"]), "float32", 1, False), list(map(str, range(len(urls))))
     with caplog.at_level("WARNING"):
         Control(SglangConfig(urls=urls), names, expected, host="127.0.0.1", api_key=None, backend="gloo", logs=tmp_path).close()
-    said = f"sglang.urls: whoever reaches {hosts} can give servers there other weights; start them with --api-key, and set "
+    said = (
+        f"sglang.urls: anyone who can connect to {hosts} can replace the servers' weights; start them with --api-key, and set "
+    )
     said += "ETR_SGLANG_API_KEY"
     assert [record.getMessage() for record in caplog.records] == [said] * (hosts is not None)
 
@@ -85,7 +87,7 @@ def test_every_request_may_have_a_connection_and_what_the_system_does_not_allow_
     monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append((what, both)))
     allow_connections(4096)
     assert limits == ([] if raised is None else [(resource.RLIMIT_NOFILE, (raised, hard))])
-    said = "sglang.concurrency: up to 4096 requests at a time need 5120 open files, of which the system allows 4096"
+    said = "sglang.concurrency: up to 4096 requests at a time need 5120 open files, but the system allows 4096"
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [said] * is_said
 
 

@@ -194,7 +194,7 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
         assert len([route for route in state["log"] if route == "/update_weights_from_tensor"]) > 3 * 3
         assert (state["most_payload_bytes"] > 1 << 16) == (number // 2 in full)
     assert [found["segments"] for found in ranks] == [0 if rank in full else 2 for rank in (0, 1)]
-    said = "rank {}: /dev/shm has no room for {} MiB of weights; they go to its servers by HTTP"
+    said = "rank {}: /dev/shm has no room for {} MiB of weights; they are sent to its servers over HTTP"
     size = ranks[0]["largest_mib"]
     assert [one for one in ranks[0]["warnings"] if "/dev/shm" in one] == [said.format(rank, size) for rank in full]
 

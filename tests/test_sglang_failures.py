@@ -20,7 +20,7 @@ from tests.test_sglang_stream import answers
 POISON = Request([100, 7, 7], replace(PARAMETERS, max_new_tokens=9))
 OTHERS = REQUESTS[:12]
 ALL = (*OTHERS[:6], POISON, *OTHERS[6:])
-SIZE = "a request with 3 prompt tokens and up to 9 to follow"
+SIZE = "a request with 3 prompt tokens and up to 9 response tokens"
 
 
 def why_given_up(found: Sequence[Generated], requests: Sequence[Request] = ALL) -> str:
@@ -33,7 +33,7 @@ def why_given_up(found: Sequence[Generated], requests: Sequence[Request] = ALL) 
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("fail_prompt", "/generate answered 500: "), ("abort_prompt", "aborted a request that nobody asked")]
+    ("what", "said"), [("fail_prompt", "/generate answered 500: "), ("abort_prompt", "aborted a request that it was not asked")]
 )
 def test_a_request_that_servers_fail_at_and_are_well_after_is_given_to_two_of_them(what, said):
     async def body():
@@ -66,8 +66,8 @@ def test_a_prompt_that_servers_die_of_costs_two_of_them_however_many_responses_t
 
     found, failed = asyncio.run(body())
     why = why_given_up(found, requests)
-    assert why.startswith("problem 100 7 7, 3 prompt tokens and up to 9 to follow: server ") and len(failed) == 2
-    assert "was lost with it alone, and another with it among others" in why
+    assert why.startswith("problem 100 7 7, 3 prompt tokens and up to 9 response tokens: server ") and len(failed) == 2
+    assert "died while it had only this request, and another server while it had it among others" in why
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_the_last_server_is_not_given_what_the_others_may_have_died_of():
             stream = RequestStream(fleet, concurrency=4, exclusive=True)
             await stream.submit(dict(enumerate([*ALL, *REQUESTS[12:]])))
             found = {}
-            with pytest.raises(NeedsSyncError, match=r"what server [01] had, and may have died of, is not given to the last"):
+            with pytest.raises(NeedsSyncError, match=r"requests that server [01] may have died of are not sent to the last"):
                 while True:
                     found |= dict(await asyncio.to_thread(stream.wait))
             assert await stream.stop(abort=True) == []
@@ -143,7 +143,7 @@ def test_what_was_found_out_about_prompts_is_known_to_a_fleet_that_is_started_ag
             asyncio.run(body())
         kept = Suspicions.read(file)
         assert deaths <= kept.deaths.keys() and kept.given_up.keys() == given_up
-    assert "was lost with it alone" in why_given_up(asyncio.run(body()), ALL[4:9])
+    assert "died while it had only this request" in why_given_up(asyncio.run(body()), ALL[4:9])
     assert Suspicions.read(file).deaths == {}
 
 
@@ -155,8 +155,8 @@ def test_a_file_of_suspicions_that_cannot_be_read_or_written_ends_nothing(tmp_pa
     Suspicions(file / "below").write({"p": 1})
     said = [record.getMessage() for record in caplog.records]
     assert [one.partition(": ")[0] for one in said] == [
-        *[f"{file} is left out of account"] * 3,
-        "problems that servers may have died of are not kept",
+        *[f"{file} is ignored, so problems that killed servers before may be requested again"] * 3,
+        "problems that may have killed servers are not saved, and a restart would request them again",
     ]
 
 

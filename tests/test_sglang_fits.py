@@ -53,15 +53,15 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
 @pytest.mark.parametrize(
     ("family", "changes", "problem"),
     [
-        ("qwen3", {"vocab_size": 300}, "its vocab_size is 300, by {}, the job's is 301"),
-        ("qwen3", {"hidden_size": 64}, "its hidden_size is 64, by {}, the job's is 48"),
-        ("qwen3", {"intermediate_size": 96}, "its intermediate_size is 96, by {}, the job's is 80"),
-        ("qwen3", {"num_hidden_layers": 5}, "its num_hidden_layers is 5, by {}, the job's is 4"),
-        ("qwen3", {"num_key_value_heads": 4}, "its num_key_value_heads is 4, by {}, the job's is 2"),
-        ("qwen3", {"tie_word_embeddings": True}, "its tie_word_embeddings is True, by {}, the job's is False"),
-        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 8}, "its num_experts is 8, by {}, the job's is 6"),
-        ("qwen3_moe", {"moe_intermediate_size": 32}, "its moe_intermediate_size is 32, by {}, the job's is 28"),
-        ("qwen3", {"quantization_config": BLOCKS}, "its quantization_config is of fp8, sglang.fp8 is false"),
+        ("qwen3", {"vocab_size": 300}, "its vocab_size is 300 according to {}, but the job's is 301"),
+        ("qwen3", {"hidden_size": 64}, "its hidden_size is 64 according to {}, but the job's is 48"),
+        ("qwen3", {"intermediate_size": 96}, "its intermediate_size is 96 according to {}, but the job's is 80"),
+        ("qwen3", {"num_hidden_layers": 5}, "its num_hidden_layers is 5 according to {}, but the job's is 4"),
+        ("qwen3", {"num_key_value_heads": 4}, "its num_key_value_heads is 4 according to {}, but the job's is 2"),
+        ("qwen3", {"tie_word_embeddings": True}, "its tie_word_embeddings is True according to {}, but the job's is False"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 8}, "its num_experts is 8 according to {}, but the job's is 6"),
+        ("qwen3_moe", {"moe_intermediate_size": 32}, "its moe_intermediate_size is 32 according to {}, but the job's is 28"),
+        ("qwen3", {"quantization_config": BLOCKS}, "its quantization_config is of fp8, but sglang.fp8 is false"),
     ],
 )
 def test_sizes_that_shapes_follow_from_are_compared(hf_models, served, tmp_path, family, changes, problem):
@@ -80,7 +80,7 @@ def test_a_server_that_cannot_say_which_experts_it_chose_is_refused_where_they_a
         assert job.misfit(able | {"moe_runner_backend": kernel}, {}) is None
     silent = able | {"moe_runner_backend": "flashinfer_trtllm"}
     assert job.misfit(silent, {}) == (
-        "its moe_runner_backend is flashinfer_trtllm, which keeps no note of the experts that it chooses, as "
+        "its moe_runner_backend is flashinfer_trtllm, which does not report the experts that it chooses, as "
         "train.routing_replay needs; start it with --moe-runner-backend triton"
     )
     assert plain.misfit(silent, {}) is None
@@ -104,9 +104,9 @@ def test_what_was_told_beside_the_file_comes_before_it(hf_models, served):
     [
         (BLOCKS, None, None),
         (None, "fp8", None),
-        (None, None, "its quantization_config is null, sglang.fp8 is true"),
-        ({"quant_method": "awq"}, None, "its quantization_config is of awq, sglang.fp8 is true"),
-        (BLOCKS | {"weight_block_size": [64, 64]}, None, "its weight_block_size is [64, 64], sglang.fp8 has [128, 128]"),
+        (None, None, "its quantization_config is null, but sglang.fp8 is true"),
+        ({"quant_method": "awq"}, None, "its quantization_config is of awq, but sglang.fp8 is true"),
+        (BLOCKS | {"weight_block_size": [64, 64]}, None, "its weight_block_size is [64, 64], but sglang.fp8 needs [128, 128]"),
     ],
 )
 def test_a_job_with_fp8_wants_servers_with_its_blocks(hf_models, served, stored, quantization, problem):
@@ -116,7 +116,7 @@ def test_a_job_with_fp8_wants_servers_with_its_blocks(hf_models, served, stored,
 
 def test_workers_are_counted_where_the_sync_depends_on_them(hf_models):
     server = {"tp_size": 2}
-    assert expected(hf_models).misfit(server, {}) == "its tp_size is 2, sglang.tp is 1"
+    assert expected(hf_models).misfit(server, {}) == "its tp_size is 2, but sglang.tp is 1"
     assert expected(hf_models, tp=2).misfit(server, {}) is None
     assert expected(hf_models, sync="disk").misfit(server, {}) is None
 
@@ -133,5 +133,5 @@ def test_a_server_of_another_model_is_refused_before_it_is_sent_anything(gangs, 
         (error,) = gangs(1).run("tests.sglang_jobs:refused", model=hf_models["qwen3"], directory=str(tmp_path), urls=urls)
     assert error == (
         f"UserError: SGLang server 1 at {urls[1]} cannot take the job's weights: "
-        "its architectures are ['LlamaForCausalLM'], the job's model is of qwen3"
+        "its architectures are ['LlamaForCausalLM'], but the job's model is of qwen3"
     )

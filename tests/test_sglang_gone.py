@@ -87,7 +87,7 @@ def test_sigterm_does_not_wait_for_responses(runs, phase):
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=500)
     assert process.returncode == 75, out + err
-    where = "while responses were waited for" if evaluates else "in the rollout of step 1"
+    where = "while waiting for responses" if evaluates else "during the rollout of step 1"
     assert f"told to stop (SIGTERM) {where}; step 0 is saved" in err and "Traceback" not in out + err
     with server() as url:
         code, output = runs.finish(*options(url), *evaluates)
@@ -115,7 +115,7 @@ def test_a_run_with_one_server_left_has_the_other_back_before_it_draws_what_that
     own += ["sglang.probe_every=0", "sglang.concurrency=6", "rollout.record=true"]
     code, output = runs.finish(*(one for one in options("") if "urls" not in one), *own)
     assert code == 0 and file.exists(), output
-    assert "may have died of, is not given to the last server" in output and "Traceback" not in output
+    assert "may have died of are not sent to the last server" in output and "Traceback" not in output
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
     steps = [read_record(runs.directory("gone") / "recorded", step)[0] for step in (1, 2, 3)]
     ids = [group["id"] for groups in steps for group in groups]

@@ -176,7 +176,7 @@ def test_a_machine_without_shared_memory_is_refused_for_weights_that_would_take_
     asked = []
     monkeypatch.setattr(node_buckets, "has_room", asked.append)  # there is none
     large, small = (read_architecture(path) for path in (REPO / "configs/models/Qwen3-32B", hf_models["qwen3"]))
-    with pytest.raises(UserError, match=r"/dev/shm of \S+ has no room for the 2\.9 GiB .* as text 61 GiB would take hours"):
+    with pytest.raises(UserError, match=r"/dev/shm of \S+ has no room for the 2\.9 GiB .* 61 GiB over HTTP would take hours"):
         node_buckets.require_room(large, torch.bfloat16, None, 512 << 20)
     assert asked == [2 * 151936 * 5120 * 2]  # the embedding, which is larger than a bucket
     node_buckets.require_room(small, torch.bfloat16, None, 512 << 20)

@@ -179,7 +179,7 @@ def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
             return await asyncio.wait_for(stream.stop(abort=True), 300), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert found == [] and "/abort_request gave no answer" in failed["server 0"]
+    assert found == [] and "/abort_request did not answer" in failed["server 0"]
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_server_that_takes_note_of_aborts_and_gives_nothing_back_is_given_up(m
     assert (
         found.keys() == {1}
         and rest == []
-        and failed == {"server 0": "took note of aborts, and did not give back within 2 s what it had"}
+        and failed == {"server 0": "accepted aborts, but did not return its requests within 2 s"}
     )
 
 

@@ -148,7 +148,7 @@ def test_what_a_step_has_asked_for_and_lost_is_known_after_a_resume():
     again._cursor.load_state_dict(state["cursor"])
     again.load_state_dict(state)
     again.resume()
-    with pytest.raises(RefusedError, match="2 groups of a step of 4 were given up, the last as p3 is bad"):
+    with pytest.raises(RefusedError, match="a step of 4 groups had to give up 2; the reason for the last: p3 is bad"):
         again.take(2, timer)
 
 
@@ -161,7 +161,7 @@ def test_what_the_next_step_has_asked_for_is_known_after_a_step_that_is_taken_ag
     hand.take(1, timer)
     engine.bad = ("p0", "p3")
     sync(hand, engine)
-    with pytest.raises(RefusedError, match="2 groups of a step of 4 were given up, the last as p3 is bad"):
+    with pytest.raises(RefusedError, match="a step of 4 groups had to give up 2; the reason for the last: p3 is bad"):
         hand.take(2, timer)
 
 

@@ -61,8 +61,8 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
     if outside:
         grade, problem = outside[0]
         raise UngradedError(
-            f"{len(outside)} of {len(grades)} answers got a reward that cannot be; the first, to problem {problem.id}: "
-            f"{grade.detail}; set these two to the least and the most that it gives, or fix it"
+            f"{len(outside)} of {len(grades)} answers got a reward outside the configured range; the first, to problem "
+            f"{problem.id}: {grade.detail}; set these two to the lowest and the highest reward that it returns, or fix it"
         )
     for (_, sample), grade in zip(samples, grades, strict=True):
         sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
@@ -78,7 +78,7 @@ def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:
     failed = [(grade, name) for grade, name in grades if grade.status == "error"]
     late = [grade for grade, _ in grades if grade.status == "timeout"]
     if late and len(late) == len(grades):
-        logger.warning("none of %d answers was graded, and all count as wrong: %s", len(late), late[0].detail)
+        logger.warning("grading timed out for all %d answers, which count as wrong: %s", len(late), late[0].detail)
     if not failed:
         return
     grade, name = failed[0]

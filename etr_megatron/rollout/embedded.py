@@ -67,9 +67,9 @@ class EmbeddedEngine:
         for name, tensor in weights:  # consumed to the end even after an error: the export is a collective
             parameter = wanted.pop(name, None)
             if parameter is None:
-                problems.append(f"{name} is unknown to the engine or came twice")
+                problems.append(f"{name} is unknown to the engine or was sent twice")
             elif parameter.shape != tensor.shape:
-                problems.append(f"{name} is {tuple(tensor.shape)}, the engine has {tuple(parameter.shape)}")
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, but the engine needs {tuple(parameter.shape)}")
             else:
                 parameter.copy_(tensor)
         problems += [f"{name} is missing" for name in wanted]

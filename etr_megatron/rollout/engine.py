@@ -34,7 +34,7 @@ class Sampling:
         """Responses to each of these problems. Raises ValueError if `samples` is of another number of problems."""
         counts = (self.samples,) * len(problems) if isinstance(self.samples, int) else self.samples
         if len(counts) != len(problems):
-            raise ValueError(f"numbers of responses for {len(counts)} problems, but there are {len(problems)}")
+            raise ValueError(f"samples has numbers of responses for {len(counts)} problems, but there are {len(problems)}")
         return counts
 
 

@@ -131,7 +131,7 @@ def what_there_is(folder: Path, missing: int) -> str:
     if not folder.is_dir():
         return f"there is no directory {folder}; give the directory of a run that was made with rollout.record=true"
     if not steps:
-        return f"{folder} has no recorded steps; rollout.record makes them"
+        return f"{folder} has no recorded steps; give the directory of a run that was made with rollout.record=true"
     return f"{folder} has recorded steps {steps[0]} to {steps[-1]}, but not step {missing}"
 
 

@@ -31,7 +31,7 @@ def check_head(head: Any) -> None:
     """Check the first line."""
     _check_keys("the head", head, _HEAD)
     if not all(isinstance(count, int | float) for count in head["counts"].values()):
-        raise ValueError("`counts` is not of numbers")
+        raise ValueError("`counts` has a value that is not a number")
 
 
 def check_group(group: Any) -> None:
@@ -40,9 +40,9 @@ def check_group(group: Any) -> None:
     problem = group["problem"]
     _check_keys("a problem", problem, _PROBLEM)
     if not isinstance(problem.get("extra", {}), dict):  # missing in records of older versions
-        raise ValueError(f"`extra` of a problem is {type(problem['extra']).__name__}")
+        raise ValueError(f"`extra` of a problem must be dict, not {type(problem['extra']).__name__}")
     if more := sorted(problem.keys() - {*_PROBLEM, "extra"}):
-        raise ValueError(f"`{more[0]}` is nothing that a problem has")
+        raise ValueError(f"a problem has the unknown key `{more[0]}`")
     _check_numbers(problem, "prompt_ids", "i")
     if not group["samples"]:
         raise ValueError("`samples` is empty")
@@ -70,7 +70,7 @@ def _check_routing(found: Any) -> None:
     try:
         base64.b64decode(found, validate=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`routing` is not in base64 ({error})") from error
+        raise ValueError(f"`routing` is not base64 ({error})") from error
 
 
 def _check_keys(what: str, found: Any, kinds: Kinds) -> None:
@@ -80,7 +80,8 @@ def _check_keys(what: str, found: Any, kinds: Kinds) -> None:
         if key not in found:
             raise ValueError(f"`{key}` is missing in {what}")
         if not isinstance(found[key], kind):
-            raise ValueError(f"`{key}` of {what} is {type(found[key]).__name__}")
+            wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"`{key}` of {what} must be {wanted}, not {type(found[key]).__name__}")
 
 
 def _check_numbers(found: dict[str, Any], key: str, code: str, count: int | None = None) -> None:

@@ -26,8 +26,8 @@ def survey(folder: Path, steps: int, config: Config) -> list[str]:
     found, damaged, left, misfit = [], [], READ_BYTES, None
     if missing := sorted(set(range(1, steps + 1)) - set(there)):
         found.append(
-            f"{folder} has {len(there)} recorded steps, but not step {missing[0]}; set run.steps to what is there "
-            "(rollout.record makes it)"
+            f"{folder} has {len(there)} recorded steps, but not step {missing[0]}; lower run.steps, or give a run that "
+            "recorded all of them (with rollout.record=true)"
         )
     for step in (step for step in there if 1 <= step <= steps):
         try:
@@ -63,7 +63,7 @@ def misfit_of(folder: Path, step: int, groups: Sequence[dict[str, Any]], config:
     if outside is not None:
         return (
             f"step {step} in {folder} has a reward of {outside}, outside of reward.range_min = {low} to reward.range_max = "
-            f"{high}; set these two as the recorded run had them"
+            f"{high}; set both to the values of the recorded run"
         )
     if config.train.routing_replay and not any(sample.get("routing") for group in groups for sample in group["samples"]):
         return f"step {step} in {folder} does not say which experts were chosen; set train.routing_replay=false to replay it"

@@ -151,8 +151,8 @@ class RoundSampler:
         """See `Sampler.load_state_dict`. Raises UserError for a state with groups in hand, which only servers can complete."""
         if state.get("in_hand"):
             raise UserError(
-                f"the checkpoint holds {len(state['in_hand'])} groups that servers had begun; resume it with "
-                "rollout.backend=sglang"
+                f"the checkpoint holds {len(state['in_hand'])} unfinished groups, which only servers can complete; set "
+                "rollout.backend=sglang to resume it"
             )
         self._cursor.load_state_dict(state["cursor"])
 

@@ -96,7 +96,7 @@ class Hand:
             if self._is_enough() or not any(held.missing for held in self._groups):
                 break
             if must_stop():
-                raise StopAskedError(f"told to stop (SIGTERM) in the rollout of step {step}")
+                raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
             with timer("rollout"):
                 self._accept(self._engine.wait(LOOK_S))
             with timer("reward"):
@@ -202,7 +202,9 @@ class Hand:
         wanted, given_up = self._config.rollout.prompts_per_step, self._counts["groups_given_up"]
         if given_up > wanted or (given_up and len(self._groups) < wanted):
             del self._counts["groups_given_up"]  # a restart after a fix counts from zero
-            raise RefusedError(f"{given_up} groups of a step of {wanted} were given up, the last as {self._given_up}")
+            raise RefusedError(
+                f"a step of {wanted} groups had to give up {given_up}; the reason for the last: {self._given_up}"
+            )
 
     def _judge(self) -> None:
         """Reward complete groups and, with dynamic sampling, leave out those without a learning signal."""

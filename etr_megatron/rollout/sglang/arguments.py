@@ -66,22 +66,22 @@ def require_interpreter(python: str) -> None:
     """Raises UserError when the interpreter does not exist or is not executable."""
     if not Path(python).is_file():
         raise UserError(
-            f"sglang.python: {Path(python).absolute()} does not exist; `bash tools/setup_env.sh --sglang` makes .venv-sglang "
-            "in the repository, and paths are relative to where a job is started"
+            f"sglang.python: {Path(python).absolute()} does not exist; `bash tools/setup_env.sh --sglang` creates "
+            ".venv-sglang in the repository, and relative paths begin where the job is started"
         )
     if not os.access(python, os.X_OK):
-        raise UserError(f"sglang.python: {python} may not be executed; it must be a Python interpreter that has SGLang")
+        raise UserError(f"sglang.python: {python} is not executable; give a Python interpreter with SGLang installed")
 
 
 def _ask(python: str, launch: tuple[str, ...]) -> frozenset[str]:
     try:
         reply = subprocess.run([python, *launch, "--help"], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"sglang.python: {python} did not tell the server's arguments: {error}") from error
+        raise UserError(f"sglang.python: {python} could not be asked for the server's arguments: {error}") from error
     # argparse indents arguments by two spaces. Help text follows two or more spaces later, or on its own, deeper indented line.
     heads = (re.split(r"\s{2,}", line.strip())[0] for line in reply.stdout.splitlines() if re.match(r"  -", line))
     names = frozenset(name for head in heads for name in re.findall(r"--[a-z0-9][\w-]*", head))
     if reply.returncode or not names:
-        said = (reply.stderr.strip().splitlines() or ["nothing"])[-1]
+        said = (reply.stderr.strip().splitlines() or ["it printed no arguments"])[-1]
         raise UserError(f"sglang.python: `{python} {' '.join(launch)} --help` failed: {said}")
     return names

@@ -102,7 +102,9 @@ class ServerClient:
             self._routes = None
         missing = [route for route in required if not self.has(route)]
         if missing:
-            raise ServerError(f"{self.name} at {self.url} has no {missing[0]}, which is needed; is it SGLang 0.5.17 or newer?")
+            raise ServerError(
+                f"{self.name} at {self.url} has no route {missing[0]}, which the job needs; use SGLang 0.5.17 or newer"
+            )
 
     def has(self, route: str) -> bool:
         """Whether the server has a route, as far as is known."""
@@ -113,7 +115,7 @@ class ServerClient:
             async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
                 return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise ServerError(f"{self.name}: {route} gave no answer within {timeout_s:g} s") from error
+            raise ServerError(f"{self.name}: {route} did not answer within {timeout_s:g} s") from error
         except httpx.HTTPError as error:
             raise ServerError(
                 f"{self.name}: {route} failed: {str(error) or type(error).__name__}",
@@ -145,7 +147,7 @@ class ServerClient:
         try:
             found = reply.json() if reply.content else {}
         except ValueError as error:
-            raise ServerError(f"{self.name}: {route} answered no JSON: {reply.text[:300]}") from error
+            raise ServerError(f"{self.name}: {route} did not answer with JSON: {reply.text[:300]}") from error
         return found if isinstance(found, dict) else {}
 
     async def is_healthy(self, timeout_s: float) -> bool:
@@ -187,7 +189,7 @@ class ServerClient:
             reply = await self._complete(body, timeout_s)
         except ServerError as error:
             if error.status in _REFUSALS:
-                size = f"{len(prompt_ids)} prompt tokens and up to {parameters.max_new_tokens} to follow"
+                size = f"{len(prompt_ids)} prompt tokens and up to {parameters.max_new_tokens} response tokens"
                 raise RefusedError(f"{error} (a request with {size})") from error
             raise
         try:
@@ -199,7 +201,7 @@ class ServerClient:
             routing = _routing(meta) if parameters.routing and finish_reason != "abort" else array("B")
             found = Generated(ids, logprobs, finish_reason, str(meta.get("weight_version")), routing=routing)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ServerError(f"{self.name}: /generate answered without {error}: {str(reply)[:300]}") from error
+            raise ServerError(f"{self.name}: /generate returned an unexpected reply ({error!r}): {str(reply)[:300]}") from error
         if of != ids:
             raise ServerError(f"{self.name}: /generate returned log-probs of other tokens than it generated")
         return found

@@ -99,7 +99,7 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     ranks = 0 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     taken = [gpus.index(gpu) for gpu in config.devices if gpu in gpus[:ranks]]
     if taken:
-        way_out = f"start {min(taken)} here (--nproc-per-node)" if min(taken) else "name others"
+        way_out = f"start only {min(taken)} ranks here (--nproc-per-node)" if min(taken) else "name other GPUs"
         raise UserError(
             f"sglang.devices names GPU {gpus[taken[0]]}, on which one of the {ranks} ranks of this machine trains; {way_out}, "
             "or set sglang.placement=colocated"
@@ -110,11 +110,11 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
     if gpus and first + config.tp > len(gpus):
         beside, way_out = "", ""
         if ranks:
-            beside = f" beside those of {ranks} ranks"
+            beside = f" besides those of {ranks} ranks"
             way_out = ", start fewer ranks, or set sglang.placement=colocated, where servers share the ranks' GPUs"
         raise UserError(
-            f"sglang.servers={config.servers} of sglang.tp={config.tp} take {config.gpus_of_a_node} GPUs{beside}, and "
-            f"this machine has {len(gpus)}; lower one of them{way_out}"
+            f"sglang.servers={config.servers} with sglang.tp={config.tp} need {config.gpus_of_a_node} GPUs{beside}, but "
+            f"this machine has {len(gpus)}; lower one of the two{way_out}"
         )
     return tuple(gpus[first : first + config.tp])
 

@@ -35,8 +35,8 @@ def allow_connections(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
         logger.warning(
-            "sglang.concurrency: up to %d requests at a time need %d open files, of which the system allows %d; raise "
-            "`ulimit -Hn`, or lower the concurrency",
+            "sglang.concurrency: up to %d requests at a time need %d open files, but the system allows %d; raise "
+            "`ulimit -Hn` or lower sglang.concurrency",
             count,
             wanted,
             most,

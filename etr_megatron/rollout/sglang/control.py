@@ -98,7 +98,8 @@ class Control:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if not key and (away := hosts_away(config.urls)):
             logger.warning(
-                "sglang.urls: whoever reaches %s can give servers there other weights; start them with --api-key, and set %s",
+                "sglang.urls: anyone who can connect to %s can replace the servers' weights; start them with --api-key, and "
+                "set %s",
                 ", ".join(dict.fromkeys(away)),
                 API_KEY_VARIABLE,
             )
@@ -124,7 +125,7 @@ class Control:
         self._transaction = Transaction(fleet, config.update_timeout_s)
         self.calls = OfferCalls(fleet, self.loop, config.update_timeout_s)
         if sync_of(config) == "tensor" and config.urls:
-            logger.warning("sglang.sync: tensor sends servers at sglang.urls about 30 MB/s; broadcast and disk are faster")
+            logger.warning("sglang.sync: tensor sends about 30 MB/s to servers at sglang.urls; broadcast and disk are faster")
         self._delivery: Delivery = TensorDelivery(fleet, workers=config.tp, timeout_s=config.update_timeout_s)
         if sync_of(config) == "broadcast":
             self._delivery = BroadcastDelivery(
@@ -145,7 +146,7 @@ class Control:
         while not wait([future], timeout=LOOK_S).done:
             if must_stop():
                 future.cancel()
-                raise StopAskedError("told to stop (SIGTERM) while responses were waited for")
+                raise StopAskedError("told to stop (SIGTERM) while waiting for responses")
         return future.result()
 
     def start_router(self) -> None:
@@ -160,7 +161,7 @@ class Control:
                 raise UserError(str(problem))
             self.fleet.rejoin(self._clients[name])
         if self._colocated and self._on_cpu:
-            logger.warning("sglang.placement: colocated servers on CPU are asked for their memory and give up none")
+            logger.warning("sglang.placement: colocated servers on CPU keep their memory while the policy trains")
 
     def due(self) -> list[str]:
         """Failed servers that are to be brought back at this weight sync."""

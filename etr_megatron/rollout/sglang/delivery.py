@@ -191,7 +191,7 @@ class BroadcastDelivery:
         failed = {
             client: str(reply) for client, reply in zip(clients, replies, strict=True) if isinstance(reply, BaseException)
         }
-        await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast to it failed"))
+        await self._blame(clients, failed or dict.fromkeys(clients, "the broadcast of weights to it failed"))
         return False
 
     async def _blame(self, asked: Sequence[ServerClient], failed: Mapping[ServerClient, str]) -> None:
@@ -230,7 +230,7 @@ class BroadcastDelivery:
                 for client, call in zip(clients, calls, strict=True)
                 if call.done() and call.exception() is not None
             }
-            why = f"the weight group was not formed: {joining.exception()}" if joining.done() else ""
+            why = f"the process group for weights was not formed: {joining.exception()}" if joining.done() else ""
             # Servers in the rendezvous wait for the missing one, and do not respond, until the store is closed. A server that
             # has not found the store by then would go on looking for it, so give all of them time to arrive.
             await asyncio.wait(calls, timeout=_ARRIVAL_S)

@@ -296,7 +296,7 @@ class SglangEngine:
             on_rank0(lambda: self._speaker.finish(version))
         except BaseException as error:
             if self._control is not None:
-                self._control.abandon(f"weight sync {version} was given up: {error}")
+                self._control.abandon(f"weight sync {version} failed: {error}")
             raise
 
     def _bring_back(self) -> None:

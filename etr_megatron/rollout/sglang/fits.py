@@ -70,22 +70,23 @@ class Expected:
     def _misfits(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
         tp = server.get("tp_size")
         if self.tp is not None and isinstance(tp, int) and tp != self.tp:
-            yield f"its tp_size is {tp}, sglang.tp is {self.tp}"
+            yield f"its tp_size is {tp}, but sglang.tp is {self.tp}"
         names = model.get("architectures")
         known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
         if known and FAMILIES[known[0]] != self.architecture.family:
-            yield f"its architectures are {known}, the job's model is of {self.architecture.family}"
+            yield f"its architectures are {known}, but the job's model is of {self.architecture.family}"
         file, config = _config(server, model)
         for field, wanted in _sizes(self.architecture).items():
             if isinstance(found := config.get(field), int) and found != wanted:
-                yield f"its {field} is {found}, by {file}, the job's is {wanted}"
+                where = f" according to {file}" if file is not None else ""
+                yield f"its {field} is {found}{where}, but the job's is {wanted}"
         yield from self._quantisation(server, file, config)
         if self.routing and server.get("enable_return_routed_experts") is False:
             yield f"it was started without {ROUTING}, which train.routing_replay needs"
         if self.routing and (kernel := server.get("moe_runner_backend")) in _SILENT:
             yield (
-                f"its moe_runner_backend is {kernel}, which keeps no note of the experts that it chooses, as "
-                "train.routing_replay needs; start it with --moe-runner-backend triton"
+                f"its moe_runner_backend is {kernel}, which does not report the experts that it "
+                "chooses, as train.routing_replay needs; start it with --moe-runner-backend triton"
             )
 
     def _quantisation(self, server: Mapping[str, Any], file: Path | None, config: Mapping[str, Any]) -> Iterator[str]:
@@ -94,11 +95,11 @@ class Expected:
         # Its arguments do not tell how its checkpoint is quantised: only both together show that it is not.
         is_plain = file is not None and not stored and server.get("quantization", "unsaid") is None
         if not self.fp8 and method is not None:
-            yield f"its quantization_config is of {method}, sglang.fp8 is false"
+            yield f"its quantization_config is of {method}, but sglang.fp8 is false"
         elif self.fp8 and (is_plain or method not in (None, "fp8")):
-            yield f"its quantization_config is {'null' if is_plain else f'of {method}'}, sglang.fp8 is true"
+            yield f"its quantization_config is {'null' if is_plain else f'of {method}'}, but sglang.fp8 is true"
         elif self.fp8 and isinstance(blocks, list) and blocks != [FP8_BLOCK, FP8_BLOCK]:
-            yield f"its weight_block_size is {blocks}, sglang.fp8 has {[FP8_BLOCK, FP8_BLOCK]}"
+            yield f"its weight_block_size is {blocks}, but sglang.fp8 needs {[FP8_BLOCK, FP8_BLOCK]}"
 
 
 def _sizes(architecture: Architecture) -> dict[str, int]:

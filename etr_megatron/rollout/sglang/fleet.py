@@ -40,7 +40,7 @@ class Request:
     @property
     def size(self) -> str:
         """Its size in words."""
-        return f"{len(self.prompt_ids)} prompt tokens and up to {self.parameters.max_new_tokens} to follow"
+        return f"{len(self.prompt_ids)} prompt tokens and up to {self.parameters.max_new_tokens} response tokens"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Fleet:
         """No more traffic to this server until `rejoin`."""
         why = why.removeprefix(f"{client.name}: ")
         if client.name not in self._failed:
-            logger.warning("%s takes no more requests: %s", client.name, why)
+            logger.warning("%s gets no more requests: %s", client.name, why)
         self._failed[client.name] = why
         self._marks += 1
 
@@ -166,7 +166,7 @@ class Fleet:
         is_broken = isinstance(error, ServerError) and error.broken
         if is_broken and not failures.broke and await self._is_well(client, asking.rid):
             failures.broke = True
-            logger.warning("%s; the server is well, and the request is done again", error)
+            logger.warning("%s; the server is healthy, so the request is repeated", error)
             return
         has_no_part = isinstance(error, ServerError) and not error.reached
         is_last = self.serving == [client]
@@ -198,7 +198,7 @@ class Fleet:
         None: it was not well before, or not reached. Other failures of the request will show when it is repeated.
         """
         if not await self._is_well(client):
-            self.mark_failed(client, "is not well")
+            self.mark_failed(client, "is not healthy")
             return None
         try:
             with self._pulse.watch([client]):
@@ -237,9 +237,9 @@ class Fleet:
         with self._pulse.watch(servers):
             reply = await asked.generate(request.prompt_ids, request.parameters, timeout_s=self._timeout_s, rid=rid)
         if reply.finish_reason == "abort" and not may_abort():
-            raise ServerError(f"{asked.name}: aborted a request that nobody asked it to")
+            raise ServerError(f"{asked.name}: aborted a request that it was not asked to abort")
         if reply.ids and self.version not in (None, reply.version):
-            raise ServerError(f"{asked.name}: generated with weights {reply.version} where {self.version} were sent")
+            raise ServerError(f"{asked.name}: generated with weights of version {reply.version} instead of {self.version}")
         return reply
 
     async def _ask_past(self, router: Router, client: ServerClient, asking: _Asking, refusal: RefusedError) -> Generated:
@@ -307,7 +307,7 @@ class Fleet:
         await self._see_that_it_lives(client, self._hang_timeout_s)
         found = await client.weight_version(self._hang_timeout_s)
         if self.version not in (None, found):
-            raise ServerError(f"{client.name}: has weights {found} where {self.version} were sent")
+            raise ServerError(f"{client.name}: has weights of version {found} instead of {self.version}")
 
     async def abort_all(self, timeout_s: float) -> bool:
         """Have serving servers cut off all their requests; as `for_all`."""

@@ -67,7 +67,7 @@ class Host:
                 if is_ours is False:
                     return self._move(name, must_stop, starts)
             if must_stop():
-                raise StopAskedError(f"told to stop (SIGTERM) while {name} was waited for")
+                raise StopAskedError(f"told to stop (SIGTERM) while waiting for {name}")
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_S)

@@ -28,8 +28,8 @@ def require_room(arch: Architecture, dtype: torch.dtype, fp8_block: int | None, 
     needed, total = SEGMENTS * max(sizes), sum(sizes)
     if total > _MOST_AS_TEXT and not has_room(needed):
         raise UserError(
-            f"sglang.sync: {FILES} of {socket.gethostname()} has no room for the {needed / 2**30:.1f} GiB through which tensor "
-            f"brings weights to its servers, and as text {total / 2**30:.0f} GiB would take hours; start a container with "
+            f"sglang.sync: {FILES} of {socket.gethostname()} has no room for the {needed / 2**30:.1f} GiB of buffers that "
+            f"tensor needs, and sending {total / 2**30:.0f} GiB over HTTP would take hours; start the container with "
             "--ipc host (or a larger --shm-size), or set sglang.sync=disk"
         )
 
@@ -86,7 +86,7 @@ class NodeBuckets:
             found |= handles
             if problem and rank not in self._warned:
                 self._warned.add(rank)
-                logger.warning("rank %d: %s; they go to its servers by HTTP", rank, problem)
+                logger.warning("rank %d: %s; they are sent to its servers over HTTP", rank, problem)
         return found
 
     def _put(self, wire: Wire, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:

@@ -77,7 +77,9 @@ class Router:
     def give_up(self, why: str) -> None:
         """Send no more requests through it until `restart_if_down`."""
         if self.is_up:
-            logger.warning("requests go to the servers directly until the next weight sync: %s", why)
+            logger.warning(
+                "the router is not used until the next weight sync, and requests go to the servers directly: %s", why
+            )
         self.is_up = False
 
     async def leads_to(self, urls: Iterable[str]) -> bool:

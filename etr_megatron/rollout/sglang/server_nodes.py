@@ -50,7 +50,7 @@ _HEARD_S = 5.0
 _END_S = 60.0
 """Time for a node to stop its servers."""
 _SESSION = "session"
-_GONE = "gives no sign of life any more; the servers are ended"
+_GONE = "gives no sign of life any more; the servers are stopped"
 
 
 class ServerSetting(NamedTuple):
@@ -157,7 +157,7 @@ class ServerNodes:
                 raise UserError(f"server node {node} ({said['address']}): {said['problem']}")
         if missing:
             who = ", ".join(map(str, sorted(missing)))
-            raise UserError(f"server node {who} of sglang.dedicated_nodes={self._count} was not there within {timeout_s:g} s")
+            raise UserError(f"server node {who} of sglang.dedicated_nodes={self._count} did not connect within {timeout_s:g} s")
         self._addresses = [hellos[node]["address"] for node in range(self._count)]
         return list(self._addresses)
 
@@ -197,7 +197,7 @@ class ServerNodes:
     @staticmethod
     def _refuse_if(must_stop: MustStop) -> None:
         if must_stop():
-            raise StopAskedError("told to stop (SIGTERM) while nodes of servers were waited for")
+            raise StopAskedError("told to stop (SIGTERM) while waiting for server nodes")
 
     def _name(self, node: int) -> str:
         return f"server node {node} ({self._addresses[node]})"
@@ -263,7 +263,7 @@ class ServerNode:
             if joined is None:
                 if problem is not None:
                     raise problem
-                return self._without_rank0(f"was not there within {self._patience_s:g} s")
+                return self._without_rank0(f"did not connect within {self._patience_s:g} s")
             root, session = joined
             self._store = dist.PrefixStore(session, root)
             if problem is not None:

@@ -197,7 +197,7 @@ class RequestStream:
             self._fleet.refuse_if_gone()
             names = ", ".join(name for name in self._fleet.failed if name not in self._known_failed())
             error = NeedsSyncError(
-                f"what {names} had, and may have died of, is not given to the last server: others are needed"
+                f"requests that {names} may have died of are not sent to the last server; another must be brought back first"
             )
         except EngineGoneError as gone:
             error = gone
@@ -258,7 +258,8 @@ class RequestStream:
         del self._running[rid]
         keys = self._dispatch.end_test(survived=None if survived and self._is_stopping else survived)
         if survived is False:
-            why = f"problem {problem}, {request.size}: {client.name} was lost with it alone, and another with it among others"
+            lost = f"{client.name} died while it had only this request, and another server while it had it among others"
+            why = f"problem {problem}, {request.size}: {lost}"
             self._suspicions.give_up(problem, why)
             for each in keys:
                 self._answer(each, _given_up(why))
@@ -293,7 +294,7 @@ class RequestStream:
 
     def _give_up_holders(self, held_s: float) -> None:
         """Mark servers that hold requests for too long. Behind a router they are unknown, and the router is given up."""
-        why = f"took note of aborts, and did not give back within {held_s:g} s what it had"
+        why = f"accepted aborts, but did not return its requests within {held_s:g} s"
         router = self._fleet.router
         for running in list(self._running.values()):
             if router is None:

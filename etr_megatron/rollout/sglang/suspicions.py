@@ -32,7 +32,7 @@ class Suspicions:
         except FileNotFoundError:
             return cls(file)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is left out of account: %s", file, error)
+            logger.warning("%s is ignored, so problems that killed servers before may be requested again: %s", file, error)
             return cls(file)
 
     def write(self, deaths: Mapping[str, int]) -> None:
@@ -53,4 +53,6 @@ class Suspicions:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps({"deaths": self.deaths, "given_up": self.given_up}, indent=1).encode())
         except (UserError, OSError) as error:
-            logger.warning("problems that servers may have died of are not kept: %s", error)
+            logger.warning(
+                "problems that may have killed servers are not saved, and a restart would request them again: %s", error
+            )

@@ -84,4 +84,4 @@ class Transaction:
     async def _shake_hands(self, client: ServerClient, version: int) -> None:
         found = await client.weight_version(self._timeout_s)
         if found != str(version):
-            raise ServerError(f"serves version {found} after it was sent {version}")
+            raise ServerError(f"reports weight version {found} after it was sent {version}")
