@@ -127,10 +127,11 @@ def _act(kind: str, number: int, suffix: str = "") -> None:
 def generate(body: dict[str, Any]) -> tuple[int, Any]:
     if len(body["input_ids"]) + body["sampling_params"]["max_new_tokens"] > CONTEXT:
         return TOO_LONG
-    number = next(STATE.generated)
-    STATE.prompts.append(body["input_ids"])
-    STATE.prompt_versions.append(STATE.version)
-    STATE.rids.append(body.get("rid"))
+    with ENTRY:
+        number = next(STATE.generated)
+        STATE.prompts.append(body["input_ids"])
+        STATE.prompt_versions.append(STATE.version)
+        STATE.rids.append(body.get("rid"))
     _act("generate", number)
     if number == BEHAVIOUR.get("die_once", [None])[0]:
         with contextlib.suppress(FileExistsError):
@@ -341,8 +342,8 @@ WEIGHTS = {
     "/update_weights_from_tensor": take_tensors,
     "/update_weights_from_disk": load_directory,
 }
-BATCH = threading.Lock()
-"""Held while generating, if `busy`."""
+ENTRY, BATCH = threading.Lock(), threading.Lock()
+"""Held while a generate request is numbered; while generating, if `busy`."""
 
 SCHEDULER = threading.Lock()
 """SGLang's scheduler handles weight requests and /server_info one at a time: one that waits blocks the next."""

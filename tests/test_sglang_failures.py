@@ -189,12 +189,13 @@ def test_a_connection_that_breaks_once_costs_no_server_and_what_it_was_for_is_cu
     assert [one.ids for one in first] == wanted == [one.ids for one in then] and not failed
     assert len(set(state["rids"])) == len(state["rids"]) == 2 * len(OTHERS) + 2
     assert set(state["aborted"]) == {state["rids"][5], state["rids"][20]}
-    assert state["prompts"].count(state["prompts"][20]) == 3
+    dropped = [state["prompts"][5], state["prompts"][20]]  # may be the same, as requests overtake each other
+    assert state["prompts"].count(dropped[1]) == 2 + dropped.count(dropped[1])
 
 
 def test_a_connection_to_a_server_that_is_not_well_breaks_and_the_server_has_failed():
     async def body():
-        async with fleet_of({"drop_at": 5, "unwell": True}, {}, {}) as fleet:
+        async with fleet_of({"drop_at": 3, "unwell": True}, {}, {}) as fleet:
             return await generate(fleet, REQUESTS), fleet.failed
 
     found, failed = asyncio.run(body())

@@ -46,7 +46,7 @@ async def answers(stream: RequestStream, count: int) -> dict:
 @pytest.mark.parametrize("what", ["die_at", "fail_at", "hang_at", "abort_at"])
 def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(what, exclusive):
     async def body():
-        async with fleet_of({what: 5}, {}, {}, timeout_s=3.0) as fleet:
+        async with fleet_of({what: 3}, {}, {}, timeout_s=3.0) as fleet:
             patient_with(fleet.clients[1:])
             stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
             await stream.submit(dict(enumerate(REQUESTS)))
@@ -60,7 +60,7 @@ def test_requests_of_a_server_that_fails_are_answered_by_another_exactly_once(wh
 
 def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests():
     async def body():
-        async with fleet_of({"stop_at": 5}, {}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
+        async with fleet_of({"stop_at": 3}, {}, {}, timeout_s=600.0, hang_timeout_s=2.0) as fleet:
             patient_with(fleet.clients[1:])
             stream = RequestStream(fleet, concurrency=4, exclusive=True)
             await stream.submit(dict(enumerate(REQUESTS)))
