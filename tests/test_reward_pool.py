@@ -199,6 +199,18 @@ def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
     assert worker.finish_head().index == 1 and worker.head_since is None
 
 
+def test_requests_sent_ahead_leave_the_clock_of_the_first_one_as_it_is():
+    reading, writing = os.pipe()
+    worker = object.__new__(GraderProcess)
+    worker.inflight, worker.head_since, worker._outgoing = deque(), None, bytearray()
+    with os.fdopen(reading, "rb", 0) as received, os.fdopen(writing, "wb", 0) as worker._stdin:
+        worker.send(Job(0, b"first\n"))
+        begun = worker.head_since
+        time.sleep(0.01)
+        worker.send(Job(1, b"second\n"))
+        assert received.read(100) == b"first\nsecond\n" and worker.head_since == begun
+
+
 def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         for pid in pool.worker_pids:

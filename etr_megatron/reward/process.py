@@ -88,11 +88,9 @@ class GraderProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Write queued requests until the pipe is full. A dead worker is detected by the end of its output."""
+        """Write what fits into the pipe of the queued requests. A dead worker is detected by the end of its output."""
         try:
-            while self._outgoing:
-                written = os.write(self.write_fd, self._outgoing)
-                del self._outgoing[:written]
+            del self._outgoing[: os.write(self.write_fd, self._outgoing)]
         except BlockingIOError:
             return
         except BrokenPipeError:
