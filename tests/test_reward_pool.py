@@ -55,8 +55,12 @@ def by_command(prompt, response, answer):
 def hold(pid):
     if os.getpid() == pid:
         threading.Thread(target=time.sleep, args=(600,)).start()
-    atexit.register(lambda: open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close())
+    atexit.register(end)
     return 1.0
+
+def end():
+    time.sleep(0.2)
+    open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close()
 
 def of_two(prompt, response):
     return 1.0
