@@ -127,7 +127,7 @@ class GraderProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def end_input(self) -> None:
-        """Let an idle worker exit by itself."""
+        """Let the worker exit by itself, once it has nothing to grade."""
         self._stdin.close()
 
     def close(self, deadline: float) -> None:
@@ -141,12 +141,12 @@ class GraderProcess:
 
 
 def close_all(processes: list[GraderProcess]) -> None:
-    """End processes concurrently; kill those that do not exit within a second, and those that are still starting at once."""
+    """End processes concurrently; kill those that do not exit within a second."""
     deadline = time.monotonic() + _CLOSE_GRACE_S
     for process in processes:
         process.end_input()
     for process in processes:
-        process.close(deadline if process.ready else 0.0)
+        process.close(deadline)
 
 
 def _environment() -> dict[str, str]:
