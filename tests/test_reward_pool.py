@@ -55,8 +55,12 @@ def by_command(prompt, response, answer):
 def hold(pid):
     if os.getpid() == pid:
         threading.Thread(target=time.sleep, args=(600,)).start()
-    atexit.register(lambda: open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close())
+    atexit.register(end)
     return 1.0
+
+def end():
+    time.sleep(0.2)
+    open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close()
 
 def of_two(prompt, response):
     return 1.0
@@ -227,6 +231,18 @@ def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
     assert worker.finish_head().index == 1 and worker.head_since is None
 
 
+def test_requests_sent_ahead_leave_the_clock_of_the_first_one_as_it_is():
+    reading, writing = os.pipe()
+    worker = object.__new__(GraderProcess)
+    worker.inflight, worker.head_since, worker._outgoing = deque(), None, bytearray()
+    with os.fdopen(reading, "rb", 0) as received, os.fdopen(writing, "wb", 0) as worker._stdin:
+        worker.send(Job(0, b"first\n"))
+        begun = worker.head_since
+        time.sleep(0.01)
+        worker.send(Job(1, b"second\n"))
+        assert received.read(100) == b"first\nsecond\n" and worker.head_since == begun
+
+
 def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         for pid in pool.worker_pids:
@@ -380,7 +396,8 @@ def test_a_round_of_another_thread_is_finished_before_the_pool_closes(user_rewar
     assert found == [Grade(0.5, "ok", "")] * 2
 
 
-def test_one_grader_that_does_not_end_takes_no_other_ones_time_to_end_by_itself(user_rewards, tmp_path):
+def test_one_grader_that_does_not_end_takes_no_other_ones_time_to_end_by_itself(user_rewards, tmp_path, monkeypatch):
+    monkeypatch.setattr("etr_megatron.reward.process._CLOSE_GRACE_S", 2.0)  # on a busy machine
     pool = GraderPool(RewardConfig(function=user_rewards, workers=3))
     stuck, *others = pool.worker_pids
     assert pool.grade([request(f"hold({stuck})")] * 3) == [Grade(1.0, "ok", "")] * 3

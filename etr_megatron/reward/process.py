@@ -88,11 +88,9 @@ class GraderProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Write queued requests until the pipe is full. A dead worker is detected by the end of its output."""
+        """Write what fits into the pipe of the queued requests. A dead worker is detected by the end of its output."""
         try:
-            while self._outgoing:
-                written = os.write(self.write_fd, self._outgoing)
-                del self._outgoing[:written]
+            del self._outgoing[: os.write(self.write_fd, self._outgoing)]
         except BlockingIOError:
             return
         except BrokenPipeError:
@@ -129,7 +127,7 @@ class GraderProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def end_input(self) -> None:
-        """Let an idle worker exit by itself."""
+        """Let the worker exit by itself, once it has nothing to grade."""
         self._stdin.close()
 
     def close(self, deadline: float) -> None:
@@ -143,12 +141,12 @@ class GraderProcess:
 
 
 def close_all(processes: list[GraderProcess]) -> None:
-    """End processes concurrently; kill those that do not exit within a second, and those that are still starting at once."""
+    """End processes concurrently; kill those that do not exit within a second."""
     deadline = time.monotonic() + _CLOSE_GRACE_S
     for process in processes:
         process.end_input()
     for process in processes:
-        process.close(deadline if process.ready else 0.0)
+        process.close(deadline)
 
 
 def _environment() -> dict[str, str]:
