@@ -185,4 +185,7 @@ def train_with_rollouts_between(model: str, overrides: list[str], there: str, ki
             checkpoint.save(Path(there), 1, policy, {}, keep=2)
         policy.reload()
         found["updates"] += updates(policy, 1)
+    inner = [one.optimizer for one in optimizers_of(policy.optimizer)]
+    copies = [parameter.grad for one in inner for group in one.param_groups for parameter in group["params"]]
+    found["copies"] = sum(copy is not None for copy in copies) if kind == "fused" else 0
     return found | {"end": {"plain": _weights(plain), kind: _weights(policy)}}
