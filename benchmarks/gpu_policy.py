@@ -139,7 +139,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     maxima; the batch's log-probs after it go to the file `job["logp"]`."""
     from etr_megatron import platform
     from etr_megatron.config import load_config, resolve
-    from etr_megatron.policy import Policy, configured_layout
+    from etr_megatron.policy import Policy, Update, configured_layout
     from etr_megatron.weights import read_architecture
 
     cuda, workload = platform.uses_cuda(), job["workload"]
@@ -162,12 +162,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     policy.update(batch)
     state = torch.cuda.memory_allocated() if cuda else None
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
         free, total = torch.cuda.mem_get_info()
         runtime = total - free - torch.cuda.memory_reserved()
-    losses: list[float] = []
-    seconds = [seconds_of(lambda: losses.append(policy.update(batch).loss), device) for _ in range(job["rounds"])]
-    peak = torch.cuda.max_memory_allocated() if cuda else None
+    updates: list[Update] = []
+    seconds = [seconds_of(lambda: updates.append(policy.update(batch)), device) for _ in range(job["rounds"])]
+    peak = max(round(one.memory["memory_allocated_gib"] * 2**30) for one in updates) if cuda else None
     forward = [seconds_of(lambda: policy.logprobs(sequences), device) for _ in range(job["rounds"])]
     tokens = workload["samples"] * (workload["prompt"] + workload["response"])
     flops, limit = flops_of_update(arch, workload), BF16_PEAK.get(torch.cuda.get_device_name(device)) if cuda else None
@@ -185,7 +184,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak,
         "runtime_bytes": runtime if cuda else None,
         **planned_bytes(settings, workload),
-        "losses": losses,
+        "losses": [one.loss for one in updates],
     }
 
 

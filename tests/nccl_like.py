@@ -52,16 +52,22 @@ class NcclLike:
     """The part of `ProcessGroupNCCL` that `Wire` uses.
 
     Ranks connect at their first operation, in which all of them must take part (see `torch.distributed.batch_isend_irecv`);
-    messages are launched in batches.
+    messages are launched in batches. aborted: how many groups of this process were.
     """
+
+    aborted = 0
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: datetime.timedelta) -> None:
         self._connecting = dist.ProcessGroupGloo(dist.PrefixStore("connect", store), rank, world, _NEVER)
         self._group = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, world, timeout)
         self._posts: list[Callable[[], Any]] | None = None
+        self._store, self._rank = store, rank
 
     def _connect(self) -> None:
         if self._connecting is not None:
+            if self._rank == 0:  # others wait in the store for the address of its connection
+                self._store.set("id", "0")
+            self._store.get("id")
             self._connecting.barrier().wait()
             self._connecting = None
 
@@ -89,7 +95,8 @@ class NcclLike:
         return Launch(posts)
 
     def abort(self) -> None:
-        """No-op: connections end with the object, as gloo's do."""
+        """Only counted: connections end with the object, as gloo's do."""
+        NcclLike.aborted += 1
 
 
 def run(job: str, **arguments: Any) -> Any:
@@ -109,15 +116,17 @@ def run(job: str, **arguments: Any) -> Any:
         return getattr(import_module(f"tests.{module}"), function)(**arguments)
 
 
-def one_does_not_connect(culprit: int) -> tuple[str, float]:
-    """The error of every rank but the culprit, which hangs where NCCL connects; and the seconds until the error."""
+def one_does_not_connect(culprit: int) -> tuple[str, float, int]:
+    """The error of every rank but the culprit, which hangs where NCCL connects; the seconds until the error; and how many
+    groups the rank has aborted."""
+    NcclLike.aborted = 0
     hang, start, is_culprit = Hang(), time.monotonic(), dist.get_rank() == culprit
     hanging = {"_launch": hang, "_finish": lambda *_: None} if is_culprit else {}
     try:
         with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
             Wire.in_world(timeout_s=3)
-        return "", 0.0
+        return "", 0.0, 0
     except SyncError as error:
         if not is_culprit:
             hang.given_up()
-        return str(error), time.monotonic() - start
+        return str(error), time.monotonic() - start, NcclLike.aborted

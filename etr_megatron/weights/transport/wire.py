@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etr_megatron.platform.job_store import job_store
+from etr_megatron.platform.job_store import job_store, own_connection
 from etr_megatron.platform.nccl import outliving_failures
 from etr_megatron.weights.transport.board import Board, SyncError
 
@@ -61,16 +60,19 @@ class Wire:
 
     def _open(self, name: str, rank: int, world: int) -> Any:
         """A process group whose ranks are connected. Raises SyncError when the others do not connect."""
+        # NCCL waits there for rank 0 in a thread of its own, which must not keep this one from the board.
+        store = own_connection(self._store) if self._backend == "nccl" else self._store
+        group = None
         try:
-            group = _open_group(self._backend, dist.PrefixStore(name, self._store), rank, world, self.board.timeout_s)
+            group = _open_group(self._backend, dist.PrefixStore(name, store), rank, world, self.board.timeout_s)
             if self._backend == "nccl":
                 # NCCL connects at the first message, in which all ranks must take part; a bucket may concern only some of them.
                 first = [torch.zeros(1, device=self.device)]
                 self._finish(self._launch(lambda: group.allreduce(first)))
-        except TimeoutError as error:
-            raise self.board.fail("") from error
-        except RuntimeError as error:
-            raise self.board.fail(f"could not connect to the others ({error})") from error
+        except (TimeoutError, RuntimeError) as error:
+            self._abort([group])
+            is_late = isinstance(error, TimeoutError)
+            raise self.board.fail("" if is_late else f"could not connect to the others ({error})") from error
         return group
 
     @classmethod
@@ -139,13 +141,14 @@ class Wire:
         if self._backend != "nccl":
             return post()
         found: Future[Any] = Future()
-        # Both are a thread's own in torch.
-        with_stream = torch.cuda.stream(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else nullcontext()
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def run() -> None:
             try:
-                with with_stream:
-                    found.set_result(post())
+                if stream is not None:
+                    # And its device: both are a thread's own. Set back, they would open a context on the first GPU.
+                    torch.cuda.set_stream(stream)
+                found.set_result(post())
             except Exception as error:
                 found.set_exception(error)
 
@@ -183,6 +186,9 @@ class Wire:
         that it has ended, and a server's worker may do so much later.
         """
         groups, self._group, self._parts = [self._group, *self._parts], None, []
+        self._abort(groups)
+
+    def _abort(self, groups: Sequence[Any]) -> None:
         for group in groups:
             if self._backend == "nccl" and group is not None:
                 group.abort()
