@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from etr_megatron.weights.transport import SyncError, Wire, wire
 from tests.hang import Hang
+from tests.ports import rank_0s_port
 
 _NEVER = datetime.timedelta(hours=1)
 
@@ -120,13 +121,20 @@ def one_does_not_connect(culprit: int) -> tuple[str, float, int]:
     """The error of every rank but the culprit, which hangs where NCCL connects; the seconds until the error; and how many
     groups the rank has aborted."""
     NcclLike.aborted = 0
-    hang, start, is_culprit = Hang(), time.monotonic(), dist.get_rank() == culprit
+    hang, rank = Hang(), dist.get_rank()
+    is_culprit = rank == culprit
     hanging = {"_launch": hang, "_finish": lambda *_: None} if is_culprit else {}
+    with rank_0s_port() as port:
+        # As in a job; of this kind, a connection that waits in one thread keeps others waiting, too.
+        store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=datetime.timedelta(seconds=60))
+    start = time.monotonic()
     try:
         with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
-            Wire.in_world(timeout_s=3)
-        return "", 0.0, 0
+            Wire(store, rank, dist.get_world_size(), backend="nccl", timeout_s=3)
+        found = "", 0.0, 0
     except SyncError as error:
         if not is_culprit:
             hang.given_up()
-        return str(error), time.monotonic() - start, NcclLike.aborted
+        found = str(error), time.monotonic() - start, NcclLike.aborted
+    dist.barrier()  # the culprit, too, has looked at rank 0's store
+    return found
