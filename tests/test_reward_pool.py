@@ -408,6 +408,13 @@ def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
     assert len(waits) <= 4
 
 
+def test_the_pool_wakes_at_the_first_deadline_also_while_another_grader_starts(user_rewards):
+    with GraderPool(RewardConfig(function=user_rewards, workers=2, timeout_s=0.3)) as pool:
+        busy, starting = pool._workers
+        busy.head_since, starting.ready, starting.started = time.monotonic(), False, time.monotonic()
+        assert _Round(pool, [])._wait(busy.head_since) == [] and 0.2 < time.monotonic() - busy.head_since < 20
+
+
 def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_by_itself(user_rewards, monkeypatch):
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
