@@ -191,6 +191,15 @@ def test_answers_are_spread_over_the_graders(user_rewards):
         assert {grade.reward for grade in pool.grade([request("os.getpid()")] * 2)} == set(pool.worker_pids)
 
 
+def test_requests_are_sent_ahead_up_to_a_limit_and_one_by_one_at_the_end(user_rewards, monkeypatch):
+    send, ahead = GraderProcess.send, []
+    monkeypatch.setattr(GraderProcess, "send", lambda self, job: send(self, job) or ahead.append(len(self.inflight)))
+    with GraderPool(RewardConfig(function=user_rewards, workers=2, range_max=1e9)) as pool:
+        grades = pool.grade([request(f"{number}") for number in range(400)])
+    assert [grade.reward for grade in grades] == list(range(400))
+    assert max(ahead) == 32 and ahead[-6:] == [1] * 6  # so that no grader is left with many while the other idles
+
+
 def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_late_it_is_read(user_rewards, monkeypatch):
     wait, monotonic, late_s = _Round._wait, time.monotonic, []
 
@@ -380,7 +389,7 @@ def test_close_ends_the_graders_and_further_use_is_refused(user_rewards):
     assert len(pids) == 2 and pool.grade([request("1")] * 2) == [Grade(1.0, "ok", "")] * 2 and pool.worker_pids == pids
     pool.close()
     pool.close()
-    assert all(gone(pid) for pid in pids)
+    assert all(gone(pid) for pid in pids) and pool.worker_pids == []
     with pytest.raises(RuntimeError, match="closed"):
         pool.grade([request("1")])
 
@@ -425,6 +434,13 @@ def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
         waits.clear()
         assert pool.grade([request("time.sleep(0.5) or 0.5")] * 2) == [Grade(0.5, "ok", "")] * 2
     assert len(waits) <= 4
+
+
+def test_the_pool_wakes_at_the_first_deadline_also_while_another_grader_starts(user_rewards):
+    with GraderPool(RewardConfig(function=user_rewards, workers=2, timeout_s=0.3)) as pool:
+        busy, starting = pool._workers
+        busy.head_since, starting.ready, starting.started = time.monotonic(), False, time.monotonic()
+        assert _Round(pool, [])._wait(busy.head_since) == [] and 0.2 < time.monotonic() - busy.head_since < 20
 
 
 def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_by_itself(user_rewards, monkeypatch):

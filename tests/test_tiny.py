@@ -71,6 +71,12 @@ def test_the_policy_loads_as_qwen3_with_distinct_dimensions(policy):
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
 
 
+def test_the_policy_says_what_it_was_made_from_and_how_far_it_came(policy):
+    made_from = json.loads((policy / "warm_start.json").read_text())
+    assert made_from["settings"]["tiny.intermediate_size"] == 72 and made_from["settings"]["arithmetic.max_digits"] == 1
+    assert 1 < made_from["last_loss_nats_per_token"] < math.log(TinyConfig.vocab_size) + 1
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_any_text_survives_the_reloaded_tokenizer(policy, text):
     tokenizer = load_tokenizer(policy)

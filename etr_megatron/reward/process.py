@@ -150,7 +150,7 @@ def close_all(processes: list[GraderProcess]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The parent's environment, with the working directory (for the user's module) and our package's root on PYTHONPATH."""
+    """The parent's environment, with our package's root on PYTHONPATH. (`import_function` adds the working directory.)"""
     package_root = str(Path(__file__).resolve().parents[2])
-    paths = [os.getcwd(), package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
