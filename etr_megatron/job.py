@@ -220,8 +220,8 @@ def _stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stop_tokens: 
     stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     for text in stop_tokens:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise UserError(f"rollout.stop_tokens: {text!r} is {len(ids)} tokens of the model's tokenizer, and must be one")
+        if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token):
+            raise UserError(f"rollout.stop_tokens: {text!r} is not a token of the model's tokenizer; name single tokens")
         stops.add(ids[0])
     file = model_dir / "generation_config.json"
     if file.is_file():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import psutil
 
-from etr_megatron.rollout import NeedsSyncError, Sampling
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling
 from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.types import Problem
 from tests.fake_servers import patient_with
@@ -93,6 +94,25 @@ def colocated_failures(model: str, directory: str, fails_after: Sequence[int], *
             engine.release()
             found.append([list(states), before, there(states)])
         return found
+    finally:
+        engine.close()
+
+
+def none_start(model: str, directory: str, **settings: Any) -> tuple[str, int]:
+    """The error of a sync before which all servers have failed and none comes back, and how often they were to come back."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    attempts = []
+    try:
+        engine.update_weights(policy.export(), 1)
+        assert engine._control is not None
+        engine._control.mark_failed("SGLang server 0", "it does not start")
+        with mock.patch.object(engine, "_bring_back", lambda: attempts.append(1)):
+            try:
+                engine.update_weights(policy.export(), 2)
+            except EngineGoneError as error:
+                return str(error), len(attempts)
+            return "", 0
     finally:
         engine.close()
 

@@ -9,9 +9,13 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
+from etr_megatron.errors import UserError
+from etr_megatron.job import _stop_ids
 from tests.runs import REPO
 
 ROWS = [
@@ -84,7 +88,15 @@ def test_stop_tokens_end_responses_besides_the_models_own(runs):
 def test_a_stop_token_that_the_tokenizer_has_not_as_one_is_refused(runs, model):
     code, printed = runs.finish(f"model.path={model}", "rollout.stop_tokens=[<|im_end|>, so not]")
     assert code == 2 and "Traceback" not in printed
-    assert "error: rollout.stop_tokens: 'so not' is " in printed and "must be one" in printed
+    assert "error: rollout.stop_tokens: 'so not' is not a token of the model's tokenizer; name single tokens" in printed
+
+
+def test_a_stop_token_that_the_vocabulary_lacks_is_not_taken_for_the_unknown_token(tmp_path):
+    words = models.WordLevel({"<unk>": 0, "end": 1, "stop": 2}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="end", unk_token="<unk>")
+    assert _stop_ids(tmp_path, tokenizer, ["stop", "<unk>"]) == {0, 1, 2}
+    with pytest.raises(UserError, match="'stpo' is not a token of the model's tokenizer"):
+        _stop_ids(tmp_path, tokenizer, ["stpo"])
 
 
 def test_a_broken_row_stops_the_job_with_file_and_line(runs, problems, model):

@@ -103,14 +103,14 @@ def wait_until(condition, seconds: float = 120.0) -> bool:
 
 def test_of_a_dict_the_score_is_the_reward_and_other_numbers_are_parts(user_rewards):
     answers = [
-        "{'score': 0.5, 'acc': True, 'format': 0.25, 'pred': 'x', 'nan': float('nan'), 'none': None}",
+        "{'score': 0.5, 'acc': True, 'format': 0.25, 'pred': 'x', 'nan': float('nan'), 'none': None, 'n': 10**400, (1, 2): 3}",
         "{'acc': 1.0}",
         "{'score': None, 'acc': 1.0}",
         "{'score': 7, 'acc': 1.0}",
     ]
     with GraderPool(RewardConfig(function=user_rewards, workers=1, timeout_s=60)) as pool:
         first, *others = pool.grade([request(answer) for answer in answers])
-    assert first == Grade(0.5, "ok", "", {"acc": 1.0, "format": 0.25})
+    assert first == Grade(0.5, "ok", "", {"acc": 1.0, "format": 0.25, "(1, 2)": 3.0})
     assert [grade.status for grade in others] == ["error", "error", "out_of_range"]
     assert others[0].detail == "my_rewards:by_command returned a dict without `score`, which is the reward"
     assert not any(grade.parts for grade in others)

@@ -307,6 +307,12 @@ def test_servers_of_the_job_that_are_all_lost_in_a_sync_are_started_again_and_ha
         assert state["version"] == "1" and not state["paused"]
 
 
+def test_servers_that_did_not_start_for_a_sync_are_not_started_twice_for_it(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), **OWN)
+    ((error, attempts),) = gangs(1).run("tests.sglang_comeback_jobs:none_start", **job)
+    assert "SGLang server 0: it does not start" in error and attempts == 1
+
+
 def test_nothing_is_generated_from_random_weights(gangs, hf_models, tmp_path):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), generate_first=True, probe_every=0, **OWN)
     (error,) = gangs(1).run("tests.sglang_jobs:refused", **job)

@@ -1,5 +1,5 @@
-"""Fill in values that a config leaves open and that follow from others: the preset's, `parallel.tp: auto`, and
-the transport of weight syncs, and the time for servers to start."""
+"""Fill in values that a config leaves open and that follow from others: the preset's, `parallel.tp: auto`, the transport of
+weight syncs, and the time for servers to start."""
 
 from __future__ import annotations
 

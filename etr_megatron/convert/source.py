@@ -53,7 +53,7 @@ def _newest_step(path: Path) -> Path:
 
 
 def _model_of_run(weights: Path) -> Path:
-    """The HuggingFace directory that the run started from, according to its config.yaml."""
+    """The `model.path` in the run's config.yaml."""
     file = weights.parent.parent / "config.yaml"
     if not file.is_file():
         raise UserError(f"{weights} has no config.json; give the model's HuggingFace directory with --config-from")

@@ -109,7 +109,8 @@ def tokenize_prompts(
 
 
 def _check_arguments(arguments: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for arguments that the template would pass over in silence, or that are transformers' own."""
+    """Raises UserError for arguments that are transformers' own, or whose names are nowhere in the template, which would pass
+    over them in silence."""
     template = tokenizer.get_chat_template()
     own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in arguments:

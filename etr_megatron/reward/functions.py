@@ -61,7 +61,7 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
     if isinstance(value, Mapping):
         if "score" not in value:
             return Grade(config.range_min, "error", f"{config.function} returned a dict without `score`, which is the reward")
-        parts = {name: float(part) for name, part in value.items() if name != "score" and _is_number(part)}
+        parts = {str(name): float(part) for name, part in value.items() if name != "score" and _is_number(part)}
         value = value["score"]
     try:
         reward = float("nan") if isinstance(value, (str, bytes)) else float(value)
@@ -81,4 +81,8 @@ def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: R
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    """Whether it is a finite number of Python's or numpy's."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond a float's range
+        return False

@@ -116,8 +116,9 @@ class SglangConfig:
     """Deadline of a server's start, until it answers. null is 900, and 2400 with `fp8`: on a GPU, the first start on a machine
     compiles DeepGEMM's kernels."""
     request_timeout_s: float = 1800.0
-    """Time in which a server that has requests completes no response, after which it has failed. So it must exceed the
-    generation of one response, but not the wait for others in the server's queue."""
+    """Time in which a server that has requests (with a router, all servers) completes no response, after which it has failed.
+    So it must exceed the generation of one response, but not the wait for others in the server's queue. A single response may
+    take ten times as long."""
     hang_timeout_s: float = 120.0
     """Time without a sign of life, while responses are in flight, after which a server counts as hung. A busy server answers
     between two batches, so this must exceed its longest batch."""

@@ -21,6 +21,10 @@ _REFUSALS = (400, 413, 422)
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
+PATIENCE = 10
+"""The longest that a response may take while the server completes others, in `request_timeout_s`."""
+
+
 class ServerError(RuntimeError):
     """A request to a server failed; the message names the server, the route and its answer. status: HTTP, if it answered.
 
@@ -87,7 +91,8 @@ class ServerClient:
     def __init__(self, name: str, url: str, http: httpx.AsyncClient) -> None:
         self.name, self.url, self._http = name, url.rstrip("/"), http
         self._routes: frozenset[str] | None = None
-        self._deadlines: dict[asyncio.Timeout, float] = {}  # of responses under way, with the time that each has
+        # Of responses under way, with the seconds that each has and the time when these are not renewed any more.
+        self._deadlines: dict[asyncio.Timeout, tuple[float, float]] = {}
 
     async def learn_routes(self, required: Iterable[str], *, timeout_s: float) -> None:
         """Ask the server for its routes, which differ between versions. Raises ServerError naming a required one that it lacks.
@@ -114,9 +119,9 @@ class ServerClient:
         try:
             async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
                 return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise ServerError(f"{self.name}: {route} did not answer within {timeout_s:g} s") from error
-        except httpx.HTTPError as error:
+        except (TimeoutError, httpx.HTTPError) as error:
+            if timeout_s is not None and isinstance(error, TimeoutError | httpx.TimeoutException):
+                raise ServerError(f"{self.name}: {route} did not answer within {timeout_s:g} s") from error
             raise ServerError(
                 f"{self.name}: {route} failed: {str(error) or type(error).__name__}",
                 reached=not isinstance(error, httpx.ConnectError),
@@ -207,10 +212,11 @@ class ServerClient:
         return found
 
     async def _complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply to `/generate`, which gives all others under way their full time again."""
+        """The reply to `/generate`, which gives all others under way their full time again, but no more than `PATIENCE` times
+        that in all: a server may lose one of them."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                self._deadlines[deadline] = timeout_s
+                self._deadlines[deadline] = timeout_s, asyncio.get_running_loop().time() + PATIENCE * timeout_s
                 try:
                     reply = await self.call("/generate", body, timeout_s=None)
                 finally:
@@ -218,9 +224,9 @@ class ServerClient:
         except TimeoutError as error:
             raise ServerError(f"{self.name}: /generate completed no response within {timeout_s:g} s") from error
         now = asyncio.get_running_loop().time()
-        for other, patience_s in self._deadlines.items():
+        for other, (patience_s, last) in self._deadlines.items():
             if not other.expired():
-                other.reschedule(now + patience_s)
+                other.reschedule(min(now + patience_s, last))
         return reply
 
     async def abort(self, rid: str, *, timeout_s: float) -> None:

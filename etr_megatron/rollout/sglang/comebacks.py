@@ -24,7 +24,8 @@ class Comebacks:
         self._before: dict[str, tuple[int, int]] = {}
 
     def due(self, failed: Collection[str]) -> list[str]:
-        """The servers to bring back. Call once per sync; each returned server counts as attempted. failed: those not serving.
+        """The servers to bring back. Call once per sync, and again in one that has lost all; each returned server counts as
+        attempted. failed: those not serving.
 
         When no server serves, all are due, as there is nothing to lose.
         """

@@ -260,23 +260,26 @@ class SglangEngine:
         starts its own again, once. Raises, on every rank, EngineGoneError when no server is left, SyncError naming ranks that
         are missing, OtherModelError when all servers' log-probs differ from the trainer's.
         """
+        self._empty_caches()
+        self._bring_back()
+        # Over NCCL a server that dies takes the others with it, see docs/rollout.md. Servers that did not start are not among
+        # them: they would take as long again.
+        may_lose_all = not self._config.urls and on_rank0(lambda: bool(self._speaker.serving()))
         try:
-            self._try_update(weights, version)
+            self._send(weights, version)
         except EngineGoneError as error:
-            if self._config.urls:
+            if not may_lose_all:
                 raise
-            # Over NCCL a server that dies takes the others with it, see docs/rollout.md.
             if self._control is not None:
                 logger.warning("%s; they are started again", error)
-            self._try_update(weights, version)
+            self._bring_back()
+            self._send(weights, version)
         self.weight_version = version
         self._syncs += 1
         if self._config.probe_every and (self._syncs - 1) % self._config.probe_every == 0:
             self._probe(weights)
 
-    def _try_update(self, weights: WeightSource, version: int) -> None:
-        self._empty_caches()
-        self._bring_back()
+    def _send(self, weights: WeightSource, version: int) -> None:
         with self._transaction(version):
             self._sender.send(weights, version)
             self._empty_caches()

@@ -18,7 +18,7 @@ import httpx
 
 from etr_megatron.config import SglangConfig, startup_timeout_of
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.sglang.client import ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import PATIENCE, ServerClient, ServerError
 from etr_megatron.rollout.sglang.hosts import Host
 from etr_megatron.rollout.sglang.server import ServerCommand, free_port
 
@@ -28,9 +28,6 @@ NAME = "SGLang router"
 _HOST = "127.0.0.1"
 _ASK_S = 10.0
 _POLL_S = 0.05
-
-_PATIENCE = 10
-"""The router's own deadline of a request, in `request_timeout_s`. It does not know that servers complete others meanwhile."""
 
 
 class Router:
@@ -53,7 +50,7 @@ class Router:
         self.stop()
         # Its metrics cannot be switched off; by default they are served on all interfaces, at a fixed port.
         arguments = ["--prometheus-host", _HOST, "--prometheus-port", str(free_port(_HOST)), "--log-level", "warn"]
-        timeout_s = math.ceil(_PATIENCE * self._config.request_timeout_s)
+        timeout_s = math.ceil(PATIENCE * self._config.request_timeout_s)
         arguments += ["--policy", str(self._config.router), "--request-timeout-secs", str(timeout_s)]
         arguments += ["--disable-health-check", "--disable-retries", "--disable-circuit-breaker"]
         arguments += ["--shutdown-grace-period-secs", "1"]
