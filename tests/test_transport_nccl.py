@@ -51,7 +51,7 @@ def test_a_rank_that_hangs_while_all_connect_is_named_at_the_deadline(gangs):
     found = gangs(3).run(JOB, job="nccl_like:one_does_not_connect", culprit=1)
     for rank in (0, 2):
         error, seconds = found[rank]
-        assert error.endswith("the opening of the weight sync did not complete: rank 1 did not arrive within 3 s")
+        assert error.endswith("the opening of the weight sync did not complete: rank 1 did not arrive within 5 s")
         assert seconds < 40  # less than the minute for which it hangs
 
 
