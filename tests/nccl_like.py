@@ -127,10 +127,11 @@ def one_does_not_connect(culprit: int) -> tuple[str, float, int]:
     with rank_0s_port() as port:
         # As in a job; of this kind, a connection that waits in one thread keeps others waiting, too.
         store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=datetime.timedelta(seconds=60))
+    dist.barrier()  # the short deadline is for the culprit
     start = time.monotonic()
     try:
         with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
-            Wire(store, rank, dist.get_world_size(), backend="nccl", timeout_s=3)
+            Wire(store, rank, dist.get_world_size(), backend="nccl", timeout_s=5)
         found = "", 0.0, 0
     except SyncError as error:
         if not is_culprit:

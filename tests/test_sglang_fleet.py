@@ -183,9 +183,9 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
 
 def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_completes_others():
     async def body():
-        async with fleet_of({"seconds": 0.4, "busy": True}, {"seconds": 0.4, "busy": True}, timeout_s=2.0) as fleet:
-            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(8)]
-            return one_prompt, await generate(fleet, one_prompt, concurrency=8), fleet.failed
+        async with fleet_of({"seconds": 0.4, "busy": True}, {"seconds": 0.4, "busy": True}, timeout_s=4.0) as fleet:
+            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(12)]
+            return one_prompt, await generate(fleet, one_prompt, concurrency=12), fleet.failed
 
     requests, found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed

@@ -34,14 +34,14 @@ def test_work_beside_a_block_has_ended_when_the_block_has_however_that_ends(fail
         thread = threading.current_thread()
         seen.append(f"{thread.name} {thread.daemon} {done.is_set()}")
         begun.set()
-        assert done.wait(30)
+        assert done.wait(300)
         time.sleep(0.1)
         seen.append("ended")
 
     begun = threading.Event()
     try:
         with beside(work, "beats"):
-            assert begun.wait(30)  # it runs at the same time
+            assert begun.wait(300)  # it runs at the same time
             seen.append("block")
             if fails:
                 raise KeyboardInterrupt

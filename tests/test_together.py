@@ -119,7 +119,7 @@ def test_a_store_can_be_used_while_another_thread_waits_on_its_own_connection():
     own = own_connection(dist.PrefixStore("job", store))
 
     def wait() -> None:
-        own.wait(["answer"], datetime.timedelta(seconds=30))
+        own.wait(["answer"], datetime.timedelta(seconds=300))
         found.append(own.get("answer"))
 
     waiting = threading.Thread(target=wait, daemon=True)
@@ -128,5 +128,5 @@ def test_a_store_can_be_used_while_another_thread_waits_on_its_own_connection():
     assert waiting.is_alive()
     done = threading.Thread(target=dist.PrefixStore("job", store).set, args=("answer", "yes"), daemon=True)
     done.start()
-    waiting.join(10)
+    waiting.join(300)
     assert found == [b"yes"]

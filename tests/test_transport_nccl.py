@@ -52,7 +52,7 @@ def test_a_rank_that_hangs_while_all_connect_is_named_at_the_deadline(gangs, cul
     found = gangs(3).run(JOB, job="nccl_like:one_does_not_connect", culprit=culprit)
     for rank in {0, 1, 2} - {culprit}:
         error, seconds, aborted = found[rank]
-        assert error.endswith(f"the opening of the weight sync did not complete: rank {culprit} did not arrive within 3 s")
+        assert error.endswith(f"the opening of the weight sync did not complete: rank {culprit} did not arrive within 5 s")
         assert seconds < 40 and aborted == 1  # less than the minute for which it hangs
 
 

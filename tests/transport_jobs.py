@@ -170,7 +170,7 @@ def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str
     with rank_0s_port() as first, rank_0s_port() as second:
         rank, arch, source = dist.get_rank(), read_architecture(model), TrainingLayout()
         offers = [
-            Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=3)
+            Offer(1, "127.0.0.1", port, rank - 1, source, destination, arch, "float32", checksums=True, timeout_s=60)
             for port in (first, second)
         ]
         if rank == 0:
