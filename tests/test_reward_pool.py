@@ -153,6 +153,7 @@ except FileExistsError:
     time.sleep(1)
     WHAT_THE_OTHERS_DO
 def f(prompt, response, answer):
+    time.sleep(0.2)
     return 1.0
 """
 

@@ -20,7 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from etr_megatron.config import sources_of
@@ -69,6 +69,14 @@ def test_the_policy_loads_as_qwen3_with_distinct_dimensions(policy):
     assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (len(AutoTokenizer.from_pretrained(policy)), 40)
     assert not model.config.tie_word_embeddings
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def test_other_readers_of_its_directory_find_what_they_expect_there(policy):
+    config, generation = (json.loads((policy / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert config["architectures"] == ["Qwen3ForCausalLM"]  # servers choose the model by it
+    assert generation["eos_token_id"] == load_tokenizer(policy).eos_token_id
+    with safe_open(policy / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # older transformers refuse files without it
 
 
 def test_the_policy_says_what_it_was_made_from_and_how_far_it_came(policy):
@@ -216,6 +224,13 @@ def test_the_same_settings_give_the_same_weights_and_leave_the_caller_as_he_was(
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (again / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+
+
+def test_another_seed_begins_with_other_weights(tmp_path, policy):
+    tiny = replace(SMALL, cache_dir=str(tmp_path), warm_start_seed=SMALL.warm_start_seed + 3)
+    name = "model.layers.1.self_attn.q_proj.weight"  # in a few steps of the warm start it moves by 0.01
+    first, second = (state_of(path)[name] for path in (policy, build_tiny_policy(tiny, ARITHMETIC, progress=False)))
+    assert (first - second).abs().mean() > 0.1
 
 
 def test_a_finished_build_is_reused_and_other_settings_build_another(policy):
