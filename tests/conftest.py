@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.gang import Gangs
+from tests.graders import USER_REWARDS
 
 
 def pytest_collection_finish():
@@ -81,3 +82,10 @@ def runs(tmp_path, _tiny_cache):
     from tests.runs import Runs
 
     return Runs(tmp_path, _tiny_cache)
+
+
+@pytest.fixture
+def user_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
+    monkeypatch.chdir(tmp_path)
+    return "my_rewards:by_command"

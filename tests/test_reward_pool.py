@@ -20,70 +20,11 @@ from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest, GraderPool
 from etr_megatron.reward.pool import _Round
 from etr_megatron.reward.process import GraderProcess, Job
+from tests.graders import request
 
 REPO = Path(__file__).parents[1]
-USER_REWARDS = """
-import atexit, os, sys, threading, time
-
-def by_command(prompt, response, answer):
-    if response == "hang":
-        while True:
-            pass
-    if response == "die":
-        os._exit(7)
-    if response == "segfault":
-        os.kill(os.getpid(), 11)
-    if response == "die once":
-        flag = os.path.join(os.path.dirname(__file__), "died")
-        if not os.path.exists(flag):
-            open(flag, "w").close()
-            os._exit(7)
-        return 1.0
-    if response == "sys.exit":
-        raise SystemExit(3)
-    if response == "raise":
-        raise ValueError("no such thing")
-    if response == "print":
-        print("noise" * 1000)
-        os.write(1, b"raw noise")
-        return 0.25 if sys.stdin.read() == "" else 0.0
-    if response == "pid":
-        return os.getpid()
-    if response == "torch":
-        return "torch" in sys.modules
-    return eval(response)
-
-def hold(pid):
-    if os.getpid() == pid:
-        threading.Thread(target=time.sleep, args=(600,)).start()
-    atexit.register(end)
-    return 1.0
-
-def end():
-    time.sleep(0.2)
-    open(os.path.join(os.path.dirname(__file__), f"ended {os.getpid()}"), "w").close()
-
-def of_two(prompt, response):
-    return 1.0
-
-not_callable = 3
-"""
-NOT_TO_BE_SHOWN = "type('Odd', (), {'__repr__': lambda self: 1 / 0})()"
-NO_NUMBER = "type('Odd', (), {'__float__': lambda self: 1 / 0})()"
-
 
 pytestmark = pytest.mark.usefixtures("deadline")
-
-
-@pytest.fixture
-def user_rewards(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
-    monkeypatch.chdir(tmp_path)
-    return "my_rewards:by_command"
-
-
-def request(response: str, answer: str = "5") -> GradeRequest:
-    return GradeRequest("prompt", response, answer)
 
 
 def gone(pid: int) -> bool:
@@ -100,21 +41,6 @@ def wait_until(condition, seconds: float = 120.0) -> bool:
             return True
         time.sleep(0.05)
     return condition()
-
-
-def test_of_a_dict_the_score_is_the_reward_and_other_numbers_are_parts(user_rewards):
-    answers = [
-        "{'score': 0.5, 'acc': True, 'format': 0.25, 'pred': 'x', 'nan': float('nan'), 'none': None, 'n': 10**400, (1, 2): 3}",
-        "{'acc': 1.0}",
-        "{'score': None, 'acc': 1.0}",
-        "{'score': 7, 'acc': 1.0}",
-    ]
-    with GraderPool(RewardConfig(function=user_rewards, workers=1, timeout_s=60)) as pool:
-        first, *others = pool.grade([request(answer) for answer in answers])
-    assert first == Grade(0.5, "ok", "", {"acc": 1.0, "format": 0.25, "(1, 2)": 3.0})
-    assert [grade.status for grade in others] == ["error", "error", "out_of_range"]
-    assert others[0].detail == "my_rewards:by_command returned a dict without `score`, which is the reward"
-    assert not any(grade.parts for grade in others)
 
 
 @pytest.fixture
@@ -277,67 +203,6 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
         assert pool.grade([request("die once"), request("0.5")]) == [Grade(1.0, "ok", ""), Grade(0.5, "ok", "")]
 
 
-OF_COLUMNS = """
-def by_level(prompt, response, answer, columns):
-    return columns["extra_info.level"] * (response == columns["data_source"])
-"""
-
-
-def test_a_reward_of_the_users_own_is_given_the_columns_that_the_config_names(user_rewards, tmp_path):
-    (tmp_path / "of_columns.py").write_text(OF_COLUMNS)
-    config = RewardConfig(function="of_columns:by_level", columns=("data_source", "extra_info.level"), range_max=9.0)
-    extra = {"data_source": "größer", "extra_info.level": 7}
-    with GraderPool(config) as pool:
-        assert pool.grade([GradeRequest("?", "größer", "", extra)]) == [Grade(7.0, "ok", "")]
-    with pytest.raises(UserError, match="callable with four arguments, the prompt, the response, the answer and a dict of"):
-        GraderPool(RewardConfig(function=user_rewards, columns=("data_source",)))
-    with pytest.raises(UserError, match="callable with three arguments"):
-        GraderPool(RewardConfig(function="of_columns:by_level"))
-
-
-def test_a_users_mistakes_are_errors_of_their_answers(user_rewards):
-    config = RewardConfig(function=user_rewards, workers=1, range_min=-1.0)
-    values = ("float('inf')", "-float('inf')", "float('nan')", "'1'", "b'1'", "None")
-    responses = ["raise", *values, "sys.exit", NOT_TO_BE_SHOWN, NO_NUMBER, "True", "print", "torch"]
-    with GraderPool(config) as pool:
-        grades = pool.grade([request(response) for response in responses])
-    assert [grade.status for grade in grades] == ["error"] * 10 + ["ok"] * 3
-    assert grades[7].detail.endswith("raised SystemExit: 3")
-    assert [grade.reward for grade in grades] == [-1.0] * 10 + [1.0, 0.25, 0.0]
-    assert "ValueError: no such thing" in grades[0].detail
-    assert "returned inf, which is not a finite number" in grades[1].detail
-    assert "returned None, which is not a finite number" in grades[6].detail
-    assert all(grade.detail.endswith(", which is not a finite number") for grade in (*grades[1:7], *grades[8:10]))
-
-
-def test_a_reward_outside_its_range_is_told_from_a_failure_and_rounding_from_both(user_rewards):
-    with GraderPool(RewardConfig(function=user_rewards, workers=1, range_max=3.0)) as pool:
-        grades = pool.grade([request(one) for one in ["4", "3.1", "-0.1", "3.000001", "-1e-7", "2.9999999"]])
-    assert [grade.status for grade in grades] == ["out_of_range"] * 3 + ["ok"] * 3
-    assert [grade.reward for grade in grades] == [0.0, 0.0, 0.0, 3.0, 0.0, 2.9999999]
-    assert grades[0].detail.endswith("returned 4.0, outside reward.range_min = 0.0 to reward.range_max = 3.0")
-
-
-@pytest.mark.parametrize(
-    ("function", "why"),
-    [
-        ("no_such_module:f", "No module named 'no_such_module'"),
-        ("my_rewards:absent", "has no absent"),
-        ("my_rewards:not_callable", "not callable"),
-        ("my_rewards:of_two", "must be callable with three arguments"),
-        ("exits:f", "ended while starting (exit code 3)"),
-    ],
-)
-def test_a_reward_that_cannot_be_loaded_stops_the_job_and_leaves_nothing(user_rewards, tmp_path, function, why):
-    (tmp_path / "exits.py").write_text("import os\nos._exit(3)\n")
-    children = set(psutil.Process().children())
-    with pytest.raises(UserError) as caught:
-        GraderPool(RewardConfig(function=function))
-    assert f'reward.function = "{function}"' in str(caught.value)
-    assert why in str(caught.value)
-    assert set(psutil.Process().children()) <= children
-
-
 def test_an_interrupted_round_leaves_no_reply_for_the_next(user_rewards, monkeypatch):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         with monkeypatch.context() as patch:
@@ -451,12 +316,6 @@ def test_the_pool_wakes_at_the_first_deadline_also_while_another_grader_starts(u
         busy, starting = pool._workers
         busy.head_since, starting.ready, starting.started = time.monotonic(), False, time.monotonic()
         assert _Round(pool, [])._wait(busy.head_since) == [] and 0.2 < time.monotonic() - busy.head_since < 20
-
-
-def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_by_itself(user_rewards, monkeypatch):
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
-        assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 def test_a_grader_with_a_thread_of_the_users_that_does_not_end_is_killed(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -189,45 +188,6 @@ def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_
 
     requests, found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed
-
-
-class LosesOne(httpx.AsyncBaseTransport):
-    """Answers one request after another, and never the one of seed 0."""
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if json.loads(request.content)["sampling_params"]["sampling_seed"] == 0:
-            await asyncio.sleep(3600)
-        await asyncio.sleep(0.05)
-        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, None]], "weight_version": "1"}
-        return httpx.Response(200, json={"output_ids": [5], "meta_info": meta})
-
-
-def test_a_request_that_a_server_loses_is_late_although_others_are_completed():
-    async def body():
-        async with httpx.AsyncClient(transport=LosesOne()) as http:
-            client = ServerClient("server", "http://nowhere", http)
-            lost = asyncio.ensure_future(client.generate([3], replace(PARAMETERS, seed=0), timeout_s=0.3))
-            completed = 0
-            while not lost.done():
-                await client.generate([3], replace(PARAMETERS, seed=1), timeout_s=60)
-                completed += 1
-            return completed, lost.exception()
-
-    completed, error = asyncio.run(body())
-    assert str(error) == "server: /generate completed no response within 0.3 s"
-    assert completed > 6  # longer than without others: 10 x 0.3 s in all
-
-
-def test_a_timeout_of_the_connection_is_a_servers_failure():
-    async def times_out(_request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectTimeout("no route")
-
-    async def body():
-        async with httpx.AsyncClient(transport=httpx.MockTransport(times_out)) as http:
-            await ServerClient("server", "http://nowhere", http).generate([3], PARAMETERS, timeout_s=60)
-
-    with pytest.raises(ServerError, match=r"^server: /generate failed: no route$"):
-        asyncio.run(body())
 
 
 def test_a_request_that_is_called_wrong_ends_the_generation_and_is_no_servers_failure():

@@ -177,9 +177,10 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
                     rank,
                     layout,
                     cp=config.parallel.cp,
+                    cp_comm=config.parallel.cp_comm,
                     experts=arch.experts is not None,
                     node=cluster.ranks_per_node,
-                    sends_weights=not is_embedded and sync_of(config.sglang) != "sharded",
+                    sync=None if is_embedded else sync_of(config.sglang),
                 ),
             )
         )

@@ -19,15 +19,16 @@ RING = COLLECTIVE_CHANNELS * CHANNEL
 PEER = PEER_CHANNELS * CHANNEL
 
 
-def nccl_bytes(rank: int, layout: TrainingLayout, *, cp: int, experts: bool, node: int, sends_weights: bool) -> int:
+def nccl_bytes(rank: int, layout: TrainingLayout, *, cp: int, cp_comm: str, experts: bool, node: int, sync: str | None) -> int:
     """Bytes of a rank's connections: a ring for every group that adds or gathers, and the peers on its node that it exchanges
-    messages with. node: ranks of a node. sends_weights: servers get them from rank 0, which gathers them.
+    messages with. node: ranks of a node. sync: transport of weight syncs, if there are servers; what `sharded` sends to servers
+    on the same node is not counted.
     """
     expert_ranks = layout.expert_tp * layout.ep
     groups = [layout.world, layout.world, layout.tp, layout.dp]  # the second adds up norms; dp has the context-parallel ranks
     if experts:
         groups += [expert_ranks, layout.stage_ranks // expert_ranks]
-    if sends_weights:
+    if sync is not None:
         groups.append(layout.world)
 
     def beside(size: int, stride: int) -> int:
@@ -35,8 +36,11 @@ def nccl_bytes(rank: int, layout: TrainingLayout, *, cp: int, experts: bool, nod
         return min(size, max(1, node // stride)) - 1
 
     peers = beside(layout.ep, layout.expert_tp) if experts else 0
-    peers += min(2, beside(cp, layout.tp)) + min(2, beside(layout.pp, layout.stage_ranks))
-    if sends_weights and rank < node:
-        sources = (beside(layout.tp, 1) + 1) * (beside(layout.pp, layout.stage_ranks) + 1)
-        peers += sources - 1 if rank == 0 else sources > 1
+    around = beside(cp, layout.tp)
+    peers += (around if cp_comm == "a2a" else min(2, around)) + min(2, beside(layout.pp, layout.stage_ranks))
+    others = (beside(layout.tp, 1) + 1) * (beside(layout.pp, layout.stage_ranks) + 1) - 1
+    if sync == "disk":  # every rank gathers the weights that it writes
+        peers += others
+    elif sync in ("broadcast", "tensor") and rank < node:  # rank 0 gathers all
+        peers += others if rank == 0 else min(1, others)
     return sum(size > 1 for size in groups) * RING + peers * PEER
