@@ -14,7 +14,7 @@ import pytest
 from etr_megatron.config import RewardConfig
 from etr_megatron.reward import GraderPool, worker
 from etr_megatron.reward.pool import _Round
-from tests.test_reward_pool import request
+from tests.graders import request
 
 REPO = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("deadline")
