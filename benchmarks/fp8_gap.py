@@ -11,7 +11,12 @@ A model in FP8 draws responses. Log-probs of these tokens are then computed in s
                   are right
     fp32          everything in fp32
 
+    swapped       bfloat16, with the first and the last layer swapped: a model with other weights
+
 The head stays in bfloat16, as in servers. The simulation has the formats' rounding and none of a GPU's kernels.
+
+The gap of a probe (`sglang.probe_every`) is the mean over its few tokens, which are drawn from a prompt without meaning. Of 40
+probes the largest gap is reported where both compute with the same weights, and the smallest where they do not.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from benchmarks.output import code_of_stoppable, prepare_output
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.data import load_tokenizer
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.weights.quantize import FP8, dequantize_box, quantize_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +51,9 @@ PROMPTS = (
     "List three prime numbers greater than 50, and explain why they are prime.",
     "What is the derivative of x^3 + 2x?",
 )
+PROBES, PROBE_TOKENS = 40, 32
+PROBE_PAIRS = (("bf16'", "bf16"), ("fp8", "bf16"), ("fp8", "swapped"))
+"""(who draws the probes, who checks them)."""
 PAIRS = (("fp32", "bf16"), ("bf16", "bf16'"), ("bf16", "fp8"), ("fp8", "fp8'"))
 Sample = tuple[list[int], list[int]]
 """Token ids of a prompt and of a response."""
@@ -94,6 +103,9 @@ def loaded(model: Path, way: str) -> PreTrainedModel:
     dtype = torch.float32 if way == "fp32" else torch.bfloat16
     attention = "eager" if way.endswith("'") else "sdpa"
     found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention).eval()
+    if way == "swapped":
+        layers = found.model.layers
+        layers[0], layers[-1] = layers[-1], layers[0]
     return in_fp8(found) if way.startswith("fp8") else found
 
 
@@ -121,7 +133,7 @@ def logprobs(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Tensor,
     """Log-probs and entropies of all response tokens, fp32 [tokens]."""
     parts, entropies = [], []
     for prompt, response in samples:
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         of_all = torch.log_softmax(logits.float(), -1)
         parts.append(of_all.gather(1, torch.tensor(response)[:, None])[:, 0])
         entropies.append(-(of_all.exp() * of_all).sum(-1))
@@ -132,6 +144,27 @@ def gap(one: Tensor, other: Tensor) -> dict[str, float]:
     """Figures of abs(one - other), nats per token."""
     found = (one - other).abs().double()
     return {"mean": found.mean().item(), "mean_exp": found.exp().mean().item(), "max": found.max().item()}
+
+
+@torch.no_grad()
+def probes_of(model: PreTrainedModel, eos: int) -> list[Sample]:
+    """What a server draws for `PROBES` probes; as there, it goes on after an end-of-sequence token."""
+    torch.manual_seed(1)
+    inputs = torch.tensor([list(PROBE_PROMPT)] * PROBES)
+    options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, max_new_tokens=PROBE_TOKENS)
+    outputs: Any = model.generate(inputs, attention_mask=torch.ones_like(inputs), pad_token_id=eos, **options)
+    return [(list(PROBE_PROMPT), row) for row in outputs[:, len(PROBE_PROMPT) :].tolist()]
+
+
+def probe_gaps(model: Path, eos: int) -> dict[str, dict[str, float]]:
+    """The smallest and the largest gap of a probe, nats per token, for each of `PROBE_PAIRS`."""
+    found = {}
+    for one, other in PROBE_PAIRS:
+        probes = probes_of(loaded(model, one), eos)
+        gaps = (logprobs(loaded(model, one), probes)[0] - logprobs(loaded(model, other), probes)[0]).abs()
+        means = gaps.view(PROBES, -1).double().mean(1)
+        found[f"{one} - {other}"] = {"smallest": means.min().item(), "largest": means.max().item()}
+    return found
 
 
 def measure(model: Path, samples: int, tokens: int) -> dict[str, Any]:
@@ -147,6 +180,7 @@ def measure(model: Path, samples: int, tokens: int) -> dict[str, Any]:
         "tokens": sum(len(response) for _, response in responses),
         "entropy": found["bf16"][1].double().mean().item(),
         "gaps": {f"{one} - {other}": gap(found[one][0], found[other][0]) for one, other in PAIRS},
+        "probes": probe_gaps(model, tokenizer.eos_token_id),
     }
 
 
@@ -163,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{result['model']}: {result['tokens']:,} tokens, entropy {result['entropy']:.2f} nats")
     for name, each in result["gaps"].items():
         print(f"  {name:<14} mean {each['mean']:.4f}  mean of exp {each['mean_exp']:.3f}  max {each['max']:.2f}")
+    for name, each in result["probes"].items():
+        print(f"  {name:<14} probes: smallest {each['smallest']:.3f}  largest {each['largest']:.3f}")
     print(f"written to {options.output}")
     return 0
 

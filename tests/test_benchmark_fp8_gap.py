@@ -61,6 +61,9 @@ def test_a_run_writes_the_gaps_of_every_pair(model, tmp_path, capsys):
     assert list(gaps) == ["fp32 - bf16", "bf16 - bf16'", "bf16 - fp8", "fp8 - fp8'"]
     assert all(each["mean"] <= each["max"] and each["mean_exp"] >= 1 + each["mean"] for each in gaps.values())
     assert gaps["bf16 - fp8"]["mean"] > 2 * gaps["fp32 - bf16"]["mean"] > 0
+    right, fp8, wrong = result["probes"].values()
+    assert list(result["probes"]) == ["bf16' - bf16", "fp8 - bf16", "fp8 - swapped"]
+    assert 0 <= right["smallest"] <= right["largest"] < fp8["largest"] and fp8["smallest"] < wrong["smallest"]
     assert "mean of exp" in capsys.readouterr().out
 
 
