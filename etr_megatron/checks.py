@@ -288,15 +288,15 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
 
 def check_problems(sources: Iterable[Source], config: Config) -> None:
     """Check these sources as `check_source` does and, if all training sets are among them, that they suffice for a step and
-    that each of `reward.columns` has values in one of them."""
-    from etr_megatron.data import refuse_columns_of_no_set
+    that each of `reward.columns` has values in one of them; and what the config asks of the tokenizer."""
+    from etr_megatron.data import check_tokenizer, refuse_columns_of_no_set
 
     usable: dict[Source, tuple[int, list[str]]] = {}
 
     def look(source: Source) -> None:
         usable[source] = check_source(source, config)
 
-    refuse_all(*(partial(look, source) for source in sources))
+    refuse_all(*(partial(look, source) for source in sources), partial(check_tokenizer, config))
     train = [source for source in sources_of(config.data) if source.split == "train"]
     if not usable.keys() >= set(train):
         return

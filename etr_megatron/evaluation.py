@@ -82,6 +82,7 @@ def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
     samples = [sample for group in groups for sample in group.samples]
     return {
         "accuracy": sum(map(sum, right)) / len(samples),
+        "reward_mean": sum(sample.known_reward() for sample in samples) / len(samples),
         **({"pass_at_k": sum(map(any, right)) / len(right)} if len(samples) > len(groups) else {}),
         "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),

@@ -20,6 +20,7 @@ from etr_megatron.data import (
     build_tiny_policy,
     load_tokenizer,
     refuse_unknown_tokens,
+    stop_token_ids,
 )
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
@@ -77,13 +78,13 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     require_fp8(config.fp8)  # before spending minutes on server startup
     layout = configured_layout(config)
     tokenizer = load_tokenizer(model_dir)
+    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer, config.rollout.stop_tokens)
     nodes = _server_nodes(config, stack, stop) if layout.rank == 0 else None
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
     stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
     phases = Phases(config.run.phase_timeout_s, must_stop=stop)
-    architecture, stop_ids = check_checkpoint(model_dir), _stop_ids(model_dir, tokenizer, config.rollout.stop_tokens)
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
     engine = None
@@ -217,12 +218,7 @@ def _stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stop_tokens: 
     """
     from etr_megatron.weights.hf_config import read_config
 
-    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    for text in stop_tokens:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token):
-            raise UserError(f"rollout.stop_tokens: {text!r} is not a token of the model's tokenizer; name single tokens")
-        stops.add(ids[0])
+    stops = set(stop_token_ids(stop_tokens, tokenizer)) | {tokenizer.eos_token_id} - {None}
     file = model_dir / "generation_config.json"
     if file.is_file():
         named = read_config(file).get("eos_token_id")

@@ -203,6 +203,8 @@ class Trainer:
             batch = build_batch(groups, self.config, self.step, old=old, reference=reference, routing=routing)
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
+            if self._recorder is not None and not batch.weight.any():
+                logger.warning("step %d: all responses were cut off, and objective.mask_truncated leaves none", self.step)
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
                 with nullcontext() if updates else self._profiled():
@@ -308,7 +310,8 @@ class Trainer:
             return []
         saved = {self.step, *checkpoint.saved_steps(self._directory.checkpoints)}
         rows = [row for row in self._directory.metrics.rows() if row["step"] in saved and row.get("eval_accuracy") is not None]
-        return [row["step"] for row in sorted(rows, key=lambda row: (row["eval_accuracy"], row["step"]))[-count:]]
+        rows.sort(key=lambda row: (row["eval_accuracy"], row.get("eval_reward_mean") or 0.0, row["step"]))
+        return [row["step"] for row in rows[-count:]]
 
     def _latest_checkpoint(self) -> int | None:
         """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory

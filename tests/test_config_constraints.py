@@ -81,6 +81,14 @@ def test_a_presets_loss_is_doubted_too():
     assert doubts(config_with(objective__preset="rloo", train__minibatches=1)) == []
 
 
+def test_best_checkpoints_that_are_not_saved_and_a_profile_that_is_not_made_are_doubted():
+    kept = dict(checkpoint__keep_best=1, eval__every=5)
+    assert [len(doubts(config_with(checkpoint__every=every, **kept))) for every in (5, 10, 12, 0)] == [0, 0, 1, 1]
+    assert doubts(config_with(checkpoint__every=12, eval__every=5)) == []
+    assert [len(doubts(config_with(run__steps=4, observe__profile_step=step))) for step in (0, 4, 5)] == [0, 0, 1]
+    assert len(doubts(config_with(observe__profile_step=1, rollout__only=True))) == 1
+
+
 def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():
     assert validate(config_with(objective__loss="cispo", objective__eps_high=4.0, objective__eps_max=4.0), None) == []
     assert validate(config_with(objective__eps_high=4.0, objective__eps_max=4.0), None) != []

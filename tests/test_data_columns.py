@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from etr_megatron.config import DataConfig, Source, sources_of
+from etr_megatron.config import DataConfig, Source, load_config, sources_of
 from etr_megatron.config.schema import ArithmeticConfig
-from etr_megatron.data import ProblemSet, open_problems
+from etr_megatron.data import ProblemSet, check_tokenizer, open_problems
 from etr_megatron.errors import UserError
 from tests.test_data_sources import CHAT_TEMPLATE, byte_tokenizer, write_jsonl
 
@@ -251,10 +251,32 @@ def test_arguments_of_the_chat_template_reach_it(tmp_path):
             assert THINKING.decode(problem.prompt_ids) == "<user>1+1?<assistant>" + wanted
 
 
-@pytest.mark.parametrize("name", ["enable_thinkin", "thinking", "add_generation_prompt", "tokenize", "messages"])
-def test_an_argument_that_is_not_the_chat_templates_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("enable_thinkin", "is not an argument of the tokenizer's chat template"),
+        ("thinking", "is not an argument of the tokenizer's chat template"),
+        ("add_generation_prompt", "is set by the job"),
+        ("tokenize", "is set by the job"),
+        ("messages", "is set by the job"),
+    ],
+)
+def test_an_argument_that_is_not_the_chat_templates_is_refused(tmp_path, name, why):
     source = write_jsonl(tmp_path / "k.jsonl", [{"question": "1+1?", "answer": "2"}])
-    with pytest.raises(UserError, match=f"^data.chat_template_kwargs: '{name}' is not an argument of the tokenizer's chat"):
+    with pytest.raises(UserError, match=f"^data.chat_template_kwargs: '{name}' {why}; remove it"):
         opened(source, THINKING, chat_template_kwargs={name: True})
     with pytest.raises(UserError, match=r"^data\.chat_template_kwargs is set but no chat template applies \("):
         opened(source, PLAIN, chat_template_kwargs={"enable_thinking": True})
+
+
+def test_what_is_asked_of_a_models_tokenizer_is_checked_before_a_job_starts(tmp_path):
+    THINKING.save_pretrained(tmp_path)
+    asked = ["data.chat_template_kwargs={enable_thinking: false}", "rollout.stop_tokens=['A']", f"model.path={tmp_path}"]
+    check_tokenizer(load_config(None, asked))
+    check_tokenizer(load_config(None, [*asked[:2], "model.path=tiny"]))
+    with pytest.raises(UserError) as caught:
+        check_tokenizer(load_config(None, [asked[2], "data.chat_template_kwargs={thinking: 1}", "rollout.stop_tokens=['AB']"]))
+    assert str(caught.value).splitlines() == [
+        "rollout.stop_tokens: 'AB' is not a token of the model's tokenizer; name single tokens by their text",
+        "data.chat_template_kwargs: 'thinking' is not an argument of the tokenizer's chat template; remove it",
+    ]

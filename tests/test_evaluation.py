@@ -36,6 +36,7 @@ def test_right_responses_and_problems_that_any_of_them_is_right_for_are_counted(
     twice = config("reward.range_min=-1", "eval.samples=2", "eval.temperature=0.6")
     assert evaluation_metrics({"": groups}, twice) == {
         "eval_accuracy": 0.5,
+        "eval_reward_mean": 1.5 / 6,
         "eval_pass_at_k": pytest.approx(2 / 3),
         "eval_response_tokens_mean": 2.0,
         "eval_truncated_frac": pytest.approx(1 / 6),
@@ -43,7 +44,12 @@ def test_right_responses_and_problems_that_any_of_them_is_right_for_are_counted(
     for group in groups:
         del group.samples[0]
     once = evaluation_metrics({"": groups}, config("reward.range_min=-1"))
-    assert once == {"eval_accuracy": pytest.approx(2 / 3), "eval_response_tokens_mean": 2.0, "eval_truncated_frac": 0.0}
+    assert once == {
+        "eval_accuracy": pytest.approx(2 / 3),
+        "eval_reward_mean": pytest.approx(2.5 / 3),
+        "eval_response_tokens_mean": 2.0,
+        "eval_truncated_frac": 0.0,
+    }
 
 
 def test_of_several_sets_each_is_told_and_their_mean_whatever_their_sizes(tmp_path):
@@ -51,12 +57,15 @@ def test_of_several_sets_each_is_told_and_their_mean_whatever_their_sizes(tmp_pa
     found = evaluation_metrics(sets, config())
     assert found == {
         "eval_accuracy": pytest.approx(1 / 3),
+        "eval_reward_mean": pytest.approx(1 / 3),
         "eval_response_tokens_mean": 17.5,
         "eval_truncated_frac": 0.5,
         "eval/hard/accuracy": 0.0,
+        "eval/hard/reward_mean": 0.0,
         "eval/hard/response_tokens_mean": 30.0,
         "eval/hard/truncated_frac": 1.0,
         "eval/easy-1.0/accuracy": pytest.approx(2 / 3),
+        "eval/easy-1.0/reward_mean": pytest.approx(2 / 3),
         "eval/easy-1.0/response_tokens_mean": 5.0,
         "eval/easy-1.0/truncated_frac": 0.0,
     }

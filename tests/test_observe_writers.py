@@ -225,6 +225,13 @@ def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+def test_report_counts_answers_that_could_not_be_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    RunDirectory(run).metrics.append(make_row(31, reward_errors=7))
+    assert report([str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["reward", "errors", "7"]
+
+
 @pytest.mark.parametrize(("key", "value"), [("reward_mean", None), ("truncated", "x"), ("entropy", [1])])
 def test_report_names_a_row_that_somebody_has_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object

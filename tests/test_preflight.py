@@ -201,6 +201,7 @@ def test_checkpoints_that_a_run_has_already_need_no_room_again(tmp_path):
     one = needed("checkpoint.keep=1") // 2
     assert one == 14 * total_parameters(read_architecture(tmp_path))
     assert needed("checkpoint.keep=2") == 3 * one
+    assert needed("checkpoint.keep=1", "checkpoint.keep_best=3") == 5 * one
     assert needed("checkpoint.every=0") == 0
     folder = tmp_path / "run" / "checkpoints" / "step_000025"
     folder.mkdir(parents=True)

@@ -245,6 +245,7 @@ def test_a_run_that_starts_anew_without_a_checkpoint_keeps_no_former_settings(us
     [
         (Config(data=DataConfig(eval={"a": "b.jsonl"})), "data.eval ('arithmetic' -> {'a': 'b.jsonl'})"),
         (Config(sglang=SglangConfig(servers=2, fp8=True)), "last start: sglang.fp8 (False -> True)\n"),
+        (Config(checkpoint=CheckpointConfig(keep=3, keep_best=1)), "last start: checkpoint.keep_best (0 -> 1)\n"),
         (Config(eval=EvalConfig(samples=4, temperature=0.6)), "eval.samples (1 -> 4); eval.temperature (0.0 -> 0.6)"),
     ],
 )

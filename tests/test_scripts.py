@@ -296,3 +296,17 @@ def test_no_python_is_a_clear_message(fake: FakeCheckout, tmp_path: Path) -> Non
         (tools / name).symlink_to(found)
     done = fake.set_up(PATH=str(tools))
     assert done.returncode == 2 and done.stderr.startswith("error: no Python >= 3.11 is on the PATH")
+
+
+def test_what_keeps_the_environment_from_being_made_and_unknown_options_are_one_sentence(fake):
+    venv = fake.root / ".venv"
+    venv.touch()
+    for path in ("file", "loop"):
+        done = fake.set_up()
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), path
+        assert done.stderr.startswith(f"error: {venv} cannot be made or written (")
+        venv.unlink()
+        venv.symlink_to(".venv")
+    done = fake.set_up("--sglan")
+    assert (done.returncode, done.stderr) == (2, "error: unknown option --sglan; known are --check and --sglang\n")
+    assert not fake.installs()

@@ -79,11 +79,13 @@ fi
 if [ "${1:-}" = --sglang ]; then
     exec bash "$root/tools/setup_sglang.sh"
 fi
+[ $# -eq 0 ] || fail "unknown option $1; known are --check and --sglang"
 is_set_up && exit 0
 
 python=$(find_python) || fail "no Python >= 3.11 is on the PATH; install one (python3.11 or newer) and start again"
 command -v flock >/dev/null || fail "the command flock is missing; install util-linux"
-mkdir -p "$(realpath -m "$venv")"
+why=$({ mkdir -p "$(realpath -m "$venv")" && touch "$venv/.setup_lock"; } 2>&1) ||
+    fail "$venv cannot be made or written (${why##*: }); remove it, or use a checkout of your own"
 exec 9>>"$venv/.setup_lock"
 flock 9                 # two jobs started at once: the second waits here,
 is_set_up && exit 0     # and then finds the work done

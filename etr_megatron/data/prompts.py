@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
-from etr_megatron.config.schema import DataConfig
+from etr_megatron.config.schema import Config, DataConfig
 from etr_megatron.data.columns import Messages
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import refuse_all
 from etr_megatron.types import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = "{prompt}"
+_WITHOUT_TEMPLATE = "no chat template applies (data.chat_template is false, or the tokenizer has none)"
 
 
 def load_tokenizer(path: str | Path, *, named: str = "model.path") -> PreTrainedTokenizerBase:
@@ -85,36 +87,63 @@ def tokenize_prompts(
     """
     if not conversations:
         return []
+    _check_arguments(config, tokenizer)
     if not (config.chat_template and tokenizer.chat_template):
-        without = "no chat template applies (data.chat_template is false, or the tokenizer has none)"
-        if config.chat_template_kwargs:
-            raise UserError(f"data.chat_template_kwargs is set but {without}: remove it")
+        without = _WITHOUT_TEMPLATE
         if config.system_prompt is not None:
             raise UserError(f"data.system_prompt is set but {without}: put it into data.prompt_template")
         if any(len(messages) > 1 for messages in conversations):
             raise UserError(f"a prompt has several chat messages but {without}: merge them into one text")
         return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
-    _check_arguments(config.chat_template_kwargs, tokenizer)
     try:
         texts = tokenizer.apply_chat_template(
             list(conversations), add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
         )
     except TemplateError as error:
+        change = "data.chat_template_kwargs, " if config.chat_template_kwargs else ""
         raise UserError(
-            f"the tokenizer's chat template refuses the prompts ({error}): drop data.system_prompt, or fix the data's chat "
-            "messages, or set data.chat_template=false"
+            f"the tokenizer's chat template refuses the prompts ({error}): change {change}data.system_prompt or the data's "
+            "chat messages, or set data.chat_template=false"
         ) from error
     # The template has already added the special tokens.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _check_arguments(arguments: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for arguments that are transformers' own, or whose names are nowhere in the template, which would pass
-    over them in silence."""
+def _check_arguments(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a name in `data.chat_template_kwargs` that is the job's own, or that is nowhere in the template,
+    which would pass over it in silence."""
+    if not config.chat_template_kwargs:
+        return
+    if not (config.chat_template and tokenizer.chat_template):
+        raise UserError(f"data.chat_template_kwargs is set but {_WITHOUT_TEMPLATE}: remove it")
     template = tokenizer.get_chat_template()
     own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
-    for name in arguments:
-        if name in own or not re.search(rf"\b{re.escape(name)}\b", template):
+    for name in config.chat_template_kwargs:
+        if name in own:
+            raise UserError(f"data.chat_template_kwargs: {name!r} is set by the job; remove it")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(
                 f"data.chat_template_kwargs: {name!r} is not an argument of the tokenizer's chat template; remove it"
             )
+
+
+def stop_token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `rollout.stop_tokens`. Raises UserError for a text that is not one token."""
+    found = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token):
+            raise UserError(
+                f"rollout.stop_tokens: {text!r} is not a token of the model's tokenizer; name single tokens by their text"
+            )
+        found.append(ids[0])
+    return found
+
+
+def check_tokenizer(config: Config) -> None:
+    """Check what the config asks of the tokenizer, before a job starts. Nothing is checked for `tiny`, which may not be there
+    yet, or for another model that is not there. Raises UserError with every problem."""
+    if not Path(config.model.path).is_dir() or not (config.rollout.stop_tokens or config.data.chat_template_kwargs):
+        return
+    tokenizer = load_tokenizer(config.model.path)
+    refuse_all(lambda: stop_token_ids(config.rollout.stop_tokens, tokenizer), lambda: _check_arguments(config.data, tokenizer))

@@ -57,8 +57,10 @@ class MetricsRow(StepMetrics, total=False):
     `train/<name>/accuracy` and so on are those of the step's groups of one training set.
     """
 
-    eval_accuracy: float  # share of correct responses to held-out problems, after the step's updates
+    eval_accuracy: float  # share of responses to held-out problems with the highest reward, after the step's updates
     eval_accuracy_start: float  # same before any update; all `..._start` keys are in the first row only
+    eval_reward_mean: float  # mean reward of the responses to held-out problems
+    eval_reward_mean_start: float  # same before any update
     eval_pass_at_k: float  # of sets with `eval.samples` above 1: share of held-out problems with a correct response
     eval_pass_at_k_start: float  # same before any update
     eval_response_tokens_mean: float  # tokens per response to a held-out problem

@@ -68,6 +68,8 @@ def summary(rows: list[MetricsRow]) -> str:
         f"zero variance     {_count(sum(row['zero_variance_groups'] or 0 for row in rows), 'group')}",
         f"reward timeouts   {sum(row['reward_timeouts'] or 0 for row in rows)}",
     ]
+    if errors := sum(row["reward_errors"] or 0 for row in rows):
+        lines.append(f"reward errors     {errors}")
     return "\n".join(lines)
 
 

@@ -131,7 +131,7 @@ def _checkpoint_bytes(config: Config) -> int:
     one = elements * (12 if config.model.dtype == "float32" else 14)
     folder = RunDirectory(Path(config.run.dir) / config.run.name).checkpoints
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return max(one, one * (config.checkpoint.keep + 1) - there)
+    return max(one, one * (config.checkpoint.keep + config.checkpoint.keep_best + 1) - there)
 
 
 if __name__ == "__main__":

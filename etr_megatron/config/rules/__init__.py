@@ -27,7 +27,7 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
 )
 """Rules that apply to every config; `parallel.layout` also needs the number of ranks."""
 
-DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (objective.off_policy,)
+DOUBTS: tuple[Callable[[Config], Iterator[Violation]], ...] = (objective.off_policy, inputs.observation)
 """Rules for settings that work but are probably unintended: they cause a warning at the start of a run, not an error."""
 
 __all__ = ["DOUBTS", "RULES", "Violation", "get", "parallel", "train"]

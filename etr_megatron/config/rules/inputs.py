@@ -95,6 +95,20 @@ def data(config: Config) -> Iterator[Violation]:
             )
 
 
+def observation(config: Config) -> Iterator[Violation]:
+    """Doubts: best checkpoints that are not saved, and a profile that is not made."""
+    every, evaluated = config.checkpoint.every, config.eval.every
+    if config.checkpoint.keep_best > 0 and evaluated and (not every or every % evaluated):
+        yield Violation(
+            ("checkpoint.keep_best", "checkpoint.every", "eval.every"),
+            "only checkpoints of steps that are evaluated can be the best; make checkpoint.every a multiple of eval.every",
+        )
+    if config.observe.profile_step > config.run.steps or (config.observe.profile_step and config.rollout.only):
+        yield Violation(
+            ("observe.profile_step", "run.steps", "rollout.only"), "this step is not trained, so nothing is profiled"
+        )
+
+
 def _sets(key: str, sets: dict[str, str]) -> Iterator[Violation]:
     if wrong := [name for name in sets if not _SET_NAME.fullmatch(name)]:
         yield Violation((key,), f"the set name {wrong[0]!r} may contain only letters, digits, `_`, `-` and `.`")

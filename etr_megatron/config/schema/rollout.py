@@ -25,8 +25,9 @@ class RolloutConfig:
     top_k: int = 0
     """Top-k sampling; 0 is off."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a response, also in evaluations, besides the end-of-sequence tokens of the tokenizer and
-    generation_config.json: `["<|im_end|>"]`, for a base model that is prompted by a chat template."""
+    """Tokens, by their text, that end a response, also in evaluations, besides the end-of-sequence tokens of the tokenizer and
+    generation_config.json: `["<|im_end|>"]`, for a base model that is prompted by a chat template. They stay in the response;
+    the reward function sees those that are not special tokens."""
     batch_samples: int = 64
     """Responses that the embedded engine decodes together. Batches are formed before they are spread over ranks, so results do
     not depend on the layout."""

@@ -40,8 +40,8 @@ class EvalConfig:
     """Most problems used of each set of `data.eval`."""
     samples: dict[str, int] | int = 1
     """Responses per problem, of all sets or by set: `{aime24: 32, math500: 4}`, 1 for a set that is not named. `eval_accuracy`
-    is the share of correct responses (avg@k); with more than one response, `eval_pass_at_k` is the share of problems with a
-    correct one (pass@k). More than one needs a temperature above 0."""
+    is the share of correct responses (avg@k), which have the reward `reward.range_max`; with more than one response,
+    `eval_pass_at_k` is the share of problems with a correct one (pass@k). More than one needs a temperature above 0."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
@@ -61,7 +61,8 @@ class CheckpointConfig:
     keep: int = 2
     """Number of latest checkpoints to keep."""
     keep_best: int = 0
-    """Number of checkpoints with the highest `eval_accuracy` to keep as well, of steps that were evaluated (`eval.every`)."""
+    """Number of best checkpoints to keep as well, of steps that were evaluated (`eval.every`): those with the highest
+    `eval_accuracy`, and where it is equal with the highest `eval_reward_mean`."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 
