@@ -62,7 +62,9 @@ def test_a_record_is_utf_8_in_any_locale(tmp_path):
 
 
 def test_a_step_that_is_not_there_or_torn_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"has no recorded steps; give the directory of a run that was made with rollout\.record=true$"):
+    with pytest.raises(
+        UserError, match=r"has no recorded steps; give the directory of a run that was made with rollout\.record=true$"
+    ):
         read_record(tmp_path, 1)
     write_record(tmp_path, 4, [group()], {}, None)
     with pytest.raises(UserError, match="has recorded steps 4 to 4, but not step 1"):
