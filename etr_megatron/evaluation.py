@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from etr_megatron.config import Config, samples_of_set
 from etr_megatron.data import named
-from etr_megatron.metrics import reward_parts
+from etr_megatron.metrics import response_metrics
 from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.engine import MustStop
@@ -77,14 +77,11 @@ def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> d
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """avg@k, pass@k if there are several responses per problem, and response lengths."""
-    right = [[sample.reward == config.reward.range_max for sample in group.samples] for group in groups]
+    """`response_metrics` (avg@k), the share of truncated responses, and pass@k if there are several responses per problem."""
     samples = [sample for group in groups for sample in group.samples]
-    return {
-        "accuracy": sum(map(sum, right)) / len(samples),
-        "reward_mean": sum(sample.known_reward() for sample in samples) / len(samples),
-        **({"pass_at_k": sum(map(any, right)) / len(right)} if len(samples) > len(groups) else {}),
-        "response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
-        "truncated_frac": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        **reward_parts(samples),
-    }
+    found = response_metrics(samples, config)
+    found["truncated_frac"] = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
+    if len(samples) > len(groups):
+        right = (any(sample.reward == config.reward.range_max for sample in group.samples) for group in groups)
+        found["pass_at_k"] = sum(right) / len(groups)
+    return found

@@ -68,22 +68,25 @@ def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     """Rewards and lengths of at least one group."""
     samples = [sample for group in groups for sample in group.samples]
     return {
-        "reward_mean": _mean([sample.known_reward() for sample in samples]),
-        "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
         "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
-        "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
-        **reward_parts(samples),
+        **response_metrics(samples, config),
     }
 
 
-def reward_parts(samples: Sequence[Sample]) -> dict[str, float]:
-    """`reward/<name>`: further numbers of the user's reward function, means over the samples that have them."""
-    values: dict[str, list[float]] = {}
+def response_metrics(samples: Sequence[Sample], config: Config) -> dict[str, float]:
+    """Means over at least one graded response, of training or evaluation. `reward/<name>`: of further numbers of the user's
+    reward function, over the samples that have them."""
+    parts: dict[str, list[float]] = {}
     for sample in samples:
         for name, part in sample.reward_parts.items():
-            values.setdefault(REWARD_PREFIX + name, []).append(part)
-    return {name: _mean(parts) for name, parts in values.items()}
+            parts.setdefault(REWARD_PREFIX + name, []).append(part)
+    return {
+        "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
+        "reward_mean": _mean([sample.known_reward() for sample in samples]),
+        "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
+        **{name: _mean(values) for name, values in parts.items()},
+    }
 
 
 def _by_set(groups: Sequence[Group], config: Config) -> dict[str, float]:

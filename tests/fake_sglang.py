@@ -272,16 +272,6 @@ def load_directory(body: dict[str, Any]) -> tuple[int, Any]:
     return 200, {"success": True, "message": ""}
 
 
-def health() -> int:
-    """The status of a health check."""
-    if BEHAVIOUR.get("unwell"):
-        return 503
-    if STATE.paused:
-        time.sleep(15)  # SGLang's check generates a token, which a paused server does not
-        return 503
-    return 200
-
-
 def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
     if route == "/openapi.json":
         lacks = [*BEHAVIOUR.get("lacks", ()), *(UPDATE_SESSION if BEHAVIOUR.get("old") else ())]
@@ -307,8 +297,11 @@ def answer(route: str, body: dict[str, Any]) -> tuple[int, Any]:
         soon = {how[:-2] + "at": len(STATE.prompts) + more for how, more in body.items() if how in ("die_in", "stop_in")}
         BEHAVIOUR.update(body | soon)
         return 200, {}
+    if route == "/health" and (BEHAVIOUR.get("unwell") or not STATE.paused):
+        return 503 if BEHAVIOUR.get("unwell") else 200, {}
     if route == "/health":
-        return health(), {}
+        time.sleep(15)  # SGLang's check generates a token, which a paused server does not
+        return 503, {}
     if route.endswith("_weight_update") and BEHAVIOUR.get("old"):
         return 404, {"detail": "Not Found"}
     STATE.log.append(" ".join([route, *body.get("tags", ())]))

@@ -89,11 +89,10 @@ def tokenize_prompts(
         return []
     _check_arguments(config, tokenizer)
     if not (config.chat_template and tokenizer.chat_template):
-        without = _WITHOUT_TEMPLATE
         if config.system_prompt is not None:
-            raise UserError(f"data.system_prompt is set but {without}: put it into data.prompt_template")
+            raise UserError(f"data.system_prompt is set but {_WITHOUT_TEMPLATE}: put it into data.prompt_template")
         if any(len(messages) > 1 for messages in conversations):
-            raise UserError(f"a prompt has several chat messages but {without}: merge them into one text")
+            raise UserError(f"a prompt has several chat messages but {_WITHOUT_TEMPLATE}: merge them into one text")
         return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
     try:
         texts = tokenizer.apply_chat_template(

@@ -115,6 +115,7 @@ TRAIN_SET_PREFIX = "train/"
 """Prefix of the keys of a named training set: `train/<name>/` and each of `TRAIN_SET_KEYS`."""
 TRAIN_SET_KEYS = ("groups", "reward_mean", "accuracy", "zero_variance_groups", "truncated", "response_tokens_mean")
 """Keys of a named training set, which mean the same as in every row; without groups in a step it has only `groups`."""
+_NAMED_ELSEWHERE = (TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX, REWARD_PREFIX, f"eval_{REWARD_PREFIX}")
 
 
 def keys_by_set(row: MetricsRow, prefix: str, metric: str) -> dict[str, str]:
@@ -233,9 +234,6 @@ def _append_whole(descriptor: int, line: bytes) -> None:
     except OSError:
         os.ftruncate(descriptor, before)
         raise
-
-
-_NAMED_ELSEWHERE = (TRAIN_SET_PREFIX, SET_PREFIX, LOSS_PREFIX, REWARD_PREFIX, f"eval_{REWARD_PREFIX}")
 
 
 def _checked(row: MetricsRow) -> dict[str, Any]:

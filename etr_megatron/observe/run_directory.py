@@ -163,6 +163,7 @@ class RunDirectory:
         for file in (file for folder in steps for file in entries(folder, "*")):
             _require(file, os.R_OK)
 
+    @path_errors()
     def prepare(self, config: Config) -> list[str]:
         """Create the directories and, unless the run is resumed, config.yaml.
 
@@ -171,10 +172,6 @@ class RunDirectory:
         On a resume, `continue_with` writes config.yaml, once the checkpoint is known to fit `config`.
         Raises `UserError` if the directory is used and resuming is off, if it cannot be written, or if the disk is full.
         """
-        with path_errors():
-            return self._prepare(config)
-
-    def _prepare(self, config: Config) -> list[str]:
         self.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
         for folder in (self.root, self.rollouts, self.checkpoints):
             with disk_errors(folder):
@@ -189,21 +186,21 @@ class RunDirectory:
             logger.warning("%s: resumed with settings that differ from its last start: %s", self.root, said)
         return list(changes)
 
+    @path_errors()
     def continue_with(self, config: Config, step: int) -> None:
         """Write config.yaml for a start that continues after `step` (0: a new run).
 
         If the settings up to `step` differ in a way that may affect the results, they are kept as config.step_<step>.yaml.
         """
-        with path_errors():
-            kept = self.root / f"config.step_{step:06d}.yaml"
-            later = {file: until for file, until in self._kept_configs().items() if until >= step}
-            former = min(later, key=later.__getitem__, default=self.config_file)  # the settings of the step itself
-            if step and former.exists() and _changed_keys(_read_config(former), to_dict(config)):
-                write_atomically(kept, former.read_bytes())
-                later.pop(kept, None)
-            write_atomically(self.config_file, dump_yaml(config).encode())
-            for file in later:
-                file.unlink()
+        kept = self.root / f"config.step_{step:06d}.yaml"
+        later = {file: until for file, until in self._kept_configs().items() if until >= step}
+        former = min(later, key=later.__getitem__, default=self.config_file)  # the settings of the step itself
+        if step and former.exists() and _changed_keys(_read_config(former), to_dict(config)):
+            write_atomically(kept, former.read_bytes())
+            later.pop(kept, None)
+        write_atomically(self.config_file, dump_yaml(config).encode())
+        for file in later:
+            file.unlink()
 
     def _kept_configs(self) -> dict[Path, int]:
         """The configs of earlier starts, and the last step of each."""

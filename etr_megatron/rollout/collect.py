@@ -47,7 +47,7 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
 
     # Long: an evaluation may have thousands of answers, and a custom reward may take its time over each.
     for (_, sample), grade in zip(samples, on_rank0(graded, long=True), strict=True):
-        sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
+        _fill_in(sample, grade)
 
 
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
@@ -65,8 +65,12 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
             f"{problem.id}: {grade.detail}; set these two to the lowest and the highest reward that it returns, or fix it"
         )
     for (_, sample), grade in zip(samples, grades, strict=True):
-        sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
+        _fill_in(sample, grade)
     return grades
+
+
+def _fill_in(sample: Sample, grade: Grade) -> None:
+    sample.reward, sample.reward_status, sample.reward_parts = grade.reward, grade.status, grade.parts
 
 
 def report_errors(grades: Sequence[tuple[Grade, str]]) -> None:

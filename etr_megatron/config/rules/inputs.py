@@ -88,11 +88,7 @@ def data(config: Config) -> Iterator[Violation]:
             yield from _sets(key, sets)
     yield from _splits(config)
     yield from _samples(config)
-    for key in ("eval.every", "data.eval"):
-        if config.checkpoint.keep_best > 0 and not get(config, key):
-            yield Violation(
-                ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
-            )
+    yield from _best(config)
 
 
 def observation(config: Config) -> Iterator[Violation]:
@@ -146,6 +142,15 @@ def _samples(config: Config) -> Iterator[Violation]:
     sets = config.data.eval if isinstance(config.data.eval, dict) else {}
     if isinstance(samples, dict) and (unknown := [name for name in samples if name not in sets]):
         yield Violation(("eval.samples", "data.eval"), f"data.eval has no set named {unknown[0]!r}")
+
+
+def _best(config: Config) -> Iterator[Violation]:
+    """Best checkpoints, which evaluations decide."""
+    for key in ("eval.every", "data.eval"):
+        if config.checkpoint.keep_best > 0 and not get(config, key):
+            yield Violation(
+                ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
+            )
 
 
 def reward(config: Config) -> Iterator[Violation]:
