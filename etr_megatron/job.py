@@ -45,7 +45,7 @@ def run_rank(config: Config) -> None:
     """Run one rank of the job to the end; every rank makes the same call.
 
     config: resolved and checked. Leaves garbage collection enabled, even if the caller had disabled it; objects that exist when
-    training begins are frozen during it.
+    training begins stay frozen.
     Raises UserError or RequeueError, each with one sentence, if the run cannot continue.
     """
     checkpoint = initial_checkpoint(config)
@@ -119,8 +119,6 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
                 done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # also after a refused resume
                 directory.write_status(state, done, config.run.steps, str(error))
         raise
-    finally:
-        gc.unfreeze()  # else Triton's bindings report what is left at exit as leaked
     if layout.rank == 0:
         directory.write_status("finished", trainer.step, config.run.steps)
 

@@ -14,9 +14,11 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from etr_megatron.errors import RequeueError, UserError
 
@@ -40,16 +42,16 @@ class Reported(NamedTuple):
     exit_code: int
 
 
-def exit_code_of(body: Callable[[], None]) -> int:
-    """Run a rank's work; returns 0, 2 after a `UserError` on this rank (which is reported) or on another of this node, or 75
-    after a `RequeueError`.
+def exit_code_of(body: Callable[[], int | None]) -> int:
+    """Run a rank's work; returns its exit code, 0 if it returns None; 2 after a `UserError` on this rank (which is reported) or
+    on another of this node; 75 after a `RequeueError`.
 
     Any other exception is a bug and propagates with its traceback. Ctrl-C (which the launcher and torchrun forward) ends the
     process at once, even inside a blocked collective. Must be called from the main thread.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        body()
+        return body() or 0
     except UserError as error:
         report_user_error(error)
         return _exit_code(error)
@@ -62,7 +64,6 @@ def exit_code_of(body: Callable[[], None]) -> int:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-    return 0
 
 
 def code_of_printing(main: Callable[[], int]) -> int:
@@ -86,6 +87,23 @@ def code_of_printing(main: Callable[[], int]) -> int:
     # At exit the interpreter would flush what is left, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def run_and_leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main`, which may print, and end the process with its exit code; with 1 and a traceback after an exception.
+
+    Skips the interpreter's shutdown: it aborts if threads of torch.distributed or pyarrow are then at work, and waits for ranks
+    that are in a collective.
+    """
+    try:
+        code = code_of_printing(main)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # full, closed or None
+            stream.flush()
+    os._exit(code)
 
 
 def report_user_error(error: UserError) -> None:

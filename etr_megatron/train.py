@@ -13,30 +13,23 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.nccl import prepare_for_groups_with_servers
 from etr_megatron.platform.world import Place, place_of
-from etr_megatron.status import exit_code_of
+from etr_megatron.status import exit_code_of, run_and_leave
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one rank to the end; exits with 2 after a user error and 75 to be restarted, each with one message."""
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank to the end; returns its exit code: 2 after a user error and 75 to be restarted, each with one message."""
     die_with_parent()
-    code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: torch.distributed's cleanup would wait for ranks that are in a collective.
-        os._exit(code)
+    return exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     if asks_for_help(argv):
         print(f"usage: torchrun ... -m etr_megatron.train {USAGE}")
-        return
+        return 0
     if "--dry-run" in argv:
         from etr_megatron.planner.dry_run import dry_run
 
-        if code := dry_run([argument for argument in argv if argument != "--dry-run"]):
-            os._exit(code)
-        return
+        return dry_run([argument for argument in argv if argument != "--dry-run"])
     # Megatron relies on it: kernels start in launch order, so communication starts before the GEMMs that overlap with it. CUDA
     # reads it at initialization.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -53,8 +46,7 @@ def _run(argv: list[str]) -> None:
     with beside_inputs():
         config = resolve(config, place.ranks, cuda=platform.uses_cuda())
     if place.apart is not None:
-        _serve(config, place)
-        return
+        return _serve(config, place)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_inputs(config, place.ranks)
     require_torchrun("etr_megatron.train")
@@ -63,19 +55,19 @@ def _run(argv: list[str]) -> None:
     from etr_megatron.job import run_rank
 
     run_rank(config)
+    return 0
 
 
-def _serve(config: Config, place: Place) -> None:
+def _serve(config: Config, place: Place) -> int:
     """Run a dedicated server node: local rank 0 keeps the servers, the other processes return."""
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return
+        return 0
     from etr_megatron.rollout.sglang import ServerNode
 
     assert place.apart is not None
     node = ServerNode(place.apart, config.sglang, config.run.stop_grace_s, patience_s=config.run.phase_timeout_s)
-    if code := node.serve(lambda: check_server_node(config, place.ranks)):
-        os._exit(code)
+    return node.serve(lambda: check_server_node(config, place.ranks))
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -1,4 +1,4 @@
-"""Commands that print: to a full disk, to a closed output, and their usage texts."""
+"""Commands that print: to a full disk, to a closed output, their usage texts, and how they end."""
 
 from __future__ import annotations
 
@@ -77,3 +77,28 @@ def test_a_damaged_status_file_is_one_sentence_for_scripts_and_for_the_next_star
         done = run("-m", f"etr_megatron.{command}", *job)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: {tmp_path}/mine/status.json does not hold a run's state (")
+
+
+@pytest.mark.parametrize(
+    ("main", "option", "code"),
+    [
+        *[(main, "--help", 0) for main in ("train", "launch", "preflight", "examples/run_etr.sh")],
+        *[(main, "--unknown", 2) for main in ("train", "launch", "preflight", "examples/run_etr.sh", "tools/convert_hf.py")],
+    ],
+)
+def test_ranks_and_their_launcher_end_without_the_interpreters_shutdown_which_threads_may_not_survive(
+    main: str, option: str, code: int
+) -> None:
+    run_it = f"run_path('{REPO / main}'" if "/" in main else f"run_module('etr_megatron.{main}'"
+    done = run("-c", f"import atexit, os, runpy; atexit.register(os.abort); runpy.{run_it}, run_name='__main__')", option)
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_process_that_fails_unexpectedly_ends_with_1_and_a_traceback_without_that_shutdown(stream: str) -> None:
+    program = (
+        f"import atexit, os, sys; atexit.register(os.abort); from etr_megatron.status import run_and_leave\nsys.{stream} = None"
+    )
+    done = run("-c", f"{program}\nrun_and_leave(lambda: print('half') or 1 // 0)")
+    assert done.returncode == 1
+    assert ("ZeroDivisionError" in done.stderr) == (stream == "stdout") and ("half" in done.stdout) == (stream == "stderr")

@@ -19,16 +19,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from etr_megatron.cli import given_path
 from etr_megatron.errors import UserError
-from etr_megatron.status import code_of_printing, exit_code_of, report_user_error
+from etr_megatron.status import exit_code_of, report_user_error, run_and_leave
 
 if TYPE_CHECKING:
     from etr_megatron.convert import Ranks
+    from etr_megatron.convert.comparison import Verification
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,7 +111,7 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
-def report(found: object) -> int:
+def report(found: Verification) -> int:
     """Print the findings of `verify`; returns the exit code."""
     print(f"{found.tensors} tensors, {len(found.differing)} of them different")
     for name in found.differing:
@@ -131,28 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         die_with_parent()
-    code = 0
-
-    def work() -> None:
-        nonlocal code
-        code = run(arguments)
-
-    return exit_code_of(work) or code
-
-
-def run_and_leave() -> NoReturn:
-    """Run and exit. An unexpected exception prints its traceback and exits with 1.
-
-    Skips the interpreter's shutdown, which torch.distributed's threads do not survive.
-    """
-    try:
-        code = code_of_printing(main)
-    except Exception:
-        traceback.print_exc()
-        sys.stdout.flush()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)
+    return exit_code_of(lambda: run(arguments))
 
 
 def give_up(reason: str, code: int = 2) -> NoReturn:
@@ -190,4 +169,4 @@ if __name__ == "__main__":
     end_on_signals()
     # By default, the garbage collector runs after every 700 new objects, which takes a fifth of the time of importing modules.
     gc.set_threshold(100_000)
-    run_and_leave()
+    run_and_leave(main)

@@ -17,7 +17,7 @@ from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.world import place_of
-from etr_megatron.status import exit_code_of
+from etr_megatron.status import exit_code_of, run_and_leave
 
 TIMEOUT_S = 120.0
 """Deadline of the rendezvous and of every collective."""
@@ -25,13 +25,10 @@ PAIR_TIMEOUT_S = 60.0
 """Deadline of measurements between two nodes, while the others wait for them in a collective."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Collect facts, measure and print; exits the process with 0, or with 2 after a failed check or a user error."""
+def main(argv: list[str] | None = None) -> int:
+    """Collect facts, measure and print; returns the exit code: 0, or 2 after a failed check or a user error."""
     die_with_parent()
-    code = exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return exit_code_of(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> None:
@@ -135,4 +132,4 @@ def _checkpoint_bytes(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)
