@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB = 301
 _COMMON = dict(
@@ -30,6 +37,18 @@ _LLAMA3_ROPE = dict(
 )
 _YARN_ROPE = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=32)
 _MIXTURE = dict(**_COMMON, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
+_GLM = dict(
+    **_COMMON,
+    attention_bias=True,
+    n_routed_experts=6,
+    num_experts_per_tok=3,
+    moe_intermediate_size=28,
+    n_shared_experts=2,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=1,
+    partial_rotary_factor=0.5,
+    tie_word_embeddings=False,
+)
 FAMILIES = {
     "llama": (LlamaForCausalLM, dict(**_COMMON, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)),
     "qwen2": (Qwen2ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
@@ -42,11 +61,13 @@ FAMILIES = {
         Qwen3MoeForCausalLM,
         dict(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True),
     ),
+    "glm4_moe": (Glm4MoeForCausalLM, dict(**_GLM, use_qk_norm=True)),
 }
 ALIKE = {
+    "glm4_moe_air": (Glm4MoeForCausalLM, dict(**_GLM, use_qk_norm=False)),
     "mistral": (MistralForCausalLM, dict(**_COMMON, sliding_window=None, tie_word_embeddings=False)),
 }
-"""Families that share another's table in the weight map, so that few tests need them."""
+"""Families whose table in the weight map is another's, or a part of it, so that few tests need them."""
 
 
 def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
@@ -59,6 +80,9 @@ def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return str(path)
 

@@ -22,7 +22,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantization: dict[str, Any] | None = None) -> None:
     """Copy everything but weights; config.json is given the weights' new type and quantisation.
 
-    dtypes: of the tensors that were written, before quantisation. If there are several, config.json keeps its own type.
+    dtypes: of the tensors that were written, before quantisation, but for those that are always float32. If there are several,
+    config.json keeps its own type.
     """
     for file in sorted(source.iterdir()):
         is_index = file.name.endswith(".index.json")
@@ -37,6 +38,8 @@ def copy_hf_files(source: Path, target: Path, dtypes: set[torch.dtype], quantiza
         for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = str(*dtypes).removeprefix("torch.")
     config.pop("quantization_config", None)  # that of the source
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0  # such layers are not converted
     if quantization is not None:
         config["quantization_config"] = quantization
     write_atomically(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())

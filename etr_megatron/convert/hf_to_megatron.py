@@ -49,7 +49,8 @@ def to_megatron(hf: Path, out: Path, ranks: Ranks, dtype: torch.dtype | None = N
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder, progress_bar(sum(sizes[i] for i in mine), ranks) as bar:
         write_torch_dist(folder, [chunks[i] for i in mine], _objects(arch), ranks, bar.update)
-        ranks.first(lambda: copy_hf_files(hf, folder, set(dtypes.values())))
+        plain = {dtypes[weight.stored] for weight in weights_of(arch) if not weight.fp32}
+        ranks.first(lambda: copy_hf_files(hf, folder, plain))
     return sum(sizes)
 
 
@@ -68,7 +69,7 @@ def _stored_dtypes(arch: Architecture, source: SafetensorsDir, dtype: torch.dtyp
     dtypes: dict[str, torch.dtype] = {}
     for weight in weights_of(arch):
         for name in weight.hf:
-            wanted = dtype or source.dtype(name)
+            wanted = weight.type_in(dtype or source.dtype(name))
             if dtypes.setdefault(weight.stored, wanted) != wanted:
                 raise UserError(
                     f"{source.path}: {name} is {wanted}, but Megatron merges it with tensors that are {dtypes[weight.stored]}; "

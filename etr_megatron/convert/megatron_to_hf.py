@@ -42,7 +42,7 @@ def to_hf(
     """
     found, arch, source = ranks.together(lambda: _open(megatron, config_from))
     weights = list(weights_of(arch))
-    tensors = [_tensors(weight, dtype or source.dtype(weight.stored), fp8_block) for weight in weights]
+    tensors = [_tensors(weight, weight.type_in(dtype or source.dtype(weight.stored)), fp8_block) for weight in weights]
     sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder:
@@ -61,7 +61,7 @@ def to_hf(
                         _convert(source, weights[i], arch, writer, bar.update)
 
         ranks.together(convert)
-        plain = {dtype or source.dtype(weight.stored) for weight in weights}
+        plain = {dtype or source.dtype(weight.stored) for weight in weights if not weight.fp32}
         quantization = _quantization(arch, fp8_block) if fp8_block else None
         ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))
     return sum(sizes)

@@ -59,6 +59,7 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=arch.rotary_fraction,
         )
         self.rotary_pos_emb.inv_freq = rotary_frequencies(arch).to(platform.device())
         self.arch, self.layout = arch, layout
@@ -181,9 +182,10 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
     own = {weight.megatron: parameter for weight, parameter in own_parameters(chunks).values()}
     pp_group, ep_group = mpu.get_pipeline_model_parallel_group(), mpu.get_expert_model_parallel_group()
     dtype, device = chunks[0].config.params_dtype, platform.device()
-    for (stage, owner), weights in _buckets(arch, layout, dtype.itemsize):
+    for (stage, owner, _), weights in _buckets(arch, layout, dtype.itemsize):
         shapes = [(name, shape) for weight in weights for name, shape in zip(weight.hf, weight.shapes, strict=True)]
-        flat = torch.empty(sum(torch.Size(shape).numel() for _, shape in shapes), dtype=dtype, device=device)
+        total, kept = sum(torch.Size(shape).numel() for _, shape in shapes), weights[0].type_in(dtype)
+        flat = torch.empty(total, dtype=kept, device=device)
         parts = flat.split([torch.Size(shape).numel() for _, shape in shapes])
         full = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
         for weight in weights:
@@ -198,14 +200,15 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
         yield from full.items()
 
 
-def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tuple[tuple[int, int | None], list[Weight]]]:
-    """((stage, expert-parallel owner or None), consecutive weights that it holds): `_BUCKET_BYTES` or one larger weight."""
+def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tuple[tuple[int, int | None, bool], list[Weight]]]:
+    """((stage, expert-parallel owner or None, whether they are fp32 in any model), consecutive weights that it holds):
+    `_BUCKET_BYTES` or one larger weight."""
 
-    def holder(weight: Weight) -> tuple[int, int | None]:
+    def holder(weight: Weight) -> tuple[int, int | None, bool]:
         owner = None
         if weight.expert is not None and arch.experts is not None:
             owner = weight.expert // (arch.experts.count // layout.ep)
-        return layout.training.stages_of(weight, arch)[0], owner
+        return layout.training.stages_of(weight, arch)[0], owner, weight.fp32
 
     for key, run in groupby(weights_of(arch), holder):
         bucket: list[Weight] = []

@@ -121,8 +121,9 @@ def _fusions(fused: bool) -> dict[str, Any]:
 def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, router_fp32: bool) -> dict[str, Any]:
     """MoE settings, empty for a dense model. grouped: use TE's grouped GEMM for all experts of a rank.
 
-    The router matches transformers: GEMM in the model's dtype (fp32 with router_fp32), softmax in fp32. A softmax over only the
-    chosen experts' logits equals the full softmax divided by the sum over the chosen ones (`norm_topk_prob`).
+    The router matches transformers: GEMM in the model's dtype (fp32 with router_fp32, and always for sigmoids), scores in fp32.
+    A softmax over only the chosen experts' logits equals the full softmax divided by the sum over the chosen ones
+    (`norm_topk_prob`). Sigmoids of the chosen experts are always divided by their sum.
     """
     experts = arch.experts
     if experts is None:
@@ -136,9 +137,19 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
         moe_router_pre_softmax=not experts.normalized,
         moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
         moe_aux_loss_coeff=aux_loss_coef,
-        moe_router_dtype="fp32" if router_fp32 else None,
+        moe_router_dtype="fp32" if router_fp32 or experts.sigmoid else None,
+        moe_router_topk_scaling_factor=experts.scale if experts.scale != 1.0 else None,
+        moe_shared_expert_intermediate_size=experts.shared_size or None,
         moe_grouped_gemm=grouped,
+        **(_BIASED_SIGMOID if experts.sigmoid else {}),
     )
+
+
+_BIASED_SIGMOID = dict(
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_bias_update_rate=0.0,  # servers and checkpoints keep the bias that pretraining has found
+)
 
 
 def block_spec(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
@@ -176,7 +187,7 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
 
 
 def rotary_frequencies(arch: Architecture) -> torch.Tensor:
-    """Inverse frequencies, fp32 [head_dim / 2], as transformers computes them (scaled for Llama 3.1 and YaRN)."""
+    """Inverse frequencies, fp32 [turned dimensions / 2], as transformers computes them (scaled for Llama 3.1 and YaRN)."""
     return _rotary(arch)[0]
 
 
@@ -193,7 +204,8 @@ def softmax_scale(arch: Architecture) -> float | None:
 def _rotary(arch: Architecture) -> tuple[torch.Tensor, float]:
     """(inverse frequencies, scale of queries and keys)."""
     if arch.rope["rope_type"] == "default":
-        exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+        turned = int(arch.head_dim * arch.rotary_fraction)
+        exponent = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
         return 1.0 / (arch.rope["rope_theta"] ** exponent), 1.0
     from transformers.configuration_utils import PreTrainedConfig  # takes a second to import, and few models need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

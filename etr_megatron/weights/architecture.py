@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.experts import Experts, read_glm4_experts, read_qwen3_experts
 from etr_megatron.weights.hf_config import (
+    natural_number,
     optional_bool,
-    optional_layers,
     positive_int,
     positive_number,
     read_config,
@@ -24,30 +25,21 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
 }
 """HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
 
-
-@dataclass(frozen=True)
-class Experts:
-    """Mixture of gated MLPs in place of the dense one, in all layers but `dense_layers`.
-
-    normalized: whether the weights of a token's chosen experts are divided by their sum.
-    """
-
-    count: int
-    per_token: int
-    intermediate_size: int
-    normalized: bool
-    dense_layers: frozenset[int] = frozenset()
+_QK_NORM = "_qk_norm"
+"""Suffix of the family whose members may have norms of queries and keys (`use_qk_norm`), for those that do."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
-    rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors), see
-    `read_rope`.
+    rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors,
+    `partial_rotary_factor`), see `read_rope`. mtp_layers: layers that a checkpoint may have after the last one, for drafts of
+    further tokens (multi-token prediction). They are neither loaded nor trained.
     """
 
     family: str
@@ -63,6 +55,7 @@ class Architecture:
     max_positions: int
     rope: dict[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
+    mtp_layers: int = field(default=0, compare=False)
 
     @property
     def qkv_bias(self) -> bool:
@@ -73,6 +66,11 @@ class Architecture:
     def qk_norm(self) -> bool:
         """Whether queries and keys have an RMSNorm per head."""
         return _has_rows(self.family, "q_layernorm.")
+
+    @property
+    def rotary_fraction(self) -> float:
+        """The fraction of a head's dimensions, the first ones, that the rotary embedding turns."""
+        return self.rope.get("partial_rotary_factor", 1.0)
 
     @property
     def has_dense_layers(self) -> bool:
@@ -101,9 +99,13 @@ def _has_rows(family: str, part: str) -> bool:
 def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
     """Raise UserError for settings with which transformers or a server would differ from the model here, and that show in no
     tensor."""
-    wanted = {"model_type": family, "hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "is_causal": True}
+    wanted: dict[str, Any] = {"model_type": family.removesuffix(_QK_NORM), "hidden_act": "silu", "mlp_bias": False}
+    wanted |= {"use_sliding_window": False, "is_causal": True}
     if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
+    if family.startswith("glm4_moe"):
+        config = {"attention_bias": False, **config}  # transformers' default
+        wanted["attention_bias"] = True
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{source}: {key} is {config[key]!r}; only {value!r} is supported for the {family} family")
@@ -113,26 +115,6 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{source}: layer_types is {spelled(kinds)}; only a list of full_attention is supported")
-
-
-def _experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
-    """Published configs say num_experts, transformers 5 writes num_local_experts."""
-    step = positive_int(config, "decoder_sparse_step", source, 1)
-    dense = {layer for layer in range(layers) if (layer + 1) % step} | set(optional_layers(config, "mlp_only_layers", source))
-    count = positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source)
-    per_token = positive_int(config, "num_experts_per_tok", source)
-    normalized = optional_bool(config, "norm_topk_prob", source)
-    if per_token > count:
-        raise UserError(f"{source}: num_experts_per_tok is {per_token}, more than the {count} experts")
-    if per_token == 1 and normalized:
-        raise UserError(f"{source}: num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient")
-    return Experts(
-        count=count,
-        per_token=per_token,
-        intermediate_size=positive_int(config, "moe_intermediate_size", source),
-        normalized=normalized,
-        dense_layers=frozenset(dense & set(range(layers))),
-    )
 
 
 def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Architecture:
@@ -154,12 +136,15 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     if not known:
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[known[0]]
+    glm = family == "glm4_moe"
+    if glm and optional_bool(config, "use_qk_norm", source):
+        family += _QK_NORM
     _refuse_unsupported(config, family, source)
     heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
     kv_heads = positive_int(config, "num_key_value_heads", source, heads)
     if heads % kv_heads:
         raise UserError(f"{source}: num_attention_heads is {heads}, which is not a multiple of num_key_value_heads {kv_heads}")
-    layers = positive_int(config, "num_hidden_layers", source)
+    layers, mixture = positive_int(config, "num_hidden_layers", source), _has_rows(family, ".experts.")
     return Architecture(
         family=family,
         layers=layers,
@@ -172,6 +157,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
         norm_eps=positive_number(config, "rms_norm_eps", source),
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
-        rope=read_rope(config, source),
-        experts=_experts(config, layers, source) if _has_rows(family, ".experts.") else None,
+        rope=read_rope(config, source, fraction=0.5 if glm else None),
+        experts=(read_glm4_experts if glm else read_qwen3_experts)(config, layers, source) if mixture else None,
+        mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if glm else 0,
     )

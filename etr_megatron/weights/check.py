@@ -49,12 +49,17 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
 
 def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    found = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
+    found = {name: shape for name, shape in checkpoint.shapes().items() if not _is_unused(name, arch)}
     embedding, head = hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
     if arch.tied_embeddings and head in found:  # some checkpoints store it twice
         wanted[head] = wanted[embedding]
     _refuse_difference(checkpoint.path, arch, wanted, found)
     _refuse_integers(checkpoint, wanted)
+
+
+def _is_unused(name: str, arch: Architecture) -> bool:
+    drafts = tuple(f"model.layers.{arch.layers + number}." for number in range(arch.mtp_layers))
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(drafts)
 
 
 def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:

@@ -39,6 +39,11 @@ def positive_int(config: dict[str, Any], name: str, source: Path, default: int |
     return _field(config, name, source, default, is_positive_int, "a positive integer")
 
 
+def natural_number(config: dict[str, Any], name: str, source: Path, default: int | None = None) -> int:
+    """As `positive_int`, also for 0."""
+    return _field(config, name, source, default, lambda value: value == 0 or is_positive_int(value), "0 or a positive integer")
+
+
 def positive_number(config: dict[str, Any], name: str, source: Path, default: float | None = None) -> float:
     """As `positive_int`, for any finite number."""
 

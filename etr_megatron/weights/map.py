@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:  # it imports this module
     from etr_megatron.weights.architecture import Architecture
@@ -30,7 +32,7 @@ class Row:
     megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
     hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
     server: name of SGLang's parameter, if it is not the HF name.
-    fp8: whether block-quantised export and sync quantise it.
+    fp8: whether block-quantised export and sync quantise it. fp32: whether it is float32, whatever the model's dtype.
     layers: which layers have it: all, dense (a dense MLP), moe (experts).
     """
 
@@ -40,6 +42,7 @@ class Row:
     te: str = ""
     server: str = ""
     fp8: bool = False
+    fp32: bool = False
     layers: str = "all"
 
 
@@ -61,9 +64,14 @@ class Weight:
     shapes: tuple[tuple[int, ...], ...]
     split: str
     fp8: bool
+    fp32: bool
     server: str
     layer: int | None = None
     expert: int | None = None
+
+    def type_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Its type in a model, checkpoint or sync of this dtype."""
+        return torch.float32 if self.fp32 else dtype
 
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -72,12 +80,10 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
 
-def _row(
-    megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", fp8: bool = False, layers: str = "all"
-) -> Row:
+def _row(megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", **more: Any) -> Row:
     """A row within a layer: names without the layer's prefix."""
     named = tuple((_HF + name, dims) for name, dims in hf.items())
-    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", fp8, layers)
+    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", **more)
 
 
 _EMBEDDING = Row(EMBEDDING, "vocab", (("model.embed_tokens.weight", "VH"),))
@@ -153,12 +159,36 @@ _EXPERTS = (
         layers="moe",
     ),
 )
+_BIASED_ROUTER = (
+    # It decides with the scores which experts are chosen. Pretraining balances the experts with it; RL keeps it.
+    _row("mlp.router.expert_bias", "replicated", {"mlp.gate.e_score_correction_bias": "X"}, fp32=True, layers="moe"),
+)
+_SHARED_EXPERTS = (
+    _row(
+        "mlp.shared_experts.linear_fc1.weight",
+        "gate_up",
+        {"mlp.shared_experts.gate_proj.weight": "SH", "mlp.shared_experts.up_proj.weight": "SH"},
+        server="mlp.shared_experts.gate_up_proj.weight",
+        fp8=True,
+        layers="moe",
+    ),
+    _row(
+        "mlp.shared_experts.linear_fc2.weight",
+        "row",
+        {"mlp.shared_experts.down_proj.weight": "HS"},
+        fp8=True,
+        layers="moe",
+    ),
+)
+_GLM4_MOE = (*_MLP, *_EXPERTS, *_BIASED_ROUTER, *_SHARED_EXPERTS, *_END)
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "mistral": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "qwen2": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_MLP, *_END),
     "qwen3": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_END),
     "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_EXPERTS, *_END),
+    "glm4_moe": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_GLM4_MOE),
+    "glm4_moe_qk_norm": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_QK_NORM, *_GLM4_MOE),
 }
 """Family -> rows, in the order of the model."""
 
@@ -179,6 +209,7 @@ def _dimensions(arch: Architecture) -> dict[str, int]:
         "D": arch.head_dim,
         "F": arch.intermediate_size,
         "E": experts.intermediate_size if experts else 0,
+        "S": experts.shared_size if experts else 0,
         "X": experts.count if experts else 0,
     }
 
@@ -217,6 +248,7 @@ def _weight(row: Row, arch: Architecture, sizes: dict[str, int], layer: int | No
         shapes=tuple(tuple(sizes[letter] for letter in dims) for _, dims in row.hf),
         split=row.split,
         fp8=row.fp8,
+        fp32=row.fp32,
         server=named(row.server) or hf[0],
         layer=layer,
         expert=expert,

@@ -69,7 +69,7 @@ class Plan:
 
     def bytes(self, transfer: Transfer, itemsize: int) -> int:
         """Bytes of a transfer whose values have `itemsize` bytes if they are not quantised."""
-        return _box_bytes(transfer.size, itemsize, self.block_of(transfer.weight))
+        return _box_bytes(transfer.size, 4 if transfer.weight.fp32 else itemsize, self.block_of(transfer.weight))
 
     def only(self, names: Collection[str]) -> Plan:
         """The transfers of these weights (`Weight.megatron`)."""

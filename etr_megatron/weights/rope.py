@@ -18,8 +18,10 @@ _YARN_OTHER = ("attention_factor", "attn_factor", "extrapolation_factor", "mscal
 """transformers reads some of these, servers others."""
 
 
-def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
+def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = None) -> dict[str, Any]:
     """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, the parameters of their scaling.
+
+    fraction: default of `partial_rotary_factor`, which then is in the result; None for a family that has only 1.
 
     Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
     source: the file, for messages. Raises UserError for missing, contradictory or unsupported values.
@@ -31,9 +33,7 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: rope_scaling and rope_parameters disagree; remove the wrong one")
     scaling = rest[0] if rest else {}
     rope = {"rope_type": scaling.get("rope_type", "default"), "rope_theta": _theta(config, places, source)}
-    for place in (config, *places.values()):
-        if place.get("partial_rotary_factor") not in (None, 1):
-            raise UserError(f"{source}: partial_rotary_factor is {place['partial_rotary_factor']}; only 1 is supported")
+    rope |= _partial(config, places, fraction, source)
     if rope["rope_type"] == "llama3":
         rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
     if rope["rope_type"] == "yarn":
@@ -43,6 +43,23 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     if rope["rope_type"] != "default":
         rope["original_max_position_embeddings"] = _original_positions(config, scaling, source)
     return rope
+
+
+def _partial(config: dict[str, Any], places: dict[str, dict[str, Any]], default: float | None, source: Path) -> dict[str, Any]:
+    name = "partial_rotary_factor"
+    found = [place[name] for place in (config, *places.values()) if place.get(name) is not None]
+    if default is None:
+        for value in found:
+            if value != 1:
+                raise UserError(f"{source}: {name} is {spelled(value)}; only 1 is supported")
+        return {}
+    fractions = {positive_number({name: value}, name, source) for value in found} or {default}
+    if len(fractions) > 1:
+        raise UserError(f"{source}: {name} is {' and '.join(map(str, sorted(fractions)))}; remove the wrong one")
+    (value,) = fractions
+    if value > 1:
+        raise UserError(f"{source}: {name} is {value}, more than 1")
+    return {name: value}
 
 
 def _refuse_other_yarn(scaling: dict[str, Any], source: Path) -> None:

@@ -96,7 +96,7 @@ def buckets_of(plan: Plan, transfers: Sequence[Transfer], dtype: torch.dtype, li
         tensors: list[tuple[Transfer, bool, torch.dtype, Index]] = []
         for part in parts:
             block = plan.block_of(part.weight)
-            tensors.append((part, False, dtype if block is None else FP8, part.size))
+            tensors.append((part, False, part.weight.type_in(dtype) if block is None else FP8, part.size))
             if block is not None:
                 tensors.append((part, True, torch.float32, scale_shape(part.size, block)))
         buckets.append(_place(sorted(tensors, key=lambda one: -one[2].itemsize)))
@@ -194,7 +194,7 @@ def unpack(plan: Plan, bucket: Bucket, flat: Tensor, shards: Shards) -> None:
 @torch.no_grad()
 def copy_local(plan: Plan, transfer: Transfer, sources: Shards, destinations: Shards, dtype: torch.dtype) -> None:
     """A transfer within a process, with the values that another process would have received; see `pack`."""
-    values = source_box(transfer, sources).to(dtype)
+    values = source_box(transfer, sources).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:
         values, scales = quantize_blocks(values, block)
         destination_box(transfer, destinations, block).copy_(scales)

@@ -46,7 +46,7 @@ class Group:
         wanted: list[tuple[Weight, int | None, torch.dtype]] = []
         for weight in weights:
             block = self.block_of(weight)
-            wanted.append((weight, None, dtype if block is None else FP8))
+            wanted.append((weight, None, weight.type_in(dtype) if block is None else FP8))
             if block is not None:
                 wanted.append((weight, block, torch.float32))
         self.shards: dict[str, Field] = {}

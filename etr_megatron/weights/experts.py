@@ -1,0 +1,82 @@
+"""A model's experts from its HuggingFace config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.hf_config import (
+    natural_number,
+    optional_bool,
+    optional_layers,
+    positive_int,
+    positive_number,
+)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of gated MLPs in place of the dense one, in all layers but `dense_layers`.
+
+    normalized: whether the weights of a token's chosen experts are divided by their sum. shared_size: width of the MLP that
+    every token passes besides its experts; 0 is none. sigmoid: scores are sigmoids of the router's logits, not their softmax,
+    and the choice is by score plus a bias per expert. scale: factor of the chosen experts' weights.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalized: bool
+    dense_layers: frozenset[int] = frozenset()
+    shared_size: int = 0
+    sigmoid: bool = False
+    scale: float = 1.0
+
+
+def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
+    """Published configs say num_experts, transformers 5 writes num_local_experts. Raises UserError."""
+    step = positive_int(config, "decoder_sparse_step", source, 1)
+    dense = {layer for layer in range(layers) if (layer + 1) % step} | set(optional_layers(config, "mlp_only_layers", source))
+    count = positive_int(config, "num_experts" if "num_experts" in config else "num_local_experts", source)
+    per_token = _per_token(config, count, source)
+    normalized = optional_bool(config, "norm_topk_prob", source)
+    if per_token == 1 and normalized:
+        raise UserError(f"{source}: num_experts_per_tok is 1 with norm_topk_prob, which leaves the router without a gradient")
+    return Experts(
+        count=count,
+        per_token=per_token,
+        intermediate_size=positive_int(config, "moe_intermediate_size", source),
+        normalized=normalized,
+        dense_layers=frozenset(dense & set(range(layers))),
+    )
+
+
+def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
+    """A field that is absent has transformers' default. Raises UserError."""
+    for name, supported in {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}.items():
+        if config.get(name, supported) != supported:
+            raise UserError(f"{source}: {name} is {config[name]!r}; only {supported!r} is supported for the glm4_moe family")
+    count = positive_int(config, "n_routed_experts", source)
+    per_token = _per_token(config, count, source)
+    if per_token == 1:
+        raise UserError(f"{source}: num_experts_per_tok is 1, which leaves the router without a gradient")
+    size = positive_int(config, "moe_intermediate_size", source)
+    return Experts(
+        count=count,
+        per_token=per_token,
+        intermediate_size=size,
+        normalized=True,
+        dense_layers=frozenset(range(min(natural_number(config, "first_k_dense_replace", source, 1), layers))),
+        shared_size=size * positive_int(config, "n_shared_experts", source, 1),
+        sigmoid=True,
+        scale=positive_number(config, "routed_scaling_factor", source, 1.0),
+    )
+
+
+def _per_token(config: dict[str, Any], count: int, source: Path) -> int:
+    per_token = positive_int(config, "num_experts_per_tok", source)
+    if per_token > count:
+        raise UserError(f"{source}: num_experts_per_tok is {per_token}, more than the {count} experts")
+    return per_token
