@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron import platform
 from etr_megatron.errors import UserError
-from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights
+from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights, weights_in
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.replicas import ReadOnce
@@ -68,7 +68,7 @@ def load_megatron_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_di
         raise UserError(f"{checkpoint_dir} does not fit this model ({reason(error)})") from error
     for number, chunk in ((number, chunk) for chunks in models for number, chunk in enumerate(chunks)):
         found = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
-        missing = set(found.missing_keys) & dict(chunk.named_parameters()).keys()
+        missing = set(found.missing_keys) & weights_in(chunk).keys()
         if missing:
             raise UserError(f"{checkpoint_dir} lacks {len(missing)} parameters of this model, first {min(missing)}")
 

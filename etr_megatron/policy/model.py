@@ -116,21 +116,28 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
     return f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}" if expert else name
 
 
-def _parameter_names(chunk: PolicyModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of a chunk by their name in the weight map; layer numbers come from Megatron."""
+def weights_in(chunk: torch.nn.Module) -> dict[str, Tensor]:
+    """A chunk's tensors that a checkpoint must have, by their name in it: its parameters, and the routers' biases, which
+    Megatron keeps as buffers."""
+    biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias")}
+    return {**dict(chunk.named_parameters()), **biases}
+
+
+def _weights_by_global_name(chunk: PolicyModel) -> dict[str, Tensor]:
+    """`weights_in` a chunk by their name in the weight map; layer numbers come from Megatron."""
     layout, arch = chunk.layout, chunk.arch
     first: Any = chunk.decoder.layers[0]
     first_layer = first.layer_number - 1
     first_expert = layout.ep_rank * (arch.experts.count // layout.ep) if arch.experts else 0
-    return {global_name(name, first_layer, first_expert): parameter for name, parameter in chunk.named_parameters()}
+    return {global_name(name, first_layer, first_expert): tensor for name, tensor in weights_in(chunk).items()}
 
 
-def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, torch.nn.Parameter]]:
-    """Megatron name -> (weight, this rank's parameter). The last stage's copy of a tied embedding counts as the head.
+def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, Tensor]]:
+    """Megatron name -> (weight, this rank's parameter or buffer). The last stage's copy of a tied embedding is the head.
 
     Raises RuntimeError naming parameters missing from the map, and rows of the map missing from this rank.
     """
-    named = {name: parameter for chunk in chunks for name, parameter in _parameter_names(chunk).items()}
+    named = {name: tensor for chunk in chunks for name, tensor in _weights_by_global_name(chunk).items()}
     layout, arch = chunks[0].layout, chunks[0].arch
     pairs, missing = {}, []
     for weight, _ in shards_of(layout.training, arch, layout.rank):
