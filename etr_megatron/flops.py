@@ -23,7 +23,8 @@ def active_parameters(arch: Architecture) -> int:
     for layer in range(arch.layers):
         if arch.experts is not None and arch.has_experts(layer):
             experts = arch.experts
-            total += arch.hidden_size * (3 * experts.intermediate_size * experts.per_token + experts.count)
+            width = experts.intermediate_size * experts.per_token + experts.shared_size
+            total += arch.hidden_size * (3 * width + experts.count)
         else:
             total += 3 * arch.hidden_size * arch.intermediate_size
     return total

@@ -86,11 +86,12 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotated(t: Tensor, freqs: Tensor, sign: float) -> Tensor:
-    """t [T, heads, D] of one sequence."""
+    """t [T, heads, D] of one sequence; freqs may be of the first dimensions alone."""
     angles = freqs[: len(t), 0]
-    left, right = t.float().chunk(2, -1)
+    first, rest = t.split((angles.shape[-1], t.shape[-1] - angles.shape[-1]), -1)
+    left, right = first.float().chunk(2, -1)
     turned = torch.cat((-right, left), -1) * angles.sin() * sign
-    return (t.float() * angles.cos() + turned).to(t.dtype).contiguous()
+    return torch.cat(((first.float() * angles.cos() + turned).to(t.dtype), rest), -1)
 
 
 def fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, cp_rank: int = 0) -> Tensor:

@@ -29,7 +29,8 @@ EXPERT_IMBALANCE = 1.25
 class Split:
     """How a microbatch's tokens and a layer's width are split over ranks.
 
-    tokens: per context-parallel rank. element: bytes per activation element. fp8: `fp8.recipe`.
+    tokens: per context-parallel rank. element: bytes per activation element. fp8: `fp8.recipe`. router_fp32:
+    `train.moe_router_fp32`.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Split:
     sequence_parallel: bool
     element: int
     fp8: str = "none"
+    router_fp32: bool = False
 
     @property
     def whole(self) -> int:
@@ -75,14 +77,17 @@ def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> in
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
     """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves), including the preceding norm's output. For
     experts also the dispatched tokens; the router, which is not in FP8, saves the norm's output. The experts' outputs are not
-    saved: the router's weights are already multiplied into the gate's product (`WeightedSwiGLUFunction`)."""
+    saved: the router's weights are already multiplied into the gate's product (`WeightedSwiGLUFunction`). A shared expert is a
+    dense MLP. It saves the norm's output as the router does, except in FP8 with `delayed`, where it has a copy of its own
+    (`SharedExpertMLP`)."""
     experts, norm = arch.experts, split.whole * arch.hidden_size
     if experts is None or not arch.has_experts(layer):
         product = split.tokens * arch.intermediate_size // split.tp
         return 2 * product, norm + product
     routed = _routed(experts, split, etp)
-    product = routed * experts.intermediate_size // etp
-    return norm + 2 * product, routed * arch.hidden_size + product
+    product, shared = routed * experts.intermediate_size // etp, split.tokens * experts.shared_size // split.tp
+    own = norm if experts.shared_size and split.fp8 == "delayed" else 0
+    return norm + 2 * (product + shared), routed * arch.hidden_size + product + shared + own
 
 
 def _routed(experts: Experts, split: Split, etp: int) -> int:
@@ -93,14 +98,22 @@ def _routed(experts: Experts, split: Split, etp: int) -> int:
 
 def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     """Bytes saved for routing, 0 for a dense layer. Per token: a flag and a weight for every expert, two 64-bit indices for
-    each chosen expert, and the fp32 softmax over the chosen experts' logits or, if not normalized, over all. Per dispatched
-    token: a weight."""
+    each chosen expert, and in fp32 the softmax over the chosen experts' logits or, if not normalized, over all; or the sigmoids
+    of all, those of the chosen ones, and their sum. Per dispatched token: a weight."""
     experts = arch.experts
     if experts is None or not arch.has_experts(layer):
         return 0
-    logits = experts.per_token if experts.normalized else experts.count
-    choice = experts.count * (1 + split.element) + 2 * 8 * experts.per_token + 4 * logits
-    return split.whole * choice + _routed(experts, split, etp) * split.element
+    scores = experts.per_token if experts.normalized else experts.count
+    if experts.sigmoid:
+        scores = experts.count + experts.per_token + 1
+    weight = _weight_bytes(experts, split)
+    choice = experts.count * (1 + weight) + 2 * 8 * experts.per_token + 4 * scores
+    return split.whole * choice + _routed(experts, split, etp) * weight
+
+
+def _weight_bytes(experts: Experts, split: Split) -> int:
+    """Bytes of a router's weight, which is of its GEMM's type."""
+    return 4 if split.router_fp32 or experts.sigmoid else split.element
 
 
 def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
@@ -118,17 +131,19 @@ def gradients_of_layer(arch: Architecture, layer: int, split: Split, etp: int) -
 
     The peak of a dense layer is at the gate: the gradients of both halves and of the layer's output, with sequence parallelism
     also the gathered one. With experts it is while the gradient of their outputs is sorted: two copies of it, with ETP also the
-    rank's own part, and two of the layer's output gradient. All are in the model's dtype, even with FP8.
+    rank's own part, and two of the layer's output gradient. All are in the model's dtype, even with FP8; but ETP adds up the
+    outputs, and gathers their gradient, in the type of the router's weights.
     """
     half = saved_by_layer(arch, layer, replace(split, fp8="none"), etp) // 2
     if arch.experts is None or not arch.has_experts(layer):
         outputs = split.whole + (split.tokens if split.sequence_parallel else 0)
-        most = 2 * split.tokens * arch.intermediate_size // split.tp + outputs * arch.hidden_size
+        most = split.element * (2 * split.tokens * arch.intermediate_size // split.tp + outputs * arch.hidden_size)
     else:
         routed = _routed(arch.experts, split, etp)
         back = 2 * routed + (routed // etp if etp > 1 else 0)
-        most = (back + 2 * split.whole) * arch.hidden_size
-    return max(half, split.element * most)
+        element = _weight_bytes(arch.experts, split) if etp > 1 else split.element
+        most = (element * back + split.element * 2 * split.whole) * arch.hidden_size
+    return max(half, most)
 
 
 def passes_in_flight(layout: TrainingLayout, stage: int, microbatches: int) -> int:

@@ -79,7 +79,7 @@ def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, a
 
 
 def expert_share(arch: Architecture) -> float:
-    """Fraction of a model's elements that are in experts; ignores norms and biases."""
+    """Fraction of a model's elements that are in experts, without shared ones; ignores norms and biases."""
     experts = arch.experts
     if experts is None:
         return 0.0

@@ -194,6 +194,7 @@ def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
         sequence_parallel=config.parallel.sequence_parallel,
         element=element_bytes(config),
         fp8=config.fp8.recipe,
+        router_fp32=config.train.moe_router_fp32,
     )
 
 
