@@ -22,14 +22,13 @@ from etr_megatron.config import (
     resolved,
     response_limits,
     sources_of,
-    sync_of,
     tensor_parallel,
 )
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
+from etr_megatron.own_servers import starts_servers
 from etr_megatron.platform.files import problems_of, refuse_all
-from etr_megatron.platform.world import number_apart
 from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -220,7 +219,8 @@ def check_stages(model: str, layers: int, parallel: ParallelConfig) -> None:
 
 
 def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig, tp: int) -> None:
-    """Check that experts split over `parallel.ep` and each expert over `parallel.etp`. tp: the resolved `parallel.tp`."""
+    """Check that experts split over `parallel.ep`, each expert over `parallel.etp` and a shared one over `tp`, the resolved
+    `parallel.tp`."""
     ep, etp = parallel.ep, tp if parallel.etp is None else parallel.etp
     if experts is None:
         if ep > 1:
@@ -235,6 +235,11 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
         raise UserError(
             f"{model} has experts of width {experts.intermediate_size}, which parallel.etp={etp} does not divide (null is "
             f"parallel.tp={tp}); choose a parallel.etp that divides {experts.intermediate_size}"
+        )
+    if experts.shared_size % tp:
+        raise UserError(
+            f"{model} has a shared expert of width {experts.shared_size}, which parallel.tp={tp} does not divide; choose a "
+            "parallel.tp that does"
         )
     if tp > 1 and not parallel.sequence_parallel:
         raise UserError(
@@ -360,31 +365,6 @@ def check_replay(config: Config, steps: int) -> None:
     folder = Path(rollout.replay) / RECORDED
     if problems := survey(folder, steps, config):
         raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
-
-
-def nodes_apart(config: Config) -> int:
-    """Number of dedicated server nodes, which have no training ranks."""
-    return config.sglang.dedicated_nodes if has_servers(config) else 0
-
-
-def has_servers(config: Config) -> bool:
-    """Whether the job starts servers of its own."""
-    return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls
-
-
-def starts_servers(config: Config) -> bool:
-    """Whether this node starts servers; without torchrun it counts as the first node."""
-    if not has_servers(config):
-        return False
-    if apart := nodes_apart(config):
-        return number_apart(apart) is not None
-    return config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
-
-
-def meets_servers_in_nccl(config: Config) -> bool:
-    """Whether training ranks and servers form process groups, on GPUs with NCCL, in which weights travel."""
-    engine = config.rollout.backend == "sglang" and config.rollout.replay is None
-    return engine and sync_of(config.sglang) in ("broadcast", "sharded")
 
 
 def check_servers(config: Config) -> None:

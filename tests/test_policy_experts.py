@@ -52,6 +52,12 @@ def test_the_tiny_model_has_no_experts():
         (None, dict(ep=2), 1, "m has no experts to spread over parallel.ep=2; set parallel.ep to 1"),
         (EXPERTS, dict(ep=4), 1, "m has 6 experts, which parallel.ep=4 does not divide"),
         (EXPERTS, dict(sequence_parallel=True), 8, "m has experts of width 28, which parallel.etp=8 does not divide"),
+        (
+            replace(EXPERTS, shared_size=54),
+            dict(sequence_parallel=True, etp=1),
+            4,
+            "m has a shared expert of width 54, which parallel.tp=4 does not divide; choose a parallel.tp that does",
+        ),
         (EXPERTS, dict(), 2, "m has experts, which need parallel.sequence_parallel=true with parallel.tp=2"),
     ],
 )
@@ -64,6 +70,7 @@ def test_what_a_mixture_cannot_do_is_refused_in_one_sentence(experts, parallel, 
 def test_a_mixture_on_a_layout_that_fits_passes():
     check_experts("m", EXPERTS, ParallelConfig(ep=3, sequence_parallel=True, etp=1), 2)
     check_experts("m", replace(EXPERTS, per_token=1, normalized=False), ParallelConfig(), 1)
+    check_experts("m", replace(EXPERTS, shared_size=54), ParallelConfig(sequence_parallel=True), 2)
     check_experts("m", None, ParallelConfig(), 2)
 
 
