@@ -82,7 +82,7 @@ def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
-                buffer.add_(0.2 * torch.randn_like(buffer))
+                buffer.add_(0.05 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return str(path)
 
