@@ -210,8 +210,8 @@ def test_a_layers_gradients_are_as_large_as_is_counted(gangs: Gangs, tmp_path: P
     with mock.patch.object(activations, "EXPERT_IMBALANCE", 1):
         saved, counted = saved_by_layer(arch, 0, split, tp), gradients_of_layer(arch, 0, split, tp)
     measured = found[1024] - found[512] - (saved - layer_input(arch, split))  # the input existed before
-    print(shape, tp, measured / saved, counted / saved)
-    if more or tp > 1:  # 0.57 and 1.14 times `saved` with experts, 0.53 times with TP
+    # With experts 0.58 and 1.14 times `saved`, where ETP gathers in fp32 2.18 times; without 0.53 times with TP.
+    if more or tp > 1:
         assert measured == pytest.approx(counted, rel=0.06 if more else 0.001)
     else:
         assert counted == saved // 2

@@ -181,6 +181,21 @@ def test_in_fp8_the_router_keeps_the_norm_of_experts_as_it_is() -> None:
     assert plain - fp8 == 128 * arch.hidden_size + routed * (arch.hidden_size + arch.experts.intermediate_size)
 
 
+def test_in_fp8_a_shared_expert_keeps_its_product_and_with_delayed_scales_a_copy_of_its_input() -> None:
+    arch = read_architecture(MODELS / "GLM-4.5-Air")
+    assert arch.experts is not None
+    without = replace(arch, experts=replace(arch.experts, shared_size=0))
+
+    def added(recipe: str) -> int:
+        more, less = (saved_by_layer(one, 1, Split(512, 4, True, 2, recipe), 1) for one in (arch, without))
+        return more - less
+
+    product, norm = 512 * 1408 // 4, 512 // 4 * 4096
+    assert added("none") == 2 * 3 * product
+    assert added("tensorwise") == 2 * 2 * product + product
+    assert added("delayed") == 2 * 2 * product + product + norm
+
+
 def test_layers_that_stay_in_bf16_are_counted_so() -> None:
     config = QWEN_32B.with_name("qwen3_32b_64gpu_async_fp8.yaml")
     every, inner = (make_plan(load_config(config, [f"fp8.first_last_layers_bf16={value}"]), 64) for value in ("false", "true"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from etr_megatron.flops import active_parameters, body_flops, head_flops
 from etr_megatron.planner import GPUS, H100, make_plan
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
-from etr_megatron.planner.decode import generation_seconds, response_lengths
+from etr_megatron.planner.decode import expert_share, generation_seconds, response_lengths
 from etr_megatron.planner.speed import sync_seconds
 from etr_megatron.weights import read_architecture
 from tests.published_runs import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
@@ -48,6 +50,15 @@ def test_an_experts_model_works_with_the_chosen_ones_alone() -> None:
     arch = read_architecture(MODELS / "Qwen3-30B-A3B")
     with_embeddings = active_parameters(arch) + 2 * arch.vocab_size * arch.hidden_size
     assert with_embeddings / 1e9 == pytest.approx(3.3, abs=0.1)  # what its card calls activated
+
+
+def test_a_shared_expert_works_on_every_token_and_is_read_whatever_the_batch() -> None:
+    arch = read_architecture(MODELS / "GLM-4.5-Air")
+    assert arch.experts is not None
+    assert active_parameters(arch) / 1e9 == pytest.approx(12, abs=0.5)  # what its card calls active
+    without = replace(arch, experts=replace(arch.experts, shared_size=0))
+    assert active_parameters(arch) - active_parameters(without) == 45 * 3 * 4096 * 1408
+    assert expert_share(arch) == pytest.approx(45 * 128 * 3 * 4096 * 1408 / 106_852_251_264, rel=1e-4)
 
 
 def seconds(lengths: list[float], **changes: object) -> float:

@@ -24,7 +24,10 @@ PROMISED = (
     "qwen3_32b_64gpu_async",
     "qwen3_30b_a3b_32gpu",
     "llama3.1_70b_128gpu",
+    "glm4.5_air_64gpu",
 )
+LARGE = {"qwen3_30b_a3b_32gpu", "llama3.1_70b_128gpu", "glm4.5_air_64gpu"}
+SERVED_IN_BF16 = {"glm4.5_air_64gpu_fp8"}  # its MLPs are no whole blocks
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*gpu*.yaml"))
 
 
@@ -46,9 +49,7 @@ def test_a_shipped_config_passes_its_dry_run(name: str, capsys: pytest.CaptureFi
     assert "built without memory: their parameters are those of the weight map and the plan" in said
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if "a3b" in name or "70b" in name else []) for name in PROMISED]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in PROMISED])
 def test_every_rank_of_a_shipped_layout_is_the_model_that_is_built(name: str) -> None:
     plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus_of(name))
     assert len(plan.ranks) in (gpus_of(name), gpus_of(name) // 2)  # all GPUs train, or half of them run servers
@@ -79,9 +80,8 @@ def test_a_plan_that_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_variant_in_fp8_differs_in_nothing_but_fp8_and_the_room_that_it_takes(name: str) -> None:
     plain, fp8 = (to_dict(load_config(CONFIGS / f"{file}.yaml")) for file in (name, f"{name}_fp8"))
     different = {f"{section}.{key}" for section in plain for key in plain[section] if plain[section][key] != fp8[section][key]}
-    assert (
-        {"run.name", "fp8.recipe", "sglang.fp8"} <= different <= {"run.name", "fp8.recipe", "sglang.fp8", "sglang.mem_fraction"}
-    )
+    needed = {"run.name", "fp8.recipe"} | (set() if f"{name}_fp8" in SERVED_IN_BF16 else {"sglang.fp8"})
+    assert needed <= different <= needed | {"sglang.mem_fraction"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -107,6 +107,12 @@ def test_a_server_in_fp8_that_cannot_cut_whole_blocks_is_refused() -> None:
         UserError, match=r"experts\.0\.gate_proj\.weight is split into parts of 192 x 2048 by sglang\.tp=4, sglang\.ep=1"
     ):
         dry_run(["--config", config, "--gpus", "32", "sglang.ep=1"])
+
+
+def test_a_model_whose_mlps_are_no_whole_blocks_is_not_served_in_fp8() -> None:
+    config = str(CONFIGS / "glm4.5_air_64gpu_fp8.yaml")
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj\.weight is .*; no sglang\.tp gives such; set"):
+        dry_run(["--config", config, "--gpus", "64", "sglang.fp8=true"])
 
 
 def test_a_checkpoint_that_is_there_is_compared_with_its_config(tmp_path: Path) -> None:

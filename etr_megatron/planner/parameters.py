@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Number of parameter elements on a rank, including padding of the vocabulary.
+    """Number of parameter elements on a rank, including padding of the vocabulary and routers' biases. (These have neither
+    gradients nor optimizer state, but are so few that plans make no difference.)
 
     dense, expert: outside and inside experts, which have separate data-parallel groups. matrices: the elements that FP8
     quantizes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -183,10 +184,16 @@ def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: b
             continue  # layers and experts are alike
         for holding in layout.holdings(weight, arch):
             for piece in holding.shard.pieces:
-                if any(size % FP8_BLOCK for size in piece.size):
+                if not _is_whole_blocks(piece.size):
                     shape = " x ".join(map(str, piece.size))
+                    way_out = "lower sglang.tp, or raise sglang.ep for experts"
+                    if not _is_whole_blocks(weight.shapes[piece.hf]):
+                        way_out = "no sglang.tp gives such; set sglang.fp8 to false"
                     raise UserError(
                         f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={layout.tp}, "
-                        f"sglang.ep={layout.ep}, which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; lower sglang.tp, or "
-                        "raise sglang.ep for experts"
+                        f"sglang.ep={layout.ep}, which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; {way_out}"
                     )
+
+
+def _is_whole_blocks(shape: Sequence[int]) -> bool:
+    return not any(size % FP8_BLOCK for size in shape)
