@@ -24,6 +24,8 @@ from tests.test_policy_logprobs import MIXTURES, reference
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 BIASES = [BIAS.format(layer) for layer in (1, 2, 3)]
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+
 
 def with_config(model: str, folder: Path, change: dict[str, Any], without: tuple[str, ...] = ()) -> Path:
     """A copy of the model with another config.json."""
@@ -168,6 +170,7 @@ def test_only_as_many_layers_may_follow_as_the_config_says(drafting):
         ({"routed_scaling_factor": "2.5"}, 'routed_scaling_factor must be a positive number, not "2.5"'),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25 and 0.5; remove the wrong one"),
         ({"partial_rotary_factor": 2, "rope_parameters": None}, "partial_rotary_factor is 2, more than 1"),
+        ({"rope_parameters": YARN, "partial_rotary_factor": None}, "rope_type yarn turns whole heads here, not 0.5 of each"),
         ({"num_nextn_predict_layers": "1"}, 'num_nextn_predict_layers must be 0 or a positive integer, not "1"'),
         ({"use_qk_norm": 1}, "use_qk_norm must be true or false, not 1"),
     ],
