@@ -22,13 +22,14 @@ from etr_megatron.config import (
     resolved,
     response_limits,
     sources_of,
+    sync_of,
     tensor_parallel,
 )
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
-from etr_megatron.own_servers import starts_servers
 from etr_megatron.platform.files import problems_of, refuse_all
+from etr_megatron.platform.world import number_apart
 from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -365,6 +366,31 @@ def check_replay(config: Config, steps: int) -> None:
     folder = Path(rollout.replay) / RECORDED
     if problems := survey(folder, steps, config):
         raise UserError("\n".join(f"rollout.replay: {problem}" for problem in problems))
+
+
+def nodes_apart(config: Config) -> int:
+    """Number of dedicated server nodes, which have no training ranks."""
+    return config.sglang.dedicated_nodes if has_servers(config) else 0
+
+
+def has_servers(config: Config) -> bool:
+    """Whether the job starts servers of its own."""
+    return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls
+
+
+def starts_servers(config: Config) -> bool:
+    """Whether this node starts servers; without torchrun it counts as the first node."""
+    if not has_servers(config):
+        return False
+    if apart := nodes_apart(config):
+        return number_apart(apart) is not None
+    return config.sglang.nodes == "every" or os.environ.get("GROUP_RANK", "0") == "0"
+
+
+def meets_servers_in_nccl(config: Config) -> bool:
+    """Whether training ranks and servers form process groups, on GPUs with NCCL, in which weights travel."""
+    engine = config.rollout.backend == "sglang" and config.rollout.replay is None
+    return engine and sync_of(config.sglang) in ("broadcast", "sharded")
 
 
 def check_servers(config: Config) -> None:

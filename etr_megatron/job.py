@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from etr_megatron import platform
+from etr_megatron.checks import nodes_apart
 from etr_megatron.config import Config, doubts, resolved
 from etr_megatron.data import (
     PromptCursor,
@@ -23,7 +24,6 @@ from etr_megatron.data import (
 )
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
-from etr_megatron.own_servers import nodes_apart
 from etr_megatron.platform.phases import Phases, StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.together import together

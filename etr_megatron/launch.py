@@ -14,11 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import beside_inputs, check_inputs
+from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, starts_servers
 from etr_megatron.cli import USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.own_servers import nodes_apart, starts_servers
 from etr_megatron.platform.world import place_of
 from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status, run_and_leave
 

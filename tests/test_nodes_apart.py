@@ -8,10 +8,9 @@ import sys
 import pytest
 
 from etr_megatron import launch
-from etr_megatron.checks import check_inputs, check_server_node
+from etr_megatron.checks import check_inputs, check_server_node, nodes_apart, starts_servers
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.own_servers import nodes_apart, starts_servers
 from etr_megatron.platform.world import Place, place_of
 
 FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron import platform
+from etr_megatron.checks import nodes_apart
 from etr_megatron.cli import asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.own_servers import nodes_apart
 from etr_megatron.platform.lifetime import die_with_parent
 from etr_megatron.platform.world import place_of
 from etr_megatron.status import exit_code_of, run_and_leave

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from etr_megatron.config import Config, sources_of
 from etr_megatron.errors import UserError
-from etr_megatron.own_servers import has_servers, nodes_apart, starts_servers
 from etr_megatron.platform.files import path_errors, problems_of
 from etr_megatron.platform.world import number_apart
 
@@ -146,7 +145,7 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
 
     A hub dataset is not fetched here.
     """
-    from etr_megatron.checks import check_loss, check_problems, check_reward
+    from etr_megatron.checks import check_loss, check_problems, check_reward, nodes_apart
 
     if number_apart(nodes_apart(config)) is not None:
         return {}, ""
@@ -170,6 +169,8 @@ def _digest(file: Path) -> str:
 
 def _servers(config: Config) -> str:
     """Why the servers' interpreter cannot be used, on nodes that start servers or the router."""
+    from etr_megatron.checks import has_servers, starts_servers
+
     has_router = has_servers(config) and config.sglang.router is not None and os.environ.get("GROUP_RANK", "0") == "0"
     if not (starts_servers(config) or has_router) or shutil.which(config.sglang.python):
         return ""
