@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from etr_megatron.config import Config, samples_of_set
 from etr_megatron.data import named
@@ -74,6 +75,13 @@ def evaluation_metrics(sets: Mapping[str, Sequence[Group]], config: Config) -> d
             values.setdefault(key, []).append(value)
     found = {f"eval_{key}": sum(several) / len(several) for key, several in values.items()}
     return found | {f"eval/{name}/{key}": value for name, one in each.items() if name for key, value in one.items()}
+
+
+def best_steps(rows: Iterable[Mapping[str, Any]], metric: str) -> list[int]:
+    """Steps of the metrics' rows that have `metric`, the best first; of equally good ones the later first."""
+    judged = [row for row in rows if row.get(metric) is not None]
+    judged.sort(key=lambda row: (row[metric], row.get("eval_reward_mean") or 0.0, row["step"]), reverse=True)
+    return [row["step"] for row in judged]
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:

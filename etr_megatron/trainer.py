@@ -12,7 +12,7 @@ from etr_megatron import checkpoint
 from etr_megatron.batching import build_batch, minibatches, routing_of, sequences_of
 from etr_megatron.config import Config
 from etr_megatron.errors import RequeueError
-from etr_megatron.evaluation import HeldOut, evaluate, evaluation_metrics
+from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
 from etr_megatron.metrics import (
     check_logprob_gap,
     drawn_from,
@@ -304,14 +304,13 @@ class Trainer:
         checkpoint.save(folder, self.step, self.policy, state, keep=self.config.checkpoint.keep, best=best)
 
     def _best_saved(self) -> list[int]:
-        """Steps, this one or saved, whose checkpoints `checkpoint.keep_best` asks for; of equally good ones the later."""
-        count = self.config.checkpoint.keep_best
-        if not count:
+        """Steps, this one or saved, whose checkpoints `checkpoint.keep_best` asks for."""
+        config = self.config.checkpoint
+        if not config.keep_best:
             return []
         saved = {self.step, *checkpoint.saved_steps(self._directory.checkpoints)}
-        rows = [row for row in self._directory.metrics.rows() if row["step"] in saved and row.get("eval_accuracy") is not None]
-        rows.sort(key=lambda row: (row["eval_accuracy"], row.get("eval_reward_mean") or 0.0, row["step"]))
-        return [row["step"] for row in rows[-count:]]
+        rows = [row for row in self._directory.metrics.rows() if row["step"] in saved]
+        return best_steps(rows, config.best_by)[: config.keep_best]
 
     def _latest_checkpoint(self) -> int | None:
         """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory

@@ -89,6 +89,25 @@ def test_best_checkpoints_that_are_not_saved_and_a_profile_that_is_not_made_are_
     assert len(doubts(config_with(observe__profile_step=1, rollout__only=True))) == 1
 
 
+@pytest.mark.parametrize(
+    ("metric", "samples", "is_there"),
+    [
+        ("eval_accuracy", 1, True),
+        ("eval_pass_at_k", {"aime": 4}, True),
+        ("eval/aime/pass_at_k", {"aime": 4}, True),
+        ("eval/amc/pass_at_k", {"aime": 4}, False),
+        ("eval/amc/reward_mean", 1, True),
+        ("eval/other/accuracy", 1, False),
+        ("eval/amc/truncated_frac", 1, False),  # of which less is better
+    ],
+)
+def test_the_best_checkpoints_are_those_by_a_metric_that_the_evaluations_have(metric, samples, is_there):
+    sets = dict(data__eval={"aime": "a.jsonl", "amc": "b.jsonl"}, eval__samples=samples, eval__temperature=1.0, eval__every=5)
+    problems = validate(config_with(checkpoint__keep_best=1, checkpoint__best_by=metric, **sets), None)
+    assert (problems == []) == is_there
+    assert validate(config_with(checkpoint__best_by=metric, **sets), None) == []  # no effect without keep_best
+
+
 def test_only_a_truncated_weight_may_have_a_radius_of_one_or_more():
     assert validate(config_with(objective__loss="cispo", objective__eps_high=4.0, objective__eps_max=4.0), None) == []
     assert validate(config_with(objective__eps_high=4.0, objective__eps_max=4.0), None) != []

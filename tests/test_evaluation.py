@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from etr_megatron.evaluation import HeldOut, evaluate, evaluation_metrics
+from etr_megatron.evaluation import HeldOut, best_steps, evaluate, evaluation_metrics
 from etr_megatron.observe.metrics import MetricsLog
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import collect
@@ -173,3 +173,17 @@ def test_an_evaluation_is_limited_as_the_rollouts_are_where_it_has_no_limit_of_i
         with_servers=lambda draw: draw(),
     )
     assert asked == [31]
+
+
+def test_the_best_steps_have_the_highest_metric_then_the_highest_reward_and_are_the_latest():
+    rows = [
+        {"step": 1, "eval_accuracy": 0.5, "eval_reward_mean": 0.4, "eval/a/accuracy": 0.9},
+        {"step": 2, "eval_accuracy": 0.75, "eval_reward_mean": 0.3},
+        {"step": 3},  # not evaluated
+        {"step": 4, "eval_accuracy": 0.75, "eval_reward_mean": 0.3, "eval/a/accuracy": 0.1},
+        {"step": 5, "eval_accuracy": 0.5, "eval_reward_mean": 0.6},
+        {"step": 6, "eval_accuracy": None},
+    ]
+    assert best_steps(rows, "eval_accuracy") == [4, 2, 5, 1]
+    assert best_steps(rows, "eval/a/accuracy") == [1, 4]
+    assert best_steps(rows, "eval_pass_at_k") == []

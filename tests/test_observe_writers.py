@@ -225,6 +225,14 @@ def test_report_compares_first_and_last_tenth(tmp_path: Path, capsys: pytest.Cap
     ]
 
 
+def test_report_names_the_best_evaluation_if_it_is_not_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    RunDirectory(run).metrics.append(make_row(40, eval_accuracy=0.5))
+    assert report([str(run)]) == 0
+    told = " ".join(capsys.readouterr().out.splitlines()[2].split())
+    assert told == "eval accuracy 0.125 (step 0) to 0.500 (step 40), best 0.750 (step 30)"
+
+
 def test_report_counts_answers_that_could_not_be_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path)
     RunDirectory(run).metrics.append(make_row(31, reward_errors=7))

@@ -117,7 +117,9 @@ def _evaluations(rows: list[MetricsRow], key: str) -> str:
     if not points:
         return "not evaluated"
     (first_step, first), (last_step, last) = points[0], points[-1]
-    return f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
+    best_step, best = max(points, key=lambda point: (point[1], point[0]))
+    told = f"{_number(first)} (step {first_step}) to {_number(last)} (step {last_step})"
+    return told if best == last else f"{told}, best {_number(best)} (step {best_step})"
 
 
 def _change(key: str, first: list[MetricsRow], last: list[MetricsRow]) -> str:

@@ -44,7 +44,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "rollout.only",
 )
 """Keys (or, ending in a dot, sections) that may change between start and resume without changing the experiment."""
-_NOT_FREE = ("sglang.fp8", "checkpoint.keep_best")
+_NOT_FREE = ("sglang.fp8", "checkpoint.keep_best", "checkpoint.best_by")
 """Keys of these sections that change it, or what is kept of it."""
 
 

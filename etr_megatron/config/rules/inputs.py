@@ -9,7 +9,7 @@ from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
-from etr_megatron.config.sources import ARITHMETIC, sets_by_name, sources_of
+from etr_megatron.config.sources import ARITHMETIC, samples_of_set, sets_by_name, sources_of
 
 TINY_POSITIONS = 4096
 """Context length of the tiny policy in tokens."""
@@ -151,6 +151,19 @@ def _best(config: Config) -> Iterator[Violation]:
             yield Violation(
                 ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
             )
+    if config.checkpoint.keep_best > 0 and config.data.eval and config.checkpoint.best_by not in (found := _judging(config)):
+        yield Violation(
+            ("checkpoint.best_by", "checkpoint.keep_best", "data.eval", "eval.samples"),
+            f"these evaluations have no such metric; choose one of {', '.join(found)}",
+        )
+
+
+def _judging(config: Config) -> list[str]:
+    """Metrics of the evaluations of which more is better."""
+    sets = list(config.data.eval) if isinstance(config.data.eval, dict) else []
+    places = [("eval_", any(samples_of_set(config, name) > 1 for name in sets or [""]))]
+    places += [(f"eval/{name}/", samples_of_set(config, name) > 1) for name in sets]
+    return [place + metric for place, several in places for metric in ("accuracy", "reward_mean", *["pass_at_k"] * several)]
 
 
 def reward(config: Config) -> Iterator[Violation]:

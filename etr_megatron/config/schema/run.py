@@ -61,8 +61,10 @@ class CheckpointConfig:
     keep: int = 2
     """Number of latest checkpoints to keep."""
     keep_best: int = 0
-    """Number of best checkpoints to keep as well, of steps that were evaluated (`eval.every`): those with the highest
-    `eval_accuracy`, and where it is equal with the highest `eval_reward_mean`."""
+    """Number of best checkpoints to keep as well, of steps that were evaluated (`eval.every`)."""
+    best_by: str = "eval_accuracy"
+    """Metric that is highest for the best checkpoints, and where it is equal `eval_reward_mean` is: `eval_accuracy`,
+    `eval_reward_mean`, `eval_pass_at_k`, or one of a held-out set, as in `eval/aime24/accuracy`."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 
