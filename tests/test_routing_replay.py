@@ -43,7 +43,7 @@ LAYOUTS = {
     "pp2_vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
     "tp2_cp2_ep2_etp1": (4, [*TP2, "parallel.cp=2", "parallel.ep=2", "parallel.etp=1"]),
 }
-MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1}  # layers with experts
+MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1, "glm4_moe": 3}  # layers with experts
 
 
 def sequences() -> list:
@@ -69,6 +69,8 @@ class Told:
         routers = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeTopKRouter"]
         for index, router in enumerate(routers):
             router.forward = lambda hidden, router=router, index=index: self._route(router, index, hidden)
+        for index, layer in enumerate(module for module in model.modules() if type(module).__name__ == "Glm4MoeMoE"):
+            layer.route_tokens_to_experts = lambda logits, layer=layer, index=index: self._route_glm(layer, index, logits)
 
     def _route(self, router: torch.nn.Module, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.reshape(-1, router.hidden_dim) @ router.weight.t()
@@ -78,6 +80,14 @@ class Told:
         chosen[: len(told)] = told
         given = probabilities.gather(1, chosen)
         return logits, given / given.sum(-1, keepdim=True) if router.norm_topk_prob else given, chosen
+
+    def _route_glm(self, layer: torch.nn.Module, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.double().sigmoid()
+        chosen = (scores + layer.gate.e_score_correction_bias).topk(layer.top_k).indices
+        told = self.routing[:, index].long()
+        chosen[: len(told)] = told
+        given = scores.gather(1, chosen)
+        return chosen, given / given.sum(-1, keepdim=True) * layer.routed_scaling_factor
 
 
 def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -139,6 +149,11 @@ def test_logprobs_and_gradients_are_those_of_the_experts_that_were_told(gangs, h
 @pytest.mark.parametrize("layout", ["tp1", "pp2_vpp2"])
 def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe_dense"], random_routing(MIXTURES["qwen3_moe_dense"]), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "cp2_ep2", "pp2_vpp2"])
+def test_scores_of_the_experts_that_were_told_may_be_sigmoids(gangs, hf_models, layout):
+    check(gangs, hf_models["glm4_moe"], random_routing(MIXTURES["glm4_moe"]), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
@@ -220,12 +235,12 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     assert "routing_replayed" not in metrics_row(batch)
 
 
-@pytest.fixture
-def mixture(runs, tmp_path):
+@pytest.fixture(params=["qwen3_moe", "glm4_moe_air"])
+def mixture(request, runs, tmp_path):
     """A mixture of experts in HuggingFace format with the tiny policy's tokenizer."""
     config = load_config(runs.config, runs.command()[4:])
     tiny = build_tiny_policy(config.tiny, config.arithmetic, progress=False)
-    folder = Path(write_model("qwen3_moe", tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
+    folder = Path(write_model(request.param, tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny / file, folder)
     return folder
