@@ -43,7 +43,7 @@ LAYOUTS = {
     "pp2_vpp2": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"]),
     "tp2_cp2_ep2_etp1": (4, [*TP2, "parallel.cp=2", "parallel.ep=2", "parallel.etp=1"]),
 }
-MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1, "glm4_moe": 3}  # layers with experts
+MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1}  # layers with experts
 
 
 def sequences() -> list:
@@ -69,8 +69,6 @@ class Told:
         routers = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeTopKRouter"]
         for index, router in enumerate(routers):
             router.forward = lambda hidden, router=router, index=index: self._route(router, index, hidden)
-        for index, layer in enumerate(module for module in model.modules() if type(module).__name__ == "Glm4MoeMoE"):
-            layer.route_tokens_to_experts = lambda logits, layer=layer, index=index: self._route_glm(layer, index, logits)
 
     def _route(self, router: torch.nn.Module, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.reshape(-1, router.hidden_dim) @ router.weight.t()
@@ -80,14 +78,6 @@ class Told:
         chosen[: len(told)] = told
         given = probabilities.gather(1, chosen)
         return logits, given / given.sum(-1, keepdim=True) if router.norm_topk_prob else given, chosen
-
-    def _route_glm(self, layer: torch.nn.Module, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits.double().sigmoid()
-        chosen = (scores + layer.gate.e_score_correction_bias).topk(layer.top_k).indices
-        told = self.routing[:, index].long()
-        chosen[: len(told)] = told
-        given = scores.gather(1, chosen)
-        return chosen, given / given.sum(-1, keepdim=True) * layer.routed_scaling_factor
 
 
 def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -149,11 +139,6 @@ def test_logprobs_and_gradients_are_those_of_the_experts_that_were_told(gangs, h
 @pytest.mark.parametrize("layout", ["tp1", "pp2_vpp2"])
 def test_layers_without_experts_are_not_counted(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe_dense"], random_routing(MIXTURES["qwen3_moe_dense"]), LAYOUTS[layout])
-
-
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "cp2_ep2", "pp2_vpp2"])
-def test_scores_of_the_experts_that_were_told_may_be_sigmoids(gangs, hf_models, layout):
-    check(gangs, hf_models["glm4_moe"], random_routing(MIXTURES["glm4_moe"]), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])

@@ -174,6 +174,7 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
         ((10, 0), {}, dict(fp8=True), ["--fp8-gemm-backend", "triton"]),
         ((10, 3), {"num_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
+        ((10, 0), {"n_routed_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
         ((10, 0), {}, {}, []),
         ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),
