@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -70,9 +71,9 @@ ALIKE = {
 """Families whose table in the weight map is another's, or a part of it, so that few tests need them."""
 
 
-def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
+def write_model(name: str, path: Path, layers: int = 4, **changes: Any) -> str:
     """Write the family's model, with norms away from 1 and biases away from 0. layers: number of layers. changes: of its
-    sizes."""
+    settings."""
     torch.manual_seed(sum(map(ord, name)))
     kind, settings = (FAMILIES | ALIKE)[name]
     model = kind(kind.config_class(num_hidden_layers=layers, **{**settings, **changes})).float()
@@ -82,7 +83,7 @@ def write_model(name: str, path: Path, layers: int = 4, **changes: int) -> str:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
-                buffer.add_(0.2 * torch.randn_like(buffer))
+                buffer.add_(0.05 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return str(path)
 

@@ -211,7 +211,8 @@ def parameters(model: str, overrides: list[str]) -> dict[str, tuple[tuple[int, .
     found = {}
     for chunk in policy.chunks:
         stored = chunk.sharded_state_dict()
-        for name, parameter in chunk.named_parameters():
+        buffers = [(name, buffer) for name, buffer in chunk.named_buffers() if name in chunk.state_dict()]
+        for name, parameter in (*chunk.named_parameters(), *buffers):
             entry = stored[name]
             part = entry.build()[0] if hasattr(entry, "build") else entry
             axes = part.prepend_axis_num

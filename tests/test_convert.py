@@ -145,7 +145,7 @@ LAYOUTS = {
     "pp2uneven": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1"]),
 }
 ONLY_OF = {
-    "ep2": ("qwen3_moe", "qwen3_moe_dense"),
+    "ep2": ("qwen3_moe", "qwen3_moe_dense", "glm4_moe"),
     "pp2vpp2": ("llama", "qwen3_moe"),
     "pp2uneven": ("qwen2", "qwen3_moe_dense"),
 }
@@ -164,6 +164,7 @@ EVERY_FAMILY_AND_LAYOUT_ONCE = [
     ("qwen3_tied", "pp2"),
     ("qwen3_moe", "ep2"),
     ("qwen3_moe_dense", "tp2pp2"),
+    ("glm4_moe", "tp2pp2"),
     ("llama", "pp2vpp2"),
 ]
 

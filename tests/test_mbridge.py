@@ -19,7 +19,11 @@ MIXTURES = {
 }
 CASES = [
     *((family, world, layout) for family in ("llama", "qwen2", "qwen3", "qwen3_tied") for world, layout in LAYOUTS.values()),
-    *((family, world, layout) for family in ("qwen3_moe", "qwen3_moe_dense") for world, layout in MIXTURES.values()),
+    *(
+        (family, world, layout)
+        for family in ("qwen3_moe", "qwen3_moe_dense", "glm4_moe")
+        for world, layout in MIXTURES.values()
+    ),
 ]
 
 

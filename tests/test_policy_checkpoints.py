@@ -77,8 +77,13 @@ def check(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        *((family, change) for family in ("qwen3_moe", "qwen3_moe_dense") for change in CHANGES),
+        *(("glm4_moe", change) for change in ("ep2_to_tp2_ep2_etp1", "pp2_vpp2_to_ep2")),
+    ],
+)
 def test_a_checkpoint_continues_in_another_layout_of_experts(gangs, hf_models, tmp_path, family, change, sharded):
     before, after = ((world, [*layout, f"train.distributed_optimizer={sharded}"]) for world, layout in CHANGES[change])
     check(gangs, hf_models[family], tmp_path, before, after)

@@ -83,7 +83,7 @@ def test_padded_logits_with_a_context_extended_by_yarn_equal_transformers(gangs,
 
 
 @pytest.mark.parametrize("layout", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
 def test_logprobs_and_entropy_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
     check(gangs, hf_models[family], *MIXTURES[layout])
 
@@ -122,7 +122,7 @@ def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2", "ep2", "tp2_sp_ep2_etp1"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
 def test_padded_logits_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
     check_logits(gangs, hf_models[family], *MIXTURES[layout])
 

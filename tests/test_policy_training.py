@@ -90,7 +90,7 @@ def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
 def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family, split):
     world, overrides = MIXTURES[split]
     wanted = single(family)

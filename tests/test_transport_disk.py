@@ -40,6 +40,7 @@ def check(folder, model: str) -> None:
         ("qwen3_tied", TrainingLayout(dp=2)),
         ("qwen3_moe", TrainingLayout(dp=2, ep=2)),
         ("qwen3_moe_dense", TrainingLayout(tp=2, ep=2, etp=1)),
+        ("glm4_moe", TrainingLayout(tp=2, ep=2, etp=1)),
     ],
 )
 def test_what_ranks_write_is_the_checkpoint(gangs, hf_models, tmp_path, family, source):

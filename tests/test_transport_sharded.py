@@ -87,6 +87,7 @@ def test_training_to_training_within_the_same_processes(gangs, hf_models, source
         ("qwen3_tied", ["parallel.pp=2"], ServerLayout(tp=2)),
         ("qwen3_moe", ["parallel.tp=1", "parallel.ep=2"], ServerLayout(tp=2)),
         ("qwen3_moe_dense", ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"], ServerLayout(tp=2, ep=2)),
+        ("glm4_moe", ["parallel.tp=2", "parallel.ep=2", "parallel.etp=1"], ServerLayout(tp=2, ep=2)),
         ("qwen2", ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1"], ServerLayout(tp=2)),
         ("llama", ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2"], ServerLayout(tp=2)),
         ("llama", ["parallel.tp=2", "parallel.pp=2"], ServerLayout(tp=2, servers=2)),

@@ -26,8 +26,11 @@ from tests.ports import rank_0s_port
 def shards_from(model: str, placement: Placement, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A rank's shards by Megatron name, read from a checkpoint."""
     checkpoint, arch = SafetensorsDir(model), read_architecture(model)
-    found = {weight.megatron: read_shard(weight, shard, checkpoint.read) for weight, shard in shards_of(placement, arch, rank)}
-    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.items()}
+    found = {}
+    for weight, shard in shards_of(placement, arch, rank):
+        values = read_shard(weight, shard, checkpoint.read)
+        found[weight.megatron] = values.to(weight.type_in(dtype or values.dtype))
+    return found
 
 
 def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -35,7 +38,9 @@ def empty_shards(plan: Plan, rank: int, dtype: torch.dtype) -> dict[str, Tensor]
     found = {}
     for weight, shard in shards_of(plan.destination, plan.arch, rank):
         block = plan.block_of(weight)
-        found[weight.megatron] = torch.full(shard.shape, 77.0).to(dtype if block is None else torch.float8_e4m3fn)
+        found[weight.megatron] = torch.full(shard.shape, 77.0).to(
+            weight.type_in(dtype) if block is None else torch.float8_e4m3fn
+        )
         if block is not None:
             found[weight.megatron + SCALE_SUFFIX] = torch.full(scale_shape(shard.shape, block), 77.0)
     return found

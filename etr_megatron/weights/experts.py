@@ -63,12 +63,15 @@ def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Expe
     if per_token == 1:
         raise UserError(f"{source}: num_experts_per_tok is 1, which leaves the router without a gradient")
     size = positive_int(config, "moe_intermediate_size", source)
+    dense = natural_number(config, "first_k_dense_replace", source, 1)
+    if dense >= layers:
+        raise UserError(f"{source}: first_k_dense_replace is {dense}, which leaves none of the {layers} layers with experts")
     return Experts(
         count=count,
         per_token=per_token,
         intermediate_size=size,
         normalized=True,
-        dense_layers=frozenset(range(min(natural_number(config, "first_k_dense_replace", source, 1), layers))),
+        dense_layers=frozenset(range(dense)),
         shared_size=size * positive_int(config, "n_shared_experts", source, 1),
         sigmoid=True,
         scale=positive_number(config, "routed_scaling_factor", source, 1.0),

@@ -37,6 +37,12 @@ def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = 
     if rope["rope_type"] == "llama3":
         rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
     if rope["rope_type"] == "yarn":
+        if rope.get("partial_rotary_factor", 1) != 1:
+            # Its factor for queries and keys concerns turned dimensions alone, and could not enter the attention scale.
+            raise UserError(
+                f"{source}: rope_type yarn turns whole heads here, not {rope['partial_rotary_factor']} of each "
+                "(partial_rotary_factor)"
+            )
         _refuse_other_yarn(scaling, source)
         rope["factor"] = positive_number(scaling, "factor", source)
         rope |= {name: positive_number(scaling, name, source) for name in _YARN_OPTIONAL if name in scaling}

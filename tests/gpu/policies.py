@@ -1,4 +1,4 @@
-"""Policies for the GPU tests: a small Qwen3 with distinct sizes that fit FP8's blocks, and an odd vocabulary."""
+"""Policies for the GPU tests: small models with distinct sizes that fit FP8's blocks, and an odd vocabulary."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Glm4MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from etr_megatron import platform
 from etr_megatron.config import load_config, resolve
 
 VOCAB = 1003
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+_KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3ForCausalLM, {}),
+    "qwen3_moe": (Qwen3MoeForCausalLM, {**_EXPERTS, "num_experts": 5}),
+    "glm4_moe": (
+        Glm4MoeForCausalLM,
+        {**_EXPERTS, "n_routed_experts": 5, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+    ),
+}
 
-def write_qwen3(path: Path, *, tied: bool = False, mixture: bool = False) -> str:
-    """A HuggingFace checkpoint whose weights are exact in bf16. mixture: with five experts, two for every token."""
+
+def write_model(path: Path, family: str = "qwen3", *, tied: bool = False) -> str:
+    """A HuggingFace checkpoint whose weights are exact in bf16, but for routers' biases. Mixtures have five experts, two for
+    every token; GLM's first layer is dense."""
     torch.manual_seed(11)
-    kind, model_kind, more = Qwen3Config, Qwen3ForCausalLM, {}
-    if mixture:
-        kind, model_kind = Qwen3MoeConfig, Qwen3MoeForCausalLM
-        more = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
-    config = kind(
+    kind, more = _KINDS[family]
+    config = kind.config_class(
         vocab_size=VOCAB,
         hidden_size=384,
         intermediate_size=640,
@@ -35,12 +43,15 @@ def write_qwen3(path: Path, *, tied: bool = False, mixture: bool = False) -> str
         tie_word_embeddings=tied,
         **more,
     )
-    model = model_kind(config).float()
+    model = kind(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             parameter.copy_(parameter.bfloat16())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.05 * torch.randn_like(buffer))
     model.save_pretrained(path)
     return str(path)
 

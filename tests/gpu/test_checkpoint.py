@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu_policy import make_batch
 from tests.gpu.conftest import DRY_RUN
-from tests.gpu.policies import build, sequences, write_qwen3
+from tests.gpu.policies import build, sequences, write_model
 
 KINDS = {
     "plain": [],
@@ -24,7 +24,7 @@ KINDS = {
 def test_a_resumed_policy_goes_on_like_the_one_that_was_saved(world, device, tmp_path, kind, step):
     if kind == "offloaded" and DRY_RUN:
         pytest.skip("there is no GPU memory to offload from")
-    model, pairs = write_qwen3(tmp_path / "model"), sequences()
+    model, pairs = write_model(tmp_path / "model"), sequences()
     policy = build(model, "train.lr=1e-3", *KINDS[kind])
     from etr_megatron import checkpoint  # after the policy, whose import prepares Megatron
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu_device import RECIPES, recipes_left_out
 from benchmarks.gpu_policy import make_batch
 from tests.gpu.conftest import DEVICE
-from tests.gpu.policies import build, sequences, write_qwen3
+from tests.gpu.policies import build, sequences, write_model
 from tests.rollout_jobs import gaps_of_experts
 
 LEFT_OUT = recipes_left_out(DEVICE)
@@ -19,7 +19,7 @@ LEFT_OUT = recipes_left_out(DEVICE)
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def model(request, tmp_path_factory):
-    return write_qwen3(tmp_path_factory.mktemp("qwen3") / "model", tied=request.param)
+    return write_model(tmp_path_factory.mktemp("qwen3") / "model", tied=request.param)
 
 
 def by_transformers(model: str, pairs: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -64,21 +64,24 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bf16(world,
         assert gap.max() < 20 * limit, f"{name}: largest gap {gap.max():.2e}"
 
 
-def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(world, device, tmp_path):
+@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 3), ("glm4_moe", 2)])
+def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(
+    world, device, tmp_path, family, layers
+):
     """Building it compares all names and shapes with the weight map, also for Transformer Engine's grouped experts."""
-    model, pairs = write_qwen3(tmp_path / "model", mixture=True), sequences()
+    model, pairs = write_model(tmp_path / "model", family), sequences()
     exact = by_transformers(model, pairs, torch.float32, torch.device("cpu"))
     limit = 2 * (by_transformers(model, pairs, torch.bfloat16, device) - exact).abs().mean()
     assert 0 < limit < 0.2
     policy = build(model)
     names = [name for chunk in policy.chunks for name, _ in chunk.named_parameters() if ".experts." in name]
-    assert len(names) >= 3 * 2 * (5 if device.type == "cuda" else 1)  # layers, matrices, and experts if grouped
+    assert len(names) >= layers * 2 * (5 if device.type == "cuda" else 1)  # matrices, and experts if grouped
     gap = (torch.cat(policy.logprobs(pairs).logp).double() - exact).abs().mean()
     assert gap < limit, f"mean gap {gap:.2e}, limit {limit:.2e}"
 
 
 def test_with_the_engines_experts_logprobs_are_nearer_to_the_engines(world, device, tmp_path):
-    model, prompts = write_qwen3(tmp_path / "model", mixture=True), [prompt for prompt, _ in sequences()]
+    model, prompts = write_model(tmp_path / "model", "qwen3_moe"), [prompt for prompt, _ in sequences()]
     own, replayed = gaps_of_experts(build(model), model, prompts, device)
     print(f"gaps with experts of their own {own}, with the engine's {replayed}")
     assert 0 < replayed["mean"] < own["mean"] and replayed["p99"] < own["p99"]
@@ -105,12 +108,12 @@ def test_the_memory_of_an_update_is_the_peak_since_the_last_one(world, device, m
     assert all(each["memory_allocated_gib"] <= each["memory_reserved_gib"] for each in (before, after))
 
 
-@pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize("recipe", ["none", *RECIPES])
-def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe, mixture):
+def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe, family):
     if recipe in LEFT_OUT:
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
-    model, pairs = write_qwen3(tmp_path / "model", mixture=mixture), sequences()
+    model, pairs = write_model(tmp_path / "model", family), sequences()
     baseline = torch.cat(build(model).logprobs(pairs).logp)
     # The first update has learning rate 0: delayed scaling needs one step to see the largest values.
     policy = build(

@@ -11,7 +11,7 @@ from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport import ShardedTransport, Wire
 from tests.gpu.conftest import DEVICE
-from tests.gpu.policies import build, write_qwen3
+from tests.gpu.policies import build, write_model
 
 LEFT_OUT = recipes_left_out(DEVICE)
 FP8 = torch.float8_e4m3fn
@@ -54,7 +54,7 @@ def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tm
     """Everything except the messages: NCCL has no group with two processes on one GPU."""
     from etr_megatron.policy.model import own_parameters
 
-    model = write_qwen3(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     policy, arch, checkpoint = build(model), read_architecture(model), SafetensorsDir(model)
     sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.chunks).values()}
     plan = make_plan(policy.layout.training, ServerLayout(), arch, itemsize=2, fp8_block=fp8_block, destination_start=0)
