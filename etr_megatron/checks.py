@@ -109,6 +109,8 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
+        from etr_megatron.served import check_served
+
         check_served(model, architecture, config.sglang.tp, config.sglang.ep)
     check_checkpoint(name, values=True)
     check_context(architecture, config)
@@ -259,37 +261,6 @@ def check_without_experts(model: str, config: Config) -> None:
         raise UserError(f"{model} has no experts, so train.routing_replay has no effect; set it to false")
     if config.parallel.etp is not None:
         raise UserError(f"{model} has no experts to split over parallel.etp={config.parallel.etp}; set it to null")
-
-
-def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
-    """Check that a server can shard the model and serves the model that is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
-    heads, experts = architecture.heads, architecture.experts
-    if heads % tp:
-        raise UserError(
-            f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
-            f"choose a sglang.tp that divides {heads}"
-        )
-    if experts is None:
-        if ep > 1:
-            raise UserError(f"{model} has no experts to spread over sglang.ep={ep}; set sglang.ep to 1")
-        return
-    if experts.count % ep:
-        raise UserError(
-            f"{model} has {experts.count} experts, which sglang.ep={ep} does not divide, and a server would refuse to start; "
-            f"choose a sglang.ep that divides {experts.count}"
-        )
-    if experts.intermediate_size % (tp // ep):
-        raise UserError(
-            f"{model} has experts of width {experts.intermediate_size}, which the {tp // ep} ranks of each (sglang.tp={tp} / "
-            f"sglang.ep={ep}) do not divide, and a server would refuse to start; choose a sglang.tp and a sglang.ep that do"
-        )
-    # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
-    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if experts.dense_layers else ""
-    unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
-    if unserved:
-        raise UserError(
-            f"{model} has experts and {unserved}, which SGLang's Qwen3-MoE does not support; set rollout.backend to embedded"
-        )
 
 
 def check_problems(sources: Iterable[Source], config: Config) -> None:

@@ -111,13 +111,20 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
         ("qwen3_moe_wide", dict(tp=4, ep=2), "has experts of width 27, which the 2 ranks of each (sglang.tp=4 / sglang.ep=2)"),
         ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), which SGLang's"),
         ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's Qwen3-MoE does"),
+        ("glm4_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's GLM-4.5 does"),
+        ("glm4_moe_wide", dict(tp=4, ep=4), "has a shared expert of width 42, which sglang.tp=4 does not divide, and a server"),
     ],
 )
 def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
     config: Config, hf_models: dict[str, str], tmp_path: Path, family: str, servers: dict, sentence: str
 ) -> None:
-    changes = {"qwen3_moe_wide": {"moe_intermediate_size": 27}, "qwen3_moe_tied": {"tie_word_embeddings": True}}.get(family, {})
-    shipped = hf_models["qwen3_moe" if changes else family]
+    changes = {
+        "qwen3_moe_wide": {"moe_intermediate_size": 27},
+        "qwen3_moe_tied": {"tie_word_embeddings": True},
+        "glm4_moe_wide": {"n_routed_experts": 8, "moe_intermediate_size": 21},
+        "glm4_moe_tied": {"tie_word_embeddings": True},
+    }.get(family, {})
+    shipped = hf_models[family.rsplit("_", 1)[0] if changes else family]
     (tmp_path / "config.json").write_text(json.dumps(json.loads(Path(shipped, "config.json").read_text()) | changes))
     asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(**servers))
     assert f"the model in {tmp_path} {sentence}" in refusal(asked)

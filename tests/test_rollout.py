@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from etr_megatron.rollout import Sampling, sample_seed
+from etr_megatron.rollout.embedded import EmbeddedEngine
 from etr_megatron.rollout.sampling import draw, keep_top
 from etr_megatron.types import Problem
 from tests.hf_models import write_model
@@ -99,6 +101,7 @@ def test_after_a_weight_update_the_engine_agrees_with_the_trainer(gangs, hf_mode
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
@@ -108,9 +111,9 @@ def test_after_a_weight_update_the_engine_agrees_with_the_trainer(gangs, hf_mode
     ],
     ids=["one", "ep2", "tp2"],
 )
-def test_experts_reach_the_engine_by_their_published_names(gangs, hf_models, world, layout):
+def test_experts_reach_the_engine_by_their_published_names(gangs, hf_models, world, layout, family):
     for before, after, changed in gangs(world).run(
-        "tests.rollout_jobs:gap_after_update", model=hf_models["qwen3_moe"], prompts=PROMPTS, overrides=layout
+        "tests.rollout_jobs:gap_after_update", model=hf_models[family], prompts=PROMPTS, overrides=layout
     ):
         assert before < 1e-5 and after < 1e-5
         assert changed > 1e-3
@@ -121,6 +124,22 @@ def test_an_incomplete_or_misshapen_weight_update_is_refused_by_name(gangs, hf_m
     assert "model.norm.weight has shape (47,), but the engine needs (48,)" in message
     assert "lm_head.weight is missing" in message and "nonsense is unknown" in message
     assert version == 0
+
+
+def test_a_replica_in_bf16_keeps_the_routers_biases_exactly(hf_models):
+    """Rounded, they would choose other experts than the trainer's."""
+    model = hf_models["glm4_moe"]
+    engine = EmbeddedEngine(model, dtype=torch.bfloat16, device=torch.device("cpu"), batch_samples=4, stop_ids=[])
+    weights = load_file(f"{model}/model.safetensors")
+    engine.update_weights(weights.items(), version=0)
+    buffers = dict(engine._model.named_buffers())
+    biases = {name: weight for name, weight in weights.items() if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 3
+    for name, bias in biases.items():
+        assert torch.equal(buffers[name], bias) and not torch.equal(bias.bfloat16(), bias)
+    del weights[name]
+    with pytest.raises(ValueError, match=f"^weight update 1: {name} is missing$"):
+        engine.update_weights(weights.items(), version=1)
 
 
 def test_uniform_numbers_reproduce_the_distribution():
@@ -147,6 +166,10 @@ def test_an_engine_reads_no_weights_and_draws_nothing_before_it_has_some(gangs, 
     assert said == "the engine has no weights before the first update_weights"
 
 
+def best_with_bias(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    return (logits.sigmoid() + router.e_score_correction_bias).topk(router.top_k).indices
+
+
 def experts_chosen(model: str, tokens: list[int]) -> list[list[set[int]]]:
     """The experts that transformers chooses in one pass, for every token and layer with experts."""
     from transformers import AutoModelForCausalLM
@@ -156,6 +179,8 @@ def experts_chosen(model: str, tokens: list[int]) -> list[list[set[int]]]:
     for module in hf.modules():
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(lambda _module, _inputs, output: layers.append(output[2]))
+        if type(module).__name__ == "Glm4MoeTopkRouter":
+            module.register_forward_hook(lambda router, _inputs, logits: layers.append(best_with_bias(router, logits)))
     with torch.no_grad():
         hf(torch.tensor([tokens]))
     return [[set(row.tolist()) for row in of_token] for of_token in torch.stack(layers, 1)]
@@ -165,7 +190,7 @@ def as_sets(routing, layers: int, per_token: int) -> list[list[set[int]]]:
     return [[set(row.tolist()) for row in of_token] for of_token in torch.tensor(list(routing)).view(-1, layers, per_token)]
 
 
-@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 4), ("qwen3_moe_dense", 1)])
+@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 4), ("qwen3_moe_dense", 1), ("glm4_moe", 3)])
 def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gangs, hf_models, family, layers):
     options = dict(temperature=0.9, samples=3, max_tokens=9, stop_ids=list(range(40)))
     plain = generate(gangs, hf_models[family], 2, **options)[0]
@@ -178,8 +203,9 @@ def test_the_engine_says_which_experts_it_chose_for_every_token_but_the_last(gan
             assert as_sets(sample["routing"], layers, 3) == wanted[:-1]
 
 
-def test_in_bf16_engine_and_trainer_are_nearer_to_each_other_with_the_same_experts(gangs, tmp_path):
-    model = write_model("qwen3_moe", tmp_path, moe_intermediate_size=32)  # torch has no grouped bf16 products for some sizes
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_in_bf16_engine_and_trainer_are_nearer_to_each_other_with_the_same_experts(gangs, tmp_path, family):
+    model = write_model(family, tmp_path, moe_intermediate_size=32)  # torch has no grouped bf16 products for some sizes
     (found,) = gangs(1).run("tests.rollout_jobs:gaps_in_bf16", model=model, prompts=PROMPTS, overrides=[])
     own, replayed = found
     print(f"gaps with experts of their own {own}, with the engine's {replayed}")

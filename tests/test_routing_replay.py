@@ -220,12 +220,12 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     assert "routing_replayed" not in metrics_row(batch)
 
 
-@pytest.fixture
-def mixture(runs, tmp_path):
+@pytest.fixture(params=["qwen3_moe", "glm4_moe_air"])
+def mixture(request, runs, tmp_path):
     """A mixture of experts in HuggingFace format with the tiny policy's tokenizer."""
     config = load_config(runs.config, runs.command()[4:])
     tiny = build_tiny_policy(config.tiny, config.arithmetic, progress=False)
-    folder = Path(write_model("qwen3_moe", tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
+    folder = Path(write_model(request.param, tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny / file, folder)
     return folder

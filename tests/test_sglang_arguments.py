@@ -132,6 +132,22 @@ def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_
     assert set(asked.arguments) - set(plain.arguments) == {"--enable-return-routed-experts"}
 
 
+@pytest.mark.parametrize(
+    ("shared", "sync", "given", "told"),
+    [
+        (None, "sharded", (), False),
+        (1, "sharded", (), True),
+        (1, "broadcast", (), False),
+        (2, "broadcast", (), True),
+        (1, "sharded", ("--enforce-shared-experts-fusion",), False),
+    ],
+)
+def test_a_shared_expert_has_parameters_of_its_own_where_the_sync_needs_them(tmp_path, shared, sync, given, told):
+    (tmp_path / "config.json").write_text(json.dumps({"n_shared_experts": shared}))
+    arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
+    assert ("--disable-shared-experts-fusion" in arguments) == told
+
+
 def test_settings_become_arguments_and_the_users_come_last(tmp_path):
     command = command_of(
         tmp_path, tp=4, ep=2, mem_fraction=0.7, context_length=4096, place=1, devices=tuple("01234567"), arguments=("--x", "1")
@@ -158,6 +174,7 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
         ((10, 0), {}, dict(fp8=True), ["--fp8-gemm-backend", "triton"]),
         ((10, 3), {"num_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
+        ((10, 0), {"n_routed_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
         ((10, 0), {}, {}, []),
         ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),

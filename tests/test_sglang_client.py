@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from dataclasses import replace
 
 import httpx
 import pytest
 
-from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError
+from etr_megatron.rollout.sglang.client import GenerateParameters, ServerClient, ServerError, of_expert_layers
+from etr_megatron.weights import read_architecture
 
 PARAMETERS = GenerateParameters(max_new_tokens=5, temperature=1.0, top_p=1.0, top_k=0, seed=1, stop_ids=(2,))
 
@@ -39,6 +41,14 @@ def test_a_request_that_a_server_loses_is_late_although_others_are_completed():
     completed, error = asyncio.run(body())
     assert str(error) == "server: /generate completed no response within 0.3 s"
     assert completed > 6  # longer than without others: 10 x 0.3 s in all
+
+
+def test_experts_of_dense_layers_are_left_out(hf_models):
+    glm, qwen = (read_architecture(hf_models[name]) for name in ("glm4_moe", "qwen3_moe"))
+    said = array("B", [number for token in range(2) for layer in range(4) for number in (layer, token, 5)])
+    assert of_expert_layers(said, glm).tolist() == [1, 0, 5, 2, 0, 5, 3, 0, 5, 1, 1, 5, 2, 1, 5, 3, 1, 5]
+    assert of_expert_layers(said, qwen) is said  # it has experts in all layers
+    assert of_expert_layers(said[:-1], glm) == said[:-1]  # not of all layers: refused later, with the sample's name
 
 
 def test_a_timeout_of_the_connection_is_a_servers_failure():

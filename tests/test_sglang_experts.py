@@ -1,4 +1,4 @@
-"""A model with experts on real SGLang servers on CPU: weight syncs by every transport into split and distributed experts."""
+"""Models with experts on real SGLang servers on CPU: weight syncs by every transport into split and distributed experts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from etr_megatron.config import SglangConfig
+from tests.hf_models import write_model
 from tests.test_rollout import as_sets, experts_chosen
 from tests.test_sglang_server import OWN, PROMPTS, PYTHON, started
 
@@ -29,33 +30,36 @@ TRAINERS = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Key/value heads that TP4 divides, and experts of a width that TP4 x 32 divides: on CPU, SGLang pads others."""
-    path = tmp_path_factory.mktemp("hf") / "qwen3_moe"
+def models(tmp_path_factory):
+    """Key/value heads that TP4 divides, and MLPs and experts of a width that TP4 x 32 divides: on CPU, SGLang pads others."""
+    root = tmp_path_factory.mktemp("hf")
     torch.manual_seed(3)
     sizes = dict(vocab_size=301, hidden_size=48, head_dim=8, num_hidden_layers=2, max_position_embeddings=512)
-    heads = dict(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4)
     experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=128, norm_topk_prob=True)
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1)).float().save_pretrained(path)
-    return str(path)
+    qwen = Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1, tie_word_embeddings=False)
+    Qwen3MoeForCausalLM(qwen).float().save_pretrained(root / "qwen3_moe")
+    glm = dict(head_dim=8, intermediate_size=128, moe_intermediate_size=128, **heads)
+    others = {name: write_model(name, root / name, **glm) for name in ("glm4_moe", "glm4_moe_air")}
+    return {"qwen3_moe": str(root / "qwen3_moe"), **others}
 
 
 @pytest.fixture(scope="module")
-def url_of(model, tmp_path_factory):
-    """`url_of(tp, ep)` is the address of a running server; one runs at a time. It starts from a config.json only, so that all
-    weights come by a sync."""
+def url_of(models, tmp_path_factory):
+    """`url_of(family, tp, ep)` is the address of a running server; one runs at a time. It starts from a config.json only, so
+    that all weights come by a sync."""
     with ExitStack() as stack:
-        running: dict[tuple[int, int], str] = {}
+        running: dict[tuple[str, int, int], str] = {}
 
-        def get(tp: int, ep: int) -> str:
-            if (tp, ep) not in running:
+        def get(family: str, tp: int, ep: int) -> str:
+            if (family, tp, ep) not in running:
                 stack.close()
                 running.clear()
                 folder = tmp_path_factory.mktemp("sglang")
-                shutil.copy(Path(model) / "config.json", folder)
+                shutil.copy(Path(models[family]) / "config.json", folder)
                 config = SglangConfig(**OWN, tp=tp, ep=ep, sync="sharded")
-                running[tp, ep] = stack.enter_context(started(config, str(folder), folder, routing=True)).url
-            return running[tp, ep]
+                running[family, tp, ep] = stack.enter_context(started(config, str(folder), folder, routing=True)).url
+            return running[family, tp, ep]
 
         yield get
 
@@ -68,25 +72,34 @@ def least_bytes(model: str, tp: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("tp", "ep", "sync", "trainer"),
+    ("family", "tp", "ep", "sync", "trainer"),
     [
-        (1, 1, "broadcast", "ep2"),
-        (1, 1, "tensor", "tp2"),
-        (1, 1, "disk", "pp2"),
-        (1, 1, "sharded", "tp2_ep2_etp1"),
-        (2, 1, "broadcast", "pp2"),
-        (2, 1, "sharded", "ep2"),
-        (2, 2, "broadcast", "ep2"),
-        (2, 2, "tensor", "ep2"),
-        (2, 2, "disk", "ep2"),
-        (2, 2, "sharded", "tp2"),
-        (4, 2, "sharded", "ep2"),
+        ("qwen3_moe", 1, 1, "broadcast", "ep2"),
+        ("qwen3_moe", 1, 1, "tensor", "tp2"),
+        ("qwen3_moe", 1, 1, "disk", "pp2"),
+        ("qwen3_moe", 1, 1, "sharded", "tp2_ep2_etp1"),
+        ("qwen3_moe", 2, 1, "broadcast", "pp2"),
+        ("qwen3_moe", 2, 1, "sharded", "ep2"),
+        ("qwen3_moe", 2, 2, "broadcast", "ep2"),
+        ("qwen3_moe", 2, 2, "tensor", "ep2"),
+        ("qwen3_moe", 2, 2, "disk", "ep2"),
+        ("qwen3_moe", 2, 2, "sharded", "tp2"),
+        ("qwen3_moe", 4, 2, "sharded", "ep2"),
+        ("glm4_moe", 1, 1, "broadcast", "ep2"),
+        ("glm4_moe", 1, 1, "tensor", "tp2"),
+        ("glm4_moe", 1, 1, "disk", "pp2"),
+        ("glm4_moe", 1, 1, "sharded", "tp2_ep2_etp1"),
+        ("glm4_moe", 2, 2, "tensor", "ep2"),
+        ("glm4_moe", 2, 2, "sharded", "tp2"),
+        ("glm4_moe_air", 2, 1, "broadcast", "tp2"),
+        ("glm4_moe_air", 2, 1, "sharded", "pp2"),
     ],
 )
 def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
-    gangs, model, url_of, tmp_path, tp, ep, sync, trainer
+    gangs, models, url_of, tmp_path, family, tp, ep, sync, trainer
 ):
-    served = dict(urls=(url_of(tp, ep),), tp=tp, ep=ep, sync=sync, probe_every=1)
+    model = models[family]
+    served = dict(urls=(url_of(family, tp, ep),), tp=tp, ep=ep, sync=sync, probe_every=1)
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS[trainer])
     found = gangs(2).run("tests.sglang_jobs:gaps", **served, **job)
     for rank in found:
@@ -95,11 +108,14 @@ def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
         assert sum(rank["bytes"] for rank in found) == least_bytes(model, tp)
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(4, 2)])
-def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(gangs, model, url_of, tmp_path, tp, ep):
-    served = dict(urls=(url_of(tp, ep),), tp=tp, ep=ep, sync="broadcast", routing=True)
+@pytest.mark.parametrize(("family", "tp", "ep", "layers"), [("qwen3_moe", 4, 2, 2), ("glm4_moe_air", 2, 1, 3)])
+def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(
+    gangs, models, url_of, tmp_path, family, tp, ep, layers
+):
+    model = models[family]
+    served = dict(urls=(url_of(family, tp, ep),), tp=tp, ep=ep, sync="broadcast", routing=True)
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=TRAINERS["ep2"])
     for samples in gangs(2).run("tests.sglang_jobs:routed", **served, **job):
         assert len(samples) == 2 * len(PROMPTS)
         for tokens, routing in samples:
-            assert as_sets(routing, layers=2, per_token=3) == experts_chosen(model, tokens)[:-1]
+            assert as_sets(routing, layers=layers, per_token=3) == experts_chosen(model, tokens)[:-1]

@@ -36,7 +36,9 @@ def says(family: str, name: str) -> dict:
     return {"model_type": family, "architectures": [name]}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe", "qwen3_moe_dense"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe", "qwen3_moe_dense", "glm4_moe", "glm4_moe_air"]
+)
 def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_models, served, family):
     job = expected(hf_models, family)
     config = json.loads((Path(hf_models[family]) / "config.json").read_text())
@@ -61,6 +63,10 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
         ("qwen3", {"tie_word_embeddings": True}, "its tie_word_embeddings is True according to {}, but the job's is False"),
         ("qwen3_moe", {"num_experts": 8, "num_local_experts": 8}, "its num_experts is 8 according to {}, but the job's is 6"),
         ("qwen3_moe", {"moe_intermediate_size": 32}, "its moe_intermediate_size is 32 according to {}, but the job's is 28"),
+        ("glm4_moe", {"n_routed_experts": 8}, "its n_routed_experts is 8 according to {}, but the job's is 6"),
+        ("glm4_moe", {"n_shared_experts": 1}, "its n_shared_experts is 1 according to {}, but the job's is 2"),
+        ("glm4_moe", {"first_k_dense_replace": 2}, "its first_k_dense_replace is 2 according to {}, but the job's is 1"),
+        ("glm4_moe_air", {"use_qk_norm": True}, "its use_qk_norm is True according to {}, but the job's is False"),
         ("qwen3", {"quantization_config": BLOCKS}, "its quantization_config is of fp8, but sglang.fp8 is false"),
     ],
 )

@@ -142,7 +142,7 @@ def test_parameters_of_another_shape_and_offers_of_another_version_are_refused_i
 
 
 def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
-    for arch in (architecture(), read_architecture(hf_models["qwen3_moe"]), read_architecture(hf_models["llama"])):
+    for arch in (architecture(), *(read_architecture(hf_models[name]) for name in ("qwen3_moe", "llama", "glm4_moe"))):
         offer = server_loader.Offer(3, "node7", 1234, 1, TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch, fp8_block=128)
         message = offer.message()
         assert message.dtype == torch.uint8 and message.dim() == 1
@@ -170,6 +170,17 @@ def test_experts_that_a_server_keeps_in_an_order_of_its_own_are_refused_though_t
     setattr(flagged, order, False)
     with pytest.raises(server_loader.MisfitError, match=r"there is no model\.embed_tokens\.weight"):
         server_loader.receive(model, {server_loader.MESSAGE_NAME: offer.message()})
+
+
+def test_a_server_that_has_made_a_shared_expert_a_routed_one_is_told_the_argument_that_it_lacks(hf_models):
+    arch = read_architecture(hf_models["glm4_moe"])
+    offer = server_loader.Offer(3, "localhost", 1, 0, TrainingLayout(), ServerLayout(), arch)
+    parameters = {}
+    for weight, shard in shards_of(ServerLayout(), arch, 0):
+        if ".shared_experts." not in weight.server:
+            parameters[weight.server] = torch.zeros(shard.shape if weight.expert is None else (8, *shard.shape))
+    with pytest.raises(server_loader.MisfitError, match=r"; start it with --disable-shared-experts-fusion$"):
+        server_loader.server_shards(parameters, offer)
 
 
 def test_the_loader_imports_neither_megatron_nor_a_server():

@@ -175,7 +175,7 @@ def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: b
 
     Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
     """
-    from etr_megatron.checks import check_served
+    from etr_megatron.served import check_served
     from etr_megatron.weights import weights_of
 
     check_served(model, arch, layout.tp, layout.ep)

@@ -135,8 +135,12 @@ def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in published checkpoints, as views: transformers keeps the experts of a layer in one tensor."""
-    found: dict[str, Tensor] = {}
+    """Parameters by their names in published checkpoints, as views: transformers keeps the experts of a layer in one tensor.
+
+    Buffers that checkpoints have are among them: the routers' biases of GLM-4.5, which stay in float32.
+    """
+    saved = model.state_dict().keys()
+    found = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".experts.")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ()) if layer else ()
@@ -156,11 +160,9 @@ class _Routing:
         self._chosen: list[Tensor] = []
 
     def __enter__(self) -> _Routing:
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
-
-        for module in self._model.modules():
-            if isinstance(module, Qwen3MoeTopKRouter):
-                hook = module.register_forward_hook(lambda _module, _inputs, output: self._chosen.append(output[2]))
+        for name, module in self._model.named_modules():
+            if name.endswith(".experts"):  # called with tokens, the experts of each and their weights
+                hook = module.register_forward_pre_hook(lambda _module, inputs: self._chosen.append(inputs[1]))
                 self._hooks.callback(hook.remove)
         return self
 

@@ -58,6 +58,11 @@ class Architecture:
     mtp_layers: int = field(default=0, compare=False)
 
     @property
+    def model_type(self) -> str:
+        """The family as config.json names it."""
+        return self.family.removesuffix(_QK_NORM)
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases."""
         return _has_rows(self.family, "linear_qkv.bias")

@@ -14,6 +14,7 @@ import numpy as np
 
 from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.types import FinishReason
+from etr_megatron.weights import Architecture
 
 _REFUSALS = (400, 413, 422)
 """Status codes that blame the request: every server should answer the same."""
@@ -43,7 +44,7 @@ class Generated:
 
     ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
     the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if requested,
-    the experts of all tokens but the last, including the prompt's, see `Sample`.
+    the experts of all tokens but the last, including the prompt's, in all layers; see `of_expert_layers`.
     """
 
     ids: list[int]
@@ -232,6 +233,18 @@ class ServerClient:
     async def abort(self, rid: str, *, timeout_s: float) -> None:
         """Cut off the request with this id, if the server has it. Raises ServerError."""
         await self.call("/abort_request", {"rid": rid, "abort_all": False}, timeout_s=timeout_s)
+
+
+def of_expert_layers(routing: array[int], model: Architecture) -> array[int]:
+    """`Generated.routing` as in `Sample`: without the dense layers, for which SGLang returns zeros.
+
+    What is not of all layers stays as it is; `batching.routing_of` refuses it.
+    """
+    experts = model.experts
+    if experts is None or not experts.dense_layers or len(routing) % (model.layers * experts.per_token):
+        return routing
+    chosen = np.frombuffer(routing, np.uint8).reshape(-1, model.layers, experts.per_token)
+    return array("B", chosen[:, model.expert_layers].tobytes())
 
 
 def _routing(meta: dict[str, Any]) -> array[int]:

@@ -22,6 +22,8 @@ LOADER = "etr_megatron.weights.transport.server_loader.load"
 
 ROUTING = "--enable-return-routed-experts"
 
+_UNFUSED = "--disable-shared-experts-fusion"
+
 
 def server_command(
     config: SglangConfig,
@@ -59,8 +61,7 @@ def server_command(
     if config.fp8 or model.get("quantization_config"):
         # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
         arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
-    if cuda:
-        arguments += _plain_kernels(config, model)
+    arguments += [*(_plain_kernels(config, model) if cuda else []), *_plain_experts(config, model)]
     environment = {}
     if shares_gpus:
         arguments += ["--enable-memory-saver"]
@@ -129,10 +130,21 @@ def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
         return []
-    experts = model.get("num_experts") or model.get("num_local_experts")
+    experts = any(model.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
     given = set(names_of(config.arguments))
     return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
+
+
+def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
+    """Arguments for a shared expert with parameters of its own, unless the user has chosen. model: its config.json.
+
+    On GPUs SGLang appends it to the routed experts, whose shapes then are not those of the plan; it refuses to load two.
+    """
+    shared = model.get("n_shared_experts") or 0
+    needed = shared > 1 or (shared == 1 and sync_of(config) == "sharded")
+    given = {_UNFUSED, "--enforce-shared-experts-fusion"} & set(names_of(config.arguments))
+    return [_UNFUSED] if needed and not given else []
 
 
 def _model_config(model_dir: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from etr_megatron.rollout.engine import (
     sample_seed,
 )
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
-from etr_megatron.rollout.sglang.client import Generated, GenerateParameters
+from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, of_expert_layers
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
@@ -221,7 +221,8 @@ class SglangEngine:
 
     def _sample(self, index: int, reply: Generated) -> Sample:
         ids, logprobs = array("i", reply.ids), array("d", reply.logprobs)
-        return Sample(index, ids, logprobs, reply.finish_reason, self.weight_version, routing=reply.routing)
+        routing = of_expert_layers(reply.routing, self._serving.architecture)
+        return Sample(index, ids, logprobs, reply.finish_reason, self.weight_version, routing=routing)
 
     def submit(self, draws: Sequence[Draw]) -> None:
         """See `StreamingEngine.submit`."""
@@ -251,7 +252,8 @@ class SglangEngine:
                 finish = "stop"
             elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
                 finish = "length"
-        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, reply.routing)
+        routing = of_expert_layers(reply.routing, self._serving.architecture)
+        return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing)
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See `RolloutEngine.update_weights`.

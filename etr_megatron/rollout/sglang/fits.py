@@ -73,8 +73,8 @@ class Expected:
             yield f"its tp_size is {tp}, but sglang.tp is {self.tp}"
         names = model.get("architectures")
         known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
-        if known and FAMILIES[known[0]] != self.architecture.family:
-            yield f"its architectures are {known}, but the job's model is of {self.architecture.family}"
+        if known and FAMILIES[known[0]] != self.architecture.model_type:
+            yield f"its architectures are {known}, but the job's model is of {self.architecture.model_type}"
         file, config = _config(server, model)
         for field, wanted in _sizes(self.architecture).items():
             if isinstance(found := config.get(field), int) and found != wanted:
@@ -108,8 +108,11 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
     if experts is None or experts.dense_layers:
         found["intermediate_size"] = architecture.intermediate_size
     if experts is not None:
-        counts = dict.fromkeys(("num_experts", "num_local_experts"), experts.count)
+        counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts.count)
         found |= counts | {"moe_intermediate_size": experts.intermediate_size}
+    if experts is not None and experts.shared_size:
+        found["n_shared_experts"] = experts.shared_size // experts.intermediate_size
+        found |= {"first_k_dense_replace": len(experts.dense_layers), "use_qk_norm": architecture.qk_norm}
     return found
 
 

@@ -164,7 +164,10 @@ def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, T
                 found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
     if problems:
         differing = listed(list(dict.fromkeys(problems)), "; ")  # a fused parameter comes up once per expert
-        raise MisfitError(f"the server's parameters do not match the offer: {differing}")
+        missing = [problem for problem in problems if problem.startswith("there is no")]
+        is_fused = missing and all(".shared_experts." in problem for problem in missing)
+        way_out = "; start it with --disable-shared-experts-fusion" if is_fused else ""
+        raise MisfitError(f"the server's parameters do not match the offer: {differing}{way_out}")
     return found
 
 

@@ -1,0 +1,49 @@
+"""Checks whether SGLang can serve a model, before any server is started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from etr_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
+
+
+def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
+    """Check that a server can shard the model and serves the model that is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
+    heads, experts = architecture.heads, architecture.experts
+    if heads % tp:
+        raise UserError(
+            f"{model} has {heads} attention heads, which sglang.tp={tp} does not divide, and a server would refuse to start; "
+            f"choose a sglang.tp that divides {heads}"
+        )
+    if experts is None:
+        if ep > 1:
+            raise UserError(f"{model} has no experts to spread over sglang.ep={ep}; set sglang.ep to 1")
+        return
+    if experts.count % ep:
+        raise UserError(
+            f"{model} has {experts.count} experts, which sglang.ep={ep} does not divide, and a server would refuse to start; "
+            f"choose a sglang.ep that divides {experts.count}"
+        )
+    if experts.intermediate_size % (tp // ep):
+        raise UserError(
+            f"{model} has experts of width {experts.intermediate_size}, which the {tp // ep} ranks of each (sglang.tp={tp} / "
+            f"sglang.ep={ep}) do not divide, and a server would refuse to start; choose a sglang.tp and a sglang.ep that do"
+        )
+    if experts.shared_size % tp:
+        raise UserError(
+            f"{model} has a shared expert of width {experts.shared_size}, which sglang.tp={tp} does not divide, and a server "
+            "would refuse to start; choose a sglang.tp that does"
+        )
+    # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
+    name, dense = (
+        ("GLM-4.5", False) if architecture.family.startswith("glm4_moe") else ("Qwen3-MoE", bool(experts.dense_layers))
+    )
+    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if dense else ""
+    unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
+    if unserved:
+        raise UserError(
+            f"{model} has experts and {unserved}, which SGLang's {name} does not support; set rollout.backend to embedded"
+        )
