@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.errors import UserError
 from etr_megatron.weights import ServerLayout, TorchDistDir, TrainingLayout, check_checkpoint, read_architecture
+from etr_megatron.weights.plan import make_plan
+from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests import test_routing_replay
 from tests.hf_models import random_sequences
 from tests.policy_jobs import build, make_batch
@@ -128,6 +130,16 @@ def test_a_bf16_sync_leaves_every_bit_of_the_biases(gangs, drafting, transport):
         handed = {BIAS.format(n): shards[f"decoder.layers.{n}.mlp.router.expert_bias"] for n in (1, 2, 3)}
     for name in BIASES:
         assert handed[name].dtype == torch.float32 and torch.equal(handed[name], wanted[name])
+
+
+def test_checksums_of_a_bf16_sync_see_every_bit_of_the_biases(hf_models):
+    plan = make_plan(TrainingLayout(), ServerLayout(), read_architecture(hf_models["glm4_moe"]), itemsize=2)
+    transfer = next(one for transfers in plan.pairs.values() for one in transfers if one.weight.fp32)
+    bias = torch.rand(6)
+    other = torch.nextafter(bias, torch.ones(6))
+    for of in (source_checksum, destination_checksum):
+        one, two = (of(plan, transfer, {transfer.weight.megatron: values}, torch.bfloat16) for values in (bias, other))
+        assert one != two
 
 
 def test_conversion_keeps_the_biases_in_fp32_and_leaves_out_layers_that_draft(drafting, tmp_path):

@@ -52,12 +52,12 @@ def destination_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: 
     values = destination_box(transfer, shards)
     if (block := plan.block_of(transfer.weight)) is not None:
         return checksum(values) ^ checksum(destination_box(transfer, shards, block))
-    return checksum(values.to(dtype))
+    return checksum(values.to(transfer.weight.type_in(dtype)))
 
 
 def source_checksum(plan: Plan, transfer: Transfer, shards: Shards, dtype: torch.dtype) -> int:
     """Checksum of a piece as its source sends it. dtype: of unquantised values; the others are rounded to it first."""
-    values = source_box(transfer, shards).to(dtype)
+    values = source_box(transfer, shards).to(transfer.weight.type_in(dtype))
     if (block := plan.block_of(transfer.weight)) is not None:
         values, scales = quantize_blocks(values, block)
         return checksum(values) ^ checksum(scales)
