@@ -125,8 +125,8 @@ def check_model_is_there(config: Config) -> None:
     name = config.model.path
     if name != "tiny" and not Path(name).is_dir():
         raise UserError(
-            f"model.path: {name} is not a directory; give a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3 or "
-            "Qwen3-MoE), a directory written by tools/convert_hf.py, or tiny"
+            f"model.path: {name} is not a directory; give a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, "
+            "Qwen3-MoE or GLM-4.5), a directory written by tools/convert_hf.py, or tiny"
         )
 
 
@@ -138,6 +138,11 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:
         check_without_experts(model, config)
+    elif architecture.experts.sigmoid and config.train.moe_aux_loss_coef:
+        # Megatron's loss judges the choice that there would be without the biases.
+        raise UserError(
+            f"{model} balances its experts by a bias per expert, which train.moe_aux_loss_coef would work against; set it to 0"
+        )
     elif config.train.routing_replay and architecture.experts.count > MOST_REPLAYED:
         raise UserError(
             f"{model} has {architecture.experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay "

@@ -38,12 +38,11 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
             "would refuse to start; choose a sglang.tp that does"
         )
     # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
-    name, dense = (
-        ("GLM-4.5", False) if architecture.family.startswith("glm4_moe") else ("Qwen3-MoE", bool(experts.dense_layers))
-    )
-    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if dense else ""
+    is_qwen = architecture.model_type == "qwen3_moe"
+    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if is_qwen and experts.dense_layers else ""
     unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
     if unserved:
         raise UserError(
-            f"{model} has experts and {unserved}, which SGLang's {name} does not support; set rollout.backend to embedded"
+            f"{model} has experts and {unserved}, which SGLang's {'Qwen3-MoE' if is_qwen else 'GLM-4.5'} does not support; "
+            "set rollout.backend to embedded"
         )

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from etr_megatron.checks import check_architecture
+from etr_megatron.config import load_config
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.errors import UserError
 from etr_megatron.weights import ServerLayout, TorchDistDir, TrainingLayout, check_checkpoint, read_architecture
@@ -228,6 +230,14 @@ class Told(test_routing_replay.Told):
         chosen[: len(told)] = told
         weights = scores.gather(1, chosen)
         return chosen, weights / weights.sum(-1, keepdim=True) * block.routed_scaling_factor
+
+
+def test_a_balancing_loss_is_refused_beside_the_biases(hf_models):
+    arch = read_architecture(hf_models["glm4_moe"])
+    config = load_config(None, ["train.moe_aux_loss_coef=0.1", "train.routing_replay=true"])
+    with pytest.raises(UserError, match=r"^m balances its experts by a bias per expert, which train\.moe_aux_loss_coef would"):
+        check_architecture("m", arch, config, 1)
+    check_architecture("m", arch, load_config(None, ["train.routing_replay=true"]), 1)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2_ep2"])
