@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import py_compile
@@ -285,6 +286,18 @@ def test_two_set_ups_at_once_install_once(fake: FakeCheckout) -> None:
     for process in both:
         process.communicate()
     assert fake.installs() == everything(fake)
+
+
+def test_a_set_up_that_waits_for_another_says_so(fake: FakeCheckout) -> None:
+    (fake.root / ".venv").mkdir()
+    with (fake.root / ".venv" / ".setup_lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = subprocess.Popen(fake.command, env=fake.environment, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        log = fake.root / ".venv" / "setup.log"
+        assert waiting.stderr.readline() == f"waiting for another set-up of .venv (log: {log})\n" and fake.installs() == []
+    assert waiting.wait(600) == 0 and fake.installs() == everything(fake)
+    waiting.stderr.close()
 
 
 def test_no_python_is_a_clear_message(fake: FakeCheckout, tmp_path: Path) -> None:

@@ -87,8 +87,12 @@ command -v flock >/dev/null || fail "the command flock is missing; install util-
 why=$({ mkdir -p "$(realpath -m "$venv")" && touch "$venv/.setup_lock"; } 2>&1) ||
     fail "$venv cannot be made or written (${why##*: }); remove it, or use a checkout of your own"
 exec 9>>"$venv/.setup_lock"
-flock 9                 # two jobs started at once: the second waits here,
-is_set_up && exit 0     # and then finds the work done
+# Of two jobs started at once, the second waits here, and then finds the work done.
+if ! flock -n 9; then
+    echo "waiting for another set-up of .venv (log: $log)" >&2
+    flock 9
+fi
+is_set_up && exit 0
 refuse_anothers
 
 torch=${ETR_TORCH_SPEC:-$default_torch}

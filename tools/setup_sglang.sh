@@ -27,7 +27,10 @@ python=$(command -v python3.11 || command -v python3.12) || {
 command -v flock >/dev/null || { echo "error: the command flock is missing; install util-linux" >&2; exit 2; }
 mkdir -p "$venv"
 exec 9>>"$venv/.setup_lock"
-flock 9
+if ! flock -n 9; then
+    echo "waiting for another set-up of .venv-sglang (log: $log)" >&2
+    flock 9
+fi
 [ "$(cat "$venv/.etr_setup_stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 install() {
