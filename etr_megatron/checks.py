@@ -30,6 +30,7 @@ from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import problems_of, refuse_all
 from etr_megatron.platform.world import number_apart
+from etr_megatron.served import check_served
 from etr_megatron.types import MOST_REPLAYED, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -109,8 +110,6 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
-        from etr_megatron.served import check_served
-
         check_served(model, architecture, config.sglang.tp, config.sglang.ep)
     check_checkpoint(name, values=True)
     check_context(architecture, config)
@@ -138,16 +137,8 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:
         check_without_experts(model, config)
-    elif architecture.experts.sigmoid and config.train.moe_aux_loss_coef:
-        # Megatron's loss judges the choice that there would be without the biases.
-        raise UserError(
-            f"{model} balances its experts by a bias per expert, which train.moe_aux_loss_coef would work against; set it to 0"
-        )
-    elif config.train.routing_replay and architecture.experts.count > MOST_REPLAYED:
-        raise UserError(
-            f"{model} has {architecture.experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay "
-            "supports; set it to false"
-        )
+    else:
+        check_routing(model, architecture.experts, config)
     if architecture.has_dense_layers:
         check_mlp(model, architecture.intermediate_size, tp)
 
@@ -253,6 +244,20 @@ def check_experts(model: str, experts: Experts | None, parallel: ParallelConfig,
         raise UserError(
             f"{model} has experts, which need parallel.sequence_parallel=true with parallel.tp={tp}; set that, or parallel.tp "
             "to 1"
+        )
+
+
+def check_routing(model: str, experts: Experts, config: Config) -> None:
+    """Refuse options of the routers that do not fit the model's experts."""
+    if config.train.routing_replay and experts.count > MOST_REPLAYED:
+        raise UserError(
+            f"{model} has {experts.count} experts, more than the {MOST_REPLAYED} that train.routing_replay supports; set it to "
+            "false"
+        )
+    if config.train.moe_aux_loss_coef and experts.expert_bias:
+        # Megatron's loss judges the choice that there would be without the biases.
+        raise UserError(
+            f"{model} balances its experts by a bias per expert, which train.moe_aux_loss_coef would work against; set it to 0"
         )
 
 

@@ -19,7 +19,7 @@ from etr_megatron.cli import USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import place_of
-from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, read_status, run_and_leave
+from etr_megatron.status import REQUEUE_EXIT, STATUS_VARIABLE, USER_ERROR_EXIT, code_of_printing, read_status, run_and_leave
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -170,4 +170,4 @@ def _split_nproc(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_leave(lambda: code_of_printing(main))

@@ -38,7 +38,7 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
             "would refuse to start; choose a sglang.tp that does"
         )
     # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
-    is_qwen = architecture.model_type == "qwen3_moe"
+    is_qwen = architecture.family == "qwen3_moe"
     unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if is_qwen and experts.dense_layers else ""
     unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
     if unserved:

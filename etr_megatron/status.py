@@ -90,20 +90,24 @@ def code_of_printing(main: Callable[[], int]) -> int:
 
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
-    """Run `main`, which may print, and end the process with its exit code; with 1 and a traceback after an exception.
+    """Run `main` and end the process with its exit code; with 1 and a traceback after an exception.
 
     Skips the interpreter's shutdown: it aborts if threads of torch.distributed or pyarrow are then at work, and waits for ranks
     that are in a collective.
     """
+    code = 1
     try:
-        code = code_of_printing(main)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # full, closed or None
-            stream.flush()
-    os._exit(code)
+        code = main()
+    except SystemExit as leaving:  # raised by argparse after --help
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    except BaseException:
+        with suppress(Exception):  # stderr is full, closed or None
+            traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
 
 
 def report_user_error(error: UserError) -> None:

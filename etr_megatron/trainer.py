@@ -310,7 +310,10 @@ class Trainer:
             return []
         saved = {self.step, *checkpoint.saved_steps(self._directory.checkpoints)}
         rows = [row for row in self._directory.metrics.rows() if row["step"] in saved]
-        return best_steps(rows, config.best_by)[: config.keep_best]
+        best = best_steps(rows, config.best_by)
+        if not best and best_steps(rows, "eval_accuracy"):
+            logger.warning("evaluations have no %s (checkpoint.best_by): no checkpoint is the best", config.best_by)
+        return best[: config.keep_best]
 
     def _latest_checkpoint(self) -> int | None:
         """The newest saved step, as rank 0 sees it. Other nodes may not see it yet: a network file system caches directory

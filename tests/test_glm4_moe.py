@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from etr_megatron.checks import check_architecture
 from etr_megatron.config import load_config
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.errors import UserError
-from etr_megatron.weights import ServerLayout, TorchDistDir, TrainingLayout, check_checkpoint, read_architecture
+from etr_megatron.weights import (
+    ServerLayout,
+    TorchDistDir,
+    TrainingLayout,
+    check_checkpoint,
+    check_torch_dist,
+    read_architecture,
+    stored_shapes,
+)
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.transport.verify import destination_checksum, source_checksum
 from tests import test_routing_replay
-from tests.hf_models import random_sequences
+from tests.hf_models import random_sequences, write_model
 from tests.policy_jobs import build, make_batch
-from tests.test_policy_logprobs import MIXTURES, reference
+from tests.test_policy_logprobs import MIXTURES, check, reference
 
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 BIASES = [BIAS.format(layer) for layer in (1, 2, 3)]
@@ -69,6 +78,33 @@ def test_logprobs_without_norms_of_queries_and_keys_equal_transformers(gangs, hf
     for found, _ in gangs(world).run("tests.policy_jobs:logprobs", model=model, sequences=sequences, overrides=overrides):
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(torch.tensor(a).double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_context_extended_as_llama_3s_turns_the_same_part_of_a_head(gangs, tmp_path):
+    rope = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    rope |= dict(original_max_position_embeddings=32, partial_rotary_factor=0.25)
+    model = write_model("glm4_moe", tmp_path / "long", rope_parameters=rope, partial_rotary_factor=0.25)
+    check(gangs, model, *MIXTURES["tp2_sp"])
+
+
+def biases_of_reference(model: str, overrides: list[str]) -> dict[str, Tensor]:
+    from etr_megatron.policy.model import weights_in
+
+    policy = build(model, ["objective.kl_coef=0.1", "model.dtype=bfloat16", *overrides])
+    assert policy.reference is not None
+    named = (item for chunk in policy.reference for item in weights_in(chunk).items())
+    return {name: tensor.clone() for name, tensor in named if name.endswith("expert_bias")}
+
+
+@pytest.mark.parametrize("kind", ["hf", "torch_dist"])
+def test_the_reference_has_the_biases_too(gangs, drafting, tmp_path, kind):
+    model, wanted = drafting, load_file(drafting / "model.safetensors")
+    if kind == "torch_dist":
+        to_megatron(drafting, model := tmp_path / "megatron", Ranks())
+    (found,) = gangs(1).run("tests.test_glm4_moe:biases_of_reference", model=str(model), overrides=["parallel.tp=1"])
+    assert found.keys() == {f"decoder.layers.{n}.mlp.router.expert_bias" for n in (1, 2, 3)}
+    for number, name in enumerate(BIASES, 1):
+        assert torch.equal(found[f"decoder.layers.{number}.mlp.router.expert_bias"], wanted[name])
 
 
 def exported_after_updates(model: str, overrides: list[str], folder: str) -> dict[str, Tensor]:
@@ -120,10 +156,11 @@ def router_types(model: str, sequences: list, overrides: list[str]) -> set[torch
     return found
 
 
+@pytest.mark.parametrize("fp8_block", [None, 4], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("transport", ["sharded", "sharded_tiny", "whole"])
-def test_a_bf16_sync_leaves_every_bit_of_the_biases(gangs, drafting, transport):
+def test_a_sync_leaves_every_bit_of_the_biases(gangs, drafting, transport, fp8_block):
     wanted, source = load_file(drafting / "model.safetensors"), TrainingLayout(dp=2, ep=2)
-    job = dict(model=str(drafting), source=source, dtype=torch.bfloat16)
+    job = dict(model=str(drafting), source=source, dtype=torch.bfloat16, fp8_block=fp8_block)
     if transport == "whole":
         handed = gangs(2).run("tests.transport_whole_jobs:whole", **job, bucket_bytes=20_000)[0]["tensors"]
     else:
@@ -161,11 +198,46 @@ def test_conversion_keeps_the_biases_in_fp32_and_leaves_out_layers_that_draft(dr
     assert found.same and found.logits is not None and found.logits[0] < 1e-4
 
 
+def test_an_fp8_conversion_keeps_the_biases_in_fp32(drafting, tmp_path):
+    to_megatron(drafting, tmp_path / "megatron", Ranks())
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=16)
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    before, after = load_file(drafting / "model.safetensors"), load_file(file)
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float32 for name in BIASES)
+    assert after["model.layers.1.mlp.shared_experts.up_proj.weight"].dtype == torch.float8_e4m3fn
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert "model.layers.1.mlp.gate" in config["quantization_config"]["modules_to_not_convert"]
+
+
+def test_a_model_without_dense_layers_has_megatrons_names_and_comes_back(gangs, tmp_path):
+    model = Path(write_model("glm4_moe", tmp_path / "model", first_k_dense_replace=0))
+    job = dict(model=str(model), out=str(tmp_path / "run"), overrides=["parallel.tp=1", "parallel.ep=2"])
+    gangs(2).run("tests.convert_jobs:train_and_save", **job)
+    written = TorchDistDir(tmp_path / "run" / "step_000003")
+    assert written.shapes() == stored_shapes(read_architecture(model))
+    to_megatron(model, tmp_path / "megatron", Ranks())
+    assert TorchDistDir(tmp_path / "megatron").shapes() == written.shapes()
+    to_hf(tmp_path / "megatron", tmp_path / "back", Ranks())
+    (file,) = (tmp_path / "back").glob("*.safetensors")
+    before, after = load_file(model / "model.safetensors"), load_file(file)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_megatrons_layers_for_multi_token_prediction_are_left_out_as_well(drafting, tmp_path, monkeypatch):
+    to_megatron(drafting, tmp_path / "megatron", Ranks())
+    stored, arch = TorchDistDir(tmp_path / "megatron"), read_architecture(drafting)
+    shapes = stored.shapes() | {"mtp.layers.0.eh_proj.weight": (48, 96)}
+    monkeypatch.setattr(stored, "shapes", lambda: shapes)
+    check_torch_dist(stored, arch)
+    with pytest.raises(UserError, match="1 tensor is unknown to the glm4_moe family"):
+        check_torch_dist(stored, replace(arch, mtp_layers=0))
+
+
 def test_only_as_many_layers_may_follow_as_the_config_says(drafting):
     check_checkpoint(drafting)
     config = json.loads((drafting / "config.json").read_text())
     (drafting / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    with pytest.raises(UserError, match=r"unknown to the glm4_moe_qk_norm family with 4 layers"):
+    with pytest.raises(UserError, match=r"unknown to the glm4_moe family with 4 layers"):
         check_checkpoint(drafting)
 
 
@@ -179,6 +251,8 @@ def test_only_as_many_layers_may_follow_as_the_config_says(drafting):
         ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1, which leaves the router without a gradient"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, more than the 6 experts"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must be 0 or a positive integer, not -1"),
+        ({"first_k_dense_replace": 0.0}, "first_k_dense_replace must be 0 or a positive integer, not 0.0"),
+        ({"num_nextn_predict_layers": False}, "num_nextn_predict_layers must be 0 or a positive integer, not false"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace is 4, which leaves none of the 4 layers with experts"),
         ({"n_shared_experts": 0}, "n_shared_experts must be a positive integer, not 0"),
         ({"routed_scaling_factor": "2.5"}, 'routed_scaling_factor must be a positive number, not "2.5"'),
@@ -197,22 +271,18 @@ def test_what_is_not_supported_is_refused_by_name(hf_models, tmp_path, change, s
 
 
 def test_absent_fields_are_what_transformers_takes(hf_models, tmp_path):
-    absent = ("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor", "partial_rotary_factor", "n_group")
-    change = {"n_shared_experts": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    folder = with_config(hf_models["glm4_moe"], tmp_path / "short", change, absent[:1] + absent[2:])
-    found = read_architecture(folder)
-    config = AutoModelForCausalLM.from_config(transformers_config(folder)).config
-    assert found.experts is not None
-    assert found.experts.dense_layers == frozenset(range(config.first_k_dense_replace))
-    assert found.experts.shared_size == config.n_shared_experts * config.moe_intermediate_size
-    assert found.experts.scale == config.routed_scaling_factor
-    assert found.rotary_fraction == config.rope_parameters["partial_rotary_factor"]
-
-
-def transformers_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)
+    optional = ("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor", "partial_rotary_factor", "use_qk_norm")
+    optional += ("n_group", "topk_group", "norm_topk_prob")
+    change = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    folder = with_config(hf_models["glm4_moe"], tmp_path / "short", change, without=optional)
+    found, theirs = read_architecture(folder), AutoConfig.from_pretrained(folder)
+    assert found.experts is not None and theirs.norm_topk_prob and theirs.n_group == theirs.topk_group == 1
+    assert found.experts.dense_layers == frozenset(range(theirs.first_k_dense_replace))
+    assert found.experts.shared_size == theirs.n_shared_experts * theirs.moe_intermediate_size
+    assert found.experts.scaling_factor == theirs.routed_scaling_factor
+    assert found.rotary_fraction == theirs.rope_parameters["partial_rotary_factor"] and found.qk_norm == theirs.use_qk_norm
+    with pytest.raises(UserError, match="attention_bias is False"):
+        read_architecture(with_config(hf_models["glm4_moe"], tmp_path / "unbiased", {}, without=("attention_bias",)))
 
 
 class Told(test_routing_replay.Told):

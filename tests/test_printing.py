@@ -82,7 +82,7 @@ def test_a_damaged_status_file_is_one_sentence_for_scripts_and_for_the_next_star
 @pytest.mark.parametrize(
     ("main", "option", "code"),
     [
-        *[(main, "--help", 0) for main in ("train", "launch", "preflight", "examples/run_etr.sh")],
+        *[(main, "--help", 0) for main in ("train", "launch", "preflight", "examples/run_etr.sh", "tools/convert_hf.py")],
         *[(main, "--unknown", 2) for main in ("train", "launch", "preflight", "examples/run_etr.sh", "tools/convert_hf.py")],
     ],
 )
@@ -94,11 +94,29 @@ def test_ranks_and_their_launcher_end_without_the_interpreters_shutdown_which_th
     assert done.returncode == code, done.stderr
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_process_that_fails_unexpectedly_ends_with_1_and_a_traceback_without_that_shutdown(stream: str) -> None:
-    program = (
-        f"import atexit, os, sys; atexit.register(os.abort); from etr_megatron.status import run_and_leave\nsys.{stream} = None"
-    )
-    done = run("-c", f"{program}\nrun_and_leave(lambda: print('half') or 1 // 0)")
+@pytest.mark.parametrize(
+    "error", ["ZeroDivisionError()", "BrokenPipeError(32, 'pipe')", "OSError(28, 'full')", "KeyboardInterrupt()"]
+)
+@pytest.mark.parametrize("lacking", ["", "stdout", "stderr"])
+def test_a_rank_that_fails_unexpectedly_ends_with_1_and_a_traceback_without_that_shutdown(error: str, lacking: str) -> None:
+    program = f"""
+import atexit, os, sys
+from etr_megatron.status import run_and_leave
+
+def main():
+    print("half")
+    raise {error}
+
+atexit.register(os.abort)
+{f"sys.{lacking} = None" if lacking else ""}
+run_and_leave(main)
+"""
+    done = run("-c", program)
     assert done.returncode == 1
-    assert ("ZeroDivisionError" in done.stderr) == (stream == "stdout") and ("half" in done.stdout) == (stream == "stderr")
+    assert ("half" in done.stdout) == (lacking != "stdout")
+    assert (error.partition("(")[0] in done.stderr) == (lacking != "stderr")
+
+
+def test_a_rank_whose_errors_go_nowhere_still_ends_without_that_shutdown() -> None:
+    program = "import atexit, os; atexit.register(os.abort); from etr_megatron.status import run_and_leave\n"
+    assert run("-c", f"{program}run_and_leave(lambda: 1 // 0)", redirect="2>/dev/full").returncode == 1

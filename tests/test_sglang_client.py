@@ -46,8 +46,11 @@ def test_a_request_that_a_server_loses_is_late_although_others_are_completed():
 def test_experts_of_dense_layers_are_left_out(hf_models):
     glm, qwen = (read_architecture(hf_models[name]) for name in ("glm4_moe", "qwen3_moe"))
     said = array("B", [number for token in range(2) for layer in range(4) for number in (layer, token, 5)])
+    said[:3] = said[12:15] = array("B", [0, 0, 0])  # of the dense layer
     assert of_expert_layers(said, glm).tolist() == [1, 0, 5, 2, 0, 5, 3, 0, 5, 1, 1, 5, 2, 1, 5, 3, 1, 5]
     assert of_expert_layers(said, qwen) is said  # it has experts in all layers
+    others = array("B", [1, 0, 5, 2, 0, 5, 3, 0, 5] * 4)  # four tokens in three layers, as many numbers as three in four
+    assert of_expert_layers(others, glm) is others
     assert of_expert_layers(said[:-1], glm) == said[:-1]  # not of all layers: refused later, with the sample's name
 
 

@@ -66,6 +66,8 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
         ("glm4_moe", {"n_routed_experts": 8}, "its n_routed_experts is 8 according to {}, but the job's is 6"),
         ("glm4_moe", {"n_shared_experts": 1}, "its n_shared_experts is 1 according to {}, but the job's is 2"),
         ("glm4_moe", {"first_k_dense_replace": 2}, "its first_k_dense_replace is 2 according to {}, but the job's is 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 2}, "its num_experts_per_tok is 2 according to {}, but the job's is 3"),
+        ("glm4_moe", {"routed_scaling_factor": 1}, "its routed_scaling_factor is 1 according to {}, but the job's is 2.5"),
         ("glm4_moe_air", {"use_qk_norm": True}, "its use_qk_norm is True according to {}, but the job's is False"),
         ("qwen3", {"quantization_config": BLOCKS}, "its quantization_config is of fp8, but sglang.fp8 is false"),
     ],

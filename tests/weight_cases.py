@@ -42,8 +42,8 @@ ARCHITECTURES = {
         "qwen3_moe", tied=True, experts=Experts(**_EXPERTS, normalized=False, dense_layers=frozenset({0, 2}))
     ),
     "glm4_moe": _arch(
-        "glm4_moe_qk_norm",
-        experts=Experts(**_EXPERTS, normalized=True, dense_layers=frozenset({0}), shared_size=72, sigmoid=True, scale=2.5),
+        "glm4_moe",
+        experts=Experts(**_EXPERTS, normalized=True, dense_layers=frozenset({0}), shared_size=72, expert_bias=True),
     ),
 }
 

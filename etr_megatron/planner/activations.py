@@ -104,7 +104,7 @@ def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     if experts is None or not arch.has_experts(layer):
         return 0
     scores = experts.per_token if experts.normalized else experts.count
-    if experts.sigmoid:
+    if experts.score_function == "sigmoid":
         scores = experts.count + experts.per_token + 1
     weight = _weight_bytes(experts, split)
     choice = experts.count * (1 + weight) + 2 * 8 * experts.per_token + 4 * scores
@@ -113,7 +113,7 @@ def _routing(arch: Architecture, layer: int, split: Split, etp: int) -> int:
 
 def _weight_bytes(experts: Experts, split: Split) -> int:
     """Bytes of a router's weight, which is of its GEMM's type."""
-    return 4 if split.router_fp32 or experts.sigmoid else split.element
+    return 4 if split.router_fp32 or experts.score_function == "sigmoid" else split.element
 
 
 def beside_recomputed_attention(arch: Architecture, split: Split) -> int:

@@ -189,7 +189,7 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
     own = {weight.megatron: parameter for weight, parameter in own_parameters(chunks).values()}
     pp_group, ep_group = mpu.get_pipeline_model_parallel_group(), mpu.get_expert_model_parallel_group()
     dtype, device = chunks[0].config.params_dtype, platform.device()
-    for (stage, owner, _), weights in _buckets(arch, layout, dtype.itemsize):
+    for (stage, owner, _), weights in _buckets(arch, layout, dtype):
         shapes = [(name, shape) for weight in weights for name, shape in zip(weight.hf, weight.shapes, strict=True)]
         total, kept = sum(torch.Size(shape).numel() for _, shape in shapes), weights[0].type_in(dtype)
         flat = torch.empty(total, dtype=kept, device=device)
@@ -207,7 +207,9 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
         yield from full.items()
 
 
-def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tuple[tuple[int, int | None, bool], list[Weight]]]:
+def _buckets(
+    arch: Architecture, layout: Layout, dtype: torch.dtype
+) -> Iterator[tuple[tuple[int, int | None, bool], list[Weight]]]:
     """((stage, expert-parallel owner or None, whether they are fp32 in any model), consecutive weights that it holds):
     `_BUCKET_BYTES` or one larger weight."""
 
@@ -221,7 +223,7 @@ def _buckets(arch: Architecture, layout: Layout, itemsize: int) -> Iterator[tupl
         bucket: list[Weight] = []
         space = _BUCKET_BYTES
         for weight in run:
-            size = itemsize * sum(torch.Size(shape).numel() for shape in weight.shapes)
+            size = weight.type_in(dtype).itemsize * sum(torch.Size(shape).numel() for shape in weight.shapes)
             if bucket and size > space:
                 yield key, bucket
                 bucket, space = [], _BUCKET_BYTES

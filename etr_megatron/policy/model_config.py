@@ -137,19 +137,14 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
         moe_router_pre_softmax=not experts.normalized,
         moe_router_load_balancing_type="aux_loss" if aux_loss_coef else "none",
         moe_aux_loss_coeff=aux_loss_coef,
-        moe_router_dtype="fp32" if router_fp32 or experts.sigmoid else None,
-        moe_router_topk_scaling_factor=experts.scale if experts.scale != 1.0 else None,
+        moe_router_score_function=experts.score_function,
+        moe_router_dtype="fp32" if router_fp32 or experts.score_function == "sigmoid" else None,
+        moe_router_enable_expert_bias=experts.expert_bias,
+        moe_router_bias_update_rate=0.0,  # servers and checkpoints keep the bias that pretraining has found
+        moe_router_topk_scaling_factor=experts.scaling_factor if experts.scaling_factor != 1.0 else None,
         moe_shared_expert_intermediate_size=experts.shared_size or None,
         moe_grouped_gemm=grouped,
-        **(_BIASED_SIGMOID if experts.sigmoid else {}),
     )
-
-
-_BIASED_SIGMOID = dict(
-    moe_router_score_function="sigmoid",
-    moe_router_enable_expert_bias=True,
-    moe_router_bias_update_rate=0.0,  # servers and checkpoints keep the bias that pretraining has found
-)
 
 
 def block_spec(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:

@@ -29,17 +29,15 @@ FAMILIES = {
 }
 """HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
 
-_QK_NORM = "_qk_norm"
-"""Suffix of the family whose members may have norms of queries and keys (`use_qk_norm`), for those that do."""
-
 
 @dataclass(frozen=True)
 class Architecture:
     """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors,
-    `partial_rotary_factor`), see `read_rope`. mtp_layers: layers that a checkpoint may have after the last one, for drafts of
-    further tokens (multi-token prediction). They are neither loaded nor trained.
+    `partial_rotary_factor`), see `read_rope`. use_qk_norm: whether queries and keys have norms, if the family's table has some.
+    mtp_layers: layers that a checkpoint may have after the last one, for multi-token prediction. They are neither loaded nor
+    trained.
     """
 
     family: str
@@ -55,12 +53,8 @@ class Architecture:
     max_positions: int
     rope: dict[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
+    use_qk_norm: bool = True
     mtp_layers: int = field(default=0, compare=False)
-
-    @property
-    def model_type(self) -> str:
-        """The family as config.json names it."""
-        return self.family.removesuffix(_QK_NORM)
 
     @property
     def qkv_bias(self) -> bool:
@@ -70,7 +64,7 @@ class Architecture:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys have an RMSNorm per head."""
-        return _has_rows(self.family, "q_layernorm.")
+        return self.use_qk_norm and _has_rows(self.family, "q_layernorm.")
 
     @property
     def rotary_fraction(self) -> float:
@@ -104,11 +98,11 @@ def _has_rows(family: str, part: str) -> bool:
 def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> None:
     """Raise UserError for settings with which transformers or a server would differ from the model here, and that show in no
     tensor."""
-    wanted: dict[str, Any] = {"model_type": family.removesuffix(_QK_NORM), "hidden_act": "silu", "mlp_bias": False}
+    wanted: dict[str, Any] = {"model_type": family, "hidden_act": "silu", "mlp_bias": False}
     wanted |= {"use_sliding_window": False, "is_causal": True}
     if not _has_rows(family, "linear_qkv.bias"):
         wanted["attention_bias"] = False
-    if family.startswith("glm4_moe"):
+    if family == "glm4_moe":
         config = {"attention_bias": False, **config}  # transformers' default
         wanted["attention_bias"] = True
     for key, value in wanted.items():
@@ -142,8 +136,6 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[known[0]]
     glm = family == "glm4_moe"
-    if glm and optional_bool(config, "use_qk_norm", source):
-        family += _QK_NORM
     _refuse_unsupported(config, family, source)
     heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
     kv_heads = positive_int(config, "num_key_value_heads", source, heads)
@@ -163,6 +155,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         norm_eps=positive_number(config, "rms_norm_eps", source),
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
         rope=read_rope(config, source, fraction=0.5 if glm else None),
+        use_qk_norm=optional_bool(config, "use_qk_norm", source) if glm else True,
         experts=(read_glm4_experts if glm else read_qwen3_experts)(config, layers, source) if mixture else None,
         mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if glm else 0,
     )

@@ -58,8 +58,10 @@ def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
 
 
 def _is_unused(name: str, arch: Architecture) -> bool:
+    """Whether a checkpoint's tensor is of no use here: rotary frequencies and layers for multi-token prediction."""
     drafts = tuple(f"model.layers.{arch.layers + number}." for number in range(arch.mtp_layers))
-    return name.endswith("rotary_emb.inv_freq") or name.startswith(drafts)
+    by_megatron = arch.mtp_layers > 0 and name.startswith("mtp.")
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(drafts) or by_megatron
 
 
 def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:
@@ -80,7 +82,7 @@ def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> N
 def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
     """As `check_checkpoint`, for a `torch_dist` directory and a given architecture. Raises UserError."""
     wanted = stored_shapes(arch)
-    found = checkpoint.shapes()
+    found = {name: shape for name, shape in checkpoint.shapes().items() if not _is_unused(name, arch)}
     for weight in weights_of(arch):
         # How many rows of padding a vocabulary has depends on the layout that wrote it.
         name = weight.stored

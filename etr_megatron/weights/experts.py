@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.hf_config import (
@@ -21,8 +21,8 @@ class Experts:
     """Mixture of gated MLPs in place of the dense one, in all layers but `dense_layers`.
 
     normalized: whether the weights of a token's chosen experts are divided by their sum. shared_size: width of the MLP that
-    every token passes besides its experts; 0 is none. sigmoid: scores are sigmoids of the router's logits, not their softmax,
-    and the choice is by score plus a bias per expert. scale: factor of the chosen experts' weights.
+    every token passes besides its experts; 0 is none. score_function: of the router's logits, softmax or sigmoid. expert_bias:
+    whether experts are chosen by score plus a bias per expert. scaling_factor: of the chosen experts' weights.
     """
 
     count: int
@@ -31,8 +31,9 @@ class Experts:
     normalized: bool
     dense_layers: frozenset[int] = frozenset()
     shared_size: int = 0
-    sigmoid: bool = False
-    scale: float = 1.0
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    expert_bias: bool = False
+    scaling_factor: float = 1.0
 
 
 def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
@@ -73,8 +74,9 @@ def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Expe
         normalized=True,
         dense_layers=frozenset(range(dense)),
         shared_size=size * positive_int(config, "n_shared_experts", source, 1),
-        sigmoid=True,
-        scale=positive_number(config, "routed_scaling_factor", source, 1.0),
+        score_function="sigmoid",
+        expert_bias=True,
+        scaling_factor=positive_number(config, "routed_scaling_factor", source, 1.0),
     )
 
 

@@ -41,7 +41,7 @@ def positive_int(config: dict[str, Any], name: str, source: Path, default: int |
 
 def natural_number(config: dict[str, Any], name: str, source: Path, default: int | None = None) -> int:
     """As `positive_int`, also for 0."""
-    return _field(config, name, source, default, lambda value: value == 0 or is_positive_int(value), "0 or a positive integer")
+    return _field(config, name, source, default, lambda value: type(value) is int and value >= 0, "0 or a positive integer")
 
 
 def positive_number(config: dict[str, Any], name: str, source: Path, default: float | None = None) -> float:

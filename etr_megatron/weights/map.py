@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -80,10 +80,21 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _HF, _MG = "model.layers.{layer}.", "decoder.layers.{layer}."
 
 
-def _row(megatron: str, split: str, hf: dict[str, str], *, te: str = "", server: str = "", **more: Any) -> Row:
+def _row(
+    megatron: str,
+    split: str,
+    hf: dict[str, str],
+    *,
+    te: str = "",
+    server: str = "",
+    fp8: bool = False,
+    fp32: bool = False,
+    layers: str = "all",
+) -> Row:
     """A row within a layer: names without the layer's prefix."""
     named = tuple((_HF + name, dims) for name, dims in hf.items())
-    return Row(_MG + megatron, split, named, _MG + te if te else "", _HF + server if server else "", **more)
+    te, server = _MG + te if te else "", _HF + server if server else ""
+    return Row(_MG + megatron, split, named, te, server, fp8, fp32, layers)
 
 
 _EMBEDDING = Row(EMBEDDING, "vocab", (("model.embed_tokens.weight", "VH"),))
@@ -180,15 +191,16 @@ _SHARED_EXPERTS = (
         layers="moe",
     ),
 )
-_GLM4_MOE = (*_MLP, *_EXPERTS, *_BIASED_ROUTER, *_SHARED_EXPERTS, *_END)
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "mistral": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "qwen2": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_MLP, *_END),
     "qwen3": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_END),
     "qwen3_moe": (_EMBEDDING, *_ATTENTION, *_QK_NORM, *_MLP, *_EXPERTS, *_END),
-    "glm4_moe": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_GLM4_MOE),
-    "glm4_moe_qk_norm": (_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_QK_NORM, *_GLM4_MOE),
+    "glm4_moe": (
+        *(_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_QK_NORM, *_MLP),
+        *(*_EXPERTS, *_BIASED_ROUTER, *_SHARED_EXPERTS, *_END),
+    ),
 }
 """Family -> rows, in the order of the model."""
 
@@ -270,7 +282,7 @@ def _layer_weights(rows: tuple[Row, ...], arch: Architecture, sizes: dict[str, i
 def weights_of(arch: Architecture) -> Iterator[Weight]:
     """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied)."""
     rows, sizes = TABLES[arch.family], _dimensions(arch)
-    in_layer = tuple(row for row in rows if "{layer}" in row.megatron)
+    in_layer = tuple(row for row in rows if "{layer}" in row.megatron and (arch.qk_norm or row not in _QK_NORM))
     before = rows[: rows.index(in_layer[0])]
     after = rows[rows.index(in_layer[-1]) + 1 :]
     for row in before:

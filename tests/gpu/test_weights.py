@@ -49,18 +49,19 @@ def test_blocks_are_the_same_on_every_device(device, shape):
     assert torch.equal(found_scales.cpu(), scales)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
 @pytest.mark.parametrize("fp8_block", [None, 128], ids=["bf16", "fp8"])
-def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block):
+def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block, family):
     """Everything except the messages: NCCL has no group with two processes on one GPU."""
     from etr_megatron.policy.model import own_parameters
 
-    model = write_model(tmp_path / "model")
+    model = write_model(tmp_path / "model", family)
     policy, arch, checkpoint = build(model), read_architecture(model), SafetensorsDir(model)
     sources = {weight.megatron: parameter for weight, parameter in own_parameters(policy.chunks).values()}
     plan = make_plan(policy.layout.training, ServerLayout(), arch, itemsize=2, fp8_block=fp8_block, destination_start=0)
     wanted, destinations = {}, {}
     for weight, shard in shards_of(plan.destination, arch, 0):
-        full, name = read_shard(weight, shard, checkpoint.read).bfloat16(), weight.megatron
+        full, name = read_shard(weight, shard, checkpoint.read).to(weight.type_in(torch.bfloat16)), weight.megatron
         if plan.block_of(weight) is not None:
             wanted[name], wanted[name + SCALE_SUFFIX] = quantize_blocks(full, fp8_block)
         else:

@@ -151,15 +151,17 @@ def _best(config: Config) -> Iterator[Violation]:
             yield Violation(
                 ("checkpoint.keep_best", key), "without evaluations no checkpoint is the best; evaluate, or set keep_best to 0"
             )
-    if config.checkpoint.keep_best > 0 and config.data.eval and config.checkpoint.best_by not in (found := _judging(config)):
+    metric, found = config.checkpoint.best_by, _judging(config)
+    is_part = config.reward.function != "math" and re.fullmatch(r"eval(_|/[^/]+/)reward/.+", metric)
+    if config.checkpoint.keep_best > 0 and config.data.eval and metric not in found and not is_part:
         yield Violation(
-            ("checkpoint.best_by", "checkpoint.keep_best", "data.eval", "eval.samples"),
-            f"these evaluations have no such metric; choose one of {', '.join(found)}",
+            ("checkpoint.best_by", "checkpoint.keep_best", "data.eval", "eval.samples", "reward.function"),
+            f"must be one of {', '.join(found)}, or eval_reward/NAME of a number that your reward.function returns",
         )
 
 
 def _judging(config: Config) -> list[str]:
-    """Metrics of the evaluations of which more is better."""
+    """Metrics that these evaluations have, and of which more is better."""
     sets = list(config.data.eval) if isinstance(config.data.eval, dict) else []
     places = [("eval_", any(samples_of_set(config, name) > 1 for name in sets or [""]))]
     places += [(f"eval/{name}/", samples_of_set(config, name) > 1) for name in sets]

@@ -63,8 +63,9 @@ class CheckpointConfig:
     keep_best: int = 0
     """Number of best checkpoints to keep as well, of steps that were evaluated (`eval.every`)."""
     best_by: str = "eval_accuracy"
-    """Metric that is highest for the best checkpoints, and where it is equal `eval_reward_mean` is: `eval_accuracy`,
-    `eval_reward_mean`, `eval_pass_at_k`, or one of a held-out set, as in `eval/aime24/accuracy`."""
+    """Metric of which the best checkpoints have most; between equal ones `eval_reward_mean` decides. It is `eval_accuracy`,
+    `eval_reward_mean`, `eval_pass_at_k`, `eval_reward/NAME` of a number that `reward.function` returns, or one of these of a
+    held-out set, as in `eval/aime24/accuracy`."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run directory. false refuses a directory with results."""
 

@@ -7,14 +7,16 @@ import base64
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 
 from etr_megatron.rollout.engine import RefusedError
 from etr_megatron.types import FinishReason
-from etr_megatron.weights import Architecture
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Architecture
 
 _REFUSALS = (400, 413, 422)
 """Status codes that blame the request: every server should answer the same."""
@@ -236,14 +238,14 @@ class ServerClient:
 
 
 def of_expert_layers(routing: array[int], model: Architecture) -> array[int]:
-    """`Generated.routing` as in `Sample`: without the dense layers, for which SGLang returns zeros.
-
-    What is not of all layers stays as it is; `batching.routing_of` refuses it.
-    """
+    """`Generated.routing` as in `Sample`: without the dense layers, for which SGLang (0.5.21) returns zeros. Unchanged if it
+    has none of them."""
     experts = model.experts
     if experts is None or not experts.dense_layers or len(routing) % (model.layers * experts.per_token):
         return routing
     chosen = np.frombuffer(routing, np.uint8).reshape(-1, model.layers, experts.per_token)
+    if chosen[:, sorted(experts.dense_layers)].any():  # of the other layers alone, and only the size would fit
+        return routing
     return array("B", chosen[:, model.expert_layers].tobytes())
 
 

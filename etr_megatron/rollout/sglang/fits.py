@@ -73,11 +73,11 @@ class Expected:
             yield f"its tp_size is {tp}, but sglang.tp is {self.tp}"
         names = model.get("architectures")
         known = [name for name in names if isinstance(name, str) and name in FAMILIES] if isinstance(names, list) else []
-        if known and FAMILIES[known[0]] != self.architecture.model_type:
-            yield f"its architectures are {known}, but the job's model is of {self.architecture.model_type}"
+        if known and FAMILIES[known[0]] != self.architecture.family:
+            yield f"its architectures are {known}, but the job's model is of {self.architecture.family}"
         file, config = _config(server, model)
         for field, wanted in _sizes(self.architecture).items():
-            if isinstance(found := config.get(field), int) and found != wanted:
+            if isinstance(found := config.get(field), int | float) and found != wanted:
                 where = f" according to {file}" if file is not None else ""
                 yield f"its {field} is {found}{where}, but the job's is {wanted}"
         yield from self._quantisation(server, file, config)
@@ -102,17 +102,19 @@ class Expected:
             yield f"its weight_block_size is {blocks}, but sglang.fp8 needs {[FP8_BLOCK, FP8_BLOCK]}"
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
+def _sizes(architecture: Architecture) -> dict[str, float]:
+    """Fields of config.json by which shapes, or the choice and weights of experts, follow."""
     experts = architecture.experts
     found = {field: getattr(architecture, name) for field, name in _SIZES.items()}
     if experts is None or experts.dense_layers:
         found["intermediate_size"] = architecture.intermediate_size
     if experts is not None:
         counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts.count)
-        found |= counts | {"moe_intermediate_size": experts.intermediate_size}
+        found |= counts | {"moe_intermediate_size": experts.intermediate_size, "num_experts_per_tok": experts.per_token}
     if experts is not None and experts.shared_size:
         found["n_shared_experts"] = experts.shared_size // experts.intermediate_size
         found |= {"first_k_dense_replace": len(experts.dense_layers), "use_qk_norm": architecture.qk_norm}
+        found["routed_scaling_factor"] = experts.scaling_factor
     return found
 
 
