@@ -117,7 +117,7 @@ def test_a_server_that_a_killed_job_left_in_the_middle_of_a_sync_serves_the_next
     with servers({}, {}) as urls:
         for route in ("/pause_generation", "/begin_weight_update"):
             httpx.post(urls[1] + route, json={}).raise_for_status()
-        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls, startup_timeout_s=10)
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls)
         (found,) = gangs(1).run("tests.sglang_jobs:fake_sync", **job)
     assert [state["version"] for state in found["states"].values()] == ["1", "1"] and not found["failed"]
     untouched, left = (state["log"] for state in found["states"].values())
