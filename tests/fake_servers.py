@@ -75,6 +75,7 @@ def impatient_with(client: Any, seconds: float, broadcast: int | None = None) ->
     request, send, numbers = client._request, UpdateGroup.broadcast, itertools.count()
 
     def limited(method: str, route: str, body: Any, timeout_s: float | None) -> Any:
+        assert timeout_s is None or timeout_s <= 120.0  # it had a deadline of its own, the longest of all tests'
         return request(method, route, body, timeout_s and min(timeout_s, seconds))
 
     def limited_once(group: UpdateGroup, flat: Any) -> None:

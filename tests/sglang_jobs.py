@@ -231,6 +231,7 @@ def fake_sync(
         with hanging(engine, hangs):
             for version in versions:
                 if hangs and isinstance(engine._sender, ShardedSender) and (transport := engine._sender._transport):
+                    assert transport.wire.board.timeout_s in (engine._config.update_timeout_s, 5.0)
                     transport.wire.board.timeout_s = 5.0  # not before: all have connected and had their first bucket
                 engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}

@@ -53,7 +53,9 @@ def late_rank(model: str, directory: str, **settings: Any) -> str:
 
     try:
         engine.update_weights(policy.export(), 1)
-        engine._sender._tensors.wire.board.timeout_s = 5.0  # all have connected
+        board = engine._sender._tensors.wire.board
+        assert board.timeout_s == engine._config.update_timeout_s
+        board.timeout_s = 5.0  # not before: all have connected
         try:
             engine.update_weights(Late(policy), 2)
         except Exception as error:
