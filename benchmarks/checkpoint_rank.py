@@ -27,6 +27,7 @@ from etr_megatron import checkpoint  # noqa: E402
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of  # noqa: E402
 from etr_megatron.config import load_config, resolve  # noqa: E402
 from etr_megatron.policy import Policy, configured_layout  # noqa: E402
+from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
 
@@ -95,15 +96,15 @@ def run_job(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main() -> int:
     """Run the job of the command line and write its result."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job['store']}", world_size=job["world"], rank=job["rank"])
     Path(job["result"]).write_text(json.dumps(run_job(job)))
     dist.barrier()
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

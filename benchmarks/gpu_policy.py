@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.gpu_device import BF16_PEAK, RECIPES, recipes_left_out, release_memory, seconds_of
 from benchmarks.targets import summary
+from etr_megatron.status import run_and_leave
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,7 +245,7 @@ def row(name: str, one: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     """Run the job of the command line and write its result."""
     job = json.loads(sys.argv[1])
     import torch.distributed as dist
@@ -257,8 +258,8 @@ def main() -> None:
         torch.cuda.set_device(0)
     dist.init_process_group(platform.backend(), init_method=f"file://{job['store']}", rank=0, world_size=1)
     Path(job["result"]).write_text(json.dumps(run_job(job)))
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.logprob_contestants import CONTESTANTS, REFERENCE, Contestant  # noqa: E402
 from benchmarks.logprob_problem import Problem, make_problem  # noqa: E402
 from benchmarks.resident import peak_beyond  # noqa: E402
+from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.vocab_parallel import single_pass_bytes  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2}
@@ -131,14 +132,14 @@ def run_job(job: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, A
     return {"peak_bytes": measure_peak(contestant, problem), "single_pass_formula_bytes": formula}
 
 
-def main() -> None:
+def main() -> int:
     """Run the job of the command line and write its result."""
     job = json.loads(sys.argv[1])
     group = _join(job)
     Path(job["result"]).write_text(json.dumps(run_job(job, group)))
     dist.barrier()
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -22,6 +22,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.reshard_contestants import OURS_AND_PLAIN, MegatronCore  # noqa: E402
 from benchmarks.reshard_problem import CASES, Case, own_shards  # noqa: E402
+from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.weights import Architecture  # noqa: E402
 
 Shards = dict[str, Tensor]
@@ -103,7 +104,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": measure(contestants, job["rounds"]), "first_s": first, "bytes": sent}
 
 
-def main() -> None:
+def main() -> int:
     """Run the job of the command line and write its result."""
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
@@ -116,8 +117,8 @@ def main() -> None:
     )
     Path(job["result"]).write_text(json.dumps(run_job(job)))
     dist.barrier()
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

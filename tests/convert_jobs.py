@@ -14,6 +14,7 @@ import torch
 
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.convert.comparison import Verification
+from etr_megatron.status import run_and_leave
 from tests.hf_models import random_sequences
 from tests.reads import bytes_read_by
 
@@ -179,11 +180,17 @@ def verified(hf: str, megatron: str, **options: Any) -> Verification:
     return verify(Path(hf), Path(megatron), Ranks(), **options)
 
 
+def main() -> int:
+    """Run the job of the command line."""
+    what, *arguments = sys.argv[1:]
+    if what == "memory":
+        print(memory_of(arguments))
+    elif what == "killed-at":
+        print(killed_at(arguments[0].split(","), arguments[1:]))
+    else:
+        return kill_after(int(what), arguments)
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "memory":
-        print(memory_of(sys.argv[2:]))
-        sys.exit(0)
-    if sys.argv[1] == "killed-at":
-        print(killed_at(sys.argv[2].split(","), sys.argv[3:]))
-        sys.exit(0)
-    sys.exit(kill_after(int(sys.argv[1]), sys.argv[2:]))
+    run_and_leave(main)

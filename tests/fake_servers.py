@@ -10,6 +10,8 @@ server's `[pid, port]` or null. It does not reap a server until told to end it, 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import itertools
 import json
 import os
 import signal
@@ -54,8 +56,38 @@ def servers(*behaviours: dict) -> Iterator[tuple[str, ...]]:
 def patient_with(clients: Iterable[Any]) -> None:
     """Whatever a test's deadline for a server that hangs, these, which are well, may be as slow as the machine is."""
     for client in clients:
-        request = client._request
+        request, complete = client._request, client._complete
         client._request = lambda method, route, body, _, request=request: request(method, route, body, 600.0)
+        client._complete = lambda body, _, complete=complete: complete(body, 600.0)
+
+
+@contextlib.contextmanager
+def impatient_with(client: Any, seconds: float, broadcast: int | None = None) -> Iterator[None]:
+    """A short deadline for requests to this server, which hangs; those to the others, which are well, keep the test's own.
+
+    broadcast: number, from 0, of the broadcast of weights that it does not join. It gets the same deadline, because gloo does
+    not end a broadcast that is under way when its group is closed.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    from etr_megatron.rollout.sglang.update_group import UpdateGroup
+
+    request, send, numbers = client._request, UpdateGroup.broadcast, itertools.count()
+
+    def limited(method: str, route: str, body: Any, timeout_s: float | None) -> Any:
+        assert timeout_s is None or timeout_s <= 120.0  # it had a deadline of its own, the longest of all tests'
+        return request(method, route, body, timeout_s and min(timeout_s, seconds))
+
+    def limited_once(group: UpdateGroup, flat: Any) -> None:
+        if next(numbers) == broadcast:
+            c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group._group)
+        send(group, flat)
+
+    client._request, UpdateGroup.broadcast = limited, limited_once
+    try:
+        yield
+    finally:
+        client._request, UpdateGroup.broadcast = request, send
 
 
 def _fork(behaviour: dict[str, Any]) -> list[int]:

@@ -6,7 +6,6 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -123,15 +122,20 @@ def one_does_not_connect(culprit: int) -> tuple[str, float, int]:
     NcclLike.aborted = 0
     hang, rank = Hang(), dist.get_rank()
     is_culprit = rank == culprit
-    hanging = {"_launch": hang, "_finish": lambda *_: None} if is_culprit else {}
     with rank_0s_port() as port:
         # As in a job; of this kind, a connection that waits in one thread keeps others waiting, too.
         store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=datetime.timedelta(seconds=60))
-    dist.barrier()  # the short deadline is for the culprit
+    launch = Wire._launch
+
+    def launch_together(self: Wire, post: Callable[[], Any]) -> Any:
+        dist.barrier()
+        self.board._patience, self.board._deadline = 5.0, time.monotonic() + 5.0  # for the culprit: the others are here
+        return hang() if is_culprit else launch(self, post)
+
     start = time.monotonic()
     try:
-        with mock.patch.multiple(Wire, **hanging) if hanging else nullcontext():
-            Wire(store, rank, dist.get_world_size(), backend="nccl", timeout_s=5)
+        with mock.patch.multiple(Wire, _launch=launch_together, **({"_finish": lambda *_: None} if is_culprit else {})):
+            Wire(store, rank, dist.get_world_size(), backend="nccl", timeout_s=60)
         found = "", 0.0, 0
     except SyncError as error:
         if not is_culprit:

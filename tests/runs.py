@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 REPO = Path(__file__).resolve().parents[1]
 HELD = "reward.function=tests.held:digit_sum_is_even"
 TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s", "tflops_per_gpu")
@@ -92,6 +94,14 @@ class Runs:
     def assert_went_on(self, name: str, saved: list[dict[str, Any]]) -> None:
         """Compare times as well: a run is deterministic, so equal metrics alone do not show that it resumed."""
         assert saved and self.rows(name, times=True)[: len(saved)] == saved
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; of a zombie, only the parent does not know it yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_for(condition: Callable[[], bool], deadline_s: float = 600.0, poll_s: float = 0.02) -> None:

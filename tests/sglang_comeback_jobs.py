@@ -45,6 +45,7 @@ def killed_between(model: str, directory: str, how: str, **settings: Any) -> dic
         except NeedsSyncError:
             failed = engine._control.fleet.failed if engine._control is not None else {}
             engine.update_weights(policy.export(), 1)
+            patient_with(engine._control.fleet.clients[:1] if engine._control is not None else ())  # it is well again
         groups = engine.generate(problems, sampling)
         engine.update_weights(policy.export(), 2)
         states = states_of(engine)

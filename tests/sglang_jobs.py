@@ -8,7 +8,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.rollout.sglang.senders import WholeSender
+from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
-from tests.fake_servers import patient_with
+from tests.fake_servers import impatient_with, patient_with
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build, make_batch
 
@@ -208,13 +209,31 @@ def _gaps_by_version(
     return gaps
 
 
-def fake_sync(model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), **settings: Any) -> dict:
-    """States of fake servers after syncs of these versions, the expected sums, and the servers that failed."""
+@contextmanager
+def hanging(engine: SglangEngine, name: str) -> Iterator[None]:
+    """A short deadline for the server `name` (if not empty), which hangs at its second bucket. Not in a sharded sync, where a
+    server has the deadline of the ranks."""
+    with ExitStack() as deadline:
+        if engine._control is not None and name and not isinstance(engine._sender, ShardedSender):
+            (client,) = (client for client in engine._control.fleet.clients if client.name == name)
+            deadline.enter_context(impatient_with(client, 5.0, broadcast=1))
+        yield
+
+
+def fake_sync(
+    model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), hangs: str = "", **settings: Any
+) -> dict:
+    """States of fake servers after syncs of these versions, the expected sums, and the servers that failed. hangs: the server
+    that hangs at its second bucket, if one does."""
     policy = build(model, overrides)
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
-        for version in versions:
-            engine.update_weights(policy.export(), version)
+        with hanging(engine, hangs):
+            for version in versions:
+                if hangs and isinstance(engine._sender, ShardedSender) and (transport := engine._sender._transport):
+                    assert transport.wire.board.timeout_s in (engine._config.update_timeout_s, 5.0)
+                    transport.wire.board.timeout_s = 5.0  # not before: all have connected and had their first bucket
+                engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}
         return {"states": states_of(engine), "sums": sums_of(policy, settings.get("fp8", False)), "failed": failed}
     finally:
@@ -348,6 +367,7 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
             engine.generate(problems, sampling)
         found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
         engine.update_weights(policy.export(), 1)
+        patient_with([first])
         groups = engine.generate(problems, sampling)
         found["failed_then"] = engine._control.fleet.failed
         samples = [(prompts[i], sample.response_ids) for i, group in enumerate(groups) for sample in group]

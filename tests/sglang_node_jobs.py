@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, Serving, SglangEngine, shared_memory
+from tests.hang import collectives_within
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
-from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
+from tests.sglang_jobs import behaving, engine_of, hanging, states_of, sums_of
 
 
 @contextmanager
@@ -48,10 +49,12 @@ def on_two_nodes(
     syncs: int = 1,
     full: Sequence[int] = (),
     behaviours: Sequence[dict[str, Any]] = ({}, {}),
+    hangs: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
     """Two ranks that act as nodes: the servers' addresses and states, which servers have failed after each sync, and who could
-    read the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers."""
+    read the key. full: ranks whose machine has no shared memory left. behaviours: of each rank's servers. hangs: a server that
+    hangs at the second bucket of the first sync."""
     policy, rank = build(model, ["parallel.tp=2"]), dist.get_rank()
     with as_a_node_at(address), behaving(behaviours[rank]):
         engine = engine_of(policy, model, directory, probe_every=0, nodes="every", **settings)
@@ -62,7 +65,8 @@ def on_two_nodes(
                 patch.setattr(shared_memory, "has_room", lambda nbytes: False)
             failed = []
             for version in range(1, syncs + 1):
-                engine.update_weights(policy.export(), version)
+                with hanging(engine, hangs if version == 1 else ""):
+                    engine.update_weights(policy.export(), version)
                 failed.append(engine._control.fleet.failed if engine._control is not None else {})
         found: dict[str, Any] = {"states": states_of(engine), "sums": sums_of(policy), "failed": failed, "warnings": warnings}
         found["segments"] = len(_segments() - before)
@@ -83,12 +87,17 @@ def on_two_nodes(
 
 
 @contextmanager
-def _collectives_within(seconds: float) -> Iterator[None]:
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), dist.group.WORLD)
-    try:
+def _start_within(collective_s: float) -> Iterator[None]:
+    """While servers start, ranks other than rank 0 wait no longer than this in a collective."""
+    start = SglangEngine._start
+
+    def limited(*arguments: Any) -> Any:
+        dist.barrier()
+        with collectives_within(collective_s) if dist.get_rank() else nullcontext():
+            return start(*arguments)
+
+    with mock.patch.object(SglangEngine, "_start", limited):
         yield
-    finally:
-        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
 
 
 def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
             node = ServerNode(0, config, 0.0, patience_s=60.0, store=client)
             threading.Thread(target=node.serve, daemon=True).start()
             nodes = stack.enter_context(ServerNodes(1, config, store))
-        with _collectives_within(collective_s):
+        with _start_within(collective_s):
             engine = SglangEngine(config, Path(model), serving, nodes)
         try:
             engine.update_weights(policy.export(), 1)
@@ -118,7 +127,7 @@ def beside_a_node_of_servers(model: str, directory: str, collective_s: float, **
 def beside_a_slow_server(model: str, directory: str, collective_s: float, **settings: Any) -> dict[str, Any]:
     """Two ranks, the first of which starts a server; what this is sent. collective_s: a collective's deadline meanwhile."""
     policy = build(model, ["parallel.tp=2"])
-    with _collectives_within(collective_s):
+    with _start_within(collective_s):
         engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
         engine.update_weights(policy.export(), 1)

@@ -49,6 +49,8 @@ def _lost_while_streaming(model: str, directory: str, how: str, steps: int, roll
             found["steps"].append([asdict(group) for group in groups.groups])
             sampler.pause()  # finds out by now if a server hangs
             found["failed"].append(failed | engine._control.fleet.failed)
+            if "SGLang server 0" in found["failed"][-1]:
+                patient_with(engine._control.fleet.clients[:1])  # when it is back, it is well
         return found | {"states": states_of(engine)}
     finally:
         engine.close()

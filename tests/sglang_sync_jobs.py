@@ -19,6 +19,7 @@ from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.types import Problem
 from etr_megatron.weights.transport import verify
 from etr_megatron.weights.transport.board import Board, SyncError
+from tests.hang import Hang
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
 from tests.sglang_jobs import engine_of, states_of, sums_of
@@ -41,20 +42,24 @@ def slow_delivery(model: str, directory: str, overrides: list[str], **settings: 
 
 def late_rank(model: str, directory: str, **settings: Any) -> str:
     """The error on this rank of a second sync for which rank 1 is late."""
-    policy = build(model, ["parallel.tp=2"])
+    policy, hang = build(model, ["parallel.tp=2"]), Hang()
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
 
     class Late(type(policy.export())):
         def shards(self) -> dict[str, Any]:
             if dist.get_rank() == 1:
-                time.sleep(settings["update_timeout_s"] + 5)
+                hang()
             return super().shards()
 
     try:
         engine.update_weights(policy.export(), 1)
+        board = engine._sender._tensors.wire.board
+        assert board.timeout_s == engine._config.update_timeout_s
+        board.timeout_s = 5.0  # not before: all have connected
         try:
             engine.update_weights(Late(policy), 2)
         except Exception as error:
+            hang.given_up()
             return f"{type(error).__name__}: {error}"
         return ""
     finally:

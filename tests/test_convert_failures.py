@@ -284,7 +284,8 @@ def test_what_fails_on_one_rank_alone_is_heard_by_the_other(hf, tmp_path, rank, 
 def test_a_rank_that_only_stops_is_named_by_the_other(hf, tmp_path):
     hook = "from etr_megatron.convert import hf_to_megatron\n"
     hook += "    hf_to_megatron._prepare = lambda *_: os.kill(os.getpid(), 19)"
-    both = "from etr_megatron.convert import watch\nwatch.BEAT_S, watch.SILENCE_S = 0.5, 4.0\n"
+    both = "import os\nfrom etr_megatron.convert import watch\nwatch.BEAT_S = 0.5\n"
+    both += "watch.SILENCE_S = 4.0 if os.environ['RANK'] == '0' else 300.0\n"  # only rank 1 is at fault
     found = run_ranks(tmp_path, hook, "to-megatron", "--hf", hf, "--out", tmp_path / "out", before=both)
     assert found[0][0] == 2 and found[0][2] == "error: rank 1 has given no sign of life for 4 s\n"
     assert found[1][0] != 0

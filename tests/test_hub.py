@@ -83,7 +83,7 @@ def test_without_a_network_a_name_that_is_not_in_the_cache_is_one_sentence_withi
             "cannot be reached: "
         )
         assert str(caught.value).partition("Connection refused); check name and split")[1]
-    assert time.monotonic() - start < 10  # the hub's clients alone take 46 s
+    assert time.monotonic() - start < 30  # the hub's clients alone take 46 s
 
 
 def test_without_a_network_what_is_in_the_cache_is_taken_from_there(endpoint, asked):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from etr_megatron import cli, status
@@ -20,9 +19,7 @@ from etr_megatron.config import Config, ParallelConfig, RolloutConfig, SglangCon
 from etr_megatron.errors import UserError
 from etr_megatron.launch import default_nproc, main, prepare
 from etr_megatron.status import exit_code_of, read_status, report_user_error
-
-REPO = Path(__file__).resolve().parents[1]
-
+from tests.runs import REPO, gone, wait_for
 
 # The command line
 
@@ -288,7 +285,7 @@ def body():
 sys.exit(exit_code_of(body))
 """
 
-LAUNCHER = "import sys; from etr_megatron.launch import start_ranks; sys.exit(start_ranks(2, sys.argv[1:]))"
+LAUNCHER = "import sys; from etr_megatron import launch; launch.run_and_leave(lambda: launch.start_ranks(2, sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -347,11 +344,11 @@ def test_a_signal_to_the_launcher_leaves_no_process(
         )
     try:
         files = [tmp_path / f"pid{rank}" for rank in range(2)]
-        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 600)
-        ranks = [psutil.Process(int(file.read_text())) for file in files]
+        wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+        ranks = [int(file.read_text()) for file in files]
         launcher.send_signal(signal_number)
         assert launcher.wait(250) == exit_code
-        wait_until(lambda: not any(is_alive(rank) for rank in ranks), 250)
+        wait_for(lambda: all(map(gone, ranks)), deadline_s=250)  # they sleep for 300 s
     finally:
         launcher.kill()
     said = (tmp_path / "stderr").read_text()
@@ -377,18 +374,3 @@ status.exit_code_of(collective)
     rank.send_signal(signal.SIGINT)
     _, said = rank.communicate(timeout=250)
     assert (rank.returncode, said) == (-signal.SIGINT, "")
-
-
-def is_alive(process: psutil.Process) -> bool:
-    # A zombie has ended; its new parent has only not reaped it yet.
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
-        time.sleep(0.05)

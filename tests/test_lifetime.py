@@ -10,10 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from etr_megatron.platform.lifetime import popen_from_lasting_thread
+from tests.runs import gone, wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
 
@@ -33,20 +33,6 @@ time.sleep(600)
 """
 
 
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def wait_until_gone(pid: int, seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not gone(pid):
-        time.sleep(0.05)
-    return gone(pid)
-
-
 @pytest.mark.parametrize("system", ["linux", "darwin"])  # by the kernel, and by the watchdog thread
 def test_child_ends_when_its_parent_is_killed(system):
     if system == "linux" and sys.platform != "linux":
@@ -62,7 +48,7 @@ def test_child_ends_when_its_parent_is_killed(system):
         parent.kill()
         parent.wait()
         parent.stdout.close()
-    assert wait_until_gone(pid)
+    wait_for(lambda: gone(pid))
 
 
 def test_child_ends_at_once_when_its_parent_is_gone_already():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -230,18 +230,26 @@ def test_every_two_nodes_meet_once_and_none_is_in_two_pairs_of_a_round(count):
 
 
 def measured(stuck: tuple[int, int]) -> list[tuple[str, str]]:
-    """(check, state) with one rank per node; the first rank of the `stuck` pair does not answer the second."""
-    real = network._all_reduce
+    """(check, state) with one rank per node; the first rank of the `stuck` pair does not answer the second, which gives it up
+    sooner than others would."""
+    real, store = network._all_reduce, dist.distributed_c10d._get_default_store()
 
     def all_reduce(group, device, size):
-        if group is not None and dist.get_rank() == stuck[0] and dist.get_process_group_ranks(group) == list(stuck):
-            time.sleep(16)
+        if group is None or dist.get_process_group_ranks(group) != list(stuck):
+            return real(group, device, size)
+        assert group._get_backend(device).options._timeout == datetime.timedelta(seconds=120)
+        if dist.get_rank() == stuck[0]:
+            store.wait(["given up"], datetime.timedelta(seconds=300))
             raise RuntimeError("no route")
-        return real(group, device, size)
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2), group)
+        try:
+            return real(group, device, size)
+        finally:
+            store.set("given up", "")
 
     with mock.patch.object(network, "_all_reduce", all_reduce):
         nodes = list(range(dist.get_world_size()))
-        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=12)  # enough for a busy machine
+        found = network.measure(nodes, device=torch.device("cpu"), size=4096, timeout_s=120)
     return [(one.check, one.state) for one in found]
 
 

@@ -16,16 +16,15 @@ from tests.ports import reserved_port
 from tests.runs import REPO
 
 PROGRAM = """
-import datetime, os, signal, sys, threading, time
+import contextlib, datetime, os, signal, sys, threading, time
 import torch.distributed as dist
 from etr_megatron.rollout import rank0
+from tests.hang import collectives_within
 rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
-if case in ("long", "short", "left"):
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=4))
 if case == "left":  # by the ranks of an earlier start, whose store this is
     for number in range(4):
         for word in ("stop", "done"):
@@ -38,7 +37,8 @@ def body():
     if case == "fails":
         raise ValueError("no servers")
     if case in ("long", "left"):
-        time.sleep(7)  # more than a collective may take
+        store.wait(["waits"], datetime.timedelta(seconds=300))
+        time.sleep(4)  # more than a collective may take
     while case == "short" and not store.check(["given up"]):
         time.sleep(0.05)
     return "groups"
@@ -55,7 +55,10 @@ try:
         rank0.on_rank0_until_stopped(until_stopped, asked.is_set)
     if case == "left":
         rank0.on_rank0_until_stopped(lambda anywhere: print("stop" if anywhere() else "go on"), lambda: False)
-    print(rank0.on_rank0(body, long=case != "short"))
+    if rank:
+        store.set("waits", "")
+    with collectives_within(2) if rank and case in ("long", "short", "left") else contextlib.nullcontext():
+        print(rank0.on_rank0(body, long=case != "short"))
     print(rank0.on_rank0(lambda: "again", long=True), flush=True)
 except Exception as error:
     print(f"{type(error).__name__}: {error}", flush=True)

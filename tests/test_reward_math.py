@@ -66,11 +66,16 @@ def test_symbolic_answers(math_pool):
     assert (wrong, right) == ([], [])
 
 
+def cpu_s(pool: GraderPool) -> float:
+    """Seconds of CPU time that the graders have taken, which are the same on a busy machine."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pool.worker_pids)
+
+
 def test_gsm8k_reference_is_graded_and_order_is_kept(math_pool):
     requests = [request(f"It is {n}.", f"work {n}+1\n#### {n + n % 2}") for n in range(512)]
-    start = time.monotonic()
+    before = cpu_s(math_pool)
     grades = math_pool.grade(requests)
-    assert time.monotonic() - start < 5  # 0.15 s on an idle machine
+    assert cpu_s(math_pool) - before < 5  # 0.15 s
     assert [grade.reward for grade in grades] == [1.0 - n % 2 for n in range(512)]
     assert math_pool.grade([]) == []
 

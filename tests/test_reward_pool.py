@@ -10,9 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from pathlib import Path
 
-import psutil
 import pytest
 
 from etr_megatron.config import RewardConfig
@@ -21,26 +19,9 @@ from etr_megatron.reward import Grade, GradeRequest, GraderPool
 from etr_megatron.reward.pool import _Round
 from etr_megatron.reward.process import GraderProcess, Job
 from tests.graders import request
-
-REPO = Path(__file__).parents[1]
+from tests.runs import REPO, gone, wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def wait_until(condition, seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
@@ -79,7 +60,6 @@ except FileExistsError:
     time.sleep(1)
     WHAT_THE_OTHERS_DO
 def f(prompt, response, answer):
-    time.sleep(0.2)
     return 1.0
 """
 
@@ -98,9 +78,20 @@ def slow_reward(tmp_path, monkeypatch):
     return write
 
 
-def test_slow_start_of_a_grader_costs_no_answer_its_time(slow_reward):
-    with GraderPool(RewardConfig(function=slow_reward("time.sleep(1)", True), workers=1, timeout_s=1.9)) as pool:
-        assert pool.grade([request("")])[0].status == "ok"
+def test_slow_start_of_a_grader_costs_no_answer_its_time(user_rewards, monkeypatch):
+    """Each start takes half an hour, as far as the pool knows, and an answer has ten minutes."""
+    receive, monotonic, late_s = GraderProcess.receive, time.monotonic, []
+
+    def get_ready_late(self):
+        messages, ended = receive(self)
+        late_s.extend([1800.0] * any("ready" in message for message in messages))
+        return messages, ended
+
+    monkeypatch.setattr(GraderProcess, "receive", get_ready_late)
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
+    with GraderPool(RewardConfig(function=user_rewards, workers=1, timeout_s=600.0)) as pool:
+        grades = pool.grade([request("0.5"), request("die once"), request("0.25")])
+    assert [grade.status for grade in grades] == ["ok"] * 3 and len(late_s) == 2
 
 
 def test_a_pool_is_there_when_its_last_grader_is(slow_reward):
@@ -184,7 +175,7 @@ def test_graders_that_died_between_two_rounds_are_replaced(user_rewards):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         for pid in pool.worker_pids:
             os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: all(gone(pid) for pid in pool.worker_pids))
+        wait_for(lambda: all(gone(pid) for pid in pool.worker_pids))
         assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
@@ -267,7 +258,7 @@ def test_a_round_of_another_thread_is_finished_before_the_pool_closes(user_rewar
     when_told = "list(iter(lambda: os.path.exists('go') or time.sleep(0.05), True)) and 0.5 or 0.5"
     grading = threading.Thread(target=lambda: found.extend(pool.grade([request(when_told)] * 2)), daemon=True)
     grading.start()
-    assert wait_until(pool._lock.locked)
+    wait_for(pool._lock.locked)
     threading.Timer(0.3, (tmp_path / "go").touch).start()
     pool.close()
     grading.join(300)
@@ -282,7 +273,7 @@ def test_one_grader_that_does_not_end_takes_no_other_ones_time_to_end_by_itself(
 
     def close_when_the_others_have_ended(process, deadline):
         if process.pid == stuck:
-            assert wait_until(lambda: all((tmp_path / f"ended {pid}").exists() for pid in others))
+            wait_for(lambda: all((tmp_path / f"ended {pid}").exists() for pid in others))
         return close(process, deadline)
 
     monkeypatch.setattr(GraderProcess, "close", close_when_the_others_have_ended)
@@ -349,4 +340,4 @@ time.sleep(600)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         parent.stdout.close()
-    assert wait_until(lambda: all(gone(pid) for pid in pids))
+    wait_for(lambda: all(gone(pid) for pid in pids))

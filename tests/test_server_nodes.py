@@ -21,8 +21,7 @@ from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
 from etr_megatron.rollout.sglang.server_nodes import ServerSetting
-from tests.runs import wait_for
-from tests.test_lifetime import gone
+from tests.runs import gone, wait_for
 
 
 class Node:

@@ -16,8 +16,7 @@ import httpx
 import pytest
 
 from tests.ports import reserved_port
-from tests.runs import HELD, REPO, Runs, wait_for
-from tests.test_lifetime import gone
+from tests.runs import HELD, REPO, Runs, gone, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -67,7 +67,8 @@ def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(g
     with servers({}, {what: 1}, {}) as urls:
         job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=["parallel.tp=2"], urls=urls, sync=sync)
         # Two syncs, as some transports have only one bucket in each. Others have many, and ranks continue with the next one.
-        found = gangs(2).run("tests.sglang_jobs:fake_sync", versions=(1, 2), update_timeout_s=6, bucket_bytes=1 << 16, **job)[0]
+        hangs = "SGLang server 1" if what == "hang_at_bucket" else ""
+        found = gangs(2).run("tests.sglang_jobs:fake_sync", versions=(1, 2), hangs=hangs, bucket_bytes=1 << 16, **job)[0]
     assert list(found["failed"]) == ["SGLang server 1"]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 2"]
     for state in found["states"].values():
@@ -116,7 +117,7 @@ def test_a_server_that_a_killed_job_left_in_the_middle_of_a_sync_serves_the_next
     with servers({}, {}) as urls:
         for route in ("/pause_generation", "/begin_weight_update"):
             httpx.post(urls[1] + route, json={}).raise_for_status()
-        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls, startup_timeout_s=10)
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), overrides=[], urls=urls)
         (found,) = gangs(1).run("tests.sglang_jobs:fake_sync", **job)
     assert [state["version"] for state in found["states"].values()] == ["1", "1"] and not found["failed"]
     untouched, left = (state["log"] for state in found["states"].values())
@@ -203,8 +204,8 @@ def test_servers_of_every_node_find_weights_in_the_memory_of_their_own(gangs, hf
 @pytest.mark.parametrize("where", ["beside_a_node_of_servers", "beside_a_slow_server"])
 def test_ranks_wait_for_servers_longer_than_a_collective_may_take(gangs, hf_models, tmp_path, where):
     """For example on a node that hangs: only rank 0 communicates with it."""
-    launch = "import runpy, sys, time; time.sleep(7); runpy.run_module('tests.fake_sglang', run_name='__main__')"
-    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=4, python=sys.executable, launch=("-c", launch))
+    launch = "import runpy, sys, time; time.sleep(5); runpy.run_module('tests.fake_sglang', run_name='__main__')"
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), collective_s=2, python=sys.executable, launch=("-c", launch))
     found = gangs(2).run(f"tests.sglang_node_jobs:{where}", **job)[0]
     assert list(found["states"]) == ["SGLang server 0"]
     check_sums(found["states"]["SGLang server 0"], found["sums"])
@@ -215,10 +216,8 @@ def test_ranks_wait_for_servers_longer_than_a_collective_may_take(gangs, hf_mode
 def test_a_server_of_another_node_that_is_lost_as_it_reads_its_nodes_memory_comes_back_with_the_next_weights(
     gangs, hf_models, tmp_path, what
 ):
-    job = dict(
-        model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", update_timeout_s=10, **OWN
-    )
-    job |= dict(behaviours=[{}, {what: 1}], syncs=2, bucket_bytes=1 << 16)
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", **OWN)
+    job |= dict(behaviours=[{}, {what: 1}], hangs="SGLang server 1", syncs=2, bucket_bytes=1 << 16)
     found = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)[0]
     assert [list(failed) for failed in found["failed"]] == [["SGLang server 1"], []]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"]
@@ -299,7 +298,7 @@ def test_servers_of_the_job_that_are_all_lost_in_a_sync_are_started_again_and_ha
     gangs, hf_models, tmp_path, sync
 ):
     """Over NCCL, `broadcast` loses all of them with the first."""
-    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync=sync, update_timeout_s=20, **OWN)
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), sync=sync, **OWN)
     found = gangs(2).run("tests.sglang_comeback_jobs:all_are_lost", **job)[0]
     assert list(found["states"]) == ["SGLang server 0", "SGLang server 1"]
     for state in found["states"].values():

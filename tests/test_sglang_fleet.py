@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import httpx
 import pytest
@@ -16,14 +17,13 @@ import torch
 
 from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, ServerClient, ServerError
-from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.delivery import BroadcastDelivery, Bucket, Delivery
 from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from etr_megatron.rollout.sglang.sync import Transaction
 from etr_megatron.rollout.sglang.update_group import UpdateGroup
 from etr_megatron.weights.transport.whole import Field
-from tests.fake_servers import patient_with, servers
+from tests.fake_servers import impatient_with, patient_with, servers
 
 CONTEXT = 512
 """Context length of a fake server, in tokens."""
@@ -46,7 +46,8 @@ async def fleet_of(*behaviours: dict, **timeouts: float):
             clients = [ServerClient(f"server {i}", url, http) for i, url in enumerate(urls)]
             for client in clients:
                 await client.learn_routes((), timeout_s=120)
-            yield Fleet(clients, **{"timeout_s": 120.0, "hang_timeout_s": 120.0, **timeouts})
+            with mock.patch("etr_megatron.rollout.sglang.fleet._WELL_S", 120.0):  # one that is well may be slow to show it
+                yield Fleet(clients, **{"timeout_s": 120.0, "hang_timeout_s": 120.0, **timeouts})
 
 
 async def generate(fleet: Fleet, requests: Sequence[Request], concurrency: int = 4) -> list[Generated]:
@@ -80,6 +81,12 @@ async def sync(
 
 async def state_of(client: ServerClient) -> dict:
     return await client.get("/state", timeout_s=120)
+
+
+async def has_asked(client: ServerClient, count: int) -> None:
+    """Wait until the server has had this many requests."""
+    while len((await state_of(client))["prompts"]) < count:
+        await asyncio.sleep(0.05)
 
 
 def has_all(state: dict, tensors=TENSORS) -> bool:
@@ -155,11 +162,11 @@ def test_a_server_that_hangs_is_known_long_before_the_deadline_of_its_requests()
 @pytest.mark.slow
 def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_cancelled():
     async def body():
-        async with fleet_of({"seconds": 3.0}, hang_timeout_s=1.0) as fleet:
+        async with fleet_of({"seconds": 3.0, "hang_at": 2}, hang_timeout_s=1.0) as fleet:
             patient_with(fleet.clients)
             slow = await generate(fleet, REQUESTS[:2])
             asking = asyncio.create_task(fleet.ask(fleet.clients[0], REQUESTS[2]))
-            await asyncio.sleep(0.5)
+            await has_asked(fleet.clients[0], 3)
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking
@@ -171,20 +178,22 @@ def test_a_server_that_is_only_slow_is_left_alone_and_a_cancelled_request_stays_
 
 
 @pytest.mark.slow
-def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone():
+def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_alone(monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.pulse._LOOKS", 150)  # in 120 s: one in every batch
+
     async def body():
-        async with fleet_of({"seconds": 0.7, "busy": True}, hang_timeout_s=3.0) as fleet:
-            return await generate(fleet, REQUESTS[:6], concurrency=1), fleet.failed
+        async with fleet_of({"seconds": 1.0, "busy": True}) as fleet:
+            return await generate(fleet, REQUESTS[:4], concurrency=1), fleet.failed
 
     found, failed = asyncio.run(body())
-    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:6]] and not failed
+    assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS[:4]] and not failed
 
 
 def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_completes_others():
     async def body():
-        async with fleet_of({"seconds": 0.4, "busy": True}, {"seconds": 0.4, "busy": True}, timeout_s=4.0) as fleet:
-            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(12)]
-            return one_prompt, await generate(fleet, one_prompt, concurrency=12), fleet.failed
+        async with fleet_of({"seconds": 0.3, "busy": True}, {"seconds": 0.3, "busy": True}, timeout_s=6.0) as fleet:
+            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(24)]  # go to one of them
+            return one_prompt, await generate(fleet, one_prompt, concurrency=24), fleet.failed
 
     requests, found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed
@@ -232,25 +241,6 @@ def test_a_server_that_was_started_anew_by_somebody_else_serves_no_more_until_it
     assert [one.ids for one in found] == [tokens_of(request) for request in REQUESTS]
     assert {one.version for one in found} == {"3"} and {one.version for one in again} == {"4"}
     assert failed == {"server 0": "generated with weights of version default instead of 3"} and not then
-
-
-def test_a_reply_that_comes_in_drops_has_one_deadline_all_the_same():
-    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
-            for _ in range(10000):
-                writer.write(b" ")
-                await writer.drain()
-                await asyncio.sleep(0.1)
-
-    async def body():
-        server = await asyncio.start_server(drip, "127.0.0.1", 0)
-        async with server, httpx.AsyncClient(transport=Connections()) as http:
-            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            await asyncio.wait_for(ServerClient("server 0", url, http).get("/model_info", timeout_s=0.5), 60)
-
-    with pytest.raises(ServerError, match=r"server 0: /model_info did not answer within 0\.5 s"):
-        asyncio.run(body())
 
 
 def test_the_last_request_of_a_dying_server_is_not_lost_when_the_others_are_done():
@@ -326,8 +316,8 @@ def test_a_server_that_lacks_what_a_sync_needs_is_refused_by_name():
 def test_a_server_lost_in_the_middle_of_an_update_does_not_cost_the_others_theirs(what):
     async def body():
         async with fleet_of({}, {what: 1}, {}) as fleet:
-            patient_with([fleet.clients[0], fleet.clients[2]])
-            await sync(fleet, 3, timeout_s=6.0)
+            with impatient_with(fleet.clients[1], 4.0, broadcast=1):
+                await sync(fleet, 3)
             return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed
 
     states, failed = asyncio.run(body())
@@ -388,10 +378,12 @@ def test_a_server_that_dies_while_the_weight_group_is_formed_does_not_keep_the_o
 
 def test_a_group_that_never_connects_costs_its_servers_and_not_the_run(monkeypatch):
     monkeypatch.setattr(UpdateGroup, "broadcast", lambda *_: time.sleep(3600))  # as NCCL while a worker is missing
+    monkeypatch.setattr("etr_megatron.rollout.sglang.delivery.LIVENESS_S", 2.0)
 
     async def body():
         async with fleet_of({"die_at_bucket": 0}) as fleet:
+            patient_with(fleet.clients)
             with pytest.raises(EngineGoneError, match=r"no SGLang server is left: server 0: /update_weights_from_distributed"):
-                await asyncio.wait_for(sync(fleet, 1, timeout_s=5.0), 300)
+                await asyncio.wait_for(sync(fleet, 1), 100)
 
     asyncio.run(body())

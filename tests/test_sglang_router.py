@@ -20,8 +20,7 @@ from etr_megatron.rollout.sglang.router import NAME, Router
 from etr_megatron.rollout.sglang.server import free_port
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.fake_servers import patient_with
-from tests.runs import REPO
-from tests.test_lifetime import gone
+from tests.runs import REPO, gone
 from tests.test_sglang_fleet import ASKED, PARAMETERS, experts_of, fleet_of, generate, state_of, sync, tokens_of
 from tests.test_sglang_ports import answering
 from tests.test_sglang_stream import are_waiting, goes_on

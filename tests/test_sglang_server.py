@@ -195,7 +195,6 @@ def test_after_every_weight_sync_the_server_agrees_with_the_trainer(gangs, model
     if sync == "tensor":  # with the real router as well
         job |= dict(python=str(PYTHON), router="cache_aware", router_launch=("tests/sglang_cpu/router.py",))
     if sync == "disk":  # a server that a killed job left in the middle of a sync
-        job |= dict(startup_timeout_s=30)
         for route in ("/pause_generation", "/begin_weight_update"):
             reply = httpx.post(server.url + route, json={"mode": "retract"} if "pause" in route else {})
             assert reply.status_code == 200 or (reply.status_code == 404 and "begin" in route)  # 404: before 0.5.21

@@ -23,7 +23,7 @@ from etr_megatron.rollout.sglang.delivery import Bucket, TensorDelivery, seriali
 from etr_megatron.rollout.sglang.fleet import Fleet
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
 from etr_megatron.weights import read_architecture
-from tests.fake_servers import patient_with
+from tests.fake_servers import impatient_with
 from tests.runs import REPO, wait_for
 from tests.test_sglang_fleet import TENSORS, fleet_of, has_all, state_of, sync
 
@@ -71,12 +71,12 @@ def test_a_server_lost_with_a_handle_unread_does_not_cost_the_others_their_weigh
 
     async def body():
         async with fleet_of({}, {what: 5}, {}) as fleet:
-            patient_with([fleet.clients[0], fleet.clients[2]])
-            delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2, timeout_s=6.0)
-            for version in (1, 2):
-                await sync(fleet, version, delivery, timeout_s=6.0)
+            delivery = SharedWith(["server 0", "server 1", "server 2"], fleet, 2)
+            with impatient_with(fleet.clients[1], 4.0):
+                for version in (1, 2):
+                    await sync(fleet, version, delivery)
             grown = {name: torch.cat([tensor] * 9) for name, tensor in TENSORS.items()}
-            await sync(fleet, 3, delivery, timeout_s=6.0, tensors=grown)
+            await sync(fleet, 3, delivery, tensors=grown)
             await delivery.close()
             return [await state_of(fleet.clients[i]) for i in (0, 2)], fleet.failed, grown
 

@@ -17,7 +17,7 @@ from etr_megatron.rollout.sglang.connections import Connections
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.stream import RequestStream
 from tests.fake_servers import patient_with
-from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, state_of, tokens_of
+from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, has_asked, state_of, tokens_of
 
 
 async def are_waiting(clients: Sequence[ServerClient], count: int) -> None:
@@ -175,7 +175,7 @@ def test_a_server_that_hangs_at_an_abort_is_given_up(monkeypatch, exclusive):
         async with fleet_of({"hang_at": 0, "hang_at_abort": True}, timeout_s=60.0) as fleet:
             stream = RequestStream(fleet, concurrency=4, exclusive=exclusive)
             await stream.submit({0: REQUESTS[0]})
-            await asyncio.sleep(0.3)
+            await has_asked(fleet.clients[0], 1)
             return await asyncio.wait_for(stream.stop(abort=True), 300), fleet.failed
 
     found, failed = asyncio.run(body())

@@ -14,8 +14,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang import hosts
 from etr_megatron.rollout.sglang.hosts import Host
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, environment_of_server, share_of_free
-from tests.runs import REPO, wait_for
-from tests.test_lifetime import gone
+from tests.runs import REPO, gone, wait_for
 
 # Starts a child that ignores SIGTERM, prints both pids, and waits, itself ignoring SIGTERM.
 SERVER = """
@@ -82,7 +81,8 @@ def test_stop_ends_the_server_and_its_children(tmp_path, monkeypatch):
     wait_for(lambda: bool(pids_in(process.log)))
     assert process.is_running
     process.stop()
-    assert all(map(gone, pids_in(process.log))) and not process.is_running
+    assert not process.is_running
+    wait_for(lambda: all(map(gone, pids_in(process.log))), deadline_s=300)  # killed, which takes a busy machine a while
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -128,7 +128,8 @@ def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not
         assert started.keys() == {"deaf", "well"} and started["well"].problem is None
         assert started["deaf"].problem.startswith("deaf did not answer within 3 s at http://127.0.0.1:")
         pids = pids_in(tmp_path / "deaf.log")
-        assert len(pids) == 2 and all(map(gone, pids))
+        assert len(pids) == 2
+        wait_for(lambda: all(map(gone, pids)), deadline_s=300)
         host.stop(["deaf", "on another machine"])
         assert httpx.get(f"{started['well'].url}/health", trust_env=False).status_code == 200
     finally:

@@ -73,8 +73,8 @@ def test_a_job_that_has_to_give_way_goes_on_as_if_nothing_had_happened(slurm, ru
 
 
 def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm, runs):
-    # SIGTERM comes 100 seconds before its two minutes are over; Slurm checks twice a minute.
-    job = submit(slurm, runs, "run.name=limit", "run.steps=500", options=("--time=2", "--signal=TERM@100"))
+    # SIGTERM comes two minutes before its three are over; Slurm checks twice a minute.
+    job = submit(slurm, runs, "run.name=limit", "run.steps=500", options=("--time=3", "--signal=TERM@120"))
     wait_for(lambda: slurm.show(job)["Restarts"] == "1")
     slurm.run("scancel", job)
     assert state_of(runs, "limit") == "requeue" and len(runs.rows("limit")) >= 2

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -34,6 +33,7 @@ from etr_megatron.data.tiny import tiny_policy_path
 from etr_megatron.data.warm_start import new_model, train_tokenizer, warm_start
 from etr_megatron.errors import UserError
 from etr_megatron.job import initial_checkpoint
+from tests.runs import wait_for
 
 ARITHMETIC = ArithmeticConfig(min_digits=1, max_digits=1, train_problems=20, eval_problems=5)
 SMALL = TinyConfig(
@@ -284,9 +284,7 @@ def test_two_processes_that_build_at_once_build_once(tmp_path):
 @pytest.mark.slow
 def test_a_killed_build_is_not_taken_for_a_finished_one(tmp_path):
     killed = start_build(tmp_path, 100_000)
-    deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("*.partial")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: any(tmp_path.glob("*.partial")))
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     (partial,) = tmp_path.glob("*.partial")

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import HELD, REPO, Runs, wait_for
-from tests.test_lifetime import gone
+from tests.runs import HELD, REPO, Runs, gone, wait_for
 from tests.test_sglang_server import ARGUMENTS, LAUNCH
 from tests.test_sglang_server import PYTHON as SGLANG
 

@@ -98,6 +98,7 @@ def _midway(
     plan = make_plan(source, destination, read_architecture(model))
     destinations = Spoilt(empty_shards(plan, rank - tp, torch.float32)) if rank >= tp else None
     transport.sync(2, sources, destinations)
+    dist.barrier()
     transport.wire.board.timeout_s = timeout_s  # not before, as a busy machine may be slow
     if kind == "disk" and fault == "raise" and rank != culprit:
         disk.save_file = _save_slowly  # so that a file is being written when the culprit fails

@@ -284,11 +284,12 @@ def failing(model: str, source: Placement, destination: Placement, culprit: int,
     dtype = torch.float32
     plan = plan_for(model, source, destination, dtype)
     sources, destinations = in_roles(plan, model, dtype)
-    patience_s = 5 if fault in ("absent", "hang") else 60
-    dist.barrier()  # the short deadline is for the culprit: the others wait for each other only from here on
-    transport = ShardedTransport(plan, Wire.in_world(timeout_s=patience_s), dtype=dtype, checksums=True)
+    transport = ShardedTransport(plan, Wire.in_world(timeout_s=60), dtype=dtype, checksums=True)
     for version in (1, 2):
         transport.sync(version, sources, destinations)
+    dist.barrier()
+    if fault in ("absent", "hang"):  # the short deadline is for the culprit: the others are here
+        transport.wire.board.timeout_s = 5.0
     start = time.monotonic()
     rank, hang = dist.get_rank(), Hang()
     if rank == culprit:
