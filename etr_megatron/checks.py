@@ -110,7 +110,10 @@ def check_model(config: Config, world_size: int) -> None:
     model = f"the model in {name}"
     check_architecture(model, architecture, config, tp)
     if config.rollout.backend == "sglang" and config.rollout.replay is None:
-        check_served(model, architecture, config.sglang.tp, config.sglang.ep)
+        try:
+            check_served(model, architecture, config.sglang.tp, config.sglang.ep, fp8=config.sglang.fp8)
+        except ValueError as error:
+            raise UserError(f"a server cannot split {model}: {error}") from None
     check_checkpoint(name, values=True)
     check_context(architecture, config)
     if not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
@@ -186,7 +189,7 @@ def check_layers(model: str, layers: int, parallel: ParallelConfig) -> None:
     elif layers % parallel.pp:
         raise UserError(
             f"{model} has {layers} layers, which parallel.pp={parallel.pp} does not divide; choose a parallel.pp that divides "
-            f"{layers}"
+            f"{layers}, or set parallel.first_stage_layers and parallel.last_stage_layers"
         )
 
 

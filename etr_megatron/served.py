@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
 
-def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> None:
-    """Check that a server can shard the model and serves the model that is trained. tp, ep: `sglang.tp` and `sglang.ep`."""
+def check_served(model: str, architecture: Architecture, tp: int, ep: int, *, fp8: bool) -> None:
+    """Check that a server can shard the model, with `sglang.fp8` in whole blocks, and serves the model that is trained. tp, ep:
+    `sglang.tp` and `sglang.ep`.
+
+    Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
+    """
+    _check_sizes(model, architecture, tp, ep)
+    if fp8:
+        _check_fp8_blocks(architecture, tp, ep)
+
+
+def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> None:
     heads, experts = architecture.heads, architecture.experts
     if heads % tp:
         raise UserError(
@@ -46,3 +58,27 @@ def check_served(model: str, architecture: Architecture, tp: int, ep: int) -> No
             f"{model} has experts and {unserved}, which SGLang's {'Qwen3-MoE' if is_qwen else 'GLM-4.5'} does not support; "
             "set rollout.backend to embedded"
         )
+
+
+def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
+    from etr_megatron.weights import ServerLayout, weights_of
+
+    layout = ServerLayout(tp=tp, ep=ep)
+    for weight in weights_of(architecture):
+        if not weight.fp8 or weight.layer not in (0, architecture.layers - 1) or weight.expert not in (None, 0):
+            continue  # layers and experts are alike
+        for holding in layout.holdings(weight, architecture):
+            for piece in holding.shard.pieces:
+                if not _is_whole_blocks(piece.size):
+                    shape = " x ".join(map(str, piece.size))
+                    way_out = "lower sglang.tp, or raise sglang.ep for experts"
+                    if not _is_whole_blocks(weight.shapes[piece.hf]):
+                        way_out = "no sglang.tp gives such; set sglang.fp8 to false"
+                    raise UserError(
+                        f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={tp}, sglang.ep={ep}, "
+                        f"which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; {way_out}"
+                    )
+
+
+def _is_whole_blocks(shape: Sequence[int]) -> bool:
+    return not any(size % FP8_BLOCK for size in shape)

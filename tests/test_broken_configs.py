@@ -76,12 +76,12 @@ def test_a_field_of_another_kind_is_refused_by_name(hf_models, tmp_path, name, v
     ("change", "sentence"),
     [
         # transformers takes the class from model_type, a server from `architectures`
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'qwen3' is supported for the qwen3 family"),
+        ({"model_type": "llama"}, 'model_type is "llama"; only "qwen3" is supported for the qwen3 family'),
         # transformers then attends to later tokens, servers do not
-        ({"is_causal": False}, "is_causal is False; only True is supported for the qwen3 family"),
-        ({"use_sliding_window": True}, "use_sliding_window is True; only False is supported for the qwen3 family"),
-        ({"attention_bias": True}, "attention_bias is True; only False is supported for the qwen3 family"),
-        ({"mlp_bias": True}, "mlp_bias is True; only False is supported for the qwen3 family"),
+        ({"is_causal": False}, "is_causal is false; only true is supported for the qwen3 family"),
+        ({"use_sliding_window": True}, "use_sliding_window is true; only false is supported for the qwen3 family"),
+        ({"attention_bias": True}, "attention_bias is true; only false is supported for the qwen3 family"),
+        ({"mlp_bias": True}, "mlp_bias is true; only false is supported for the qwen3 family"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             'layer_types is ["full_attention", "sliding_attention"]; only',

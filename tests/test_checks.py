@@ -139,6 +139,28 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(config: Co
     assert all(name in message for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "tp", "sentence"),
+    [
+        ({}, 1, "sglang.fp8: model.layers.0.self_attn.q_proj.weight is split into parts of 64 x 48 by sglang.tp=1, "),
+        (
+            dict(hidden_size=128, head_dim=128, num_attention_heads=6, num_key_value_heads=3),
+            2,
+            "a server cannot split the model",
+        ),
+    ],
+    ids=["blocks", "heads"],
+)
+def test_what_fp8_servers_cannot_split_is_refused_before_they_are_started(
+    config: Config, hf_models: dict[str, str], tmp_path: Path, changes: dict, tp: int, sentence: str
+) -> None:
+    shipped = Path(hf_models["qwen3"], "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(shipped.read_text()) | changes))
+    asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(fp8=True, tp=tp))
+    assert refusal(asked).startswith(sentence)
+    assert "sglang.fp8" not in refusal(replace(asked, sglang=SglangConfig(tp=tp)))
+
+
 def test_a_config_that_does_not_fit_its_weights_is_refused(config: Config, hf_models: dict[str, str], tmp_path: Path) -> None:
     model = Path(hf_models["qwen3"])
     for file in model.iterdir():
@@ -170,7 +192,8 @@ def test_layers_that_stages_cannot_split_are_refused(layers: int, pp: int) -> No
     with pytest.raises(UserError) as caught:
         check_layers("m", layers, ParallelConfig(pp=pp))
     assert str(caught.value) == (
-        f"m has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}"
+        f"m has {layers} layers, which parallel.pp={pp} does not divide; choose a parallel.pp that divides {layers}, "
+        "or set parallel.first_stage_layers and parallel.last_stage_layers"
     )
 
 

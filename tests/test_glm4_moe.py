@@ -107,6 +107,25 @@ def test_the_reference_has_the_biases_too(gangs, drafting, tmp_path, kind):
         assert torch.equal(found[f"decoder.layers.{number}.mlp.router.expert_bias"], wanted[name])
 
 
+def refusal(model: str, overrides: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        build(model, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [BIASES[1], "model.layers.3.mlp.experts.5.down_proj.weight"])
+@pytest.mark.parametrize("kind", ["hf", "torch_dist"])
+def test_a_checkpoint_with_nan_is_refused_on_every_rank(gangs, hf_models, tmp_path, name, kind):
+    model = with_config(hf_models["glm4_moe"], tmp_path / "broken", {})
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    if kind == "torch_dist":
+        to_megatron(model, model := tmp_path / "megatron", Ranks())
+    for found in gangs(2).run("tests.test_glm4_moe:refusal", model=str(model), overrides=["parallel.tp=1", "parallel.ep=2"]):
+        assert found == f"{model} has NaN or infinity in {name}"
+
+
 def exported_after_updates(model: str, overrides: list[str], folder: str) -> dict[str, Tensor]:
     """The export after two updates, a checkpoint, and a resume from it in which the biases were lost."""
     from etr_megatron import checkpoint
@@ -237,17 +256,17 @@ def test_only_as_many_layers_may_follow_as_the_config_says(drafting):
     check_checkpoint(drafting)
     config = json.loads((drafting / "config.json").read_text())
     (drafting / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    with pytest.raises(UserError, match=r"unknown to the glm4_moe family with 4 layers"):
+    with pytest.raises(UserError, match=r"unknown to the glm4_moe family with 4 layers .* set num_nextn_predict_layers to"):
         check_checkpoint(drafting)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob is False; only True is supported for the glm4_moe family"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is false; only true is supported for the glm4_moe family"),
         ({"n_group": 2}, "n_group is 2; only 1 is supported"),
         ({"topk_group": 2}, "topk_group is 2; only 1 is supported"),
-        ({"attention_bias": False}, "attention_bias is False; only True is supported"),
+        ({"attention_bias": False}, "attention_bias is false; only true is supported"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1, which leaves the router without a gradient"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, more than the 6 experts"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must be 0 or a positive integer, not -1"),
@@ -281,7 +300,7 @@ def test_absent_fields_are_what_transformers_takes(hf_models, tmp_path):
     assert found.experts.shared_size == theirs.n_shared_experts * theirs.moe_intermediate_size
     assert found.experts.scaling_factor == theirs.routed_scaling_factor
     assert found.rotary_fraction == theirs.rope_parameters["partial_rotary_factor"] and found.qk_norm == theirs.use_qk_norm
-    with pytest.raises(UserError, match="attention_bias is False"):
+    with pytest.raises(UserError, match="attention_bias is false"):
         read_architecture(with_config(hf_models["glm4_moe"], tmp_path / "unbiased", {}, without=("attention_bias",)))
 
 

@@ -92,7 +92,7 @@ def edited(hf_models, tmp_path, *, config=None, tensors=None) -> str:
         ),
         ({"vocab_size": 302}, r"embed_tokens\.weight has shape \[301, 48\]"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"architectures is \['GPT2LMHeadModel'\]; supported are"),
-        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' is not supported"),
     ],
 )

@@ -201,6 +201,7 @@ def _transformers_logits(
     from etr_megatron import platform
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a table of what the model does not use, as layers for multi-token prediction
 
     if isinstance(source, Fp8Dir):
         config = AutoConfig.from_pretrained(hf)

@@ -107,8 +107,9 @@ def check_weights(config: Config) -> str:
         return "the tiny model is created when the job starts: there are no weights to check yet"
     if not Path(config.model.path).is_dir():
         return f"{config.model.path} is not here: its weights were not checked"
-    check_checkpoint(config.model.path)
-    return f"{config.model.path} has every tensor of the weight map, and no other"
+    arch = check_checkpoint(config.model.path)
+    others = ", and layers for multi-token prediction, which are left out" if arch.mtp_layers else ", and no other"
+    return f"{config.model.path} has every tensor of the weight map{others}"
 
 
 def check_problems(config: Config) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config, resolve
-from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout
@@ -17,9 +15,10 @@ from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, s
 from etr_megatron.planner.parameters import total_parameters
 from etr_megatron.planner.speed import StepTime, step_time
 from etr_megatron.planner.workload import Workload, workload_of
+from etr_megatron.served import check_served
 
 if TYPE_CHECKING:
-    from etr_megatron.weights import Architecture, ServerLayout
+    from etr_megatron.weights import Architecture
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def make_plan(
     work = workload_of(config, cluster, prompt, response)
     try:
         if config.rollout.backend == "sglang":
-            check_server(config.model.path, arch, server_layout(config, cluster), fp8=config.sglang.fp8)
+            layout = server_layout(config, cluster)
+            check_served(config.model.path, arch, layout.tp, layout.ep, fp8=config.sglang.fp8)
         server = server_memory(arch, config, cluster, gpu_memory)
         ranks = rank_memory(arch, config, cluster, work, server)
     except ValueError as error:
@@ -168,32 +168,3 @@ def check_model_fits_layout(arch: Architecture, config: Config) -> None:
     assert config.parallel.tp != "auto"
     check_architecture(config.model.path, arch, config, config.parallel.tp)
     check_context(arch, config)
-
-
-def check_server(model: str, arch: Architecture, layout: ServerLayout, *, fp8: bool) -> None:
-    """Check that a server can shard the model, in FP8 along whole blocks, and serves the model that is trained.
-
-    Raises UserError if not, and ValueError for a matrix that cannot be sharded at all.
-    """
-    from etr_megatron.served import check_served
-    from etr_megatron.weights import weights_of
-
-    check_served(model, arch, layout.tp, layout.ep)
-    for weight in weights_of(arch) if fp8 else ():
-        if not weight.fp8 or weight.layer not in (0, arch.layers - 1) or weight.expert not in (None, 0):
-            continue  # layers and experts are alike
-        for holding in layout.holdings(weight, arch):
-            for piece in holding.shard.pieces:
-                if not _is_whole_blocks(piece.size):
-                    shape = " x ".join(map(str, piece.size))
-                    way_out = "lower sglang.tp, or raise sglang.ep for experts"
-                    if not _is_whole_blocks(weight.shapes[piece.hf]):
-                        way_out = "no sglang.tp gives such; set sglang.fp8 to false"
-                    raise UserError(
-                        f"sglang.fp8: {weight.hf[piece.hf]} is split into parts of {shape} by sglang.tp={layout.tp}, "
-                        f"sglang.ep={layout.ep}, which are not whole blocks of {FP8_BLOCK} x {FP8_BLOCK}; {way_out}"
-                    )
-
-
-def _is_whole_blocks(shape: Sequence[int]) -> bool:
-    return not any(size % FP8_BLOCK for size in shape)

@@ -95,7 +95,7 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     if not plan.server_fits:
         yield f"servers DO NOT FIT: {_server_misfit(plan)}"
     if plan.fits and advice:
-        yield "would also fit, and be faster:"
+        yield "would also fit, and may be faster:"
     for suggestion in advice:
         end = "fits" if suggestion.fits else "does not fit"
         least = "" if suggestion.is_counted else "at least "

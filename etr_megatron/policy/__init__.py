@@ -10,6 +10,8 @@ from etr_megatron import platform
 platform.prepare_megatron()
 # It warns at creation; bad results raise exceptions anyway.
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+# At a pipeline stage without experts, it warns of their optimizer's state, which is not there.
+logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)
 
 from etr_megatron.policy.batch import PolicyBatch  # noqa: E402
 from etr_megatron.policy.parallel import Layout, configured_layout, init_layout, init_world  # noqa: E402

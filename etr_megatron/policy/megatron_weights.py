@@ -16,11 +16,20 @@ from torch.distributed.checkpoint import CheckpointException
 
 from etr_megatron import platform
 from etr_megatron.errors import UserError
-from etr_megatron.policy.model import PolicyModel, build_chunks, load_hf_weights, weights_in
+from etr_megatron.platform.together import together
+from etr_megatron.policy.model import (
+    PolicyModel,
+    build_chunks,
+    load_hf_weights,
+    own_parameters,
+    plain_values,
+    weights_in,
+)
 from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
+from etr_megatron.weights.listing import listed
 
 _INITIAL_VALUES = ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val")
 """Attributes that Transformer Engine adds to a weight that it creates in FP8."""
@@ -30,18 +39,27 @@ def load_weights(models: Sequence[Sequence[PolicyModel]], checkpoint_dir: str | 
     """Copy this rank's shards of a checkpoint into the parameters of every model (in place; each model is its list of chunks).
     A collective: only one of the ranks that hold a shard reads it.
 
-    Raises UserError, on every rank, if the checkpoint does not fit the model or cannot be read.
+    Raises UserError, on every rank, if the checkpoint does not fit the model, cannot be read, or has NaN or infinity.
     """
     if is_torch_dist(checkpoint_dir):
         load_megatron_weights(models, checkpoint_dir)
     else:
         load_hf_weights(models, open_checkpoint(checkpoint_dir))
+    together(lambda: _refuse_not_finite(models[0], checkpoint_dir))
     for parameter in (parameter for chunks in models for chunk in chunks for parameter in chunk.parameters()):
         # Transformer Engine keeps the random initial values of an FP8 weight, and the optimizer would start from them. Without
         # the methods it starts from the weight; after TE's `clear_high_precision_init_val` alone it would fail on a None.
         for name in _INITIAL_VALUES:
             if hasattr(parameter, name):
                 delattr(parameter, name)
+
+
+@torch.no_grad()
+def _refuse_not_finite(chunks: Sequence[PolicyModel], checkpoint_dir: str | Path) -> None:
+    own = own_parameters(chunks).values()
+    broken = [weight.hf[0] for weight, values in own if not plain_values(values).isfinite().all()]
+    if broken:
+        raise UserError(f"{checkpoint_dir} has NaN or infinity in {listed(broken)}")
 
 
 @torch.no_grad()

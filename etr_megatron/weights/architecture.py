@@ -107,7 +107,8 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
         wanted["attention_bias"] = True
     for key, value in wanted.items():
         if config.get(key, value) != value:
-            raise UserError(f"{source}: {key} is {config[key]!r}; only {value!r} is supported for the {family} family")
+            found, only = spelled(config[key]), spelled(value)
+            raise UserError(f"{source}: {key} is {found}; only {only} is supported for the {family} family")
     window = config.get("sliding_window", 4096)  # transformers' default
     if family == "mistral" and window is not None:
         raise UserError(f"{source}: sliding_window is {spelled(window)}; only null is supported for the mistral family")

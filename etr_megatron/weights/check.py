@@ -130,6 +130,8 @@ def _refuse_difference(
         (f"{_tensors(extra)} unknown to the {arch.family} family with {arch.layers} layers", extra, LIMIT),
     )
     problems = [f"{what} ({listed(names, limit=limit)})" for what, names, limit in kinds if names]
+    if arch.family == "glm4_moe" and any(name.startswith(f"model.layers.{arch.layers}.") for name in extra):
+        problems.append("if they are a layer for multi-token prediction, set num_nextn_predict_layers to their number")
     if problems:
         raise UserError(f"{path}: config.json does not fit the weights: {'; '.join(problems)}")
 

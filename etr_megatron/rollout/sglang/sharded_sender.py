@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from etr_megatron.rollout.engine import WeightSource
+from etr_megatron.rollout.engine import OtherModelError, WeightSource
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.commands import LOADER
@@ -106,7 +106,7 @@ class ShardedSender:
         self._transport: ShardedTransport | None = None
 
     def send(self, weights: WeightSource, version: int) -> None:
-        """See `Sender.send`."""
+        """See `Sender.send`. Raises OtherModelError if all servers refuse the weights as those of another model."""
         while not self._try(weights, version):
             pass
 
@@ -126,9 +126,10 @@ class ShardedSender:
         except RuntimeError as failure:  # a SyncError, or torch's error for a group that was not formed
             error = failure
             self._leave()
-        lost = on_rank0(
-            lambda: of_rank0(self._calls).settle(error is not None, self._refusals(offer) if error is not None else {})
-        )
+        refusals = on_rank0(lambda: self._refusals(offer)) if error is not None else {}
+        lost = on_rank0(lambda: of_rank0(self._calls).settle(error is not None, refusals))
+        if refusals and len(refusals) == len(members):  # they would refuse again after a restart
+            raise OtherModelError(f"{next(iter(refusals.values()))}; or use another sglang.sync than sharded")
         if error is not None and not lost:
             raise error
         return error is None
