@@ -1,0 +1,69 @@
+"""Models that servers cannot split, or do not serve, are refused before any server is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etr_megatron.config import Config, RolloutConfig, SglangConfig
+from tests.test_checks import config, refusal, with_model
+
+__all__ = ["config"]  # a fixture
+
+
+def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_started(config: Config, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "models" / "Qwen2.5-Math-7B" / "config.json"
+    (tmp_path / "config.json").write_text(shipped.read_text())
+    rollout, sglang = RolloutConfig(backend="sglang"), SglangConfig(tp=8)
+    message = refusal(replace(with_model(config, tmp_path), rollout=rollout, sglang=sglang))
+    assert "has 28 attention heads, which sglang.tp=8 does not divide, and a server would refuse to start" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "servers", "sentence"),
+    [
+        ("qwen3", dict(tp=2, ep=2), "has no experts to spread over sglang.ep=2; set sglang.ep to 1"),
+        ("qwen3_moe", dict(tp=4, ep=4), "has 6 experts, which sglang.ep=4 does not divide, and a server would refuse to start"),
+        ("qwen3_moe_wide", dict(tp=4, ep=2), "has experts of width 27, which the 2 ranks of each (sglang.tp=4 / sglang.ep=2)"),
+        ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), which SGLang's"),
+        ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's Qwen3-MoE does"),
+        ("glm4_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's GLM-4.5 does"),
+        ("glm4_moe_wide", dict(tp=4, ep=4), "has a shared expert of width 42, which sglang.tp=4 does not divide, and a server"),
+    ],
+)
+def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they_are_started(
+    config: Config, hf_models: dict[str, str], tmp_path: Path, family: str, servers: dict, sentence: str
+) -> None:
+    changes = {
+        "qwen3_moe_wide": {"moe_intermediate_size": 27},
+        "qwen3_moe_tied": {"tie_word_embeddings": True},
+        "glm4_moe_wide": {"n_routed_experts": 8, "moe_intermediate_size": 21},
+        "glm4_moe_tied": {"tie_word_embeddings": True},
+    }.get(family, {})
+    shipped = hf_models[family.rsplit("_", 1)[0] if changes else family]
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(Path(shipped, "config.json").read_text()) | changes))
+    asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(**servers))
+    assert f"the model in {tmp_path} {sentence}" in refusal(asked)
+    embedded = refusal(replace(asked, rollout=RolloutConfig()))
+    assert "SGLang" not in embedded and "sglang." not in embedded
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "sentence"),
+    [
+        ({}, 1, "sglang.fp8: model.layers.0.self_attn.q_proj.weight is split into parts of 64 x 48 by sglang.tp=1, "),
+        (dict(hidden_size=128, head_dim=128, intermediate_size=127), 2, "a server cannot split the model"),
+    ],
+    ids=["blocks", "rows"],
+)
+def test_what_fp8_servers_cannot_split_is_refused_before_they_are_started(
+    config: Config, hf_models: dict[str, str], tmp_path: Path, changes: dict, tp: int, sentence: str
+) -> None:
+    shipped = Path(hf_models["qwen3"], "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(shipped.read_text()) | changes))
+    asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(fp8=True, tp=tp))
+    assert refusal(asked).startswith(sentence)
+    assert "sglang.fp8" not in refusal(replace(asked, sglang=SglangConfig(tp=tp)))
