@@ -32,16 +32,15 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM, then SIGKILL, until the group has no process."""
-    deadline = time.monotonic() + grace_s
-    _signal_group(server.pid, signal.SIGTERM)
-    while time.monotonic() < deadline:
-        server.poll()  # a zombie would count as a member of the group
-        if not _signal_group(server.pid, 0):
-            return
-        time.sleep(_POLL_S)
-    _signal_group(server.pid, signal.SIGKILL)
-    server.wait()
+    """SIGTERM, then SIGKILL, until the group has no process: schedulers hold GPU memory until they have ended."""
+    for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s / 2)):
+        deadline = time.monotonic() + wait_s
+        _signal_group(server.pid, number)
+        while time.monotonic() < deadline:
+            server.poll()  # a zombie would count as a member of the group
+            if not _signal_group(server.pid, 0):
+                return
+            time.sleep(_POLL_S)
 
 
 def main() -> int:
