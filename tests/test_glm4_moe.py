@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from etr_megatron.checks import check_architecture
 from etr_megatron.config import load_config
-from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
+from etr_megatron.convert import Ranks, to_hf, to_megatron
 from etr_megatron.errors import UserError
 from etr_megatron.weights import (
     ServerLayout,
@@ -200,7 +200,7 @@ def test_checksums_of_a_bf16_sync_see_every_bit_of_the_biases(hf_models):
         assert one != two
 
 
-def test_conversion_keeps_the_biases_in_fp32_and_leaves_out_layers_that_draft(drafting, tmp_path):
+def test_conversion_keeps_the_biases_in_fp32_and_leaves_out_layers_that_draft(gangs, drafting, tmp_path):
     to_megatron(drafting, tmp_path / "megatron", Ranks(), torch.bfloat16)
     stored = TorchDistDir(tmp_path / "megatron")
     assert stored.dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
@@ -213,7 +213,7 @@ def test_conversion_keeps_the_biases_in_fp32_and_leaves_out_layers_that_draft(dr
     assert after.keys() == {name for name in before if ".layers.4." not in name}
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
-    found = verify(drafting, tmp_path / "megatron", Ranks())
+    (found,) = gangs(1).run("tests.convert_jobs:verified", hf=str(drafting), megatron=str(tmp_path / "megatron"))
     assert found.same and found.logits is not None and found.logits[0] < 1e-4
 
 

@@ -42,11 +42,11 @@ def test_run_etr_is_valid_python(tmp_path: Path) -> None:
 
 # A single write, because two ranks share the pipe and print() would write in parts.
 FAKE_TRAIN = """
-import os
+import os, sys
 from pathlib import Path
 
-def main(argv):
-    os.write(1, f"train got {argv} from {Path(__file__).parents[1].name}\\n".encode())
+def main():
+    os.write(1, f"train got {sys.argv[1:]} from {Path(__file__).parents[1].name}\\n".encode())
     return 7
 """
 
@@ -58,6 +58,8 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / "checkout" / folder).mkdir(parents=True)
     (tmp_path / "checkout" / "etr_megatron" / "__init__.py").write_text("")
     (tmp_path / "checkout" / "etr_megatron" / "train.py").write_text(FAKE_TRAIN)
+    for module in ("status", "errors"):
+        shutil.copy(REPO / "etr_megatron" / f"{module}.py", tmp_path / "checkout" / "etr_megatron")
     shutil.copy(RUN, tmp_path / "checkout" / "examples" / RUN.name)
     return tmp_path / "checkout"
 

@@ -135,7 +135,8 @@ def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_
 @pytest.mark.parametrize(
     ("shared", "sync", "given", "told"),
     [
-        (None, "sharded", (), False),
+        (None, "sharded", (), True),
+        (None, "broadcast", (), False),
         (1, "sharded", (), True),
         (1, "broadcast", (), False),
         (2, "broadcast", (), True),
@@ -143,9 +144,11 @@ def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_
     ],
 )
 def test_a_shared_expert_has_parameters_of_its_own_where_the_sync_needs_them(tmp_path, shared, sync, given, told):
-    (tmp_path / "config.json").write_text(json.dumps({"n_shared_experts": shared}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4_moe", "n_shared_experts": shared}))
     arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
     assert ("--disable-shared-experts-fusion" in arguments) == told
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    assert "--disable-shared-experts-fusion" not in command_of(tmp_path, sync=sync, arguments=given).arguments
 
 
 def test_settings_become_arguments_and_the_users_come_last(tmp_path):

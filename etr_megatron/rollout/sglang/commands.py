@@ -141,7 +141,9 @@ def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
 
     On GPUs SGLang appends it to the routed experts, whose shapes then are not those of the plan; it refuses to load two.
     """
-    shared = model.get("n_shared_experts", int(model.get("model_type") == "glm4_moe"))  # transformers' default
+    shared = model.get("n_shared_experts")
+    if shared is None:
+        shared = 1 if model.get("model_type") == "glm4_moe" else 0  # transformers' default
     needed = shared > 1 or (shared == 1 and sync_of(config) == "sharded")
     given = {_UNFUSED, "--enforce-shared-experts-fusion"} & set(names_of(config.arguments))
     return [_UNFUSED] if needed and not given else []
