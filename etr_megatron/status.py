@@ -99,7 +99,9 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except SystemExit as leaving:  # raised by argparse after --help
-        code = leaving.code if isinstance(leaving.code, int) else 0
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         with suppress(Exception):  # stderr is full, closed or None
             traceback.print_exc()

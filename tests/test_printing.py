@@ -120,3 +120,9 @@ run_and_leave(main)
 def test_a_rank_whose_errors_go_nowhere_still_ends_without_that_shutdown() -> None:
     program = "import atexit, os; atexit.register(os.abort); from etr_megatron.status import run_and_leave\n"
     assert run("-c", f"{program}run_and_leave(lambda: 1 // 0)", redirect="2>/dev/full").returncode == 1
+
+
+@pytest.mark.parametrize(("argument", "code", "told"), [("", 0, ""), ("3", 3, ""), ("'why'", 1, "why\n")])
+def test_what_a_rank_passes_to_sys_exit_is_its_end(argument: str, code: int, told: str) -> None:
+    done = run("-c", f"import sys; from etr_megatron.status import run_and_leave; run_and_leave(lambda: sys.exit({argument}))")
+    assert (done.returncode, done.stderr) == (code, told)

@@ -104,7 +104,7 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
         wanted["attention_bias"] = False
     if family == "glm4_moe":
         config = {"attention_bias": False, **config}  # transformers' default
-        wanted["attention_bias"] = True
+        wanted |= {"attention_bias": True, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}
     for key, value in wanted.items():
         if config.get(key, value) != value:
             found, only = spelled(config[key]), spelled(value)

@@ -49,7 +49,7 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
 
 def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
-    found = {name: shape for name, shape in checkpoint.shapes().items() if not _is_unused(name, arch)}
+    found = _used(checkpoint, arch)
     embedding, head = hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)
     if arch.tied_embeddings and head in found:  # some checkpoints store it twice
         wanted[head] = wanted[embedding]
@@ -57,11 +57,16 @@ def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
     _refuse_integers(checkpoint, wanted)
 
 
-def _is_unused(name: str, arch: Architecture) -> bool:
-    """Whether a checkpoint's tensor is of no use here: rotary frequencies and layers for multi-token prediction."""
+def _used(checkpoint: SafetensorsDir | TorchDistDir, arch: Architecture) -> dict[str, Index]:
+    """Shapes of a checkpoint's tensors but rotary frequencies and layers for multi-token prediction."""
     drafts = tuple(f"model.layers.{arch.layers + number}." for number in range(arch.mtp_layers))
-    by_megatron = arch.mtp_layers > 0 and name.startswith("mtp.")
-    return name.endswith("rotary_emb.inv_freq") or name.startswith(drafts) or by_megatron
+    if drafts:
+        drafts += ("mtp.",)  # Megatron's name
+    return {
+        name: shape
+        for name, shape in checkpoint.shapes().items()
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(drafts)
+    }
 
 
 def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> None:
@@ -82,7 +87,7 @@ def _refuse_head_of_its_own(checkpoint: SafetensorsDir, arch: Architecture) -> N
 def check_torch_dist(checkpoint: TorchDistDir, arch: Architecture) -> None:
     """As `check_checkpoint`, for a `torch_dist` directory and a given architecture. Raises UserError."""
     wanted = stored_shapes(arch)
-    found = {name: shape for name, shape in checkpoint.shapes().items() if not _is_unused(name, arch)}
+    found = _used(checkpoint, arch)
     for weight in weights_of(arch):
         # How many rows of padding a vocabulary has depends on the layout that wrote it.
         name = weight.stored

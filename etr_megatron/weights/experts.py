@@ -13,7 +13,6 @@ from etr_megatron.weights.hf_config import (
     optional_layers,
     positive_int,
     positive_number,
-    spelled,
 )
 
 
@@ -57,10 +56,6 @@ def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Exp
 
 def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
     """A field that is absent has transformers' default. Raises UserError."""
-    for name, supported in {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}.items():
-        if config.get(name, supported) != supported:
-            found, only = spelled(config[name]), spelled(supported)
-            raise UserError(f"{source}: {name} is {found}; only {only} is supported for the glm4_moe family")
     count = positive_int(config, "n_routed_experts", source)
     per_token = _per_token(config, count, source)
     if per_token == 1:
