@@ -7,11 +7,18 @@ fields are `array`s, which take less than a fifth of a list's memory: every rank
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import compress, groupby
+from typing import Any, Literal, NamedTuple, TypeVar
 
-FinishReason = Literal["stop", "length", "abort"]
+T = TypeVar("T")
+
+FinishReason = Literal["stop", "length", "abort", "turn"]
 RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
+EnvironmentStatus = Literal["ok", "timeout", "error"]
+Message = dict[str, str]
+"""A chat message: `role` and `content`."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
 """A model directory with a tokenizer has at least one of these."""
@@ -28,7 +35,8 @@ class Problem:
     prompt: the user's text, before the chat template; the last message if there are several.
     answer: the reference answer as the verifier expects it.
     prompt_ids: token ids of the templated prompt, the engine's input.
-    extra: further columns by name, plain JSON values, for a custom reward function.
+    extra: further columns by name, plain JSON values, for a custom reward function or environment.
+    messages: with an environment, the chat messages that `prompt_ids` were made from; else empty.
     """
 
     id: str
@@ -36,25 +44,31 @@ class Problem:
     answer: str
     prompt_ids: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Sample:
-    """One response to a prompt.
+    """One response to a prompt: what the model drew and, with an environment, the replies between its turns.
 
     index: position in its group; together with the group, it seeds the sampling.
-    response_ids: generated token ids, the end-of-sequence token included when `finish_reason` is "stop".
+    response_ids: all token ids after the prompt, the end-of-sequence token included when `finish_reason` is "stop".
     rollout_logprobs: natural-log probability of each response token under the engine's *tempered* distribution (before
-        top-p/top-k), same length as `response_ids`.
-    finish_reason: "abort" marks an unfinished response; no such response is in a group that is trained on.
+        top-p/top-k), same length as `response_ids`; 0 for tokens of replies.
+    finish_reason: "abort" marks an unfinished response, "turn" one that waits for the environment's reply; no such response is
+        in a group that is trained on.
     weight_version: version of the weights that its last token was drawn from.
     weight_versions: the version of each token if the response was continued after a weight sync; else empty.
     routing: with routing replay, the experts that the engine chose, flattened from [token, MoE layer, expert of the token].
         Covers the prompt and the response without its last token; shorter or empty if the engine did not report them all.
         Rank 0 has it; other ranks may not have that of samples they did not draw themselves.
     reward_parts: further numbers of the user's reward function, by name.
+    loss_mask: of each response token, 1 if the model drew it, 0 if it belongs to a reply; empty if the model drew all.
+    messages: with an environment, the model's turns and the replies, in order; else empty.
+    environment_status: with an environment, how its last call for this response went; None if there was none.
 
-    response_ids, rollout_logprobs and weight_versions may be any sequences; they are stored as arrays of type "i", "d" and "i".
+    response_ids, rollout_logprobs, weight_versions and loss_mask may be any sequences; they are stored as arrays of type "i",
+    "d", "i" and "B".
     """
 
     index: int
@@ -68,11 +82,15 @@ class Sample:
     weight_versions: array[int] = field(default_factory=lambda: array("i"))
     routing: array[int] = field(default_factory=lambda: array("B"))
     reward_parts: dict[str, float] = field(default_factory=dict)
+    loss_mask: array[int] = field(default_factory=lambda: array("B"))
+    messages: list[Message] = field(default_factory=list)
+    environment_status: EnvironmentStatus | None = None
 
     def __post_init__(self) -> None:
         self.response_ids = array("i", self.response_ids)
         self.rollout_logprobs = array("d", self.rollout_logprobs)
         self.weight_versions = array("i", self.weight_versions)
+        self.loss_mask = array("B", self.loss_mask)
 
     def known_reward(self) -> float:
         """The reward, of a sample that has been graded."""
@@ -82,6 +100,33 @@ class Sample:
     def token_versions(self) -> array[int]:
         """Version of the weights that each response token was drawn from."""
         return self.weight_versions or array("i", [self.weight_version]) * len(self.response_ids)
+
+    @property
+    def drawn(self) -> int:
+        """Number of response tokens that the model drew."""
+        return sum(self.loss_mask) if self.loss_mask else len(self.response_ids)
+
+    @property
+    def turns(self) -> int:
+        """Number of the model's turns: runs of tokens that it drew."""
+        return sum(is_drawn for is_drawn, _ in groupby(self.loss_mask)) if self.loss_mask else 1
+
+    def of_drawn(self, values: Sequence[T]) -> Sequence[T]:
+        """Of one value per response token, those of the tokens that the model drew."""
+        return list(compress(values, self.loss_mask)) if self.loss_mask else values
+
+
+class TokenSequence(NamedTuple):
+    """A sample's tokens as the policy sees them. loss_mask: see `Sample`; only tokens that the model drew are predicted."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+    loss_mask: Sequence[int] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of predicted tokens."""
+        return sum(self.loss_mask) if self.loss_mask else len(self.response)
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ AT_LEAST: dict[str, int] = {
     "arithmetic.eval_problems": 1,
     "arithmetic.seed": 0,
     "data.max_prompt_tokens": 1,
+    "environment.max_turns": 1,
+    "environment.workers": 1,
     "reward.workers": 1,
     "reward.overlong_buffer": 0,
     "rollout.prompts_per_step": 1,
@@ -64,6 +66,7 @@ AT_LEAST: dict[str, int] = {
 POSITIVE = (
     "run.phase_timeout_s",
     "tiny.warm_start_lr",
+    "environment.timeout_s",
     "reward.timeout_s",
     "rollout.temperature",
     "sglang.startup_timeout_s",
@@ -93,6 +96,7 @@ NOT_NEGATIVE = (
 SECONDS = (
     "run.phase_timeout_s",
     "run.stop_grace_s",
+    "environment.timeout_s",
     "reward.timeout_s",
     "sglang.startup_timeout_s",
     "sglang.request_timeout_s",
@@ -103,7 +107,8 @@ LONGEST_S = 1e6
 """Maximum of a wait, eleven days: the system and torch count milliseconds in 32 bits."""
 AT_MOST = {
     "arithmetic.max_digits": 1000,  # Python does not print integers of more than 4300 digits
-    "reward.workers": 1024,  # processes on rank 0's machine
+    "environment.workers": 1024,  # processes on rank 0's machine
+    "reward.workers": 1024,
 }
 
 SHORTEST_MEETING_S = 1.0
@@ -125,6 +130,7 @@ NOT_EMPTY = (
     "data.eval_split",
     "data.prompt_column",
     "data.answer_column",
+    "environment.role",
     "reward.extract",
     "arithmetic.operators",
 )

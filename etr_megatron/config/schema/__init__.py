@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from etr_megatron.config.schema.data import ArithmeticConfig, DataConfig, RewardConfig
+from etr_megatron.config.schema.data import ArithmeticConfig, DataConfig, EnvironmentConfig, RewardConfig
 from etr_megatron.config.schema.fp8 import Fp8Config
 from etr_megatron.config.schema.model import ModelConfig, ParallelConfig, TinyConfig
 from etr_megatron.config.schema.objective import ObjectiveConfig
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "Fp8Config",
     "ModelConfig",
@@ -41,6 +42,7 @@ class Config:
     tiny: TinyConfig = field(default_factory=TinyConfig)
     arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sglang: SglangConfig = field(default_factory=SglangConfig)

@@ -62,12 +62,31 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentConfig:
+    """What answers the model between its turns: tools, a simulated user, a game."""
+
+    function: str | None = None
+    """Your function as `package.module:function`, called as `f(messages, answer, columns)` after each of the model's turns.
+    `messages` are all chat messages so far, the last one the model's; `columns` is a dict of `reward.columns`. It returns the
+    reply, as text or as a list of messages, or None, which ends the response. null: a response is a single turn."""
+    max_turns: int = 8
+    """Most turns of the model. A response that would go on after them counts as truncated (finish reason `length`)."""
+    role: str = "user"
+    """Role of a reply that is returned as text: `user`, `tool`, or another one of the tokenizer's chat template."""
+    workers: int = 8
+    """Processes that call the function, each for one response at a time."""
+    timeout_s: float = 30.0
+    """Wall-clock limit per call. The process of a stuck call is killed and replaced, and the response ends without a reply."""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """The verifier."""
 
     function: str = "math"
     """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer)`.
-    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`)."""
+    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`). With an
+    environment, `response` is the model's last turn, and a parameter named `messages` gets all chat messages."""
     columns: tuple[str, ...] = ()
     """More columns (`outer.inner` in a nested one) for your own function, which is then called as
     `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, a whole held-out set or one of several

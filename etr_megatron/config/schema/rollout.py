@@ -17,7 +17,7 @@ class RolloutConfig:
     samples_per_prompt: int = 8
     """Responses per group."""
     max_response_tokens: int = 256
-    """Token limit of a response; generation stops there with finish reason `length`."""
+    """Token limit of a response, with the replies of an environment; generation stops there with finish reason `length`."""
     temperature: float = 1.0
     """Sampling temperature; the policy's log-probs are computed at the same temperature."""
     top_p: float = 1.0
@@ -28,6 +28,9 @@ class RolloutConfig:
     """Tokens, by their text, that end a response, also in evaluations, besides the end-of-sequence tokens of the tokenizer and
     generation_config.json: `["<|im_end|>"]`, for a base model that is prompted by a chat template. They stay in the response;
     the reward function sees those that are not special tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a turn of the model, also in evaluations, wherever they begin and end in its tokens: `["</search>"]`. The
+    response keeps the text, and the token in which it ends."""
     batch_samples: int = 64
     """Responses that the embedded engine decodes together. Batches are formed before they are spread over ranks, so results do
     not depend on the layout."""
