@@ -11,7 +11,9 @@ from etr_megatron.data import named
 from etr_megatron.metrics import response_metrics
 from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
+from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.engine import MustStop
+from etr_megatron.rollout.rounds import draw_further_turns
 from etr_megatron.types import Group, Problem
 
 WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
@@ -43,11 +45,12 @@ def evaluate(
     *,
     decode: Decode,
     grader: Grader | None,
+    dialogues: Dialogues | None = None,
     must_stop: MustStop,
     with_servers: WithServers,
 ) -> dict[str, list[Group]]:
     """Graded responses to all held-out problems under the engine's current weights, by set. A collective; only rank 0 needs
-    `grader`, and other ranks may get responses without their tokens.
+    `grader` and, with an environment, `dialogues`; other ranks may get responses without their tokens.
 
     Raises UngradedError and the errors of `engine.generate`.
     """
@@ -60,7 +63,14 @@ def evaluate(
         seed=config.run.seed,
         step=-1,  # the same seeds at every evaluation, distinct from those of training steps
     )
-    groups = with_servers(lambda: generate_groups(engine, held_out.problems, sampling, must_stop))
+
+    def drawn() -> list[Group]:
+        groups = generate_groups(engine, held_out.problems, sampling, must_stop)
+        if config.environment.function is not None:
+            draw_further_turns(engine, groups, sampling, dialogues, must_stop)
+        return groups
+
+    groups = with_servers(drawn)
     grade_groups(groups, decode, grader)
     rest = iter(groups)
     return {name: [next(rest) for _ in problems] for name, problems in held_out.sets.items()}

@@ -38,7 +38,14 @@ def open_sets(config: Config, tokenizer: PreTrainedTokenizerBase, *, report: boo
 
 def _problems(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase, *, report: bool) -> ProblemSet:
     """The problems of a source; prints how many rows were skipped and why."""
-    found = open_problems(source, config.data, config.arithmetic, tokenizer, config.reward.columns)
+    found = open_problems(
+        source,
+        config.data,
+        config.arithmetic,
+        tokenizer,
+        config.reward.columns,
+        with_messages=config.environment.function is not None,
+    )
     if report and (found.skipped_too_long or found.skipped_broken):
         print(
             f"{source.key}: {len(found)} problems; left out {found.skipped_too_long} over data.max_prompt_tokens="

@@ -116,6 +116,16 @@ class Sample:
         return list(compress(values, self.loss_mask)) if self.loss_mask else values
 
 
+def insert(sample: Sample, ids: Sequence[int]) -> None:
+    """Append tokens that the model did not draw (in place; the caller owns the sample)."""
+    versions = sample.token_versions()
+    sample.loss_mask = (sample.loss_mask or array("B", [1]) * len(sample.response_ids)) + array("B", [0]) * len(ids)
+    sample.response_ids.extend(ids)
+    sample.rollout_logprobs.extend([0.0] * len(ids))
+    if sample.weight_versions:
+        sample.weight_versions = versions + versions[-1:] * len(ids)
+
+
 class TokenSequence(NamedTuple):
     """A sample's tokens as the policy sees them. loss_mask: see `Sample`; only tokens that the model drew are predicted."""
 

@@ -4,12 +4,14 @@ from etr_megatron.data.columns import columns_without_values, refuse_columns_of_
 from etr_megatron.data.cursor import PromptCursor
 from etr_megatron.data.problems import ProblemSet, named, open_problems, refuse_unknown_tokens, set_of
 from etr_megatron.data.prompts import check_tokenizer, load_tokenizer, stop_token_ids
+from etr_megatron.data.replies import ReplyTokenizer
 from etr_megatron.data.rows import usable_rows
 from etr_megatron.data.tiny import build_tiny_policy, tiny_policy_path
 
 __all__ = [
     "ProblemSet",
     "PromptCursor",
+    "ReplyTokenizer",
     "build_tiny_policy",
     "check_tokenizer",
     "columns_without_values",

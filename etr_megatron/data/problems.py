@@ -86,10 +86,12 @@ def open_problems(
     arithmetic: ArithmeticConfig,
     tokenizer: PreTrainedTokenizerBase,
     extra: tuple[str, ...] = (),
+    *,
+    with_messages: bool = False,
 ) -> ProblemSet:
     """Read a source, apply the templates, tokenize, and leave out what is broken or too long.
 
-    extra: `reward.columns`, to be kept in the problems.
+    extra: `reward.columns`, to be kept in the problems. with_messages: keep the chat messages, for an environment.
 
     Raises:
         UserError: `read_rows` or `tokenize_prompts` raised it, or no problem is left.
@@ -102,7 +104,8 @@ def open_problems(
         if len(ids) > config.max_prompt_tokens:
             too_long += 1
             continue
-        problems.append(Problem(row.id, messages[-1]["content"], row.answer, list(ids), row.extra))
+        kept = messages if with_messages else []
+        problems.append(Problem(row.id, messages[-1]["content"], row.answer, list(ids), row.extra, kept))
     if not problems:
         raise UserError(
             f"{source.key}: all {too_long} prompts of {source.location!r} are longer than "

@@ -12,6 +12,7 @@ from jinja2.exceptions import TemplateError
 
 from etr_megatron.config.schema import Config, DataConfig
 from etr_megatron.data.columns import Messages
+from etr_megatron.data.replies import ReplyTokenizer, template_arguments
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import refuse_all
 from etr_megatron.types import TOKENIZER_FILES
@@ -96,7 +97,7 @@ def tokenize_prompts(
         return tokenizer([messages[0]["content"] for messages in conversations])["input_ids"]
     try:
         texts = tokenizer.apply_chat_template(
-            list(conversations), add_generation_prompt=True, tokenize=False, **config.chat_template_kwargs
+            list(conversations), add_generation_prompt=True, tokenize=False, **template_arguments(config)
         )
     except TemplateError as error:
         change = "data.chat_template_kwargs, " if config.chat_template_kwargs else ""
@@ -110,16 +111,20 @@ def tokenize_prompts(
 
 def _check_arguments(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError for a name in `data.chat_template_kwargs` that is the job's own, or that is nowhere in the template,
-    which would pass over it in silence."""
-    if not config.chat_template_kwargs:
+    which would pass over it in silence; the same for `data.tools`."""
+    for key in ("chat_template_kwargs", "tools"):
+        if getattr(config, key) and not (config.chat_template and tokenizer.chat_template):
+            raise UserError(f"data.{key} is set but {_WITHOUT_TEMPLATE}: remove it")
+    if not (config.chat_template_kwargs or config.tools):
         return
-    if not (config.chat_template and tokenizer.chat_template):
-        raise UserError(f"data.chat_template_kwargs is set but {_WITHOUT_TEMPLATE}: remove it")
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=[] if config.tools else None)
+    if config.tools and not re.search(r"\btools\b", template):
+        raise UserError("data.tools is set, but the tokenizer's chat template describes no tools: remove it")
     own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in config.chat_template_kwargs:
         if name in own:
-            raise UserError(f"data.chat_template_kwargs: {name!r} is set by the job; remove it")
+            instead = "give them in data.tools" if name == "tools" else "remove it"
+            raise UserError(f"data.chat_template_kwargs: {name!r} is set by the job; {instead}")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(
                 f"data.chat_template_kwargs: {name!r} is not an argument of the tokenizer's chat template; remove it"
@@ -142,7 +147,14 @@ def stop_token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 def check_tokenizer(config: Config) -> None:
     """Check what the config asks of the tokenizer, before a job starts. Nothing is checked for `tiny`, which may not be there
     yet, or for another model that is not there. Raises UserError with every problem."""
-    if not Path(config.model.path).is_dir() or not (config.rollout.stop_tokens or config.data.chat_template_kwargs):
+    data, environment = config.data, config.environment
+    if not Path(config.model.path).is_dir():
+        return
+    if not (config.rollout.stop_tokens or data.chat_template_kwargs or data.tools or environment.function):
         return
     tokenizer = load_tokenizer(config.model.path)
-    refuse_all(lambda: stop_token_ids(config.rollout.stop_tokens, tokenizer), lambda: _check_arguments(config.data, tokenizer))
+    refuse_all(
+        lambda: stop_token_ids(config.rollout.stop_tokens, tokenizer),
+        lambda: _check_arguments(data, tokenizer),
+        lambda: ReplyTokenizer(data, tokenizer, ())([{"role": environment.role, "content": "-"}], -1),
+    )

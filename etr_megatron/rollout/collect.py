@@ -56,7 +56,7 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
     Raises UngradedError, with nothing filled in, for a reward outside the configured range: either the reward or the range is
     wrong, and training on, with what may be the best answers counted as the worst, would ruin the policy.
     """
-    grades = grader([GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra) for problem, sample in samples])
+    grades = grader([_request(problem, sample) for problem, sample in samples])
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
     if outside:
         grade, problem = outside[0]
@@ -67,6 +67,14 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
     for (_, sample), grade in zip(samples, grades, strict=True):
         _fill_in(sample, grade)
     return grades
+
+
+def _request(problem: Problem, sample: Sample) -> GradeRequest:
+    """Of a dialogue, the answer is the model's last turn: a reply must not count as one."""
+    if not sample.messages:
+        return GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra)
+    turn = next(message["content"] for message in reversed(sample.messages) if message["role"] == "assistant")
+    return GradeRequest(problem.prompt, turn, problem.answer, problem.extra, [*problem.messages, *sample.messages])
 
 
 def _fill_in(sample: Sample, grade: Grade) -> None:

@@ -21,6 +21,7 @@ _COLUMNS = {
     "weight_versions": np.int32,
     "routing": np.uint8,
     "text": np.uint8,
+    "loss_mask": np.uint8,
 }
 """Sample fields that a checkpoint stores in one tensor each, for all samples. Log-probs are exact; texts are UTF-8."""
 
@@ -29,7 +30,7 @@ _COLUMNS = {
 class InHand:
     """A group in hand. step: the one it was requested for, which seeds the sampling.
 
-    Samples with finish reason "abort" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone: some of
+    Samples with finish reason "abort" or "turn" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone: some of
     its samples were emptied, as their tokens had become too old.
     """
 
@@ -47,7 +48,7 @@ class InHand:
     @property
     def missing(self) -> list[Sample]:
         """Samples that are not finished."""
-        return [sample for sample in self.group.samples if sample.finish_reason == "abort"]
+        return [sample for sample in self.group.samples if sample.finish_reason in ("abort", "turn")]
 
     @property
     def is_ready(self) -> bool:
@@ -81,6 +82,8 @@ def oldest_version(sample: Sample) -> int:
 def extend(sample: Sample, drawn: Drawn) -> None:
     """Append the drawn tokens with their log-probs and versions (in place; the caller owns the sample)."""
     versions = sample.token_versions() + array("i", [drawn.weight_version]) * len(drawn.ids)
+    if sample.loss_mask:
+        sample.loss_mask.extend([1] * len(drawn.ids))
     sample.response_ids.extend(drawn.ids)
     sample.rollout_logprobs.extend(drawn.logprobs)
     sample.finish_reason = drawn.finish_reason

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
@@ -18,7 +18,11 @@ from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
 from etr_megatron.rollout.replayable import misfit_of
+from etr_megatron.rollout.rounds import draw_further_turns
 from etr_megatron.types import Group
+
+if TYPE_CHECKING:
+    from etr_megatron.rollout.dialogues import Dialogues
 
 Timer = Callable[[Literal["rollout", "reward"]], AbstractContextManager[None]]
 """Adds the duration of a block to the time of a phase."""
@@ -74,6 +78,10 @@ class Sampler(Protocol):
         """Restore the state. Only rank 0 needs the tensors."""
         ...
 
+    def close(self) -> None:
+        """End what goes on in other threads; the engine is closed next."""
+        ...
+
 
 def sampling_of(config: Config, step: int) -> Sampling:
     """Sampling parameters for training. step: the one that responses are requested for."""
@@ -109,9 +117,17 @@ class RoundSampler:
     """
 
     def __init__(
-        self, config: Config, engine: RolloutEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
+        self,
+        config: Config,
+        engine: RolloutEngine,
+        cursor: PromptCursor,
+        decode: Decode,
+        grader: Grader | None,
+        dialogues: Dialogues | None = None,
     ) -> None:
+        """dialogues: on rank 0, if there is an environment."""
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
+        self._dialogues = dialogues
         self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step begun, and the cursor's state before it
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
@@ -125,7 +141,10 @@ class RoundSampler:
             count = min(missing, limit - len(asked))
             problems = self._cursor.next(count, after=[group.problem.id for group in asked])
             with timer("rollout"):
-                groups = generate_groups(self._engine, problems, sampling_of(self._config, step))
+                sampling = sampling_of(self._config, step)
+                groups = generate_groups(self._engine, problems, sampling)
+                if self._config.environment.function is not None:
+                    draw_further_turns(self._engine, groups, sampling, self._dialogues)
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
             asked += groups
@@ -155,6 +174,9 @@ class RoundSampler:
                 "rollout.backend=sglang to resume it"
             )
         self._cursor.load_state_dict(state["cursor"])
+
+    def close(self) -> None:
+        """Nothing goes on."""
 
 
 def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
@@ -205,3 +227,6 @@ class ReplaySampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Sampler.load_state_dict`."""
         self._cursor.load_state_dict(state["cursor"])
+
+    def close(self) -> None:
+        """Nothing goes on."""

@@ -9,31 +9,58 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
+from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.platform.pump import Pump
 from etr_megatron.reward import Grade
 from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
-from etr_megatron.rollout.engine import LOOK_S, Draw, Drawn, MustStop, RefusedError, StreamingEngine, never
+from etr_megatron.rollout.engine import (
+    LOOK_S,
+    Draw,
+    Drawn,
+    EngineGoneError,
+    MustStop,
+    NeedsSyncError,
+    RefusedError,
+    StreamingEngine,
+    never,
+)
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
+if TYPE_CHECKING:
+    from etr_megatron.rollout.dialogues import Dialogues
+
 logger = logging.getLogger(__name__)
+
+_GLANCE_S = 0.05
+"""Longest wait for the engine while the environment has responses, too."""
+
+_OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
 
 class StreamingSampler:
     """See `Sampler`. Rank 0, which has the grader, holds the groups and talks to the engine; the others get what it takes."""
 
     def __init__(
-        self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader | None
+        self,
+        config: Config,
+        engine: StreamingEngine,
+        cursor: PromptCursor,
+        decode: Decode,
+        grader: Grader | None,
+        dialogues: Dialogues | None = None,
     ) -> None:
+        """dialogues: on rank 0, if there is an environment."""
         self._cursor = cursor
-        self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader)
+        self._hand = None if grader is None else Hand(config, engine, cursor, decode, grader, dialogues)
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`. After an EngineGoneError, NeedsSyncError or StopAskedError all groups are still in hand."""
@@ -67,12 +94,29 @@ class StreamingSampler:
         if self._hand is not None:
             self._hand.load_state_dict(state)
 
+    def close(self) -> None:
+        """See `Sampler.close`."""
+        if self._hand is not None:
+            self._hand.close()
+
 
 class Hand:
     """The groups in hand, in the order in which they were requested; on rank 0 only."""
 
-    def __init__(self, config: Config, engine: StreamingEngine, cursor: PromptCursor, decode: Decode, grader: Grader) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: StreamingEngine,
+        cursor: PromptCursor,
+        decode: Decode,
+        grader: Grader,
+        dialogues: Dialogues | None = None,
+    ) -> None:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
+        self._dialogues = dialogues
+        self._replying: dict[int, tuple[InHand, Sample]] = {}  # at the environment, by the sample's id()
+        # While the ranks train, dialogues go on in another thread. All methods below that touch the groups stop it first.
+        self._pump = Pump(self._go_on_alone, "dialogues")
         self._groups: list[InHand] = []
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
         self._keys = itertools.count()
@@ -86,6 +130,7 @@ class Hand:
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
         """See `Sampler.take`."""
         rollout = self._config.rollout
+        self._pump.stop()
         ahead = rollout.max_staleness * rollout.prompts_per_step
         wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
         with timer("reward"):
@@ -98,22 +143,27 @@ class Hand:
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
             with timer("rollout"):
-                self._accept(self._engine.wait(LOOK_S))
+                self._go_on(LOOK_S)
             with timer("reward"):
                 self._judge()
         grades, self._grades = self._grades, []
         try:
             report_errors(grades)
+            if self._dialogues is not None:
+                self._dialogues.report()
         except UngradedError:
             self._forget_failures()
             raise
         taken = self._choose(step)
         if step < self._config.run.steps:
             self._ask(step + 1, ahead)
+        self._start_pump()
         return taken
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
+        with suppress(*_OF_ENGINE):  # the run ends, and requests will be made again
+            self._pump.stop()
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
 
@@ -122,6 +172,8 @@ class Hand:
 
         A sync follows the training of a step, whose groups (gigabytes with routing) are freed here before new ones come.
         """
+        with suppress(*_OF_ENGINE):  # they would recur when the requests are made again
+            self._pump.stop()
         self._taken = 0, []
         self._accept(self._engine.stop(abort=self._config.rollout.partial))
         self._under_way.clear()  # requests that an engine without servers could not answer are submitted again
@@ -131,10 +183,12 @@ class Hand:
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
+        self._start_pump()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in hand; tokens that the engine has not returned yet will be drawn again."""
-        groups, tensors = pack(self._groups)
+        """Everything in hand; tokens that the engine has not returned yet will be drawn again, and replies asked for again."""
+        with self._pump.held():
+            groups, tensors = pack(self._groups)
         return {
             "in_hand": groups,
             "tensors": tensors,
@@ -144,10 +198,52 @@ class Hand:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; that of a run without groups in hand may be empty."""
+        """Restore the state; that of a run without groups in hand may be empty.
+
+        Raises UserError if responses wait for an environment, and there is none.
+        """
         self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
+        waits = sum(sample.finish_reason == "turn" for held in self._groups for sample in held.group.samples)
+        if waits and self._dialogues is None:
+            raise UserError(
+                f"the checkpoint holds {waits} responses that wait for a reply of an environment; set environment.function to "
+                "that of the run"
+            )
         self._asked_for, self._asked_ids = state.get("asked_for", 0), list(state.get("asked_ids", []))
         self._counts = Counter(state.get("counts", {}))
+
+    def close(self) -> None:
+        """Stop what goes on in another thread."""
+        with suppress(Exception):  # the run has ended
+            self._pump.stop()
+
+    def _start_pump(self) -> None:
+        if self._dialogues is not None and self._config.rollout.max_staleness:
+            self._pump.start()
+
+    def _go_on_alone(self) -> bool:
+        """One round of the pump; returns whether anything is under way."""
+        self._go_on(LOOK_S)
+        return bool(self._under_way or self._replying)
+
+    def _go_on(self, timeout_s: float) -> None:
+        """Take what has been drawn and replied since the last call, and have dialogues go on; waits for at least one response,
+        up to `timeout_s`."""
+        if self._dialogues is None:
+            self._accept(self._engine.wait(timeout_s))
+            return
+        if self._under_way or not self._replying:
+            self._accept(self._engine.wait(_GLANCE_S if self._replying else timeout_s))
+            timeout_s = 0.0
+        replied = [self._replying.pop(id(sample)) for sample in self._dialogues.ended(self, timeout_s)]
+        still_there = [(held, sample) for held, sample in replied if self._has(held, sample)]
+        self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
+        for _, sample in still_there:
+            self._finish(sample)
+
+    def _has(self, held: InHand, sample: Sample) -> bool:
+        """Whether the sample is still wanted: its group was not given up, and it is not drawn anew."""
+        return any(one is held for one in self._groups) and held.group.samples[sample.index] is sample
 
     def _ask(self, step: int, wanted: int) -> None:
         """Request new prompts until `wanted` groups are in hand besides those left out, within the step's limits."""
@@ -170,14 +266,26 @@ class Hand:
         self._submit(new)
 
     def _submit(self, groups: Sequence[InHand]) -> None:
+        self._continue([(held, sample) for held in groups for sample in held.missing])
+
+    def _continue(self, missing: Iterable[tuple[InHand, Sample]]) -> None:
+        """Hand these to the engine, or to the environment if their turn has ended."""
         draws = []
-        for held in groups:
-            for sample in held.missing:
-                key = next(self._keys)
-                self._under_way[key] = held, sample
-                sampling = sampling_of(self._config, held.step)
-                draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
-        self._engine.submit(draws)
+        for held, sample in missing:
+            if sample.finish_reason == "turn":
+                self._have_replied(held, sample)
+                continue
+            key = next(self._keys)
+            self._under_way[key] = held, sample
+            sampling = sampling_of(self._config, held.step)
+            draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
+        if draws:
+            self._engine.submit(draws)
+
+    def _have_replied(self, held: InHand, sample: Sample) -> None:
+        if self._dialogues is not None and id(sample) not in self._replying:
+            self._replying[id(sample)] = held, sample
+            self._dialogues.submit(self, held.group.problem, sample, self._config.rollout.max_response_tokens)
 
     def _accept(self, drawn: Iterable[Drawn]) -> None:
         for one in drawn:
@@ -186,8 +294,18 @@ class Hand:
                 self._give_up(held, one.given_up)
                 continue
             extend(sample, one)
-            if sample.finish_reason != "abort":
-                sample.text = self._decode(sample.response_ids.tolist())
+            if self._dialogues is not None and sample.finish_reason != "abort":
+                self._dialogues.end_turn(sample)
+                if sample.finish_reason == "stop":
+                    sample.finish_reason = "turn"
+                    if self._has(held, sample):
+                        self._have_replied(held, sample)
+            self._finish(sample)
+
+    def _finish(self, sample: Sample) -> None:
+        """Fill in the text of a response that has ended."""
+        if sample.finish_reason in ("stop", "length"):
+            sample.text = self._decode(sample.response_ids.tolist())
 
     def _give_up(self, group: InHand, why: str) -> None:
         """Drop the whole group, as only complete ones are trained on; its replies that are still under way will be ignored."""
@@ -218,11 +336,17 @@ class Hand:
             held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
 
     def _forget_failures(self) -> None:
-        """Reset failed grades, so that these samples are graded again after a fix."""
+        """Reset failed grades and failed calls of the environment, so that both are made again after a fix."""
         for held in self._groups:
-            failed = [one for one in held.group.samples if one.reward_status not in ("ok", None)]
+            failed = [
+                one
+                for one in held.group.samples
+                if one.reward_status not in ("ok", None) or one.environment_status not in ("ok", None)
+            ]
             for sample in failed:
                 sample.reward = sample.reward_status = None
+                if sample.environment_status not in ("ok", None):
+                    sample.finish_reason, sample.environment_status = "turn", None
             held.is_left_out = held.is_left_out and not failed
 
     def _is_enough(self) -> bool:

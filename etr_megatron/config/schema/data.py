@@ -35,6 +35,8 @@ class DataConfig:
     """Apply the tokenizer's chat template if it has one."""
     chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Arguments of the chat template, such as `{enable_thinking: false}` for Qwen3."""
+    tools: str | None = None
+    """JSON file with a list of tool schemas for the chat template, which describes them in the prompt."""
     max_prompt_tokens: int = 1024
     """Longer prompts are skipped and counted."""
     on_bad_row: Literal["fail", "skip"] = "fail"

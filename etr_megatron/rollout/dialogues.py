@@ -1,0 +1,146 @@
+"""Responses between the model's turns: to the environment, and on with its reply or to their end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
+from etr_megatron.rollout.collect import Decode, UngradedError
+from etr_megatron.types import Message, Problem, Sample, insert
+
+logger = logging.getLogger(__name__)
+
+ReplyIds = Callable[[Sequence[Message], int], list[int]]
+"""Token ids of a reply after a turn that ended with the given token."""
+
+_LOOK_S = 0.05
+"""Longest wait for replies with the lock held, which another owner may want."""
+
+
+class Environment(Protocol):
+    """The part of `EnvironmentPool` that is used here."""
+
+    def submit(self, key: int, request: EnvironmentRequest) -> None: ...
+    def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]: ...
+
+
+@dataclass(frozen=True)
+class _Call:
+    owner: Hashable
+    problem: Problem
+    sample: Sample
+    limit: int
+
+
+class Dialogues:
+    """Takes samples whose turn has ended to the environment and hands them back; on rank 0 only.
+
+    Several owners (the sampler, an evaluation) may use it at the same time from threads of their own; each gets back its own
+    samples, which it changes in its own thread alone.
+    """
+
+    def __init__(self, environment: Environment, reply_ids: ReplyIds, decode: Decode, *, max_turns: int) -> None:
+        self._environment, self._reply_ids, self._decode, self._max_turns = environment, reply_ids, decode, max_turns
+        self._lock = threading.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._replies: list[tuple[_Call, EnvironmentReply]] = []
+        self._next = 0
+        self._status: Counter[str] = Counter()
+        self._failure = ""  # why the first call of the step failed
+
+    def under_way(self, owner: Hashable) -> int:
+        """Number of this owner's samples that have not been handed back."""
+        with self._lock:
+            return sum(call.owner == owner for call in (*self._calls.values(), *(call for call, _ in self._replies)))
+
+    def end_turn(self, sample: Sample) -> None:
+        """Note the turn that `sample` ends with (in place; the caller owns it)."""
+        ids = sample.response_ids
+        begin = len(ids) - _drawn_at_the_end(sample)
+        sample.messages.append({"role": "assistant", "content": self._decode(ids[begin:].tolist())})
+
+    def submit(self, owner: Hashable, problem: Problem, sample: Sample, limit: int) -> None:
+        """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response."""
+        request = EnvironmentRequest([*problem.messages, *sample.messages], problem.answer, problem.extra)
+        with self._lock:
+            self._calls[self._next] = _Call(owner, problem, sample, limit)
+            self._environment.submit(self._next, request)
+            self._next += 1
+
+    def ended(self, owner: Hashable, timeout_s: float) -> list[Sample]:
+        """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
+
+        Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
+        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UserError if the
+        chat template refuses a reply.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                left = end - time.monotonic()
+                has_own = any(call.owner == owner for call, _ in self._replies)
+                wait_s = 0.0 if has_own else max(0.0, min(left, _LOOK_S))
+                self._replies += [(self._calls.pop(key), reply) for key, reply in self._environment.poll(wait_s)]
+                own = [pair for pair in self._replies if pair[0].owner == owner]
+                self._replies = [pair for pair in self._replies if pair[0].owner != owner]
+                waits = any(call.owner == owner for call in self._calls.values())
+            if own or not waits or left <= 0:
+                return [self._accept(call, reply) for call, reply in own]
+
+    def forget(self, owner: Hashable) -> None:
+        """Drop this owner's samples: their replies will be ignored."""
+        with self._lock:
+            for key, call in self._calls.items():
+                if call.owner == owner:
+                    self._calls[key] = _Call(None, call.problem, call.sample, call.limit)
+            self._replies = [pair for pair in self._replies if pair[0].owner not in (owner, None)]
+
+    def report(self) -> None:
+        """Warn about calls that failed since the last report, with the first one's reason.
+
+        Raises UngradedError if all failed with an error: a broken environment must not look like a policy without an answer.
+        """
+        with self._lock:
+            status, self._status = self._status, Counter()
+            failure, self._failure = self._failure, ""
+        calls, errors, timeouts = status.total(), status["error"], status["timeout"]
+        if not (errors or timeouts):
+            return
+        what = f"{errors + timeouts} of {calls} calls of environment.function failed, which ended their responses; the first: "
+        if errors == calls:
+            raise UngradedError(what + failure)
+        logger.warning("%s%s", what, failure)
+
+    def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
+        sample, status, detail = call.sample, reply.status, reply.detail
+        ids = [] if reply.messages is None else self._reply_ids(reply.messages, sample.response_ids[-1])
+        if reply.messages is not None and not ids:
+            status, detail = "error", "it returned a reply without a token"
+        sample.environment_status = status
+        with self._lock:
+            self._status[status] += 1
+            if status != "ok":
+                self._failure = self._failure or f"{detail} (problem {call.problem.id})"
+        if reply.messages is None or not ids:
+            sample.finish_reason = "stop"
+            return sample
+        if sample.turns >= self._max_turns or len(sample.response_ids) + len(ids) >= call.limit:
+            sample.finish_reason = "length"
+            return sample
+        insert(sample, ids)
+        sample.messages += reply.messages
+        sample.finish_reason = "abort"
+        return sample
+
+
+def _drawn_at_the_end(sample: Sample) -> int:
+    """Number of tokens of the last turn."""
+    if not sample.loss_mask:
+        return len(sample.response_ids)
+    return len(sample.loss_mask) - 1 - bytes(sample.loss_mask).rfind(b"\0")

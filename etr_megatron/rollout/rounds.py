@@ -1,0 +1,115 @@
+"""Dialogues with an engine in which every rank takes part: a turn of all at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
+from etr_megatron.rollout.in_hand import extend
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
+from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, insert
+
+if TYPE_CHECKING:
+    from etr_megatron.rollout.dialogues import Dialogues
+
+_OWNER = "rounds"
+
+
+@dataclass(frozen=True)
+class _Replied:
+    """What the environment's reply made of a sample: its finish reason, the tokens appended, how the call went."""
+
+    finish_reason: FinishReason
+    inserted: list[int]
+    status: EnvironmentStatus | None
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A response that has not ended. limit: tokens of the whole response."""
+
+    problem: Problem
+    sample: Sample
+    limit: int
+
+
+def draw_further_turns(
+    engine: RolloutEngine, groups: Sequence[Group], sampling: Sampling, dialogues: Dialogues | None, must_stop: MustStop = never
+) -> None:
+    """Have the responses, whose first turns are drawn, go on until all have ended (in place; the caller owns the groups).
+
+    A collective; `dialogues` is given on rank 0, None elsewhere. sampling: that of the first turns. Of an engine that gives
+    rank 0 alone the responses, the others' have replies alone. Raises what `engine.generate` raises, StopAskedError when
+    `must_stop()` holds on any rank, and UngradedError when all calls of the environment failed.
+    """
+    limits = sampling.max_tokens_of([group.problem for group in groups])
+    opened = [
+        _Open(group.problem, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples
+    ]
+    turn = 1
+    while opened:
+        replied = on_rank0_until_stopped(lambda anywhere: _replies(of_rank0(dialogues), opened, anywhere), must_stop)
+        if dialogues is None:
+            for one, reply in zip(opened, replied, strict=True):
+                _apply(one.sample, reply)
+        opened = [one for one, reply in zip(opened, replied, strict=True) if reply is not None and reply.finish_reason == "abort"]
+        turn += 1
+        _draw(engine, opened, sampling, turn, must_stop)
+    on_rank0(lambda: of_rank0(dialogues).report())
+
+
+def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, turn: int, must_stop: MustStop) -> None:
+    """Draw this turn of all of them; the problem's id with the sample and the turn makes its seed."""
+    if not opened:
+        return
+    problems = [
+        replace(
+            one.problem,
+            id=f"{one.problem.id}/{one.sample.index}/{turn}",
+            prompt_ids=[*one.problem.prompt_ids, *one.sample.response_ids],
+        )
+        for one in opened
+    ]
+    left = tuple(one.limit - len(one.sample.response_ids) for one in opened)
+    drawn = engine.generate(problems, replace(sampling, samples=1, max_tokens=left), must_stop)
+    for one, (new,) in zip(opened, drawn, strict=True):
+        ids, logprobs = new.response_ids.tolist(), new.rollout_logprobs.tolist()
+        extend(one.sample, Drawn(0, ids, logprobs, new.finish_reason, new.weight_version, routing=new.routing))
+
+
+def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop) -> list[_Replied | None]:
+    """What became of each of these, whose turn has been drawn (in place); None for those that had none left to draw."""
+    before = {id(one.sample): len(one.sample.response_ids) for one in opened}
+    asked: set[int] = set()
+    for one in opened:
+        if one.sample.finish_reason == "abort":  # the engine has given it up
+            continue
+        dialogues.end_turn(one.sample)
+        if one.sample.finish_reason == "stop":
+            dialogues.submit(_OWNER, one.problem, one.sample, one.limit)
+            asked.add(id(one.sample))
+    missing = len(asked)
+    while missing:
+        if must_stop():
+            dialogues.forget(_OWNER)
+            raise StopAskedError("told to stop (SIGTERM) while the environment was asked for replies")
+        missing -= len(dialogues.ended(_OWNER, LOOK_S))
+    found: list[_Replied | None] = []
+    for one in opened:
+        sample = one.sample
+        inserted = sample.response_ids[before[id(sample)] :].tolist()
+        is_asked = id(sample) in asked
+        found.append(_Replied(sample.finish_reason, inserted, sample.environment_status) if is_asked else None)
+    return found
+
+
+def _apply(sample: Sample, reply: _Replied | None) -> None:
+    """Do on this rank what rank 0 did to its copy."""
+    if reply is None:
+        return
+    sample.finish_reason, sample.environment_status = reply.finish_reason, reply.status
+    if reply.inserted:
+        insert(sample, reply.inserted)
