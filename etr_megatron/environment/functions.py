@@ -1,0 +1,84 @@
+"""Turn `environment.function` into a callable that answers one request inside a worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import reprlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from etr_megatron.config import EnvironmentConfig
+from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
+from etr_megatron.imports import ImportPathError, import_function, takes
+from etr_megatron.types import Message
+
+Environment = Callable[[EnvironmentRequest], EnvironmentReply]
+
+
+def load_environment(config: EnvironmentConfig) -> Environment:
+    """The environment that `config.function` names; it never raises an Exception.
+
+    Raises ImportPathError if the user's function cannot be imported or takes other arguments.
+    """
+    assert config.function is not None
+    function = import_function(config.function)
+    if not takes(function, 3):
+        raise ImportPathError("it must be callable with three arguments, the messages, the answer and a dict of reward.columns")
+    runner = asyncio.Runner()  # one event loop for all calls, so that a coroutine function can keep its connections
+
+    def call(request: EnvironmentRequest) -> EnvironmentReply:
+        try:
+            value = function(request.messages, request.answer, request.extra)
+            if inspect.isawaitable(value):
+                value = runner.run(_result(value))
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # a script's main() may call sys.exit
+            return EnvironmentReply(None, "error", f"{config.function} raised {type(error).__name__}: {error}")
+        return _reply(value, config)
+
+    return call
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _reply(value: object, config: EnvironmentConfig) -> EnvironmentReply:
+    """The reply that a user's function returned."""
+    if value is None:
+        return EnvironmentReply(None, "ok", "")
+    if isinstance(value, str):
+        value = {"role": config.role, "content": value}
+    try:
+        messages = [_message(one) for one in _messages(value)]
+    except ValueError as error:
+        shown = reprlib.repr(value)  # does not fail if the value's own repr does
+        return EnvironmentReply(None, "error", f"{config.function} returned {shown}, {error}")
+    return EnvironmentReply(messages, "ok", "")
+
+
+def _messages(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("which is not text, a list of chat messages, or None")
+    if not value:
+        raise ValueError("which has no message; None ends a response")
+    return value
+
+
+def _message(one: Any) -> Message:
+    """A message with nothing but its role and content, as `data` takes them. Raises ValueError."""
+    if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
+        raise ValueError("in which a message is not a dict with `role` and `content`, both text")
+    message = {"role": str(one["role"]), "content": str(one["content"])}
+    # Clients' messages have keys that say nothing, such as `"tool_calls": None`.
+    if more := [key for key, said in one.items() if key not in message and (said is not None and said != "" and said != [])]:
+        raise ValueError(f"in which a message has `{more[0]}`, but only `role` and `content` are supported")
+    if not message["role"]:
+        raise ValueError("in which a message has an empty role")
+    try:
+        "".join(message.values()).encode()
+    except UnicodeEncodeError:
+        raise ValueError("in which a message has half a surrogate pair, which no tokenizer accepts") from None
+    return message

@@ -1,0 +1,76 @@
+"""A pool of processes that call the environment's function, each for one response at a time."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+
+from etr_megatron.config import EnvironmentConfig
+from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
+from etr_megatron.platform.workers import MAX_CRASHES, Lost, WorkerPool
+
+
+class EnvironmentPool:
+    """Answers the model's turns in worker processes.
+
+    May be used from different threads one after the other; everything happens in the calls, without threads or signals.
+    Workers die with this process, however it ends.
+    """
+
+    def __init__(self, config: EnvironmentConfig) -> None:
+        """Start `config.workers` processes and wait until they are ready.
+
+        Raises UserError if `config.function` cannot be loaded.
+        """
+        self._config = config
+        self._pool = WorkerPool("etr_megatron.environment.worker", "environment", config, worker="an environment process")
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the current workers."""
+        return [worker.pid for worker in self._pool.workers]
+
+    @property
+    def under_way(self) -> int:
+        """Number of requests whose reply `poll` has not returned yet."""
+        return self._pool.under_way
+
+    def submit(self, key: int, request: EnvironmentRequest) -> None:
+        """Ask for a reply, which `poll` returns with `key`. Never blocks; a free worker begins at once.
+
+        Raises UserError if a replacement could not load `environment.function`, RuntimeError after `close`.
+        """
+        line = {"messages": request.messages, "answer": request.answer, "extra": request.extra}
+        self._pool.submit([(key, json.dumps(line).encode() + b"\n")])
+
+    def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]:
+        """All replies since the last call, in the order in which they came, with their requests' keys.
+
+        Waits for the first one for up to `timeout_s`; returns at once if nothing is under way. A call longer than
+        `environment.timeout_s` has its worker killed and replaced; one that crashes two workers is an error.
+        Raises UserError if a replacement cannot load `environment.function`.
+        """
+        return [(key, self._reply(outcome)) for key, outcome in self._pool.poll(timeout_s)]
+
+    def forget(self) -> None:
+        """Drop all requests; no reply to them comes. Workers that have one are killed and replaced."""
+        self._pool.forget()
+
+    def close(self) -> None:
+        """End all workers and wait for them. Idempotent."""
+        self._pool.close()
+
+    def _reply(self, outcome: dict[str, object] | Lost) -> EnvironmentReply:
+        if not isinstance(outcome, Lost):
+            return EnvironmentReply(**outcome)  # type: ignore[arg-type]
+        if outcome.why == "timeout":
+            detail = f"no reply within environment.timeout_s = {self._config.timeout_s} s; the process was killed"
+            return EnvironmentReply(None, "timeout", detail)
+        detail = f"the environment's process ended ({outcome.how}) in this call, {MAX_CRASHES} times"
+        return EnvironmentReply(None, "error", detail)

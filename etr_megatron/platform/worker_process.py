@@ -1,0 +1,161 @@
+"""A pool's handle of one worker process: non-blocking pipes, requests in flight, and the clock of the first one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.platform.lifetime import popen_from_lasting_thread
+
+_READ_BYTES = 1 << 16
+_CLOSE_GRACE_S = 1.0
+
+
+@dataclass(slots=True)
+class Job:
+    """A request in flight. key: the caller's name for it. crashes: workers that it has crashed."""
+
+    key: int
+    line: bytes
+    crashes: int = 0
+
+
+class WorkerProcess:
+    """A started worker. Not thread-safe; the pool's calling thread drives it.
+
+    inflight: jobs written or queued for writing, in the order of their replies.
+    head_since: `time.monotonic()` at which the worker could begin with `inflight[0]`: when the previous reply arrived, or
+        when the last piece of the request was written; once a long reply arrives in pieces, when the latest one did. None
+        without jobs; startup does not count against the time limit.
+    """
+
+    def __init__(self, module: str, config: str) -> None:
+        """Start `python -m module PID config`, where PID is this process; see `worker_main.serve`."""
+        self._process: subprocess.Popen[bytes] = popen_from_lasting_thread(
+            [sys.executable, "-m", module, str(os.getpid()), config],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=False,
+            env=_environment(),
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        for stream in (self._stdin, self._stdout):
+            os.set_blocking(stream.fileno(), False)
+        self.pid = self._process.pid
+        self.started = time.monotonic()
+        self.ready = False
+        self.inflight: deque[Job] = deque()
+        self.head_since: float | None = None
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+
+    @property
+    def read_fd(self) -> int:
+        """Descriptor that becomes readable with replies and when the worker ends."""
+        return self._stdout.fileno()
+
+    @property
+    def write_fd(self) -> int:
+        """Descriptor that takes requests."""
+        return self._stdin.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether queued requests are still waiting for room in the pipe."""
+        return bool(self._outgoing)
+
+    def send(self, job: Job) -> None:
+        """Queue a request and write what fits into the pipe."""
+        if not self.inflight:
+            self.head_since = time.monotonic()
+        self.inflight.append(job)
+        self._outgoing += job.line
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what fits into the pipe of the queued requests. A dead worker is detected by the end of its output."""
+        try:
+            written = os.write(self.write_fd, self._outgoing)
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._outgoing.clear()
+            return
+        if len(self._outgoing) > sum(len(job.line) for job in islice(self.inflight, 1, None)):
+            self.head_since = time.monotonic()  # the worker has only now got this piece of its first request
+        del self._outgoing[:written]
+
+    def receive(self) -> tuple[list[dict[str, Any]], bool]:
+        """(complete messages, whether the worker's output has ended). Reads what is available, without waiting."""
+        ended = False
+        known = len(self._incoming)
+        while True:
+            try:
+                chunk = os.read(self.read_fd, _READ_BYTES)
+            except BlockingIOError:
+                break
+            if not chunk:
+                ended = True
+                break
+            self._incoming += chunk
+        if len(self._incoming) == known:
+            return [], ended
+        *lines, rest = bytes(self._incoming).split(b"\n")
+        self._incoming = bytearray(rest)
+        if rest and self.inflight:
+            self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
+        return [json.loads(line) for line in lines], ended
+
+    def finish_head(self) -> Job:
+        """Pop the job whose reply arrived, and start the clock of the next one."""
+        job = self.inflight.popleft()
+        self.head_since = time.monotonic() if self.inflight else None
+        return job
+
+    def kill(self) -> str:
+        """SIGKILL the worker if it still runs, reap it, close its pipes; returns how it ended."""
+        self._process.kill()
+        code = self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def end_input(self) -> None:
+        """Let the worker exit by itself, once it has nothing to do."""
+        self._stdin.close()
+
+    def close(self, deadline: float) -> None:
+        """After `end_input`: wait until the worker exits, and kill it at `deadline` (`time.monotonic()`)."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stdout.close()
+
+
+def close_all(processes: list[WorkerProcess]) -> None:
+    """End processes concurrently; kill those that do not exit within a second."""
+    deadline = time.monotonic() + _CLOSE_GRACE_S
+    for process in processes:
+        process.end_input()
+    for process in processes:
+        process.close(deadline)
+
+
+def _environment() -> dict[str, str]:
+    """The parent's environment, with our package's root on PYTHONPATH. (`import_function` adds the working directory.)"""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,192 @@
+"""A pool of killable processes that call a user's function: limits the time per call, replaces stuck and crashed workers."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from etr_megatron.config import EnvironmentConfig, RewardConfig
+from etr_megatron.errors import UserError
+from etr_megatron.platform.worker_process import Job, WorkerProcess, close_all
+
+STARTUP_TIMEOUT_S = 300.0
+"""Deadline for a worker to report ready (a user's module may load a model first)."""
+MAX_CRASHES = 2
+"""A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A request without a reply: its worker was killed at `timeout_s`, or it crashed `MAX_CRASHES` workers, the last one as
+    `how` says."""
+
+    why: Literal["timeout", "crash"]
+    how: str
+
+
+class WorkerPool:
+    """Worker processes and the requests given to them. They die with this process, however it ends.
+
+    Not thread-safe, but may be used from different threads one after the other: everything happens in the calls, without
+    threads or signals. Every method but `close` and `forget` raises UserError if a worker cannot load the user's function.
+    """
+
+    def __init__(
+        self, module: str, section: str, config: RewardConfig | EnvironmentConfig, *, worker: str, ahead: int = 1
+    ) -> None:
+        """Start `config.workers` processes and wait until they are ready.
+
+        module: what they run, with `worker_main.serve`. section: the config's name, for messages.
+        worker: what messages call one of them, with its article.
+        ahead: requests that a worker may have at a time; more than one hides the pipe's latency.
+        """
+        self._module, self._section, self._config = module, section, config
+        self._worker, self._ahead = worker, ahead
+        self._closed = False
+        self.workers: list[WorkerProcess] = []
+        self._pending: deque[Job] = deque()
+        self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
+        self.under_way = 0
+        try:
+            self._fill()
+            while not all(worker.ready for worker in self.workers):
+                self._step(time.monotonic() + STARTUP_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, requests: Iterable[tuple[int, bytes]]) -> None:
+        """Queue requests, each a key and a line of JSON, and send what can be sent without waiting."""
+        if self._closed:
+            raise RuntimeError("this pool is closed")
+        jobs = [Job(key, line) for key, line in requests]
+        self._pending.extend(jobs)
+        self.under_way += len(jobs)
+        self._fill()
+        self._feed()
+
+    def poll(self, timeout_s: float) -> list[tuple[int, dict[str, Any] | Lost]]:
+        """The outcomes since the last call, in the order in which they came: keys with the reply, or why there is none.
+
+        Waits for the first one for up to `timeout_s`, unless nothing is under way.
+        """
+        end = time.monotonic() + timeout_s
+        is_first = True
+        while self.under_way and not self._outcomes and (is_first or time.monotonic() < end):
+            self._step(end)
+            is_first = False
+        self._feed()
+        outcomes, self._outcomes = self._outcomes, []
+        self.under_way -= len(outcomes)
+        return outcomes
+
+    def forget(self) -> None:
+        """Drop all requests; workers that have one are killed, and replaced when the next request comes."""
+        for worker in [worker for worker in self.workers if worker.inflight]:
+            self._drop(worker)
+        self._pending.clear()
+        self._outcomes.clear()
+        self.under_way = 0
+
+    def close(self) -> None:
+        """End all workers and wait for them. Idempotent."""
+        self._closed = True
+        workers, self.workers = self.workers, []
+        close_all(workers)
+
+    def _fill(self) -> None:
+        while len(self.workers) < self._config.workers:
+            self.workers.append(WorkerProcess(self._module, json.dumps(asdict(self._config))))
+
+    def _drop(self, worker: WorkerProcess) -> str:
+        self.workers.remove(worker)
+        return worker.kill()
+
+    def _step(self, end: float) -> None:
+        """Serve the workers once: wait for one of them until `end` or the next deadline."""
+        self._feed()
+        # From before reading: a reply that is in the pipe at its deadline is in time, however late it is read.
+        now = time.monotonic()
+        for worker in self._wait(now, end):
+            self._receive(worker)
+        self._enforce_deadlines(now)
+
+    def _feed(self) -> None:
+        """Keep ready workers busy; sends fewer requests ahead towards the end, so that all workers finish together."""
+        for worker in self.workers:
+            if not self._pending:
+                return
+            if not worker.ready:
+                continue
+            share = len(self._pending) // (2 * self._config.workers)
+            ahead = max(1, min(self._ahead, share))
+            while self._pending and len(worker.inflight) < ahead:
+                worker.send(self._pending.popleft())
+
+    def _wait(self, now: float, end: float) -> list[WorkerProcess]:
+        """Write queued requests and return workers with something to read, waiting at most until `end` or a deadline."""
+        deadlines = [self._deadline(worker) for worker in self.workers]
+        timeout = min([end, *(d for d in deadlines if d is not None)]) - now
+        readable: list[WorkerProcess] = []
+        with selectors.DefaultSelector() as selector:
+            for worker in self.workers:
+                selector.register(worker.read_fd, selectors.EVENT_READ, worker)
+                if worker.wants_to_write:
+                    selector.register(worker.write_fd, selectors.EVENT_WRITE, worker)
+            for key, events in selector.select(max(0.0, timeout)):
+                if events & selectors.EVENT_READ:
+                    readable.append(key.data)
+                else:
+                    key.data.flush()
+        return readable
+
+    def _deadline(self, worker: WorkerProcess) -> float | None:
+        if not worker.ready:
+            return worker.started + STARTUP_TIMEOUT_S
+        return None if worker.head_since is None else worker.head_since + self._config.timeout_s
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        messages, ended = worker.receive()
+        for message in messages:
+            if worker.ready:
+                self._outcomes.append((worker.finish_head().key, message))
+            elif "ready" in message:
+                worker.ready = True
+            else:
+                raise self._load_error(message["fatal"])
+        if ended:
+            self._replace_crashed(worker)
+
+    def _replace_crashed(self, worker: WorkerProcess) -> None:
+        jobs, how = list(worker.inflight), self._drop(worker)
+        if not worker.ready:
+            raise self._load_error(f"{self._worker} ended while starting ({how}); see its own output")
+        if jobs:
+            jobs[0].crashes += 1
+            if jobs[0].crashes >= MAX_CRASHES:
+                self._outcomes.append((jobs.pop(0).key, Lost("crash", how)))
+        self._requeue(jobs)
+
+    def _enforce_deadlines(self, now: float) -> None:
+        for worker in list(self.workers):
+            deadline = self._deadline(worker)
+            if deadline is None or now < deadline:
+                continue
+            if not worker.ready:
+                raise self._load_error(f"{self._worker} was not ready after {STARTUP_TIMEOUT_S:.0f} s")
+            jobs = list(worker.inflight)
+            self._outcomes.append((jobs[0].key, Lost("timeout", self._drop(worker))))
+            self._requeue(jobs[1:])
+
+    def _requeue(self, jobs: list[Job]) -> None:
+        """Put the jobs that a lost worker did not reach back at the front, and replace the worker."""
+        self._pending.extendleft(reversed(jobs))
+        self._fill()
+
+    def _load_error(self, why: str) -> UserError:
+        return UserError(f'{self._section}.function = "{self._config.function}" cannot be used: {why}')
