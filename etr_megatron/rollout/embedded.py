@@ -9,10 +9,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -46,13 +48,13 @@ class EmbeddedEngine:
         RuntimeError before the first update."""
         if not self._has_weights:
             raise RuntimeError("the engine has no weights before the first update_weights")
-        counts = sampling.samples_of(problems)
+        counts, limits = sampling.samples_of(problems), sampling.max_tokens_of(problems)
         jobs = [(number, index) for number, count in enumerate(counts) for index in range(count)]
         batches = [jobs[begin : begin + self._batch_samples] for begin in range(0, len(jobs), self._batch_samples)]
         mine: list[tuple[tuple[int, int], Sample]] = []
         for batch in batches[dist.get_rank() :: dist.get_world_size()]:
             with _Routing(self._model) if sampling.routing else nullcontext() as routing:
-                drawn = self._decode([(problems[n], i) for n, i in batch], sampling, routing)
+                drawn = self._decode([_Job(problems[n], i, limits[n]) for n, i in batch], sampling, routing)
             mine.extend(zip(batch, drawn, strict=True))
         shares: list[list[tuple[tuple[int, int], Sample]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, mine)
@@ -85,14 +87,14 @@ class EmbeddedEngine:
         del self._model
 
     @torch.no_grad()
-    def _decode(self, jobs: list[tuple[Problem, int]], sampling: Sampling, routing: _Routing | None = None) -> list[Sample]:
+    def _decode(self, jobs: list[_Job], sampling: Sampling, routing: _Routing | None = None) -> list[Sample]:
         """Responses of one batch, with a KV cache over left-padded prompts; finished rows leave the batch."""
         state = _Batch(jobs, sampling, self._device)
         cache = DynamicCache(config=self._model.config)
         tokens, mask = state.prompts()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = torch.arange(len(jobs), device=self._device)
-        for step in range(sampling.max_tokens):
+        for step in range(max(job.max_tokens for job in jobs)):
             out = self._model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -176,10 +178,18 @@ class _Routing:
         return found.view(rows, -1, *found.shape[1:])
 
 
+class _Job(NamedTuple):
+    """A response to draw."""
+
+    problem: Problem
+    sample_index: int
+    max_tokens: int
+
+
 class _Batch:
     """What has been drawn so far for the rows of one batch."""
 
-    def __init__(self, jobs: list[tuple[Problem, int]], sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, jobs: list[_Job], sampling: Sampling, device: torch.device) -> None:
         self._jobs, self._device = jobs, device
         self._ids: list[list[int]] = [[] for _ in jobs]
         self._logprobs: list[list[float]] = [[] for _ in jobs]
@@ -187,19 +197,19 @@ class _Batch:
         self._routing = [array("B") for _ in jobs]
         generator = torch.Generator()
         rows = []
-        for problem, index in jobs:
+        for problem, index, max_tokens in jobs:
             generator.manual_seed(sample_seed(sampling, problem, index))
-            rows.append(torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64))
-        self.uniform = torch.stack(rows).to(device)
+            rows.append(torch.rand(max_tokens, generator=generator, dtype=torch.float64))
+        self.uniform = pad_sequence(rows, batch_first=True).to(device)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, int64 [B, longest prompt], padded on the left."""
-        longest = max(len(problem.prompt_ids) for problem, _ in self._jobs)
+        longest = max(len(job.problem.prompt_ids) for job in self._jobs)
         tokens = torch.zeros(len(self._jobs), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
-        for row, (problem, _) in enumerate(self._jobs):
-            size = len(problem.prompt_ids)
-            tokens[row, longest - size :] = torch.tensor(problem.prompt_ids)
+        for row, job in enumerate(self._jobs):
+            size = len(job.problem.prompt_ids)
+            tokens[row, longest - size :] = torch.tensor(job.problem.prompt_ids)
             mask[row, longest - size :] = 1
         return tokens.to(self._device), mask.to(self._device)
 
@@ -211,7 +221,7 @@ class _Batch:
             self._logprobs[row].append(logprob)
             if token in stop_ids:
                 self._stopped[row] = True
-            else:
+            elif len(self._ids[row]) < self._jobs[row].max_tokens:
                 alive.append(place)
         return alive
 
@@ -226,12 +236,12 @@ class _Batch:
         parts = zip(self._jobs, self._ids, self._logprobs, self._stopped, self._routing, strict=True)
         return [
             Sample(
-                index,
+                job.sample_index,
                 array("i", ids),
                 array("d", logprobs),
                 "stop" if stopped else "length",
                 weight_version,
                 routing=routing,
             )
-            for (_, index), ids, logprobs, stopped, routing in parts
+            for job, ids, logprobs, stopped, routing in parts
         ]

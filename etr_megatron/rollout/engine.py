@@ -18,11 +18,12 @@ from etr_megatron.weights.transport import Shards
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. samples: responses per problem, of all or of each. `temperature` 0 is greedy; `top_p` 1 and `top_k`
-    0 are off. seed, step: of the run. routing: whether to return the chosen experts."""
+    """Sampling parameters. samples: responses per problem, of all or of each. max_tokens: token limit of a response, of all
+    problems or of each. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing: whether to
+    return the chosen experts."""
 
     samples: int | tuple[int, ...]
-    max_tokens: int
+    max_tokens: int | tuple[int, ...]
     temperature: float
     seed: int
     step: int
@@ -32,10 +33,19 @@ class Sampling:
 
     def samples_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
         """Responses to each of these problems. Raises ValueError if `samples` is of another number of problems."""
-        counts = (self.samples,) * len(problems) if isinstance(self.samples, int) else self.samples
-        if len(counts) != len(problems):
-            raise ValueError(f"samples has numbers of responses for {len(counts)} problems, but there are {len(problems)}")
-        return counts
+        return _of_each(self.samples, problems, "samples has numbers of responses")
+
+    def max_tokens_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
+        """Token limit of a response to each of these problems. Raises ValueError if `max_tokens` is of another number of
+        problems."""
+        return _of_each(self.max_tokens, problems, "max_tokens has limits")
+
+
+def _of_each(value: int | tuple[int, ...], problems: Sequence[Problem], what: str) -> tuple[int, ...]:
+    values = (value,) * len(problems) if isinstance(value, int) else value
+    if len(values) != len(problems):
+        raise ValueError(f"{what} for {len(values)} problems, but there are {len(problems)}")
+    return values
 
 
 def sample_seed(sampling: Sampling, problem: Problem, index: int) -> int:
@@ -129,13 +139,19 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """A response to draw or to continue. key: chosen by the caller. drawn: the response tokens so far."""
+    """A response to draw or to continue. key: chosen by the caller. sampling: of this problem alone. drawn: the response tokens
+    so far, which count towards `Sampling.max_tokens`."""
 
     key: int
     problem: Problem
     index: int
     sampling: Sampling
     drawn: Sequence[int] = ()
+
+    @property
+    def room(self) -> int:
+        """Number of tokens that may still be drawn."""
+        return self.sampling.max_tokens_of([self.problem])[0] - len(self.drawn)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -204,10 +204,10 @@ class SglangEngine:
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Rank 0 alone gets the responses, other ranks empty ones. Raises EngineGoneError,
         NeedsSyncError and RefusedError on every rank."""
-        counts = sampling.samples_of(problems)
+        counts, limits = sampling.samples_of(problems), sampling.max_tokens_of(problems)
         requests = [
-            Request(problem.prompt_ids, self._parameters(problem, index, sampling), problem.id)
-            for problem, count in zip(problems, counts, strict=True)
+            Request(problem.prompt_ids, self._parameters(problem, index, sampling, limit), problem.id)
+            for problem, count, limit in zip(problems, counts, limits, strict=True)
             for index in range(count)
         ]
         self._require_weights()
@@ -241,16 +241,15 @@ class SglangEngine:
         return found
 
     def _request(self, draw: Draw) -> Request:
-        parameters = self._parameters(draw.problem, draw.index, draw.sampling)
-        left = draw.sampling.max_tokens - len(draw.drawn)
-        return Request([*draw.problem.prompt_ids, *draw.drawn], replace(parameters, max_new_tokens=left), draw.problem.id)
+        parameters = self._parameters(draw.problem, draw.index, draw.sampling, draw.room)
+        return Request([*draw.problem.prompt_ids, *draw.drawn], parameters, draw.problem.id)
 
     def _drawn(self, key: int, reply: Generated) -> Drawn:
         draw, finish = self._draws.pop(key), reply.finish_reason
         if finish == "abort" and reply.ids:  # cut off exactly at its end
             if reply.ids[-1] in self._stop_ids:
                 finish = "stop"
-            elif len(draw.drawn) + len(reply.ids) >= draw.sampling.max_tokens:
+            elif len(reply.ids) >= draw.room:
                 finish = "length"
         routing = of_expert_layers(reply.routing, self._serving.architecture)
         return Drawn(key, reply.ids, reply.logprobs, finish, self.weight_version, reply.given_up, routing)
@@ -353,9 +352,9 @@ class SglangEngine:
         if self._syncs == 0:
             raise RuntimeError("servers have no weights before the first update_weights")
 
-    def _parameters(self, problem: Problem, index: int, sampling: Sampling) -> GenerateParameters:
+    def _parameters(self, problem: Problem, index: int, sampling: Sampling, max_tokens: int) -> GenerateParameters:
         return GenerateParameters(
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
