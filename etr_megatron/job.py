@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,11 +18,13 @@ from etr_megatron.checks import nodes_apart
 from etr_megatron.config import Config, doubts, resolved
 from etr_megatron.data import (
     PromptCursor,
+    ReplyTokenizer,
     build_tiny_policy,
     load_tokenizer,
     refuse_unknown_tokens,
     stop_token_ids,
 )
+from etr_megatron.environment import EnvironmentPool
 from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.observe import Recorder, RunDirectory
 from etr_megatron.platform.phases import Phases, StopAskedError
@@ -36,8 +39,10 @@ if TYPE_CHECKING:
     from etr_megatron.observe.run_directory import RunState
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
+    from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
+    from etr_megatron.trainer import Trainer
     from etr_megatron.weights import Architecture
 
 
@@ -50,12 +55,11 @@ def run_rank(config: Config) -> None:
     """
     checkpoint = initial_checkpoint(config)
     with ExitStack() as stack:
-        # Start graders before this rank has threads and sockets. They end with the rank, however it ends.
-        grader = stack.enter_context(GraderPool(config.reward)) if int(os.environ.get("RANK", "0")) == 0 else None
+        workers = _Workers.start(config, stack)
         # torchrun also sends SIGTERM when another rank has failed. The failed rank joins no further meeting, so the others
         # cannot stop there with a checkpoint.
         stop = stack.enter_context(StopRequest().on_sigterm(config.run.stop_grace_s, given_up))
-        _train(config, checkpoint, grader, stack, stop)
+        _train(config, checkpoint, workers, stack, stop)
 
 
 def initial_checkpoint(config: Config) -> Path:
@@ -66,11 +70,30 @@ def initial_checkpoint(config: Config) -> Path:
     return build_tiny_policy(config.tiny, config.arithmetic, progress=config.observe.progress)
 
 
-def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: ExitStack, stop: StopRequest) -> None:
-    from etr_megatron.checkpoint import latest_step
+@dataclass(frozen=True)
+class _Workers:
+    """Processes that call the user's functions, on rank 0. environment: None also without an environment or an engine."""
+
+    grader: GraderPool | None = None
+    environment: EnvironmentPool | None = None
+
+    @classmethod
+    def start(cls, config: Config, stack: ExitStack) -> _Workers:
+        """Start them before this rank has threads and sockets. They end with `stack` or the rank, however it ends."""
+        if int(os.environ.get("RANK", "0")) != 0:
+            return cls()
+        is_asked = config.environment.function is not None and config.rollout.replay is None
+        return cls(
+            stack.enter_context(GraderPool(config.reward)),
+            stack.enter_context(EnvironmentPool(config.environment)) if is_asked else None,
+        )
+
+
+def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack, stop: StopRequest) -> None:
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.problem_sets import open_sets
+    from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -92,16 +115,21 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
         engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory, stop, nodes)))
     phases.meet("loading of the model")
     cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
-    decode, grader = partial(tokenizer.decode, skip_special_tokens=True), pool.grade if pool is not None else None
+    decode, grader = partial(tokenizer.decode, skip_special_tokens=True), workers.grader.grade if workers.grader else None
+    dialogues = None
+    if workers.environment is not None:
+        reply_ids = ReplyTokenizer(config.data, tokenizer, stop_ids)
+        dialogues = Dialogues(workers.environment, reply_ids, decode, max_turns=config.environment.max_turns)
     trainer = Trainer(
         config,
         engine=engine,
         policy=Policy(architecture, model_dir, config, layout),
-        sampler=_sampler(config, engine, cursor, decode, grader),
+        sampler=stack.enter_context(closing(_sampler(config, engine, cursor, decode, grader, dialogues))),
         held_out=held_out,
         decode=decode,
         directory=directory,
         grader=grader,
+        dialogues=dialogues,
         recorder=(lambda step: stack.enter_context(Recorder(config, directory, step))) if layout.rank == 0 else None,
         stop_request=stop,
         phases=phases,
@@ -109,17 +137,24 @@ def _train(config: Config, model_dir: Path, pool: GraderPool | None, stack: Exit
     # Modules and the model live to the end. Scanning them in each full collection would stall this rank, and with it all ranks.
     gc.freeze()
     gc.enable()
+    _run(trainer, directory, config, reports=layout.rank == 0)
+
+
+def _run(trainer: Trainer, directory: RunDirectory, config: Config, *, reports: bool) -> None:
+    """Run to the last step. reports: whether to write down how it ended."""
+    from etr_megatron.checkpoint import latest_step
+
     try:
         trainer.run()
     except Exception as error:
-        if layout.rank == 0:
+        if reports:
             # On a full disk the status may not fit either, but must not mask the original error.
             with suppress(UserError):
                 state: RunState = "requeue" if isinstance(error, RequeueError) else "failed"
                 done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # also after a refused resume
                 directory.write_status(state, done, config.run.steps, str(error))
         raise
-    if layout.rank == 0:
+    if reports:
         directory.write_status("finished", trainer.step, config.run.steps)
 
 
@@ -196,7 +231,12 @@ def _engine(
 
 
 def _sampler(
-    config: Config, engine: RolloutEngine | None, cursor: PromptCursor, decode: Decode, grader: Grader | None
+    config: Config,
+    engine: RolloutEngine | None,
+    cursor: PromptCursor,
+    decode: Decode,
+    grader: Grader | None,
+    dialogues: Dialogues | None,
 ) -> Sampler:
     """The sampler that yields the groups of a step."""
     from etr_megatron.rollout import ReplaySampler, RoundSampler, StreamingSampler
@@ -204,9 +244,9 @@ def _sampler(
     if engine is None:
         return ReplaySampler(config, cursor)
     if config.rollout.backend == "embedded":
-        return RoundSampler(config, engine, cursor, decode, grader)
+        return RoundSampler(config, engine, cursor, decode, grader, dialogues)
     servers = cast("StreamingEngine", engine)  # see `_engine`
-    return StreamingSampler(config, servers, cursor, decode, grader)
+    return StreamingSampler(config, servers, cursor, decode, grader, dialogues)
 
 
 def _stop_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> set[int]:

@@ -36,6 +36,7 @@ from etr_megatron.rollout import (
     UngradedError,
 )
 from etr_megatron.rollout.collect import Decode, Grader
+from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import Reached, read_reached, write_reached, write_record
 from etr_megatron.types import Group
@@ -50,8 +51,8 @@ ROLL_CALL_S = 60.0
 
 
 class Trainer:
-    """One run on one rank; every rank calls the same methods. `grader` and `recorder` exist on rank 0 only; `engine` is None
-    if the sampler needs none (a replay)."""
+    """One run on one rank; every rank calls the same methods. `grader`, `dialogues` (if there is an environment) and `recorder`
+    exist on rank 0 only; `engine` is None if the sampler needs none (a replay)."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Trainer:
         decode: Decode,
         directory: RunDirectory,
         grader: Grader | None,
+        dialogues: Dialogues | None = None,
         recorder: Callable[[int], Recorder] | None,
         stop_request: StopRequest,
         phases: Phases,
@@ -71,6 +73,7 @@ class Trainer:
         """stop_request: this rank's, already listening. phases: where ranks meet and check it."""
         self.config, self.policy, self.engine, self.sampler = config, policy, engine, sampler
         self._held_out, self._decode, self._directory, self._grader = held_out, decode, directory, grader
+        self._dialogues = dialogues
         self._open_recorder = recorder
         self._recorder: Recorder | None = None
         self._stop_request, self._phases = stop_request, phases
@@ -249,6 +252,7 @@ class Trainer:
             self.config,
             decode=self._decode,
             grader=self._grader,
+            dialogues=self._dialogues,
             must_stop=self._stop_request,
             with_servers=self._with_servers,
         )

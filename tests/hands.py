@@ -13,7 +13,7 @@ from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.engine import Draw, Drawn
-from etr_megatron.rollout.streaming import Hand
+from etr_megatron.rollout.hand import Hand
 from etr_megatron.types import Problem
 
 

@@ -58,13 +58,13 @@ class ReplyTokenizer:
             )
         except TemplateError as error:
             raise UserError(
-                f"the tokenizer's chat template refuses a reply with the role {roles} ({error}): change environment.role or what "
+                f"the tokenizer's chat template refuses a reply of role {roles} ({error}): change environment.role, or what "
                 "environment.function returns"
             ) from error
         _, found, after = text.partition(_TURN)
         if not found:
             raise UserError(
-                f"the tokenizer's chat template leaves out a turn of the model before a reply with the role {roles}: change "
+                f"the tokenizer's chat template leaves out a turn of the model before a reply of role {roles}: change "
                 "environment.role, or set data.chat_template=false"
             )
         return after
@@ -81,7 +81,7 @@ def read_tools(path: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
-        raise UserError(f"data.tools: {path} cannot be read as JSON ({error}); give a file with a list of tool schemas") from error
+        raise UserError(f"data.tools: {path} is not readable as JSON ({error}); give a list of tool schemas there") from error
     if not isinstance(found, list) or not found or not all(isinstance(tool, dict) for tool in found):
         raise UserError(f"data.tools: {path} must hold a JSON list of tool schemas, each an object")
     return found

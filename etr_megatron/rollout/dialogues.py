@@ -26,8 +26,13 @@ _LOOK_S = 0.05
 class Environment(Protocol):
     """The part of `EnvironmentPool` that is used here."""
 
-    def submit(self, key: int, request: EnvironmentRequest) -> None: ...
-    def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]: ...
+    def submit(self, key: int, request: EnvironmentRequest) -> None:
+        """See `EnvironmentPool.submit`."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]:
+        """See `EnvironmentPool.poll`."""
+        ...
 
 
 @dataclass(frozen=True)

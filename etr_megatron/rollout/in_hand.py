@@ -30,8 +30,8 @@ _COLUMNS = {
 class InHand:
     """A group in hand. step: the one it was requested for, which seeds the sampling.
 
-    Samples with finish reason "abort" or "turn" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone: some of
-    its samples were emptied, as their tokens had become too old.
+    Samples with finish reason "abort" or "turn" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone:
+    some of its samples were emptied, as their tokens had become too old.
     """
 
     group: Group

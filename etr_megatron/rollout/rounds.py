@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -49,16 +50,21 @@ def draw_further_turns(
     opened = [
         _Open(group.problem, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples
     ]
-    turn = 1
-    while opened:
-        replied = on_rank0_until_stopped(lambda anywhere: _replies(of_rank0(dialogues), opened, anywhere), must_stop)
-        if dialogues is None:
-            for one, reply in zip(opened, replied, strict=True):
-                _apply(one.sample, reply)
-        opened = [one for one, reply in zip(opened, replied, strict=True) if reply is not None and reply.finish_reason == "abort"]
-        turn += 1
+    for turn in itertools.count(2):
+        if not opened:
+            break
+        opened = _go_on(opened, dialogues, must_stop)
         _draw(engine, opened, sampling, turn, must_stop)
     on_rank0(lambda: of_rank0(dialogues).report())
+
+
+def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: MustStop) -> list[_Open]:
+    """Of these, whose turn has been drawn, those that have another one; replies are appended (in place)."""
+    replied = on_rank0_until_stopped(lambda anywhere: _replies(of_rank0(dialogues), opened, anywhere), must_stop)
+    if dialogues is None:
+        for one, reply in zip(opened, replied, strict=True):
+            _apply(one.sample, reply)
+    return [one for one, reply in zip(opened, replied, strict=True) if reply is not None and reply.finish_reason == "abort"]
 
 
 def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, turn: int, must_stop: MustStop) -> None:

@@ -1,0 +1,336 @@
+"""The groups in hand of an engine that generates while the ranks train: dynamic sampling, partial rollouts, bounded staleness.
+
+For the states of a group, and why no request spans a weight sync, see "Sampling" in docs/rollout.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from etr_megatron.config import Config
+from etr_megatron.data import PromptCursor
+from etr_megatron.errors import UserError
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.platform.pump import Pump
+from etr_megatron.reward import Grade
+from etr_megatron.rollout.collect import Decode, Grader, UngradedError, grade_samples, report_errors
+from etr_megatron.rollout.engine import (
+    LOOK_S,
+    Draw,
+    Drawn,
+    EngineGoneError,
+    MustStop,
+    NeedsSyncError,
+    RefusedError,
+    StreamingEngine,
+    never,
+)
+from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
+from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
+from etr_megatron.types import Group, Sample
+
+if TYPE_CHECKING:
+    from etr_megatron.rollout.dialogues import Dialogues
+
+logger = logging.getLogger(__name__)
+
+_GLANCE_S = 0.05
+"""Longest wait for the engine while the environment has responses, too."""
+
+_OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
+
+
+class Hand:
+    """The groups in hand, in the order in which they were requested; on rank 0 only."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: StreamingEngine,
+        cursor: PromptCursor,
+        decode: Decode,
+        grader: Grader,
+        dialogues: Dialogues | None = None,
+    ) -> None:
+        self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
+        self._dialogues = dialogues
+        self._replying: dict[int, tuple[InHand, Sample]] = {}  # at the environment, by the sample's id()
+        # While the ranks train, dialogues go on in another thread. All methods below that touch the groups stop it first.
+        self._pump = Pump(self._go_on_alone, "dialogues")
+        self._groups: list[InHand] = []
+        self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
+        self._keys = itertools.count()
+        self._under_way: dict[int, tuple[InHand, Sample]] = {}
+        self._asked_for = 0  # the step that prompts are requested for, and the ids of its problems
+        self._asked_ids: list[str] = []
+        self._counts: Counter[str] = Counter()
+        self._grades: list[tuple[Grade, str]] = []  # of the step
+        self._given_up = ""  # why the last group was given up
+
+    def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
+        """See `Sampler.take`."""
+        rollout = self._config.rollout
+        self._pump.stop()
+        ahead = rollout.max_staleness * rollout.prompts_per_step
+        wanted = max(ahead, int((rollout.max_oversample if rollout.partial else 1) * rollout.prompts_per_step))
+        with timer("reward"):
+            self._judge()  # what was completed while the ranks trained
+        while True:
+            self._ask(step, wanted)
+            self._refuse_if_too_few()
+            if self._is_enough() or not any(held.missing for held in self._groups):
+                break
+            if must_stop():
+                raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
+            with timer("rollout"):
+                self._go_on(LOOK_S)
+            with timer("reward"):
+                self._judge()
+        grades, self._grades = self._grades, []
+        try:
+            report_errors(grades)
+            if self._dialogues is not None:
+                self._dialogues.report()
+        except UngradedError:
+            self._forget_failures()
+            raise
+        taken = self._choose(step)
+        if step < self._config.run.steps:
+            self._ask(step + 1, ahead)
+        self._start_pump()
+        return taken
+
+    def put_back(self, step: int) -> None:
+        """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
+        with suppress(*_OF_ENGINE):  # the run ends, and requests will be made again
+            self._pump.stop()
+        if self._taken[0] == step:
+            self._groups = self._taken[1] + self._groups
+
+    def pause(self) -> None:
+        """See `Sampler.pause`. With partial rollouts, responses are cut off; otherwise they are waited for.
+
+        A sync follows the training of a step, whose groups (gigabytes with routing) are freed here before new ones come.
+        """
+        with suppress(*_OF_ENGINE):  # they would recur when the requests are made again
+            self._pump.stop()
+        self._taken = 0, []
+        self._accept(self._engine.stop(abort=self._config.rollout.partial))
+        self._under_way.clear()  # requests that an engine without servers could not answer are submitted again
+
+    def resume(self) -> None:
+        """See `Sampler.resume`. Samples with tokens too old for the next step are redrawn."""
+        oldest = self._engine.weight_version - self._config.rollout.max_staleness
+        self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
+        self._submit(self._groups)
+        self._start_pump()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in hand; tokens that the engine has not returned yet will be drawn again, and replies asked for again."""
+        with self._pump.held():
+            groups, tensors = pack(self._groups)
+        return {
+            "in_hand": groups,
+            "tensors": tensors,
+            "asked_for": self._asked_for,
+            "asked_ids": self._asked_ids,
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state; that of a run without groups in hand may be empty.
+
+        Raises UserError if responses wait for an environment, and there is none.
+        """
+        self._groups = unpack(state.get("in_hand", []), state.get("tensors", {}))
+        waits = sum(sample.finish_reason == "turn" for held in self._groups for sample in held.group.samples)
+        if waits and self._dialogues is None:
+            raise UserError(
+                f"the checkpoint holds {waits} responses that wait for a reply of an environment; set environment.function to "
+                "that of the run"
+            )
+        self._asked_for, self._asked_ids = state.get("asked_for", 0), list(state.get("asked_ids", []))
+        self._counts = Counter(state.get("counts", {}))
+
+    def close(self) -> None:
+        """Stop what goes on in another thread."""
+        with suppress(Exception):  # the run has ended
+            self._pump.stop()
+
+    def _start_pump(self) -> None:
+        if self._dialogues is not None and self._config.rollout.max_staleness:
+            self._pump.start()
+
+    def _go_on_alone(self) -> bool:
+        """One round of the pump; returns whether anything is under way."""
+        self._go_on(LOOK_S)
+        return bool(self._under_way or self._replying)
+
+    def _go_on(self, timeout_s: float) -> None:
+        """Take what has been drawn and replied since the last call, and have dialogues go on; waits for at least one response,
+        up to `timeout_s`."""
+        if self._dialogues is None:
+            self._accept(self._engine.wait(timeout_s))
+            return
+        if self._under_way or not self._replying:
+            self._accept(self._engine.wait(_GLANCE_S if self._replying else timeout_s))
+            timeout_s = 0.0
+        replied = [self._replying.pop(id(sample)) for sample in self._dialogues.ended(self, timeout_s)]
+        still_there = [(held, sample) for held, sample in replied if self._has(held, sample)]
+        self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
+        for _, sample in still_there:
+            self._finish(sample)
+
+    def _has(self, held: InHand, sample: Sample) -> bool:
+        """Whether the sample is still wanted: its group was not given up, and it is not drawn anew."""
+        return any(one is held for one in self._groups) and held.group.samples[sample.index] is sample
+
+    def _ask(self, step: int, wanted: int) -> None:
+        """Request new prompts until `wanted` groups are in hand besides those left out, within the step's limits."""
+        if step != self._asked_for:
+            self._asked_for = step
+            self._asked_ids = [held.group.problem.id for held in self._groups if held.step == step]
+        left_out = sum(held.is_left_out for held in self._groups)
+        missing = wanted - len(self._groups) + min(left_out, replacements(self._config))
+        # With fewer problems than a step needs, the cursor raises its own error.
+        there_are = max(len(self._cursor), self._config.rollout.prompts_per_step)
+        count = min(missing, there_are - len(self._asked_ids))
+        if count <= 0:
+            return
+        problems = self._cursor.next(count, after=self._asked_ids)
+        self._asked_ids += [problem.id for problem in problems]
+        samples, version = self._config.rollout.samples_per_prompt, self._engine.weight_version
+        new = [InHand.new(problem, step=step, samples=samples, weight_version=version) for problem in problems]
+        self._counts["groups_asked"] += len(new)
+        self._groups += new
+        self._submit(new)
+
+    def _submit(self, groups: Sequence[InHand]) -> None:
+        self._continue([(held, sample) for held in groups for sample in held.missing])
+
+    def _continue(self, missing: Iterable[tuple[InHand, Sample]]) -> None:
+        """Hand these to the engine, or to the environment if their turn has ended."""
+        draws = []
+        for held, sample in missing:
+            if sample.finish_reason == "turn":
+                self._have_replied(held, sample)
+                continue
+            key = next(self._keys)
+            self._under_way[key] = held, sample
+            sampling = sampling_of(self._config, held.step)
+            draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
+        if draws:
+            self._engine.submit(draws)
+
+    def _have_replied(self, held: InHand, sample: Sample) -> None:
+        if self._dialogues is not None and id(sample) not in self._replying:
+            self._replying[id(sample)] = held, sample
+            self._dialogues.submit(self, held.group.problem, sample, self._config.rollout.max_response_tokens)
+
+    def _accept(self, drawn: Iterable[Drawn]) -> None:
+        for one in drawn:
+            held, sample = self._under_way.pop(one.key)
+            if one.given_up:
+                self._give_up(held, one.given_up)
+                continue
+            extend(sample, one)
+            if self._dialogues is not None and sample.finish_reason != "abort":
+                self._dialogues.end_turn(sample)
+                if sample.finish_reason == "stop":
+                    sample.finish_reason = "turn"
+                    if self._has(held, sample):
+                        self._have_replied(held, sample)
+            self._finish(sample)
+
+    def _finish(self, sample: Sample) -> None:
+        """Fill in the text of a response that has ended."""
+        if sample.finish_reason in ("stop", "length"):
+            sample.text = self._decode(sample.response_ids.tolist())
+
+    def _give_up(self, group: InHand, why: str) -> None:
+        """Drop the whole group, as only complete ones are trained on; its replies that are still under way will be ignored."""
+        left = [held for held in self._groups if held is not group]
+        if len(left) < len(self._groups):
+            logger.warning("group %s is given up: %s", group.group.id, why)
+            self._groups, self._given_up = left, why
+            self._counts["groups_given_up"] += 1
+
+    def _refuse_if_too_few(self) -> None:
+        """Raises RefusedError when a step has given up more groups than it trains on, or when too few problems are left."""
+        wanted, given_up = self._config.rollout.prompts_per_step, self._counts["groups_given_up"]
+        if given_up > wanted or (given_up and len(self._groups) < wanted):
+            del self._counts["groups_given_up"]  # a restart after a fix counts from zero
+            raise RefusedError(
+                f"a step of {wanted} groups had to give up {given_up}; the reason for the last: {self._given_up}"
+            )
+
+    def _judge(self) -> None:
+        """Reward complete groups and, with dynamic sampling, leave out those without a learning signal."""
+        complete = [held for held in self._groups if not held.missing]
+        samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
+        if not samples:
+            return
+        grades = grade_samples(samples, self._grader)
+        self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
+        for held in complete:
+            held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
+
+    def _forget_failures(self) -> None:
+        """Reset failed grades and failed calls of the environment, so that both are made again after a fix."""
+        for held in self._groups:
+            failed = [
+                one
+                for one in held.group.samples
+                if one.reward_status not in ("ok", None) or one.environment_status not in ("ok", None)
+            ]
+            for sample in failed:
+                sample.reward = sample.reward_status = None
+                if sample.environment_status not in ("ok", None):
+                    sample.finish_reason, sample.environment_status = "turn", None
+            held.is_left_out = held.is_left_out and not failed
+
+    def _is_enough(self) -> bool:
+        """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""
+        ready = sum(held.is_ready for held in self._groups)
+        redone = any(held.is_redone and held.missing for held in self._groups)
+        return ready >= self._config.rollout.prompts_per_step and not redone
+
+    def _choose(self, step: int) -> Rollouts:
+        """Take the ready groups with the oldest tokens, filled up with left-out groups; other left-out groups are dropped."""
+        wanted = self._config.rollout.prompts_per_step
+        ready = sorted((held for held in self._groups if held.is_ready), key=lambda held: held.oldest_version)[:wanted]
+        left_out = [held for held in self._groups if held.is_left_out]
+        fill = left_out[: wanted - len(ready)]
+        taken = {id(held) for held in (*ready, *fill)}
+        self._taken = step, [held for held in self._groups if id(held) in taken]
+        groups = [held.group for held in self._taken[1]]
+        self._groups = [held for held in self._groups if id(held) not in taken and not held.is_left_out]
+        self._counts["groups_dropped"], self._counts["groups_filled"] = len(left_out), len(fill)
+        counts = self._counts_of(groups)
+        self._counts.clear()
+        return Rollouts(groups, counts)
+
+    def _counts_of(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The step's metrics. As a last line of defence, raises RuntimeError for a token that is too old."""
+        rollout, version = self._config.rollout, self._engine.weight_version
+        samples = [sample for group in groups for sample in group.samples]
+        tokens = sum(len(sample.response_ids) for sample in samples)
+        ages = sum(sum(version - token for token in sample.token_versions()) for sample in samples)
+        oldest = version - min(oldest_version(sample) for sample in samples)
+        if oldest > rollout.max_staleness:
+            raise RuntimeError(f"a token is {oldest} weight syncs old, more than rollout.max_staleness={rollout.max_staleness}")
+        names = ["groups_asked", "groups_dropped", "groups_filled"] if rollout.dynamic_sampling else []
+        counts: dict[str, float] = {name: self._counts[name] for name in names}
+        if rollout.max_staleness:
+            counts |= {"staleness_mean": ages / max(tokens, 1), "staleness_max": oldest}
+            counts |= {"groups_redone": self._counts["groups_redone"], "groups_in_hand": len(self._groups)}
+        if self._counts["groups_given_up"]:
+            counts["groups_given_up"] = self._counts["groups_given_up"]
+        if rollout.partial:
+            counts["samples_continued"] = sum(bool(sample.weight_versions) for sample in samples)
+        return counts
