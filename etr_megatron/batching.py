@@ -20,15 +20,14 @@ from etr_megatron.objective import (
     token_weights,
 )
 from etr_megatron.policy import PolicyBatch, StepRouting, TokenLogprobs
-from etr_megatron.types import Group, Sample
+from etr_megatron.types import Group, Sample, TokenSequence
 from etr_megatron.weights import Experts
 
-Sequences = tuple[tuple[Sequence[int], Sequence[int]], ...]
 
-
-def sequences_of(groups: Sequence[Group]) -> Sequences:
-    """(prompt ids, response ids) of every sample of the step."""
-    return tuple((group.problem.prompt_ids, sample.response_ids) for group in groups for sample in group.samples)
+def sequences_of(groups: Sequence[Group]) -> tuple[TokenSequence, ...]:
+    """The tokens of every sample of the step."""
+    pairs = ((group.problem.prompt_ids, sample) for group in groups for sample in group.samples)
+    return tuple(TokenSequence(prompt, sample.response_ids, sample.loss_mask) for prompt, sample in pairs)
 
 
 def is_trained(sample: Sample, config: Config) -> bool:
@@ -82,10 +81,10 @@ def build_batch(
     objective = config.objective
     pairs = [(group, sample) for group in groups for sample in group.samples]
     trained = [is_trained(sample, config) for _, sample in pairs]
-    lengths = [len(sample.response_ids) for _, sample in pairs]
+    lengths = [sample.drawn for _, sample in pairs]
     rewards = [sample.known_reward() for _, sample in pairs]
     statistics = group_statistics(
-        _trained_rewards(rewards, lengths, config, old, reference),
+        _trained_rewards(rewards, [len(sample.response_ids) for _, sample in pairs], config, old, reference),
         [group.id for group, _ in pairs],
         reward_range=(config.reward.range_min, config.reward.range_max),
         delta=objective.delta,
@@ -102,7 +101,8 @@ def build_batch(
         tokens=lengths,
         seed=config.run.seed * 1_000_003 + step,
     )
-    rollout_logp = tuple(torch.tensor(np.asarray(sample.rollout_logprobs), dtype=torch.float32) for _, sample in pairs)
+    engine = (np.asarray(sample.of_drawn(sample.rollout_logprobs)) for _, sample in pairs)
+    rollout_logp = tuple(torch.tensor(logprobs, dtype=torch.float32) for logprobs in engine)
     return PolicyBatch(
         names=tuple(f"{group.id}/{sample.index}" for group, sample in pairs),
         sequences=sequences_of(groups),
@@ -134,7 +134,7 @@ def minibatches(batch: PolicyBatch, groups: Sequence[Group], config: Config) -> 
     for first in range(0, len(groups), per_update):
         whole = range(starts[first], ends[first + per_update - 1])
         numbers = [i for i in whole if trained[i]] or list(whole)  # an update needs samples, even if none has weight
-        lengths = [len(batch.sequences[i][1]) for i in numbers]
+        lengths = [batch.sequences[i].rows for i in numbers]
         parts.append(batch.select(numbers, _weights(lengths, [trained[i] for i in numbers], config)))
     return parts
 
@@ -146,7 +146,10 @@ def _trained_rewards(
     old: TokenLogprobs,
     reference: TokenLogprobs | None,
 ) -> list[float]:
-    """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward"."""
+    """The verifier's rewards [N] after shaping: the overlong penalty, and the KL penalty if `kl_in` is "reward".
+
+    lengths: of the whole responses, which the limit of the overlong penalty is for; the KL is of drawn tokens.
+    """
     objective, limit = config.objective, config.rollout.max_response_tokens
     buffer, factor = config.reward.overlong_buffer, config.reward.overlong_penalty
     trained = [
@@ -178,7 +181,7 @@ def _bounds(config: Config) -> ElasticBounds:
 
 
 def _weights(lengths: Sequence[int], trained: Sequence[bool], config: Config) -> torch.Tensor:
-    """Aggregation weights [N]; 0 for samples that are not `trained`, which no denominator counts."""
+    """Aggregation weights [N]; 0 for samples that are not `trained`, which no denominator counts. lengths: loss rows."""
     objective = config.objective
     weight, covered = torch.zeros(len(lengths)), torch.tensor(trained)
     counted = [length for length, is_covered in zip(lengths, trained, strict=True) if is_covered]

@@ -19,13 +19,14 @@ from etr_megatron.types import Group, Sample
 
 
 def logprob_gap(batch: PolicyBatch) -> torch.Tensor:
-    """abs(engine - trainer) log-prob of every response token of the step, fp32 [tokens]."""
+    """abs(engine - trainer) log-prob of every response token of the step that the model drew, fp32 [tokens]."""
     return (torch.cat(batch.rollout_logp) - torch.cat(batch.old_logp)).abs()
 
 
 def drawn_from(groups: Sequence[Group], version: int) -> torch.Tensor:
-    """Which response tokens of the step were drawn from weights `version`, bool [tokens]."""
-    return torch.tensor([one == version for group in groups for sample in group.samples for one in sample.token_versions()])
+    """Which of the tokens of `logprob_gap` were drawn from weights `version`, bool [tokens]."""
+    samples = (sample for group in groups for sample in group.samples)
+    return torch.tensor([one == version for sample in samples for one in sample.of_drawn(sample.token_versions())])
 
 
 def check_logprob_gap(batch: PolicyBatch, config: Config, comparable: torch.Tensor | None = None) -> bool:
@@ -60,8 +61,17 @@ def rollout_metrics(step: int, groups: Sequence[Group], config: Config) -> dict[
         **_groups_metrics(groups, config),
         "reward_timeouts": sum(sample.reward_status == "timeout" for sample in samples),
         "reward_errors": sum(sample.reward_status == "error" for sample in samples),
+        **_failed_calls(samples, config),
         **_by_set(groups, config),
     }
+
+
+def _failed_calls(samples: Sequence[Sample], config: Config) -> dict[str, int]:
+    """Responses that a failed call of the environment's function ended; empty without an environment."""
+    if config.environment.function is None:
+        return {}
+    found = [sample.environment_status for sample in samples]
+    return {"environment_errors": found.count("error"), "environment_timeouts": found.count("timeout")}
 
 
 def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
@@ -76,7 +86,11 @@ def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
 def response_metrics(samples: Sequence[Sample], config: Config) -> dict[str, float]:
     """Means over at least one graded response, of training or evaluation. `reward/<name>`: of further numbers of the user's
-    reward function, over the samples that have them."""
+    reward function, over the samples that have them. Turns and tokens of replies only with an environment."""
+    turns: dict[str, float] = {}
+    if config.environment.function is not None:
+        turns["turns_mean"] = _mean([sample.turns for sample in samples])
+        turns["reply_tokens_mean"] = _mean([len(sample.response_ids) - sample.drawn for sample in samples])
     parts: dict[str, list[float]] = {}
     for sample in samples:
         for name, part in sample.reward_parts.items():
@@ -85,6 +99,7 @@ def response_metrics(samples: Sequence[Sample], config: Config) -> dict[str, flo
         "accuracy": _mean([float(sample.reward == config.reward.range_max) for sample in samples]),
         "reward_mean": _mean([sample.known_reward() for sample in samples]),
         "response_tokens_mean": _mean([len(sample.response_ids) for sample in samples]),
+        **turns,
         **{name: _mean(values) for name, values in parts.items()},
     }
 
@@ -154,22 +169,22 @@ def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seco
     for group in groups:
         for sample in group.samples:
             passes = logprobs + 3 * config.train.epochs * is_trained(sample, config)
-            rows = len(sample.response_ids)
-            step += passes * sequence_flops(policy.arch, len(group.problem.prompt_ids) + rows, rows)
+            tokens = len(group.problem.prompt_ids) + len(sample.response_ids)
+            step += passes * sequence_flops(policy.arch, tokens, sample.drawn)
     rate = step / seconds / policy.layout.world
     peak = BF16_PEAK.get(torch.cuda.get_device_name()) if platform.uses_cuda() else None
     return {"tflops_per_gpu": rate / 1e12} | ({} if peak is None else {"mfu": rate / peak})
 
 
 def _replayed(batch: PolicyBatch) -> dict[str, float]:
-    """The fraction of positions predicting a response token for which the engine reported experts."""
+    """The fraction of positions predicting a token that the model drew for which the engine reported experts."""
     if batch.routing is None:
         return {}
-    known = sum(
-        min(max(length - len(prompt) + 1, 0), len(response))
-        for length, (prompt, response) in zip(batch.routing.lengths, batch.sequences, strict=True)
-    )
-    return {"routing_replayed": known / sum(len(response) for _, response in batch.sequences)}
+    known = 0
+    for length, one in zip(batch.routing.lengths, batch.sequences, strict=True):
+        predicted = max(length - len(one.prompt) + 1, 0)
+        known += one._replace(response=one.response[:predicted], loss_mask=one.loss_mask[:predicted]).rows
+    return {"routing_replayed": known / sum(one.rows for one in batch.sequences)}
 
 
 def _engine_mismatch(batch: PolicyBatch, config: Config) -> dict[str, float]:
@@ -216,7 +231,7 @@ def _radius_quantiles(batch: PolicyBatch, numbers: torch.Tensor) -> dict[str, fl
     covered = numbers[batch.weight[numbers] > 0]
     numbers = covered if len(covered) else numbers
     radius = ((batch.clip_low + batch.clip_high) / 2)[numbers].double()
-    tokens = torch.tensor([len(response) for _, response in batch.sequences], dtype=torch.float64)[numbers]
+    tokens = torch.tensor([one.rows for one in batch.sequences], dtype=torch.float64)[numbers]
     order = radius.argsort()
     share = tokens[order].cumsum(0) / tokens.sum()
     return {f"clip_radius_p{percent}": radius[order][(share < percent / 100).sum()].item() for percent in (10, 90)}

@@ -283,7 +283,7 @@ class Trainer:
         times = self._watch.lap()
         if self._recorder is None:
             return
-        tokens = sum(len(sample.response_ids) for group in groups for sample in group.samples)
+        tokens = sum(sample.drawn for group in groups for sample in group.samples)
         speed = {}
         if not self.config.rollout.only:
             speed = training_speed(self.policy, groups, self.config, times["time_train"])

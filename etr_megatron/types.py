@@ -139,6 +139,10 @@ class TokenSequence(NamedTuple):
         return sum(self.loss_mask) if self.loss_mask else len(self.response)
 
 
+AnySequence = TokenSequence | tuple[Sequence[int], Sequence[int]]
+"""Or (prompt ids, response ids) of a response that the model drew all of; `TokenSequence(*one)` takes both."""
+
+
 @dataclass(slots=True)
 class Group:
     """All responses to one prompt; group statistics (mean, deviation, variance) are taken over them.

@@ -213,7 +213,7 @@ def test_zeros_of_an_engine_that_did_not_note_its_choice_are_no_routing():
 def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     """All tokens of the first sample; of the second, only the first response token, which the prompt's last token predicts."""
     batch = batch_of()
-    prompts, responses = zip(*batch.sequences, strict=True)
+    prompts, responses, _ = zip(*batch.sequences, strict=True)
     counts = [len(prompts[0]) + len(responses[0]) - 1, len(prompts[1]), *[0] * (len(batch) - 2)]
     row = metrics_row(replace(batch, routing=StepRouting(tuple(counts), None)))
     assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))

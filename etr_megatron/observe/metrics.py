@@ -14,7 +14,8 @@ from etr_megatron.platform.files import disk_errors, sync_to_disk, write_atomica
 
 
 class StepMetrics(TypedDict):
-    """The keys in every row of a training run. Means over tokens are over the step's response tokens, on all ranks."""
+    """The keys in every row of a training run. Means over tokens are over the step's response tokens, on all ranks, without
+    those of an environment's replies."""
 
     step: int  # rollout step, counted from 1
     weight_version: int  # newest weight version that generated a token of the step
@@ -41,8 +42,8 @@ class StepMetrics(TypedDict):
     truncated: int  # samples cut off at `rollout.max_response_tokens`
     reward_timeouts: int  # answers not graded within `reward.timeout_s`; they get the lowest reward
     reward_errors: int  # answers on which the reward function failed; they get the lowest reward
-    response_tokens_mean: float  # response tokens per sample
-    tokens_per_s: float  # response tokens of the step / `time_step`
+    response_tokens_mean: float  # response tokens per sample, with those of an environment's replies
+    tokens_per_s: float  # response tokens of the step that the model drew / `time_step`
     time_rollout: float  # seconds that the step waited for responses
     time_reward: float  # seconds that the step waited for rewards
     time_train: float  # seconds for log-probs and updates
@@ -63,10 +64,18 @@ class MetricsRow(StepMetrics, total=False):
     eval_reward_mean_start: float  # same before any update
     eval_pass_at_k: float  # of sets with `eval.samples` above 1: share of held-out problems with a correct response
     eval_pass_at_k_start: float  # same before any update
-    eval_response_tokens_mean: float  # tokens per response to a held-out problem
+    eval_response_tokens_mean: float  # tokens per response to a held-out problem, with those of an environment's replies
     eval_response_tokens_mean_start: float  # same before any update
     eval_truncated_frac: float  # share of responses to held-out problems cut off at the evaluation's token limit
     eval_truncated_frac_start: float  # same before any update
+    eval_turns_mean: float  # with an environment: turns of the model per response to a held-out problem
+    eval_turns_mean_start: float  # same before any update
+    eval_reply_tokens_mean: float  # tokens of the environment's replies per response to a held-out problem
+    eval_reply_tokens_mean_start: float  # same before any update
+    turns_mean: float  # with an environment: turns of the model per sample
+    reply_tokens_mean: float  # with an environment: tokens of its replies per sample; the loss does not cover them
+    environment_errors: int  # with an environment: samples that ended because its function failed
+    environment_timeouts: int  # samples that ended because its function did not return within `environment.timeout_s`
     reward_shaped_mean: float  # reward that is trained on, if it is not the verifier's; mean over samples
     groups_asked: int  # with dynamic sampling: prompts requested since the last step, including those requested ahead
     groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal
@@ -82,7 +91,7 @@ class MetricsRow(StepMetrics, total=False):
     memory_reserved_gib: float  # same, with the memory that torch kept for later tensors
     load_balancing_loss: float  # with `moe_aux_loss_coef`: Megatron's loss without the coefficient, mean over tokens; 1 is even
     expert_load_imbalance: float  # with experts: tokens of a layer's busiest expert / mean of its experts, mean over layers
-    routing_replayed: float  # with `routing_replay`: share of response tokens predicted with the engine's experts
+    routing_replayed: float  # with `routing_replay`: share of the model's response tokens predicted with the engine's experts
     samples_continued: int  # with partial rollouts: samples with tokens of several weight versions
 
 

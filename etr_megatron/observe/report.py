@@ -70,6 +70,10 @@ def summary(rows: list[MetricsRow]) -> str:
     ]
     if errors := sum(row["reward_errors"] or 0 for row in rows):
         lines.append(f"reward errors     {errors}")
+    failed = sum(row.get("environment_errors") or 0 for row in rows)
+    stuck = sum(row.get("environment_timeouts") or 0 for row in rows)
+    if failed or stuck:
+        lines.append(f"environment       {_count(failed, 'error')}, {_count(stuck, 'timeout')}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""A readable view of a recorded rollout, with the gap between the engine's and the trainer's log-prob of every token."""
+"""A readable view of a recorded rollout, with the gap between the engine's and the trainer's log-prob of every token that the
+model drew."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def listing(run: Path, step: int) -> str:
     lines = []
     for group in read_record(RunDirectory(run).recorded, step)[0]:
         for sample in group["samples"]:
-            facts = f"reward {sample['reward']:g}, {len(sample['response_ids'])} tokens, {sample['finish_reason']}"
+            facts = f"reward {sample['reward']:g}, {_tokens_told(sample)}, {sample['finish_reason']}"
             lines.append(f"{group['id']}/{sample['index']}  {facts}")
     return "\n".join(lines)
 
@@ -41,23 +42,36 @@ def view(run: Path, step: int, name: str, pieces: Pieces | str) -> str:
 
 
 def _facts(name: str, problem: dict[str, Any], sample: dict[str, Any]) -> list[str]:
-    old = sample.get("old_logprobs")
-    gaps = [abs(a - b) for a, b in zip(sample["rollout_logprobs"], old, strict=True)] if old is not None else []
+    old = sample.get("old_logprobs") or [None] * len(sample["response_ids"])
+    pairs = zip(sample["rollout_logprobs"], old, strict=True)
+    gaps = {place: abs(a - b) for place, (a, b) in enumerate(pairs) if b is not None}
     gap = "the trainer's log-probs were not recorded"
     if gaps:
-        gap = f"mean {sum(gaps) / len(gaps):.1e}, largest {max(gaps):.1e} at token {gaps.index(max(gaps))}"
+        worst = max(gaps, key=lambda place: gaps[place])
+        gap = f"mean {sum(gaps.values()) / len(gaps):.1e}, largest {gaps[worst]:.1e} at token {worst}"
     parts = [f"{part} {value:g}" for part, value in sample.get("reward_parts", {}).items()]
     return [
         f"sample        {name}",
         f"reward        {sample['reward']:g} ({', '.join([sample['reward_status'], *parts])})",
-        f"finish        {sample['finish_reason']}, {len(sample['response_ids'])} tokens",
+        f"finish        {sample['finish_reason']}, {_tokens_told(sample)}",
+        *([f"environment   {sample['environment_status']}"] if sample.get("environment_status") else []),
         f"log-prob gap  {gap}",
         f"answer        {problem['answer']}",
         "prompt",
         *_indented(problem["prompt"]),
-        "response",
-        *_indented(sample["text"]),
+        *_response(sample),
     ]
+
+
+def _tokens_told(sample: dict[str, Any]) -> str:
+    told, mask = f"{len(sample['response_ids'])} tokens", sample.get("loss_mask")
+    return f"{told} ({len(mask) - sum(mask)} of replies)" if mask else told
+
+
+def _response(sample: dict[str, Any]) -> list[str]:
+    """The model's turns and the replies by their roles, or the text of a response without an environment."""
+    messages = sample.get("messages") or [{"role": "response", "content": sample["text"]}]
+    return [line for message in messages for line in (message["role"], *_indented(message["content"]))]
 
 
 def _indented(text: str) -> list[str]:
@@ -71,9 +85,13 @@ def _tokens(sample: dict[str, Any], pieces: Pieces | str) -> list[str]:
     old = sample.get("old_logprobs") or [None] * len(ids)
     width = max([4, *map(len, texts)])
     lines = [f"token       id  {'text':{width}}  weights     engine    trainer        gap"]
-    for place, (token, text, version, engine, trainer) in enumerate(
-        zip(ids, texts, versions, sample["rollout_logprobs"], old, strict=True)
+    mask = sample.get("loss_mask") or [1] * len(ids)
+    for place, (token, text, version, engine, trainer, is_drawn) in enumerate(
+        zip(ids, texts, versions, sample["rollout_logprobs"], old, mask, strict=True)
     ):
+        if not is_drawn:
+            lines.append(f"{place:5d} {token:8d}  {text:{width}}    reply")
+            continue
         compared = "" if trainer is None else f" {trainer:10.4f} {abs(engine - trainer):10.1e}"
         lines.append(f"{place:5d} {token:8d}  {text:{width}}  {version:7d} {engine:10.4f}{compared}")
     return lines

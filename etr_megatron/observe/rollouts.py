@@ -38,7 +38,9 @@ def cut_back_rollouts(directory: Path, step: int) -> int:
 
 
 def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
-    logprobs = sample.rollout_logprobs
+    logprobs = sample.of_drawn(sample.rollout_logprobs)
+    replies = {"turns": sample.turns, "reply_tokens": len(sample.response_ids) - sample.drawn, "messages": sample.messages}
+    status = sample.environment_status
     return {
         "step": step,
         "group": group.id,
@@ -50,6 +52,8 @@ def _readable(step: int, group: Group, sample: Sample) -> dict[str, Any]:
         "reward": sample.reward,
         "status": sample.reward_status,
         **({"parts": sample.reward_parts} if sample.reward_parts else {}),
+        **(replies if sample.messages else {}),
+        **({"environment": status} if status is not None else {}),
         "finish_reason": sample.finish_reason,
         "weight_version": sample.weight_version,
         "tokens": len(sample.response_ids),

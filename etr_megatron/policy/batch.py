@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from etr_megatron.policy.routing import StepRouting
+from etr_megatron.types import TokenSequence
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
     """N samples; identical on every rank.
 
-    names: sample names for error messages. sequences: (prompt ids, response ids) of each.
+    names: sample names for error messages. sequences: the tokens of each; (prompt ids, response ids) pairs are converted.
     advantage, clip_low, clip_high, weight, group_mean, group_std, variance: float32 [N]; `weight` is the aggregation weight of
     each token of a sample, with this whole batch's denominator; for the group statistics see `LossInputs`.
     pass_rate_bin: int64 [N], see `objective.pass_rate_bins`.
-    rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens]; old_entropy is for the
-    metrics, ref_logp is set with a KL term, correction with an off-policy correction.
+    rollout_logp, old_logp, old_entropy, ref_logp, correction: per sample float32 [response tokens that the model drew];
+    old_entropy is for the metrics, ref_logp is set with a KL term, correction with an off-policy correction.
     routing: with routing replay, the experts that the engine chose for the first tokens of each sample (prompt and response);
     the policy routes the other tokens itself.
     """
 
     names: tuple[str, ...]
-    sequences: tuple[tuple[Sequence[int], Sequence[int]], ...]
+    sequences: tuple[TokenSequence, ...]
     advantage: Tensor
     clip_low: Tensor
     clip_high: Tensor
@@ -42,6 +43,9 @@ class PolicyBatch:
     ref_logp: tuple[Tensor, ...] | None = None
     correction: tuple[Tensor, ...] | None = None
     routing: StepRouting | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sequences", tuple(TokenSequence(*one) for one in self.sequences))
 
     def __len__(self) -> int:
         return len(self.names)

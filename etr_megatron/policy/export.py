@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from etr_megatron.policy.model import export_hf_weights, own_parameters, plain_values
+from etr_megatron.types import AnySequence
 from etr_megatron.weights import TrainingLayout
 
 if TYPE_CHECKING:
@@ -31,6 +32,6 @@ class Export:
         own = own_parameters(self._policy.chunks).values()
         return {weight.megatron: plain_values(parameter) for weight, parameter in own}
 
-    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, ...]:
+    def logprobs(self, sequences: Sequence[AnySequence]) -> tuple[Tensor, ...]:
         """See `TokenLogprobs.logp`; a collective."""
         return self._policy.logprobs(sequences).logp

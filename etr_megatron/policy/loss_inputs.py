@@ -38,7 +38,7 @@ def loss_inputs(
     """
     device = micro.row_sample.device
     place = _places(batch, micro)
-    lengths = torch.tensor([len(batch.sequences[i][1]) for i in micro.samples], dtype=torch.long)
+    lengths = torch.tensor([batch.sequences[i].rows for i in micro.samples], dtype=torch.long)
     # Each context-parallel rank has some tokens of every sample.
     at = (lengths.cumsum(0) - lengths)[place] + micro.row_position.cpu()
 

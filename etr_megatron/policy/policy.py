@@ -44,13 +44,14 @@ from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.plan import plan_microbatches
 from etr_megatron.policy.routing import RoutingReplay, StepRouting
 from etr_megatron.policy.schedule import run_schedule
+from etr_megatron.types import AnySequence, TokenSequence
 from etr_megatron.vocab_parallel import vocab_parallel_logprob, vocab_parallel_loss
 from etr_megatron.weights import Architecture
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Per sample, fp32 CPU [response tokens]: log-prob of each response token and entropy of its distribution."""
+    """Per sample, fp32 CPU [response tokens that the model drew]: log-prob of each and entropy of its distribution."""
 
     logp: tuple[Tensor, ...]
     entropy: tuple[Tensor, ...]
@@ -116,20 +117,22 @@ class Policy:
 
     def logprobs(
         self,
-        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        sequences: Sequence[AnySequence],
         *,
         reference: bool = False,
         routing: StepRouting | None = None,
     ) -> TokenLogprobs:
-        """Tempered log-probs and entropies of the response tokens under the current (or the reference) weights, on every rank.
+        """Tempered log-probs and entropies of the response tokens that the model drew, under the current (or the reference)
+        weights, on every rank.
 
-        sequences: (prompt ids, response ids) of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
+        sequences: of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
         """
         chunks = self.reference if reference else self._ddp
         if chunks is None:
             raise RuntimeError("no reference model: objective.kl_coef is 0")
-        micro = self._microbatches(sequences)
+        whole = [TokenSequence(*one) for one in sequences]
+        micro = self._microbatches(whole)
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> tuple[Microbatch, Tensor]:
             tensors, options = self._head_inputs(chunks[-1], hidden, batch)
@@ -137,7 +140,7 @@ class Policy:
 
         with torch.no_grad(), self._replaying(micro, routing):
             found = run_schedule(chunks, micro, collect, forward_only=True)
-        sizes = [len(response) for _, response in sequences]
+        sizes = [one.rows for one in whole]
         starts = torch.tensor([0, *sizes]).cumsum(0)
         everything = torch.zeros(2, int(starts[-1]), dtype=torch.float32, device=platform.device())
         if self.layout.is_reporter:
@@ -222,13 +225,14 @@ class Policy:
                     # transposed copies of FP8 weights, which backward passes use, as they were before the update.
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    def _microbatches(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Microbatch]:
+    def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
         layout, config = self.layout, self.config
         refuse_unknown_tokens(sequences, self.arch.vocab_size)
+        lengths = [len(one.prompt) + len(one.response) for one in sequences]
         plan = plan_microbatches(
-            [padded_length(len(prompt) + len(response), layout.cp) for prompt, response in sequences],
-            costs=[int(sequence_flops(self.arch, len(p) + len(r), len(r))) for p, r in sequences],
+            [padded_length(length, layout.cp) for length in lengths],
+            costs=[int(sequence_flops(self.arch, n, one.rows)) for n, one in zip(lengths, sequences, strict=True)],
             dp=layout.dp,
             token_budget=config.train.tokens_per_microbatch,
             # The interleaved schedule runs microbatches in rounds of one per stage.

@@ -24,6 +24,8 @@ from etr_megatron.types import Group, Problem, Sample
 
 RECORDED = "recorded"
 """Name of the folder in a run directory."""
+_ONLY_WITH_AN_ENVIRONMENT = ("messages", "loss_mask", "environment_status")
+"""Fields that are left out where they are empty."""
 _LONGEST_HEAD = 2**16
 _LINE_END = len("}\n")
 
@@ -53,15 +55,15 @@ def write_record(
 ) -> None:
     """Write a step's file atomically; raises UserError on a full disk.
 
-    counts: the sampler's metrics. old_logprobs: the trainer's own log-probs of each sample's response tokens, in the order of
-    the groups' samples; None when it has not computed any.
+    counts: the sampler's metrics. old_logprobs: the trainer's own log-probs of each sample's response tokens that the model
+    drew, in the order of the groups' samples; None when it has not computed any. In the file, tokens of replies have null.
     """
     lines: list[dict[str, Any]] = [{"step": step, "counts": counts}]
     old = iter(old_logprobs or ())
     for group in groups:
         line = group_to_json(group)
-        for sample in line["samples"] if old_logprobs is not None else ():
-            sample["old_logprobs"] = list(next(old))
+        for sample, written in zip(group.samples, line["samples"], strict=True) if old_logprobs is not None else ():
+            written["old_logprobs"] = _of_all_tokens(next(old), sample)
         lines.append(line)
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -173,6 +175,15 @@ def group_from_json(found: dict[str, Any]) -> Group:
 
 def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, Any]:
     values = {field.name: getattr(one, field.name) for field in fields(one) if field.name not in without}
+    values = {name: value for name, value in values.items() if value or name not in _ONLY_WITH_AN_ENVIRONMENT}
     if "routing" in values:  # base64, as there are a hundred numbers per token
         values["routing"] = base64.b64encode(values["routing"]).decode()
     return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}
+
+
+def _of_all_tokens(of_drawn: Sequence[float], sample: Sample) -> list[float | None]:
+    """The inverse of `Sample.of_drawn`, with None for tokens of replies."""
+    if not sample.loss_mask:
+        return list(of_drawn)
+    rest = iter(of_drawn)
+    return [next(rest) if is_drawn else None for is_drawn in sample.loss_mask]

@@ -41,7 +41,8 @@ def check_group(group: Any) -> None:
     _check_keys("a problem", problem, _PROBLEM)
     if not isinstance(problem.get("extra", {}), dict):  # missing in records of older versions
         raise ValueError(f"`extra` of a problem must be dict, not {type(problem['extra']).__name__}")
-    if more := sorted(problem.keys() - {*_PROBLEM, "extra"}):
+    _check_messages(problem, "a problem")
+    if more := sorted(problem.keys() - {*_PROBLEM, "extra", "messages"}):
         raise ValueError(f"a problem has the unknown key `{more[0]}`")
     _check_numbers(problem, "prompt_ids", "i")
     if not group["samples"]:
@@ -62,8 +63,36 @@ def _check_sample(sample: Any) -> None:
         raise ValueError("`reward_parts` of a sample is not a mapping of names to numbers")
     if "routing" in sample:
         _check_routing(sample["routing"])
+    _check_messages(sample, "a sample")
+    if not isinstance(sample.get("environment_status"), str | None):
+        raise ValueError("`environment_status` of a sample is not a text")
+    if sample.get("loss_mask"):
+        _check_numbers(sample, "loss_mask", "B", tokens)
+        if set(sample["loss_mask"]) - {0, 1}:
+            raise ValueError("`loss_mask` has values other than 0 and 1")
     if sample.get("old_logprobs") is not None:
-        _check_numbers(sample, "old_logprobs", "d", tokens)
+        _check_old_logprobs(sample, tokens)
+
+
+def _check_old_logprobs(sample: dict[str, Any], tokens: int) -> None:
+    """Check that tokens of replies, and only these, have null."""
+    old, mask = sample["old_logprobs"], sample.get("loss_mask")
+    if mask and isinstance(old, list) and len(old) == tokens:
+        if any((one is None) == bool(is_drawn) for one, is_drawn in zip(old, mask, strict=True)):
+            raise ValueError("`old_logprobs` is not null exactly where `loss_mask` is 0")
+        old = [0.0 if one is None else one for one in old]
+    _check_numbers({"old_logprobs": old}, "old_logprobs", "d", tokens)
+
+
+def _check_messages(found: dict[str, Any], what: str) -> None:
+    """Check the chat messages, which only runs with an environment have."""
+    messages = found.get("messages", [])
+    if not isinstance(messages, list) or not all(_is_message(one) for one in messages):
+        raise ValueError(f"`messages` of {what} is not a list of objects with the texts `role` and `content`")
+
+
+def _is_message(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
 
 
 def _check_routing(found: Any) -> None:
