@@ -91,7 +91,7 @@ def test_problems_may_have_different_token_limits(gangs, hf_models):
             for sample, longer in zip(group, every, strict=True):
                 assert sample["response_ids"] == longer["response_ids"][:limit]
                 assert sample["rollout_logprobs"].tolist() == pytest.approx(
-                    longer["rollout_logprobs"].tolist()[:limit], abs=1e-6
+                    longer["rollout_logprobs"].tolist()[:limit], abs=1e-5
                 )
                 assert sample["finish_reason"] == "length"
 
