@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from etr_megatron.types import TokenSequence
 from tests.hf_models import by_published_names, random_sequences
 from tests.policy_jobs import build, make_batch
 
@@ -71,10 +72,11 @@ def reference(
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(lambda _m, _i, out, name=name: routed.setdefault(name, []).append(out[0]))
     loss, olds, clipped = 0.0, [], 0
-    for i, (prompt, response) in enumerate(sequences):
-        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    for i, (prompt, response, mask) in enumerate(TokenSequence(*one) for one in sequences):
+        drawn = torch.tensor(mask or [1] * len(response)).bool()
+        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1][drawn] / TEMPERATURE
         log_p = torch.log_softmax(logits, -1)
-        logp = log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
+        logp = log_p.gather(1, torch.tensor(response)[drawn][:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
         olds.append((logp.detach() + 0.15 * (batch.old_logp[i] + 4)).float())
         ratio, advantage = (logp - olds[-1].double()).exp(), batch.advantage[i].double()
