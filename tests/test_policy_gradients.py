@@ -84,7 +84,7 @@ def reference(
         surrogate = torch.minimum(ratio * advantage, bounded * advantage)
         clipped += int((ratio * advantage > bounded * advantage).sum())
         loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
-    tokens = sum(len(prompt) + len(response) for prompt, response in sequences)
+    tokens = sum(len(one[0]) + len(one[1]) for one in sequences)
     balanced = (logits for parts in routed.values() for logits in (parts if apart else [torch.cat(parts)]))
     for logits in balanced if aux_coef else ():
         chosen = logits.topk(hf.config.num_experts_per_tok).indices
