@@ -14,6 +14,7 @@ import torch.distributed as dist
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.policy import Policy, PolicyBatch, configured_layout
+from etr_megatron.types import TokenSequence
 from etr_megatron.weights import TABLES, read_architecture
 from etr_megatron.weights.map import Row
 
@@ -35,10 +36,10 @@ def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
     """Advantages, bounds and old log-probs such that both bounds are active for some tokens."""
     generator = torch.Generator().manual_seed(seed)
     count = len(sequences)
-    tokens = sum(len(response) for _, response in sequences)
+    sizes = [TokenSequence(*one).rows for one in sequences]
 
     def rows() -> tuple[torch.Tensor, ...]:
-        return tuple(-4.0 + 2 * torch.randn(len(response), generator=generator) for _, response in sequences)
+        return tuple(-4.0 + 2 * torch.randn(size, generator=generator) for size in sizes)
 
     return PolicyBatch(
         names=tuple(f"g{i // 2}/{i % 2}" for i in range(count)),
@@ -46,7 +47,7 @@ def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
         advantage=torch.randn(count, generator=generator),
         clip_low=0.1 + 0.2 * torch.rand(count, generator=generator),
         clip_high=0.1 + 0.2 * torch.rand(count, generator=generator),
-        weight=torch.full((count,), 1 / tokens),
+        weight=torch.full((count,), 1 / sum(sizes)),
         group_mean=torch.rand(count, generator=generator),
         group_std=torch.rand(count, generator=generator),
         variance=torch.rand(count, generator=generator),
@@ -54,6 +55,22 @@ def make_batch(sequences: list, seed: int = 5) -> PolicyBatch:
         rollout_logp=rows(),
         old_logp=rows(),
     )
+
+
+def with_replies(sequences: list) -> list[TokenSequence]:
+    """The same tokens, in turns of the model and replies. The first response is a reply alone, and the second begins with one,
+    as no real one does; the third and the last are all drawn."""
+    generator = torch.Generator().manual_seed(8)
+    found = []
+    for number, (prompt, response) in enumerate(sequences):
+        mask: list[int] = []
+        is_drawn = number != 1
+        while len(mask) < len(response):
+            mask += [int(is_drawn)] * int(torch.randint(1, 7, (1,), generator=generator))
+            is_drawn = not is_drawn
+        mask = [0] * len(response) if number == 0 else mask[: len(response)]
+        found.append(TokenSequence(prompt, response, () if number in (2, len(sequences) - 1) else mask))
+    return found
 
 
 def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
@@ -22,6 +24,32 @@ def test_rows_predict_exactly_the_response_tokens():
     assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 6, 6, 1, 2]
     assert batch.row_sample.tolist() == [2, 2, 2, 0, 0]
     assert batch.row_position.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_rows_predict_only_what_the_model_drew():
+    # Drawn: 1 2 _ _ 5 of the first response, nothing of the second, all but the first token of the third.
+    sequences = [([7, 8, 9], [1, 2, 3, 4, 5], [1, 1, 0, 0, 1]), ([5], [3, 3], [0, 0]), ([4, 4], [6, 6, 7], [0, 1, 1])]
+    batch = pack(sequences, [2, 1, 0], multiple=1, device=CPU)
+    assert batch.tokens.tolist() == [[4, 4, 6, 6, 7, 5, 3, 3, 7, 8, 9, 1, 2, 3, 4, 5]]  # replies are part of the context
+    assert batch.rows.tolist() == [2, 3, 10, 11, 14]
+    assert batch.tokens[0, batch.rows + 1].tolist() == batch.targets.tolist() == [6, 7, 1, 2, 5]
+    assert batch.row_sample.tolist() == [2, 2, 0, 0, 0]
+    assert batch.row_position.tolist() == [0, 1, 0, 1, 2]  # among the drawn tokens
+
+
+@pytest.mark.parametrize("cp_rank", [0, 1])
+def test_a_mask_of_ones_is_none(cp_rank):
+    plain = [([7, 8, 9], [1, 2]), ([5], [3]), ([4] * 9, [6] * 23)]
+    masked = [(prompt, response, array("B", [1] * len(response))) for prompt, response in plain]
+    found, wanted = (pack(some, [2, 0, 1], multiple=4, device=CPU, cp=2, cp_rank=cp_rank) for some in (masked, plain))
+    for name, value in vars(wanted).items():
+        assert torch.equal(getattr(found, name), value) if isinstance(value, torch.Tensor) else getattr(found, name) == value
+
+
+@pytest.mark.parametrize("mask", [[1], [1, 0, 1]])
+def test_a_mask_of_another_length_than_the_response_is_refused(mask):
+    with pytest.raises(ValueError, match=f"sample 1 has a loss mask of {len(mask)} values for 2 response tokens"):
+        pack([([1], [2]), ([3], [4, 5], mask)], [0, 1], multiple=1, device=CPU)
 
 
 @pytest.mark.parametrize("numbers", [[0], []])
@@ -69,10 +97,25 @@ def test_context_parallel_ranks_have_a_chunk_from_each_end_of_every_sequence():
     assert two.row_position.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0] and two.row_sample.tolist() == [0] * 8 + [1]
 
 
+def test_context_parallel_ranks_count_drawn_tokens_over_all_chunks():
+    # Chunks of 4 tokens: prompt 10 11 12 and response 13 to 25, whose tokens 14, 15, 19, 20 and 25 are replies.
+    mask = [0 if token in (14, 15, 19, 20, 25) else 1 for token in range(13, 26)]
+    one, two = (
+        pack([([10, 11, 12], list(range(13, 26)), mask)], [0], multiple=1, device=CPU, cp=2, cp_rank=rank) for rank in (0, 1)
+    )
+    assert one.tokens.tolist() == [[10, 11, 12, 13, 22, 23, 24, 25]]
+    assert (one.rows.tolist(), one.targets.tolist()) == ([2, 4, 5], [13, 23, 24])
+    assert one.row_position.tolist() == [0, 6, 7]
+    assert two.tokens.tolist() == [[14, 15, 16, 17, 18, 19, 20, 21]]
+    assert (two.rows.tolist(), two.targets.tolist()) == ([1, 2, 3, 6, 7], [16, 17, 18, 21, 22])
+    assert two.row_position.tolist() == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("cp", "multiple"), [(2, 3), (4, 2), (2, 4), (3, 128)])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1], []])
-def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(cp, multiple, numbers):
-    sequences = [([7, 8, 9], [1, 2]), ([5], [3]), ([4] * 9, [6] * 23)]
+@pytest.mark.parametrize("mask", [(), [1, 0, 0, 1] * 5 + [0, 1, 1]])
+def test_context_parallel_ranks_have_every_row_once_and_the_multiple_of_tokens(cp, multiple, numbers, mask):
+    sequences = [([7, 8, 9], [1, 2]), ([5], [3], [0] if mask else ()), ([4] * 9, [6] * 23, mask)]
     parts = [pack(sequences, numbers, multiple=multiple, device=CPU, cp=cp, cp_rank=rank) for rank in range(cp)]
     whole = pack(sequences, numbers, multiple=1, device=CPU)
     assert {part.tokens.shape[1] % multiple for part in parts} == {0}

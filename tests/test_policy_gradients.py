@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from etr_megatron.types import TokenSequence
 from tests.hf_models import by_published_names, random_sequences
 from tests.policy_jobs import build, make_batch
 
@@ -71,10 +72,11 @@ def reference(
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(lambda _m, _i, out, name=name: routed.setdefault(name, []).append(out[0]))
     loss, olds, clipped = 0.0, [], 0
-    for i, (prompt, response) in enumerate(sequences):
-        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    for i, (prompt, response, mask) in enumerate(TokenSequence(*one) for one in sequences):
+        drawn = torch.tensor(mask or [1] * len(response)).bool()
+        logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1][drawn] / TEMPERATURE
         log_p = torch.log_softmax(logits, -1)
-        logp = log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
+        logp = log_p.gather(1, torch.tensor(response)[drawn][:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
         olds.append((logp.detach() + 0.15 * (batch.old_logp[i] + 4)).float())
         ratio, advantage = (logp - olds[-1].double()).exp(), batch.advantage[i].double()
@@ -82,7 +84,7 @@ def reference(
         surrogate = torch.minimum(ratio * advantage, bounded * advantage)
         clipped += int((ratio * advantage > bounded * advantage).sum())
         loss = loss - (batch.weight[i].double() * (surrogate + ENTROPY_COEF * entropy)).sum()
-    tokens = sum(len(prompt) + len(response) for prompt, response in sequences)
+    tokens = sum(len(one[0]) + len(one[1]) for one in sequences)
     balanced = (logits for parts in routed.values() for logits in (parts if apart else [torch.cat(parts)]))
     for logits in balanced if aux_coef else ():
         chosen = logits.topk(hf.config.num_experts_per_tok).indices

@@ -13,6 +13,7 @@ from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy import policy as policy_module
 from etr_megatron.policy.model_config import TransformerConfig, transformer_config, uses_transformer_engine
 from etr_megatron.policy.packing import Microbatch
+from etr_megatron.types import TokenSequence
 from etr_megatron.weights import read_architecture
 from tests.test_policy_fp8 import ONE_RANK
 
@@ -120,7 +121,7 @@ def microbatches(model: str, config: Config, layout: Layout, sequences: list) ->
     """The microbatches of a policy that has no other attributes than these."""
     policy = object.__new__(Policy)
     policy.arch, policy.config, policy.layout = read_architecture(model), config, layout
-    return policy._microbatches(sequences)
+    return policy._microbatches([TokenSequence(*one) for one in sequences])
 
 
 @pytest.mark.parametrize(
@@ -134,12 +135,12 @@ def test_a_microbatch_is_padded_to_what_fp8_and_sequence_parallelism_need(hf_mod
     assert batch.tokens.shape == (1, tokens)
 
 
-def shared_out(model: str, sizes: list[tuple[int, int]]) -> list[Microbatch]:
-    """The only microbatch of each of two ranks. sizes: of prompts and responses."""
+def shared_out(model: str, sizes: list[tuple[int, ...]]) -> list[Microbatch]:
+    """The only microbatch of each of two ranks. sizes: of prompts and responses, and of replies at the end of these."""
     found = []
     for rank in range(2):
         layout = replace(ONE_RANK, rank=rank, world=2, dp=2, dp_rank=rank)
-        sequences = [([1] * prompt, [2] * response) for prompt, response in sizes]
+        sequences = [([1] * n, [2] * m, [1] * (m - sum(replies)) + [0] * sum(replies)) for n, m, *replies in sizes]
         found += microbatches(model, configured("train.tokens_per_microbatch=512"), layout, sequences)
     return found
 
@@ -147,6 +148,11 @@ def shared_out(model: str, sizes: list[tuple[int, int]]) -> list[Microbatch]:
 def test_ranks_get_as_many_rows_of_logits_where_samples_are_equally_long(hf_models):
     # By tokens alone, the first sample would go with the third.
     batches = shared_out(hf_models["qwen3"], [(60, 1), (1, 60), (60, 1), (1, 60)])
+    assert [len(batch.rows) for batch in batches] == [61, 61]
+
+
+def test_ranks_get_as_many_rows_of_logits_where_replies_are_long(hf_models):
+    batches = shared_out(hf_models["qwen3"], [(1, 60, 59), (1, 60), (1, 60, 59), (1, 60)])
     assert [len(batch.rows) for batch in batches] == [61, 61]
 
 

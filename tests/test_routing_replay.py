@@ -21,15 +21,16 @@ from etr_megatron.batching import routing_of
 from etr_megatron.config import load_config
 from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
+from etr_megatron.metrics import _replayed
 from etr_megatron.policy import StepRouting
 from etr_megatron.policy import routing as policy_routing
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample
+from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample, TokenSequence
 from etr_megatron.weights import Experts
 from tests import test_policy_gradients
 from tests.batches import batch_of, metrics_row
 from tests.hf_models import by_published_names, random_sequences, write_model
-from tests.policy_jobs import build, make_batch
+from tests.policy_jobs import build, make_batch, with_replies
 
 EXPERTS, PER_TOKEN = 6, 3
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -48,6 +49,10 @@ MIXTURES = {"qwen3_moe": 4, "qwen3_moe_dense": 1}  # layers with experts
 
 def sequences() -> list:
     return random_sequences(5)
+
+
+def masked_sequences() -> list:
+    return with_replies(sequences())
 
 
 def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
@@ -80,15 +85,16 @@ class Told:
         return logits, given / given.sum(-1, keepdim=True) if router.norm_topk_prob else given, chosen
 
 
-def reference(model: str, routing: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Log-probs of the responses, and gradients by HF name of minus their sum, weighted as in `step`."""
+def reference(model: str, routing: list[Tensor], samples: list) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Log-probs of the tokens that the model drew, and gradients by HF name of minus their sum, weighted as in `step`."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     told, logps, loss = Told(hf), [], 0.0
-    batch = make_batch(sequences())
-    for i, (prompt, response) in enumerate(sequences()):
+    batch = make_batch(samples)
+    for i, (prompt, response, mask) in enumerate(TokenSequence(*one) for one in samples):
         told.routing = routing[i]
         logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / test_policy_gradients.TEMPERATURE
-        logps.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        logps.append(logp[torch.tensor(mask).bool()] if mask else logp)
         loss = loss - batch.weight[i].double() * batch.advantage[i].double() * logps[-1].sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
@@ -101,11 +107,11 @@ def on_every_rank(chosen: list[Tensor] | None) -> StepRouting:
 
 
 def step(
-    model: str, routing: list[Tensor], overrides: list[str]
+    model: str, routing: list[Tensor], overrides: list[str], samples: list
 ) -> tuple[list[list[float]], list[list[float]], dict[str, Tensor]]:
     """Log-probs with the given routing and with the policy's own, and Adam's step of a REINFORCE loss by HF name."""
     policy = build(model, [*test_policy_gradients.BASE, *overrides, "objective.loss=reinforce", "objective.entropy_coef=0"])
-    batch = make_batch(sequences())
+    batch = make_batch(samples)
     given = [one.clone() for one in routing] if dist.get_rank() == 0 else None
     told = policy.logprobs(batch.sequences, routing=on_every_rank(given))
     own = policy.logprobs(batch.sequences)
@@ -118,14 +124,15 @@ def step(
     return [x.tolist() for x in told.logp], [x.tolist() for x in own.logp], change
 
 
-def check(gangs, model: str, routing: list[Tensor], layout: tuple[int, list[str]]) -> None:
-    logps, gradients = reference(model, routing)
+def check(gangs, model: str, routing: list[Tensor], layout: tuple[int, list[str]], samples: list | None = None) -> None:
+    samples = samples or sequences()
+    logps, gradients = reference(model, routing, samples)
     world, overrides = layout
-    job = dict(model=model, routing=routing, overrides=[*overrides, "train.tokens_per_microbatch=48"])
+    job = dict(model=model, routing=routing, samples=samples, overrides=[*overrides, "train.tokens_per_microbatch=48"])
     for told, own, change in gangs(world).run("tests.test_routing_replay:step", **job):
         for found, wanted, other in zip(told, logps, own, strict=True):
             torch.testing.assert_close(torch.tensor(found).double(), wanted, atol=1e-5, rtol=1e-5)
-            assert max(abs(a - b) for a, b in zip(found, other, strict=True)) > 1e-3
+            assert not found or max(abs(a - b) for a, b in zip(found, other, strict=True)) > 1e-3
         for name, gradient in gradients.items():
             wanted = gradient / (gradient.abs() + 1)
             torch.testing.assert_close(change[name].double(), wanted, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -134,6 +141,11 @@ def check(gangs, model: str, routing: list[Tensor], layout: tuple[int, list[str]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprobs_and_gradients_are_those_of_the_experts_that_were_told(gangs, hf_models, layout):
     check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"]), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "cp2_ep2"])
+def test_replies_too_are_routed_as_the_engine_did(gangs, hf_models, layout):
+    check(gangs, hf_models["qwen3_moe"], random_routing(MIXTURES["qwen3_moe"]), LAYOUTS[layout], masked_sequences())
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2_vpp2"])
@@ -218,6 +230,12 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
     row = metrics_row(replace(batch, routing=StepRouting(tuple(counts), None)))
     assert row["routing_replayed"] == (len(responses[0]) + 1) / sum(map(len, responses))
     assert "routing_replayed" not in metrics_row(batch)
+    # Of the fourth response's 5 tokens, the model drew the first two and the last.
+    masked = (*batch.sequences[:3], batch.sequences[3]._replace(loss_mask=[1, 1, 0, 0, 1]))
+    parts = replace(batch.select(range(4), batch.weight[:4]), sequences=masked)
+    for length, known in ((0, 0), (1, 0), (2, 1), (3, 2), (5, 2), (6, 3), (7, 3)):
+        routing = StepRouting((9, 0, 0, length), None)
+        assert _replayed(replace(parts, routing=routing)) == {"routing_replayed": (3 + known) / (3 + 1 + 2 + 3)}
 
 
 @pytest.fixture(params=["qwen3_moe", "glm4_moe_air"])
