@@ -20,6 +20,11 @@ MAX_CRASHES = 2
 """A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
 
 
+def encode(request: dict[str, Any]) -> bytes:
+    """One line of the workers' protocol."""
+    return json.dumps(request).encode() + b"\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Lost:
     """A request without a reply: its worker was killed at `timeout_s`, or it crashed `MAX_CRASHES` workers, the last one as
@@ -47,7 +52,8 @@ class WorkerPool:
         """
         self._module, self._section, self._config = module, section, config
         self._worker, self._ahead = worker, ahead
-        self._closed = False
+        self.closed = False
+        self._selector = selectors.DefaultSelector()
         self.workers: list[WorkerProcess] = []
         self._pending: deque[Job] = deque()
         self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
@@ -61,9 +67,7 @@ class WorkerPool:
             raise
 
     def submit(self, requests: Iterable[tuple[int, bytes]]) -> None:
-        """Queue requests, each a key and a line of JSON, and send what can be sent without waiting."""
-        if self._closed:
-            raise RuntimeError("this pool is closed")
+        """Queue requests, each a key and its `encode`d line, and send what can be sent without waiting."""
         jobs = [Job(key, line) for key, line in requests]
         self._pending.extend(jobs)
         self.under_way += len(jobs)
@@ -95,16 +99,20 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers and wait for them. Idempotent."""
-        self._closed = True
+        self.closed = True
+        self._selector.close()
         workers, self.workers = self.workers, []
         close_all(workers)
 
     def _fill(self) -> None:
         while len(self.workers) < self._config.workers:
-            self.workers.append(WorkerProcess(self._module, json.dumps(asdict(self._config))))
+            worker = WorkerProcess(self._module, json.dumps(asdict(self._config)))
+            self.workers.append(worker)
+            self._selector.register(worker.read_fd, selectors.EVENT_READ, worker)
 
     def _drop(self, worker: WorkerProcess) -> str:
         self.workers.remove(worker)
+        self._selector.unregister(worker.read_fd)
         return worker.kill()
 
     def _step(self, end: float) -> None:
@@ -132,18 +140,18 @@ class WorkerPool:
         """Write queued requests and return workers with something to read, waiting at most until `end` or a deadline."""
         deadlines = [self._deadline(worker) for worker in self.workers]
         timeout = min([end, *(d for d in deadlines if d is not None)]) - now
-        readable: list[WorkerProcess] = []
-        with selectors.DefaultSelector() as selector:
-            for worker in self.workers:
-                selector.register(worker.read_fd, selectors.EVENT_READ, worker)
-                if worker.wants_to_write:
-                    selector.register(worker.write_fd, selectors.EVENT_WRITE, worker)
-            for key, events in selector.select(max(0.0, timeout)):
-                if events & selectors.EVENT_READ:
-                    readable.append(key.data)
-                else:
-                    key.data.flush()
-        return readable
+        writing = [worker for worker in self.workers if worker.wants_to_write]
+        for worker in writing:
+            self._selector.register(worker.write_fd, selectors.EVENT_WRITE, worker)
+        try:
+            found = self._selector.select(max(0.0, timeout))
+        finally:
+            for worker in writing:
+                self._selector.unregister(worker.write_fd)
+        for key, events in found:
+            if events & selectors.EVENT_WRITE:
+                key.data.flush()
+        return [key.data for key, events in found if events & selectors.EVENT_READ]
 
     def _deadline(self, worker: WorkerProcess) -> float | None:
         if not worker.ready:
