@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import selectors
 import time
@@ -12,12 +13,16 @@ from typing import Any, Literal
 
 from etr_megatron.config import EnvironmentConfig, RewardConfig
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import allow_open_files
 from etr_megatron.platform.worker_process import Job, WorkerProcess, close_all
 
 STARTUP_TIMEOUT_S = 300.0
 """Deadline for a worker to report ready (a user's module may load a model first)."""
 MAX_CRASHES = 2
 """A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
+
+_PIPES = 2
+"""Open files per worker."""
 
 
 def encode(request: dict[str, Any]) -> bytes:
@@ -58,6 +63,7 @@ class WorkerPool:
         self._pending: deque[Job] = deque()
         self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
         self.under_way = 0
+        allow_open_files(_PIPES * config.workers)
         try:
             self._fill()
             while not all(worker.ready for worker in self.workers):
@@ -106,7 +112,15 @@ class WorkerPool:
 
     def _fill(self) -> None:
         while len(self.workers) < self._config.workers:
-            worker = WorkerProcess(self._module, json.dumps(asdict(self._config)))
+            try:
+                worker = WorkerProcess(self._module, json.dumps(asdict(self._config)))
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise UserError(
+                    f"{self._section}.workers={self._config.workers}: so many processes need more open files than the system "
+                    f"allows; raise `ulimit -Hn` or lower {self._section}.workers"
+                ) from error
             self.workers.append(worker)
             self._selector.register(worker.read_fd, selectors.EVENT_READ, worker)
 
