@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -37,12 +37,21 @@ def import_function(path: str) -> Callable[..., Any]:
     return found
 
 
-def takes(function: Callable[..., Any], arguments: int) -> bool:
-    """Whether a function can be called with `arguments` positional arguments."""
+def takes(function: Callable[..., Any], arguments: int, names: Iterable[str] = ()) -> bool:
+    """Whether a function can be called with `arguments` positional arguments and these named ones."""
     try:
-        inspect.signature(function).bind(*[None] * arguments)
+        inspect.signature(function).bind(*[None] * arguments, **dict.fromkeys(names))
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature: only a call can tell
         return True
     return True
+
+
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name, by which it can be given."""
+    try:
+        parameter = inspect.signature(function).parameters.get(name)
+    except ValueError:  # a builtin without a signature
+        return False
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)

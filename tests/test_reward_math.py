@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from etr_megatron.config import RewardConfig
+from etr_megatron.platform.workers import WorkerPool
 from etr_megatron.reward import GraderPool, worker
-from etr_megatron.reward.pool import _Round
 from tests.graders import request
 
 REPO = Path(__file__).parents[1]
@@ -142,13 +142,13 @@ assert eval("1+1") == 2
     ],
 )
 def test_a_computation_without_end_does_not_hang_and_is_never_right(tower, statuses, monkeypatch):
-    deadline = _Round._deadline
+    deadline = WorkerPool._deadline
 
     def of_the_first(self, worker):
         """The second answer may take as long as a busy machine needs for it."""
-        return None if [job.index for job in worker.inflight] == [1] else deadline(self, worker)
+        return None if [job.key for job in worker.inflight] == [1] else deadline(self, worker)
 
-    monkeypatch.setattr(_Round, "_deadline", of_the_first)
+    monkeypatch.setattr(WorkerPool, "_deadline", of_the_first)
     with GraderPool(RewardConfig(workers=1, timeout_s=3.0)) as pool:
         start = time.monotonic()
         grade, after = pool.grade([request(rf"\boxed{{{tower}}}"), request("5")])

@@ -15,9 +15,9 @@ import pytest
 
 from etr_megatron.config import RewardConfig
 from etr_megatron.errors import UserError
+from etr_megatron.platform.worker_process import Job, WorkerProcess
+from etr_megatron.platform.workers import WorkerPool
 from etr_megatron.reward import Grade, GradeRequest, GraderPool
-from etr_megatron.reward.pool import _Round
-from etr_megatron.reward.process import GraderProcess, Job
 from tests.graders import request
 from tests.runs import REPO, gone, wait_for
 
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("deadline")
 @pytest.fixture
 def only_what_hangs_is_late(monkeypatch):
     """Other answers may take as long as a busy machine needs for them."""
-    deadline = _Round._deadline
+    deadline = WorkerPool._deadline
 
     def of(self, worker):
         is_late = not worker.ready or (worker.inflight and b"hang" in worker.inflight[0].line)
         return deadline(self, worker) if is_late else None
 
-    monkeypatch.setattr(_Round, "_deadline", of)
+    monkeypatch.setattr(WorkerPool, "_deadline", of)
 
 
 def test_timeout_kills_the_grader_and_the_rest_is_graded(user_rewards, only_what_hangs_is_late):
@@ -80,14 +80,14 @@ def slow_reward(tmp_path, monkeypatch):
 
 def test_slow_start_of_a_grader_costs_no_answer_its_time(user_rewards, monkeypatch):
     """Each start takes half an hour, as far as the pool knows, and an answer has ten minutes."""
-    receive, monotonic, late_s = GraderProcess.receive, time.monotonic, []
+    receive, monotonic, late_s = WorkerProcess.receive, time.monotonic, []
 
     def get_ready_late(self):
         messages, ended = receive(self)
         late_s.extend([1800.0] * any("ready" in message for message in messages))
         return messages, ended
 
-    monkeypatch.setattr(GraderProcess, "receive", get_ready_late)
+    monkeypatch.setattr(WorkerProcess, "receive", get_ready_late)
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
     with GraderPool(RewardConfig(function=user_rewards, workers=1, timeout_s=600.0)) as pool:
         grades = pool.grade([request("0.5"), request("die once"), request("0.25")])
@@ -100,7 +100,7 @@ def test_a_pool_is_there_when_its_last_grader_is(slow_reward):
 
 
 def test_a_grader_that_never_gets_ready_stops_the_job(slow_reward, monkeypatch):
-    monkeypatch.setattr("etr_megatron.reward.pool.STARTUP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("etr_megatron.platform.workers.STARTUP_TIMEOUT_S", 0.5)
     with pytest.raises(UserError, match=r"a grader process was not ready after 0 s"):
         GraderPool(RewardConfig(function=slow_reward("time.sleep(600)", True), workers=1))
 
@@ -111,8 +111,8 @@ def test_answers_are_spread_over_the_graders(user_rewards):
 
 
 def test_requests_are_sent_ahead_up_to_a_limit_and_one_by_one_at_the_end(user_rewards, monkeypatch):
-    send, ahead = GraderProcess.send, []
-    monkeypatch.setattr(GraderProcess, "send", lambda self, job: send(self, job) or ahead.append(len(self.inflight)))
+    send, ahead = WorkerProcess.send, []
+    monkeypatch.setattr(WorkerProcess, "send", lambda self, job: send(self, job) or ahead.append(len(self.inflight)))
     with GraderPool(RewardConfig(function=user_rewards, workers=2, range_max=1e9)) as pool:
         grades = pool.grade([request(f"{number}") for number in range(400)])
     assert [grade.reward for grade in grades] == list(range(400))
@@ -120,48 +120,48 @@ def test_requests_are_sent_ahead_up_to_a_limit_and_one_by_one_at_the_end(user_re
 
 
 def test_a_reward_gets_prompt_and_answer_and_one_thread_and_is_in_time_however_late_it_is_read(user_rewards, monkeypatch):
-    wait, monotonic, late_s = _Round._wait, time.monotonic, []
+    wait, monotonic, late_s = WorkerPool._wait, time.monotonic, []
 
-    def read_late(self, now):
-        found = wait(self, now)
+    def read_late(self, now, end):
+        found = wait(self, now, end)
         late_s.extend([1000.0] * len(found))
         return found
 
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     code = "float(prompt == 'prompt' and answer == '5' and os.environ['OMP_NUM_THREADS'] == '1')"
     with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
-        monkeypatch.setattr(_Round, "_wait", read_late)
+        monkeypatch.setattr(WorkerPool, "_wait", read_late)
         monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
         assert pool.grade([request(code)]) == [Grade(1.0, "ok", "")] and late_s
 
 
 def test_a_reply_that_comes_while_the_job_is_suspended_is_in_time(user_rewards, monkeypatch):
-    wait, monotonic, late_s = _Round._wait, time.monotonic, []
+    wait, monotonic, late_s = WorkerPool._wait, time.monotonic, []
 
-    def suspended_at_first(self, now):
+    def suspended_at_first(self, now, end):
         if late_s:
-            return wait(self, now)
-        assert select.select([self._pool._workers[0].read_fd], [], [], 300)[0]  # the grader answers
+            return wait(self, now, end)
+        assert select.select([self.workers[0].read_fd], [], [], 300)[0]  # the grader answers
         late_s.append(1000.0)
         return []
 
     with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
-        monkeypatch.setattr(_Round, "_wait", suspended_at_first)
+        monkeypatch.setattr(WorkerPool, "_wait", suspended_at_first)
         monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
         assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
 
 
 def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
-    worker = object.__new__(GraderProcess)
+    worker = object.__new__(WorkerProcess)
     worker.inflight, worker.head_since = deque(Job(index, b"") for index in range(2)), 0.0
     begin = time.monotonic()
-    assert worker.finish_head().index == 0 and worker.head_since >= begin
-    assert worker.finish_head().index == 1 and worker.head_since is None
+    assert worker.finish_head().key == 0 and worker.head_since >= begin
+    assert worker.finish_head().key == 1 and worker.head_since is None
 
 
 def test_requests_sent_ahead_leave_the_clock_of_the_first_one_as_it_is():
     reading, writing = os.pipe()
-    worker = object.__new__(GraderProcess)
+    worker = object.__new__(WorkerProcess)
     worker.inflight, worker.head_since, worker._outgoing = deque(), None, bytearray()
     with os.fdopen(reading, "rb", 0) as received, os.fdopen(writing, "wb", 0) as worker._stdin:
         worker.send(Job(0, b"first\n"))
@@ -197,7 +197,7 @@ def test_a_crash_that_does_not_come_again_costs_nothing(user_rewards):
 def test_an_interrupted_round_leaves_no_reply_for_the_next(user_rewards, monkeypatch):
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("etr_megatron.reward.pool._Round._wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("etr_megatron.platform.workers.WorkerPool._wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pool.grade([request("0.5")] * 10)
         assert [grade.reward for grade in pool.grade([request("1")] * 4)] == [1.0] * 4
@@ -269,14 +269,14 @@ def test_one_grader_that_does_not_end_takes_no_other_ones_time_to_end_by_itself(
     pool = GraderPool(RewardConfig(function=user_rewards, workers=3))
     stuck, *others = pool.worker_pids
     assert pool.grade([request(f"hold({stuck})")] * 3) == [Grade(1.0, "ok", "")] * 3
-    close = GraderProcess.close
+    close = WorkerProcess.close
 
     def close_when_the_others_have_ended(process, deadline):
         if process.pid == stuck:
             wait_for(lambda: all((tmp_path / f"ended {pid}").exists() for pid in others))
         return close(process, deadline)
 
-    monkeypatch.setattr(GraderProcess, "close", close_when_the_others_have_ended)
+    monkeypatch.setattr(WorkerProcess, "close", close_when_the_others_have_ended)
     pool.close()
     assert gone(stuck)
     assert {path.name for path in tmp_path.glob("ended *")} == {f"ended {pid}" for pid in others}
@@ -294,8 +294,8 @@ def test_answers_and_details_longer_than_a_pipe_holds_arrive_whole_and_so_does_h
 
 
 def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
-    wait, waits = _Round._wait, []
-    monkeypatch.setattr(_Round, "_wait", lambda self, now: waits.append(self) or wait(self, now))
+    wait, waits = WorkerPool._wait, []
+    monkeypatch.setattr(WorkerPool, "_wait", lambda self, *times: waits.append(self) or wait(self, *times))
     with GraderPool(RewardConfig(function=user_rewards, workers=2)) as pool:
         waits.clear()
         assert pool.grade([request("time.sleep(0.5) or 0.5")] * 2) == [Grade(0.5, "ok", "")] * 2
@@ -304,9 +304,9 @@ def test_the_pool_sleeps_while_graders_think(user_rewards, monkeypatch):
 
 def test_the_pool_wakes_at_the_first_deadline_also_while_another_grader_starts(user_rewards):
     with GraderPool(RewardConfig(function=user_rewards, workers=2, timeout_s=0.3)) as pool:
-        busy, starting = pool._workers
+        busy, starting = pool._pool.workers
         busy.head_since, starting.ready, starting.started = time.monotonic(), False, time.monotonic()
-        assert _Round(pool, [])._wait(busy.head_since) == [] and 0.2 < time.monotonic() - busy.head_since < 20
+        assert pool._pool._wait(busy.head_since, busy.head_since + 600) == [] and 0.2 < time.monotonic() - busy.head_since < 20
 
 
 def test_a_grader_with_a_thread_of_the_users_that_does_not_end_is_killed(tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ from etr_megatron.config import RewardConfig
 from etr_megatron.reward import GradeRequest, GraderPool
 pool = GraderPool(RewardConfig(function={user_rewards!r}, workers=2, timeout_s=600.0))
 threading.Thread(target=lambda: pool.grade([GradeRequest("", "hang", "")]), daemon=True).start()
-while not any(worker.inflight for worker in pool._workers):
+while not any(worker.inflight for worker in pool._pool.workers):
     time.sleep(0.05)
 print(*pool.worker_pids, flush=True)
 time.sleep(600)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from types import TracebackType
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.platform.workers import MAX_CRASHES, Lost, WorkerPool
+from etr_megatron.platform.workers import MAX_CRASHES, Lost, WorkerPool, encode
 
 
 class EnvironmentPool:
@@ -46,8 +46,9 @@ class EnvironmentPool:
 
         Raises UserError if a replacement could not load `environment.function`, RuntimeError after `close`.
         """
-        line = {"messages": request.messages, "answer": request.answer, "extra": request.extra}
-        self._pool.submit([(key, json.dumps(line).encode() + b"\n")])
+        if self._pool.closed:
+            raise RuntimeError("this EnvironmentPool is closed")
+        self._pool.submit([(key, encode(asdict(request)))])
 
     def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]:
         """All replies since the last call, in the order in which they came, with their requests' keys.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ _NOT_WRITABLE = (
 
 _OF_PATHS = (*_NOT_WRITABLE, errno.ELOOP)
 _LONGEST_NAME = 200
+_OTHER_FILES = 1024
+"""Open files that a rank may have besides: sockets of ranks and of the store, checkpoints, logs."""
 
 
 @contextmanager
@@ -82,6 +85,19 @@ def refuse_all(*checks: Callable[[], object]) -> None:
     """Raise one UserError with every problem found."""
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
+
+
+def allow_open_files(more: int) -> tuple[int, int]:
+    """Raise this process's limit of open files so that it can open so many `more`, as far as the hard limit allows.
+
+    Returns the limit that this takes and the limit that the system allows of it.
+    """
+    wanted = more + max(_OTHER_FILES, len(os.listdir("/dev/fd")) + _OTHER_FILES // 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return wanted, most
 
 
 def entries(folder: Path, pattern: str) -> list[Path]:

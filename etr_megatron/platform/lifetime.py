@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +54,40 @@ def _watch_parent(expected: int) -> None:
 
 def _end_now() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a child of this process that has not been waited for and, on Linux, all that it has started directly or not.
+
+    A process that was started by one which has ended is not found.
+    """
+    tree = {pid}
+    new = {pid}
+    while new:
+        for one in new:
+            _signal(one, signal.SIGSTOP)  # what is stopped starts no more while the rest is looked for
+        new = _descendants(pid) - tree
+        tree |= new
+    for one in tree:
+        _signal(one, signal.SIGKILL)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
+        os.kill(pid, number)
+
+
+def _descendants(pid: int) -> set[int]:
+    """Processes whose parents lead to `pid`, which is not one of them. Empty on systems without Linux's /proc."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        if name.isdecimal():
+            with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                children[int(file.read().rpartition(b")")[2].split()[1])].append(int(name))
+    found: list[int] = list(children[pid])
+    for one in found:  # grows
+        found += children[one]
+    return set(found)
 
 
 class _LastingThread:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.platform.lifetime import popen_from_lasting_thread
+from etr_megatron.platform.lifetime import kill_tree, popen_from_lasting_thread
 
 _READ_BYTES = 1 << 16
 _CLOSE_GRACE_S = 1.0
@@ -124,8 +124,8 @@ class WorkerProcess:
         return job
 
     def kill(self) -> str:
-        """SIGKILL the worker if it still runs, reap it, close its pipes; returns how it ended."""
-        self._process.kill()
+        """SIGKILL the worker if it still runs, and what it has started; reap it, close its pipes; returns how it ended."""
+        kill_tree(self.pid)
         code = self._process.wait()
         self._stdin.close()
         self._stdout.close()
@@ -140,7 +140,7 @@ class WorkerProcess:
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            kill_tree(self.pid)
             self._process.wait()
         self._stdout.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import selectors
 import time
@@ -12,12 +13,21 @@ from typing import Any, Literal
 
 from etr_megatron.config import EnvironmentConfig, RewardConfig
 from etr_megatron.errors import UserError
+from etr_megatron.platform.files import allow_open_files
 from etr_megatron.platform.worker_process import Job, WorkerProcess, close_all
 
 STARTUP_TIMEOUT_S = 300.0
 """Deadline for a worker to report ready (a user's module may load a model first)."""
 MAX_CRASHES = 2
 """A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
+
+_PIPES = 2
+"""Open files per worker."""
+
+
+def encode(request: dict[str, Any]) -> bytes:
+    """One line of the workers' protocol."""
+    return json.dumps(request).encode() + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +57,13 @@ class WorkerPool:
         """
         self._module, self._section, self._config = module, section, config
         self._worker, self._ahead = worker, ahead
-        self._closed = False
+        self.closed = False
+        self._selector = selectors.DefaultSelector()
         self.workers: list[WorkerProcess] = []
         self._pending: deque[Job] = deque()
         self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
         self.under_way = 0
+        allow_open_files(_PIPES * config.workers)
         try:
             self._fill()
             while not all(worker.ready for worker in self.workers):
@@ -61,9 +73,7 @@ class WorkerPool:
             raise
 
     def submit(self, requests: Iterable[tuple[int, bytes]]) -> None:
-        """Queue requests, each a key and a line of JSON, and send what can be sent without waiting."""
-        if self._closed:
-            raise RuntimeError("this pool is closed")
+        """Queue requests, each a key and its `encode`d line, and send what can be sent without waiting."""
         jobs = [Job(key, line) for key, line in requests]
         self._pending.extend(jobs)
         self.under_way += len(jobs)
@@ -95,16 +105,28 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers and wait for them. Idempotent."""
-        self._closed = True
+        self.closed = True
+        self._selector.close()
         workers, self.workers = self.workers, []
         close_all(workers)
 
     def _fill(self) -> None:
         while len(self.workers) < self._config.workers:
-            self.workers.append(WorkerProcess(self._module, json.dumps(asdict(self._config))))
+            try:
+                worker = WorkerProcess(self._module, json.dumps(asdict(self._config)))
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise UserError(
+                    f"{self._section}.workers={self._config.workers}: so many processes need more open files than the system "
+                    f"allows; raise `ulimit -Hn` or lower {self._section}.workers"
+                ) from error
+            self.workers.append(worker)
+            self._selector.register(worker.read_fd, selectors.EVENT_READ, worker)
 
     def _drop(self, worker: WorkerProcess) -> str:
         self.workers.remove(worker)
+        self._selector.unregister(worker.read_fd)
         return worker.kill()
 
     def _step(self, end: float) -> None:
@@ -132,18 +154,18 @@ class WorkerPool:
         """Write queued requests and return workers with something to read, waiting at most until `end` or a deadline."""
         deadlines = [self._deadline(worker) for worker in self.workers]
         timeout = min([end, *(d for d in deadlines if d is not None)]) - now
-        readable: list[WorkerProcess] = []
-        with selectors.DefaultSelector() as selector:
-            for worker in self.workers:
-                selector.register(worker.read_fd, selectors.EVENT_READ, worker)
-                if worker.wants_to_write:
-                    selector.register(worker.write_fd, selectors.EVENT_WRITE, worker)
-            for key, events in selector.select(max(0.0, timeout)):
-                if events & selectors.EVENT_READ:
-                    readable.append(key.data)
-                else:
-                    key.data.flush()
-        return readable
+        writing = [worker for worker in self.workers if worker.wants_to_write]
+        for worker in writing:
+            self._selector.register(worker.write_fd, selectors.EVENT_WRITE, worker)
+        try:
+            found = self._selector.select(max(0.0, timeout))
+        finally:
+            for worker in writing:
+                self._selector.unregister(worker.write_fd)
+        for key, events in found:
+            if events & selectors.EVENT_WRITE:
+                key.data.flush()
+        return [key.data for key, events in found if events & selectors.EVENT_READ]
 
     def _deadline(self, worker: WorkerProcess) -> float | None:
         if not worker.ready:

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import ImportPathError, import_function, takes
+from etr_megatron.imports import ImportPathError, has_parameter, import_function, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
@@ -29,12 +29,14 @@ def load_grader(config: RewardConfig) -> Grader:
         symbolic.warm_up()
         return lambda request: _grade_math(request, config)
     function = import_function(config.function)
-    if not takes(function, 4 if config.columns else 3):
+    # A fourth positional parameter of that name would be given the columns.
+    named = ("messages",) if has_parameter(function, "messages") else ()
+    if not takes(function, 4 if config.columns else 3, named):
         wanted = "three arguments, the prompt, the response and the answer (a fourth is given with reward.columns)"
         if config.columns:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
-        raise ImportPathError(f"it must be callable with {wanted}")
-    return lambda request: _grade_custom(function, request, config)
+        raise ImportPathError(f"it must be callable with {wanted}" + ", besides `messages`, given by name" * bool(named))
+    return lambda request: _grade_custom(function, request, config, is_given_messages=bool(named))
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
@@ -47,14 +49,17 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
     return Grade(config.range_max if verdict.correct else config.range_min, "ok", verdict.detail)
 
 
-def _grade_custom(function: Callable[..., Any], request: GradeRequest, config: RewardConfig) -> Grade:
+def _grade_custom(
+    function: Callable[..., Any], request: GradeRequest, config: RewardConfig, *, is_given_messages: bool
+) -> Grade:
     """Grade with a user's function. If it fails on an answer, that answer gets status "error", and the run continues.
 
     Of a dict, as verl's scorers return, `score` is the reward, and other numbers are the grade's parts.
     """
     try:
         extra = (request.extra,) if config.columns else ()
-        value = function(request.prompt, request.response, request.answer, *extra)
+        named = {"messages": request.messages} if is_given_messages else {}
+        value = function(request.prompt, request.response, request.answer, *extra, **named)
     except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
         return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
     parts: dict[str, float] = {}

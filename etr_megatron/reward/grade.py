@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from etr_megatron.types import RewardStatus
+from etr_megatron.types import Message, RewardStatus
 
 
 @dataclass(frozen=True, slots=True)
 class GradeRequest:
     """One response to grade. prompt: the user's message. answer: the reference answer as in the data. extra: values of
-    `reward.columns`."""
+    `reward.columns`. messages: with an environment, all of the prompt and the response; else empty."""
 
     prompt: str
     response: str
     answer: str
     extra: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

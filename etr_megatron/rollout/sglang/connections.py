@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 
 import httpx
 
+from etr_megatron.platform.files import allow_open_files
+
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 2.0
 """Connections idle for longer are closed: a server closes them after 5 seconds, perhaps while a request is on its way."""
-
-_OTHER_FILES = 1024
-"""Open files that a rank has besides: sockets of ranks and of the store, checkpoints, logs."""
 
 _Idle = deque[tuple[float, httpx.AsyncHTTPTransport]]
 """Idle connections with the time of their last use, the most recent at the end."""
@@ -28,11 +26,7 @@ def allow_connections(count: int) -> None:
 
     Without one more file a connection fails, which looks like a server that is gone.
     """
-    wanted = count + _OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    wanted, most = allow_open_files(count)
     if most < wanted:
         logger.warning(
             "sglang.concurrency: up to %d requests at a time need %d open files, but the system allows %d; raise "
