@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
     from etr_megatron.trainer import Trainer
+    from etr_megatron.rollout.stops import StopStrings
     from etr_megatron.weights import Architecture
 
 
@@ -94,6 +95,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.problem_sets import open_sets
     from etr_megatron.rollout.dialogues import Dialogues
+    from etr_megatron.rollout.stops import StopStrings
     from etr_megatron.trainer import Trainer
     from etr_megatron.weights import check_checkpoint
 
@@ -112,7 +114,8 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     phases.meet("start of the rollout engine")
     engine = None
     if config.rollout.replay is None:
-        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stop_ids, directory, stop, nodes)))
+        stops = stop_ids, StopStrings(config.rollout.stop_strings, tokenizer.decode)
+        engine = stack.enter_context(closing(_engine(config, model_dir, architecture, stops, directory, stop, nodes)))
     phases.meet("loading of the model")
     cursor = PromptCursor(problems, config.run.seed, config.data.shuffle)
     decode, grader = partial(tokenizer.decode, skip_special_tokens=True), workers.grader.grade if workers.grader else None
@@ -196,15 +199,16 @@ def _engine(
     config: Config,
     model_dir: Path,
     architecture: Architecture,
-    stop_ids: set[int],
+    stops: tuple[set[int], StopStrings],
     directory: RunDirectory,
     stop: StopRequest,
     nodes: ServerNodes | None,
 ) -> RolloutEngine:
-    """The rollout engine that `rollout.backend` names; a collective. nodes: the dedicated server nodes, on rank 0 only.
-    Raises StopAskedError if `stop` ends the wait for its servers."""
+    """The rollout engine that `rollout.backend` names; a collective. stops: tokens and texts that end a turn. nodes: the
+    dedicated server nodes, on rank 0 only. Raises StopAskedError if `stop` ends the wait for its servers."""
     from etr_megatron.policy.policy import DTYPES
 
+    stop_ids, stop_strings = stops
     if config.rollout.backend == "embedded":
         from etr_megatron.rollout.embedded import EmbeddedEngine
 
@@ -214,6 +218,7 @@ def _engine(
             device=platform.device(),
             batch_samples=config.rollout.batch_samples,
             stop_ids=stop_ids,
+            stop_strings=stop_strings,
         )
     from etr_megatron.rollout.sglang import Serving, SglangEngine
 
@@ -226,6 +231,7 @@ def _engine(
         temperature=config.rollout.temperature,
         max_gap=resolved(config.rollout.max_logprob_gap),
         routing=config.train.routing_replay,
+        stop_strings=stop_strings,
     )
     return SglangEngine(config.sglang, model_dir, serving, nodes, must_stop=stop)
 

@@ -6,7 +6,7 @@ It takes the same by-name weight update as a server and returns the same fields.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from etr_megatron.platform.transformers_errors import transformers_errors
 from etr_megatron.rollout.engine import MustStop, Sampling, never, sample_seed
 from etr_megatron.rollout.sampling import draw
+from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample
 
 
@@ -35,13 +36,20 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, batch_samples: int, stop_ids: Iterable[int]
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_samples: int,
+        stop_ids: Iterable[int],
+        stop_strings: StopStrings = NO_STOP_STRINGS,
     ) -> None:
         self.weight_version, self._has_weights = 0, False
         transformers_logging.disable_progress_bar()  # every rank would show one below the run's own
         self._model = _replica(model_dir, dtype).to(device).eval().requires_grad_(False)
         self._device, self._batch_samples = device, batch_samples
-        self._stop_ids = frozenset(stop_ids)
+        self._stop_ids, self._stop_strings = frozenset(stop_ids), stop_strings
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. must_stop is not checked: ranks that generate themselves finish first. Raises
@@ -112,7 +120,7 @@ class EmbeddedEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
-            alive = state.append(rows.tolist(), drawn.tolist(), logp.tolist(), self._stop_ids)
+            alive = state.append(rows.tolist(), drawn.tolist(), logp.tolist(), self._is_over)
             if not alive:
                 break
             if len(alive) < len(rows):
@@ -123,6 +131,10 @@ class EmbeddedEngine:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
         return state.samples(self.weight_version)
+
+    def _is_over(self, ids: list[int]) -> bool:
+        """Whether the last token ends the turn that has these."""
+        return ids[-1] in self._stop_ids or self._stop_strings.end_with(ids)
 
 
 def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -213,13 +225,16 @@ class _Batch:
             mask[row, longest - size :] = 1
         return tokens.to(self._device), mask.to(self._device)
 
-    def append(self, rows: list[int], tokens: list[int], logprobs: list[float], stop_ids: frozenset[int]) -> list[int]:
-        """Append a token to each row in `rows`; returns the places in `rows` of those that go on."""
+    def append(
+        self, rows: list[int], tokens: list[int], logprobs: list[float], is_over: Callable[[list[int]], bool]
+    ) -> list[int]:
+        """Append a token to each row in `rows`; returns the places in `rows` of those that go on. is_over: whether a row's last
+        token ends it."""
         alive = []
         for place, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
             self._ids[row].append(token)
             self._logprobs[row].append(logprob)
-            if token in stop_ids:
+            if is_over(self._ids[row]):
                 self._stopped[row] = True
             elif len(self._ids[row]) < self._jobs[row].max_tokens:
                 alive.append(place)

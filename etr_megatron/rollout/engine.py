@@ -140,13 +140,15 @@ class RolloutEngine(Protocol):
 @dataclass(frozen=True)
 class Draw:
     """A response to draw or to continue. key: chosen by the caller. sampling: of this problem alone. drawn: the response tokens
-    so far, which count towards `Sampling.max_tokens`."""
+    so far, which count towards `Sampling.max_tokens`. turn_begin: how many of them precede the turn that is drawn or continued;
+    stop strings are looked for in its text alone."""
 
     key: int
     problem: Problem
     index: int
     sampling: Sampling
     drawn: Sequence[int] = ()
+    turn_begin: int = 0
 
     @property
     def room(self) -> int:

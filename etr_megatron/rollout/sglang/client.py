@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _REFUSALS = (400, 413, 422)
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
+_LONGEST_PATTERN = 256
+"""Most bytes of a `stop_regex` (`sampling/sampling_params.py`, 0.5.21)."""
 
 PATIENCE = 10
 """The longest that a response may take while the server completes others, in `request_timeout_s`."""
@@ -63,7 +66,8 @@ class Generated:
 
 @dataclass(frozen=True)
 class GenerateParameters:
-    """Sampling parameters of one request, in SGLang's terms. routing: whether the reply must include the chosen experts."""
+    """Sampling parameters of one request, in SGLang's terms. routing: whether the reply must include the chosen experts.
+    stop_strings: need a server with a tokenizer."""
 
     max_new_tokens: int
     temperature: float
@@ -71,6 +75,7 @@ class GenerateParameters:
     top_k: int
     seed: int
     stop_ids: Sequence[int]
+    stop_strings: Sequence[str] = ()
     ignore_eos: bool = False
     routing: bool = False
 
@@ -85,7 +90,20 @@ class GenerateParameters:
             "stop_token_ids": list(self.stop_ids),
             "skip_special_tokens": False,
             "ignore_eos": self.ignore_eos,
+            **_stops(self.stop_strings),
         }
+
+
+def _stops(texts: Sequence[str]) -> dict[str, Any]:
+    """Parameters for a response that ends with the token in which one of these ends.
+
+    SGLang (0.5.21) looks for texts in the last tokens, in one more than its tokenizer makes of the longest text. The model may
+    draw that in more tokens. For a pattern it looks at one more token than the pattern has characters, and then for texts too.
+    """
+    if not texts:
+        return {}
+    pattern = re.escape(max(texts, key=len))
+    return {"stop": list(texts), **({"stop_regex": [pattern]} if len(pattern.encode()) <= _LONGEST_PATTERN else {})}
 
 
 class ServerClient:

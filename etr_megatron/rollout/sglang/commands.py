@@ -21,6 +21,7 @@ LOADER = "etr_megatron.weights.transport.server_loader.load"
 """The weight loader that servers are started with for `sync: sharded`."""
 
 ROUTING = "--enable-return-routed-experts"
+NO_TOKENIZER = "--skip-tokenizer-init"
 
 _UNFUSED = "--disable-shared-experts-fusion"
 
@@ -36,16 +37,17 @@ def server_command(
     api_key: str | None,
     cuda: bool,
     routing: bool = False,
+    tokenizer: bool = False,
 ) -> ServerCommand:
     """The command of server number `place` of a node. folder: for other files that it reads, written here. routing: whether it
-    must return the chosen experts.
+    must return the chosen experts. tokenizer: whether it must have one, to match stop strings.
 
-    The server starts with random weights and gets the policy's before its first request. So model_dir needs only a config.json,
-    and a Megatron checkpoint will do. An api_key is passed in a file that only the user can read. Raises UserError when
-    `sglang.devices` names a GPU that a rank trains on, or names none and the machine has too few left.
+    The server starts with random weights and gets the policy's before its first request. So model_dir needs only a config.json
+    and, if asked for, a tokenizer; a Megatron checkpoint will do. An api_key is passed in a file that only the user can read.
+    Raises UserError when `sglang.devices` names a GPU that a rank trains on, or names none and the machine has too few left.
     """
-    arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--skip-tokenizer-init"]
-    arguments += ["--tp-size", str(config.tp)]
+    arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--tp-size", str(config.tp)]
+    arguments += [] if tokenizer else [NO_TOKENIZER]
     if config.ep > 1:
         arguments += ["--ep-size", str(config.ep)]
     shares_gpus = config.placement == "colocated" and cuda

@@ -7,7 +7,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_addres
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
+from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
 
@@ -60,6 +61,7 @@ class Serving:
     dtype: of weights and arithmetic, as torch names it. backend: of the groups that carry weights, `gloo` or `nccl`.
     directory: for the servers' files. temperature: the sampler's. max_gap: the largest mean difference of a step's log-probs
     from the trainer's, of which a probe allows a multiple. routing: whether they must return the chosen experts.
+    stop_strings: if there are any, the servers need a tokenizer.
     """
 
     architecture: Architecture
@@ -70,6 +72,7 @@ class Serving:
     temperature: float
     max_gap: float
     routing: bool = False
+    stop_strings: StopStrings = NO_STOP_STRINGS
 
 
 class SglangEngine:
@@ -107,7 +110,8 @@ class SglangEngine:
             rank: names[place * config.servers : (place + 1) * config.servers] for place, rank in enumerate(addresses)
         }
         cuda = serving.backend == "nccl"
-        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, serving.routing)
+        needs = dict(routing=serving.routing, tokenizer=bool(serving.stop_strings))
+        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, **needs)
         # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
         # have only a collective's time.
         longest = datetime.timedelta(seconds=Host.STARTS * startup_timeout_of(config) + _MEETING_S)
@@ -118,7 +122,7 @@ class SglangEngine:
                 Control(
                     config,
                     names,
-                    Expected.of(config, serving.architecture, serving.dtype, routing=serving.routing),
+                    Expected.of(config, serving.architecture, serving.dtype, **needs),
                     host=own_address,
                     api_key=key,
                     backend=serving.backend,
@@ -212,12 +216,32 @@ class SglangEngine:
         ]
         self._require_weights()
         found: list[Generated] = on_rank0_until_stopped(
-            lambda anywhere: self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere),
+            lambda anywhere: self._answers(requests, anywhere),
             must_stop,
             share=lambda replies: [reply.without_tokens() for reply in replies],
         )
         replies = iter(found)
         return [[self._sample(index, next(replies)) for index in range(count)] for count in counts]
+
+    def _answers(self, requests: Sequence[Request], anywhere: MustStop) -> list[Generated]:
+        replies = self._speaker.run_until_stopped(self._speaker.stream.answer(requests), anywhere)
+        return [self._until_stop(reply, len(request.prompt_ids)) for request, reply in zip(requests, replies, strict=True)]
+
+    def _until_stop(self, reply: Generated, context: int, turn: Sequence[int] = ()) -> Generated:
+        """The reply up to the token in which a stop string ends. context: number of tokens before it. turn: those of its turn
+        that were drawn before it.
+
+        A server does not see one that begins in `turn`, nor, as it looks at the last few tokens alone (`tail_str` in SGLang's
+        schedule_batch.py), one in many more tokens than the tokenizer would make of it. One that was told to abort it does not
+        look any more.
+        """
+        end = self._serving.stop_strings.end([*turn, *reply.ids], len(turn))
+        if end is None:
+            return reply
+        kept = end - len(turn)
+        per_token, rest = divmod(len(reply.routing), max(1, context + len(reply.ids) - 1))
+        routing = reply.routing if rest else reply.routing[: (context + kept - 1) * per_token]
+        return replace(reply, ids=reply.ids[:kept], logprobs=reply.logprobs[:kept], finish_reason="stop", routing=routing)
 
     def _sample(self, index: int, reply: Generated) -> Sample:
         ids, logprobs = array("i", reply.ids), array("d", reply.logprobs)
@@ -245,7 +269,9 @@ class SglangEngine:
         return Request([*draw.problem.prompt_ids, *draw.drawn], parameters, draw.problem.id)
 
     def _drawn(self, key: int, reply: Generated) -> Drawn:
-        draw, finish = self._draws.pop(key), reply.finish_reason
+        draw = self._draws.pop(key)
+        reply = self._until_stop(reply, len(draw.problem.prompt_ids) + len(draw.drawn), draw.drawn[draw.turn_begin :])
+        finish = reply.finish_reason
         if finish == "abort" and reply.ids:  # cut off exactly at its end
             if reply.ids[-1] in self._stop_ids:
                 finish = "stop"
@@ -360,5 +386,6 @@ class SglangEngine:
             top_k=sampling.top_k,
             seed=sample_seed(sampling, problem, index),
             stop_ids=self._stop_ids,
+            stop_strings=self._serving.stop_strings.texts,
             routing=sampling.routing,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
-from etr_megatron.rollout.sglang.commands import ROUTING
+from etr_megatron.rollout.sglang.commands import NO_TOKENIZER, ROUTING
 from etr_megatron.weights import FAMILIES, Architecture
 
 _SIZES = {
@@ -40,7 +40,8 @@ class Expected:
     """What servers will be sent.
 
     dtype: as torch names it. tp: workers per server that the sync expects; None where it does not matter, as with `disk`.
-    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it must return the chosen experts.
+    fp8: whether matrices come in FP8, in blocks with scales. routing: whether it must return the chosen experts. tokenizer:
+    whether it must have one, to match stop strings.
     """
 
     architecture: Architecture
@@ -48,11 +49,14 @@ class Expected:
     tp: int | None
     fp8: bool
     routing: bool = False
+    tokenizer: bool = False
 
     @classmethod
-    def of(cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False) -> Expected:
+    def of(
+        cls, config: SglangConfig, architecture: Architecture, dtype: str, *, routing: bool = False, tokenizer: bool = False
+    ) -> Expected:
         """What the servers of a job will be sent."""
-        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing)
+        return cls(architecture, dtype, None if sync_of(config) == "disk" else config.tp, config.fp8, routing, tokenizer)
 
     def misfit(self, server: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
         """The first definite mismatch, with both values, else None. What the server does not report counts as a match.
@@ -81,6 +85,8 @@ class Expected:
                 where = f" according to {file}" if file is not None else ""
                 yield f"its {field} is {found}{where}, but the job's is {wanted}"
         yield from self._quantisation(server, file, config)
+        if self.tokenizer and server.get("skip_tokenizer_init") is True:
+            yield f"it was started with {NO_TOKENIZER}, so it cannot match the texts of rollout.stop_strings"
         if self.routing and server.get("enable_return_routed_experts") is False:
             yield f"it was started without {ROUTING}, which train.routing_replay needs"
         if self.routing and (kernel := server.get("moe_runner_backend")) in _SILENT:

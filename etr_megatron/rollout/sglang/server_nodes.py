@@ -55,7 +55,7 @@ _GONE = "gives no sign of life any more; the servers are stopped"
 
 class ServerSetting(NamedTuple):
     """What servers are started with besides the config. folder: for the servers' files, visible to all nodes. routing: whether
-    they must return the chosen experts."""
+    they must return the chosen experts. tokenizer: whether they need one."""
 
     model_dir: str
     dtype: str
@@ -63,6 +63,7 @@ class ServerSetting(NamedTuple):
     api_key: str | None
     cuda: bool
     routing: bool = False
+    tokenizer: bool = False
 
 
 def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: ServerSetting) -> Host:
@@ -79,6 +80,7 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
             api_key=setting.api_key,
             cuda=setting.cuda,
             routing=setting.routing,
+            tokenizer=setting.tokenizer,
         )
         for place, name in enumerate(names)
     }
