@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
-    from etr_megatron.trainer import Trainer
     from etr_megatron.rollout.stops import StopStrings
+    from etr_megatron.trainer import Trainer
     from etr_megatron.weights import Architecture
 
 

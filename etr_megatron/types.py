@@ -111,6 +111,11 @@ class Sample:
         """Number of the model's turns: runs of tokens that it drew."""
         return sum(is_drawn for is_drawn, _ in groupby(self.loss_mask)) if self.loss_mask else 1
 
+    @property
+    def turn_begin(self) -> int:
+        """Number of response tokens before the model's last turn, which may have none yet."""
+        return bytes(self.loss_mask).rfind(b"\0") + 1
+
     def of_drawn(self, values: Sequence[T]) -> Sequence[T]:
         """Of one value per response token, those of the tokens that the model drew."""
         return list(compress(values, self.loss_mask)) if self.loss_mask else values

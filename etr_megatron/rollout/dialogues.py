@@ -66,9 +66,8 @@ class Dialogues:
 
     def end_turn(self, sample: Sample) -> None:
         """Note the turn that `sample` ends with (in place; the caller owns it)."""
-        ids = sample.response_ids
-        begin = len(ids) - _drawn_at_the_end(sample)
-        sample.messages.append({"role": "assistant", "content": self._decode(ids[begin:].tolist())})
+        turn = sample.response_ids[sample.turn_begin :].tolist()
+        sample.messages.append({"role": "assistant", "content": self._decode(turn)})
 
     def submit(self, owner: Hashable, problem: Problem, sample: Sample, limit: int) -> None:
         """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response."""
@@ -142,10 +141,3 @@ class Dialogues:
         sample.messages += reply.messages
         sample.finish_reason = "abort"
         return sample
-
-
-def _drawn_at_the_end(sample: Sample) -> int:
-    """Number of tokens of the last turn."""
-    if not sample.loss_mask:
-        return len(sample.response_ids)
-    return len(sample.loss_mask) - 1 - bytes(sample.loss_mask).rfind(b"\0")

@@ -223,7 +223,8 @@ class Hand:
             key = next(self._keys)
             self._under_way[key] = held, sample
             sampling = sampling_of(self._config, held.step)
-            draws.append(Draw(key, held.group.problem, sample.index, sampling, sample.response_ids[:]))
+            drawn, begin = sample.response_ids[:], sample.turn_begin
+            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin))
         if draws:
             self._engine.submit(draws)
 
