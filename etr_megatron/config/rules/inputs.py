@@ -181,6 +181,7 @@ def reward(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("reward.columns", "data.train"),
             "generated problems have no further columns; leave columns empty, or train on a dataset that has them",
+            given=("reward.function", "environment.function"),
         )
     if len(set(reward.columns)) < len(reward.columns) or not all(reward.columns):
         yield Violation(("reward.columns",), "must not contain empty or duplicate names")
