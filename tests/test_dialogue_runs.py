@@ -13,8 +13,8 @@ from tests.test_run import without_evaluation
 pytestmark = pytest.mark.slow
 
 DIALOGUES = (
-    "environment.function=tests.environments:again",
-    "reward.function=tests.environments:turns_are_even",
+    "environment.function=tests.dialogue_functions:again",
+    "reward.function=tests.dialogue_functions:turns_are_even",
     "rollout.max_response_tokens=60",
     "eval.temperature=1",
 )
@@ -62,7 +62,7 @@ def test_a_run_resumes_its_dialogues_bit_for_bit(straight):
 
 
 def test_an_environment_that_always_fails_ends_the_run_with_one_sentence(straight):
-    asked = ("run.name=failed", *DIALOGUES, "environment.function=tests.environments:always_fails", "eval.every=0")
+    asked = ("run.name=failed", *DIALOGUES, "environment.function=tests.dialogue_functions:always_fails", "eval.every=0")
     code, printed = straight.finish(*asked)
     assert code == 2 and "calls of environment.function failed, which ended their responses; the first: " in printed
     assert "raised KeyError: 'tool'" in printed and "Traceback" not in printed
