@@ -194,3 +194,8 @@ def test_a_template_that_leaves_out_the_models_turn_is_refused():
         UserError, match=r"leaves out a turn of the model before a reply of role user: change environment\.role"
     ):
         tokenize([{"role": "user", "content": "Less."}], 0)
+
+
+def test_a_missing_file_of_tool_schemas_is_told_before_the_start_also_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"^data\.tools: .*none\.json is not readable as JSON"):
+        check_tokenizer(load_config(None, [f"data.tools={tmp_path / 'none.json'}"]))
