@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from etr_megatron.config import load_config
+from etr_megatron.data import build_tiny_policy
 from etr_megatron.errors import UserError
 from etr_megatron.observe.report import summary
 from etr_megatron.observe.rollout_view import listing, view
 from etr_megatron.observe.rollouts import rollouts_path, save_rollouts
-from etr_megatron.rollout.record import group_from_json, group_to_json, read_record, write_record
+from etr_megatron.rollout.record import group_from_json, group_to_json, read_record, record_path, write_record
 from etr_megatron.types import Group, Problem, Sample
 from tests.test_observe import make_row
 from tests.test_rollout_records import group
@@ -154,3 +159,43 @@ def test_the_summary_of_a_run_tells_of_calls_of_the_environment_that_failed():
     assert summary(rows).splitlines()[-1] == "environment       3 errors, 1 timeout"
     for quiet in ({}, {"environment_errors": 0, "environment_timeouts": 0}):
         assert "environment" not in summary([make_row(1, **quiet)])
+
+
+def put_replies_in(recorded: Path, step: int) -> list[list[int]]:
+    """Insert three tokens before the second of every response of a recorded step; returns the prompts of the samples."""
+    path = record_path(recorded, step)
+    head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    for sample in (sample for line in lines for sample in line["samples"]):
+        rest = len(sample["response_ids"]) - 1
+        for name, values in (("response_ids", [9, 8, 7]), ("rollout_logprobs", [0.0, 0.0, 0.0])):
+            sample[name][1:1] = values
+        sample["loss_mask"] = [1, 0, 0, 0, *[1] * rest]
+        del sample["old_logprobs"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)), encoding="utf-8")
+    return [line["problem"]["prompt_ids"] for line in lines for _ in line["samples"]]
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_what_the_model_drew_in_the_context_of_replies(runs):
+    options = ("eval.every=0", "checkpoint.every=0", "run.steps=2", "rollout.record=true")
+    code, printed = runs.finish("run.name=first", *options)
+    assert code == 0, printed
+    prompts, _ = (put_replies_in(runs.directory("first") / "recorded", step) for step in (1, 2))
+    replay = (f"rollout.replay={runs.directory('first')}", "--nproc", "2", "parallel.tp=1", "parallel.cp=2")
+    code, printed = runs.finish("run.name=second", *replay, *options)
+    assert code == 0, printed
+    config = load_config(runs.config, runs.command()[4:])
+    tiny = AutoModelForCausalLM.from_pretrained(build_tiny_policy(config.tiny, config.arithmetic, progress=False))
+    written = [sample for one in read_record(runs.directory("second") / "recorded", 1)[0] for sample in one["samples"]]
+    gaps = []
+    for prompt, one in zip(prompts, written, strict=True):
+        response, mask = one["response_ids"], one["loss_mask"]
+        with torch.no_grad():
+            log_p = tiny(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        wanted = log_p.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+        for old, own, engine, is_drawn in zip(one["old_logprobs"], wanted, one["rollout_logprobs"], mask, strict=True):
+            assert old == pytest.approx(own, abs=1e-4) if is_drawn else old is None
+            gaps += [abs(own - engine)] if is_drawn else []
+    first, second = runs.rows("second")
+    assert first["logprob_gap_mean"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3) and second["grad_norm"] > 0
+    assert first["response_tokens_mean"] == pytest.approx(len(gaps) / len(written) + 3)
