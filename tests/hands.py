@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+from dataclasses import replace
 
 from safetensors.torch import load, save
 
 from etr_megatron.config import Config
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
+from etr_megatron.environment import EnvironmentReply
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError
+from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.engine import Draw, Drawn
 from etr_megatron.rollout.hand import Hand
 from etr_megatron.types import Problem
@@ -61,11 +65,14 @@ class Engine:
             if draw.problem.id in self.bad:
                 why = f"{draw.problem.id} is bad"
                 found.append(Drawn(draw.key, [], [], "abort", self.weight_version, given_up=why))
-            elif len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index):
-                found.append(self._answer(draw, drawn, self._finish))
+            elif finish := self._end_of(draw, drawn):
+                found.append(self._answer(draw, drawn, finish))
             else:
                 self._under_way.append((draw, drawn))
         return found
+
+    def _end_of(self, draw, drawn) -> str:
+        return self._finish if len(draw.drawn) + len(drawn) >= self._lengths(draw.problem, draw.index) else ""
 
     def stop(self, *, abort):
         found = [one for _ in range(self._beside) for one in self._draw()]
@@ -77,6 +84,64 @@ class Engine:
 
     def _answer(self, draw, drawn, finish):
         return Drawn(draw.key, drawn, [-n - self.weight_version / 10 for n in drawn], finish, self.weight_version)
+
+
+class Talker(Engine):
+    """As `Engine`, but draws turns; `turn_length` says how long they are."""
+
+    def _end_of(self, draw, drawn) -> str:
+        ids = [*draw.drawn, *drawn]
+        begin = max((place + 1 for place, token in enumerate(ids) if token >= REPLY), default=0)
+        assert draw.turn_begin == begin
+        turn = 1 + sum(token >= REPLY > after for token, after in itertools.pairwise(ids))
+        if len(ids) - begin >= turn_length(int(draw.problem.answer), draw.index, turn):
+            return "stop"
+        return "length" if len(drawn) >= draw.room else ""
+
+
+REPLY = 1000
+"""The tokens of replies; those of turns are below."""
+
+
+def turn_length(number: int, index: int, turn: int) -> int:
+    """Of the response `index` to the problem `p<number>`; no two responses to it have the same first turn."""
+    return 1 + index + 2 * ((number + turn) % 3)
+
+
+def reply_of(number: int, turn: int) -> list[int] | None:
+    """The reply's tokens after this turn; there are one to three turns."""
+    return None if turn > number % 3 else [REPLY + 10 * number + turn] * (1 + (number + turn) % 2)
+
+
+class Environment:
+    """Answers as `reply_of` says, `delay` calls of `poll` later; nothing while it is `slow`. asked: the messages of every
+    request. broken: how calls go wrong, of problems whose number it returns a status for."""
+
+    def __init__(self, delay=lambda: 0, slow: bool = False) -> None:
+        self.delay, self.slow, self.asked = delay, slow, []
+        self.broken = lambda number: ""
+        self._under_way = {}
+
+    def submit(self, key, request):
+        self.asked.append((request.messages, request.answer))
+        self._under_way[key] = [self.delay(), request]
+
+    def poll(self, timeout_s):
+        found = [] if self.slow else [key for key, (left, _) in self._under_way.items() if left <= 0]
+        for waiting in self._under_way.values():
+            waiting[0] -= 1
+        return [(key, self._reply(self._under_way.pop(key)[1])) for key in found]
+
+    def _reply(self, request):
+        number = int(request.answer)
+        if status := self.broken(number):
+            return EnvironmentReply(None, status, f"{status} of p{number}")
+        ids = reply_of(number, sum(one["role"] == "assistant" for one in request.messages))
+        return EnvironmentReply(None if ids is None else [{"role": "user", "content": words(ids)}], "ok", "")
+
+
+def words(ids) -> str:
+    return " ".join(map(str, ids))
 
 
 def grader(flat=()):
@@ -92,11 +157,19 @@ def timer(_phase):
     return contextlib.nullcontext()
 
 
-def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, **rollout) -> Hand:
+def hand_of(engine, *, flat=(), count=40, steps=9, prompts=4, shuffle=False, environment=None, max_turns=8, **rollout) -> Hand:
     settings = RolloutConfig(prompts_per_step=prompts, samples_per_prompt=2, backend="sglang", **rollout)
     config = Config(run=RunConfig(steps=steps), rollout=settings)
-    cursor = PromptCursor(problems(count), seed=1, shuffle=shuffle)
-    return Hand(config, engine, cursor, lambda ids: " ".join(map(str, ids)), grader(flat))
+    asked, dialogues = problems(count), None
+    if environment is not None:
+        asked = Problems(replace(one, messages=[{"role": "user", "content": one.prompt}]) for one in asked)
+        dialogues = Dialogues(environment, lambda reply, last: ids_of(reply[0]), words, max_turns=max_turns)
+    cursor = PromptCursor(asked, seed=1, shuffle=shuffle)
+    return Hand(config, engine, cursor, words, grader(flat), dialogues)
+
+
+def ids_of(message) -> list[int]:
+    return [int(word) for word in message["content"].split()]
 
 
 def through_disk(state: dict) -> dict:
@@ -124,3 +197,34 @@ def assert_whole(rollouts, lengths=lambda problem, index: 4) -> None:
             versions = sample.token_versions()
             assert sample.rollout_logprobs.tolist() == [-n - v / 10 for n, v in zip(sample.response_ids, versions, strict=True)]
             assert sample.finish_reason == "stop" and sample.reward is not None and sample.text
+
+
+def assert_dialogue(problem: Problem, sample, *, limit: int = 256, max_turns: int = 8) -> None:
+    """The sample is the whole dialogue that `turn_length` and `reply_of` make, with the log-probs of its tokens' versions."""
+    number, ids, mask, messages, finish = int(problem.answer), [], [], [], ""
+    while not finish:
+        turn = 1 + sum(message["role"] == "assistant" for message in messages)
+        room = limit - len(ids)
+        drawn = list(range(len(ids), len(ids) + min(room, turn_length(number, sample.index, turn))))
+        ids, mask = ids + drawn, mask + [1] * len(drawn)
+        messages.append({"role": "assistant", "content": words(drawn)})
+        reply = reply_of(number, turn)
+        if len(drawn) < turn_length(number, sample.index, turn):
+            finish = "length"
+        elif reply is None:
+            finish = "stop"
+        elif turn >= max_turns or len(ids) + len(reply) >= limit:
+            finish = "length"
+        else:
+            ids, mask = ids + reply, mask + [0] * len(reply)
+            messages.append({"role": "user", "content": words(reply)})
+    assert sample.response_ids.tolist() == ids and sample.text == words(ids)
+    assert sample.loss_mask.tolist() == (mask if 0 in mask else [])
+    assert sample.messages == messages and sample.finish_reason == finish and sample.reward is not None
+    versions = sample.token_versions().tolist()
+    assert versions == sorted(versions) and versions[-1] == sample.weight_version
+    assert sample.weight_versions.tolist() == (versions if len(set(versions)) > 1 else [])
+    expected = [-n - version / 10 if is_drawn else 0.0 for n, version, is_drawn in zip(ids, versions, mask, strict=True)]
+    assert sample.rollout_logprobs.tolist() == expected
+    for place in range(1, len(ids)):
+        assert mask[place] or versions[place] == versions[place - 1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, UngradedError
 from etr_megatron.types import Message, Problem, Sample, insert
 
@@ -19,8 +21,9 @@ logger = logging.getLogger(__name__)
 ReplyIds = Callable[[Sequence[Message], int], list[int]]
 """Token ids of a reply after a turn that ended with the given token."""
 
-_LOOK_S = 0.05
-"""Longest wait for replies with the lock held, which another owner may want."""
+_LOOK_S = 0.01
+"""Interval at which a wait looks for replies. It must not wait with the lock held: Python's locks are not fair, and another
+owner would get it only now and then."""
 
 
 class Environment(Protocol):
@@ -43,6 +46,32 @@ class _Call:
     limit: int
 
 
+@dataclass
+class _Outcomes:
+    """How an owner's calls went since its last report. failure: why the first of them failed."""
+
+    status: Counter[str] = field(default_factory=Counter)
+    failure: str = ""
+
+    @property
+    def failed(self) -> int:
+        return self.status["error"] + self.status["timeout"]
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether no call succeeded; if all were just late, the environment may be faster at the next step."""
+        return self.status["error"] > 0 and self.failed == self.status.total()
+
+
+@contextmanager
+def _saved_first() -> Iterator[None]:
+    """What the user must fix, as an error that has a run save what it has trained before it ends."""
+    try:
+        yield
+    except UserError as error:
+        raise UngradedError(str(error)) from error
+
+
 class Dialogues:
     """Takes samples whose turn has ended to the environment and hands them back; on rank 0 only.
 
@@ -56,13 +85,7 @@ class Dialogues:
         self._calls: dict[int, _Call] = {}
         self._replies: list[tuple[_Call, EnvironmentReply]] = []
         self._next = 0
-        self._status: Counter[str] = Counter()
-        self._failure = ""  # why the first call of the step failed
-
-    def under_way(self, owner: Hashable) -> int:
-        """Number of this owner's samples that have not been handed back."""
-        with self._lock:
-            return sum(call.owner == owner for call in (*self._calls.values(), *(call for call, _ in self._replies)))
+        self._outcomes: defaultdict[Hashable, _Outcomes] = defaultdict(_Outcomes)
 
     def end_turn(self, sample: Sample) -> None:
         """Note the turn that `sample` ends with (in place; the caller owns it)."""
@@ -70,9 +93,12 @@ class Dialogues:
         sample.messages.append({"role": "assistant", "content": self._decode(turn)})
 
     def submit(self, owner: Hashable, problem: Problem, sample: Sample, limit: int) -> None:
-        """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response."""
+        """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response.
+
+        Raises UngradedError if `environment.function` can no longer be loaded.
+        """
         request = EnvironmentRequest([*problem.messages, *sample.messages], problem.answer, problem.extra)
-        with self._lock:
+        with self._lock, _saved_first():
             self._calls[self._next] = _Call(owner, problem, sample, limit)
             self._environment.submit(self._next, request)
             self._next += 1
@@ -81,21 +107,20 @@ class Dialogues:
         """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
 
         Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
-        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UserError if the
-        chat template refuses a reply.
+        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError if
+        the chat template refuses a reply, or `environment.function` can no longer be loaded.
         """
         end = time.monotonic() + timeout_s
         while True:
-            with self._lock:
-                left = end - time.monotonic()
-                has_own = any(call.owner == owner for call, _ in self._replies)
-                wait_s = 0.0 if has_own else max(0.0, min(left, _LOOK_S))
-                self._replies += [(self._calls.pop(key), reply) for key, reply in self._environment.poll(wait_s)]
-                own = [pair for pair in self._replies if pair[0].owner == owner]
-                self._replies = [pair for pair in self._replies if pair[0].owner != owner]
+            with self._lock, _saved_first():
+                replies = [*self._replies, *((self._calls.pop(key), reply) for key, reply in self._environment.poll(0.0))]
+                own = [pair for pair in replies if pair[0].owner == owner]
+                self._replies = [pair for pair in replies if pair[0].owner not in (owner, None)]
                 waits = any(call.owner == owner for call in self._calls.values())
+            left = end - time.monotonic()
             if own or not waits or left <= 0:
                 return [self._accept(call, reply) for call, reply in own]
+            time.sleep(min(left, _LOOK_S))
 
     def forget(self, owner: Hashable) -> None:
         """Drop this owner's samples: their replies will be ignored."""
@@ -105,32 +130,39 @@ class Dialogues:
                     self._calls[key] = _Call(None, call.problem, call.sample, call.limit)
             self._replies = [pair for pair in self._replies if pair[0].owner not in (owner, None)]
 
-    def report(self) -> None:
-        """Warn about calls that failed since the last report, with the first one's reason.
+    def is_broken(self, owner: Hashable) -> bool:
+        """Whether `report` would raise an error."""
+        with self._lock:
+            return owner in self._outcomes and self._outcomes[owner].is_broken
 
-        Raises UngradedError if all failed with an error: a broken environment must not look like a policy without an answer.
+    def report(self, owner: Hashable) -> None:
+        """Warn about this owner's calls that failed since its last report, with the first one's reason.
+
+        Raises UngradedError if all failed, not just by being late: a broken environment must not look like a policy without an
+        answer.
         """
         with self._lock:
-            status, self._status = self._status, Counter()
-            failure, self._failure = self._failure, ""
-        calls, errors, timeouts = status.total(), status["error"], status["timeout"]
-        if not (errors or timeouts):
+            found = self._outcomes.pop(owner, _Outcomes())
+        if not found.failed:
             return
-        what = f"{errors + timeouts} of {calls} calls of environment.function failed, which ended their responses; the first: "
-        if errors == calls:
-            raise UngradedError(what + failure)
-        logger.warning("%s%s", what, failure)
+        calls = found.status.total()
+        what = f"{found.failed} of {calls} calls of environment.function failed, which ended their responses; the first: "
+        if found.is_broken:
+            raise UngradedError(what + found.failure)
+        logger.warning("%s%s", what, found.failure)
 
     def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
         sample, status, detail = call.sample, reply.status, reply.detail
-        ids = [] if reply.messages is None else self._reply_ids(reply.messages, sample.response_ids[-1])
+        with _saved_first():
+            ids = [] if reply.messages is None else self._reply_ids(reply.messages, sample.response_ids[-1])
         if reply.messages is not None and not ids:
             status, detail = "error", "it returned a reply without a token"
         sample.environment_status = status
         with self._lock:
-            self._status[status] += 1
+            outcomes = self._outcomes[call.owner]
+            outcomes.status[status] += 1
             if status != "ok":
-                self._failure = self._failure or f"{detail} (problem {call.problem.id})"
+                outcomes.failure = outcomes.failure or f"{detail} (problem {call.problem.id})"
         if reply.messages is None or not ids:
             sample.finish_reason = "stop"
             return sample

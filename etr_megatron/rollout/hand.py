@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GLANCE_S = 0.05
-"""Longest wait for the engine while the environment has responses, too."""
+"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
@@ -95,9 +96,9 @@ class Hand:
         try:
             report_errors(grades)
             if self._dialogues is not None:
-                self._dialogues.report()
+                self._dialogues.report(self)
         except UngradedError:
-            self._forget_failures()
+            _forget_failures(self._groups)
             raise
         taken = self._choose(step)
         if step < self._config.run.steps:
@@ -133,14 +134,19 @@ class Hand:
     def state_dict(self) -> dict[str, Any]:
         """Everything in hand; tokens that the engine has not returned yet will be drawn again, and replies asked for again."""
         with self._pump.held():
-            groups, tensors = pack(self._groups)
-        return {
-            "in_hand": groups,
-            "tensors": tensors,
-            "asked_for": self._asked_for,
-            "asked_ids": self._asked_ids,
-            "counts": dict(self._counts),
-        }
+            groups = self._groups
+            if self._dialogues is not None and self._dialogues.is_broken(self):
+                # The next step will end the run. Its failures must not be in a checkpoint that was saved before it.
+                groups = deepcopy(groups)
+                _forget_failures(groups)
+            packed, tensors = pack(groups)
+            return {
+                "in_hand": packed,
+                "tensors": tensors,
+                "asked_for": self._asked_for,
+                "asked_ids": self._asked_ids[:],
+                "counts": dict(self._counts),
+            }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state; that of a run without groups in hand may be empty.
@@ -168,7 +174,7 @@ class Hand:
 
     def _go_on_alone(self) -> bool:
         """One round of the pump; returns whether anything is under way."""
-        self._go_on(LOOK_S)
+        self._go_on(_GLANCE_S)
         return bool(self._under_way or self._replying)
 
     def _go_on(self, timeout_s: float) -> None:
@@ -281,20 +287,6 @@ class Hand:
         for held in complete:
             held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
 
-    def _forget_failures(self) -> None:
-        """Reset failed grades and failed calls of the environment, so that both are made again after a fix."""
-        for held in self._groups:
-            failed = [
-                one
-                for one in held.group.samples
-                if one.reward_status not in ("ok", None) or one.environment_status not in ("ok", None)
-            ]
-            for sample in failed:
-                sample.reward = sample.reward_status = None
-                if sample.environment_status not in ("ok", None):
-                    sample.finish_reason, sample.environment_status = "turn", None
-            held.is_left_out = held.is_left_out and not failed
-
     def _is_enough(self) -> bool:
         """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""
         ready = sum(held.is_ready for held in self._groups)
@@ -320,8 +312,8 @@ class Hand:
         """The step's metrics. As a last line of defence, raises RuntimeError for a token that is too old."""
         rollout, version = self._config.rollout, self._engine.weight_version
         samples = [sample for group in groups for sample in group.samples]
-        tokens = sum(len(sample.response_ids) for sample in samples)
-        ages = sum(sum(version - token for token in sample.token_versions()) for sample in samples)
+        tokens = sum(sample.drawn for sample in samples)
+        ages = sum(sum(version - token for token in sample.of_drawn(sample.token_versions())) for sample in samples)
         oldest = version - min(oldest_version(sample) for sample in samples)
         if oldest > rollout.max_staleness:
             raise RuntimeError(f"a token is {oldest} weight syncs old, more than rollout.max_staleness={rollout.max_staleness}")
@@ -335,3 +327,18 @@ class Hand:
         if rollout.partial:
             counts["samples_continued"] = sum(bool(sample.weight_versions) for sample in samples)
         return counts
+
+
+def _forget_failures(groups: Iterable[InHand]) -> None:
+    """Reset failed grades and failed calls of the environment (in place), so that both are made again after a fix."""
+    for held in groups:
+        failed = [
+            one
+            for one in held.group.samples
+            if one.reward_status not in ("ok", None) or one.environment_status not in ("ok", None)
+        ]
+        for sample in failed:
+            sample.reward = sample.reward_status = None
+            if sample.environment_status not in ("ok", None):
+                sample.finish_reason, sample.environment_status = "turn", None
+        held.is_left_out = held.is_left_out and not failed

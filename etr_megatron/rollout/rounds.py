@@ -55,7 +55,7 @@ def draw_further_turns(
             break
         opened = _go_on(opened, dialogues, must_stop)
         _draw(engine, opened, sampling, turn, must_stop)
-    on_rank0(lambda: of_rank0(dialogues).report())
+    on_rank0(lambda: of_rank0(dialogues).report(_OWNER))
 
 
 def _go_on(opened: Sequence[_Open], dialogues: Dialogues | None, must_stop: MustStop) -> list[_Open]:
