@@ -109,12 +109,12 @@ class WorkerProcess:
                 ended = True
                 break
             self._incoming += chunk
-        if len(self._incoming) == known:
+        if self._incoming.find(b"\n", known) < 0:
+            if len(self._incoming) > known and self.inflight:
+                self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
             return [], ended
         *lines, rest = bytes(self._incoming).split(b"\n")
         self._incoming = bytearray(rest)
-        if rest and self.inflight:
-            self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
         return [json.loads(line) for line in lines], ended
 
     def finish_head(self) -> Job:

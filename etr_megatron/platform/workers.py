@@ -43,7 +43,7 @@ class WorkerPool:
     """Worker processes and the requests given to them. They die with this process, however it ends.
 
     Not thread-safe, but may be used from different threads one after the other: everything happens in the calls, without
-    threads or signals. Every method but `close` and `forget` raises UserError if a worker cannot load the user's function.
+    threads or signals. A worker that cannot be started, or cannot load the user's function, is a UserError.
     """
 
     def __init__(
