@@ -32,9 +32,9 @@ def load_environment(config: EnvironmentConfig) -> Environment:
             value = function(request.messages, request.answer, request.extra)
             if inspect.isawaitable(value):
                 value = runner.run(_result(value))
+            return _reply(value, config)
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # a script's main() may call sys.exit
             return EnvironmentReply(None, "error", f"{config.function} raised {type(error).__name__}: {error}")
-        return _reply(value, config)
 
     return call
 

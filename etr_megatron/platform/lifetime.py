@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -56,18 +56,18 @@ def _end_now() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a child of this process that has not been waited for and, on Linux, all that it has started directly or not.
+def kill_trees(pids: Iterable[int]) -> None:
+    """SIGKILL children of this process that have not been waited for and, on Linux, what they and their children have started.
 
     A process that was started by one which has ended is not found.
     """
-    tree = {pid}
-    new = {pid}
+    tree = set(pids)
+    new = tree
     while new:
         for one in new:
             _signal(one, signal.SIGSTOP)  # what is stopped starts no more while the rest is looked for
-        new = _descendants(pid) - tree
-        tree |= new
+        new = _descendants(tree) - tree
+        tree = tree | new
     for one in tree:
         _signal(one, signal.SIGKILL)
 
@@ -77,16 +77,16 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _descendants(pid: int) -> set[int]:
-    """Processes whose parents lead to `pid`, which is not one of them. Empty on systems without Linux's /proc."""
+def _descendants(pids: Iterable[int]) -> set[int]:
+    """Processes whose parents lead to one of `pids`. Empty on systems without Linux's /proc."""
     children: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if name.isdecimal():
             with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                 children[int(file.read().rpartition(b")")[2].split()[1])].append(int(name))
-    found: list[int] = list(children[pid])
+    found = [child for pid in pids for child in children[pid]]
     for one in found:  # grows
-        found += children[one]
+        found += children.pop(one, [])
     return set(found)
 
 
