@@ -12,21 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etr_megatron.check_functions import check_environment, check_functions, check_loss, check_reward
 from etr_megatron.config import (
-    LOSSES,
     Config,
     InvalidConfigError,
     ParallelConfig,
     Source,
-    fill_objective,
-    resolved,
     response_limits,
     sources_of,
     sync_of,
     tensor_parallel,
 )
 from etr_megatron.errors import UserError
-from etr_megatron.imports import ImportPathError
 from etr_megatron.observe import RunDirectory, require_wandb
 from etr_megatron.platform.files import problems_of, refuse_all
 from etr_megatron.platform.world import number_apart
@@ -38,15 +35,14 @@ if TYPE_CHECKING:
 
 
 def check_inputs(config: Config, world_size: int) -> None:
-    """Check the model, data, reward function, loss, servers, run directory and recorded run that `config` names.
+    """Check the model, data, the user's functions, servers, run directory and recorded run that `config` names.
 
     Weights are checked by their headers, data is read in full. Raises one `UserError` with every problem found.
     """
     refuse_all(
         lambda: check_model(config, world_size),
         lambda: check_problems(sources_of(config.data), config),
-        lambda: check_reward(config),
-        lambda: check_loss(config),
+        lambda: check_functions(config),
         lambda: check_servers(config),
         lambda: check_directory(config),
         lambda: require_wandb(config),
@@ -84,6 +80,7 @@ def _quick_checks(config: Config) -> Iterator[tuple[Callable[[], object], tuple[
         if source.is_file and not Path(source.location).exists():  # an existing file would be read in full
             yield partial(check_source, source, config), (f"data.{source.split}",)
     yield lambda: check_reward(config), ("reward.function", "reward.columns")
+    yield lambda: check_environment(config), ("environment.function", "rollout.replay")
     yield lambda: check_loss(config), ("objective.loss", "objective.preset")
     yield lambda: check_directory(config), ("run.dir", "run.name", "checkpoint.resume", "rollout.replay", "rollout.only")
     yield lambda: require_wandb(config), ("observe.wandb_project",)
@@ -315,28 +312,6 @@ def check_directory(config: Config) -> None:
         raise UserError(f"{directory.root} is the run in rollout.replay and would be overwritten; choose another run.name")
     directory.refuse_if_unwritable()
     directory.refuse_if_used(config.checkpoint.resume, only_records=config.rollout.only)
-
-
-def check_reward(config: Config) -> None:
-    """Check that a custom reward function can be imported."""
-    if config.reward.function == "math":
-        return
-    from etr_megatron.reward import load_grader
-
-    try:
-        load_grader(config.reward)
-    except ImportPathError as error:
-        raise UserError(f"reward.function is {config.reward.function!r}: {error}") from error
-
-
-def check_loss(config: Config) -> None:
-    """Check that a custom loss can be imported and called."""
-    name = resolved(fill_objective(config.objective).loss)
-    if name in LOSSES:
-        return
-    from etr_megatron.objective import resolve_loss
-
-    resolve_loss(name)
 
 
 def check_replay(config: Config, steps: int) -> None:

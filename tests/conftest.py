@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.environments import USER_ENVIRONMENT
 from tests.gang import Gangs
 from tests.graders import USER_REWARDS
 
@@ -89,3 +90,10 @@ def user_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(USER_REWARDS)
     monkeypatch.chdir(tmp_path)
     return "my_rewards:by_command"
+
+
+@pytest.fixture
+def user_environment(tmp_path, monkeypatch):
+    (tmp_path / "my_environment.py").write_text(USER_ENVIRONMENT)
+    monkeypatch.chdir(tmp_path)
+    return "my_environment:by_command"

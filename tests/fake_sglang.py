@@ -15,7 +15,8 @@ stops at this generate request; with hang_at only the request waits), die_once (
 request unless another server has made the file), seconds (per response), seconds_per_bucket, refuse_weights (any request with
 weights), misfit (its parameters are another model's, which `sharded` detects), unwell (reports itself unhealthy), logprob (of
 every token), says (by route, what it adds to /server_info and /model_info), says_no_experts (leaves out routed experts
-although requested), weightless (accepts no weights; starts at once, without torch).
+although requested), no_tokenizer (refuses stop strings, which it otherwise does not look for), weightless (accepts no weights;
+starts at once, without torch).
 POST /behave changes them in a running server; die_in and stop_in there count from the next request.
 """
 
@@ -146,6 +147,8 @@ def generate(body: dict[str, Any]) -> tuple[int, Any]:
         return 500, {"error": {"message": "out of order"}}
     if BEHAVIOUR.get("refuse_at") == number or BEHAVIOUR.get("refuse_all"):
         return TOO_LONG
+    if body["sampling_params"].get("stop") and (BEHAVIOUR.get("no_tokenizer") or "--skip-tokenizer-init" in sys.argv):
+        return 400, {"error": {"message": "stop is unavailable when skip_tokenizer_init=True"}}
     if BEHAVIOUR.get("forget_at") == number:
         STATE.version = "default"
     count, finish = body["sampling_params"]["max_new_tokens"], "length"

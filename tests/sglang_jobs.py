@@ -30,6 +30,7 @@ from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT
 from etr_megatron.rollout.sglang.senders import WholeSender
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
+from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import weights_of
 from etr_megatron.weights.quantize import quantize_blocks
@@ -48,11 +49,12 @@ def engine_of(
     stop_ids: Sequence[int] = (),
     bucket_bytes: int | None = None,
     routing: bool = False,
+    stop_strings: StopStrings = NO_STOP_STRINGS,
     **settings: Any,
 ) -> SglangEngine:
     """bucket_bytes: for `broadcast` and `tensor`; may be less than `bucket_mib` allows, as the tests' models are small."""
-    limits = dict(temperature=TEMPERATURE, max_gap=max_gap)
-    serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), **limits, routing=routing)
+    more = dict(temperature=TEMPERATURE, max_gap=max_gap, routing=routing, stop_strings=stop_strings)
+    serving = Serving(policy.arch, "float32", "gloo", stop_ids, Path(directory), **more)
     engine = SglangEngine(SglangConfig(**{"bucket_mib": 1, "update_timeout_s": 60} | settings), Path(model), serving)
     if bucket_bytes is not None and isinstance(engine._sender, WholeSender):
         engine._sender._settings = replace(engine._sender._settings, bucket_bytes=bucket_bytes)

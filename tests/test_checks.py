@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from etr_megatron.check_functions import check_functions
 from etr_megatron.checks import beside_inputs, check_attention, check_inputs, check_layers
 from etr_megatron.config import (
     Config,
     DataConfig,
+    EnvironmentConfig,
     InvalidConfigError,
     ModelConfig,
     ObjectiveConfig,
@@ -245,6 +247,21 @@ def test_a_reward_function_that_cannot_be_imported_is_refused(config: Config) ->
         "(a fourth is given with reward.columns)"
     )
     check_inputs(replace(config, reward=RewardConfig(function="tests.rewards:digit_sum_is_even")), 1)
+
+
+def test_an_environment_that_cannot_be_imported_is_refused_where_it_is_called(config: Config) -> None:
+    def with_function(name: str) -> Config:
+        return replace(config, environment=EnvironmentConfig(function=name))
+
+    message = refusal(with_function("no_such_module_here:play"))
+    assert message.startswith("environment.function is 'no_such_module_here:play': importing no_such_module_here failed")
+    assert refusal(with_function("math:gamma")) == (
+        "environment.function is 'math:gamma': it must be callable with three arguments, the messages, the answer and a dict "
+        "of reward.columns"
+    )
+    check_inputs(with_function("tests.environments:said"), 1)
+    replayed = with_function("no_such_module_here:play")
+    check_functions(replace(replayed, rollout=replace(config.rollout, replay="runs/a")))
 
 
 def test_a_loss_that_cannot_be_imported_or_called_is_refused(config: Config) -> None:

@@ -60,6 +60,17 @@ def test_reward_function_forms(function):
     assert validate(config_with(reward__function=function), None) == []
 
 
+@pytest.mark.parametrize("function", [None, "games:play", "my.games.chess:Board.reply"])
+def test_environment_function_forms(function):
+    assert validate(config_with(environment__function=function), None) == []
+
+
+def test_columns_may_be_the_environments_alone():
+    columns = dict(reward__columns=("level",), data__train="t.jsonl", data__eval=None, eval__every=0)
+    assert validate(config_with(environment__function="m:f", **columns), None) == []
+    assert "the math reward does not use columns" in validate(config_with(**columns), None)[0]
+
+
 @pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo", "reinforce", "losses:f", "my.losses:Family.loss"])
 def test_loss_forms(loss):
     assert validate(config_with(objective__loss=loss), None) == []

@@ -93,3 +93,36 @@ def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_b
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     with GraderPool(RewardConfig(function=user_rewards, workers=1)) as pool:
         assert pool.grade([request("0.5")]) == [Grade(0.5, "ok", "")]
+
+
+OF_MESSAGES = """
+def by_name(prompt, response, answer, *, messages):
+    return float(messages[-1]["content"]) if messages else 0.5
+def behind(prompt, response, answer, messages=None):
+    return by_name(prompt, response, answer, messages=messages)
+def behind_columns(prompt, response, answer, columns, messages):
+    return columns["level"] + by_name(prompt, response, answer, messages=messages)
+def only_positional(prompt, response, answer, messages=None, /):
+    return 0.0 if messages is None else 1.0
+def of_any(prompt, response, answer, **named):
+    return float(len(named))
+"""
+
+
+def test_a_reward_with_a_parameter_for_messages_is_given_them_by_name(user_rewards, tmp_path):
+    (tmp_path / "of_messages.py").write_text(OF_MESSAGES)
+    dialogue = GradeRequest(
+        "?", "7", "", {"level": 1.0}, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "7"}]
+    )
+    single = GradeRequest("?", "7", "", {"level": 1.0})
+
+    def rewards(function: str, **config: tuple[str, ...]) -> list[float]:
+        with GraderPool(RewardConfig(function=f"of_messages:{function}", workers=1, range_max=9.0, **config)) as pool:
+            return [grade.reward for grade in pool.grade([dialogue, single])]
+
+    assert rewards("by_name") == rewards("behind") == [7.0, 0.5]
+    assert rewards("behind_columns", columns=("level",)) == [8.0, 1.5]
+    assert rewards("only_positional") == rewards("of_any") == [0.0, 0.0]
+    for function, config in (("behind", {"columns": ("level",)}), ("behind_columns", {})):  # messages would be the columns
+        with pytest.raises(UserError, match="besides `messages`, given by name"):
+            rewards(function, **config)

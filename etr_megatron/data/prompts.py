@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 
 from etr_megatron.config.schema import Config, DataConfig
 from etr_megatron.data.columns import Messages
-from etr_megatron.data.replies import ReplyTokenizer, template_arguments
+from etr_megatron.data.replies import ReplyTokenizer, read_tools, template_arguments
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import refuse_all
 from etr_megatron.types import TOKENIZER_FILES
@@ -145,9 +145,11 @@ def stop_token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_tokenizer(config: Config) -> None:
-    """Check what the config asks of the tokenizer, before a job starts. Nothing is checked for `tiny`, which may not be there
-    yet, or for another model that is not there. Raises UserError with every problem."""
+    """Check what the config asks of the tokenizer, before a job starts. Only `data.tools` is read for `tiny`, which may not be
+    there yet, or for another model that is not there. Raises UserError with every problem."""
     data, environment = config.data, config.environment
+    if data.tools is not None:
+        read_tools(data.tools)
     if not Path(config.model.path).is_dir():
         return
     if not (config.rollout.stop_tokens or data.chat_template_kwargs or data.tools or environment.function):

@@ -72,8 +72,7 @@ def _message(one: Any) -> Message:
     if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise ValueError("in which a message is not a dict with `role` and `content`, both text")
     message = {"role": str(one["role"]), "content": str(one["content"])}
-    # Clients' messages have keys that say nothing, such as `"tool_calls": None`.
-    if more := [key for key, said in one.items() if key not in message and (said is not None and said != "" and said != [])]:
+    if more := [key for key, value in one.items() if key not in message and not _says_nothing(value)]:
         raise ValueError(f"in which a message has `{more[0]}`, but only `role` and `content` are supported")
     if not message["role"]:
         raise ValueError("in which a message has an empty role")
@@ -82,3 +81,8 @@ def _message(one: Any) -> Message:
     except UnicodeEncodeError:
         raise ValueError("in which a message has half a surrogate pair, which no tokenizer accepts") from None
     return message
+
+
+def _says_nothing(value: object) -> bool:
+    """Clients' messages have such values, as in `"tool_calls": None`."""
+    return value is None or (isinstance(value, str | list | dict) and not value)

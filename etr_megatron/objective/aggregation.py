@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def token_weights(lengths: Sequence[int], how: str, constant_length: int | None = None) -> list[float]:
     """Weight of every token of sample i in `loss = sum_tokens weight_i * token_loss`.
 
-    lengths: response tokens of ALL samples of the optimizer step (all microbatches, all data-parallel ranks). The denominator
-    is global, so the loss does not depend on how the samples are split, and must not be divided again.
+    lengths: loss rows of ALL samples of the optimizer step (all microbatches, all data-parallel ranks). The denominator is
+    global, so the loss does not depend on how the samples are split, and must not be divided again.
 
     how: `token_mean` 1 / sum(lengths) (DAPO); `sequence_mean` 1 / (N * length_i) (GRPO); `constant_length`
     1 / (N * constant_length) (Dr. GRPO). Raises ValueError for another name or a missing constant.

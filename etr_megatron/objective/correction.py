@@ -29,8 +29,9 @@ def rollout_correction(
 ) -> tuple[Tensor, ...] | None:
     """Weight of every token of N samples, float32 [response tokens] each; None if `how` is `none`.
 
-    old_logp, rollout_logp: of WHOLE responses, [response tokens] each. level: `token` is w of each token; `sequence` is the
-    product of w over the response, for each of its tokens. bound: on |log w| before exp(). Raises ValueError for other names.
+    old_logp, rollout_logp: of WHOLE responses, [response tokens] each, without those of an environment's replies. level:
+    `token` is w of each token; `sequence` is the product of w over the response, for each of its tokens. bound: on |log w|
+    before exp(). Raises ValueError for other names.
     """
     if how == "none":
         return None

@@ -32,9 +32,9 @@ class LossSettings:
 class Sequences:
     """Which sequence each row belongs to; for sequence-level ratios under packing and context parallelism.
 
-    index: int64 [R], the sequence of each row. lengths: int64 [S], response tokens of each WHOLE sequence, even if this rank
-    holds only some of its rows. reduce: differentiable sum of a [S] tensor over the ranks that hold parts of the same sequences
-    (its backward also sums the gradients over those ranks); None if every sequence is whole.
+    index: int64 [R], the sequence of each row. lengths: int64 [S], rows of each WHOLE sequence, even if this rank holds only
+    some of them. reduce: differentiable sum of a [S] tensor over the ranks that hold parts of the same sequences (its backward
+    also sums the gradients over those ranks); None if every sequence is whole.
     is_cut: whether the rows are only a chunk, over which sequences cannot be summed.
     """
 
@@ -78,7 +78,7 @@ _ROWS = (
 class LossInputs:
     """Inputs of a loss: R loss rows (response tokens) of one microbatch, float32 [R] each unless stated otherwise.
 
-    Masked positions are absent: they were dropped, not multiplied by zero.
+    Masked positions, such as the tokens of an environment's replies, are absent: they were dropped, not multiplied by zero.
 
     logp, entropy: of the policy being trained, with gradient. old_logp: of the policy that the step's updates start from,
     recomputed by the trainer. rollout_logp: the inference engine's. ref_logp: the reference model's, or None.

@@ -35,6 +35,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.steps",
     "run.phase_timeout_s",
     "run.stop_grace_s",
+    "environment.workers",
     "reward.workers",
     "eval.every",
     "checkpoint.",

@@ -113,17 +113,14 @@ def check_weights(config: Config) -> str:
 
 
 def check_problems(config: Config) -> str:
-    """Sentences on the problems. Raises UserError for a file, a custom reward function or a loss that cannot be used."""
+    """Sentences on the problems. Raises UserError for a file or a function of the user's that cannot be used."""
     from etr_megatron import checks
+    from etr_megatron.check_functions import check_functions
 
     sources = sources_of(config.data)
     # A hub dataset may be a directory here, which is read without fetching anything.
     known = [source for source in sources if source.location == ARITHMETIC or os.path.exists(source.location)]
-    refuse_all(
-        lambda: checks.check_problems(known, config),
-        lambda: checks.check_reward(config),
-        lambda: checks.check_loss(config),
-    )
+    refuse_all(lambda: checks.check_problems(known, config), lambda: check_functions(config))
     rest = [source for source in sources if source not in known]
     found = {
         "has rows that can be used": [source for source in known if source.location != ARITHMETIC],

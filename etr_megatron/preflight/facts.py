@@ -141,17 +141,17 @@ def _model(config: Config, world_size: int) -> tuple[dict[str, str], str]:
 
 
 def _data(config: Config) -> tuple[dict[str, str], str]:
-    """(digests of the data files by config key, why data, reward or loss cannot be used) on a node that trains.
+    """(digests of the data files by config key, why data or a function cannot be used) on a node that trains.
 
     A hub dataset is not fetched here.
     """
-    from etr_megatron.checks import check_loss, check_problems, check_reward, nodes_apart
+    from etr_megatron.check_functions import check_functions
+    from etr_megatron.checks import check_problems, nodes_apart
 
     if number_apart(nodes_apart(config)) is not None:
         return {}, ""
     files = [source for source in sources_of(config.data) if source.is_file]
-    looks = (lambda: check_problems(files, config), lambda: check_reward(config), lambda: check_loss(config))
-    if problems := problems_of(looks):
+    if problems := problems_of((lambda: check_problems(files, config), lambda: check_functions(config))):
         return {}, "; ".join(problems)
     return {source.key: _digest(Path(source.location)) for source in files}, ""
 

@@ -14,6 +14,7 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     inputs.tiny,
     inputs.arithmetic,
     inputs.data,
+    inputs.environment,
     inputs.reward,
     rollout.rollout,
     rollout.asynchronous,

@@ -171,15 +171,17 @@ def _judging(config: Config) -> list[str]:
 def reward(config: Config) -> Iterator[Violation]:
     """The verifier."""
     reward = config.reward
-    if reward.columns and reward.function == "math":
+    if reward.columns and reward.function == "math" and config.environment.function is None:
         yield Violation(
             ("reward.columns", "reward.function"),
             "the math reward does not use columns; remove them, or set reward.function to your own function",
+            given=("environment.function",),
         )
     elif reward.columns and {source.location for source in sources_of(config.data) if source.split == "train"} == {ARITHMETIC}:
         yield Violation(
             ("reward.columns", "data.train"),
             "generated problems have no further columns; leave columns empty, or train on a dataset that has them",
+            given=("reward.function", "environment.function"),
         )
     if len(set(reward.columns)) < len(reward.columns) or not all(reward.columns):
         yield Violation(("reward.columns",), "must not contain empty or duplicate names")
@@ -192,6 +194,13 @@ def reward(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("reward.overlong_buffer", "rollout.max_response_tokens"), "overlong_buffer must not exceed max_response_tokens"
         )
+
+
+def environment(config: Config) -> Iterator[Violation]:
+    """What answers the model between its turns."""
+    function = config.environment.function
+    if function is not None and not IMPORT_PATH.fullmatch(function):
+        yield Violation(("environment.function",), "must be an import path of the form package.module:function, or null")
 
 
 def names(config: Config, key: str, allowed: tuple[str, ...]) -> Iterator[Violation]:

@@ -70,7 +70,9 @@ class EnvironmentConfig:
     function: str | None = None
     """Your function as `package.module:function`, called as `f(messages, answer, columns)` after each of the model's turns.
     `messages` are all chat messages so far, the last one the model's; `columns` is a dict of `reward.columns`. It returns the
-    reply, as text or as a list of messages, or None, which ends the response. null: a response is a single turn."""
+    reply, as text, a message or a list of messages (dicts of `role` and `content`), or None, which ends the response. It may
+    be an `async def`; a process runs its calls one after the other, on one event loop. A call that raises or returns anything
+    else ends the response. null: a response is a single turn."""
     max_turns: int = 8
     """Most turns of the model. A response that would go on after them counts as truncated (finish reason `length`)."""
     role: str = "user"
