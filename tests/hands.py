@@ -114,20 +114,22 @@ def reply_of(number: int, turn: int) -> list[int] | None:
 
 
 class Environment:
-    """Answers as `reply_of` says, `delay` calls of `poll` later; nothing while it is `slow`. asked: the messages of every
-    request. broken: how calls go wrong, of problems whose number it returns a status for."""
+    """Answers as `reply_of` says, `delay` calls of `poll` later. asked: the answer and the messages of every request.
 
-    def __init__(self, delay=lambda: 0, slow: bool = False) -> None:
-        self.delay, self.slow, self.asked = delay, slow, []
-        self.broken = lambda number: ""
+    slow: whether it does not answer, by the problem's number. broken: the status of calls that go wrong, by the same.
+    """
+
+    def __init__(self, delay=lambda: 0, slow=lambda number: False, broken=lambda number: "") -> None:
+        self.delay, self.slow, self.broken, self.asked = delay, slow, broken, []
         self._under_way = {}
 
     def submit(self, key, request):
-        self.asked.append((request.messages, request.answer))
+        self.asked.append((request.answer, words(message["content"] for message in request.messages)))
         self._under_way[key] = [self.delay(), request]
 
     def poll(self, timeout_s):
-        found = [] if self.slow else [key for key, (left, _) in self._under_way.items() if left <= 0]
+        waiting = self._under_way.items()
+        found = [key for key, (left, request) in waiting if left <= 0 and not self.slow(int(request.answer))]
         for waiting in self._under_way.values():
             waiting[0] -= 1
         return [(key, self._reply(self._under_way.pop(key)[1])) for key in found]
