@@ -69,7 +69,7 @@ class RequestStream:
 
     async def submit(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
         """Start these, in order; keys must be new, and 0 or more. first: ahead of all others that wait."""
-        self._add(dict(reversed(requests.items())) if first else requests, first=first)
+        self._add(dict(reversed([*requests.items()])) if first else requests, first=first)
 
     async def answer(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, which go ahead of all others that wait.
