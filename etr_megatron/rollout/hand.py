@@ -108,7 +108,7 @@ class Hand:
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
-        with suppress(*_OF_ENGINE):  # the run ends, and requests will be made again
+        with suppress(Exception):  # the run ends with an error of its own, but first it saves what is trained
             self._pump.stop()
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
