@@ -250,9 +250,10 @@ def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it
     assert Counter(environment.asked).most_common(1)[0][1] == 1
 
 
-@pytest.mark.parametrize(
-    "error", [EngineGoneError("no server is left"), UngradedError("fix it"), RuntimeError("a bug")], ids=lambda e: type(e).__name__
-)
+NAMED = [EngineGoneError("no server is left"), UngradedError("fix it"), RuntimeError("a bug")]
+
+
+@pytest.mark.parametrize("error", NAMED, ids=lambda error: type(error).__name__)
 def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone):
     """A run that ends for another reason, such as SIGTERM, must not lose what it has trained."""
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
