@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GLANCE_S = 0.05
-"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop."""
+_GLANCE_S = 0.01
+"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop. A worker of the
+environment gets its next call only between two waits."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
