@@ -12,6 +12,7 @@ from etr_megatron.environment import EnvironmentReply
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import Sampling, UngradedError, sample_seed
+from etr_megatron.rollout.collect import grade_samples
 from etr_megatron.rollout.rounds import draw_further_turns
 from etr_megatron.rollout.sampler import RoundSampler
 from etr_megatron.types import Group, Problem, Sample
@@ -207,6 +208,13 @@ def test_the_reward_is_that_of_the_models_last_turn_and_sees_all_messages(one_ra
         {"role": "assistant", "content": "2 90"},
     ]
     assert taken.groups[0].samples[1].text == "1 90 90 2 11 2 90"
+
+
+def test_a_dialogue_that_the_engine_has_given_up_has_no_answer():
+    turns = [{"role": "assistant", "content": "it is 4"}, {"role": "user", "content": "sure?"}]
+    sample, seen = Sample(0, [5, 6, 90], [-1.0, -1.0, 0.0], "abort", 1, loss_mask=[1, 1, 0], messages=turns), []
+    grade_samples([(problems(1)[0], sample)], lambda requests: seen.extend(requests) or [Grade(0.0, "ok", "")])
+    assert [(request.response, request.messages) for request in seen] == [("", turns)]
 
 
 def test_an_environment_that_always_fails_ends_the_run_and_one_that_fails_at_times_is_told(one_rank, caplog):

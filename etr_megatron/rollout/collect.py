@@ -70,10 +70,12 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
 
 
 def _request(problem: Problem, sample: Sample) -> GradeRequest:
-    """Of a dialogue, the answer is the model's last turn: a reply must not count as one."""
+    """Of a dialogue, the answer is the model's last turn: a reply must not count as one, nor an earlier turn of a response that
+    the engine has given up."""
     if not sample.messages:
         return GradeRequest(problem.prompt, sample.text, problem.answer, problem.extra)
     turn = next(message["content"] for message in reversed(sample.messages) if message["role"] == "assistant")
+    turn = "" if sample.finish_reason == "abort" else turn
     return GradeRequest(problem.prompt, turn, problem.answer, problem.extra, [*problem.messages, *sample.messages])
 
 
