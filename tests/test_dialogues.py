@@ -194,6 +194,28 @@ def test_an_environment_none_of_whose_calls_succeeds_is_an_error(environment, st
     dialogues.report("me")
 
 
+def test_a_few_calls_that_all_fail_right_after_others_that_did_not_are_only_warned_about_once(environment, caplog):
+    """With groups ready ahead, a step may need a single call."""
+    dialogues = failing(environment, "ok")
+    dialogues.report("me")
+    dialogues.report("me")  # of a step without a call
+    failing(environment, "error", dialogues=dialogues)
+    assert not dialogues.is_broken("me")
+    dialogues.report("me")
+    assert "1 of 1 calls of environment.function failed" in caplog.text
+    failing(environment, "error", dialogues=dialogues)
+    with pytest.raises(UngradedError, match="1 of 1 calls"):
+        dialogues.report("me")
+
+
+def test_many_calls_that_all_fail_are_an_error_whatever_was_before(environment):
+    dialogues = failing(environment, "ok")
+    dialogues.report("me")
+    failing(environment, *["error"] * 8, dialogues=dialogues)
+    with pytest.raises(UngradedError, match="8 of 8 calls"):
+        dialogues.report("me")
+
+
 def test_another_owners_calls_neither_hide_failures_nor_are_blamed_for_them(environment):
     dialogues = failing(environment, "error")
     failing(environment, "ok", owner="you", dialogues=dialogues)

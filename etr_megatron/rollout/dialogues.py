@@ -26,6 +26,11 @@ _LOOK_S = 0.01
 owner would get it only now and then."""
 
 
+_FEW = 8
+"""Fewer calls than these, all failed, prove nothing right after calls that succeeded. A step may take groups that were ready,
+and need hardly any call."""
+
+
 class Environment(Protocol):
     """The part of `EnvironmentPool` that is used here."""
 
@@ -48,10 +53,12 @@ class _Call:
 
 @dataclass
 class _Outcomes:
-    """How an owner's calls went since its last report. failure: why the first of them failed."""
+    """How an owner's calls went since its last report. failure: why the first of them failed. worked: whether any call before
+    that report succeeded, of those that it was about."""
 
     status: Counter[str] = field(default_factory=Counter)
     failure: str = ""
+    worked: bool = False
 
     @property
     def failed(self) -> int:
@@ -60,7 +67,12 @@ class _Outcomes:
     @property
     def is_broken(self) -> bool:
         """Whether no call succeeded; if all were just late, the environment may be faster at the next step."""
-        return self.status["error"] > 0 and self.failed == self.status.total()
+        calls = self.status.total()
+        return self.status["error"] > 0 and self.failed == calls and (calls >= _FEW or not self.worked)
+
+    def next(self) -> _Outcomes:
+        """Those until the report after the one that is about these."""
+        return _Outcomes(worked=self.status["ok"] > 0 if self.status else self.worked)
 
 
 @contextmanager
@@ -139,10 +151,11 @@ class Dialogues:
         """Warn about this owner's calls that failed since its last report, with the first one's reason.
 
         Raises UngradedError if all failed, not just by being late: a broken environment must not look like a policy without an
-        answer.
+        answer. A few calls may fail once after others that succeeded.
         """
         with self._lock:
-            found = self._outcomes.pop(owner, _Outcomes())
+            found = self._outcomes[owner]
+            self._outcomes[owner] = found.next()
         if not found.failed:
             return
         calls = found.status.total()
