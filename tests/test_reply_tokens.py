@@ -108,6 +108,16 @@ def test_observation_tokens_end_a_turn_and_begin_the_reply():
     assert tokenizer.decode(tokenize([{"role": "tool", "content": "42"}], observation)) == "\n42<|assistant|>\n"
 
 
+@pytest.mark.parametrize(("before", "is_left_out"), [(" ", True), ("\n", True), (" ok", False)])
+def test_blanks_before_the_templates_end_of_a_turn_are_left_out_with_it(before, is_left_out):
+    """Llama 2's template has a blank there, with which the turn would end twice."""
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", f"{before}<|im_end|>"))
+    stops = ids_of(tokenizer, *SPECIAL[1:])
+    ids = ReplyTokenizer(DataConfig(), tokenizer, stops)([{"role": "user", "content": "7"}], stops[0])
+    rest = f"\n<|im_start|>user\n7{before}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == (rest if is_left_out else f"{before}<|im_end|>{rest}")
+
+
 def test_thoughts_of_earlier_turns_stay_though_the_template_would_drop_them():
     tokenizer, config = tokenizer_of(THOUGHTS_DROPPED), DataConfig(chat_template_kwargs={"thinking": True})
     turns, replies = ["<think>\nHm.\n</think>\n\n41", "42"], [[{"role": "user", "content": "Less."}]]

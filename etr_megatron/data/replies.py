@@ -36,15 +36,16 @@ class ReplyTokenizer:
         """The tokens between a turn that ended with the token `last` and the next one: what the chat template has there or,
         without one, the reply's texts as they are.
 
-        If `last` is a stop token, the template's own end of the turn is left out: the model has drawn it, or another one in its
-        place (`<|eom_id|>` of Llama 3.1).
+        If `last` is a stop token, the template's own end of the turn is left out, with blanks before it (Llama 2 has one): the
+        model has drawn it, or another one in its place (`<|eom_id|>` of Llama 3.1).
 
         Raises UserError if the chat template refuses the messages, or does not show the model's turn.
         """
         if self._template is None:
             return self._encode("".join(message["content"] for message in reply))
         ids = self._encode(self._after_a_turn(reply))
-        return ids[1:] if last in self._stop_ids and ids and ids[0] in self._stop_ids else ids
+        end = next((place for place, one in enumerate(ids) if one in self._stop_ids), None) if last in self._stop_ids else None
+        return ids if end is None or self._tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
