@@ -81,3 +81,22 @@ def test_a_run_whose_environment_fails_is_saved_and_goes_on_when_it_is_mended(ru
     assert code == 0, printed
     assert [row["step"] for row in runs.rows("mended")] == [1, 2, 3, 4, 5, 6]
     assert assert_dialogues(groups_of(runs, "mended"), 1) == {1, 2, 3}
+
+
+def test_a_run_with_responses_that_wait_for_a_reply_needs_its_environment(runs):
+    ahead = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=2", *DIALOGUES, "parallel.tp=2")
+    slow = (
+        "environment.function=tests.dialogue_functions:never_answers_some",
+        "environment.timeout_s=3600",
+        "environment.workers=64",
+    )
+    with server(tokens_per_s=400) as url:
+        process = runs.held("step 2", *options("waits", url, *ahead, *slow))
+        process.kill()
+        process.communicate()
+        code, printed = runs.finish(*options("waits", url, HELD, *ahead, "environment.function=null"))
+        assert code == 2 and "Traceback" not in printed, printed
+        assert "responses that wait for a reply of an environment; set environment.function to that of the run" in printed
+        code, printed = runs.finish(*options("waits", url, HELD, *ahead))
+    assert code == 0, printed
+    assert assert_dialogues(groups_of(runs, "waits"), 4) == {1, 2, 3}

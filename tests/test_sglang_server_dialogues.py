@@ -72,7 +72,7 @@ def test_the_experts_of_a_dialogue_cover_the_prompt_all_turns_and_the_replies(ga
     heads = dict(num_attention_heads=8, num_key_value_heads=4, initializer_range=0.1, tie_word_embeddings=False)
     experts = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=128, norm_topk_prob=True)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).float().save_pretrained(path)
-    rollout = dict(max_staleness=1, partial=True, max_oversample=2.0, **SIZES)
+    rollout = dict(max_staleness=1, **SIZES)
     with started(SglangConfig(**OWN, sync="broadcast"), path, tmp_path, routing=True) as process:
         job = dict(model=path, directory=str(tmp_path), prompts=PROMPTS, urls=(process.url,), stop_ids=STOP_IDS)
         (found,) = gangs(1).run(
