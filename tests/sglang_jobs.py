@@ -190,7 +190,7 @@ def streamed(
 def _gaps_by_version(
     model: str, groups: list[dict[str, Any]], weights: Mapping[int, dict[str, torch.Tensor]], later: int
 ) -> list[float]:
-    """Per sample, the largest gap of its log-probs (replies: 0) to transformers' under weights `later` syncs after a token's."""
+    """Per sample, largest gap of its log-probs (replies: 0) to transformers' under weights `later` syncs after a token's."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     logp: dict[tuple[str, int, int], torch.Tensor] = {}
     for version, tensors in weights.items():

@@ -243,6 +243,7 @@ class Echo:
     def submit(self, key, request):
         self._enter()
         self._young.append((key, EnvironmentReply([{"role": "user", "content": "1001"}], "ok", "")))
+        time.sleep(0)
         self.inside -= 1
 
     def poll(self, timeout_s):
