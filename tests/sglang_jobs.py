@@ -190,7 +190,8 @@ def streamed(
 def _gaps_by_version(
     model: str, groups: list[dict[str, Any]], weights: Mapping[int, dict[str, torch.Tensor]], later: int
 ) -> list[float]:
-    """Per sample, the largest distance of its log-probs from transformers' under weights `later` syncs after each token's."""
+    """Per sample, the largest distance of its log-probs from transformers' under weights `later` syncs after each token's; from
+    0 of tokens of replies."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     logp: dict[tuple[str, int, int], torch.Tensor] = {}
     for version, tensors in weights.items():
@@ -206,7 +207,10 @@ def _gaps_by_version(
     for group in groups:
         for one in group["samples"]:
             versions = one["weight_versions"] or [one["weight_version"]] * len(one["response_ids"])
-            wanted = [logp[group["id"], one["index"], version + later][place] for place, version in enumerate(versions)]
+            drawn = one["loss_mask"] or [1] * len(versions)
+            wanted = [
+                logp[group["id"], one["index"], version + later][place] * drawn[place] for place, version in enumerate(versions)
+            ]
             gaps.append((torch.tensor(one["rollout_logprobs"], dtype=torch.float64) - torch.stack(wanted)).abs().max().item())
     return gaps
 
