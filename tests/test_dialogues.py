@@ -234,6 +234,38 @@ def test_what_the_user_must_fix_lets_the_run_save_what_it_has_trained(environmen
     dialogues.submit("you", PROBLEM, turn(5), 20)  # the lock is free
 
 
+def test_a_reply_that_the_template_refuses_leaves_the_others_samples_to_be_asked_for_again(environment):
+    """Else a checkpoint would have responses that the sampler has not finished."""
+
+    def ids(reply, last):
+        if reply[0]["content"] == "bad":
+            raise UserError("fix it")
+        return ids_of(reply[0])
+
+    dialogues, samples = Dialogues(environment, ids, words, max_turns=8), [turn(5), turn(6), turn(7)]
+    for sample in samples:
+        dialogues.submit("me", PROBLEM, sample, 20)
+    environment.reply(0)
+    environment.reply(1, "1001")
+    environment.reply(2, "bad")
+    with pytest.raises(UngradedError, match="fix it"):
+        dialogues.ended("me", 0.0)
+    assert [(one.finish_reason, len(one.response_ids), one.environment_status) for one in samples] == [("turn", 1, None)] * 3
+
+
+def test_a_request_that_could_not_be_made_does_not_share_its_key_with_the_next_one(environment):
+    dialogues, sample = dialogues_of(environment), turn(6)
+    environment.error = UserError("no open files are left")
+    with pytest.raises(UngradedError, match="no open files"):
+        dialogues.submit("me", PROBLEM, turn(5), 20)
+    environment.error = None
+    dialogues.submit("me", PROBLEM, sample, 20)
+    environment.reply(0)
+    (key,) = environment.requests
+    environment.reply(key)
+    assert len(dialogues.ended("me", 0.0)) == 2
+
+
 class Echo:
     """Replies to a request in the second `poll` after it."""
 

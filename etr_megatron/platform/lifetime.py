@@ -1,8 +1,9 @@
 """Ensure that no process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
 
-Ranks and graders call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG sends SIGKILL when
-the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed although the process
-lives on. So children must not be started from short-lived threads, except through `popen_from_lasting_thread`.
+Ranks and the workers of a `WorkerPool` call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG
+sends SIGKILL when the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed
+although the process lives on. So children must not be started from short-lived threads, except through
+`popen_from_lasting_thread`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WATCHDOG_PERIOD_S = 0.5
 def die_with_parent(parent_pid: int | None = None) -> None:
     """Have this process killed (SIGKILL) when its parent ends; at once if the parent is already gone.
 
-    parent_pid: pid of the process that started this one, if known (a grader is told it). Without it, a parent that ended
+    parent_pid: pid of the process that started this one, if known (a worker is told it). Without it, a parent that ended
         before this call goes unnoticed, because this process then has another valid parent pid.
     Without PR_SET_PDEATHSIG (on any system but Linux) a daemon thread checks for the parent twice a second; it cannot run
     while other code holds the GIL. Raises OSError if the kernel refuses.

@@ -99,16 +99,16 @@ class Dialogues:
         """
         request = EnvironmentRequest([*problem.messages, *sample.messages], problem.answer, problem.extra)
         with self._lock, _saved_first():
-            self._calls[self._next] = _Call(owner, problem, sample, limit)
-            self._environment.submit(self._next, request)
-            self._next += 1
+            key, self._next = self._next, self._next + 1
+            self._calls[key] = _Call(owner, problem, sample, limit)
+            self._environment.submit(key, request)
 
     def ended(self, owner: Hashable, timeout_s: float) -> list[Sample]:
         """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
 
         Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
-        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError if
-        the chat template refuses a reply, or `environment.function` can no longer be loaded.
+        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError, with
+        no sample changed, if the chat template refuses a reply, or `environment.function` can no longer be loaded.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -119,7 +119,9 @@ class Dialogues:
                 waits = any(call.owner == owner for call in self._calls.values())
             left = end - time.monotonic()
             if own or not waits or left <= 0:
-                return [self._accept(call, reply) for call, reply in own]
+                with _saved_first():
+                    ids = [self._ids_of(call, reply) for call, reply in own]
+                return [self._accept(call, reply, its) for (call, reply), its in zip(own, ids, strict=True)]
             time.sleep(min(left, _LOOK_S))
 
     def forget(self, owner: Hashable) -> None:
@@ -151,10 +153,11 @@ class Dialogues:
             raise UngradedError(what + found.failure)
         logger.warning("%s%s", what, found.failure)
 
-    def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
+    def _ids_of(self, call: _Call, reply: EnvironmentReply) -> list[int]:
+        return [] if reply.messages is None else self._reply_ids(reply.messages, call.sample.response_ids[-1])
+
+    def _accept(self, call: _Call, reply: EnvironmentReply, ids: Sequence[int]) -> Sample:
         sample, status, detail = call.sample, reply.status, reply.detail
-        with _saved_first():
-            ids = [] if reply.messages is None else self._reply_ids(reply.messages, sample.response_ids[-1])
         if reply.messages is not None and not ids:
             status, detail = "error", "it returned a reply without a token"
         sample.environment_status = status
