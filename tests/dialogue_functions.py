@@ -19,3 +19,9 @@ def turns_are_even(prompt, response, answer, messages):
 
 def always_fails(messages, answer, columns):
     raise KeyError("tool")
+
+
+def by_answer(messages, answer, columns):
+    """One to three turns, by the problem's answer."""
+    turns = sum(message["role"] == "assistant" for message in messages)
+    return f"More {turns}." if turns <= int(answer) % 3 else None

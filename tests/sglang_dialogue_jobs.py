@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ def lost_in_dialogues(
             patient_with(engine._control.fleet.clients[1:])
         try:
             for step in range(1, steps + 1):
-                sync(sampler, engine, policy, step - 1)
+                _sync(sampler, engine, policy, step - 1, found["failed"])
                 if step == 2 and engine._control is not None:
                     fails_soon(engine._control, how)
                 taken = _take(sampler, engine, policy, step, found["failed"])
@@ -112,15 +112,19 @@ def lost_in_dialogues(
             engine.close()
 
 
+def _sync(sampler: StreamingSampler, engine: SglangEngine, policy: Any, version: int, failed: dict[str, str]) -> None:
+    sampler.pause()  # finds out by now if a server hangs
+    failed |= on_rank0(lambda: dict(engine._control.fleet.failed))
+    engine.update_weights(policy.export(), version)
+    sampler.resume()
+
+
 def _take(sampler: StreamingSampler, engine: SglangEngine, policy: Any, step: int, failed: dict[str, str]) -> Any:
     while True:
-        taken = None
-        with suppress(NeedsSyncError):
-            taken = sampler.take(step, lambda _phase: nullcontext())
-        failed |= on_rank0(lambda: dict(engine._control.fleet.failed))
-        if taken is not None:
-            return taken
-        sync(sampler, engine, policy, engine.weight_version)
+        try:
+            return sampler.take(step, lambda _phase: nullcontext())
+        except NeedsSyncError:
+            _sync(sampler, engine, policy, engine.weight_version, failed)
 
 
 def streamed_dialogues(
@@ -136,7 +140,8 @@ def streamed_dialogues(
     """Steps of a sampler on a real server, with an update and a sync between, and an evaluation after the last sync.
 
     Returns the steps' weight versions, groups and counts, the evaluation's groups, and for every sample the largest gap to
-    transformers' log-probs of drawn tokens under the weights that their versions name, and under those of the sync after.
+    transformers' log-probs of drawn tokens under the weights that their versions name, and under those of the sync after
+    (without routing).
     """
     policy, config = build(model, ["train.lr=0.02", f"rollout.temperature={TEMPERATURE}"]), config_of(steps, rollout, routing)
     engine = engine_of(policy, model, directory, stop_ids=stop_ids, probe_every=0, routing=routing, **settings)
@@ -167,7 +172,9 @@ def streamed_dialogues(
         finally:
             sampler.close()
             engine.close()
-    update(batch)
     found["evaluated"] = [asdict(group) for group in sets[""]]
+    if routing:  # transformers' own names of experts' weights are others
+        return found
+    update(batch)
     groups = [*(group for _, groups, _ in found["steps"] for group in groups), *found["evaluated"]]
     return found | {later: _gaps_by_version(model, groups, weights, number) for number, later in enumerate(("gaps", "wrong"))}

@@ -144,5 +144,5 @@ def test_a_parameter_named_response_id_gets_the_responses_name(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     reply = load_environment(EnvironmentConfig(function="my_sandbox:f"))(ask("", "4"))
     assert reply == said("p@5/3 4")
-    with pytest.raises(ImportPathError, match="and a dict of reward.columns, besides `response_id`, given by name"):
+    with pytest.raises(ImportPathError, match=r"and a dict of reward\.columns, besides `response_id`, given by name"):
         load_environment(EnvironmentConfig(function="my_sandbox:g"))
