@@ -1,6 +1,6 @@
 """Data types shared by all packages: a `Problem` goes in, a `Group` of `Sample`s comes back.
 
-Plain Python on purpose: these objects cross process boundaries (ranks, graders, servers) and are written to disk. Per-token
+Plain Python on purpose: these objects cross process boundaries (ranks, workers, servers) and are written to disk. Per-token
 fields are `array`s, which take less than a fifth of a list's memory: every rank holds a whole step's samples.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.batching import Sequences
 from etr_megatron.rollout import Sampling
 from etr_megatron.rollout.sglang import SglangEngine, senders
 from etr_megatron.rollout.sglang.control import Control
 from etr_megatron.rollout.sglang.shared_memory import SharedBuckets
-from etr_megatron.types import Problem
+from etr_megatron.types import AnySequence, Problem
 from etr_megatron.weights.transport import verify
 from etr_megatron.weights.transport.board import Board, SyncError
 from tests.hang import Hang
@@ -152,7 +151,7 @@ def one_probed_wrong(model: str, directory: str, **settings: Any) -> dict[str, A
     found: dict[str, Any] = {"failed": [], "prompts": [], "served": 0}
 
     class Right(type(policy.export())):
-        def logprobs(self, sequences: Sequences) -> list[torch.Tensor]:
+        def logprobs(self, sequences: Sequence[AnySequence]) -> list[torch.Tensor]:
             return [torch.full((len(ids),), -0.5) for _, ids in sequences]
 
     control = engine._control

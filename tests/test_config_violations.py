@@ -116,6 +116,12 @@ VIOLATIONS = [
         dict(sglang__router="random", train__routing_replay=True, rollout__backend="sglang"),
         ["sglang.router", "train.routing_replay"],
     ),
+    (dict(rollout__stop_strings=("a", "")), ["rollout.stop_strings"]),
+    (dict(rollout__stop_strings=("a", "b", "a")), ["rollout.stop_strings"]),
+    (
+        dict(rollout__backend="sglang", rollout__stop_strings=tuple(map(str, range(33)))),
+        ["rollout.stop_strings", "rollout.backend"],
+    ),
     (dict(rollout__top_p=0.0), ["rollout.top_p"]),
     (dict(rollout__top_p=1.1), ["rollout.top_p"]),
     (dict(rollout__prompts_per_step=6), ["rollout.prompts_per_step", "train.minibatches"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,14 +12,17 @@ from types import ModuleType
 import pytest
 
 from etr_megatron.cli import USAGE
-from etr_megatron.config import Config, fill_objective, load_config, to_dict
+from etr_megatron.config import Config, EnvironmentConfig, fill_objective, load_config, to_dict
+from etr_megatron.environment import load_environment
 from etr_megatron.planner import make_plan
+from tests.environments import ask, said
 from tests.runs import REPO
 
 PAGE = (REPO / "docs" / "coming_from.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")]
 OURS = [name for row in ROWS if len(row) == 4 for name in re.findall(r"`([^`]+)`", row[0])]
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+REWARD, *ENVIRONMENTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 KEYS = {f"{section}.{key}" for section, keys in to_dict(Config()).items() for key in keys}
 
 
@@ -68,8 +73,6 @@ def test_the_examples_have_the_numbers_of_their_command_lines(tmp_path: Path):
 
 
 def test_the_reward_function_for_verl_works(monkeypatch: pytest.MonkeyPatch):
-    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert code
     verls = ModuleType("my_rewards")
     verls.compute_score = lambda data_source, solution_str, ground_truth, extra_info: {
         "score": float(solution_str == ground_truth) + (data_source == "a") + extra_info["more"],
@@ -77,6 +80,81 @@ def test_the_reward_function_for_verl_works(monkeypatch: pytest.MonkeyPatch):
     }
     monkeypatch.setitem(sys.modules, "my_rewards", verls)
     names: dict = {}
-    exec(code[1], names)
+    exec(REWARD, names)
     columns = {"data_source": "a", "extra_info": {"more": 5}}
     assert names["score"]("1+1?", "2", "2", columns) == {"score": 7.0, "acc": True}
+
+
+MY_TOOLS = """
+import types
+
+class Tool:
+    opened = 0
+
+    async def create(self, instance_id=None, **kwargs):
+        Tool.opened += 1
+        return kwargs["create_kwargs"].get("said", "nothing"), None
+
+    async def execute(self, instance_id, parameters):
+        if parameters["times"] < 0:
+            raise ValueError("negative")
+        return types.SimpleNamespace(text=instance_id * parameters["times"]), 0.5, {}
+
+    async def release(self, instance_id):
+        Tool.opened -= 1
+
+TOOLS = {"say": Tool()}
+"""
+MY_SEARCH = """
+async def execute_predictions(prediction):
+    return ("", True) if "<answer>" in prediction else (f"<information>{prediction[8:-9]}</information>", False)
+"""
+
+
+@pytest.fixture
+def environment_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A function of the page beside a module that it imports, loaded as in a run."""
+
+    def load(function: str, name: str, module: str):
+        (tmp_path / f"{name}.py").write_text(module)
+        (tmp_path / "my_environment.py").write_text(function)
+        monkeypatch.syspath_prepend(tmp_path)
+        for imported in (name, "my_environment"):
+            monkeypatch.delitem(sys.modules, imported, raising=False)
+        return load_environment(EnvironmentConfig(function="my_environment:reply"))
+
+    return load
+
+
+def test_tools_of_verl_answer_as_there(environment_of):
+    def call(name: str, times: int) -> str:
+        return f"<tool_call>{json.dumps({'name': name, 'arguments': {'times': times}})}</tool_call>"
+
+    def reply(content: str, kwargs: dict | None = None):
+        return environment(ask(content, **{"extra_info.tools_kwargs": kwargs}))
+
+    environment = environment_of(ENVIRONMENTS[0], "my_tools", MY_TOOLS)
+    assert reply("It is 4.").messages is None
+    assert reply(f"Hm. {call('say', 2)}{call('say', 3)}") == said("nothingnothing", role="tool")
+    assert reply(call("say", 2), {"say": {"create_kwargs": {"said": "a"}}, "hear": None}) == said("aa", role="tool")
+    assert reply(call("say", 1), {"say": None}) == said("nothing", role="tool")
+    long = "nothing" * 100
+    assert reply(call("say", 100)) == said(f"{long[:128]}...(truncated)...{long[-128:]}", role="tool")
+    assert reply(call("say", -1)) == said("Error when executing tool: negative", role="tool")
+    assert reply(call("sing", 1)) == said("Error when executing tool: 'sing'", role="tool")
+    assert reply("<tool_call>say!</tool_call>").messages[0]["content"].startswith("Error when executing tool: ")
+    assert sys.modules["my_tools"].Tool.opened == 0
+
+
+def test_a_generate_function_of_slime_leaves_what_answers_the_model(environment_of):
+    environment = environment_of(ENVIRONMENTS[1], "my_search", MY_SEARCH)
+    assert environment(ask("<search>cats</search>")) == said("<information>cats</information>")
+    assert environment(ask("<answer>4</answer>")).messages is None
+
+
+def test_the_overrides_for_tools_are_accepted(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("data: {train: mine.jsonl, eval: null}")
+    blocks = re.findall(r"```bash\n(environment\..*?)```", PAGE, re.DOTALL)
+    verl, slime = (load_config(tmp_path / "config.yaml", shlex.split(block)) for block in blocks)
+    assert verl.reward.columns == ("extra_info.tools_kwargs",) and verl.data.tools == "my_tools.json"
+    assert slime.rollout.stop_strings == ("</search>", "</answer>") and slime.environment.max_turns == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from etr_megatron.platform.lifetime import popen_from_lasting_thread
+from etr_megatron.platform.lifetime import kill_trees, popen_from_lasting_thread
 from tests.runs import gone, wait_for
 
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -105,3 +105,21 @@ def test_a_forked_process_starts_its_children_by_a_thread_of_its_own():
 def test_what_popen_raises_reaches_the_caller():
     with pytest.raises(FileNotFoundError):
         popen_from_lasting_thread(["/no/such/program"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descendants are found in Linux's /proc")
+def test_a_killed_tree_is_gone_to_its_leaves_and_others_live_on():
+    code = "import subprocess; subprocess.run(['sh', '-c', 'sleep 600 & echo $$ $!; wait'])"
+    trees = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        below = [[int(pid) for pid in tree.stdout.readline().split()] for tree in trees]
+        kill_trees(tree.pid for tree in trees[:2])
+        assert [tree.wait() for tree in trees[:2]] == [-9, -9]
+        wait_for(lambda: all(map(gone, below[0] + below[1])))
+        assert trees[2].poll() is None and not any(map(gone, below[2]))
+    finally:
+        kill_trees(tree.pid for tree in trees if tree.poll() is None)
+        for tree in trees:
+            tree.wait()
+            tree.stdout.close()
+    wait_for(lambda: all(map(gone, below[2])))

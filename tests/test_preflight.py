@@ -168,6 +168,14 @@ def test_problems_that_differ_between_nodes_or_cannot_be_used_on_one_are_found(t
         assert part in broken.data_error
 
 
+def test_tool_schemas_that_differ_between_nodes_are_found(tmp_path):
+    file, found = tmp_path / "tools.json", []
+    for name in ("one", "two"):
+        file.write_text(f'[{{"name": "{name}"}}]')
+        found.append(facts_of(tmp_path, f"data.tools={file}").data)
+    assert found[0].keys() == found[1].keys() == {"data.tools"} and found[0] != found[1]
+
+
 def test_a_node_that_is_set_apart_for_servers_needs_no_problems(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     options = ("rollout.backend=sglang", "sglang.dedicated_nodes=1", "data.train=none.jsonl")

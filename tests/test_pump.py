@@ -279,19 +279,26 @@ def test_an_error_of_the_engine_comes_up_in_the_next_step_unless_a_sync_mends_it
     assert Counter(environment.asked).most_common(1)[0][1] == 1
 
 
-def test_after_an_error_of_the_engine_the_steps_groups_can_be_put_back():
+NAMED = [EngineGoneError("no server is left"), UngradedError("fix it"), RuntimeError("a bug")]
+
+
+@pytest.mark.parametrize("error", NAMED, ids=lambda error: type(error).__name__)
+def test_after_an_error_the_steps_groups_can_be_put_back_and_saved(error, alone):
+    """A run that ends for another reason, such as SIGTERM, must not lose what it has trained."""
     engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
     ours = hand_of(engine, environment=environment, max_staleness=1, partial=True)
     engine.gate.clear()
     taken = ours.take(1, timer)
-    engine.error = EngineGoneError("no server is left")
+    engine.error = error
     engine.gate.set()
+    until(lambda: not pumps())
     ours.put_back(1)
-    assert {group.id for group in taken.groups} <= {held.group.id for held in ours._groups}
+    saved = {held["group"]["id"] for held in ours.state_dict()["in_hand"]}
+    assert {group.id for group in taken.groups} <= saved
     ours.close()
 
 
-@pytest.mark.parametrize("call", ["take", "pause", "put_back"])
+@pytest.mark.parametrize("call", ["take", "pause"])
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), UngradedError("fix it")], ids=["bug", "mistake"])
 def test_any_other_error_comes_up_in_the_next_call_that_is_not_the_last(call, error, alone):
     engine, environment = Guarded(), Environment()
@@ -303,7 +310,7 @@ def test_any_other_error_comes_up_in_the_next_call_that_is_not_the_last(call, er
     until(lambda: not pumps())
     ours.state_dict()
     with pytest.raises(type(error), match=str(error)):
-        getattr(ours, call)(*{"take": (2, timer), "put_back": (1,)}.get(call, ()))
+        getattr(ours, call)(*((2, timer) if call == "take" else ()))
     ours.close()
 
 

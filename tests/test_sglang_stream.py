@@ -271,3 +271,16 @@ def test_connections_that_nobody_has_used_for_long_are_closed(monkeypatch):
                     await asyncio.sleep(0.01)
 
     asyncio.run(body())
+
+
+def test_what_goes_first_is_asked_before_all_that_waits_in_its_own_order():
+    async def body():
+        async with fleet_of({"tokens_per_s": 400, "pause_at": 2}) as fleet:
+            stream = RequestStream(fleet, concurrency=1, exclusive=True)
+            await stream.submit(dict(enumerate(REQUESTS[:3])))
+            await are_waiting(fleet.clients, 1)
+            await stream.submit({8: REQUESTS[3], 7: REQUESTS[4]}, first=True)
+            await goes_on(fleet.clients[0])
+            return list(await answers(stream, 5))
+
+    assert asyncio.run(body()) == [0, 8, 7, 1, 2]

@@ -44,7 +44,7 @@ class EnvironmentPool:
     def submit(self, key: int, request: EnvironmentRequest) -> None:
         """Ask for a reply, which `poll` returns with `key`. Never blocks; a free worker begins at once.
 
-        Raises UserError if a replacement could not load `environment.function`, RuntimeError after `close`.
+        Raises RuntimeError after `close`.
         """
         if self._pool.closed:
             raise RuntimeError("this EnvironmentPool is closed")

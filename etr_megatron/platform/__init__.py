@@ -1,6 +1,6 @@
 """CUDA or CPU: the device, the collective backend, and setup that megatron.core needs before it is imported.
 
-torch is imported on first use: grader processes import `lifetime` from this package and do not need torch.
+torch is imported on first use: the processes of `workers` import this package and do not need torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Ensure that no process outlives the one that started it, however that one ends (kill -9 included). Stdlib only.
 
-Ranks and graders call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG sends SIGKILL when
-the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed although the process
-lives on. So children must not be started from short-lived threads, except through `popen_from_lasting_thread`.
+Ranks and the workers of a `WorkerPool` call `die_with_parent()` at startup. On Linux the kernel does the work: PR_SET_PDEATHSIG
+sends SIGKILL when the parent is gone. "Parent" there means the *thread* that forked: a child of a thread that ends is killed
+although the process lives on. So children must not be started from short-lived threads, except through
+`popen_from_lasting_thread`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -28,7 +29,7 @@ _WATCHDOG_PERIOD_S = 0.5
 def die_with_parent(parent_pid: int | None = None) -> None:
     """Have this process killed (SIGKILL) when its parent ends; at once if the parent is already gone.
 
-    parent_pid: pid of the process that started this one, if known (a grader is told it). Without it, a parent that ended
+    parent_pid: pid of the process that started this one, if known (a worker is told it). Without it, a parent that ended
         before this call goes unnoticed, because this process then has another valid parent pid.
     Without PR_SET_PDEATHSIG (on any system but Linux) a daemon thread checks for the parent twice a second; it cannot run
     while other code holds the GIL. Raises OSError if the kernel refuses.
@@ -56,18 +57,18 @@ def _end_now() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a child of this process that has not been waited for and, on Linux, all that it has started directly or not.
+def kill_trees(pids: Iterable[int]) -> None:
+    """SIGKILL children of this process that have not been waited for and, on Linux, what they and their children have started.
 
     A process that was started by one which has ended is not found.
     """
-    tree = {pid}
-    new = {pid}
+    tree = set(pids)
+    new = tree
     while new:
         for one in new:
             _signal(one, signal.SIGSTOP)  # what is stopped starts no more while the rest is looked for
-        new = _descendants(pid) - tree
-        tree |= new
+        new = _descendants(tree) - tree
+        tree = tree | new
     for one in tree:
         _signal(one, signal.SIGKILL)
 
@@ -77,16 +78,16 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _descendants(pid: int) -> set[int]:
-    """Processes whose parents lead to `pid`, which is not one of them. Empty on systems without Linux's /proc."""
+def _descendants(pids: Iterable[int]) -> set[int]:
+    """Processes whose parents lead to one of `pids`. Empty on systems without Linux's /proc."""
     children: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if name.isdecimal():
             with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                 children[int(file.read().rpartition(b")")[2].split()[1])].append(int(name))
-    found: list[int] = list(children[pid])
+    found = [child for pid in pids for child in children[pid]]
     for one in found:  # grows
-        found += children[one]
+        found += children.pop(one, [])
     return set(found)
 
 

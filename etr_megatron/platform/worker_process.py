@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from etr_megatron.platform.lifetime import kill_tree, popen_from_lasting_thread
+from etr_megatron.platform.lifetime import kill_trees, popen_from_lasting_thread
 
 _READ_BYTES = 1 << 16
 _CLOSE_GRACE_S = 1.0
@@ -109,12 +109,12 @@ class WorkerProcess:
                 ended = True
                 break
             self._incoming += chunk
-        if len(self._incoming) == known:
+        if self._incoming.find(b"\n", known) < 0:
+            if len(self._incoming) > known and self.inflight:
+                self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
             return [], ended
         *lines, rest = bytes(self._incoming).split(b"\n")
         self._incoming = bytearray(rest)
-        if rest and self.inflight:
-            self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
         return [json.loads(line) for line in lines], ended
 
     def finish_head(self) -> Job:
@@ -123,9 +123,8 @@ class WorkerProcess:
         self.head_since = time.monotonic() if self.inflight else None
         return job
 
-    def kill(self) -> str:
-        """SIGKILL the worker if it still runs, and what it has started; reap it, close its pipes; returns how it ended."""
-        kill_tree(self.pid)
+    def reap(self) -> str:
+        """Wait for the worker, which has ended or been killed, and close its pipes; returns how it ended."""
         code = self._process.wait()
         self._stdin.close()
         self._stdout.close()
@@ -135,14 +134,14 @@ class WorkerProcess:
         """Let the worker exit by itself, once it has nothing to do."""
         self._stdin.close()
 
-    def close(self, deadline: float) -> None:
-        """After `end_input`: wait until the worker exits, and kill it at `deadline` (`time.monotonic()`)."""
+    def close(self, deadline: float) -> bool:
+        """After `end_input`: wait for the worker until `deadline` (`time.monotonic()`); returns whether it has ended."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            kill_tree(self.pid)
-            self._process.wait()
+            return False
         self._stdout.close()
+        return True
 
 
 def close_all(processes: list[WorkerProcess]) -> None:
@@ -150,8 +149,13 @@ def close_all(processes: list[WorkerProcess]) -> None:
     deadline = time.monotonic() + _CLOSE_GRACE_S
     for process in processes:
         process.end_input()
-    for process in processes:
-        process.close(deadline)
+    kill_all([process for process in processes if not process.close(deadline)])
+
+
+def kill_all(processes: list[WorkerProcess]) -> list[str]:
+    """SIGKILL processes that still run, and what they have started; returns how each ended."""
+    kill_trees([process.pid for process in processes])
+    return [process.reap() for process in processes]
 
 
 def _environment() -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from etr_megatron.config import EnvironmentConfig, RewardConfig
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import allow_open_files
-from etr_megatron.platform.worker_process import Job, WorkerProcess, close_all
+from etr_megatron.platform.worker_process import Job, WorkerProcess, close_all, kill_all
 
 STARTUP_TIMEOUT_S = 300.0
 """Deadline for a worker to report ready (a user's module may load a model first)."""
@@ -43,7 +43,7 @@ class WorkerPool:
     """Worker processes and the requests given to them. They die with this process, however it ends.
 
     Not thread-safe, but may be used from different threads one after the other: everything happens in the calls, without
-    threads or signals. Every method but `close` and `forget` raises UserError if a worker cannot load the user's function.
+    threads or signals. A worker that cannot be started, or cannot load the user's function, is a UserError.
     """
 
     def __init__(
@@ -97,8 +97,7 @@ class WorkerPool:
 
     def forget(self) -> None:
         """Drop all requests; workers that have one are killed, and replaced when the next request comes."""
-        for worker in [worker for worker in self.workers if worker.inflight]:
-            self._drop(worker)
+        self._drop([worker for worker in self.workers if worker.inflight])
         self._pending.clear()
         self._outcomes.clear()
         self.under_way = 0
@@ -124,10 +123,12 @@ class WorkerPool:
             self.workers.append(worker)
             self._selector.register(worker.read_fd, selectors.EVENT_READ, worker)
 
-    def _drop(self, worker: WorkerProcess) -> str:
-        self.workers.remove(worker)
-        self._selector.unregister(worker.read_fd)
-        return worker.kill()
+    def _drop(self, workers: list[WorkerProcess]) -> list[str]:
+        """Kill workers; returns how each ended."""
+        for worker in workers:
+            self.workers.remove(worker)
+            self._selector.unregister(worker.read_fd)
+        return kill_all(workers)
 
     def _step(self, end: float) -> None:
         """Serve the workers once: wait for one of them until `end` or the next deadline."""
@@ -185,7 +186,7 @@ class WorkerPool:
             self._replace_crashed(worker)
 
     def _replace_crashed(self, worker: WorkerProcess) -> None:
-        jobs, how = list(worker.inflight), self._drop(worker)
+        jobs, (how,) = list(worker.inflight), self._drop([worker])
         if not worker.ready:
             raise self._load_error(f"{self._worker} ended while starting ({how}); see its own output")
         if jobs:
@@ -195,15 +196,13 @@ class WorkerPool:
         self._requeue(jobs)
 
     def _enforce_deadlines(self, now: float) -> None:
-        for worker in list(self.workers):
-            deadline = self._deadline(worker)
-            if deadline is None or now < deadline:
-                continue
-            if not worker.ready:
-                raise self._load_error(f"{self._worker} was not ready after {STARTUP_TIMEOUT_S:.0f} s")
-            jobs = list(worker.inflight)
-            self._outcomes.append((jobs[0].key, Lost("timeout", self._drop(worker))))
-            self._requeue(jobs[1:])
+        late = [worker for worker in self.workers if (deadline := self._deadline(worker)) is not None and deadline <= now]
+        if not all(worker.ready for worker in late):
+            raise self._load_error(f"{self._worker} was not ready after {STARTUP_TIMEOUT_S:.0f} s")
+        for worker, how in zip(late, self._drop(late), strict=True):
+            first, *rest = worker.inflight
+            self._outcomes.append((first.key, Lost("timeout", how)))
+            self._requeue(rest)
 
     def _requeue(self, jobs: list[Job]) -> None:
         """Put the jobs that a lost worker did not reach back at the front, and replace the worker."""

@@ -45,8 +45,8 @@ class NodeFacts:
     installed. devices: name of each GPU, empty on CPU. run_dir_free, shm_free: free space for `run.dir` and in /dev/shm.
     open_files: limit of this process. token: what it read from rank 0's file in `run.dir`, "" if it did not see it.
     model: digest of every file of the model. model_error: why the model cannot be used, or "".
-    data: digest of every data file, by config key. data_error: why data, reward or loss cannot be used, or ""; also "" on nodes
-    that do not train.
+    data: digest of every data file, by config key. data_error: why data or a function of the user's cannot be used, or ""; also
+    "" on nodes that do not train.
     servers_error: why rollout servers cannot be started there, or ""; also "" on nodes that start none.
     """
 
@@ -153,7 +153,8 @@ def _data(config: Config) -> tuple[dict[str, str], str]:
     files = [source for source in sources_of(config.data) if source.is_file]
     if problems := problems_of((lambda: check_problems(files, config), lambda: check_functions(config))):
         return {}, "; ".join(problems)
-    return {source.key: _digest(Path(source.location)) for source in files}, ""
+    paths = {source.key: source.location for source in files} | ({"data.tools": config.data.tools} if config.data.tools else {})
+    return {key: _digest(Path(path)) for key, path in paths.items()}, ""
 
 
 def _digest(file: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Protocol
 from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, UngradedError
-from etr_megatron.types import Message, Problem, Sample, insert
+from etr_megatron.types import Group, Message, Sample, insert
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Environment(Protocol):
 @dataclass(frozen=True)
 class _Call:
     owner: Hashable
-    problem: Problem
+    group: Group
     sample: Sample
     limit: int
 
@@ -92,23 +92,24 @@ class Dialogues:
         turn = sample.response_ids[sample.turn_begin :].tolist()
         sample.messages.append({"role": "assistant", "content": self._decode(turn)})
 
-    def submit(self, owner: Hashable, problem: Problem, sample: Sample, limit: int) -> None:
-        """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response.
+    def submit(self, owner: Hashable, group: Group, sample: Sample, limit: int) -> None:
+        """Ask the environment for a reply to `sample` of `group`, whose turn has ended. limit: tokens of the whole response.
 
         Raises UngradedError if `environment.function` can no longer be loaded.
         """
-        request = EnvironmentRequest([*problem.messages, *sample.messages], problem.answer, problem.extra)
+        problem, messages = group.problem, [*group.problem.messages, *sample.messages]
+        request = EnvironmentRequest(messages, problem.answer, problem.extra, f"{group.id}/{sample.index}")
         with self._lock, _saved_first():
-            self._calls[self._next] = _Call(owner, problem, sample, limit)
-            self._environment.submit(self._next, request)
-            self._next += 1
+            key, self._next = self._next, self._next + 1
+            self._calls[key] = _Call(owner, group, sample, limit)
+            self._environment.submit(key, request)
 
     def ended(self, owner: Hashable, timeout_s: float) -> list[Sample]:
         """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
 
         Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
-        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError if
-        the chat template refuses a reply, or `environment.function` can no longer be loaded.
+        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError, with
+        no sample changed, if the chat template refuses a reply, or `environment.function` can no longer be loaded.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -119,7 +120,9 @@ class Dialogues:
                 waits = any(call.owner == owner for call in self._calls.values())
             left = end - time.monotonic()
             if own or not waits or left <= 0:
-                return [self._accept(call, reply) for call, reply in own]
+                with _saved_first():
+                    ids = [self._ids_of(call, reply) for call, reply in own]
+                return [self._accept(call, reply, its) for (call, reply), its in zip(own, ids, strict=True)]
             time.sleep(min(left, _LOOK_S))
 
     def forget(self, owner: Hashable) -> None:
@@ -127,7 +130,7 @@ class Dialogues:
         with self._lock:
             for key, call in self._calls.items():
                 if call.owner == owner:
-                    self._calls[key] = _Call(None, call.problem, call.sample, call.limit)
+                    self._calls[key] = _Call(None, call.group, call.sample, call.limit)
             self._replies = [pair for pair in self._replies if pair[0].owner not in (owner, None)]
 
     def is_broken(self, owner: Hashable) -> bool:
@@ -151,10 +154,11 @@ class Dialogues:
             raise UngradedError(what + found.failure)
         logger.warning("%s%s", what, found.failure)
 
-    def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
+    def _ids_of(self, call: _Call, reply: EnvironmentReply) -> list[int]:
+        return [] if reply.messages is None else self._reply_ids(reply.messages, call.sample.response_ids[-1])
+
+    def _accept(self, call: _Call, reply: EnvironmentReply, ids: Sequence[int]) -> Sample:
         sample, status, detail = call.sample, reply.status, reply.detail
-        with _saved_first():
-            ids = [] if reply.messages is None else self._reply_ids(reply.messages, sample.response_ids[-1])
         if reply.messages is not None and not ids:
             status, detail = "error", "it returned a reply without a token"
         sample.environment_status = status
@@ -162,7 +166,7 @@ class Dialogues:
             outcomes = self._outcomes[call.owner]
             outcomes.status[status] += 1
             if status != "ok":
-                outcomes.failure = outcomes.failure or f"{detail} (problem {call.problem.id})"
+                outcomes.failure = outcomes.failure or f"{detail} (problem {call.group.problem.id})"
         if reply.messages is None or not ids:
             sample.finish_reason = "stop"
             return sample

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GLANCE_S = 0.05
-"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop."""
+_GLANCE_S = 0.01
+"""Longest wait for the engine while the environment has responses, too, and of the pump, which others stop. A worker of the
+environment gets its next call only between two waits."""
 
 _OF_ENGINE = (EngineGoneError, NeedsSyncError, RefusedError)
 
@@ -108,7 +109,7 @@ class Hand:
 
     def put_back(self, step: int) -> None:
         """See `Sampler.put_back`: the groups are in hand again, complete and rewarded."""
-        with suppress(*_OF_ENGINE):  # the run ends, and requests will be made again
+        with suppress(Exception):  # the run ends with an error of its own, but first it saves what is trained
             self._pump.stop()
         if self._taken[0] == step:
             self._groups = self._taken[1] + self._groups
@@ -237,7 +238,7 @@ class Hand:
     def _have_replied(self, held: InHand, sample: Sample) -> None:
         if self._dialogues is not None and id(sample) not in self._replying:
             self._replying[id(sample)] = held, sample
-            self._dialogues.submit(self, held.group.problem, sample, self._config.rollout.max_response_tokens)
+            self._dialogues.submit(self, held.group, sample, self._config.rollout.max_response_tokens)
 
     def _accept(self, drawn: Iterable[Drawn]) -> None:
         for one in drawn:

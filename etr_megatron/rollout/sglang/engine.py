@@ -251,7 +251,12 @@ class SglangEngine:
     def submit(self, draws: Sequence[Draw]) -> None:
         """See `StreamingEngine.submit`."""
         self._draws |= {draw.key: draw for draw in draws}
-        self._speaker.run(self._speaker.stream.submit({draw.key: self._request(draw) for draw in draws}))
+        stream = self._speaker.stream
+        # Begun dialogues go first: their groups are the oldest, and servers still have their tokens cached.
+        for first in (True, False):
+            requests = {draw.key: self._request(draw) for draw in draws if bool(draw.turn_begin) == first}
+            if requests:
+                self._speaker.run(stream.submit(requests, first=first))
 
     def wait(self, timeout_s: float) -> list[Drawn]:
         """See `StreamingEngine.wait`."""

@@ -67,9 +67,9 @@ class RequestStream:
         self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
 
-    async def submit(self, requests: Mapping[int, Request]) -> None:
-        """Start these, in order; keys must be new, and 0 or more."""
-        self._add(requests)
+    async def submit(self, requests: Mapping[int, Request], *, first: bool = False) -> None:
+        """Start these, in order; keys must be new, and 0 or more. first: ahead of all others that wait."""
+        self._add(dict(reversed([*requests.items()])) if first else requests, first=first)
 
     async def answer(self, requests: Sequence[Request]) -> list[Generated]:
         """All responses, in the order of the requests, which go ahead of all others that wait.
