@@ -58,8 +58,7 @@ def served(
     model: str, directory: str, prompts: Sequence[Sequence[int]], sampling: Sampling, texts: Sequence[str], **settings: Any
 ) -> dict[str, Any]:
     """Responses of a real server after a sync; what it draws after all but their last token, as if they had been cut off there;
-    and its whole replies when it
-    must draw single letters, see `_spelled`."""
+    and its whole replies when it must draw single letters, see `_spelled`."""
     policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
     stops = StopStrings(texts, bpe().decode)
     engine = engine_of(policy, model, directory, probe_every=1, stop_strings=stops, **settings)

@@ -213,45 +213,45 @@ def test_a_reply_without_a_token_is_a_failed_call(environment):
         dialogues.report("me")
 
 
-@pytest.mark.parametrize("where", ["submit", "poll", "template"])
+@pytest.mark.parametrize("where", ["submit", "poll"])
 def test_what_the_user_must_fix_lets_the_run_save_what_it_has_trained(environment, where):
     """The trainer saves at an UngradedError, not at every UserError."""
-
-    def refuse(reply, last):
-        raise UserError("fix it")
-
-    dialogues = dialogues_of(environment) if where != "template" else Dialogues(environment, refuse, words, max_turns=8)
+    dialogues = dialogues_of(environment)
     if where == "submit":
         environment.error = UserError("fix it")
         with pytest.raises(UngradedError, match="fix it"):
             dialogues.submit("me", GROUP, turn(5), 20)
         return
     dialogues.submit("me", GROUP, turn(5), 20)
-    environment.reply(0, "1001")
-    environment.error = UserError("fix it") if where == "poll" else None
+    environment.error = UserError("fix it")
     with pytest.raises(UngradedError, match="fix it"):
         dialogues.ended("me", 60.0)
     environment.error = None
     dialogues.submit("you", GROUP, turn(5), 20)  # the lock is free
 
 
-def test_a_reply_that_the_template_refuses_leaves_the_others_samples_to_be_asked_for_again(environment):
-    """Else a checkpoint would have responses that the sampler has not finished."""
+def test_a_reply_that_the_template_refuses_is_a_failed_call(environment, caplog):
+    """Such as two messages in a row of a role, after the first turn with two calls: it must not end a run of days."""
 
     def ids(reply, last):
         if reply[0]["content"] == "bad":
-            raise UserError("fix it")
+            raise UserError("the template refuses it")
         return ids_of(reply[0])
 
     dialogues, samples = Dialogues(environment, ids, words, max_turns=8), [turn(5), turn(6), turn(7)]
     for sample in samples:
         dialogues.submit("me", GROUP, sample, 20)
-    environment.reply(0)
-    environment.reply(1, "1001")
-    environment.reply(2, "bad")
-    with pytest.raises(UngradedError, match="fix it"):
-        dialogues.ended("me", 0.0)
-    assert [(one.finish_reason, len(one.response_ids), one.environment_status) for one in samples] == [("turn", 1, None)] * 3
+    for key, text in enumerate(("1001", "bad", "1002")):
+        environment.reply(key, text)
+    assert dialogues.ended("me", 0.0) == samples
+    assert [(one.finish_reason, one.environment_status) for one in samples] == [
+        ("abort", "ok"),
+        ("stop", "error"),
+        ("abort", "ok"),
+    ]
+    assert len(samples[1].messages) == 1 and not samples[1].loss_mask
+    dialogues.report("me")
+    assert "1 of 3 calls" in caplog.text and "the template refuses it" in caplog.text
 
 
 def test_a_request_that_could_not_be_made_does_not_share_its_key_with_the_next_one(environment):

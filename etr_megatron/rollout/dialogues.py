@@ -108,8 +108,8 @@ class Dialogues:
         """This owner's samples that were replied to; waits for at least one, up to `timeout_s`, if any are under way.
 
         Their finish reason is now "stop" if the environment had nothing to say or failed, "length" if the reply leaves no room
-        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError, with
-        no sample changed, if the chat template refuses a reply, or `environment.function` can no longer be loaded.
+        for another turn, else "abort", with the reply's tokens appended: the next turn can be drawn. Raises UngradedError if
+        `environment.function` can no longer be loaded.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -120,9 +120,7 @@ class Dialogues:
                 waits = any(call.owner == owner for call in self._calls.values())
             left = end - time.monotonic()
             if own or not waits or left <= 0:
-                with _saved_first():
-                    ids = [self._ids_of(call, reply) for call, reply in own]
-                return [self._accept(call, reply, its) for (call, reply), its in zip(own, ids, strict=True)]
+                return [self._accept(call, reply) for call, reply in own]
             time.sleep(min(left, _LOOK_S))
 
     def forget(self, owner: Hashable) -> None:
@@ -154,13 +152,16 @@ class Dialogues:
             raise UngradedError(what + found.failure)
         logger.warning("%s%s", what, found.failure)
 
-    def _ids_of(self, call: _Call, reply: EnvironmentReply) -> list[int]:
-        return [] if reply.messages is None else self._reply_ids(reply.messages, call.sample.response_ids[-1])
-
-    def _accept(self, call: _Call, reply: EnvironmentReply, ids: Sequence[int]) -> Sample:
+    def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
         sample, status, detail = call.sample, reply.status, reply.detail
-        if reply.messages is not None and not ids:
-            status, detail = "error", "it returned a reply without a token"
+        ids: list[int] = []
+        if reply.messages is not None:
+            try:
+                ids = self._reply_ids(reply.messages, sample.response_ids[-1])
+                if not ids:
+                    status, detail = "error", "it returned a reply without a token"
+            except UserError as error:  # of the chat template: what one call returned must not end the run
+                status, detail = "error", str(error)
         sample.environment_status = status
         with self._lock:
             outcomes = self._outcomes[call.owner]
