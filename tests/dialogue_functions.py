@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def again(messages, answer, columns):
     """One more turn for every odd digit of the last one, up to three."""
@@ -19,3 +21,16 @@ def turns_are_even(prompt, response, answer, messages):
 
 def always_fails(messages, answer, columns):
     raise KeyError("tool")
+
+
+def by_answer(messages, answer, columns):
+    """One to three turns, by the problem's answer."""
+    turns = sum(message["role"] == "assistant" for message in messages)
+    return f"More {turns}." if turns <= int(answer) % 3 else None
+
+
+def never_answers_some(messages, answer, columns):
+    """No reply to problems with one answer in five."""
+    if int(answer) % 5 == 0:
+        time.sleep(3600)
+    return by_answer(messages, answer, columns)

@@ -61,7 +61,9 @@ def said(*texts: str, role: str = "user") -> EnvironmentReply:
 
 
 def ask(code: str, answer: str = "5", **columns: object) -> EnvironmentRequest:
-    return EnvironmentRequest([{"role": "user", "content": "?"}, {"role": "assistant", "content": code}], answer, columns)
+    return EnvironmentRequest(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": code}], answer, columns, "p@5/3"
+    )
 
 
 def pool_of(function: str, workers: int = 1, timeout_s: float = 600.0, role: str = "user") -> EnvironmentPool:

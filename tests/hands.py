@@ -117,17 +117,19 @@ class Environment:
     """Answers as `reply_of` says, `delay` calls of `poll` later. asked: the answer and the messages of every request.
 
     slow: whether it does not answer, by the problem's number. broken: the status of calls that go wrong, by the same.
+    polls: how often it was looked at.
     """
 
     def __init__(self, delay=lambda: 0, slow=lambda number: False, broken=lambda number: "") -> None:
         self.delay, self.slow, self.broken, self.asked = delay, slow, broken, []
-        self._under_way = {}
+        self._under_way, self.polls = {}, 0
 
     def submit(self, key, request):
         self.asked.append((request.answer, words(message["content"] for message in request.messages)))
         self._under_way[key] = [self.delay(), request]
 
     def poll(self, timeout_s):
+        self.polls += 1
         waiting = self._under_way.items()
         found = [key for key, (left, request) in waiting if left <= 0 and not self.slow(int(request.answer))]
         for waiting in self._under_way.values():

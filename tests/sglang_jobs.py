@@ -190,7 +190,7 @@ def streamed(
 def _gaps_by_version(
     model: str, groups: list[dict[str, Any]], weights: Mapping[int, dict[str, torch.Tensor]], later: int
 ) -> list[float]:
-    """Per sample, the largest distance of its log-probs from transformers' under weights `later` syncs after each token's."""
+    """Per sample, largest gap of its log-probs (replies: 0) to transformers' under weights `later` syncs after a token's."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     logp: dict[tuple[str, int, int], torch.Tensor] = {}
     for version, tensors in weights.items():
@@ -206,7 +206,8 @@ def _gaps_by_version(
     for group in groups:
         for one in group["samples"]:
             versions = one["weight_versions"] or [one["weight_version"]] * len(one["response_ids"])
-            wanted = [logp[group["id"], one["index"], version + later][place] for place, version in enumerate(versions)]
+            drawn = one["loss_mask"] or [1] * len(versions)
+            wanted = [drawn[i] * logp[group["id"], one["index"], each + later][i] for i, each in enumerate(versions)]
             gaps.append((torch.tensor(one["rollout_logprobs"], dtype=torch.float64) - torch.stack(wanted)).abs().max().item())
     return gaps
 

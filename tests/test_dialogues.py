@@ -13,10 +13,11 @@ from etr_megatron.environment import EnvironmentReply
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import UngradedError
 from etr_megatron.rollout.dialogues import Dialogues
-from etr_megatron.types import Problem, Sample
+from etr_megatron.types import Group, Problem, Sample
 from tests.hands import ids_of, words
 
 PROBLEM = Problem("p", "2 + 2?", "4", [1, 2], {"level": 3}, [{"role": "user", "content": "2 + 2?"}])
+GROUP = Group("p@5", PROBLEM, [])
 
 
 class Environment:
@@ -59,7 +60,7 @@ def turn(*ids: int, index: int = 0) -> Sample:
 
 def outcome(environment, *texts, sample=None, limit=20, **options) -> Sample:
     dialogues, sample = dialogues_of(environment, **options), sample or turn(5, 6)
-    dialogues.submit("me", PROBLEM, sample, limit)
+    dialogues.submit("me", GROUP, sample, limit)
     environment.reply(0, *texts)
     (found,) = dialogues.ended("me", 0.0)
     assert found is sample
@@ -72,7 +73,7 @@ def test_the_environment_gets_all_messages_the_answer_and_the_columns(environmen
     outcome(environment, sample=sample)
     request = environment.requests[0]
     assert [one["role"] for one in request.messages] == ["user", "assistant", "tool", "assistant"]
-    assert (request.answer, request.extra) == ("4", {"level": 3})
+    assert (request.answer, request.extra, request.response_id) == ("4", {"level": 3}, "p@5/0")
     assert len(PROBLEM.messages) == 1
 
 
@@ -116,7 +117,7 @@ def test_the_last_turn_may_end_a_response_without_a_reply(environment):
 def test_the_tokens_of_a_reply_depend_on_the_turns_last_token(environment):
     seen = []
     dialogues = Dialogues(environment, lambda reply, last: seen.append((reply, last)) or [9], words, max_turns=8)
-    dialogues.submit("me", PROBLEM, turn(5, 6), 20)
+    dialogues.submit("me", GROUP, turn(5, 6), 20)
     environment.reply(0, "a", "b")
     dialogues.ended("me", 0.0)
     assert seen == [([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], 6)]
@@ -125,7 +126,7 @@ def test_the_tokens_of_a_reply_depend_on_the_turns_last_token(environment):
 def test_everyone_gets_only_their_own_samples_whoever_looks_first(environment):
     dialogues, mine, yours = dialogues_of(environment), [turn(5), turn(6)], [turn(7)]
     for owner, sample in (("me", mine[0]), ("you", yours[0]), ("me", mine[1])):
-        dialogues.submit(owner, PROBLEM, sample, 20)
+        dialogues.submit(owner, GROUP, sample, 20)
     for key in (1, 2, 0):
         environment.reply(key, "1001")
     assert [id(one) for one in dialogues.ended("me", 0.0)] == [id(mine[1]), id(mine[0])]
@@ -136,7 +137,7 @@ def test_everyone_gets_only_their_own_samples_whoever_looks_first(environment):
 
 def test_a_wait_ends_with_the_first_reply_or_at_its_time(environment):
     dialogues = dialogues_of(environment)
-    dialogues.submit("me", PROBLEM, turn(5), 20)
+    dialogues.submit("me", GROUP, turn(5), 20)
     assert dialogues.ended("me", 0.03) == []
     threading.Timer(0.05, environment.reply, (0, "1001")).start()
     begin = time.monotonic()
@@ -146,8 +147,8 @@ def test_a_wait_ends_with_the_first_reply_or_at_its_time(environment):
 def test_replies_to_what_is_forgotten_are_ignored_whenever_they_come(environment):
     dialogues, mine = dialogues_of(environment), [turn(5), turn(6)]
     for sample in mine:
-        dialogues.submit("me", PROBLEM, sample, 20)
-    dialogues.submit("you", PROBLEM, turn(7), 20)
+        dialogues.submit("me", GROUP, sample, 20)
+    dialogues.submit("you", GROUP, turn(7), 20)
     environment.reply(0, "1001")
     assert dialogues.ended("you", 0.0) == []  # which brings the first reply in
     dialogues.forget("me")
@@ -162,7 +163,7 @@ def test_replies_to_what_is_forgotten_are_ignored_whenever_they_come(environment
 def failing(environment, *statuses: str, owner: str = "me", dialogues: Dialogues | None = None) -> Dialogues:
     dialogues = dialogues or dialogues_of(environment)
     for status in statuses:
-        dialogues.submit(owner, PROBLEM, turn(5), 20)
+        dialogues.submit(owner, GROUP, turn(5), 20)
         texts = () if status != "ok" else ("1001",)
         environment.reply(dialogues._next - 1, *texts, status=status, detail=f"it went {status}")
         (sample,) = dialogues.ended(owner, 0.0)
@@ -226,7 +227,7 @@ def test_another_owners_calls_neither_hide_failures_nor_are_blamed_for_them(envi
 
 def test_a_reply_without_a_token_is_a_failed_call(environment):
     dialogues = dialogues_of(environment)
-    dialogues.submit("me", PROBLEM, turn(5), 20)
+    dialogues.submit("me", GROUP, turn(5), 20)
     environment.reply(0, "")
     (sample,) = dialogues.ended("me", 0.0)
     assert (sample.finish_reason, sample.environment_status) == ("stop", "error") and len(sample.messages) == 1
@@ -241,14 +242,14 @@ def test_what_the_user_must_fix_lets_the_run_save_what_it_has_trained(environmen
     if where == "submit":
         environment.error = UserError("fix it")
         with pytest.raises(UngradedError, match="fix it"):
-            dialogues.submit("me", PROBLEM, turn(5), 20)
+            dialogues.submit("me", GROUP, turn(5), 20)
         return
-    dialogues.submit("me", PROBLEM, turn(5), 20)
+    dialogues.submit("me", GROUP, turn(5), 20)
     environment.error = UserError("fix it")
     with pytest.raises(UngradedError, match="fix it"):
         dialogues.ended("me", 60.0)
     environment.error = None
-    dialogues.submit("you", PROBLEM, turn(5), 20)  # the lock is free
+    dialogues.submit("you", GROUP, turn(5), 20)  # the lock is free
 
 
 def test_a_reply_that_the_template_refuses_is_a_failed_call(environment, caplog):
@@ -261,7 +262,7 @@ def test_a_reply_that_the_template_refuses_is_a_failed_call(environment, caplog)
 
     dialogues, samples = Dialogues(environment, ids, words, max_turns=8), [turn(5), turn(6), turn(7)]
     for sample in samples:
-        dialogues.submit("me", PROBLEM, sample, 20)
+        dialogues.submit("me", GROUP, sample, 20)
     for key, text in enumerate(("1001", "bad", "1002")):
         environment.reply(key, text)
     assert dialogues.ended("me", 0.0) == samples
@@ -279,9 +280,9 @@ def test_a_request_that_could_not_be_made_does_not_share_its_key_with_the_next_o
     dialogues, sample = dialogues_of(environment), turn(6)
     environment.error = UserError("no open files are left")
     with pytest.raises(UngradedError, match="no open files"):
-        dialogues.submit("me", PROBLEM, turn(5), 20)
+        dialogues.submit("me", GROUP, turn(5), 20)
     environment.error = None
-    dialogues.submit("me", PROBLEM, sample, 20)
+    dialogues.submit("me", GROUP, sample, 20)
     environment.reply(0)
     (key,) = environment.requests
     environment.reply(key)
@@ -297,6 +298,7 @@ class Echo:
     def submit(self, key, request):
         self._enter()
         self._young.append((key, EnvironmentReply([{"role": "user", "content": "1001"}], "ok", "")))
+        time.sleep(0)
         self.inside -= 1
 
     def poll(self, timeout_s):
@@ -319,7 +321,7 @@ def test_owners_in_threads_of_their_own_each_get_every_sample_back_once():
             samples = [turn(5, index=index) for index in range(300)]
             for begin in range(0, 300, 10):
                 for sample in samples[begin : begin + 10]:
-                    dialogues.submit(owner, PROBLEM, sample, 20)
+                    dialogues.submit(owner, GROUP, sample, 20)
                 found[owner].update(id(one) for one in dialogues.ended(owner, 5.0))
             while sum(found[owner].values()) < 300:
                 found[owner].update(id(one) for one in dialogues.ended(owner, 5.0))
@@ -340,7 +342,7 @@ def test_owners_in_threads_of_their_own_each_get_every_sample_back_once():
 def test_an_owner_that_waits_for_a_slow_reply_does_not_keep_others_from_asking(environment):
     """Python's locks are not fair: with the lock held while it waits, each of these calls took about 0.1 s."""
     dialogues, done = dialogues_of(environment), threading.Event()
-    dialogues.submit("slow", PROBLEM, turn(5), 20)
+    dialogues.submit("slow", GROUP, turn(5), 20)
 
     def wait():
         while not done.is_set():
@@ -358,7 +360,7 @@ def test_an_owner_that_waits_for_a_slow_reply_does_not_keep_others_from_asking(e
     thread.start()
     try:
         for _ in range(200):
-            dialogues.submit("quick", PROBLEM, turn(5), 20)
+            dialogues.submit("quick", GROUP, turn(5), 20)
     finally:
         done.set()
         thread.join()

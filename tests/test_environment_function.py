@@ -134,3 +134,15 @@ def test_an_environment_that_cannot_be_loaded_stops_the_job_and_leaves_nothing(u
     assert f'environment.function = "{function}" cannot be used: ' in str(caught.value)
     assert why in str(caught.value)
     assert set(psutil.Process().children()) <= children
+
+
+def test_a_parameter_named_response_id_gets_the_responses_name(tmp_path, monkeypatch):
+    (tmp_path / "my_sandbox.py").write_text(
+        "def f(messages, answer, columns, *, response_id):\n    return f'{response_id} {answer}'\n"
+        "def g(messages, answer, response_id):\n    return ''\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reply = load_environment(EnvironmentConfig(function="my_sandbox:f"))(ask("", "4"))
+    assert reply == said("p@5/3 4")
+    with pytest.raises(ImportPathError, match=r"and a dict of reward\.columns, besides `response_id`, given by name"):
+        load_environment(EnvironmentConfig(function="my_sandbox:g"))

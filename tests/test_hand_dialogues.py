@@ -126,6 +126,21 @@ def test_a_resume_submits_once_what_was_cut_off_in_a_later_turn(without_pump):
     assert new == [(name, one.index, one.response_ids.tolist(), one.turn_begin) for name, one in cut]
 
 
+def test_what_the_engine_could_not_answer_is_drawn_after_the_sync_and_nothing_is_waited_for_in_vain(without_pump):
+    engine = Talker()
+    hand = hand_of(engine, environment=Environment(), **AHEAD)
+    hand.take(1, timer)
+    assert hand._under_way
+    engine._under_way.clear()  # its servers are lost
+    sync(hand, engine)
+    for step in (2, 3):
+        assert_dialogues(hand.take(step, timer))
+        sync(hand, engine)
+    while any(held.missing for held in hand._groups):
+        hand._go_on(0.01)
+    assert not hand._under_way and not hand._replying
+
+
 def test_a_late_reply_to_a_response_that_is_drawn_anew_is_ignored(without_pump, redone):
     """The reply may come before the response that is drawn anew asks for its own, or after."""
     environment, engine = Environment(), Talker(beside=50)

@@ -172,6 +172,35 @@ def test_further_turns_are_drawn_while_the_ranks_train(partial, alone):
     assert not engine.overlaps
 
 
+def test_a_late_reply_is_waited_for_while_the_engine_has_nothing_to_do():
+    engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
+    ours = hand_of(engine, environment=environment, max_staleness=1)
+    ours.take(1, timer)
+    until(lambda: ours._replying and not ours._under_way)
+    polls = environment.polls
+    until(lambda: environment.polls > polls + 10)
+    environment.slow = lambda number: False
+    until(lambda: not any(held.missing for held in ours._groups))
+    until(lambda: not pumps())
+    ours.close()
+
+
+def test_further_turns_are_drawn_between_a_weight_sync_and_the_next_step():
+    """While an evaluation has its responses, and a checkpoint is saved."""
+    engine, environment = Guarded(), Environment(slow=lambda number: number > 3)
+    ours = hand_of(engine, environment=environment, max_staleness=1)
+    ours.take(1, timer)
+    sync(ours, engine)
+    assert all(held.missing for held in ours._groups)
+    environment.slow = lambda number: False
+    until(lambda: not any(held.missing for held in ours._groups))
+    taken = ours.take(2, timer)
+    assert_dialogues(taken)
+    mixed = [sample.weight_versions for group in taken.groups for sample in group.samples if sample.turns > 1]
+    assert mixed and all(set(each) == {0, 1} for each in mixed)  # also without partial rollouts
+    ours.close()
+
+
 @pytest.mark.parametrize("options", [{}, {"max_staleness": 1, "environment": None}], ids=["not ahead", "no environment"])
 def test_nothing_goes_on_where_nothing_is_ahead_or_there_are_no_dialogues(options):
     ours = hand_of(Guarded(), **{"environment": Environment(), **options})

@@ -72,10 +72,11 @@ def test_a_jsonl_file_and_a_model_directory_run_the_whole_loop(runs, problems, m
 
 
 @pytest.mark.slow
-def test_stop_tokens_end_responses_besides_the_models_own(runs):
+@pytest.mark.parametrize("ends", ["rollout.stop_tokens=['1', '2', '<|endoftext|>']", "rollout.stop_strings=['1', '2']"])
+def test_stop_tokens_and_strings_end_responses_besides_the_models_own_tokens(runs, ends):
     """Without them, responses of the small policy have other tokens behind a 1 or 2."""
     overrides = ("run.name=stops", "run.steps=1", "eval.every=1", "eval.temperature=1", "observe.rollouts_groups=8")
-    code, printed = runs.finish(*overrides, "rollout.stop_tokens=['1', '2', '<|endoftext|>']")
+    code, printed = runs.finish(*overrides, ends)
     assert code == 0, printed
     for folder, file in (("rollouts", "step_000001.jsonl"), ("evaluations", "step_000000.jsonl")):
         lines = (runs.directory("stops") / folder / file).read_text().splitlines()

@@ -9,7 +9,8 @@ import pytest
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import UngradedError
-from etr_megatron.rollout.collect import report_errors
+from etr_megatron.rollout.collect import grade_samples, report_errors
+from etr_megatron.types import Problem, Sample
 from tests.test_sampler import Engine, hand_of, names, through_disk, timer
 
 OK, LATE, ERROR = Grade(1.0, "ok", ""), Grade(0.0, "timeout", "no grade within 10 s"), Grade(0.0, "error", "it raised KeyError")
@@ -57,3 +58,13 @@ def test_what_could_not_be_graded_is_graded_again_once_that_is_mended(status, op
     taken = resumed.take(1, timer)
     assert names(taken) == ["p0", "p1", "p2", "p3"] and not resumed._engine.asked
     assert all(sample.reward_status == "ok" for group in taken.groups for sample in group.samples)
+
+
+def test_graders_that_can_no_longer_be_started_let_the_run_save_first():
+    def grade(requests):
+        raise UserError("reward.function = 'mine:score' cannot be used: No module named 'mine'")
+
+    sample = Sample(0, [5], [-0.5], "stop", 0)
+    with pytest.raises(UngradedError, match="No module named 'mine'"):
+        grade_samples([(Problem("p", "", ""), sample)], grade)
+    assert sample.reward is None

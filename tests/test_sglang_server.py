@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -306,6 +307,7 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
         "sglang.placement=colocated",
         "train.distributed_optimizer=true",
         "train.offload_for_rollout=true",
+        "rollout.stop_strings=['1']",
     ]
     job = runs.start(*options, start_new_session=True)
     try:
@@ -322,5 +324,8 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
     assert code == 0, output
     assert [row["step"] for row in runs.rows("served")] == [1, 2, 3, 4]
     runs.assert_went_on("served", saved)
+    shown = [path.read_text().splitlines() for path in runs.directory("served").glob("rollouts/*.jsonl")]
+    responses = [json.loads(line)["response"] for lines in shown for line in lines]
+    assert any("1" in one for one in responses) and not any("1" in one[:-1] for one in responses)
     time.sleep(1)
     assert not processes_of(runs.folder)

@@ -1,7 +1,7 @@
 """Environments: a user's function that answers the model between its turns, called in killable worker processes.
 
 with EnvironmentPool(config.environment) as pool:
-    pool.submit(7, EnvironmentRequest(messages, answer, columns))
+    pool.submit(7, EnvironmentRequest(messages, answer, columns, response_id))
     for key, reply in pool.poll(timeout_s=1.0): ...
 """
 

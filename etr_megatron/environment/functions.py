@@ -10,7 +10,7 @@ from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.imports import ImportPathError, import_function, takes
+from etr_megatron.imports import ImportPathError, has_parameter, import_function, takes
 from etr_megatron.types import Message
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
@@ -23,13 +23,17 @@ def load_environment(config: EnvironmentConfig) -> Environment:
     """
     assert config.function is not None
     function = import_function(config.function)
-    if not takes(function, 3):
-        raise ImportPathError("it must be callable with three arguments, the messages, the answer and a dict of reward.columns")
+    named = ("response_id",) if has_parameter(function, "response_id") else ()
+    if not takes(function, 3, named):
+        wanted = "three arguments, the messages, the answer and a dict of reward.columns"
+        raise ImportPathError(f"it must be callable with {wanted}" + ", besides `response_id`, given by name" * bool(named))
     runner = asyncio.Runner()  # one event loop for all calls, so that a coroutine function can keep its connections
 
     def call(request: EnvironmentRequest) -> EnvironmentReply:
         try:
-            value = function(request.messages, request.answer, request.extra)
+            value = function(
+                request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named}
+            )
             if inspect.isawaitable(value):
                 value = runner.run(_result(value))
             return _reply(value, config)

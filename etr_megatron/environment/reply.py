@@ -11,11 +11,12 @@ from etr_megatron.types import EnvironmentStatus, Message
 @dataclass(frozen=True, slots=True)
 class EnvironmentRequest:
     """A response that waits for a reply. messages: all so far, the model's turn last. answer: the reference answer as in the
-    data. extra: values of `reward.columns`."""
+    data. extra: values of `reward.columns`. response_id: `<problem>@<step>/<sample>`, unique in a run but for redrawn ones."""
 
     messages: list[Message]
     answer: str
     extra: dict[str, Any]
+    response_id: str
 
 
 @dataclass(frozen=True, slots=True)

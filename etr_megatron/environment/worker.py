@@ -1,6 +1,6 @@
 """A process of the environment: `python -m etr_megatron.environment.worker PARENT_PID CONFIG_JSON`, started only by the pool.
 
-A request has `messages`, `answer` and `extra`; a reply has `messages`, `status` and `detail`.
+A request has the fields of `EnvironmentRequest`; a reply has `messages`, `status` and `detail`.
 """
 
 from __future__ import annotations

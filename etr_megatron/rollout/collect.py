@@ -53,10 +53,14 @@ def grade_groups(groups: Sequence[Group], decode: Decode, grader: Grader | None)
 def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> list[Grade]:
     """Fill in rewards and their status (in place), on this rank alone.
 
-    Raises UngradedError, with nothing filled in, for a reward outside the configured range: either the reward or the range is
-    wrong, and training on, with what may be the best answers counted as the worst, would ruin the policy.
+    Raises UngradedError, with nothing filled in, if `reward.function` can no longer be loaded, and for a reward outside the
+    configured range: either the reward or the range is wrong, and training on, with what may be the best answers counted as the
+    worst, would ruin the policy.
     """
-    grades = grader([_request(problem, sample) for problem, sample in samples])
+    try:
+        grades = grader([_request(problem, sample) for problem, sample in samples])
+    except UserError as error:  # as an error that has a run save what it has trained
+        raise UngradedError(str(error)) from error
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
     if outside:
         grade, problem = outside[0]

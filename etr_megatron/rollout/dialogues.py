@@ -14,7 +14,7 @@ from typing import Protocol
 from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.collect import Decode, UngradedError
-from etr_megatron.types import Message, Problem, Sample, insert
+from etr_megatron.types import Group, Message, Sample, insert
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Environment(Protocol):
 @dataclass(frozen=True)
 class _Call:
     owner: Hashable
-    problem: Problem
+    group: Group
     sample: Sample
     limit: int
 
@@ -104,15 +104,16 @@ class Dialogues:
         turn = sample.response_ids[sample.turn_begin :].tolist()
         sample.messages.append({"role": "assistant", "content": self._decode(turn)})
 
-    def submit(self, owner: Hashable, problem: Problem, sample: Sample, limit: int) -> None:
-        """Ask the environment for a reply to `sample`, whose turn has ended. limit: tokens of the whole response.
+    def submit(self, owner: Hashable, group: Group, sample: Sample, limit: int) -> None:
+        """Ask the environment for a reply to `sample` of `group`, whose turn has ended. limit: tokens of the whole response.
 
         Raises UngradedError if `environment.function` can no longer be loaded.
         """
-        request = EnvironmentRequest([*problem.messages, *sample.messages], problem.answer, problem.extra)
+        problem, messages = group.problem, [*group.problem.messages, *sample.messages]
+        request = EnvironmentRequest(messages, problem.answer, problem.extra, f"{group.id}/{sample.index}")
         with self._lock, _saved_first():
             key, self._next = self._next, self._next + 1
-            self._calls[key] = _Call(owner, problem, sample, limit)
+            self._calls[key] = _Call(owner, group, sample, limit)
             self._environment.submit(key, request)
 
     def ended(self, owner: Hashable, timeout_s: float) -> list[Sample]:
@@ -139,7 +140,7 @@ class Dialogues:
         with self._lock:
             for key, call in self._calls.items():
                 if call.owner == owner:
-                    self._calls[key] = _Call(None, call.problem, call.sample, call.limit)
+                    self._calls[key] = _Call(None, call.group, call.sample, call.limit)
             self._replies = [pair for pair in self._replies if pair[0].owner not in (owner, None)]
 
     def is_broken(self, owner: Hashable) -> bool:
@@ -179,7 +180,7 @@ class Dialogues:
             outcomes = self._outcomes[call.owner]
             outcomes.status[status] += 1
             if status != "ok":
-                outcomes.failure = outcomes.failure or f"{detail} (problem {call.problem.id})"
+                outcomes.failure = outcomes.failure or f"{detail} (problem {call.group.problem.id})"
         if reply.messages is None or not ids:
             sample.finish_reason = "stop"
             return sample

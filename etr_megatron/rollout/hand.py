@@ -238,7 +238,7 @@ class Hand:
     def _have_replied(self, held: InHand, sample: Sample) -> None:
         if self._dialogues is not None and id(sample) not in self._replying:
             self._replying[id(sample)] = held, sample
-            self._dialogues.submit(self, held.group.problem, sample, self._config.rollout.max_response_tokens)
+            self._dialogues.submit(self, held.group, sample, self._config.rollout.max_response_tokens)
 
     def _accept(self, drawn: Iterable[Drawn]) -> None:
         for one in drawn:

@@ -11,7 +11,7 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.in_hand import extend
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
-from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, insert
+from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Sample, insert
 
 if TYPE_CHECKING:
     from etr_megatron.rollout.dialogues import Dialogues
@@ -32,7 +32,7 @@ class _Replied:
 class _Open:
     """A response that has not ended. limit: tokens of the whole response."""
 
-    problem: Problem
+    group: Group
     sample: Sample
     limit: int
 
@@ -47,9 +47,7 @@ def draw_further_turns(
     `must_stop()` holds on any rank, and UngradedError when all calls of the environment failed.
     """
     limits = sampling.max_tokens_of([group.problem for group in groups])
-    opened = [
-        _Open(group.problem, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples
-    ]
+    opened = [_Open(group, sample, limit) for group, limit in zip(groups, limits, strict=True) for sample in group.samples]
     for turn in itertools.count(2):
         if not opened:
             break
@@ -73,9 +71,9 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
         return
     problems = [
         replace(
-            one.problem,
-            id=f"{one.problem.id}/{one.sample.index}/{turn}",
-            prompt_ids=[*one.problem.prompt_ids, *one.sample.response_ids],
+            one.group.problem,
+            id=f"{one.group.problem.id}/{one.sample.index}/{turn}",
+            prompt_ids=[*one.group.problem.prompt_ids, *one.sample.response_ids],
         )
         for one in opened
     ]
@@ -95,7 +93,7 @@ def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop)
             continue
         dialogues.end_turn(one.sample)
         if one.sample.finish_reason == "stop":
-            dialogues.submit(_OWNER, one.problem, one.sample, one.limit)
+            dialogues.submit(_OWNER, one.group, one.sample, one.limit)
             asked.add(id(one.sample))
     missing = len(asked)
     while missing:
