@@ -47,7 +47,8 @@ class ReplyTokenizer:
         return ids[1:] if last in self._stop_ids and ids and ids[0] in self._stop_ids else ids
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # Not verbose: a long reply ends its response, and transformers would warn of "indexing errors" that there are not.
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _after_a_turn(self, reply: Sequence[Message]) -> str:
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _TURN}]
