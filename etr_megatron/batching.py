@@ -31,7 +31,10 @@ def sequences_of(groups: Sequence[Group]) -> tuple[TokenSequence, ...]:
 
 
 def is_trained(sample: Sample, config: Config) -> bool:
-    """Whether the loss covers the sample, or `objective.mask_truncated` leaves it out."""
+    """Whether the loss covers the sample: `objective.mask_truncated` leaves out what was cut off, and a dialogue that a failed
+    call ended says nothing about the policy."""
+    if sample.environment_status not in ("ok", None):
+        return False
     return not (config.objective.mask_truncated and sample.finish_reason == "length")
 
 

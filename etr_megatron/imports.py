@@ -6,7 +6,9 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -55,3 +57,11 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
     except ValueError:  # a builtin without a signature
         return False
     return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def raised(path: str, error: BaseException) -> str:
+    """What the function that `path` names raised, and the last line of its module that led there."""
+    file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
+    return f"{path} raised {type(error).__name__}: {error}{where}"

@@ -207,7 +207,8 @@ class Trainer:
             if self._gate:
                 self._gate = not check_logprob_gap(batch, self.config, drawn_from(groups, self.step - 1))
             if self._recorder is not None and not batch.weight.any():
-                logger.warning("step %d: all responses were cut off, and objective.mask_truncated leaves none", self.step)
+                why = "cut off (objective.mask_truncated) or ended by a failed call of environment.function"
+                logger.warning("step %d: nothing to train on, as all responses were %s", self.step, why)
             updates: list[Update] = []
             for part in minibatches(batch, groups, self.config) * self.config.train.epochs:
                 with nullcontext() if updates else self._profiled():

@@ -207,6 +207,19 @@ def test_without_truncated_responses_the_loss_is_that_of_the_others_with_the_adv
     assert (masked.weight == 0).nonzero()[:, 0].tolist() == [0, 2, 5, 7]
 
 
+def test_dialogues_that_a_failed_call_ended_are_left_out_of_the_loss_as_truncated_ones_are():
+    failed, masking = groups(), config("objective.mask_truncated=true")
+    for sample in (sample for group in failed for sample in group.samples):
+        sample.environment_status = "ok"
+        if sample.finish_reason == "length":
+            sample.finish_reason, sample.environment_status = "stop", "timeout"
+    wanted = build_batch(groups(), masking, 1, old=logprobs(), reference=None)
+    found = build_batch(failed, config(), 1, old=logprobs(), reference=None)
+    assert torch.equal(found.weight, wanted.weight) and torch.equal(found.advantage, wanted.advantage)
+    parts = minibatches(found, failed, config())
+    assert [part.names for part in parts] == [part.names for part in minibatches(wanted, groups(), masking)]
+
+
 def test_a_minibatch_of_truncated_responses_alone_has_no_weight():
     cut = groups()
     for sample in (sample for group in cut[2:] for sample in group.samples):

@@ -185,6 +185,16 @@ def test_a_few_failed_calls_and_late_ones_are_only_warned_about_once(environment
     assert [record.message for record in caplog.records] == ([what] if said else [])
 
 
+def test_a_long_reason_is_told_on_one_line_without_its_middle(environment):
+    dialogues = dialogues_of(environment)
+    dialogues.submit("me", GROUP, turn(5), 20)
+    environment.reply(0, status="error", detail="it raised Odd: <html>\n" + "x" * 100_000 + "\n(tools.py:7)")
+    dialogues.ended("me", 0.0)
+    with pytest.raises(UngradedError, match=r"Odd: <html> x+ \.\.\. x+ \(tools\.py:7\) \(problem p\)$") as raised:
+        dialogues.report("me")
+    assert len(str(raised.value)) < 1200
+
+
 @pytest.mark.parametrize("statuses", [("error",), ("error", "error"), ("timeout", "error")])
 def test_an_environment_none_of_whose_calls_succeeds_is_an_error(environment, statuses):
     dialogues = failing(environment, *statuses)

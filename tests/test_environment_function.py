@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import psutil
 import pytest
 
 from etr_megatron.config import EnvironmentConfig
-from etr_megatron.environment import EnvironmentReply, load_environment
+from etr_megatron.environment import load_environment
 from etr_megatron.errors import UserError
 from etr_megatron.imports import ImportPathError
 from tests.environments import OK, all_replies, answers, ask, pool_of, said
@@ -80,7 +81,12 @@ def test_what_it_raises_is_an_error_and_what_it_prints_is_not_read_as_a_reply(us
         pids = pool.worker_pids
         *failed, noise, after = answers(pool, *errors, "noise()", "'on'")
         assert pool.worker_pids == pids
-    assert failed == [EnvironmentReply(None, "error", f"{user_environment} raised {error}") for error in errors.values()]
+    said_of = [f"{user_environment} raised {error}" for error in errors.values()]
+    assert all((reply.messages, reply.status) == (None, "error") for reply in failed)
+    assert failed[3].detail == said_of[3]  # not in a line of the user's module
+    for reply, start in zip(failed[:3], said_of[:3], strict=True):
+        assert re.fullmatch(re.escape(start) + r" \(my_environment\.py:\d+\)", reply.detail)
+    assert failed[0].detail[-5:] == failed[2].detail[-5:] != failed[1].detail[-5:]  # the line in `fail`, and the caller's
     assert (noise, after) == (said("quiet"), said("on"))
 
 
@@ -92,7 +98,7 @@ def test_an_async_function_keeps_its_event_loop_also_after_what_it_raises(user_e
         replies = answers(pool, "'a'", errors[0], "'b'", errors[1], "'c'", errors[2], "'d'", "None")
         assert pool.worker_pids == pids
     assert [*replies[:7:2], replies[7]] == [*map(said, "abcd"), OK]
-    assert [reply.detail.partition(" raised ")[2] for reply in replies[1:7:2]] == [
+    assert [reply.detail.partition(" raised ")[2].rpartition(" (")[0] for reply in replies[1:7:2]] == [
         "KeyError: 'x'",
         "SystemExit: 3",
         "CancelledError: ",

@@ -149,6 +149,20 @@ def test_without_a_chat_template_a_reply_is_its_text(template, config):
     assert tokenizer.decode(tokenize(reply, *ids_of(tokenizer, "<|im_end|>"))) == "<result>42</result>"
 
 
+def test_special_tokens_in_the_text_of_a_reply_are_those_tokens():
+    tokenizer = tokenizer_of(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    reply = ReplyTokenizer(DataConfig(), tokenizer, [end])([{"role": "tool", "content": "a <|im_end|> b"}], end)
+    assert reply.count(end) == 2  # the text's and the template's
+
+
+def test_a_long_reply_is_no_reason_for_a_warning_of_the_tokenizer(caplog, capfd):
+    tokenizer = tokenizer_of(None)
+    tokenizer.model_max_length = 8
+    assert len(ReplyTokenizer(DataConfig(), tokenizer, [])([{"role": "user", "content": "long " * 9}], 0)) > 8
+    assert "indexing errors" not in caplog.text + "".join(capfd.readouterr())
+
+
 def test_tool_schemas_reach_the_template(tmp_path):
     tokenizer, file = tokenizer_of(THOUGHTS_DROPPED), tmp_path / "tools.json"
     file.write_text(json.dumps([{"type": "function", "function": {"name": "add"}}]))

@@ -42,7 +42,7 @@ def test_truncated_responses_can_be_left_out_of_the_loss(runs):
         overrides = (f"run.name={name}", "objective.mask_truncated=true", f"rollout.max_response_tokens={limit}")
         code, printed = runs.finish(*SHORT, *overrides)
         assert code == 0, printed
-        warned = [f"step {step}: all responses were cut off, and objective.mask_truncated leaves none" for step in (1, 2)]
+        warned = [f"step {step}: nothing to train on, as all responses were cut off" for step in (1, 2)]
         assert [line in printed for line in warned] == [name == "all"] * 2
     for row in runs.rows("some"):
         assert 0 < row["truncated"] < 24 and row["grad_norm"] > 0

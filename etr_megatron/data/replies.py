@@ -48,7 +48,8 @@ class ReplyTokenizer:
         return ids if end is None or self._tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # Not verbose: a long reply ends its response, and transformers would warn of "indexing errors" that there are not.
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _after_a_turn(self, reply: Sequence[Message]) -> str:
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _TURN}]

@@ -10,7 +10,7 @@ from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.imports import ImportPathError, has_parameter, import_function, takes
+from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
 from etr_megatron.types import Message
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
@@ -38,7 +38,7 @@ def load_environment(config: EnvironmentConfig) -> Environment:
                 value = runner.run(_result(value))
             return _reply(value, config)
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # a script's main() may call sys.exit
-            return EnvironmentReply(None, "error", f"{config.function} raised {type(error).__name__}: {error}")
+            return EnvironmentReply(None, "error", raised(config.function, error))
 
     return call
 

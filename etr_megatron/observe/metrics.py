@@ -74,8 +74,8 @@ class MetricsRow(StepMetrics, total=False):
     eval_reply_tokens_mean_start: float  # same before any update
     turns_mean: float  # with an environment: turns of the model per sample
     reply_tokens_mean: float  # with an environment: tokens of its replies per sample; the loss does not cover them
-    environment_errors: int  # with an environment: samples that ended because its function failed
-    environment_timeouts: int  # samples that ended because its function did not return within `environment.timeout_s`
+    environment_errors: int  # with an environment: samples, left out of the loss, that ended because its function failed
+    environment_timeouts: int  # the same, because it did not return within `environment.timeout_s`
     reward_shaped_mean: float  # reward that is trained on, if it is not the verifier's; mean over samples
     groups_asked: int  # with dynamic sampling: prompts requested since the last step, including those requested ahead
     groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import ImportPathError, has_parameter, import_function, takes
+from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 Grader = Callable[[GradeRequest], Grade]
@@ -61,7 +61,7 @@ def _grade_custom(
         named = {"messages": request.messages} if is_given_messages else {}
         value = function(request.prompt, request.response, request.answer, *extra, **named)
     except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
-        return Grade(config.range_min, "error", f"{config.function} raised {type(error).__name__}: {error}")
+        return Grade(config.range_min, "error", raised(config.function, error))
     parts: dict[str, float] = {}
     if isinstance(value, Mapping):
         if "score" not in value:

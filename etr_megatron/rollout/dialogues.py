@@ -180,7 +180,7 @@ class Dialogues:
             outcomes = self._outcomes[call.owner]
             outcomes.status[status] += 1
             if status != "ok":
-                outcomes.failure = outcomes.failure or f"{detail} (problem {call.group.problem.id})"
+                outcomes.failure = outcomes.failure or f"{_brief(detail)} (problem {call.group.problem.id})"
         if reply.messages is None or not ids:
             sample.finish_reason = "stop"
             return sample
@@ -191,3 +191,9 @@ class Dialogues:
         sample.messages += reply.messages
         sample.finish_reason = "abort"
         return sample
+
+
+def _brief(detail: str) -> str:
+    """On one line, without the middle of what is long: an exception may have a server's whole page as its text."""
+    line = " ".join(detail.split())
+    return line if len(line) <= 1000 else f"{line[:800]} ... {line[-200:]}"

@@ -189,9 +189,9 @@ class Hand:
             timeout_s = 0.0
         replied = [self._replying.pop(id(sample)) for sample in self._dialogues.ended(self, timeout_s)]
         still_there = [(held, sample) for held, sample in replied if self._has(held, sample)]
-        self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
         for _, sample in still_there:
             self._finish(sample)
+        self._continue([(held, sample) for held, sample in still_there if sample.finish_reason == "abort"])
 
     def _has(self, held: InHand, sample: Sample) -> bool:
         """Whether the sample is still wanted: its group was not given up, and it is not drawn anew."""
