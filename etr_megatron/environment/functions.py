@@ -21,8 +21,9 @@ def load_environment(config: EnvironmentConfig) -> Environment:
 
     Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
-    assert config.function is not None
-    function = import_function(config.function)
+    path = config.function
+    assert path is not None
+    function = import_function(path)
     named = ("response_id",) if has_parameter(function, "response_id") else ()
     if not takes(function, 3, named):
         wanted = "three arguments, the messages, the answer and a dict of reward.columns"
@@ -38,7 +39,7 @@ def load_environment(config: EnvironmentConfig) -> Environment:
                 value = runner.run(_result(value))
             return _reply(value, config)
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # a script's main() may call sys.exit
-            return EnvironmentReply(None, "error", raised(config.function, error))
+            return EnvironmentReply(None, "error", raised(path, error))
 
     return call
 
