@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from etr_megatron.config import Config
+from etr_megatron.config.schema import EnvironmentConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.reward import Grade
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, RefusedError
-from etr_megatron.rollout.sampler import chosen
+from etr_megatron.rollout.sampler import RoundSampler, chosen
 from etr_megatron.types import Group, Problem, Sample
 from tests.hands import Engine, assert_whole, hand_of, names, problems, sync, through_disk, timer
 
@@ -281,3 +283,20 @@ def test_groups_that_are_not_trained_on_are_taken_again_by_a_resumed_run(max_sta
     assert [group.id for group in again.groups] == [group.id for group in second.groups]
     assert again.groups == second.groups and not set(names(first)) & set(names(again))
     assert engine.asked - drawn <= 8 * max_staleness  # only the next step's
+
+
+def test_sigterm_while_the_environment_is_asked_stops_a_step_of_rounds_whose_prompts_are_drawn_again(monkeypatch):
+    def stop_if_told(engine, groups, sampling, dialogues, must_stop):
+        if must_stop():
+            raise StopAskedError("told to stop")
+
+    monkeypatch.setattr("etr_megatron.rollout.sampler.generate_groups", lambda engine, asked, sampling: [])
+    monkeypatch.setattr("etr_megatron.rollout.sampler.draw_further_turns", stop_if_told)
+    cursor = PromptCursor(problems(), seed=1, shuffle=True)
+    before = cursor.state_dict()
+    sampler = RoundSampler(Config(environment=EnvironmentConfig(function="tools:reply")), None, cursor, str, None)
+    with pytest.raises(StopAskedError):
+        sampler.take(1, timer, lambda: True)
+    assert cursor.state_dict() != before
+    sampler.put_back(1)
+    assert cursor.state_dict() == before

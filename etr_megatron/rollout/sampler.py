@@ -131,7 +131,8 @@ class RoundSampler:
         self._before: tuple[int, dict[str, Any]] = (0, {})  # the last step begun, and the cursor's state before it
 
     def take(self, step: int, timer: Timer, must_stop: MustStop = never) -> Rollouts:
-        """See `Sampler.take`. must_stop is not checked: ranks that generate themselves finish the step first."""
+        """See `Sampler.take`. must_stop is checked only while an environment is asked, which may take long: ranks that
+        generate themselves finish the turn first."""
         self._before = step, self._cursor.state_dict()
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
         limit = max(wanted, min(wanted + replacements(self._config), len(self._cursor)))
@@ -144,7 +145,7 @@ class RoundSampler:
                 sampling = sampling_of(self._config, step)
                 groups = generate_groups(self._engine, problems, sampling)
                 if self._config.environment.function is not None:
-                    draw_further_turns(self._engine, groups, sampling, self._dialogues)
+                    draw_further_turns(self._engine, groups, sampling, self._dialogues, must_stop)
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
             asked += groups
