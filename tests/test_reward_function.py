@@ -97,7 +97,8 @@ def test_a_reward_in_the_working_directory_is_found_where_python_does_not_look_b
 
 OF_MESSAGES = """
 def by_name(prompt, response, answer, *, messages):
-    return float(messages[-1]["content"]) if messages else 0.5
+    assert [message["role"] for message in messages] == ["user", "assistant"] and messages[0]["content"] == prompt
+    return float(messages[-1]["content"])
 def behind(prompt, response, answer, messages=None):
     return by_name(prompt, response, answer, messages=messages)
 def behind_columns(prompt, response, answer, columns, messages):
@@ -114,7 +115,7 @@ def test_a_reward_with_a_parameter_for_messages_is_given_them_by_name(user_rewar
     dialogue = GradeRequest(
         "?", "7", "", {"level": 1.0}, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "7"}]
     )
-    single = GradeRequest("?", "7", "", {"level": 1.0})
+    single = GradeRequest("?", "0.5", "", {"level": 1.0})
 
     def rewards(function: str, **config: tuple[str, ...]) -> list[float]:
         with GraderPool(RewardConfig(function=f"of_messages:{function}", workers=1, range_max=9.0, **config)) as pool:

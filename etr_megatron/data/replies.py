@@ -85,5 +85,5 @@ def read_tools(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"data.tools: {path} is not readable as JSON ({error}); give a list of tool schemas there") from error
     if not isinstance(found, list) or not found or not all(isinstance(tool, dict) for tool in found):
-        raise UserError(f"data.tools: {path} must hold a JSON list of tool schemas, each an object")
+        raise UserError(f"data.tools: {path} must hold a JSON list of at least one tool schema, each an object")
     return found

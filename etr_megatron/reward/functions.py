@@ -11,6 +11,7 @@ from typing import Any
 from etr_megatron.config import RewardConfig
 from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
+from etr_megatron.types import Message
 
 Grader = Callable[[GradeRequest], Grade]
 
@@ -58,7 +59,7 @@ def _grade_custom(
     """
     try:
         extra = (request.extra,) if config.columns else ()
-        named = {"messages": request.messages} if is_given_messages else {}
+        named = {"messages": request.messages or _single_turn(request)} if is_given_messages else {}
         value = function(request.prompt, request.response, request.answer, *extra, **named)
     except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
         return Grade(config.range_min, "error", raised(config.function, error))
@@ -83,6 +84,10 @@ def _grade_custom(
         )
         return Grade(config.range_min, "out_of_range", detail)
     return Grade(within, "ok", "", parts)
+
+
+def _single_turn(request: GradeRequest) -> list[Message]:
+    return [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": request.response}]
 
 
 def _is_number(value: object) -> bool:

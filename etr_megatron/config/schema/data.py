@@ -89,8 +89,9 @@ class RewardConfig:
 
     function: str = "math"
     """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer)`.
-    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`). With an
-    environment, `response` is the model's last turn, and a parameter named `messages` gets all chat messages."""
+    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`). A
+    parameter named `messages` gets all chat messages (without an environment, the user's last one and the response). With an
+    environment, `response` is the model's last turn."""
     columns: tuple[str, ...] = ()
     """More columns (`outer.inner` in a nested one) for your own function, which is then called as
     `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, a whole held-out set or one of several
