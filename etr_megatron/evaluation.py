@@ -95,10 +95,14 @@ def best_steps(rows: Iterable[Mapping[str, Any]], metric: str) -> list[int]:
 
 
 def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """`response_metrics` (avg@k), the share of truncated responses, and pass@k if there are several responses per problem."""
+    """`response_metrics` (avg@k), the share of truncated responses and, with an environment, of those that a failed call ended,
+    and pass@k if there are several responses per problem."""
     samples = [sample for group in groups for sample in group.samples]
     found = response_metrics(samples, config)
     found["truncated_frac"] = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
+    if config.environment.function is not None:
+        failed = sum(sample.environment_status not in ("ok", None) for sample in samples)
+        found["environment_failed_frac"] = failed / len(samples)
     if len(samples) > len(groups):
         right = (any(sample.reward == config.reward.range_max for sample in group.samples) for group in groups)
         found["pass_at_k"] = sum(right) / len(groups)

@@ -150,12 +150,16 @@ def test_turns_replies_and_failed_calls_are_told_with_an_environment_alone(tmp_p
     assert row.items() <= log.rows()[0].items()
 
 
-def test_turns_and_replies_of_evaluations_have_keys_of_rows():
+def test_turns_replies_and_failed_calls_of_evaluations_have_keys_of_rows():
     sets = {"": with_replies()}
+    for sample, status in zip(flat(sets[""]), ["ok", "error", "timeout", *[None] * 8], strict=True):
+        sample.environment_status = status
     found = evaluation_metrics(sets, config(ENVIRONMENT))
     assert found["eval_turns_mean"] == 18 / 11 and found["eval_reply_tokens_mean"] == 12 / 11
+    assert found["eval_environment_failed_frac"] == 2 / 11
     assert found.keys() | {f"{key}_start" for key in found} <= MetricsRow.__annotations__.keys()
-    assert not any("turns" in key or "reply" in key for key in evaluation_metrics(sets, config()))
+    without = evaluation_metrics(sets, config())
+    assert not any(word in key for key in without for word in ("turns", "reply", "environment"))
 
 
 def test_each_training_set_has_its_turns_and_replies():

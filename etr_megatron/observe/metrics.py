@@ -72,6 +72,8 @@ class MetricsRow(StepMetrics, total=False):
     eval_turns_mean_start: float  # same before any update
     eval_reply_tokens_mean: float  # tokens of the environment's replies per response to a held-out problem
     eval_reply_tokens_mean_start: float  # same before any update
+    eval_environment_failed_frac: float  # share of responses to held-out problems that a failed call ended, or one out of time
+    eval_environment_failed_frac_start: float  # same before any update
     turns_mean: float  # with an environment: turns of the model per sample
     reply_tokens_mean: float  # with an environment: tokens of its replies per sample; the loss does not cover them
     environment_errors: int  # with an environment: samples, left out of the loss, that ended because its function failed
