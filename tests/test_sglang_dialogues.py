@@ -43,9 +43,7 @@ def expected(number: int, prompt: list[int], limit: int = TOKENS) -> tuple[list[
 def test_a_server_that_is_lost_costs_no_turn_and_no_reply(gangs, hf_models, tmp_path, how, rollout):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), how=how, steps=STEPS, hang_timeout_s=3.0, **OWN)
     sizes = dict(prompts_per_step=PER_STEP, max_response_tokens=TOKENS)
-    found, other = gangs(2).run(
-        "tests.sglang_dialogue_jobs:lost_in_dialogues", rollout=rollout | sizes, trains_s=0.5, **job
-    )
+    found, other = gangs(2).run("tests.sglang_dialogue_jobs:lost_in_dialogues", rollout=rollout | sizes, trains_s=0.5, **job)
     assert any("SGLang server 0" in failed for failed in found["failed"])
     assert other == found
     groups = [group for _, step, _ in found["steps"] for group in step]
