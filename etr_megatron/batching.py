@@ -33,7 +33,7 @@ def sequences_of(groups: Sequence[Group]) -> tuple[TokenSequence, ...]:
 def is_trained(sample: Sample, config: Config) -> bool:
     """Whether the loss covers the sample: `objective.mask_truncated` leaves out what was cut off, and a dialogue that a failed
     call ended says nothing about the policy."""
-    if sample.environment_status not in ("ok", None):
+    if sample.call_failed:
         return False
     return not (config.objective.mask_truncated and sample.finish_reason == "length")
 

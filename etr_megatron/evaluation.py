@@ -9,11 +9,11 @@ from typing import Any
 from etr_megatron.config import Config, samples_of_set
 from etr_megatron.data import named
 from etr_megatron.metrics import response_metrics
-from etr_megatron.rollout import RolloutEngine, Sampling, generate_groups, grade_groups
+from etr_megatron.rollout import RolloutEngine, Sampling, grade_groups
 from etr_megatron.rollout.collect import Decode, Grader
 from etr_megatron.rollout.dialogues import Dialogues
 from etr_megatron.rollout.engine import MustStop
-from etr_megatron.rollout.rounds import draw_further_turns
+from etr_megatron.rollout.rounds import draw_groups
 from etr_megatron.types import Group, Problem
 
 WithServers = Callable[[Callable[[], list[Group]]], list[Group]]
@@ -63,14 +63,8 @@ def evaluate(
         seed=config.run.seed,
         step=-1,  # the same seeds at every evaluation, distinct from those of training steps
     )
-
-    def drawn() -> list[Group]:
-        groups = generate_groups(engine, held_out.problems, sampling, must_stop)
-        if config.environment.function is not None:
-            draw_further_turns(engine, groups, sampling, dialogues, must_stop)
-        return groups
-
-    groups = with_servers(drawn)
+    has_turns = config.environment.function is not None
+    groups = with_servers(lambda: draw_groups(engine, held_out.problems, sampling, dialogues, must_stop, has_turns=has_turns))
     grade_groups(groups, decode, grader)
     rest = iter(groups)
     return {name: [next(rest) for _ in problems] for name, problems in held_out.sets.items()}
@@ -101,8 +95,7 @@ def _metrics_of(groups: Sequence[Group], config: Config) -> dict[str, float]:
     found = response_metrics(samples, config)
     found["truncated_frac"] = sum(sample.finish_reason == "length" for sample in samples) / len(samples)
     if config.environment.function is not None:
-        failed = sum(sample.environment_status not in ("ok", None) for sample in samples)
-        found["environment_failed_frac"] = failed / len(samples)
+        found["environment_failed_frac"] = sum(sample.call_failed for sample in samples) / len(samples)
     if len(samples) > len(groups):
         right = (any(sample.reward == config.reward.range_max for sample in group.samples) for group in groups)
         found["pass_at_k"] = sum(right) / len(groups)

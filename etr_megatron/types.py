@@ -7,7 +7,7 @@ fields are `array`s, which take less than a fifth of a list's memory: every rank
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, groupby
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,6 +19,14 @@ RewardStatus = Literal["ok", "timeout", "error", "out_of_range"]
 EnvironmentStatus = Literal["ok", "timeout", "error"]
 Message = dict[str, str]
 """A chat message: `role` and `content`."""
+
+
+def further_keys(message: Mapping[str, Any]) -> list[str]:
+    """Keys of a message besides `role` and `content`, without those that say nothing, such as `"tool_calls": []`: clients and
+    exports have them."""
+    further = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return [key for key, value in further.items() if value is not None and (value or not isinstance(value, str | list | dict))]
+
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "tekken.json", "spiece.model")
 """A model directory with a tokenizer has at least one of these."""
@@ -107,6 +115,11 @@ class Sample:
         return sum(self.loss_mask) if self.loss_mask else len(self.response_ids)
 
     @property
+    def call_failed(self) -> bool:
+        """Whether a failed call of the environment ended it."""
+        return self.environment_status not in ("ok", None)
+
+    @property
     def turns(self) -> int:
         """Number of the model's turns: runs of tokens that it drew."""
         return sum(is_drawn for is_drawn, _ in groupby(self.loss_mask)) if self.loss_mask else 1
@@ -118,7 +131,12 @@ class Sample:
 
     def of_drawn(self, values: Sequence[T]) -> Sequence[T]:
         """Of one value per response token, those of the tokens that the model drew."""
-        return list(compress(values, self.loss_mask)) if self.loss_mask else values
+        return of_drawn(values, self.loss_mask)
+
+
+def of_drawn(values: Sequence[T], loss_mask: Sequence[int]) -> Sequence[T]:
+    """The values with 1 in `loss_mask`, or all of them if it is empty."""
+    return list(compress(values, loss_mask)) if loss_mask else values
 
 
 def insert(sample: Sample, ids: Sequence[int]) -> None:

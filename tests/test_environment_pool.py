@@ -27,18 +27,6 @@ LONG = 5_000_000
 
 
 @pytest.fixture
-def only_what_hangs_is_late(monkeypatch):
-    """Other calls may take as long as a busy machine needs for them."""
-    deadline = WorkerPool._deadline
-
-    def of(self, worker):
-        is_late = not worker.ready or (worker.inflight and b"hang" in worker.inflight[0].line)
-        return deadline(self, worker) if is_late else None
-
-    monkeypatch.setattr(WorkerPool, "_deadline", of)
-
-
-@pytest.fixture
 def later(monkeypatch):
     """Lets so many seconds pass, as far as pools know."""
     monotonic, late_s = time.monotonic, [0.0]

@@ -24,18 +24,6 @@ from tests.runs import REPO, gone, wait_for
 pytestmark = pytest.mark.usefixtures("deadline")
 
 
-@pytest.fixture
-def only_what_hangs_is_late(monkeypatch):
-    """Other answers may take as long as a busy machine needs for them."""
-    deadline = WorkerPool._deadline
-
-    def of(self, worker):
-        is_late = not worker.ready or (worker.inflight and b"hang" in worker.inflight[0].line)
-        return deadline(self, worker) if is_late else None
-
-    monkeypatch.setattr(WorkerPool, "_deadline", of)
-
-
 def test_timeout_kills_the_grader_and_the_rest_is_graded(user_rewards, only_what_hangs_is_late):
     config = RewardConfig(function=user_rewards, workers=2, timeout_s=1.0, range_min=-1.0)
     with GraderPool(config) as pool:

@@ -290,8 +290,8 @@ def test_sigterm_while_the_environment_is_asked_stops_a_step_of_rounds_whose_pro
         if must_stop():
             raise StopAskedError("told to stop")
 
-    monkeypatch.setattr("etr_megatron.rollout.sampler.generate_groups", lambda engine, asked, sampling: [])
-    monkeypatch.setattr("etr_megatron.rollout.sampler.draw_further_turns", stop_if_told)
+    monkeypatch.setattr("etr_megatron.rollout.rounds.generate_groups", lambda engine, asked, sampling, must_stop: [])
+    monkeypatch.setattr("etr_megatron.rollout.rounds.draw_further_turns", stop_if_told)
     cursor = PromptCursor(problems(), seed=1, shuffle=True)
     before = cursor.state_dict()
     sampler = RoundSampler(Config(environment=EnvironmentConfig(function="tools:reply")), None, cursor, str, None)

@@ -11,11 +11,12 @@ from typing import Any
 
 from etr_megatron.config.schema import DataConfig
 from etr_megatron.errors import UserError
+from etr_megatron.types import Message, further_keys
 
 _MOST_SHOWN = 24
 _ROLES = ("system", "user", "assistant", "tool")
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 """The messages of a conversation, each with `role` and `content`."""
 
 
@@ -117,11 +118,10 @@ def prompt_of(row: Mapping[str, Any], column: str) -> str | Messages:
     return messages
 
 
-def _message(one: Any, what: str) -> dict[str, str]:
+def _message(one: Any, what: str) -> Message:
     if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise BrokenRowError(f"{what} is not an object with `role` and `content`, both text")
-    # Exports have keys that say nothing, such as `"tool_calls": []`.
-    if more := sorted(key for key, value in one.items() if key not in ("role", "content") and value not in (None, "", [], {})):
+    if more := sorted(further_keys(one)):
         raise BrokenRowError(f"{what} has `{more[0]}`, but only `role` and `content` are supported")
     if one["role"] not in _ROLES:
         raise BrokenRowError(f"{what} has the role {one['role']!r}, which is not one of {', '.join(_ROLES)}")

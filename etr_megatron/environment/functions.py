@@ -11,7 +11,7 @@ from typing import Any
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
 from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
-from etr_megatron.types import Message
+from etr_megatron.types import Message, further_keys
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
 
@@ -77,7 +77,7 @@ def _message(one: Any) -> Message:
     if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
         raise ValueError("in which a message is not a dict with `role` and `content`, both text")
     message = {"role": str(one["role"]), "content": str(one["content"])}
-    if more := [key for key, value in one.items() if key not in message and not _says_nothing(value)]:
+    if more := further_keys(one):
         raise ValueError(f"in which a message has `{more[0]}`, but only `role` and `content` are supported")
     if not message["role"]:
         raise ValueError("in which a message has an empty role")
@@ -86,8 +86,3 @@ def _message(one: Any) -> Message:
     except UnicodeEncodeError:
         raise ValueError("in which a message has half a surrogate pair, which no tokenizer accepts") from None
     return message
-
-
-def _says_nothing(value: object) -> bool:
-    """Clients' messages have such values, as in `"tool_calls": None`."""
-    return value is None or (isinstance(value, str | list | dict) and not value)

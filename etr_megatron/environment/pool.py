@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from types import TracebackType
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.platform.workers import MAX_CRASHES, Lost, WorkerPool, encode
+from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool, encode
 
 
-class EnvironmentPool:
+class EnvironmentPool(FunctionPool):
     """Answers the model's turns in worker processes.
 
     May be used from different threads one after the other; everything happens in the calls, without threads or signals.
@@ -24,17 +23,6 @@ class EnvironmentPool:
         """
         self._config = config
         self._pool = WorkerPool("etr_megatron.environment.worker", "environment", config, worker="an environment process")
-
-    def __enter__(self) -> EnvironmentPool:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the current workers."""
-        return [worker.pid for worker in self._pool.workers]
 
     @property
     def under_way(self) -> int:
@@ -62,10 +50,6 @@ class EnvironmentPool:
     def forget(self) -> None:
         """Drop all requests; no reply to them comes. Workers that have one are killed and replaced."""
         self._pool.forget()
-
-    def close(self) -> None:
-        """End all workers and wait for them. Idempotent."""
-        self._pool.close()
 
     def _reply(self, outcome: dict[str, object] | Lost) -> EnvironmentReply:
         if not isinstance(outcome, Lost):

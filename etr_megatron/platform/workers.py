@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from etr_megatron.config import EnvironmentConfig, RewardConfig
 from etr_megatron.errors import UserError
@@ -211,3 +212,24 @@ class WorkerPool:
 
     def _load_error(self, why: str) -> UserError:
         return UserError(f'{self._section}.function = "{self._config.function}" cannot be used: {why}')
+
+
+class FunctionPool:
+    """A `WorkerPool` as the calls of one kind of function: it ends with the `with` block."""
+
+    _pool: WorkerPool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the current workers."""
+        return [worker.pid for worker in self._pool.workers]
+
+    def close(self) -> None:
+        """End all workers and wait for them. Idempotent."""
+        self._pool.close()

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.policy.context import own_ranges, padded_length
-from etr_megatron.types import AnySequence, TokenSequence
-
-T = TypeVar("T")
+from etr_megatron.types import AnySequence, TokenSequence, of_drawn
 
 
 @dataclass(frozen=True)
@@ -124,17 +121,13 @@ class _Packed:
         for part in own_ranges(padded, self.cp, self.cp_rank):
             begin, end = max(part.start, first), min(part.stop, length - 1)
             at = len(self.tokens) - part.start
-            rows = _drawn(range(at + begin, at + end), mask[begin - first :])
+            rows = of_drawn(range(at + begin, at + end), mask[begin - first :])
             before = sum(mask[: begin - first]) if mask else begin - first
             self.rows.extend(rows)
-            self.targets.extend(_drawn(ids[begin + 1 : end + 1], mask[begin - first :]))
+            self.targets.extend(of_drawn(ids[begin + 1 : end + 1], mask[begin - first :]))
             self.row_sample.extend([sample] * len(rows))
             self.row_position.extend(range(before, before + len(rows)))
             self.tokens.extend(ids[part.start : part.stop])
             self.tokens.extend([0] * (part.stop - max(part.start, length)))
             self.positions.extend(part)
         self.cu_seqlens.append(self.cu_seqlens[-1] + padded)
-
-
-def _drawn(values: Sequence[T], mask: Sequence[int]) -> Sequence[T]:
-    return list(itertools.compress(values, mask)) if mask else values

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.platform.workers import MAX_CRASHES, Lost, WorkerPool, encode
+from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool, encode
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 MAX_INFLIGHT = 32
@@ -17,7 +16,7 @@ MAX_INFLIGHT = 32
 _POLL_S = 60.0
 
 
-class GraderPool:
+class GraderPool(FunctionPool):
     """Grades responses in worker processes.
 
         with GraderPool(config.reward) as pool:
@@ -35,17 +34,6 @@ class GraderPool:
         self._config = config
         self._lock = threading.Lock()
         self._pool = WorkerPool("etr_megatron.reward.worker", "reward", config, worker="a grader process", ahead=MAX_INFLIGHT)
-
-    def __enter__(self) -> GraderPool:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the current workers."""
-        return [worker.pid for worker in self._pool.workers]
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade per request, in the order of the requests.

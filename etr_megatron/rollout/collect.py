@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from etr_megatron.errors import UserError
 from etr_megatron.reward import Grade, GradeRequest
@@ -19,6 +20,15 @@ Decode = Callable[[list[int]], str]
 
 class UngradedError(UserError):
     """Rewards are unavailable or not credible until the user fixes something; the policy is unharmed."""
+
+
+@contextmanager
+def saved_first() -> Iterator[None]:
+    """What the user must fix, as an error that has a run save what it has trained before it ends."""
+    try:
+        yield
+    except UserError as error:
+        raise UngradedError(str(error)) from error
 
 
 def generate_groups(
@@ -57,10 +67,8 @@ def grade_samples(samples: Sequence[tuple[Problem, Sample]], grader: Grader) -> 
     configured range: either the reward or the range is wrong, and training on, with what may be the best answers counted as the
     worst, would ruin the policy.
     """
-    try:
+    with saved_first():
         grades = grader([_request(problem, sample) for problem, sample in samples])
-    except UserError as error:  # as an error that has a run save what it has trained
-        raise UngradedError(str(error)) from error
     outside = [(grade, problem) for grade, (problem, _) in zip(grades, samples, strict=True) if grade.status == "out_of_range"]
     if outside:
         grade, problem = outside[0]

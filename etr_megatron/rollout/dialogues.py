@@ -6,14 +6,13 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from etr_megatron.environment import EnvironmentReply, EnvironmentRequest
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.collect import Decode, UngradedError
+from etr_megatron.rollout.collect import Decode, UngradedError, saved_first
 from etr_megatron.types import Group, Message, Sample, insert
 
 logger = logging.getLogger(__name__)
@@ -75,15 +74,6 @@ class _Outcomes:
         return _Outcomes(worked=self.status["ok"] > 0 if self.status else self.worked)
 
 
-@contextmanager
-def _saved_first() -> Iterator[None]:
-    """What the user must fix, as an error that has a run save what it has trained before it ends."""
-    try:
-        yield
-    except UserError as error:
-        raise UngradedError(str(error)) from error
-
-
 class Dialogues:
     """Takes samples whose turn has ended to the environment and hands them back; on rank 0 only.
 
@@ -111,7 +101,7 @@ class Dialogues:
         """
         problem, messages = group.problem, [*group.problem.messages, *sample.messages]
         request = EnvironmentRequest(messages, problem.answer, problem.extra, f"{group.id}/{sample.index}")
-        with self._lock, _saved_first():
+        with self._lock, saved_first():
             key, self._next = self._next, self._next + 1
             self._calls[key] = _Call(owner, group, sample, limit)
             self._environment.submit(key, request)
@@ -125,10 +115,11 @@ class Dialogues:
         """
         end = time.monotonic() + timeout_s
         while True:
-            with self._lock, _saved_first():
-                replies = [*self._replies, *((self._calls.pop(key), reply) for key, reply in self._environment.poll(0.0))]
-                own = [pair for pair in replies if pair[0].owner == owner]
-                self._replies = [pair for pair in replies if pair[0].owner not in (owner, None)]
+            with self._lock, saved_first():
+                replies = [(self._calls.pop(key, None), reply) for key, reply in self._environment.poll(0.0)]
+                self._replies += [(call, reply) for call, reply in replies if call is not None]  # others are forgotten
+                own = [pair for pair in self._replies if pair[0].owner == owner]
+                self._replies = [pair for pair in self._replies if pair[0].owner != owner]
                 waits = any(call.owner == owner for call in self._calls.values())
             left = end - time.monotonic()
             if own or not waits or left <= 0:
@@ -138,10 +129,8 @@ class Dialogues:
     def forget(self, owner: Hashable) -> None:
         """Drop this owner's samples: their replies will be ignored."""
         with self._lock:
-            for key, call in self._calls.items():
-                if call.owner == owner:
-                    self._calls[key] = _Call(None, call.group, call.sample, call.limit)
-            self._replies = [pair for pair in self._replies if pair[0].owner not in (owner, None)]
+            self._calls = {key: call for key, call in self._calls.items() if call.owner != owner}
+            self._replies = [pair for pair in self._replies if pair[0].owner != owner]
 
     def is_broken(self, owner: Hashable) -> bool:
         """Whether `report` would raise an error."""

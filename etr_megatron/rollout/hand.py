@@ -333,13 +333,9 @@ class Hand:
 def _forget_failures(groups: Iterable[InHand]) -> None:
     """Reset failed grades and failed calls of the environment (in place), so that both are made again after a fix."""
     for held in groups:
-        failed = [
-            one
-            for one in held.group.samples
-            if one.reward_status not in ("ok", None) or one.environment_status not in ("ok", None)
-        ]
+        failed = [one for one in held.group.samples if one.reward_status not in ("ok", None) or one.call_failed]
         for sample in failed:
             sample.reward = sample.reward_status = None
-            if sample.environment_status not in ("ok", None):
+            if sample.call_failed:
                 sample.finish_reason, sample.environment_status = "turn", None
         held.is_left_out = held.is_left_out and not failed

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.rollout.collect import generate_groups
 from etr_megatron.rollout.engine import LOOK_S, Drawn, MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.in_hand import extend
 from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
-from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Sample, insert
+from etr_megatron.types import EnvironmentStatus, FinishReason, Group, Problem, Sample, insert
 
 if TYPE_CHECKING:
     from etr_megatron.rollout.dialogues import Dialogues
@@ -35,6 +36,22 @@ class _Open:
     group: Group
     sample: Sample
     limit: int
+
+
+def draw_groups(
+    engine: RolloutEngine,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    dialogues: Dialogues | None,
+    must_stop: MustStop = never,
+    *,
+    has_turns: bool,
+) -> list[Group]:
+    """As `generate_groups` and, if there is an environment (`has_turns`), `draw_further_turns`."""
+    groups = generate_groups(engine, problems, sampling, must_stop)
+    if has_turns:
+        draw_further_turns(engine, groups, sampling, dialogues, must_stop)
+    return groups
 
 
 def draw_further_turns(
@@ -86,28 +103,24 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
 
 def _replies(dialogues: Dialogues, opened: Sequence[_Open], must_stop: MustStop) -> list[_Replied | None]:
     """What became of each of these, whose turn has been drawn (in place); None for those that had none left to draw."""
-    before = {id(one.sample): len(one.sample.response_ids) for one in opened}
-    asked: set[int] = set()
-    for one in opened:
-        if one.sample.finish_reason == "abort":  # the engine has given it up
-            continue
-        dialogues.end_turn(one.sample)
-        if one.sample.finish_reason == "stop":
+    before = [len(one.sample.response_ids) for one in opened]
+    asked = [one.sample.finish_reason == "stop" for one in opened]
+    for one, is_asked in zip(opened, asked, strict=True):
+        if one.sample.finish_reason != "abort":  # else the engine has given it up
+            dialogues.end_turn(one.sample)
+        if is_asked:
             dialogues.submit(_OWNER, one.group, one.sample, one.limit)
-            asked.add(id(one.sample))
-    missing = len(asked)
+    missing = sum(asked)
     while missing:
         if must_stop():
             dialogues.forget(_OWNER)
             raise StopAskedError("told to stop (SIGTERM) while the environment was asked for replies")
         missing -= len(dialogues.ended(_OWNER, LOOK_S))
-    found: list[_Replied | None] = []
-    for one in opened:
-        sample = one.sample
-        inserted = sample.response_ids[before[id(sample)] :].tolist()
-        is_asked = id(sample) in asked
-        found.append(_Replied(sample.finish_reason, inserted, sample.environment_status) if is_asked else None)
-    return found
+    samples = (one.sample for one in opened)
+    return [
+        _Replied(sample.finish_reason, sample.response_ids[size:].tolist(), sample.environment_status) if is_asked else None
+        for sample, size, is_asked in zip(samples, before, asked, strict=True)
+    ]
 
 
 def _apply(sample: Sample, reply: _Replied | None) -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from etr_megatron.config import Config
 from etr_megatron.data import PromptCursor
 from etr_megatron.errors import UserError
-from etr_megatron.rollout.collect import Decode, Grader, generate_groups, grade_groups
+from etr_megatron.rollout.collect import Decode, Grader, grade_groups
 from etr_megatron.rollout.engine import MustStop, RolloutEngine, Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.record import RECORDED, group_from_json, read_record
 from etr_megatron.rollout.replayable import misfit_of
-from etr_megatron.rollout.rounds import draw_further_turns
+from etr_megatron.rollout.rounds import draw_groups
 from etr_megatron.types import Group
 
 if TYPE_CHECKING:
@@ -143,9 +143,8 @@ class RoundSampler:
             problems = self._cursor.next(count, after=[group.problem.id for group in asked])
             with timer("rollout"):
                 sampling = sampling_of(self._config, step)
-                groups = generate_groups(self._engine, problems, sampling)
-                if self._config.environment.function is not None:
-                    draw_further_turns(self._engine, groups, sampling, self._dialogues, must_stop)
+                has_turns = self._config.environment.function is not None
+                groups = draw_groups(self._engine, problems, sampling, self._dialogues, must_stop, has_turns=has_turns)
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
             asked += groups

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
 from etr_megatron.config.defaults import EVALUATED, response_limits
 from etr_megatron.config.import_path import IMPORT_PATH
 from etr_megatron.config.rules.violation import Violation, get
-from etr_megatron.config.schema import Config, EnvironmentConfig
+from etr_megatron.config.schema import Config
 from etr_megatron.config.sources import ARITHMETIC, samples_of_set, sets_by_name, sources_of
 
 TINY_POSITIONS = 4096
@@ -201,10 +202,10 @@ def environment(config: Config) -> Iterator[Violation]:
     function = config.environment.function
     if function is not None and not IMPORT_PATH.fullmatch(function):
         yield Violation(("environment.function",), "must be an import path of the form package.module:function, or null")
-    for name in ("max_turns", "role", "workers", "timeout_s"):
-        if function is None and getattr(config.environment, name) != getattr(EnvironmentConfig(), name):
+    for key in fields(config.environment) if function is None else ():
+        if getattr(config.environment, key.name) != key.default:
             yield Violation(
-                (f"environment.{name}", "environment.function"), "has no effect without a function; name one, or remove it"
+                (f"environment.{key.name}", "environment.function"), "has no effect without a function; name one, or remove it"
             )
 
 
