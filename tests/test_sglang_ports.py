@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -29,6 +31,16 @@ while True:
         time.sleep(0.1)
 """
 COMMAND = ServerCommand(sys.executable, ("-c", SERVER), (), told_by="weight_version", api_key="key")
+# As SGLang when its port is taken while its model is loaded: it says so, waits for its own first request, and reports that.
+LATE = """
+import http.server, sys
+try:
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), http.server.BaseHTTPRequestHandler)
+    sys.exit("no model")
+except OSError as error:
+    print(f"ERROR: [Errno {error.errno}] error while attempting to bind: address already in use")
+    sys.exit("\\n".join(f"  File {place} of requests" for place in range(60)))
+"""
 OTHERS = {
     "a server of another job": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "etr-0123456789abcdef"}')},
     "a server of SGLang's": {"/health": (200, b""), "/model_info": (200, b'{"weight_version": "default"}')},
@@ -59,7 +71,7 @@ def answering(replies: dict[str, tuple[int, bytes]]):
 
 
 @contextmanager
-def started_with_ports(tmp_path, monkeypatch, taken: int, count: int):
+def started_with_ports(tmp_path, monkeypatch, taken: int, count: int, command: ServerCommand = COMMAND):
     """Outcome of a server whose first `count` ports are taken, and the processes that were started for it."""
     ports, processes = [taken] * count, []
 
@@ -70,7 +82,7 @@ def started_with_ports(tmp_path, monkeypatch, taken: int, count: int):
 
     monkeypatch.setattr(server, "free_port", lambda host: ports.pop() if ports else free_port(host))
     monkeypatch.setattr(hosts, "ServerProcess", Recorded)
-    host = hosts.Host({"server": COMMAND}, tmp_path, startup_timeout_s=300.0)
+    host = hosts.Host({"server": command}, tmp_path, startup_timeout_s=300.0)
     try:
         yield host.start(["server"])["server"], processes
     finally:
@@ -92,6 +104,16 @@ def test_a_server_whose_port_is_taken_each_time_is_given_up_in_one_sentence(tmp_
         assert len(processes) == 3 and not any(process.is_running for process in processes)
 
 
+def test_a_server_that_ended_because_its_port_was_taken_is_started_at_another(tmp_path, monkeypatch):
+    """Only what it said since it was started counts: the second one ends for a reason of its own."""
+    late = replace(COMMAND, launch=("-c", LATE))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        taken = silent.getsockname()[1]
+        with started_with_ports(tmp_path, monkeypatch, taken, 1, late) as (started, (first, second)):
+            assert first.port == taken != second.port and "already in use" in first.said()
+            assert started.problem == f"server ended while it started; its log, {second.log}, ends:\nno model"
+
+
 def test_a_server_that_cannot_say_who_it_is_yet_is_asked_again(tmp_path, monkeypatch):
     """A server replies 503 while it is still starting."""
     replies = {"/health": (200, b""), "/model_info": (503, b"")}
@@ -103,3 +125,28 @@ def test_a_server_that_cannot_say_who_it_is_yet_is_asked_again(tmp_path, monkeyp
 
 def test_no_two_servers_of_a_job_are_given_the_same_port():
     assert len({free_port("127.0.0.1") for _ in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "in_question"),
+    [
+        ("32768\t60999\n", range(10_000, 30_000)),
+        ("15000\t65535\n", range(10_000, 15_000)),
+        ("1024\t27000\n", range(27_001, 30_000)),
+        ("1024\t65535\n", range(1024, 65_536)),
+        (None, range(1024, 65_536)),
+    ],
+)
+def test_a_server_gets_a_port_that_the_kernel_gives_to_no_process_by_itself(tmp_path, monkeypatch, given, in_question):
+    kernels = tmp_path / "ip_local_port_range"
+    if given is not None:
+        kernels.write_text(given)
+    monkeypatch.setattr(server, "_EPHEMERAL", kernels)
+    assert {free_port("127.0.0.1") for _ in range(100)} <= set(in_question)
+
+
+def test_a_port_at_which_another_process_listens_is_not_given(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        taken = [one.getsockname()[1], other.getsockname()[1]]
+        monkeypatch.setattr(server, "_ports_to_be_named", lambda: [*taken, 0])  # 0: any
+        assert {free_port("127.0.0.1") for _ in range(20)}.isdisjoint(taken)

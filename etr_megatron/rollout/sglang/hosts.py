@@ -75,11 +75,11 @@ class Host:
             process.stop()  # it would be unused and, if colocated, hold memory that the ranks need
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
             return Started(process.url, what)
-        words = process.last_words()
         process.stop()
-        if starts > 1 and "address already in use" in words.lower():  # the port was taken after it was found free
+        # Not in the last words: SGLang first waits for its own request to whoever took the port, and reports that.
+        if starts > 1 and "address already in use" in process.said().lower():
             return self._move(name, must_stop, starts)
-        return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{words}")
+        return Started(process.url, f"{name} ended while it started; its log, {process.log}, ends:\n{process.last_words()}")
 
     def _keep_share(self, name: str) -> None:
         """Have a colocated server whose share SGLang chose get the same one when it is started again, with ranks beside it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import signal
 import socket
@@ -67,19 +68,35 @@ def environment_of_server(inherited: Mapping[str, str], python: str) -> dict[str
 _NEARLY_ALL, _MOST_OF_FREE = 0.9, 0.95
 """Free fraction above which only contexts of processes can take the rest; largest fraction of free memory for a server."""
 
-_HANDED_OUT: deque[int] = deque(maxlen=1024)
+_REMEMBERED = 1024
+_HANDED_OUT: deque[int] = deque(maxlen=_REMEMBERED)
+_PORTS = range(10_000, 30_000)
+"""Ports for servers: above most services', below those that Kubernetes redirects."""
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(host: str) -> int:
-    """A port that nothing listens on now. The last ones that this process got are skipped, as their servers may not listen yet.
-    Another process may still take the port: then `Host` restarts the server."""
+    """A port that nothing listens on now, and that no process is given that asks for any port: a server binds it only when its
+    model is loaded. The last ones that this process got are skipped, as their servers may not listen yet. Another process may
+    still take the port: then `Host` restarts the server."""
+    ports = _ports_to_be_named()
     while True:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, random.SystemRandom().choice(ports)))
             port = int(probe.getsockname()[1])
-        if port not in _HANDED_OUT:
-            _HANDED_OUT.append(port)
-            return port
+            if port not in _HANDED_OUT:
+                _HANDED_OUT.append(port)
+                return port
+
+
+def _ports_to_be_named() -> Sequence[int]:
+    """Those of `_PORTS` that the kernel gives to nobody by itself; 0, any port, where that leaves too few."""
+    try:
+        first, last = map(int, _EPHEMERAL.read_text().split())
+    except (OSError, ValueError):
+        return (0,)
+    ports = [port for port in _PORTS if not first <= port <= last]
+    return ports if len(ports) > 2 * _REMEMBERED else (0,)
 
 
 def share_of_free(fraction: float, devices: str | None) -> float:
@@ -117,6 +134,7 @@ class ServerProcess:
         self._report, report = os.pipe()
         # SGLang prints its arguments, including the API key: only the user may read them.
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            self._log_begin = output.seek(0, os.SEEK_END)
             self._watchdog = subprocess.Popen(
                 [sys.executable, str(_WATCHDOG), str(_GRACE_S), str(report), command.python, *self._arguments()],
                 stdin=subprocess.PIPE,
@@ -158,12 +176,18 @@ class ServerProcess:
         """Whether the server's process has not ended."""
         return self._watchdog.poll() is None
 
-    def last_words(self, lines: int = 15) -> str:
-        """The end of its log."""
+    def said(self) -> str:
+        """What this process has written to its log."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            with self.log.open("rb") as log:
+                log.seek(self._log_begin)
+                return log.read().decode(errors="replace")
         except OSError:
             return ""
+
+    def last_words(self, lines: int = 15) -> str:
+        """The end of that."""
+        return "\n".join(self.said().splitlines()[-lines:])
 
     def stop(self) -> None:
         """Stop the server and wait until all its processes have ended; idempotent."""
