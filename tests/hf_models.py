@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3ForCausalLM,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
@@ -50,6 +52,19 @@ _GLM = dict(
     partial_rotary_factor=0.5,
     tie_word_embeddings=False,
 )
+_LATENT = dict(
+    **{**_COMMON, "num_key_value_heads": 4},
+    q_lora_rank=22,
+    kv_lora_rank=26,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=14,
+    rope_interleave=True,
+    moe_intermediate_size=28,
+    tie_word_embeddings=False,
+)
+_LATENT.pop("head_dim")
+_DEEPSEEK_YARN = dict(**_YARN_ROPE, mscale=0.7, mscale_all_dim=0.7, beta_fast=16, beta_slow=1)
 FAMILIES = {
     "llama": (LlamaForCausalLM, dict(**_COMMON, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False)),
     "qwen2": (Qwen2ForCausalLM, dict(**_COMMON, tie_word_embeddings=True)),
@@ -63,8 +78,32 @@ FAMILIES = {
         dict(**_MIXTURE, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1], tie_word_embeddings=True),
     ),
     "glm4_moe": (Glm4MoeForCausalLM, dict(**_GLM, use_qk_norm=True)),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        dict(
+            **_LATENT,
+            rope_parameters=_DEEPSEEK_YARN,
+            n_routed_experts=12,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            routed_scaling_factor=2.5,
+            first_k_dense_replace=1,
+        ),
+    ),
 }
 ALIKE = {
+    "glm4_moe_lite": (
+        Glm4MoeLiteForCausalLM,
+        dict(
+            **{**_LATENT, "q_lora_rank": None},
+            n_routed_experts=6,
+            num_experts_per_tok=3,
+            n_shared_experts=1,
+            routed_scaling_factor=1.8,
+        ),
+    ),
     "glm4_moe_air": (Glm4MoeForCausalLM, dict(**_GLM, use_qk_norm=False)),
     "mistral": (MistralForCausalLM, dict(**_COMMON, sliding_window=None, tie_word_embeddings=False)),
 }

@@ -158,7 +158,7 @@ def test_gradients_of_other_models_equal_autograd_through_transformers(gangs, hf
 
 
 @pytest.mark.parametrize("layout", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
 def test_gradients_of_experts_and_router_equal_autograd_through_transformers(gangs, hf_models, references, family, layout):
     gradients = references(family)[1]
     assert all(gradient.abs().max() > 1e-4 for name, gradient in gradients.items() if ".mlp." in name)

@@ -99,7 +99,7 @@ def test_loss_gradients_and_weights_equal_those_of_one_process(gangs, hf_models,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
 def test_those_of_a_mixture_too(gangs, hf_models, single, family, layout):
     world, overrides = MIXTURES[layout]
     for found in run(gangs, hf_models[family], world, overrides):

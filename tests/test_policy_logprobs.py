@@ -82,8 +82,13 @@ def test_padded_logits_with_a_context_extended_by_yarn_equal_transformers(gangs,
     check_logits(gangs, hf_models["qwen3_yarn"], *LAYOUTS["tp1"])
 
 
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp_ep2_etp1"])
+def test_logprobs_and_entropy_of_queries_without_a_latent_equal_transformers(gangs, hf_models, layout):
+    check(gangs, hf_models["glm4_moe_lite"], *MIXTURES[layout])
+
+
 @pytest.mark.parametrize("layout", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
 def test_logprobs_and_entropy_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
     check(gangs, hf_models[family], *MIXTURES[layout])
 
@@ -122,7 +127,7 @@ def test_padded_logits_equal_transformers(gangs, hf_models, family, layout):
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "pp2", "ep2", "tp2_sp_ep2_etp1"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
 def test_padded_logits_of_a_mixture_equal_transformers(gangs, hf_models, family, layout):
     check_logits(gangs, hf_models[family], *MIXTURES[layout])
 

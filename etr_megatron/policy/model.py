@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -61,7 +62,10 @@ class PolicyModel(GPTModel):
             position_embedding_type="rope",
             rotary_percent=arch.rotary_fraction,
         )
-        self.rotary_pos_emb.inv_freq = rotary_frequencies(arch).to(platform.device())
+        frequencies = rotary_frequencies(arch).to(platform.device())
+        for module in self.modules():  # latent attention has one in every layer
+            if isinstance(module, RotaryEmbedding):
+                module.inv_freq = frequencies
         self.arch, self.layout = arch, layout
         self.vocab_shard = VocabShard(
             padded // layout.tp,

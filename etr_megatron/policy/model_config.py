@@ -11,9 +11,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from etr_megatron import platform
@@ -52,21 +54,20 @@ def transformer_config(
         "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     }
-    return TransformerConfig(
+    return (MLATransformerConfig if arch.latent else TransformerConfig)(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
         num_attention_heads=arch.heads,
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
-        softmax_scale=softmax_scale(arch),
+        **_attention_options(arch),
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -82,11 +83,32 @@ def transformer_config(
         calculate_per_token_loss=True,
         # megatron-core requires it with variable_seq_lengths, even for dense models
         moe_token_dispatcher_type="alltoall",
-        **_fusions(fused),
+        **_fusions(fused, latent=arch.latent is not None),
         **_pipeline_options(layout, dtype),
         **_expert_options(arch, grouped=fused, aux_loss_coef=aux_loss_coef, router_fp32=router_fp32),
         **recompute_options[recompute],
         **fp8_options(fp8 or Fp8Config(), experts=arch.experts is not None),
+    )
+
+
+def _attention_options(arch: Architecture) -> dict[str, Any]:
+    """Norms and the attention scale, and the sizes of latent attention.
+
+    Megatron's embedding without scaling gets the frequencies of `rotary_frequencies`; of YaRN only the scale is left to it.
+    """
+    latent = arch.latent
+    if latent is None:
+        return dict(qk_layernorm=arch.qk_norm, softmax_scale=softmax_scale(arch))
+    return dict(
+        qk_layernorm=True,
+        q_lora_rank=latent.q_rank,
+        kv_lora_rank=latent.kv_rank,
+        qk_head_dim=latent.nope_dim,
+        qk_pos_emb_head_dim=latent.rope_dim,
+        v_head_dim=latent.value_dim,
+        rope_type="rope",
+        rotary_scaling_factor=arch.rope.get("factor", 1.0),
+        mscale_all_dim=arch.rope.get("mscale_all_dim", 0.0),
     )
 
 
@@ -105,14 +127,15 @@ def _pipeline_options(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def _fusions(fused: bool) -> dict[str, Any]:
-    """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are used."""
+def _fusions(fused: bool, *, latent: bool) -> dict[str, Any]:
+    """Which of Megatron's fused kernels are used. fused: whether Transformer Engine's layers are used. latent: whether the
+    model has latent attention, for which Megatron's fused rotary embedding computes frequencies of its own."""
     return dict(
         persist_layer_norm=fused,
         bias_dropout_fusion=fused,
         bias_activation_fusion=fused,
         masked_softmax_fusion=False,
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and not latent,
         # Megatron's own linear layers need apex for this fusion and cannot be built without it.
         gradient_accumulation_fusion=fused and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
@@ -141,6 +164,8 @@ def _expert_options(arch: Architecture, *, grouped: bool, aux_loss_coef: float, 
         moe_router_dtype="fp32" if router_fp32 or experts.score_function == "sigmoid" else None,
         moe_router_enable_expert_bias=experts.expert_bias,
         moe_router_bias_update_rate=0.0,  # servers and checkpoints keep the bias that pretraining has found
+        moe_router_num_groups=experts.groups if experts.groups > 1 else None,
+        moe_router_group_topk=experts.groups_per_token if experts.groups > 1 else None,
         moe_router_topk_scaling_factor=experts.scaling_factor if experts.scaling_factor != 1.0 else None,
         moe_shared_expert_intermediate_size=experts.shared_size or None,
         moe_grouped_gemm=grouped,
@@ -167,17 +192,28 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if experts else None,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization="RMSNorm",
     )
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
-    if experts:
-        # Checkpoints name the norm before a dense MLP after the linear layer that TE fuses it with; MoE layers fuse none.
-        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
+    # Checkpoints name a norm after the linear layer that TE fuses it with.
+    fused = parts.sharded_state_dict_keys_map
+    if config.multi_latent_attention:
+        # Without the package, Megatron has stand-ins for TE's classes, and `isinstance` with one of them fails.
+        multi_latent_attention.HAVE_TE = False
+        # As in TE's spec, every rank has them whole. The local spec would split them, and checkpoints would differ.
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+        attention.q_layernorm = attention.kv_layernorm = LocalRMSNorm
+        fused["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        for latent in ("q", "kv"):
+            fused[f"self_attention.{latent}_layernorm."] = f"self_attention.linear_{latent}_up_proj.layer_norm_"
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if experts:  # MoE layers fuse none
+        del fused["pre_mlp_layernorm."]
     return layer
 
 
@@ -198,8 +234,9 @@ def softmax_scale(arch: Architecture) -> float | None:
 
 def _rotary(arch: Architecture) -> tuple[torch.Tensor, float]:
     """(inverse frequencies, scale of queries and keys)."""
+    head_dim = arch.latent.rope_dim if arch.latent else arch.head_dim
     if arch.rope["rope_type"] == "default":
-        turned = int(arch.head_dim * arch.rotary_fraction)
+        turned = int(head_dim * arch.rotary_fraction)
         exponent = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
         return 1.0 / (arch.rope["rope_theta"] ** exponent), 1.0
     from transformers.configuration_utils import PreTrainedConfig  # takes a second to import, and few models need it
@@ -208,7 +245,7 @@ def _rotary(arch: Architecture) -> tuple[torch.Tensor, float]:
     config = PreTrainedConfig(
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.heads,
-        head_dim=arch.head_dim,
+        head_dim=head_dim,
         max_position_embeddings=arch.max_positions,
         rope_parameters=dict(arch.rope),
     )

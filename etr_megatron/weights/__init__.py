@@ -1,6 +1,6 @@
 """Weights: one table per model family, and everything derived from it. Megatron is not imported here; see `policy` for that."""
 
-from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, read_architecture
+from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, LatentAttention, read_architecture
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
@@ -16,6 +16,7 @@ __all__ = [
     "TABLES",
     "Architecture",
     "Experts",
+    "LatentAttention",
     "Placement",
     "SafetensorsDir",
     "ServerLayout",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.experts import Experts, read_glm4_experts, read_qwen3_experts
+from etr_megatron.weights.experts import Experts, read_biased_experts, read_qwen3_experts
 from etr_megatron.weights.hf_config import (
     natural_number,
     optional_bool,
@@ -16,6 +16,7 @@ from etr_megatron.weights.hf_config import (
     read_config,
     spelled,
 )
+from etr_megatron.weights.latent import LatentAttention, read_latent_attention
 from etr_megatron.weights.map import TABLES
 from etr_megatron.weights.rope import read_rope
 
@@ -26,18 +27,23 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
 """HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
+
+BIASED_ROUTERS = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")
+"""Families whose experts are chosen by sigmoids plus a bias per expert."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder with grouped-query attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
+    """A decoder with grouped-query or (`latent`) latent attention, RMSNorm and gated MLPs, dense or (`experts`) mixtures.
 
     rope: parameters of the rotary embedding as transformers 5 writes them (`rope_type`, `rope_theta`, scaling factors,
     `partial_rotary_factor`), see `read_rope`. use_qk_norm: whether queries and keys have norms, if the family's table has some.
     mtp_layers: layers that a checkpoint may have after the last one, for multi-token prediction. They are neither loaded nor
-    trained.
+    trained. With latent attention, head_dim is that of queries and keys, and every head has keys and values of its own.
     """
 
     family: str
@@ -54,6 +60,7 @@ class Architecture:
     rope: dict[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
     use_qk_norm: bool = True
+    latent: LatentAttention | None = None
     mtp_layers: int = field(default=0, compare=False)
 
     @property
@@ -64,7 +71,12 @@ class Architecture:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys have an RMSNorm per head."""
-        return self.use_qk_norm and _has_rows(self.family, "q_layernorm.")
+        return self.use_qk_norm and self.latent is None and _has_rows(self.family, "q_layernorm.")
+
+    @property
+    def value_dim(self) -> int:
+        """Dimensions of a head's value."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
     @property
     def rotary_fraction(self) -> float:
@@ -104,7 +116,11 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
         wanted["attention_bias"] = False
     if family == "glm4_moe":
         config = {"attention_bias": False, **config}  # transformers' default
-        wanted |= {"attention_bias": True, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}
+        wanted["attention_bias"] = True
+    if family in BIASED_ROUTERS:
+        wanted |= {"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    if family in ("glm4_moe", "glm4_moe_lite"):
+        wanted |= {"n_group": 1, "topk_group": 1}
     for key, value in wanted.items():
         if config.get(key, value) != value:
             found, only = spelled(config[key]), spelled(value)
@@ -136,13 +152,16 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     if not known:
         raise UserError(f"{source}: architectures is {names}; supported are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[known[0]]
-    glm = family == "glm4_moe"
+    biased = family in BIASED_ROUTERS
     _refuse_unsupported(config, family, source)
     heads, hidden = (positive_int(config, name, source) for name in ("num_attention_heads", "hidden_size"))
     kv_heads = positive_int(config, "num_key_value_heads", source, heads)
     if heads % kv_heads:
         raise UserError(f"{source}: num_attention_heads is {heads}, which is not a multiple of num_key_value_heads {kv_heads}")
     layers, mixture = positive_int(config, "num_hidden_layers", source), _has_rows(family, ".experts.")
+    latent = read_latent_attention(config, source) if _has_rows(family, ".linear_kv_up_proj.") else None
+    if latent and kv_heads != heads:
+        raise UserError(f"{source}: num_key_value_heads is {kv_heads}; only {heads}, the number of heads, is supported")
     return Architecture(
         family=family,
         layers=layers,
@@ -150,13 +169,14 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         intermediate_size=positive_int(config, "intermediate_size", source),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=positive_int(config, "head_dim", source, hidden // heads),
+        head_dim=latent.head_dim if latent else positive_int(config, "head_dim", source, hidden // heads),
         vocab_size=positive_int(config, "vocab_size", source),
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
         norm_eps=positive_number(config, "rms_norm_eps", source),
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
-        rope=read_rope(config, source, fraction=0.5 if glm else None),
-        use_qk_norm=optional_bool(config, "use_qk_norm", source) if glm else True,
-        experts=(read_glm4_experts if glm else read_qwen3_experts)(config, layers, source) if mixture else None,
-        mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if glm else 0,
+        rope=read_rope(config, source, fraction=0.5 if family == "glm4_moe" else None, latent=latent is not None),
+        use_qk_norm=optional_bool(config, "use_qk_norm", source) if family == "glm4_moe" else True,
+        experts=(read_biased_experts if biased else read_qwen3_experts)(config, layers, source) if mixture else None,
+        latent=latent,
+        mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if biased else 0,
     )

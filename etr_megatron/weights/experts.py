@@ -13,6 +13,7 @@ from etr_megatron.weights.hf_config import (
     optional_layers,
     positive_int,
     positive_number,
+    spelled,
 )
 
 
@@ -22,7 +23,8 @@ class Experts:
 
     normalized: whether the weights of a token's chosen experts are divided by their sum. shared_size: width of the MLP that
     every token passes besides its experts; 0 is none. score_function: of the router's logits, softmax or sigmoid. expert_bias:
-    whether experts are chosen by score plus a bias per expert. scaling_factor: of the chosen experts' weights.
+    whether experts are chosen by score plus a bias per expert. scaling_factor: of the chosen experts' weights. groups: of
+    consecutive experts, `groups_per_token` of which a token may choose from: those whose two best experts are best.
     """
 
     count: int
@@ -34,6 +36,8 @@ class Experts:
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     expert_bias: bool = False
     scaling_factor: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
 
 
 def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
@@ -54,16 +58,19 @@ def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Exp
     )
 
 
-def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
-    """A field that is absent has transformers' default. Raises UserError."""
+def read_biased_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
+    """Experts of GLM-4.5 and DeepSeek-V3. An absent field has the default of GLM-4.5 in transformers. Raises UserError."""
     count = positive_int(config, "n_routed_experts", source)
     per_token = _per_token(config, count, source)
     if per_token == 1:
         raise UserError(f"{source}: num_experts_per_tok is 1, which leaves the router without a gradient")
     size = positive_int(config, "moe_intermediate_size", source)
-    dense = natural_number(config, "first_k_dense_replace", source, 1)
+    dense = _first_dense(config, layers, source)
     if dense >= layers:
         raise UserError(f"{source}: first_k_dense_replace is {dense}, which leaves none of the {layers} layers with experts")
+    groups = positive_int(config, "n_group", source, 1)
+    chosen = positive_int(config, "topk_group", source, 1)
+    _refuse_other_groups(count, per_token, groups, chosen, source)
     return Experts(
         count=count,
         per_token=per_token,
@@ -74,7 +81,41 @@ def read_glm4_experts(config: dict[str, Any], layers: int, source: Path) -> Expe
         score_function="sigmoid",
         expert_bias=True,
         scaling_factor=positive_number(config, "routed_scaling_factor", source, 1.0),
+        groups=groups,
+        groups_per_token=chosen if groups > 1 else 1,
     )
+
+
+def _first_dense(config: dict[str, Any], layers: int, source: Path) -> int:
+    """Published configs say first_k_dense_replace; for GLM-4.7-Flash, transformers 5 writes the kind of every layer."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return natural_number(config, "first_k_dense_replace", source, 1)
+    dense = kinds.count("dense") if isinstance(kinds, list) else 0
+    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise UserError(
+            f"{source}: mlp_layer_types is {spelled(kinds)}; only dense layers followed by sparse ones, {layers} in all, are "
+            "supported"
+        )
+    if config.get("first_k_dense_replace", dense) != dense:
+        raise UserError(
+            f"{source}: first_k_dense_replace is {spelled(config['first_k_dense_replace'])}, but mlp_layer_types begins with "
+            f"{dense} dense layers; remove the wrong one"
+        )
+    return dense
+
+
+def _refuse_other_groups(count: int, per_token: int, groups: int, chosen: int, source: Path) -> None:
+    if count % groups or chosen > groups or count // groups * chosen < per_token:
+        raise UserError(
+            f"{source}: n_group={groups} with topk_group={chosen} cannot give {per_token} of {count} experts to a token"
+        )
+    if groups > 1 and (per_token // chosen != 2 or count // groups < 2):
+        # Megatron ranks groups by as many of their experts as a token has in each, others always by two.
+        raise UserError(
+            f"{source}: num_experts_per_tok={per_token} with topk_group={chosen} of {groups} groups of {count // groups} "
+            "experts; groups are supported only if a token has two experts in each that it may choose from"
+        )
 
 
 def _per_token(config: dict[str, Any], count: int, source: Path) -> int:

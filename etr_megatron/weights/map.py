@@ -118,6 +118,31 @@ _ATTENTION = (
     ),
     _row("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "HQ"}, fp8=True),
 )
+_QUERIES = _row("self_attention.linear_q_proj.weight", "column", {"self_attn.q_proj.weight": "QH"}, fp8=True)
+_LATENT_QUERIES = (
+    _row("self_attention.linear_q_down_proj.weight", "replicated", {"self_attn.q_a_proj.weight": "AH"}, fp8=True),
+    _row(
+        "self_attention.q_layernorm.weight",
+        "replicated",
+        {"self_attn.q_a_layernorm.weight": "A"},
+        te="self_attention.linear_q_up_proj.layer_norm_weight",
+    ),
+    _row("self_attention.linear_q_up_proj.weight", "column", {"self_attn.q_b_proj.weight": "QA"}, fp8=True),
+)
+_LATENT_ATTENTION = (
+    _row("input_layernorm.weight", "replicated", {"input_layernorm.weight": "H"}),
+    _QUERIES,
+    *_LATENT_QUERIES,
+    _row("self_attention.linear_kv_down_proj.weight", "replicated", {"self_attn.kv_a_proj_with_mqa.weight": "LH"}, fp8=True),
+    _row(
+        "self_attention.kv_layernorm.weight",
+        "replicated",
+        {"self_attn.kv_a_layernorm.weight": "C"},
+        te="self_attention.linear_kv_up_proj.layer_norm_weight",
+    ),
+    _row("self_attention.linear_kv_up_proj.weight", "column", {"self_attn.kv_b_proj.weight": "UC"}, fp8=True),
+    _row("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "HO"}, fp8=True),
+)
 _QKV_BIAS = (
     _row(
         "self_attention.linear_qkv.bias",
@@ -191,6 +216,7 @@ _SHARED_EXPERTS = (
         layers="moe",
     ),
 )
+_LATENT_MIXTURE = (_EMBEDDING, *_LATENT_ATTENTION, *_MLP, *_EXPERTS, *_BIASED_ROUTER, *_SHARED_EXPERTS, *_END)
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
     "mistral": (_EMBEDDING, *_ATTENTION, *_MLP, *_END),
@@ -201,6 +227,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
         *(_EMBEDDING, *_ATTENTION, *_QKV_BIAS, *_QK_NORM, *_MLP),
         *(*_EXPERTS, *_BIASED_ROUTER, *_SHARED_EXPERTS, *_END),
     ),
+    "glm4_moe_lite": _LATENT_MIXTURE,
+    "deepseek_v3": _LATENT_MIXTURE,
 }
 """Family -> rows, in the order of the model."""
 
@@ -212,12 +240,22 @@ def hf_name(family: str, megatron: str) -> str:
 
 def _dimensions(arch: Architecture) -> dict[str, int]:
     """Sizes of the letters in the table's shapes."""
-    experts = arch.experts
+    experts, latent = arch.experts, arch.latent
+    of_latents = {}
+    if latent is not None:
+        of_latents = {
+            "A": latent.q_rank or 0,
+            "C": latent.kv_rank,
+            "L": latent.cached_dim,
+            "U": arch.heads * (latent.nope_dim + latent.value_dim),
+        }
     return {
+        **of_latents,
         "V": arch.vocab_size,
         "H": arch.hidden_size,
         "Q": arch.heads * arch.head_dim,
         "K": arch.kv_heads * arch.head_dim,
+        "O": arch.heads * arch.value_dim,
         "D": arch.head_dim,
         "F": arch.intermediate_size,
         "E": experts.intermediate_size if experts else 0,
@@ -279,10 +317,19 @@ def _layer_weights(rows: tuple[Row, ...], arch: Architecture, sizes: dict[str, i
                 yield _weight(row, arch, sizes, layer, expert)
 
 
+def _has(arch: Architecture, row: Row) -> bool:
+    """Whether a model has a row that not all of its family have."""
+    if row in _QK_NORM:
+        return arch.qk_norm
+    if arch.latent is not None and (row is _QUERIES or row in _LATENT_QUERIES):
+        return (row in _LATENT_QUERIES) == (arch.latent.q_rank is not None)
+    return True
+
+
 def weights_of(arch: Architecture) -> Iterator[Weight]:
     """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied)."""
     rows, sizes = TABLES[arch.family], _dimensions(arch)
-    in_layer = tuple(row for row in rows if "{layer}" in row.megatron and (arch.qk_norm or row not in _QK_NORM))
+    in_layer = tuple(row for row in rows if "{layer}" in row.megatron and _has(arch, row))
     before = rows[: rows.index(in_layer[0])]
     after = rows[rows.index(in_layer[-1]) + 1 :]
     for row in before:

@@ -18,10 +18,11 @@ _YARN_OTHER = ("attention_factor", "attn_factor", "extrapolation_factor", "mscal
 """transformers reads some of these, servers others."""
 
 
-def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = None) -> dict[str, Any]:
+def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = None, latent: bool = False) -> dict[str, Any]:
     """`rope_type` ("default", "llama3" or "yarn"), `rope_theta` and, for the latter two, the parameters of their scaling.
 
-    fraction: default of `partial_rotary_factor`, which then is in the result; None for a family that has only 1.
+    fraction: default of `partial_rotary_factor`, which then is in the result; None for a family that has only 1. latent:
+    whether it is that of latent attention, whose YaRN has `mscale_all_dim`, a factor of the attention scale.
 
     Published configs have `rope_theta` and, for a scaled one, `rope_scaling`; transformers 5 writes all into `rope_parameters`.
     source: the file, for messages. Raises UserError for missing, contradictory or unsupported values.
@@ -43,6 +44,9 @@ def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = 
                 f"{source}: rope_type yarn turns whole heads here, not {rope['partial_rotary_factor']} of each "
                 "(partial_rotary_factor)"
             )
+        if latent:
+            rope["mscale"] = rope["mscale_all_dim"] = _latent_scale(scaling, source)
+            scaling = {name: value for name, value in scaling.items() if name not in ("mscale", "mscale_all_dim")}
         _refuse_other_yarn(scaling, source)
         rope["factor"] = positive_number(scaling, "factor", source)
         rope |= {name: positive_number(scaling, name, source) for name in _YARN_OPTIONAL if name in scaling}
@@ -66,6 +70,14 @@ def _partial(config: dict[str, Any], places: dict[str, dict[str, Any]], default:
     if value > 1:
         raise UserError(f"{source}: {name} is {value}, more than 1")
     return {name: value}
+
+
+def _latent_scale(scaling: dict[str, Any], source: Path) -> float:
+    """`mscale_all_dim`, which must be `mscale`: cosines and sines, which their ratio scales, then are as they were."""
+    scale, of_all = (positive_number(scaling, name, source) for name in ("mscale", "mscale_all_dim"))
+    if scale != of_all:
+        raise UserError(f"{source}: mscale is {scale} and mscale_all_dim {of_all}; only equal ones are supported")
+    return of_all
 
 
 def _refuse_other_yarn(scaling: dict[str, Any], source: Path) -> None:

@@ -1,0 +1,52 @@
+"""A model's multi-head latent attention (MLA, arXiv 2405.04434) from its HuggingFace config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.hf_config import positive_int, spelled
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are projected up from one latent per token, which is all that a server caches of it.
+
+    A head's query and key have `nope_dim` dimensions without a position and `rope_dim` that the rotary embedding turns; the
+    latter are one key for all heads, beside the latent of width `kv_rank`. value_dim: of a head. q_rank: width of the queries'
+    latent; None if queries are projected at once.
+    """
+
+    kv_rank: int
+    q_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head's query, and of its key."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Elements that a server caches per token and layer, whatever the number of heads and of its ranks."""
+        return self.kv_rank + self.rope_dim
+
+
+def read_latent_attention(config: dict[str, Any], source: Path) -> LatentAttention:
+    """source: the file, for messages. Raises UserError for missing, malformed or unsupported values."""
+    if config.get("rope_interleave", True) is not True:
+        raise UserError(f"{source}: rope_interleave is {spelled(config['rope_interleave'])}; only true is supported")
+    rope_dim = positive_int(config, "qk_rope_head_dim", source)
+    if rope_dim % 2:
+        raise UserError(f"{source}: qk_rope_head_dim is {rope_dim}, but a rotary embedding turns pairs of dimensions")
+    return LatentAttention(
+        kv_rank=positive_int(config, "kv_lora_rank", source),
+        q_rank=None if config.get("q_lora_rank") is None else positive_int(config, "q_lora_rank", source),
+        nope_dim=positive_int(config, "qk_nope_head_dim", source),
+        rope_dim=rope_dim,
+        value_dim=positive_int(config, "v_head_dim", source),
+    )
