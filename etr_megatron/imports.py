@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import os
@@ -10,6 +11,9 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+USERS_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
+"""What a user's function may raise: a script's main() may call sys.exit, and a coroutine may cancel itself."""
 
 
 class ImportPathError(Exception):
@@ -57,6 +61,11 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
     except ValueError:  # a builtin without a signature
         return False
     return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
+    """Whether it is an `async def`, or an object whose `__call__` is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def raised(path: str, error: BaseException) -> str:

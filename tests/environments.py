@@ -48,7 +48,29 @@ async def later(messages, answer, columns):
     lock = lock or asyncio.Lock()  # belongs to one event loop
     async with lock:
         await asyncio.sleep(0)
-        return eval(messages[-1]["content"])
+    value = eval(messages[-1]["content"])
+    return await value if asyncio.iscoroutine(value) else value
+
+async def appears(name):
+    while not os.path.exists(name):
+        await asyncio.sleep(0.02)
+    return name
+
+async def ignore_cancellation():
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            open("cancelled", "w").close()
+
+began = 0
+
+async def all_of(count):
+    global began
+    began += 1
+    while began < count:
+        await asyncio.sleep(0.01)
+    return "together"
 
 def of_two(messages, answer):
     return "hello"
@@ -66,8 +88,11 @@ def ask(code: str, answer: str = "5", **columns: object) -> EnvironmentRequest:
     )
 
 
-def pool_of(function: str, workers: int = 1, timeout_s: float = 600.0, role: str = "user") -> EnvironmentPool:
-    return EnvironmentPool(EnvironmentConfig(function=function, workers=workers, timeout_s=timeout_s, role=role))
+def pool_of(
+    function: str, workers: int = 1, timeout_s: float = 600.0, role: str = "user", concurrency: int = 64
+) -> EnvironmentPool:
+    limits = dict(workers=workers, concurrency=concurrency, timeout_s=timeout_s)
+    return EnvironmentPool(EnvironmentConfig(function=function, role=role, **limits))
 
 
 def all_replies(pool: EnvironmentPool) -> dict[int, EnvironmentReply]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 
 import pytest
 
@@ -141,16 +140,18 @@ def test_a_reply_that_comes_while_the_job_is_suspended_is_in_time(user_rewards, 
 
 def test_an_answers_clock_begins_when_the_answer_before_it_is_graded():
     worker = object.__new__(WorkerProcess)
-    worker.inflight, worker.head_since = deque(Job(index, b"") for index in range(2)), 0.0
+    worker.inflight, worker.head_since = {index: Job(index, b"") for index in range(2)}, 0.0
     begin = time.monotonic()
-    assert worker.finish_head().key == 0 and worker.head_since >= begin
-    assert worker.finish_head().key == 1 and worker.head_since is None
+    worker.finish(0)
+    assert list(worker.inflight) == [1] and worker.head_since >= begin
+    worker.finish(1)
+    assert not worker.inflight and worker.head_since is None
 
 
 def test_requests_sent_ahead_leave_the_clock_of_the_first_one_as_it_is():
     reading, writing = os.pipe()
     worker = object.__new__(WorkerProcess)
-    worker.inflight, worker.head_since, worker._outgoing = deque(), None, bytearray()
+    worker.inflight, worker.head_since, worker._outgoing = {}, None, bytearray()
     with os.fdopen(reading, "rb", 0) as received, os.fdopen(writing, "wb", 0) as worker._stdin:
         worker.send(Job(0, b"first\n"))
         begun = worker.head_since

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
+from etr_megatron.imports import (
+    USERS_ERRORS,
+    ImportPathError,
+    has_parameter,
+    import_function,
+    is_coroutine_function,
+    raised,
+    takes,
+)
 from etr_megatron.types import Message, further_keys
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
+AsyncEnvironment = Callable[[EnvironmentRequest], Awaitable[EnvironmentReply]]
 
 
-def load_environment(config: EnvironmentConfig) -> Environment:
-    """The environment that `config.function` names; it never raises an Exception.
+def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironment:
+    """The environment that `config.function` names, a coroutine function if that is one; it never raises an Exception.
 
     Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
@@ -28,24 +35,23 @@ def load_environment(config: EnvironmentConfig) -> Environment:
     if not takes(function, 3, named):
         wanted = "three arguments, the messages, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `response_id`, given by name" * bool(named))
-    runner = asyncio.Runner()  # one event loop for all calls, so that a coroutine function can keep its connections
+
+    def ask(request: EnvironmentRequest) -> Any:
+        return function(request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named})
 
     def call(request: EnvironmentRequest) -> EnvironmentReply:
         try:
-            value = function(
-                request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named}
-            )
-            if inspect.isawaitable(value):
-                value = runner.run(_result(value))
-            return _reply(value, config)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # a script's main() may call sys.exit
+            return _reply(ask(request), config)
+        except USERS_ERRORS as error:
             return EnvironmentReply(None, "error", raised(path, error))
 
-    return call
+    async def call_coroutine(request: EnvironmentRequest) -> EnvironmentReply:
+        try:
+            return _reply(await ask(request), config)
+        except USERS_ERRORS as error:
+            return EnvironmentReply(None, "error", raised(path, error))
 
-
-async def _result(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+    return call_coroutine if is_coroutine_function(function) else call
 
 
 def _reply(value: object, config: EnvironmentConfig) -> EnvironmentReply:

@@ -1,4 +1,4 @@
-"""A pool of processes that call the environment's function, each for one response at a time."""
+"""A pool of processes that call the environment's function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool, encode
+from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool
 
 
 class EnvironmentPool(FunctionPool):
@@ -30,19 +30,20 @@ class EnvironmentPool(FunctionPool):
         return self._pool.under_way
 
     def submit(self, key: int, request: EnvironmentRequest) -> None:
-        """Ask for a reply, which `poll` returns with `key`. Never blocks; a free worker begins at once.
+        """Ask for a reply, which `poll` returns with `key`; no other request under way may have the same. Never blocks; a free
+        worker begins at once.
 
         Raises RuntimeError after `close`.
         """
         if self._pool.closed:
             raise RuntimeError("this EnvironmentPool is closed")
-        self._pool.submit([(key, encode(asdict(request)))])
+        self._pool.submit([(key, asdict(request))])
 
     def poll(self, timeout_s: float) -> list[tuple[int, EnvironmentReply]]:
         """All replies since the last call, in the order in which they came, with their requests' keys.
 
         Waits for the first one for up to `timeout_s`; returns at once if nothing is under way. A call longer than
-        `environment.timeout_s` has its worker killed and replaced; one that crashes two workers is an error.
+        `environment.timeout_s` is cancelled or has its worker killed and replaced; one that crashes two workers is an error.
         Raises UserError if a replacement cannot load `environment.function`.
         """
         return [(key, self._reply(outcome)) for key, outcome in self._pool.poll(timeout_s)]
@@ -55,7 +56,7 @@ class EnvironmentPool(FunctionPool):
         if not isinstance(outcome, Lost):
             return EnvironmentReply(**outcome)  # type: ignore[arg-type]
         if outcome.why == "timeout":
-            detail = f"no reply within environment.timeout_s = {self._config.timeout_s} s; the process was killed"
+            detail = f"no reply within environment.timeout_s = {self._config.timeout_s} s; {outcome.how}"
             return EnvironmentReply(None, "timeout", detail)
         detail = f"the environment's process ended ({outcome.how}) in this call, {MAX_CRASHES} times"
         return EnvironmentReply(None, "error", detail)

@@ -24,8 +24,8 @@ class EnvironmentReply:
     """What the environment made of a turn.
 
     messages: the reply, at least one message; None if the response ends here.
-    status: "ok", "timeout" (the worker was killed at `environment.timeout_s`) or "error" (the function raised, returned
-        something else than a reply, or crashed its process twice). Not "ok" implies that `messages` is None.
+    status: "ok", "timeout" (the call was cancelled, or its worker killed, at `environment.timeout_s`) or "error" (the function
+        raised, returned something else than a reply, or crashed its process twice). Not "ok" implies that `messages` is None.
     detail: what went wrong, for people.
     """
 

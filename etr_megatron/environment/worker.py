@@ -6,20 +6,18 @@ A request has the fields of `EnvironmentRequest`; a reply has `messages`, `statu
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
-from etr_megatron.environment.functions import load_environment
+from etr_megatron.environment.functions import AsyncEnvironment, Environment, load_environment
 from etr_megatron.environment.reply import EnvironmentRequest
-from etr_megatron.platform.worker_main import Answer, serve
+from etr_megatron.platform.worker_main import serve
 
 
-def load(values: dict[str, Any]) -> Answer:
+def load(values: dict[str, Any]) -> Environment | AsyncEnvironment:
     """What answers a request under this config."""
-    environment = load_environment(EnvironmentConfig(**values))
-    return lambda request: asdict(environment(EnvironmentRequest(**request)))
+    return load_environment(EnvironmentConfig(**values))
 
 
 if __name__ == "__main__":
-    sys.exit(serve(load))
+    sys.exit(serve(load, EnvironmentRequest))

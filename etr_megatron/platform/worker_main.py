@@ -1,43 +1,89 @@
 """The other end of a `WorkerPool`: the main function of its processes, `python -m MODULE PARENT_PID CONFIG_JSON`.
 
-Requests and replies are JSON, one object per line, on stdin and stdout: first `{"ready": true}` or `{"fatal": "..."}`, then one
-reply per request, in order. A worker exits at the end of input. It has no time limits: the parent kills it.
+Requests and replies are JSON, one object per line, on stdin and stdout: first `{"ready": true, "concurrent": ...}` or
+`{"fatal": "..."}`, then `{"key": ..., "reply": {...}}` per `{"key": ..., "request": {...}}`: in order, or, of a coroutine
+function, as calls end. A worker exits at the end of input.
+
+The parent kills a worker whose call takes too long. Calls of a coroutine function are cancelled here instead, with a reply of
+`{"key": ..., "late": true}`; only one that blocks the event loop has to be killed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from etr_megatron.imports import ImportPathError
 from etr_megatron.platform.lifetime import die_with_parent
 
-Answer = Callable[[dict[str, Any]], dict[str, Any]]
+_LONGEST_LINE = 1 << 40
 
 
-def serve(load: Callable[[dict[str, Any]], Answer]) -> int:
+def serve(load: Callable[[dict[str, Any]], Callable[[Any], Any]], request_type: Callable[..., Any]) -> int:
     """Serve until end of input; returns the exit code.
 
-    load: called once, with the config's values (lists as tuples, as in the config's dataclasses); returns what makes a reply
-        of a request. May raise ImportPathError, which is the pool's error.
+    load: called once, with the config's values (lists as tuples, as in the config's dataclasses); returns a function of a
+        request, which returns a dataclass and never raises an Exception. If it is a coroutine function, all requests are
+        answered at once, each within the config's `timeout_s`. May raise ImportPathError, which is the pool's error.
+    request_type: makes a request of its fields.
     """
     parent_pid, config = int(sys.argv[1]), json.loads(sys.argv[2])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     requests, replies = _take_pipes()
     try:
-        answer = load({key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+        function = load({key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
     except ImportPathError as error:
         _send(replies, {"fatal": str(error)})
         return 1
-    _send(replies, {"ready": True})
-    for line in requests:
-        _send(replies, answer(json.loads(line)))
+    concurrent = inspect.iscoroutinefunction(function)
+    _send(replies, {"ready": True, "concurrent": concurrent})
+
+    def called(message: dict[str, Any]) -> Any:
+        return function(request_type(**message["request"]))
+
+    if concurrent:
+        asyncio.run(_serve_at_once(called, requests, replies, config["timeout_s"]))
+        return 0
+    for message in map(json.loads, requests):
+        _send(replies, {"key": message["key"], "reply": asdict(called(message))})
     return 0
+
+
+async def _serve_at_once(
+    called: Callable[[dict[str, Any]], Awaitable[Any]], requests: BinaryIO, replies: BinaryIO, timeout_s: float
+) -> None:
+    reader = asyncio.StreamReader(limit=_LONGEST_LINE)
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), requests)
+    calls: set[asyncio.Task[None]] = set()  # the loop itself keeps no reference to a task
+    with ThreadPoolExecutor(1) as writer:  # the parent may read late, and a full pipe must not hold other calls up
+
+        async def reply_to(message: dict[str, Any]) -> None:
+            reply = await _in_time(called(message), timeout_s)
+            await loop.run_in_executor(writer, _send, replies, {"key": message["key"], **reply})
+
+        while line := await reader.readline():
+            task = loop.create_task(reply_to(json.loads(line)))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+
+
+async def _in_time(reply: Awaitable[Any], timeout_s: float) -> dict[str, Any]:
+    call = asyncio.ensure_future(reply)
+    await asyncio.wait({call}, timeout=timeout_s)
+    if call.done():
+        return {"reply": asdict(call.result())}
+    call.cancel()  # and not awaited: it may ignore that
+    return {"late": True}
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

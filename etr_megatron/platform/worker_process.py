@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,20 +21,24 @@ _CLOSE_GRACE_S = 1.0
 
 @dataclass(slots=True)
 class Job:
-    """A request in flight. key: the caller's name for it. crashes: workers that it has crashed."""
+    """A request in flight. key: the caller's name for it. crashes: workers that ended while they had it, or of one that answers
+    in order, at it. sent: when its worker was given it (`time.monotonic()`)."""
 
     key: int
     line: bytes
     crashes: int = 0
+    sent: float = 0.0
 
 
 class WorkerProcess:
     """A started worker. Not thread-safe; the pool's calling thread drives it.
 
-    inflight: jobs written or queued for writing, in the order of their replies.
-    head_since: `time.monotonic()` at which the worker could begin with `inflight[0]`: when the previous reply arrived, or
+    concurrent: whether it works on all its requests at once; else on one after the other. Known once it is ready.
+    inflight: jobs written or queued for writing, by key, in that order.
+    head_since: `time.monotonic()` at which the worker could begin with the first of them: when the previous reply arrived, or
         when the last piece of the request was written; once a long reply arrives in pieces, when the latest one did. None
         without jobs; startup does not count against the time limit.
+    heard: when anything of a reply arrived last.
     """
 
     def __init__(self, module: str, config: str) -> None:
@@ -54,9 +57,10 @@ class WorkerProcess:
             os.set_blocking(stream.fileno(), False)
         self.pid = self._process.pid
         self.started = time.monotonic()
-        self.ready = False
-        self.inflight: deque[Job] = deque()
+        self.ready = self.concurrent = False
+        self.inflight: dict[int, Job] = {}
         self.head_since: float | None = None
+        self.heard = self.started
         self._outgoing = bytearray()
         self._incoming = bytearray()
 
@@ -77,9 +81,10 @@ class WorkerProcess:
 
     def send(self, job: Job) -> None:
         """Queue a request and write what fits into the pipe."""
+        job.sent = time.monotonic()
         if not self.inflight:
-            self.head_since = time.monotonic()
-        self.inflight.append(job)
+            self.head_since = job.sent
+        self.inflight[job.key] = job
         self._outgoing += job.line
         self.flush()
 
@@ -92,7 +97,7 @@ class WorkerProcess:
         except BrokenPipeError:
             self._outgoing.clear()
             return
-        if len(self._outgoing) > sum(len(job.line) for job in islice(self.inflight, 1, None)):
+        if len(self._outgoing) > sum(len(job.line) for job in islice(self.inflight.values(), 1, None)):
             self.head_since = time.monotonic()  # the worker has only now got this piece of its first request
         del self._outgoing[:written]
 
@@ -109,6 +114,7 @@ class WorkerProcess:
                 ended = True
                 break
             self._incoming += chunk
+            self.heard = time.monotonic()
         if self._incoming.find(b"\n", known) < 0:
             if len(self._incoming) > known and self.inflight:
                 self.head_since = time.monotonic()  # the reply is there, and longer than a pipe holds
@@ -117,11 +123,10 @@ class WorkerProcess:
         self._incoming = bytearray(rest)
         return [json.loads(line) for line in lines], ended
 
-    def finish_head(self) -> Job:
-        """Pop the job whose reply arrived, and start the clock of the next one."""
-        job = self.inflight.popleft()
+    def finish(self, key: int) -> None:
+        """Forget the job whose reply arrived, and start the clock of the next one."""
+        del self.inflight[key]
         self.head_since = time.monotonic() if self.inflight else None
-        return job
 
     def reap(self) -> str:
         """Wait for the worker, which has ended or been killed, and close its pipes; returns how it ended."""

@@ -22,19 +22,18 @@ STARTUP_TIMEOUT_S = 300.0
 MAX_CRASHES = 2
 """A request that crashes this many workers is an error; a single crash may have another cause, such as memory."""
 
+_GRACE_S = 10.0
+"""After its time limit, an event loop has this long to say that a call was late, or anything else, before its process counts as
+blocked."""
+
 _PIPES = 2
 """Open files per worker."""
 
 
-def encode(request: dict[str, Any]) -> bytes:
-    """One line of the workers' protocol."""
-    return json.dumps(request).encode() + b"\n"
-
-
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A request without a reply: its worker was killed at `timeout_s`, or it crashed `MAX_CRASHES` workers, the last one as
-    `how` says."""
+    """A request without a reply: it was late, and `how` says what was done about it, or it crashed `MAX_CRASHES` workers, the
+    last one as `how` says."""
 
     why: Literal["timeout", "crash"]
     how: str
@@ -54,7 +53,8 @@ class WorkerPool:
 
         module: what they run, with `worker_main.serve`. section: the config's name, for messages.
         worker: what messages call one of them, with its article.
-        ahead: requests that a worker may have at a time; more than one hides the pipe's latency.
+        ahead: requests that a worker may have at a time while it answers one after the other; more than one hides the pipe's
+            latency. One that answers them at once may have `config.concurrency`.
         """
         self._module, self._section, self._config = module, section, config
         self._worker, self._ahead = worker, ahead
@@ -73,9 +73,9 @@ class WorkerPool:
             self.close()
             raise
 
-    def submit(self, requests: Iterable[tuple[int, bytes]]) -> None:
-        """Queue requests, each a key and its `encode`d line, and send what can be sent without waiting."""
-        jobs = [Job(key, line) for key, line in requests]
+    def submit(self, requests: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        """Queue requests, each with a key that no other one under way has, and send what can be sent without waiting."""
+        jobs = [Job(key, json.dumps({"key": key, "request": request}).encode() + b"\n") for key, request in requests]
         self._pending.extend(jobs)
         self.under_way += len(jobs)
         self._fill()
@@ -142,15 +142,19 @@ class WorkerPool:
 
     def _feed(self) -> None:
         """Keep ready workers busy; sends fewer requests ahead towards the end, so that all workers finish together."""
-        for worker in self.workers:
-            if not self._pending:
+        while self._pending:
+            ahead = max(1, min(self._ahead, len(self._pending) // (2 * self._config.workers)))
+            alone = self._pending[0].crashes > 0  # if it crashes a worker again, it is known which request did
+            free = [one for one in self.workers if one.ready and len(one.inflight) < self._room(one, ahead, alone)]
+            if not free:
                 return
-            if not worker.ready:
-                continue
-            share = len(self._pending) // (2 * self._config.workers)
-            ahead = max(1, min(self._ahead, share))
-            while self._pending and len(worker.inflight) < ahead:
-                worker.send(self._pending.popleft())
+            min(free, key=lambda one: len(one.inflight)).send(self._pending.popleft())
+
+    def _room(self, worker: WorkerProcess, ahead: int, alone: bool) -> int:
+        """Requests that a worker may have with the next one. alone: whether that must have its worker to itself."""
+        if not worker.concurrent:
+            return ahead
+        return 1 if alone or any(job.crashes for job in worker.inflight.values()) else self._config.concurrency
 
     def _wait(self, now: float, end: float) -> list[WorkerProcess]:
         """Write queued requests and return workers with something to read, waiting at most until `end` or a deadline."""
@@ -172,38 +176,52 @@ class WorkerPool:
     def _deadline(self, worker: WorkerProcess) -> float | None:
         if not worker.ready:
             return worker.started + STARTUP_TIMEOUT_S
+        if worker.concurrent and worker.inflight:
+            oldest = next(iter(worker.inflight.values()))
+            return max(oldest.sent + self._config.timeout_s, worker.heard) + _GRACE_S
         return None if worker.head_since is None else worker.head_since + self._config.timeout_s
 
     def _receive(self, worker: WorkerProcess) -> None:
         messages, ended = worker.receive()
         for message in messages:
             if worker.ready:
-                self._outcomes.append((worker.finish_head().key, message))
+                worker.finish(message["key"])
+                late = Lost("timeout", "the call was cancelled")
+                self._outcomes.append((message["key"], late if "late" in message else message["reply"]))
             elif "ready" in message:
-                worker.ready = True
+                worker.ready, worker.concurrent = True, message["concurrent"]
             else:
                 raise self._load_error(message["fatal"])
         if ended:
             self._replace_crashed(worker)
 
     def _replace_crashed(self, worker: WorkerProcess) -> None:
-        jobs, (how,) = list(worker.inflight), self._drop([worker])
+        jobs, (how,) = list(worker.inflight.values()), self._drop([worker])
         if not worker.ready:
             raise self._load_error(f"{self._worker} ended while starting ({how}); see its own output")
-        if jobs:
-            jobs[0].crashes += 1
-            if jobs[0].crashes >= MAX_CRASHES:
-                self._outcomes.append((jobs.pop(0).key, Lost("crash", how)))
-        self._requeue(jobs)
+        self._suspect(jobs if worker.concurrent else jobs[:1], Lost("crash", how))
+        self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
+
+    def _suspect(self, jobs: list[Job], lost: Lost) -> None:
+        """Count against requests that their worker ended; those that it was too often are lost. Of requests that a worker
+        answered at once, it is not known which one it was: the next time each has a worker to itself."""
+        for job in jobs:
+            job.crashes += 1
+        self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
 
     def _enforce_deadlines(self, now: float) -> None:
         late = [worker for worker in self.workers if (deadline := self._deadline(worker)) is not None and deadline <= now]
         if not all(worker.ready for worker in late):
             raise self._load_error(f"{self._worker} was not ready after {STARTUP_TIMEOUT_S:.0f} s")
-        for worker, how in zip(late, self._drop(late), strict=True):
-            first, *rest = worker.inflight
-            self._outcomes.append((first.key, Lost("timeout", how)))
-            self._requeue(rest)
+        self._drop(late)
+        for worker in late:
+            jobs, lost = list(worker.inflight.values()), Lost("timeout", "the process was killed")
+            if worker.concurrent:
+                self._suspect(jobs, lost)
+                self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
+            else:
+                self._outcomes.append((jobs[0].key, lost))
+                self._requeue(jobs[1:])
 
     def _requeue(self, jobs: list[Job]) -> None:
         """Put the jobs that a lost worker did not reach back at the front, and replace the worker."""

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import ImportPathError, has_parameter, import_function, raised, takes
+from etr_megatron.imports import (
+    USERS_ERRORS,
+    ImportPathError,
+    has_parameter,
+    import_function,
+    is_coroutine_function,
+    raised,
+    takes,
+)
 from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.types import Message
 
 Grader = Callable[[GradeRequest], Grade]
+AsyncGrader = Callable[[GradeRequest], Awaitable[Grade]]
 
 ROUNDING = 1e-6
 """A reward outside its range by at most this fraction of it is clamped: float32 sums have errors of this size."""
 
 
-def load_grader(config: RewardConfig) -> Grader:
-    """The grader that `config.function` names, ready to grade (imports done, parsers warmed up).
+def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
+    """The grader that `config.function` names, ready to grade (imports done, parsers warmed up); a coroutine function if that
+    is one.
 
     Raises ImportPathError if the user's function cannot be imported or takes other arguments.
     """
@@ -37,7 +47,25 @@ def load_grader(config: RewardConfig) -> Grader:
         if config.columns:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `messages`, given by name" * bool(named))
-    return lambda request: _grade_custom(function, request, config, is_given_messages=bool(named))
+
+    def ask(request: GradeRequest) -> Any:
+        extra = (request.extra,) if config.columns else ()
+        messages = {"messages": request.messages or _single_turn(request)} if named else {}
+        return function(request.prompt, request.response, request.answer, *extra, **messages)
+
+    def grade(request: GradeRequest) -> Grade:
+        try:
+            return _grade_of(ask(request), config)
+        except USERS_ERRORS as error:
+            return Grade(config.range_min, "error", raised(config.function, error))
+
+    async def grade_coroutine(request: GradeRequest) -> Grade:
+        try:
+            return _grade_of(await ask(request), config)
+        except USERS_ERRORS as error:
+            return Grade(config.range_min, "error", raised(config.function, error))
+
+    return grade_coroutine if is_coroutine_function(function) else grade
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
@@ -50,19 +78,11 @@ def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:
     return Grade(config.range_max if verdict.correct else config.range_min, "ok", verdict.detail)
 
 
-def _grade_custom(
-    function: Callable[..., Any], request: GradeRequest, config: RewardConfig, *, is_given_messages: bool
-) -> Grade:
-    """Grade with a user's function. If it fails on an answer, that answer gets status "error", and the run continues.
+def _grade_of(value: Any, config: RewardConfig) -> Grade:
+    """The grade that a user's function returned; anything else than a reward gets status "error", and the run continues.
 
     Of a dict, as verl's scorers return, `score` is the reward, and other numbers are the grade's parts.
     """
-    try:
-        extra = (request.extra,) if config.columns else ()
-        named = {"messages": request.messages or _single_turn(request)} if is_given_messages else {}
-        value = function(request.prompt, request.response, request.answer, *extra, **named)
-    except (Exception, SystemExit) as error:  # a script's main() may call sys.exit
-        return Grade(config.range_min, "error", raised(config.function, error))
     parts: dict[str, float] = {}
     if isinstance(value, Mapping):
         if "score" not in value:

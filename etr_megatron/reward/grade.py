@@ -25,8 +25,9 @@ class Grade:
     """The verdict on one response.
 
     reward: within `reward.range_min` and `reward.range_max`; the minimum if the status is not "ok".
-    status: "ok" (graded, right or wrong), "timeout" (the grader was killed at `reward.timeout_s`), "error" (the reward
-        function failed, or crashed its process twice), or "out_of_range" (its reward was outside the configured range).
+    status: "ok" (graded, right or wrong), "timeout" (the call was cancelled, or the grader killed, at `reward.timeout_s`),
+        "error" (the reward function failed, or crashed its process twice), or "out_of_range" (its reward was outside the
+        configured range).
     detail: what was compared, or what went wrong; for people.
     parts: further numbers of the user's function, by name.
     """

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool, encode
+from etr_megatron.platform.workers import MAX_CRASHES, FunctionPool, Lost, WorkerPool
 from etr_megatron.reward.grade import Grade, GradeRequest
 
 MAX_INFLIGHT = 32
@@ -38,8 +38,8 @@ class GraderPool(FunctionPool):
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """One grade per request, in the order of the requests.
 
-        An answer that takes longer than `timeout_s` has its worker killed and replaced and gets `range_min` with
-        status "timeout"; one that crashes two workers gets `range_min` with status "error".
+        An answer that takes longer than `timeout_s` has its call cancelled, or its worker killed and replaced, and gets
+        `range_min` with status "timeout"; one that crashes two workers gets `range_min` with status "error".
         Raises UserError if a replacement cannot load `reward.function`, RuntimeError after `close`.
         """
         with self._lock:
@@ -47,7 +47,7 @@ class GraderPool(FunctionPool):
                 raise RuntimeError("this GraderPool is closed")
             grades: dict[int, Grade] = {}
             try:
-                self._pool.submit((index, encode(asdict(request))) for index, request in enumerate(requests))
+                self._pool.submit((index, asdict(request)) for index, request in enumerate(requests))
                 while self._pool.under_way:
                     grades |= {index: self._grade(outcome) for index, outcome in self._pool.poll(_POLL_S)}
             except BaseException:
@@ -65,7 +65,7 @@ class GraderPool(FunctionPool):
         if not isinstance(outcome, Lost):
             return Grade(**outcome)
         if outcome.why == "timeout":
-            detail = f"no grade within reward.timeout_s = {self._config.timeout_s} s; the grader was killed"
+            detail = f"no grade within reward.timeout_s = {self._config.timeout_s} s; {outcome.how}"
             return Grade(self._config.range_min, "timeout", detail)
         detail = f"the grader process ended ({outcome.how}) on this answer, {MAX_CRASHES} times"
         return Grade(self._config.range_min, "error", detail)

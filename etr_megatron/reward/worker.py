@@ -6,25 +6,23 @@ A request has `prompt`, `response`, `answer`, `extra` and `messages`; a reply ha
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.platform.worker_main import Answer, serve
-from etr_megatron.reward.functions import load_grader
+from etr_megatron.platform.worker_main import serve
+from etr_megatron.reward.functions import AsyncGrader, Grader, load_grader
 from etr_megatron.reward.grade import GradeRequest
 
 MATH_MEMORY_BYTES = 2 * 2**30
 """Address-space limit of a `math` grader: an answer such as 10^{10^{10}} must not exhaust the machine's memory."""
 
 
-def load(values: dict[str, Any]) -> Answer:
+def load(values: dict[str, Any]) -> Grader | AsyncGrader:
     """What grades a request under this config."""
     config = RewardConfig(**values)
     if config.function == "math":
         _limit_memory()
-    grade = load_grader(config)
-    return lambda request: asdict(grade(GradeRequest(**request)))
+    return load_grader(config)
 
 
 def _limit_memory() -> None:
@@ -37,4 +35,4 @@ def _limit_memory() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(load))
+    sys.exit(serve(load, GradeRequest))

@@ -71,16 +71,18 @@ class EnvironmentConfig:
     """Your function as `package.module:function`, called as `f(messages, answer, columns)` after each of the model's turns.
     `messages` are all chat messages so far, the last one the model's; `columns` is a dict of `reward.columns`. It returns the
     reply, as text, a message or a list of messages (dicts of `role` and `content`), or None, which ends the response. It may
-    be an `async def`; a process runs its calls one after the other, on one event loop. A call that raises or returns anything
-    else ends the response. null: a response is a single turn."""
+    be an `async def`. A call that raises or returns anything else ends the response. null: a response is a single turn."""
     max_turns: int = 8
     """Most turns of the model. A response that would go on after them counts as truncated (finish reason `length`)."""
     role: str = "user"
     """Role of a reply that is returned as text: `user`, `tool`, or another one of the tokenizer's chat template."""
     workers: int = 8
-    """Processes that call the function, each for one response at a time."""
+    """Processes that call the function, each for one response at a time, or up to `concurrency` if it is an `async def`."""
+    concurrency: int = 64
+    """Calls of an `async def` that a process has at a time, on one event loop."""
     timeout_s: float = 30.0
-    """Wall-clock limit per call. The process of a stuck call is killed and replaced, and the response ends without a reply."""
+    """Wall-clock limit per call, after which the response ends without a reply. The call of an `async def` is cancelled; any
+    other stuck call has its process killed and replaced."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class RewardConfig:
 
     function: str = "math"
     """`math` (math-verify), or your own function as `package.module:function`: `f(prompt, response, answer)`.
-    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`). A
-    parameter named `messages` gets all chat messages (without an environment, the user's last one and the response). With an
-    environment, `response` is the model's last turn."""
+    It returns the reward, or a dict with the reward as `score`, whose other numbers become metrics (`reward/<name>`), and may
+    be an `async def` (one that asks a model to judge). A parameter named `messages` gets all chat messages (without an
+    environment, the user's last one and the response). With an environment, `response` is the model's last turn."""
     columns: tuple[str, ...] = ()
     """More columns (`outer.inner` in a nested one) for your own function, which is then called as
     `f(prompt, response, answer, columns)`. `columns` is a dict; a value that a row, a whole held-out set or one of several
@@ -104,8 +106,11 @@ class RewardConfig:
     """Highest reward that the function can return. A reward outside the range stops the run."""
     workers: int = 2
     """Grader processes."""
+    concurrency: int = 64
+    """Calls of an `async def` that a process has at a time, on one event loop; others are made one after the other."""
     timeout_s: float = 10.0
-    """Wall-clock limit per answer. A stuck grader is killed and replaced; its answer counts as a timeout."""
+    """Wall-clock limit per answer, which then counts as a timeout. The call of an `async def` is cancelled; any other stuck
+    grader is killed and replaced."""
     overlong_buffer: int = 0
     """DAPO's overlong punishment: over this many last tokens before `rollout.max_response_tokens`, the trained reward falls
     linearly by `overlong_penalty`. 0 is off. The group variance is still computed from the verifier's rewards."""
