@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
@@ -120,10 +121,13 @@ def environment_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (tmp_path / "my_environment.py").write_text(function)
         monkeypatch.syspath_prepend(tmp_path)
         for imported in (name, "my_environment"):
-            monkeypatch.delitem(sys.modules, imported, raising=False)
-        return load_environment(EnvironmentConfig(function="my_environment:reply"))
+            sys.modules.pop(imported, None)
+        environment = load_environment(EnvironmentConfig(function="my_environment:reply"))
+        return lambda request: asyncio.run(environment(request))
 
-    return load
+    yield load
+    for imported in ("my_tools", "my_search", "my_environment"):
+        sys.modules.pop(imported, None)  # other tests have modules of these names
 
 
 def test_tools_of_verl_answer_as_there(environment_of):
