@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Pump:
@@ -32,6 +32,18 @@ class Pump:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Go on while the block runs. Raises at its end what the work raised, unless the block has raised."""
+        self.start()
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.stop()
+            raise
+        self.stop()
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,8 @@ class Hand:
         self._config, self._engine, self._cursor, self._decode, self._grader = config, engine, cursor, decode, grader
         self._dialogues = dialogues
         self._replying: dict[int, tuple[InHand, Sample]] = {}  # at the environment, by the sample's id()
-        # While the ranks train, dialogues go on in another thread. All methods below that touch the groups stop it first.
+        # While the ranks train, and during grading, dialogues go on in another thread. All methods below that touch the groups
+        # stop it first.
         self._pump = Pump(self._go_on_alone, "dialogues")
         self._groups: list[InHand] = []
         self._taken: tuple[int, list[InHand]] = (0, [])  # the last step, and its groups
@@ -85,12 +86,13 @@ class Hand:
         while True:
             self._ask(step, wanted)
             self._refuse_if_too_few()
-            if self._is_enough() or not any(held.missing for held in self._groups):
+            if self._is_enough() or all(held.is_judged for held in self._groups):
                 break
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) during the rollout of step {step}")
-            with timer("rollout"):
-                self._go_on(LOOK_S)
+            if any(held.missing for held in self._groups):
+                with timer("rollout"):
+                    self._go_on(LOOK_S)
             with timer("reward"):
                 self._judge()
         grades, self._grades = self._grades, []
@@ -279,11 +281,13 @@ class Hand:
 
     def _judge(self) -> None:
         """Reward complete groups and, with dynamic sampling, leave out those without a learning signal."""
-        complete = [held for held in self._groups if not held.missing]
+        complete = [held for held in self._groups if not held.missing and not held.is_judged]
         samples = [(held.group.problem, one) for held in complete for one in held.group.samples if one.reward is None]
         if not samples:
             return
-        grades = grade_samples(samples, self._grader)
+        # A reward may take its time: a model that judges, tests that run. Dialogues do not wait for it.
+        with nullcontext() if self._dialogues is None else self._pump.beside():
+            grades = grade_samples(samples, self._grader)
         self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
         for held in complete:
             held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)

@@ -53,7 +53,12 @@ class InHand:
     @property
     def is_ready(self) -> bool:
         """Whether it can be trained on: complete, rewarded, not left out."""
-        return not self.is_left_out and all(sample.reward is not None for sample in self.group.samples)
+        return not self.is_left_out and self.is_judged
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it is complete and rewarded."""
+        return all(sample.reward is not None for sample in self.group.samples)
 
     @property
     def oldest_version(self) -> int:

@@ -1,0 +1,73 @@
+"""Dialogues go on in a thread of their own while complete groups are graded."""
+
+from __future__ import annotations
+
+import pytest
+
+from etr_megatron.rollout.collect import UngradedError
+from tests.hands import Environment, Talker, assert_dialogue, hand_of, timer
+from tests.test_pump import no_thread_is_left, until
+
+__all__ = ["no_thread_is_left"]  # a fixture
+
+
+def broken(_timeout_s):
+    raise RuntimeError("a bug")
+
+
+OPTIONS = dict(partial=True, max_staleness=0, max_oversample=4)
+
+
+def test_turns_are_drawn_while_complete_groups_are_graded():
+    """The grader waits for replies to groups that are not complete yet."""
+    engine, environment = Talker(), Environment(slow=lambda number: number > 5)
+    hand = hand_of(engine, environment=environment, **OPTIONS)
+    grade, calls = hand._grader, []
+
+    def slow_grader(requests):
+        if not calls:
+            asked, drawn = len(environment.asked), len(engine.submitted)
+            environment.slow = lambda number: False
+            until(lambda: len(environment.asked) > asked and len(engine.submitted) > drawn)
+        calls.append(len(requests))
+        return grade(requests)
+
+    hand._grader = slow_grader
+    taken = hand.take(1, timer)
+    assert calls and len(taken.groups) == 4
+    for group in taken.groups:
+        for sample in group.samples:
+            assert_dialogue(group.problem, sample)
+    hand.close()
+
+
+def test_what_goes_wrong_in_a_turn_during_grading_is_raised_after_it():
+    environment = Environment(slow=lambda number: number > 5)
+    hand = hand_of(Talker(), environment=environment, **OPTIONS)
+    grade, graded = hand._grader, []
+
+    def grader(requests):
+        if not graded:
+            environment.poll = broken
+            until(lambda: hand._pump._error is not None)
+        graded.append(len(requests))
+        return grade(requests)
+
+    hand._grader = grader
+    with pytest.raises(RuntimeError, match="a bug"):
+        hand.take(1, timer)
+    assert len(graded) == 1 and sum(one.reward is not None for held in hand._groups for one in held.group.samples) == graded[0]
+
+
+def test_a_reward_that_cannot_be_had_matters_more_than_what_goes_wrong_in_a_turn_meanwhile():
+    environment = Environment(slow=lambda number: number > 5)
+    hand = hand_of(Talker(), environment=environment, **OPTIONS)
+
+    def grader(_requests):
+        environment.poll = broken
+        until(lambda: hand._pump._error is not None)
+        raise UngradedError("no judge")
+
+    hand._grader = grader
+    with pytest.raises(UngradedError, match="no judge"):
+        hand.take(1, timer)
