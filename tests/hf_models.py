@@ -109,6 +109,9 @@ ALIKE = {
 }
 """Families whose table in the weight map is another's, or a part of it, so that few tests need them."""
 
+WITH_EXPERTS = ("qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3")
+"""Those of `FAMILIES` with experts."""
+
 
 def write_model(name: str, path: Path, layers: int = 4, **changes: Any) -> str:
     """Write the family's model, with norms away from 1 and biases away from 0. layers: number of layers. changes: of its
