@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
 from etr_megatron.errors import UserError
+from etr_megatron.rollout.embedded import _replica
 from etr_megatron.weights import Experts, LatentAttention, check_checkpoint, read_architecture, weights_of
 from etr_megatron.weights.quantize import quantize_blocks
-from tests.hf_models import rewrite_config_as_published
+from tests.hf_models import rewrite_config_as_published, write_model
 from tests.test_convert import assert_same_bits, tensors_of
 from tests.test_convert_fp8 import dequantized
 from tests.test_glm4_moe import with_config
@@ -266,6 +267,16 @@ def test_absent_fields_are_what_transformers_takes(tmp_path, family):
     without = written(tmp_path / "undecided", {key: value for key, value in config.items() if key != "q_lora_rank"})
     with pytest.raises(UserError, match="field 'q_lora_rank' is missing"):
         read_architecture(without)
+
+
+def test_norms_of_latents_have_the_eps_of_the_config_that_transformers_does_not_use(gangs, tmp_path):
+    model = write_model("glm4_moe_lite", tmp_path / "model", q_lora_rank=22, rms_norm_eps=1e-3)
+    assert AutoModelForCausalLM.from_pretrained(model).model.layers[1].self_attn.q_a_layernorm.variance_epsilon == 1e-6
+    to_megatron(Path(model), tmp_path / "megatron", Ranks())
+    (found,) = gangs(1).run("tests.convert_jobs:verified", hf=model, megatron=str(tmp_path / "megatron"))
+    assert found.same and found.logits[0] < 1e-5
+    norms = [module for name, module in _replica(model, torch.float32).named_modules() if name.endswith("norm")]
+    assert len(norms) == 4 * 4 + 1 and {norm.variance_epsilon for norm in norms} == {1e-3}
 
 
 DRAFTING = {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.hf_config import positive_int, spelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,11 @@ def read_latent_attention(config: dict[str, Any], source: Path) -> LatentAttenti
         rope_dim=rope_dim,
         value_dim=positive_int(config, "v_head_dim", source),
     )
+
+
+def use_norm_eps(model: PreTrainedModel) -> None:
+    """Give the latents' norms of a transformers model the `rms_norm_eps` of its config, as servers and Megatron do;
+    transformers leaves them at 1e-6."""
+    for name, module in model.named_modules():
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.variance_epsilon = model.config.rms_norm_eps
