@@ -93,6 +93,45 @@ MOONLIGHT = {
     **dict(hidden_size=2048, num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=27, first_k_dense_replace=1),
     **dict(rope_theta=50000.0, routed_scaling_factor=2.446, num_nextn_predict_layers=0),
 }
+GLM_4_7_FLASH = dict(
+    architectures=["Glm4MoeLiteForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    dtype="bfloat16",
+    eos_token_id=[154820, 154827, 154829],
+    first_k_dense_replace=1,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=10240,
+    kv_lora_rank=512,
+    max_position_embeddings=202752,
+    model_type="glm4_moe_lite",
+    moe_intermediate_size=1536,
+    n_group=1,
+    n_routed_experts=64,
+    n_shared_experts=1,
+    norm_topk_prob=True,
+    num_attention_heads=20,
+    num_experts_per_tok=4,
+    num_hidden_layers=47,
+    num_key_value_heads=20,
+    num_nextn_predict_layers=1,
+    pad_token_id=154820,
+    partial_rotary_factor=1.0,
+    q_lora_rank=768,
+    qk_nope_head_dim=192,
+    qk_rope_head_dim=64,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    rope_theta=1000000,
+    routed_scaling_factor=1.8,
+    tie_word_embeddings=False,
+    topk_group=1,
+    topk_method="noaux_tc",
+    transformers_version="5.0.0rc0",
+    v_head_dim=256,
+    vocab_size=154880,
+)
 
 
 def written(folder: Path, config: dict[str, Any]) -> Path:
@@ -141,6 +180,17 @@ def test_the_same_model_type_without_groups_and_a_latent_of_queries_is_read(tmp_
     assert found.latent is not None and found.latent.q_rank is None and found.experts is not None
     assert (found.experts.groups, found.experts.groups_per_token, found.experts.shared_size) == (1, 1, 4096)
     assert found.rope == {"rope_type": "default", "rope_theta": 50000.0} and found.mtp_layers == 0
+
+
+def test_a_published_glm_4_7_flash_is_read_with_all_its_fields(tmp_path):
+    found = read_architecture(written(tmp_path / "model", GLM_4_7_FLASH))
+    assert found.latent == LatentAttention(kv_rank=512, q_rank=768, nope_dim=192, rope_dim=64, value_dim=256)
+    assert (found.norm_eps, found.mtp_layers, found.max_positions) == (1e-5, 1, 202752)
+    assert found.experts is not None and found.experts.dense_layers == frozenset({0})
+    assert (found.experts.count, found.experts.per_token, found.experts.scaling_factor) == (64, 4, 1.8)
+    assert found.rope == {"rope_type": "default", "rope_theta": 1000000}
+    total = sum(torch.Size(shape).numel() for weight in weights_of(found) for shape in weight.shapes)
+    assert 29e9 < total < 31e9
 
 
 @pytest.mark.parametrize("family", LATENT)
