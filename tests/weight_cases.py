@@ -113,6 +113,7 @@ def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], 
 
     QKVParallelLinear: the rank's query heads, key heads, value heads; with fewer key/value heads than ranks, each head is on
     tp / kv_heads neighbours. MergedColumnParallelLinear and w13: gate above up. VocabParallelEmbedding: padded to 64 rows.
+    ColumnParallelLinear: rows of a projection up from a latent. ReplicatedLinear: that down to it, whole.
     """
     module = (
         weight.server.rsplit(".", 2)[-2] if not weight.server.endswith(("w13_weight", "w2_weight")) else weight.server[-10:]
@@ -127,5 +128,8 @@ def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], 
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     if module in ("o_proj", "down_proj", ".w2_weight"):
         return tensors[0].chunk(tp, dim=1)[rank]
-    assert module.endswith("norm") or module == "gate" or "layernorm" in module, weight.server
+    if module in ("q_proj", "q_b_proj", "kv_b_proj"):
+        return tensors[0].chunk(tp)[rank]
+    whole = ("gate", "q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj_with_mqa")
+    assert module.endswith("norm") or module in whole or "layernorm" in module, weight.server
     return tensors[0]
