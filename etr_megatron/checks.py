@@ -125,7 +125,7 @@ def check_model_is_there(config: Config) -> None:
     if name != "tiny" and not Path(name).is_dir():
         raise UserError(
             f"model.path: {name} is not a directory; give a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, "
-            "Qwen3-MoE or GLM-4.5), a directory written by tools/convert_hf.py, or tiny"
+            "Qwen3-MoE, GLM-4.5, GLM-4.7-Flash or DeepSeek-V3), a directory written by tools/convert_hf.py, or tiny"
         )
 
 

@@ -109,6 +109,9 @@ ALIKE = {
 }
 """Families whose table in the weight map is another's, or a part of it, so that few tests need them."""
 
+WITH_EXPERTS = ("qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3")
+"""Those of `FAMILIES` with experts."""
+
 
 def write_model(name: str, path: Path, layers: int = 4, **changes: Any) -> str:
     """Write the family's model, with norms away from 1 and biases away from 0. layers: number of layers. changes: of its
@@ -143,12 +146,19 @@ def by_published_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def rewrite_config_as_published(path: str | Path) -> None:
-    """Replace `rope_parameters` of transformers 5 by the `rope_theta` and `rope_scaling` of published checkpoints."""
+    """Replace what only transformers 5 writes by what published checkpoints say: `rope_parameters` by `rope_theta` and
+    `rope_scaling`, and for latent attention the kinds of MLPs and sizes of heads by what DeepSeek's own code reads."""
     file = Path(path) / "config.json"
     config = json.loads(file.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "kv_lora_rank" in config:
+        for name in ("head_dim", "qk_head_dim", "rope_interleave"):
+            config.pop(name, None)
+        if kinds := config.pop("mlp_layer_types", None):
+            config["first_k_dense_replace"] = kinds.count("dense")
+        config |= {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     file.write_text(json.dumps(config))
 
 

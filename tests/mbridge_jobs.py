@@ -28,7 +28,10 @@ class _Named(torch.nn.Module):
 
     def _renamed(self, name: str) -> str:
         name = _LOCAL_EXPERT.sub(r".mlp.experts.\2.weight\1", name)
-        name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+        if hasattr(self.decoder.layers[0].self_attention, "linear_kv_up_proj"):
+            name = re.sub(r"\.self_attention\.(q|kv)_layernorm\.", r".self_attention.linear_\1_up_proj.layer_norm_", name)
+        else:
+            name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
         layer = re.match(r"decoder\.layers\.(\d+)\.pre_mlp_layernorm\.weight", name)
         if layer and not hasattr(self.decoder.layers[int(layer[1])].mlp, "router"):
             name = name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
@@ -43,9 +46,11 @@ class _Named(torch.nn.Module):
 
 
 def _bridge(model_dir: str, padded_vocab: int, layout: Layout):
+    from mbridge.core import LLMBridge
     from mbridge.core.bridge import _MODEL_REGISTRY
 
     hf_config = AutoConfig.from_pretrained(model_dir)
+    hf_config.rope_theta, hf_config.rope_scaling = hf_config.rope_parameters["rope_theta"], None  # where older versions had it
     family = _MODEL_REGISTRY[hf_config.model_type]
     options = dict(use_cpu_initialization=True, sequence_parallel=False, persist_layer_norm=False)
     options |= dict(bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False)
@@ -58,7 +63,10 @@ def _bridge(model_dir: str, padded_vocab: int, layout: Layout):
         # The Qwen3-MoE bridge has no dense layers; they are the same as in the dense family.
         _MLP_MAPPING: ClassVar = {**_MODEL_REGISTRY["qwen3"]._MLP_MAPPING, **family._MLP_MAPPING}
 
+        _get_safetensor_io = LLMBridge._get_safetensor_io  # the DeepSeek bridge reads bf16 alone
+
         def _build_base_config(self, *args, **kwargs):
+            kwargs.pop("max_position_embeddings", None)  # the DeepSeek bridge sets what Megatron's config had once
             return super()._build_base_config(*args, **{**kwargs, **options})
 
     bridge = Bridge(hf_config, dtype=torch.float32, make_vocab_size_divisible_by=128 * layout.tp)

@@ -27,7 +27,7 @@ from etr_megatron.weights import (
     stored_shapes,
     weights_of,
 )
-from tests.hf_models import FAMILIES
+from tests.hf_models import FAMILIES, WITH_EXPERTS
 from tools.convert_hf import main
 
 
@@ -64,7 +64,7 @@ def test_values_that_are_copied_keep_their_place_in_a_page(hf_models, tmp_path, 
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4_moe_lite"])
 def test_there_and_back_every_bit_is_the_same(hf_models, tmp_path, family):
     hf = Path(hf_models[family])
     to_megatron(hf, tmp_path / "megatron", Ranks())
@@ -125,7 +125,7 @@ def test_transformers_loads_the_files_and_their_index(hf_models, tmp_path):
     assert_same_bits(dict(model.named_parameters()), dict(wanted.named_parameters()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4_moe_lite"])
 def test_names_and_shapes_are_those_that_megatron_writes(gangs, hf_models, tmp_path, family):
     gangs(1).run(
         "tests.convert_jobs:train_and_save", model=hf_models[family], out=str(tmp_path / "run"), overrides=["parallel.tp=1"]
@@ -145,7 +145,7 @@ LAYOUTS = {
     "pp2uneven": (2, ["parallel.tp=1", "parallel.pp=2", "parallel.first_stage_layers=1"]),
 }
 ONLY_OF = {
-    "ep2": ("qwen3_moe", "qwen3_moe_dense", "glm4_moe"),
+    "ep2": WITH_EXPERTS,
     "pp2vpp2": ("llama", "qwen3_moe"),
     "pp2uneven": ("qwen2", "qwen3_moe_dense"),
 }
@@ -153,7 +153,7 @@ CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if family
 
 
 def overrides_of(family: str, layout: str) -> list[str]:
-    sequence = ["parallel.sequence_parallel=true"] if "moe" in family and layout.startswith("tp2") else []
+    sequence = ["parallel.sequence_parallel=true"] if family in WITH_EXPERTS and layout.startswith("tp2") else []
     return [*LAYOUTS[layout][1], *sequence]
 
 
@@ -165,6 +165,7 @@ EVERY_FAMILY_AND_LAYOUT_ONCE = [
     ("qwen3_moe", "ep2"),
     ("qwen3_moe_dense", "tp2pp2"),
     ("glm4_moe", "tp2pp2"),
+    ("deepseek_v3", "tp2"),
     ("llama", "pp2vpp2"),
 ]
 

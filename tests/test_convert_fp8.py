@@ -15,16 +15,19 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.embedded import _replica
 from etr_megatron.weights import check_checkpoint, read_architecture, weights_of
 from etr_megatron.weights.quantize import quantize_blocks
+from tests.hf_models import by_published_names
 from tests.test_convert import assert_same_bits, overrides_of, tensors_of
 
 
-def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
-    to_megatron(Path(hf_models["qwen3_moe"]), tmp_path / "megatron", Ranks())
+@pytest.mark.parametrize(("family", "routers"), [("qwen3_moe", range(4)), ("deepseek_v3", range(1, 4))])
+def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path, family, routers):
+    to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
     to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=128)
-    original, found = tensors_of(hf_models["qwen3_moe"]), tensors_of(tmp_path / "fp8")
-    quantised = {name for w in weights_of(read_architecture(hf_models["qwen3_moe"])) if w.fp8 for name in w.hf}
+    original, found = tensors_of(hf_models[family]), tensors_of(tmp_path / "fp8")
+    quantised = {name for w in weights_of(read_architecture(hf_models[family])) if w.fp8 for name in w.hf}
     assert any("experts.5.down_proj" in name for name in quantised) and "lm_head.weight" not in quantised
     wanted = {name: tensor.bfloat16() for name, tensor in original.items() if name not in quantised}
+    wanted |= {name: tensor for name, tensor in original.items() if name.endswith("e_score_correction_bias")}
     for name in quantised:
         wanted[name], wanted[f"{name}_scale_inv"] = quantize_blocks(original[name].bfloat16(), 128)
     assert_same_bits(found, wanted)
@@ -34,7 +37,7 @@ def test_fp8_export_quantises_what_the_map_says(hf_models, tmp_path):
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(4))],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in routers)],
     }
 
 
@@ -107,6 +110,20 @@ def test_fp8_is_read_back_and_written_again_bit_for_bit(fp8, tmp_path, monkeypat
     assert json.loads((tmp_path / "fp8_again" / "config.json").read_text()) == json.loads((fp8 / "config.json").read_text())
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite"])
+def test_transformers_takes_fp8_of_latent_attention_for_what_it_stands_for(hf_models, tmp_path, family):
+    """The largest block that divides all dimensions: else it refuses DeepSeek's own FP8 as well, whose 576 rows it does not
+    divide into 5 blocks."""
+    to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks(), torch.bfloat16)
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), fp8_block=2)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    found = by_published_names({name: parameter.detach() for name, parameter in model.named_parameters()})
+    assert_same_bits(found | biases, dequantized(tmp_path / "fp8", 2))
+
+
 def test_transformers_takes_the_fp8_checkpoint_for_what_it_stands_for(fp8):
     config = AutoConfig.from_pretrained(fp8)
     assert config.quantization_config["quant_method"] == "fp8"
@@ -123,13 +140,13 @@ def test_transformers_takes_the_fp8_checkpoint_for_what_it_stands_for(fp8):
     }
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen2", "tp2"), ("qwen3_moe", "ep2"), ("qwen3_tied", "pp2")])
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "tp2"), ("qwen3_moe", "ep2"), ("deepseek_v3", "tp2")])
 def test_training_from_fp8_starts_as_from_what_it_stands_for(gangs, hf_models, tmp_path, family, layout):
-    """Bit-exact, even where shards cut through blocks: 13 divides no dimension."""
+    """Bit-exact, even where shards cut through blocks: 15 divides no dimension."""
     to_megatron(Path(hf_models[family]), tmp_path / "megatron", Ranks())
-    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=13)
+    to_hf(tmp_path / "megatron", tmp_path / "fp8", Ranks(), dtype=torch.bfloat16, fp8_block=15)
     overrides = overrides_of(family, layout)
-    wanted = {name: tensor.float() for name, tensor in dequantized(tmp_path / "fp8", 13).items()}
+    wanted = {name: tensor.float() for name, tensor in dequantized(tmp_path / "fp8", 15).items()}
     for found in gangs(2).run("tests.policy_jobs:export", model=str(tmp_path / "fp8"), overrides=overrides):
         assert_same_bits(found, wanted)
     assert check_checkpoint(tmp_path / "fp8") == check_checkpoint(hf_models[family])
@@ -156,7 +173,7 @@ def test_fp8_that_cannot_be_read_is_refused_by_name(fp8, tmp_path, spoil):
         to_megatron(fp8, tmp_path / "out", Ranks())
 
 
-@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "deepseek_v3"])
 def test_verify_takes_fp8_for_what_it_was_made_of_and_for_what_it_stands_for(gangs, hf_models, tmp_path, family):
     """Bit-equal where possible, else equal once quantised. Logits agree. A single differing scale is reported."""
     to_megatron(Path(hf_models[family]), tmp_path / "plain", Ranks())

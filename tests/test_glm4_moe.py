@@ -228,8 +228,9 @@ def test_an_fp8_conversion_keeps_the_biases_in_fp32(drafting, tmp_path):
     assert "model.layers.1.mlp.gate" in config["quantization_config"]["modules_to_not_convert"]
 
 
-def test_a_model_without_dense_layers_has_megatrons_names_and_comes_back(gangs, tmp_path):
-    model = Path(write_model("glm4_moe", tmp_path / "model", first_k_dense_replace=0))
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_a_model_without_dense_layers_has_megatrons_names_and_comes_back(gangs, tmp_path, family):
+    model = Path(write_model(family, tmp_path / "model", first_k_dense_replace=0))
     job = dict(model=str(model), out=str(tmp_path / "run"), overrides=["parallel.tp=1", "parallel.ep=2"])
     gangs(2).run("tests.convert_jobs:train_and_save", **job)
     written = TorchDistDir(tmp_path / "run" / "step_000003")

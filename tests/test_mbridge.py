@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.hf_models import WITH_EXPERTS
+
 # mbridge is in the test extra. The ranks import it, because megatron.core has to be prepared first.
 
 LAYOUTS = {
@@ -19,11 +21,7 @@ MIXTURES = {
 }
 CASES = [
     *((family, world, layout) for family in ("llama", "qwen2", "qwen3", "qwen3_tied") for world, layout in LAYOUTS.values()),
-    *(
-        (family, world, layout)
-        for family in ("qwen3_moe", "qwen3_moe_dense", "glm4_moe")
-        for world, layout in MIXTURES.values()
-    ),
+    *((family, world, layout) for family in WITH_EXPERTS for world, layout in MIXTURES.values()),
 ]
 
 

@@ -27,7 +27,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
-from tests.hf_models import ALIKE, random_sequences
+from tests.hf_models import ALIKE, WITH_EXPERTS, random_sequences
 from tests.hf_models import FAMILIES as MODELS
 from tests.test_convert import assert_same_bits, tensors_of
 from tests.toy_family import register, toy_family, unregister, write_toy
@@ -54,7 +54,7 @@ def test_every_tensor_of_a_checkpoint_has_exactly_one_weight(hf_models, family):
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [(family, layout) for family in MODELS for layout in LAYOUTS if "moe" in family or "ep" not in layout],
+    [(family, layout) for family in MODELS for layout in LAYOUTS if family in WITH_EXPERTS or "ep" not in layout],
 )
 def test_every_parameter_of_a_built_model_has_exactly_one_weight_of_its_shape_and_key(gangs, hf_models, family, layout):
     world, overrides, training = LAYOUTS[layout]
@@ -128,6 +128,18 @@ def test_names_of_transformer_engines_layers():
     assert names[f"{experts}.local_experts.4.linear_fc2.weight"] == f"{experts}.linear_fc2.weight4"
 
 
+def test_names_of_transformer_engines_latent_attention():
+    """The latents' norms are fused into the projections up, the norm before attention is not."""
+    attention, other = "decoder.layers.1.self_attention", {}
+    for family in ("deepseek_v3", "glm4_moe_lite"):
+        names = {weight.megatron: weight.te for weight in weights_of(ARCHITECTURES[family]) if weight.layer == 1}
+        other[family] = {name: te for name, te in names.items() if te != name and "experts" not in name}
+        assert names["decoder.layers.1.input_layernorm.weight"] == "decoder.layers.1.input_layernorm.weight"
+    of_keys = {f"{attention}.kv_layernorm.weight": f"{attention}.linear_kv_up_proj.layer_norm_weight"}
+    of_queries = {f"{attention}.q_layernorm.weight": f"{attention}.linear_q_up_proj.layer_norm_weight"}
+    assert other == {"deepseek_v3": of_queries | of_keys, "glm4_moe_lite": of_keys}
+
+
 @pytest.mark.parametrize(
     ("local", "whole"),
     [
@@ -149,7 +161,7 @@ def test_layers_and_experts_of_a_rank_are_counted_over_the_whole_model(local, wh
 def test_what_is_quantised_is_every_linear_layer_but_head_and_router():
     for arch in ARCHITECTURES.values():
         for weight in weights_of(arch):
-            linear = weight.hf[0].rpartition(".")[0].endswith("_proj") and weight.hf[0].endswith(".weight")
+            linear = weight.hf[0].rpartition(".")[0].endswith(("_proj", "_with_mqa")) and weight.hf[0].endswith(".weight")
             assert weight.fp8 == linear, weight.hf
 
 

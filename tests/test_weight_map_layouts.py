@@ -157,17 +157,14 @@ def test_interleaved_stages_give_the_checkpoint_back_bit_for_bit(name):
 
 
 def test_a_column_split_is_a_run_of_rows_on_both_sides():
-    """No table has such a weight: they have fused or gated ones in its place."""
-    arch, name = ARCHITECTURES["qwen3"], "model.layers.0.mlp.up_proj.weight"
-    fused = next(weight for weight in weights_of(arch) if name in weight.hf)
-    weight = replace(fused, split="column", hf=(name,), shapes=((40, 24),))
-    whole = torch.arange(40 * 24).view(40, 24)
+    arch, name = ARCHITECTURES["deepseek_v3"], "model.layers.0.self_attn.kv_b_proj.weight"
+    weight, whole = next(weight for weight in weights_of(arch) if name in weight.hf), TENSORS["deepseek_v3"][name]
     for cut in (megatron_shard, server_shard):
         for tp, rank in ((1, 0), (2, 1), (8, 3)):
             found = read_shard(weight, cut(weight, arch, tp, rank), read_from({name: whole}))
-            assert torch.equal(found, whole[rank * 40 // tp : (rank + 1) * 40 // tp])
-        with pytest.raises(ValueError, match=r"up_proj\.weight has 40 rows .* of 16 does not divide"):
-            cut(weight, arch, 16, 0)
+            assert torch.equal(found, whole[rank * 176 // tp : (rank + 1) * 176 // tp])
+        with pytest.raises(ValueError, match=r"kv_b_proj\.weight has 176 rows .* of 3 does not divide"):
+            cut(weight, arch, 3, 0)
 
 
 @pytest.mark.parametrize(

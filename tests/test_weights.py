@@ -27,7 +27,7 @@ from etr_megatron.weights import (
 )
 from etr_megatron.weights.torch_dist_dir import Chunk, _overlapping
 from etr_megatron.weights.torch_saved import find_values
-from tests.hf_models import FAMILIES
+from tests.hf_models import FAMILIES, WITH_EXPERTS
 from tests.reads import bytes_read_by
 
 
@@ -268,7 +268,7 @@ def test_export_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, f
     ],
     ids=["ep2", "tp2_etp1", "tp2_ep2_etp1", "tp2_ep2", "pp2_ep2"],
 )
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_export_of_experts_from_ranks_equals_the_checkpoint_bit_for_bit(gangs, hf_models, family, world, overrides):
     wanted = tensors_of(hf_models[family])
     for found in gangs(world).run("tests.policy_jobs:export", model=hf_models[family], overrides=overrides):

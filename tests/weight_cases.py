@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, Experts, Weight, weights_of
+from etr_megatron.weights import Architecture, Experts, LatentAttention, Weight, weights_of
 
 _SIZES = dict(
     layers=4,
@@ -28,6 +28,21 @@ def _arch(family: str, *, tied: bool = False, experts: Experts | None = None, **
     return Architecture(family=family, tied_embeddings=tied, experts=experts, **{**_SIZES, **sizes})
 
 
+def _latent(family: str, *, q_rank: int | None, groups: int = 1, shared_size: int) -> Architecture:
+    latent = LatentAttention(kv_rank=14, q_rank=q_rank, nope_dim=5, rope_dim=4, value_dim=6)
+    experts = Experts(
+        **_EXPERTS,
+        normalized=True,
+        dense_layers=frozenset({0}),
+        shared_size=shared_size,
+        score_function="sigmoid",
+        expert_bias=True,
+        groups=groups,
+    )
+    sizes = {**_SIZES, "kv_heads": _SIZES["heads"], "head_dim": latent.head_dim}
+    return Architecture(family=family, tied_embeddings=False, experts=experts, latent=latent, **sizes)
+
+
 ARCHITECTURES = {
     "llama": _arch("llama"),
     "llama_tied": _arch("llama", tied=True),
@@ -45,6 +60,8 @@ ARCHITECTURES = {
         "glm4_moe",
         experts=Experts(**_EXPERTS, normalized=True, dense_layers=frozenset({0}), shared_size=72, expert_bias=True),
     ),
+    "glm4_moe_lite": _latent("glm4_moe_lite", q_rank=None, shared_size=56),
+    "deepseek_v3": _latent("deepseek_v3", q_rank=10, groups=3, shared_size=72),
 }
 
 
@@ -84,7 +101,10 @@ def megatron_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor]
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     if module in ("linear_proj", "linear_fc2"):
         return tensors[0].chunk(tp, dim=1)[rank]
-    assert module.endswith("layernorm") or module == "router", weight.megatron
+    if module in ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj"):  # whole heads
+        return tensors[0].view(arch.heads, -1, *tensors[0].shape[1:]).chunk(tp)[rank].flatten(0, 1)
+    whole = ("router", "linear_q_down_proj", "linear_kv_down_proj")  # of latents, every rank has all
+    assert module.endswith("layernorm") or module in whole, weight.megatron
     return tensors[0]
 
 
@@ -93,6 +113,7 @@ def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], 
 
     QKVParallelLinear: the rank's query heads, key heads, value heads; with fewer key/value heads than ranks, each head is on
     tp / kv_heads neighbours. MergedColumnParallelLinear and w13: gate above up. VocabParallelEmbedding: padded to 64 rows.
+    ColumnParallelLinear: rows of a projection up from a latent. ReplicatedLinear: that down to it, whole.
     """
     module = (
         weight.server.rsplit(".", 2)[-2] if not weight.server.endswith(("w13_weight", "w2_weight")) else weight.server[-10:]
@@ -107,5 +128,8 @@ def server_parameter(weight: Weight, arch: Architecture, tensors: list[Tensor], 
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     if module in ("o_proj", "down_proj", ".w2_weight"):
         return tensors[0].chunk(tp, dim=1)[rank]
-    assert module.endswith("norm") or module == "gate" or "layernorm" in module, weight.server
+    if module in ("q_proj", "q_b_proj", "kv_b_proj"):
+        return tensors[0].chunk(tp)[rank]
+    whole = ("gate", "q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj_with_mqa")
+    assert module.endswith("norm") or module in whole or "layernorm" in module, weight.server
     return tensors[0]

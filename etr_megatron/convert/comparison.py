@@ -31,6 +31,7 @@ from etr_megatron.weights import (
     weights_of,
 )
 from etr_megatron.weights.fp8_dir import Fp8Dir
+from etr_megatron.weights.latent import use_norm_eps
 from etr_megatron.weights.map import EMBEDDING, hf_name
 
 PROMPT = "Natalia had 48 clips and sold half of them. How many clips are left?"
@@ -215,6 +216,7 @@ def _transformers_logits(
     else:
         with transformers_errors(hf):
             model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    use_norm_eps(model)
     model = model.to(platform.device()).eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored.get(name, usual)))

@@ -24,6 +24,7 @@ from etr_megatron.rollout.engine import MustStop, Sampling, never, sample_seed
 from etr_megatron.rollout.sampling import draw
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample
+from etr_megatron.weights.latent import use_norm_eps
 
 
 class EmbeddedEngine:
@@ -144,6 +145,7 @@ def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         if getattr(config, "quantization_config", None) is not None:  # training and this engine compute in `dtype`
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        use_norm_eps(model)
         model.tie_weights()  # part of the initialisation, which is skipped
         return model
 

@@ -33,7 +33,7 @@ FAMILIES = {
 """HuggingFace architecture -> family of the weight map, named as `model_type` in config.json."""
 
 BIASED_ROUTERS = ("glm4_moe", "glm4_moe_lite", "deepseek_v3")
-"""Families whose experts are chosen by sigmoids plus a bias per expert."""
+"""Families whose experts are chosen by sigmoids plus a bias per expert, and which publish layers for multi-token prediction."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,9 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
     latent = read_latent_attention(config, source) if _has_rows(family, ".linear_kv_up_proj.") else None
     if latent and kv_heads != heads:
         raise UserError(f"{source}: num_key_value_heads is {kv_heads}; only {heads}, the number of heads, is supported")
+    experts = None
+    if mixture:
+        experts = read_biased_experts(config, layers, source, family) if biased else read_qwen3_experts(config, layers, source)
     return Architecture(
         family=family,
         layers=layers,
@@ -176,7 +179,7 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         max_positions=positive_int(config, "max_position_embeddings", source, 0),
         rope=read_rope(config, source, fraction=0.5 if family == "glm4_moe" else None, latent=latent is not None),
         use_qk_norm=optional_bool(config, "use_qk_norm", source) if family == "glm4_moe" else True,
-        experts=(read_biased_experts if biased else read_qwen3_experts)(config, layers, source) if mixture else None,
+        experts=experts,
         latent=latent,
         mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if biased else 0,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from etr_megatron.errors import UserError
-from etr_megatron.weights.architecture import Architecture, read_architecture
+from etr_megatron.weights.architecture import BIASED_ROUTERS, Architecture, read_architecture
 from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.listing import LIMIT, listed
@@ -135,7 +135,7 @@ def _refuse_difference(
         (f"{_tensors(extra)} unknown to the {arch.family} family with {arch.layers} layers", extra, LIMIT),
     )
     problems = [f"{what} ({listed(names, limit=limit)})" for what, names, limit in kinds if names]
-    if arch.family == "glm4_moe" and any(name.startswith(f"model.layers.{arch.layers}.") for name in extra):
+    if arch.family in BIASED_ROUTERS and any(name.startswith(f"model.layers.{arch.layers}.") for name in extra):
         problems.append("if they are a layer for multi-token prediction, set num_nextn_predict_layers to their number")
     if problems:
         raise UserError(f"{path}: config.json does not fit the weights: {'; '.join(problems)}")

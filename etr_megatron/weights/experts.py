@@ -58,18 +58,28 @@ def read_qwen3_experts(config: dict[str, Any], layers: int, source: Path) -> Exp
     )
 
 
-def read_biased_experts(config: dict[str, Any], layers: int, source: Path) -> Experts:
-    """Experts of GLM-4.5 and DeepSeek-V3. An absent field has the default of GLM-4.5 in transformers. Raises UserError."""
+_DEFAULTS = {
+    "glm4_moe": dict(n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=1.0),
+    "glm4_moe_lite": dict(n_group=1, topk_group=1, first_k_dense_replace=1, routed_scaling_factor=1.8),
+    "deepseek_v3": dict(n_group=8, topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5),
+}
+"""transformers' values of absent fields."""
+
+
+def read_biased_experts(config: dict[str, Any], layers: int, source: Path, family: str) -> Experts:
+    """Experts that are chosen by sigmoids plus biases, those of GLM-4.5 and DeepSeek-V3. Raises UserError."""
+    defaults = _DEFAULTS[family]
     count = positive_int(config, "n_routed_experts", source)
     per_token = _per_token(config, count, source)
     if per_token == 1:
         raise UserError(f"{source}: num_experts_per_tok is 1, which leaves the router without a gradient")
     size = positive_int(config, "moe_intermediate_size", source)
-    dense = _first_dense(config, layers, source)
+    dense = natural_number(config, "first_k_dense_replace", source, int(defaults["first_k_dense_replace"]))
+    if family == "glm4_moe_lite":
+        dense = _listed_dense(config, layers, source)
     if dense >= layers:
         raise UserError(f"{source}: first_k_dense_replace is {dense}, which leaves none of the {layers} layers with experts")
-    groups = positive_int(config, "n_group", source, 1)
-    chosen = positive_int(config, "topk_group", source, 1)
+    groups, chosen = (positive_int(config, name, source, int(defaults[name])) for name in ("n_group", "topk_group"))
     _refuse_other_groups(count, per_token, groups, chosen, source)
     return Experts(
         count=count,
@@ -80,28 +90,27 @@ def read_biased_experts(config: dict[str, Any], layers: int, source: Path) -> Ex
         shared_size=size * positive_int(config, "n_shared_experts", source, 1),
         score_function="sigmoid",
         expert_bias=True,
-        scaling_factor=positive_number(config, "routed_scaling_factor", source, 1.0),
+        scaling_factor=positive_number(config, "routed_scaling_factor", source, defaults["routed_scaling_factor"]),
         groups=groups,
         groups_per_token=chosen if groups > 1 else 1,
     )
 
 
-def _first_dense(config: dict[str, Any], layers: int, source: Path) -> int:
-    """Published configs say first_k_dense_replace; for GLM-4.7-Flash, transformers 5 writes the kind of every layer."""
+def _listed_dense(config: dict[str, Any], layers: int, source: Path) -> int:
+    """Number of first layers without experts in GLM-4.7-Flash. Published configs and servers say first_k_dense_replace;
+    transformers reads and writes the kind of every layer, and without such a list only the first is dense."""
     kinds = config.get("mlp_layer_types")
-    if kinds is None:
-        return natural_number(config, "first_k_dense_replace", source, 1)
-    dense = kinds.count("dense") if isinstance(kinds, list) else 0
-    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+    listed = ["dense"] + ["sparse"] * (layers - 1) if kinds is None else kinds
+    dense = listed.count("dense") if isinstance(listed, list) else 0
+    if listed != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise UserError(
             f"{source}: mlp_layer_types is {spelled(kinds)}; only dense layers followed by sparse ones, {layers} in all, are "
             "supported"
         )
-    if config.get("first_k_dense_replace", dense) != dense:
-        raise UserError(
-            f"{source}: first_k_dense_replace is {spelled(config['first_k_dense_replace'])}, but mlp_layer_types begins with "
-            f"{dense} dense layers; remove the wrong one"
-        )
+    said = config.get("first_k_dense_replace")
+    if said is not None and said != dense:
+        why = "for transformers without mlp_layer_types" if kinds is None else "in mlp_layer_types"
+        raise UserError(f"{source}: first_k_dense_replace is {said}, but {dense} {why}; correct the wrong one")
     return dense
 
 

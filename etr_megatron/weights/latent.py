@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.hf_config import positive_int, spelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,23 @@ def read_latent_attention(config: dict[str, Any], source: Path) -> LatentAttenti
     rope_dim = positive_int(config, "qk_rope_head_dim", source)
     if rope_dim % 2:
         raise UserError(f"{source}: qk_rope_head_dim is {rope_dim}, but a rotary embedding turns pairs of dimensions")
+    if config.get("head_dim") not in (None, rope_dim):  # transformers writes it, and prefers it
+        raise UserError(
+            f"{source}: head_dim is {spelled(config['head_dim'])}; only {rope_dim}, as qk_rope_head_dim, is supported"
+        )
+    at_once = config.get("q_lora_rank", 0) is None
     return LatentAttention(
         kv_rank=positive_int(config, "kv_lora_rank", source),
-        q_rank=None if config.get("q_lora_rank") is None else positive_int(config, "q_lora_rank", source),
+        q_rank=None if at_once else positive_int(config, "q_lora_rank", source),
         nope_dim=positive_int(config, "qk_nope_head_dim", source),
         rope_dim=rope_dim,
         value_dim=positive_int(config, "v_head_dim", source),
     )
+
+
+def use_norm_eps(model: PreTrainedModel) -> None:
+    """Give the latents' norms of a transformers model the `rms_norm_eps` of its config, as servers and Megatron do;
+    transformers leaves them at 1e-6."""
+    for name, module in model.named_modules():
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.variance_epsilon = model.config.rms_norm_eps

@@ -36,6 +36,10 @@ def read_rope(config: dict[str, Any], source: Path, *, fraction: float | None = 
     rope = {"rope_type": scaling.get("rope_type", "default"), "rope_theta": _theta(config, places, source)}
     rope |= _partial(config, places, fraction, source)
     if rope["rope_type"] == "llama3":
+        if latent:  # servers take any scaling of it for yarn
+            raise UserError(
+                f"{source}: rope_type 'llama3' is not supported with latent attention; supported are default and yarn"
+            )
         rope |= {name: positive_number(scaling, name, source) for name in _LLAMA3}
     if rope["rope_type"] == "yarn":
         if rope.get("partial_rotary_factor", 1) != 1:

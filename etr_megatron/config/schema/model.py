@@ -11,8 +11,9 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"
-    """Directory of a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE, GLM-4.5), or of one that
-    `tools/convert_hf.py to-megatron` wrote. `tiny`: a small Qwen3 that the job creates and warm-starts."""
+    """Directory of a HuggingFace checkpoint (Llama 3, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE, GLM-4.5, GLM-4.7-Flash,
+    DeepSeek-V3), or of one that `tools/convert_hf.py to-megatron` wrote. `tiny`: a small Qwen3 that the job creates and
+    warm-starts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the parameters; `auto` is float32 on CPU and bfloat16 on CUDA."""
 
