@@ -34,7 +34,10 @@ MIXTURES = {
     "dp2": (2, ["parallel.tp=1"]),
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "ep2_small_microbatches": (2, ["parallel.tp=1", "parallel.ep=2", "train.tokens_per_microbatch=40"]),
-    "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+    "tp2_sp_etp1_selective_recompute": (
+        2,
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1", "train.recompute=selective"],
+    ),
     "tp2_sp_ep2_etp1_full_recompute": (
         2,
         [
@@ -90,7 +93,7 @@ def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe", "deepseek_v3"])
 def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family, split):
     world, overrides = MIXTURES[split]
     wanted = single(family)
