@@ -55,14 +55,14 @@ def masked_sequences() -> list:
     return with_replies(sequences())
 
 
-def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
+def random_routing(layers: int, lacking: int = 0, experts: int = EXPERTS, per_token: int = PER_TOKEN) -> list[Tensor]:
     """Per sample, uint8 [tokens but the last, layers, experts per token]. lacking: this many more tokens have no routing."""
     generator = torch.Generator().manual_seed(11)
     found = []
     for prompt, response in sequences():
         count = max(0, len(prompt) + len(response) - 1 - lacking)
-        keys = torch.rand(count, layers, EXPERTS, generator=generator)
-        found.append(keys.argsort(-1)[..., :PER_TOKEN].to(torch.uint8))
+        keys = torch.rand(count, layers, experts, generator=generator)
+        found.append(keys.argsort(-1)[..., :per_token].to(torch.uint8))
     return found
 
 
