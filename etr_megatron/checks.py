@@ -133,7 +133,11 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
     """Check that the model fits the parallel layout, and that a dense model has no MoE options."""
     parallel = config.parallel
     check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
-    check_exchange(model, architecture, parallel)
+    if architecture.value_dim != architecture.head_dim and parallel.cp > 1 and parallel.cp_comm == "a2a":
+        raise UserError(
+            f"{model} has values of {architecture.value_dim} dimensions and keys of {architecture.head_dim}, for which "
+            "Transformer Engine does not have parallel.cp_comm=a2a; set parallel.cp_comm to p2p"
+        )
     check_layers(model, architecture.layers, parallel)
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:
@@ -177,16 +181,6 @@ def check_attention(model: str, heads: int, kv_heads: int, head_dim: int, tp: in
         raise UserError(
             f"{model} has {held} key/value heads on each of parallel.tp={tp} ranks, which parallel.cp={parallel.cp} must "
             "divide for parallel.cp_comm=a2a; set parallel.cp_comm to p2p"
-        )
-
-
-def check_exchange(model: str, architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse heads that Transformer Engine does not exchange for tokens: those whose keys are wider than their values."""
-    width, values = architecture.head_dim, architecture.value_dim
-    if parallel.cp > 1 and parallel.cp_comm == "a2a" and width != values:
-        raise UserError(
-            f"{model} has keys of width {width} and values of width {values}, which cannot be exchanged with "
-            "parallel.cp_comm=a2a; set it to p2p"
         )
 
 

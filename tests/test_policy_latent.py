@@ -18,7 +18,10 @@ SP = "parallel.sequence_parallel=true"
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["parallel.cp=2", "parallel.cp_comm=a2a"], "m has keys of width 20 and values of width 14, which cannot be exchanged"),
+        (
+            ["parallel.cp=2", "parallel.cp_comm=a2a"],
+            "m has values of 14 dimensions and keys of 20, for which Transformer Engine",
+        ),
         (["parallel.tp=3", SP], "m has 4 attention heads, which parallel.tp=3 does not divide"),
         (["parallel.tp=2"], "m has experts, which need parallel.sequence_parallel=true with parallel.tp=2"),
         (["parallel.ep=5"], "m has 12 experts, which parallel.ep=5 does not divide"),

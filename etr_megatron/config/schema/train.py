@@ -56,7 +56,7 @@ class TrainConfig:
     """Weight of the load-balancing loss of experts, averaged over tokens (models with experts); 0 is off."""
     moe_router_fp32: bool = False
     """Compute the router's matrix product in float32, whatever the model's type (models with experts). It always is for
-    GLM-4.5 and DeepSeek-V3."""
+    GLM-4.5."""
     routing_replay: bool = False
     """Train every token with the experts that the engine chose for it (Rollout Routing Replay, arXiv 2510.11370; models with
     experts). Rounding then no longer changes the choice. Servers at `sglang.urls` need `--enable-return-routed-experts`."""
