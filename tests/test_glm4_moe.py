@@ -305,12 +305,15 @@ def test_absent_fields_are_what_transformers_takes(hf_models, tmp_path):
         read_architecture(with_config(hf_models["glm4_moe"], tmp_path / "unbiased", {}, without=("attention_bias",)))
 
 
+_MIXTURES = ("Glm4MoeMoE", "DeepseekV3MoE")
+
+
 class Told(test_routing_replay.Told):
-    """Makes transformers' GLM choose the given experts."""
+    """Makes transformers' GLM, or DeepSeek, choose the given experts."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.routing: Tensor | None = None
-        for index, block in enumerate(module for module in model.modules() if type(module).__name__ == "Glm4MoeMoE"):
+        for index, block in enumerate(module for module in model.modules() if type(module).__name__ in _MIXTURES):
             block.route_tokens_to_experts = lambda logits, block=block, index=index: self._choose(block, index, logits)
 
     def _choose(self, block: Any, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:

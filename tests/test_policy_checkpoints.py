@@ -82,6 +82,7 @@ def check(
     [
         *((family, change) for family in ("qwen3_moe", "qwen3_moe_dense") for change in CHANGES),
         *(("glm4_moe", change) for change in ("ep2_to_tp2_ep2_etp1", "pp2_vpp2_to_ep2")),
+        ("deepseek_v3", "ep2_to_tp2_ep2_etp1"),
     ],
 )
 def test_a_checkpoint_continues_in_another_layout_of_experts(gangs, hf_models, tmp_path, family, change, sharded):

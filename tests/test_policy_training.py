@@ -34,7 +34,10 @@ MIXTURES = {
     "dp2": (2, ["parallel.tp=1"]),
     "ep2": (2, ["parallel.tp=1", "parallel.ep=2"]),
     "ep2_small_microbatches": (2, ["parallel.tp=1", "parallel.ep=2", "train.tokens_per_microbatch=40"]),
-    "tp2_sp_etp1": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1"]),
+    "tp2_sp_etp1_selective_recompute": (
+        2,
+        ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1", "train.recompute=selective"],
+    ),
     "tp2_sp_ep2_etp1_full_recompute": (
         2,
         [
@@ -88,9 +91,18 @@ def test_loss_gradients_and_weights_do_not_depend_on_the_split(gangs, hf_models,
         assert_same_run(found, wanted)
 
 
+LATENT = ("tp2_sp_etp1_selective_recompute", "tp2_sp_ep2_etp1_full_recompute", "pp2_ep2_distributed_optimizer")
+"""The splits to which latent attention matters."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("split", MIXTURES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe_dense", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("family", "split"),
+    [
+        *((family, split) for family in ("qwen3_moe", "qwen3_moe_dense", "glm4_moe") for split in MIXTURES),
+        *(("deepseek_v3", split) for split in LATENT),
+    ],
+)
 def test_experts_train_alike_wherever_they_lie(gangs, hf_models, single, family, split):
     world, overrides = MIXTURES[split]
     wanted = single(family)

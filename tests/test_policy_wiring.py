@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from etr_megatron.policy import policy as policy_module
 from etr_megatron.policy.model_config import TransformerConfig, transformer_config, uses_transformer_engine
 from etr_megatron.policy.packing import Microbatch
 from etr_megatron.types import TokenSequence
-from etr_megatron.weights import read_architecture
+from etr_megatron.weights import read_architecture, weights_of
 from tests.test_policy_fp8 import ONE_RANK
 
 TRANSFORMER_ENGINE, FUSED_GRADIENTS = "transformer_engine", "fused_weight_gradient_mlp_cuda"
@@ -78,6 +80,50 @@ def test_gradients_are_added_up_in_their_product_where_transformer_engine_and_ap
 def test_in_fp8_each_experts_tokens_are_padded(hf_models, monkeypatch, family, recipe, padded):
     on_machine(monkeypatch, TRANSFORMER_ENGINE)
     assert told(hf_models[family], fp8=Fp8Config(recipe=recipe)).moe_router_padding_for_quantization == padded
+
+
+def parameters_in(part: Any, name: str = "") -> set[str]:
+    """Names of the parameters of Transformer Engine's layers in a layer's spec; without the package, stand-ins are in it."""
+    from megatron.core.extensions import transformer_engine as te  # only after etr_megatron.policy has prepared it
+
+    if hasattr(part, "submodules"):
+        inner = vars(part.submodules) if part.submodules else {}
+        return {found for child, one in inner.items() for found in parameters_in(one, f"{name}{child}.")}
+    fused = part is te.TELayerNormColumnParallelLinear
+    layers = (te.TENorm, te.TELinear, te.TEColumnParallelLinear, te.TERowParallelLinear)
+    own = ("layer_norm_weight", "weight") if fused else ("weight",) * any(part is one for one in layers)
+    return {name + one for one in own}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "deepseek_v3", "glm4_moe_lite"])
+def test_the_map_names_what_transformer_engines_layers_have(hf_models, monkeypatch, family):
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    on_machine(monkeypatch, TRANSFORMER_ENGINE)
+    monkeypatch.setattr(provider, "is_te_min_version", lambda *_args, **_options: True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider, raising=False)
+    arch, config = read_architecture(hf_models[family]), told(hf_models[family])
+    unused = set()
+    if arch.latent:  # a model has one or the other
+        unused = {"linear_q_proj"} if arch.latent.q_rank else {"linear_q_down_proj", "linear_q_up_proj"}
+    for layer in range(arch.layers):
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts if arch.has_experts(layer) else None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+        )
+        wanted = {name for name in parameters_in(spec) if unused.isdisjoint(name.split("."))}
+        begin = f"decoder.layers.{layer}."
+        named = {weight.te.removeprefix(begin) for weight in weights_of(arch) if weight.te.startswith(begin)}
+        assert {name for name in named if not re.search(r"\.experts\.|\.router\.|bias$", name)} == wanted
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite"])
+def test_latent_attention_is_not_turned_by_megatrons_fused_kernel(hf_models, monkeypatch, family):
+    on_machine(monkeypatch, TRANSFORMER_ENGINE)
+    assert not told(hf_models[family]).apply_rope_fusion
 
 
 @pytest.mark.parametrize("exchange", ["p2p", "a2a"])

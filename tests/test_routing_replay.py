@@ -26,7 +26,7 @@ from etr_megatron.policy import StepRouting
 from etr_megatron.policy import routing as policy_routing
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.types import MOST_REPLAYED, Group, Problem, Sample, TokenSequence
-from etr_megatron.weights import Experts
+from etr_megatron.weights import Experts, read_architecture
 from tests import test_policy_gradients
 from tests.batches import batch_of, metrics_row
 from tests.hf_models import by_published_names, random_sequences, write_model
@@ -55,14 +55,14 @@ def masked_sequences() -> list:
     return with_replies(sequences())
 
 
-def random_routing(layers: int, lacking: int = 0) -> list[Tensor]:
+def random_routing(layers: int, lacking: int = 0, experts: int = EXPERTS, per_token: int = PER_TOKEN) -> list[Tensor]:
     """Per sample, uint8 [tokens but the last, layers, experts per token]. lacking: this many more tokens have no routing."""
     generator = torch.Generator().manual_seed(11)
     found = []
     for prompt, response in sequences():
         count = max(0, len(prompt) + len(response) - 1 - lacking)
-        keys = torch.rand(count, layers, EXPERTS, generator=generator)
-        found.append(keys.argsort(-1)[..., :PER_TOKEN].to(torch.uint8))
+        keys = torch.rand(count, layers, experts, generator=generator)
+        found.append(keys.argsort(-1)[..., :per_token].to(torch.uint8))
     return found
 
 
@@ -238,19 +238,21 @@ def test_the_share_of_tokens_whose_experts_are_replayed_is_told():
         assert _replayed(replace(parts, routing=routing)) == {"routing_replayed": (3 + known) / (3 + 1 + 2 + 3)}
 
 
-@pytest.fixture(params=["qwen3_moe", "glm4_moe_air"])
-def mixture(request, runs, tmp_path):
-    """A mixture of experts in HuggingFace format with the tiny policy's tokenizer."""
+def with_tokenizer(runs, family: str, path: Path) -> Path:
+    """A small model of the family in HuggingFace format, with the tiny policy's tokenizer."""
     config = load_config(runs.config, runs.command()[4:])
     tiny = build_tiny_policy(config.tiny, config.arithmetic, progress=False)
-    folder = Path(write_model(request.param, tmp_path / "mixture", layers=2, vocab_size=config.tiny.vocab_size))
+    folder = Path(write_model(family, path, layers=2, vocab_size=config.tiny.vocab_size))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny / file, folder)
     return folder
 
 
 @pytest.mark.slow
-def test_a_run_trains_with_the_engines_experts_and_so_does_one_that_replays_it(runs, mixture):
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_run_trains_with_the_engines_experts_and_so_does_one_that_replays_it(runs, tmp_path, family):
+    mixture = with_tokenizer(runs, family, tmp_path / "mixture")
+    last = read_architecture(mixture).experts.count - 1
     options = (f"model.path={mixture}", "--nproc", "2", "parallel.tp=1", "parallel.ep=2", "train.routing_replay=true")
     options += ("eval.every=0", "checkpoint.every=0", "run.steps=2", "data.max_prompt_tokens=256")
     code, printed = runs.finish("run.name=recorded", "rollout.record=true", *options)
@@ -262,7 +264,7 @@ def test_a_run_trains_with_the_engines_experts_and_so_does_one_that_replays_it(r
     head, *groups = map(json.loads, file.read_text().splitlines())
     for group in groups:
         for sample in group["samples"]:
-            others = bytes(5 - expert for expert in base64.b64decode(sample["routing"]))  # of six, and still distinct
+            others = bytes(last - expert for expert in base64.b64decode(sample["routing"]))  # still distinct
             sample["routing"] = base64.b64encode(others).decode()
     file.write_text("".join(json.dumps(line) + "\n" for line in (head, *groups)))
     code, printed = runs.finish("run.name=again", f"rollout.replay={runs.directory('recorded')}", *options)

@@ -147,16 +147,21 @@ def _replica(model_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         use_norm_eps(model)
         model.tie_weights()  # part of the initialisation, which is skipped
+        for buffer in _saved_buffers(model).values():
+            buffer.data = buffer.float()  # DeepSeek-V3's are made in `dtype`
         return model
+
+
+def _saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Buffers that checkpoints have: the routers' biases of GLM-4.5 and DeepSeek-V3, float32 whatever the model's type."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _published_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters by their names in published checkpoints, as views: transformers keeps the experts of a layer in one tensor.
-
-    Buffers that checkpoints have are among them: the routers' biases of GLM-4.5, which stay in float32.
-    """
-    saved = model.state_dict().keys()
-    found = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    `_saved_buffers` are among them."""
+    found = _saved_buffers(model)
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".experts.")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ()) if layer else ()

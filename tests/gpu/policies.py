@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Glm4MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import DeepseekV3ForCausalLM, Glm4MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from etr_megatron import platform
 from etr_megatron.config import load_config, resolve
@@ -21,27 +21,38 @@ _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         Glm4MoeForCausalLM,
         {**_EXPERTS, "n_routed_experts": 5, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
     ),
+    # Heads as wide as the published model's.
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        {
+            **{**_EXPERTS, "num_experts_per_tok": 4, "n_routed_experts": 12, "n_group": 4, "topk_group": 2},
+            **{"first_k_dense_replace": 1, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_key_value_heads": 4},
+            **{"q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128},
+                **{"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
+            },
+        },
+    ),
 }
 
 
 def write_model(path: Path, family: str = "qwen3", *, tied: bool = False) -> str:
     """A HuggingFace checkpoint whose weights are exact in bf16, but for routers' biases. Mixtures have five experts, two for
-    every token; GLM's first layer is dense."""
+    every token, DeepSeek's twelve in groups, four for every token; the first layer of GLM's and DeepSeek's is dense."""
     torch.manual_seed(11)
     kind, more = _KINDS[family]
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, **({} if "kv_lora_rank" in more else {"head_dim": 128})}
     config = kind.config_class(
         vocab_size=VOCAB,
         hidden_size=384,
         intermediate_size=640,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
         initializer_range=0.05,
         tie_word_embeddings=tied,
-        **more,
+        **{**sizes, **more},
     )
     model = kind(config).float()
     with torch.no_grad():

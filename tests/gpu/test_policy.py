@@ -64,7 +64,7 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bf16(world,
         assert gap.max() < 20 * limit, f"{name}: largest gap {gap.max():.2e}"
 
 
-@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 3), ("glm4_moe", 2)])
+@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 3), ("glm4_moe", 2), ("deepseek_v3", 2)])
 def test_a_mixture_of_experts_has_the_maps_names_and_logprobs_as_near_to_float32_as_transformers(
     world, device, tmp_path, family, layers
 ):
@@ -108,7 +108,7 @@ def test_the_memory_of_an_update_is_the_peak_since_the_last_one(world, device, m
     assert all(each["memory_allocated_gib"] <= each["memory_reserved_gib"] for each in (before, after))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 @pytest.mark.parametrize("recipe", ["none", *RECIPES])
 def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, device, tmp_path, recipe, family):
     if recipe in LEFT_OUT:

@@ -49,7 +49,7 @@ def test_blocks_are_the_same_on_every_device(device, shape):
     assert torch.equal(found_scales.cpu(), scales)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "deepseek_v3"])
 @pytest.mark.parametrize("fp8_block", [None, 128], ids=["bf16", "fp8"])
 def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block, family):
     """Everything except the messages: NCCL has no group with two processes on one GPU."""
