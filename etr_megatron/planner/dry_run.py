@@ -173,8 +173,8 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
         with torch.device("cpu"):
             frequencies = model.rotary_frequencies(arch)  # transformers computes Llama's on an explicit device
         with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies):
-            chunks = model.build_chunks(arch, megatron, layout)
-        return sum(parameter.numel() for _, parameter in model.own_parameters(chunks).values())
+            chunks = model.build_chunks(arch, megatron, layout)  # compares their names with the weight map
+        return sum(tensor.numel() for chunk in chunks for tensor in model.weights_in(chunk).values())
 
 
 @contextmanager
