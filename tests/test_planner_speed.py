@@ -105,6 +105,27 @@ def test_a_large_batch_computes_the_head_for_every_token() -> None:
     assert seconds([16.0] * 2048, concurrency=2048) == pytest.approx(16 * (2048 * step + H100.decode_overhead), rel=1e-3)
 
 
+def test_a_decoding_step_multiplies_every_head_with_latents_that_it_reads_once() -> None:
+    arch = read_architecture(MODELS / "DeepSeek-V3")
+    cached, token, weights = 100_000.0, 61 * 576 * 2, 10**9
+    step = generation_seconds(
+        arch,
+        lengths=np.full(64, 16.0),
+        prompt=cached,
+        concurrency=64,
+        cache_tokens=None,
+        tp=1,
+        weight_bytes=weights,
+        token_bytes=token,
+        gpu=replace(H100, decode_overhead=0.0),
+    )
+    products = H100.matmul * H100.decode_compute_efficiency
+    of_weights = 2 * active_parameters(arch) * 64 * (cached + 16) + 16 * 2 * arch.vocab_size * arch.hidden_size * 64
+    attention = 16 * 64 * cached * 61 * 128 * 2 * (576 + 512)
+    assert attention / products > 16 * 64 * cached * token / (H100.memory * H100.decode_memory_efficiency)
+    assert step == pytest.approx((of_weights + attention) / products, rel=1e-6)
+
+
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:
     assert seconds([160.0] * 32) < 1.05 * seconds([160.0])
     long = seconds([16_000.0] * 64)
