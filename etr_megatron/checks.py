@@ -133,6 +133,11 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
     """Check that the model fits the parallel layout, and that a dense model has no MoE options."""
     parallel = config.parallel
     check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
+    if architecture.value_dim != architecture.head_dim and parallel.cp > 1 and parallel.cp_comm == "a2a":
+        raise UserError(
+            f"{model} has values of {architecture.value_dim} dimensions and keys of {architecture.head_dim}, for which "
+            "Transformer Engine does not have parallel.cp_comm=a2a; set parallel.cp_comm to p2p"
+        )
     check_layers(model, architecture.layers, parallel)
     check_experts(model, architecture.experts, parallel, tp)
     if architecture.experts is None:

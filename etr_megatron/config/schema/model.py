@@ -69,7 +69,8 @@ class ParallelConfig:
     # No all_gather: before 2.18, Transformer Engine has it only for padded batches, and ours are packed.
     cp_comm: Literal["p2p", "a2a"] = "p2p"
     """What Transformer Engine exchanges over context-parallel ranks. `p2p`: keys and values, in a ring. `a2a`: heads for
-    tokens; cp must divide the key/value heads of a tensor-parallel rank. On CPU, keys and values are gathered."""
+    tokens; cp must divide the key/value heads of a tensor-parallel rank, and values must not be narrower than keys, as in
+    DeepSeek-V3. On CPU, keys and values are gathered."""
     ep: int = 1
     """Expert parallel size: ranks of a pipeline stage that split a layer's experts (models with experts)."""
     etp: int | None = None
