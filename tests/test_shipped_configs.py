@@ -74,6 +74,13 @@ def test_every_rank_of_a_64_gpu_layout_with_uneven_stages_is_the_model_that_is_b
     assert len({rank.elements for rank in plan.ranks}) == 3
 
 
+def test_a_tied_embedding_is_built_in_the_first_and_the_last_stage(hf_models: dict[str, str]) -> None:
+    lengths = ["data.max_prompt_tokens=32", "rollout.max_response_tokens=32"]
+    plan = make_plan(load_config(None, [f"model.path={hf_models['qwen2']}", "parallel.tp=1", "parallel.pp=2", *lengths]), 2)
+    assert plan.arch.tied_embeddings
+    check_ranks(plan, range(2))
+
+
 def test_distinct_ranks_are_the_ends_of_every_stage() -> None:
     plan = make_plan(load_config(CONFIGS / "llama3.1_70b_128gpu.yaml"), 128)
     assert distinct_ranks(plan) == [0, 31, 32, 63, 64, 95, 96, 127]
