@@ -18,8 +18,7 @@ BF16_PEAK = {
 
 def active_parameters(arch: Architecture) -> int:
     """Number of weight elements that a token is multiplied with between the embedding and the head."""
-    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    total = arch.layers * arch.hidden_size * (2 * q + 2 * kv)
+    total = arch.layers * _attention_parameters(arch)
     for layer in range(arch.layers):
         if arch.experts is not None and arch.has_experts(layer):
             experts = arch.experts
@@ -30,10 +29,22 @@ def active_parameters(arch: Architecture) -> int:
     return total
 
 
+def _attention_parameters(arch: Architecture) -> int:
+    """Elements of the projections of a layer's attention."""
+    q, output = arch.heads * arch.head_dim, arch.heads * arch.value_dim
+    latent = arch.latent
+    if latent is None:
+        return arch.hidden_size * (q + 2 * arch.kv_heads * arch.head_dim + output)
+    queries = arch.hidden_size * q if latent.q_rank is None else latent.q_rank * (arch.hidden_size + q)
+    keys_and_values = arch.hidden_size * latent.cached_dim + latent.kv_rank * arch.heads * (latent.nope_dim + latent.value_dim)
+    return queries + keys_and_values + arch.hidden_size * output
+
+
 def body_flops(arch: Architecture, tokens: float) -> float:
     """FLOPs of a forward pass over one sequence, without the head; an integer if `tokens` is. Causal attention sees half of the
     sequence on average."""
-    return 2 * active_parameters(arch) * tokens + 2 * arch.layers * arch.heads * arch.head_dim * tokens * (tokens + 1)
+    attention = arch.layers * arch.heads * (arch.head_dim + arch.value_dim) * tokens * (tokens + 1)
+    return 2 * active_parameters(arch) * tokens + attention
 
 
 def head_flops(arch: Architecture, rows: float) -> float:

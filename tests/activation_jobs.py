@@ -99,12 +99,51 @@ def fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, c
     return _Rope.apply(t, freqs)
 
 
+class _ByHeads(torch.autograd.Function):
+    """Causal attention of values [1, heads, T, V] narrower than keys, which torch's flash attention refuses: padded, head by
+    head. Saves what flash attention does."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out = torch.empty_like(value)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for head in range(query.shape[1]):
+            q, k, v = (x[:, head : head + 1] for x in (query, key, value))
+            own, some = _FLASH(q, k, _as_wide(v, q), is_causal=True, scale=scale)
+            out[:, head : head + 1], sums[:, head : head + 1] = own[..., : v.shape[-1]], some
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, sums = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        for head in range(query.shape[1]):
+            q, k, v, o, s, g = (x[:, head : head + 1] for x in (query, key, value, out, sums, grad))
+            wide = (_as_wide(x, q) for x in (v, o))
+            own = _FLASH_BACKWARD(_as_wide(g, q), q, k, *wide, s, 0.0, True, scale=ctx.scale)
+            for to, x in zip(grads, own, strict=True):
+                to[:, head : head + 1] = x[..., : to.shape[-1]]
+        return *grads, None
+
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _as_wide(narrow: Tensor, wide: Tensor) -> Tensor:
+    return F.pad(narrow, (0, wide.shape[-1] - narrow.shape[-1]))
+
+
 class Attention(PackedAttention):
     """For one sequence. Values are a part of the projection's output, with other strides than queries and keys, so that
     `get_qkv_layout` of attention/dot_product_attention/utils.py makes all three contiguous."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         split = (x.contiguous().transpose(0, 1)[None] for x in (query, key, value))
+        if value.shape[-1] != query.shape[-1]:
+            return _ByHeads.apply(*split, self.scale)[0].transpose(0, 1).flatten(1)
         out = F.scaled_dot_product_attention(*split, is_causal=True, scale=self.scale, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
 
@@ -136,7 +175,7 @@ def like_transformer_engine() -> Iterator[None]:
     with (
         mock.patch.object(model_config, "LocalRMSNorm", Norm),
         mock.patch.object(model_config, "PackedAttention", Attention),
-        mock.patch.object(model_config, "_fusions", lambda fused: fusions),
+        mock.patch.object(model_config, "_fusions", lambda fused, *, latent: fusions | {"apply_rope_fusion": not latent}),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", fused_rope),
         mock.patch.multiple(fused_bias_swiglu, **{name: _in_rows(getattr(fused_bias_swiglu, name)) for name in gates}),
     ):
@@ -145,8 +184,8 @@ def like_transformer_engine() -> Iterator[None]:
 
 @dataclass
 class LayerPass:
-    """A forward pass of a layer. saved: bytes of storages saved for the first time in it. routed: tokens given to the rank's
-    experts."""
+    """A forward pass of a layer. saved: bytes of storages saved for the first time in it, and not given up in it. routed:
+    tokens given to the rank's experts."""
 
     layer: int
     saved: int = 0
@@ -190,24 +229,26 @@ class Kept:
     def pack(self, tensor: Tensor) -> Tensor:
         """Hook for `saved_tensors_hooks`."""
         if self._inside:
-            added = self._count(tensor.untyped_storage(), "layers")
-            if "layer" in self._inside:
-                self.passes[-1].saved += added
+            self._count(tensor.untyped_storage(), "layers", self.passes[-1] if "layer" in self._inside else None)
         return tensor.detach()
 
-    def _count(self, storage: torch.UntypedStorage, kind: str) -> int:
+    def _count(self, storage: torch.UntypedStorage, kind: str, one: LayerPass | None = None) -> None:
+        """one: the pass in which it is saved, if any."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
-            return 0
+            return
         self._alive.add(key)
         self.now[kind] += size
         self.peak[kind] = max(self.peak[kind], self.now[kind])
-        weakref.finalize(storage, self._forget, key, size, kind)
-        return size
+        if one is not None:
+            one.saved += size
+        weakref.finalize(storage, self._forget, key, size, kind, one)
 
-    def _forget(self, key: int, size: int, kind: str) -> None:
+    def _forget(self, key: int, size: int, kind: str, one: LayerPass | None) -> None:
         self._alive.remove(key)
         self.now[kind] -= size
+        if one is not None and "layer" in self._inside and one is self.passes[-1]:
+            one.saved -= size
 
 
 def kept(model: str, sequences: Sequence, overrides: Sequence[str]) -> dict[str, Any]:

@@ -145,6 +145,18 @@ def test_the_embedded_engines_cache_is_that_of_its_largest_batch():
     assert "rollout.batch_samples=32" in [suggestion.setting for suggestion in suggestions(large, make_plan(large, 8))]
 
 
+def test_a_server_caches_a_latent_model_s_latents_on_every_gpu_and_the_embedded_engine_its_keys_and_values() -> None:
+    path = QWEN_32B.with_name("glm4.7_flash_16gpu.yaml")
+    of_four, of_two = (make_plan(load_config(path, [f"sglang.tp={tp}", f"sglang.ep={tp}"]), 16).server for tp in (4, 2))
+    assert of_four.token == of_two.token == 47 * (512 + 64) * 2
+    copies = 47 * 20 * (192 + 256) * 512  # of the up-projections, for attention to the latents
+    for server, tp in ((of_four, 4), (of_two, 2)):
+        assert server.weights == 2 * (server.parameters + copies // tp)
+        assert server.graphs == (2 * (512 if tp == 4 else 256) + 1536) * 2**20
+    embedded = make_plan(load_config(path, ["rollout.backend=embedded", "train.offload_for_rollout=false"]), 16).server
+    assert (embedded.token, embedded.weights) == (47 * 20 * (256 + 256) * 2, 2 * embedded.parameters)
+
+
 def test_a_layers_saved_bytes_are_its_tensors() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     tokens, hidden, q, kv, mlp = 100, 4096, 32 * 128, 8 * 128, 12288
@@ -179,6 +191,18 @@ def test_in_fp8_the_router_keeps_the_norm_of_experts_as_it_is() -> None:
     plain, fp8 = (saved_by_layer(arch, 0, Split(128, 1, False, 2, recipe), 1) for recipe in ("none", "tensorwise"))
     routed = int(128 * arch.experts.per_token * EXPERT_IMBALANCE)
     assert plain - fp8 == 128 * arch.hidden_size + routed * (arch.hidden_size + arch.experts.intermediate_size)
+
+
+@pytest.mark.parametrize(("name", "q_rank"), [("GLM-4.7-Flash", 768), ("DeepSeek-V3", 1536), ("DeepSeek-V3", None)])
+def test_in_fp8_latent_attention_keeps_the_input_of_both_down_projections(name: str, q_rank: int | None) -> None:
+    arch = read_architecture(MODELS / name)
+    assert arch.latent is not None
+    arch = replace(arch, latent=replace(arch.latent, q_rank=q_rank))
+    saved = {recipe: saved_by_layer(arch, 0, Split(512, 4, True, 2, recipe), 1) for recipe in ("none", "tensorwise", "delayed")}
+    product, norm, latents = 512 * arch.intermediate_size // 4, 128 * arch.hidden_size, 128 * ((q_rank or 0) + 512)
+    # The MLP's input and product, the normed latents, and the first norm's output: whole once, or quantised twice.
+    assert saved["none"] - saved["tensorwise"] == 2 * (product + 2 * norm + latents) - (product + 3 * norm + latents)
+    assert saved["delayed"] - saved["tensorwise"] == 512 * arch.heads // 4 * arch.value_dim
 
 
 def test_in_fp8_a_shared_expert_keeps_its_product_and_with_delayed_scales_a_copy_of_its_input() -> None:

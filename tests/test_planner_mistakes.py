@@ -15,7 +15,10 @@ from etr_megatron.planner.dry_run import dry_run, fewest_gpus
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs" / "qwen3_8b_8gpu.yaml"
-MATH_7B, QWEN_32B = (str(CONFIG.with_name(name)) for name in ("qwen2.5_math_7b_8gpu.yaml", "qwen2.5_32b_32gpu.yaml"))
+MATH_7B, QWEN_32B, FLASH, DEEPSEEK = (
+    str(CONFIG.with_name(f"{name}.yaml"))
+    for name in ("qwen2.5_math_7b_8gpu", "qwen2.5_32b_32gpu", "glm4.7_flash_16gpu", "deepseek_v3_256gpu")
+)
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -48,6 +51,12 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (
             ["--config", QWEN_32B, "--gpus", "32", "sglang.servers=1", "sglang.tp=5", "sglang.fp8=true"],
             "cannot be split as configured",
+        ),
+        (["--config", FLASH, "--gpus", "16", "parallel.tp=8"], "20 attention heads, which parallel.tp=8 does not divide"),
+        (["--config", FLASH, "--gpus", "16", "sglang.tp=8", "sglang.servers=1"], "20 attention heads, which sglang.tp=8 does"),
+        (
+            ["--config", DEEPSEEK, "--gpus", "512", "parallel.cp=2", "parallel.cp_comm=a2a"],
+            "has values of 128 dimensions and keys of 192, for which Transformer Engine does not have parallel.cp_comm=a2a",
         ),
         (["sglang.tp=3"], "need 24 GPUs on a node, which has 8"),
     ],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import DeepseekV3ForCausalLM, Qwen3ForCausalLM
 
 from etr_megatron.config import load_config
 from etr_megatron.flops import active_parameters, body_flops, head_flops
@@ -17,26 +18,30 @@ from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import expert_share, generation_seconds, response_lengths
 from etr_megatron.planner.speed import sync_seconds
-from etr_megatron.weights import read_architecture
+from etr_megatron.weights import read_architecture, weights_of
 from tests.published_runs import CONFIGS, ROWS, SYNC_32B, sync_of_32b, table
 
+SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, vocab_size=131)
+LATENTS = dict(kv_lora_rank=26, qk_nope_head_dim=12, qk_rope_head_dim=16, v_head_dim=14, num_key_value_heads=4)
+OF_ALL = dict(n_routed_experts=3, num_experts_per_tok=3, n_group=1, topk_group=1, moe_intermediate_size=20)
 
-def test_operations_are_those_that_torch_counts(tmp_path) -> None:
-    config = Qwen3Config(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=131,
-        tie_word_embeddings=False,
-    )
-    config.architectures = ["Qwen3ForCausalLM"]
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (Qwen3ForCausalLM, dict(num_key_value_heads=2, head_dim=16)),
+        (DeepseekV3ForCausalLM, dict(**LATENTS, **OF_ALL, q_lora_rank=22, first_k_dense_replace=1)),
+        (DeepseekV3ForCausalLM, dict(**LATENTS, **OF_ALL, q_lora_rank=None, first_k_dense_replace=2)),
+    ],
+)
+def test_operations_are_those_that_torch_counts(tmp_path, kind, sizes) -> None:
+    config = kind.config_class(**SIZES, **sizes, tie_word_embeddings=False)
+    config.architectures = [kind.__name__]
     config.save_pretrained(tmp_path)
     arch, tokens = read_architecture(tmp_path), 37
-    model, ids = Qwen3ForCausalLM(config), torch.zeros(1, tokens, dtype=torch.long)
+    model, ids = kind(config), torch.zeros(1, tokens, dtype=torch.long)
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counted:
         model(ids, use_cache=False)
     # The counter sees full score matrices; causal attention needs half of each. Rotary angles add 2 x tokens x 8.
@@ -44,6 +49,15 @@ def test_operations_are_those_that_torch_counts(tmp_path) -> None:
     attention = body_flops(arch, tokens) - matrices
     whole = 2 * attention * tokens / (tokens + 1)
     assert matrices + whole + head_flops(arch, tokens) == pytest.approx(counted.get_total_flops() - 2 * tokens * 8, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in MODELS.iterdir()))
+def test_a_token_meets_the_matrices_of_the_weight_map_and_of_experts_its_share(name) -> None:
+    arch = read_architecture(MODELS / name)
+    share = arch.experts.per_token / arch.experts.count if arch.experts else 1
+    matrices = ((weight, shape) for weight in weights_of(arch) for shape in weight.shapes if len(shape) == 2)
+    in_layers = [(weight, prod(shape)) for weight, shape in matrices if weight.layer is not None]
+    assert active_parameters(arch) == sum(size * (1 if weight.expert is None else share) for weight, size in in_layers)
 
 
 def test_an_experts_model_works_with_the_chosen_ones_alone() -> None:
@@ -89,6 +103,27 @@ def test_a_large_batch_computes_the_head_for_every_token() -> None:
     arch = read_architecture(MODELS / "Qwen3-8B")
     step = 2 * (active_parameters(arch) + arch.vocab_size * arch.hidden_size) / (H100.matmul * H100.decode_compute_efficiency)
     assert seconds([16.0] * 2048, concurrency=2048) == pytest.approx(16 * (2048 * step + H100.decode_overhead), rel=1e-3)
+
+
+def test_a_decoding_step_multiplies_every_head_with_latents_that_it_reads_once() -> None:
+    arch = read_architecture(MODELS / "DeepSeek-V3")
+    cached, token, weights = 100_000.0, 61 * 576 * 2, 10**9
+    step = generation_seconds(
+        arch,
+        lengths=np.full(64, 16.0),
+        prompt=cached,
+        concurrency=64,
+        cache_tokens=None,
+        tp=1,
+        weight_bytes=weights,
+        token_bytes=token,
+        gpu=replace(H100, decode_overhead=0.0),
+    )
+    products = H100.matmul * H100.decode_compute_efficiency
+    of_weights = 2 * active_parameters(arch) * 64 * (cached + 16) + 16 * 2 * arch.vocab_size * arch.hidden_size * 64
+    attention = 16 * 64 * cached * 61 * 128 * 2 * (576 + 512)
+    assert attention / products > 16 * 64 * cached * token / (H100.memory * H100.decode_memory_efficiency)
+    assert step == pytest.approx((of_weights + attention) / products, rel=1e-6)
 
 
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:

@@ -1,7 +1,8 @@
 """Bytes that forward passes keep for backward passes, counted from the tensors that a layer saves.
 
 Follows Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), with the tensors
-of this decoder: grouped-query attention without a stored score matrix (flash attention), RMSNorm, a gated MLP, no dropout.
+of this decoder: grouped-query or latent attention without a stored score matrix (flash attention), RMSNorm, a gated MLP, no
+dropout.
 """
 
 from __future__ import annotations
@@ -54,24 +55,44 @@ def layer_input(arch: Architecture, split: Split) -> int:
 def saved_by_layer(arch: Architecture, layer: int, split: Split, etp: int) -> int:
     """Bytes that a layer saves. etp: tensor parallelism of an expert.
 
-    The two norms save input and output, those of q and k their inputs, the projections theirs, attention q, k, v and its
-    output, the gated MLP both halves and their product. In fp32 there is a scale per normed row and a log-sum-exp per head and
-    token. In FP8, tensors that only GEMMs save are quantized copies.
+    The two norms save input and output, attention and its projections what `_attention` says, the gated MLP both halves and
+    their product. In fp32 there is a scale per normed row and a log-sum-exp per head and token. In FP8, tensors that only GEMMs
+    save are quantized copies.
     """
-    heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
-    normed = heads + kv_heads if arch.qk_norm else 0
-    attention = split.tokens * arch.head_dim * (2 * heads + 2 * kv_heads + normed)
-    apart = 4 * (2 * split.whole + split.tokens * (heads + normed)) + _routing(arch, layer, split, etp)
+    attention, of_projections, rows = _attention(arch, split)
+    apart = 4 * (2 * split.whole + rows) + _routing(arch, layer, split, etp)
     norm = split.whole * arch.hidden_size
     kept, inputs = _mlp(arch, layer, split, etp)
-    kept, inputs = kept + attention + 2 * norm, inputs + norm
+    kept, inputs = kept + attention + 2 * norm, inputs + of_projections + norm
     if split.fp8 == "none":
         return split.element * (kept + inputs) + apart
     if split.fp8 == "delayed":
         # Attention saves its output in the model's dtype. With other recipes, Megatron makes the projection after it use that
-        # tensor (set_save_original_input in transformer/attention.py).
-        inputs += split.tokens * heads * arch.head_dim
+        # tensor (set_save_original_input in transformer/attention.py and multi_latent_attention.py).
+        inputs += split.tokens * arch.heads // split.tp * arch.value_dim
+    if arch.latent is not None:
+        inputs += norm  # two projections have it as their input, and each quantizes it
     return split.element * kept + int(FP8_BYTES[split.fp8] * inputs) + apart
+
+
+def _attention(arch: Architecture, split: Split) -> tuple[int, int, int]:
+    """(elements saved regardless of GEMMs, GEMM inputs that nothing else saves, numbers in fp32) of attention, without the norm
+    before it.
+
+    Attention saves q, k, v and its output, the norms of q and k their inputs. With latent attention, the latents' norms save
+    input and output, keys have the rotated part in every head, and the rotary embedding, which Megatron does not fuse there,
+    saves cosines and sines for queries and for keys.
+    """
+    heads, latent = arch.heads // split.tp, arch.latent
+    if latent is None:
+        kv_heads = arch.kv_heads_of_a_rank(split.tp)
+        normed = heads + kv_heads if arch.qk_norm else 0
+        kept = split.tokens * arch.head_dim * (2 * heads + 2 * kv_heads + normed)
+        return kept, 0, split.tokens * (heads + normed)
+    latents = split.whole * ((latent.q_rank or 0) + latent.kv_rank)
+    kept = split.tokens * (2 * heads * (arch.head_dim + arch.value_dim) + 4 * latent.rope_dim)
+    norms = 1 if latent.q_rank is None else 2
+    return kept + latents, latents, split.tokens * heads + norms * split.whole
 
 
 def _mlp(arch: Architecture, layer: int, split: Split, etp: int) -> tuple[int, int]:
@@ -120,8 +141,10 @@ def beside_recomputed_attention(arch: Architecture, split: Split) -> int:
     """Extra bytes that a layer saves with `train.recompute: selective`. It recomputes only attention, whose scores flash
     attention does not store anyway, and so saves no more than a log-sum-exp. But it keeps v as a view of the projection's
     output, and with it that whole output, where attention itself would keep a copy of v. Ranks that share a key/value head have
-    gathered all their outputs."""
+    gathered all their outputs. Latent attention makes the copy itself."""
     heads, kv_heads = arch.heads // split.tp, arch.kv_heads_of_a_rank(split.tp)
+    if arch.latent is not None:
+        return -4 * split.tokens * heads
     output = heads + 2 * kv_heads if arch.kv_heads >= split.tp else arch.heads + 2 * arch.kv_heads
     return split.tokens * (split.element * (output - kv_heads) * arch.head_dim - 4 * heads)
 

@@ -2,9 +2,9 @@
 
 Follows `handle_gpu_memory_settings` and `reserve_for_graph_mb` of SGLang 0.5.21 (srt/arg_groups/memory_hook.py), which choose
 the number of graphs and reserve memory for them: 2 MiB per sequence of the largest captured decode batch, and 8 MiB per
-captured prefill size. This memory is outside the pool of `mem_fraction`, and stays allocated while the policy trains: only
-SGLANG_MEMORY_SAVER_CUDA_GRAPH would release it, but prefill graphs cannot be captured with that
-(srt/model_executor/runner_backend/breakable_cuda_graph_backend.py).
+captured prefill size or, with latent attention, 1.5 GiB for all of them. This memory is outside the pool of `mem_fraction`, and
+stays allocated while the policy trains: only SGLANG_MEMORY_SAVER_CUDA_GRAPH would release it, but prefill graphs cannot be
+captured with that (srt/model_executor/runner_backend/breakable_cuda_graph_backend.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import chain, pairwise
 from etr_megatron.config import SglangConfig
 
 _MIB = 2**20
-_DECODE, _PREFILL = 2 * _MIB, 8 * _MIB
+_DECODE, _PREFILL, _LATENT_PREFILL = 2 * _MIB, 8 * _MIB, 1536 * _MIB
 
 _TIERS = ((20, 8, 8, 2048), (35, 48, 160, 4096), (60, 32, 160, 4096), (160, 256, 512, 8192))
 """For GPUs with less than the given GiB: sequences of the largest decode batch, the same from TP 4 on, and tokens of the
@@ -24,8 +24,9 @@ _LARGEST = (512, 512, 16384)
 _MAX_BATCH = ("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode")
 
 
-def graph_bytes(sglang: SglangConfig, gpu_memory_gib: float) -> int:
-    """Bytes on each of a server's GPUs. `sglang.arguments` may set smaller batches, or disable graphs."""
+def graph_bytes(sglang: SglangConfig, gpu_memory_gib: float, *, latent: bool = False) -> int:
+    """Bytes on each of a server's GPUs. `sglang.arguments` may set smaller batches, or disable graphs. latent: whether the
+    model has latent attention."""
     words = [word for argument in sglang.arguments for word in argument.split("=", 1)]
     named = dict(pairwise([*words, ""]))
     if "--disable-cuda-graph" in named:
@@ -33,7 +34,8 @@ def graph_bytes(sglang: SglangConfig, gpu_memory_gib: float) -> int:
     tier = next((tier[1:] for tier in _TIERS if gpu_memory_gib < tier[0]), _LARGEST)
     batch = tier[0] if sglang.tp < 4 else tier[1]
     asked = [int(number) for option in _MAX_BATCH if (number := named.get(option, "")).isdigit()]
-    return _DECODE * (asked[-1] if asked else batch) + _PREFILL * len(_prefill_sizes(tier[2]))
+    prefill = _LATENT_PREFILL if latent else _PREFILL * len(_prefill_sizes(tier[2]))
+    return _DECODE * (asked[-1] if asked else batch) + prefill
 
 
 def _prefill_sizes(most: int) -> list[int]:

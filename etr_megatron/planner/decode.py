@@ -39,13 +39,15 @@ def generation_seconds(
     concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
     weights, and keys and values of a token, on one GPU of the server. A step takes the longer of reading (all weights, of
     experts only those that the batch chooses, and the batch's cache) and computing, including the head. A sample that no longer
-    fits in the cache is preempted, and its tokens are recomputed when it resumes.
+    fits in the cache is preempted, and its tokens are recomputed when it resumes. Attention's own products count only with
+    latents, which all heads share: with keys and values they always take less than reading these.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
     running = np.empty((0, 2))  # tokens in the cache, tokens left
     products = tp * gpu.matmul * gpu.decode_compute_efficiency
     compute, head = 2 * active_parameters(arch) / products, head_flops(arch, 1) / products
+    attend = _latent_products(arch) / products
     in_experts = expert_share(arch)
     rate = gpu.memory * gpu.decode_memory_efficiency
     links = 2 * arch.layers * gpu.all_reduce_latency if tp > 1 else 0.0
@@ -61,10 +63,18 @@ def generation_seconds(
         batch = len(running)
         reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * running[:, 0].sum()) / rate
         sending = batch * arch.hidden_size * 4 * arch.layers / (gpu.nvlink * gpu.link_efficiency) if tp > 1 else 0.0
-        seconds += _STRIDE * (max(reading, (compute + head) * batch) + links + sending + gpu.decode_overhead)
+        computing = (compute + head) * batch + attend * running[:, 0].sum()
+        seconds += _STRIDE * (max(reading, computing) + links + sending + gpu.decode_overhead)
         running = running + np.array([_STRIDE, -_STRIDE])
         running = running[running[:, 1] > 0]
     return seconds
+
+
+def _latent_products(arch: Architecture) -> int:
+    """Operations of a decoded token for each cached one, in all layers and heads: a score of its latent and rotated key, and a
+    weighted sum of latents."""
+    latent = arch.latent
+    return 0 if latent is None else 2 * arch.layers * arch.heads * (latent.cached_dim + latent.kv_rank)
 
 
 def _admitted(waiting: list[tuple[float, float]], places: int, room: float, *, alone: bool) -> list[tuple[float, float]]:

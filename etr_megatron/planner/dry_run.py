@@ -172,9 +172,11 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
         megatron.perform_initialization = False
         with torch.device("cpu"):
             frequencies = model.rotary_frequencies(arch)  # transformers computes Llama's on an explicit device
-        with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies):
-            chunks = model.build_chunks(arch, megatron, layout)
-        return sum(parameter.numel() for _, parameter in model.own_parameters(chunks).values())
+        # Megatron would move a tied embedding, and the head that repeats it in the last stage, to the CPU to add them up.
+        no_sum = mock.patch.object(model.GPTModel, "_is_in_embd_group", lambda _: False)
+        with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies), no_sum:
+            chunks = model.build_chunks(arch, megatron, layout)  # compares their names with the weight map
+        return sum(tensor.numel() for chunk in chunks for tensor in model.weights_in(chunk).values())
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token.
+    """Bytes on one GPU of a server. pool: limit for weights and KV cache. token: keys and values of a token, or with latent
+    attention its latents, which every GPU of SGLang's has whole. (transformers, the embedded engine, caches keys and values.)
 
     parameters: elements, not bytes. graphs: see `graph_bytes`.
     """
@@ -120,12 +121,25 @@ def server_memory(arch: Architecture, config: Config, cluster: Cluster, gpu_memo
     weights = held.total * element
     if config.rollout.backend == "sglang" and config.sglang.fp8:
         weights = (held.total - held.matrices) * element + fp8_bytes(held.matrices)
-    heads = arch.kv_heads_of_a_rank(layout.tp)
     fraction = SERVER_FRACTION if config.sglang.mem_fraction is None else config.sglang.mem_fraction
     is_embedded = config.rollout.backend == "embedded"
-    pool = 0 if is_embedded else int(fraction * gpu_memory_gib * GIB)
-    graphs = 0 if is_embedded else graph_bytes(config.sglang, gpu_memory_gib)
-    return ServerMemory(held.total, weights, pool, 2 * arch.layers * heads * arch.head_dim * element, graphs)
+    token = arch.layers * arch.kv_heads_of_a_rank(layout.tp) * (arch.head_dim + arch.value_dim) * element
+    if is_embedded:
+        return ServerMemory(held.total, weights, 0, token, 0)
+    if arch.latent is not None:
+        weights += _absorbed(arch, layout.tp) * element
+        token = arch.layers * arch.latent.cached_dim * element
+    graphs = graph_bytes(config.sglang, gpu_memory_gib, latent=arch.latent is not None)
+    return ServerMemory(held.total, weights, int(fraction * gpu_memory_gib * GIB), token, graphs)
+
+
+def _absorbed(arch: Architecture, tp: int) -> int:
+    """Elements of the copies that a server makes of the keys' and values' up-projections. It multiplies queries and attention's
+    output by them, so that attention works on the cached latents; SGLang makes them in the model's dtype, even from FP8
+    (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
+    assert arch.latent is not None
+    width = arch.heads // tp * (arch.latent.nope_dim + arch.latent.value_dim)
+    return arch.layers * width * arch.latent.kv_rank
 
 
 def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:
