@@ -120,18 +120,20 @@ class ToyServer:
     """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
-        self._parameters: dict[str, torch.nn.Parameter] = {}
-        experts = plan.arch.experts.count // plan.destination.ep if plan.arch.experts else 0
+        found: dict[str, list[Tensor]] = {}
         by_name = {weight.megatron: weight for weight, _ in shards_of(plan.destination, plan.arch, rank)}
         for name, tensor in empty_shards(plan, rank, dtype).items():
             weight = by_name[name.removesuffix(SCALE_SUFFIX)]
             fused = weight.server + (SCALE_SUFFIX if name.endswith(SCALE_SUFFIX) else "")
-            if weight.expert is not None:
-                tensor = torch.stack([tensor] * experts)
-            self._parameters.setdefault(fused, torch.nn.Parameter(tensor, requires_grad=False))
+            found.setdefault(fused, []).append(tensor[None] if weight.expert is not None else tensor)
+        self._parameters = {name: torch.nn.Parameter(torch.cat(parts), requires_grad=False) for name, parts in found.items()}
+        self.derived: list[dict[str, Tensor]] = []
 
     def named_parameters(self) -> Any:
         return self._parameters.items()
+
+    def post_load_weights(self) -> None:
+        self.derived.append({name: tensor.clone() for name, tensor in self._parameters.items() if "kv_b_proj" in name})
 
     def named_modules(self) -> Any:
         return ()
