@@ -84,8 +84,8 @@ class Group:
 
 
 def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
-    """Weights in order, in groups of at most `limit` bytes, or of one that is larger. Those that share a server's parameter count
-    as one, at the place of the first: a server fuses what comes in one request, and drops a part that comes alone."""
+    """Weights in order, in groups of at most `limit` bytes, or of one that is larger. Those that share a server's parameter
+    count as one, at the place of the first: a server fuses what comes in one request, and drops a part that comes alone."""
     units: dict[str, list[Weight]] = {}
     for weight in weights:
         units.setdefault(weight.server if weight.expert is None else weight.megatron, []).append(weight)
