@@ -144,9 +144,10 @@ def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_
     ],
 )
 def test_a_shared_expert_has_parameters_of_its_own_where_the_sync_needs_them(tmp_path, shared, sync, given, told):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4_moe", "n_shared_experts": shared}))
-    arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
-    assert ("--disable-shared-experts-fusion" in arguments) == told
+    for family in ("glm4_moe", "glm4_moe_lite", "deepseek_v3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "n_shared_experts": shared}))
+        arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
+        assert ("--disable-shared-experts-fusion" in arguments) == told
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     assert "--disable-shared-experts-fusion" not in command_of(tmp_path, sync=sync, arguments=given).arguments
 
@@ -245,6 +246,33 @@ def test_how_a_model_is_stored_does_not_decide_how_it_is_served(tmp_path, fp8):
     assert (override["quantization_config"] or {}).get("weight_block_size") == ([128, 128] if fp8 else None)
     (tmp_path / "config.json").write_text("{}")
     assert ("--json-model-override-args" in command_of(tmp_path, fp8=fp8).arguments) == fp8
+
+
+PUBLISHED = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "deepseek_v3"}, PUBLISHED),
+        (
+            {"model_type": "deepseek_v3", "moe_layer_freq": 1},
+            {name: PUBLISHED[name] for name in ("topk_method", "scoring_func")},
+        ),
+        ({"model_type": "deepseek_v3", **PUBLISHED}, None),
+        ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse"]}, {"first_k_dense_replace": 2}),
+        ({"model_type": "glm4_moe_lite"}, {"first_k_dense_replace": 1}),
+        ({"model_type": "glm4_moe_lite", "first_k_dense_replace": 0}, None),
+        ({"model_type": "glm4_moe"}, None),
+    ],
+)
+def test_a_server_is_told_what_transformers_does_not_write(tmp_path, config, told):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = command_of(tmp_path).arguments
+    assert ("--json-model-override-args" in arguments) == (told is not None)
+    assert told is None or json.loads(value_of(arguments, "--json-model-override-args")) == told
+    blocks = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
+    assert {name: value for name, value in blocks.items() if name != "quantization_config"} == (told or {})
 
 
 def test_memory_is_given_up_on_gpus_alone(tmp_path):

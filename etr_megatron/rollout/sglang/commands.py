@@ -97,7 +97,7 @@ def _overrides(config: SglangConfig, model: Mapping[str, Any]) -> dict[str, Any]
     if model.get("model_type") == "deepseek_v3":
         unwritten = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     elif model.get("model_type") == "glm4_moe_lite":
-        unwritten = {"first_k_dense_replace": model.get("mlp_layer_types", ["dense"]).count("dense")}
+        unwritten = {"first_k_dense_replace": (model.get("mlp_layer_types") or ["dense"]).count("dense")}
     return found | {name: value for name, value in unwritten.items() if name not in model}
 
 
