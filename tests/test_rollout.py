@@ -191,7 +191,12 @@ def test_an_engine_reads_no_weights_and_draws_nothing_before_it_has_some(gangs, 
 
 
 def best_with_bias(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    return (logits.sigmoid() + router.e_score_correction_bias).topk(router.top_k).indices
+    """Of the groups that a token may choose from, those whose two best experts are best."""
+    config, scores = router.config, logits.sigmoid() + router.e_score_correction_bias
+    grouped = scores.view(len(scores), config.n_group, -1)
+    groups = grouped.topk(2).values.sum(-1).topk(config.topk_group).indices
+    allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, groups, True)
+    return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(1).topk(config.num_experts_per_tok).indices
 
 
 def experts_chosen(model: str, tokens: list[int]) -> list[list[set[int]]]:
@@ -203,7 +208,7 @@ def experts_chosen(model: str, tokens: list[int]) -> list[list[set[int]]]:
     for module in hf.modules():
         if type(module).__name__ == "Qwen3MoeTopKRouter":
             module.register_forward_hook(lambda _module, _inputs, output: layers.append(output[2]))
-        if type(module).__name__ == "Glm4MoeTopkRouter":
+        if type(module).__name__ in ("Glm4MoeTopkRouter", "DeepseekV3TopkRouter"):
             module.register_forward_hook(lambda router, _inputs, logits: layers.append(best_with_bias(router, logits)))
     with torch.no_grad():
         hf(torch.tensor([tokens]))

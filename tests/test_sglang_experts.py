@@ -43,9 +43,8 @@ def models(tmp_path_factory):
     Qwen3MoeForCausalLM(qwen).float().save_pretrained(root / "qwen3_moe")
     glm = dict(head_dim=8, intermediate_size=128, moe_intermediate_size=128, **heads)
     others = {name: write_model(name, root / name, **glm) for name in ("glm4_moe", "glm4_moe_air")}
-    latent = dict(intermediate_size=128, moe_intermediate_size=128, layers=2)
+    latent = dict(intermediate_size=128, moe_intermediate_size=128, q_lora_rank=22)
     others |= {name: write_model(name, root / name, **latent) for name in ("deepseek_v3", "glm4_moe_lite")}
-    others["glm4_moe_lite_q"] = write_model("glm4_moe_lite", root / "glm4_moe_lite_q", **latent, q_lora_rank=22)
     return {"qwen3_moe": str(root / "qwen3_moe"), **others}
 
 
@@ -90,24 +89,16 @@ def least_bytes(model: str, tp: int) -> int:
         ("qwen3_moe", 2, 2, "disk", "ep2"),
         ("qwen3_moe", 2, 2, "sharded", "tp2"),
         ("qwen3_moe", 4, 2, "sharded", "ep2"),
-        ("glm4_moe", 1, 1, "broadcast", "ep2"),
-        ("glm4_moe", 1, 1, "tensor", "tp2"),
-        ("glm4_moe", 1, 1, "disk", "pp2"),
-        ("glm4_moe", 1, 1, "sharded", "tp2_ep2_etp1"),
         ("glm4_moe", 2, 2, "tensor", "ep2"),
         ("glm4_moe", 2, 2, "sharded", "tp2"),
         ("glm4_moe_air", 2, 1, "broadcast", "tp2"),
         ("glm4_moe_air", 2, 1, "sharded", "pp2"),
-        ("deepseek_v3", 1, 1, "broadcast", "ep2"),
-        ("deepseek_v3", 1, 1, "tensor", "tp2"),
-        ("deepseek_v3", 1, 1, "disk", "pp2"),
-        ("deepseek_v3", 1, 1, "sharded", "tp2_ep2_etp1"),
-        ("deepseek_v3", 2, 2, "tensor", "ep2"),
-        ("deepseek_v3", 2, 2, "sharded", "tp2"),
         ("glm4_moe_lite", 1, 1, "broadcast", "tp2"),
-        ("glm4_moe_lite", 1, 1, "sharded", "tp2"),
-        ("glm4_moe_lite_q", 1, 1, "broadcast", "tp2"),
-        ("glm4_moe_lite_q", 1, 1, "sharded", "tp2"),
+        ("glm4_moe_lite", 1, 1, "sharded", "pp2"),
+        ("deepseek_v3", 2, 2, "broadcast", "ep2"),
+        ("deepseek_v3", 2, 2, "tensor", "tp2"),
+        ("deepseek_v3", 2, 2, "disk", "pp2"),
+        ("deepseek_v3", 2, 2, "sharded", "tp2_ep2_etp1"),
     ],
 )
 def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
@@ -123,9 +114,11 @@ def test_after_every_weight_sync_a_server_with_experts_agrees_with_the_trainer(
         assert sum(rank["bytes"] for rank in found) == least_bytes(model, tp)
 
 
-@pytest.mark.parametrize(("family", "tp", "ep", "layers"), [("qwen3_moe", 4, 2, 2), ("glm4_moe_air", 2, 1, 3)])
+@pytest.mark.parametrize(
+    ("family", "tp", "ep", "layers", "per_token"), [("deepseek_v3", 2, 2, 3, 4), ("qwen3_moe", 4, 2, 2, 3)]
+)
 def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(
-    gangs, models, url_of, tmp_path, family, tp, ep, layers
+    gangs, models, url_of, tmp_path, family, tp, ep, layers, per_token
 ):
     model = models[family]
     served = dict(urls=(url_of(family, tp, ep),), tp=tp, ep=ep, sync="broadcast", routing=True)
@@ -133,4 +126,4 @@ def test_a_server_says_which_experts_it_chose_for_every_token_but_the_last(
     for samples in gangs(2).run("tests.sglang_jobs:routed", **served, **job):
         assert len(samples) == 2 * len(PROMPTS)
         for tokens, routing in samples:
-            assert as_sets(routing, layers=layers, per_token=3) == experts_chosen(model, tokens)[:-1]
+            assert as_sets(routing, layers=layers, per_token=per_token) == experts_chosen(model, tokens)[:-1]
