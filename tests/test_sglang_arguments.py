@@ -180,6 +180,9 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
         ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
         ((10, 0), {"n_routed_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
+        ((10, 0), {"model_type": "deepseek_v3", "quantization_config": {"a": 1}}, {}, ["--quantization", "unquant"]),
+        ((10, 0), {"model_type": "deepseek_v3"}, {}, []),
+        ((9, 0), {"model_type": "deepseek_v3", "quantization_config": {"a": 1}}, {}, []),
         ((10, 0), {}, {}, []),
         ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),
     ],
@@ -189,7 +192,8 @@ def test_servers_on_blackwell_keep_weights_as_they_are_sent(tmp_path, monkeypatc
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     (tmp_path / "config.json").write_text(json.dumps(model))
     arguments = command_of(tmp_path, **settings).arguments
-    assert [word for word in arguments if "-backend" in word or word == "triton"] == wanted
+    words = ("triton", "--quantization", "unquant")
+    assert [word for word in arguments if "-backend" in word or word in words] == wanted
 
 
 @pytest.mark.parametrize(

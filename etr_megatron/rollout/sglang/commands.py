@@ -139,16 +139,22 @@ def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
     """Arguments for kernels that keep weights as they are sent, unless the user has chosen some. model: its config.json.
 
     On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
-    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either.
+    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either. For DeepSeek-V3 it also looks
+    into the files for experts in FP8, and then quantises all layers, whatever its config says.
     """
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
         return []
     experts = any(model.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
+    plain = model.get("model_type") == "deepseek_v3" and model.get("quantization_config") and not config.fp8
+    wanted = {
+        "--fp8-gemm-backend": "triton" if config.fp8 else None,
+        "--moe-runner-backend": "triton" if experts else None,
+        "--quantization": "unquant" if plain else None,
+    }
     given = set(names_of(config.arguments))
-    return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
+    return [word for name, value in wanted.items() if value and name not in given for word in (name, value)]
 
 
 def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
