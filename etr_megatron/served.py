@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from etr_megatron.weights import Architecture
 
 
+_NAMES = {"qwen3_moe": "Qwen3-MoE", "glm4_moe": "GLM-4.5", "glm4_moe_lite": "GLM-4.7-Flash", "deepseek_v3": "DeepSeek-V3"}
+
+
 def check_served(model: str, architecture: Architecture, tp: int, ep: int, *, fp8: bool) -> None:
     """Check that a server can shard the model, with `sglang.fp8` in whole blocks, and serves the model that is trained. tp, ep:
     `sglang.tp` and `sglang.ep`.
@@ -49,13 +52,17 @@ def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> No
             f"{model} has a shared expert of width {experts.shared_size}, which sglang.tp={tp} does not divide, and a server "
             "would refuse to start; choose a sglang.tp that does"
         )
-    # SGLang would start with either, but leave the weights that the checkpoint lacks randomly initialized.
-    is_qwen = architecture.family == "qwen3_moe"
-    unserved = "dense layers (mlp_only_layers, decoder_sparse_step)" if is_qwen and experts.dense_layers else ""
-    unserved = unserved or ("tied embeddings (tie_word_embeddings)" if architecture.tied_embeddings else "")
+    # SGLang would start with any of these, but leave weights randomly initialized that the checkpoint lacks or that it ignores.
+    family, unserved = architecture.family, ""
+    if family == "qwen3_moe" and experts.dense_layers:
+        unserved = "dense layers (mlp_only_layers, decoder_sparse_step)"
+    elif family == "glm4_moe_lite" and architecture.latent is not None and architecture.latent.q_rank is None:
+        unserved = "queries without a latent (q_lora_rank of null)"
+    elif family != "deepseek_v3" and architecture.tied_embeddings:
+        unserved = "tied embeddings (tie_word_embeddings)"
     if unserved:
         raise UserError(
-            f"{model} has experts and {unserved}, which SGLang's {'Qwen3-MoE' if is_qwen else 'GLM-4.5'} does not support; "
+            f"{model} has experts and {unserved}, which SGLang's {_NAMES[family]} does not support; "
             "set rollout.backend to embedded"
         )
 
@@ -63,13 +70,15 @@ def _check_sizes(model: str, architecture: Architecture, tp: int, ep: int) -> No
 def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
     from etr_megatron.weights import ServerLayout, weights_of
 
-    layout = ServerLayout(tp=tp, ep=ep)
-    for weight in weights_of(architecture):
-        if not weight.fp8 or weight.layer not in (0, architecture.layers - 1) or weight.expert not in (None, 0):
-            continue  # layers and experts are alike
+    layout, some = ServerLayout(tp=tp, ep=ep), (0, architecture.layers - 1)  # layers and experts are alike
+    weights = [one for one in weights_of(architecture) if one.fp8 and one.layer in some and one.expert in (None, 0)]
+    last_of = {weight.server: weight for weight in weights}
+    for weight in weights:
+        # The last rows of a server's parameter that is not cut may be a part of a block, as in published DeepSeek-V3.
+        may_end = weight.split == "replicated" and weight is last_of[weight.server]
         for holding in layout.holdings(weight, architecture):
             for piece in holding.shard.pieces:
-                if not _is_whole_blocks(piece.size):
+                if not _is_whole_blocks(piece.size[may_end:]):
                     shape = " x ".join(map(str, piece.size))
                     way_out = "lower sglang.tp, or raise sglang.ep for experts"
                     if not _is_whole_blocks(weight.shapes[piece.hf]):
@@ -80,5 +89,5 @@ def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
                     )
 
 
-def _is_whole_blocks(shape: Sequence[int]) -> bool:
-    return not any(size % FP8_BLOCK for size in shape)
+def _is_whole_blocks(sizes: Sequence[int]) -> bool:
+    return not any(size % FP8_BLOCK for size in sizes)

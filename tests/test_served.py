@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from etr_megatron.config import Config, RolloutConfig, SglangConfig
+from etr_megatron.errors import UserError
+from etr_megatron.served import check_served
+from etr_megatron.weights import Architecture, Experts, LatentAttention
 from tests.test_checks import config, refusal, with_model
 
 __all__ = ["config"]  # a fixture
@@ -31,6 +35,16 @@ def test_servers_that_cannot_cut_the_models_heads_are_refused_before_they_are_st
         ("qwen3_moe_dense", dict(), "has experts and dense layers (mlp_only_layers, decoder_sparse_step), which SGLang's"),
         ("qwen3_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's Qwen3-MoE does"),
         ("glm4_moe_tied", dict(), "has experts and tied embeddings (tie_word_embeddings), which SGLang's GLM-4.5 does"),
+        (
+            "glm4_moe_lite_tied",
+            dict(),
+            "has experts and tied embeddings (tie_word_embeddings), which SGLang's GLM-4.7-Flash does",
+        ),
+        (
+            "glm4_moe_lite",
+            dict(),
+            "has experts and queries without a latent (q_lora_rank of null), which SGLang's GLM-4.7-Flash",
+        ),
         ("glm4_moe_wide", dict(tp=4, ep=4), "has a shared expert of width 42, which sglang.tp=4 does not divide, and a server"),
     ],
 )
@@ -42,6 +56,7 @@ def test_experts_that_servers_cannot_cut_or_do_not_serve_are_refused_before_they
         "qwen3_moe_tied": {"tie_word_embeddings": True},
         "glm4_moe_wide": {"n_routed_experts": 8, "moe_intermediate_size": 21},
         "glm4_moe_tied": {"tie_word_embeddings": True},
+        "glm4_moe_lite_tied": {"tie_word_embeddings": True, "q_lora_rank": 22},
     }.get(family, {})
     shipped = hf_models[family.rsplit("_", 1)[0] if changes else family]
     (tmp_path / "config.json").write_text(json.dumps(json.loads(Path(shipped, "config.json").read_text()) | changes))
@@ -67,3 +82,32 @@ def test_what_fp8_servers_cannot_split_is_refused_before_they_are_started(
     asked = replace(with_model(config, tmp_path), rollout=RolloutConfig(backend="sglang"), sglang=SglangConfig(fp8=True, tp=tp))
     assert refusal(asked).startswith(sentence)
     assert "sglang.fp8" not in refusal(replace(asked, sglang=SglangConfig(tp=tp)))
+
+
+def latent(hidden: int, heads: int, kind: LatentAttention, dense: int, wide: int) -> Architecture:
+    """GLM-4.7-Flash or DeepSeek-V3 with two layers of eight experts. dense, wide: of the first layer and of an expert."""
+    experts = Experts(8, 4, wide, True, frozenset({0}), wide, "sigmoid", True)
+    sizes = dict(layers=2, hidden_size=hidden, intermediate_size=dense, heads=heads, kv_heads=heads, head_dim=kind.head_dim)
+    rest = dict(vocab_size=1280, tied_embeddings=False, norm_eps=1e-6, max_positions=64, experts=experts, latent=kind)
+    return Architecture("deepseek_v3", **sizes, **rest)
+
+
+FLASH = latent(2048, 20, LatentAttention(512, 768, 192, 64, 256), 10240, 1536)
+DEEPSEEK = latent(7168, 128, LatentAttention(512, 1536, 128, 64, 128), 18432, 2048)
+
+
+@pytest.mark.parametrize(("arch", "tps"), [(FLASH, (1, 2, 4)), (DEEPSEEK, (1, 2, 4, 8, 16))], ids=["flash", "deepseek"])
+def test_fp8_servers_hold_latents_that_end_within_a_block_but_no_head_that_does(
+    arch: Architecture, tps: tuple[int, ...]
+) -> None:
+    """576 rows project down to the latents of keys and values, below 768 or 1536 for those of queries."""
+    for tp in tps:
+        if arch is FLASH and tp == 4:  # five heads of 448 rows
+            with pytest.raises(UserError, match=r"kv_b_proj\.weight is split into parts of 2240 x 512 .*; lower sglang\.tp"):
+                check_served("m", arch, tp, 1, fp8=True)
+        else:
+            check_served("m", arch, tp, 1, fp8=True)
+    narrow = replace(arch, latent=replace(arch.latent, q_rank=700))
+    with pytest.raises(UserError, match=re.escape("q_a_proj.weight is split into parts of 700 x ")):
+        check_served("m", narrow, 1, 1, fp8=True)
+    check_served("m", narrow, 1, 1, fp8=False)

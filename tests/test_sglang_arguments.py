@@ -144,9 +144,10 @@ def test_a_server_is_told_to_say_which_experts_it_chose_where_that_is_asked(tmp_
     ],
 )
 def test_a_shared_expert_has_parameters_of_its_own_where_the_sync_needs_them(tmp_path, shared, sync, given, told):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4_moe", "n_shared_experts": shared}))
-    arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
-    assert ("--disable-shared-experts-fusion" in arguments) == told
+    for family in ("glm4_moe", "glm4_moe_lite", "deepseek_v3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "n_shared_experts": shared}))
+        arguments = command_of(tmp_path, sync=sync, arguments=given).arguments
+        assert ("--disable-shared-experts-fusion" in arguments) == told
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     assert "--disable-shared-experts-fusion" not in command_of(tmp_path, sync=sync, arguments=given).arguments
 
@@ -179,6 +180,9 @@ def test_the_share_of_a_server_on_a_ranks_gpu_is_found_when_it_is_started(tmp_pa
         ((10, 0), {"num_local_experts": 8}, dict(fp8=True), ["--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton"]),
         ((10, 0), {"n_routed_experts": 8}, {}, ["--moe-runner-backend", "triton"]),
         ((9, 0), {"num_experts": 8}, dict(fp8=True), []),
+        ((10, 0), {"model_type": "deepseek_v3", "quantization_config": {"a": 1}}, {}, ["--quantization", "unquant"]),
+        ((10, 0), {"model_type": "deepseek_v3"}, {}, []),
+        ((9, 0), {"model_type": "deepseek_v3", "quantization_config": {"a": 1}}, {}, []),
         ((10, 0), {}, {}, []),
         ((10, 0), {}, dict(fp8=True, arguments=("--fp8-gemm-backend=cutlass",)), ["--fp8-gemm-backend=cutlass"]),
     ],
@@ -188,7 +192,8 @@ def test_servers_on_blackwell_keep_weights_as_they_are_sent(tmp_path, monkeypatc
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     (tmp_path / "config.json").write_text(json.dumps(model))
     arguments = command_of(tmp_path, **settings).arguments
-    assert [word for word in arguments if "-backend" in word or word == "triton"] == wanted
+    words = ("triton", "--quantization", "unquant")
+    assert [word for word in arguments if "-backend" in word or word in words] == wanted
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,33 @@ def test_how_a_model_is_stored_does_not_decide_how_it_is_served(tmp_path, fp8):
     assert (override["quantization_config"] or {}).get("weight_block_size") == ([128, 128] if fp8 else None)
     (tmp_path / "config.json").write_text("{}")
     assert ("--json-model-override-args" in command_of(tmp_path, fp8=fp8).arguments) == fp8
+
+
+PUBLISHED = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "deepseek_v3"}, PUBLISHED),
+        (
+            {"model_type": "deepseek_v3", "moe_layer_freq": 1},
+            {name: PUBLISHED[name] for name in ("topk_method", "scoring_func")},
+        ),
+        ({"model_type": "deepseek_v3", **PUBLISHED}, None),
+        ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse"]}, {"first_k_dense_replace": 2}),
+        ({"model_type": "glm4_moe_lite"}, {"first_k_dense_replace": 1}),
+        ({"model_type": "glm4_moe_lite", "first_k_dense_replace": 0}, None),
+        ({"model_type": "glm4_moe"}, None),
+    ],
+)
+def test_a_server_is_told_what_transformers_does_not_write(tmp_path, config, told):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = command_of(tmp_path).arguments
+    assert ("--json-model-override-args" in arguments) == (told is not None)
+    assert told is None or json.loads(value_of(arguments, "--json-model-override-args")) == told
+    blocks = json.loads(value_of(command_of(tmp_path, fp8=True).arguments, "--json-model-override-args"))
+    assert {name: value for name, value in blocks.items() if name != "quantization_config"} == (told or {})
 
 
 def test_memory_is_given_up_on_gpus_alone(tmp_path):

@@ -37,7 +37,11 @@ def says(family: str, name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe", "qwen3_moe_dense", "glm4_moe", "glm4_moe_air"]
+    "family",
+    [
+        *("llama", "qwen2", "qwen3", "qwen3_tied", "qwen3_moe", "qwen3_moe_dense", "glm4_moe", "glm4_moe_air"),
+        *("deepseek_v3", "glm4_moe_lite"),
+    ],
 )
 def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_models, served, family):
     job = expected(hf_models, family)
@@ -69,6 +73,14 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
         ("qwen3_moe", {"num_experts_per_tok": 2}, "its num_experts_per_tok is 2 according to {}, but the job's is 3"),
         ("glm4_moe", {"routed_scaling_factor": 1}, "its routed_scaling_factor is 1 according to {}, but the job's is 2.5"),
         ("glm4_moe_air", {"use_qk_norm": True}, "its use_qk_norm is True according to {}, but the job's is False"),
+        ("deepseek_v3", {"kv_lora_rank": 24}, "its kv_lora_rank is 24 according to {}, but the job's is 26"),
+        ("deepseek_v3", {"q_lora_rank": None}, "its q_lora_rank is None according to {}, but the job's is 22"),
+        ("glm4_moe_lite", {"q_lora_rank": 22}, "its q_lora_rank is 22 according to {}, but the job's is None"),
+        ("deepseek_v3", {"qk_nope_head_dim": 8}, "its qk_nope_head_dim is 8 according to {}, but the job's is 12"),
+        ("deepseek_v3", {"qk_rope_head_dim": 4}, "its qk_rope_head_dim is 4 according to {}, but the job's is 8"),
+        ("deepseek_v3", {"v_head_dim": 12}, "its v_head_dim is 12 according to {}, but the job's is 14"),
+        ("deepseek_v3", {"n_group": 2}, "its n_group is 2 according to {}, but the job's is 4"),
+        ("deepseek_v3", {"topk_group": 1}, "its topk_group is 1 according to {}, but the job's is 2"),
         ("qwen3", {"quantization_config": BLOCKS}, "its quantization_config is of fp8, but sglang.fp8 is false"),
     ],
 )

@@ -17,6 +17,7 @@ from etr_megatron.weights import ServerLayout, TrainingLayout, read_architecture
 from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import quantize_blocks
 from etr_megatron.weights.transport import server_loader
+from tests.hf_models import write_model
 from tests.test_plan import architecture
 
 
@@ -107,6 +108,20 @@ def test_a_quantised_server_receives_values_and_scales(gangs, hf_models):
             assert torch.equal(parameters[name + "_scale_inv"], scales)
 
 
+def test_a_server_of_latent_attention_stacks_the_projections_down_and_renews_what_it_derives(gangs, tmp_path):
+    """In FP8, too, rows and scales of the queries' are above those of keys and values, whose 34 rows are no multiple of 8."""
+    model = write_model("deepseek_v3", tmp_path, q_lora_rank=24, moe_intermediate_size=32)
+    layouts = dict(source=TrainingLayout(dp=2), destination=ServerLayout())
+    found = gangs(3).run("tests.transport_jobs:serve", model=model, **layouts, fp8_block=8)[2][0]
+    hf, attention = load_file(f"{model}/model.safetensors"), "model.layers.2.self_attn."
+    down = torch.cat([hf[f"{attention}{one}.weight"] for one in ("q_a_proj", "kv_a_proj_with_mqa")])
+    values, scales = quantize_blocks(down, 8)
+    assert torch.equal(found[f"{attention}fused_qkv_a_proj_with_mqa.weight"], values.view(torch.uint8))
+    assert torch.equal(found[f"{attention}fused_qkv_a_proj_with_mqa.weight_scale_inv"], scales)
+    up = f"{attention}kv_b_proj.weight"
+    assert torch.equal(found[f"derived.{up}"], quantize_blocks(hf[up], 8)[0].float() + 1)
+
+
 @pytest.mark.parametrize("fault", ["middle", "before"])
 def test_a_worker_takes_the_next_offer_after_a_sync_that_failed(gangs, hf_models, fault):
     model = hf_models["llama"]
@@ -142,7 +157,7 @@ def test_parameters_of_another_shape_and_offers_of_another_version_are_refused_i
 
 
 def test_an_offer_survives_its_journey_as_a_tensor(hf_models):
-    for arch in (architecture(), *(read_architecture(hf_models[name]) for name in ("qwen3_moe", "llama", "glm4_moe"))):
+    for arch in (architecture(), *(read_architecture(hf_models[name]) for name in ("qwen3_moe", "llama", "deepseek_v3"))):
         offer = server_loader.Offer(3, "node7", 1234, 1, TrainingLayout(tp=2, pp=2), ServerLayout(tp=2), arch, fp8_block=128)
         message = offer.message()
         assert message.dtype == torch.uint8 and message.dim() == 1

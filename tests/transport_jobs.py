@@ -120,18 +120,22 @@ class ToyServer:
     """A worker's model as seen by the loader: parameters under a server's names, shapes from the map and the layout."""
 
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype) -> None:
-        self._parameters: dict[str, torch.nn.Parameter] = {}
-        experts = plan.arch.experts.count // plan.destination.ep if plan.arch.experts else 0
+        found: dict[str, list[Tensor]] = {}
         by_name = {weight.megatron: weight for weight, _ in shards_of(plan.destination, plan.arch, rank)}
         for name, tensor in empty_shards(plan, rank, dtype).items():
             weight = by_name[name.removesuffix(SCALE_SUFFIX)]
             fused = weight.server + (SCALE_SUFFIX if name.endswith(SCALE_SUFFIX) else "")
-            if weight.expert is not None:
-                tensor = torch.stack([tensor] * experts)
-            self._parameters.setdefault(fused, torch.nn.Parameter(tensor, requires_grad=False))
+            found.setdefault(fused, []).append(tensor[None] if weight.expert is not None else tensor)
+        self._parameters = {name: torch.nn.Parameter(torch.cat(parts), requires_grad=False) for name, parts in found.items()}
+        self.derived: dict[str, Tensor] = {}
 
     def named_parameters(self) -> Any:
         return self._parameters.items()
+
+    def post_load_weights(self) -> None:
+        """What SGLang computes from this one, and keeps, when it has loaded weights."""
+        up = {name: tensor for name, tensor in self._parameters.items() if name.endswith("kv_b_proj.weight")}
+        self.derived = {f"derived.{name}": tensor.float() + 1 for name, tensor in up.items()}
 
     def named_modules(self) -> Any:
         return ()
@@ -146,7 +150,8 @@ def store_of(offer: Offer) -> dist.TCPStore:
 def serve(
     model: str, source: TrainingLayout, destination: ServerLayout, fp8_block: int | None = None
 ) -> tuple[dict[str, Tensor] | None, list[int | None]]:
-    """Parameters of toy workers, and the complete versions of their transports after each of two syncs through the loader."""
+    """Parameters of toy workers and what these have derived, and the complete versions of their transports after each of two
+    syncs through the loader."""
     with rank_0s_port() as port:
         rank, arch = dist.get_rank(), read_architecture(model)
         place = rank - source.world
@@ -167,7 +172,7 @@ def serve(
             versions += [transport.complete for transport in server_loader._open.values()]
         dist.barrier()
         server_loader._open.clear()
-        return picklable(dict(server.named_parameters())), versions
+        return picklable(dict(server.named_parameters()) | server.derived), versions
 
 
 def recover(model: str, destination: ServerLayout, fault: str) -> tuple[dict[str, Tensor] | None, list[str]]:

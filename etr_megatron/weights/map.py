@@ -31,7 +31,7 @@ class Row:
 
     megatron: name in Megatron's local layer spec; te: in Transformer Engine's, where it differs.
     hf: (name, dimensions) of each HF tensor; a dimension is a letter of `_dimensions`.
-    server: name of SGLang's parameter, if it is not the HF name.
+    server: name of SGLang's parameter, if it is not the HF name. Rows that name the same one are stacked there in their order.
     fp8: whether block-quantised export and sync quantise it. fp32: whether it is float32, whatever the model's dtype.
     layers: which layers have it: all, dense (a dense MLP), moe (experts).
     """
@@ -52,7 +52,8 @@ class Weight:
 
     megatron, te: names in the two layer specs, layers and experts counted over the whole model.
     stored, stored_at: name in a `torch_dist` checkpoint, and leading (index, size) axes there: of the layer, of the expert.
-    hf, shapes: HF names and full shapes. server: the server's parameter; for an expert, the one of all experts of a rank.
+    hf, shapes: HF names and full shapes. server: the server's parameter; for an expert, the one of all experts of a rank. Other
+    weights may share one, too: it holds their rows, in the model's order.
     layer, expert: numbers, None for weights outside of layers and experts.
     """
 
@@ -118,9 +119,27 @@ _ATTENTION = (
     ),
     _row("self_attention.linear_proj.weight", "row", {"self_attn.o_proj.weight": "HQ"}, fp8=True),
 )
-_QUERIES = _row("self_attention.linear_q_proj.weight", "column", {"self_attn.q_proj.weight": "QH"}, fp8=True)
+_FUSED_DOWN = "self_attn.fused_qkv_a_proj_with_mqa.weight"
+"""A server's parameter of both down-projections: the rows of the queries' above those of keys and values."""
+
+
+def _kv_down(server: str = "") -> Row:
+    hf = {"self_attn.kv_a_proj_with_mqa.weight": "LH"}
+    return _row("self_attention.linear_kv_down_proj.weight", "replicated", hf, server=server, fp8=True)
+
+
+_QUERIES = (
+    _row("self_attention.linear_q_proj.weight", "column", {"self_attn.q_proj.weight": "QH"}, fp8=True),
+    _kv_down(),
+)
 _LATENT_QUERIES = (
-    _row("self_attention.linear_q_down_proj.weight", "replicated", {"self_attn.q_a_proj.weight": "AH"}, fp8=True),
+    _row(
+        "self_attention.linear_q_down_proj.weight",
+        "replicated",
+        {"self_attn.q_a_proj.weight": "AH"},
+        server=_FUSED_DOWN,
+        fp8=True,
+    ),
     _row(
         "self_attention.q_layernorm.weight",
         "replicated",
@@ -128,12 +147,12 @@ _LATENT_QUERIES = (
         te="self_attention.linear_q_up_proj.layer_norm_weight",
     ),
     _row("self_attention.linear_q_up_proj.weight", "column", {"self_attn.q_b_proj.weight": "QA"}, fp8=True),
+    _kv_down(_FUSED_DOWN),
 )
 _LATENT_ATTENTION = (
     _row("input_layernorm.weight", "replicated", {"input_layernorm.weight": "H"}),
-    _QUERIES,
+    *_QUERIES,
     *_LATENT_QUERIES,
-    _row("self_attention.linear_kv_down_proj.weight", "replicated", {"self_attn.kv_a_proj_with_mqa.weight": "LH"}, fp8=True),
     _row(
         "self_attention.kv_layernorm.weight",
         "replicated",
@@ -321,7 +340,7 @@ def _has(arch: Architecture, row: Row) -> bool:
     """Whether a model has a row that not all of its family have."""
     if row in _QK_NORM:
         return arch.qk_norm
-    if arch.latent is not None and (row is _QUERIES or row in _LATENT_QUERIES):
+    if arch.latent is not None and (row in _QUERIES or row in _LATENT_QUERIES):
         return (row in _LATENT_QUERIES) == (arch.latent.q_rank is not None)
     return True
 

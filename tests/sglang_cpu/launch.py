@@ -35,12 +35,14 @@ if __name__ == "__main__":
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda method, force=False: None  # SGLang would set "spawn"
     from experts import leave_host_memory_unpinned, skip_experts_of_other_ranks
+    from latent import attend_to_latents
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     skip_experts_of_other_ranks()
     leave_host_memory_unpinned()
+    attend_to_latents()
     try:
         run_server(prepare_server_args(sys.argv[1:]))
     finally:

@@ -55,14 +55,9 @@ def server_command(
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
     if config.context_length is not None:
         arguments += ["--context-length", str(config.context_length)]
-    quantization = None
-    if config.fp8:
-        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
-        quantization = {"fmt": "e4m3", **blocks}
     model = _model_config(model_dir)
-    if config.fp8 or model.get("quantization_config"):
-        # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
-        arguments += ["--json-model-override-args", json.dumps({"quantization_config": quantization})]
+    if overrides := _overrides(config, model):
+        arguments += ["--json-model-override-args", json.dumps(overrides)]
     arguments += [*(_plain_kernels(config, model) if cuda else []), *_plain_experts(config, model)]
     environment = {}
     if shares_gpus:
@@ -86,6 +81,24 @@ def server_command(
     return ServerCommand(
         config.python, config.launch, own, environment, host, "weight_version", api_key, memory, shares_gpus=shares_gpus
     )
+
+
+def _overrides(config: SglangConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a server must read otherwise than its config.json has them. model: the fields of that file."""
+    found: dict[str, Any] = {}
+    if config.fp8:
+        blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+        found["quantization_config"] = {"fmt": "e4m3", **blocks}
+    elif model.get("quantization_config"):
+        # A model stored in FP8 is trained in `model.dtype` and, without `sglang.fp8`, also served in it.
+        found["quantization_config"] = None
+    # Published files have these fields, but transformers 5 does not know and write them, and SGLang has no defaults for them.
+    unwritten: dict[str, Any] = {}
+    if model.get("model_type") == "deepseek_v3":
+        unwritten = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    elif model.get("model_type") == "glm4_moe_lite":
+        unwritten = {"first_k_dense_replace": (model.get("mlp_layer_types") or ["dense"]).count("dense")}
+    return found | {name: value for name, value in unwritten.items() if name not in model}
 
 
 def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -126,16 +139,22 @@ def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
     """Arguments for kernels that keep weights as they are sent, unless the user has chosen some. model: its config.json.
 
     On Blackwell (SM100) SGLang's defaults do not: DeepGEMM packs the scales of FP8 blocks into another type and shape, and
-    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either.
+    flashinfer_trtllm brings experts in bfloat16 into blocks. No update can be loaded into either. For DeepSeek-V3 it also looks
+    into the files for experts in FP8, and then quantises all layers, whatever its config says.
     """
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 10:
         return []
     experts = any(model.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    kernels = {"--fp8-gemm-backend": config.fp8, "--moe-runner-backend": experts}
+    plain = model.get("model_type") == "deepseek_v3" and model.get("quantization_config") and not config.fp8
+    wanted = {
+        "--fp8-gemm-backend": "triton" if config.fp8 else None,
+        "--moe-runner-backend": "triton" if experts else None,
+        "--quantization": "unquant" if plain else None,
+    }
     given = set(names_of(config.arguments))
-    return [word for name, used in kernels.items() if used and name not in given for word in (name, "triton")]
+    return [word for name, value in wanted.items() if value and name not in given for word in (name, value)]
 
 
 def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
@@ -145,7 +164,7 @@ def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
     """
     shared = model.get("n_shared_experts")
     if shared is None:
-        shared = 1 if model.get("model_type") == "glm4_moe" else 0  # transformers' default
+        shared = 1 if model.get("model_type") in ("glm4_moe", "glm4_moe_lite", "deepseek_v3") else 0  # transformers' default
     needed = shared > 1 or (shared == 1 and sync_of(config) == "sharded")
     given = {_UNFUSED, "--enforce-shared-experts-fusion"} & set(names_of(config.arguments))
     return [_UNFUSED] if needed and not given else []

@@ -27,6 +27,18 @@ _SIZES = {
 }
 """Fields of config.json that determine names and shapes -> those of `Architecture`."""
 
+_OF_HEADS = ("num_key_value_heads", "head_dim")
+"""Those that have no meaning with latent attention; transformers writes other values there than the tensors show."""
+
+_LATENT_SIZES = {
+    "q_lora_rank": "q_rank",
+    "kv_lora_rank": "kv_rank",
+    "qk_nope_head_dim": "nope_dim",
+    "qk_rope_head_dim": "rope_dim",
+    "v_head_dim": "value_dim",
+}
+"""Further ones with latent attention -> those of `LatentAttention`. A q_lora_rank of null means other tensors, too."""
+
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
@@ -81,7 +93,9 @@ class Expected:
             yield f"its architectures are {known}, but the job's model is of {self.architecture.family}"
         file, config = _config(server, model)
         for field, wanted in _sizes(self.architecture).items():
-            if isinstance(found := config.get(field), int | float) and found != wanted:
+            found = config.get(field)
+            is_said = isinstance(found, int | float) or (field == "q_lora_rank" and field in config)
+            if is_said and found != wanted:
                 where = f" according to {file}" if file is not None else ""
                 yield f"its {field} is {found}{where}, but the job's is {wanted}"
         yield from self._quantisation(server, file, config)
@@ -108,18 +122,22 @@ class Expected:
             yield f"its weight_block_size is {blocks}, but sglang.fp8 needs {[FP8_BLOCK, FP8_BLOCK]}"
 
 
-def _sizes(architecture: Architecture) -> dict[str, float]:
+def _sizes(architecture: Architecture) -> dict[str, float | None]:
     """Fields of config.json by which shapes, or the choice and weights of experts, follow."""
-    experts = architecture.experts
+    experts, latent = architecture.experts, architecture.latent
     found = {field: getattr(architecture, name) for field, name in _SIZES.items()}
+    if latent is not None:
+        found = {field: size for field, size in found.items() if field not in _OF_HEADS}
+        found |= {field: getattr(latent, name) for field, name in _LATENT_SIZES.items()}
     if experts is None or experts.dense_layers:
         found["intermediate_size"] = architecture.intermediate_size
     if experts is not None:
         counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts.count)
         found |= counts | {"moe_intermediate_size": experts.intermediate_size, "num_experts_per_tok": experts.per_token}
-    if experts is not None and experts.shared_size:
+    if experts is not None and experts.expert_bias:
         found["n_shared_experts"] = experts.shared_size // experts.intermediate_size
         found |= {"first_k_dense_replace": len(experts.dense_layers), "use_qk_norm": architecture.qk_norm}
+        found |= {"n_group": experts.groups, "topk_group": experts.groups_per_token}
         found["routed_scaling_factor"] = experts.scaling_factor
     return found
 

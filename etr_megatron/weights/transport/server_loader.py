@@ -27,8 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr_megatron.weights.architecture import Architecture, Experts
+from etr_megatron.weights.latent import LatentAttention
 from etr_megatron.weights.layout import ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.listing import listed
+from etr_megatron.weights.map import Weight
 from etr_megatron.weights.plan import Plan, make_plan
 from etr_megatron.weights.quantize import SCALE_SUFFIX
 from etr_megatron.weights.transport.base import shards_wanted
@@ -98,6 +100,8 @@ class Offer:
         arch = fields["arch"]
         if arch["experts"] is not None:
             arch["experts"] = Experts(**{**arch["experts"], "dense_layers": frozenset(arch["experts"]["dense_layers"])})
+        if arch["latent"] is not None:
+            arch["latent"] = LatentAttention(**arch["latent"])
         fields["arch"] = Architecture(**arch)
         fields["source"], fields["destination"] = TrainingLayout(**fields["source"]), ServerLayout(**fields["destination"])
         return cls(**fields)
@@ -142,28 +146,34 @@ class Offer:
 
 
 def server_shards(parameters: Mapping[str, Tensor], offer: Offer) -> dict[str, Tensor]:
-    """A worker's parameters by `Weight.megatron`, as views; an expert's is its slot in the fused parameter.
+    """A worker's parameters by `Weight.megatron`, as views: an expert's is its slot in the fused parameter, those of other
+    weights that share one are their rows.
 
     Raises MisfitError naming the parameters that the server does not have, or has in another shape.
     """
-    found, problems = {}, []
-    local_experts = offer.arch.experts.count // offer.destination.ep if offer.arch.experts is not None else 1
+    found: dict[str, Tensor] = {}
+    problems = []
     wanted = shards_wanted(offer.destination, offer.arch, offer.rank, offer.fp8_block)
+    held: dict[str, list[Weight]] = {}
     for weight, _ in shards_of(offer.destination, offer.arch, offer.rank):
+        held.setdefault(weight.server, []).append(weight)
+    for server, weights in held.items():
+        are_experts = weights[0].expert is not None
         for suffix in ("", SCALE_SUFFIX):
-            key, name = weight.megatron + suffix, weight.server + suffix
-            if key not in wanted:
+            keys = [weight.megatron + suffix for weight in weights if weight.megatron + suffix in wanted]
+            if not keys:
                 continue
-            tensor, shape = parameters.get(name), wanted[key].shape
-            whole = shape if weight.expert is None else (local_experts, *shape)
+            name, shapes = server + suffix, [wanted[key].shape for key in keys]
+            tensor, rows = parameters.get(name), [shape[0] for shape in shapes]
+            whole = (len(keys), *shapes[0]) if are_experts else (sum(rows), *shapes[0][1:])
             if tensor is None:
                 problems.append(f"there is no {name}")
             elif tuple(tensor.shape) != whole:
                 problems.append(f"{name} is {tuple(tensor.shape)}, not {whole}")
             else:
-                found[key] = tensor if weight.expert is None else tensor[weight.expert % local_experts]
+                found |= zip(keys, tensor.unbind() if are_experts else tensor.split(rows), strict=True)
     if problems:
-        differing = listed(list(dict.fromkeys(problems)), "; ")  # a fused parameter comes up once per expert
+        differing = listed(problems, "; ")
         missing = [problem for problem in problems if problem.startswith("there is no")]
         is_fused = missing and all(".shared_experts." in problem for problem in missing)
         way_out = "; start it with --disable-shared-experts-fusion" if is_fused else ""
@@ -205,7 +215,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 @torch.no_grad()
 def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Receive a version into the parameters of a worker's `model`.
+    """Receive a version into the parameters of a worker's `model`, and renew what the model derives from them.
 
     tensors: only the tiny one. Raises ValueError for another message, MisfitError for parameters that do not match the
     offer, SyncError when the sync does not complete; if it had begun, the parameters then hold a mixture of versions.
@@ -227,3 +237,6 @@ def receive(model: Any, tensors: Mapping[str, Tensor]) -> None:
     except BaseException:
         _open.pop(key).close()  # the next offer opens a new one, even at the same address
         raise
+    if offer.arch.latent is not None:
+        # A worker computes with matrices derived from kv_b_proj; after a custom loader, SGLang does not renew them.
+        model.post_load_weights()

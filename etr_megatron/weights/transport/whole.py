@@ -84,15 +84,19 @@ class Group:
 
 
 def groups_of(weights: Iterable[Weight], dtype: torch.dtype, fp8_block: int | None, limit: int) -> list[Group]:
-    """Weights in order, in groups of at most `limit` bytes, or of one weight that is larger."""
+    """Weights in order, in groups of at most `limit` bytes, or of one that is larger. Those that share a server's parameter
+    count as one, at the place of the first: a server fuses what comes in one request, and drops a part that comes alone."""
+    units: dict[str, list[Weight]] = {}
+    for weight in weights:
+        units.setdefault(weight.server if weight.expert is None else weight.megatron, []).append(weight)
     groups: list[list[Weight]] = []
     space = 0
-    for weight in weights:
-        nbytes = Group([weight], dtype, fp8_block).nbytes
+    for unit in units.values():
+        nbytes = Group(unit, dtype, fp8_block).nbytes
         if not groups or nbytes > space:
             groups.append([])
             space = limit
-        groups[-1].append(weight)
+        groups[-1] += unit
         space -= nbytes
     return [Group(some, dtype, fp8_block) for some in groups]
 
