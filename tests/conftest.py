@@ -28,8 +28,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def gangs():
-    # If there is a GPU, importing Megatron may initialise CUDA, which forked processes then cannot use.
-    running = Gangs() if os.path.exists("/dev/nvidiactl") else Gangs("tests.rollout_jobs")
+    running = Gangs("tests.rollout_jobs")
     yield running
     running.stop()
 

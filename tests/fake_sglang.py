@@ -26,6 +26,7 @@ import argparse
 import base64
 import contextlib
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -46,9 +47,12 @@ die_with_parent()
 STARTED_AS_SERVER = sys.argv[1].startswith("-")
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_SGLANG", "{}") if STARTED_AS_SERVER else sys.argv[1])
 if not BEHAVIOUR.get("weightless"):
+    gc.disable()  # collections would take a tenth of the time to the first request
     import torch
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
+
+    gc.enable()
 CONTEXT = 512
 DROP = 0
 """In place of a status: close the connection."""
@@ -71,14 +75,8 @@ def server_arguments() -> argparse.Namespace:
     for flag in ("--skip-tokenizer-init", "--enable-memory-saver", "--enable-return-routed-experts"):
         parser.add_argument(flag, action="store_true")
     for name in (
-        "--model-path",
-        "--dtype",
-        "--load-format",
-        "--tp-size",
-        "--custom-weight-loader",
-        "--attention-backend",
-        "--json-model-override-args",
-        "--weight-version",
+        *("--model-path", "--dtype", "--load-format", "--tp-size", "--custom-weight-loader", "--attention-backend"),
+        *("--json-model-override-args", "--weight-version"),
     ):
         parser.add_argument(name)
     parser.add_argument("--mem-fraction-static", help="a number: see --attention-backends, which there is not")

@@ -159,11 +159,12 @@ class Gang:
 class Gangs:
     """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew.
 
-    imports: modules that their process has before it forks.
+    imports: modules that their process has before it forks; none if there is a GPU, as importing Megatron may initialise CUDA,
+    which forked processes then cannot use.
     """
 
     def __init__(self, *imports: str) -> None:
-        self._imports = imports
+        self._imports = () if os.path.exists("/dev/nvidiactl") else imports
         self._nursery: _Nursery | None = None
         self._running: dict[int, Gang] = {}
 

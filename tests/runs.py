@@ -51,6 +51,7 @@ class Runs:
 
     def held(self, point: str, *overrides: str) -> subprocess.Popen:
         """A run that is held at this point, see tests/held.py; returns when it is there."""
+        (self.folder / "held").unlink(missing_ok=True)  # of an earlier one
         process = self.start(HELD, *overrides, hold=self.hold(point))
         wait_for(lambda: self.is_held or process.poll() is not None)
         assert self.is_held, process.communicate()

@@ -12,11 +12,11 @@ from benchmarks import checkpoint
 @pytest.mark.slow
 def test_a_tiny_run_is_written(tmp_path, capsys):
     output = tmp_path / "result.json"
-    assert checkpoint.main(["--quick", "--ranks", "3", "--output", str(output)]) == 0
+    assert checkpoint.main(["--quick", "--ranks", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert result["ranks"] == 3 and result["medians"].keys() == set(checkpoint.CONTESTANTS)
-    # Per parameter, 12 bytes of optimizer state and 4 of the weight, of which a rank reads a third; plus metadata.
-    assert all(one["load_read_bytes"] > result["parameters"] * (12 + 4) / 3 for one in result["medians"].values())
+    assert result["ranks"] == 2 and result["medians"].keys() == set(checkpoint.CONTESTANTS)
+    # Per parameter, 12 bytes of optimizer state and 4 of the weight, of which a rank reads half; plus metadata.
+    assert all(one["load_read_bytes"] > result["parameters"] * (12 + 4) / 2 for one in result["medians"].values())
     assert "by_rank / megatron: save_s" in capsys.readouterr().out
 
 

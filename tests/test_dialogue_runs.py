@@ -62,7 +62,7 @@ def test_a_run_resumes_its_dialogues_bit_for_bit(straight):
 
 
 def test_an_environment_that_always_fails_ends_the_run_with_one_sentence(straight):
-    asked = ("run.name=failed", *DIALOGUES, "environment.function=tests.dialogue_functions:always_fails", "eval.every=0")
-    code, printed = straight.finish(*asked)
+    broken = ("eval.every=0", "parallel.tp=1", "environment.function=tests.dialogue_functions:always_fails")
+    code, printed = straight.finish("run.name=failed", *DIALOGUES, *broken)
     assert code == 2 and "calls of environment.function failed, which ended their responses; the first: " in printed
     assert "raised KeyError: 'tool'" in printed and "Traceback" not in printed

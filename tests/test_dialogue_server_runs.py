@@ -84,7 +84,7 @@ def test_a_run_whose_environment_fails_is_saved_and_goes_on_when_it_is_mended(ru
 
 
 def test_a_run_with_responses_that_wait_for_a_reply_needs_its_environment(runs):
-    ahead = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=2", *DIALOGUES, "parallel.tp=2")
+    ahead = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=2", *DIALOGUES)
     slow = (
         "environment.function=tests.dialogue_functions:never_answers_some",
         "environment.timeout_s=3600",
@@ -94,7 +94,7 @@ def test_a_run_with_responses_that_wait_for_a_reply_needs_its_environment(runs):
         process = runs.held("step 2", *options("waits", url, *ahead, *slow))
         process.kill()
         process.communicate()
-        code, printed = runs.finish(*options("waits", url, HELD, *ahead, "environment.function=null"))
+        code, printed = runs.finish(*options("waits", url, HELD, *ahead, "environment.function=null", ranks=2))
         assert code == 2 and "Traceback" not in printed, printed
         assert "responses that wait for a reply of an environment; set environment.function to that of the run" in printed
         code, printed = runs.finish(*options("waits", url, HELD, *ahead))

@@ -22,7 +22,7 @@ KINDS = {"offloaded": ("offloaded", DISTRIBUTED), "fused": ("fused", []), "fused
 @pytest.fixture(scope="module")
 def own_gangs():
     """Ranks for this file alone, because Megatron is patched in them."""
-    running = Gangs()
+    running = Gangs("tests.gpu_optimizer_jobs")
     yield running
     running.stop()
 

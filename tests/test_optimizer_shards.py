@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,3 +114,29 @@ def test_a_bf16_model_goes_on_from_its_fp32_weights(gangs, hf_models, tmp_path, 
     bf16 = ["model.dtype=bfloat16", f"train.grads_dtype={grads}", *OVERLAP, SHARDED]
     layout = (3, ["parallel.tp=1", *bf16])
     check(gangs, hf_models["qwen3"], tmp_path, layout, layout)
+
+
+def five_updates(model: str, overrides: list[str], folder: str, begin: int) -> dict[str, Any]:
+    """The updates of a run of five after `begin`, and its weights at the end. begin: 0, where it saves after the second, or 2,
+    where it begins with that checkpoint."""
+    from etr_megatron import checkpoint
+
+    policy, found = build(model, [*BASE, *overrides]), []
+    if begin:
+        checkpoint.load(Path(folder), begin, policy)
+    for step in range(begin + 1, 6):
+        update = policy.update(make_batch(random_sequences(), seed=step))
+        found.append((update.loss, update.grad_norm, update.lr))
+        if step == 2:
+            checkpoint.save(Path(folder), 2, policy, {}, keep=1)
+            dist.barrier()
+    return {"updates": found, "weights": {name: tensor.clone() for name, tensor in policy.export()}}
+
+
+def test_a_resume_goes_on_bit_for_bit(gangs, hf_models, tmp_path):
+    """The second and third updates after the resume are the ones where a shared Adam step count would show."""
+    job = {"function": f"{__name__}:five_updates", "model": hf_models["qwen3"], "folder": str(tmp_path)}
+    straight, resumed = (gangs(2).run(**job, overrides=["parallel.tp=1", SHARDED], begin=begin) for begin in (0, 2))
+    for wanted, found in zip(straight, resumed, strict=True):
+        assert len(set(wanted["updates"])) == 5 and found["updates"] == wanted["updates"][2:]
+        assert all(torch.equal(found["weights"][name], tensor) for name, tensor in wanted["weights"].items())

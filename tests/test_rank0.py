@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from array import array
@@ -15,13 +17,18 @@ from etr_megatron.types import Sample
 from tests.ports import reserved_port
 from tests.runs import REPO
 
+pytestmark = pytest.mark.usefixtures("deadline")
 PROGRAM = """
 import contextlib, datetime, os, signal, sys, threading, time
 import torch.distributed as dist
 from etr_megatron.rollout import rank0
 from tests.hang import collectives_within
-rank, port, case = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[4])
+case, port, outputs = sys.argv[1], int(sys.argv[2]), [int(output) for output in sys.argv[4:]]
+rank0.BEAT_S, rank0.SILENCE_S = 0.2, float(sys.argv[3])
+rank = int(os.fork() == 0)  # one process has imported everything for both
+os.dup2(outputs[rank], 1)
+for output in outputs:
+    os.close(output)
 store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == (1 if case == "stops" else 0))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=300))
 dist.barrier()  # on a busy machine one may be there long before the other
@@ -70,20 +77,18 @@ os._exit(0)
 
 def run_ranks(case: str, silence_s: float = 300) -> list[str]:
     """The output of rank 0 and rank 1; in case "stops", only of rank 1."""
-    with reserved_port() as port:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(rank), str(port), case, str(silence_s)], cwd=REPO, stdout=-1, text=True
-            )
-            for rank in range(2)
-        ]
+    pipes = [os.pipe() for _ in range(2)]
+    outputs = [write for _, write in pipes]
+    with reserved_port() as port, os.fdopen(pipes[0][0]) as first, os.fdopen(pipes[1][0]) as second:
+        command = [sys.executable, "-c", PROGRAM, case, str(port), str(silence_s), *map(str, outputs)]
+        ranks = subprocess.Popen(command, cwd=REPO, pass_fds=outputs, start_new_session=True)
+        for output in outputs:
+            os.close(output)
         try:
-            found = [ranks[1].communicate(timeout=600)[0]]
-            return found if case == "stops" else [ranks[0].communicate(timeout=600)[0], *found]
+            return [second.read()] if case == "stops" else [first.read(), second.read()]
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def put_replies_in(recorded: Path, step: int) -> list[list[int]]:
 @pytest.mark.slow
 def test_a_run_trains_on_what_the_model_drew_in_the_context_of_replies(runs):
     options = ("eval.every=0", "checkpoint.every=0", "run.steps=2", "rollout.record=true")
-    code, printed = runs.finish("run.name=first", *options)
+    code, printed = runs.finish("run.name=first", "parallel.tp=1", *options)
     assert code == 0, printed
     prompts, _ = (put_replies_in(runs.directory("first") / "recorded", step) for step in (1, 2))
     replay = (f"rollout.replay={runs.directory('first')}", "--nproc", "2", "parallel.tp=1", "parallel.cp=2")

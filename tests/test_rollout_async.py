@@ -11,9 +11,11 @@ from tests.test_sglang_gone import server
 pytestmark = pytest.mark.slow
 
 
-def options(name: str, url: str, *more: str) -> list[str]:
+def options(name: str, url: str, *more: str, ranks: int = 1) -> list[str]:
+    """ranks: only rank 0 communicates with servers, and each rank takes seconds to start."""
     return [
         f"run.name={name}",
+        f"parallel.tp={ranks}",
         "run.steps=6",
         "checkpoint.every=1",
         "eval.every=0",
@@ -63,11 +65,11 @@ def test_one_step_off_every_step_but_the_first_was_generated_while_another_train
 def test_partial_rollouts_killed_and_resumed_lose_nothing_and_repeat_nothing(runs):
     partial = ("rollout.partial=true", "rollout.max_staleness=4", "rollout.max_oversample=1.5")
     with server(tokens_per_s=200, odd_pause_at=8) as url:  # prompts of one kind have no response that was not cut off once
-        process = runs.held("step 3", *options("killed", url, *partial))
+        process = runs.held("step 3", *options("killed", url, *partial, ranks=2))
         process.kill()
         process.communicate()
         saved = runs.saved_rows("killed")
-        code, printed = runs.finish(*options("killed", url, HELD, *partial))
+        code, printed = runs.finish(*options("killed", url, HELD, *partial, ranks=2))
     assert code == 0, printed
     runs.assert_went_on("killed", saved)
     steps = groups_of(runs, "killed")

@@ -22,7 +22,8 @@ from etr_megatron.rollout.record import group_from_json, group_to_json, read_rec
 from etr_megatron.types import Group, Problem, Sample
 from tests.runs import HELD
 
-NO_EVALUATION = ("eval.every=0", "checkpoint.every=0", "run.steps=3")
+SHORT = ("parallel.tp=1", "eval.every=0", "checkpoint.every=0", "run.steps=3")
+"""On one rank: several record and replay in tests/test_dialogue_runs.py."""
 
 
 def group(name: str = "a") -> Group:
@@ -191,12 +192,12 @@ def test_what_is_no_damage_is_read(tmp_path, replayed):
 @pytest.mark.slow
 def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(runs):
     sampling = ("rollout.dynamic_sampling=true", "rollout.max_oversample=2", "rollout.samples_per_prompt=2")
-    code, printed = runs.finish("run.name=first", "rollout.record=true", *sampling, *NO_EVALUATION)
+    code, printed = runs.finish("run.name=first", "rollout.record=true", *sampling, *SHORT)
     assert code == 0, printed
     replay = f"rollout.replay={runs.directory('first')}"
     # Names another engine, whose servers do not exist.
     nobody = ("rollout.backend=sglang", "sglang.urls=[http://127.0.0.1:9]")
-    code, printed = runs.finish("run.name=again", replay, *nobody, *sampling, *NO_EVALUATION)
+    code, printed = runs.finish("run.name=again", replay, *nobody, *sampling, *SHORT)
     assert code == 0, printed
     rows = runs.rows("first")
     assert len(rows) == 3 and runs.rows("again") == rows
@@ -209,25 +210,25 @@ def test_a_replayed_run_has_the_recorded_runs_metrics_bit_for_bit_and_no_engine(
         for a, b in zip(sample["rollout_logprobs"], sample["old_logprobs"], strict=True)
     ]
     assert max(gaps) == pytest.approx(rows[1]["logprob_gap_max"], rel=1e-3)
-    code, printed = runs.finish("run.name=longer", replay, "run.steps=4", "eval.every=0", *sampling)
+    code, printed = runs.finish("run.name=longer", replay, *sampling, *SHORT, "run.steps=4")
     assert code == 2 and "has 3 recorded steps, but not step 4" in printed and "Traceback" not in printed
 
 
 @pytest.mark.slow
 def test_rollouts_only_are_those_that_training_would_have_begun_with(runs):
-    process = runs.held("step 2", "--rollout-only", "run.name=only", *NO_EVALUATION)  # when it has reached the end of step 1
+    process = runs.held("step 2", "--rollout-only", "run.name=only", *SHORT)  # when it has reached the end of step 1
     folder = runs.directory("only")
     process.kill()
     process.communicate()
     kept = runs.rows("only", times=True)[0]
-    code, printed = runs.finish("--rollout-only", "run.name=only", HELD, *NO_EVALUATION)
+    code, printed = runs.finish("--rollout-only", "run.name=only", HELD, *SHORT)
     assert code == 0, printed
     assert "step 3/3: reward" in printed and not list((folder / "checkpoints").iterdir())
     rows = runs.rows("only", times=True)
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[0] == kept  # it went on where the record ended
     assert all({"reward_mean", "truncated", "time_rollout"} <= row.keys() and "loss" not in row for row in rows)
     assert main([str(folder)]) == 0
-    assert runs.finish("run.name=trained", "rollout.record=true", *NO_EVALUATION)[0] == 0
+    assert runs.finish("run.name=trained", "rollout.record=true", *SHORT)[0] == 0
 
     def groups_of(name: str, step: int) -> list[str]:
         return [one["id"] for one in read_record(runs.directory(name) / "recorded", step)[0]]

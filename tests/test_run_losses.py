@@ -9,14 +9,16 @@ import pytest
 
 pytestmark = pytest.mark.slow
 SHORT = ("run.steps=2", "eval.every=0", "checkpoint.every=0", "train.lr=3.0e-3")
+ONE_RANK = "parallel.tp=1"
+"""Where nothing new is split between ranks: on two cores, two ranks take nearly twice as long to start."""
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        ("objective.preset=rloo", "objective.kl_coef=0.05", "objective.kl_in=reward"),
+        (ONE_RANK, "objective.preset=rloo", "objective.kl_coef=0.05", "objective.kl_in=reward"),
         ("objective.preset=gspo", "objective.kl_coef=0.05", "objective.kl_in=loss"),
-        ("objective.preset=etr", "objective.correction=truncate", "objective.correction_cap=1.000001"),
+        (ONE_RANK, "objective.preset=etr", "objective.correction=truncate", "objective.correction_cap=1.000001"),
     ],
     ids=["rloo_kl_in_reward", "gspo_kl_in_loss", "etr_correction"],
 )
@@ -39,7 +41,7 @@ def test_a_run_trains_and_reports_what_its_loss_asks_for(runs, loss):
 
 def test_truncated_responses_can_be_left_out_of_the_loss(runs):
     for name, limit in (("some", 10), ("all", 1)):
-        overrides = (f"run.name={name}", "objective.mask_truncated=true", f"rollout.max_response_tokens={limit}")
+        overrides = (f"run.name={name}", ONE_RANK, "objective.mask_truncated=true", f"rollout.max_response_tokens={limit}")
         code, printed = runs.finish(*SHORT, *overrides)
         assert code == 0, printed
         warned = [f"step {step}: nothing to train on, as all responses were cut off" for step in (1, 2)]
@@ -51,7 +53,7 @@ def test_truncated_responses_can_be_left_out_of_the_loss(runs):
 
 
 def test_further_numbers_of_the_reward_function_become_metrics_and_are_saved_with_the_responses(runs):
-    own = ("run.name=parts", "reward.function=tests.rewards:in_parts", "run.steps=1", "eval.every=1")
+    own = ("run.name=parts", ONE_RANK, "reward.function=tests.rewards:in_parts", "run.steps=1", "eval.every=1")
     code, printed = runs.finish(*own)
     assert code == 0, printed
     (row,) = runs.rows("parts")

@@ -9,12 +9,14 @@ import pytest
 from tests.test_sglang_engine import OWN
 
 STEPS, PER_STEP, TOKENS = 5, 4, 24
+PARTIAL = {"partial": True, "max_staleness": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["die_in", "stop_in"])
 @pytest.mark.parametrize(
-    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
+    ("how", "rollout"),
+    [("die_in", {}), ("stop_in", PARTIAL)],
+    ids=["dies, synchronous", "hangs, partial rollouts one step ahead"],
 )
 def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights(gangs, hf_models, tmp_path, how, rollout):
     job = dict(model=hf_models["qwen3"], directory=str(tmp_path), how=how, steps=STEPS, hang_timeout_s=3.0, **OWN)
@@ -35,9 +37,10 @@ def test_a_server_that_is_lost_costs_no_sample_and_serves_again_with_the_weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("servers", "gone"), [(1, 2), (2, 0), (3, 0)])
 @pytest.mark.parametrize(
-    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
+    ("servers", "gone", "rollout"),
+    [(1, 2, {}), (3, 0, {}), (1, 2, PARTIAL), (2, 0, PARTIAL)],
+    ids=["1, synchronous", "3, synchronous", "1, partial rollouts one step ahead", "2, partial rollouts one step ahead"],
 )
 def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs, hf_models, tmp_path, servers, gone, rollout):
     """A single server is lost twice, but not a third time after the job is restarted."""
@@ -58,9 +61,7 @@ def test_a_prompt_that_no_server_survives_is_given_up_and_the_run_goes_on(gangs,
     assert len(found["steps"][0][2]) <= 2
 
 
-@pytest.mark.parametrize(
-    "rollout", [{}, {"partial": True, "max_staleness": 2}], ids=["synchronous", "partial rollouts one step ahead"]
-)
+@pytest.mark.parametrize("rollout", [{}, PARTIAL], ids=["synchronous", "partial rollouts one step ahead"])
 def test_samples_have_the_experts_of_all_their_tokens_also_where_they_were_continued(gangs, hf_models, tmp_path, rollout):
     sizes = dict(prompts_per_step=2, max_response_tokens=TOKENS)
     job = dict(model=hf_models["qwen3_moe"], directory=str(tmp_path), steps=3, **OWN)

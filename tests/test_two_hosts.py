@@ -119,7 +119,8 @@ def states_of_two(hosts: Hosts, folder: Path, addresses: tuple[str, str], key_fi
 
 
 def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happened(hosts, runs, tmp_path):
-    options = ("run.name=hosts", "checkpoint.every=1", "checkpoint.keep=2", "eval.every=0", HELD)
+    short = ("run.steps=4", "eval.every=0")
+    options = ("run.name=hosts", "checkpoint.every=1", "checkpoint.keep=2", *short, HELD)
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
     hold = runs.hold("step 3")
     processes = [hosts.start(host, *node(runs, *options), output=outputs[host], HOLD=hold) for host in range(2)]
@@ -137,9 +138,9 @@ def test_a_lost_host_is_started_again_and_the_run_goes_on_as_if_nothing_had_happ
     finally:
         end(processes)
     assert json.loads((runs.directory("hosts") / "status.json").read_text())["state"] == "finished"
-    code, printed = runs.finish("run.name=one_host", "eval.every=0", "--nproc", "2")
+    code, printed = runs.finish("run.name=one_host", *short, "--nproc", "2")
     assert code == 0, printed
-    assert len(runs.rows("hosts")) == 6 and runs.rows("hosts") == runs.rows("one_host")
+    assert len(runs.rows("hosts")) == 4 and runs.rows("hosts") == runs.rows("one_host")
     runs.assert_went_on("hosts", saved)
 
 
