@@ -6,7 +6,6 @@ no traceback); 75 for a run that saved its state and should be restarted; 128 + 
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -60,12 +59,8 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
         config = load_config(config_path, overrides)
     place_of(nodes_apart(config))  # raises: a single node cannot be dedicated to servers
 
-    was_enabled = gc.isenabled()
-    gc.disable()  # while torch loads, collections would take a tenth of the time
     import torch  # slow, so only after the config is known to be valid
 
-    if was_enabled:
-        gc.enable()
     gpus = torch.cuda.device_count() if config.run.platform != "cpu" else 0
     nproc = asked if asked is not None else default_nproc(config, gpus)
     if gpus and nproc > gpus:

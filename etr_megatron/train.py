@@ -41,9 +41,6 @@ def _run(argv: list[str]) -> int:
         prepare_for_groups_with_servers()
     apart = nodes_apart(config)
     place = place_of(apart)
-    if place.apart is None:
-        # Garbage collection while 4,000 modules load, torch's first, would take a fifth of the time to the first step.
-        gc.disable()
     if apart:  # the training world excludes these nodes
         os.environ["WORLD_SIZE"] = str(place.ranks)
     with beside_inputs():
@@ -53,6 +50,8 @@ def _run(argv: list[str]) -> int:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_inputs(config, place.ranks)
     require_torchrun("etr_megatron.train")
+    # Garbage collection while 4,000 modules load would take a fifth of the time to the first step.
+    gc.disable()
     from etr_megatron.job import run_rank
 
     run_rank(config)
