@@ -60,7 +60,7 @@ def test_servers_of_fp8_get_quantised_matrices_and_their_scales_by_the_names_of_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sync"),
-    [*(("die_at_bucket", sync) for sync in SYNCS), ("hang_at_bucket", "broadcast"), ("hang_at_bucket", "sharded")],
+    [*(("die_at_bucket", sync) for sync in SYNCS), *(("hang_at_bucket", sync) for sync in ("broadcast", "disk", "sharded"))],
 )
 def test_a_server_lost_in_the_middle_of_a_sync_does_not_cost_the_others_theirs(gangs, hf_models, tmp_path, what, sync):
     with servers({}, {what: 1}, {}) as urls:
