@@ -101,6 +101,19 @@ def test_replies_that_came_in_time_are_in_time_however_late_they_are_read(enviro
         assert all_replies(pool) == {key: said(str(key) * LONG) for key in range(3)}
 
 
+def test_the_time_of_long_requests_begins_when_they_are_written(environment, monkeypatch):
+    monotonic, late_s = time.monotonic, [0.0]
+    with pool_of(environment) as pool:
+        (worker,) = pool._pool.workers
+        for key in range(3):
+            pool.submit(key, ask("str(len(answer))", "y" * (LONG + key)))
+        assert worker.wants_to_write
+        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(late_s))
+        late_s.append(1e5)  # in which the pool was not looked at
+        assert select.select([], [worker.write_fd], [], 300)[1]
+        assert all_replies(pool) == {key: said(str(LONG + key)) for key in range(3)} and pool._pool.workers == [worker]
+
+
 @pytest.fixture
 def rewards(tmp_path, monkeypatch):
     (tmp_path / "my_judges.py").write_text(REWARDS)

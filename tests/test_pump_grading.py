@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from etr_megatron.rollout import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.collect import UngradedError
 from tests.hands import Environment, Talker, assert_dialogue, hand_of, timer
 from tests.test_pump import no_thread_is_left, until
@@ -71,3 +72,29 @@ def test_a_reward_that_cannot_be_had_matters_more_than_what_goes_wrong_in_a_turn
     hand._grader = grader
     with pytest.raises(UngradedError, match="no judge"):
         hand.take(1, timer)
+
+
+@pytest.mark.parametrize("lost", ["is_gone", "needs_sync"])
+def test_what_was_graded_while_the_engine_was_lost_is_judged_once(lost):
+    """A group without a learning signal is left out when the step goes on, and its grades are among those reported."""
+    engine, environment = Talker(), Environment(slow=lambda number: number > 5)
+    hand = hand_of(engine, environment=environment, flat=("p0", "p3"), dynamic_sampling=True, **OPTIONS)
+    grade, graded = hand._grader, []
+
+    def grader(requests):
+        if not graded:
+            setattr(engine, lost, True)
+            environment.slow = lambda number: False  # so that there are turns to draw
+            until(lambda: hand._pump._error is not None)
+        graded.extend(one.answer for one in requests)
+        return grade(requests)
+
+    hand._grader = grader
+    with pytest.raises((EngineGoneError, NeedsSyncError)):
+        hand.take(1, timer)
+    grades, before = len(hand._grades), len(graded)
+    setattr(engine, lost, False)
+    taken = hand.take(1, timer)
+    assert grades == before and len(graded) == len(set(graded)) * 2
+    assert all(len({sample.reward for sample in group.samples}) == 2 for group in taken.groups)
+    hand.close()

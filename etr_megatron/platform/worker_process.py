@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ _CLOSE_GRACE_S = 1.0
 @dataclass(slots=True)
 class Job:
     """A request in flight. key: the caller's name for it. crashes: workers that ended while they had it, or of one that answers
-    in order, at it. sent: when its worker was given it (`time.monotonic()`)."""
+    in order, at it. sent: when its last piece was written; until then, when anything was (`time.monotonic()`)."""
 
     key: int
     line: bytes
@@ -97,8 +96,14 @@ class WorkerProcess:
         except BrokenPipeError:
             self._outgoing.clear()
             return
-        if len(self._outgoing) > sum(len(job.line) for job in islice(self.inflight.values(), 1, None)):
-            self.head_since = time.monotonic()  # the worker has only now got this piece of its first request
+        now, left = time.monotonic(), len(self._outgoing)
+        for job in reversed(self.inflight.values()):
+            if left <= 0:
+                break
+            job.sent = now  # of a long request, the worker has only now got this piece
+            left -= len(job.line)
+        else:
+            self.head_since = now
         del self._outgoing[:written]
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:

@@ -288,9 +288,10 @@ class Hand:
         # A reward may take its time: a model that judges, tests that run. Dialogues do not wait for it.
         with nullcontext() if self._dialogues is None else self._pump.beside():
             grades = grade_samples(samples, self._grader)
-        self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
-        for held in complete:
-            held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
+            # Before an error of the dialogues is raised here: a later take goes on with these groups, and grades none twice.
+            self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
+            for held in complete:
+                held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
 
     def _is_enough(self) -> bool:
         """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""
