@@ -68,6 +68,15 @@ def is_coroutine_function(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
+def awaited(value: Any, runner: asyncio.Runner) -> Any:
+    """The value of a plain function; if it is awaitable, as of a decorated `async def`, its result."""
+
+    async def result() -> Any:
+        return await value
+
+    return runner.run(result()) if inspect.isawaitable(value) else value
+
+
 def raised(path: str, error: BaseException) -> str:
     """What the function that `path` names raised, and the last line of its module that led there."""
     file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)

@@ -51,6 +51,11 @@ async def later(messages, answer, columns):
     value = eval(messages[-1]["content"])
     return await value if asyncio.iscoroutine(value) else value
 
+def decorated(function):
+    return lambda *args: function(*args)
+
+wrapped = decorated(later)
+
 async def appears(name):
     while not os.path.exists(name):
         await asyncio.sleep(0.02)

@@ -12,6 +12,7 @@ from etr_megatron.platform import workers
 from etr_megatron.platform.worker_process import WorkerProcess
 from etr_megatron.reward import Grade, GradeRequest, GraderPool
 from tests.environments import OK, all_replies, answers, ask, pool_of, said
+from tests.runs import wait_for
 from tests.test_environment_pool import LONG
 
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -35,6 +36,7 @@ class Judge:
         return await asyncio.sleep(0, 0.5)
 
 judging = Judge()
+decorated = lambda *args: judging(*args)
 """
 
 
@@ -90,6 +92,26 @@ def test_a_call_that_crashes_its_process_is_found_among_those_beside_it(environm
     assert failed.detail == "the environment's process ended (exit code 7) in this call, 2 times"
 
 
+def test_calls_after_a_crash_do_not_wait_for_those_that_are_made_again(environment, tmp_path, caplog):
+    with pool_of(environment, workers=2) as pool:
+        for key in range(6):  # three for each process, one of them with the crash
+            pool.submit(key, ask("die_once('died')" if key == 4 else "appears('go')"))
+        wait_for((tmp_path / "died").exists)
+        while not caplog.messages:
+            assert pool.poll(0.01) == []
+        for key in range(6, 20):
+            pool.submit(key, ask("'quick'"))
+        found: dict = {}
+        while len(found) < 14:
+            found |= pool.poll(600.0)
+        assert {key: reply for key, reply in found.items() if key > 5} == dict.fromkeys(range(6, 20), said("quick"))
+        (tmp_path / "go").touch()
+        found |= all_replies(pool)
+    assert [found[key] for key in range(6)] == [said("go")] * 4 + [said("alive"), said("go")]
+    what = "an environment process ended (exit code 7) with 3 calls, which are made again, one at a time"
+    assert caplog.messages == [f"environment.function: {what}"]
+
+
 def test_replies_that_came_in_time_are_in_time_however_late_they_are_read(environment, monkeypatch):
     monotonic, late_s = time.monotonic, [0.0]
     with pool_of(environment) as pool:
@@ -131,4 +153,6 @@ def test_a_reward_may_be_a_coroutine_function(rewards):
 
 def test_a_reward_may_be_an_object_with_a_coroutine_to_call(rewards):
     with GraderPool(RewardConfig(function="my_judges:judging", workers=1)) as pool:
+        assert pool.grade([GradeRequest("p", "r", "a")] * 3) == [Grade(0.5, "ok", "")] * 3
+    with GraderPool(RewardConfig(function="my_judges:decorated", workers=1)) as pool:
         assert pool.grade([GradeRequest("p", "r", "a")] * 3) == [Grade(0.5, "ok", "")] * 3

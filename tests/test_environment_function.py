@@ -91,7 +91,14 @@ def test_what_it_raises_is_an_error_and_what_it_prints_is_not_read_as_a_reply(us
 
 
 def test_an_async_function_keeps_its_event_loop_also_after_what_it_raises(user_environment):
-    function = user_environment.replace("by_command", "later")
+    check_event_loop(user_environment.replace("by_command", "later"))
+
+
+def test_so_does_one_behind_a_plain_function(user_environment):
+    check_event_loop(user_environment.replace("by_command", "wrapped"))
+
+
+def check_event_loop(function: str) -> None:
     errors = ("fail(KeyError('x'))", "sys.exit(3)", "fail(asyncio.CancelledError())")
     with pool_of(function) as pool:
         pids = pool.worker_pids

@@ -252,6 +252,13 @@ def test_how_a_model_is_stored_does_not_decide_how_it_is_served(tmp_path, fp8):
     assert ("--json-model-override-args" in command_of(tmp_path, fp8=fp8).arguments) == fp8
 
 
+def test_overrides_of_the_users_own_do_not_silently_replace_those_of_the_job(tmp_path):
+    own = ("--json-model-override-args", '{"rope_theta": 1}')
+    assert command_of(tmp_path, arguments=own).arguments[-2:] == own
+    with pytest.raises(UserError, match=r"override-args would replace .* \(quantization_config\); change .*config"):
+        command_of(tmp_path, arguments=own, fp8=True)
+
+
 PUBLISHED = {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 

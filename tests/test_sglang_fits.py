@@ -74,7 +74,7 @@ def test_a_server_of_the_jobs_model_fits_and_so_does_one_that_says_nothing(hf_mo
         ("glm4_moe", {"routed_scaling_factor": 1}, "its routed_scaling_factor is 1 according to {}, but the job's is 2.5"),
         ("glm4_moe_air", {"use_qk_norm": True}, "its use_qk_norm is True according to {}, but the job's is False"),
         ("deepseek_v3", {"kv_lora_rank": 24}, "its kv_lora_rank is 24 according to {}, but the job's is 26"),
-        ("deepseek_v3", {"q_lora_rank": None}, "its q_lora_rank is None according to {}, but the job's is 22"),
+        ("deepseek_v3", {"q_lora_rank": None}, "its q_lora_rank is null according to {}, but the job's is 22"),
         ("glm4_moe_lite", {"q_lora_rank": 22}, "its q_lora_rank is 22 according to {}, but the job's is None"),
         ("deepseek_v3", {"qk_nope_head_dim": 8}, "its qk_nope_head_dim is 8 according to {}, but the job's is 12"),
         ("deepseek_v3", {"qk_rope_head_dim": 4}, "its qk_rope_head_dim is 4 according to {}, but the job's is 8"),

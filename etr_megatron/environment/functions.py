@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,6 +12,7 @@ from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
 from etr_megatron.imports import (
     USERS_ERRORS,
     ImportPathError,
+    awaited,
     has_parameter,
     import_function,
     is_coroutine_function,
@@ -36,12 +38,14 @@ def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironmen
         wanted = "three arguments, the messages, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `response_id`, given by name" * bool(named))
 
+    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
+
     def ask(request: EnvironmentRequest) -> Any:
         return function(request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named})
 
     def call(request: EnvironmentRequest) -> EnvironmentReply:
         try:
-            return _reply(ask(request), config)
+            return _reply(awaited(ask(request), runner), config)
         except USERS_ERRORS as error:
             return EnvironmentReply(None, "error", raised(path, error))
 

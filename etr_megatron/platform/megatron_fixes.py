@@ -24,6 +24,7 @@ def apply() -> None:
     _mend_offloaded_optimizer(HybridDeviceOptimizer)
     _mend_step_of_optimizers_without_parameters()
     _mend_bf16_optimizers_without_parameters()
+    _mend_latent_attention()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     _mend_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
@@ -51,6 +52,15 @@ def _mend_offloaded_optimizer(cls: Any) -> None:
         return {**found, "param_groups": groups}
 
     cls.state_dict = state_dict
+
+
+def _mend_latent_attention() -> None:
+    """Without TE, `transformer/multi_latent_attention.py` imports stand-ins for its classes and believes it is there; no layer
+    can be built (`TypeError: isinstance() arg 2 must be a type`)."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 def _mend_distributed_optimizer(cls: Any) -> None:

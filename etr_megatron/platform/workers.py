@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import selectors
 import time
 from collections import deque
@@ -25,6 +26,8 @@ MAX_CRASHES = 2
 _GRACE_S = 10.0
 """After its time limit, an event loop has this long to say that a call was late, or anything else, before its process counts as
 blocked."""
+
+logger = logging.getLogger(__name__)
 
 _PIPES = 2
 """Open files per worker."""
@@ -62,6 +65,7 @@ class WorkerPool:
         self._selector = selectors.DefaultSelector()
         self.workers: list[WorkerProcess] = []
         self._pending: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()  # each for a worker that has nothing else
         self._outcomes: list[tuple[int, dict[str, Any] | Lost]] = []
         self.under_way = 0
         allow_open_files(_PIPES * config.workers)
@@ -100,6 +104,7 @@ class WorkerPool:
         """Drop all requests; workers that have one are killed, and replaced when the next request comes."""
         self._drop([worker for worker in self.workers if worker.inflight])
         self._pending.clear()
+        self._suspects.clear()
         self._outcomes.clear()
         self.under_way = 0
 
@@ -142,19 +147,24 @@ class WorkerPool:
 
     def _feed(self) -> None:
         """Keep ready workers busy; sends fewer requests ahead towards the end, so that all workers finish together."""
+        ready = [worker for worker in self.workers if worker.ready]
+        while self._suspects and (idle := next((worker for worker in ready if not worker.inflight), None)):
+            idle.send(self._suspects.popleft())
+        # The one that will be idle first is left to the next of them; the others go on.
+        kept = min(ready, key=_load, default=None) if self._suspects else None
         while self._pending:
             ahead = max(1, min(self._ahead, len(self._pending) // (2 * self._config.workers)))
-            alone = self._pending[0].crashes > 0  # if it crashes a worker again, it is known which request did
-            free = [one for one in self.workers if one.ready and len(one.inflight) < self._room(one, ahead, alone)]
+            free = [worker for worker in ready if worker is not kept and _load(worker) < self._room(worker, ahead)]
             if not free:
                 return
-            min(free, key=lambda one: len(one.inflight)).send(self._pending.popleft())
+            min(free, key=_load).send(self._pending.popleft())
 
-    def _room(self, worker: WorkerProcess, ahead: int, alone: bool) -> int:
-        """Requests that a worker may have with the next one. alone: whether that must have its worker to itself."""
+    def _room(self, worker: WorkerProcess, ahead: int) -> int:
+        """Requests that a worker may have with the next one."""
         if not worker.concurrent:
             return ahead
-        return 1 if alone or any(job.crashes for job in worker.inflight.values()) else self._config.concurrency
+        first = next(iter(worker.inflight.values()), None)
+        return 1 if first is not None and first.crashes else self._config.concurrency
 
     def _wait(self, now: float, end: float) -> list[WorkerProcess]:
         """Write queued requests and return workers with something to read, waiting at most until `end` or a deadline."""
@@ -199,15 +209,28 @@ class WorkerPool:
         jobs, (how,) = list(worker.inflight.values()), self._drop([worker])
         if not worker.ready:
             raise self._load_error(f"{self._worker} ended while starting ({how}); see its own output")
-        self._suspect(jobs if worker.concurrent else jobs[:1], Lost("crash", how))
+        lost = Lost("crash", how)
+        if worker.concurrent:
+            self._suspect(jobs, lost, f"ended ({how})")
+            return
+        for job in jobs[:1]:
+            job.crashes += 1
+        self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
         self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
 
-    def _suspect(self, jobs: list[Job], lost: Lost) -> None:
-        """Count against requests that their worker ended; those that it was too often are lost. Of requests that a worker
-        answered at once, it is not known which one it was: the next time each has a worker to itself."""
+    def _suspect(self, jobs: list[Job], lost: Lost, what: str) -> None:
+        """Have requests of a lost event loop answered again, each by a worker of its own, as it is not known which of them it
+        was; those of which it is known by now are lost."""
         for job in jobs:
             job.crashes += 1
         self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
+        self._suspects += [job for job in jobs if job.crashes < MAX_CRASHES]
+        if len(jobs) > 1:
+            logger.warning(
+                "%s.function: %s %s with %d calls, which are made again, one at a time",
+                *(self._section, self._worker, what, len(jobs)),
+            )
+        self._fill()
 
     def _enforce_deadlines(self, now: float) -> None:
         late = [worker for worker in self.workers if (deadline := self._deadline(worker)) is not None and deadline <= now]
@@ -217,8 +240,7 @@ class WorkerPool:
         for worker in late:
             jobs, lost = list(worker.inflight.values()), Lost("timeout", "the process was killed")
             if worker.concurrent:
-                self._suspect(jobs, lost)
-                self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
+                self._suspect(jobs, lost, "was killed, as its event loop was blocked,")
             else:
                 self._outcomes.append((jobs[0].key, lost))
                 self._requeue(jobs[1:])
@@ -230,6 +252,10 @@ class WorkerPool:
 
     def _load_error(self, why: str) -> UserError:
         return UserError(f'{self._section}.function = "{self._config.function}" cannot be used: {why}')
+
+
+def _load(worker: WorkerProcess) -> int:
+    return len(worker.inflight)
 
 
 class FunctionPool:

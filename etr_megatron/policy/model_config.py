@@ -12,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -202,8 +201,6 @@ def _local_layer(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     # Checkpoints name a norm after the linear layer that TE fuses it with.
     fused = parts.sharded_state_dict_keys_map
     if config.multi_latent_attention:
-        # Without the package, Megatron has stand-ins for TE's classes, and `isinstance` with one of them fails.
-        multi_latent_attention.HAVE_TE = False
         # As in TE's spec, every rank has them whole. The local spec would split them, and checkpoints would differ.
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         attention.q_layernorm = attention.kv_layernorm = LocalRMSNorm

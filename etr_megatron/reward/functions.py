@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import reprlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,6 +13,7 @@ from etr_megatron.config import RewardConfig
 from etr_megatron.imports import (
     USERS_ERRORS,
     ImportPathError,
+    awaited,
     has_parameter,
     import_function,
     is_coroutine_function,
@@ -48,6 +50,8 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `messages`, given by name" * bool(named))
 
+    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
+
     def ask(request: GradeRequest) -> Any:
         extra = (request.extra,) if config.columns else ()
         messages = {"messages": request.messages or _single_turn(request)} if named else {}
@@ -55,7 +59,7 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
 
     def grade(request: GradeRequest) -> Grade:
         try:
-            return _grade_of(ask(request), config)
+            return _grade_of(awaited(ask(request), runner), config)
         except USERS_ERRORS as error:
             return Grade(config.range_min, "error", raised(config.function, error))
 

@@ -15,6 +15,7 @@ from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import names_of
 from etr_megatron.rollout.sglang.server import ServerCommand
+from etr_megatron.weights.architecture import BIASED_ROUTERS
 from etr_megatron.weights.hf_config import read_config
 
 LOADER = "etr_megatron.weights.transport.server_loader.load"
@@ -24,6 +25,7 @@ ROUTING = "--enable-return-routed-experts"
 NO_TOKENIZER = "--skip-tokenizer-init"
 
 _UNFUSED = "--disable-shared-experts-fusion"
+_OVERRIDES = "--json-model-override-args"
 
 
 def server_command(
@@ -57,7 +59,12 @@ def server_command(
         arguments += ["--context-length", str(config.context_length)]
     model = _model_config(model_dir)
     if overrides := _overrides(config, model):
-        arguments += ["--json-model-override-args", json.dumps(overrides)]
+        if _OVERRIDES in names_of(config.arguments):
+            raise UserError(
+                f"sglang.arguments: {_OVERRIDES} would replace what the job sets there ({', '.join(overrides)}); change "
+                f"{model_dir / 'config.json'} instead"
+            )
+        arguments += [_OVERRIDES, json.dumps(overrides)]
     arguments += [*(_plain_kernels(config, model) if cuda else []), *_plain_experts(config, model)]
     environment = {}
     if shares_gpus:
@@ -164,7 +171,7 @@ def _plain_experts(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:
     """
     shared = model.get("n_shared_experts")
     if shared is None:
-        shared = 1 if model.get("model_type") in ("glm4_moe", "glm4_moe_lite", "deepseek_v3") else 0  # transformers' default
+        shared = 1 if model.get("model_type") in BIASED_ROUTERS else 0  # transformers' default
     needed = shared > 1 or (shared == 1 and sync_of(config) == "sharded")
     given = {_UNFUSED, "--enforce-shared-experts-fusion"} & set(names_of(config.arguments))
     return [_UNFUSED] if needed and not given else []

@@ -97,7 +97,7 @@ class Expected:
             is_said = isinstance(found, int | float) or (field == "q_lora_rank" and field in config)
             if is_said and found != wanted:
                 where = f" according to {file}" if file is not None else ""
-                yield f"its {field} is {found}{where}, but the job's is {wanted}"
+                yield f"its {field} is {'null' if found is None else found}{where}, but the job's is {wanted}"
         yield from self._quantisation(server, file, config)
         if self.tokenizer and server.get("skip_tokenizer_init") is True:
             yield f"it was started with {NO_TOKENIZER}, so it cannot match the texts of rollout.stop_strings"
