@@ -74,7 +74,7 @@ def test_what_it_raises_is_an_error_and_what_it_prints_is_not_read_as_a_reply(us
     errors = {
         "fail(ValueError('no such thing'))": "ValueError: no such thing",
         "sys.exit(3)": "SystemExit: 3",
-        "fail(asyncio.CancelledError())": "CancelledError: ",
+        "fail(asyncio.CancelledError())": "CancelledError",
         "type('Odd', (dict,), {'get': lambda *_: 1 / 0})()": "ZeroDivisionError: division by zero",
     }
     with pool_of(user_environment) as pool:
@@ -108,7 +108,7 @@ def check_event_loop(function: str) -> None:
     assert [reply.detail.partition(" raised ")[2].rpartition(" (")[0] for reply in replies[1:7:2]] == [
         "KeyError: 'x'",
         "SystemExit: 3",
-        "CancelledError: ",
+        "CancelledError",
     ]
 
 

@@ -257,7 +257,8 @@ def test_only_as_many_layers_may_follow_as_the_config_says(drafting):
     check_checkpoint(drafting)
     config = json.loads((drafting / "config.json").read_text())
     (drafting / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-    with pytest.raises(UserError, match=r"unknown to the glm4_moe family with 4 layers .* set num_nextn_predict_layers to"):
+    hint = "if there are layers for multi-token prediction, set num_nextn_predict_layers to their number"
+    with pytest.raises(UserError, match=rf"unknown to the glm4_moe family with 4 layers .*; {hint}$"):
         check_checkpoint(drafting)
 
 

@@ -223,6 +223,7 @@ def test_the_published_form_is_the_same_model_for_us_and_for_transformers(hf_mod
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2; only 1 is supported"),
         ({"norm_topk_prob": False}, "norm_topk_prob is false; only true is supported"),
         ({"attention_bias": True}, "attention_bias is true; only false is supported"),
+        ({"index_topk": 2048}, "index_topk is 2048; only null is supported for the deepseek_v3 family"),
         ({"rope_interleave": False}, "rope_interleave is false; only true is supported"),
         ({"rope_interleave": None}, "rope_interleave is null; only true is supported"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2; only 4, the number of heads, is supported"),

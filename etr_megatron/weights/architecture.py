@@ -121,6 +121,8 @@ def _refuse_unsupported(config: dict[str, Any], family: str, source: Path) -> No
         wanted |= {"norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
     if family in ("glm4_moe", "glm4_moe_lite"):
         wanted |= {"n_group": 1, "topk_group": 1}
+    if family == "deepseek_v3":
+        wanted["index_topk"] = None  # SGLang would take V3's attention for V3.2's, which is sparse
     for key, value in wanted.items():
         if config.get(key, value) != value:
             found, only = spelled(config[key]), spelled(value)

@@ -136,7 +136,7 @@ def _refuse_difference(
     )
     problems = [f"{what} ({listed(names, limit=limit)})" for what, names, limit in kinds if names]
     if arch.family in BIASED_ROUTERS and any(name.startswith(f"model.layers.{arch.layers}.") for name in extra):
-        problems.append("if they are a layer for multi-token prediction, set num_nextn_predict_layers to their number")
+        problems.append("if there are layers for multi-token prediction, set num_nextn_predict_layers to their number")
     if problems:
         raise UserError(f"{path}: config.json does not fit the weights: {'; '.join(problems)}")
 
