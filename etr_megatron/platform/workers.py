@@ -217,7 +217,8 @@ class WorkerPool:
         for worker in late:
             jobs, lost = list(worker.inflight.values()), Lost("timeout", "the process was killed")
             if worker.concurrent:
-                self._suspect(jobs, lost)
+                # What is lost had the process to itself.
+                self._suspect(jobs, Lost("timeout", "the call blocked its event loop, so the process was killed"))
                 self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
             else:
                 self._outcomes.append((jobs[0].key, lost))
