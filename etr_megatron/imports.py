@@ -82,5 +82,8 @@ def raised(path: str, error: BaseException) -> str:
     file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" ({Path(lines[-1].filename).name}:{lines[-1].lineno})" if lines else ""
-    said = f": {error}" if str(error) else ""
+    try:
+        said = f": {error}" if str(error) else ""
+    except Exception:  # of the error's own text
+        said = ""
     return f"{path} raised {type(error).__name__}{said}{where}"

@@ -76,6 +76,7 @@ def test_what_it_raises_is_an_error_and_what_it_prints_is_not_read_as_a_reply(us
         "sys.exit(3)": "SystemExit: 3",
         "fail(asyncio.CancelledError())": "CancelledError",
         "type('Odd', (dict,), {'get': lambda *_: 1 / 0})()": "ZeroDivisionError: division by zero",
+        "fail(type('Mute', (ValueError,), {'__str__': lambda _: 1 / 0})())": "Mute",
     }
     with pool_of(user_environment) as pool:
         pids = pool.worker_pids

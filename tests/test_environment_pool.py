@@ -252,6 +252,16 @@ def test_what_a_killed_call_has_started_is_killed_with_it(user_environment, tmp_
         wait_for(lambda: gone(child))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="descendants are found in Linux's /proc")
+@pytest.mark.parametrize("function", ["by_command", "later"])
+def test_what_a_call_has_left_running_is_killed_when_its_process_ends(user_environment, tmp_path, function):
+    with pool_of(user_environment.replace("by_command", function)) as pool:
+        assert answers(pool, "with_a_child(lambda: 'on')") == [said("on")]
+        child = int((tmp_path / "child").read_text())
+        assert not gone(child)
+    wait_for(lambda: gone(child))
+
+
 def test_idle_and_stuck_workers_end_when_their_parent_is_killed(user_environment, tmp_path):
     code = f"""
 import time

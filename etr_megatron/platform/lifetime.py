@@ -58,7 +58,7 @@ def _end_now() -> None:
 
 
 def kill_trees(pids: Iterable[int]) -> None:
-    """SIGKILL children of this process that have not been waited for and, on Linux, what they and their children have started.
+    """SIGKILL descendants of this process that have not been waited for and, on Linux, what they have started.
 
     A process that was started by one which has ended is not found.
     """
@@ -71,6 +71,11 @@ def kill_trees(pids: Iterable[int]) -> None:
         tree = tree | new
     for one in tree:
         _signal(one, signal.SIGKILL)
+
+
+def kill_descendants() -> None:
+    """`kill_trees` of what this process has started."""
+    kill_trees(_descendants([os.getpid()]))
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

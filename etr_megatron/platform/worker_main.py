@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from etr_megatron.imports import ImportPathError
-from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.platform.lifetime import die_with_parent, kill_descendants
 
 _LONGEST_LINE = 1 << 40
 
@@ -52,9 +52,10 @@ def serve(load: Callable[[dict[str, Any]], Callable[[Any], Any]], request_type: 
 
     if concurrent:
         asyncio.run(_serve_at_once(called, requests, replies, config["timeout_s"]))
-        return 0
-    for message in map(json.loads, requests):
-        _send(replies, {"key": message["key"], "reply": asdict(called(message))})
+    else:
+        for message in map(json.loads, requests):
+            _send(replies, {"key": message["key"], "reply": asdict(called(message))})
+    kill_descendants()  # what calls have left running would outlive the job
     return 0
 
 

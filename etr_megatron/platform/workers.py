@@ -238,11 +238,12 @@ class WorkerPool:
             raise self._load_error(f"{self._worker} was not ready after {STARTUP_TIMEOUT_S:.0f} s")
         self._drop(late)
         for worker in late:
-            jobs, lost = list(worker.inflight.values()), Lost("timeout", "the process was killed")
+            jobs = list(worker.inflight.values())
             if worker.concurrent:
+                lost = Lost("timeout", "the call blocked its event loop, so the process was killed")
                 self._suspect(jobs, lost, "was killed, as its event loop was blocked,")
             else:
-                self._outcomes.append((jobs[0].key, lost))
+                self._outcomes.append((jobs[0].key, Lost("timeout", "the process was killed")))
                 self._requeue(jobs[1:])
 
     def _requeue(self, jobs: list[Job]) -> None:

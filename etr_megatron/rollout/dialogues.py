@@ -151,7 +151,7 @@ class Dialogues:
         calls = found.status.total()
         what = f"{found.failed} of {calls} calls of environment.function failed, which ended their responses; the first: "
         if found.is_broken:
-            raise UngradedError(what + found.failure)
+            raise UngradedError(f"{what}{found.failure}; fix environment.function, or what it calls")
         logger.warning("%s%s", what, found.failure)
 
     def _accept(self, call: _Call, reply: EnvironmentReply) -> Sample:
