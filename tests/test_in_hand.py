@@ -73,3 +73,13 @@ def test_of_a_response_that_goes_on_the_experts_are_those_of_its_last_pass():
     assert sample.routing == array("B", [1, 2, 3])
     extend(sample, Drawn(0, [8], [-4.0], "stop", 2, routing=array("B", [4, 5, 6, 7])))
     assert sample.routing == array("B", [4, 5, 6, 7]) and sample.token_versions().tolist() == [1, 1, 1, 2]
+
+
+def test_what_goes_on_while_a_checkpoint_is_written_is_not_in_it():
+    sample = Sample(0, [4], [-0.5], "turn", 3, loss_mask=[1], messages=[{"role": "assistant", "content": "4"}])
+    packed, columns = pack([held(sample)])
+    extend(sample, Drawn(0, [5], [-0.25], "stop", 4))
+    sample.messages += [{"role": "user", "content": "and?"}]
+    (again,) = unpack(packed, columns)
+    (found,) = again.group.samples
+    assert found.response_ids.tolist() == [4] and [message["content"] for message in found.messages] == ["4"]

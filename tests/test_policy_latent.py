@@ -6,7 +6,7 @@ import pytest
 
 from etr_megatron.checks import check_architecture
 from etr_megatron.config import load_config
-from etr_megatron.convert import Ranks, to_hf, verify
+from etr_megatron.convert import Ranks, to_hf
 from etr_megatron.errors import UserError
 from etr_megatron.weights import read_architecture
 from tests import test_glm4_moe, test_routing_replay
@@ -55,7 +55,7 @@ def test_replayed_experts_may_lie_in_other_groups(gangs, hf_models, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout_and_ends_as_the_model_that_transformers_computes(runs, tmp_path):
+def test_a_run_goes_on_in_another_layout_and_ends_as_the_model_that_transformers_computes(runs, gangs, tmp_path):
     model = test_routing_replay.with_tokenizer(runs, "deepseek_v3", tmp_path / "model")
     options = [f"model.path={model}", "run.name=latent", "eval.every=0", "checkpoint.every=1", "data.max_prompt_tokens=256"]
     for layout in (["parallel.tp=2", SP, "parallel.ep=2", "parallel.etp=1"], ["parallel.tp=1", "parallel.pp=2"]):
@@ -65,5 +65,5 @@ def test_a_run_goes_on_in_another_layout_and_ends_as_the_model_that_transformers
     rows = runs.rows("latent")
     assert len(rows) == 2 and all(row["grad_norm"] > 0.1 and row["logprob_gap_max"] < 1e-4 for row in rows)
     to_hf(runs.directory("latent"), tmp_path / "hf", Ranks())
-    found = verify(tmp_path / "hf", runs.directory("latent"), Ranks())
+    (found,) = gangs(1).run("tests.convert_jobs:verified", hf=str(tmp_path / "hf"), megatron=str(runs.directory("latent")))
     assert found.same and found.tensors > 60 and found.logits[0] < 1e-5 < found.logits[1]

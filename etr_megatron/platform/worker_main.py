@@ -72,7 +72,7 @@ async def _serve_at_once(
             reply = await _in_time(called(message), timeout_s)
             await loop.run_in_executor(writer, _send, replies, {"key": message["key"], **reply})
 
-        while line := await reader.readline():
+        while (line := await reader.readline()).endswith(b"\n"):  # else the parent ended in the middle of one
             task = loop.create_task(reply_to(json.loads(line)))
             calls.add(task)
             task.add_done_callback(calls.discard)

@@ -178,7 +178,8 @@ def _plain(one: Problem | Sample, without: Collection[str] = ()) -> dict[str, An
     values = {name: value for name, value in values.items() if value or name not in _ONLY_WITH_AN_ENVIRONMENT}
     if "routing" in values:  # base64, as there are a hundred numbers per token
         values["routing"] = base64.b64encode(values["routing"]).decode()
-    return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}
+    # Lists are copied, too: messages grow while a checkpoint or a record is written.
+    return {name: list(value) if isinstance(value, array | list) else value for name, value in values.items()}
 
 
 def _of_all_tokens(of_drawn: Sequence[float], sample: Sample) -> list[float | None]:
