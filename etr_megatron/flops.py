@@ -36,7 +36,7 @@ def _attention_parameters(arch: Architecture) -> int:
     if latent is None:
         return arch.hidden_size * (q + 2 * arch.kv_heads * arch.head_dim + output)
     queries = arch.hidden_size * q if latent.q_rank is None else latent.q_rank * (arch.hidden_size + q)
-    keys_and_values = arch.hidden_size * latent.cached_dim + latent.kv_rank * arch.heads * (latent.nope_dim + latent.value_dim)
+    keys_and_values = arch.hidden_size * latent.cached_dim + latent.kv_rank * arch.heads * latent.up_dim
     return queries + keys_and_values + arch.hidden_size * output
 
 

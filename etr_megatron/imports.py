@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-USERS_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
+_USERS_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
 """What a user's function may raise: a script's main() may call sys.exit, and a coroutine may cancel itself."""
 
 
@@ -63,12 +63,35 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
     return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
-def is_coroutine_function(function: Callable[..., Any]) -> bool:
-    """Whether it is an `async def`, or an object whose `__call__` is one."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+def answering(
+    function: Callable[..., Any],
+    ask: Callable[[Any], Any],
+    accept: Callable[[Any], Any],
+    refuse: Callable[[BaseException], Any],
+) -> Callable[[Any], Any]:
+    """What answers requests by a user's `function`, a coroutine function if that is one (or an object to call like one).
+
+    ask: calls it for a request. accept, refuse: make the answer of what it returns and of what it raises.
+    """
+    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
+
+    def answer(request: Any) -> Any:
+        try:
+            return accept(_awaited(ask(request), runner))
+        except _USERS_ERRORS as error:
+            return refuse(error)
+
+    async def answer_at_once(request: Any) -> Any:
+        try:
+            return accept(await ask(request))
+        except _USERS_ERRORS as error:
+            return refuse(error)
+
+    is_coroutine_function = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return answer_at_once if is_coroutine_function else answer
 
 
-def awaited(value: Any, runner: asyncio.Runner) -> Any:
+def _awaited(value: Any, runner: asyncio.Runner) -> Any:
     """The value of a plain function; if it is awaitable, as of a decorated `async def`, its result."""
 
     async def result() -> Any:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from etr_megatron.config import EnvironmentConfig
 from etr_megatron.environment.reply import EnvironmentReply, EnvironmentRequest
-from etr_megatron.imports import (
-    USERS_ERRORS,
-    ImportPathError,
-    awaited,
-    has_parameter,
-    import_function,
-    is_coroutine_function,
-    raised,
-    takes,
-)
+from etr_megatron.imports import ImportPathError, answering, has_parameter, import_function, raised, takes
 from etr_megatron.types import Message, further_keys
 
 Environment = Callable[[EnvironmentRequest], EnvironmentReply]
@@ -38,24 +28,13 @@ def load_environment(config: EnvironmentConfig) -> Environment | AsyncEnvironmen
         wanted = "three arguments, the messages, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `response_id`, given by name" * bool(named))
 
-    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
-
     def ask(request: EnvironmentRequest) -> Any:
         return function(request.messages, request.answer, request.extra, **{name: getattr(request, name) for name in named})
 
-    def call(request: EnvironmentRequest) -> EnvironmentReply:
-        try:
-            return _reply(awaited(ask(request), runner), config)
-        except USERS_ERRORS as error:
-            return EnvironmentReply(None, "error", raised(path, error))
+    def refuse(error: BaseException) -> EnvironmentReply:
+        return EnvironmentReply(None, "error", raised(path, error))
 
-    async def call_coroutine(request: EnvironmentRequest) -> EnvironmentReply:
-        try:
-            return _reply(await ask(request), config)
-        except USERS_ERRORS as error:
-            return EnvironmentReply(None, "error", raised(path, error))
-
-    return call_coroutine if is_coroutine_function(function) else call
+    return answering(function, ask, lambda value: _reply(value, config), refuse)
 
 
 def _reply(value: object, config: EnvironmentConfig) -> EnvironmentReply:

@@ -138,8 +138,7 @@ def _absorbed(arch: Architecture, tp: int) -> int:
     output by them, so that attention works on the cached latents; SGLang makes them in the model's dtype, even from FP8
     (`post_load_weights` of models/deepseek_common/deepseek_weight_loader.py)."""
     assert arch.latent is not None
-    width = arch.heads // tp * (arch.latent.nope_dim + arch.latent.value_dim)
-    return arch.layers * width * arch.latent.kv_rank
+    return arch.layers * (arch.heads // tp) * arch.latent.up_dim * arch.latent.kv_rank
 
 
 def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:

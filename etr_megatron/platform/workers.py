@@ -196,8 +196,8 @@ class WorkerPool:
         for message in messages:
             if worker.ready:
                 worker.finish(message["key"])
-                late = Lost("timeout", "the call was cancelled")
-                self._outcomes.append((message["key"], late if "late" in message else message["reply"]))
+                outcome = Lost("timeout", "the call was cancelled") if "late" in message else message["reply"]
+                self._outcomes.append((message["key"], outcome))
             elif "ready" in message:
                 worker.ready, worker.concurrent = True, message["concurrent"]
             else:
@@ -213,18 +213,19 @@ class WorkerPool:
         if worker.concurrent:
             self._suspect(jobs, lost, f"ended ({how})")
             return
-        for job in jobs[:1]:
+        self._requeue([*self._blamed(jobs[:1], lost), *jobs[1:]])
+
+    def _blamed(self, jobs: list[Job], lost: Lost) -> list[Job]:
+        """Count against requests that their worker ended; returns them without those that it was too often, which are lost."""
+        for job in jobs:
             job.crashes += 1
         self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
-        self._requeue([job for job in jobs if job.crashes < MAX_CRASHES])
+        return [job for job in jobs if job.crashes < MAX_CRASHES]
 
     def _suspect(self, jobs: list[Job], lost: Lost, what: str) -> None:
         """Have requests of a lost event loop answered again, each by a worker of its own, as it is not known which of them it
         was; those of which it is known by now are lost."""
-        for job in jobs:
-            job.crashes += 1
-        self._outcomes += [(job.key, lost) for job in jobs if job.crashes >= MAX_CRASHES]
-        self._suspects += [job for job in jobs if job.crashes < MAX_CRASHES]
+        self._suspects += self._blamed(jobs, lost)
         if len(jobs) > 1:
             logger.warning(
                 "%s.function: %s %s with %d calls, which are made again, one at a time",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import reprlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,16 +9,7 @@ from numbers import Real
 from typing import Any
 
 from etr_megatron.config import RewardConfig
-from etr_megatron.imports import (
-    USERS_ERRORS,
-    ImportPathError,
-    awaited,
-    has_parameter,
-    import_function,
-    is_coroutine_function,
-    raised,
-    takes,
-)
+from etr_megatron.imports import ImportPathError, answering, has_parameter, import_function, raised, takes
 from etr_megatron.reward.grade import Grade, GradeRequest
 from etr_megatron.types import Message
 
@@ -50,26 +40,15 @@ def load_grader(config: RewardConfig) -> Grader | AsyncGrader:
             wanted = "four arguments, the prompt, the response, the answer and a dict of reward.columns"
         raise ImportPathError(f"it must be callable with {wanted}" + ", besides `messages`, given by name" * bool(named))
 
-    runner = asyncio.Runner()  # one event loop for all calls of a function that is not seen to be an `async def`
-
     def ask(request: GradeRequest) -> Any:
         extra = (request.extra,) if config.columns else ()
         messages = {"messages": request.messages or _single_turn(request)} if named else {}
         return function(request.prompt, request.response, request.answer, *extra, **messages)
 
-    def grade(request: GradeRequest) -> Grade:
-        try:
-            return _grade_of(awaited(ask(request), runner), config)
-        except USERS_ERRORS as error:
-            return Grade(config.range_min, "error", raised(config.function, error))
+    def refuse(error: BaseException) -> Grade:
+        return Grade(config.range_min, "error", raised(config.function, error))
 
-    async def grade_coroutine(request: GradeRequest) -> Grade:
-        try:
-            return _grade_of(await ask(request), config)
-        except USERS_ERRORS as error:
-            return Grade(config.range_min, "error", raised(config.function, error))
-
-    return grade_coroutine if is_coroutine_function(function) else grade
+    return answering(function, ask, lambda value: _grade_of(value, config), refuse)
 
 
 def _grade_math(request: GradeRequest, config: RewardConfig) -> Grade:

@@ -34,6 +34,11 @@ class LatentAttention:
         return self.nope_dim + self.rope_dim
 
     @property
+    def up_dim(self) -> int:
+        """Dimensions of a head's key and value that are projected up from the latent."""
+        return self.nope_dim + self.value_dim
+
+    @property
     def cached_dim(self) -> int:
         """Elements that a server caches per token and layer, whatever the number of heads and of its ranks."""
         return self.kv_rank + self.rope_dim

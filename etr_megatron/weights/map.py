@@ -266,7 +266,7 @@ def _dimensions(arch: Architecture) -> dict[str, int]:
             "A": latent.q_rank or 0,
             "C": latent.kv_rank,
             "L": latent.cached_dim,
-            "U": arch.heads * (latent.nope_dim + latent.value_dim),
+            "U": arch.heads * latent.up_dim,
         }
     return {
         **of_latents,

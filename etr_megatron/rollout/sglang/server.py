@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import signal
 import socket
@@ -82,7 +81,7 @@ def free_port(host: str) -> int:
     ports = _ports_to_be_named()
     while True:
         with socket.socket() as probe, suppress(OSError):
-            probe.bind((host, random.SystemRandom().choice(ports)))
+            probe.bind((host, secrets.choice(ports)))
             port = int(probe.getsockname()[1])
             if port not in _HANDED_OUT:
                 _HANDED_OUT.append(port)
