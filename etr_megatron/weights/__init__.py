@@ -4,6 +4,7 @@ from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, L
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
+from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
@@ -14,9 +15,11 @@ from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist
 __all__ = [
     "FAMILIES",
     "TABLES",
+    "Adapter",
     "Architecture",
     "Experts",
     "LatentAttention",
+    "LowRank",
     "Placement",
     "SafetensorsDir",
     "ServerLayout",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from etr_megatron.config.rules import inputs, objective, parallel, rollout, train, values
+from etr_megatron.config.rules import inputs, lora, objective, parallel, rollout, train, values
 from etr_megatron.config.rules.violation import Violation, get
 from etr_megatron.config.schema import Config
 
@@ -24,6 +24,7 @@ RULES: tuple[Callable[[Config], Iterator[Violation]], ...] = (
     objective.clip_range,
     train.train,
     train.fp8,
+    lora.lora,
     parallel.parallel,
 )
 """Rules that apply to every config; `parallel.layout` also needs the number of ranks."""

@@ -49,6 +49,7 @@ AT_LEAST: dict[str, int] = {
     "train.epochs": 1,
     "train.tokens_per_microbatch": 1,
     "train.lr_warmup_updates": 0,
+    "lora.rank": 0,
     "parallel.pp": 1,
     "parallel.vpp": 1,
     "parallel.cp": 1,
@@ -76,6 +77,7 @@ POSITIVE = (
     "sglang.hang_timeout_s",
     "sglang.update_timeout_s",
     "objective.correction_cap",
+    "lora.alpha",
     "train.lr",
     "train.adam_eps",
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from etr_megatron.config.schema.data import ArithmeticConfig, DataConfig, EnvironmentConfig, RewardConfig
 from etr_megatron.config.schema.fp8 import Fp8Config
+from etr_megatron.config.schema.lora import LoraConfig
 from etr_megatron.config.schema.model import ModelConfig, ParallelConfig, TinyConfig
 from etr_megatron.config.schema.objective import ObjectiveConfig
 from etr_megatron.config.schema.rollout import RolloutConfig, SglangConfig
@@ -20,6 +21,7 @@ __all__ = [
     "EnvironmentConfig",
     "EvalConfig",
     "Fp8Config",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "ObserveConfig",
@@ -50,6 +52,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -1,0 +1,128 @@
+"""Low-rank adapters in the space of weights: which matrices have one, and how it changes a shard.
+
+An adapted HF tensor is W + scale * B A, with A [rank, columns] and B [rows, rank]. A box of the product needs only B's rows and
+A's columns of that box, so an adapter fits every way of cutting a weight, and merged shards are those of an ordinary model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etr_megatron.errors import UserError
+from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.map import Weight, weights_of
+from etr_megatron.weights.shards import Shard, box
+
+Pair = tuple[Tensor, Tensor]
+"""(A [rank, columns], B [rows, rank]), fp32."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of one HF tensor. hf: which of its weight's tensors. module: the tensor's name without `.weight`. scale: what
+    the product is multiplied by."""
+
+    hf: int
+    module: str
+    rank: int
+    rows: int
+    columns: int
+    scale: float
+
+    @property
+    def elements(self) -> int:
+        """Trained elements, of A and B together."""
+        return self.rank * (self.rows + self.columns)
+
+    @property
+    def stored(self) -> tuple[str, str]:
+        """Names of A and B in a run's checkpoint."""
+        return f"lora.{self.module}.A", f"lora.{self.module}.B"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Which linear modules have adapters, and of what size; the keys of the config's section `lora`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ()
+    expert_rank: int | None = None
+
+    def adapters_of(self, weight: Weight) -> tuple[Adapter, ...]:
+        """The adapters of a weight's HF tensors, in their order; none for a weight that is not adapted."""
+        rank = self.rank if weight.expert is None or self.expert_rank is None else self.expert_rank
+        if not weight.fp8 or rank == 0:  # the map's `fp8` column marks the linear modules
+            return ()
+        found = []
+        for number, (name, shape) in enumerate(zip(weight.hf, weight.shapes, strict=True)):
+            module = name.removesuffix(".weight")
+            if not self.targets or module.rpartition(".")[2] in self.targets:
+                rows, columns = shape
+                found.append(Adapter(number, module, rank, rows, columns, self.alpha / rank))
+        return tuple(found)
+
+    def adapted(self, arch: Architecture) -> Iterator[tuple[Weight, tuple[Adapter, ...]]]:
+        """Every adapted weight of a model, with its adapters."""
+        for weight in weights_of(arch):
+            if adapters := self.adapters_of(weight):
+                yield weight, adapters
+
+    def refuse_missing_targets(self, arch: Architecture) -> None:
+        """Raise UserError for a target that the model does not have, or if nothing would be trained."""
+        present = {adapter.module.rpartition(".")[2] for _, adapters in self.adapted(arch) for adapter in adapters}
+        missing = [name for name in self.targets if name not in present]
+        if missing or not present:
+            every = LowRank(1, 1.0)
+            names = {adapter.module.rpartition(".")[2]: None for _, adapters in every.adapted(arch) for adapter in adapters}
+            raise UserError(f"lora.targets: the model has no trainable {', '.join(missing)}; it has {', '.join(names)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON from which `from_json` makes an equal one."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LowRank:
+        """The inverse of `as_json`. Raises TypeError for other keys."""
+        return cls(**{**values, "targets": tuple(values.get("targets", ()))})
+
+
+@torch.no_grad()
+def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]]) -> Tensor:
+    """The shard's values with the products of its adapters added: new, in the type of `values`, which is not written to.
+
+    values: the shard of the base, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors on the same
+    device. Sums are in fp32 and rounded once.
+    """
+    merged = values.to(torch.float32, copy=True)
+    for piece in shard.pieces:
+        if piece.hf in adapters:
+            adapter, (a, b) = adapters[piece.hf]
+            (row, column), (rows, columns) = piece.begin, piece.size
+            box(merged, piece.at, piece.size).addmm_(b[row : row + rows], a[:, column : column + columns], alpha=adapter.scale)
+    return merged.to(values.dtype)
+
+
+@torch.no_grad()
+def add_gradients(
+    gradient: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]], into: Mapping[int, Pair], share: float = 1.0
+) -> None:
+    """Add what a shard's gradient contributes to the gradients of its adapters (in place: the caller owns `into`, fp32).
+
+    gradient: of the loss by the merged shard, of shape `shard.shape`. share: what it is multiplied by.
+    The contributions of all shards of a weight sum up to the gradients.
+    """
+    for piece in shard.pieces:
+        if piece.hf in adapters:
+            adapter, (a, b) = adapters[piece.hf]
+            (row, column), (rows, columns) = piece.begin, piece.size
+            part = box(gradient, piece.at, piece.size).to(torch.float32)
+            grad_a, grad_b = into[piece.hf]
+            scale = adapter.scale * share
+            grad_a[:, column : column + columns].addmm_(b[row : row + rows].t(), part, alpha=scale)
+            grad_b[row : row + rows].addmm_(part, a[:, column : column + columns].t(), alpha=scale)
