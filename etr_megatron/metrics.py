@@ -164,7 +164,7 @@ def training_speed(policy: Policy, groups: Sequence[Group], config: Config, seco
     """
     if not seconds:
         return {}
-    logprobs = 1 + (policy.reference is not None)
+    logprobs = 1 + policy.has_reference
     step = 0.0
     for group in groups:
         for sample in group.samples:

@@ -199,7 +199,7 @@ class Trainer:
             if self.engine is not None:
                 self.engine.release()
             self.policy.reload()
-            sequences, has_reference = sequences_of(groups), self.policy.reference is not None
+            sequences, has_reference = sequences_of(groups), self.policy.has_reference
             routing = self._routing(groups)
             old = self.policy.logprobs(sequences, routing=routing)
             reference = self.policy.logprobs(sequences, reference=True) if has_reference else None

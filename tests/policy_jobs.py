@@ -81,7 +81,7 @@ def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -
     # Old log-probs near the policy's own, so that ratios straddle the bounds.
     noise = [0.3 * (x - x.mean()) for x in batch.old_logp]
     batch = replace(batch, old_logp=tuple(a + torch.nan_to_num(b) for a, b in zip(old.logp, noise, strict=True)))
-    if policy.reference is not None:
+    if policy.has_reference:
         batch = replace(batch, ref_logp=policy.logprobs(batch.sequences, reference=True).logp)
     steps = [policy.update(batch) for _ in range(updates)]
     return {

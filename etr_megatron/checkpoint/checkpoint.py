@@ -33,6 +33,8 @@ from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
 from etr_megatron.policy.replicas import ReadOnce
+from etr_megatron.weights import LowRank
+from etr_megatron.weights.low_rank import LORA_FILE
 
 _NAME = re.compile(r"step_(\d{6,})$")
 _TORN = (json.JSONDecodeError, UnicodeDecodeError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError)
@@ -87,7 +89,10 @@ def save(
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             tensors = tensors_as_bytes(state.pop("tensors", {}))
-            for name, data in ((_TENSORS_FILE, tensors), (TRAINER_FILE, json.dumps(state).encode())):
+            files = {_TENSORS_FILE: tensors, TRAINER_FILE: json.dumps(state).encode()}
+            if policy.adapters.spec is not None:
+                files = {LORA_FILE: json.dumps(policy.adapters.spec.as_json()).encode(), **files}
+            for name, data in files.items():
                 (temporary / name).write_bytes(data)
                 sync_to_disk(temporary / name)
             shutil.rmtree(final, ignore_errors=True)
@@ -143,6 +148,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     _refuse_other_optimizer(path, trainer, policy)
+    _refuse_other_adapters(path, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
         state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
@@ -155,6 +161,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
         chunk.load_state_dict(state[name], strict=False)
     if step > 0:
         policy.optimizer.load_state_dict(state["optimizer"])
+    policy.adapters.merge()
     policy.load_schedule(state["scheduler"])
     if same_layout:
         _restore_rng(state["rng"])
@@ -174,6 +181,20 @@ def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy)
         )
 
 
+def _refuse_other_adapters(path: Path, policy: Policy) -> None:
+    """Refuse a checkpoint of other adapters, or of all weights where adapters are trained, and the reverse."""
+    file, now = path / LORA_FILE, policy.adapters.spec
+    written = LowRank.from_json(json.loads(file.read_text())) if file.is_file() else None
+    if written == now:
+        return
+    what = (
+        "lora.rank=0"
+        if written is None
+        else f"lora.{', lora.'.join(f'{k}={json.dumps(v)}' for k, v in written.as_json().items())}"
+    )
+    raise UserError(f"{path} was written with {what}; set that again, or choose another run.name")
+
+
 def _sizes(layout: Layout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in ("world", "tp", "pp", "ep", "etp", "cp", "vpp")}
 
@@ -191,7 +212,10 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
     save: its fp32 weights equal the model's.
     """
     policy.finish_update()
-    model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
+    if policy.adapters:  # all other weights are those that the run started from
+        model = dict(zip(_chunks(policy), policy.adapters.sharded_state_dicts(), strict=True))
+    else:
+        model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
     state: dict[str, Any] = {**model, "scheduler": policy.scheduler.state_dict()}
     if optimizer:
         if policy.config.train.distributed_optimizer:

@@ -35,6 +35,9 @@ from etr_megatron.weights import (
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import HEAD
 
+ADAPTERS = "adapters"
+"""A chunk's submodule with its low-rank adapters, which are no weights of the model."""
+
 _BUCKET_BYTES = 64 * 2**20
 """Bytes of weights that are broadcast together: experts have many small ones."""
 
@@ -121,10 +124,11 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
 
 
 def weights_in(chunk: torch.nn.Module) -> dict[str, Tensor]:
-    """A chunk's tensors that a checkpoint must have, by their name in it: its parameters, and the routers' biases, which
-    Megatron keeps as buffers."""
+    """A chunk's tensors that a checkpoint of the model must have, by their name in it: its parameters without adapters, and the
+    routers' biases, which Megatron keeps as buffers."""
+    parameters = {name: tensor for name, tensor in chunk.named_parameters() if not name.startswith(ADAPTERS + ".")}
     biases = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias")}
-    return {**dict(chunk.named_parameters()), **biases}
+    return {**parameters, **biases}
 
 
 def _weights_by_global_name(chunk: PolicyModel) -> dict[str, Tensor]:

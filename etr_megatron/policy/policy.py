@@ -28,6 +28,7 @@ from etr_megatron import platform
 from etr_megatron.config import LOSSES, Config, resolved
 from etr_megatron.flops import sequence_flops
 from etr_megatron.objective import LossInputs, LossOutputs, diagnostic_sums, refuse_if_rows_interact, resolve_loss
+from etr_megatron.policy.adapters import PolicyAdapters
 from etr_megatron.policy.balance import ExpertBalance
 from etr_megatron.policy.batch import PolicyBatch
 from etr_megatron.policy.context import padded_length, summed
@@ -74,7 +75,8 @@ class Update:
 class Policy:
     """A Megatron model in its layout with its optimizer, and a frozen reference model if the objective has a KL term.
 
-    chunks: this rank's `layout.vpp` model chunks. config must be resolved (no `auto`). Raises UserError for a checkpoint that
+    chunks: this rank's `layout.vpp` model chunks. adapters: what is trained instead of their weights with `lora.rank`; the
+    reference is then the model without them. config must be resolved (no `auto`). Raises UserError for a checkpoint that
     cannot be read, and for FP8 where Megatron would silently train without it.
     """
 
@@ -92,11 +94,16 @@ class Policy:
             router_fp32=config.train.moe_router_fp32,
             fp8=config.fp8,
         )
+        if config.lora.rank:
+            # It adds gradients to a buffer, which adapted weights do not have.
+            self._megatron.gradient_accumulation_fusion = False
         self.chunks = build_chunks(arch, self._megatron, layout)
         self.reference: list[PolicyModel] | None = None
-        if config.objective.kl_coef > 0:
+        self.has_reference = config.objective.kl_coef > 0
+        if self.has_reference and not config.lora.rank:
             self.reference = [chunk.requires_grad_(False) for chunk in build_chunks(arch, self._megatron, layout)]
         load_weights([chunks for chunks in (self.chunks, self.reference) if chunks is not None], checkpoint_dir)
+        self.adapters = PolicyAdapters(arch, self.chunks, layout, config)
         self._balance: ExpertBalance | None = None
         self._routing: RoutingReplay | None = None
         if arch.experts is not None:
@@ -105,7 +112,8 @@ class Policy:
         self._ddp = wrap_chunks(self.chunks, self._megatron, config)
         self.optimizer = build_optimizer(self._ddp, config)
         self.scheduler = lr_scheduler(self.optimizer, config)
-        self._megatron.finalize_model_grads_func = _finalize_without_division
+        self.adapters.watch()
+        self._megatron.finalize_model_grads_func = self._finalize_gradients
         self._megatron.grad_scale_func = self.optimizer.scale_loss
         if config.train.overlap_grad_reduce:
             # Megatron's schedules use it to disable the reduction for all but the last microbatch.
@@ -128,9 +136,9 @@ class Policy:
         sequences: of each sample. routing: see `PolicyBatch`; the reference chooses its own experts.
         Raises UserError for a token outside the vocabulary, RuntimeError if there is no reference.
         """
-        chunks = self.reference if reference else self._ddp
-        if chunks is None:
+        if reference and not self.has_reference:
             raise RuntimeError("no reference model: objective.kl_coef is 0")
+        chunks = self.reference if reference and self.reference is not None else self._ddp
         whole = [TokenSequence(*one) for one in sequences]
         micro = self._microbatches(whole)
 
@@ -138,7 +146,8 @@ class Policy:
             tensors, options = self._head_inputs(chunks[-1], hidden, batch)
             return batch, torch.stack(vocab_parallel_logprob(*tensors, **options))
 
-        with torch.no_grad(), self._replaying(micro, routing):
+        weights = self.adapters.left_out() if reference and self.adapters else nullcontext()
+        with torch.no_grad(), weights, self._replaying(micro, routing):
             found = run_schedule(chunks, micro, collect, forward_only=True)
         sizes = [one.rows for one in whole]
         starts = torch.tensor([0, *sizes]).cumsum(0)
@@ -170,6 +179,7 @@ class Policy:
         with self._replaying(micro, batch.routing):
             outputs = run_schedule(self._ddp, micro, partial(self._loss, batch, scale), forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
+        self.adapters.merge()
         self.optimizer.zero_grad()  # of bfloat16 gradients it holds an fp32 copy, also while servers need the memory
         self.scheduler.step(1)
         shares: list[Any] = [None] * self.layout.world
@@ -224,6 +234,11 @@ class Policy:
                     # As Megatron does it before a forward pass. Its `start_param_sync(force_sync=True)` would leave the
                     # transposed copies of FP8 weights, which backward passes use, as they were before the update.
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """Megatron's gradient reductions without the division by the token count: the loss already has our denominator."""
+        self.adapters.sum_gradients(model)
+        finalize_model_grads(model, None, **options)
 
     def _microbatches(self, sequences: Sequence[TokenSequence]) -> list[Microbatch]:
         """This rank's microbatches, equally many on every rank. Raises UserError for a token outside the vocabulary."""
@@ -324,8 +339,3 @@ def _totals(shares: Sequence[dict[str, float]]) -> dict[str, float]:
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value
     return totals
-
-
-def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron's gradient reductions without the division by the token count: the loss already has our denominator."""
-    finalize_model_grads(model, None, **options)

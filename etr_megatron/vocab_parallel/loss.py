@@ -64,7 +64,7 @@ class _SinglePass(torch.autograd.Function):
         token_loss: TokenLoss,
         head: Head,
         backward_scale: float,
-        sink: WeightGrad,
+        sink: WeightGrad | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         group = head.shard.group
         rows_out = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
@@ -84,7 +84,7 @@ class _SinglePass(torch.autograd.Function):
                 hidden=hidden,
                 weight=weight,
                 grad_hidden=grad_hidden,
-                grad_weight=sink.total,
+                grad_weight=None if sink is None else sink.total,
             )
             if group is not None:
                 # Detached: gloo's thread may hold its tensor a little longer, and autograd copies a gradient with other owners.
@@ -102,7 +102,7 @@ class _SinglePass(torch.autograd.Function):
             raise RuntimeError("the single-pass loss went backward twice; its gradients were formed once, in forward")
         _check_scale(grad_loss, ctx.scale)
         grad_hidden, ctx.grad_hidden = ctx.grad_hidden.to(ctx.dtype), None
-        return grad_hidden, ctx.sink.handed_to_autograd(), *[None] * 5
+        return grad_hidden, None if ctx.sink is None else ctx.sink.handed_to_autograd(), *[None] * 5
 
 
 def _check_scale(found: Tensor, expected: float) -> None:
@@ -135,18 +135,20 @@ def vocab_parallel_loss(
     CUDA as an asynchronous device-side assertion.
 
     The weight's gradient is added to `weight.main_grad` DURING FORWARD (DDP owns it), so a call with gradients enabled must be
-    followed by exactly one backward. Without an fp32 `main_grad`, log-probs go through `vocab_parallel_logprob` (4 GEMMs) and
-    `token_loss` is called once, with all rows. Without gradients only the values are computed.
+    followed by exactly one backward; a frozen weight has no gradient. Without an fp32 `main_grad` of a weight that is trained,
+    log-probs go through `vocab_parallel_logprob` (4 GEMMs), and `token_loss` is called once, with all rows. Without gradients
+    only the values are computed.
 
     Collectives of the single pass, all in forward: an all-gather per chunk, 16 bytes per row, and an all-reduce of its fp32
     [rows, H]. Every rank of the group must call with the same R. Raises ValueError for shapes that do not fit.
     """
     check_shapes(hidden, weight, targets, shard)
     head = Head(shard, temperature, chunk_rows, backend, overlap)
-    if not (torch.is_grad_enabled() and weight.requires_grad and main_grad(weight) is not None):
+    trained = weight.requires_grad
+    if not (torch.is_grad_enabled() and (main_grad(weight) is not None if trained else hidden.requires_grad)):
         logp, entropy = logprob_through(head, hidden, weight, targets)
         return token_loss(slice(0, len(hidden)), logp, entropy), logp.detach(), entropy.detach()
-    sink = weight_grad(weight)
+    sink = weight_grad(weight) if trained else None
     return _SinglePass.apply(hidden, weight, targets, token_loss, head, backward_scale, sink)
 
 

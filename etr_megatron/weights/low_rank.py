@@ -18,6 +18,9 @@ from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.shards import Shard, box
 
+LORA_FILE = "lora.json"
+"""Marks a checkpoint of adapters, and has `LowRank.as_json`."""
+
 Pair = tuple[Tensor, Tensor]
 """(A [rank, columns], B [rows, rank]), fp32."""
 

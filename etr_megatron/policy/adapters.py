@@ -1,0 +1,227 @@
+"""Low-rank adapters of a policy: the only weights that are trained, merged into the model's own after every update.
+
+A model's parameter holds the merged value, base + scale * B A, rounded to the model's type: what servers are sent, so that
+training and rollouts compute log-probs with the same weights. Backward passes compute the gradient of a merged matrix as if it
+were trained itself; a hook projects it onto A and B and drops it, so that only one matrix has one at a time. This needs nothing
+of a layer but its weight: it is the same for every spec, split and family. (Modules beside the layers, as in other
+implementations, save the computation of these gradients. But servers would get merged weights all the same, and rounding makes
+them differ from what is trained.)
+
+A and B are fp32 and whole on every tensor-parallel rank; each rank adds what its shards contribute to their gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from etr_megatron import platform
+from etr_megatron.config import Config
+from etr_megatron.errors import UserError
+from etr_megatron.policy.model import ADAPTERS, PolicyModel, own_parameters
+from etr_megatron.policy.parallel import Layout
+from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, Weight, megatron_shard
+from etr_megatron.weights.low_rank import Pair, add_gradients, add_products
+
+
+def low_rank(config: Config) -> LowRank | None:
+    """The adapters that a config asks for; None if all weights are trained."""
+    lora = config.lora
+    return LowRank(lora.rank, lora.alpha, lora.targets, lora.expert_rank) if lora.rank else None
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A parameter with adapters. base: its original value, on the CPU or its device. share: what this rank's contribution to
+    their gradients is multiplied by. factors: A and B by number of the HF tensor."""
+
+    parameter: torch.nn.Parameter
+    shard: Shard
+    base: Tensor
+    share: float
+    factors: dict[int, tuple[Adapter, Pair]]
+
+    def merge(self) -> None:
+        """Set the parameter to base and products (in place)."""
+        self.parameter.data.copy_(add_products(self.base.to(self.parameter.device), self.shard, self.factors))
+
+    def restore(self) -> None:
+        """Set the parameter to its base (in place)."""
+        self.parameter.data.copy_(self.base)
+
+    def project(self, parameter: Tensor) -> None:
+        """Move the parameter's gradient to its adapters' `main_grad`, which DDP owns."""
+        assert parameter.grad is not None
+        into = {hf: (a.main_grad, b.main_grad) for hf, (_, (a, b)) in self.factors.items()}  # type: ignore[attr-defined]
+        add_gradients(parameter.grad, self.shard, self.factors, into, self.share)
+        parameter.grad = None
+
+
+class Adapters(torch.nn.Module):
+    """The adapters of a model chunk, which becomes its submodule `ADAPTERS`; all other parameters of it are frozen.
+
+    own: the rank's weights and parameters. factors: A and B of each adapter, fp32, as the chunk's only trained parameters.
+    """
+
+    def __init__(
+        self,
+        chunk: PolicyModel,
+        own: Iterable[tuple[Weight, Tensor]],
+        spec: LowRank,
+        layout: Layout,
+        *,
+        seed: int,
+        offload_base: bool,
+    ) -> None:
+        super().__init__()
+        chunk.requires_grad_(False)
+        self.factors = torch.nn.ParameterList()
+        self._layout = layout
+        self._stored: list[tuple[str, bool]] = []  # name in a checkpoint, whether it is an expert's
+        self._adapted: list[_Adapted] = []
+        here = {id(parameter) for parameter in chunk.parameters()}
+        for weight, parameter in own:
+            if id(parameter) in here and (adapters := spec.adapters_of(weight)):
+                factors = {one.hf: (one, self._create(weight, one, seed)) for one in adapters}
+                # A whole matrix: with sequence parallelism every rank has the gradient of its tokens, otherwise all the same.
+                repeated = weight.split == "replicated" and not chunk.config.sequence_parallel
+                base = parameter.detach().to("cpu", copy=True) if offload_base else parameter.detach().clone()
+                if offload_base and platform.uses_cuda():
+                    base = base.pin_memory()
+                shard = megatron_shard(weight, chunk.arch, *layout.cut(weight))
+                share = 1 / layout.tp if repeated else 1.0
+                self._adapted.append(_Adapted(parameter, shard, base, share, factors))  # type: ignore[arg-type]  # no buffer
+        chunk.add_module(ADAPTERS, self)
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(_with_gradient)
+
+    def _create(self, weight: Weight, adapter: Adapter, seed: int) -> Pair:
+        """A from PEFT's default distribution, the same in every layout, and B zero, as new parameters."""
+        digest = hashlib.sha256(f"{seed} {adapter.module}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        bound = adapter.columns**-0.5
+        a = torch.empty(adapter.rank, adapter.columns).uniform_(-bound, bound, generator=generator)
+        pair = tuple(
+            torch.nn.Parameter(values.to(platform.device())) for values in (a, torch.zeros(adapter.rows, adapter.rank))
+        )
+        for stored, factor in zip(adapter.stored, pair, strict=True):
+            self.factors.append(factor)
+            self._stored.append((stored, weight.expert is not None))
+            if weight.expert is not None:
+                factor.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark of experts
+                # Megatron counts it in the gradient's norm: once among the ranks that have the same.
+                factor.tensor_model_parallel = self._layout.etp_rank == 0  # type: ignore[attr-defined]
+        return pair  # type: ignore[return-value]
+
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """A and B by their name in a checkpoint."""
+        return {stored: factor for (stored, _), factor in zip(self._stored, self.factors, strict=True)}
+
+    def watch(self) -> None:
+        """Begin to move gradients to the adapters. Call it once DDP and the optimizer, which take every parameter that has a
+        gradient, have been built."""
+        for one in self._adapted:
+            one.parameter.requires_grad_(True)
+            one.parameter.register_post_accumulate_grad_hook(one.project)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Set the adapted weights to base and products (in place)."""
+        for one in self._adapted:
+            one.merge()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the adapted weights to their base (in place)."""
+        for one in self._adapted:
+            one.restore()
+
+    def sharded_state_dict(self, prefix: str = "", *_args: Any, **_kwargs: Any) -> dict[str, ShardedTensor]:
+        """Megatron's description of A and B for a checkpoint, which are cut in no layout."""
+        layout, found = self._layout, {}
+        for number, (stored, expert) in enumerate(self._stored):
+            replicas = mpu.get_expert_data_parallel_rank() if expert else mpu.get_data_parallel_rank(with_context_parallel=True)
+            name = f"{prefix}factors.{number}"
+            replica = (0, layout.etp_rank if expert else layout.tp_rank, replicas)
+            found[name] = ShardedTensor.from_rank_offsets(stored, self.factors[number], replica_id=replica)
+        return found
+
+
+def _with_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+    """Make the embedding's output have a gradient: recomputed layers of which no input has one would have none either."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+class PolicyAdapters:
+    """The adapters of all of a rank's chunks; none if all weights are trained."""
+
+    def __init__(self, arch: Architecture, chunks: Sequence[PolicyModel], layout: Layout, config: Config) -> None:
+        self.spec = low_rank(config)
+        self._of_chunks: list[Adapters] = []
+        if self.spec is not None:
+            self.spec.refuse_missing_targets(arch)
+            _refuse_untrained_stages(self.spec, arch, layout)
+            seed, offload = config.run.seed, config.lora.offload_base
+            own = own_parameters(chunks).values()
+            self._of_chunks = [Adapters(one, own, self.spec, layout, seed=seed, offload_base=offload) for one in chunks]
+
+    def __bool__(self) -> bool:
+        return self.spec is not None
+
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's A and B by their name in a checkpoint."""
+        return {name: factor for one in self._of_chunks for name, factor in one.named().items()}
+
+    def watch(self) -> None:
+        """See `Adapters.watch`."""
+        for one in self._of_chunks:
+            one.watch()
+
+    def merge(self) -> None:
+        """See `Adapters.merge`."""
+        for one in self._of_chunks:
+            one.merge()
+
+    def sharded_state_dicts(self) -> list[dict[str, ShardedTensor]]:
+        """Megatron's descriptions of what every chunk's `load_state_dict` takes of a checkpoint."""
+        return [one.sharded_state_dict(f"{ADAPTERS}.") for one in self._of_chunks]
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Context in which the weights are those from which training started."""
+        for one in self._of_chunks:
+            one.restore()
+        try:
+            yield
+        finally:
+            self.merge()
+
+    def sum_gradients(self, ddp: Sequence[Any]) -> None:
+        """Add up what tensor-parallel ranks contributed, in DDP's buffers (in place), before these are reduced over replicas. A
+        collective."""
+        if not self:
+            return
+        group, expert_group = mpu.get_tensor_model_parallel_group(), mpu.get_expert_tensor_parallel_group()
+        for chunk in ddp:
+            for buffer in chunk.buffers:
+                dist.all_reduce(buffer.grad_data, group=group)
+            for buffer in chunk.expert_parallel_buffers:
+                dist.all_reduce(buffer.grad_data, group=expert_group)
+
+
+def _refuse_untrained_stages(spec: LowRank, arch: Architecture, layout: Layout) -> None:
+    """Raise UserError for a model chunk in which nothing would be trained: Megatron's optimizer needs a weight in each."""
+    trained = {layout.training.chunk_of(weight.layer, arch)[:2] for weight, _ in spec.adapted(arch) if weight.layer is not None}
+    everything = {(stage, chunk) for stage in range(layout.pp) for chunk in range(layout.vpp)}
+    if idle := sorted(everything - trained):
+        stage = idle[0][0]
+        raise UserError(f"lora.targets: no layer of pipeline stage {stage} has one of them; add a target, or lower parallel.pp")

@@ -1,0 +1,42 @@
+"""Jobs that gang ranks run for the tests of low-rank adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tests.policy_jobs import build, make_batch
+
+
+def step(model: str, sequences: list, old_logp: list, overrides: list[str], factors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """An update that starts from these factors: Adam's step on each of this rank's, and all weights before and after it, and without
+    adapters."""
+    policy = build(model, overrides)
+    own = policy.adapters.named()
+    with torch.no_grad():
+        for name, factor in own.items():
+            factor.copy_(factors[name])
+    policy.optimizer.reload_model_params()
+    policy.adapters.merge()
+    merged = {name: tensor.clone() for name, tensor in policy.export()}
+    with policy.adapters.left_out():
+        base = {name: tensor.clone() for name, tensor in policy.export()}
+    restored = {name: tensor.clone() for name, tensor in policy.export()}
+    policy.update(replace(make_batch(sequences), old_logp=tuple(old_logp)))
+    held = [name for chunk in policy.chunks for name, one in chunk.named_parameters() if hasattr(one, "main_grad")]
+    return {
+        "steps": {name: factors[name] - factor.detach() for name, factor in own.items()},
+        "merged": merged,
+        "base": base,
+        "restored": restored,
+        "updated": {name: tensor.clone() for name, tensor in policy.export()},
+        "with_buffers": held,
+        "with_gradients": [name for chunk in policy.chunks for name, one in chunk.named_parameters() if one.grad is not None],
+    }
+
+
+def initial(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """This rank's factors before training."""
+    return {name: factor.detach() for name, factor in build(model, overrides).adapters.named().items()}
