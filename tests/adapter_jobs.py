@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from etr_megatron import checkpoint
+from etr_megatron.errors import UserError
 from tests.policy_jobs import build, make_batch
 
 
 def step(model: str, sequences: list, old_logp: list, overrides: list[str], factors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """An update that starts from these factors: Adam's step on each of this rank's, and all weights before and after it, and without
-    adapters."""
+    """An update that starts from these factors: Adam's step on each of this rank's, and all weights before it, after it and
+    without adapters."""
     policy = build(model, overrides)
     own = policy.adapters.named()
     with torch.no_grad():
@@ -40,3 +43,22 @@ def step(model: str, sequences: list, old_logp: list, overrides: list[str], fact
 def initial(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
     """This rank's factors before training."""
     return {name: factor.detach() for name, factor in build(model, overrides).adapters.named().items()}
+
+
+def refusal(model: str, overrides: list[str]) -> str:
+    """The error of building the policy."""
+    try:
+        build(model, overrides)
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
+def refused_checkpoint(model: str, folder: str, before: list[str], after: list[str]) -> str:
+    """The error of loading a checkpoint into a policy of another config."""
+    checkpoint.save(Path(folder), 0, build(model, before), {}, keep=1)
+    try:
+        checkpoint.load(Path(folder), 0, build(model, after))
+    except UserError as error:
+        return str(error)
+    return "none"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
-from etr_megatron.weights import LowRank, read_architecture
-from tests import test_policy_gradients
+from etr_megatron.errors import UserError
+from etr_megatron.weights import LowRank, TrainingLayout, read_architecture
+from etr_megatron.weights.low_rank import LORA_FILE
+from tests import test_policy_checkpoints, test_policy_gradients
 from tests.hf_models import random_sequences
 from tests.test_policy_training import assert_same_run, run
 
@@ -30,7 +35,6 @@ LAYOUTS = {
         2,
         ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"],
     ),
-    "latent_tp2": ("deepseek_v3", 2, ["parallel.tp=2"]),
     "latent_tp2_sp_ep2_etp1": (
         "deepseek_v3",
         2,
@@ -86,6 +90,7 @@ def test_factors_get_the_gradients_of_the_merged_weights_in_any_layout(gangs, hf
     factors, olds, gradients, merged = references(family)
     options = dict(model=hf_models[family], sequences=random_sequences(), old_logp=olds, factors=factors)
     ranks = gangs(world).run("tests.adapter_jobs:step", overrides=[*BASE, *overrides], **options)
+    base = load_file(next(Path(hf_models[family]).glob("*.safetensors")))
     assert set().union(*(found["steps"] for found in ranks)) == factors.keys()
     for found in ranks:
         for name, step in found["steps"].items():
@@ -97,3 +102,113 @@ def test_factors_get_the_gradients_of_the_merged_weights_in_any_layout(gangs, hf
             torch.testing.assert_close(step.double(), wanted, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         for name, tensor in found["merged"].items():
             torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(found["base"][name], base[name], atol=0, rtol=0)
+            torch.testing.assert_close(found["restored"][name], tensor, atol=0, rtol=0)
+            is_trained = f"lora.{name.removesuffix('.weight')}.A" in factors
+            assert torch.equal(found["updated"][name], tensor) is not is_trained, name
+        assert found["with_buffers"] and all(name.startswith("adapters.") for name in found["with_buffers"])
+        assert not found["with_gradients"]
+
+
+@pytest.mark.parametrize(
+    ("family", "world", "overrides"),
+    [
+        ("qwen3", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        ("qwen3_moe", 2, ["parallel.tp=1", "parallel.ep=2", "train.distributed_optimizer=true"]),
+        ("qwen3_moe", 2, ["parallel.tp=2", "parallel.sequence_parallel=true", "lora.expert_rank=2"]),
+    ],
+)
+def test_clipped_updates_of_adapters_do_not_depend_on_the_split(gangs, hf_models, family, world, overrides):
+    limit = "train.clip_grad=0.05"
+    lora = [limit, *ADAPTED, *(one for one in overrides if one.startswith("lora."))]
+    wanted = run(gangs, hf_models[family], 1, ["parallel.tp=1", *lora])[0]
+    assert min(wanted["grad_norm"]) > 0.05  # above the limit, so a wrong norm would show in the weights
+    for found in run(gangs, hf_models[family], world, [limit, *ADAPTED, *overrides]):
+        assert_same_run(found, wanted)
+
+
+def test_reference_of_the_kl_term_is_the_model_without_adapters(gangs, hf_models):
+    found = run(gangs, hf_models["llama"], 1, ["parallel.tp=1", "objective.kl_coef=0.1", *ADAPTED])[0]
+    assert found["sums"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert found["sums"][1]["kl"] > 1e-6
+
+
+def test_factors_start_as_those_of_peft_and_alike_in_every_layout(gangs, hf_models):
+    options = ["lora.rank=3", "lora.targets=[down_proj, q_proj]", "lora.expert_rank=0"]
+    (single,) = gangs(1).run("tests.adapter_jobs:initial", model=hf_models["qwen3"], overrides=["parallel.tp=1", *options])
+    for found in gangs(2).run("tests.adapter_jobs:initial", model=hf_models["qwen3"], overrides=["parallel.tp=2", *options]):
+        assert found.keys() == single.keys()
+        assert all(torch.equal(found[name], factor) for name, factor in single.items())
+    assert {name.split(".")[-2] for name in single} == {"q_proj", "down_proj"}
+    for name, factor in single.items():
+        if name.endswith(".B"):
+            assert not factor.any()
+        else:
+            bound = factor.shape[1] ** -0.5
+            assert 0.9 * bound < factor.abs().max() <= bound
+            assert factor.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+    assert len({factor[0, 0].item() for name, factor in single.items() if name.endswith(".A")}) == len(single) // 2
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "stages", "message"),
+    [
+        ("qwen3", ("q_proj", "kv_b_proj"), 1, "the model has no trainable kv_b_proj; it has q_proj, k_proj,"),
+        ("qwen3_moe", ("up_proj",), 1, "the model has no trainable up_proj; it has"),
+        (
+            "qwen3_moe_dense",
+            ("up_proj",),
+            4,
+            "no layer of pipeline stage 3 has one of them; add a target, or lower parallel.pp",
+        ),
+    ],
+)
+def test_targets_that_would_train_nothing_are_refused(hf_models, family, targets, stages, message):
+    spec, arch = LowRank(3, 1.5, targets, expert_rank=0), read_architecture(hf_models[family])
+    with pytest.raises(UserError, match=re.escape(f"lora.targets: {message}")):
+        spec.refuse_untrained(arch, TrainingLayout(pp=stages))
+
+
+def test_job_refuses_targets_that_the_model_lacks(gangs, hf_models):
+    options = ["parallel.tp=1", "lora.rank=3", "lora.targets=[kv_b_proj]"]
+    (error,) = gangs(1).run("tests.adapter_jobs:refusal", model=hf_models["qwen3"], overrides=options)
+    assert error.startswith("lora.targets: the model has no trainable kv_b_proj")
+
+
+SP, SHARDED = "parallel.sequence_parallel=true", "train.distributed_optimizer=true"
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        ("qwen3", (2, ["parallel.tp=2", SP]), (2, ["parallel.tp=1", "parallel.pp=2"])),
+        (
+            "qwen3_moe",
+            (2, ["parallel.tp=1", "parallel.ep=2", SHARDED]),
+            (2, ["parallel.tp=2", SP, "parallel.ep=2", "parallel.etp=1", SHARDED]),
+        ),
+    ],
+)
+def test_adapters_continue_in_another_layout(gangs, hf_models, tmp_path, family, before, after):
+    before, after = ((world, [*ADAPTED, *overrides]) for world, overrides in (before, after))
+    test_policy_checkpoints.check(gangs, hf_models[family], tmp_path, before, after)
+    (step,) = tmp_path.iterdir()
+    assert json.loads((step / LORA_FILE).read_text()) == {"rank": 3, "alpha": 1.5, "targets": [], "expert_rank": None}
+    stored = set(FileSystemReader(step).read_metadata().state_dict_metadata)
+    assert stored >= factors_of(hf_models[family], LowRank(3, 1.5)).keys()
+    assert not [name for name in stored if "decoder." in name or "embedding." in name]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (ADAPTED, [], "was written with lora.rank=3, lora.alpha=1.5, lora.targets=[], lora.expert_rank=null; set that again"),
+        ([], ADAPTED, "was written with lora.rank=0; set that again, or choose another run.name"),
+        (ADAPTED, ["lora.rank=3"], "was written with lora.rank=3, lora.alpha=1.5"),
+    ],
+)
+def test_other_adapters_than_those_of_a_checkpoint_are_refused(gangs, hf_models, tmp_path, before, after, message):
+    options = dict(model=hf_models["llama"], folder=str(tmp_path))
+    options |= {"before": ["parallel.tp=1", *before], "after": ["parallel.tp=1", *after]}
+    (error,) = gangs(1).run("tests.adapter_jobs:refused_checkpoint", **options)
+    assert message in error and "step_000000" in error

@@ -7,7 +7,8 @@ of a layer but its weight: it is the same for every spec, split and family. (Mod
 implementations, save the computation of these gradients. But servers would get merged weights all the same, and rounding makes
 them differ from what is trained.)
 
-A and B are fp32 and whole on every tensor-parallel rank; each rank adds what its shards contribute to their gradients.
+A and B are fp32 and whole on every tensor-parallel rank; each rank adds what its shards contribute to their gradients. (Of a
+matrix that ranks have whole, latent attention's, each has the gradient of its own tokens: mixtures need sequence parallelism.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from etr_megatron import platform
 from etr_megatron.config import Config
-from etr_megatron.errors import UserError
 from etr_megatron.policy.model import ADAPTERS, PolicyModel, own_parameters
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, Weight, megatron_shard
@@ -41,13 +41,12 @@ def low_rank(config: Config) -> LowRank | None:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A parameter with adapters. base: its original value, on the CPU or its device. share: what this rank's contribution to
-    their gradients is multiplied by. factors: A and B by number of the HF tensor."""
+    """A parameter with adapters. base: its original value, on the CPU or its device. factors: A and B by number of its HF
+    tensor."""
 
     parameter: torch.nn.Parameter
     shard: Shard
     base: Tensor
-    share: float
     factors: dict[int, tuple[Adapter, Pair]]
 
     def merge(self) -> None:
@@ -62,7 +61,7 @@ class _Adapted:
         """Move the parameter's gradient to its adapters' `main_grad`, which DDP owns."""
         assert parameter.grad is not None
         into = {hf: (a.main_grad, b.main_grad) for hf, (_, (a, b)) in self.factors.items()}  # type: ignore[attr-defined]
-        add_gradients(parameter.grad, self.shard, self.factors, into, self.share)
+        add_gradients(parameter.grad, self.shard, self.factors, into)
         parameter.grad = None
 
 
@@ -92,14 +91,11 @@ class Adapters(torch.nn.Module):
         for weight, parameter in own:
             if id(parameter) in here and (adapters := spec.adapters_of(weight)):
                 factors = {one.hf: (one, self._create(weight, one, seed)) for one in adapters}
-                # A whole matrix: with sequence parallelism every rank has the gradient of its tokens, otherwise all the same.
-                repeated = weight.split == "replicated" and not chunk.config.sequence_parallel
                 base = parameter.detach().to("cpu", copy=True) if offload_base else parameter.detach().clone()
                 if offload_base and platform.uses_cuda():
                     base = base.pin_memory()
                 shard = megatron_shard(weight, chunk.arch, *layout.cut(weight))
-                share = 1 / layout.tp if repeated else 1.0
-                self._adapted.append(_Adapted(parameter, shard, base, share, factors))  # type: ignore[arg-type]  # no buffer
+                self._adapted.append(_Adapted(parameter, shard, base, factors))  # type: ignore[arg-type]  # no buffer
         chunk.add_module(ADAPTERS, self)
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(_with_gradient)
@@ -168,8 +164,7 @@ class PolicyAdapters:
         self.spec = low_rank(config)
         self._of_chunks: list[Adapters] = []
         if self.spec is not None:
-            self.spec.refuse_missing_targets(arch)
-            _refuse_untrained_stages(self.spec, arch, layout)
+            self.spec.refuse_untrained(arch, layout.training)
             seed, offload = config.run.seed, config.lora.offload_base
             own = own_parameters(chunks).values()
             self._of_chunks = [Adapters(one, own, self.spec, layout, seed=seed, offload_base=offload) for one in chunks]
@@ -216,12 +211,3 @@ class PolicyAdapters:
                 dist.all_reduce(buffer.grad_data, group=group)
             for buffer in chunk.expert_parallel_buffers:
                 dist.all_reduce(buffer.grad_data, group=expert_group)
-
-
-def _refuse_untrained_stages(spec: LowRank, arch: Architecture, layout: Layout) -> None:
-    """Raise UserError for a model chunk in which nothing would be trained: Megatron's optimizer needs a weight in each."""
-    trained = {layout.training.chunk_of(weight.layer, arch)[:2] for weight, _ in spec.adapted(arch) if weight.layer is not None}
-    everything = {(stage, chunk) for stage in range(layout.pp) for chunk in range(layout.vpp)}
-    if idle := sorted(everything - trained):
-        stage = idle[0][0]
-        raise UserError(f"lora.targets: no layer of pipeline stage {stage} has one of them; add a target, or lower parallel.pp")

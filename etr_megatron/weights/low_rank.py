@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.layout import TrainingLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.shards import Shard, box
 
@@ -85,6 +87,16 @@ class LowRank:
             names = {adapter.module.rpartition(".")[2]: None for _, adapters in every.adapted(arch) for adapter in adapters}
             raise UserError(f"lora.targets: the model has no trainable {', '.join(missing)}; it has {', '.join(names)}")
 
+    def refuse_untrained(self, arch: Architecture, layout: TrainingLayout) -> None:
+        """Raise UserError as `refuse_missing_targets`, and for a model chunk of a pipeline stage in which nothing would be
+        trained: Megatron's optimizer needs a weight in each."""
+        self.refuse_missing_targets(arch)
+        trained = {layout.chunk_of(weight.layer, arch)[:2] for weight, _ in self.adapted(arch) if weight.layer is not None}
+        for stage, chunk in product(range(layout.pp), range(layout.vpp)):
+            if (stage, chunk) not in trained:
+                what = f"pipeline stage {stage}" + (f"'s model chunk {chunk}" if layout.vpp > 1 else "")
+                raise UserError(f"lora.targets: no layer of {what} has one of them; add a target, or lower parallel.pp")
+
     def as_json(self) -> dict[str, Any]:
         """JSON from which `from_json` makes an equal one."""
         return asdict(self)
@@ -113,11 +125,11 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
 
 @torch.no_grad()
 def add_gradients(
-    gradient: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]], into: Mapping[int, Pair], share: float = 1.0
+    gradient: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]], into: Mapping[int, Pair]
 ) -> None:
     """Add what a shard's gradient contributes to the gradients of its adapters (in place: the caller owns `into`, fp32).
 
-    gradient: of the loss by the merged shard, of shape `shard.shape`. share: what it is multiplied by.
+    gradient: of the loss by the merged shard, of shape `shard.shape`.
     The contributions of all shards of a weight sum up to the gradients.
     """
     for piece in shard.pieces:
@@ -126,6 +138,5 @@ def add_gradients(
             (row, column), (rows, columns) = piece.begin, piece.size
             part = box(gradient, piece.at, piece.size).to(torch.float32)
             grad_a, grad_b = into[piece.hf]
-            scale = adapter.scale * share
-            grad_a[:, column : column + columns].addmm_(b[row : row + rows].t(), part, alpha=scale)
-            grad_b[row : row + rows].addmm_(part, a[:, column : column + columns].t(), alpha=scale)
+            grad_a[:, column : column + columns].addmm_(b[row : row + rows].t(), part, alpha=adapter.scale)
+            grad_b[row : row + rows].addmm_(part, a[:, column : column + columns].t(), alpha=adapter.scale)
