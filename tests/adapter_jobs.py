@@ -54,11 +54,11 @@ def refusal(model: str, overrides: list[str]) -> str:
     return "none"
 
 
-def refused_checkpoint(model: str, folder: str, before: list[str], after: list[str]) -> str:
-    """The error of loading a checkpoint into a policy of another config."""
+def refused_checkpoint(model: str, folder: str, before: list[str], after: list[str], other_model: str = "") -> str:
+    """The error of loading a checkpoint into a policy of another config, or of another model."""
     checkpoint.save(Path(folder), 0, build(model, before), {}, keep=1)
     try:
-        checkpoint.load(Path(folder), 0, build(model, after))
+        checkpoint.load(Path(folder), 0, build(other_model or model, after))
     except UserError as error:
         return str(error)
     return "none"

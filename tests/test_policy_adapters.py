@@ -212,3 +212,19 @@ def test_other_adapters_than_those_of_a_checkpoint_are_refused(gangs, hf_models,
     options |= {"before": ["parallel.tp=1", *before], "after": ["parallel.tp=1", *after]}
     (error,) = gangs(1).run("tests.adapter_jobs:refused_checkpoint", **options)
     assert message in error and "step_000000" in error
+
+
+def test_adapters_of_another_model_are_refused_in_any_layout(gangs, hf_models, tmp_path):
+    """The other model differs in one element of one matrix."""
+    other = shutil.copytree(hf_models["qwen3_moe"], tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.3.self_attn.o_proj.weight"][1, 2] += 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    options = dict(
+        model=hf_models["qwen3_moe"], folder=str(tmp_path / "run"), before=["parallel.tp=1", "parallel.ep=2", *ADAPTED]
+    )
+    options["after"] = ["parallel.tp=2", SP, "parallel.ep=2", "parallel.etp=1", *ADAPTED]
+    assert gangs(2).run("tests.adapter_jobs:refused_checkpoint", **options) == ["none", "none"]
+    for error in gangs(2).run("tests.adapter_jobs:refused_checkpoint", other_model=str(other), **options):
+        assert f"has adapters of another model than {other} is now; restore it" in error

@@ -46,6 +46,7 @@ _TENSORS_FILE = "trainer.safetensors"
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _DISTRIBUTED = "distributed_optimizer"
+_BASE = "lora_base"
 
 
 def latest_step(checkpoints: Path) -> int | None:
@@ -84,10 +85,13 @@ def save(
                     shutil.rmtree(leftover)
                 temporary.mkdir(parents=True)
         dist.barrier()
+        base = policy.adapters.base_sum()
         sharded = _sharded_state(policy, loading=False, optimizer=step > 0)
         dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
+            if policy.adapters:
+                state[_BASE] = base
             tensors = tensors_as_bytes(state.pop("tensors", {}))
             files = {_TENSORS_FILE: tensors, TRAINER_FILE: json.dumps(state).encode()}
             if policy.adapters.spec is not None:
@@ -148,7 +152,7 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     layout = policy.layout
     same_layout = all(trainer.get(name, size) == size for name, size in _sizes(layout).items())
     _refuse_other_optimizer(path, trainer, policy)
-    _refuse_other_adapters(path, policy)
+    _refuse_other_adapters(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
     try:
         state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
@@ -181,11 +185,18 @@ def _refuse_other_optimizer(path: Path, trainer: dict[str, Any], policy: Policy)
         )
 
 
-def _refuse_other_adapters(path: Path, policy: Policy) -> None:
-    """Refuse a checkpoint of other adapters, or of all weights where adapters are trained, and the reverse."""
+def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) -> None:
+    """Refuse a checkpoint of other adapters, or of all weights where adapters are trained, and the reverse; and adapters of
+    another model. A collective."""
+    base = policy.adapters.base_sum()
     file, now = path / LORA_FILE, policy.adapters.spec
     written = LowRank.from_json(json.loads(file.read_text())) if file.is_file() else None
     if written == now:
+        if now is not None and trainer[_BASE] != base:
+            raise UserError(
+                f"{path} has adapters of another model than {policy.config.model.path} is now; restore it, or choose another "
+                "run.name"
+            )
         return
     what = (
         "lora.rank=0"

@@ -86,7 +86,7 @@ class Adapters(torch.nn.Module):
         self.factors = torch.nn.ParameterList()
         self._layout = layout
         self._stored: list[tuple[str, bool]] = []  # name in a checkpoint, whether it is an expert's
-        self._adapted: list[_Adapted] = []
+        self._adapted: list[tuple[Weight, _Adapted]] = []
         here = {id(parameter) for parameter in chunk.parameters()}
         for weight, parameter in own:
             if id(parameter) in here and (adapters := spec.adapters_of(weight)):
@@ -95,7 +95,8 @@ class Adapters(torch.nn.Module):
                 if offload_base and platform.uses_cuda():
                     base = base.pin_memory()
                 shard = megatron_shard(weight, chunk.arch, *layout.cut(weight))
-                self._adapted.append(_Adapted(parameter, shard, base, factors))  # type: ignore[arg-type]  # no buffer
+                assert isinstance(parameter, torch.nn.Parameter)
+                self._adapted.append((weight, _Adapted(parameter, shard, base, factors)))
         chunk.add_module(ADAPTERS, self)
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(_with_gradient)
@@ -125,20 +126,32 @@ class Adapters(torch.nn.Module):
     def watch(self) -> None:
         """Begin to move gradients to the adapters. Call it once DDP and the optimizer, which take every parameter that has a
         gradient, have been built."""
-        for one in self._adapted:
+        for _, one in self._adapted:
             one.parameter.requires_grad_(True)
             one.parameter.register_post_accumulate_grad_hook(one.project)
+
+    def base_sum(self) -> int:
+        """The share of this rank in `PolicyAdapters.base_sum`, without what it has in common with a rank before it."""
+        layout = self._layout
+        replica, expert_replica = mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_expert_data_parallel_rank()
+        total = torch.zeros((), dtype=torch.int64)
+        for weight, one in self._adapted:
+            repeated = layout.tp_rank if weight.split == "replicated" else 0
+            if (replica if weight.expert is None else expert_replica) + repeated == 0:
+                bits = one.base.view(torch.int32 if one.base.itemsize == 4 else torch.int16)
+                total += bits.sum(dtype=torch.int64).cpu()
+        return int(total)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Set the adapted weights to base and products (in place)."""
-        for one in self._adapted:
+        for _, one in self._adapted:
             one.merge()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the adapted weights to their base (in place)."""
-        for one in self._adapted:
+        for _, one in self._adapted:
             one.restore()
 
     def sharded_state_dict(self, prefix: str = "", *_args: Any, **_kwargs: Any) -> dict[str, ShardedTensor]:
@@ -185,6 +198,13 @@ class PolicyAdapters:
         """See `Adapters.merge`."""
         for one in self._of_chunks:
             one.merge()
+
+    def base_sum(self) -> int:
+        """A number that tells bases apart, the same in every layout: the sum of the bits of all elements of adapted matrices,
+        modulo 2**64. A collective."""
+        total = torch.tensor(sum(one.base_sum() for one in self._of_chunks), dtype=torch.int64, device=platform.device())
+        dist.all_reduce(total)
+        return int(total)
 
     def sharded_state_dicts(self) -> list[dict[str, ShardedTensor]]:
         """Megatron's descriptions of what every chunk's `load_state_dict` takes of a checkpoint."""
