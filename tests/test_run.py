@@ -134,6 +134,21 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(runs, straight):
     assert runs.rows("moved") == moved
 
 
+def test_a_run_of_adapters_goes_on_bit_for_bit_from_checkpoints_without_other_weights(runs):
+    overrides = (ONE_RANK, "lora.rank=4", "train.lr=3e-3", "eval.every=0", "checkpoint.every=2", "objective.kl_coef=0.01")
+    code, printed = runs.finish("run.name=adapters", "run.steps=4", *overrides)
+    assert code == 0, printed
+    whole = runs.rows("adapters")
+    assert all(row["logprob_gap_max"] < 1e-4 for row in whole) and whole[3]["kl"] > whole[0]["kl"] > 0
+    for steps in (2, 4):
+        code, printed = runs.finish("run.name=halves", f"run.steps={steps}", *overrides)
+        assert code == 0, printed
+    assert runs.rows("halves") == whole
+    code, printed = runs.finish("run.name=halves", "run.steps=6", *overrides, "lora.alpha=8")
+    assert code == 2 and "was written with lora.rank=4, lora.alpha=32.0" in printed
+    assert runs.rows("halves") == whole
+
+
 def test_a_reward_function_that_always_fails_stops_the_run_with_its_reason(runs):
     code, printed = runs.finish("run.name=failing", ONE_RANK, "eval.every=0", "reward.function=tests.rewards:always_fails")
     assert code == 2 and "Traceback" not in printed

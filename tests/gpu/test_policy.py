@@ -132,6 +132,28 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
     assert torch.isfinite(torch.cat(policy.logprobs(pairs).logp)).all()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("recipe", ["none", "blockwise"])
+def test_updates_of_adapters_lower_the_loss_and_change_only_what_they_adapt(world, device, tmp_path, recipe, family):
+    if recipe in LEFT_OUT:
+        pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
+    model, pairs = write_model(tmp_path / "model", family), sequences()
+    overrides = [f"fp8.recipe={recipe}", "train.lr=3e-3", "train.tokens_per_microbatch=600", "lora.rank=8"]
+    policy = build(model, "objective.kl_coef=0.01", *overrides)
+    before = {name: tensor.cpu() for name, tensor in policy.export()}
+    batch = promote_all(pairs, policy.logprobs(pairs).logp)
+    first = policy.logprobs(pairs, reference=True).logp
+    losses = [policy.update(replace(batch, ref_logp=first)).loss for _ in range(6)]
+    assert losses[-1] < losses[0] - 0.05, losses
+    again = policy.logprobs(pairs, reference=True).logp
+    assert all(torch.equal(*both) for both in zip(first, again, strict=True))
+    adapted = {name.removeprefix("lora.").removesuffix(".A") + ".weight" for name in policy.adapters.named()}
+    for name, tensor in policy.export():
+        assert torch.equal(before[name], tensor.cpu()) is not (name in adapted), name
+    buffers = [name for chunk in policy.chunks for name, one in chunk.named_parameters() if hasattr(one, "main_grad")]
+    assert buffers and all(name.startswith("adapters.") for name in buffers)
+
+
 def promote_all(pairs: list, old: tuple[torch.Tensor, ...]):
     """A batch in which every sample should become likelier, with bounds that a few updates do not reach."""
     batch = make_batch(pairs, old)
