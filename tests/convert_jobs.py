@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from etr_megatron.convert import Ranks, to_hf, to_megatron, verify
+from etr_megatron.convert import Ranks, to_adapter, to_hf, to_megatron, verify
 from etr_megatron.convert.comparison import Verification
 from etr_megatron.status import run_and_leave
 from tests.hf_models import random_sequences
@@ -24,6 +24,13 @@ def convert(hf: str, megatron: str, back: str) -> None:
     ranks = Ranks()
     to_megatron(Path(hf), Path(megatron), ranks)
     to_hf(Path(megatron), Path(back), ranks, max_file_bytes=100_000)
+
+
+def merge(step: str, out: str) -> None:
+    """Convert a checkpoint of adapters, merged and as it is, each rank its share."""
+    ranks = Ranks()
+    to_hf(Path(step), Path(out) / "merged", ranks, max_file_bytes=100_000)
+    to_adapter(Path(step), Path(out) / "adapter", ranks)
 
 
 def refused(out: str) -> str:

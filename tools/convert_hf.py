@@ -50,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=given_path, required=True, metavar="DIR", help="new directory")
     command.add_argument("--dtype", choices=["bf16", "fp32"], help=dtype)
     command.add_argument("--fp8-block", type=int, choices=[128], help="quantise to FP8 in blocks of 128 x 128")
-    command.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest size of a file (default: 5)")
+    command.add_argument("--max-shard-gb", type=float, metavar="GB", help="largest size of a file (default: 5)")
     command.add_argument(
         "--config-from", type=given_path, metavar="DIR", help="directory of config.json and the tokenizer, if elsewhere"
     )
+    command.add_argument("--adapter", action="store_true", help="of a run with LoRA: the adapters alone, in PEFT's format")
     command = commands.add_parser("verify", help="compare tensor by tensor, then the logits of a prompt")
     command.add_argument("--hf", type=given_path, required=True, metavar="DIR", help="HuggingFace checkpoint")
     _add_megatron(command)
@@ -67,19 +68,32 @@ def parser() -> argparse.ArgumentParser:
 def _add_megatron(command: argparse.ArgumentParser) -> None:
     what = "torch_dist checkpoint, a run's step_* directory, or a run (its newest checkpoint)"
     command.add_argument("--megatron", type=given_path, required=True, metavar="DIR", help=what)
+    what = "of a run with LoRA: the model that the adapters belong to (default: the run's model.path)"
+    command.add_argument("--base", type=given_path, metavar="DIR", help=what)
 
 
 def run(argv: list[str]) -> int:
     """Run the command line; returns the exit code. Raises UserError."""
     asked = parser().parse_args(argv)
-    if not 1e-3 <= getattr(asked, "max_shard_gb", 1.0) <= 1e6:  # also refuses NaN
-        raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
+    refuse_options(asked)
     from etr_megatron import convert  # imports torch: only after the command line is checked
     from etr_megatron.platform.files import path_errors
 
     ranks = convert.Ranks()
     with convert.watched(ranks, give_up), path_errors():
         return convert_or_compare(asked, ranks)
+
+
+def refuse_options(asked: argparse.Namespace) -> None:
+    """Raise UserError for options of `to-hf` that are out of range or contradict each other."""
+    if asked.command != "to-hf":
+        return
+    if asked.max_shard_gb is not None and not 1e-3 <= asked.max_shard_gb <= 1e6:  # also refuses NaN
+        raise UserError(f"--max-shard-gb {asked.max_shard_gb}: must be between 0.001 and 1000000")
+    if asked.adapter and asked.fp8_block is not None:
+        raise UserError("--fp8-block: adapters are not quantised; leave out --fp8-block, or --adapter for the merged model")
+    if asked.adapter and asked.max_shard_gb is not None:
+        raise UserError("--max-shard-gb: PEFT reads adapters from one file; leave it out, or --adapter for the merged model")
 
 
 def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
@@ -91,10 +105,14 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
     named = {name: getattr(asked, name) for name in ("hf", "megatron", "out") if hasattr(asked, name)}
     convert.refuse_mistaken(ranks, **named)
     if asked.command == "verify":
-        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=not asked.no_logits, prompt=asked.prompt))
+        logits, prompt = not asked.no_logits, asked.prompt
+        return report(convert.verify(asked.hf, asked.megatron, ranks, logits=logits, prompt=prompt, base=asked.base))
     dtype = DTYPES[asked.dtype] if asked.dtype else None
     if asked.command == "to-megatron":
         size = convert.to_megatron(asked.hf, asked.out, ranks, dtype)
+    elif asked.adapter:
+        given = {"config_from": asked.config_from, "base": asked.base}
+        size = convert.to_adapter(asked.megatron, asked.out, ranks, dtype=dtype, **given)
     else:
         size = convert.to_hf(
             asked.megatron,
@@ -102,8 +120,9 @@ def convert_or_compare(asked: argparse.Namespace, ranks: Ranks) -> int:
             ranks,
             dtype=dtype,
             fp8_block=asked.fp8_block,
-            max_file_bytes=int(asked.max_shard_gb * 1e9),
+            max_file_bytes=int((asked.max_shard_gb or 5.0) * 1e9),
             config_from=asked.config_from,
+            base=asked.base,
         )
     seconds = time.monotonic() - start
     if ranks.rank == 0:

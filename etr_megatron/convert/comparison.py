@@ -22,14 +22,14 @@ from etr_megatron.platform.transformers_errors import transformers_errors
 from etr_megatron.types import TOKENIZER_FILES
 from etr_megatron.weights import (
     Architecture,
+    BoxSource,
     SafetensorsDir,
-    TorchDistDir,
     Weight,
     check_checkpoint,
-    check_torch_dist,
     open_checkpoint,
     weights_of,
 )
+from etr_megatron.weights.boxes import ByName
 from etr_megatron.weights.fp8_dir import Fp8Dir
 from etr_megatron.weights.latent import use_norm_eps
 from etr_megatron.weights.map import EMBEDDING, hf_name
@@ -64,38 +64,44 @@ class Verification:
         return not self.differing and self.logits_agree
 
 
-def verify(hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str | None = None) -> Verification:
+def verify(
+    hf: Path, megatron: Path, ranks: Ranks, *, logits: bool = True, prompt: str | None = None, base: Path | None = None
+) -> Verification:
     """Compare every tensor bit by bit, HF values cast to the stored type, and then the logits of a prompt in fp32.
 
     FP8 is compared as the module says; where it is the quantised form of Megatron's values, the logits are computed from these.
-    prompt: None means `PROMPT`. One process only. Tensors are read part by part, those to be quantised one at a time; for the
-    logits both models are in memory. Raises UserError for directories that cannot be read or hold different architectures, and
-    for a prompt without tokens, without a tokenizer, or with a tokenizer of another model.
+    prompt: None means `PROMPT`. base: see `find_megatron`; adapters are compared merged with it. One process only. Tensors are
+    read part by part, those to be quantised one at a time; for the logits both models are in memory. Raises UserError for
+    directories that cannot be read or hold different architectures, and for a prompt without tokens, without a tokenizer, or
+    with a tokenizer of another model.
     """
     if ranks.world > 1:
         raise UserError("verify runs in one process; start it without torchrun")
     arch = check_checkpoint(hf, named="--hf", values=True)
-    found = find_megatron(megatron, config_from=hf)
-    stored, source = TorchDistDir(found.weights), open_checkpoint(hf)
-    check_torch_dist(stored, arch)
+    found = find_megatron(megatron, config_from=hf, base=base)
+    stored, source = found.open(arch), open_checkpoint(hf)
     tokens = None
     if logits:  # checked before hours of reading
         _refuse_unknown_to_transformers(hf)
         tokens = _tokens(hf, arch, prompt)
     result = _compare_tensors(arch, stored, source, ranks)
     if tokens is not None:
-        ours = _megatron_logits(arch, found.weights, tokens)
-        types = {name: stored.dtype(w.stored) for w in weights_of(arch) for name in w.hf}
+        ours = _megatron_logits(arch, found.weights if found.base is None else ByName(stored, arch), tokens)
+        types = {name: stored.type_of(name, w) for w in weights_of(arch) for name in w.hf}
         exact = _whole_tensors(set(result.rounded), arch, stored)
         theirs = _transformers_logits(hf, source, tokens, types, exact, usual=types[hf_name(arch.family, EMBEDDING)])
         result.logits = ((ours - theirs).abs().max().item(), theirs.abs().max().item())
     return result
 
 
-def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: SafetensorsDir, ranks: Ranks) -> Verification:
+def _compare_tensors(arch: Architecture, stored: BoxSource, source: SafetensorsDir, ranks: Ranks) -> Verification:
     result = Verification()
     weights = list(weights_of(arch))
-    total = sum(torch.Size(shape).numel() * stored.dtype(w.stored).itemsize for w in weights for shape in w.shapes)
+    total = sum(
+        torch.Size(shape).numel() * stored.type_of(name, weight).itemsize
+        for weight in weights
+        for name, shape in zip(weight.hf, weight.shapes, strict=True)
+    )
     fp8 = (source, Quantiser(stored, arch, source.block)) if isinstance(source, Fp8Dir) else None
     with progress_bar(total, ranks) as bar:
         for weight in weights:
@@ -112,11 +118,11 @@ def _compare_tensors(arch: Architecture, stored: TorchDistDir, source: Safetenso
     return result
 
 
-def _is_quantised(name: str, weight: Weight, stored: TorchDistDir, source: Fp8Dir, quantiser: Quantiser) -> bool:
+def _is_quantised(name: str, weight: Weight, stored: BoxSource, source: Fp8Dir, quantiser: Quantiser) -> bool:
     """Whether a tensor is FP8 and equals, with its scales, the quantised form of the stored values or of these in bf16."""
     if name not in source.quantized:
         return False
-    dtypes = dict.fromkeys((stored.dtype(weight.stored), torch.bfloat16))
+    dtypes = dict.fromkeys((stored.type_of(name, weight), torch.bfloat16))
     return any(_equals_panels(quantiser.panels(name, weight, dtype), name, source) for dtype in dtypes)
 
 
@@ -128,13 +134,13 @@ def _equals_panels(panels: Iterator[tuple[int, Tensor, Tensor]], name: str, sour
     return True
 
 
-def _whole_tensors(names: Set[str], arch: Architecture, stored: TorchDistDir) -> dict[str, Tensor]:
+def _whole_tensors(names: Set[str], arch: Architecture, stored: BoxSource) -> dict[str, Tensor]:
     """Megatron's values of these tensors, by HF name."""
     found: dict[str, Tensor] = {}
     for weight in weights_of(arch):
         for name, shape in zip(weight.hf, weight.shapes, strict=True):
             if name in names:
-                found[name] = torch.empty(shape, dtype=stored.dtype(weight.stored))
+                found[name] = torch.empty(shape, dtype=stored.type_of(name, weight))
                 stored.read_into(name, weight, arch, found[name])
     return found
 
@@ -223,8 +229,8 @@ def _transformers_logits(
     return model(tokens.to(platform.device())).logits.cpu()
 
 
-def _megatron_logits(arch: Architecture, weights: Path, tokens: Tensor) -> Tensor:
-    """fp32 [1, S, V] of the policy's model, loaded from the torch_dist directory."""
+def _megatron_logits(arch: Architecture, weights: Path | ByName, tokens: Tensor) -> Tensor:
+    """fp32 [1, S, V] of the policy's model, loaded from the torch_dist directory or the merged tensors."""
     import torch.distributed as dist
 
     from etr_megatron import platform

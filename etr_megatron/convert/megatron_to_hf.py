@@ -15,7 +15,7 @@ from etr_megatron.convert.quantiser import Quantiser
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.convert.source import MegatronSource, find_megatron
-from etr_megatron.weights import Architecture, TorchDistDir, Weight, check_torch_dist, read_architecture, weights_of
+from etr_megatron.weights import Architecture, BoxSource, Weight, read_architecture, weights_of
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 
@@ -32,17 +32,21 @@ def to_hf(
     fp8_block: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     config_from: Path | None = None,
+    base: Path | None = None,
 ) -> int:
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
-    dtype: None keeps what is stored. fp8_block: quantise the weights that the map marks, block by block, after rounding to
-    `dtype` if it is given, as a weight sync of a model in that type does. config_from: where config.json and the tokenizer are,
-    see `find_megatron`. Returns the bytes of all tensors. Raises UserError for a checkpoint that does not fit its config.json,
-    and as `output_directory`.
+    Adapters are merged with their base, as the run does it: with the base in the type of the run's model, to which sums are
+    rounded, or in its own if there is no config.yaml of the run.
+
+    dtype: None keeps what is stored, or those sums. fp8_block: quantise the weights that the map marks, block by block, after
+    rounding to `dtype` if it is given, as a weight sync of a model in that type does. config_from: where config.json and the
+    tokenizer are. base: of adapters, the model that they were trained on; see `find_megatron` for both. Returns the bytes of
+    all tensors. Raises UserError for a checkpoint that does not fit its config.json, and as `output_directory`.
     """
-    found, arch, source = ranks.together(lambda: _open(megatron, config_from))
+    found, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
     weights = list(weights_of(arch))
-    tensors = [_tensors(weight, weight.type_in(dtype or source.dtype(weight.stored)), fp8_block) for weight in weights]
+    tensors = [_tensors(source, weight, dtype, fp8_block) for weight in weights]
     sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
     mine = ranks.share(sizes)
     with output_directory(out, sum(sizes), ranks) as folder:
@@ -61,20 +65,19 @@ def to_hf(
                         _convert(source, weights[i], arch, writer, bar.update)
 
         ranks.together(convert)
-        plain = {dtype or source.dtype(weight.stored) for weight in weights if not weight.fp32}
+        plain = {dtype or source.type_of(name, weight) for weight in weights if not weight.fp32 for name in weight.hf}
         quantization = _quantization(arch, fp8_block) if fp8_block else None
         ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))
     return sum(sizes)
 
 
-def _open(megatron: Path, config_from: Path | None) -> tuple[MegatronSource, Architecture, TorchDistDir]:
-    found = find_megatron(megatron, config_from)
-    arch, source = read_architecture(found.config, named=found.named), TorchDistDir(found.weights)
-    check_torch_dist(source, arch)
-    return found, arch, source
+def _open(megatron: Path, config_from: Path | None, base: Path | None) -> tuple[MegatronSource, Architecture, BoxSource]:
+    found = find_megatron(megatron, config_from, base)
+    arch = read_architecture(found.config, named=found.named)
+    return found, arch, found.open(arch)
 
 
-def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[TensorToWrite]:
+def _tensors(source: BoxSource, weight: Weight, dtype: torch.dtype | None, fp8_block: int | None) -> list[TensorToWrite]:
     """What a weight becomes: its HF tensors, or for each of them the quantised one and its scales."""
     tensors = []
     for name, shape in zip(weight.hf, weight.shapes, strict=True):
@@ -82,12 +85,12 @@ def _tensors(weight: Weight, dtype: torch.dtype, fp8_block: int | None) -> list[
             tensors.append(TensorToWrite(name, FP8, shape))
             tensors.append(TensorToWrite(_scale_name(name), torch.float32, scale_shape(shape, fp8_block)))
         else:
-            tensors.append(TensorToWrite(name, dtype, shape))
+            tensors.append(TensorToWrite(name, weight.type_in(dtype or source.type_of(name, weight)), shape))
     return tensors
 
 
 def _convert(
-    source: TorchDistDir,
+    source: BoxSource,
     weight: Weight,
     arch: Architecture,
     writer: SafetensorsWriter,

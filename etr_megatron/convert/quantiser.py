@@ -1,4 +1,4 @@
-"""Quantises tensors of a torch_dist directory to FP8 blocks."""
+"""Quantises a model's tensors to FP8 blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from etr_megatron.weights import Architecture, TorchDistDir, Weight
+from etr_megatron.weights import Architecture, BoxSource, Weight
 from etr_megatron.weights.quantize import quantize_blocks
 
 _PANEL = 2**22
@@ -21,7 +21,7 @@ class Quantiser:
     block: rows and columns that share a scale.
     """
 
-    def __init__(self, source: TorchDistDir, arch: Architecture, block: int) -> None:
+    def __init__(self, source: BoxSource, arch: Architecture, block: int) -> None:
         self.block = block
         self._source, self._arch = source, arch
         # Reused: the kernel takes longer to clear new memory for a tensor than it takes to read the tensor.
@@ -33,7 +33,7 @@ class Quantiser:
         dtype: values are rounded to it first; None keeps them as they are stored. Use one iterator at a time.
         """
         shape = weight.shapes[weight.hf.index(name)]
-        full = self._tensor(shape, dtype or self._source.dtype(weight.stored))
+        full = self._tensor(shape, dtype or self._source.type_of(name, weight))
         self._source.read_into(name, weight, self._arch, full)
         step = self.block * max(1, _PANEL // (self.block * shape[1]))
         for first in range(0, shape[0], step):

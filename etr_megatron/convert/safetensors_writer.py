@@ -17,9 +17,9 @@ from torch import Tensor
 
 from etr_megatron.convert.copying import copy_bytes, write_bytes
 from etr_megatron.platform.files import write_atomically
+from etr_megatron.weights.boxes import StoredBox
 from etr_megatron.weights.file_tensor import FileTensor, Index, byte_view, runs
 from etr_megatron.weights.safetensors_dir import DTYPES, INDEX
-from etr_megatron.weights.torch_dist_dir import StoredBox
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -39,19 +39,20 @@ class TensorToWrite:
 
 
 class SafetensorsWriter:
-    """The files of a checkpoint in `folder`, each with at most `max_bytes` of tensors (or one larger one), in order.
+    """The files of a checkpoint in `folder`, each with at most `max_bytes` of tensors (or one larger one; None: one file), in
+    order. stem: what their names begin with.
 
     The plan is the same in every process that is given the same tensors; one of them calls `create` before any calls `write`.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[TensorToWrite], max_bytes: int) -> None:
+    def __init__(self, folder: Path, tensors: Sequence[TensorToWrite], max_bytes: int | None, stem: str = "model") -> None:
         self._folder = folder
-        groups = _grouped(tensors, max_bytes)
+        groups = _grouped(tensors, max_bytes) if max_bytes is not None else [list(tensors)]
         self._headers: dict[Path, bytes] = {}
         self._places: dict[str, FileTensor] = {}
         for number, group in enumerate(groups, 1):
             one = len(groups) == 1
-            file = folder / ("model.safetensors" if one else f"model-{number:05d}-of-{len(groups):05d}.safetensors")
+            file = folder / f"{stem}{'' if one else f'-{number:05d}-of-{len(groups):05d}'}.safetensors"
             # Widest types first, as the format's library does: then every tensor is aligned to its type.
             group = sorted(group, key=lambda tensor: -tensor.dtype.itemsize)
             self._headers[file], begin = _header(group)

@@ -6,34 +6,113 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from etr_megatron.errors import UserError
-from etr_megatron.weights import is_torch_dist
+from etr_megatron.weights import (
+    AdapterDir,
+    Architecture,
+    BoxSource,
+    HfBoxes,
+    Merged,
+    TorchDistDir,
+    check_safetensors,
+    check_torch_dist,
+    holds_adapters,
+    is_torch_dist,
+    open_checkpoint,
+    refuse_adapters,
+)
 
 _STEP = re.compile(r"step_(\d{6,})$")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What adapters are added to: a HuggingFace or torch_dist directory, given by the option or file `named`.
+
+    dtype: in which the run held it; None if no config.yaml says so.
+    """
+
+    path: Path
+    named: str
+    dtype: torch.dtype | None
+
+    def open(self, arch: Architecture) -> BoxSource:
+        """Its tensors. Raises UserError unless they are a model of this architecture."""
+        if is_torch_dist(self.path):
+            return _open_torch_dist(self.path, arch)
+        checkpoint = open_checkpoint(self.path)
+        check_safetensors(checkpoint, arch)
+        return HfBoxes(checkpoint)
 
 
 @dataclass(frozen=True)
 class MegatronSource:
-    """weights: the torch_dist directory. config: where config.json and the tokenizer are, given by the option `named`."""
+    """weights: the torch_dist directory. config: where config.json and the tokenizer are, given by the option `named`.
+
+    base: of a checkpoint of adapters; None for one of all weights.
+    """
 
     weights: Path
     config: Path
     named: str
+    base: Base | None = None
+
+    def open(self, arch: Architecture) -> BoxSource:
+        """The model's tensors. Raises UserError unless they are those of this architecture."""
+        if self.base is None:
+            return _open_torch_dist(self.weights, arch)
+        return Merged(self.base.open(arch), AdapterDir(self.weights, arch), self.base.dtype)
 
 
-def find_megatron(path: Path, config_from: Path | None) -> MegatronSource:
+def _open_torch_dist(path: Path, arch: Architecture) -> TorchDistDir:
+    source = TorchDistDir(path)
+    check_torch_dist(source, arch)
+    return source
+
+
+def find_megatron(path: Path, config_from: Path | None, base: Path | None = None) -> MegatronSource:
     """path: a converted directory, a run's `checkpoints/step_000025` or `checkpoints`, or the run's own (its newest step).
 
     config_from: where config.json and the tokenizer are; None means the checkpoint itself, or else the run's `model.path`.
+    base: of a checkpoint of adapters, the model that they were trained on; None means the run's `model.path`.
     Raises UserError if there is no such checkpoint or no config.json.
     """
     refuse_no_directory(path)
     weights = path if is_torch_dist(path) else _newest_step(path)
-    config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights))
+    if holds_adapters(weights):
+        found = _base(weights, base)
+        config = config_from or found.path
+        _refuse_no_config(config, config_from)
+        return MegatronSource(weights, config, "--config-from" if config_from else found.named, found)
+    if base is not None:
+        raise UserError(f"--base is for checkpoints of adapters (LoRA), and {weights} holds a whole model; leave it out")
+    config = config_from or (weights if (weights / "config.json").is_file() else _model_of_run(weights, "--config-from"))
+    _refuse_no_config(config, config_from)
+    return MegatronSource(weights, config, "--config-from" if config_from else "--megatron")
+
+
+def _refuse_no_config(config: Path, config_from: Path | None) -> None:
     if not (config / "config.json").is_file():
         said = f"--config-from {config}" if config_from else str(config)
         raise UserError(f"{said} has no config.json; give the model's HuggingFace directory with --config-from")
-    return MegatronSource(weights, config, "--config-from" if config_from else "--megatron")
+
+
+def _base(weights: Path, given: Path | None) -> Base:
+    """The base of a checkpoint of adapters: `given` by --base, or else the run's `model.path`."""
+    file = _run_config(weights)
+    dtype = None
+    if file.is_file():
+        from etr_megatron.config import load_config
+
+        dtype = _DTYPES.get(load_config(file, []).model.dtype)  # `auto` is never what a run writes
+    if given is not None and not given.is_dir():
+        raise UserError(f"--base {given} is not a directory")
+    path, named = (given, "--base") if given else (_model_of_run(weights, "--base"), f"{file}: model.path")
+    refuse_adapters(path, named)
+    return Base(path, named, dtype)
 
 
 def refuse_no_directory(path: Path) -> None:
@@ -52,11 +131,18 @@ def _newest_step(path: Path) -> Path:
     return steps[max(steps)]
 
 
-def _model_of_run(weights: Path) -> Path:
-    """The `model.path` in the run's config.yaml."""
-    file = weights.parent.parent / "config.yaml"
+def _run_config(weights: Path) -> Path:
+    """The config.yaml of the run that a checkpoint belongs to."""
+    return weights.parent.parent / "config.yaml"
+
+
+def _model_of_run(weights: Path, option: str) -> Path:
+    """The `model.path` in the run's config.yaml. option: that would give it instead, for messages."""
+    file = _run_config(weights)
+    way_out = f"give the model's HuggingFace directory with {option}"
     if not file.is_file():
-        raise UserError(f"{weights} has no config.json; give the model's HuggingFace directory with --config-from")
+        missing = f"{file}, which names the model of these adapters, does not exist"
+        raise UserError(f"{missing if holds_adapters(weights) else f'{weights} has no config.json'}; {way_out}")
     from etr_megatron.config import load_config, path_of_run
 
     config = load_config(file, [])
@@ -64,11 +150,12 @@ def _model_of_run(weights: Path) -> Path:
         from etr_megatron.data import build_tiny_policy, tiny_policy_path  # imports transformers, not needed otherwise
 
         made = path_of_run(tiny_policy_path(config.tiny, config.arithmetic), file.parent, config)
-        return made if made.is_dir() else build_tiny_policy(config.tiny, config.arithmetic, progress=True)
+        if made.is_dir():
+            return made
+        if holds_adapters(weights):  # another CPU would train other weights
+            raise UserError(f"{made}, the tiny policy that the run of {file} started from, does not exist; {way_out}")
+        return build_tiny_policy(config.tiny, config.arithmetic, progress=True)
     model = path_of_run(config.model.path, file.parent, config)
     if not model.is_dir():
-        raise UserError(
-            f"{file} says that the run started from {config.model.path}, which does not exist; give the model's HuggingFace "
-            "directory with --config-from"
-        )
+        raise UserError(f"{file} says that the run started from {config.model.path}, which does not exist; {way_out}")
     return model

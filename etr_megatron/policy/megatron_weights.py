@@ -29,6 +29,7 @@ from etr_megatron.policy.model_config import transformer_config
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import Architecture, is_torch_dist, open_checkpoint
+from etr_megatron.weights.boxes import ByName
 from etr_megatron.weights.listing import listed
 
 _INITIAL_VALUES = ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val")
@@ -100,11 +101,17 @@ def reason(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def megatron_logits(arch: Architecture, checkpoint_dir: str | Path, layout: Layout, tokens: Tensor) -> Tensor:
-    """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from an fp32 model without an optimizer; single rank only."""
+def megatron_logits(arch: Architecture, weights: str | Path | ByName, layout: Layout, tokens: Tensor) -> Tensor:
+    """Logits, fp32 [1, S, V] on the CPU, of tokens [1, S] from an fp32 model without an optimizer; single rank only.
+
+    weights: a checkpoint directory, or tensors by HF name.
+    """
     config = transformer_config(arch, layout, sequence_parallel=False, dtype=torch.float32)
     (model,) = build_chunks(arch, config, layout)
-    load_weights([[model.eval()]], checkpoint_dir)
+    if isinstance(weights, ByName):
+        load_hf_weights([[model.eval()]], weights)
+    else:
+        load_weights([[model.eval()]], weights)
     tokens = tokens.to(platform.device())
     hidden = model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None], None)
     return (hidden @ model.head_weight().t()).transpose(0, 1)[..., : arch.vocab_size].cpu()

@@ -32,6 +32,7 @@ from etr_megatron.weights import (
     shards_of,
     weights_of,
 )
+from etr_megatron.weights.boxes import ByName
 from etr_megatron.weights.listing import listed
 from etr_megatron.weights.map import HEAD
 
@@ -164,7 +165,7 @@ def own_parameters(chunks: Sequence[PolicyModel]) -> dict[str, tuple[Weight, Ten
 
 
 @torch.no_grad()
-def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: SafetensorsDir) -> None:
+def load_hf_weights(models: Sequence[Sequence[PolicyModel]], checkpoint: SafetensorsDir | ByName) -> None:
     """Copy this rank's shards of a HuggingFace checkpoint into the parameters of every model (in place; each model is its list
     of chunks). A collective.
 

@@ -1,8 +1,12 @@
 """Weights: one table per model family, and everything derived from it. Megatron is not imported here; see `policy` for that."""
 
+from etr_megatron.weights.adapter_dir import AdapterDir, Merged
+from etr_megatron.weights.adapter_file import holds_adapters, refuse_adapters
 from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, LatentAttention, read_architecture
-from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
+from etr_megatron.weights.boxes import BoxSource
+from etr_megatron.weights.check import check_checkpoint, check_safetensors, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
+from etr_megatron.weights.hf_boxes import HfBoxes
 from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
 from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
@@ -16,10 +20,14 @@ __all__ = [
     "FAMILIES",
     "TABLES",
     "Adapter",
+    "AdapterDir",
     "Architecture",
+    "BoxSource",
     "Experts",
+    "HfBoxes",
     "LatentAttention",
     "LowRank",
+    "Merged",
     "Placement",
     "SafetensorsDir",
     "ServerLayout",
@@ -28,7 +36,9 @@ __all__ = [
     "TrainingLayout",
     "Weight",
     "check_checkpoint",
+    "check_safetensors",
     "check_torch_dist",
+    "holds_adapters",
     "is_torch_dist",
     "join_shards",
     "make_plan",
@@ -38,6 +48,7 @@ __all__ = [
     "quantize_blocks",
     "read_architecture",
     "read_shard",
+    "refuse_adapters",
     "server_shard",
     "shards_of",
     "stored_shapes",

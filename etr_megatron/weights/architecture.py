@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron.errors import UserError
+from etr_megatron.weights.adapter_file import refuse_adapters
 from etr_megatron.weights.experts import Experts, read_biased_experts, read_qwen3_experts
 from etr_megatron.weights.hf_config import (
     natural_number,
@@ -140,8 +141,9 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
 
     named: the setting that gave the directory, for messages. How the weights are stored (`quantization_config`) is not part of
     the result. Raises UserError, naming the file and the field, for a missing or broken file, a missing or malformed field, and
-    anything that is not supported.
+    anything that is not supported; and for a directory of adapters alone.
     """
+    refuse_adapters(model_dir, named)
     source = Path(model_dir) / "config.json"
     try:
         config = read_config(source)

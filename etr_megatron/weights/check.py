@@ -41,13 +41,14 @@ def check_checkpoint(model_dir: str | Path, *, named: str = "model.path", values
         check_torch_dist(TorchDistDir(model_dir), arch)
     else:
         checkpoint = open_checkpoint(model_dir)
-        _check_safetensors(checkpoint, arch)
+        check_safetensors(checkpoint, arch)
         if values:
             _refuse_head_of_its_own(checkpoint, arch)
     return arch
 
 
-def _check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
+def check_safetensors(checkpoint: SafetensorsDir, arch: Architecture) -> None:
+    """As `check_checkpoint`, for an open HuggingFace directory and a given architecture. Raises UserError."""
     wanted = {name: shape for weight in weights_of(arch) for name, shape in zip(weight.hf, weight.shapes, strict=True)}
     found = _used(checkpoint, arch)
     embedding, head = hf_name(arch.family, EMBEDDING), hf_name(arch.family, HEAD)

@@ -112,14 +112,16 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
     """The shard's values with the products of its adapters added: new, in the type of `values`, which is not written to.
 
     values: the shard of the base, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors on the same
-    device. Sums are in fp32 and rounded once.
+    device. Sums are in fp64 and rounded once: the order of fp32 sums would depend on how a weight is cut, on sizes and on the
+    device, and a checkpoint that is merged elsewhere would differ from what was trained.
     """
-    merged = values.to(torch.float32, copy=True)
+    merged = values.to(torch.float64, copy=True)
     for piece in shard.pieces:
         if piece.hf in adapters:
             adapter, (a, b) = adapters[piece.hf]
             (row, column), (rows, columns) = piece.begin, piece.size
-            box(merged, piece.at, piece.size).addmm_(b[row : row + rows], a[:, column : column + columns], alpha=adapter.scale)
+            b_rows, a_columns = b[row : row + rows].double(), a[:, column : column + columns].double()
+            box(merged, piece.at, piece.size).addmm_(b_rows, a_columns, alpha=adapter.scale)
     return merged.to(values.dtype)
 
 

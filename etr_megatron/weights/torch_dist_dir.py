@@ -21,7 +21,8 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
-from etr_megatron.weights.file_tensor import FileTensor, Index, Span
+from etr_megatron.weights.boxes import BoxSource, StoredBox
+from etr_megatron.weights.file_tensor import FileTensor, Index
 from etr_megatron.weights.map import Weight
 from etr_megatron.weights.shards import box, megatron_shard, moved, overlap
 from etr_megatron.weights.torch_dist_metadata import METADATA_FILE, Record, dtype_of, read_metadata
@@ -29,9 +30,6 @@ from etr_megatron.weights.torch_saved import Slice, find_values
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 """Names of optimizer states."""
-
-_BLOCK_BYTES = 2**20
-"""Small enough to stay in a core's cache between reading and writing."""
 
 
 def is_torch_dist(path: str | Path) -> bool:
@@ -50,38 +48,13 @@ class Chunk:
     length: int
 
 
-@dataclass(frozen=True)
-class StoredBox:
-    """A box of an HF tensor, `size` from `begin`, that is at `at` of a chunk's values, which are in a file or in memory."""
-
-    name: str
-    begin: Index
-    size: Index
-    values: FileTensor | Tensor
-    at: Index
-
-    def span(self) -> Span | None:
-        """Where the box is, if it is contiguous in a file, else None."""
-        if not isinstance(self.values, FileTensor):
-            return None
-        lead = len(self.at) - len(self.size)
-        return self.values.span(self.at, (*(1 for _ in range(lead)), *self.size))
-
-    def read_into(self, at: Index, out: Tensor) -> None:
-        """Fill `out` with the values from `at` on in the chunk."""
-        if isinstance(self.values, FileTensor):
-            self.values.read_into(at, out)
-        else:
-            out.copy_(box(self.values, at, tuple(out.shape)))
-
-
-class TorchDistDir:
+class TorchDistDir(BoxSource):
     """The model's tensors in a `torch_dist` directory. Raises UserError for one that is missing, broken or truncated."""
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
         metadata = read_metadata(self.path)
-        self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
         self._indexed: dict[str, dict[Index, list[Chunk]]] = {}
         try:
             self._tensors: dict[str, Record] = {
@@ -121,6 +94,22 @@ class TorchDistDir:
         """Type of a stored tensor."""
         return dtype_of(self._tensors[name])
 
+    def type_of(self, name: str, weight: Weight) -> torch.dtype:
+        """See `BoxSource`."""
+        return self.dtype(weight.stored)
+
+    def whole(self, name: str) -> Tensor:
+        """A stored tensor, new. Raises UserError for a damaged file."""
+        out = torch.empty(self.shapes()[name], dtype=self.dtype(name))
+        for chunk in self._chunks[name]:
+            values = _open(chunk, out.dtype)
+            if isinstance(values, FileTensor):
+                held = torch.empty(chunk.size, dtype=out.dtype)
+                values.read_into((0,) * len(chunk.size), held)
+                values = held
+            box(out, chunk.offset, chunk.size).copy_(values)
+        return out
+
     def refuse_gaps(self, names: Iterable[str]) -> None:
         """Raise UserError when the chunks of a tensor do not cover it exactly once."""
         for name in names:
@@ -136,10 +125,7 @@ class TorchDistDir:
                 raise UserError(f"{self.path}: {name} has {found} of {wanted} values; fetch the checkpoint again")
 
     def boxes(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[StoredBox]:
-        """The HF tensors of a weight (or `only` the one of that name), in the boxes in which they are stored; every value once.
-
-        Raises UserError for a damaged file.
-        """
+        """See `BoxSource`."""
         lead = tuple(index for index, _ in weight.stored_at)
         pieces = [piece for piece in megatron_shard(weight, arch, 1, 0).pieces if only in (None, weight.hf[piece.hf])]
         for chunk in self._chunks_at(weight.stored, lead):
@@ -151,31 +137,6 @@ class TorchDistDir:
             for piece, first, size in found:
                 at = tuple(i - o for i, o in zip((*lead, *first), chunk.offset, strict=True))
                 yield StoredBox(weight.hf[piece.hf], moved(piece.begin, first, piece.at), size, values, at)
-
-    def parts(self, weight: Weight, arch: Architecture, *, only: str | None = None) -> Iterator[tuple[str, Index, Tensor]]:
-        """As `boxes`, in small blocks: (HF name, corner in that tensor, values); the next block overwrites the values."""
-        for stored in self.boxes(weight, arch, only=only):
-            for begin, values in self.blocks(stored):
-                yield stored.name, begin, values
-
-    def read_into(self, name: str, weight: Weight, arch: Architecture, out: Tensor) -> None:
-        """Fill `out`, of any type, with one of the weight's HF tensors."""
-        for _, begin, values in self.parts(weight, arch, only=name):
-            box(out, begin, tuple(values.shape)).copy_(values)
-
-    def blocks(self, stored: StoredBox) -> Iterator[tuple[Index, Tensor]]:
-        """A box, a few rows at a time, in the same memory: (corner in the HF tensor, values)."""
-        dtype, lead = stored.values.dtype, len(stored.at) - len(stored.size)
-        rows, *rest = stored.size
-        row_bytes = math.prod(rest) * dtype.itemsize
-        if self._buffer.numel() < row_bytes:
-            self._buffer = torch.empty(row_bytes, dtype=torch.uint8)
-        step = self._buffer.numel() // row_bytes
-        for row in range(0, rows, step):
-            size = (min(step, rows - row), *rest)
-            values = self._buffer[: size[0] * row_bytes].view(dtype).view(*(1 for _ in range(lead)), *size)
-            stored.read_into((*stored.at[:lead], stored.at[lead] + row, *stored.at[lead + 1 :]), values)
-            yield (stored.begin[0] + row, *stored.begin[1:]), values.view(size)
 
     def _chunks_at(self, name: str, lead: Index) -> list[Chunk]:
         """Chunks that cover an index of the leading axes."""

@@ -1,0 +1,41 @@
+"""Checkpoints of low-rank adapters as a run leaves them, with random values, and what they stand for, in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from etr_megatron.weights import LowRank, read_architecture
+
+
+def write_adapters(step: Path, model: str | Path, low_rank: LowRank, dtype: str | None = "float32") -> dict[str, Tensor]:
+    """Write a run's step directory and, with a `dtype`, the run's config.yaml; returns A and B by stored name."""
+    generator = torch.Generator().manual_seed(7)
+    stored = {}
+    for _, adapters in low_rank.adapted(read_architecture(model)):
+        for adapter in adapters:
+            a, b = adapter.stored
+            stored[a] = torch.randn(adapter.rank, adapter.columns, generator=generator) / 5
+            stored[b] = torch.randn(adapter.rows, adapter.rank, generator=generator) / 5
+    step.mkdir(parents=True)
+    optimizer = {f"optimizer.state.exp_avg.{name}": torch.ones(3) for name in stored}
+    dcp.save({**stored, **optimizer}, checkpoint_id=step, no_dist=True)
+    (step / "lora.json").write_text(json.dumps(low_rank.as_json()))
+    if dtype is not None:
+        (step.parent.parent / "config.yaml").write_text(f"model: {{path: {model}, dtype: {dtype}}}")
+    return stored
+
+
+def merged(base: dict[str, Tensor], stored: dict[str, Tensor], low_rank: LowRank) -> dict[str, Tensor]:
+    """float64: every tensor of the base, plus alpha / rank * B A where there is an adapter."""
+    found = {name: tensor.double() for name, tensor in base.items()}
+    for name, a in stored.items():
+        if name.endswith(".A"):
+            module = name.removeprefix("lora.").removesuffix(".A")
+            b = stored[f"lora.{module}.B"]
+            found[f"{module}.weight"] += low_rank.alpha / len(a) * (b.double() @ a.double())
+    return found
