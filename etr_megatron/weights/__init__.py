@@ -1,6 +1,13 @@
 """Weights: one table per model family, and everything derived from it. Megatron is not imported here; see `policy` for that."""
 
-from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, LatentAttention, read_architecture
+from etr_megatron.weights.architecture import (
+    FAMILIES,
+    Architecture,
+    Experts,
+    LatentAttention,
+    read_architecture,
+    tiny_architecture,
+)
 from etr_megatron.weights.check import check_checkpoint, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
 from etr_megatron.weights.layout import Placement, ServerLayout, TrainingLayout, shards_of
@@ -41,5 +48,6 @@ __all__ = [
     "server_shard",
     "shards_of",
     "stored_shapes",
+    "tiny_architecture",
     "weights_of",
 ]
