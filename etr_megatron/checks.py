@@ -99,6 +99,10 @@ def check_model(config: Config, world_size: int) -> None:
         check_layers("the tiny model", tiny.layers, config.parallel)
         check_mlp("the tiny model", tiny.intermediate_size, tp)
         check_without_experts("the tiny model", config)
+        if config.lora.rank:
+            from etr_megatron.weights import tiny_architecture
+
+            check_adapters(tiny_architecture(tiny), config)
         return
     check_model_is_there(config)
     from etr_megatron.weights import check_checkpoint, read_architecture
@@ -130,7 +134,7 @@ def check_model_is_there(config: Config) -> None:
 
 
 def check_architecture(model: str, architecture: Architecture, config: Config, tp: int) -> None:
-    """Check that the model fits the parallel layout, and that a dense model has no MoE options."""
+    """Check that the model fits the parallel layout, that a dense model has no MoE options, and the targets of adapters."""
     parallel = config.parallel
     check_attention(model, architecture.heads, architecture.kv_heads, architecture.head_dim, tp, parallel)
     if architecture.value_dim != architecture.head_dim and parallel.cp > 1 and parallel.cp_comm == "a2a":
@@ -146,6 +150,18 @@ def check_architecture(model: str, architecture: Architecture, config: Config, t
         check_routing(model, architecture.experts, config)
     if architecture.has_dense_layers:
         check_mlp(model, architecture.intermediate_size, tp)
+    check_adapters(architecture, config)
+
+
+def check_adapters(architecture: Architecture, config: Config) -> None:
+    """Check that the model has what `lora.targets` names, and that every pipeline stage has some of it."""
+    from etr_megatron.weights import LowRank, TrainingLayout
+
+    if low_rank := LowRank.of(config.lora):
+        parallel = config.parallel
+        first, last = parallel.first_stage_layers, parallel.last_stage_layers
+        layout = TrainingLayout(pp=parallel.pp, vpp=parallel.vpp, first_stage_layers=first, last_stage_layers=last)
+        low_rank.refuse_untrained(architecture, layout)
 
 
 def check_context(architecture: Architecture, config: Config) -> None:
@@ -276,6 +292,8 @@ def check_without_experts(model: str, config: Config) -> None:
         raise UserError(f"{model} has no experts, so train.routing_replay has no effect; set it to false")
     if config.parallel.etp is not None:
         raise UserError(f"{model} has no experts to split over parallel.etp={config.parallel.etp}; set it to null")
+    if config.lora.expert_rank is not None:
+        raise UserError(f"{model} has no experts, so lora.expert_rank has no effect; set it to null")
 
 
 def check_problems(sources: Iterable[Source], config: Config) -> None:

@@ -16,9 +16,13 @@ UNCOUNTED = ("parallel.", "train.optimizer_offload")
 known time."""
 
 
+ADAPTERS_RANK = 32
+"""Rank of the adapters that are suggested."""
+
+
 @dataclass(frozen=True)
 class Suggestion:
-    """setting: one override, or two separated by a space. peak: bytes of the tightest rank with it. step: seconds. fits:
+    """setting: one override, or several separated by spaces. peak: bytes of the tightest rank with it. step: seconds. fits:
     whether the config then fits."""
 
     setting: str
@@ -34,24 +38,40 @@ class Suggestion:
 
 def suggestions(config: Config, plan: Plan, **options: Any) -> list[Suggestion]:
     """Single changes that help. For a plan that does not fit: those that lower the peak of ranks that do not fit or make
-    servers fit. For one that fits: those that also fit and save at least 1% of the step time. Changes that fit come first, of
-    them those with a known cost, sorted by time.
+    servers fit; and if none of them makes it fit, training low-rank adapters, if that does. For one that fits: those that also
+    fit and save at least 1% of the step time. Changes that fit come first, of them those with a known cost, sorted by time.
 
     config: the planned config, unresolved. options: of `make_plan`.
     """
-    found = []
-    for setting, changed in _changes(plan, config):
-        try:
-            other = make_plan(changed, plan.cluster.gpus, **options)
-        except UserError:
-            continue
-        lower = not plan.ranks_fit and other.tightest.peak < plan.tightest.peak
-        helps = lower or other.server_fits > plan.server_fits
-        if plan.fits:
-            helps = other.fits and other.time.step < 0.99 * plan.time.step
-        if helps:
-            found.append(Suggestion(setting, other.tightest.peak, other.time.step, other.fits))
+    tried = (_tried(setting, changed, plan, options) for setting, changed in _changes(plan, config))
+    found = [suggestion for suggestion in tried if suggestion]
+    if not plan.fits and not config.lora.rank and not any(suggestion.fits for suggestion in found):
+        adapters = _tried(*_with_adapters(config), plan, options)
+        found += [adapters] if adapters and adapters.fits else []
     return sorted(found, key=lambda s: (not s.fits, s.fits and not s.is_counted, s.step if s.fits else s.peak))
+
+
+def _tried(setting: str, changed: Config, plan: Plan, options: dict[str, Any]) -> Suggestion | None:
+    """The suggestion of a changed config; None if it is not valid or does not help."""
+    try:
+        other = make_plan(changed, plan.cluster.gpus, **options)
+    except UserError:
+        return None
+    lower = not plan.ranks_fit and other.tightest.peak < plan.tightest.peak
+    helps = lower or other.server_fits > plan.server_fits
+    if plan.fits:
+        helps = other.fits and other.time.step < 0.99 * plan.time.step
+    return Suggestion(setting, other.tightest.peak, other.time.step, other.fits) if helps else None
+
+
+def _with_adapters(config: Config) -> tuple[str, Config]:
+    """(overrides, config with them) that train adapters, without what they rule out."""
+    train: dict[str, Any] = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+    train |= {"grads_dtype": "float32", "optimizer_offload": False}
+    train = {key: value for key, value in train.items() if getattr(config.train, key) != value}
+    texts = [f"lora.rank={ADAPTERS_RANK}", *(f"train.{key}={str(value).lower()}" for key, value in train.items())]
+    lora = replace(config.lora, rank=ADAPTERS_RANK)
+    return " ".join(texts), replace(config, lora=lora, train=replace(config.train, **train))
 
 
 def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
@@ -69,6 +89,8 @@ def _changes(plan: Plan, config: Config) -> Iterator[tuple[str, Config]]:
         wanted.append(("train", {"offload_for_rollout": True}))
     if train.tokens_per_microbatch > longest:
         wanted.append(("train", {"tokens_per_microbatch": max(longest, train.tokens_per_microbatch // 2)}))
+    if now.lora.rank:
+        wanted.append(("lora", {"offload_base": not now.lora.offload_base}))
     if rollout.backend == "embedded" and rollout.batch_samples > 1:
         wanted.append(("rollout", {"batch_samples": rollout.batch_samples // 2}))
     if not plan.fits:

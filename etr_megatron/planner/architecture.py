@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.config import Config, TinyConfig
+from etr_megatron.config import Config
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import path_errors
 
@@ -21,11 +21,11 @@ def architecture_of(config: Config) -> Architecture:
 
     Raises UserError if there is neither.
     """
-    from etr_megatron.weights import read_architecture
+    from etr_megatron.weights import read_architecture, tiny_architecture
 
     path = Path(config.model.path)
     if config.model.path == "tiny":
-        return _tiny(config.tiny)
+        return tiny_architecture(config.tiny)
     with path_errors():
         if path.is_dir():
             return read_architecture(path)
@@ -35,24 +35,4 @@ def architecture_of(config: Config) -> Architecture:
     raise UserError(
         f"model.path: {path} is not a directory, and no config.json of a model {path.name} is shipped (shipped: {known}); give "
         "a directory with the model's config.json"
-    )
-
-
-def _tiny(tiny: TinyConfig) -> Architecture:
-    """The architecture that `data.tiny` builds, with the largest possible vocabulary."""
-    from etr_megatron.weights import Architecture
-
-    return Architecture(
-        family="qwen3",
-        layers=tiny.layers,
-        hidden_size=tiny.hidden_size,
-        intermediate_size=tiny.intermediate_size,
-        heads=tiny.heads,
-        kv_heads=tiny.heads // 2,
-        head_dim=tiny.head_dim,
-        vocab_size=tiny.vocab_size,
-        tied_embeddings=False,
-        norm_eps=1e-6,
-        max_positions=0,
-        rope={"rope_type": "default", "rope_theta": 10000.0},
     )

@@ -45,6 +45,11 @@ class Cluster:
         nodes = self.server_nodes or self.nodes
         return node < nodes and gpu < self.servers // nodes * self.server_tp
 
+    def node_of(self, rank: int) -> int:
+        """The machine of a training rank."""
+        missing = 0 if self.first_node_ranks is None else self.ranks_per_node - self.first_node_ranks
+        return (rank + missing) // self.ranks_per_node
+
     @property
     def nodes(self) -> int:
         """Number of machines of the job."""

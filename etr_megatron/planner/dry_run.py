@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,8 +83,12 @@ def fewest_gpus(config: Config, **options: Any) -> Plan:
 
     Raises UserError if there is none, and for problems that no number of GPUs would fix.
     """
+    from etr_megatron.weights import LowRank
+
     check_options(config, 1, **options)
-    architecture_of(config)
+    arch = architecture_of(config)
+    if low_rank := LowRank.of(config.lora):
+        low_rank.refuse_missing_targets(arch)
     reason = ""
     for gpus in (2**power for power in range(_MOST_GPUS.bit_length())):
         try:
@@ -141,20 +146,25 @@ def check_ranks(plan: Plan, ranks: Sequence[int]) -> None:
     """Build the model of each of `ranks` and compare.
 
     Raises RuntimeError for a parameter missing from the weight map, a row of the map without a parameter, and a rank whose
-    number of parameters differs from the plan's. The process must not be in a torch.distributed world.
+    number of parameters, or of its adapters, differs from the plan's. The process must not be in a torch.distributed world.
     """
     for rank in ranks:
-        elements = parameters_built(plan.arch, plan.config, plan.cluster.ranks, rank)
-        if elements != plan.ranks[rank].elements:
-            raise RuntimeError(f"rank {rank} has {elements} parameters, the plan says {plan.ranks[rank].elements}")
+        planned = plan.ranks[rank]
+        elements, adapters = elements_built(plan.arch, plan.config, plan.cluster.ranks, rank)
+        if elements != planned.elements:
+            raise RuntimeError(f"rank {rank} has {elements} parameters, the plan says {planned.elements}")
+        if adapters != planned.adapters:
+            raise RuntimeError(f"rank {rank} has adapters of {adapters} elements, the plan says {planned.adapters}")
 
 
-def parameters_built(arch: Architecture, config: Config, world: int, rank: int) -> int:
-    """Number of parameter elements in a rank's model chunks, built on the meta device in a fake world."""
+def elements_built(arch: Architecture, config: Config, world: int, rank: int) -> tuple[int, int]:
+    """Numbers of elements in a rank's model chunks, built on the meta device in a fake world: (parameters of the model, of its
+    low-rank adapters)."""
     import torch
 
     with _fake_rank(rank, world):
         from etr_megatron.policy import configured_layout, model
+        from etr_megatron.policy.adapters import PolicyAdapters
         from etr_megatron.policy.model_config import transformer_config
 
         layout = configured_layout(config)
@@ -176,7 +186,11 @@ def parameters_built(arch: Architecture, config: Config, world: int, rank: int) 
         no_sum = mock.patch.object(model.GPTModel, "_is_in_embd_group", lambda _: False)
         with torch.device("meta"), mock.patch.object(model, "rotary_frequencies", lambda _: frequencies), no_sum:
             chunks = model.build_chunks(arch, megatron, layout)  # compares their names with the weight map
-        return sum(tensor.numel() for chunk in chunks for tensor in model.weights_in(chunk).values())
+            elements = sum(tensor.numel() for chunk in chunks for tensor in model.weights_in(chunk).values())
+            # The base of a model without values cannot be copied to the CPU.
+            lora = replace(config, lora=replace(config.lora, offload_base=False))
+            adapters = PolicyAdapters(arch, chunks, layout, lora).named()
+        return elements, sum(factor.numel() for factor in adapters.values())
 
 
 @contextmanager

@@ -11,14 +11,15 @@ from etr_megatron.flops import BF16_PEAK
 class Hardware:
     """Rates in FLOP/s and bytes/s, times in seconds.
 
-    gib: size of its memory. matmul, memory, nvlink, network: peaks; matmul in BF16, nvlink and network in one direction. fp8,
-    mxfp8: whether its tensor cores have FP8, and FP8 with a scale for 32 values. The fields below are assumptions: the same for
-    every GPU, none of them fitted to a run.
+    gib: size of its memory. matmul, matmul_fp32, memory, nvlink, network: peaks; matmul in BF16, matmul_fp32 without tensor
+    cores, nvlink and network in one direction. fp8, mxfp8: whether its tensor cores have FP8, and FP8 with a scale for 32
+    values. The fields below are assumptions: the same for every GPU, none of them fitted to a run.
     """
 
     name: str
     gib: float
     matmul: float
+    matmul_fp32: float
     memory: float
     nvlink: float
     network: float
@@ -32,9 +33,9 @@ class Hardware:
     fp8_speedup: float = 1.3
     """Speedup of training's GEMMs with FP8."""
     decode_compute_efficiency: float = 0.6
-    """Achieved fraction of matmul for the GEMMs of a decode batch."""
+    """Achieved fraction of matmul for the GEMMs of a decode batch, and of matmul_fp32 for the products of adapters."""
     decode_memory_efficiency: float = 0.8
-    """Achieved fraction of memory bandwidth for weights and KV cache."""
+    """Achieved fraction of memory bandwidth for weights and KV cache, and for the copies of adapted weights."""
     link_efficiency: float = 0.8
     """Achieved fraction of NVLink and network bandwidth."""
     all_reduce_latency: float = 15e-6
@@ -43,6 +44,8 @@ class Hardware:
     """Of a decode step, outside the model: scheduling, sampling."""
     host_rate: float = 4e9
     """Of copies between a GPU and unpinned host memory."""
+    pinned_rate: float = 2e10
+    """Of copies from pinned host memory while all GPUs of a node copy: below PCIe 4.0's 32 GB/s of an x16 link."""
     http_rate: float = 4e7
     """Of weights as base64 text in HTTP requests, including copies: 0.57 GB, 0.76 GB as text, took 19 s, including gathering,
     with SGLang 0.5.17 next to an H100."""
@@ -56,6 +59,7 @@ A100 = Hardware(
     name="A100 SXM",
     gib=80,
     matmul=BF16_PEAK["NVIDIA A100-SXM4-80GB"],
+    matmul_fp32=19.5e12,
     memory=2.039e12,
     nvlink=300e9,
     network=25e9,
@@ -63,14 +67,33 @@ A100 = Hardware(
 )
 """NVIDIA A100 datasheet, SXM4 with 80 GB; NVLink 3 is 600 GB/s for both directions together; a DGX A100 has one 200 Gb/s HDR
 adapter per GPU."""
-H100 = Hardware(name="H100 SXM", gib=80, matmul=BF16_PEAK["NVIDIA H100 80GB HBM3"], memory=3.35e12, nvlink=450e9, network=50e9)
+H100 = Hardware(
+    name="H100 SXM",
+    gib=80,
+    matmul=BF16_PEAK["NVIDIA H100 80GB HBM3"],
+    matmul_fp32=67e12,
+    memory=3.35e12,
+    nvlink=450e9,
+    network=50e9,
+)
 """NVIDIA H100 datasheet, SXM5, dense BF16 and HBM3; NVLink 4 is 900 GB/s for both directions together; a DGX H100 has one 400
 Gb/s NDR adapter per GPU."""
-H200 = Hardware(name="H200 SXM", gib=141, matmul=BF16_PEAK["NVIDIA H200"], memory=4.8e12, nvlink=450e9, network=50e9)
+H200 = Hardware(
+    name="H200 SXM", gib=141, matmul=BF16_PEAK["NVIDIA H200"], matmul_fp32=67e12, memory=4.8e12, nvlink=450e9, network=50e9
+)
 """NVIDIA H200 datasheet, SXM: an H100 with 141 GB of HBM3e."""
-B200 = Hardware(name="B200", gib=180, matmul=BF16_PEAK["NVIDIA B200"], memory=8e12, nvlink=900e9, network=50e9, mxfp8=True)
+B200 = Hardware(
+    name="B200",
+    gib=180,
+    matmul=BF16_PEAK["NVIDIA B200"],
+    matmul_fp32=75e12,
+    memory=8e12,
+    nvlink=900e9,
+    network=50e9,
+    mxfp8=True,
+)
 """NVIDIA DGX B200 datasheet: 180 GB and 64 TB/s of HBM3e for 8 GPUs; NVLink 5 is 1.8 TB/s for both directions together; one 400
-Gb/s adapter per GPU."""
+Gb/s adapter per GPU. FP32 without tensor cores as NVIDIA states it for HGX B200."""
 
 GPUS = {"a100": A100, "h100": H100, "h200": H200, "b200": B200}
 """By the name that `--gpu` takes. `gib` is the number of GB in the datasheet, which drivers report in GiB, within 2%."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from etr_megatron.config import Config, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.planner.activations import Split, head_bytes, stage_activations
+from etr_megatron.planner.adapters import RankAdapters
 from etr_megatron.planner.cluster import Cluster, server_layout, training_layout
 from etr_megatron.planner.cuda_graphs import graph_bytes
 from etr_megatron.planner.nccl import nccl_bytes
@@ -32,24 +33,31 @@ CHUNK_ROWS = 1024
 class RankMemory:
     """Bytes of a rank.
 
-    reference: the frozen model for a KL term. step: an fp32 copy of bfloat16 gradients, during the optimizer's step. offloaded:
-    what leaves the GPU for the rollout. activations, head: during training. export: full weights and buckets while weights are
-    sent, and a bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation. graphs: its
-    CUDA graphs, which stay. embedded, cache: the embedded engine's weights, and keys and values of its largest batch during
-    generation. nccl: see `nccl_bytes`.
+    elements, adapters: numbers, not bytes, of the model's own parameters and of low-rank adapters; parameters has the bytes of
+    both. reference: the frozen model for a KL term. base: original values of adapted matrices on the GPU; base_on_host: in
+    pinned CPU memory. step: for a while in an optimizer step, an fp32 copy of bfloat16 gradients, or what merging adapters
+    needs. offloaded: what leaves the GPU for the rollout. activations, head: during training. projected: gradients of adapted
+    weights until they are projected, beside activations. export: full weights and buckets while weights are sent, and a
+    bfloat16 copy of those held in FP8. server: the pool of a server on the same GPU during generation. graphs: its CUDA graphs,
+    which stay. embedded, cache: the embedded engine's weights, and keys and values of its largest batch during generation.
+    nccl: see `nccl_bytes`.
     """
 
     rank: int
     stage: int
     elements: int
+    adapters: int
     parameters: int
     gradients: int
     optimizer: int
     step: int
     offloaded: int
     reference: int
+    base: int
+    base_on_host: int
     activations: int
     head: int
+    projected: int
     export: int
     server: int
     graphs: int
@@ -60,14 +68,15 @@ class RankMemory:
     @property
     def resident(self) -> int:
         """Bytes held in every phase, or with `offloaded` in training."""
-        return self.parameters + self.gradients + self.optimizer + self.reference + self.embedded + PROCESS + self.nccl
+        trained = self.parameters + self.gradients + self.optimizer
+        return trained + self.reference + self.base + self.embedded + PROCESS + self.nccl
 
     @property
     def phases(self) -> dict[str, int]:
         """Peak of every phase. A colocated server that has released its memory still has its process and graphs."""
         other = PROCESS + self.graphs if self.server else 0
         return {
-            "train": self.resident + max(self.activations + self.head, self.step) + other,
+            "train": self.resident + max(self.activations + self.head + self.projected, self.step) + other,
             "sync": self.resident - self.offloaded + self.export + self.server + other,
             "generate": self.resident - self.offloaded + self.server + self.cache + other,
         }
@@ -141,46 +150,42 @@ def _absorbed(arch: Architecture, tp: int) -> int:
     return arch.layers * (arch.heads // tp) * arch.latent.up_dim * arch.latent.kv_rank
 
 
-def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory) -> list[RankMemory]:
-    """Memory of every rank. Raises ValueError if the layout does not fit the architecture."""
+def rank_memory(
+    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: list[RankAdapters]
+) -> list[RankMemory]:
+    """Memory of every rank. adapters: of every rank. Raises ValueError if the layout does not fit the architecture."""
     layout = training_layout(config, cluster)
     split = _split(config, layout, work)
     head = head_bytes(arch, split, config.train.head_chunk_rows or CHUNK_ROWS, own_sum=config.train.grads_dtype == "bfloat16")
-    stages = [
-        stage_activations(
-            arch,
-            layout,
-            stage,
-            split,
-            work.most_microbatches,
-            config.train.recompute,
-            ends_in_bf16=config.fp8.first_last_layers_bf16,
-        )
-        for stage in range(layout.pp)
-    ]
     element = element_bytes(config)
     is_embedded = config.rollout.backend == "embedded"
     batch = min(config.rollout.batch_samples, work.samples) * work.longest
     export = 2 * largest_weight(arch) * element + 2 * config.sglang.bucket_mib * 2**20
     in_bf16 = (0, arch.layers - 1) if config.fp8.first_last_layers_bf16 else ()
+    stages, offloaded = _activations_of_stages(arch, layout, config, split, work), config.lora.offload_base
     found = []
     for rank, held in enumerate(parameters_by_rank(arch, layout, unquantised=in_bf16)):
-        stage = rank // layout.stage_ranks
-        gradients = held.total * (2 if config.train.grads_dtype == "bfloat16" else 4)
-        optimizer = _optimizer_bytes(held, config, layout)
+        stage, own = rank // layout.stage_ranks, adapters[rank]
+        trained = own.trained if config.lora.rank else held
+        gradients = trained.total * (2 if config.train.grads_dtype == "bfloat16" else 4)
+        optimizer = _optimizer_bytes(trained, config, layout)
         found.append(
             RankMemory(
                 rank=rank,
                 stage=stage,
                 elements=held.total,
-                parameters=_parameter_bytes(held, config, element),
+                adapters=own.trained.total,
+                parameters=_parameter_bytes(held, config, element) + 4 * own.trained.total,
                 gradients=gradients,
                 optimizer=optimizer,
-                step=4 * _updated(held, config, layout) if config.train.grads_dtype == "bfloat16" else 0,
+                step=_step_bytes(trained, own, config, layout),
                 offloaded=gradients + optimizer if config.train.offload_for_rollout else 0,
                 reference=_reference_bytes(held, config, element),
+                base=0 if offloaded else element * own.base,
+                base_on_host=element * own.pinned if offloaded else 0,
                 activations=stages[stage],
                 head=head if stage == layout.pp - 1 else 0,
+                projected=own.gradient_bytes(element),
                 export=export + (2 * held.matrices if config.fp8.param else 0),
                 server=server.pool if cluster.shares_gpu(rank) else 0,
                 graphs=server.graphs if cluster.shares_gpu(rank) else 0,
@@ -198,6 +203,23 @@ def rank_memory(arch: Architecture, config: Config, cluster: Cluster, work: Work
             )
         )
     return found
+
+
+def _activations_of_stages(
+    arch: Architecture, layout: TrainingLayout, config: Config, split: Split, work: Workload
+) -> list[int]:
+    return [
+        stage_activations(
+            arch,
+            layout,
+            stage,
+            split,
+            work.most_microbatches,
+            config.train.recompute,
+            ends_in_bf16=config.fp8.first_last_layers_bf16,
+        )
+        for stage in range(layout.pp)
+    ]
 
 
 def _split(config: Config, layout: TrainingLayout, work: Workload) -> Split:
@@ -220,25 +242,34 @@ def _parameter_bytes(held: RankParameters, config: Config, element: int) -> int:
 
 
 def _reference_bytes(held: RankParameters, config: Config, element: int) -> int:
-    """A second set of weights without gradients; a forward pass in FP8 only needs the row-wise copies of matrices."""
-    if config.objective.kl_coef <= 0:
+    """A second set of weights without gradients; a forward pass in FP8 only needs the row-wise copies of matrices. With
+    adapters the model itself, with its original values, is the reference."""
+    if config.objective.kl_coef <= 0 or config.lora.rank:
         return 0
     copies = held.matrices if config.fp8.recipe != "none" and not config.fp8.param else 0
     return held.total * element + copies
 
 
-def _optimizer_bytes(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
-    """Adam's two fp32 moments, and fp32 weights of its own: for a bfloat16 model, and once they have been offloaded."""
-    is_plain = config.model.dtype == "float32" and not config.train.offload_for_rollout
-    return (8 if is_plain else 12) * _updated(held, config, layout)
+def _optimizer_bytes(trained: RankParameters, config: Config, layout: TrainingLayout) -> int:
+    """Adam's two fp32 moments, and fp32 weights of its own: for bfloat16 weights, and once they have been offloaded. Adapters
+    are fp32."""
+    is_plain = (config.model.dtype == "float32" or config.lora.rank > 0) and not config.train.offload_for_rollout
+    return (8 if is_plain else 12) * _updated(trained, config, layout)
 
 
-def _updated(held: RankParameters, config: Config, layout: TrainingLayout) -> int:
+def _step_bytes(trained: RankParameters, adapters: RankAdapters, config: Config, layout: TrainingLayout) -> int:
+    """What the optimizer's step needs for a while: Megatron's fp32 copies of bfloat16 gradients, or merging the largest
+    weight."""
+    copies = 4 * _updated(trained, config, layout) if config.train.grads_dtype == "bfloat16" else 0
+    return max(copies, adapters.merge_bytes(element_bytes(config), offloaded=config.lora.offload_base))
+
+
+def _updated(trained: RankParameters, config: Config, layout: TrainingLayout) -> int:
     """Elements that a rank updates on its GPU. The distributed optimizer shards them over data-parallel ranks, experts over
     their own group."""
     if config.train.optimizer_offload:
         return 0
     if not config.train.distributed_optimizer:
-        return held.total
+        return trained.total
     expert_replicas = layout.stage_ranks // (layout.expert_tp * layout.ep)
-    return -(-held.dense // layout.dp) - (-held.expert // expert_replicas)
+    return -(-trained.dense // layout.dp) - (-trained.expert // expert_replicas)

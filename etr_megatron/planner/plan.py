@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import Config, resolve
 from etr_megatron.errors import UserError
+from etr_megatron.planner.adapters import adapters_by_rank, total_adapters
 from etr_megatron.planner.architecture import architecture_of
-from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout
+from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout, training_layout
 from etr_megatron.planner.hardware import H100, Hardware
 from etr_megatron.planner.memory import RankMemory, ServerMemory, rank_memory, server_memory, usable
 from etr_megatron.planner.parameters import total_parameters
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. ranks: training ranks, in order."""
+    """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which are
+    no parameters of the model. ranks: training ranks, in order."""
 
     config: Config
     arch: Architecture
@@ -32,6 +34,7 @@ class Plan:
     gpu: Hardware
     gpu_memory: float
     parameters: int
+    adapters: int
     ranks: list[RankMemory]
     server: ServerMemory
     time: StepTime
@@ -40,6 +43,14 @@ class Plan:
     def tightest(self) -> RankMemory:
         """The rank with the highest peak; the first one on a tie."""
         return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def base_on_host(self) -> int:
+        """Bytes of adapted matrices' original values in the pinned CPU memory of the node with the most of them."""
+        nodes = [0] * self.cluster.nodes
+        for rank in self.ranks:
+            nodes[self.cluster.node_of(rank.rank)] += rank.base_on_host
+        return max(nodes)
 
     @property
     def cache_samples(self) -> int:
@@ -67,6 +78,8 @@ class Plan:
         return {
             "gpu": self.gpu.name,
             "parameters": self.parameters,
+            "adapters": self.adapters,
+            "base_bytes_on_host": self.base_on_host,
             "fits": self.fits,
             "usable_bytes": usable(self.gpu_memory),
             "tightest_rank": self.tightest.rank,
@@ -99,6 +112,8 @@ def make_plan(
     """
     gpu_memory = gpu.gib if gpu_memory is None else gpu_memory
     check_options(config, gpus, gpu=gpu, gpu_memory=gpu_memory, gpus_per_node=gpus_per_node, prompt=prompt, response=response)
+    from etr_megatron.weights import LowRank
+
     cluster = divide(config, gpus, gpus_per_node)
     config = resolve(config, cluster.ranks, cuda=True)
     arch = architecture_of(config)
@@ -109,7 +124,9 @@ def make_plan(
             layout = server_layout(config, cluster)
             check_served(config.model.path, arch, layout.tp, layout.ep, fp8=config.sglang.fp8)
         server = server_memory(arch, config, cluster, gpu_memory)
-        ranks = rank_memory(arch, config, cluster, work, server)
+        low_rank = LowRank.of(config.lora)
+        adapters = adapters_by_rank(arch, training_layout(config, cluster), low_rank)
+        ranks = rank_memory(arch, config, cluster, work, server, adapters)
     except ValueError as error:
         raise UserError(f"{config.model.path} cannot be split as configured: {error}") from None
     # Moved to the CPU and back in every step.
@@ -122,9 +139,10 @@ def make_plan(
         gpu=gpu,
         gpu_memory=gpu_memory,
         parameters=total_parameters(arch),
+        adapters=total_adapters(arch, low_rank),
         ranks=ranks,
         server=server,
-        time=step_time(arch, config, cluster, work, server, gpu, moved),
+        time=step_time(arch, config, cluster, work, server, gpu, moved, adapters),
     )
 
 

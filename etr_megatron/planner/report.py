@@ -40,6 +40,8 @@ def _head(plan: Plan) -> Iterator[str]:
     sizes = {"TP": parallel.tp, "PP": parallel.pp, "VPP": parallel.vpp, "CP": parallel.cp, "EP": parallel.ep}
     cut = " x ".join(f"{name}{size}" for name, size in sizes.items() if size != 1 or name == "TP") + f" x DP{replicas}"
     yield f"model      {plan.config.model.path}, {plan.parameters:,} parameters, {plan.arch.layers} layers"
+    if plan.adapters:
+        yield f"adapters   {_adapters(plan)}"
     first = "" if cluster.first_node_ranks is None else f", the first with {cluster.first_node_ranks}"
     apart = cluster.dedicated_nodes
     train = f"{cluster.nodes} nodes with" if not apart else f"{cluster.nodes} nodes, {apart} for servers alone, the others with"
@@ -63,9 +65,17 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"           microbatches of at most {work.microbatch_tokens:,} tokens, {work.microbatches} a rank and optimizer step"
 
 
+def _adapters(plan: Plan) -> str:
+    lora = plan.config.lora
+    experts = "" if lora.expert_rank is None else f", of experts {lora.expert_rank}"
+    share = f"{plan.adapters:,} elements, {plan.adapters / plan.parameters:.2%} of the model's"
+    where = f"; original values: {gib(plan.base_on_host)} GiB of a node's memory" if lora.offload_base else ""
+    return f"rank {lora.rank}{experts}: {share}{where}"
+
+
 def _memory(plan: Plan) -> Iterator[str]:
-    columns = ["parameters", "gradients", "optimizer", "reference", "activations", "head", "export", "server"]
-    columns += ["graphs", "embedded", "cache"]
+    columns = ["parameters", "gradients", "optimizer", "reference", "base", "activations", "head", "projected", "export"]
+    columns += ["server", "graphs", "embedded", "cache"]
     shown = [name for name in columns if any(getattr(rank, name) for rank in plan.ranks)]
     stages: dict[int, RankMemory] = {}
     for rank in plan.ranks:
@@ -107,7 +117,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"estimate of a step on {plan.gpu.name} (assumptions: docs/planner.md):"
     yield f"  generate   {time.generate:8.1f} s"
     yield f"  log-probs  {time.logprobs:8.1f} s"
-    yield f"  train      {time.train:8.1f} s, pipeline bubble {time.bubble:.1%}"
+    adapters = f"; {time.adapters:.1f} s of log-probs and train for adapters" if time.adapters else ""
+    yield f"  train      {time.train:8.1f} s, pipeline bubble {time.bubble:.1%}{adapters}"
     yield f"  sync       {time.sync:8.1f} s"
     how = "generation beside training" if time.overlapped else "one after the other"
     if plan.config.train.optimizer_offload:

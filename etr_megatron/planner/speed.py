@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from etr_megatron.config import LOSSES, Config, sync_of
 from etr_megatron.flops import body_flops, head_flops
+from etr_megatron.planner.adapters import RankAdapters, base_seconds, merge_seconds, projection_seconds
 from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.decode import generation_seconds, response_lengths
 from etr_megatron.planner.hardware import Hardware
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. logprobs: old and reference log-probs. tokens: of a step. gpus: all GPUs of the job.
+    """Seconds of a step. logprobs: old and reference log-probs. adapters: what low-rank adapters take of `logprobs` and
+    `train`. tokens: of a step. gpus: all GPUs of the job.
 
     overlapped: whether generation overlaps with the rest (`rollout.max_staleness` of 1 or more).
     """
@@ -30,6 +32,7 @@ class StepTime:
     train: float
     sync: float
     bubble: float
+    adapters: float
     tokens: float
     gpus: int
     overlapped: bool
@@ -47,10 +50,17 @@ class StepTime:
 
 
 def step_time(
-    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, gpu: Hardware, moved: int
+    arch: Architecture,
+    config: Config,
+    cluster: Cluster,
+    work: Workload,
+    server: ServerMemory,
+    gpu: Hardware,
+    moved: int,
+    adapters: list[RankAdapters],
 ) -> StepTime:
     """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
-    sync. Excludes grading, checkpoints, evaluation and startup."""
+    sync. adapters: of every rank. Excludes grading, checkpoints, evaluation and startup."""
     parallel = config.parallel
     bubble = (parallel.pp - 1) / (parallel.vpp * work.microbatches)
     body = work.samples * body_flops(arch, work.prompt + work.response)
@@ -59,23 +69,49 @@ def step_time(
     rate = cluster.ranks * gpu.matmul * efficiency / (1 + bubble)
     fp8 = gpu.fp8_speedup if config.fp8.recipe != "none" else 1.0
     passes = 4 if config.train.recompute == "full" else 3
-    # With a token-local loss and an fp32 gradient buffer, the head computes its gradients in the forward pass; else it computes
-    # the logits twice. A custom loss counts as not token-local: finding out would need its import, which a plan avoids.
-    loss = config.objective.loss
-    heads = 4 if loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16" else 3
+    heads = _head_products(config)
     forward = (body / fp8 + head) / rate
     model_bytes = total_parameters(arch) * element_bytes(config)
     sync = sync_seconds(config, cluster, model_bytes, _sent_bytes(arch, config, model_bytes), gpu)
+    updating, referring = _adapters_seconds(config, work, gpu, adapters, bubble)
     return StepTime(
         generate=_generate(arch, config, cluster, work, server, gpu),
-        logprobs=forward * (2 if config.objective.kl_coef > 0 else 1),
-        train=config.train.epochs * (passes * body / fp8 + heads * head) / rate,
+        logprobs=forward * (2 if config.objective.kl_coef > 0 else 1) + referring,
+        train=config.train.epochs * (passes * body / fp8 + heads * head) / rate + updating,
         sync=sync + 2 * moved / gpu.host_rate,
         bubble=bubble,
+        adapters=updating + referring,
         tokens=work.tokens,
         gpus=cluster.gpus,
         overlapped=config.rollout.max_staleness > 0,
     )
+
+
+def _head_products(config: Config) -> int:
+    """Products of the head in an update: the logits, the rows' gradient, and the weight's unless it is frozen.
+
+    With a token-local loss and an fp32 gradient buffer, the head computes its gradients in the forward pass; else it computes
+    the logits twice. A custom loss counts as not token-local: finding out would need its import, which a plan avoids.
+    """
+    loss, frozen = config.objective.loss, config.lora.rank > 0
+    twice = loss == "gspo" or loss not in LOSSES or config.train.grads_dtype == "bfloat16"
+    return 2 + (not frozen) + twice
+
+
+def _adapters_seconds(
+    config: Config, work: Workload, gpu: Hardware, adapters: list[RankAdapters], bubble: float
+) -> tuple[float, float]:
+    """(seconds of a step's updates, of its reference) that the rank with the most adapted weights spends on adapters.
+
+    In updates, every microbatch's gradients are projected, and every optimizer step merges the weights. The reference is the
+    model with its original values, after which it is merged again.
+    """
+    most, element = max(adapters, key=lambda rank: rank.base), element_bytes(config)
+    offloaded, updates = config.lora.offload_base, config.train.epochs * config.train.minibatches
+    merge = merge_seconds(most, element, gpu, offloaded=offloaded)
+    project = projection_seconds(most, element, gpu) * work.microbatches * (1 + bubble)
+    refer = base_seconds(most, element, gpu, offloaded=offloaded) + merge if config.objective.kl_coef > 0 else 0.0
+    return updates * (project + merge), refer
 
 
 def sync_seconds(config: Config, cluster: Cluster, model_bytes: int, sent_bytes: int, gpu: Hardware) -> float:

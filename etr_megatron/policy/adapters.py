@@ -33,12 +33,6 @@ from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, Weight, 
 from etr_megatron.weights.low_rank import Pair, add_gradients, add_products
 
 
-def low_rank(config: Config) -> LowRank | None:
-    """The adapters that a config asks for; None if all weights are trained."""
-    lora = config.lora
-    return LowRank(lora.rank, lora.alpha, lora.targets, lora.expert_rank) if lora.rank else None
-
-
 @dataclass(frozen=True)
 class _Adapted:
     """A parameter with adapters. base: its original value, on the CPU or its device. factors: A and B by number of its HF
@@ -174,7 +168,7 @@ class PolicyAdapters:
     """The adapters of all of a rank's chunks; none if all weights are trained."""
 
     def __init__(self, arch: Architecture, chunks: Sequence[PolicyModel], layout: Layout, config: Config) -> None:
-        self.spec = low_rank(config)
+        self.spec = LowRank.of(config.lora)
         self._of_chunks: list[Adapters] = []
         if self.spec is not None:
             self.spec.refuse_untrained(arch, layout.training)

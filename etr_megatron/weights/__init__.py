@@ -2,7 +2,14 @@
 
 from etr_megatron.weights.adapter_dir import AdapterDir, Merged
 from etr_megatron.weights.adapter_file import holds_adapters, refuse_adapters
-from etr_megatron.weights.architecture import FAMILIES, Architecture, Experts, LatentAttention, read_architecture
+from etr_megatron.weights.architecture import (
+    FAMILIES,
+    Architecture,
+    Experts,
+    LatentAttention,
+    read_architecture,
+    tiny_architecture,
+)
 from etr_megatron.weights.boxes import BoxSource
 from etr_megatron.weights.check import check_checkpoint, check_safetensors, check_torch_dist, stored_shapes
 from etr_megatron.weights.fp8_dir import open_checkpoint
@@ -52,5 +59,6 @@ __all__ = [
     "server_shard",
     "shards_of",
     "stored_shapes",
+    "tiny_architecture",
     "weights_of",
 ]

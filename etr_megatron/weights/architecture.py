@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etr_megatron.config import TinyConfig
 from etr_megatron.errors import UserError
 from etr_megatron.weights.adapter_file import refuse_adapters
 from etr_megatron.weights.experts import Experts, read_biased_experts, read_qwen3_experts
@@ -186,4 +187,22 @@ def read_architecture(model_dir: str | Path, *, named: str = "model.path") -> Ar
         experts=experts,
         latent=latent,
         mtp_layers=natural_number(config, "num_nextn_predict_layers", source, 0) if biased else 0,
+    )
+
+
+def tiny_architecture(tiny: TinyConfig) -> Architecture:
+    """The architecture of the model that `data.tiny` builds, with the largest possible vocabulary."""
+    return Architecture(
+        family="qwen3",
+        layers=tiny.layers,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        heads=tiny.heads,
+        kv_heads=tiny.heads // 2,
+        head_dim=tiny.head_dim,
+        vocab_size=tiny.vocab_size,
+        tied_embeddings=False,
+        norm_eps=1e-6,
+        max_positions=0,
+        rope={"rope_type": "default", "rope_theta": 10000.0},
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etr_megatron.config.schema.lora import LoraConfig
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
 from etr_megatron.weights.layout import TrainingLayout
@@ -59,6 +60,11 @@ class LowRank:
     targets: tuple[str, ...] = ()
     expert_rank: int | None = None
 
+    @classmethod
+    def of(cls, lora: LoraConfig) -> LowRank | None:
+        """The adapters that a config asks for; None if all weights are trained."""
+        return cls(lora.rank, lora.alpha, lora.targets, lora.expert_rank) if lora.rank else None
+
     def adapters_of(self, weight: Weight) -> tuple[Adapter, ...]:
         """The adapters of a weight's HF tensors, in their order; none for a weight that is not adapted."""
         rank = self.rank if weight.expert is None or self.expert_rank is None else self.expert_rank
@@ -91,7 +97,8 @@ class LowRank:
         """Raise UserError as `refuse_missing_targets`, and for a model chunk of a pipeline stage in which nothing would be
         trained: Megatron's optimizer needs a weight in each."""
         self.refuse_missing_targets(arch)
-        trained = {layout.chunk_of(weight.layer, arch)[:2] for weight, _ in self.adapted(arch) if weight.layer is not None}
+        layers = {weight.layer for weight, _ in self.adapted(arch) if weight.layer is not None}
+        trained = {layout.chunk_of(layer, arch)[:2] for layer in layers}
         for stage, chunk in product(range(layout.pp), range(layout.vpp)):
             if (stage, chunk) not in trained:
                 what = f"pipeline stage {stage}" + (f"'s model chunk {chunk}" if layout.vpp > 1 else "")
@@ -142,3 +149,4 @@ def add_gradients(
             grad_a, grad_b = into[piece.hf]
             grad_a[:, column : column + columns].addmm_(b[row : row + rows].t(), part, alpha=adapter.scale)
             grad_b[row : row + rows].addmm_(part, a[:, column : column + columns].t(), alpha=adapter.scale)
+            del part  # before the next one exists

@@ -1,0 +1,125 @@
+"""What low-rank adapters take (the config's section `lora`): numbers of elements from the weight map, and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from etr_megatron.planner.hardware import Hardware
+from etr_megatron.planner.parameters import RankParameters
+
+if TYPE_CHECKING:
+    from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, TrainingLayout, Weight
+
+
+@dataclass(frozen=True)
+class RankAdapters:
+    """Numbers of a rank; all 0 without adapters.
+
+    trained: elements of A and B, of every adapted matrix that the rank has any part of, in full. base: elements of the adapted
+    matrices' shards. pinned: of the pinned memory for them, which torch rounds up to a power of two for each (`allocate` in
+    ATen/core/CachingHostAllocator.h). shard: of the largest one. gradients: of the most weight gradients that exist at once,
+    which are those of a matrix, or those of one matrix of all of a rank's experts in a layer (a grouped GEMM returns them
+    together). parts: of the shards' parts that have an adapter. part: of the largest one. products: multiplications of B A in
+    these parts.
+    """
+
+    trained: RankParameters = field(default_factory=RankParameters)
+    base: int = 0
+    pinned: int = 0
+    shard: int = 0
+    gradients: int = 0
+    parts: int = 0
+    part: int = 0
+    products: int = 0
+
+    def gradient_bytes(self, element: int) -> int:
+        """Bytes that exist in a backward pass until gradients are projected: themselves, in the model's dtype, and the fp32
+        copy of a part. element: bytes of the model's dtype."""
+        return element * self.gradients + (4 * self.part if element < 4 else 0)
+
+    def merge_bytes(self, element: int, *, offloaded: bool) -> int:
+        """Bytes that exist while a weight is merged: an fp32 sum, the result in the model's dtype, and if the original values
+        are in CPU memory (offloaded), their copy."""
+        return self.shard * (4 + (element if element < 4 else 0) + (element if offloaded else 0))
+
+
+def total_adapters(arch: Architecture, low_rank: LowRank | None) -> int:
+    """Elements of all adapters of a model."""
+    if low_rank is None:
+        return 0
+    return sum(adapter.elements for _, adapters in low_rank.adapted(arch) for adapter in adapters)
+
+
+def adapters_by_rank(arch: Architecture, layout: TrainingLayout, low_rank: LowRank | None) -> list[RankAdapters]:
+    """The adapters of every rank. Raises ValueError if the layout does not fit the architecture."""
+    found = [RankAdapters()] * layout.world
+    if low_rank is None:
+        return found
+    at_once: list[dict[tuple[int | None, str], int]] = [{} for _ in found]
+    for weight, adapters in low_rank.adapted(arch):
+        for holding in layout.holdings(weight, arch):
+            one = _one(weight, holding.shard, adapters)
+            for rank in holding.ranks:
+                found[rank] = _together(found[rank], one)
+                matrix = (weight.layer, weight.stored)  # the same for all experts of a layer
+                at_once[rank][matrix] = at_once[rank].get(matrix, 0) + one.base
+    return [replace(rank, gradients=max(sums.values(), default=0)) for rank, sums in zip(found, at_once, strict=True)]
+
+
+def _one(weight: Weight, shard: Shard, adapters: tuple[Adapter, ...]) -> RankAdapters:
+    """What one shard adds to a rank, without `gradients`."""
+    ranks = {adapter.hf: adapter.rank for adapter in adapters}
+    parts = [(ranks[piece.hf], prod(piece.size)) for piece in shard.pieces if piece.hf in ranks]
+    elements, held = sum(adapter.elements for adapter in adapters), prod(shard.shape)
+    return RankAdapters(
+        trained=RankParameters(dense=elements) if weight.expert is None else RankParameters(expert=elements),
+        base=held,
+        pinned=1 << (held - 1).bit_length(),
+        shard=held,
+        parts=sum(size for _, size in parts),
+        part=max((size for _, size in parts), default=0),
+        products=sum(rank * size for rank, size in parts),
+    )
+
+
+def _together(one: RankAdapters, other: RankAdapters) -> RankAdapters:
+    """Both, without `gradients`."""
+    return RankAdapters(
+        trained=RankParameters(one.trained.dense + other.trained.dense, one.trained.expert + other.trained.expert),
+        base=one.base + other.base,
+        pinned=one.pinned + other.pinned,
+        shard=max(one.shard, other.shard),
+        parts=one.parts + other.parts,
+        part=max(one.part, other.part),
+        products=one.products + other.products,
+    )
+
+
+def projection_seconds(rank: RankAdapters, element: int, gpu: Hardware) -> float:
+    """Seconds for the gradients of A and B from those of the weights, of one microbatch: every part is copied to fp32 and read
+    twice. element: bytes of the model's dtype."""
+    copies = (element + 4) * rank.parts if element < 4 else 0
+    return copies / _memory(gpu) + max(2 * 4 * rank.parts / _memory(gpu), 2 * 2 * rank.products / _products(gpu))
+
+
+def merge_seconds(rank: RankAdapters, element: int, gpu: Hardware, *, offloaded: bool) -> float:
+    """Seconds to merge all of a rank's weights anew: original values are copied (from CPU memory if they are offloaded) to
+    fp32, products are added, and the sums are rounded and copied into the parameters."""
+    copied = base_seconds(rank, element, gpu) if offloaded else 0.0
+    copies = (element + 4 + 4 + element + 2 * element) * rank.base
+    return copied + copies / _memory(gpu) + max(2 * 4 * rank.parts / _memory(gpu), 2 * rank.products / _products(gpu))
+
+
+def base_seconds(rank: RankAdapters, element: int, gpu: Hardware, *, offloaded: bool = True) -> float:
+    """Seconds to copy the original values of a rank's adapted matrices, from pinned CPU memory if they are offloaded."""
+    return element * rank.base / gpu.pinned_rate if offloaded else 2 * element * rank.base / _memory(gpu)
+
+
+def _memory(gpu: Hardware) -> float:
+    return gpu.memory * gpu.decode_memory_efficiency
+
+
+def _products(gpu: Hardware) -> float:
+    return gpu.matmul_fp32 * gpu.decode_compute_efficiency
