@@ -6,6 +6,7 @@ A's columns of that box, so an adapter fits every way of cutting a weight, and m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -17,12 +18,16 @@ from torch import Tensor
 from etr_megatron.config.schema.lora import LoraConfig
 from etr_megatron.errors import UserError
 from etr_megatron.weights.architecture import Architecture
+from etr_megatron.weights.file_tensor import Index
 from etr_megatron.weights.layout import TrainingLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.shards import Shard, box
 
 LORA_FILE = "lora.json"
 """Marks a checkpoint of adapters, and has `LowRank.as_json`."""
+
+_R2 = (0.7548776662466927, 0.5698402909980532)
+"""1 / g and 1 / g^2, where g^3 = g + 1 (extremelearning.com.au, "The unreasonable effectiveness of quasirandom sequences")."""
 
 Pair = tuple[Tensor, Tensor]
 """(A [rank, columns], B [rows, rank]), fp32."""
@@ -118,18 +123,43 @@ class LowRank:
 def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]]) -> Tensor:
     """The shard's values with the products of its adapters added: new, in the type of `values`, which is not written to.
 
-    values: the shard of the base, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors on the same
-    device. Sums are in fp64 and rounded once: the order of fp32 sums would depend on how a weight is cut, on sizes and on the
-    device, and a checkpoint that is merged elsewhere would differ from what was trained.
+    values: the shard of the base, fp32 or bf16, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors
+    on the same device. Sums are in fp64 and rounded once, as `_rounded` does it: the order of fp32 sums would depend on how a
+    weight is cut, on sizes and on the device, and a checkpoint that is merged elsewhere would differ from what was trained.
     """
-    merged = values.to(torch.float64, copy=True)
+    merged = values.clone()
     for piece in shard.pieces:
         if piece.hf in adapters:
             adapter, (a, b) = adapters[piece.hf]
             (row, column), (rows, columns) = piece.begin, piece.size
+            part = box(merged, piece.at, piece.size)
             b_rows, a_columns = b[row : row + rows].double(), a[:, column : column + columns].double()
-            box(merged, piece.at, piece.size).addmm_(b_rows, a_columns, alpha=adapter.scale)
-    return merged.to(values.dtype)
+            total = part.double().addmm_(b_rows, a_columns, alpha=adapter.scale).to(torch.float32)
+            part.copy_(total if values.dtype == torch.float32 else _rounded(total, adapter.module, piece.begin))
+    return merged
+
+
+def _rounded(values: Tensor, module: str, begin: Index) -> Tensor:
+    """fp32 values [n, m] as bf16, rounded up or down so that the mean of many has no error (in place: they are overwritten).
+
+    Elements of a base in bf16 have no further bits, so rounding to the nearest would return all of them unchanged until a
+    product exceeds half a unit in the last place, which those of thousands of updates may not. Here, an element is rounded away
+    from zero if its discarded bits exceed a threshold of its own, and thresholds are spread evenly over all that are possible:
+    a product of a tenth of a unit changes every tenth element by a unit.
+
+    module, begin: the name of the tensor and the place of the values in it, on which thresholds depend (and on nothing else, so
+    that a weight is the same however it is cut). They are the fractional parts of `row p + column q + r`, p and q being the
+    constants of Roberts's R2 sequence, whose points fill a square evenly.
+    """
+    rows, columns = (
+        torch.arange(first, first + count, dtype=torch.float64, device=values.device) * step
+        for first, count, step in zip(begin, values.shape, _R2, strict=True)
+    )
+    offset = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") / 2**32
+    places = (rows.frac()[:, None] + (columns + offset).frac()).to(torch.float32).frac_()
+    thresholds = places.mul_(2**16).to(torch.int32)
+    bits = values.view(torch.int32)
+    return bits.add_(thresholds).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
 @torch.no_grad()
