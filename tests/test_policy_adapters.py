@@ -182,6 +182,7 @@ SP, SHARDED = "parallel.sequence_parallel=true", "train.distributed_optimizer=tr
     ("family", "before", "after"),
     [
         ("qwen3", (2, ["parallel.tp=2", SP]), (2, ["parallel.tp=1", "parallel.pp=2"])),
+        ("qwen3", (1, ["parallel.tp=1", "model.dtype=bfloat16"]), (1, ["parallel.tp=1", "model.dtype=bfloat16"])),
         (
             "qwen3_moe",
             (2, ["parallel.tp=1", "parallel.ep=2", SHARDED]),
