@@ -24,4 +24,4 @@ def test_a_console_of_the_docs_is_what_the_tool_prints(command, shown):
 
 
 def test_the_docs_have_consoles():
-    assert len(CONSOLES) == 3
+    assert len(CONSOLES) == 4

@@ -28,6 +28,7 @@ PROMISED = (
     "glm4.7_flash_16gpu",
     "deepseek_v3_256gpu",
 )
+LORA = ("qwen3_32b_8gpu_lora", "llama3.1_70b_16gpu_lora", "qwen3_30b_a3b_8gpu_lora")
 LARGE = {"qwen3_30b_a3b_32gpu", "llama3.1_70b_128gpu", "glm4.5_air_64gpu", "glm4.7_flash_16gpu"}
 SAMPLED = {"deepseek_v3_256gpu"}  # all ranks would take minutes; the dry run builds the ends of every stage
 # At these servers' TP, not all of their matrices are whole blocks: MLPs, and the up-projection of latent keys and values.
@@ -42,19 +43,24 @@ def gpus_of(name: str) -> int:
 
 
 def test_all_promised_configs_are_there_each_with_a_variant_in_fp8() -> None:
-    assert sorted([*PROMISED, *(f"{name}_fp8" for name in PROMISED)]) == SHIPPED
+    assert sorted([*PROMISED, *(f"{name}_fp8" for name in PROMISED), *LORA]) == SHIPPED
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SAMPLED)) for name in SHIPPED])
 def test_a_shipped_config_passes_its_dry_run(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name.endswith("_fp8"):  # it holds the tensors of the variant without FP8
+    if name.endswith("_fp8") or name == "qwen3_30b_a3b_8gpu_lora":
+        # It holds the tensors of the variant without FP8; all ranks of one stage, with equally many experts, are alike.
         monkeypatch.setattr("etr_megatron.planner.dry_run.distinct_ranks", lambda _plan: [0])
     dry_run(["--config", str(CONFIGS / f"{name}.yaml"), "--gpus", str(gpus_of(name))])
     said = capsys.readouterr().out
     assert "\nfits: rank" in said
     assert "built without memory: their parameters are those of the weight map and the plan" in said
+    if name in LORA:
+        text = (CONFIGS / f"{name}.yaml").read_text()
+        promised = re.search(r"\n# Planned: (.* usable GiB), and (.* GiB of a node's memory) for", text)
+        assert promised and all(words in said for words in promised.groups())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_distinct_ranks_are_the_ends_of_every_stage() -> None:
 
 
 def test_a_plan_that_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("etr_megatron.planner.dry_run.parameters_built", lambda *_: 5)
+    monkeypatch.setattr("etr_megatron.planner.dry_run.elements_built", lambda *_: (5, 0))
     plan = make_plan(load_config(CONFIGS / "qwen3_8b_8gpu.yaml"), 8)
     with pytest.raises(RuntimeError, match=r"rank 3 has 5 parameters, the plan says 4\d{9}"):
         check_ranks(plan, [3])
