@@ -105,8 +105,11 @@ def test_what_merging_and_projecting_need_for_a_while_is_what_the_operators_hold
     pairs = {one.hf: (one, (torch.ones(3, one.columns), torch.ones(one.rows, 3))) for one in adapters}
     base = torch.ones(shard.shape, dtype=dtype)
     merged = peak_bytes(lambda: add_products(base.clone(), shard, pairs))  # the clone stands for a copy from the CPU
-    assert planned.merge_bytes(dtype.itemsize, offloaded=True) == merged
-    assert planned.merge_bytes(dtype.itemsize, offloaded=False) == peak_bytes(lambda: add_products(base, shard, pairs))
+    # Beside what is planned, there are factors in fp64, and the thresholds of rows and columns; the larger the less they count.
+    small = 128 * sum(shard.pieces[0].size)
+    assert 0 <= merged - planned.merge_bytes(dtype.itemsize, offloaded=True) <= small
+    merged = peak_bytes(lambda: add_products(base, shard, pairs))
+    assert 0 <= merged - planned.merge_bytes(dtype.itemsize, offloaded=False) <= small
     into = {one.hf: (torch.zeros(3, one.columns), torch.zeros(one.rows, 3)) for one in adapters}
     projected = peak_bytes(lambda: add_gradients(base.clone(), shard, pairs, into))
     assert planned.gradient_bytes(dtype.itemsize) == projected
@@ -116,7 +119,7 @@ def test_transients_count_in_the_phase_that_they_are_in() -> None:
     rank = dense().ranks[0]
     gate_and_up = 2 * 25600 * 5120 // 8
     assert rank.projected == 2 * gate_and_up + 4 * gate_and_up // 2
-    assert rank.step == (4 + 2 + 2) * gate_and_up
+    assert rank.step == (2 + 2) * gate_and_up + (8 + 4) * gate_and_up // 2  # of sums, gate and up one after the other
     assert rank.phases["train"] - replace(rank, projected=0).phases["train"] == rank.projected
     bare = replace(rank, activations=0, head=0)
     assert bare.phases["train"] - replace(bare, step=0).phases["train"] == rank.step - rank.projected
@@ -167,7 +170,8 @@ def test_every_update_merges_and_every_microbatch_projects() -> None:
     elements = MATRICES_32B / 8
     memory, products = 0.8 * 3.35e12, 0.6 * 67e12
     project = 6 * elements / memory + max(8 * elements / memory, 4 * 32 * elements / products)
-    merge = 2 * elements / 2e10 + 16 * elements / memory + max(8 * elements / memory, 2 * 32 * elements / products)
+    # 30 bytes are copied per element, and 58 read and written to round it.
+    merge = 2 * elements / 2e10 + 88 * elements / memory + max(16 * elements / memory, 2 * 32 * elements / products)
     assert projection_seconds(most, 2, H100) == pytest.approx(project)
     assert merge_seconds(most, 2, H100, offloaded=True) == pytest.approx(merge)
     assert plan.time.adapters == pytest.approx(4 * (128 * project + merge))  # optimizer steps, microbatches

@@ -40,9 +40,11 @@ class RankAdapters:
         return element * self.gradients + (4 * self.part if element < 4 else 0)
 
     def merge_bytes(self, element: int, *, offloaded: bool) -> int:
-        """Bytes that exist while a weight is merged: an fp32 sum, the result in the model's dtype, and if the original values
-        are in CPU memory (offloaded), their copy."""
-        return self.shard * (4 + (element if element < 4 else 0) + (element if offloaded else 0))
+        """Bytes that exist while a weight is merged: the result in the model's dtype, if the original values are in CPU memory
+        (offloaded) their copy, and the sums of some elements in fp64 and fp32."""
+        from etr_megatron.weights.low_rank import MERGED_AT_ONCE
+
+        return self.shard * element * (2 if offloaded else 1) + (8 + 4) * min(self.part, MERGED_AT_ONCE)
 
 
 def total_adapters(arch: Architecture, low_rank: LowRank | None) -> int:
@@ -97,6 +99,10 @@ def _together(one: RankAdapters, other: RankAdapters) -> RankAdapters:
     )
 
 
+_ROUNDING = 4 + 8 + 8 + 8 + 12 + 8 + 6 + 4
+"""Bytes read and written per element by the operators of `low_rank._rounded`, and by the copy of its result."""
+
+
 def projection_seconds(rank: RankAdapters, element: int, gpu: Hardware) -> float:
     """Seconds for the gradients of A and B from those of the weights, of one microbatch: every part is copied to fp32 and read
     twice. element: bytes of the model's dtype."""
@@ -105,11 +111,13 @@ def projection_seconds(rank: RankAdapters, element: int, gpu: Hardware) -> float
 
 
 def merge_seconds(rank: RankAdapters, element: int, gpu: Hardware, *, offloaded: bool) -> float:
-    """Seconds to merge all of a rank's weights anew: original values are copied (from CPU memory if they are offloaded) to
-    fp32, products are added, and the sums are rounded and copied into the parameters."""
+    """Seconds to merge all of a rank's weights anew: original values are copied (from CPU memory if they are offloaded), parts
+    with an adapter are summed in fp64 and rounded, and the result is copied into the parameters."""
     copied = base_seconds(rank, element, gpu) if offloaded else 0.0
-    copies = (element + 4 + 4 + element + 2 * element) * rank.base
-    return copied + copies / _memory(gpu) + max(2 * 4 * rank.parts / _memory(gpu), 2 * rank.products / _products(gpu))
+    copies = 4 * element * rank.base + (element + 8 + 8 + 4) * rank.parts  # to the result and the parameters; to fp64, to fp32
+    rounding = (element + 4 if element == 4 else _ROUNDING) * rank.parts
+    products = max(2 * 8 * rank.parts / _memory(gpu), 2 * rank.products / _products(gpu))
+    return copied + (copies + rounding) / _memory(gpu) + products
 
 
 def base_seconds(rank: RankAdapters, element: int, gpu: Hardware, *, offloaded: bool = True) -> float:

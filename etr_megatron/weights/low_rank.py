@@ -26,6 +26,9 @@ from etr_megatron.weights.shards import Shard, box
 LORA_FILE = "lora.json"
 """Marks a checkpoint of adapters, and has `LowRank.as_json`."""
 
+MERGED_AT_ONCE = 2**24
+"""Elements that are summed in fp64 at a time, which bounds the memory for it."""
+
 _R2 = (0.7548776662466927, 0.5698402909980532)
 """1 / g and 1 / g^2, where g^3 = g + 1 (extremelearning.com.au, "The unreasonable effectiveness of quasirandom sequences")."""
 
@@ -132,10 +135,13 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
         if piece.hf in adapters:
             adapter, (a, b) = adapters[piece.hf]
             (row, column), (rows, columns) = piece.begin, piece.size
-            part = box(merged, piece.at, piece.size)
-            b_rows, a_columns = b[row : row + rows].double(), a[:, column : column + columns].double()
-            total = part.double().addmm_(b_rows, a_columns, alpha=adapter.scale).to(torch.float32)
-            part.copy_(total if values.dtype == torch.float32 else _rounded(total, adapter.module, piece.begin))
+            b_rows, a_columns = b[row : row + rows], a[:, column : column + columns].double()
+            step = max(1, MERGED_AT_ONCE // columns)
+            for first in range(0, rows, step):
+                part = box(merged, piece.at, piece.size)[first : first + step]
+                total = part.double().addmm_(b_rows[first : first + step].double(), a_columns, alpha=adapter.scale).float()
+                is_exact = values.dtype == torch.float32
+                part.copy_(total if is_exact else _rounded(total, adapter.module, (row + first, column)))
     return merged
 
 
@@ -156,8 +162,7 @@ def _rounded(values: Tensor, module: str, begin: Index) -> Tensor:
         for first, count, step in zip(begin, values.shape, _R2, strict=True)
     )
     offset = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") / 2**32
-    places = (rows.frac()[:, None] + (columns + offset).frac()).to(torch.float32).frac_()
-    thresholds = places.mul_(2**16).to(torch.int32)
+    thresholds = (rows.frac().float()[:, None] + (columns + offset).frac().float()).frac_().mul_(2**16).to(torch.int32)
     bits = values.view(torch.int32)
     return bits.add_(thresholds).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
