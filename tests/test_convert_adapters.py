@@ -141,7 +141,7 @@ REAL = {
         2,
         [
             *("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"),
-            *("model.dtype=bfloat16", "lora.expert_rank=2", "train.distributed_optimizer=true"),
+            *("model.dtype=bfloat16", "lora.expert_rank=2"),
         ],
     ),
 }

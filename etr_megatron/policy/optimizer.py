@@ -40,6 +40,8 @@ def wrap_chunks(
 def optimizer_config(config: Config) -> OptimizerConfig:
     """Megatron's config for Adam."""
     train = config.train
+    # Adapters are fp32 in a model of any type, and Megatron's optimizer for bf16 cannot store the state of such parameters.
+    dtype = "float32" if config.lora.rank else config.model.dtype
     return OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -50,8 +52,8 @@ def optimizer_config(config: Config) -> OptimizerConfig:
         adam_eps=train.adam_eps,
         # With an infinite limit the norm is computed but never scales; with 0 it would not be computed.
         clip_grad=train.clip_grad or float("inf"),
-        bf16=config.model.dtype == "bfloat16",
-        params_dtype=DTYPES[config.model.dtype],
+        bf16=dtype == "bfloat16",
+        params_dtype=DTYPES[dtype],
         use_distributed_optimizer=train.distributed_optimizer,
         overlap_param_gather=train.overlap_param_gather,
         optimizer_cpu_offload=train.optimizer_offload,
