@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def write_adapters(step: Path, model: str | Path, low_rank: LowRank, dtype: str 
             stored[b] = torch.randn(adapter.rows, adapter.rank, generator=generator) / 5
     step.mkdir(parents=True)
     optimizer = {f"optimizer.state.exp_avg.{name}": torch.ones(3) for name in stored}
-    dcp.save({**stored, **optimizer}, checkpoint_id=step, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save({**stored, **optimizer}, checkpoint_id=step, no_dist=True)
     (step / "lora.json").write_text(json.dumps(low_rank.as_json()))
     if dtype is not None:
         (step.parent.parent / "config.yaml").write_text(f"model: {{path: {model}, dtype: {dtype}}}")

@@ -43,6 +43,13 @@ def step(tmp_path):
     return tmp_path / "run" / "checkpoints" / "step_000003"
 
 
+def refusal(capsys, *arguments: str | Path) -> str:
+    """The sentence with which the command line refuses."""
+    assert main([*map(str, arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 def test_every_adapted_tensor_has_its_product_added_and_the_others_are_copied(hf_models, tmp_path, step, family, low_rank):
     stored, base = write_adapters(step, hf_models[family], low_rank), tensors_of(hf_models[family])
     to_hf(tmp_path / "run", tmp_path / "out", Ranks(), max_file_bytes=60_000)
@@ -127,6 +134,43 @@ def test_the_base_may_be_fp8_or_torch_dist_and_the_output_fp8(hf_models, tmp_pat
     assert result.same and len(result.rounded) == 28
 
 
+REAL = {
+    "tp2": ("qwen3", 2, ["parallel.tp=2", "lora.targets=[q_proj, v_proj, up_proj]"]),
+    "tp2_ep2_bf16": (
+        "qwen3_moe_dense",
+        2,
+        [
+            *("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.ep=2", "parallel.etp=1"),
+            *("model.dtype=bfloat16", "lora.expert_rank=2"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REAL)
+def test_a_run_with_adapters_becomes_what_it_serves_and_no_other_base_will_do(gangs, hf_models, tmp_path, capsys, layout):
+    family, ranks, overrides = REAL[layout]
+    run, hf = tmp_path / "run", hf_models[family]
+    job = {"model": hf, "out": str(run / "checkpoints"), "overrides": ["lora.rank=3", *overrides]}
+    exported = gangs(ranks).run("tests.convert_jobs:train_and_save", **job)[0]
+    dtype = exported["model.norm.weight"].dtype
+    (run / "config.yaml").write_text(f"model: {{path: {hf}, dtype: {str(dtype).removeprefix('torch.')}}}")
+    to_hf(run, tmp_path / "out", Ranks())
+    found = tensors_of(tmp_path / "out")
+    assert_same_bits(found, exported)
+    moved = {name for name, tensor in tensors_of(hf).items() if not torch.equal(found[name], tensor.to(dtype))}
+    assert moved and all(name.endswith("_proj.weight") for name in moved)
+
+    other = shutil.copytree(hf, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][5, 7] += 1.0
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    command = ["to-hf", "--megatron", run, "--out", tmp_path / "refused", "--base", other]
+    assert f"--base {other} holds other weights than those that" in refusal(capsys, *command)
+    assert not (tmp_path / "refused").exists()
+    assert "holds other weights" in refusal(capsys, "verify", "--hf", hf, "--megatron", run, "--base", other, "--no-logits")
+
+
 def test_verify_compares_the_merged_model_and_its_logits(gangs, hf_models, tmp_path, step, family, low_rank):
     write_adapters(step, hf_models[family], low_rank)
     to_hf(step, tmp_path / "out", Ranks())
@@ -197,13 +241,6 @@ def test_an_adapter_directory_may_be_rounded_and_its_base_another(hf_models, tmp
     module = "model.layers.1.self_attn.v_proj"
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"base_model.model.{module}.lora_A.weight"]
     assert torch.equal(found, stored[f"lora.{module}.A"].bfloat16())
-
-
-def refusal(capsys, *arguments: str | Path) -> str:
-    """The sentence with which the command line refuses."""
-    assert main([*map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_options_that_do_not_go_together_are_refused(hf_models, tmp_path, step, capsys):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from etr_megatron.errors import UserError
 from etr_megatron.weights import LowRank, TrainingLayout, read_architecture
-from etr_megatron.weights.low_rank import LORA_FILE
+from etr_megatron.weights.run_checkpoint import LORA_FILE
 from tests import test_policy_checkpoints, test_policy_gradients
 from tests.hf_models import random_sequences
 from tests.test_policy_training import assert_same_run, run

@@ -34,19 +34,16 @@ from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import LowRank
-from etr_megatron.weights.low_rank import LORA_FILE
+from etr_megatron.weights.run_checkpoint import BASE_SUM, LORA_FILE, TRAINER_FILE
 
 _NAME = re.compile(r"step_(\d{6,})$")
 _TORN = (json.JSONDecodeError, UnicodeDecodeError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError)
 """What readers raise for a truncated, corrupt or missing file."""
-TRAINER_FILE = "trainer.json"
-"""Written last into a checkpoint: the non-tensor state and the layout it was made with."""
 _TENSORS_FILE = "trainer.safetensors"
 """Tensors of the trainer's state: per-token data of pending groups, which would be gigabytes of JSON."""
 
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _DISTRIBUTED = "distributed_optimizer"
-_BASE = "lora_base"
 
 
 def latest_step(checkpoints: Path) -> int | None:
@@ -91,7 +88,7 @@ def save(
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             if policy.adapters:
-                state[_BASE] = base
+                state[BASE_SUM] = base
             tensors = tensors_as_bytes(state.pop("tensors", {}))
             files = {_TENSORS_FILE: tensors, TRAINER_FILE: json.dumps(state).encode()}
             if policy.adapters.spec is not None:
@@ -192,7 +189,7 @@ def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) 
     file, now = path / LORA_FILE, policy.adapters.spec
     written = LowRank.from_json(json.loads(file.read_text())) if file.is_file() else None
     if written == now:
-        if now is not None and trainer[_BASE] != base:
+        if now is not None and trainer[BASE_SUM] != base:
             raise UserError(
                 f"{path} has adapters of another model than {policy.config.model.path} is now; restore it, or choose another "
                 "run.name"

@@ -23,6 +23,7 @@ from etr_megatron.types import TOKENIZER_FILES
 from etr_megatron.weights import (
     Architecture,
     BoxSource,
+    Merged,
     SafetensorsDir,
     Weight,
     check_checkpoint,
@@ -85,6 +86,8 @@ def verify(
         _refuse_unknown_to_transformers(hf)
         tokens = _tokens(hf, arch, prompt)
     result = _compare_tensors(arch, stored, source, ranks)
+    if isinstance(stored, Merged):
+        stored.refuse_other_base(ranks.total)
     if tokens is not None:
         ours = _megatron_logits(arch, found.weights if found.base is None else ByName(stored, arch), tokens)
         types = {name: stored.type_of(name, w) for w in weights_of(arch) for name in w.hf}

@@ -15,7 +15,7 @@ from etr_megatron.convert.quantiser import Quantiser
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
 from etr_megatron.convert.source import MegatronSource, find_megatron
-from etr_megatron.weights import Architecture, BoxSource, Weight, read_architecture, weights_of
+from etr_megatron.weights import Architecture, BoxSource, Merged, Weight, read_architecture, weights_of
 from etr_megatron.weights.map import EMBEDDING, HEAD, hf_name
 from etr_megatron.weights.quantize import FP8, SCALE_SUFFIX, scale_shape
 
@@ -65,6 +65,8 @@ def to_hf(
                         _convert(source, weights[i], arch, writer, bar.update)
 
         ranks.together(convert)
+        if isinstance(source, Merged):
+            source.refuse_other_base(ranks.total)
         plain = {dtype or source.type_of(name, weight) for weight in weights if not weight.fp32 for name in weight.hf}
         quantization = _quantization(arch, fp8_block) if fp8_block else None
         ranks.first(lambda: copy_hf_files(found.config, folder, plain, quantization))

@@ -50,6 +50,13 @@ class Ranks:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def total(self, number: int) -> int:
+        """The sum of all ranks' numbers. A collective."""
+        numbers = [number] * self.world
+        if self.group is not None:
+            dist.all_gather_object(numbers, number, group=self.group)
+        return sum(numbers)
+
     def share(self, sizes: Sequence[int]) -> range:
         """Indices of this rank's items: a run of consecutive ones, with about as many bytes as any other rank's."""
         total, before = max(1, sum(sizes)), 0

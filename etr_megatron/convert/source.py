@@ -64,7 +64,8 @@ class MegatronSource:
         """The model's tensors. Raises UserError unless they are those of this architecture."""
         if self.base is None:
             return _open_torch_dist(self.weights, arch)
-        return Merged(self.base.open(arch), AdapterDir(self.weights, arch), self.base.dtype)
+        named = f"{self.base.named} {self.base.path}"
+        return Merged(self.base.open(arch), AdapterDir(self.weights, arch), self.base.dtype, named)
 
 
 def _open_torch_dist(path: Path, arch: Architecture) -> TorchDistDir:

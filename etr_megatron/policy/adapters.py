@@ -30,7 +30,7 @@ from etr_megatron.config import Config
 from etr_megatron.policy.model import ADAPTERS, PolicyModel, own_parameters
 from etr_megatron.policy.parallel import Layout
 from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, Weight, megatron_shard
-from etr_megatron.weights.low_rank import Pair, add_gradients, add_products
+from etr_megatron.weights.low_rank import Pair, add_gradients, add_products, bit_sum
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ class Adapters(torch.nn.Module):
         for weight, one in self._adapted:
             repeated = layout.tp_rank if weight.split == "replicated" else 0
             if (replica if weight.expert is None else expert_replica) + repeated == 0:
-                bits = one.base.view(torch.int32 if one.base.itemsize == 4 else torch.int16)
-                total += bits.sum(dtype=torch.int64).cpu()
+                total += bit_sum(one.base)
         return int(total)
 
     @torch.no_grad()

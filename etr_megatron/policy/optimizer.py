@@ -38,8 +38,10 @@ def wrap_chunks(
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:
-    """Megatron's config for Adam, which updates fp32 adapters as the weights of an fp32 model."""
-    train, dtype = config.train, "float32" if config.lora.rank else config.model.dtype
+    """Megatron's config for Adam."""
+    train = config.train
+    # Adapters are fp32 in a model of any type, and Megatron's optimizer for bf16 cannot store the state of such parameters.
+    dtype = "float32" if config.lora.rank else config.model.dtype
     return OptimizerConfig(
         optimizer="adam",
         lr=train.lr,

@@ -1,7 +1,6 @@
 """Weights: one table per model family, and everything derived from it. Megatron is not imported here; see `policy` for that."""
 
 from etr_megatron.weights.adapter_dir import AdapterDir, Merged
-from etr_megatron.weights.adapter_file import holds_adapters, refuse_adapters
 from etr_megatron.weights.architecture import (
     FAMILIES,
     Architecture,
@@ -19,6 +18,7 @@ from etr_megatron.weights.low_rank import Adapter, LowRank
 from etr_megatron.weights.map import TABLES, Weight, weights_of
 from etr_megatron.weights.plan import make_plan
 from etr_megatron.weights.quantize import quantize_blocks
+from etr_megatron.weights.run_checkpoint import holds_adapters, refuse_adapters
 from etr_megatron.weights.safetensors_dir import SafetensorsDir
 from etr_megatron.weights.shards import Shard, join_shards, megatron_shard, padded_vocab_size, read_shard, server_shard
 from etr_megatron.weights.torch_dist_dir import TorchDistDir, is_torch_dist

@@ -8,7 +8,6 @@ from typing import Any
 
 from etr_megatron.config import TinyConfig
 from etr_megatron.errors import UserError
-from etr_megatron.weights.adapter_file import refuse_adapters
 from etr_megatron.weights.experts import Experts, read_biased_experts, read_qwen3_experts
 from etr_megatron.weights.hf_config import (
     natural_number,
@@ -21,6 +20,7 @@ from etr_megatron.weights.hf_config import (
 from etr_megatron.weights.latent import LatentAttention, read_latent_attention
 from etr_megatron.weights.map import TABLES
 from etr_megatron.weights.rope import read_rope
+from etr_megatron.weights.run_checkpoint import refuse_adapters
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",

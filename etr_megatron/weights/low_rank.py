@@ -23,9 +23,6 @@ from etr_megatron.weights.layout import TrainingLayout
 from etr_megatron.weights.map import Weight, weights_of
 from etr_megatron.weights.shards import Shard, box
 
-LORA_FILE = "lora.json"
-"""Marks a checkpoint of adapters, and has `LowRank.as_json`."""
-
 MERGED_AT_ONCE = 2**24
 """Elements that are summed in fp64 at a time, which bounds the memory for it."""
 
@@ -120,6 +117,11 @@ class LowRank:
     def from_json(cls, values: Mapping[str, Any]) -> LowRank:
         """The inverse of `as_json`. Raises TypeError for other keys."""
         return cls(**{**values, "targets": tuple(values.get("targets", ()))})
+
+
+def bit_sum(values: Tensor) -> Tensor:
+    """int64 scalar on the CPU: the sum of the elements' bits as integers, by which models are told apart."""
+    return values.view(torch.int32 if values.itemsize == 4 else torch.int16).sum(dtype=torch.int64).cpu()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The mark of a checkpoint of low-rank adapters."""
+"""What a training run's checkpoint says about itself, for readers that are not the trainer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from pathlib import Path
 
 from etr_megatron.errors import UserError
 
-ADAPTER_FILE = "lora.json"
-"""Marks a checkpoint that holds adapters alone, and says which (`LowRank.as_json`)."""
+LORA_FILE = "lora.json"
+"""Marks a checkpoint of adapters, and has `LowRank.as_json`."""
+
+TRAINER_FILE = "trainer.json"
+"""Written last into a run's checkpoint: the non-tensor state and the layout it was made with."""
+
+BASE_SUM = "lora_base"
+"""Key of `TRAINER_FILE`: the `bit_sum` of all weights with adapters as they were before training, modulo 2**64."""
 
 
 def holds_adapters(path: str | Path) -> bool:
     """Whether the directory is a checkpoint of adapters."""
-    return (Path(path) / ADAPTER_FILE).is_file()
+    return (Path(path) / LORA_FILE).is_file()
 
 
 def refuse_adapters(path: str | Path, named: str) -> None:
