@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -41,4 +43,22 @@ def merged(base: dict[str, Tensor], stored: dict[str, Tensor], low_rank: LowRank
             module = name.removeprefix("lora.").removesuffix(".A")
             b = stored[f"lora.{module}.B"]
             found[f"{module}.weight"] += low_rank.alpha / len(a) * (b.double() @ a.double())
+    return found
+
+
+def rounded(exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `merged` is in bfloat16: each element away from zero if its lower 16 bits exceed the threshold of its place."""
+    found = {}
+    for name, tensor in exact.items():
+        digest = hashlib.sha256(name.removesuffix(".weight").encode()).digest()
+        if tensor.dim() == 1:
+            found[name] = tensor.bfloat16()
+            continue
+        rows, columns = (np.arange(count, dtype=np.float64) for count in tensor.shape)
+        places = np.float32(rows * 0.7548776662466927 % 1)[:, None] + np.float32(
+            (columns * 0.5698402909980532 + int.from_bytes(digest[:4], "big") / 2**32) % 1
+        )
+        bits = tensor.float().numpy().view(np.int32).astype(np.int64)
+        bits += (places % 1 * 65536).astype(np.int64)
+        found[name] = torch.from_numpy((bits >> 16).astype(np.int16)).view(torch.bfloat16)
     return found

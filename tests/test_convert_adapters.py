@@ -15,7 +15,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.weights import LowRank, check_checkpoint, join_shards, megatron_shard, read_architecture
 from etr_megatron.weights.low_rank import add_products
 from etr_megatron.weights.quantize import quantize_blocks
-from tests.adapter_checkpoints import merged, write_adapters
+from tests.adapter_checkpoints import merged, rounded, write_adapters
 from tests.hf_models import by_published_names
 from tests.test_convert import assert_same_bits, tensors_of
 from tools.convert_hf import main
@@ -104,7 +104,7 @@ def test_without_the_config_of_the_run_the_type_is_that_of_the_base_given(hf_mod
     with pytest.raises(UserError, match=r"config\.yaml, which names the model of these adapters, does not exist; .*--base$"):
         to_hf(step, tmp_path / "out", Ranks())
     to_hf(step, tmp_path / "out", Ranks(), base=half)
-    wanted = {name: tensor.bfloat16() for name, tensor in merged(base, stored, LOW_RANK["qwen3"]).items()}
+    wanted = rounded(merged(base, stored, LOW_RANK["qwen3"]))
     assert_same_bits(tensors_of(tmp_path / "out"), wanted)
 
 
@@ -117,7 +117,7 @@ def test_the_base_may_be_fp8_or_torch_dist_and_the_output_fp8(hf_models, tmp_pat
     to_hf(tmp_path / "again", tmp_path / "read", Ranks())
     stored, base = write_adapters(step, tmp_path / "fp8", low_rank, "bfloat16"), tensors_of(tmp_path / "read")
     to_hf(step, tmp_path / "from_fp8", Ranks())
-    wanted = {name: tensor.bfloat16() for name, tensor in merged(base, stored, low_rank).items()}
+    wanted = rounded(merged(base, stored, low_rank))
     assert_same_bits(tensors_of(tmp_path / "from_fp8"), wanted)
     assert "quantization_config" not in json.loads((tmp_path / "from_fp8" / "config.json").read_text())
 
