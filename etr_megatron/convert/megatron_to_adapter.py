@@ -16,7 +16,7 @@ from etr_megatron.convert.output import output_directory
 from etr_megatron.convert.progress import progress_bar
 from etr_megatron.convert.ranks import Ranks
 from etr_megatron.convert.safetensors_writer import SafetensorsWriter, TensorToWrite
-from etr_megatron.convert.source import MegatronSource, find_megatron
+from etr_megatron.convert.source import find_megatron
 from etr_megatron.errors import UserError
 from etr_megatron.platform.files import write_atomically
 from etr_megatron.weights import (
@@ -69,7 +69,7 @@ def to_adapter(
     dtype: None keeps float32, as they are trained. config_from, base: see `find_megatron`. Returns the bytes of all tensors.
     Raises UserError for a checkpoint of a whole model, or one that does not fit the config.json, and as `output_directory`.
     """
-    found, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
+    model, arch, source = ranks.together(lambda: _open(megatron, config_from, base))
     modules = list(_modules(arch, source.low_rank))
     rank = max(module.adapter.rank for module in modules if module.adapter)
     tensors = [module.tensors(rank, dtype or torch.float32) for module in modules]
@@ -87,17 +87,18 @@ def to_adapter(
                         bar.update(writer.write(tensor.name, (0, 0), values))
 
         ranks.together(convert)
-        config = _config(found, arch, source.low_rank, modules, rank)
+        config = _config(model, arch, source.low_rank, modules, rank)
         ranks.first(lambda: write_atomically(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()))
     return sum(sizes)
 
 
-def _open(megatron: Path, config_from: Path | None, base: Path | None) -> tuple[MegatronSource, Architecture, AdapterDir]:
+def _open(megatron: Path, config_from: Path | None, base: Path | None) -> tuple[Path, Architecture, AdapterDir]:
+    """The directory of the adapters' base, its architecture, and the adapters."""
     found = find_megatron(megatron, config_from, base)
     if found.base is None:
         raise UserError(f"--adapter: {found.weights} holds a whole model and no adapters (LoRA); leave --adapter out")
     arch = read_architecture(found.config, named=found.named)
-    return found, arch, AdapterDir(found.weights, arch)
+    return found.base.path, arch, AdapterDir(found.weights, arch)
 
 
 def _modules(arch: Architecture, low_rank: LowRank) -> Iterator[_Module]:
@@ -129,12 +130,9 @@ def _factors(module: _Module, source: AdapterDir, rank: int) -> tuple[Tensor, Te
     return a, b
 
 
-def _config(found: MegatronSource, arch: Architecture, low_rank: LowRank, modules: list[_Module], rank: int) -> dict[str, Any]:
+def _config(base: Path, arch: Architecture, low_rank: LowRank, modules: list[_Module], rank: int) -> dict[str, Any]:
     """adapter_config.json: what PEFT writes, but for fields that have its defaults."""
-    if found.base is None:
-        raise RuntimeError("a checkpoint of adapters has a base")
-    base, alpha = found.base.path, low_rank.alpha
-    names = [module.name for module in modules]
+    names, alpha = [module.name for module in modules], low_rank.alpha
     parameters = []
     if arch.experts is not None:
         # PEFT takes these names for parts of transformers' fused experts; other modules of the same name are targeted by their
