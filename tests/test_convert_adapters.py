@@ -107,6 +107,10 @@ def test_without_the_config_of_the_run_the_type_is_that_of_the_base_given(hf_mod
     wanted = rounded(merged(base, stored, LOW_RANK["qwen3"]))
     assert_same_bits(tensors_of(tmp_path / "out"), wanted)
 
+    save_file({name: tensor.half() for name, tensor in base.items()}, half / "model.safetensors")
+    with pytest.raises(UserError, match=r"--base .*_proj\.weight is torch\.float16, which no run .*config\.yaml"):
+        to_hf(step, tmp_path / "refused", Ranks(), base=half)
+
 
 def test_the_base_may_be_fp8_or_torch_dist_and_the_output_fp8(hf_models, tmp_path, step):
     """What fp8 stands for is the base; the output is quantised from the merged values as a sync of them would be."""

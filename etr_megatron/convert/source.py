@@ -64,8 +64,16 @@ class MegatronSource:
         """The model's tensors. Raises UserError unless they are those of this architecture."""
         if self.base is None:
             return _open_torch_dist(self.weights, arch)
-        named = f"{self.base.named} {self.base.path}"
-        return Merged(self.base.open(arch), AdapterDir(self.weights, arch), self.base.dtype, named)
+        named, adapters = f"{self.base.named} {self.base.path}", AdapterDir(self.weights, arch)
+        source = Merged(self.base.open(arch), adapters, self.base.dtype, named)
+        for weight, some in adapters.low_rank.adapted(arch):
+            for name in (weight.hf[adapter.hf] for adapter in some):
+                if (dtype := source.type_of(name, weight)) not in _DTYPES.values():
+                    raise UserError(
+                        f"{named}: {name} is {dtype}, which no run holds its base in; put the checkpoint below its run's "
+                        "config.yaml, which says in what it does"
+                    )
+        return source
 
 
 def _open_torch_dist(path: Path, arch: Architecture) -> TorchDistDir:
