@@ -28,7 +28,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def gangs():
-    running = Gangs("tests.rollout_jobs")
+    running = Gangs()
     yield running
     running.stop()
 

@@ -3,7 +3,7 @@
 gang.run("tests.policy_jobs:logprobs", tp=2) calls that function with those arguments on every rank and returns the list of what
 they returned. A rank that raises fails the test with its traceback; a call over its deadline kills the gang.
 
-Ranks are forked from one process (tests/gang_worker.py) that has imported what most of them need, which takes seconds. Between
+Ranks (tests/gang_worker.py) are forked from one process that has imported what most of them need, which takes seconds. Between
 two calls they are stopped: gloo's threads, dozens in a rank, look a hundred times a second whether anything has come, and a
 dozen idle ranks took a quarter of two cores.
 """
@@ -11,64 +11,35 @@ dozen idle ranks took a quarter of two cores.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import selectors
 import signal
-import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.nursery import Nursery, of_session
 
 _MOST_THREADS = 200
 """A worker has about 60 to begin with."""
 
 
-class _Nursery:
-    """The process that workers are forked from; its environment is what there is when it is made. imports: of its own."""
-
-    def __init__(self, *imports: str) -> None:
-        self._socket, theirs = socket.socketpair()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "tests.gang_worker", *imports]
-        with theirs:
-            self._process = subprocess.Popen(command, stdin=theirs, env=env, cwd=ROOT)
-        self._replies = self._socket.makefile("r")
-
-    def ask(self, request: dict[str, Any], *files: int) -> int:
-        """The answer to `{"start": environment}` with the worker's stdin and stdout, its pid; or to `{"poll"|"end": pid}`,
-        whether it has ended."""
-        socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], files)
-        return int(self._replies.readline())
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._replies.close()
-        self._socket.close()
-
-
 class _Worker:
-    """A rank. It is reaped when it is killed here, not before, so that the pid is its own until then."""
+    """A rank. Its pid is its own until it is killed here."""
 
-    def __init__(self, nursery: _Nursery, environment: dict[str, str]) -> None:
+    def __init__(self, nursery: Nursery, environment: dict[str, str]) -> None:
         self._nursery = nursery
         (stdin, ours), (theirs, stdout) = os.pipe(), os.pipe()
-        self.pid = nursery.ask({"start": environment}, stdin, stdout)
+        self.pid = nursery.start("tests.gang_worker:serve", stdin, stdout, environment=environment)
         os.close(stdin)
         os.close(stdout)
         self.stdin, self.stdout = os.fdopen(ours, "wb"), os.fdopen(theirs, "rb")
 
     @property
     def alive(self) -> bool:
-        return not self.stdout.closed and not self._nursery.ask({"poll": self.pid})
+        return not self.stdout.closed and not self._nursery.has_ended(self.pid)
 
     def signal(self, number: int) -> None:
         if not self.stdout.closed:
@@ -78,7 +49,7 @@ class _Worker:
         if self.stdout.closed:
             return
         os.kill(self.pid, signal.SIGKILL)
-        self._nursery.ask({"end": self.pid})
+        self._nursery.end(self.pid)
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
         self.stdout.close()
@@ -87,13 +58,13 @@ class _Worker:
 class Gang:
     """`world` worker processes that form one torch.distributed world over a file store. nursery: of its own without one."""
 
-    def __init__(self, world: int, nursery: _Nursery | None = None) -> None:
+    def __init__(self, world: int, nursery: Nursery | None = None) -> None:
         self.world = world
         self._store = tempfile.mkdtemp(prefix="gang")
-        self._own_nursery = None if nursery else _Nursery()
+        self._own_nursery = None if nursery else Nursery()
         self._workers = [self._start(nursery or self._own_nursery, rank) for rank in range(world)]
 
-    def _start(self, nursery: _Nursery, rank: int) -> _Worker:
+    def _start(self, nursery: Nursery, rank: int) -> _Worker:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
         return _Worker(nursery, {**ranks, "GANG_STORE": f"file://{self._store}/store"})
 
@@ -159,13 +130,11 @@ class Gang:
 class Gangs:
     """`gangs(n)` is the gang of n ranks; one that a failed test killed, or that is worn out, is started anew.
 
-    imports: modules that their process has before it forks; none if there is a GPU, as importing Megatron may initialise CUDA,
-    which forked processes then cannot use.
+    imports: modules that their process has before it forks, if not the session's.
     """
 
     def __init__(self, *imports: str) -> None:
-        self._imports = () if os.path.exists("/dev/nvidiactl") else imports
-        self._nursery: _Nursery | None = None
+        self._own_nursery = Nursery(*imports) if imports else None
         self._running: dict[int, Gang] = {}
 
     def __call__(self, world: int) -> Gang:
@@ -173,12 +142,11 @@ class Gangs:
         if gang is None or not gang.alive or gang.is_worn_out:
             if gang is not None:
                 gang.stop()
-            self._nursery = self._nursery or _Nursery(*self._imports)
-            gang = self._running[world] = Gang(world, self._nursery)
+            gang = self._running[world] = Gang(world, self._own_nursery or of_session())
         return gang
 
     def stop(self) -> None:
         for gang in self._running.values():
             gang.stop()
-        if self._nursery:
-            self._nursery.stop()
+        if self._own_nursery:
+            self._own_nursery.stop()

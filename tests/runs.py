@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tests import warm
+
 REPO = Path(__file__).resolve().parents[1]
 HELD = "reward.function=tests.held:digit_sum_is_even"
 TIMES = ("time_rollout", "time_reward", "time_train", "time_sync", "time_step", "tokens_per_s", "tflops_per_gpu")
@@ -42,17 +44,20 @@ class Runs:
     def command(self, *overrides: str) -> list[str]:
         return [sys.executable, "-m", "etr_megatron.launch", str(self.config), *self._common, *overrides]
 
-    def start(self, *overrides: str, prefix: tuple[str, ...] = (), hold: str = "", **options: Any) -> subprocess.Popen:
+    def start(
+        self, *overrides: str, prefix: tuple[str, ...] = (), hold: str = "", cold: bool = False, **options: Any
+    ) -> subprocess.Popen | warm.Process:
+        """cold: as a user starts it, with a command. Otherwise, and without a prefix and options of Popen, it starts warm."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HOLD": hold}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [*prefix, *self.command(*overrides)], cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True, **options
-        )
+        command, pipe = [*prefix, *self.command(*overrides)], subprocess.PIPE
+        if cold or prefix or options:
+            return subprocess.Popen(command, cwd=REPO, env=env, stdout=pipe, stderr=pipe, text=True, **options)
+        return warm.start(command, env)
 
-    def held(self, point: str, *overrides: str) -> subprocess.Popen:
+    def held(self, point: str, *overrides: str, **options: Any) -> subprocess.Popen | warm.Process:
         """A run that is held at this point, see tests/held.py; returns when it is there."""
         (self.folder / "held").unlink(missing_ok=True)  # of an earlier one
-        process = self.start(HELD, *overrides, hold=self.hold(point))
+        process = self.start(HELD, *overrides, hold=self.hold(point), **options)
         wait_for(lambda: self.is_held or process.poll() is not None)
         assert self.is_held, process.communicate()
         return process

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from etr_megatron.convert import Ranks, output, to_hf, to_megatron, torch_dist_writer
 from etr_megatron.errors import UserError
 from etr_megatron.weights import SafetensorsDir
-from tests.gang import ROOT
+from tests import warm
+from tests.nursery import ROOT
 from tools.convert_hf import main
 
 
@@ -225,7 +226,7 @@ def run_ranks(tmp_path: Path, hook: str, *argv: str | Path, rank: int = 1, befor
         env = {**os.environ, **address, "RANK": rank, "OMP_NUM_THREADS": "1"}
         env["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / "elastic" / "attempt_0" / rank / "error.json")
         Path(env["TORCHELASTIC_ERROR_FILE"]).parent.mkdir(parents=True)
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True))
+        ranks.append(warm.start(command, env))
     printed = [ranks[0].communicate(timeout=600)]
     ranks[1].send_signal(signal.SIGCONT)  # if it has stopped itself
     printed.append(ranks[1].communicate(timeout=600))
@@ -300,7 +301,7 @@ def test_a_conversion_that_is_stopped_says_so_and_what_is_left(hf, tmp_path, num
         "runpy.run_path('tools/convert_hf.py', run_name='__main__')"
     )
     command = [sys.executable, "-c", program, "to-megatron", "--hf", str(hf), "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as tool:
+    with warm.start(command, {**os.environ}) as tool:
         assert tool.stdout.readline() == "writing\n"
         tool.send_signal(number)
         _, err = tool.communicate(timeout=300)
@@ -333,7 +334,8 @@ def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf,
     source = ["--hf", hf] if direction == "to-megatron" else ["--megatron", megatron]
     argv = [direction, *map(str, source), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "tests.convert_jobs", "20", *argv]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600)
+    killed = warm.start(command, {**os.environ})
+    killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and any((tmp_path / "out.unfinished").iterdir())
     assert main(argv) == 0
@@ -355,8 +357,8 @@ def test_kill_9_in_the_middle_leaves_no_output_and_the_same_command_finishes(hf,
 def test_kill_9_before_the_last_step_leaves_nothing_that_passes_for_whole(capsys, hf, megatron, tmp_path, direction, moments):
     source = ["--hf", str(hf)] if direction == "to-megatron" else ["--megatron", str(megatron)]
     command = [sys.executable, "-m", "tests.convert_jobs", "killed-at", ",".join(moments), direction, *source]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.stdout == f"{[-signal.SIGKILL] * len(moments)}\n", done.stderr
+    printed, told = warm.start([*command, "--out", str(tmp_path / "out")], {**os.environ}).communicate(timeout=600)
+    assert printed == f"{[-signal.SIGKILL] * len(moments)}\n", told
     reader = ["to-hf", "--megatron"] if direction == "to-megatron" else ["to-megatron", "--hf"]
     for moment in moments:
         out, left = tmp_path / f"out_{moment}", tmp_path / f"out_{moment}.unfinished"

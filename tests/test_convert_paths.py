@@ -13,7 +13,7 @@ import pytest
 
 from etr_megatron.convert import Ranks, hf_files, to_megatron
 from etr_megatron.weights import safetensors_dir, torch_dist_metadata
-from tests.gang import ROOT
+from tests.nursery import ROOT
 from tests.test_convert_failures import refusal
 from tools.convert_hf import main
 

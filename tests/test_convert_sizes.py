@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from etr_megatron.convert import Ranks, to_megatron
 from etr_megatron.convert.comparison import Verification
 from etr_megatron.weights import read_architecture, weights_of
-from tests.gang import ROOT
 from tests.hf_models import FAMILIES
+from tests.nursery import ROOT
 
 
 @pytest.mark.parametrize("family", FAMILIES)

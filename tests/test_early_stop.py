@@ -59,7 +59,7 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
 @pytest.mark.slow
 def test_a_rank_that_is_lost_while_the_model_is_loaded_fails_the_run_before_the_grace_is_over(runs):
     # torchrun sends the other rank SIGTERM, as a scheduler would.
-    process = runs.held("loading 0", *QUICK)
+    process = runs.held("loading 0", *QUICK, cold=True)  # so that /proc has its environment
     os.kill(rank_of(process.pid, 1), signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 1, out + err

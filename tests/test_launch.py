@@ -19,6 +19,7 @@ from etr_megatron.config import Config, ParallelConfig, RolloutConfig, SglangCon
 from etr_megatron.errors import UserError
 from etr_megatron.launch import default_nproc, main, prepare
 from etr_megatron.status import exit_code_of, read_status, report_user_error
+from tests import warm
 from tests.runs import REPO, gone, wait_for
 
 # The command line
@@ -296,11 +297,14 @@ def command(tmp_path: Path) -> Callable[[str], list[str]]:
 
 
 def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", LAUNCHER, *arguments], capture_output=True, text=True, cwd=REPO, timeout=600)
+    process = warm.start([sys.executable, "-c", LAUNCHER, *arguments], {**os.environ})
+    printed = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(arguments, process.returncode, *printed)
 
 
 def test_ranks_that_finish_give_exit_code_0(command: Callable[[str], list[str]]) -> None:
-    done = launch(command("nothing"))
+    started = [sys.executable, "-c", LAUNCHER, *command("nothing")]
+    done = subprocess.run(started, capture_output=True, text=True, cwd=REPO, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -20,7 +20,8 @@ from etr_megatron.platform import cpu_shim
 from etr_megatron.platform.phases import Phases
 from etr_megatron.rollout.sglang import update_group
 from etr_megatron.weights.transport import wire
-from tests.gang import ROOT
+from tests import warm
+from tests.nursery import ROOT
 
 WAITED, LOST = "rank 0 waited 10 s at the save for", "rank 0 lost its connection to"
 RANK_0 = "rank 0, which may have lost another"
@@ -145,16 +146,13 @@ os._exit(0)
 @pytest.mark.parametrize(("dying", "whose"), [(1, "rank 1"), (0, "rank 0, which may have lost another")])
 def test_a_rank_that_died_is_not_said_to_have_been_waited_for_until_the_deadline(tmp_path, dying, whose):
     command = [sys.executable, "-c", MEETING]
-    ranks = [
-        subprocess.Popen([*command, str(rank), f"file://{tmp_path}/store", str(dying)], cwd=ROOT, stdout=-1, text=True)
-        for rank in range(2)
-    ]
+    ranks = [warm.start([*command, str(rank), f"file://{tmp_path}/store", str(dying)], {**os.environ}) for rank in range(2)]
     try:
         printed = ranks[1 - dying].communicate(timeout=600)[0]
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.wait()
     left = 1 - dying
     assert re.fullmatch(
         rf"ConnectionError: rank {left} lost its connection to {whose} at the rollout of step 7, after \d\d? s\n", printed

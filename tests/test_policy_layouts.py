@@ -117,7 +117,7 @@ def test_those_of_chunks_on_three_stages_and_more_too(gangs, deep, layout):
 
 @pytest.mark.slow
 def test_those_of_a_mixture_split_in_every_way_at_once_too(hf_models, single):
-    own = Gangs("tests.policy_jobs")  # stopped right away: no other test of a session needs eight processes
+    own = Gangs()  # stopped right away: no other test of a session needs eight processes
     try:
         for found in run(own, hf_models["qwen3_moe"], 8, EVERYTHING):
             assert_same_run(found, single("qwen3_moe"))

@@ -26,7 +26,8 @@ ONE_RANK = "parallel.tp=1"
 def straight(tmp_path_factory, _tiny_cache):
     """Rows of the small run without interruptions."""
     runs = Runs(tmp_path_factory.mktemp("straight"), _tiny_cache)
-    code, printed = runs.finish("run.name=straight", "observe.tensorboard=true", "checkpoint.every=2", "checkpoint.keep=2")
+    options = ("run.name=straight", "observe.tensorboard=true", "checkpoint.every=2", "checkpoint.keep=2")
+    code, printed = runs.finish(*options, cold=True)
     assert code == 0, printed
     assert "step 6/6: reward" in printed and "Warning" not in printed and "leaked" not in printed
     return runs

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.gang import ROOT
+from tests import warm
 from tests.ports import reserved_port
 
 RANKS = [
@@ -54,16 +54,7 @@ def test_a_rank_that_raises_is_named_with_its_reason_at_once(gangs, hf_models, t
 def processes(arguments: dict[str, Any], store: str, world: int) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each rank of a separate world."""
     command = [sys.executable, "-m", "tests.transport_fault_jobs", store]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), json.dumps(arguments)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    ranks = [warm.start([*command, str(rank), str(world), json.dumps(arguments)], {**os.environ}) for rank in range(world)]
     try:
         printed = [rank.communicate(timeout=600) for rank in ranks]
         return [(rank.returncode, *both) for rank, both in zip(ranks, printed, strict=True)]

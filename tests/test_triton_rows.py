@@ -14,7 +14,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.gang import ROOT, Gang
+from tests.gang import Gang
+from tests.nursery import ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
 

@@ -1,0 +1,203 @@
+"""Programs that start warm: forks of a process that has the imports of most of them (tests/nursery.py).
+
+These imports take most of the time of a small run. All else is as after `python -m etr_megatron.launch ...`: the ranks are
+children of the launcher, in sessions of their own, which torchrun watches, and each process imports its entry point and the
+user's functions. /proc shows the nursery's command line and environment, and nothing is done at the interpreter's exit.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import IO, Any, NoReturn
+
+from etr_megatron.platform.lifetime import die_with_parent
+from etr_megatron.status import run_and_leave
+from tests.nursery import CAN_IMPORT, IGNORED, ROOT, of_session
+
+
+def _is_possible() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return CAN_IMPORT
+
+
+IS_POSSIBLE = _is_possible()
+"""Otherwise programs start as usual."""
+
+
+class Process:
+    """What tests and torchrun use of `subprocess.Popen`, for a process that was forked otherwise.
+
+    reap: waits for it to end and returns its exit code.
+    """
+
+    def __init__(self, pid: int, reap: Callable[[], int], stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
+        self.pid, self.returncode = pid, None
+        self.stdout, self.stderr = stdout, stderr
+        self._reap = reap
+        self._end = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self._has_ended(0.0):
+            self.returncode = self._reap()
+            os.close(self._end)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None and not self._has_ended(timeout):
+            raise subprocess.TimeoutExpired("a fork", timeout)
+        return self.poll()
+
+    def _has_ended(self, timeout: float | None) -> bool:
+        end = select.poll()
+        end.register(self._end, select.POLLIN)
+        return bool(end.poll(None if timeout is None else 1000 * timeout))
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        end = None if timeout is None else time.monotonic() + timeout
+        said: dict[IO[str], str] = {}
+        streams = (self.stdout, self.stderr)
+        readers = [threading.Thread(target=lambda one=one: said.update({one: one.read()}), daemon=True) for one in streams]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(None if end is None else max(0.0, end - time.monotonic()))
+        if any(reader.is_alive() for reader in readers):
+            raise subprocess.TimeoutExpired("a fork", timeout)
+        for stream in streams:
+            stream.close()
+        self.wait(None if end is None else max(0.0, end - time.monotonic()))
+        return said[self.stdout], said[self.stderr]
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdout, self.stderr):
+            stream.close()
+        self.wait()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str] | Process:
+    """`python -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...` in the repository, with pipes as stdout and stderr."""
+    if not IS_POSSIBLE:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    nursery = of_session()
+    (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+    stdin = os.open(os.devnull, os.O_RDONLY)
+    pid = nursery.start("tests.warm:enter", stdin, stdout, stderr, command=[*command], environment=environment)
+    for file in (stdin, stdout, stderr):
+        os.close(file)
+    return Process(pid, lambda: nursery.end(pid), os.fdopen(out), os.fdopen(err))
+
+
+def enter(files: list[int], command: list[str], environment: dict[str, str]) -> NoReturn:
+    """In a fork of the nursery: become the program. files: its stdin, stdout and stderr."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    warnings.filters.remove(IGNORED)
+    gc.enable()
+    _prepare_torchrun([_Blank(), _Blank()] if "etr_megatron.launch" in command else [])
+    _become(command, environment)
+
+
+def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Go on as `python [-u] -m MODULE ARGUMENTS...` or `python -c CODE ARGUMENTS...`"""
+    os.environ.clear()
+    os.environ.update(environment)
+    arguments = command[1:]
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(number, "w", closefd=False), errors=errors, write_through=True)
+            for number, errors in ((1, "strict"), (2, "backslashreplace"))
+        )
+    option, program, *sys.argv[1:] = arguments
+    sys.argv[0] = option
+    if option == "-c":
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        run_and_leave(lambda: exec(program, vars(main)) or 0)
+    assert option == "-m"
+    run_and_leave(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True) and 0)
+
+
+class _Blank:
+    """A child of a launcher, forked before that does anything else, which waits to become one of its ranks."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        launcher, self.pid = os.getpid(), os.fork()
+        if self.pid:
+            theirs.close()
+            return
+        try:
+            die_with_parent(launcher)
+            self._socket.close()
+            os.setsid()  # as torchrun wants it
+            with theirs, theirs.makefile("rw") as stream:
+                line = stream.readline()
+                stream.write("ready\n")
+            _become(**json.loads(line))
+        finally:
+            os._exit(1)
+
+    def become(self, command: Sequence[str], environment: dict[str, str]) -> Process:
+        with self._socket, self._socket.makefile("rw") as stream:
+            stream.write(json.dumps({"command": [*command], "environment": environment}) + "\n")
+            stream.flush()
+            assert stream.readline() == "ready\n"
+        return Process(self.pid, self._reap)
+
+    def end(self) -> None:
+        self._socket.close()
+        os.kill(self.pid, signal.SIGKILL)
+        self._reap()
+
+    def _reap(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _prepare_torchrun(blanks: list[_Blank]) -> None:
+    """Ranks are started in these while there are any; those that are not needed end."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    popen = SubprocessHandler._popen
+
+    def given(handler: Any, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        while len(blanks) > int(env["LOCAL_WORLD_SIZE"]) - int(env["LOCAL_RANK"]):
+            blanks.pop().end()
+        is_rank = [*args[:3]] == [sys.executable, "-u", "-m"] and not handler._stdout and not handler._stderr
+        return blanks.pop().become(args, env) if blanks and is_rank else popen(handler, args, env)
+
+    SubprocessHandler._popen = given
+    # For names in its log torch describes whole stacks, which takes seconds with this many modules.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
