@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etr_megatron.weights.low_rank import Adapter, add_products
+from etr_megatron.weights.low_rank import Adapter, _rounded, add_products
 from etr_megatron.weights.shards import Piece, Shard, box
 
 ROWS, COLUMNS = 384, 640
@@ -38,6 +38,21 @@ def test_a_float32_weight_is_the_exact_sum_rounded_once():
 def test_a_zero_product_leaves_every_bit_of_a_bfloat16_weight():
     a, b = factors(0.0)
     assert torch.equal(add_products(base(), whole(), {0: (adapter(), (a, b))}).view(torch.int16), base().view(torch.int16))
+
+
+def test_other_types_are_rounded_to_the_nearest():
+    a, b = factors(1e-3)
+    exact = base().half().double() + 0.7 * b.double() @ a.double()
+    found = add_products(base().half(), whole(), {0: (adapter(), (a, b))})
+    torch.testing.assert_close(found, exact.float().half(), atol=0, rtol=0)
+
+
+def test_rounding_keeps_infinities_and_every_nan():
+    """The first and the last are what CUDA makes of an invalid operation, with either sign."""
+    bits = torch.tensor([2**31 - 1, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).repeat(50, 20)
+    assert _rounded(bits.view(torch.float32), "q_proj", (0, 0)).isnan().all()
+    infinite = torch.tensor([torch.inf, -torch.inf]).repeat(50, 20)
+    assert torch.equal(_rounded(infinite.clone(), "q_proj", (0, 0)).float(), infinite)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-3])

@@ -116,6 +116,7 @@ def test_factors_get_the_gradients_of_the_merged_weights_in_any_layout(gangs, hf
         ("qwen3", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         ("qwen3_moe", 2, ["parallel.tp=1", "parallel.ep=2", "train.distributed_optimizer=true"]),
         ("qwen3_moe", 2, ["parallel.tp=2", "parallel.sequence_parallel=true", "lora.expert_rank=2"]),
+        ("qwen3_moe", 2, ["parallel.tp=1", "parallel.etp=2", "train.distributed_optimizer=true"]),
     ],
 )
 def test_clipped_updates_of_adapters_do_not_depend_on_the_split(gangs, hf_models, family, world, overrides):
@@ -198,6 +199,13 @@ def test_adapters_continue_in_another_layout(gangs, hf_models, tmp_path, family,
     stored = set(FileSystemReader(step).read_metadata().state_dict_metadata)
     assert stored >= factors_of(hf_models[family], LowRank(3, 1.5)).keys()
     assert not [name for name in stored if "decoder." in name or "embedding." in name]
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"], ids=["plain", "distributed_optimizer"])
+def test_adapters_of_experts_alone_continue(gangs, hf_models, tmp_path, sharded):
+    """Megatron's optimizer of dense weights then has none on any rank."""
+    options = [*ADAPTED, "parallel.tp=1", "lora.targets=[down_proj]", f"train.distributed_optimizer={sharded}"]
+    test_policy_checkpoints.check(gangs, hf_models["qwen3_moe"], tmp_path, (2, [*options, "parallel.ep=2"]), (1, options))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def _together(one: RankAdapters, other: RankAdapters) -> RankAdapters:
     )
 
 
-_ROUNDING = 4 + 8 + 8 + 8 + 12 + 8 + 6 + 4
+_ROUNDING = 4 + 8 + 8 + 8 + 5 + 9 + 12 + 8 + 6 + 4
 """Bytes read and written per element by the operators of `low_rank._rounded`, and by the copy of its result."""
 
 

@@ -109,8 +109,9 @@ class Adapters(torch.nn.Module):
             self._stored.append((stored, weight.expert is not None))
             if weight.expert is not None:
                 factor.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark of experts
-                # Megatron counts it in the gradient's norm: once among the ranks that have the same.
-                factor.tensor_model_parallel = self._layout.etp_rank == 0  # type: ignore[attr-defined]
+                # Megatron counts it in the gradient's norm on every rank of a tensor-parallel group, unless it is a copy.
+                factor.tensor_model_parallel = True  # type: ignore[attr-defined]
+                factor.shared = self._layout.etp_rank > 0  # type: ignore[attr-defined]
         return pair  # type: ignore[return-value]
 
     def named(self) -> dict[str, torch.nn.Parameter]:

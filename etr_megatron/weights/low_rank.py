@@ -7,6 +7,7 @@ A's columns of that box, so an adapter fits every way of cutting a weight, and m
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -128,8 +129,8 @@ def bit_sum(values: Tensor) -> Tensor:
 def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adapter, Pair]]) -> Tensor:
     """The shard's values with the products of its adapters added: new, in the type of `values`, which is not written to.
 
-    values: the shard of the base, fp32 or bf16, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors
-    on the same device. Sums are in fp64 and rounded once, as `_rounded` does it: the order of fp32 sums would depend on how a
+    values: the shard of the base, of shape `shard.shape`. adapters: by number of the HF tensor, with fp32 factors on the same
+    device. Sums are in fp64 and rounded once, to bf16 as `_rounded` does it: the order of fp32 sums would depend on how a
     weight is cut, on sizes and on the device, and a checkpoint that is merged elsewhere would differ from what was trained.
     """
     merged = values.clone()
@@ -142,8 +143,8 @@ def add_products(values: Tensor, shard: Shard, adapters: Mapping[int, tuple[Adap
             for first in range(0, rows, step):
                 part = box(merged, piece.at, piece.size)[first : first + step]
                 total = part.double().addmm_(b_rows[first : first + step].double(), a_columns, alpha=adapter.scale).float()
-                is_exact = values.dtype == torch.float32
-                part.copy_(total if is_exact else _rounded(total, adapter.module, (row + first, column)))
+                is_bf16 = values.dtype == torch.bfloat16
+                part.copy_(_rounded(total, adapter.module, (row + first, column)) if is_bf16 else total)
     return merged
 
 
@@ -165,7 +166,8 @@ def _rounded(values: Tensor, module: str, begin: Index) -> Tensor:
     )
     offset = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") / 2**32
     thresholds = (rows.frac().float()[:, None] + (columns + offset).frac().float()).frac_().mul_(2**16).to(torch.int32)
-    bits = values.view(torch.int32)
+    # CUDA's NaN has all bits set, so that a threshold would make it 0.
+    bits = values.masked_fill_(values.isnan(), math.nan).view(torch.int32)
     return bits.add_(thresholds).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
