@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etr_megatron.weights.low_rank import Adapter, _rounded, add_products
+from etr_megatron.weights.low_rank import Adapter, _rounded, add_products, bit_sum
 from etr_megatron.weights.shards import Piece, Shard, box
 
 ROWS, COLUMNS = 384, 640
@@ -33,6 +33,14 @@ def test_a_float32_weight_is_the_exact_sum_rounded_once():
     exact = base(torch.float32).double() + 0.7 * b.double() @ a.double()
     found = add_products(base(torch.float32), whole(), {0: (adapter(), (a, b))})
     assert found.dtype == torch.float32 and torch.equal(found, exact.float())
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+def test_sum_of_bits_counts_every_element_of_a_view(dtype, bits):
+    values = base(dtype).t()[3:, 5:]
+    found = bit_sum(values)
+    assert found.dtype == torch.int64 and found.shape == ()
+    assert found == sum(values.contiguous().view(bits).flatten().tolist())
 
 
 def test_a_zero_product_leaves_every_bit_of_a_bfloat16_weight():

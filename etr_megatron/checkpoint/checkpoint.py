@@ -33,7 +33,8 @@ from etr_megatron.policy import Layout, Policy
 from etr_megatron.policy.megatron_weights import reason
 from etr_megatron.policy.model import PolicyModel
 from etr_megatron.policy.replicas import ReadOnce
-from etr_megatron.weights import LowRank
+from etr_megatron.weights import holds_adapters
+from etr_megatron.weights.adapter_dir import read_low_rank
 from etr_megatron.weights.run_checkpoint import BASE_SUM, LORA_FILE, TRAINER_FILE
 
 _NAME = re.compile(r"step_(\d{6,})$")
@@ -186,10 +187,10 @@ def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) 
     """Refuse a checkpoint of other adapters, or of all weights where adapters are trained, and the reverse; and adapters of
     another model. A collective."""
     base = policy.adapters.base_sum()
-    file, now = path / LORA_FILE, policy.adapters.spec
-    written = LowRank.from_json(json.loads(file.read_text())) if file.is_file() else None
+    now = policy.adapters.spec
+    written = read_low_rank(path) if holds_adapters(path) else None
     if written == now:
-        if now is not None and trainer[BASE_SUM] != base:
+        if now is not None and trainer.get(BASE_SUM) != base:
             raise UserError(
                 f"{path} has adapters of another model than {policy.config.model.path} is now; restore it, or choose another "
                 "run.name"

@@ -125,8 +125,8 @@ class Adapters(torch.nn.Module):
             one.parameter.requires_grad_(True)
             one.parameter.register_post_accumulate_grad_hook(one.project)
 
-    def base_sum(self) -> int:
-        """The share of this rank in `PolicyAdapters.base_sum`, without what it has in common with a rank before it."""
+    def base_sum(self) -> Tensor:
+        """The share of this rank in `PolicyAdapters.base_sum`, without what it has in common with a rank before it; int64."""
         layout = self._layout
         replica, expert_replica = mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_expert_data_parallel_rank()
         total = torch.zeros((), dtype=torch.int64)
@@ -134,7 +134,7 @@ class Adapters(torch.nn.Module):
             repeated = layout.tp_rank if weight.split == "replicated" else 0
             if (replica if weight.expert is None else expert_replica) + repeated == 0:
                 total += bit_sum(one.base)
-        return int(total)
+        return total
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -170,6 +170,7 @@ class PolicyAdapters:
     def __init__(self, arch: Architecture, chunks: Sequence[PolicyModel], layout: Layout, config: Config) -> None:
         self.spec = LowRank.of(config.lora)
         self._of_chunks: list[Adapters] = []
+        self._base_sum: int | None = None
         if self.spec is not None:
             self.spec.refuse_untrained(arch, layout.training)
             seed, offload = config.run.seed, config.lora.offload_base
@@ -196,9 +197,11 @@ class PolicyAdapters:
     def base_sum(self) -> int:
         """A number that tells bases apart, the same in every layout: the sum of the bits of all elements of adapted matrices,
         modulo 2**64. A collective."""
-        total = torch.tensor(sum(one.base_sum() for one in self._of_chunks), dtype=torch.int64, device=platform.device())
-        dist.all_reduce(total)
-        return int(total)
+        if self._base_sum is None:  # it takes seconds, and checkpoints are many
+            total = sum((one.base_sum() for one in self._of_chunks), torch.zeros((), dtype=torch.int64)).to(platform.device())
+            dist.all_reduce(total)
+            self._base_sum = int(total)
+        return self._base_sum
 
     def sharded_state_dicts(self) -> list[dict[str, ShardedTensor]]:
         """Megatron's descriptions of what every chunk's `load_state_dict` takes of a checkpoint."""
