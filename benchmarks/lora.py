@@ -1,14 +1,16 @@
-"""Low-rank adapters against training all weights: time, memory and checkpoints of updates in bf16, and what rounding leaves of
-what was learnt, on CPU.
+"""Low-rank adapters against training all weights: time, memory and checkpoints, and what rounding leaves of what was learnt, on
+CPU.
 
     python -m benchmarks.lora            # 57M parameters on one rank; needs an otherwise idle machine
     python -m benchmarks.lora --quick    # a tiny model, whose figures mean nothing
 
-Contestants of the first part run round robin, each in a fresh process: seconds are the median of an update's, the memory of
-gradients and optimizer that of their tensors, and checkpoints are counted in bytes on the disk.
+Contestants of the first part run round robin, each in a fresh process. Seconds are the median of updates in fp32, in which CPUs
+are fast. The memory of gradients, optimizer and original values is that of their tensors, and a checkpoint is counted on the
+disk, all for a bf16 model.
 
-The second part trains adapters on one batch and looks at them after 1, 4, 16 and 64 updates. The improvement of the batch's
-surrogate objective (mean advantage times log-prob, computed in fp32) with the exact sums of weights and products is 1.
+The second part trains adapters in a bf16 model on one batch and looks at them after 1, 4, 16 and 64 updates. The improvement of
+the batch's surrogate objective (mean advantage times log-prob, computed in fp32) with the exact sums of weights and products
+is 1.
 `nearest` is the share of it that remains if the sums are rounded to the nearest bf16, as adapters are usually merged for
 servers; `ours` is what the policy trains and exports.
 """
@@ -52,23 +54,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(model: Path, rounds: int, job: dict[str, Any]) -> dict[str, Any]:
     """Both parts. job: what every process gets besides its contestant's settings."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+
+    def run(part: str, name: str, **more: Any) -> Any:
+        (found,) = run_ranks("benchmarks.lora_rank", {**job, "part": part, "overrides": CONTESTANTS[name], **more}, 1, name)
+        return found
+
+    seconds: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
     for number in range(rounds):
-        names = list(CONTESTANTS)[:: -1 if number % 2 else 1]
-        for name in names:
-            with tempfile.TemporaryDirectory(prefix="lora", dir=model.parent) as folder:
-                part = {**job, "part": "costs", "overrides": CONTESTANTS[name], "folder": folder}
-                found[name] += run_ranks("benchmarks.lora_rank", part, 1, name)
-    medians = {
-        name: {
-            "update_s": statistics.median(second for one in some for second in one["update_s"]),
-            **{key: some[0][key] for key in BYTES},
-        }
-        for name, some in found.items()
-    }
-    part = {**job, "part": "effect", "overrides": CONTESTANTS["adapters"]}
-    (effect,) = run_ranks("benchmarks.lora_rank", part, 1, "the effect")
-    return {"rounds": found, "medians": medians, "effect": effect}
+        for name in list(CONTESTANTS)[:: -1 if number % 2 else 1]:
+            seconds[name].append(run("seconds", name))
+    medians: dict[str, dict[str, float]] = {}
+    for name, rounds_of_it in seconds.items():
+        with tempfile.TemporaryDirectory(prefix="lora", dir=model.parent) as folder:
+            sizes = run("sizes", name, folder=folder)
+        medians[name] = {"update_s": statistics.median(one for some in rounds_of_it for one in some), **sizes}
+    return {"update_s": seconds, "medians": medians, "effect": run("effect", "adapters")}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The rank of the LoRA benchmark: `python -m benchmarks.lora_rank JOB`, started by `benchmarks.lora`.
 
-JOB is JSON: part (costs or effect), model, overrides, samples, tokens (of a response), updates, folder (for a checkpoint), and
-rank, world, store (rendezvous file) and result (file to write).
+JOB is JSON: part (seconds, sizes or effect), model, overrides, samples and tokens (of the responses that are timed), updates
+(after which effects are looked at), folder (for a checkpoint), and rank, world, store (rendezvous file) and result (file to
+write).
 """
 
 from __future__ import annotations
@@ -28,36 +29,43 @@ from etr_megatron.policy import Policy, configured_layout  # noqa: E402
 from etr_megatron.status import run_and_leave  # noqa: E402
 from etr_megatron.weights import read_architecture  # noqa: E402
 
-SETTINGS = ["model.dtype=bfloat16", "parallel.tp=1", "train.lr=1e-5", "train.tokens_per_microbatch=2048"]
+SETTINGS = ["parallel.tp=1", "train.lr=1e-5", "train.tokens_per_microbatch=2048"]
 UPDATES = 6
 """Of which the first, which is slower, is not counted."""
 
 
-def build(job: dict[str, Any]) -> tuple[Policy, Any]:
-    """The policy and its batch, whose old log-probs are its own."""
-    config = resolve(load_config(None, [f"model.path={job['model']}", *SETTINGS, *job["overrides"]]), 1, cuda=False)
+def build(job: dict[str, Any], dtype: str, samples: int, response: int) -> tuple[Policy, Any]:
+    """The policy and a batch of so many samples and tokens of each, whose old log-probs are its own."""
+    overrides = [f"model.path={job['model']}", f"model.dtype={dtype}", *SETTINGS, *job["overrides"]]
+    config = resolve(load_config(None, overrides), 1, cuda=False)
     policy = Policy(read_architecture(job["model"]), job["model"], config, configured_layout(config))
     generator = torch.Generator().manual_seed(4)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(policy.arch.vocab_size, (count,), generator=generator).tolist()
 
-    pairs = [(tokens(8 + number), tokens(job["tokens"])) for number in range(job["samples"])]
+    pairs = [(tokens(8 + number), tokens(response)) for number in range(samples)]
     return policy, make_batch(pairs, policy.logprobs(pairs).logp)
 
 
-def costs(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of updates; bytes of tensors and of a checkpoint."""
-    policy, batch = build(job)
-    seconds = []
+def seconds(job: dict[str, Any]) -> list[float]:
+    """Those of updates in fp32."""
+    policy, batch = build(job, "float32", job["samples"], job["tokens"])
+    found = []
     for _ in range(UPDATES):
         start = time.perf_counter()
         policy.update(batch)
-        seconds.append(time.perf_counter() - start)
+        found.append(time.perf_counter() - start)
+    return found[1:]
+
+
+def sizes(job: dict[str, Any]) -> dict[str, int]:
+    """Bytes of tensors and of a checkpoint of a bf16 model after an update."""
+    policy, batch = build(job, "bfloat16", 2, 8)
+    policy.update(batch)
     folder = Path(job["folder"]) / "checkpoints"
     checkpoint.save(folder, 1, policy, {}, keep=1)
     return {
-        "update_s": seconds[1:],
         "gradient_bytes": sum(buffer.grad_data.nbytes for chunk in policy._ddp for buffer in chunk.buffers),
         "optimizer_bytes": sum(map(_optimizer_bytes, optimizers_of(policy.optimizer))),
         "base_bytes": sum(one.base.nbytes for part in policy.adapters._of_chunks for _, one in part._adapted),
@@ -76,7 +84,7 @@ def effect(job: dict[str, Any]) -> list[dict[str, float]]:
     """After each of `updates`: the share of the improvement that rounding leaves, and of elements that it changes."""
     from transformers import AutoModelForCausalLM
 
-    policy, batch = build(job)
+    policy, batch = build(job, "bfloat16", 4, 16)
     hf = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     base = {name: tensor.detach().to(torch.bfloat16) for name, tensor in hf.state_dict().items()}
     start, found, done = objective(hf, base, batch), [], 0
@@ -137,8 +145,8 @@ def main() -> int:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job['store']}", world_size=job["world"], rank=job["rank"])
-    found = costs(job) if job["part"] == "costs" else effect(job)
-    Path(job["result"]).write_text(json.dumps(found))
+    part = {"seconds": seconds, "sizes": sizes, "effect": effect}[job["part"]]
+    Path(job["result"]).write_text(json.dumps(part(job)))
     return 0
 
 
