@@ -236,4 +236,4 @@ def test_adapters_of_another_model_are_refused_in_any_layout(gangs, hf_models, t
     options["after"] = ["parallel.tp=2", SP, "parallel.ep=2", "parallel.etp=1", *ADAPTED]
     assert gangs(2).run("tests.adapter_jobs:refused_checkpoint", **options) == ["none", "none"]
     for error in gangs(2).run("tests.adapter_jobs:refused_checkpoint", other_model=str(other), **options):
-        assert f"has adapters of another model than {other} is now; restore it" in error
+        assert f"has adapters of another model than {other} is now with model.dtype=float32; restore both" in error

@@ -192,8 +192,8 @@ def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) 
     if written == now:
         if now is not None and trainer.get(BASE_SUM) != base:
             raise UserError(
-                f"{path} has adapters of another model than {policy.config.model.path} is now; restore it, or choose another "
-                "run.name"
+                f"{path} has adapters of another model than {policy.config.model.path} is now with "
+                f"model.dtype={policy.config.model.dtype}; restore both, or choose another run.name"
             )
         return
     what = (
