@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from etr_megatron.errors import UserError
+from etr_megatron.weights import LowRank, read_architecture
 from etr_megatron.weights.low_rank import Adapter, _rounded, add_products, bit_sum
 from etr_megatron.weights.shards import Piece, Shard, box
 
@@ -101,3 +105,27 @@ def test_parts_of_a_shard_without_an_adapter_and_its_base_keep_their_values():
     found = add_products(values, shard, {0: (adapter(), (a, b))})
     assert torch.equal(values, kept) and torch.equal(found[:16], kept[:16])
     assert torch.equal(found[16:], add_products(base(), whole(), {0: (adapter(), (a, b))}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"rank": "8"}, {"rank": 0}, {"rank": None}, {"alpha": "32"}, {"alpha": float("nan")}, {"alpha": -1.0}),
+        *({"targets": 5}, {"targets": [5]}, {"expert_rank": -1}, {"expert_rank": "2"}, {"more": 1}),
+    ],
+)
+def test_a_description_of_adapters_is_read_as_it_was_written_and_nothing_else_is(changes):
+    written = LowRank(8, 32.0, ("q_proj", "v_proj"), 2)
+    assert LowRank.from_json(json.loads(json.dumps(written.as_json()))) == written
+    with pytest.raises(ValueError, match="it needs rank"):
+        LowRank.from_json({**json.loads(json.dumps(written.as_json())), **changes})
+
+
+def test_a_rank_above_the_sides_of_a_matrix_is_refused(hf_models):
+    arch = read_architecture(hf_models["qwen3_moe"])
+    smallest = min(min(one.rows, one.columns) for _, some in LowRank(1, 1.0, expert_rank=0).adapted(arch) for one in some)
+    LowRank(smallest, 1.0, expert_rank=0).refuse_missing_targets(arch)
+    with pytest.raises(UserError, match=rf"lora.rank={smallest + 1}: model.layers.0.*no rank above {smallest} adds anything"):
+        LowRank(smallest + 1, 1.0, expert_rank=0).refuse_missing_targets(arch)
+    with pytest.raises(UserError, match=r"lora.expert_rank=2000: model.layers.0.mlp.experts.0.gate_proj is"):
+        LowRank(1, 1.0, expert_rank=2000).refuse_missing_targets(arch)

@@ -25,8 +25,10 @@ def read_low_rank(path: Path) -> LowRank:
     values = read_config(path / LORA_FILE)
     try:
         return LowRank.from_json(values)
-    except TypeError as error:
-        raise UserError(f"{path / LORA_FILE} does not describe adapters ({error})") from None
+    except ValueError:
+        raise UserError(
+            f"{path / LORA_FILE} does not describe adapters: rank, alpha, targets and expert_rank, as a run writes them"
+        ) from None
 
 
 class AdapterDir:

@@ -70,7 +70,7 @@ class LowRank:
     @classmethod
     def of(cls, lora: LoraConfig) -> LowRank | None:
         """The adapters that a config asks for; None if all weights are trained."""
-        return cls(lora.rank, lora.alpha, lora.targets, lora.expert_rank) if lora.rank else None
+        return cls(lora.rank, lora.alpha, tuple(sorted(lora.targets)), lora.expert_rank) if lora.rank else None
 
     def adapters_of(self, weight: Weight) -> tuple[Adapter, ...]:
         """The adapters of a weight's HF tensors, in their order; none for a weight that is not adapted."""
@@ -92,13 +92,25 @@ class LowRank:
                 yield weight, adapters
 
     def refuse_missing_targets(self, arch: Architecture) -> None:
-        """Raise UserError for a target that the model does not have, or if nothing would be trained."""
+        """Raise UserError for a target that the model does not have, if nothing would be trained, and for a rank above a
+        matrix's sides."""
         present = {adapter.module.rpartition(".")[2] for _, adapters in self.adapted(arch) for adapter in adapters}
         missing = [name for name in self.targets if name not in present]
         if missing or not present:
             every = LowRank(1, 1.0)
             names = {adapter.module.rpartition(".")[2]: None for _, adapters in every.adapted(arch) for adapter in adapters}
-            raise UserError(f"lora.targets: the model has no trainable {', '.join(missing)}; it has {', '.join(names)}")
+            of_experts = self.expert_rank == 0 and any(name in names for name in missing)
+            without = " outside of routed experts (lora.expert_rank is 0)" if of_experts else ""
+            what = ", ".join(missing) or "module"
+            raise UserError(f"lora.targets: the model has no trainable {what}{without}; it has {', '.join(names)}")
+        for weight, adapters in self.adapted(arch):
+            for one in adapters:
+                if one.rank > min(one.rows, one.columns):
+                    key = "rank" if weight.expert is None or self.expert_rank is None else "expert_rank"
+                    raise UserError(
+                        f"lora.{key}={one.rank}: {one.module} is {one.rows} x {one.columns}, so that no rank above "
+                        f"{min(one.rows, one.columns)} adds anything; lower it"
+                    )
 
     def refuse_untrained(self, arch: Architecture, layout: TrainingLayout) -> None:
         """Raise UserError as `refuse_missing_targets`, and for a model chunk of a pipeline stage in which nothing would be
@@ -117,8 +129,15 @@ class LowRank:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LowRank:
-        """The inverse of `as_json`. Raises TypeError for other keys."""
-        return cls(**{**values, "targets": tuple(values.get("targets", ()))})
+        """The inverse of `as_json`. Raises ValueError for anything else."""
+        found: list[Any] = [values.get(name) for name in ("rank", "alpha", "targets", "expert_rank")]
+        rank, alpha, targets, expert_rank = found
+        is_whole = type(rank) is int and (expert_rank is None or type(expert_rank) is int)
+        is_named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        is_finite = isinstance(alpha, int | float) and math.isfinite(alpha)
+        if len(values) != 4 or not (is_whole and is_named and is_finite and rank > 0 < alpha and (expert_rank or 0) >= 0):
+            raise ValueError("it needs rank, alpha, targets and expert_rank as `LowRank.as_json` writes them")
+        return cls(rank, float(alpha), tuple(targets), expert_rank)
 
 
 def bit_sum(values: Tensor) -> Tensor:

@@ -132,13 +132,14 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
     assert torch.isfinite(torch.cat(policy.logprobs(pairs).logp)).all()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(("family", "offloaded"), [("qwen3", False), ("qwen3_moe", True), ("deepseek_v3", True)])
 @pytest.mark.parametrize("recipe", ["none", "blockwise"])
-def test_updates_of_adapters_lower_the_loss_and_change_only_what_they_adapt(world, device, tmp_path, recipe, family):
+def test_updates_of_adapters_lower_the_loss_and_change_only_what_they_adapt(world, device, tmp_path, recipe, family, offloaded):
     if recipe in LEFT_OUT:
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
     model, pairs = write_model(tmp_path / "model", family), sequences()
     overrides = [f"fp8.recipe={recipe}", "train.lr=3e-3", "train.tokens_per_microbatch=600", "lora.rank=8"]
+    overrides.append(f"lora.offload_base={str(offloaded).lower()}")
     policy = build(model, "objective.kl_coef=0.01", *overrides)
     before = {name: tensor.cpu() for name, tensor in policy.export()}
     batch = promote_all(pairs, policy.logprobs(pairs).logp)
