@@ -164,6 +164,10 @@ def test_a_run_with_adapters_becomes_what_it_serves_and_no_other_base_will_do(ga
     assert_same_bits(found, exported)
     moved = {name for name, tensor in tensors_of(hf).items() if not torch.equal(found[name], tensor.to(dtype))}
     assert moved and all(name.endswith("_proj.weight") for name in moved)
+    (step,) = (run / "checkpoints").iterdir()
+    shutil.copytree(step, tmp_path / "alone")  # without the run's config.yaml
+    to_hf(tmp_path / "alone", tmp_path / "again", Ranks(), base=Path(hf))
+    assert_same_bits(tensors_of(tmp_path / "again"), exported)
 
     other = shutil.copytree(hf, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")

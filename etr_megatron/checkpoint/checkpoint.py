@@ -35,7 +35,7 @@ from etr_megatron.policy.model import PolicyModel
 from etr_megatron.policy.replicas import ReadOnce
 from etr_megatron.weights import holds_adapters
 from etr_megatron.weights.adapter_dir import read_low_rank
-from etr_megatron.weights.run_checkpoint import BASE_SUM, LORA_FILE, TRAINER_FILE
+from etr_megatron.weights.run_checkpoint import BASE_DTYPE, BASE_SUM, LORA_FILE, TRAINER_FILE
 
 _NAME = re.compile(r"step_(\d{6,})$")
 _TORN = (json.JSONDecodeError, UnicodeDecodeError, EOFError, UnpicklingError, SafetensorError, FileNotFoundError)
@@ -89,7 +89,7 @@ def save(
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
             if policy.adapters:
-                state[BASE_SUM] = base
+                state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
             tensors = tensors_as_bytes(state.pop("tensors", {}))
             files = {_TENSORS_FILE: tensors, TRAINER_FILE: json.dumps(state).encode()}
             if policy.adapters.spec is not None:

@@ -37,7 +37,7 @@ def to_hf(
     """Write the HuggingFace checkpoint of a torch_dist directory, of a run's checkpoint or of a run to `out`. A collective.
 
     Adapters are merged with their base, as the run does it: with the base in the type of the run's model, to which sums are
-    rounded, or in its own if there is no config.yaml of the run.
+    rounded, or in its own if neither the checkpoint nor a config.yaml of the run says it.
 
     dtype: None keeps what is stored, or those sums. fp8_block: quantise the weights that the map marks, block by block, after
     rounding to `dtype` if it is given, as a weight sync of a model in that type does. config_from: where config.json and the

@@ -23,6 +23,8 @@ from etr_megatron.weights import (
     open_checkpoint,
     refuse_adapters,
 )
+from etr_megatron.weights.hf_config import read_config
+from etr_megatron.weights.run_checkpoint import BASE_DTYPE, TRAINER_FILE
 
 _STEP = re.compile(r"step_(\d{6,})$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +34,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Base:
     """What adapters are added to: a HuggingFace or torch_dist directory, given by the option or file `named`.
 
-    dtype: in which the run held it; None if no config.yaml says so.
+    dtype: in which the run held it; None if neither the checkpoint nor a config.yaml says so.
     """
 
     path: Path
@@ -112,16 +114,23 @@ def _refuse_no_config(config: Path, config_from: Path | None) -> None:
 def _base(weights: Path, given: Path | None) -> Base:
     """The base of a checkpoint of adapters: `given` by --base, or else the run's `model.path`."""
     file = _run_config(weights)
-    dtype = None
-    if file.is_file():
-        from etr_megatron.config import load_config
-
-        dtype = _DTYPES.get(load_config(file, []).model.dtype)  # `auto` is never what a run writes
     if given is not None and not given.is_dir():
         raise UserError(f"--base {given} is not a directory")
     path, named = (given, "--base") if given else (_model_of_run(weights, "--base"), f"{file}: model.path")
     refuse_adapters(path, named)
-    return Base(path, named, dtype)
+    return Base(path, named, _dtype_of_run(weights))
+
+
+def _dtype_of_run(weights: Path) -> torch.dtype | None:
+    """The type in which the run held its model, by its checkpoint of adapters or, without `TRAINER_FILE`, its config.yaml."""
+    state = weights / TRAINER_FILE
+    if state.is_file() and (named := read_config(state).get(BASE_DTYPE)):
+        return _DTYPES.get(str(named))
+    if not _run_config(weights).is_file():
+        return None
+    from etr_megatron.config import load_config
+
+    return _DTYPES.get(load_config(_run_config(weights), []).model.dtype)  # `auto` is never what a run writes
 
 
 def refuse_no_directory(path: Path) -> None:

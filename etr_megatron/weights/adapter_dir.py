@@ -56,7 +56,10 @@ class AdapterDir:
     def base_sum(self) -> int | None:
         """See `BASE_SUM`; None if the run's state is not beside the adapters. Raises UserError if it is broken."""
         file = self.path / TRAINER_FILE
-        return read_config(file).get(BASE_SUM) if file.is_file() else None
+        found = read_config(file).get(BASE_SUM) if file.is_file() else None
+        if found is not None and type(found) is not int:
+            raise UserError(f"{file}: {BASE_SUM} is {found!r}, which is not a whole number")
+        return found
 
     def pair(self, adapter: Adapter) -> Pair:
         """The factors of an adapter, new."""

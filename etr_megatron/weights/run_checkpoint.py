@@ -15,6 +15,9 @@ TRAINER_FILE = "trainer.json"
 BASE_SUM = "lora_base"
 """Key of `TRAINER_FILE`: the `bit_sum` of all weights with adapters as they were before training, modulo 2**64."""
 
+BASE_DTYPE = "lora_dtype"
+"""Key of `TRAINER_FILE`: the run's `model.dtype`, in which it holds these weights, and to which merged ones are rounded."""
+
 
 def holds_adapters(path: str | Path) -> bool:
     """Whether the directory is a checkpoint of adapters."""
