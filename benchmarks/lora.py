@@ -33,7 +33,7 @@ from etr_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CONTESTANTS = {"all_weights": [], "adapters": ["lora.rank=32"]}
+CONTESTANTS = ("all_weights", "adapters")
 BYTES = ("gradient_bytes", "optimizer_bytes", "base_bytes", "checkpoint_bytes")
 
 
@@ -53,15 +53,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(model: Path, rounds: int, job: dict[str, Any]) -> dict[str, Any]:
-    """Both parts. job: what every process gets besides its contestant's settings."""
+    """Both parts. job: what every process gets besides its contestant's settings, and the rank of adapters."""
+    settings = {"all_weights": [], "adapters": [f"lora.rank={job['rank_of_adapters']}"]}
 
     def run(part: str, name: str, **more: Any) -> Any:
-        (found,) = run_ranks("benchmarks.lora_rank", {**job, "part": part, "overrides": CONTESTANTS[name], **more}, 1, name)
+        (found,) = run_ranks("benchmarks.lora_rank", {**job, "part": part, "overrides": settings[name], **more}, 1, name)
         return found
 
     seconds: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
     for number in range(rounds):
-        for name in list(CONTESTANTS)[:: -1 if number % 2 else 1]:
+        for name in CONTESTANTS[:: -1 if number % 2 else 1]:
             seconds[name].append(run("seconds", name))
     medians: dict[str, dict[str, float]] = {}
     for name, rounds_of_it in seconds.items():
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         parameters = write_model(model, TINY if options.quick else WIDE)
         job = {"model": str(model), "samples": 4 if options.quick else 16, "tokens": 16 if options.quick else 64}
         job["updates"] = [1, 2] if options.quick else [1, 4, 16, 64]
+        job["rank_of_adapters"] = 4 if options.quick else 32
         result = {"environment": environment(ROOT), "parameters": parameters, **measure(model, options.rounds, job)}
     print(table(result))
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -159,11 +159,11 @@ def test_the_reward_is_told_after_shaping_where_a_kl_is_taken_from_it():
     assert "reward_shaped_mean" not in metrics_row(batch_of(*off, old=old), *off)
 
 
-@pytest.mark.parametrize(("reference", "passes"), [(None, 13), (object(), 14)])
-def test_a_ranks_speed_counts_the_passes_over_whole_sequences_that_training_takes(monkeypatch, reference, passes):
+@pytest.mark.parametrize(("has_reference", "passes"), [(False, 13), (True, 14)])
+def test_a_ranks_speed_counts_the_passes_over_whole_sequences_that_training_takes(monkeypatch, has_reference, passes):
     """For a model with 2e12 FLOP per token and 3e13 per row of its head: 4 epochs of 3 passes each, plus the log-probs."""
     monkeypatch.setattr("etr_megatron.metrics.sequence_flops", lambda arch, tokens, rows: arch * tokens + 3e13 * rows)
-    policy = SimpleNamespace(reference=reference, arch=2e12, layout=SimpleNamespace(world=5))
+    policy = SimpleNamespace(has_reference=has_reference, arch=2e12, layout=SimpleNamespace(world=5))
     settings = ["train.epochs=4", "objective.mask_truncated=true"]
     found = training_speed(policy, groups(), config(settings[0]), seconds=8.0)
     of_all = 2 * (33 + 11 * 2) + 30 * 33  # 33 response tokens, 11 prompts of 2 tokens

@@ -173,7 +173,7 @@ def test_each_training_set_has_its_turns_and_replies():
 
 def test_speed_counts_the_context_of_replies_and_the_head_of_what_the_model_drew(monkeypatch):
     monkeypatch.setattr("etr_megatron.metrics.sequence_flops", lambda arch, tokens, rows: 1e12 * tokens + 1e15 * rows)
-    policy = SimpleNamespace(reference=None, arch=None, layout=SimpleNamespace(world=1))
+    policy = SimpleNamespace(has_reference=False, arch=None, layout=SimpleNamespace(world=1))
     found = training_speed(policy, with_replies(), config("train.epochs=1"), seconds=1.0)
     assert found == {"tflops_per_gpu": pytest.approx(4 * (45 + 11 * 2) + 4e3 * 33)}
 

@@ -70,7 +70,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(torch.get_num_threads(), cores))
     optimizer: Any = get_megatron_optimizer(optimizer_config(config), [*chunks])
-    if len(optimizer.chained_optimizers) > 1:
+    if config.lora.rank and len(optimizer.chained_optimizers) > 1:
         # Megatron makes one for the dense weights even if no rank trains any, which it cannot write to a checkpoint.
         optimizer.chained_optimizers = [one for one in optimizer.chained_optimizers if not one.is_stub_optimizer]
     return optimizer

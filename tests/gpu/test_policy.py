@@ -137,6 +137,8 @@ def test_updates_lower_the_loss_and_logprobs_stay_near_those_of_bf16(world, devi
 def test_updates_of_adapters_lower_the_loss_and_change_only_what_they_adapt(world, device, tmp_path, recipe, family, offloaded):
     if recipe in LEFT_OUT:
         pytest.skip(f"{recipe}: {LEFT_OUT[recipe]}")
+    if device.type != "cuda" and family != "qwen3":
+        pytest.skip("on CPU one family shows that the test works; tests/test_policy_adapters.py has the others")
     model, pairs = write_model(tmp_path / "model", family), sequences()
     overrides = [f"fp8.recipe={recipe}", "train.lr=3e-3", "train.tokens_per_microbatch=600", "lora.rank=8"]
     overrides.append(f"lora.offload_base={str(offloaded).lower()}")
@@ -144,7 +146,7 @@ def test_updates_of_adapters_lower_the_loss_and_change_only_what_they_adapt(worl
     before = {name: tensor.cpu() for name, tensor in policy.export()}
     batch = promote_all(pairs, policy.logprobs(pairs).logp)
     first = policy.logprobs(pairs, reference=True).logp
-    losses = [policy.update(replace(batch, ref_logp=first)).loss for _ in range(6)]
+    losses = [policy.update(replace(batch, ref_logp=first)).loss for _ in range(3)]
     assert losses[-1] < losses[0] - 0.05, losses
     again = policy.logprobs(pairs, reference=True).logp
     assert all(torch.equal(*both) for both in zip(first, again, strict=True))
