@@ -68,7 +68,7 @@ def sizes(job: dict[str, Any]) -> dict[str, int]:
     return {
         "gradient_bytes": sum(buffer.grad_data.nbytes for chunk in policy._ddp for buffer in chunk.buffers),
         "optimizer_bytes": sum(map(_optimizer_bytes, optimizers_of(policy.optimizer))),
-        "base_bytes": sum(one.base.nbytes for part in policy.adapters._of_chunks for _, one in part._adapted),
+        "base_bytes": sum(one.base.nbytes for part in policy.adapters._of_chunks for one in part._adapted),
         "checkpoint_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
 

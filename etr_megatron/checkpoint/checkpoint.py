@@ -88,12 +88,11 @@ def save(
         dist_checkpointing.save(sharded, str(temporary), sharded_strategy=shared_among_replicas(TorchDistSave()))
         if rank0:
             state = {"step": step, **_sizes(policy.layout), _DISTRIBUTED: policy.config.train.distributed_optimizer, **trainer}
-            if policy.adapters:
-                state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
-            tensors = tensors_as_bytes(state.pop("tensors", {}))
-            files = {_TENSORS_FILE: tensors, TRAINER_FILE: json.dumps(state).encode()}
+            files = {_TENSORS_FILE: tensors_as_bytes(state.pop("tensors", {}))}
             if policy.adapters.spec is not None:
-                files = {LORA_FILE: json.dumps(policy.adapters.spec.as_json()).encode(), **files}
+                files[LORA_FILE] = json.dumps(policy.adapters.spec.as_json()).encode()
+                state |= {BASE_SUM: base, BASE_DTYPE: policy.config.model.dtype}
+            files[TRAINER_FILE] = json.dumps(state).encode()
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
                 sync_to_disk(temporary / name)
@@ -196,11 +195,8 @@ def _refuse_other_adapters(path: Path, trainer: dict[str, Any], policy: Policy) 
                 f"model.dtype={policy.config.model.dtype}; restore both, or choose another run.name"
             )
         return
-    what = (
-        "lora.rank=0"
-        if written is None
-        else f"lora.{', lora.'.join(f'{k}={json.dumps(v)}' for k, v in written.as_json().items())}"
-    )
+    settings = {"rank": 0} if written is None else written.as_json()
+    what = ", ".join(f"lora.{key}={json.dumps(value)}" for key, value in settings.items())
     raise UserError(f"{path} was written with {what}; set that again, or choose another run.name")
 
 

@@ -38,6 +38,7 @@ class _Adapted:
     """A parameter with adapters. base: its original value, on the CPU or its device. factors: A and B by number of its HF
     tensor."""
 
+    weight: Weight
     parameter: torch.nn.Parameter
     shard: Shard
     base: Tensor
@@ -80,7 +81,7 @@ class Adapters(torch.nn.Module):
         self.factors = torch.nn.ParameterList()
         self._layout = layout
         self._stored: list[tuple[str, bool]] = []  # name in a checkpoint, whether it is an expert's
-        self._adapted: list[tuple[Weight, _Adapted]] = []
+        self._adapted: list[_Adapted] = []
         here = {id(parameter) for parameter in chunk.parameters()}
         for weight, parameter in own:
             if id(parameter) in here and (adapters := spec.adapters_of(weight)):
@@ -90,7 +91,7 @@ class Adapters(torch.nn.Module):
                     base = base.pin_memory()
                 shard = megatron_shard(weight, chunk.arch, *layout.cut(weight))
                 assert isinstance(parameter, torch.nn.Parameter)
-                self._adapted.append((weight, _Adapted(parameter, shard, base, factors)))
+                self._adapted.append(_Adapted(weight, parameter, shard, base, factors))
         chunk.add_module(ADAPTERS, self)
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(_with_gradient)
@@ -121,7 +122,7 @@ class Adapters(torch.nn.Module):
     def watch(self) -> None:
         """Begin to move gradients to the adapters. Call it once DDP and the optimizer, which take every parameter that has a
         gradient, have been built."""
-        for _, one in self._adapted:
+        for one in self._adapted:
             one.parameter.requires_grad_(True)
             one.parameter.register_post_accumulate_grad_hook(one.project)
 
@@ -130,22 +131,22 @@ class Adapters(torch.nn.Module):
         layout = self._layout
         replica, expert_replica = mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_expert_data_parallel_rank()
         total = torch.zeros((), dtype=torch.int64)
-        for weight, one in self._adapted:
-            repeated = layout.tp_rank if weight.split == "replicated" else 0
-            if (replica if weight.expert is None else expert_replica) + repeated == 0:
+        for one in self._adapted:
+            repeated = layout.tp_rank if one.weight.split == "replicated" else 0
+            if (replica if one.weight.expert is None else expert_replica) + repeated == 0:
                 total += bit_sum(one.base)
         return total
 
     @torch.no_grad()
     def merge(self) -> None:
         """Set the adapted weights to base and products (in place)."""
-        for _, one in self._adapted:
+        for one in self._adapted:
             one.merge()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the adapted weights to their base (in place)."""
-        for _, one in self._adapted:
+        for one in self._adapted:
             one.restore()
 
     def sharded_state_dict(self, prefix: str = "", *_args: Any, **_kwargs: Any) -> dict[str, ShardedTensor]:
@@ -170,7 +171,7 @@ class PolicyAdapters:
     def __init__(self, arch: Architecture, chunks: Sequence[PolicyModel], layout: Layout, config: Config) -> None:
         self.spec = LowRank.of(config.lora)
         self._of_chunks: list[Adapters] = []
-        self._base_sum: int | None = None
+        self._base_sum = None if self.spec is not None else 0
         if self.spec is not None:
             self.spec.refuse_untrained(arch, layout.training)
             seed, offload = config.run.seed, config.lora.offload_base
@@ -196,7 +197,7 @@ class PolicyAdapters:
 
     def base_sum(self) -> int:
         """A number that tells bases apart, the same in every layout: the sum of the bits of all elements of adapted matrices,
-        modulo 2**64. A collective."""
+        modulo 2**64; 0 without adapters. A collective."""
         if self._base_sum is None:  # it takes seconds, and checkpoints are many
             total = sum((one.base_sum() for one in self._of_chunks), torch.zeros((), dtype=torch.int64)).to(platform.device())
             dist.all_reduce(total)
