@@ -144,7 +144,7 @@ def gpu_tests(**environment: str) -> str:
     """Runs tests/gpu, which must pass, and returns pytest's output."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
-    done = subprocess.run(command, cwd=gpu.ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=gpu.ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

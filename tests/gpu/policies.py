@@ -10,10 +10,16 @@ from transformers import DeepseekV3ForCausalLM, Glm4MoeForCausalLM, Qwen3ForCaus
 
 from etr_megatron import platform
 from etr_megatron.config import load_config, resolve
+from tests.gpu.conftest import DRY_RUN
 
-VOCAB = 1003
+_SHRINK = 4 if DRY_RUN else 1
+"""Many CPUs have no instructions for bf16 and multiply it thirty times slower than float32."""
 
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+FP8_BLOCK = 128 // _SHRINK
+
+VOCAB = 1003 // _SHRINK
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256 // _SHRINK, "norm_topk_prob": True}
 _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, {}),
     "qwen3_moe": (Qwen3MoeForCausalLM, {**_EXPERTS, "num_experts": 5}),
@@ -21,13 +27,14 @@ _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         Glm4MoeForCausalLM,
         {**_EXPERTS, "n_routed_experts": 5, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
     ),
-    # Heads as wide as the published model's.
+    # Heads as wide as the published model's, on a GPU.
     "deepseek_v3": (
         DeepseekV3ForCausalLM,
         {
             **{**_EXPERTS, "num_experts_per_tok": 4, "n_routed_experts": 12, "n_group": 4, "topk_group": 2},
             **{"first_k_dense_replace": 1, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_key_value_heads": 4},
-            **{"q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+            **{"q_lora_rank": 256 // _SHRINK, "kv_lora_rank": 128 // _SHRINK, "v_head_dim": 128 // _SHRINK},
+            **{"qk_nope_head_dim": 128 // _SHRINK, "qk_rope_head_dim": 64 // _SHRINK},
             "rope_parameters": {
                 **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128},
                 **{"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
@@ -42,11 +49,15 @@ def write_model(path: Path, family: str = "qwen3", *, tied: bool = False) -> str
     every token, DeepSeek's twelve in groups, four for every token; the first layer of GLM's and DeepSeek's is dense."""
     torch.manual_seed(11)
     kind, more = _KINDS[family]
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, **({} if "kv_lora_rank" in more else {"head_dim": 128})}
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **({} if "kv_lora_rank" in more else {"head_dim": 128 // _SHRINK}),
+    }
     config = kind.config_class(
         vocab_size=VOCAB,
-        hidden_size=384,
-        intermediate_size=640,
+        hidden_size=384 // _SHRINK,
+        intermediate_size=640 // _SHRINK,
         num_hidden_layers=3,
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
@@ -67,7 +78,7 @@ def write_model(path: Path, family: str = "qwen3", *, tied: bool = False) -> str
     return str(path)
 
 
-def sequences(count: int = 9, longest: int = 150) -> list[tuple[list[int], list[int]]]:
+def sequences(count: int = 9, longest: int = 150 // _SHRINK) -> list[tuple[list[int], list[int]]]:
     """(prompt, response) of many lengths, the last with a single response token."""
     generator = torch.Generator().manual_seed(2)
 

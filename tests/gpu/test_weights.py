@@ -11,7 +11,7 @@ from etr_megatron.weights.layout import shards_of
 from etr_megatron.weights.quantize import SCALE_SUFFIX, scale_shape
 from etr_megatron.weights.transport import ShardedTransport, Wire
 from tests.gpu.conftest import DEVICE
-from tests.gpu.policies import build, write_model
+from tests.gpu.policies import FP8_BLOCK, build, write_model
 
 LEFT_OUT = recipes_left_out(DEVICE)
 FP8 = torch.float8_e4m3fn
@@ -50,7 +50,7 @@ def test_blocks_are_the_same_on_every_device(device, shape):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "deepseek_v3"])
-@pytest.mark.parametrize("fp8_block", [None, 128], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("fp8_block", [None, FP8_BLOCK], ids=["bf16", "fp8"])
 def test_a_server_in_the_same_process_gets_the_policys_weights(world, device, tmp_path, fp8_block, family):
     """Everything except the messages: NCCL has no group with two processes on one GPU."""
     from etr_megatron.policy.model import own_parameters
