@@ -40,6 +40,7 @@ AT_LEAST: dict[str, int] = {
     "rollout.max_staleness": 0,
     "sglang.servers": 1,
     "sglang.dedicated_nodes": 0,
+    "sglang.nodes_per_server": 1,
     "sglang.tp": 1,
     "sglang.ep": 1,
     "sglang.probe_every": 0,

@@ -73,6 +73,9 @@ class SglangConfig:
     dedicated_nodes: int = 0
     """Nodes for servers alone: the last ones of torchrun's nodes, with `sglang.servers` each and no ranks. 0: servers are on
     nodes that train, see `nodes`."""
+    nodes_per_server: int = 1
+    """Nodes that each server spans, for a model that the GPUs of one node do not hold: consecutive nodes, with the same number
+    of its `tp` GPUs on each. Above 1 it needs `nodes: every` or `dedicated_nodes`, and `servers: 1`."""
     tp: int = 1
     """Tensor parallel size of each server."""
     ep: int = 1
@@ -84,8 +87,8 @@ class SglangConfig:
     fp8: bool = False
     """Serve matrices in FP8 with 128 x 128 blocks; every weight sync quantises them."""
     devices: tuple[str, ...] = ()
-    """GPUs of the servers on a node, in order, `tp` for each server. By default, colocated servers take the ranks' GPUs from
-    the first on, and dedicated servers take the GPUs after the ranks'."""
+    """GPUs of the servers on a node, in order, `tp / nodes_per_server` for each server. By default, colocated servers take the
+    ranks' GPUs from the first on, and dedicated servers take the GPUs after the ranks'."""
     python: str = ".venv-sglang/bin/python"
     """Python of the environment that has SGLang; `bash tools/setup_env.sh --sglang` creates the default one."""
     launch: tuple[str, ...] = ("-m", "sglang.launch_server")
@@ -132,4 +135,9 @@ class SglangConfig:
     @property
     def gpus_of_a_node(self) -> int:
         """Number of GPUs that the servers of a node take."""
-        return self.servers * self.tp
+        return self.servers * self.tp_on_a_node
+
+    @property
+    def tp_on_a_node(self) -> int:
+        """Number of a server's tensor-parallel ranks on each of its nodes."""
+        return self.tp // self.nodes_per_server
