@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, Serving, SglangEngine, shared_memory
+from etr_megatron.rollout.sglang.job_servers import JobServers
 from tests.hang import collectives_within
 from tests.nodes import as_a_node_at
 from tests.policy_jobs import build
@@ -89,14 +90,14 @@ def on_two_nodes(
 @contextmanager
 def _start_within(collective_s: float) -> Iterator[None]:
     """While servers start, ranks other than rank 0 wait no longer than this in a collective."""
-    start = SglangEngine._start
+    start = JobServers.start
 
     def limited(*arguments: Any) -> Any:
         dist.barrier()
         with collectives_within(collective_s) if dist.get_rank() else nullcontext():
             return start(*arguments)
 
-    with mock.patch.object(SglangEngine, "_start", limited):
+    with mock.patch.object(JobServers, "start", limited):
         yield
 
 

@@ -40,9 +40,11 @@ def server_command(
     cuda: bool,
     routing: bool = False,
     tokenizer: bool = False,
+    part: int = 0,
 ) -> ServerCommand:
     """The command of server number `place` of a node. folder: for other files that it reads, written here. routing: whether it
-    must return the chosen experts. tokenizer: whether it must have one, to match stop strings.
+    must return the chosen experts. tokenizer: whether it must have one, to match stop strings. part: number of this node among
+    those that the server spans, see `parts`.
 
     The server starts with random weights and gets the policy's before its first request. So model_dir needs only a config.json
     and, if asked for, a tokenizer; a Megatron checkpoint will do. An api_key is passed in a file that only the user can read.
@@ -50,6 +52,8 @@ def server_command(
     """
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--tp-size", str(config.tp)]
     arguments += [] if tokenizer else [NO_TOKENIZER]
+    if config.nodes_per_server > 1:  # where its parts meet is known when they start
+        arguments += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
     if config.ep > 1:
         arguments += ["--ep-size", str(config.ep)]
     shares_gpus = config.placement == "colocated" and cuda
@@ -79,14 +83,25 @@ def server_command(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
     if api_key is not None:
         arguments += ["--config", _key_file(folder, f"{host}_{place}", api_key)]
-    named = config.devices[place * config.tp : (place + 1) * config.tp]
+    tp = config.tp_on_a_node
+    named = config.devices[place * tp : (place + 1) * tp]
     devices = _gpus(config, place, named) if cuda else named
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     own = (*arguments, *config.arguments)
     memory = config.mem_fraction if shares_gpus else None
     return ServerCommand(
-        config.python, config.launch, own, environment, host, "weight_version", api_key, memory, shares_gpus=shares_gpus
+        config.python,
+        config.launch,
+        own,
+        environment,
+        host,
+        "weight_version",
+        api_key,
+        memory,
+        shares_gpus=shares_gpus,
+        parts=config.nodes_per_server,
+        part=part,
     )
 
 
@@ -129,8 +144,8 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
         )
     if asked:
         return asked
-    first = ranks + place * config.tp
-    if gpus and first + config.tp > len(gpus):
+    first = ranks + place * config.tp_on_a_node
+    if gpus and first + config.tp_on_a_node > len(gpus):
         beside, way_out = "", ""
         if ranks:
             beside = f" besides those of {ranks} ranks"
@@ -139,7 +154,7 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
             f"sglang.servers={config.servers} with sglang.tp={config.tp} need {config.gpus_of_a_node} GPUs{beside}, but "
             f"this machine has {len(gpus)}; lower one of the two{way_out}"
         )
-    return tuple(gpus[first : first + config.tp])
+    return tuple(gpus[first : first + config.tp_on_a_node])
 
 
 def _plain_kernels(config: SglangConfig, model: Mapping[str, Any]) -> list[str]:

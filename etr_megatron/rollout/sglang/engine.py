@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from etr_megatron import platform
-from etr_megatron.config import SglangConfig, startup_timeout_of, sync_of
+from etr_megatron.config import SglangConfig, sync_of
 from etr_megatron.config.schema.fp8 import FP8_BLOCK
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import (
@@ -33,20 +32,16 @@ from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, of
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
-from etr_megatron.rollout.sglang.hosts import Host, Started
+from etr_megatron.rollout.sglang.job_servers import JobServers
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
-from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
-from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
+from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample
 from etr_megatron.weights import Architecture, ServerLayout
 
 logger = logging.getLogger(__name__)
-
-_MEETING_S = 60.0
-"""Time for ranks to meet after servers have started."""
 
 _PROBE_GAPS, _LARGEST_PROBE_GAP = 10.0, 2.0
 """Limits of a probe's mean gap: in largest mean gaps of a step, and in nats unless a step's own limit is larger. The probe has
@@ -99,32 +94,19 @@ class SglangEngine:
         self._stop_ids = tuple(sorted(serving.stop_ids))
         self._draws: dict[int, Draw] = {}
         self._control: Control | None = None
-        self._host: Host | ServerNodes | None = None
-        addresses = addresses_of(config)
-        apart = on_rank0(lambda: nodes.meet(startup_timeout_of(config), must_stop) if nodes is not None else [], long=True)
-        places = [*addresses.values(), *apart]
-        key = on_rank0(lambda: new_key(places) if places else None)
-        names = [f"SGLang server {number}" for number in range(len(config.urls) or config.servers * len(places))]
-        own_address = on_rank0(lambda: own_address_of(config, addresses))
-        self._hosts = {
-            rank: names[place * config.servers : (place + 1) * config.servers] for place, rank in enumerate(addresses)
-        }
-        cuda = serving.backend == "nccl"
         needs = dict(routing=serving.routing, tokenizer=bool(serving.stop_strings))
-        setting = ServerSetting(str(model_dir), serving.dtype, str(serving.directory), key, cuda, **needs)
-        # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
-        # have only a collective's time.
-        longest = datetime.timedelta(seconds=Host.STARTS * startup_timeout_of(config) + _MEETING_S)
-        self._starters = dist.new_group(backend="gloo", timeout=longest)
-        self._host = together(lambda: self._own_host(names, nodes, addresses, setting))
+        cuda, folder = serving.backend == "nccl", str(serving.directory)
+        setting = ServerSetting(str(model_dir), serving.dtype, folder, None, cuda, **needs)
+        self._servers = servers = JobServers(config, setting, nodes, must_stop=must_stop)
+        together(self._require_room)
         self._control = together(
             lambda: (
                 Control(
                     config,
-                    names,
+                    servers.names,
                     Expected.of(config, serving.architecture, serving.dtype, **needs),
-                    host=own_address,
-                    api_key=key,
+                    host=servers.own_address,
+                    api_key=servers.api_key,
                     backend=serving.backend,
                     logs=serving.directory,
                 )
@@ -132,10 +114,10 @@ class SglangEngine:
                 else None
             )
         )
-        self._sender = self._make_sender(own_address)
+        self._sender = self._make_sender()
         try:
             on_rank0(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
-            started = self._start(names, must_stop)
+            started = servers.start(servers.names, must_stop)
             on_rank0(lambda: self._speaker.open(started))
             self.release()  # ranks build their models next, on the GPUs of colocated servers
         except BaseException:
@@ -146,21 +128,6 @@ class SglangEngine:
     def _speaker(self) -> Control:
         """Rank 0's, on rank 0."""
         return of_rank0(self._control)
-
-    def _own_host(
-        self, names: Sequence[str], nodes: ServerNodes | None, addresses: Mapping[int, str], setting: ServerSetting
-    ) -> Host | ServerNodes | None:
-        """The host of the servers that this rank starts, if any."""
-        rank = dist.get_rank()
-        if nodes is not None:
-            nodes.prepare(names, setting)
-            return nodes
-        if rank not in addresses:
-            return None
-        if sync_of(self._config) == "tensor":
-            send = self._send_settings()
-            require_room(send.arch, send.dtype, send.fp8_block, send.bucket_bytes)
-        return host_of(self._config, self._hosts[rank], addresses[rank], setting)
 
     def _send_settings(self) -> SendSettings:
         config, serving = self._config, self._serving
@@ -174,7 +141,13 @@ class SglangEngine:
             config.checksums,
         )
 
-    def _make_sender(self, address: str) -> Sender:
+    def _require_room(self) -> None:
+        """Raise UserError on a machine without room for what this rank must share with its servers."""
+        send = self._send_settings()
+        if sync_of(self._config) == "tensor" and dist.get_rank() in self._servers.hosts:
+            require_room(send.arch, send.dtype, send.fp8_block, send.bucket_bytes)
+
+    def _make_sender(self) -> Sender:
         config, serving, control = self._config, self._serving, self._control
         settings = self._send_settings()
         how = sync_of(config)
@@ -183,27 +156,13 @@ class SglangEngine:
             return DiskSender(settings, directory, control.load if control is not None else None)
         if how == "sharded":
             layout = ServerLayout(config.tp, config.ep)
-            return ShardedSender(settings, layout, address, control.calls if control is not None else None)
+            return ShardedSender(settings, layout, self._servers.own_address, control.calls if control is not None else None)
         # A server at `sglang.urls` may run in its own container, whatever its address: no memory is shared with it.
-        shared = NodeBuckets(self._hosts if how == "tensor" else {}, config.tp)
+        hosts = self._servers.hosts if how == "tensor" else {}
+        shared = NodeBuckets(hosts, config.tp_on_a_node, config.tp)
         if control is None:
             return WholeSender(settings, None, None, shared)
         return WholeSender(settings, control.outbox, control.serving, shared)
-
-    def _start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Have their hosts start or restart these servers; a collective. Raises as `together`."""
-        if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
-
-            def start() -> dict[str, Started]:
-                assert self._host is not None  # rank 0 has the nodes
-                return self._host.start(names, must_stop)
-
-            return on_rank0(start, long=True)
-        group = self._starters
-        own = together(lambda: self._host.start(names, must_stop) if self._host is not None else {}, group)
-        found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, own, group=group)
-        return {name: started for some in found for name, started in some.items()}
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling, must_stop: MustStop = never) -> list[list[Sample]]:
         """See `RolloutEngine.generate`. Rank 0 alone gets the responses, other ranks empty ones. Raises EngineGoneError,
@@ -338,7 +297,7 @@ class SglangEngine:
         """Bring failed servers back: restart them if they are ours, else ask for their health again."""
         due = on_rank0(lambda: self._speaker.due())
         if due:
-            started = self._start(due)
+            started = self._servers.start(due)
             on_rank0(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
@@ -367,7 +326,7 @@ class SglangEngine:
         """
         failed = on_rank0(lambda: self._speaker.release())
         if failed:
-            together(lambda: self._host.stop(failed) if self._host is not None else None)
+            together(lambda: self._servers.stop(failed))
 
     def close(self) -> None:
         """Stop the servers that were started here and wait until all their processes have ended. Not a collective."""
@@ -375,9 +334,7 @@ class SglangEngine:
         if self._control is not None:
             self._control.close()
             self._control = None
-        if self._host is not None:
-            self._host.stop()
-            self._host = None
+        self._servers.stop()
 
     def _require_weights(self) -> None:
         if self._syncs == 0:

@@ -17,16 +17,17 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
 
-_POLL_S = 0.5
+POLL_S = 0.5
 _ASK_S = 5.0
 _MOST_BYTES = 1 << 16
 
 
 class Started(NamedTuple):
-    """Where a server listens, and why it does not serve, if it does not."""
+    """Where a server listens, and why it does not serve, if it does not. port_taken: because of that alone."""
 
     url: str
     problem: str | None
+    port_taken: bool = False
 
 
 class Host:
@@ -39,10 +40,11 @@ class Host:
         self._commands, self._logs, self._timeout_s = dict(commands), logs, startup_timeout_s
         self._processes: dict[str, ServerProcess] = {}
 
-    def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
+    def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
         """Start or restart those of these servers that belong to this machine; wait until each answers or has failed.
 
-        Raises UserError when the interpreter does not exist, StopAskedError when `must_stop()` becomes true.
+        attempt: name of this start, for `PartsHost`. Raises UserError when the interpreter does not exist, StopAskedError when
+        `must_stop()` becomes true.
         """
         own = [name for name in names if name in self._commands]
         self.stop(own)
@@ -52,25 +54,26 @@ class Host:
         return {name: self._wait_for(name, deadline, must_stop, starts=self.STARTS) for name in own}
 
     def _launch(self, name: str) -> None:
-        log = self._logs / f"{name.replace(' ', '_').lower()}.log"
-        self._processes[name] = ServerProcess(name, self._commands[name], log)
+        self._processes[name] = ServerProcess(name, self._commands[name], self._log_of(name))
+
+    def _log_of(self, name: str) -> Path:
+        return self._logs / f"{name.replace(' ', '_').lower()}.log"
 
     def _wait_for(self, name: str, deadline: float, must_stop: MustStop, *, starts: int) -> Started:
         """starts: attempts left, including this one."""
         process = self._processes[name]
         while process.is_running:
-            if _answers(process.url):  # asked at least once, even if the others took all of the time
-                is_ours = _is_ours(process)
-                if is_ours:
-                    self._keep_share(name)
-                    return Started(process.url, None)
-                if is_ours is False:
-                    return self._move(name, must_stop, starts)
+            answers = is_ours(process)  # asked at least once, even if the others took all of the time
+            if answers:
+                self._keep_share(name)
+                return Started(process.url, None)
+            if answers is False:
+                return self._move(name, must_stop, starts)
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) while waiting for {name}")
             if time.monotonic() >= deadline:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         if process.is_running:
             process.stop()  # it would be unused and, if colocated, hold memory that the ranks need
             what = f"{name} did not answer within {self._timeout_s:g} s at {process.url}; its log is {process.log}"
@@ -117,11 +120,13 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _is_ours(process: ServerProcess) -> bool | None:
+def is_ours(process: ServerProcess) -> bool | None:
     """Whether the process that answers at its port is the server that was started, by an identity that only this one has.
 
-    A server that cannot report its identity is trusted. None: undecided, so it is asked again.
+    A server that cannot report its identity is trusted. None: nothing answers yet, or it is undecided, so it is asked again.
     """
+    if not _answers(process.url):
+        return None
     if process.told_by == "request_id":
         return _calls_a_request_so(process)
     return _says_its_version(process) if process.told_by == "weight_version" else True

@@ -38,11 +38,12 @@ class NodeBuckets:
     """Sends buckets from rank 0 to the ranks that started servers, which reply where their servers find them. One per rank.
 
     Segments are reused from sync to sync, even when the wire is replaced. hosts: rank -> names of the servers on its machine,
-    the same on all ranks; if empty, nothing is shared. workers: of each server.
+    in the order of the machines that a server spans, the same on all ranks; if empty, nothing is shared. here: workers of a
+    server on each of its machines. workers: on all of them.
     """
 
-    def __init__(self, hosts: Mapping[int, Sequence[str]], workers: int) -> None:
-        self._hosts, self._buckets = hosts, SharedBuckets(workers)
+    def __init__(self, hosts: Mapping[int, Sequence[str]], here: int, workers: int) -> None:
+        self._hosts, self._buckets, self._workers = hosts, SharedBuckets(here), workers
         self._part = Part((), None)
         self._wire: Wire | None = None
         self._largest = 0
@@ -67,8 +68,8 @@ class NodeBuckets:
     def share(self, fields: Sequence[Field], nbytes: int, flat: Tensor | None) -> dict[str, list[str]]:
         """On rank 0, server -> handles for its workers to the bucket `flat` (uint8 [nbytes], None on other ranks).
 
-        Servers must have answered the bucket before the previous one. A machine without room is left out, with one warning.
-        Raises SyncError.
+        Servers must have answered the bucket before the previous one. Those of a machine without room are left out, with one
+        warning. Raises SyncError.
         """
         wire = self._wire
         if wire is None or self._part.group is None:
@@ -83,11 +84,12 @@ class NodeBuckets:
             return {}
         found: dict[str, list[str]] = {}
         for rank, (handles, problem) in {0: own, **self._hear(wire, others)}.items():
-            found |= handles
+            for name, some in handles.items():
+                found[name] = [*found.get(name, ()), *some]
             if problem and rank not in self._warned:
                 self._warned.add(rank)
                 logger.warning("rank %d: %s; they are sent to its servers over HTTP", rank, problem)
-        return found
+        return {name: handles for name, handles in found.items() if len(handles) == self._workers}
 
     def _put(self, wire: Wire, fields: Sequence[Field], flat: Tensor) -> tuple[dict[str, list[str]], str]:
         """Handles for the servers of this machine, or the problem that prevents them."""

@@ -34,7 +34,7 @@ class ServerCommand:
     it at /model_info. "request_id": it takes `--request-id-headers` and uses the value of that header as the id of a request.
     None: not at all. api_key: the one it requires. memory: fraction of its GPUs' memory for weights and KV cache, passed as one
     of what is free when it starts, see `share_of_free`; None if the arguments say it or SGLang chooses. shares_gpus: whether
-    ranks use its GPUs, too.
+    ranks use its GPUs, too. parts: number of nodes that the server spans. part: number of this process among theirs.
     """
 
     python: str
@@ -46,6 +46,8 @@ class ServerCommand:
     api_key: str | None = field(default=None, repr=False)
     memory: float | None = None
     shares_gpus: bool = False
+    parts: int = 1
+    part: int = 0
 
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

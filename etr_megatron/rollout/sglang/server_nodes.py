@@ -40,6 +40,7 @@ from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import BEAT_S, SILENCE_S
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.hosts import Host, Started
+from etr_megatron.rollout.sglang.parts import Meeting, PartsHost, merged, places_of
 from etr_megatron.rollout.sglang.places import address_towards
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
@@ -66,8 +67,13 @@ class ServerSetting(NamedTuple):
     tokenizer: bool = False
 
 
-def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: ServerSetting) -> Host:
-    """The `Host` of this machine's servers. Raises UserError when it has too few GPUs for them."""
+def host_of(
+    config: SglangConfig, names: Sequence[str], part: int, address: str, setting: ServerSetting, store: dist.Store
+) -> Host:
+    """The `Host` of this machine's servers, or of part number `part` of those that span nodes.
+
+    store: of the job, which the host keeps. Raises UserError when the machine has too few GPUs for them.
+    """
     folder = Path(setting.folder)
     commands = {
         name: server_command(
@@ -81,10 +87,12 @@ def host_of(config: SglangConfig, names: Sequence[str], address: str, setting: S
             cuda=setting.cuda,
             routing=setting.routing,
             tokenizer=setting.tokenizer,
+            part=part,
         )
         for place, name in enumerate(names)
     }
-    return Host(commands, folder, startup_timeout_of(config))
+    timeout_s = startup_timeout_of(config)
+    return Host(commands, folder, timeout_s) if config.nodes_per_server == 1 else PartsHost(commands, folder, timeout_s, store)
 
 
 def _connect(patience_s: float) -> dist.Store:
@@ -165,24 +173,34 @@ class ServerNodes:
 
     def prepare(self, names: Sequence[str], setting: ServerSetting) -> None:
         """After `meet`: tell the nodes which servers are theirs. Raises UserError for a node that cannot have them."""
-        each = self._config.servers
-        self._names = [list(names[node * each : (node + 1) * each]) for node in range(self._count)]
-        orders = {node: {"do": "prepare", "names": own, "setting": setting._asdict()} for node, own in enumerate(self._names)}
+        places = places_of(names, self._count, self._config)
+        self._names = [own for own, _ in places]
+        orders = {
+            node: {"do": "prepare", "names": own, "part": part, "setting": setting._asdict()}
+            for node, (own, part) in enumerate(places)
+        }
         for node, said in self._ask(orders, _END_S).items():
             if isinstance(said, str):
                 raise UserError(f"{self._name(node)}: {said}")
 
-    def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
+    def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
         """See `Host.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
         own = self._by_node(names)
-        orders = {node: {"do": "start", "names": mine} for node, mine in own.items()}
-        found: dict[str, Started] = {}
-        for node, said in self._ask(orders, Host.STARTS * startup_timeout_of(self._config) + _END_S, must_stop).items():
+        orders = {node: {"do": "start", "names": mine, "attempt": attempt} for node, mine in own.items()}
+
+        def give_up(node: int) -> None:
+            for name in own[node]:  # other parts of it would wait for this one
+                Meeting(self._store, attempt, name).fail()
+
+        limit_s = Host.STARTS * startup_timeout_of(self._config) + _END_S
+        found: list[dict[str, Started]] = []
+        for node, said in self._ask(orders, limit_s, must_stop, failed=give_up).items():
             if isinstance(said, str):
-                found |= {name: Started("", f"{name} cannot be started on {self._name(node)}: {said}") for name in own[node]}
+                what = f"cannot be started on {self._name(node)}: {said}"
+                found.append({name: Started("", f"{name} {what}") for name in own[node]})
             else:
-                found |= {name: Started(*started) for name, started in said.items()}
-        return found
+                found.append({name: Started(*started) for name, started in said.items()})
+        return merged(found)
 
     def stop(self, names: Iterable[str] | None = None) -> None:
         """See `Host.stop`."""
@@ -210,9 +228,16 @@ class ServerNodes:
         self._store.set(f"{node}/order/{number}", json.dumps(order))
         return number
 
-    def _ask(self, orders: Mapping[int, Mapping[str, Any]], timeout_s: float, must_stop: MustStop = never) -> dict[int, Any]:
-        """Node -> its reply, or a sentence if it failed or does not answer. Raises StopAskedError when `must_stop()` becomes
-        true: the nodes abandon their current order at the next one."""
+    def _ask(
+        self,
+        orders: Mapping[int, Mapping[str, Any]],
+        timeout_s: float,
+        must_stop: MustStop = never,
+        *,
+        failed: Callable[[int], None] = lambda _: None,
+    ) -> dict[int, Any]:
+        """Node -> its reply, or a sentence if it failed or does not answer, which `failed` is told at once. Raises
+        StopAskedError when `must_stop()` becomes true: the nodes abandon their current order at the next one."""
         keys = {node: f"{node}/reply/{self._post(node, order)}" for node, order in orders.items()}
         found: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -226,6 +251,8 @@ class ServerNodes:
                     found[node] = f"it did not answer within {timeout_s:g} s"
                 if node in found:
                     del keys[node]
+                    if isinstance(found[node], str):
+                        failed(node)
             if keys:
                 self._refuse_if(must_stop)
                 time.sleep(_LOOK_S)
@@ -342,11 +369,11 @@ class ServerNode:
     def _do(self, order: Mapping[str, Any], number: int) -> Any:
         if order["do"] == "prepare":
             setting = ServerSetting(**order["setting"])
-            self._host = host_of(self._config, order["names"], self._address, setting)
+            self._host = host_of(self._config, order["names"], order["part"], self._address, setting, self._store)
             return None
         assert self._host is not None
         if order["do"] == "start":
-            return self._host.start(order["names"], lambda: self._is_over(number))
+            return self._host.start(order["names"], lambda: self._is_over(number), order["attempt"])
         self._host.stop(order["names"])
         return None
 

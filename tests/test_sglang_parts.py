@@ -1,0 +1,189 @@
+"""Servers that span several nodes: all parts of one start, fail and end together, whichever machine they are on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch.distributed as dist
+
+from etr_megatron.config import SglangConfig
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.rollout.sglang import parts
+from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.parts import merged, places_of
+from etr_megatron.rollout.sglang.server_nodes import ServerSetting, host_of
+from tests.test_sglang_engine import check_sums
+
+LAUNCH = dict(python=sys.executable, launch=("-m", "tests.fake_parts"))
+SERVER = "SGLang server 0"
+
+
+class Machines:
+    """The hosts of a server's nodes, each with a connection to the job's store of its own."""
+
+    def __init__(self, folder, number: int = 3, **settings: Any) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        settings = dict(tp=number, nodes_per_server=number, startup_timeout_s=120.0) | LAUNCH | settings
+        self.config = SglangConfig(**settings)
+        setting = ServerSetting(str(folder / "model"), "float32", str(folder), None, False)
+        stores = [dist.TCPStore("127.0.0.1", self.store.port, is_master=False, wait_for_workers=False) for _ in range(number)]
+        self.hosts = [host_of(self.config, [SERVER], part, "127.0.0.1", setting, store) for part, store in enumerate(stores)]
+        self.folder = folder
+
+    def start(self, attempt: str, which: Any = slice(None), must_stop: Any = lambda: False) -> list[dict[str, Started]]:
+        with ThreadPoolExecutor() as pool:
+            begun = [pool.submit(host.start, [SERVER], must_stop, attempt) for host in self.hosts[which]]
+            return [one.result() for one in begun]
+
+    def pids(self) -> list[int]:
+        """Of the watchdogs of all parts that were started and not stopped."""
+        return [host._processes[SERVER]._watchdog.pid for host in self.hosts if SERVER in host._processes]
+
+    def stop(self) -> None:
+        for host in self.hosts:
+            host.stop()
+
+
+@pytest.fixture
+def machines(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_SGLANG", json.dumps({"weightless": True}))
+    found: list[Machines] = []
+
+    def make(**settings: Any) -> Machines:
+        found.append(Machines(tmp_path, **settings))
+        return found[-1]
+
+    yield make
+    for one in found:
+        one.stop()
+
+
+def test_a_server_answers_at_its_first_node_once_all_parts_are_there_and_restarts_whole(machines):
+    all_of_it = machines()
+    started = merged(all_of_it.start("first"))
+    assert list(started) == [SERVER] and started[SERVER].problem is None
+    assert httpx.get(f"{started[SERVER].url}/health").status_code == 200
+    before = all_of_it.pids()
+    assert len(before) == 3
+    again = merged(all_of_it.start("second"))
+    assert again[SERVER].problem is None and httpx.get(f"{again[SERVER].url}/health").status_code == 200
+    assert not any(map(psutil.pid_exists, before)) and len(all_of_it.pids()) == 3
+    logs = sorted(path.name for path in all_of_it.folder.glob("*.log"))
+    assert logs == ["sglang_server_0.log", "sglang_server_0_node_1.log", "sglang_server_0_node_2.log"]
+    all_of_it.stop()
+    assert all_of_it.pids() == []
+
+
+def test_a_part_that_dies_stops_the_others_at_once_and_its_last_words_are_told(machines, monkeypatch):
+    monkeypatch.setenv("FAKE_PARTS", json.dumps({"2": {"die": True, "late": 0.5}}))
+    all_of_it = machines()
+    begun = time.monotonic()
+    each = all_of_it.start("first")
+    assert time.monotonic() - begun < 60  # of 120 in which the others could have waited for it
+    assert [one[SERVER].problem is None for one in each] == [True, True, False]
+    told = merged(each)[SERVER].problem
+    assert told.startswith(f"{SERVER} (node 2 of its 3, 127.0.0.1) ended while it started; its log, ")
+    assert told.endswith("torch.OutOfMemoryError: no room for the model")
+    assert all_of_it.pids() == [] and not merged(each)[SERVER].port_taken
+
+
+def test_what_killed_one_part_is_told_though_the_head_died_of_it_too(machines, monkeypatch):
+    monkeypatch.setenv("FAKE_PARTS", json.dumps({"1": {"dies_after": 0.5}, "2": {"late": 3600}}))
+    all_of_it = machines()
+    told = merged(all_of_it.start("first"))[SERVER].problem
+    assert f"{SERVER} (node 1 of its 3, 127.0.0.1) ended while it started" in told and "ncclSystemError" in told
+    assert all_of_it.pids() == []
+
+
+def test_a_port_that_another_process_took_is_no_fault_of_the_server(machines, monkeypatch):
+    all_of_it = machines(number=2)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept(), daemon=True).start()  # the second part takes it for the head
+        monkeypatch.setattr(parts, "free_port", lambda _: other.getsockname()[1])
+        started = merged(all_of_it.start("first"))[SERVER]
+    assert started.port_taken and started.problem is not None
+    monkeypatch.undo()
+    monkeypatch.setenv("FAKE_SGLANG", json.dumps({"weightless": True}))
+    assert merged(all_of_it.start("second"))[SERVER].problem is None
+
+
+def test_a_head_whose_others_never_come_is_given_up_in_time_and_so_is_a_part_without_a_head(machines, monkeypatch):
+    monkeypatch.setattr(parts, "_LATE_S", 0.0)
+    alone = machines(number=2, startup_timeout_s=3.0)
+    (head,) = alone.start("first", slice(0, 1))
+    said = rf"{SERVER} (node 0 of its 2, 127.0.0.1) was not ready within 3 s; its log is "
+    assert head[SERVER].problem.startswith(said)
+    (other,) = alone.start("second", slice(1, 2))
+    said = f"{SERVER} (node 1 of its 2, 127.0.0.1) was not ready within 3 s; its first node did not tell its address"
+    assert other[SERVER].problem == said
+    assert alone.pids() == []
+
+
+def test_a_stop_ends_the_wait_on_every_node(machines, monkeypatch):
+    monkeypatch.setenv("FAKE_PARTS", json.dumps({"1": {"late": 3600}}))
+    all_of_it = machines(number=2)
+    asked = threading.Event()
+    threading.Timer(1.0, asked.set).start()
+    with pytest.raises(StopAskedError):
+        all_of_it.start("first", must_stop=asked.is_set)
+    assert all_of_it.pids() == []
+
+
+def test_a_part_that_cannot_be_started_lets_the_others_go(machines, monkeypatch):
+    all_of_it = machines(number=2)
+
+    def fails(*_: Any) -> None:
+        raise OSError("no room for its log")
+
+    monkeypatch.setattr(all_of_it.hosts[1], "_launch_at", fails)
+    with ThreadPoolExecutor() as pool:
+        head, other = (pool.submit(host.start, [SERVER], lambda: False, "first") for host in all_of_it.hosts)
+        assert head.result()[SERVER] == Started("", None)  # the other's error is the one to tell
+        with pytest.raises(OSError, match="no room for its log"):
+            other.result()
+    assert all_of_it.pids() == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "wanted"),
+    [
+        (2, dict(servers=3), [(["0", "1", "2"], 0), (["3", "4", "5"], 0)]),
+        (4, dict(nodes_per_server=2, tp=4), [(["0"], 0), (["0"], 1), (["1"], 0), (["1"], 1)]),
+        (3, dict(nodes_per_server=3, tp=3), [(["0"], 0), (["0"], 1), (["0"], 2)]),
+    ],
+)
+def test_consecutive_nodes_share_a_server(nodes, settings, wanted):
+    names = [str(number) for number in range(6)]
+    assert places_of(names, nodes, SglangConfig(**settings)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["tensor", "disk"])
+def test_a_server_over_two_nodes_gets_the_weights_and_is_started_again_whole(gangs, hf_models, tmp_path, sync):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync=sync, **LAUNCH)
+    job |= dict(nodes_per_server=2, tp=2, syncs=2, behaviours=[{"die_at_bucket": 0}, {}], bucket_bytes=1 << 16)
+    ranks = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", **job)
+    assert list(ranks[0]["states"]) == [SERVER] and ranks[0]["failed"] == [{}, {}]
+    state = ranks[0]["states"][SERVER]
+    check_sums(state, ranks[0]["sums"])
+    assert state["version"] == "2" and any("they are started again" in one for one in ranks[0]["warnings"])
+    if sync == "tensor":  # every part reads its own machine's memory
+        assert [found["segments"] for found in ranks] == [2, 2] and state["most_payload_bytes"] < 1 << 16
+
+
+@pytest.mark.slow
+def test_a_server_of_which_one_node_has_no_room_for_weights_is_sent_them(gangs, hf_models, tmp_path):
+    job = dict(model=hf_models["qwen3"], directory=str(tmp_path), address="127.0.0.1", sync="tensor", **LAUNCH)
+    ranks = gangs(2).run("tests.sglang_node_jobs:on_two_nodes", full=[1], nodes_per_server=2, tp=2, **job)
+    state = ranks[0]["states"][SERVER]
+    check_sums(state, ranks[0]["sums"])
+    assert state["most_payload_bytes"] > 1 << 16
