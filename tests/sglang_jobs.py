@@ -62,12 +62,20 @@ def engine_of(
 
 
 def gaps(
-    model: str, directory: str, prompts: list[list[int]], overrides: list[str], served: str | None = None, **settings: Any
+    model: str,
+    directory: str,
+    prompts: list[list[int]],
+    overrides: list[str],
+    served: str | None = None,
+    address: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Largest gap between the server's and the trainer's log-probs after each of two weight syncs, with an update between;
-    bytes that this rank sent in the second one, if sharded. served: the model that a server is started with, if not `model`."""
+    bytes that this rank sent in the second one, if sharded. served: the model that a server is started with, if not `model`.
+    address: of every rank's node, if each is to have its own."""
     policy = build(model, [*overrides, "train.lr=0.01", f"rollout.temperature={TEMPERATURE}"])
-    engine = engine_of(policy, served or model, directory, **settings)
+    with as_a_node_at(address) if address is not None else nullcontext():
+        engine = engine_of(policy, served or model, directory, **settings)
     try:
         return _gaps(policy, engine, prompts)
     finally:

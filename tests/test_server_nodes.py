@@ -23,6 +23,8 @@ from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
 from etr_megatron.rollout.sglang.server_nodes import ServerSetting
 from tests.runs import gone, wait_for
 
+OVER_TWO = {"launch": ("-m", "tests.fake_parts"), "nodes_per_server": 2, "tp": 2}
+
 
 class Node:
     """A node of servers in a thread, on `store`, and its outcome."""
@@ -61,8 +63,8 @@ def store(quick):
 
 
 def sglang(**settings: Any) -> SglangConfig:
-    launch = ("-m", "tests.fake_sglang")
-    return SglangConfig(python=sys.executable, launch=launch, startup_timeout_s=300.0, dedicated_nodes=2, **settings)
+    common = dict(python=sys.executable, launch=("-m", "tests.fake_sglang"), startup_timeout_s=300.0, dedicated_nodes=2)
+    return SglangConfig(**common | settings)
 
 
 def setting(folder: Path) -> ServerSetting:
@@ -135,7 +137,8 @@ def stand_in(store: dist.Store, node: int, address: str = "127.0.0.1") -> None:
     session(store).set(f"{node}/reply/0", "null")
 
 
-def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, OVER_TWO], ids=["each on one node", "over two nodes"])
+def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_path, monkeypatch, settings):
     class Heart(Heartbeat):
         """Node 1's silence lasts a hundred times as long, so that no other node's is taken for a loss."""
 
@@ -143,17 +146,40 @@ def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_
             return super().silence_s() * (100 if self._key == "1/beats" else 1)
 
     monkeypatch.setattr(server_nodes, "Heartbeat", Heart)
-    config = sglang()
+    config = sglang(**settings)
     node = Node(0, config, store)
     with ServerNodes(2, config, store) as rank0:
         stand_in(store, 1, "10.0.0.9")
         rank0.meet(300)
-        rank0.prepare(["server 0", "server 1"], setting(tmp_path))
-        started = rank0.start(["server 0", "server 1"])
-        assert started["server 0"].problem is None
-        lost = "server 1 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
-        assert started["server 1"].problem.startswith(lost)
+        if settings:
+            rank0.prepare(["server 0"], setting(tmp_path))
+            started = rank0.start(["server 0"])["server 0"]
+            lost = "server 0 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
+            assert started.problem.startswith(lost) and "server 0" not in node.node._host._processes
+        else:
+            rank0.prepare(["server 0", "server 1"], setting(tmp_path))
+            started = rank0.start(["server 0", "server 1"])
+            assert started["server 0"].problem is None
+            lost = "server 1 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
+            assert started["server 1"].problem.startswith(lost)
     node.join()
+
+
+def test_a_server_over_two_nodes_answers_at_the_first_and_ends_on_both(store, tmp_path):
+    config = sglang(**OVER_TWO)
+    nodes = [Node(number, config, store) for number in range(2)]
+    with ServerNodes(2, config, store) as rank0:
+        rank0.meet(300)
+        rank0.prepare(["server 0"], setting(tmp_path))
+        started = rank0.start(["server 0"], attempt="first")["server 0"]
+        assert started.problem is None and httpx.get(f"{started.url}/health").status_code == 200
+        watchdogs = [node.node._host._processes["server 0"]._watchdog.pid for node in nodes]
+        again = rank0.start(["server 0"], attempt="second")["server 0"]
+        assert again.problem is None and all(map(gone, watchdogs))
+        watchdogs = [node.node._host._processes["server 0"]._watchdog.pid for node in nodes]
+    for node in nodes:
+        node.join()
+    assert [node.code for node in nodes] == [0, 0] and all(map(gone, watchdogs))
 
 
 def test_a_node_that_hears_nothing_of_rank_0_ends_its_servers_and_itself(store, tmp_path, monkeypatch, capsys):

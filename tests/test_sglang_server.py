@@ -214,13 +214,26 @@ def test_the_weight_sync_benchmark_measures_syncs_that_bring_the_weights(model, 
     assert all(len(each) == 1 and each[0] > 0 for each in seconds.values())
 
 
-def test_every_worker_of_a_tensor_parallel_server_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
+def over_two_nodes() -> dict[str, Any]:
+    """Settings for a server of two tensor-parallel ranks, each started by the first rank of a node."""
+    address = own_address()
+    return {**OWN, "tp": 2, "nodes": "every", "nodes_per_server": 2, "address": address}
+
+
+def test_every_worker_of_a_server_over_two_nodes_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
+    """Its two processes only meet over the network, and only the first is asked; see tests/test_sglang_parts.py."""
     served = tmp_path / "config_alone"  # like a Megatron checkpoint, which has no weights that a server could read
     served.mkdir()
     shutil.copy(Path(model) / "config.json", served)
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, overrides=["parallel.tp=1", "parallel.pp=2"])
     found = gangs(2).run(
-        "tests.sglang_jobs:gaps", deadline_s=1500.0, tp=2, sync="sharded", served=str(served), probe_every=1, **OWN, **job
+        "tests.sglang_jobs:gaps",
+        deadline_s=1500.0,
+        sync="sharded",
+        served=str(served),
+        probe_every=1,
+        **over_two_nodes(),
+        **job,
     )
     assert all(max(rank["gaps"]) < 1e-5 for rank in found)
     assert sum(rank["bytes"] for rank in found) == least_bytes(model, 2)
