@@ -49,20 +49,26 @@ def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
         place_of(1)
 
 
-@pytest.mark.parametrize(("setting", "told"), [("sglang.nodes=every", ""), ("sglang.dedicated_nodes=3", "dedicated_nodes=3: ")])
-def test_nodes_that_do_not_divide_into_servers_of_three_are_refused_where_every_node_has_a_part(monkeypatch, setting, told):
-    options = ["rollout.backend=sglang", "sglang.nodes_per_server=3", "sglang.tp=6", setting, "eval.every=0"]
-    config = load_config("configs/cpu_tiny.yaml", options)
+def test_where_every_node_has_a_part_of_a_server_of_three_the_nodes_are_a_multiple_of_three(monkeypatch):
+    options = ["rollout.backend=sglang", "sglang.nodes_per_server=3", "sglang.tp=6", "eval.every=0"]
+    every, apart, embedded, replay = (
+        load_config("configs/cpu_tiny.yaml", [*options, *more])
+        for more in (
+            ["sglang.nodes=every"],
+            ["sglang.dedicated_nodes=3"],
+            ["sglang.nodes=every", "rollout.backend=embedded"],
+            ["sglang.nodes=every", "rollout.replay=runs/recorded"],
+        )
+    )
     torchrun(monkeypatch, nodes=6, processes=2, node=4)
-    assert place_of(nodes_apart(config), nodes_grouped(config)) == (Place(12, None) if not told else Place(6, 1))
+    assert place_of(nodes_apart(every), nodes_grouped(every)) == Place(12, None)
     torchrun(monkeypatch, nodes=7, processes=2, node=0)
-    if told:  # one more node trains
-        assert place_of(nodes_apart(config), nodes_grouped(config)) == Place(8, None)
-        return
-    with pytest.raises(UserError, match=r"^sglang\.nodes_per_server=3: the job has 7 nodes, no multiple of it; start "):
-        place_of(nodes_apart(config), nodes_grouped(config))
-    for without in (["rollout.backend=embedded"], ["rollout.replay=runs/recorded"]):
-        assert nodes_grouped(load_config("configs/cpu_tiny.yaml", [*options, *without])) == 1
+    with pytest.raises(
+        UserError, match=r"^sglang\.nodes_per_server=3: the job has 7 nodes, no multiple of it; start torchrun on"
+    ):
+        place_of(nodes_apart(every), nodes_grouped(every))
+    assert place_of(nodes_apart(apart), nodes_grouped(apart)) == Place(8, None)  # four nodes train
+    assert nodes_grouped(embedded) == nodes_grouped(replay) == 1
 
 
 def test_a_job_on_nodes_that_servers_do_not_divide_is_refused_however_it_is_started(monkeypatch, capsys):
