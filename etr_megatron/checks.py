@@ -355,6 +355,11 @@ def nodes_apart(config: Config) -> int:
     return config.sglang.dedicated_nodes if has_servers(config) else 0
 
 
+def nodes_grouped(config: Config) -> int:
+    """Number of nodes of each server, if every node has a part of one; else 1, as the config's rules group dedicated nodes."""
+    return config.sglang.nodes_per_server if has_servers(config) and config.sglang.nodes == "every" else 1
+
+
 def has_servers(config: Config) -> bool:
     """Whether the job starts servers of its own."""
     return config.rollout.backend == "sglang" and config.rollout.replay is None and not config.sglang.urls

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, starts_servers
+from etr_megatron.checks import beside_inputs, check_inputs, nodes_apart, nodes_grouped, starts_servers
 from etr_megatron.cli import USAGE, asks_for_help, parse_args
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
@@ -57,7 +57,8 @@ def prepare(argv: list[str]) -> tuple[int, Path, list[str], float]:
     config_path, overrides = parse_args(rest)
     with beside_inputs():
         config = load_config(config_path, overrides)
-    place_of(nodes_apart(config))  # raises: a single node cannot be dedicated to servers
+    # Raises: a single node can neither be dedicated to servers nor share one with others.
+    place_of(nodes_apart(config), nodes_grouped(config))
 
     import torch  # slow, so only after the config is known to be valid
 

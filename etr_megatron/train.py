@@ -7,7 +7,14 @@ import os
 import sys
 
 from etr_megatron import platform
-from etr_megatron.checks import beside_inputs, check_inputs, check_server_node, meets_servers_in_nccl, nodes_apart
+from etr_megatron.checks import (
+    beside_inputs,
+    check_inputs,
+    check_server_node,
+    meets_servers_in_nccl,
+    nodes_apart,
+    nodes_grouped,
+)
 from etr_megatron.cli import USAGE, asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.platform.lifetime import die_with_parent
@@ -40,7 +47,7 @@ def _run(argv: list[str]) -> int:
     if meets_servers_in_nccl(config):
         prepare_for_groups_with_servers()
     apart = nodes_apart(config)
-    place = place_of(apart)
+    place = place_of(apart, nodes_grouped(config))
     if apart:  # the training world excludes these nodes
         os.environ["WORLD_SIZE"] = str(place.ranks)
     with beside_inputs():

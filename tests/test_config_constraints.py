@@ -304,3 +304,23 @@ def test_shipped_config_is_valid(path):
 def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
     with pytest.raises(UserError, match=words):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(nodes="every", devices=("2", "3")),
+        dict(dedicated_nodes=6),
+        dict(nodes="every", placement="colocated", mem_fraction=0.5),
+        dict(nodes="every", placement="colocated", arguments=("--mem-fraction-static", "0.5")),
+        dict(nodes="every", placement="colocated", arguments=("--mem-fraction-static=0.5",)),
+    ],
+)
+def test_a_server_of_six_gpus_may_span_three_nodes(values):
+    sglang = dict(nodes_per_server=3, tp=6) | values
+    assert validate(config_with(**{f"sglang__{key}": value for key, value in sglang.items()}), None) == []
+
+
+def test_the_nodes_of_a_server_are_not_set_by_its_own_argument():
+    (problem,) = validate(config_with(sglang__arguments=("--nnodes=3",)), None)
+    assert problem.endswith(": --nnodes is set by the job, see sglang.nodes_per_server")

@@ -189,6 +189,31 @@ VIOLATIONS = [
     (dict(rollout__replay="runs/a", rollout__only=True, eval__every=0), ["rollout.only"]),
     (dict(sglang__urls=("nowhere",)), ["sglang.urls"]),
     (dict(sglang__devices=("0", "1")), ["sglang.devices", "sglang.servers", "sglang.tp"]),
+    (
+        dict(sglang__devices=("0", "1", "2"), sglang__nodes_per_server=3, sglang__tp=6, sglang__nodes="every"),
+        ["sglang.devices", "sglang.servers", "sglang.tp", "sglang.nodes_per_server"],
+    ),
+    (
+        dict(sglang__nodes_per_server=3, sglang__tp=6, sglang__urls=("http://a:1",)),
+        ["sglang.nodes_per_server", "sglang.urls"],
+    ),
+    (
+        dict(sglang__nodes_per_server=3, sglang__tp=6),
+        ["sglang.nodes_per_server", "sglang.nodes", "sglang.dedicated_nodes"],
+    ),
+    (
+        dict(sglang__nodes_per_server=3, sglang__tp=6, sglang__nodes="every", sglang__servers=2),
+        ["sglang.nodes_per_server", "sglang.servers"],
+    ),
+    (dict(sglang__nodes_per_server=3, sglang__tp=8, sglang__nodes="every"), ["sglang.nodes_per_server", "sglang.tp"]),
+    (
+        dict(sglang__nodes_per_server=3, sglang__tp=6, sglang__dedicated_nodes=4),
+        ["sglang.nodes_per_server", "sglang.dedicated_nodes"],
+    ),
+    (
+        dict(sglang__nodes_per_server=3, sglang__tp=6, sglang__nodes="every", sglang__placement="colocated"),
+        ["sglang.nodes_per_server", "sglang.placement", "sglang.mem_fraction"],
+    ),
     (dict(sglang__ep=2), ["sglang.ep", "sglang.tp"]),
     (dict(sglang__placement="external"), ["sglang.placement", "sglang.urls"]),
     (dict(sglang__nodes="every", sglang__urls=("http://a:1",)), ["sglang.nodes", "sglang.urls"]),

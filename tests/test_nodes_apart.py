@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from etr_megatron import launch
-from etr_megatron.checks import check_inputs, check_server_node, nodes_apart, starts_servers
+from etr_megatron import launch, train
+from etr_megatron.checks import check_inputs, check_server_node, nodes_apart, nodes_grouped, starts_servers
 from etr_megatron.config import load_config, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.platform.world import Place, place_of
+from etr_megatron.preflight import __main__ as preflight
 
 FAKE = (f"sglang.python={sys.executable}", "sglang.launch=[-m,tests.fake_sglang]")
 
@@ -46,6 +47,41 @@ def test_nodes_of_different_sizes_and_too_few_nodes_are_refused(monkeypatch):
     torchrun(monkeypatch, nodes=2, processes=4, node=0, world=7)
     with pytest.raises(UserError, match=r"7 processes on 2 nodes, 4 of them on this node"):
         place_of(1)
+
+
+def test_where_every_node_has_a_part_of_a_server_of_three_the_nodes_are_a_multiple_of_three(monkeypatch):
+    options = ["rollout.backend=sglang", "sglang.nodes_per_server=3", "sglang.tp=6", "eval.every=0"]
+    every, apart, embedded, replay = (
+        load_config("configs/cpu_tiny.yaml", [*options, *more])
+        for more in (
+            ["sglang.nodes=every"],
+            ["sglang.dedicated_nodes=3"],
+            ["sglang.nodes=every", "rollout.backend=embedded"],
+            ["sglang.nodes=every", "rollout.replay=runs/recorded"],
+        )
+    )
+    torchrun(monkeypatch, nodes=6, processes=2, node=4)
+    assert place_of(nodes_apart(every), nodes_grouped(every)) == Place(12, None)
+    torchrun(monkeypatch, nodes=7, processes=2, node=0)
+    with pytest.raises(
+        UserError, match=r"^sglang\.nodes_per_server=3: the job has 7 nodes, no multiple of it; start torchrun on"
+    ):
+        place_of(nodes_apart(every), nodes_grouped(every))
+    assert place_of(nodes_apart(apart), nodes_grouped(apart)) == Place(8, None)  # four nodes train
+    assert nodes_grouped(embedded) == nodes_grouped(replay) == 1
+
+
+def test_a_job_on_nodes_that_servers_do_not_divide_is_refused_however_it_is_started(monkeypatch, capsys):
+    options = ["rollout.backend=sglang", "sglang.nodes_per_server=2", "sglang.tp=2", "sglang.nodes=every"]
+    assert launch.main(["configs/cpu_tiny.yaml", *options]) == 2
+    told = "sglang.nodes_per_server=2: the job has 1 node, no multiple of it; start torchrun on a multiple (--nnodes)"
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+    torchrun(monkeypatch, nodes=3, processes=1, node=0)
+    monkeypatch.setenv("ETR_PLATFORM", "cpu")
+    monkeypatch.setattr("etr_megatron.preflight.__main__.require_torchrun", lambda _module: None)
+    for run in (train._run, preflight._run):
+        with pytest.raises(UserError, match=r"^sglang\.nodes_per_server=2: the job has 3 nodes, no multiple of it"):
+            run(["configs/cpu_tiny.yaml", *options])
 
 
 def test_only_the_nodes_set_apart_start_servers(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from etr_megatron.config import SglangConfig, load_config
+from etr_megatron.config import SglangConfig, load_config, validate
 from etr_megatron.flops import head_flops
 from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
 from etr_megatron.planner.activations import (
@@ -19,6 +19,7 @@ from etr_megatron.planner.activations import (
     saved_by_layer,
     stage_activations,
 )
+from etr_megatron.planner.advice import _changes
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cuda_graphs import _prefill_sizes, graph_bytes
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -359,6 +360,20 @@ def test_larger_servers_are_advised_where_weights_leave_no_room() -> None:
     assert plan.ranks_fit and not plan.server_fits
     found = suggestions(servers, plan)
     assert [suggestion.setting for suggestion in found if suggestion.fits] == ["sglang.tp=2 sglang.servers=4"]
+
+
+def test_servers_that_span_nodes_are_advised_where_a_node_does_not_hold_the_weights() -> None:
+    """61 GiB and a sample of 2.3 GiB, in 18 GiB of each of a node's two GPUs."""
+    node = dict(gpu_memory=60.0, gpus_per_node=2)
+    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "sglang.tp=1", "sglang.servers=2"]  # a fast estimate
+    given = load_config(QWEN_32B, [*few, "sglang.mem_fraction=0.3"])
+    larger = dict(_changes(make_plan(given, 32, **node), given))["sglang.tp=4 sglang.servers=1 sglang.nodes_per_server=2"]
+    plan = make_plan(larger, 32, **node)
+    assert plan.server_fits and plan.cluster.servers == 8 and "8 servers of TP4 on 2 nodes, on the ranks' GPUs" in render(plan)
+    left_open = load_config(QWEN_32B, [*few, "sglang.mem_fraction=null", "sglang.nodes=first"])
+    changes = dict(_changes(make_plan(left_open, 32, gpu_memory=22.0, gpus_per_node=2), left_open))
+    wanted = "sglang.tp=4 sglang.servers=1 sglang.nodes_per_server=2 sglang.nodes=every sglang.mem_fraction=0.85"
+    assert not validate(changes[wanted], 32)
 
 
 def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> None:

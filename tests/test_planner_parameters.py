@@ -107,9 +107,44 @@ def test_servers_take_gpus_of_their_own_only_when_dedicated() -> None:
     assert divide(load_config(None, ["rollout.backend=sglang", "sglang.urls=[http://a:1]"]), gpus=16).ranks == 16
 
 
+def test_servers_that_span_nodes_have_equally_many_gpus_on_each() -> None:
+    keys = ["rollout.backend=sglang", "sglang.tp=6", "sglang.nodes_per_server=3"]
+    colocated = [*keys, "sglang.nodes=every", "sglang.placement=colocated", "sglang.mem_fraction=0.5"]
+    shared = divide(load_config(None, colocated), gpus=30, gpus_per_node=5)
+    assert (shared.ranks, shared.servers, shared.server_tp, shared.nodes_per_server) == (30, 2, 6, 3)
+    assert [shared.shares_gpu(rank) for rank in range(30)] == [True, True, False, False, False] * 6
+    beside = divide(load_config(None, [*keys, "sglang.nodes=every"]), gpus=30, gpus_per_node=5)
+    assert (beside.ranks, beside.servers, beside.ranks_per_node) == (18, 2, 3)
+    apart = divide(load_config(None, [*keys, "sglang.dedicated_nodes=3"]), gpus=28, gpus_per_node=4)
+    assert (apart.ranks, apart.servers, apart.ranks_per_node, apart.nodes_per_server) == (16, 1, 4, 3)
+    yours = ["rollout.backend=sglang", "sglang.tp=20", "sglang.urls=[http://a:1]"]
+    assert [divide(load_config(None, yours), gpus=gpus).nodes_per_server for gpus in (4, 16)] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus", "told"),
     [
+        (
+            ["sglang.tp=16"],
+            16,
+            r"which has 8; lower one of them, or raise sglang\.nodes_per_server, for servers that span nodes$",
+        ),
+        (["sglang.tp=4", "sglang.servers=3"], 16, "which has 8; lower one of them$"),
+        (
+            ["sglang.tp=36", "sglang.nodes_per_server=3", "sglang.nodes=every"],
+            24,
+            r"=1 of sglang\.tp=36 on sglang\.nodes_per_server=3 nodes need 12 GPUs on a node, which has 8; lower one of",
+        ),
+        (
+            ["sglang.tp=6", "sglang.nodes_per_server=3", "sglang.nodes=every"],
+            32,
+            r"nodes_per_server=3: the 4 nodes of 32 GPUs are no multiple of it; give another --gpus, or lower it",
+        ),
+        (
+            ["sglang.tp=24", "sglang.nodes_per_server=3", "sglang.nodes=every"],
+            24,
+            r"take 24 of 24 GPUs and leave none to train on; .*, or give them nodes of their own \(sglang\.dedicated_nodes\)",
+        ),
         (["sglang.tp=8", "sglang.servers=2"], 8, "need 16 GPUs on a node, which has 8"),
         (["sglang.tp=8"], 8, "leave none to train on"),
         (["sglang.tp=8"], 16, "take all 8 GPUs of the first node, where rank 0"),

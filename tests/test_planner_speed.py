@@ -126,6 +126,16 @@ def test_a_decoding_step_multiplies_every_head_with_latents_that_it_reads_once()
     assert step == pytest.approx((of_weights + attention) / products, rel=1e-6)
 
 
+def test_gpus_of_a_server_on_several_nodes_send_shares_of_each_sum_over_the_network() -> None:
+    read = dict(weight_bytes=10**9, token_bytes=0)
+    within, across = (seconds([160.0] * 24, tp=12, nodes=nodes, **read) / 160 for nodes in (1, 3))
+    sums = 2 * 36  # after attention and the MLP of each layer
+    nvlink = 24 * 4096 * 2 / (450e9 * 0.8)
+    assert within == pytest.approx(sums * (15e-6 + nvlink) + 1e9 / (3.35e12 * 0.8) + H100.decode_overhead, rel=1e-6)
+    # In a ring of 3 nodes each of a node's 4 GPUs sends a quarter of the batch's hidden states 4/3 times.
+    assert across - within == pytest.approx(sums * (40e-6 - 15e-6 + 24 * 4096 * 2 / 4 * 4 / 3 / (50e9 * 0.8)), rel=1e-6)
+
+
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:
     assert seconds([160.0] * 32) < 1.05 * seconds([160.0])
     long = seconds([16_000.0] * 64)

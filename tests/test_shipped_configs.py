@@ -104,7 +104,7 @@ def test_a_variant_in_fp8_differs_in_nothing_but_fp8_and_the_room_that_it_takes(
     plain, fp8 = (to_dict(load_config(CONFIGS / f"{file}.yaml")) for file in (name, f"{name}_fp8"))
     different = {f"{section}.{key}" for section in plain for key in plain[section] if plain[section][key] != fp8[section][key]}
     needed = {"run.name", "fp8.recipe"} | (set() if f"{name}_fp8" in SERVED_IN_BF16 else {"sglang.fp8"})
-    assert needed <= different <= needed | {"sglang.mem_fraction", "sglang.tp"}
+    assert needed <= different <= needed | {"sglang.mem_fraction", "sglang.tp", "sglang.nodes_per_server"}
 
 
 def test_up_projections_of_latents_that_are_split_within_blocks_are_not_served_in_fp8() -> None:

@@ -117,7 +117,7 @@ def _splits(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Another pool size, servers on every node and, if weights leave no room for a cache, fewer servers with twice the GPUs."""
+    """Another pool size, servers on every node and, if weights leave no room for a cache, fewer servers with more GPUs."""
     sglang = plan.config.sglang
     fraction = SERVER_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
     for step in (-0.1, 0.1):
@@ -126,4 +126,23 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     if sglang.nodes == "first" and not sglang.dedicated_nodes and plan.cluster.nodes > 1:
         yield "sglang", {"nodes": "every"}
     if not plan.server_fits:
-        yield "sglang", {"tp": 2 * sglang.tp} | ({"servers": sglang.servers // 2} if sglang.servers > 1 else {})
+        yield "sglang", _larger_servers(plan)
+
+
+def _larger_servers(plan: Plan) -> dict[str, Any]:
+    """The fewest doublings of a server's GPUs with which its weights leave room for a sample: fewer servers on a node, and
+    beyond its GPUs, servers that span nodes."""
+    sglang, server = plan.config.sglang, plan.server
+    factor = 2
+    while factor < plan.cluster.gpus and server.weights / factor + plan.work.longest * server.token > server.pool:
+        factor *= 2
+    changes: dict[str, Any] = {"tp": factor * sglang.tp}
+    if sglang.servers > 1:
+        changes["servers"] = max(1, sglang.servers // factor)
+    if (span := -(-factor * sglang.tp // plan.cluster.gpus_per_node)) > 1:
+        changes["nodes_per_server"] = span
+        if sglang.nodes == "first" and not sglang.dedicated_nodes:
+            changes["nodes"] = "every"
+        if sglang.placement == "colocated" and sglang.mem_fraction is None:
+            changes["mem_fraction"] = SERVER_FRACTION
+    return changes

@@ -20,6 +20,7 @@ MOST_GPUS = 2**16
 class Cluster:
     """gpus: all GPUs of the job. ranks: number of training ranks. servers: on all nodes together, with server_tp GPUs each.
 
+    nodes_per_server: nodes that each server spans, with equally many of its GPUs on each.
     colocated: servers share the ranks' GPUs. outside: they run on GPUs outside the job (`sglang.urls`).
     first_node_ranks: ranks of the first node if dedicated servers leave it fewer than the others; None if all are alike.
     server_nodes: number of nodes, from the first, that have servers; None is all. dedicated_nodes: number of nodes, at the end,
@@ -36,6 +37,7 @@ class Cluster:
     first_node_ranks: int | None = None
     server_nodes: int | None = None
     dedicated_nodes: int = 0
+    nodes_per_server: int = 1
 
     def shares_gpu(self, rank: int) -> bool:
         """Whether a colocated server uses the rank's GPU: servers occupy consecutive GPUs from a node's first on."""
@@ -43,7 +45,7 @@ class Cluster:
             return False
         node, gpu = divmod(rank, self.gpus_per_node)
         nodes = self.server_nodes or self.nodes
-        return node < nodes and gpu < self.servers // nodes * self.server_tp
+        return node < nodes and gpu < self.servers * self.server_tp // nodes
 
     def node_of(self, rank: int) -> int:
         """The machine of a training rank."""
@@ -71,10 +73,12 @@ def gpu_problems(gpus: int, gpus_per_node: int) -> list[str]:
 def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     """Assign a job's GPUs to ranks and servers according to `rollout.backend` and `sglang`.
 
-    Raises UserError if servers do not fit on a node or leave no GPU to train on.
+    Servers at `sglang.urls` are taken to span as few nodes as have their GPUs. Raises UserError if servers do not fit on a
+    node, do not divide the nodes among them or leave no GPU to train on.
     """
     if problems := gpu_problems(gpus, gpus_per_node):
         raise UserError("\n".join(problems))
+    span = -(-config.sglang.tp // gpus_per_node)  # of servers outside, whose nodes may have more GPUs than a small job
     gpus_per_node = min(gpus, gpus_per_node)
     if gpus % gpus_per_node:
         raise UserError(f"--gpus {gpus} is not a multiple of the {gpus_per_node} GPUs of a node")
@@ -82,22 +86,25 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
         return Cluster(gpus, gpus_per_node, gpus, servers=gpus, server_tp=1, colocated=True)
     sglang = config.sglang
     if sglang.urls:
-        return Cluster(gpus, gpus_per_node, gpus, servers=len(sglang.urls), server_tp=sglang.tp, outside=True)
+        return Cluster(gpus, gpus_per_node, gpus, len(sglang.urls), server_tp=sglang.tp, outside=True, nodes_per_server=span)
     on_a_node = sglang.gpus_of_a_node
-    if on_a_node > gpus_per_node:
-        raise UserError(
-            f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp} need {on_a_node} GPUs on a node, which has "
-            f"{gpus_per_node}; lower one of them"
-        )
+    _refuse_too_large(sglang, gpus_per_node)
     if sglang.dedicated_nodes:
         return _with_dedicated_nodes(sglang, gpus, gpus_per_node)
     nodes = gpus // gpus_per_node if sglang.nodes == "every" else 1
+    span = sglang.nodes_per_server
+    if nodes % span:
+        raise UserError(
+            f"sglang.nodes_per_server={span}: the {nodes} node{'s' * (nodes > 1)} of {gpus} GPUs are no multiple of it; give "
+            "another --gpus, or lower it"
+        )
     colocated = sglang.placement == "colocated"
     ranks = gpus if colocated else gpus - nodes * on_a_node
     if ranks < 1:
+        apart = ", or give them nodes of their own (sglang.dedicated_nodes)" if span > 1 else ""
         raise UserError(
             f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on; lower sglang.servers or "
-            "sglang.tp"
+            f"sglang.tp{apart}"
         )
     first = None if colocated or nodes * gpus_per_node == gpus else gpus_per_node - on_a_node
     if first == 0:
@@ -109,11 +116,23 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
         gpus,
         gpus_per_node,
         ranks,
-        nodes * sglang.servers,
+        nodes // span * sglang.servers,
         sglang.tp,
         colocated=colocated,
         first_node_ranks=first,
         server_nodes=nodes,
+        nodes_per_server=span,
+    )
+
+
+def _refuse_too_large(sglang: SglangConfig, gpus_per_node: int) -> None:
+    if sglang.gpus_of_a_node <= gpus_per_node:
+        return
+    split = f" on sglang.nodes_per_server={sglang.nodes_per_server} nodes" if sglang.nodes_per_server > 1 else ""
+    more = ", or raise sglang.nodes_per_server, for servers that span nodes" if sglang.tp_on_a_node > gpus_per_node else ""
+    raise UserError(
+        f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp}{split} need {sglang.gpus_of_a_node} GPUs on a node, which "
+        f"has {gpus_per_node}; lower one of them{more}"
     )
 
 
@@ -124,8 +143,9 @@ def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -
             f"sglang.dedicated_nodes={apart} leaves none of the {nodes} node{'s' * (nodes > 1)} ({gpus} GPUs) to train on; "
             "lower it"
         )
-    ranks = (nodes - apart) * gpus_per_node
-    return Cluster(gpus, gpus_per_node, ranks, apart * sglang.servers, sglang.tp, dedicated_nodes=apart)
+    ranks, span = (nodes - apart) * gpus_per_node, sglang.nodes_per_server
+    servers = apart // span * sglang.servers
+    return Cluster(gpus, gpus_per_node, ranks, servers, sglang.tp, dedicated_nodes=apart, nodes_per_server=span)
 
 
 def training_layout(config: Config, cluster: Cluster) -> TrainingLayout:

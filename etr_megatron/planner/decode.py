@@ -33,14 +33,17 @@ def generation_seconds(
     weight_bytes: int,
     token_bytes: int,
     gpu: Hardware,
+    nodes: int = 1,
 ) -> float:
     """Seconds that one server takes for responses of `lengths` [samples], started in a fixed random order.
 
     concurrency: maximum number at once. cache_tokens: capacity of the KV cache, None is unlimited. weight_bytes, token_bytes:
-    weights, and keys and values of a token, on one GPU of the server. A step takes the longer of reading (all weights, of
-    experts only those that the batch chooses, and the batch's cache) and computing, including the head. A sample that no longer
-    fits in the cache is preempted, and its tokens are recomputed when it resumes. Attention's own products count only with
-    latents, which all heads share: with keys and values they always take less than reading these.
+    weights, and keys and values of a token, on one GPU of the server. nodes: over which the tp GPUs are spread evenly.
+
+    A step takes the longer of reading (all weights, of experts only those that the batch chooses, and the batch's cache) and
+    computing, including the head. A sample that no longer fits in the cache is preempted, and its tokens are recomputed when it
+    resumes. Attention's own products count only with latents, which all heads share: with keys and values they always take less
+    than reading these.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
@@ -50,7 +53,7 @@ def generation_seconds(
     attend = _latent_products(arch) / products
     in_experts = expert_share(arch)
     rate = gpu.memory * gpu.decode_memory_efficiency
-    links = 2 * arch.layers * gpu.all_reduce_latency if tp > 1 else 0.0
+    links, sending = (2 * arch.layers * seconds for seconds in _all_reduce(2 * arch.hidden_size, tp, nodes, gpu))
     limit = np.inf if cache_tokens is None else cache_tokens
     seconds = 0.0
     while waiting or len(running):
@@ -62,12 +65,25 @@ def generation_seconds(
         running = running[:fits]
         batch = len(running)
         reading = (weight_bytes * _read(arch, in_experts, batch) + token_bytes * running[:, 0].sum()) / rate
-        sending = batch * arch.hidden_size * 4 * arch.layers / (gpu.nvlink * gpu.link_efficiency) if tp > 1 else 0.0
         computing = (compute + head) * batch + attend * running[:, 0].sum()
-        seconds += _STRIDE * (max(reading, computing) + links + sending + gpu.decode_overhead)
+        seconds += _STRIDE * (max(reading, computing) + links + batch * sending + gpu.decode_overhead)
         running = running + np.array([_STRIDE, -_STRIDE])
         running = running[running[:, 1] > 0]
     return seconds
+
+
+def _all_reduce(size: int, tp: int, nodes: int, gpu: Hardware) -> tuple[float, float]:
+    """(latency, seconds of `size` bytes) of adding up over the tp GPUs of a server.
+
+    Over NVLink, whose switches add, a GPU sends them once. Over the network, the GPUs of a node send a share each, in a ring of
+    all nodes: nearly twice.
+    """
+    if tp == 1:
+        return 0.0, 0.0
+    within = size / (gpu.nvlink * gpu.link_efficiency)
+    share = size * nodes / tp
+    across = share * 2 * (nodes - 1) / nodes / (gpu.network * gpu.link_efficiency)
+    return gpu.all_reduce_latency if nodes == 1 else gpu.network_all_reduce_latency, within + across
 
 
 def _latent_products(arch: Architecture) -> int:

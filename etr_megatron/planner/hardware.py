@@ -40,6 +40,8 @@ class Hardware:
     """Achieved fraction of NVLink and network bandwidth."""
     all_reduce_latency: float = 15e-6
     """Of a small all-reduce on NVLink; there are two per layer and decode step."""
+    network_all_reduce_latency: float = 40e-6
+    """The same across nodes."""
     decode_overhead: float = 2e-3
     """Of a decode step, outside the model: scheduling, sampling."""
     host_rate: float = 4e9

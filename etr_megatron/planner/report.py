@@ -52,8 +52,9 @@ def _head(plan: Plan) -> Iterator[str]:
         yield "rollout    the embedded engine in every rank"
     else:
         where = "outside" if cluster.outside else "on the ranks' GPUs" if cluster.colocated else "on GPUs of their own"
+        spread = f" on {cluster.nodes_per_server} nodes" if cluster.nodes_per_server > 1 else ""
         yield (
-            f"rollout    {cluster.servers} servers of TP{cluster.server_tp}, {where}; KV cache of each: "
+            f"rollout    {cluster.servers} servers of TP{cluster.server_tp}{spread}, {where}; KV cache of each: "
             f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"
         )
     if plan.config.rollout.replay is not None:

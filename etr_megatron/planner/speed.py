@@ -172,4 +172,5 @@ def _generate(
         weight_bytes=server.weights,
         token_bytes=server.token,
         gpu=gpu,
+        nodes=cluster.nodes_per_server,
     )

@@ -21,16 +21,23 @@ def number_apart(nodes_apart: int) -> int | None:
     return number if number >= 0 else None
 
 
-def place_of(nodes_apart: int) -> Place:
-    """The place of this process, from torchrun's environment variables.
+def place_of(nodes_apart: int, nodes_grouped: int = 1) -> Place:
+    """The place of this process, from torchrun's environment variables. nodes_grouped: number of nodes of each server, if every
+    node has a part of one.
 
     torchrun numbers ranks node by node, so the training ranks come first, without gaps. Raises UserError if no node would be
-    left to train, or if nodes differ in their number of processes, since a node only knows its own.
+    left to train, if nodes differ in their number of processes, since a node only knows its own, or if they do not divide into
+    groups for servers.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if nodes % nodes_grouped:
+        raise UserError(
+            f"sglang.nodes_per_server={nodes_grouped}: the job has {nodes} node{'s' * (nodes > 1)}, no multiple of it; start "
+            "torchrun on a multiple (--nnodes), or lower it"
+        )
     if not nodes_apart:
         return Place(world, None)
-    local, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if nodes_apart >= nodes:
         raise UserError(
             f"sglang.dedicated_nodes={nodes_apart}: the job has {nodes} node{'s' * (nodes > 1)}, of which at least one must be "

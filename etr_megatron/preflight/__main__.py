@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from etr_megatron import platform
-from etr_megatron.checks import nodes_apart
+from etr_megatron.checks import nodes_apart, nodes_grouped
 from etr_megatron.cli import asks_for_help, parse_args, require_torchrun
 from etr_megatron.config import Config, load_config, resolve
 from etr_megatron.errors import UserError
@@ -40,7 +40,7 @@ def _run(argv: list[str]) -> None:
     config = load_config(path, overrides)
     require_torchrun("etr_megatron.preflight")
     os.environ["ETR_PLATFORM"] = config.run.platform
-    ranks = place_of(nodes_apart(config)).ranks
+    ranks = place_of(nodes_apart(config), nodes_grouped(config)).ranks
     config = resolve(config, ranks, cuda=platform.uses_cuda())
 
     import torch.distributed as dist

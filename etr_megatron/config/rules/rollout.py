@@ -99,7 +99,7 @@ SET_BY_THE_JOB = {
     "--data-parallel-size": None,
     "--pp-size": None,
     "--pipeline-parallel-size": None,
-    "--nnodes": "sglang.nodes",
+    "--nnodes": "sglang.nodes_per_server",
     "--node-rank": None,
     "--dist-init-addr": None,
     "--nccl-init-addr": None,
@@ -117,11 +117,7 @@ def sglang(config: Config) -> Iterator[Violation]:
         yield Violation(("sglang.urls",), "every URL must have the form http://host:port")
     if len(set(sglang.urls)) < len(sglang.urls):
         yield Violation(("sglang.urls",), "must not list a server twice")
-    if sglang.devices and len(sglang.devices) != sglang.gpus_of_a_node:
-        yield Violation(
-            ("sglang.devices", "sglang.servers", "sglang.tp"),
-            f"{sglang.servers} servers of tp {sglang.tp} need {sglang.gpus_of_a_node} GPUs; list as many devices",
-        )
+    yield from _devices(sglang)
     if sglang.ep >= 1 and sglang.tp % sglang.ep:
         yield Violation(("sglang.ep", "sglang.tp"), "ep must divide tp, as experts are spread over the tp ranks of a server")
     if sglang.mem_fraction is not None and not 0 < sglang.mem_fraction < 1:
@@ -153,6 +149,19 @@ def sglang(config: Config) -> Iterator[Violation]:
     yield from _arguments(sglang)
 
 
+def _devices(sglang: SglangConfig) -> Iterator[Violation]:
+    span = sglang.nodes_per_server
+    if not sglang.devices or span < 1 or sglang.tp % span or len(sglang.devices) == sglang.gpus_of_a_node:
+        return
+    spread = f" on {span} nodes" if span > 1 else ""
+    yield Violation(
+        ("sglang.devices", "sglang.servers", "sglang.tp", *(["sglang.nodes_per_server"] if span > 1 else [])),
+        f"{sglang.servers} servers of tp {sglang.tp}{spread} need {sglang.gpus_of_a_node} GPUs{' of each' * (span > 1)}; list "
+        "as many devices",
+        given=("sglang.nodes_per_server",),
+    )
+
+
 def _placement(sglang: SglangConfig) -> Iterator[Violation]:
     external = bool(sglang.urls)
     if sglang.placement is not None and external != (sglang.placement == "external"):
@@ -163,6 +172,8 @@ def _placement(sglang: SglangConfig) -> Iterator[Violation]:
         yield Violation(("sglang.nodes", "sglang.urls"), "the job does not place servers at sglang.urls; set nodes to first")
     if sglang.dedicated_nodes > 0:
         yield from _dedicated_nodes(sglang)
+    if sglang.nodes_per_server > 1:
+        yield from _nodes_per_server(sglang)
     if external and sglang.router is not None:
         yield Violation(
             ("sglang.router", "sglang.urls"),
@@ -205,6 +216,49 @@ def _dedicated_nodes(sglang: SglangConfig) -> Iterator[Violation]:
             ("sglang.dedicated_nodes", "sglang.sync"),
             "tensor needs a rank on the servers' machine; set sync to broadcast, sharded or disk",
         )
+
+
+def _nodes_per_server(sglang: SglangConfig) -> Iterator[Violation]:
+    span, key = sglang.nodes_per_server, "sglang.nodes_per_server"
+    if sglang.urls:
+        yield Violation((key, "sglang.urls"), "the job does not start servers at sglang.urls; set nodes_per_server to 1")
+        return
+    if sglang.nodes == "first" and sglang.dedicated_nodes < 1:
+        yield Violation(
+            (key, "sglang.nodes", "sglang.dedicated_nodes"),
+            "a server on the first node alone spans no others; set nodes to every, dedicated_nodes to a multiple of "
+            "nodes_per_server, or nodes_per_server to 1",
+            given=("sglang.urls",),
+        )
+    if sglang.servers > 1:
+        yield Violation(
+            (key, "sglang.servers"),
+            "nodes that a server spans have no other; set servers to 1, or nodes_per_server to 1",
+            given=("sglang.urls",),
+        )
+    if sglang.tp % span:
+        yield Violation(
+            (key, "sglang.tp"),
+            "nodes_per_server must divide tp, as each node of a server has the same number of its GPUs",
+            given=("sglang.urls",),
+        )
+    if sglang.dedicated_nodes % span:
+        yield Violation(
+            (key, "sglang.dedicated_nodes"),
+            "dedicated_nodes must be divisible by nodes_per_server, as every node belongs to one server",
+            given=("sglang.urls",),
+        )
+    if sglang.placement == "colocated" and sglang.mem_fraction is None and not _is_given(sglang, "--mem-fraction-static"):
+        yield Violation(
+            (key, "sglang.placement", "sglang.mem_fraction"),
+            "a colocated server starts again with the fraction that SGLang chose, which it reports from its first node alone; "
+            "set mem_fraction",
+            given=("sglang.urls", "sglang.arguments"),
+        )
+
+
+def _is_given(sglang: SglangConfig, name: str) -> bool:
+    return any(argument.split("=", 1)[0] == name for argument in sglang.arguments)
 
 
 def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
