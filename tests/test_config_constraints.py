@@ -312,8 +312,6 @@ def test_what_an_engine_cannot_do_is_refused_before_the_start(overrides, words):
         dict(nodes="every", devices=("2", "3")),
         dict(dedicated_nodes=6),
         dict(nodes="every", placement="colocated", mem_fraction=0.5),
-        dict(nodes="every", placement="colocated", arguments=("--mem-fraction-static", "0.5")),
-        dict(nodes="every", placement="colocated", arguments=("--mem-fraction-static=0.5",)),
     ],
 )
 def test_a_server_of_six_gpus_may_span_three_nodes(values):

@@ -325,8 +325,8 @@ def test_a_stop_before_the_first_step_ends_the_wait_for_nodes_and_for_their_serv
 def test_a_start_that_was_answered_or_given_up_is_not_made_up_for(store, tmp_path):
     """A node may be restarted, or be silent for a while; it must not carry out such starts later."""
     with ServerNodes(2, sglang(), store) as rank0:
-        order = {"do": "start", "names": ["server 0"]}
-        rank0._post(0, {"do": "prepare", "names": ["server 0"], "setting": setting(tmp_path)._asdict()})
+        order = {"do": "start", "names": ["server 0"], "attempt": "first"}
+        rank0._post(0, {"do": "prepare", "names": ["server 0"], "part": 0, "setting": setting(tmp_path)._asdict()})
         for _ in range(3):
             rank0._post(0, order)
         session(store).set("0/reply/1", "null")

@@ -248,17 +248,13 @@ def _nodes_per_server(sglang: SglangConfig) -> Iterator[Violation]:
             "dedicated_nodes must be divisible by nodes_per_server, as every node belongs to one server",
             given=("sglang.urls",),
         )
-    if sglang.placement == "colocated" and sglang.mem_fraction is None and not _is_given(sglang, "--mem-fraction-static"):
+    if sglang.placement == "colocated" and sglang.mem_fraction is None:
         yield Violation(
             (key, "sglang.placement", "sglang.mem_fraction"),
             "a colocated server starts again with the fraction that SGLang chose, which it reports from its first node alone; "
             "set mem_fraction",
-            given=("sglang.urls", "sglang.arguments"),
+            given=("sglang.urls",),
         )
-
-
-def _is_given(sglang: SglangConfig, name: str) -> bool:
-    return any(argument.split("=", 1)[0] == name for argument in sglang.arguments)
 
 
 def _arguments(sglang: SglangConfig) -> Iterator[Violation]:
