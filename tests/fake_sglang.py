@@ -72,7 +72,7 @@ def server_arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--config")
-    for flag in ("--skip-tokenizer-init", "--enable-memory-saver", "--enable-return-routed-experts"):
+    for flag in ("--skip-tokenizer-init", "--enable-memory-saver", "--enable-return-routed-experts", "--sleep-on-idle"):
         parser.add_argument(flag, action="store_true")
     for name in (
         *("--model-path", "--dtype", "--load-format", "--tp-size", "--custom-weight-loader", "--attention-backend"),

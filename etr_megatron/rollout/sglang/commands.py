@@ -52,6 +52,8 @@ def server_command(
     """
     arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--tp-size", str(config.tp)]
     arguments += [] if tokenizer else [NO_TOKENIZER]
+    # An idle server would otherwise keep a core busy, which ranks of the same machine need.
+    arguments += [] if cuda else ["--sleep-on-idle"]
     if config.nodes_per_server > 1:  # where its parts meet is known when they start
         arguments += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
     if config.ep > 1:
