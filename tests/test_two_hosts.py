@@ -65,7 +65,8 @@ class Hosts:
         }
         with open(output, "a") as file:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[host], *command],
+                # Processes that see each other's /dev/shm take themselves for ones of the same machine.
+                [*self.inside(host), "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh", *command],
                 cwd=REPO,
                 env=env,
                 stdout=file,
@@ -73,11 +74,15 @@ class Hosts:
                 start_new_session=True,
             )
 
+    def inside(self, host: int) -> list[str]:
+        """The start of a command that runs on a host."""
+        return ["ip", "netns", "exec", self.names[host]]
+
     def get(self, host: int, url: str, key: str = "none") -> tuple[int, str]:
         """Status and body of the reply to a request from a host."""
         ask = "import sys, httpx; r = httpx.get(sys.argv[1], headers={'Authorization': 'Bearer ' + sys.argv[2]}, timeout=20)"
         command = [sys.executable, "-c", f"{ask}; print(r.status_code, r.text)", url, key]
-        said = subprocess.run(["ip", "netns", "exec", self.names[host], *command], check=True, capture_output=True, text=True)
+        said = subprocess.run([*self.inside(host), *command], check=True, capture_output=True, text=True)
         status, body = said.stdout.split(" ", 1)
         return int(status), body
 
@@ -190,12 +195,19 @@ def test_a_host_that_is_set_apart_for_servers_has_a_key_and_the_weights_and_its_
 
 
 @pytest.mark.skipif(not SGLANG.exists(), reason="no .venv-sglang: `bash tools/setup_env.sh --sglang` makes it")
-def test_a_host_trains_on_what_sglang_on_the_other_generates_with_its_log_probs(hosts, runs, tmp_path):
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("sglang.dedicated_nodes=1",),
+        ("sglang.nodes=every", "sglang.nodes_per_server=2", "sglang.tp=2"),
+    ],
+    ids=["a host apart", "a server over both"],
+)
+def test_hosts_train_on_what_sglang_generates_with_its_log_probs(hosts, runs, tmp_path, where):
     """The probe of a sync and the check in the first step compare them."""
     quoted = ",".join(f"'{argument}'" for argument in ARGUMENTS)
-    options = ("run.name=apart", "run.steps=2", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang")
-    options += ("sglang.dedicated_nodes=1", f"sglang.launch=[{LAUNCH}]", f"sglang.arguments=[{quoted}]")
-    options += ("sglang.mem_fraction=0.3", "sglang.probe_every=1")
+    options = ("run.name=apart", "run.steps=2", "eval.every=0", "checkpoint.every=0", "rollout.backend=sglang", *where)
+    options += (f"sglang.launch=[{LAUNCH}]", f"sglang.arguments=[{quoted}]", "sglang.mem_fraction=0.2", "sglang.probe_every=1")
     outputs = [tmp_path / "host0.log", tmp_path / "host1.log"]
     processes = [hosts.start(host, *node(runs, *options), output=outputs[host], ETR_RESTARTS="0") for host in range(2)]
     try:
@@ -205,7 +217,8 @@ def test_a_host_trains_on_what_sglang_on_the_other_generates_with_its_log_probs(
     assert codes == [0, 0], "\n".join(output.read_text()[-3000:] for output in outputs)
     rows = runs.rows("apart")
     assert [row["weight_version"] for row in rows] == [0, 1] and all(row["logprob_gap_mean"] < 1e-5 for row in rows)
-    assert not (runs.directory("apart") / "servers" / "sglang_server_1.log").exists()
+    logs = sorted(path.name for path in (runs.directory("apart") / "servers").glob("*.log"))
+    assert logs == ["sglang_server_0.log", "sglang_server_0_node_1.log"][: 1 + len(where) // 3]
 
 
 def test_the_preflight_measures_the_cable_and_names_what_differs(hosts, tmp_path):

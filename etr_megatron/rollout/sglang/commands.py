@@ -73,6 +73,9 @@ def server_command(
         arguments += [_OVERRIDES, json.dumps(overrides)]
     arguments += [*(_plain_kernels(config, model) if cuda else []), *_plain_experts(config, model)]
     environment = {}
+    if config.nodes_per_server > 1 and not os.environ.get("HOST_IP"):
+        # Its workers would otherwise look for each other at the address of each machine's first network interface.
+        environment["SGLANG_HOST_IP"] = os.environ.get("SGLANG_HOST_IP") or host
     if shares_gpus:
         arguments += ["--enable-memory-saver"]
         # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
