@@ -359,7 +359,7 @@ def killed_for_real(model: str, directory: str, prompts: list[list[int]], addres
     tokens = 240
 
     def process(number: int) -> psutil.Process:
-        watchdog = engine._servers._host._processes[f"SGLang server {number}"]._watchdog
+        watchdog = engine._servers._machines._processes[f"SGLang server {number}"]._watchdog
         return psutil.Process(watchdog.pid).children()[0]
 
     class KillsAsItIsRead(type(policy.export())):

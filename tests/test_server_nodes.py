@@ -20,7 +20,7 @@ from etr_megatron.errors import RequeueError, UserError
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.sglang import ServerNode, ServerNodes, server_nodes
-from etr_megatron.rollout.sglang.server_nodes import ServerSetting
+from etr_megatron.rollout.sglang.machines import ServerSetting
 from tests.runs import gone, wait_for
 
 OVER_TWO = {"launch": ("-m", "tests.fake_parts"), "nodes_per_server": 2, "tp": 2}

@@ -337,3 +337,25 @@ def test_a_run_with_an_unknown_argument_ends_before_anything_is_started(runs):
         "error: sglang.arguments: the server has no argument --atention-backend; did you mean --attention-backend?"
     )
     assert not (runs.directory("small") / "servers").exists()
+
+
+def test_parts_of_a_server_are_told_apart_and_meet_at_the_addresses_that_the_job_knows(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOST_IP", "10.9.9.9")  # of the machine, as Kubernetes sets it: not always one that a container has
+    config = SglangConfig(tp=6, ep=3, nodes_per_server=3, devices=("1", "0"))
+    where = dict(place=0, folder=tmp_path, api_key=None)
+    for part in range(3):
+        command = server_command(config, tmp_path, "bfloat16", host=f"10.0.0.{part}", part=part, cuda=False, **where)
+        assert (command.part, command.parts) == (part, 3)
+        words = " ".join(command.arguments)
+        assert f"--tp-size 6 --nnodes 3 --node-rank {part} --ep-size 3" in words
+        assert command.environment["SGLANG_HOST_IP"] == f"10.0.0.{part}"
+        assert command.environment["CUDA_VISIBLE_DEVICES"] == "1,0"
+    alone = server_command(SglangConfig(), tmp_path, "bfloat16", host="10.0.0.1", cuda=False, **where)
+    assert "--nnodes" not in alone.arguments and "SGLANG_HOST_IP" not in alone.environment and alone.parts == 1
+
+
+def test_only_servers_on_cpu_sleep_while_they_have_nothing_to_do(tmp_path):
+    where = dict(place=0, host="127.0.0.1", folder=tmp_path, api_key=None)
+    for cuda in (False, True):
+        command = server_command(SglangConfig(), tmp_path, "bfloat16", cuda=cuda, **where)
+        assert ("--sleep-on-idle" in command.arguments) is not cuda

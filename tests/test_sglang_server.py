@@ -221,7 +221,7 @@ def over_two_nodes() -> dict[str, Any]:
 
 
 def test_every_worker_of_a_server_over_two_nodes_gets_its_shards_and_no_byte_more(gangs, model, tmp_path):
-    """Its two processes only meet over the network, and only the first is asked; see tests/test_sglang_parts.py."""
+    """Each node starts one of its two processes, and only the first is asked; see tests/test_sglang_parts.py."""
     served = tmp_path / "config_alone"  # like a Megatron checkpoint, which has no weights that a server could read
     served.mkdir()
     shutil.copy(Path(model) / "config.json", served)

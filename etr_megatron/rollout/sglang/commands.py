@@ -50,15 +50,11 @@ def server_command(
     and, if asked for, a tokenizer; a Megatron checkpoint will do. An api_key is passed in a file that only the user can read.
     Raises UserError when `sglang.devices` names a GPU that a rank trains on, or names none and the machine has too few left.
     """
-    arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", "--tp-size", str(config.tp)]
+    shares_gpus = config.placement == "colocated" and cuda
+    arguments = ["--model-path", str(model_dir), "--dtype", dtype, "--load-format", "dummy", *_parallelism(config, part)]
     arguments += [] if tokenizer else [NO_TOKENIZER]
     # An idle server would otherwise keep a core busy, which ranks of the same machine need.
     arguments += [] if cuda else ["--sleep-on-idle"]
-    if config.nodes_per_server > 1:  # where its parts meet is known when they start
-        arguments += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
-    if config.ep > 1:
-        arguments += ["--ep-size", str(config.ep)]
-    shares_gpus = config.placement == "colocated" and cuda
     if config.mem_fraction is not None and not shares_gpus:
         arguments += ["--mem-fraction-static", str(config.mem_fraction)]
     if config.context_length is not None:
@@ -72,42 +68,51 @@ def server_command(
             )
         arguments += [_OVERRIDES, json.dumps(overrides)]
     arguments += [*(_plain_kernels(config, model) if cuda else []), *_plain_experts(config, model)]
-    environment = {}
-    if config.nodes_per_server > 1 and not os.environ.get("HOST_IP"):
-        # Its workers would otherwise look for each other at the address of each machine's first network interface.
-        environment["SGLANG_HOST_IP"] = os.environ.get("SGLANG_HOST_IP") or host
-    if shares_gpus:
-        arguments += ["--enable-memory-saver"]
-        # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
-        # amounts when a server is started again. It sizes its cache by the least in any case.
-        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
-    if routing:
-        arguments += [ROUTING]
-    if sync_of(config) == "sharded":
-        arguments += ["--custom-weight-loader", LOADER]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
+    arguments += ["--enable-memory-saver"] if shares_gpus else []
+    arguments += [ROUTING] if routing else []
+    arguments += ["--custom-weight-loader", LOADER] if sync_of(config) == "sharded" else []
     if api_key is not None:
         arguments += ["--config", _key_file(folder, f"{host}_{place}", api_key)]
-    tp = config.tp_on_a_node
-    named = config.devices[place * tp : (place + 1) * tp]
-    devices = _gpus(config, place, named) if cuda else named
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    own = (*arguments, *config.arguments)
-    memory = config.mem_fraction if shares_gpus else None
     return ServerCommand(
         config.python,
         config.launch,
-        own,
-        environment,
+        (*arguments, *config.arguments),
+        _environment(config, place=place, host=host, folder=folder, cuda=cuda),
         host,
         "weight_version",
         api_key,
-        memory,
+        memory=config.mem_fraction if shares_gpus else None,
         shares_gpus=shares_gpus,
         parts=config.nodes_per_server,
         part=part,
     )
+
+
+def _parallelism(config: SglangConfig, part: int) -> list[str]:
+    """Arguments for the ranks of a server."""
+    found = ["--tp-size", str(config.tp)]
+    if config.nodes_per_server > 1:  # where its parts meet is known when they start
+        found += ["--nnodes", str(config.nodes_per_server), "--node-rank", str(part)]
+    return found + (["--ep-size", str(config.ep)] if config.ep > 1 else [])
+
+
+def _environment(config: SglangConfig, *, place: int, host: str, folder: Path, cuda: bool) -> dict[str, str]:
+    """Variables of a server, besides the job's own."""
+    found = {}
+    if config.nodes_per_server > 1:
+        # Its ranks would otherwise look for each other at the addresses from which their machines reach the internet.
+        found["SGLANG_HOST_IP"] = os.environ.get("SGLANG_HOST_IP") or host
+    if config.placement == "colocated" and cuda:
+        # SGLang does not start on GPUs of which some have over a tenth less free, and ranks of different stages hold different
+        # amounts when a server is started again. It sizes its cache by the least in any case.
+        found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+    if sync_of(config) == "sharded":
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (_this_package(folder), os.environ.get("PYTHONPATH"))))
+    tp = config.tp_on_a_node
+    named = config.devices[place * tp : (place + 1) * tp]
+    if devices := _gpus(config, place, named) if cuda else named:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return found
 
 
 def _overrides(config: SglangConfig, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +160,13 @@ def _gpus(config: SglangConfig, place: int, asked: tuple[str, ...]) -> tuple[str
         if ranks:
             beside = f" besides those of {ranks} ranks"
             way_out = ", start fewer ranks, or set sglang.placement=colocated, where servers share the ranks' GPUs"
+        over, lower = "", "lower one of the two"
+        if config.nodes_per_server > 1:
+            over = f" on sglang.nodes_per_server={config.nodes_per_server} nodes"
+            lower = "raise nodes_per_server, lower tp"
         raise UserError(
-            f"sglang.servers={config.servers} with sglang.tp={config.tp} need {config.gpus_of_a_node} GPUs{beside}, but "
-            f"this machine has {len(gpus)}; lower one of the two{way_out}"
+            f"sglang.servers={config.servers} with sglang.tp={config.tp}{over} need {config.gpus_of_a_node} GPUs{beside}, but "
+            f"this machine has {len(gpus)}; {lower}{way_out}"
         )
     return tuple(gpus[first : first + config.tp_on_a_node])
 

@@ -33,9 +33,10 @@ from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
 from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.job_servers import JobServers
+from etr_megatron.rollout.sglang.machines import ServerSetting
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
 from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
-from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting
+from etr_megatron.rollout.sglang.server_nodes import ServerNodes
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
 from etr_megatron.types import Problem, Sample

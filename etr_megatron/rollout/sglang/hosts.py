@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -23,41 +24,56 @@ _MOST_BYTES = 1 << 16
 
 
 class Started(NamedTuple):
-    """Where a server listens, and why it does not serve, if it does not. port_taken: because of that alone."""
+    """Where a server listens, and why it does not serve, if it does not. port_taken: another start may succeed."""
 
     url: str
     problem: str | None
     port_taken: bool = False
 
 
-class Host:
-    """Starts, restarts and stops servers. commands: by server name. logs: directory for their output."""
+STARTS = 3
+"""Attempts, each at another port, before a server is given up whose ports other processes had taken."""
 
-    STARTS = 3
-    """Attempts, each at another port, before a server is given up whose ports other processes had taken."""
+
+class Machine(ABC):
+    """The processes of servers on one machine. commands: by server name. logs: directory for their output."""
 
     def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float) -> None:
         self._commands, self._logs, self._timeout_s = dict(commands), logs, startup_timeout_s
         self._processes: dict[str, ServerProcess] = {}
 
+    @abstractmethod
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
         """Start or restart those of these servers that belong to this machine; wait until each answers or has failed.
 
-        attempt: name of this start, for `PartsHost`. Raises UserError when the interpreter does not exist, StopAskedError when
-        `must_stop()` becomes true.
+        attempt: name of this start, for servers that span machines. Raises UserError when the interpreter does not exist,
+        StopAskedError when `must_stop()` becomes true.
         """
+
+    def stop(self, names: Iterable[str] | None = None) -> None:
+        """Stop those of these servers (None: all) that run on this machine; wait until all their processes have ended."""
+        for name in list(self._processes if names is None else names):
+            if name in self._processes:
+                self._processes.pop(name).stop()
+
+    def _log_of(self, name: str) -> Path:
+        return self._logs / f"{name.replace(' ', '_').lower()}.log"
+
+
+class Host(Machine):
+    """Whole servers on one machine."""
+
+    def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
+        """See `Machine.start`."""
         own = [name for name in names if name in self._commands]
         self.stop(own)
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s
-        return {name: self._wait_for(name, deadline, must_stop, starts=self.STARTS) for name in own}
+        return {name: self._wait_for(name, deadline, must_stop, starts=STARTS) for name in own}
 
     def _launch(self, name: str) -> None:
         self._processes[name] = ServerProcess(name, self._commands[name], self._log_of(name))
-
-    def _log_of(self, name: str) -> Path:
-        return self._logs / f"{name.replace(' ', '_').lower()}.log"
 
     def _wait_for(self, name: str, deadline: float, must_stop: MustStop, *, starts: int) -> Started:
         """starts: attempts left, including this one."""
@@ -95,16 +111,10 @@ class Host:
         process = self._processes[name]
         process.stop()
         if starts <= 1:
-            what = f"{name} was started {self.STARTS} times, and each time another process had taken its port"
+            what = f"{name} was started {STARTS} times, and each time another process had taken its port"
             return Started(process.url, f"{what}, last {process.url}")
         self._launch(name)
         return self._wait_for(name, time.monotonic() + self._timeout_s, must_stop, starts=starts - 1)
-
-    def stop(self, names: Iterable[str] | None = None) -> None:
-        """Stop those of these servers (None: all) that run on this machine; wait until all their processes have ended."""
-        for name in list(self._processes if names is None else names):
-            if name in self._processes:
-                self._processes.pop(name).stop()
 
 
 def _asked(url: str, headers: Mapping[str, str] | None = None) -> AbstractContextManager[httpx.Response]:

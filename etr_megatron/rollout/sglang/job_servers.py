@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig, startup_timeout_of
-from etr_megatron.platform.job_store import job_store, own_connection
+from etr_megatron.platform.job_store import job_store
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import on_rank0
-from etr_megatron.rollout.sglang.hosts import Host, Started
-from etr_megatron.rollout.sglang.parts import merged, places_of
-from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of
-from etr_megatron.rollout.sglang.server_nodes import ServerNodes, ServerSetting, host_of
+from etr_megatron.rollout.sglang.hosts import STARTS, Machine, Started
+from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
+from etr_megatron.rollout.sglang.parts import merged
+from etr_megatron.rollout.sglang.places import addresses_of, new_key, own_address_of, parts_of
+from etr_megatron.rollout.sglang.server_nodes import ServerNodes
+
+logger = logging.getLogger(__name__)
 
 _MEETING_S = 60.0
 """Time for ranks to meet after servers have started."""
@@ -51,50 +55,53 @@ class JobServers:
         number = len(config.urls) or config.servers * len(places) // config.nodes_per_server
         self.names = [f"SGLang server {one}" for one in range(number)]
         self.own_address = on_rank0(lambda: own_address_of(config, addresses))
-        parts = dict(zip(addresses, places_of(self.names, len(addresses), config), strict=True))
+        parts = dict(zip(addresses, parts_of(self.names, len(addresses), config), strict=True))
         self.hosts = {rank: own for rank, (own, _) in parts.items()}
         # For the wait until servers have started. In NCCL's kernels, ranks would take turns with the servers on their GPUs and
         # have only a collective's time.
-        longest = datetime.timedelta(seconds=Host.STARTS * startup_timeout_of(config) + _MEETING_S)
+        longest = datetime.timedelta(seconds=STARTS * startup_timeout_of(config) + _MEETING_S)
         self._starters = dist.new_group(backend="gloo", timeout=longest)
-        store = own_connection(job_store())
-        setting = setting._replace(api_key=self.api_key)
-        self._host = together(lambda: self._own_host(nodes, addresses, parts, setting, store))
+        store, setting = job_store(), setting._replace(api_key=self.api_key)
+        self._machines = together(lambda: self._own_machines(nodes, addresses, parts, setting, store))
 
-    def _own_host(
+    def _own_machines(
         self,
         nodes: ServerNodes | None,
         addresses: Mapping[int, str],
         parts: Mapping[int, tuple[list[str], int]],
         setting: ServerSetting,
         store: dist.Store,
-    ) -> Host | ServerNodes | None:
-        """The host of the servers that this rank starts, if any."""
+    ) -> Machine | ServerNodes | None:
+        """Those whose servers this rank starts, if any: its own, or on rank 0 all dedicated nodes."""
         rank = dist.get_rank()
         if nodes is not None:
             nodes.prepare(self.names, setting)
             return nodes
-        return host_of(self._config, *parts[rank], addresses[rank], setting, store) if rank in addresses else None
+        return machine_of(self._config, *parts[rank], addresses[rank], setting, store) if rank in addresses else None
 
     def start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
-        """Have their hosts start or restart these servers; a collective. Raises as `together`.
+        """Have their machines start or restart these servers; a collective. Raises as `together`.
 
-        Those that span nodes are started once more by all of these if another process had taken a port of theirs.
+        Those that span nodes are started again by all of these if another process had taken a port of theirs.
         """
-        found: dict[str, Started] = {}
-        for _ in range(Host.STARTS):
-            found |= self._start_once(names, must_stop)
-            names = [name for name in names if name in found and found[name].port_taken]
-            if not names:
-                break
+        found = self._start_once(names, must_stop)
+        for attempt in range(2, STARTS + 1):
+            again = [name for name, one in found.items() if one.port_taken]
+            if again and dist.get_rank() == 0:
+                what = f"start {attempt} of at most {STARTS}, as another process had taken a port"
+                logger.warning("%s: %s (%s)", ", ".join(again), what, found[again[0]].problem)
+            if again:
+                found |= self._start_once(again, must_stop)
+        if self._config.nodes_per_server > 1:  # a part may have failed when others had already heard that all are there
+            self.stop([name for name, one in found.items() if one.problem is not None])
         return found
 
     def _start_once(self, names: Sequence[str], must_stop: MustStop) -> dict[str, Started]:
         attempt = on_rank0(lambda: secrets.token_hex(8))
-        host = self._host
+        machines = self._machines
 
         def start() -> dict[str, Started]:
-            return host.start(names, must_stop, attempt) if host is not None else {}
+            return machines.start(names, must_stop, attempt) if machines is not None else {}
 
         if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
             return on_rank0(start, long=True)
@@ -106,5 +113,5 @@ class JobServers:
 
     def stop(self, names: Sequence[str] | None = None) -> None:
         """Stop those of these servers (None: all) that this rank has started. Not a collective."""
-        if self._host is not None:
-            self._host.stop(names)
+        if self._machines is not None:
+            self._machines.stop(names)

@@ -49,7 +49,8 @@ class NodeBuckets:
         self._largest = 0
         self._warned: set[int] = set()
         self.serving: Collection[str] = ()
-        """Servers that take part in the sync, the same on all ranks. Others get no handles: unread ones keep a segment."""
+        """Servers that take part in the sync, the same on all ranks. Others get no handles: unread ones keep a segment.
+    (So do those for a server that spans machines of which one has no room.)"""
 
     def open(self, wire: Wire, largest: int) -> None:
         """Connect the hosts; a collective of the wire. largest: bytes of the largest bucket. Raises SyncError."""

@@ -7,30 +7,47 @@ an address of the head's machine, where another process may take the port before
 
 from __future__ import annotations
 
-import errno
-import socket
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from etr_megatron.config import SglangConfig
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import MustStop, never
-from etr_megatron.rollout.sglang.hosts import POLL_S, Host, Started, is_ours
-from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port
+from etr_megatron.rollout.sglang.hosts import POLL_S, Machine, Started, is_ours
+from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port, is_listened_to, share_of_free
 
-_LATE_S = 30.0
+LATE_S = 30.0
 """By how much longer the other parts wait than the head, which knows more of why it does not answer."""
 
 
 class Meeting:
-    """What the parts of a server tell each other during one start of it. store: of the job. attempt: the start's name."""
+    """What the parts of a server tell each other during one start of it.
+
+    store: of the job, with the same prefix on all nodes. attempt: the start's name; keys stay, so it must be new.
+    """
 
     def __init__(self, store: dist.Store, attempt: str, server: str) -> None:
+        assert attempt
         self._store = dist.PrefixStore(f"{attempt}/{server}", store)
+
+    def arrive(self, part: int, share: float | None) -> None:
+        """Part number `part` is there, and needs this `--mem-fraction-static`, if any."""
+        self._store.set(f"part {part}", json.dumps(share))
+
+    def missing(self, parts: int) -> list[int]:
+        """The parts that have not arrived."""
+        return [part for part in range(parts) if not self._store.check([f"part {part}"])]
+
+    def share(self, parts: int) -> float | None:
+        """The share that all parts take, once none is missing. SGLang counts it by the least free memory of all GPUs of a
+        server, and each of its ranks by its own argument: different ones would have caches of different sizes."""
+        shares = [json.loads(self._store.get(f"part {part}")) for part in range(parts)]
+        return max((share for share in shares if share is not None), default=None)
 
     def invite(self, address: str) -> None:
         """The head: where the parts meet, as host:port."""
@@ -61,62 +78,47 @@ class Meeting:
 
 
 def merged(of_nodes: Iterable[Mapping[str, Started]]) -> dict[str, Started]:
-    """Server -> its state, from the states of its parts on all nodes: the head's address and all problems."""
+    """Server -> its state, from the states of its parts on all nodes: the head's address, or all problems."""
     parts: dict[str, list[Started]] = {}
     for started in of_nodes:
         for name, one in started.items():
             parts.setdefault(name, []).append(one)
     found = {}
     for name, some in parts.items():
-        problems = [one.problem for one in some if one.problem is not None]
         url = next((one.url for one in some if one.url), "")
+        problems = [one.problem for one in some if one.problem is not None]
+        if not problems and not url:
+            problems = [f"{name} was not started, and none of its nodes said why"]
         found[name] = Started(url, "\n".join(problems) or None, any(one.port_taken for one in some))
     return found
 
 
-def places_of(names: Sequence[str], nodes: int, config: SglangConfig) -> list[tuple[list[str], int]]:
-    """For each node that has servers: names of its servers, and the number of its part of one that spans nodes."""
-    span, each = config.nodes_per_server, config.servers
-    return [(list(names[node // span * each : (node // span + 1) * each]), node % span) for node in range(nodes)]
-
-
-def _is_taken(address: str | None) -> bool:
-    """Whether a process listens at an address of this machine."""
-    host, _, port = (address or "").partition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
-        try:
-            probe.bind((host, int(port)))
-        except (OSError, ValueError) as error:
-            return getattr(error, "errno", None) == errno.EADDRINUSE
-    return False
-
-
-class PartsHost(Host):
-    """The parts of servers on one machine, at most one of each; see `Host`. store: of the job, for this thread alone."""
+class PartsOfServers(Machine):
+    """The parts of servers on one machine, at most one of each. store: of the job, for this thread alone."""
 
     def __init__(self, commands: Mapping[str, ServerCommand], logs: Path, startup_timeout_s: float, store: dist.Store) -> None:
         super().__init__(commands, logs, startup_timeout_s)
         self._store = store
 
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
-        """See `Host.start`. The hosts of all nodes of a server must be called, with the same `attempt`, new for each call.
+        """See `Machine.start`. All nodes of a server must be asked, with the same `attempt`, new for each call.
 
-        Each host returns the state of its own part, see `merged`: "" as address of all but the head, and no problem for a part
-        that was stopped because another failed.
+        Each returns the state of its own part, see `merged`: "" as address of all but the head, and no problem for a part that
+        was stopped because another failed.
         """
         own = [name for name in names if name in self._commands]
-        self.stop(own)
         deadline = time.monotonic() + self._timeout_s
         return {name: self._start_part(name, Meeting(self._store, attempt, name), deadline, must_stop) for name in own}
 
     def _start_part(self, name: str, meeting: Meeting, deadline: float, must_stop: MustStop) -> Started:
         is_head = self._commands[name].part == 0
         try:
-            found = self._wait_for_part(name, meeting, deadline if is_head else deadline + _LATE_S, must_stop)
-        except BaseException:
             self.stop([name])
-            meeting.fail()
+            found = self._wait_for_part(name, meeting, deadline if is_head else deadline + LATE_S, must_stop)
+        except BaseException:
+            with suppress(dist.DistError):  # the first error is the one to raise
+                meeting.fail()
+            self.stop([name])
             raise
         if found.problem is not None:
             meeting.fail()
@@ -124,11 +126,15 @@ class PartsHost(Host):
             meeting.complete()
         if meeting.has_failed:
             self.stop([name])
-            return Started("", found.problem, found.port_taken or (is_head and _is_taken(meeting.address)))
+            address = meeting.address
+            is_taken = is_head and (found.port_taken or (address is not None and is_listened_to(address)))
+            return Started("", found.problem, is_taken)
         return found
 
     def _wait_for_part(self, name: str, meeting: Meeting, deadline: float, must_stop: MustStop) -> Started:
         command, process = self._commands[name], None
+        devices = command.environment.get("CUDA_VISIBLE_DEVICES")
+        meeting.arrive(command.part, None if command.memory is None else share_of_free(command.memory, devices))
         if command.part == 0:
             meeting.invite(f"{command.host}:{free_port(command.host)}")
         while True:
@@ -137,19 +143,21 @@ class PartsHost(Host):
                 return found
             if meeting.has_failed:
                 return Started("", None)
-            if process is None and (address := meeting.address) is not None:
-                process = self._launch_at(name, address)
+            missing = meeting.missing(command.parts)
+            if process is None and not missing and (address := meeting.address) is not None:
+                process = self._launch(name, address, meeting.share(command.parts))
             if must_stop():
                 raise StopAskedError(f"told to stop (SIGTERM) while waiting for {name}")
             if time.monotonic() >= deadline:
-                what = f"its log is {process.log}" if process is not None else "its first node did not tell its address"
-                return Started("", f"{self._called(name)} was not ready within {self._timeout_s:g} s; {what}")
+                return Started("", self._lateness(name, missing))
             time.sleep(POLL_S)
 
-    def _launch_at(self, name: str, address: str) -> ServerProcess:
+    def _launch(self, name: str, address: str, share: float | None) -> ServerProcess:
         command = self._commands[name]
-        command = replace(command, arguments=(*command.arguments, "--dist-init-addr", address))
-        process = self._processes[name] = ServerProcess(name, command, self._log_of(name))
+        memory = () if share is None else ("--mem-fraction-static", str(share))
+        arguments = (*command.arguments, *memory, "--dist-init-addr", address)
+        process = ServerProcess(name, replace(command, arguments=arguments, memory=None), self._log_of(name))
+        self._processes[name] = process
         return process
 
     def _state(self, process: ServerProcess, command: ServerCommand, meeting: Meeting) -> Started | None:
@@ -166,12 +174,18 @@ class PartsHost(Host):
             return Started("", f"another process had taken the port of {process.name}, {process.url}", port_taken=True)
         return Started(process.url, None) if answers else None
 
+    def _lateness(self, name: str, missing: list[int]) -> str:
+        what = f"{self._called(name)} was not ready within {self._timeout_s:g} s"
+        if missing:
+            return f"{what}: of its nodes, {', '.join(map(str, missing))} did not take part"
+        log = super()._log_of(name)
+        return f"{what}; its logs are {log} and, of other nodes, {log.with_stem(log.stem + '_node_*')}"
+
     def _called(self, name: str) -> str:
         """A server's name, with the node of this part of it."""
         command = self._commands[name]
         return f"{name} (node {command.part} of its {command.parts}, {command.host})"
 
     def _log_of(self, name: str) -> Path:
-        log = super()._log_of(name)
-        part = self._commands[name].part
+        log, part = super()._log_of(name), self._commands[name].part
         return log.with_stem(f"{log.stem}_node_{part}") if part else log

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -29,6 +29,12 @@ def addresses_of(config: SglangConfig) -> dict[int, str]:
     if 0 in hosts and len(hosts) > 1 and not all(map(is_loopback, hosts.values())):
         hosts[0] = _reachable(hosts[0], next(one for one in hosts.values() if not is_loopback(one)))
     return hosts
+
+
+def parts_of(names: Sequence[str], nodes: int, config: SglangConfig) -> list[tuple[list[str], int]]:
+    """For each node that has servers: names of its servers, and the number of its part of one that spans nodes."""
+    span, each = config.nodes_per_server, config.servers
+    return [(list(names[node // span * each : (node // span + 1) * each]), node % span) for node in range(nodes)]
 
 
 def _reachable(own: str, other: str) -> str:

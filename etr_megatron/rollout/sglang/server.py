@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -98,6 +99,18 @@ def _ports_to_be_named() -> Sequence[int]:
         return (0,)
     ports = [port for port in _PORTS if not first <= port <= last]
     return ports if len(ports) > 2 * _REMEMBERED else (0,)
+
+
+def is_listened_to(address: str) -> bool:
+    """Whether a process listens at an address of this machine, host:port."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def share_of_free(fraction: float, devices: str | None) -> float:

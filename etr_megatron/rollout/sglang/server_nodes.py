@@ -23,9 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,10 +37,10 @@ from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.rank0 import BEAT_S, SILENCE_S
-from etr_megatron.rollout.sglang.commands import server_command
-from etr_megatron.rollout.sglang.hosts import Host, Started
-from etr_megatron.rollout.sglang.parts import Meeting, PartsHost, merged, places_of
-from etr_megatron.rollout.sglang.places import address_towards
+from etr_megatron.rollout.sglang.hosts import STARTS, Machine, Started
+from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
+from etr_megatron.rollout.sglang.parts import LATE_S, Meeting, merged
+from etr_megatron.rollout.sglang.places import address_towards, parts_of
 from etr_megatron.status import REQUEUE_EXIT, USER_ERROR_EXIT
 
 _LOOK_S = 0.1
@@ -54,47 +53,6 @@ _SESSION = "session"
 _GONE = "gives no sign of life any more; the servers are stopped"
 
 
-class ServerSetting(NamedTuple):
-    """What servers are started with besides the config. folder: for the servers' files, visible to all nodes. routing: whether
-    they must return the chosen experts. tokenizer: whether they need one."""
-
-    model_dir: str
-    dtype: str
-    folder: str
-    api_key: str | None
-    cuda: bool
-    routing: bool = False
-    tokenizer: bool = False
-
-
-def host_of(
-    config: SglangConfig, names: Sequence[str], part: int, address: str, setting: ServerSetting, store: dist.Store
-) -> Host:
-    """The `Host` of this machine's servers, or of part number `part` of those that span nodes.
-
-    store: of the job, which the host keeps. Raises UserError when the machine has too few GPUs for them.
-    """
-    folder = Path(setting.folder)
-    commands = {
-        name: server_command(
-            config,
-            Path(setting.model_dir),
-            setting.dtype,
-            place=place,
-            host=address,
-            folder=folder,
-            api_key=setting.api_key,
-            cuda=setting.cuda,
-            routing=setting.routing,
-            tokenizer=setting.tokenizer,
-            part=part,
-        )
-        for place, name in enumerate(names)
-    }
-    timeout_s = startup_timeout_of(config)
-    return Host(commands, folder, timeout_s) if config.nodes_per_server == 1 else PartsHost(commands, folder, timeout_s, store)
-
-
 def _connect(patience_s: float) -> dist.Store:
     """Connect to the job's store, as its ranks do. patience_s: wait for rank 0, whose process may host the store."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -103,7 +61,7 @@ def _connect(patience_s: float) -> dist.Store:
 
 
 class ServerNodes:
-    """Rank 0's side: presents the nodes' servers as those of one `Host`. As a context manager, ends the nodes with the run."""
+    """Rank 0's side: presents the nodes as one `Machine`. As a context manager, ends the nodes with the run."""
 
     def __init__(self, count: int, config: SglangConfig, store: dist.Store | None = None) -> None:
         """store: of the job, which must be up already; None connects to it."""
@@ -173,7 +131,7 @@ class ServerNodes:
 
     def prepare(self, names: Sequence[str], setting: ServerSetting) -> None:
         """After `meet`: tell the nodes which servers are theirs. Raises UserError for a node that cannot have them."""
-        places = places_of(names, self._count, self._config)
+        places = parts_of(names, self._count, self._config)
         self._names = [own for own, _ in places]
         orders = {
             node: {"do": "prepare", "names": own, "part": part, "setting": setting._asdict()}
@@ -184,15 +142,16 @@ class ServerNodes:
                 raise UserError(f"{self._name(node)}: {said}")
 
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
-        """See `Host.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
-        own = self._by_node(names)
+        """See `Machine.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
+        own, attempt = self._by_node(names), attempt or secrets.token_hex(8)
         orders = {node: {"do": "start", "names": mine, "attempt": attempt} for node, mine in own.items()}
 
         def give_up(node: int) -> None:
             for name in own[node]:  # other parts of it would wait for this one
                 Meeting(self._store, attempt, name).fail()
 
-        limit_s = Host.STARTS * startup_timeout_of(self._config) + _END_S
+        once_s = startup_timeout_of(self._config)
+        limit_s = _END_S + (STARTS * once_s if self._config.nodes_per_server == 1 else once_s + LATE_S)
         found: list[dict[str, Started]] = []
         for node, said in self._ask(orders, limit_s, must_stop, failed=give_up).items():
             if isinstance(said, str):
@@ -203,7 +162,7 @@ class ServerNodes:
         return merged(found)
 
     def stop(self, names: Iterable[str] | None = None) -> None:
-        """See `Host.stop`."""
+        """See `Machine.stop`."""
         orders = {node: {"do": "stop", "names": mine} for node, mine in self._by_node(names).items()}
         with suppress(RuntimeError):  # if the store is gone, the nodes have ended too
             self._ask(orders, _END_S)
@@ -275,7 +234,7 @@ class ServerNode:
         self._number, self._config, self._grace_s, self._patience_s = number, config, stop_grace_s, patience_s
         self._root = store
         self._address = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-        self._host: Host | None = None
+        self._host: Machine | None = None
         self._stop_request = StopRequest()
         self._lost = threading.Event()
 
@@ -369,7 +328,7 @@ class ServerNode:
     def _do(self, order: Mapping[str, Any], number: int) -> Any:
         if order["do"] == "prepare":
             setting = ServerSetting(**order["setting"])
-            self._host = host_of(self._config, order["names"], order["part"], self._address, setting, self._store)
+            self._host = machine_of(self._config, order["names"], order["part"], self._address, setting, self._store)
             return None
         assert self._host is not None
         if order["do"] == "start":
