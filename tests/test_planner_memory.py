@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from etr_megatron.config import SglangConfig, load_config, validate
+from etr_megatron.config import SglangConfig, load_config
 from etr_megatron.flops import head_flops
-from etr_megatron.planner import H100, Plan, make_plan, render, suggestions
+from etr_megatron.planner import H100, Plan, make_plan, suggestions
 from etr_megatron.planner.activations import (
     EXPERT_IMBALANCE,
     Split,
@@ -19,7 +19,6 @@ from etr_megatron.planner.activations import (
     saved_by_layer,
     stage_activations,
 )
-from etr_megatron.planner.advice import _changes
 from etr_megatron.planner.architecture import MODELS
 from etr_megatron.planner.cuda_graphs import _prefill_sizes, graph_bytes
 from etr_megatron.weights import TrainingLayout, read_architecture
@@ -335,53 +334,6 @@ def test_a_float32_models_offloaded_optimizer_has_weights_of_its_own() -> None:
     """Megatron moves its views of the model's weights to the CPU, and copies of them back."""
     plain, offloaded = (plan("model.dtype=float32", *more).ranks[0] for more in ((), ("train.offload_for_rollout=true",)))
     assert (plain.optimizer, offloaded.optimizer) == (8 * plain.elements // 2, 12 * plain.elements // 2)
-
-
-def test_settings_whose_cost_is_not_modelled_come_after_those_whose_time_is_known() -> None:
-    config = load_config(QWEN_32B, [])
-    tight = make_plan(config, 32, gpu_memory=70.0)
-    fitting = [suggestion for suggestion in suggestions(config, tight, gpu_memory=70.0) if suggestion.fits]
-    counted = [suggestion.is_counted for suggestion in fitting]
-    assert counted == sorted(counted, reverse=True) and {True, False} == set(counted)
-    text = render(tight, fitting)
-    assert "train.grads_dtype=bfloat16: " in text and " GiB, fits, at least " in text.partition("parallel.tp=8: ")[2][:40]
-
-
-@pytest.mark.slow
-def test_experts_are_advised_to_be_spread_further_where_that_helps() -> None:
-    experts = load_config(QWEN_32B.with_name("qwen3_30b_a3b_32gpu.yaml"), ["parallel.ep=4"])
-    found = suggestions(experts, make_plan(experts, 32, gpu_memory=40.0), gpu_memory=40.0)
-    assert "parallel.ep=8" in [suggestion.setting for suggestion in found]
-
-
-def test_larger_servers_are_advised_where_weights_leave_no_room() -> None:
-    servers = load_config(QWEN_32B, ["sglang.tp=1", "sglang.servers=8"])
-    plan = make_plan(servers, 32)
-    assert plan.ranks_fit and not plan.server_fits
-    found = suggestions(servers, plan)
-    assert [suggestion.setting for suggestion in found if suggestion.fits] == ["sglang.tp=2 sglang.servers=4"]
-
-
-def test_servers_that_span_nodes_are_advised_where_a_node_does_not_hold_the_weights() -> None:
-    """61 GiB and a sample of 2.3 GiB, in 18 GiB of each of a node's two GPUs."""
-    node = dict(gpu_memory=60.0, gpus_per_node=2)
-    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "sglang.tp=1", "sglang.servers=2"]  # a fast estimate
-    given = load_config(QWEN_32B, [*few, "sglang.mem_fraction=0.3"])
-    larger = dict(_changes(make_plan(given, 32, **node), given))["sglang.tp=4 sglang.servers=1 sglang.nodes_per_server=2"]
-    plan = make_plan(larger, 32, **node)
-    assert plan.server_fits and plan.cluster.servers == 8 and "8 servers of TP4 on 2 nodes, on the ranks' GPUs" in render(plan)
-    left_open = load_config(QWEN_32B, [*few, "sglang.mem_fraction=null", "sglang.nodes=first"])
-    changes = dict(_changes(make_plan(left_open, 32, gpu_memory=22.0, gpus_per_node=2), left_open))
-    wanted = "sglang.tp=4 sglang.servers=1 sglang.nodes_per_server=2 sglang.nodes=every sglang.mem_fraction=0.85"
-    assert not validate(changes[wanted], 32)
-
-
-def test_servers_on_every_node_are_advised_where_only_the_first_has_some() -> None:
-    config = load_config(QWEN_32B.with_name("qwen3_8b_8gpu.yaml"), [])
-    assert "sglang.nodes=every" in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 16))]
-    assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(config, make_plan(config, 8))]
-    apart = load_config(QWEN_32B.with_name("qwen3_32b_64gpu_async.yaml"), [])
-    assert "sglang.nodes=every" not in [suggestion.setting for suggestion in suggestions(apart, make_plan(apart, 64))]
 
 
 def test_servers_whose_weights_fill_the_pool_do_not_fit() -> None:

@@ -127,13 +127,34 @@ def test_a_decoding_step_multiplies_every_head_with_latents_that_it_reads_once()
 
 
 def test_gpus_of_a_server_on_several_nodes_send_shares_of_each_sum_over_the_network() -> None:
+    """24 samples of 96 tokens and 160 decoded ones: all 24 prompts are summed at once."""
+    read = dict(prompt=96.0, weight_bytes=10**9, token_bytes=0)
+    within, across = (seconds([160.0] * 24, tp=12, nodes=nodes, **read) for nodes in (1, 3))
+    sums, passes, tokens = 2 * 36, 1 + 160, 24 * (96 + 160)  # sums after attention and the MLP of each layer
+    nvlink = tokens * 4096 * 2 / (450e9 * 0.8)
+    steps = 160 * (1e9 / (3.35e12 * 0.8) + H100.decode_overhead)
+    prompts = 24 * 96 * 2 * active_parameters(read_architecture(MODELS / "Qwen3-8B")) / (12 * 989.4e12 * 0.6)
+    assert within == pytest.approx(sums * (passes * 15e-6 + nvlink) + prompts + steps, rel=1e-6)
+    # In a ring of 3 nodes each of a node's 4 GPUs sends a quarter of the hidden states 4/3 times.
+    network = tokens * 4096 * 2 / 4 * 4 / 3 / (50e9 * 0.8)
+    assert across - within == pytest.approx(sums * (passes * (40e-6 - 15e-6) + network), rel=1e-6)
+
+
+def test_a_server_with_one_gpu_on_each_node_sends_over_the_network_alone() -> None:
     read = dict(weight_bytes=10**9, token_bytes=0)
-    within, across = (seconds([160.0] * 24, tp=12, nodes=nodes, **read) / 160 for nodes in (1, 3))
-    sums = 2 * 36  # after attention and the MLP of each layer
-    nvlink = 24 * 4096 * 2 / (450e9 * 0.8)
-    assert within == pytest.approx(sums * (15e-6 + nvlink) + 1e9 / (3.35e12 * 0.8) + H100.decode_overhead, rel=1e-6)
-    # In a ring of 3 nodes each of a node's 4 GPUs sends a quarter of the batch's hidden states 4/3 times.
-    assert across - within == pytest.approx(sums * (40e-6 - 15e-6 + 24 * 4096 * 2 / 4 * 4 / 3 / (50e9 * 0.8)), rel=1e-6)
+    one, two = (seconds([160.0] * 24, tp=tp, nodes=3, **read) / 160 for tp in (3, 6))
+    sums, network = 2 * 36, 24 * 4096 * 2 * 4 / 3 / (50e9 * 0.8)
+    assert one == pytest.approx(sums * (40e-6 + network) + 1e9 / (3.35e12 * 0.8) + H100.decode_overhead, rel=1e-6)
+    assert one - two == pytest.approx(sums * (network / 2 - 24 * 4096 * 2 / (450e9 * 0.8)), rel=1e-6)
+
+
+def test_recomputed_tokens_are_summed_over_a_servers_gpus_too() -> None:
+    """The cache does not hold two samples of 48 tokens: one of them gives way, and is prefilled again when the other ends."""
+    links = replace(H100, all_reduce_latency=0.0, decode_overhead=0.0, matmul=1e30)
+    sums = 2 * 36 * 4096 * 2 / (450e9 * 0.8)
+    for cache, recomputed in ((None, 0), (80, 48)):
+        found = seconds([64.0] * 2, prompt=16.0, tp=2, weight_bytes=0, token_bytes=0, cache_tokens=cache, gpu=links)
+        assert found == pytest.approx(sums * (2 * (16 + 64) + recomputed), rel=1e-6)
 
 
 def test_a_batch_is_one_sequences_time_until_cache_or_products_take_longer() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from etr_megatron.config import Config
+from etr_megatron.config import Config, SglangConfig
 from etr_megatron.errors import UserError
+from etr_megatron.planner.cluster import Cluster
 from etr_megatron.planner.memory import SERVER_FRACTION
 from etr_megatron.planner.plan import Plan, make_plan
 
@@ -126,23 +127,43 @@ def _servers(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     if sglang.nodes == "first" and not sglang.dedicated_nodes and plan.cluster.nodes > 1:
         yield "sglang", {"nodes": "every"}
     if not plan.server_fits:
-        yield "sglang", _larger_servers(plan)
+        yield from (("sglang", changes) for changes in _larger_servers(plan))
 
 
-def _larger_servers(plan: Plan) -> dict[str, Any]:
+def _larger_servers(plan: Plan) -> list[dict[str, Any]]:
     """The fewest doublings of a server's GPUs with which its weights leave room for a sample: fewer servers on a node, and
-    beyond its GPUs, servers that span nodes."""
-    sglang, server = plan.config.sglang, plan.server
+    beyond its GPUs, servers that span nodes. Servers beside ranks take no more GPUs of a node than before, which leaves the
+    ranks their layout, or else any but one."""
+    sglang, server, cluster = plan.config.sglang, plan.server, plan.cluster
     factor = 2
-    while factor < plan.cluster.gpus and server.weights / factor + plan.work.longest * server.token > server.pool:
+    while factor < cluster.gpus and server.weights / factor + plan.work.longest * server.token > server.pool:
         factor *= 2
-    changes: dict[str, Any] = {"tp": factor * sglang.tp}
+    if sglang.placement == "colocated" or sglang.dedicated_nodes:
+        room = [cluster.gpus_per_node]
+    else:
+        room = [*([sglang.gpus_of_a_node] if sglang.nodes == "every" else []), cluster.gpus_per_node - 1]
+    found = [_with_larger(sglang, factor, most, cluster) for most in room]
+    return [changes for at, changes in enumerate(found) if changes and changes not in found[:at]]
+
+
+def _with_larger(sglang: SglangConfig, factor: int, room: int, cluster: Cluster) -> dict[str, Any]:
+    """Changes to servers of `factor` times the GPUs, at most `room` of a node, on as few nodes as can be grouped, and no fewer
+    than before; none if they cannot."""
+    tp, apart = factor * sglang.tp, sglang.dedicated_nodes
+    spans = range(max(-(-tp // room), sglang.nodes_per_server), cluster.nodes + 1)
+    span = next((span for span in spans if tp % span == 0 and (apart or cluster.nodes % span == 0)), None)
+    if span is None:
+        return {}
+    changes: dict[str, Any] = {"tp": tp}
     if sglang.servers > 1:
         changes["servers"] = max(1, sglang.servers // factor)
-    if (span := -(-factor * sglang.tp // plan.cluster.gpus_per_node)) > 1:
-        changes["nodes_per_server"] = span
-        if sglang.nodes == "first" and not sglang.dedicated_nodes:
-            changes["nodes"] = "every"
-        if sglang.placement == "colocated" and sglang.mem_fraction is None:
-            changes["mem_fraction"] = SERVER_FRACTION
+    if span == sglang.nodes_per_server:
+        return changes
+    changes["nodes_per_server"] = span
+    if apart % span:
+        changes["dedicated_nodes"] = -(-apart // span) * span
+    if sglang.nodes == "first" and not apart:
+        changes["nodes"] = "every"
+    if sglang.placement == "colocated" and sglang.mem_fraction is None:
+        changes["mem_fraction"] = SERVER_FRACTION
     return changes

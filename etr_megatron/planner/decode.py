@@ -41,9 +41,10 @@ def generation_seconds(
     weights, and keys and values of a token, on one GPU of the server. nodes: over which the tp GPUs are spread evenly.
 
     A step takes the longer of reading (all weights, of experts only those that the batch chooses, and the batch's cache) and
-    computing, including the head. A sample that no longer fits in the cache is preempted, and its tokens are recomputed when it
-    resumes. Attention's own products count only with latents, which all heads share: with keys and values they always take less
-    than reading these.
+    computing, including the head; prompts take their products. Hidden states of both are also summed over the server's GPUs. A
+    sample that no longer fits in the cache is preempted, and its tokens are recomputed, like a prompt's, when it resumes.
+    Attention's own products count only with latents, which all heads share: with keys and values they always take less than
+    reading these.
     """
     order = np.random.default_rng(0).permutation(len(lengths))
     waiting = [(prompt, float(length)) for length in np.asarray(lengths)[order]]
@@ -58,7 +59,9 @@ def generation_seconds(
     seconds = 0.0
     while waiting or len(running):
         started = _admitted(waiting, concurrency - len(running), limit - running[:, 0].sum(), alone=not len(running))
-        seconds += compute * sum(context for context, _ in started)
+        # In one pass, so that they share the latency of its sums.
+        prefilled = sum(context for context, _ in started)
+        seconds += (links if prefilled else 0.0) + prefilled * (compute + sending)
         running = np.concatenate([running, np.array(started).reshape(-1, 2)])
         fits = max(1, int(np.searchsorted(np.cumsum(running[:, 0]), limit, side="right")))
         waiting[:0] = [(context, left) for context, left in running[fits:]]
@@ -75,12 +78,12 @@ def generation_seconds(
 def _all_reduce(size: int, tp: int, nodes: int, gpu: Hardware) -> tuple[float, float]:
     """(latency, seconds of `size` bytes) of adding up over the tp GPUs of a server.
 
-    Over NVLink, whose switches add, a GPU sends them once. Over the network, the GPUs of a node send a share each, in a ring of
-    all nodes: nearly twice.
+    Over NVLink, whose switches add, a GPU sends them once, if its node has others. Over the network, the GPUs of a node send a
+    share each, in a ring of all nodes: nearly twice.
     """
     if tp == 1:
         return 0.0, 0.0
-    within = size / (gpu.nvlink * gpu.link_efficiency)
+    within = 0.0 if tp == nodes else size / (gpu.nvlink * gpu.link_efficiency)
     share = size * nodes / tp
     across = share * 2 * (nodes - 1) / nodes / (gpu.network * gpu.link_efficiency)
     return gpu.all_reduce_latency if nodes == 1 else gpu.network_all_reduce_latency, within + across
