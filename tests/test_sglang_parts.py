@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from etr_megatron.config import SglangConfig
 from etr_megatron.platform.phases import StopAskedError
-from etr_megatron.rollout.sglang import parts
+from etr_megatron.rollout.sglang import job_servers, parts
 from etr_megatron.rollout.sglang.hosts import Started
+from etr_megatron.rollout.sglang.job_servers import JobServers
 from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
 from etr_megatron.rollout.sglang.parts import merged
 from etr_megatron.rollout.sglang.places import parts_of
@@ -232,3 +233,28 @@ def test_a_server_of_which_one_node_has_no_room_for_weights_is_sent_them(gangs, 
     state = ranks[0]["states"][SERVER]
     check_sums(state, ranks[0]["sums"])
     assert state["most_payload_bytes"] > 1 << 16
+
+
+def test_only_servers_whose_port_was_taken_are_started_again_three_times_and_those_that_failed_stopped(monkeypatch, caplog):
+    taken, broken, well = Started("", "taken", True), Started("", "no room"), Started("http://10.0.0.1:1", None)
+    asked: list[list[str]] = []
+    stopped: list[list[str]] = []
+    answers = iter([{"a": taken, "b": broken, "c": taken, "d": well}, {"a": well, "c": taken}, {"c": taken}])
+
+    class Scripted(JobServers):
+        def __init__(self) -> None:
+            self._config = SglangConfig(nodes_per_server=2, tp=2, nodes="every")
+
+        def _start_once(self, names: Any, must_stop: Any) -> dict[str, Started]:
+            asked.append(list(names))
+            return next(answers)
+
+        def stop(self, names: Any = None) -> None:
+            stopped.append(list(names))
+
+    monkeypatch.setattr(job_servers.dist, "get_rank", lambda: 0)
+    found = Scripted().start(["a", "b", "c", "d"])
+    assert asked == [["a", "b", "c", "d"], ["a", "c"], ["c"]] and stopped == [["b", "c"]]
+    assert found == {"a": well, "b": broken, "c": taken, "d": well}
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith("a, c: start 2 of at most 3, as another process had taken a port")
