@@ -133,7 +133,7 @@ def test_servers_that_span_nodes_have_equally_many_gpus_on_each() -> None:
         (
             ["sglang.tp=36", "sglang.nodes_per_server=3", "sglang.nodes=every"],
             24,
-            r"=1 of sglang\.tp=36 on sglang\.nodes_per_server=3 nodes need 12 GPUs on a node, which has 8; lower one of",
+            r"=1 of sglang\.tp=36 on sglang\.nodes_per_server=3 nodes need 12 GPUs on a node, which has 8; lower sglang\.tp, or",
         ),
         (
             ["sglang.tp=6", "sglang.nodes_per_server=3", "sglang.nodes=every"],
@@ -143,7 +143,7 @@ def test_servers_that_span_nodes_have_equally_many_gpus_on_each() -> None:
         (
             ["sglang.tp=24", "sglang.nodes_per_server=3", "sglang.nodes=every"],
             24,
-            r"take 24 of 24 GPUs and leave none to train on; .*, or give them nodes of their own \(sglang\.dedicated_nodes\)",
+            r"take 24 of 24 GPUs and leave none to train on; raise sglang\.nodes_per_server, lower sglang\.tp, or give ",
         ),
         (["sglang.tp=8", "sglang.servers=2"], 8, "need 16 GPUs on a node, which has 8"),
         (["sglang.tp=8"], 8, "leave none to train on"),

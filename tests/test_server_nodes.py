@@ -154,13 +154,13 @@ def test_servers_of_a_lost_node_do_not_serve_and_the_other_node_does(store, tmp_
         if settings:
             rank0.prepare(["server 0"], setting(tmp_path))
             started = rank0.start(["server 0"])["server 0"]
-            lost = "server 0 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
+            lost = "server 0: cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
             assert started.problem.startswith(lost) and "server 0" not in node.node._host._processes
         else:
             rank0.prepare(["server 0", "server 1"], setting(tmp_path))
             started = rank0.start(["server 0", "server 1"])
             assert started["server 0"].problem is None
-            lost = "server 1 cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
+            lost = "server 1: cannot be started on server node 1 (10.0.0.9): it has given no sign of life for "
             assert started["server 1"].problem.startswith(lost)
     node.join()
 

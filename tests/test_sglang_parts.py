@@ -148,7 +148,7 @@ def test_all_parts_take_the_same_share_of_memory_that_the_fullest_machine_needs(
     assert [one[one.index("--mem-fraction-static") + 1] for one in words] == [str(0.3 / 0.4)] * 3
 
 
-def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_whole(machines):
+def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_whole(machines, caplog):
     all_of_it = machines()
     first = merged(all_of_it.start("first"))[SERVER]
     watchdogs = all_of_it.pids()
@@ -158,6 +158,10 @@ def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_w
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{first.url}/health")
     assert merged(all_of_it.start("second"))[SERVER].problem is None
+    said = [record.getMessage() for record in caplog.records]
+    log = all_of_it.folder / "sglang_server_0_node_1.log"
+    what = f"{SERVER} (node 1 of its 3, 127.0.0.1) had ended; its log, {log}, ends:"
+    assert f"{what}\nRuntimeError: Connection closed by peer" in said and len(said) == 3
 
 
 def test_what_hangs_on_one_machine_is_stopped_with_the_rest(machines):

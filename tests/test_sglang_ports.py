@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from etr_megatron.rollout.sglang import hosts, server
+from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port
 
 # A server that is still starting while another process has its port. It requires a key, except for its health.
@@ -92,7 +93,7 @@ def started_with_ports(tmp_path, monkeypatch, taken: int, count: int, command: S
 @pytest.mark.parametrize("who", OTHERS)
 def test_what_answers_at_its_port_is_not_taken_for_a_server_that_still_starts(tmp_path, monkeypatch, who):
     with answering(OTHERS[who]) as taken, started_with_ports(tmp_path, monkeypatch, taken, 1) as (started, (first, second)):
-        assert started == (second.url, None) and first.port == taken != second.port
+        assert started == Started(second.url, None) and first.port == taken != second.port
         assert second.is_running and not first.is_running
 
 

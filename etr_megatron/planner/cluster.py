@@ -101,11 +101,10 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
     colocated = sglang.placement == "colocated"
     ranks = gpus if colocated else gpus - nodes * on_a_node
     if ranks < 1:
-        apart = ", or give them nodes of their own (sglang.dedicated_nodes)" if span > 1 else ""
-        raise UserError(
-            f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on; lower sglang.servers or "
-            f"sglang.tp{apart}"
-        )
+        ways = "lower sglang.servers or sglang.tp"
+        if span > 1:
+            ways = "raise sglang.nodes_per_server, lower sglang.tp, or give servers nodes of their own (sglang.dedicated_nodes)"
+        raise UserError(f"dedicated servers take {nodes * on_a_node} of {gpus} GPUs and leave none to train on; {ways}")
     first = None if colocated or nodes * gpus_per_node == gpus else gpus_per_node - on_a_node
     if first == 0:
         raise UserError(
@@ -128,22 +127,26 @@ def divide(config: Config, gpus: int, gpus_per_node: int = 8) -> Cluster:
 def _refuse_too_large(sglang: SglangConfig, gpus_per_node: int) -> None:
     if sglang.gpus_of_a_node <= gpus_per_node:
         return
-    split = f" on sglang.nodes_per_server={sglang.nodes_per_server} nodes" if sglang.nodes_per_server > 1 else ""
-    more = ", or raise sglang.nodes_per_server, for servers that span nodes" if sglang.tp_on_a_node > gpus_per_node else ""
+    split, ways = "", "lower one of them"
+    if sglang.nodes_per_server > 1:
+        split = f" on sglang.nodes_per_server={sglang.nodes_per_server} nodes"
+        ways = "lower sglang.tp, or raise sglang.nodes_per_server"
+    elif sglang.tp > gpus_per_node:
+        ways += ", or raise sglang.nodes_per_server, for servers that span nodes"
     raise UserError(
         f"sglang.servers={sglang.servers} of sglang.tp={sglang.tp}{split} need {sglang.gpus_of_a_node} GPUs on a node, which "
-        f"has {gpus_per_node}; lower one of them{more}"
+        f"has {gpus_per_node}; {ways}"
     )
 
 
 def _with_dedicated_nodes(sglang: SglangConfig, gpus: int, gpus_per_node: int) -> Cluster:
-    apart, nodes = sglang.dedicated_nodes, gpus // gpus_per_node
+    apart, nodes, span = sglang.dedicated_nodes, gpus // gpus_per_node, sglang.nodes_per_server
     if apart >= nodes:
         raise UserError(
             f"sglang.dedicated_nodes={apart} leaves none of the {nodes} node{'s' * (nodes > 1)} ({gpus} GPUs) to train on; "
-            "lower it"
+            f"lower it{f' to a multiple of {span}, see nodes_per_server' if span > 1 else ''}"
         )
-    ranks, span = (nodes - apart) * gpus_per_node, sglang.nodes_per_server
+    ranks = (nodes - apart) * gpus_per_node
     servers = apart // span * sglang.servers
     return Cluster(gpus, gpus_per_node, ranks, servers, sglang.tp, dedicated_nodes=apart, nodes_per_server=span)
 

@@ -57,6 +57,8 @@ def _head(plan: Plan) -> Iterator[str]:
             f"rollout    {cluster.servers} servers of TP{cluster.server_tp}{spread}, {where}; KV cache of each: "
             f"{plan.server.cache_tokens:,} tokens, {plan.cache_samples} of the longest samples"
         )
+    if unused := cluster.dedicated_nodes * (cluster.gpus_per_node - plan.config.sglang.gpus_of_a_node):
+        yield f"           {unused} GPUs of the nodes for servers are unused: see sglang.servers, tp and nodes_per_server"
     if plan.config.rollout.replay is not None:
         yield "           (planned as if rollouts were generated; rollout.replay needs neither this memory nor this time)"
     yield (

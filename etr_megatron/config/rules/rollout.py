@@ -233,7 +233,7 @@ def _nodes_per_server(sglang: SglangConfig) -> Iterator[Violation]:
     if sglang.servers > 1:
         yield Violation(
             (key, "sglang.servers"),
-            "nodes that a server spans have no other; set servers to 1, or nodes_per_server to 1",
+            "a server that spans nodes is the only one on them; set servers to 1, or nodes_per_server to 1",
             given=("sglang.urls",),
         )
     if sglang.tp % span:

@@ -171,10 +171,13 @@ class Control:
         """Take back servers that were `due`, if they have recovered or were restarted (in `started`). The sync comes next."""
         for name, problem in self.run(self._get_to_know(names, started, patient=False)).items():
             if problem is not None:
+                if name in started:
+                    logger.warning("%s was started again in vain: %s", name, problem)
                 self.fleet.mark_failed(self._clients[name], str(problem))
                 if isinstance(problem, _UnwellError) and name not in started:  # unlike a restart, a health check is cheap
                     self._comebacks.do_not_count(name)
             else:
+                logger.warning("%s is back", name)
                 self.fleet.rejoin(self._clients[name])
 
     async def _get_to_know(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -17,6 +18,8 @@ import httpx
 from etr_megatron.platform.phases import StopAskedError
 from etr_megatron.rollout.engine import MustStop, never
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 _ASK_S = 5.0
@@ -50,6 +53,17 @@ class Machine(ABC):
         StopAskedError when `must_stop()` becomes true.
         """
 
+    def _stop_to_start(self, names: Iterable[str]) -> None:
+        """Stop those of these servers that run; tell what those that run no more have died of."""
+        for name in names:
+            process = self._processes.get(name)
+            if process is not None and process.is_lost:
+                logger.warning("%s had ended; its log, %s, ends:\n%s", self._called(name), process.log, process.last_words(5))
+            self.stop([name])
+
+    def _called(self, name: str) -> str:
+        return name
+
     def stop(self, names: Iterable[str] | None = None) -> None:
         """Stop those of these servers (None: all) that run on this machine; wait until all their processes have ended."""
         for name in list(self._processes if names is None else names):
@@ -66,7 +80,7 @@ class Host(Machine):
     def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
         """See `Machine.start`."""
         own = [name for name in names if name in self._commands]
-        self.stop(own)
+        self._stop_to_start(own)
         for name in own:
             self._launch(name)
         deadline = time.monotonic() + self._timeout_s

@@ -113,7 +113,7 @@ class PartsOfServers(Machine):
     def _start_part(self, name: str, meeting: Meeting, deadline: float, must_stop: MustStop) -> Started:
         is_head = self._commands[name].part == 0
         try:
-            self.stop([name])
+            self._stop_to_start([name])
             found = self._wait_for_part(name, meeting, deadline if is_head else deadline + LATE_S, must_stop)
         except BaseException:
             with suppress(dist.DistError):  # the first error is the one to raise

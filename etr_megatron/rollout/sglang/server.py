@@ -186,6 +186,11 @@ class ServerProcess:
         return {} if self._command.api_key is None else {"Authorization": f"Bearer {self._command.api_key}"}
 
     @property
+    def is_lost(self) -> bool:
+        """Whether it has ended without `stop`."""
+        return self._report is not None and not self.is_running
+
+    @property
     def is_running(self) -> bool:
         """Whether the server's process has not ended."""
         return self._watchdog.poll() is None

@@ -156,7 +156,7 @@ class ServerNodes:
         for node, said in self._ask(orders, limit_s, must_stop, failed=give_up).items():
             if isinstance(said, str):
                 what = f"cannot be started on {self._name(node)}: {said}"
-                found.append({name: Started("", f"{name} {what}") for name in own[node]})
+                found.append({name: Started("", f"{name}: {what}") for name in own[node]})
             else:
                 found.append({name: Started(*started) for name, started in said.items()})
         return merged(found)
