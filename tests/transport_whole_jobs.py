@@ -55,4 +55,4 @@ def delivered(_bucket: Bucket | None = None) -> Future[None]:
 
 def whole_tensors(source: TrainingLayout, settings: SendSettings, post: Callable[[Bucket], Future[None]]) -> WholeTensors:
     """The transport of whole tensors to servers, of which rank 0 hands buckets to `post`."""
-    return WholeTensors(source, settings, Outbox(post) if dist.get_rank() == 0 else None, NodeBuckets({}, 1))
+    return WholeTensors(source, settings, Outbox(post) if dist.get_rank() == 0 else None, NodeBuckets({}, 1, 1))
