@@ -1,21 +1,26 @@
-"""Jobs that gang ranks run against fake servers that fail and come back."""
+"""Jobs that gang ranks run against servers that fail and come back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import httpx
 import psutil
+import pytest
+import torch
 
 from etr_megatron.rollout import EngineGoneError, NeedsSyncError, Sampling
 from etr_megatron.rollout.sglang.client import ServerError
-from etr_megatron.rollout.sglang.control import Control
+from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.types import Problem
 from tests.fake_servers import patient_with
-from tests.policy_jobs import build
-from tests.sglang_jobs import behaving, engine_of, states_of, sums_of
+from tests.nodes import as_a_node_at
+from tests.policy_jobs import build, make_batch
+from tests.sglang_jobs import TEMPERATURE, behaving, engine_of, on_first_request, states_of, sums_of
 
 
 def fails_soon(control: Control, how: str) -> int:
@@ -129,5 +134,62 @@ def all_are_lost(model: str, directory: str, **settings: Any) -> dict[str, Any]:
     try:
         engine.update_weights(policy.export(), 1)
         return {"states": states_of(engine), "sums": sums_of(policy, fp8=False)}
+    finally:
+        engine.close()
+
+
+def killed_for_real(model: str, directory: str, prompts: list[list[int]], address: str, **settings: Any) -> dict[str, Any]:
+    """Two real servers at an address. The first hangs with requests under way, and is back for the rest of them after a sync.
+    The second is killed in the sync after that, and the first with requests under way after it. Returns what was generated,
+    what failed and when, whether servers require a key, and log-prob gaps after the sync."""
+    policy = build(model, [f"rollout.temperature={TEMPERATURE}"])
+    with as_a_node_at(address):
+        engine = engine_of(policy, model, directory, nodes="every", **settings)
+    tokens = 240
+
+    def process(number: int) -> psutil.Process:
+        watchdog = engine._servers._machine._processes[f"SGLang server {number}"]._watchdog
+        return psutil.Process(watchdog.pid).children()[0]
+
+    class KillsAsItIsRead(type(policy.export())):
+        def shards(self) -> dict[str, torch.Tensor]:
+            process(1).kill()
+            return super().shards()
+
+    try:
+        engine.update_weights(policy.export(), 1)
+        first, *others = engine._control.fleet.clients
+        patient_with(others)
+        on_first_request(first, process(0).suspend)
+        problems = [Problem(f"p{i}", "", "", ids) for i, ids in enumerate(prompts)]
+        sampling = Sampling(4, tokens, TEMPERATURE, seed=1, step=1)
+        with pytest.raises(NeedsSyncError):
+            engine.generate(problems, sampling)
+        found: dict[str, Any] = {"tokens": tokens, "failed": engine._control.fleet.failed}
+        engine.update_weights(policy.export(), 1)
+        patient_with([first])
+        groups = engine.generate(problems, sampling)
+        found["failed_then"] = engine._control.fleet.failed
+        samples = [(prompts[i], sample.response_ids) for i, group in enumerate(groups) for sample in group]
+        policy.update(replace(make_batch(samples), old_logp=policy.logprobs(samples).logp))
+        engine.update_weights(KillsAsItIsRead(policy), 2)
+        found["failed_in_sync"] = engine._control.fleet.failed
+        clients = engine._control.fleet.serving
+        replies = engine._control.probe(TEMPERATURE)
+        wanted = policy.logprobs([(PROBE_PROMPT, reply.ids) for reply in replies.values()]).logp
+        found |= {
+            "lengths": [[len(sample.response_ids) for sample in group] for group in groups],
+            "keyless": [httpx.get(f"{client.url}/model_info").status_code for client in clients],
+            "served": [client.name for client in clients],
+            "versions": [engine._control.run(client.weight_version(10)) for client in clients],
+            "gaps": [
+                (torch.tensor(reply.logprobs) - one).abs().max().item()
+                for reply, one in zip(replies.values(), wanted, strict=True)
+            ],
+        }
+        on_first_request(first, process(0).kill)
+        with pytest.raises(EngineGoneError) as gone:
+            engine.generate(problems, Sampling(4, tokens, TEMPERATURE, seed=1, step=2))
+        return found | {"gone": str(gone.value)}
     finally:
         engine.close()

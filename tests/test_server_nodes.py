@@ -171,10 +171,10 @@ def test_a_server_over_two_nodes_answers_at_the_first_and_ends_on_both(store, tm
     with ServerNodes(2, config, store) as rank0:
         rank0.meet(300)
         rank0.prepare(["server 0"], setting(tmp_path))
-        started = rank0.start(["server 0"], attempt="first")["server 0"]
+        started = rank0.start(["server 0"])["server 0"]
         assert started.problem is None and httpx.get(f"{started.url}/health").status_code == 200
         watchdogs = [node.node._host._processes["server 0"]._watchdog.pid for node in nodes]
-        again = rank0.start(["server 0"], attempt="second")["server 0"]
+        again = rank0.start(["server 0"])["server 0"]
         assert again.problem is None and all(map(gone, watchdogs))
         watchdogs = [node.node._host._processes["server 0"]._watchdog.pid for node in nodes]
     for node in nodes:

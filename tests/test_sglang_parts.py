@@ -24,7 +24,7 @@ from etr_megatron.rollout.sglang.job_servers import JobServers
 from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
 from etr_megatron.rollout.sglang.parts import merged
 from etr_megatron.rollout.sglang.places import parts_of
-from tests.runs import wait_for
+from tests.runs import gone, wait_for
 from tests.test_sglang_engine import check_sums
 
 LAUNCH = dict(python=sys.executable, launch=("-m", "tests.fake_parts"))
@@ -154,7 +154,7 @@ def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_w
     watchdogs = all_of_it.pids()
     (lost,) = psutil.Process(watchdogs[2]).children()
     lost.kill()
-    wait_for(lambda: not any(map(is_alive, watchdogs)))  # as with gloo and NCCL, the others do not survive it
+    wait_for(lambda: all(map(gone, watchdogs)))  # as with gloo and NCCL, the others do not survive it
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{first.url}/health")
     assert merged(all_of_it.start("second"))[SERVER].problem is None
@@ -171,11 +171,7 @@ def test_what_hangs_on_one_machine_is_stopped_with_the_rest(machines):
     hung.suspend()
     before = all_of_it.pids()
     assert merged(all_of_it.start("second"))[SERVER].problem is None
-    assert not psutil.pid_exists(hung.pid) and not any(map(is_alive, before))
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    assert not psutil.pid_exists(hung.pid) and all(map(gone, before))
 
 
 def test_a_stop_ends_the_wait_on_every_node(machines, monkeypatch):

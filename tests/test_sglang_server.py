@@ -277,7 +277,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(gangs, model,
 def test_servers_that_die_or_hang_lose_no_sample_and_come_back_with_the_weights(gangs, model, tmp_path):
     job = dict(model=model, directory=str(tmp_path), prompts=PROMPTS, servers=2, address=own_address())
     (found,) = gangs(1).run(
-        "tests.sglang_jobs:killed_for_real", deadline_s=1500.0, probe_every=1, hang_timeout_s=10.0, **OWN, **job
+        "tests.sglang_comeback_jobs:killed_for_real", deadline_s=1500.0, probe_every=1, hang_timeout_s=10.0, **OWN, **job
     )
     assert found["failed"] == {"SGLang server 0": "gave no sign of life within 10 s"}
     assert found["failed_then"] == {} and list(found["failed_in_sync"]) == ["SGLang server 1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -13,7 +13,7 @@ from etr_megatron.config import SglangConfig, startup_timeout_of
 from etr_megatron.platform.job_store import job_store
 from etr_megatron.platform.together import together
 from etr_megatron.rollout.engine import MustStop, never
-from etr_megatron.rollout.rank0 import on_rank0
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0
 from etr_megatron.rollout.sglang.hosts import STARTS, Machine, Started
 from etr_megatron.rollout.sglang.machines import ServerSetting, machine_of
 from etr_megatron.rollout.sglang.parts import merged
@@ -62,22 +62,11 @@ class JobServers:
         longest = datetime.timedelta(seconds=STARTS * startup_timeout_of(config) + _MEETING_S)
         self._starters = dist.new_group(backend="gloo", timeout=longest)
         store, setting = job_store(), setting._replace(api_key=self.api_key)
-        self._machines = together(lambda: self._own_machines(nodes, addresses, parts, setting, store))
-
-    def _own_machines(
-        self,
-        nodes: ServerNodes | None,
-        addresses: Mapping[int, str],
-        parts: Mapping[int, tuple[list[str], int]],
-        setting: ServerSetting,
-        store: dist.Store,
-    ) -> Machine | ServerNodes | None:
-        """Those whose servers this rank starts, if any: its own, or on rank 0 all dedicated nodes."""
-        rank = dist.get_rank()
-        if nodes is not None:
-            nodes.prepare(self.names, setting)
-            return nodes
-        return machine_of(self._config, *parts[rank], addresses[rank], setting, store) if rank in addresses else None
+        self._nodes, rank = nodes, dist.get_rank()
+        together(lambda: nodes.prepare(self.names, setting) if nodes is not None else None)
+        self._machine: Machine | None = together(
+            lambda: machine_of(config, *parts[rank], addresses[rank], setting, store) if rank in addresses else None
+        )
 
     def start(self, names: Sequence[str], must_stop: MustStop = never) -> dict[str, Started]:
         """Have their machines start or restart these servers; a collective. Raises as `together`.
@@ -97,21 +86,17 @@ class JobServers:
         return found
 
     def _start_once(self, names: Sequence[str], must_stop: MustStop) -> dict[str, Started]:
-        attempt = on_rank0(lambda: secrets.token_hex(8))
-        machines = self._machines
-
-        def start() -> dict[str, Started]:
-            return machines.start(names, must_stop, attempt) if machines is not None else {}
-
         if self._config.dedicated_nodes:  # the wait for a node that hangs exceeds the timeout of a collective
-            return on_rank0(start, long=True)
-        group = self._starters
-        own = together(start, group)
+            return on_rank0(lambda: of_rank0(self._nodes).start(names, must_stop), long=True)
+        attempt = on_rank0(lambda: secrets.token_hex(8))
+        machine, group = self._machine, self._starters
+        own = together(lambda: machine.start(names, must_stop, attempt) if machine is not None else {}, group)
         found: list[dict[str, Started]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, own, group=group)
         return merged(found)
 
     def stop(self, names: Sequence[str] | None = None) -> None:
         """Stop those of these servers (None: all) that this rank has started. Not a collective."""
-        if self._machines is not None:
-            self._machines.stop(names)
+        for own in (self._machine, self._nodes):
+            if own is not None:
+                own.stop(names)

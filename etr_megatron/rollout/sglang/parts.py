@@ -163,7 +163,6 @@ class PartsOfServers(Machine):
     def _state(self, process: ServerProcess, command: ServerCommand, meeting: Meeting) -> Started | None:
         """What has become of a part; None while it starts."""
         if not process.is_running:
-            process.stop()
             taken = "address already in use" in process.said().lower()
             what = f"{self._called(process.name)} ended while it started; its log, {process.log}, ends:\n{process.last_words()}"
             return Started("", what, taken)

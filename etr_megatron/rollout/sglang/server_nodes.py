@@ -141,9 +141,9 @@ class ServerNodes:
             if isinstance(said, str):
                 raise UserError(f"{self._name(node)}: {said}")
 
-    def start(self, names: Iterable[str], must_stop: MustStop = never, attempt: str = "") -> dict[str, Started]:
+    def start(self, names: Iterable[str], must_stop: MustStop = never) -> dict[str, Started]:
         """See `Machine.start`; servers of a lost node come with a problem. Raises StopAskedError when `must_stop()` holds."""
-        own, attempt = self._by_node(names), attempt or secrets.token_hex(8)
+        own, attempt = self._by_node(names), secrets.token_hex(8)
         orders = {node: {"do": "start", "names": mine, "attempt": attempt} for node, mine in own.items()}
 
         def give_up(node: int) -> None:
