@@ -32,7 +32,7 @@ def sequences_of(groups: Sequence[Group]) -> tuple[TokenSequence, ...]:
 
 def is_trained(sample: Sample, config: Config) -> bool:
     """Whether the loss covers the sample: `objective.mask_truncated` leaves out what was cut off, and a dialogue that a failed
-    call ended says nothing about the policy."""
+    call ended says nothing about the policy (nor does it count in its group's statistics)."""
     if sample.call_failed:
         return False
     return not (config.objective.mask_truncated and sample.finish_reason == "length")
@@ -92,6 +92,7 @@ def build_batch(
         reward_range=(config.reward.range_min, config.reward.range_max),
         delta=objective.delta,
         verifier_rewards=rewards,
+        counted=[not sample.call_failed for _, sample in pairs],
         baseline=resolved(objective.baseline),
         normalize=resolved(objective.normalize),
     )

@@ -78,7 +78,7 @@ def _groups_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     """Rewards and lengths of at least one group."""
     samples = [sample for group in groups for sample in group.samples]
     return {
-        "zero_variance_groups": sum(len({sample.reward for sample in group.samples}) == 1 for group in groups),
+        "zero_variance_groups": sum(group.is_flat for group in groups),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         **response_metrics(samples, config),
     }

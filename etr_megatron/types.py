@@ -168,7 +168,7 @@ AnySequence = TokenSequence | tuple[Sequence[int], Sequence[int]]
 
 @dataclass(slots=True)
 class Group:
-    """All responses to one prompt; group statistics (mean, deviation, variance) are taken over them.
+    """All responses to one prompt; group statistics (mean, deviation, variance) are taken over those that no failed call ended.
 
     id: unique within a run, `<problem id>@<step>`: the same problem in a later step is another group.
     """
@@ -176,3 +176,8 @@ class Group:
     id: str
     problem: Problem
     samples: list[Sample]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the rewards that count are all equal: no advantage, no gradient."""
+        return len({sample.reward for sample in self.samples if not sample.call_failed}) <= 1

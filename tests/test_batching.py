@@ -215,9 +215,37 @@ def test_dialogues_that_a_failed_call_ended_are_left_out_of_the_loss_as_truncate
             sample.finish_reason, sample.environment_status = "stop", "timeout"
     wanted = build_batch(groups(), masking, 1, old=logprobs(), reference=None)
     found = build_batch(failed, config(), 1, old=logprobs(), reference=None)
-    assert torch.equal(found.weight, wanted.weight) and torch.equal(found.advantage, wanted.advantage)
+    assert torch.equal(found.weight, wanted.weight)
     parts = minibatches(found, failed, config())
     assert [part.names for part in parts] == [part.names for part in minibatches(wanted, groups(), masking)]
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+def test_a_dialogue_that_a_failed_call_ended_changes_nothing_for_the_rest_of_its_group(baseline):
+    failed, without, settings = groups(), groups(), config(f"objective.baseline={baseline}")
+    for sample in failed[3].samples[1:3]:
+        sample.environment_status = "error"
+    without[3].samples[1:3] = []
+    kept, old = [*range(8), 10], logprobs()
+    found = build_batch(failed, settings, 1, old=old, reference=None)
+    of_kept = TokenLogprobs([old.logp[i] for i in kept], [old.entropy[i] for i in kept])
+    wanted = build_batch(without, settings, 1, old=of_kept, reference=None)
+    for name in ("advantage", "group_mean", "group_std", "variance", "clip_low", "clip_high", "weight", "pass_rate_bin"):
+        assert torch.equal(getattr(found, name)[kept], getattr(wanted, name)), name
+    assert not found.advantage[8:10].any() and not found.weight[8:10].any()
+
+
+def test_a_group_is_flat_if_the_rewards_that_count_are_equal():
+    (group,) = groups()[:1]
+    for sample in group.samples:
+        sample.reward = 1.0
+    group.samples[0].reward = 0.0
+    assert not group.is_flat
+    group.samples[0].environment_status = "timeout"
+    assert group.is_flat
+    for sample in group.samples:
+        sample.environment_status = "timeout"
+    assert group.is_flat
 
 
 def test_a_minibatch_of_truncated_responses_alone_has_no_weight():

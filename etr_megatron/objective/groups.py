@@ -6,7 +6,8 @@ For group g with rewards R_i in a declared range [r_min, r_max]:
     A_i  = (R_i - mu_g) / (sigma_g + delta)
 
 For 0/1 rewards v_g = 4 p (1 - p), where p is the pass rate. Statistics are taken over whole groups, by group id, before any
-filtering or splitting; groups of different sizes are each normalized separately.
+filtering or splitting, except for samples whose reward is not the policy's doing; groups of different sizes are each normalized
+separately.
 
 Variants: no division by the deviation (Dr. GRPO, 2503.20783), and the mean of the group's other responses as the baseline
 (leave-one-out, RLOO, 2402.14740): R_i - mean_{j != i}(R_j) = (R_i - mu_g) G / (G - 1).
@@ -27,7 +28,7 @@ class GroupStatistics:
 
     mean, std: of the rewards that are trained on. variance: v_g of the verifier's rewards, normalized by the declared range.
     pass_rate: mean of the verifier's rewards as a fraction of the declared range. advantage: A_i; exactly 0 in a group whose
-    rewards are all equal, including groups of one.
+    rewards are all equal, including groups of one, and for samples that do not count.
     """
 
     mean: Tensor
@@ -37,15 +38,17 @@ class GroupStatistics:
     advantage: Tensor
 
 
-def _per_group(values: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std of each sample's group; std is exactly 0 if all values are equal."""
-    zeros = torch.zeros(len(size), dtype=torch.float64)
-    mean = zeros.index_add(0, index, values) / size
-    deviation = values - mean[index]
-    std = (zeros.index_add(0, index, deviation**2) / size).sqrt()
+def _per_group(values: Tensor, index: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std of each sample's group, over its samples that count; std is exactly 0 if their values are equal.
+
+    values: float64 [N]. index: [N], the sample's group. counts: bool [N]. size: float64 [groups], those that count, at least 1.
+    """
+    zeros, of_group, counted = torch.zeros(len(size), dtype=torch.float64), index[counts], values[counts]
+    mean = zeros.index_add(0, of_group, counted) / size
+    std = (zeros.index_add(0, of_group, (counted - mean[of_group]) ** 2) / size).sqrt()
     # If all rewards are equal, rounding of the mean leaves 1e-17, which dividing by delta would turn into a visible advantage.
-    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, index, values, "amin")
-    high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, index, values, "amax")
+    low = torch.full_like(zeros, torch.inf).scatter_reduce(0, of_group, counted, "amin")
+    high = torch.full_like(zeros, -torch.inf).scatter_reduce(0, of_group, counted, "amax")
     std = torch.where(low == high, 0.0, std)
     return mean[index], std[index]
 
@@ -57,6 +60,7 @@ def group_statistics(
     reward_range: tuple[float, float] = (0.0, 1.0),
     delta: float = 1e-6,
     verifier_rewards: Sequence[float] | None = None,
+    counted: Sequence[bool] | None = None,
     baseline: str = "group_mean",
     normalize: bool = True,
 ) -> GroupStatistics:
@@ -64,6 +68,7 @@ def group_statistics(
 
     rewards: [N], the rewards to train on (shaping included). group_ids: [N]; samples of a group need not be adjacent.
     verifier_rewards: [N], the verifier's rewards in `reward_range`, if they differ from `rewards`; v_g is computed from them.
+    counted: [N], whether a sample is one of its group's; if not, its reward changes nothing for the others. All by default.
     baseline: `group_mean` or `leave_one_out`. normalize: whether the advantage is divided by the deviation plus `delta`.
     Raises ValueError for mismatched lengths, a non-finite reward (naming the sample), a verifier reward outside its range
     and an unknown baseline.
@@ -73,6 +78,9 @@ def group_statistics(
         raise ValueError(
             f"{len(rewards)} rewards, {len(group_ids)} group ids and {len(verifier)} verifier rewards must be equally many"
         )
+    counts = torch.tensor([True] * len(rewards) if counted is None else list(counted))
+    if len(counts) != len(rewards):
+        raise ValueError(f"counted has {len(counts)} values for {len(rewards)} rewards")
     trained = torch.tensor(list(rewards), dtype=torch.float64)
     verified = torch.tensor(list(verifier), dtype=torch.float64)
     low, high = reward_range
@@ -89,10 +97,10 @@ def group_statistics(
         )
     order: dict[str, int] = {}
     index = torch.tensor([order.setdefault(name, len(order)) for name in group_ids], dtype=torch.long)
-    size = torch.bincount(index, minlength=len(order)).double()
-    mean, std = _per_group(trained, index, size)
-    verified_mean, verified_std = _per_group(verified, index, size)
-    centred = trained - mean
+    size = torch.bincount(index[counts], minlength=len(order)).clamp(min=1).double()
+    mean, std = _per_group(trained, index, counts, size)
+    verified_mean, verified_std = _per_group(verified, index, counts, size)
+    centred = (trained - mean).where(counts, 0.0)
     if baseline == "leave_one_out":
         centred = centred * (size / (size - 1).clamp(min=1))[index]
     elif baseline != "group_mean":

@@ -32,7 +32,7 @@ from etr_megatron.rollout.engine import (
     never,
 )
 from etr_megatron.rollout.in_hand import InHand, extend, oldest_version, pack, unpack
-from etr_megatron.rollout.sampler import Rollouts, Timer, is_flat, replacements, sampling_of
+from etr_megatron.rollout.sampler import Rollouts, Timer, replacements, sampling_of
 from etr_megatron.types import Group, Sample
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Hand:
             # Before an error of the dialogues is raised here: a later take goes on with these groups, and grades none twice.
             self._grades += [(grade, problem.id) for grade, (problem, _) in zip(grades, samples, strict=True)]
             for held in complete:
-                held.is_left_out = self._config.rollout.dynamic_sampling and is_flat(held.group)
+                held.is_left_out = self._config.rollout.dynamic_sampling and held.group.is_flat
 
     def _is_enough(self) -> bool:
         """Whether enough groups are ready and no redone one is incomplete, as a long response might else be redone forever."""

@@ -104,11 +104,6 @@ def replacements(config: Config) -> int:
     return int((rollout.max_oversample - 1) * rollout.prompts_per_step)
 
 
-def is_flat(group: Group) -> bool:
-    """Whether all rewards are equal: no advantage, no gradient."""
-    return len({sample.reward for sample in group.samples}) == 1
-
-
 class RoundSampler:
     """Draws new groups step by step, from an engine in which every rank takes part.
 
@@ -148,7 +143,7 @@ class RoundSampler:
             with timer("reward"):
                 grade_groups(groups, self._decode, self._grader)
             asked += groups
-            missing -= sum(not (dynamic and is_flat(group)) for group in groups)
+            missing -= sum(not (dynamic and group.is_flat) for group in groups)
         return chosen(asked, wanted, dynamic=dynamic)
 
     def put_back(self, step: int) -> None:
@@ -184,7 +179,7 @@ def chosen(asked: list[Group], wanted: int, *, dynamic: bool) -> Rollouts:
 
     Without `dynamic`, no group counts as flat.
     """
-    flat = [dynamic and is_flat(group) for group in asked]
+    flat = [dynamic and group.is_flat for group in asked]
     kept = [number for number, out in enumerate(flat) if not out][:wanted]
     fill = [number for number, out in enumerate(flat) if out][: wanted - len(kept)]
     counts: dict[str, float] = {}
