@@ -13,7 +13,7 @@ from torch import Tensor
 
 from etr_megatron.errors import UserError
 from etr_megatron.policy.context import own_ranges, padded_length
-from etr_megatron.types import AnySequence, TokenSequence, of_drawn
+from etr_megatron.types import AnySequence, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,21 @@ def pack(
             raise ValueError(f"sample {number} has an empty prompt")
         if mask and len(mask) != len(response):
             raise ValueError(f"sample {number} has a loss mask of {len(mask)} values for {len(response)} response tokens")
-        packed.add([*prompt, *response], len(prompt), number, mask)
+        # Arrays, as a microbatch may have a million tokens, and the GPU waits for it.
+        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in (prompt, response)])
+        packed.add(ids, len(prompt), number, np.asarray(mask or [1] * len(response), dtype=bool))
     whole = math.lcm(multiple * cp, padded_length(1, cp))
-    missing = -packed.cu_seqlens[-1] % whole or (0 if packed.tokens else whole)
+    missing = -packed.cu_seqlens[-1] % whole or (0 if packed.length else whole)
     if missing:
-        packed.add([0] * missing, missing, -1)
+        packed.add(np.zeros(missing, dtype=np.int64), missing, -1, np.zeros(0, dtype=bool))
 
-    def integers(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def integers(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
 
     return Microbatch(
         tokens=integers(packed.tokens)[None],
         positions=integers(packed.positions)[None],
-        cu_seqlens=integers(packed.cu_seqlens, torch.int32),
+        cu_seqlens=torch.tensor(packed.cu_seqlens, dtype=torch.int32, device=device),
         max_seqlen=max(end - begin for begin, end in itertools.pairwise(packed.cu_seqlens)),
         rows=integers(packed.rows),
         targets=integers(packed.targets),
@@ -102,32 +104,33 @@ def pack(
 
 
 class _Packed:
-    """The lists that make up a microbatch, while sequences are added."""
+    """The int64 arrays that make up a microbatch, while sequences are added. length: tokens so far, of this rank."""
 
     def __init__(self, cp: int, cp_rank: int) -> None:
-        self.cp, self.cp_rank = cp, cp_rank
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
+        self.cp, self.cp_rank, self.length = cp, cp_rank, 0
         self.cu_seqlens = [0]
-        self.rows: list[int] = []
-        self.targets: list[int] = []
-        self.row_sample: list[int] = []
-        self.row_position: list[int] = []
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.rows: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.row_sample: list[np.ndarray] = []
+        self.row_position: list[np.ndarray] = []
 
-    def add(self, ids: list[int], prompt: int, sample: int, mask: Sequence[int] = ()) -> None:
-        """Add a sequence whose first `prompt` tokens are not predicted; of the others, those with 1 in `mask`, or all."""
-        length, first = len(ids), prompt - 1
-        padded = padded_length(length, self.cp)
+    def add(self, ids: np.ndarray, prompt: int, sample: int, mask: np.ndarray) -> None:
+        """Add a sequence whose first `prompt` tokens are not predicted; of the others, those with True in `mask`.
+
+        ids: int64 [L]. mask: bool [L - prompt].
+        """
+        first, padded = prompt - 1, padded_length(len(ids), self.cp)
+        tokens = np.pad(ids, (0, padded - len(ids)))
         for part in own_ranges(padded, self.cp, self.cp_rank):
-            begin, end = max(part.start, first), min(part.stop, length - 1)
-            at = len(self.tokens) - part.start
-            rows = of_drawn(range(at + begin, at + end), mask[begin - first :])
-            before = sum(mask[: begin - first]) if mask else begin - first
-            self.rows.extend(rows)
-            self.targets.extend(of_drawn(ids[begin + 1 : end + 1], mask[begin - first :]))
-            self.row_sample.extend([sample] * len(rows))
-            self.row_position.extend(range(before, before + len(rows)))
-            self.tokens.extend(ids[part.start : part.stop])
-            self.tokens.extend([0] * (part.stop - max(part.start, length)))
-            self.positions.extend(part)
+            begin, end = max(part.start, first), min(part.stop, len(ids) - 1)
+            drawn = begin + np.flatnonzero(mask[begin - first : max(end - first, 0)])  # predict a token that the model drew
+            self.rows.append(self.length - part.start + drawn)
+            self.targets.append(ids[drawn + 1])
+            self.row_sample.append(np.full(len(drawn), sample))
+            self.row_position.append(np.count_nonzero(mask[: begin - first]) + np.arange(len(drawn)))
+            self.tokens.append(tokens[part.start : part.stop])
+            self.positions.append(np.arange(part.start, part.stop))
+            self.length += len(part)
         self.cu_seqlens.append(self.cu_seqlens[-1] + padded)
