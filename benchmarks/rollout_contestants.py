@@ -144,7 +144,7 @@ class BareLoop:
                     sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k, seed, ()
                 )
                 whole = {"return_logprob": True, "logprob_start_len": -1}
-                found.append({"input_ids": problem.prompt_ids, "sampling_params": parameters.as_json(), **whole})
+                found.append({"input_ids": problem.prompt_ids.tolist(), "sampling_params": parameters.as_json(), **whole})
         return found
 
     async def _all(self, bodies: list[dict[str, Any]]) -> int:

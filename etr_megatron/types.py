@@ -42,7 +42,8 @@ class Problem:
     id: stable name of the row in its source (`<file>:<row>` unless the data has an id column).
     prompt: the user's text, before the chat template; the last message if there are several.
     answer: the reference answer as the verifier expects it.
-    prompt_ids: token ids of the templated prompt, the engine's input.
+    prompt_ids: token ids of the templated prompt, the engine's input; any integers are converted. An array: every rank has all
+        problems, and lists would take eight times the memory.
     extra: further columns by name, plain JSON values, for a custom reward function or environment.
     messages: with an environment, the chat messages that `prompt_ids` were made from; else empty.
     """
@@ -50,9 +51,12 @@ class Problem:
     id: str
     prompt: str
     answer: str
-    prompt_ids: list[int] = field(default_factory=list)
+    prompt_ids: array[int] = field(default_factory=lambda: array("i"))
     extra: dict[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = array("i", self.prompt_ids)
 
 
 @dataclass(slots=True)

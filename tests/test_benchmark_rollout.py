@@ -42,7 +42,7 @@ def test_both_contestants_send_the_same_requests_of_which_the_server_makes_one_i
     loop = BareLoop(config, problems)
     bodies = loop.bodies(2)
     loop.close()
-    assert [body["input_ids"] for body in bodies] == [problem.prompt_ids for problem in problems[3:] for _ in range(2)]
+    assert [body["input_ids"] for body in bodies] == [problem.prompt_ids.tolist() for problem in problems[3:] for _ in range(2)]
     responses = Responses(tokens=4, tail=40, tail_share=0.01)
     lengths = [responses.length(seed) for seed in range(20_000)]
     assert set(lengths) == {4, 40} and lengths.count(40) / len(lengths) == pytest.approx(0.01, abs=0.003)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,7 +66,7 @@ class ProblemSet(Sequence[Problem]):
         """16 hex digits over every problem's id, text, answer, token ids and further columns, in order."""
         digest = hashlib.sha256()
         for problem in self.problems:
-            said = [problem.id, problem.prompt, problem.answer, problem.prompt_ids]
+            said = [problem.id, problem.prompt, problem.answer, list(problem.prompt_ids)]
             digest.update(json.dumps([*said, problem.extra] if problem.extra else said).encode())
         return digest.hexdigest()[:16]
 
@@ -105,7 +106,7 @@ def open_problems(
             too_long += 1
             continue
         kept = messages if with_messages else []
-        problems.append(Problem(row.id, messages[-1]["content"], row.answer, list(ids), row.extra, kept))
+        problems.append(Problem(row.id, messages[-1]["content"], row.answer, array("i", ids), row.extra, kept))
     if not problems:
         raise UserError(
             f"{source.key}: all {too_long} prompts of {source.location!r} are longer than "

@@ -90,7 +90,7 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
         replace(
             one.group.problem,
             id=f"{one.group.problem.id}/{one.sample.index}/{turn}",
-            prompt_ids=[*one.group.problem.prompt_ids, *one.sample.response_ids],
+            prompt_ids=one.group.problem.prompt_ids + one.sample.response_ids,
         )
         for one in opened
     ]
