@@ -20,6 +20,7 @@ MATH_7B, QWEN_32B, FLASH, DEEPSEEK = (
     str(CONFIG.with_name(f"{name}.yaml"))
     for name in ("qwen2.5_math_7b_8gpu", "qwen2.5_32b_32gpu", "glm4.7_flash_16gpu", "deepseek_v3_256gpu")
 )
+SHARES = ["sglang.mem_fraction=0.8", "sglang.servers=3", "sglang.tp=1", "parallel.tp=4"]
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -60,6 +61,15 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
             "has values of 128 dimensions and keys of 192, for which Transformer Engine does not have parallel.cp_comm=a2a",
         ),
         (["sglang.tp=3"], "need 24 GPUs on a node, which has 8"),
+        (
+            ["--config", DEEPSEEK, "--gpus", "136"],
+            "error: invalid configuration on 8 ranks (136 GPUs less 128 of sglang.dedicated_nodes=16), 1 problem:\n",
+        ),
+        (
+            [*("--gpus", "16", "sglang.placement=dedicated", "sglang.nodes=every", "sglang.sync=broadcast"), *SHARES],
+            "error: invalid configuration on 10 ranks (16 GPUs less 6 of dedicated servers), 1 problem:\n",
+        ),
+        (["parallel.tp=3"], "error: invalid configuration on 8 ranks (all 8 GPUs), "),
     ],
 )
 def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(monkeypatch, capsys, arguments, told) -> None:

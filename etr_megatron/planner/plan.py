@@ -8,7 +8,7 @@ from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from etr_megatron.config import Config, resolve
+from etr_megatron.config import Config, InvalidConfigError, resolve
 from etr_megatron.errors import UserError
 from etr_megatron.planner.adapters import RankAdapters, adapters_by_rank, total_adapters
 from etr_megatron.planner.architecture import architecture_of
@@ -125,7 +125,10 @@ def make_plan(
     from etr_megatron.weights import LowRank
 
     cluster = divide(config, gpus, gpus_per_node)
-    config = resolve(config, cluster.ranks, cuda=True)
+    try:
+        config = resolve(config, cluster.ranks, cuda=True)
+    except InvalidConfigError as error:
+        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.whence_ranks})") from None
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
     work = workload_of(config, cluster, prompt, response)
