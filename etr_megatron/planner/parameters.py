@@ -35,7 +35,7 @@ class RankParameters:
 @lru_cache(maxsize=4)
 def counted_weights(arch: Architecture) -> tuple[tuple[Weight, int], ...]:
     """Every weight of the model with the number of weights that it stands for: of the experts of a layer, which are alike, the
-    first stands for all. (DeepSeek-V3 has 30,000 weights, and this many are built and cut for every plan.)"""
+    first stands for all. (DeepSeek-V3 has 30,000 weights, which would all be built and cut for every plan.)"""
     from etr_megatron.weights import weights_of
 
     experts = 1 if arch.experts is None else arch.experts.count
