@@ -71,7 +71,7 @@ def _check_fp8_blocks(architecture: Architecture, tp: int, ep: int) -> None:
     from etr_megatron.weights import ServerLayout, weights_of
 
     layout, some = ServerLayout(tp=tp, ep=ep), (0, architecture.layers - 1)  # layers and experts are alike
-    weights = [one for one in weights_of(architecture) if one.fp8 and one.layer in some and one.expert in (None, 0)]
+    weights = [one for one in weights_of(architecture, first_expert=True) if one.fp8 and one.layer in some]
     last_of = {weight.server: weight for weight in weights}
     for weight in weights:
         # The last rows of a server's parameter that is not cut may be a part of a block, as in published DeepSeek-V3.

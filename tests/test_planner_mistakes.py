@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MATH_7B, QWEN_32B, FLASH, DEEPSEEK = (
     str(CONFIG.with_name(f"{name}.yaml"))
     for name in ("qwen2.5_math_7b_8gpu", "qwen2.5_32b_32gpu", "glm4.7_flash_16gpu", "deepseek_v3_256gpu")
 )
+SHARES = ["sglang.mem_fraction=0.8", "sglang.servers=3", "sglang.tp=1", "parallel.tp=4"]
 
 
 def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -59,12 +61,34 @@ def tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
             "has values of 128 dimensions and keys of 192, for which Transformer Engine does not have parallel.cp_comm=a2a",
         ),
         (["sglang.tp=3"], "need 24 GPUs on a node, which has 8"),
+        (
+            ["--config", DEEPSEEK, "--gpus", "136"],
+            "error: invalid configuration on 8 ranks (136 GPUs less 128 of sglang.dedicated_nodes=16), 1 problem:\n",
+        ),
+        (
+            [*("--gpus", "16", "sglang.placement=dedicated", "sglang.nodes=every", "sglang.sync=broadcast"), *SHARES],
+            "error: invalid configuration on 10 ranks (16 GPUs less 6 of dedicated servers), 1 problem:\n",
+        ),
+        (["parallel.tp=3"], "error: invalid configuration on 8 ranks (all 8 GPUs), "),
     ],
 )
 def test_a_number_or_name_that_cannot_be_meant_is_one_sentence_and_exit_code_2(monkeypatch, capsys, arguments, told) -> None:
     assert tool(monkeypatch, *arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and told in said.err
+
+
+def test_the_time_of_what_does_not_fit_is_told_as_what_it_would_be(monkeypatch, capsys) -> None:
+    few = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]
+    for arguments, code, title in (([], 0, "SXM (assumptions: "), (["--gpu-memory", "55"], 1, "SXM, if it fit (assumptions: ")):
+        assert tool(monkeypatch, *few, *arguments) == code
+        text = capsys.readouterr().out
+        assert f"\nestimate of a step on H100 {title}" in text
+    unfit = [line for line in text.splitlines() if ", does not fit" in line]
+    assert unfit and all(line.endswith(" GiB, does not fit") for line in unfit)
+    assert tool(monkeypatch, *few, "--gpu-memory", "55", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["time"]["step"] > 0 and told["fits"] is False
 
 
 def test_numbers_that_cannot_be_meant_are_told_all_at_once(monkeypatch, capsys) -> None:
@@ -112,5 +136,7 @@ def test_servers_that_do_not_fit_are_not_blamed_on_the_ranks() -> None:
     assert plan.ranks_fit and not plan.fits
     text = render(plan)
     assert "\nranks fit: rank" in text and "\nservers DO NOT FIT: weights take 15.3 of a pool of 12.0 GiB" in text
+    assert text.endswith("\nno estimate of a step: servers without room for a sample generate nothing")
+    assert plan.as_dict()["time"] is None
     with pytest.raises(UserError, match=r"on 1024: a server's weights take 15\.3 of a pool of 12\.0 GiB"):
         fewest_gpus(config)

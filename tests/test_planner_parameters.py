@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from etr_megatron.config import load_config
 from etr_megatron.errors import UserError
 from etr_megatron.planner import make_plan
+from etr_megatron.planner.adapters import adapters_by_rank
 from etr_megatron.planner.architecture import MODELS, architecture_of
 from etr_megatron.planner.cluster import divide
-from etr_megatron.planner.parameters import parameters_by_rank, total_parameters
-from etr_megatron.weights import TrainingLayout, padded_vocab_size, read_architecture
+from etr_megatron.planner.parameters import (
+    counted_weights,
+    largest_weight,
+    parameters_by_rank,
+    total_matrices,
+    total_parameters,
+)
+from etr_megatron.weights import LowRank, ServerLayout, TrainingLayout, padded_vocab_size, read_architecture, weights_of
+from etr_megatron.weights import map as weight_map
+from etr_megatron.weights.layout import shards_of
+from tests.weight_cases import ARCHITECTURES
 
 CARDS = {
     "DeepSeek-V3": 671,
@@ -65,6 +76,40 @@ def test_experts_are_counted_apart_and_once_per_expert_replica() -> None:
     of_all = 48 * 128 * 3 * 2048 * 768
     assert {rank.expert for rank in held} == {of_all // 8}
     assert sum(rank.expert for rank in held) == 4 * of_all
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe_dense", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "layout", [TrainingLayout(tp=2, pp=2, dp=6, ep=3, etp=1), ServerLayout(tp=4, ep=2)], ids=["training", "server"]
+)
+def test_experts_counted_as_one_are_as_many_elements_as_all_of_them(family: str, layout: TrainingLayout | ServerLayout) -> None:
+    arch, spec = ARCHITECTURES[family], LowRank(4, 4.0, expert_rank=3)
+    held, adapters = parameters_by_rank(arch, layout, unquantised=(1,)), adapters_by_rank(arch, layout, spec)
+    for rank in range(layout.world):
+        shards = list(shards_of(layout, arch, rank))
+        sizes = [prod(shard.shape) for _, shard in shards]
+        experts = [size for size, (weight, _) in zip(sizes, shards, strict=True) if weight.expert is not None]
+        matrices = [size for size, (weight, _) in zip(sizes, shards, strict=True) if weight.fp8 and weight.layer != 1]
+        assert (held[rank].total, held[rank].expert, held[rank].matrices) == (sum(sizes), sum(experts), sum(matrices))
+        adapted = [(3 if weight.expert is not None else 4, prod(shard.shape)) for weight, shard in shards if weight.fp8]
+        own = adapters[rank]
+        assert own.base == own.parts == sum(size for _, size in adapted)
+        assert own.products == sum(rank * size for rank, size in adapted)
+        assert own.pinned == sum(next(power for power in (2**n for n in range(32)) if power >= size) for _, size in adapted)
+    every = [(weight.fp8, sum(prod(shape) for shape in weight.shapes)) for weight in weights_of(arch)]
+    assert total_parameters(arch) == sum(size for _, size in every)
+    assert total_matrices(arch) == sum(size for fp8, size in every if fp8)
+    assert largest_weight(arch) == max(size for _, size in every)
+
+
+def test_a_plan_does_not_build_the_weights_of_every_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30,000 in DeepSeek-V3, which took half a minute."""
+    built = []
+    monkeypatch.setattr(weight_map, "_weight", lambda *args, build=weight_map._weight: built.append(args) or build(*args))
+    counted_weights.cache_clear()
+    plan = make_plan(load_config(MODELS.parent / "deepseek_v3_256gpu_fp8.yaml", []), 256)
+    assert plan.parameters == 671_026_419_200
+    assert 0 < len(built) < 3000
 
 
 def test_a_shared_expert_is_split_as_a_dense_mlp_and_a_routers_bias_is_counted() -> None:

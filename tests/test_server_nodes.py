@@ -119,7 +119,9 @@ def test_a_machine_that_can_have_no_servers_and_one_that_is_not_there_are_named(
     for node in nodes:
         node.join()
     assert nodes[0].code == 2 and isinstance(nodes[1].error, UserError)
-    missing = r"server node 2 of sglang\.dedicated_nodes=3 did not connect within 1 s"
+    missing = (
+        r"server node 2 of sglang\.dedicated_nodes=3 did not connect within 1 s \(they are counted from 0, and are the last"
+    )
     with pytest.raises(UserError, match=missing), ServerNodes(3, config, store) as rank0:
         for node in range(2):
             stand_in(store, node)

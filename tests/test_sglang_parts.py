@@ -94,7 +94,7 @@ def test_a_part_that_dies_stops_the_others_at_once_and_its_last_words_are_told(m
     each = all_of_it.start("first")
     assert time.monotonic() - begun < 60  # of 120 in which the others could have waited for it
     told = each[2][SERVER].problem
-    assert told.startswith(f"{SERVER} (node 2 of its 3, 127.0.0.1) ended while it started; its log, ")
+    assert told.startswith(f"{SERVER} (its --node-rank 2 of --nnodes 3, 127.0.0.1) ended while it started; its log, ")
     assert told.endswith("torch.OutOfMemoryError: no room for the model") and told in merged(each)[SERVER].problem
     assert all_of_it.pids() == [] and not merged(each)[SERVER].port_taken
 
@@ -103,7 +103,7 @@ def test_what_killed_one_part_is_told_though_the_head_died_of_it_too(machines, m
     monkeypatch.setenv("FAKE_PARTS", json.dumps({"1": {"dies_after": 0.5}, "2": {"late": 3600}}))
     all_of_it = machines()
     told = merged(all_of_it.start("first"))[SERVER].problem
-    assert f"{SERVER} (node 1 of its 3, 127.0.0.1) ended while it started" in told and "ncclSystemError" in told
+    assert f"{SERVER} (its --node-rank 1 of --nnodes 3, 127.0.0.1) ended while it started" in told and "ncclSystemError" in told
     assert all_of_it.pids() == []
 
 
@@ -113,7 +113,7 @@ def test_a_port_that_another_process_took_is_no_fault_of_the_server(machines, mo
         threading.Thread(target=lambda: other.accept(), daemon=True).start()  # the second part takes it for the head
         monkeypatch.setattr(parts, "free_port", lambda _: other.getsockname()[1])
         started = merged(all_of_it.start("first"))[SERVER]
-    assert started.port_taken and "(node " in started.problem
+    assert started.port_taken and "(its --node-rank " in started.problem
     monkeypatch.undo()
     monkeypatch.setenv("FAKE_SGLANG", json.dumps({"weightless": True}))
     assert merged(all_of_it.start("second"))[SERVER].problem is None
@@ -124,15 +124,13 @@ def test_a_head_whose_others_never_come_is_given_up_in_time_and_so_is_a_part_wit
     alone = machines(number=2, startup_timeout_s=3.0)
     for part, other in ((0, 1), (1, 0)):
         (started,) = alone.start(f"attempt {part}", slice(part, part + 1))
-        said = f"{SERVER} (node {part} of its 2, 127.0.0.1) was not ready within 3 s: of its nodes, {other} did not take part"
-        assert started[SERVER].problem == said
+        who = f"{SERVER} (its --node-rank {part} of --nnodes 2, 127.0.0.1)"
+        assert started[SERVER].problem == f"{who} was not ready within 3 s: its --node-rank {other} did not take part"
     monkeypatch.setenv("FAKE_PARTS", json.dumps({"1": {"late": 3600}}))
     problem = merged(alone.start("all"))[SERVER].problem
     logs = [str(alone.folder / f"sglang_server_0{which}.log") for which in ("", "_node_*")]
-    said = (
-        f"{SERVER} (node 0 of its 2, 127.0.0.1) was not ready within 3 s; its logs are {logs[0]} and, of other nodes, {logs[1]}"
-    )
-    assert problem.splitlines()[0] == said
+    late = f"{SERVER} (its --node-rank 0 of --nnodes 2, 127.0.0.1) was not ready within 3 s"
+    assert problem.splitlines()[0] == f"{late}; its logs are {logs[0]} and, of other nodes, {logs[1]}"
     assert alone.pids() == []
 
 
@@ -160,7 +158,7 @@ def test_a_part_that_is_lost_while_the_server_serves_ends_it_and_it_comes_back_w
     assert merged(all_of_it.start("second"))[SERVER].problem is None
     said = [record.getMessage() for record in caplog.records]
     log = all_of_it.folder / "sglang_server_0_node_1.log"
-    what = f"{SERVER} (node 1 of its 3, 127.0.0.1) had ended; its log, {log}, ends:"
+    what = f"{SERVER} (its --node-rank 1 of --nnodes 3, 127.0.0.1) had ended; its log, {log}, ends:"
     assert f"{what}\nRuntimeError: Connection closed by peer" in said and len(said) == 3
 
 

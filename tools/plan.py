@@ -45,7 +45,7 @@ def main() -> int:
     try:
         config = load_config(args.config, args.overrides)
         plan = make_plan(config, args.gpus, **options)
-        advice = suggestions(config, plan, **options)
+        advice = [] if args.json else suggestions(config, plan, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,3 +23,7 @@ class InvalidConfigError(UserError):
     def beside(self, problems: Sequence[str]) -> InvalidConfigError:
         """The same error with more problems."""
         return InvalidConfigError(self._head, [*self._problems, *problems], self.config, self.doubtful)
+
+    def headed(self, head: str) -> InvalidConfigError:
+        """The same error with another start of its message."""
+        return InvalidConfigError(head, self._problems, self.config, self.doubtful)

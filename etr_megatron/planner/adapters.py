@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 from etr_megatron.planner.hardware import Hardware
-from etr_megatron.planner.parameters import RankParameters
+from etr_megatron.planner.parameters import RankParameters, counted_holdings, counted_weights
 
 if TYPE_CHECKING:
     from etr_megatron.weights import Adapter, Architecture, LowRank, Shard, TrainingLayout, Weight
@@ -51,23 +52,26 @@ def total_adapters(arch: Architecture, low_rank: LowRank | None) -> int:
     """Elements of all adapters of a model."""
     if low_rank is None:
         return 0
-    return sum(adapter.elements for _, adapters in low_rank.adapted(arch) for adapter in adapters)
+    counted = counted_weights(arch)
+    return sum(count * adapter.elements for weight, count in counted for adapter in low_rank.adapters_of(weight))
 
 
-def adapters_by_rank(arch: Architecture, layout: TrainingLayout, low_rank: LowRank | None) -> list[RankAdapters]:
+@lru_cache(maxsize=8)  # see `parameters_by_rank`
+def adapters_by_rank(arch: Architecture, layout: TrainingLayout, low_rank: LowRank | None) -> tuple[RankAdapters, ...]:
     """The adapters of every rank. Raises ValueError if the layout does not fit the architecture."""
     found = [RankAdapters()] * layout.world
     if low_rank is None:
-        return found
+        return tuple(found)
     at_once: list[dict[tuple[int | None, str], int]] = [{} for _ in found]
-    for weight, adapters in low_rank.adapted(arch):
-        for holding in layout.holdings(weight, arch):
-            one = _one(weight, holding.shard, adapters)
+    for weight, count in counted_weights(arch):
+        adapters = low_rank.adapters_of(weight)
+        for holding, number in counted_holdings(weight, count, layout, arch) if adapters else ():
+            one = _times(number, _one(weight, holding.shard, adapters))
             for rank in holding.ranks:
                 found[rank] = _together(found[rank], one)
                 matrix = (weight.layer, weight.stored)  # the same for all experts of a layer
                 at_once[rank][matrix] = at_once[rank].get(matrix, 0) + one.base
-    return [replace(rank, gradients=max(sums.values(), default=0)) for rank, sums in zip(found, at_once, strict=True)]
+    return tuple(replace(rank, gradients=max(sums.values(), default=0)) for rank, sums in zip(found, at_once, strict=True))
 
 
 def _one(weight: Weight, shard: Shard, adapters: tuple[Adapter, ...]) -> RankAdapters:
@@ -83,6 +87,18 @@ def _one(weight: Weight, shard: Shard, adapters: tuple[Adapter, ...]) -> RankAda
         parts=sum(size for _, size in parts),
         part=max((size for _, size in parts), default=0),
         products=sum(rank * size for rank, size in parts),
+    )
+
+
+def _times(number: int, one: RankAdapters) -> RankAdapters:
+    """As many alike, without `gradients`."""
+    return replace(
+        one,
+        trained=RankParameters(number * one.trained.dense, number * one.trained.expert),
+        base=number * one.base,
+        pinned=number * one.pinned,
+        parts=number * one.parts,
+        products=number * one.products,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from etr_megatron.config import Config, SglangConfig
@@ -23,13 +24,13 @@ ADAPTERS_RANK = 32
 
 @dataclass(frozen=True)
 class Suggestion:
-    """setting: one override, or several separated by spaces. peak: bytes of the tightest rank with it. step: seconds. fits:
-    whether the config then fits."""
+    """setting: one override, or several separated by spaces. peak: bytes of the tightest rank with it. fits: whether the config
+    then fits. step: seconds if it does."""
 
     setting: str
     peak: int
-    step: float
     fits: bool
+    step: float = inf
 
     @property
     def is_counted(self) -> bool:
@@ -62,7 +63,8 @@ def _tried(setting: str, changed: Config, plan: Plan, options: dict[str, Any]) -
     helps = lower or other.server_fits > plan.server_fits
     if plan.fits:
         helps = other.fits and other.time.step < 0.99 * plan.time.step
-    return Suggestion(setting, other.tightest.peak, other.time.step, other.fits) if helps else None
+    step = other.time.step if helps and other.fits else inf
+    return Suggestion(setting, other.tightest.peak, other.fits, step) if helps else None
 
 
 def _with_adapters(config: Config) -> tuple[str, Config]:

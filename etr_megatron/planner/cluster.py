@@ -58,6 +58,14 @@ class Cluster:
         return -(-self.gpus // self.gpus_per_node)
 
     @property
+    def whence_ranks(self) -> str:
+        """How the number of ranks follows from the GPUs and the servers, as part of a sentence."""
+        if self.ranks == self.gpus:
+            return f"all {self.gpus} GPUs"
+        what = f"sglang.dedicated_nodes={self.dedicated_nodes}" if self.dedicated_nodes else "dedicated servers"
+        return f"{self.gpus} GPUs less {self.gpus - self.ranks} of {what}"
+
+    @property
     def ranks_per_node(self) -> int:
         """torchrun's --nproc-per-node; on the first node it is `first_node_ranks` unless that is None."""
         return self.ranks // (self.nodes - self.dedicated_nodes) if self.first_node_ranks is None else self.gpus_per_node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -151,7 +152,7 @@ def _absorbed(arch: Architecture, tp: int) -> int:
 
 
 def rank_memory(
-    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: list[RankAdapters]
+    arch: Architecture, config: Config, cluster: Cluster, work: Workload, server: ServerMemory, adapters: Sequence[RankAdapters]
 ) -> list[RankMemory]:
     """Memory of every rank. adapters: of every rank. Raises ValueError if the layout does not fit the architecture."""
     layout = training_layout(config, cluster)

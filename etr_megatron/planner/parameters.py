@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from etr_megatron.weights import Architecture, Placement
+    from etr_megatron.weights import Architecture, ServerLayout, TrainingLayout, Weight
+    from etr_megatron.weights.layout import Holding
 
 
 @dataclass(frozen=True)
@@ -30,40 +32,60 @@ class RankParameters:
         return self.dense + self.expert
 
 
-def parameters_by_rank(
-    arch: Architecture, placement: Placement, *, unquantised: Container[int | None] = ()
-) -> list[RankParameters]:
-    """The parameters of every rank of a placement. unquantised: layers whose matrices FP8 does not quantize. Raises ValueError
-    if the placement does not fit the architecture."""
+@lru_cache(maxsize=4)
+def counted_weights(arch: Architecture) -> tuple[tuple[Weight, int], ...]:
+    """Every weight of the model with the number of weights that it stands for: of the experts of a layer, which are alike, the
+    first stands for all. (DeepSeek-V3 has 30,000 weights, which would all be built and cut for every plan.)"""
     from etr_megatron.weights import weights_of
 
-    dense, expert, matrices = ([0] * placement.world for _ in range(3))
-    for weight in weights_of(arch):
+    experts = 1 if arch.experts is None else arch.experts.count
+    return tuple((one, 1 if one.expert is None else experts) for one in weights_of(arch, first_expert=True))
+
+
+def counted_holdings(
+    weight: Weight, count: int, layout: TrainingLayout | ServerLayout, arch: Architecture
+) -> Iterator[tuple[Holding, int]]:
+    """The holdings of one of `counted_weights`, which stands for `count`, with the number of holdings that each stands for: the
+    experts of an expert-parallel rank. Raises ValueError if the layout does not fit the architecture."""
+    each = 1 if weight.expert is None else max(1, count // layout.ep)
+    for first in range(0, count, each):
+        one = weight if weight.expert is None else replace(weight, expert=first)
+        yield from ((holding, each) for holding in layout.holdings(one, arch))
+
+
+@lru_cache(maxsize=8)  # advice plans many configs of the same layout
+def parameters_by_rank(
+    arch: Architecture, layout: TrainingLayout | ServerLayout, *, unquantised: tuple[int, ...] = ()
+) -> tuple[RankParameters, ...]:
+    """The parameters of every rank of a layout. unquantised: layers whose matrices FP8 does not quantize. Raises ValueError if
+    the layout does not fit the architecture."""
+    dense, expert, matrices = ([0] * layout.world for _ in range(3))
+    for weight, count in counted_weights(arch):
         kind = dense if weight.expert is None else expert
-        for holding in placement.holdings(weight, arch):
-            elements = prod(holding.shard.shape)
+        is_quantised = weight.fp8 and weight.layer not in unquantised
+        for holding, number in counted_holdings(weight, count, layout, arch):
+            elements = number * prod(holding.shard.shape)
             for rank in holding.ranks:
                 kind[rank] += elements
-                matrices[rank] += elements if weight.fp8 and weight.layer not in unquantised else 0
-    return [RankParameters(*counts) for counts in zip(dense, expert, matrices, strict=True)]
+                matrices[rank] += elements if is_quantised else 0
+    return tuple(RankParameters(*counts) for counts in zip(dense, expert, matrices, strict=True))
 
 
+@lru_cache(maxsize=4)
 def total_parameters(arch: Architecture) -> int:
     """Elements of the HuggingFace checkpoint, without padding or duplicates."""
-    from etr_megatron.weights import weights_of
-
-    return sum(prod(shape) for weight in weights_of(arch) for shape in weight.shapes)
+    return sum(count * _elements(weight) for weight, count in counted_weights(arch))
 
 
 def total_matrices(arch: Architecture) -> int:
     """Elements of the matrices in the checkpoint that FP8 servers quantize."""
-    from etr_megatron.weights import weights_of
-
-    return sum(prod(shape) for weight in weights_of(arch) if weight.fp8 for shape in weight.shapes)
+    return sum(count * _elements(weight) for weight, count in counted_weights(arch) if weight.fp8)
 
 
 def largest_weight(arch: Architecture) -> int:
     """Elements of the largest weight, which exists in full while weights are exported."""
-    from etr_megatron.weights import weights_of
+    return max(_elements(weight) for weight, _ in counted_weights(arch))
 
-    return max(sum(prod(shape) for shape in weight.shapes) for weight in weights_of(arch))
+
+def _elements(weight: Weight) -> int:
+    return sum(prod(shape) for shape in weight.shapes)

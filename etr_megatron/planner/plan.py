@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from etr_megatron.config import Config, resolve
+from etr_megatron.config import Config, InvalidConfigError, resolve
 from etr_megatron.errors import UserError
-from etr_megatron.planner.adapters import adapters_by_rank, total_adapters
+from etr_megatron.planner.adapters import RankAdapters, adapters_by_rank, total_adapters
 from etr_megatron.planner.architecture import architecture_of
 from etr_megatron.planner.cluster import Cluster, divide, gpu_problems, server_layout, training_layout
 from etr_megatron.planner.hardware import H100, Hardware
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """gpu_memory: GiB per GPU. parameters: exact number in the checkpoint. adapters: elements of low-rank adapters, which are
-    no parameters of the model. ranks: training ranks, in order."""
+    no parameters of the model; held_adapters: of every rank. ranks: training ranks, in order."""
 
     config: Config
     arch: Architecture
@@ -35,9 +37,17 @@ class Plan:
     gpu_memory: float
     parameters: int
     adapters: int
+    held_adapters: Sequence[RankAdapters]
     ranks: list[RankMemory]
     server: ServerMemory
-    time: StepTime
+
+    @cached_property
+    def time(self) -> StepTime:
+        """What a step takes or, if ranks do not fit, would take if they did. Means nothing if servers do not fit: without room
+        for a sample there is no generation to estimate. Simulated when it is asked for, which may take seconds."""
+        # Moved to the CPU and back in every step.
+        moved = max(rank.optimizer for rank in self.ranks) if self.config.train.offload_for_rollout else 0
+        return step_time(self.arch, self.config, self.cluster, self.work, self.server, self.gpu, moved, self.held_adapters)
 
     @property
     def tightest(self) -> RankMemory:
@@ -73,7 +83,7 @@ class Plan:
         return self.ranks_fit and self.server_fits
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan for `--json`: bytes, seconds and counts."""
+        """The plan for `--json`: bytes, seconds and counts; `time` is None if servers do not fit, see `time`."""
         ranks = [{**asdict(rank), "phases": rank.phases, "peak": rank.peak} for rank in self.ranks]
         return {
             "gpu": self.gpu.name,
@@ -86,13 +96,13 @@ class Plan:
             "cluster": asdict(self.cluster),
             "workload": {**asdict(self.work), "tokens": self.work.tokens},
             "server": {**asdict(self.server), "cache_tokens": self.server.cache_tokens},
-            "time": {
-                **asdict(self.time),
-                "step": self.time.step,
-                "tokens_per_second_per_gpu": self.time.tokens_per_second_per_gpu,
-            },
+            "time": self._time_as_dict() if self.server_fits else None,
             "ranks": ranks,
         }
+
+    def _time_as_dict(self) -> dict[str, Any]:
+        time = self.time
+        return {**asdict(time), "step": time.step, "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu}
 
 
 def make_plan(
@@ -115,7 +125,10 @@ def make_plan(
     from etr_megatron.weights import LowRank
 
     cluster = divide(config, gpus, gpus_per_node)
-    config = resolve(config, cluster.ranks, cuda=True)
+    try:
+        config = resolve(config, cluster.ranks, cuda=True)
+    except InvalidConfigError as error:
+        raise error.headed(f"invalid configuration on {cluster.ranks} ranks ({cluster.whence_ranks})") from None
     arch = architecture_of(config)
     check_model_fits_layout(arch, config)
     work = workload_of(config, cluster, prompt, response)
@@ -129,8 +142,6 @@ def make_plan(
         ranks = rank_memory(arch, config, cluster, work, server, adapters)
     except ValueError as error:
         raise UserError(f"{config.model.path} cannot be split as configured: {error}") from None
-    # Moved to the CPU and back in every step.
-    moved = max(rank.optimizer for rank in ranks) if config.train.offload_for_rollout else 0
     return Plan(
         config=config,
         arch=arch,
@@ -140,9 +151,9 @@ def make_plan(
         gpu_memory=gpu_memory,
         parameters=total_parameters(arch),
         adapters=total_adapters(arch, low_rank),
+        held_adapters=adapters,
         ranks=ranks,
         server=server,
-        time=step_time(arch, config, cluster, work, server, gpu, moved, adapters),
     )
 
 

@@ -110,14 +110,17 @@ def _verdict(plan: Plan, advice: Sequence[Suggestion]) -> Iterator[str]:
     if plan.fits and advice:
         yield "would also fit, and may be faster:"
     for suggestion in advice:
-        end = "fits" if suggestion.fits else "does not fit"
         least = "" if suggestion.is_counted else "at least "
-        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}, {least}{suggestion.step:.0f} s a step"
+        end = f"fits, {least}{suggestion.step:.0f} s a step" if suggestion.fits else "does not fit"
+        yield f"  {suggestion.setting}: {gib(suggestion.peak)} GiB, {end}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    time = plan.time
-    yield f"estimate of a step on {plan.gpu.name} (assumptions: docs/planner.md):"
+    if not plan.server_fits:
+        yield "no estimate of a step: servers without room for a sample generate nothing"
+        return
+    time, unless = plan.time, "" if plan.fits else ", if it fit"
+    yield f"estimate of a step on {plan.gpu.name}{unless} (assumptions: docs/planner.md):"
     yield f"  generate   {time.generate:8.1f} s"
     yield f"  log-probs  {time.logprobs:8.1f} s"
     adapters = f"; {time.adapters:.1f} s of log-probs and train for adapters" if time.adapters else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from etr_megatron.config import LOSSES, Config, sync_of
 from etr_megatron.flops import body_flops, head_flops
@@ -57,7 +59,7 @@ def step_time(
     server: ServerMemory,
     gpu: Hardware,
     moved: int,
-    adapters: list[RankAdapters],
+    adapters: Sequence[RankAdapters],
 ) -> StepTime:
     """The estimate for a resolved config. moved: bytes that a rank moves to the CPU for the rollout and back, counted with the
     sync. adapters: of every rank. Excludes grading, checkpoints, evaluation and startup."""
@@ -99,7 +101,7 @@ def _head_products(config: Config) -> int:
 
 
 def _adapters_seconds(
-    config: Config, work: Workload, gpu: Hardware, adapters: list[RankAdapters], bubble: float
+    config: Config, work: Workload, gpu: Hardware, adapters: Sequence[RankAdapters], bubble: float
 ) -> tuple[float, float]:
     """(seconds of a step's updates, of its reference) that the rank with the most adapted weights spends on adapters.
 
@@ -162,9 +164,11 @@ def _generate(
     """Seconds of the server with the most samples; all have the same mixture of lengths."""
     samples = -(-work.samples // cluster.servers)
     embedded = config.rollout.backend == "embedded"
-    return generation_seconds(
+    return _generation_seconds(
         arch,
-        lengths=response_lengths(samples, work.response, config.rollout.max_response_tokens),
+        samples,
+        work.response,
+        config.rollout.max_response_tokens,
         prompt=work.prompt,
         concurrency=config.rollout.batch_samples if embedded else config.sglang.concurrency,
         cache_tokens=None if embedded else max(1, server.cache_tokens),
@@ -174,3 +178,9 @@ def _generate(
         gpu=gpu,
         nodes=cluster.nodes_per_server,
     )
+
+
+@lru_cache(maxsize=16)  # most settings that advice tries do not change it
+def _generation_seconds(arch: Architecture, samples: int, response: float, longest: int, **numbers: Any) -> float:
+    """`generation_seconds` of `response_lengths`."""
+    return generation_seconds(arch, lengths=response_lengths(samples, response, longest), **numbers)

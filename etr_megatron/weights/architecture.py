@@ -59,7 +59,7 @@ class Architecture:
     tied_embeddings: bool
     norm_eps: float
     max_positions: int
-    rope: dict[str, Any] = field(default_factory=dict)
+    rope: dict[str, Any] = field(default_factory=dict, hash=False)
     experts: Experts | None = None
     use_qk_norm: bool = True
     latent: LatentAttention | None = None

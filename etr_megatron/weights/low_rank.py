@@ -85,25 +85,27 @@ class LowRank:
                 found.append(Adapter(number, module, rank, rows, columns, self.alpha / rank))
         return tuple(found)
 
-    def adapted(self, arch: Architecture) -> Iterator[tuple[Weight, tuple[Adapter, ...]]]:
-        """Every adapted weight of a model, with its adapters."""
-        for weight in weights_of(arch):
+    def adapted(self, arch: Architecture, *, first_expert: bool = False) -> Iterator[tuple[Weight, tuple[Adapter, ...]]]:
+        """Every adapted weight of a model, with its adapters. first_expert: see `weights_of`."""
+        for weight in weights_of(arch, first_expert=first_expert):
             if adapters := self.adapters_of(weight):
                 yield weight, adapters
 
     def refuse_missing_targets(self, arch: Architecture) -> None:
         """Raise UserError for a target that the model does not have, if nothing would be trained, and for a rank above a
         matrix's sides."""
-        present = {adapter.module.rpartition(".")[2] for _, adapters in self.adapted(arch) for adapter in adapters}
+        adapted = list(self.adapted(arch, first_expert=True))
+        present = {adapter.module.rpartition(".")[2] for _, adapters in adapted for adapter in adapters}
         missing = [name for name in self.targets if name not in present]
         if missing or not present:
             every = LowRank(1, 1.0)
-            names = {adapter.module.rpartition(".")[2]: None for _, adapters in every.adapted(arch) for adapter in adapters}
+            known = every.adapted(arch, first_expert=True)
+            names = {adapter.module.rpartition(".")[2]: None for _, adapters in known for adapter in adapters}
             of_experts = self.expert_rank == 0 and any(name in names for name in missing)
             without = " outside of routed experts (lora.expert_rank is 0)" if of_experts else ""
             what = ", ".join(missing) or "module"
             raise UserError(f"lora.targets: the model has no trainable {what}{without}; it has {', '.join(names)}")
-        for weight, adapters in self.adapted(arch):
+        for weight, adapters in adapted:
             for one in adapters:
                 if one.rank > min(one.rows, one.columns):
                     key = "rank" if weight.expert is None or self.expert_rank is None else "expert_rank"
@@ -116,7 +118,7 @@ class LowRank:
         """Raise UserError as `refuse_missing_targets`, and for a model chunk of a pipeline stage in which nothing would be
         trained: Megatron's optimizer needs a weight in each."""
         self.refuse_missing_targets(arch)
-        layers = {weight.layer for weight, _ in self.adapted(arch) if weight.layer is not None}
+        layers = {weight.layer for weight, _ in self.adapted(arch, first_expert=True) if weight.layer is not None}
         trained = {layout.chunk_of(layer, arch)[:2] for layer in layers}
         for stage, chunk in product(range(layout.pp), range(layout.vpp)):
             if (stage, chunk) not in trained:

@@ -324,15 +324,17 @@ def _weight(row: Row, arch: Architecture, sizes: dict[str, int], layer: int | No
     )
 
 
-def _layer_weights(rows: tuple[Row, ...], arch: Architecture, sizes: dict[str, int], layer: int) -> Iterator[Weight]:
+def _layer_weights(
+    rows: tuple[Row, ...], arch: Architecture, sizes: dict[str, int], layer: int, experts: range
+) -> Iterator[Weight]:
     kind = "moe" if arch.has_experts(layer) else "dense"
     for row in rows:
         if row.layers not in ("all", kind):
             continue
         if "{expert}" not in row.megatron:
             yield _weight(row, arch, sizes, layer)
-        elif arch.experts is not None:
-            for expert in range(arch.experts.count):
+        else:
+            for expert in experts:
                 yield _weight(row, arch, sizes, layer, expert)
 
 
@@ -345,16 +347,20 @@ def _has(arch: Architecture, row: Row) -> bool:
     return True
 
 
-def weights_of(arch: Architecture) -> Iterator[Weight]:
-    """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied)."""
+def weights_of(arch: Architecture, *, first_expert: bool = False) -> Iterator[Weight]:
+    """Every weight of the model once: embedding, layer by layer, final norm, head (absent when tied).
+
+    first_expert: of the experts of a layer, whose weights differ in nothing but names and number, only the first.
+    """
     rows, sizes = TABLES[arch.family], _dimensions(arch)
+    experts = range(arch.experts.count if arch.experts else 0)[: 1 if first_expert else None]
     in_layer = tuple(row for row in rows if "{layer}" in row.megatron and _has(arch, row))
     before = rows[: rows.index(in_layer[0])]
     after = rows[rows.index(in_layer[-1]) + 1 :]
     for row in before:
         yield _weight(row, arch, sizes, None)
     for layer in range(arch.layers):
-        yield from _layer_weights(in_layer, arch, sizes, layer)
+        yield from _layer_weights(in_layer, arch, sizes, layer, experts)
     for row in after:
         if not (row.megatron == HEAD and arch.tied_embeddings):
             yield _weight(row, arch, sizes, None)

@@ -176,14 +176,14 @@ class PartsOfServers(Machine):
     def _lateness(self, name: str, missing: list[int]) -> str:
         what = f"{self._called(name)} was not ready within {self._timeout_s:g} s"
         if missing:
-            return f"{what}: of its nodes, {', '.join(map(str, missing))} did not take part"
+            return f"{what}: its --node-rank {', '.join(map(str, missing))} did not take part"
         log = super()._log_of(name)
         return f"{what}; its logs are {log} and, of other nodes, {log.with_stem(log.stem + '_node_*')}"
 
     def _called(self, name: str) -> str:
-        """A server's name, with the node of this part of it."""
+        """A server's name, with the node of this part of it, numbered as its processes are told."""
         command = self._commands[name]
-        return f"{name} (node {command.part} of its {command.parts}, {command.host})"
+        return f"{name} (its --node-rank {command.part} of --nnodes {command.parts}, {command.host})"
 
     def _log_of(self, name: str) -> Path:
         log, part = super()._log_of(name), self._commands[name].part

@@ -125,7 +125,10 @@ class ServerNodes:
                 raise UserError(f"server node {node} ({said['address']}): {said['problem']}")
         if missing:
             who = ", ".join(map(str, sorted(missing)))
-            raise UserError(f"server node {who} of sglang.dedicated_nodes={self._count} did not connect within {timeout_s:g} s")
+            raise UserError(
+                f"server node {who} of sglang.dedicated_nodes={self._count} did not connect within {timeout_s:g} s (they are "
+                "counted from 0, and are the last of torchrun's nodes)"
+            )
         self._addresses = [hellos[node]["address"] for node in range(self._count)]
         return list(self._addresses)
 
