@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from etr_megatron import checkpoint
 from etr_megatron.errors import UserError
+from etr_megatron.policy import Policy
 from tests.policy_jobs import build, make_batch
 
 
@@ -52,6 +54,32 @@ def refusal(model: str, overrides: list[str]) -> str:
     except UserError as error:
         return str(error)
     return "none"
+
+
+def resumed_scales(model: str, folder: str, recipes: tuple[str, str]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """By layer, the state of Transformer Engine that layers which pass for its have when a checkpoint of adapters is written
+    with the first FP8 recipe, and that they are given when it is loaded with the second."""
+    from megatron.core.tensor_parallel import RowParallelLinear  # only after etr_megatron.policy has prepared it
+
+    given: dict[str, list[int]] = {}
+
+    def built(recipe: str) -> tuple[Policy, dict[RowParallelLinear, str]]:
+        policy = build(model, ["parallel.tp=1", "lora.rank=2"])
+        policy.config = replace(policy.config, fp8=replace(policy.config.fp8, recipe=recipe))
+        return policy, {one: name for name, one in policy.chunks[0].named_modules() if isinstance(one, RowParallelLinear)}
+
+    def own(layer: RowParallelLinear) -> torch.Tensor:
+        return torch.tensor(layer.weight.shape)
+
+    def take(layer: RowParallelLinear, state: torch.Tensor | None) -> None:
+        if state is not None:  # Megatron's own layers are given None where a checkpoint has nothing
+            given[again[layer]] = state.tolist()
+
+    (before, layers), (after, again) = map(built, recipes)
+    with mock.patch.multiple(RowParallelLinear, get_extra_state=own, set_extra_state=take):
+        checkpoint.save(Path(folder), 0, before, {}, keep=1)
+        checkpoint.load(Path(folder), 0, after)
+    return {name: own(layer).tolist() for layer, name in layers.items()}, given
 
 
 def refused_checkpoint(model: str, folder: str, before: list[str], after: list[str], other_model: str = "") -> str:

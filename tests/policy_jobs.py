@@ -92,6 +92,21 @@ def train(model: str, sequences: list, overrides: list[str], updates: int = 2) -
     }
 
 
+def train_marked(model: str, sequences: list, overrides: list[str]) -> dict[str, Any]:
+    """`train` with the mark that Transformer Engine gives to all of its matrices, that ranks have parts of them, on those of
+    latent attention that ranks have whole."""
+    from megatron.core.post_training.modelopt.layers import Linear  # only after etr_megatron.policy has prepared it
+
+    original = Linear.__init__
+
+    def init(self: Linear, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        self.weight.tensor_model_parallel = True
+
+    with mock.patch.object(Linear, "__init__", init):
+        return train(model, sequences, overrides)
+
+
 def export(model: str, overrides: list[str]) -> dict[str, torch.Tensor]:
     """All weights by HF name."""
     return {name: tensor.clone() for name, tensor in build(model, overrides).export()}

@@ -223,6 +223,16 @@ def test_other_adapters_than_those_of_a_checkpoint_are_refused(gangs, hf_models,
     assert message in error and "step_000000" in error
 
 
+@pytest.mark.parametrize(
+    ("recipes", "kept"), [(("delayed", "delayed"), True), (("delayed", "none"), False), (("none", "delayed"), False)]
+)
+def test_delayed_scaling_goes_on_with_its_scales(gangs, hf_models, tmp_path, recipes, kept):
+    """Without them, the first log-probs after a resume would be as poor as those before the first update."""
+    options = dict(model=hf_models["qwen3"], folder=str(tmp_path), recipes=recipes)
+    ((saved, found),) = gangs(1).run("tests.adapter_jobs:resumed_scales", **options)
+    assert len(saved) > 4 and found == (saved if kept else {})
+
+
 def test_adapters_of_another_model_are_refused_in_any_layout(gangs, hf_models, tmp_path):
     """The other model differs in one element of one matrix."""
     other = shutil.copytree(hf_models["qwen3_moe"], tmp_path / "other")

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from etr_megatron.checkpoint.optimizer_shards import optimizers_of, store_by_rank
 from etr_megatron.checkpoint.saving import TorchDistSave, disk_full_anywhere, shared_among_replicas
@@ -151,6 +151,14 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     _refuse_other_optimizer(path, trainer, policy)
     _refuse_other_adapters(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
+    if policy.adapters and policy.config.fp8.recipe == "delayed":  # there are no scales if it was another one
+        stored = set(FileSystemReader(path).read_metadata().state_dict_metadata)
+        for name in _chunks(policy):
+            wanted[name] = {
+                key: part
+                for key, part in wanted[name].items()
+                if not isinstance(part, ShardedObject) or part.unique_key in stored
+            }
     try:
         state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
@@ -218,7 +226,8 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
     """
     policy.finish_update()
     if policy.adapters:  # all other weights are those that the run started from
-        model = dict(zip(_chunks(policy), policy.adapters.sharded_state_dicts(), strict=True))
+        adapters = zip(_chunks(policy).items(), policy.adapters.sharded_state_dicts(), strict=True)
+        model = {name: found | _scales(policy, chunk) for (name, chunk), found in adapters}
     else:
         model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
     state: dict[str, Any] = {**model, "scheduler": policy.scheduler.state_dict()}
@@ -231,6 +240,13 @@ def _sharded_state(policy: Policy, *, loading: bool, optimizer: bool, rng: bool 
         layout = policy.layout
         state["rng"] = ShardedObject("rng", _rng_state(), (layout.world,), (layout.rank,), replica_id=0)
     return state
+
+
+def _scales(policy: Policy, chunk: PolicyModel) -> dict[str, ShardedObject]:
+    """The state of Transformer Engine's delayed scaling, which takes scales from earlier updates; empty with other recipes."""
+    if policy.config.fp8.recipe != "delayed":
+        return {}
+    return {name: part for name, part in chunk.sharded_state_dict().items() if isinstance(part, ShardedObject)}
 
 
 def _create_adam_state(optimizer: Any) -> None:

@@ -108,6 +108,10 @@ def build_chunks(arch: Architecture, config: TransformerConfig, layout: Layout) 
         # from the dense one if ETP is not TP, and gives them a separate optimizer in every layout, so checkpoints look alike.
         if weight.expert is not None:
             parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's mark
+        # Transformer Engine marks every matrix as split. Megatron would count in the gradient's norm, once for each rank, those
+        # that tensor-parallel ranks have whole: latent attention's projections down.
+        if weight.split == "replicated":
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]  # Megatron's mark
     return chunks
 
 
