@@ -151,14 +151,8 @@ def _load(path: Path, step: int, policy: Policy) -> dict[str, Any]:
     _refuse_other_optimizer(path, trainer, policy)
     _refuse_other_adapters(path, trainer, policy)
     wanted = _sharded_state(policy, loading=True, rng=same_layout, optimizer=step > 0)
-    if policy.adapters and policy.config.fp8.recipe == "delayed":  # there are no scales if it was another one
-        stored = set(FileSystemReader(path).read_metadata().state_dict_metadata)
-        for name in _chunks(policy):
-            wanted[name] = {
-                key: part
-                for key, part in wanted[name].items()
-                if not isinstance(part, ShardedObject) or part.unique_key in stored
-            }
+    if policy.adapters:
+        wanted |= _without_other_scales(path, {name: wanted[name] for name in _chunks(policy)})
     try:
         state: Any = dist_checkpointing.load(wanted, str(path), ReadOnce())
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
@@ -247,6 +241,17 @@ def _scales(policy: Policy, chunk: PolicyModel) -> dict[str, ShardedObject]:
     if policy.config.fp8.recipe != "delayed":
         return {}
     return {name: part for name, part in chunk.sharded_state_dict().items() if isinstance(part, ShardedObject)}
+
+
+def _without_other_scales(path: Path, chunks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states without scales that the checkpoint does not have, as it was written with another FP8 recipe."""
+    if not any(isinstance(part, ShardedObject) for state in chunks.values() for part in state.values()):
+        return chunks
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: {key: part for key, part in state.items() if not isinstance(part, ShardedObject) or part.unique_key in stored}
+        for name, state in chunks.items()
+    }
 
 
 def _create_adam_state(optimizer: Any) -> None:
