@@ -48,7 +48,7 @@ def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_aga
     assert "Traceback" not in output
     status = json.loads((runs.directory("gone") / "status.json").read_text())
     assert (status["state"], status["step"]) == ("requeue", trained)
-    assert [row["step"] for row in runs.rows("gone")] == list(range(1, trained + 1))
+    assert [(row["step"], row["servers_serving"]) for row in runs.rows("gone")] == [(step, 1) for step in range(1, trained + 1)]
     if trained < 3:  # else nothing is left to do
         with server() as url:
             code, output = runs.finish(*options(url))
