@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.runs import HELD, wait_for
+from tests.runs import HELD, rank_of, wait_for
 
 QUICK = ["run.name=early", "run.steps=1", "eval.every=0", "run.stop_grace_s=600"]
 
@@ -21,14 +20,6 @@ def status_of(runs) -> tuple[str, int] | None:
         return None
     status = json.loads(file.read_text())
     return status["state"], status["step"]
-
-
-def rank_of(launcher: int, rank: int) -> int:
-    """The process id of a rank."""
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"rank {rank} is not there")
 
 
 @pytest.mark.slow

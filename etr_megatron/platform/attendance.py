@@ -1,0 +1,165 @@
+"""Which ranks are there, and in which order the others left, by notes in the job's store.
+
+A rank that loses another sees a closed connection, but not who closed it: a peer that lost the same rank has closed its own. So
+a rank that ends by an error says so first. One that says nothing and is not there has been killed, or has died.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from etr_megatron.platform.job_store import job_store, own_connection
+
+ANSWER_S = 3.0
+"""Time for a rank of another machine to answer a roll call. Every rank looks for one at intervals of `_LOOK_S`."""
+
+_LOOK_S, _POLL_S = 0.5, 0.05
+
+
+class Place(NamedTuple):
+    """Where a rank runs. system: its kernel and process namespace, in which others can look for it; "" on all but Linux.
+    begun: when its process began, as another may get its pid."""
+
+    host: str
+    pid: int
+    system: str
+    begun: str
+
+    @classmethod
+    def own(cls) -> Place:
+        """This process's."""
+        host, pid = socket.gethostname(), os.getpid()
+        if sys.platform != "linux":
+            return cls(host, pid, "", "")
+        try:
+            boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+        except OSError:  # a sandbox
+            return cls(host, pid, "", "")
+        return cls(host, pid, f"{boot} {namespace}", _begun(pid) or "")
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}"
+
+
+class Attendance:
+    """The ranks of a job. store: of the job, used from several threads; no call here blocks it. places: of all ranks."""
+
+    def __init__(self, store: dist.Store, rank: int, places: Sequence[Place]) -> None:
+        self._store, self._rank, self._places = store, rank, list(places)
+        self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
+        if len(self._here) < len(places):  # those that are all on one machine see each other without a thread
+            threading.Thread(target=self._answer, name="roll_call", daemon=True).start()
+
+    @classmethod
+    def of_job(cls) -> Attendance:
+        """A collective."""
+        places = [Place.own()] * dist.get_world_size()
+        if len(places) > 1:
+            dist.all_gather_object(places, Place.own())
+        return cls(own_connection(job_store()), dist.get_rank(), places)
+
+    def leave(self, why: str) -> None:
+        """Say that this rank ends by an error. Call it before connections to the others are closed."""
+        with suppress(RuntimeError):  # the store's owner is gone
+            self._store.set(f"left/{self._rank}", why)
+            if self._store.add("leaving", 1) == 1:
+                self._store.set("first", str(self._rank))
+
+    def stop(self) -> None:
+        """Say that the job was told to stop while all ranks were there: errors after that are of no account."""
+        with suppress(RuntimeError):
+            self._store.set("stopped", "")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a rank has said so."""
+        return self._read("stopped") is not None
+
+    def loss(self, patience_s: float = 0.0) -> str | None:
+        """Who is gone or, if nobody is, which other rank was the first to leave by an error, and why; None if all are there.
+
+        patience_s: time until a rank of this machine, whose connections are closed, must have ended.
+        """
+        deadline = time.monotonic() + patience_s
+        others = self._here - {self._rank}
+        while not (gone := [rank for rank in others if self._has_ended(rank)]) and self._first() is None:
+            if not others or time.monotonic() >= deadline:
+                break
+            time.sleep(_POLL_S)
+        said = []
+        if gone:
+            said.append(f"{self._named(gone)} ended without a word, as after SIGKILL")
+        if silent := self._silent():
+            said.append(f"{self._named(silent)} gave no answer within {ANSWER_S:g} s")
+        first = self._first()
+        if not said and first is not None:
+            said.append(f"{self._named([first])} failed: {self._read(f'left/{first}')}")
+        return "; ".join(said) or None
+
+    def _first(self) -> int | None:
+        """The first rank that left by an error, unless it is this one."""
+        found = self._read("first")
+        return None if found is None or int(found) == self._rank else int(found)
+
+    def _has_left(self, rank: int) -> bool:
+        return self._read(f"left/{rank}") is not None
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether a rank of this machine has ended without `leave`."""
+        place = self._places[rank]
+        return _begun(place.pid) != place.begun and not self._has_left(rank)
+
+    def _silent(self) -> list[int]:
+        """Ranks of other machines that neither answer nor have left."""
+        away = [rank for rank in range(len(self._places)) if rank not in self._here and rank != self._rank]
+        if not away:
+            return []
+        try:
+            number, deadline = self._store.add("calls", 1), time.monotonic() + ANSWER_S
+        except RuntimeError:
+            return []
+        while True:
+            away = [rank for rank in away if self._read(f"here/{number}/{rank}") is None and not self._has_left(rank)]
+            if not away or time.monotonic() > deadline:
+                return away
+            time.sleep(_POLL_S)
+
+    def _answer(self) -> None:
+        """Answer roll calls, as long as the process lives."""
+        answered = 0
+        with suppress(RuntimeError):
+            while True:
+                while answered < self._store.add("calls", 0):
+                    answered += 1
+                    self._store.set(f"here/{answered}/{self._rank}", "")
+                time.sleep(_LOOK_S)
+
+    def _read(self, key: str) -> str | None:
+        """None also without the store, whose owner may be gone."""
+        with suppress(RuntimeError):
+            if self._store.check([key]):
+                return self._store.get(key).decode()
+        return None
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        names = ", ".join(f"{rank} ({self._places[rank]})" for rank in sorted(ranks))
+        return f"rank{'s' * (len(ranks) > 1)} {names}"
+
+
+def _begun(pid: int) -> str | None:
+    """When a process of this machine began, in clock ticks; None if it has ended, even if its parent does not know it yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
