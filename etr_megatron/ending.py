@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -20,9 +21,13 @@ logger = logging.getLogger(__name__)
 
 _AGAIN = "start again with the same command to continue"
 
+_LOSS_S = 2.0
+"""Time for a rank whose connections are closed to have ended."""
+
 
 class Ending:
-    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0.
+    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0: with the rank that was lost or failed
+    first, if there is one. A library that loses a connection names a port at best.
 
     A job that was told to stop while all ranks were there ends as `requeue`, whatever happens before it has stopped: its last
     checkpoint can be resumed. torchrun also sends SIGTERM after a rank has failed; then a rank is gone or has left.
@@ -33,7 +38,8 @@ class Ending:
     ) -> None:
         """reports: whether this is rank 0."""
         self._config, self._directory, self._attendance, self._stop = config, directory, attendance, stop
-        self._reports, self._is_over = reports, False
+        self._reports, self._is_over, self._lock = reports, False, threading.Lock()
+        self._requeued: RequeueError | None = None
         self._trained: Callable[[], int] | None = None
         stop.report_to(self._told, self._out_of_time)
 
@@ -44,9 +50,7 @@ class Ending:
         try:
             yield
         except StopAskedError as error:
-            words = f"{error}: {_AGAIN}"
-            self._write("requeue", self._saved(), words)
-            raise RequeueError(words) from error
+            raise self._requeued_by(RequeueError(f"{error}: {_AGAIN}"), self._saved()) from error
         except Exception as error:
             if self._is_over:
                 raise
@@ -63,32 +67,40 @@ class Ending:
         self._trained = trained
         try:
             train()
+        except RequeueError as error:
+            self._requeued_by(error, self._done())
+            raise
         except Exception as error:
-            self._is_over = True
-            if isinstance(error, RequeueError):
-                self._write("requeue", self._done(), str(error))
-                raise
             self._attendance.leave(_said(error))
             if self._is_preempted():
                 raise self._requeue(error) from error
-            if self._reports:
-                self._write("failed", self._done(), str(error))
+            loss = self._attendance.loss(_LOSS_S) if self._reports and not isinstance(error, UserError) else None
+            self._end("failed", self._done(), str(error) if loss is None else f"{loss}; rank 0 then failed: {error}")
             raise
-        self._is_over = True
+        with self._lock:
+            self._is_over = True
         if self._reports:
             self._directory.write_status("finished", trained(), self._config.run.steps)
 
     def _told(self) -> None:
         """SIGTERM has come. Called in a thread, as the next."""
-        if self._attendance.loss() is None:
+        if self._attendance.is_stopped:
+            return
+        loss = self._attendance.loss()
+        if loss is None:
             self._attendance.stop()
+            return
+        with self._lock:
+            # NCCL may wait for that rank, or end this process, without an error.
+            if self._trained is not None and not self._is_over:
+                self._write("failed", self._done(), loss)
 
     def _out_of_time(self) -> int | None:
         """The grace is over: the exit code of a job that can be resumed; None of one that has failed."""
-        if self._is_over or not self._can_resume():
+        if not self._can_resume() or (self._is_over and self._requeued is None):
             return None
         error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")
-        report_user_error(self._requeue(error))
+        report_user_error(self._requeued or self._requeue(error))
         return REQUEUE_EXIT
 
     def _is_preempted(self) -> bool:
@@ -105,8 +117,13 @@ class Ending:
         saved = self._saved()
         words = f"told to stop (SIGTERM), and before it had: {error}; {_AGAIN} after step {saved}, the last that is saved"
         logger.warning("an error after SIGTERM, with which the run ends as `requeue`", exc_info=error)
-        self._write("requeue", saved, words)
-        return RequeueError(words)
+        return self._requeued_by(RequeueError(words), saved)
+
+    def _requeued_by(self, error: RequeueError, step: int) -> RequeueError:
+        self._attendance.stop()  # ranks that are still about to end so may lose those that have
+        self._requeued = error
+        self._end("requeue", step, str(error))
+        return error
 
     def _saved(self) -> int:
         return latest_step(self._directory.checkpoints) or 0
@@ -115,7 +132,12 @@ class Ending:
         """The last completed step, also after a refused resume."""
         return max(self._trained() if self._trained is not None else 0, self._saved())
 
-    def _write(self, state: RunState, step: int, message: str | None) -> None:
+    def _end(self, state: RunState, step: int, message: str) -> None:
+        with self._lock:
+            self._is_over = True
+            self._write(state, step, message)
+
+    def _write(self, state: RunState, step: int, message: str) -> None:
         """On a full disk the status may not fit either, but must not mask the error."""
         if self._reports:
             with suppress(UserError):

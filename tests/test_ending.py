@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
+from etr_megatron import ending
 from etr_megatron.config import Config
 from etr_megatron.ending import Ending
 from etr_megatron.errors import RequeueError, UserError
@@ -102,15 +103,42 @@ def test_before_the_first_step_too(job):
     assert job.status[:2] == ("requeue", 4)
 
 
-@pytest.mark.parametrize("how", ["killed", "failed"])
-def test_sigterm_that_torchrun_sends_because_a_rank_is_gone_does_not_ask_for_a_restart(job, how):
+@pytest.mark.parametrize("told", [False, True])  # torchrun also sends SIGTERM because a rank is gone
+@pytest.mark.parametrize(
+    ("how", "what"), [("killed", "ended without a word, as after SIGKILL"), ("failed", "failed: ValueError: no")]
+)
+def test_a_job_that_lost_a_rank_has_failed_and_names_it_its_process_and_host_beside_what_the_library_says(job, how, what, told):
     job.kill() if how == "killed" else job.other.leave("ValueError: no")
-    with pytest.raises(RuntimeError, match="closed by peer"):
-        job.run(error=LOST, told=True)
-    assert job.status[:2] == ("failed", 7)
+    with pytest.raises(RuntimeError) as raised:
+        job.run(error=LOST, told=told)
+    assert raised.value is LOST
+    said = f"rank 1 (pid {job.process.pid} on elsewhere) {what}; rank 0 then failed: {LOST}"
+    assert job.status == ("failed", 7, said)
 
 
-def test_a_job_that_may_not_resume_is_not_to_be_started_again(tmp_path):
+def test_a_rank_that_waits_for_one_that_is_gone_says_so_before_it_is_ended_itself(job):
+    def train() -> None:
+        job.kill()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(job.directory.status_file.exists)
+        seen.append(job.status)
+
+    seen: list[tuple[str, int, str]] = []
+    with job.stop.on_sigterm(600):
+        job.ending.run(train, lambda: 7)
+    assert seen == [("failed", 7, f"rank 1 (pid {job.process.pid} on elsewhere) ended without a word, as after SIGKILL")]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of its own"), UserError("a mistake")])
+def test_an_error_of_a_job_that_lost_nobody_is_told_as_it_is(job, monkeypatch, error):
+    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    with pytest.raises(type(error)):
+        job.run(error=error, told=False)
+    assert job.status == ("failed", 7, str(error))
+
+
+def test_a_job_that_may_not_resume_is_not_to_be_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
     job = Job(tmp_path, resume=False)
     try:
         with pytest.raises(RuntimeError, match="closed by peer"):
@@ -131,6 +159,16 @@ def test_a_rank_whose_grace_is_over_leaves_a_job_that_is_to_be_started_again(job
         assert read_status(tmp_path / "reported") == Reported(job.status[2], REQUEUE_EXIT)
     else:
         assert not job.directory.status_file.exists() and not (tmp_path / "reported").exists()
+
+
+def test_a_rank_whose_others_have_ended_to_be_started_again_does_not_call_them_lost(job):
+    error = RequeueError("no SGLang server is left; step 7 is saved")
+    with pytest.raises(RequeueError) as raised:
+        job.run(error=error, told=False)
+    assert raised.value is error and job.status == ("requeue", 7, str(error)) and job.other.is_stopped
+    job.kill()
+    job.stop._told()
+    assert job.status[0] == "requeue"
 
 
 def test_a_job_that_has_ended_is_not_said_to_have_ended_otherwise(job):
