@@ -26,19 +26,16 @@ _LOSS_S = 2.0
 
 
 class Ending:
-    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0: with the rank that was lost or failed
-    first, if there is one. A library that loses a connection names a port at best.
+    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0 or, if that is gone, on the first that is
+    left: with the rank that was lost or failed first, if there is one. A library that loses a connection names a port at best.
 
     A job that was told to stop while all ranks were there ends as `requeue`, whatever happens before it has stopped: its last
     checkpoint can be resumed. torchrun also sends SIGTERM after a rank has failed; then a rank is gone or has left.
     """
 
-    def __init__(
-        self, config: Config, directory: RunDirectory, attendance: Attendance, stop: StopRequest, *, reports: bool
-    ) -> None:
-        """reports: whether this is rank 0."""
+    def __init__(self, config: Config, directory: RunDirectory, attendance: Attendance, stop: StopRequest) -> None:
         self._config, self._directory, self._attendance, self._stop = config, directory, attendance, stop
-        self._reports, self._is_over, self._lock = reports, False, threading.Lock()
+        self._is_over, self._lock = False, threading.Lock()
         self._requeued: RequeueError | None = None
         self._trained: Callable[[], int] | None = None
         stop.report_to(self._told, self._out_of_time)
@@ -74,12 +71,13 @@ class Ending:
             self._attendance.leave(_said(error))
             if self._is_preempted():
                 raise self._requeue(error) from error
-            loss = self._attendance.loss(_LOSS_S) if self._reports and not isinstance(error, UserError) else None
-            self._end("failed", self._done(), str(error) if loss is None else f"{loss}; rank 0 then failed: {error}")
+            loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
+            after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
+            self._end("failed", self._done(), f"{after}{error}")
             raise
         with self._lock:
             self._is_over = True
-        if self._reports:
+        if self._attendance.rank == 0:
             self._directory.write_status("finished", trained(), self._config.run.steps)
 
     def _told(self) -> None:
@@ -139,7 +137,7 @@ class Ending:
 
     def _write(self, state: RunState, step: int, message: str) -> None:
         """On a full disk the status may not fit either, but must not mask the error."""
-        if self._reports:
+        if self._attendance.speaks:
             with suppress(UserError):
                 self._directory.write_status(state, step, self._config.run.steps, message)
 

@@ -108,7 +108,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
-    ending = Ending(config, directory, Attendance.of_job(), stop, reports=layout.rank == 0)
+    ending = Ending(config, directory, Attendance.of_job(), stop)
     stack.enter_context(ending.before_a_step())
     phases = Phases(config.run.phase_timeout_s, must_stop=stop)
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)

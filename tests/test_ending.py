@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -29,19 +30,20 @@ LOST = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:31337")
 
 
 class Job:
-    """Rank 0 of two, in this process, with seven steps trained and four saved. other: rank 1, with a process of its own."""
+    """Rank 0 (or 1) of two, in this process, with seven steps trained and four saved. other: the other, a process beside it."""
 
-    def __init__(self, folder, resume: bool = True) -> None:
+    def __init__(self, folder, resume: bool = True, rank: int = 0) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         pid, store, own = self.process.pid, dist.HashStore(), Place.own()
         places = [own, own._replace(host="elsewhere", pid=pid, begun=attendance._begun(pid))]
-        self.own, self.other = (Attendance(store, rank, places) for rank in range(2))
+        places = [places[rank], places[1 - rank]]
+        self.own, self.other = (Attendance(store, one, places) for one in (rank, 1 - rank))
         self.directory, self.stop = RunDirectory(folder), StopRequest()
         (self.directory.checkpoints / "step_000004").mkdir(parents=True)
         (self.directory.checkpoints / "step_000004" / "trainer.json").touch()
         config = Config()
         self.config = replace(config, checkpoint=replace(config.checkpoint, resume=resume))
-        self.ending = Ending(self.config, self.directory, self.own, self.stop, reports=True)
+        self.ending = Ending(self.config, self.directory, self.own, self.stop)
 
     def kill(self) -> None:
         self.process.kill()
@@ -65,8 +67,8 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path):
-    found = Job(tmp_path)
+def job(tmp_path, request):
+    found = Job(tmp_path, **getattr(request, "param", {}))
     yield found
     found.process.kill()
     found.process.communicate()
@@ -137,15 +139,31 @@ def test_an_error_of_a_job_that_lost_nobody_is_told_as_it_is(job, monkeypatch, e
     assert job.status == ("failed", 7, str(error))
 
 
-def test_a_job_that_may_not_resume_is_not_to_be_started_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("job", [{"rank": 1}], indirect=True)
+def test_of_a_job_that_lost_rank_0_the_next_rank_says_so(job, told):
+    job.kill()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        job.run(error=LOST, told=told)
+    lost = f"rank 0 (pid {job.process.pid} on elsewhere) ended without a word, as after SIGKILL"
+    assert job.status == ("failed", 7, f"{lost}; rank 1 then failed: {LOST}")
+
+
+@pytest.mark.parametrize("job", [{"rank": 1}], indirect=True)
+@pytest.mark.parametrize("error", [None, LOST, RequeueError("no server is left")])
+def test_beside_rank_0_no_other_says_how_a_job_ended(job, monkeypatch, error):
     monkeypatch.setattr(ending, "_LOSS_S", 0.1)
-    job = Job(tmp_path, resume=False)
-    try:
-        with pytest.raises(RuntimeError, match="closed by peer"):
-            job.run(error=LOST, told=True)
-        assert job.status[:2] == ("failed", 7)
-    finally:
-        job.process.communicate(b"")
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        job.run(error=error, told=False)
+    assert not job.directory.status_file.exists()
+
+
+@pytest.mark.parametrize("job", [{"resume": False}], indirect=True)
+def test_a_job_that_may_not_resume_is_not_to_be_started_again(job, monkeypatch):
+    monkeypatch.setattr(ending, "_LOSS_S", 0.1)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        job.run(error=LOST, told=True)
+    assert job.status[:2] == ("failed", 7)
 
 
 @pytest.mark.parametrize("told", [True, False])

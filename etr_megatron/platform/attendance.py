@@ -55,7 +55,8 @@ class Attendance:
     """The ranks of a job. store: of the job, used from several threads; no call here blocks it. places: of all ranks."""
 
     def __init__(self, store: dist.Store, rank: int, places: Sequence[Place]) -> None:
-        self._store, self._rank, self._places = store, rank, list(places)
+        self._store, self.rank, self._places = store, rank, list(places)
+        self._lost: set[int] = set()
         self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
         if len(self._here) < len(places):  # those that are all on one machine see each other without a thread
             threading.Thread(target=self._answer, name="roll_call", daemon=True).start()
@@ -71,9 +72,9 @@ class Attendance:
     def leave(self, why: str) -> None:
         """Say that this rank ends by an error. Call it before connections to the others are closed."""
         with suppress(RuntimeError):  # the store's owner is gone
-            self._store.set(f"left/{self._rank}", why)
+            self._store.set(f"left/{self.rank}", why)
             if self._store.add("leaving", 1) == 1:
-                self._store.set("first", str(self._rank))
+                self._store.set("first", str(self.rank))
 
     def stop(self) -> None:
         """Say that the job was told to stop while all ranks were there: errors after that are of no account."""
@@ -91,7 +92,7 @@ class Attendance:
         patience_s: time until a rank of this machine, whose connections are closed, must have ended.
         """
         deadline = time.monotonic() + patience_s
-        others = self._here - {self._rank}
+        others = self._here - {self.rank}
         while not (gone := [rank for rank in others if self._has_ended(rank)]) and self._first() is None:
             if not others or time.monotonic() >= deadline:
                 break
@@ -99,17 +100,24 @@ class Attendance:
         said = []
         if gone:
             said.append(f"{self._named(gone)} ended without a word, as after SIGKILL")
-        if silent := self._silent():
+        silent = self._silent()
+        self._lost |= {*gone, *silent}
+        if silent:
             said.append(f"{self._named(silent)} gave no answer within {ANSWER_S:g} s")
         first = self._first()
         if not said and first is not None:
             said.append(f"{self._named([first])} failed: {self._read(f'left/{first}')}")
         return "; ".join(said) or None
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this is rank 0 or, as far as `loss` has found, all ranks before it are gone."""
+        return self._lost.issuperset(range(self.rank))
+
     def _first(self) -> int | None:
         """The first rank that left by an error, unless it is this one."""
         found = self._read("first")
-        return None if found is None or int(found) == self._rank else int(found)
+        return None if found is None or int(found) == self.rank else int(found)
 
     def _has_left(self, rank: int) -> bool:
         return self._read(f"left/{rank}") is not None
@@ -121,7 +129,7 @@ class Attendance:
 
     def _silent(self) -> list[int]:
         """Ranks of other machines that neither answer nor have left."""
-        away = [rank for rank in range(len(self._places)) if rank not in self._here and rank != self._rank]
+        away = [rank for rank in range(len(self._places)) if rank not in self._here and rank != self.rank]
         if not away:
             return []
         try:
@@ -141,7 +149,7 @@ class Attendance:
             while True:
                 while answered < self._store.add("calls", 0):
                     answered += 1
-                    self._store.set(f"here/{answered}/{self._rank}", "")
+                    self._store.set(f"here/{answered}/{self.rank}", "")
                 time.sleep(_LOOK_S)
 
     def _read(self, key: str) -> str | None:
