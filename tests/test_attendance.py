@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -70,6 +71,36 @@ def test_a_rank_of_another_machine_answers_a_roll_call_and_one_that_does_not_is_
     assert [here.loss(), here.loss(), others[0].loss()] == [None] * 3
     others[1].leave("ValueError: no")
     assert here.loss() == "rank 2 (pid 7 on far) failed: ValueError: no"
+
+
+class Broken:
+    """A store whose machine has lost power, or whose process has ended."""
+
+    def __init__(self, hangs: bool) -> None:
+        self.hangs, self.asked = hangs, 0
+
+    def check(self, *_: Any) -> Any:
+        self.asked += 1
+        if self.hangs:
+            threading.Event().wait()
+        raise dist.DistNetworkError("closed by peer")
+
+    set = add = get = check
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_without_the_store_a_rank_goes_on_and_knows_what_its_own_machine_shows(monkeypatch, hangs):
+    monkeypatch.setattr(attendance, "_STORE_S", 0.1)
+    store, own = Broken(hangs), Place.own()
+    one = Attendance(store, 0, [own, own._replace(begun="1"), own])
+    one.leave("ValueError: no")
+    assert one.loss() == f"rank 1 (pid {own.pid} on {own.host}) ended without a word, as after SIGKILL"
+    assert not one.is_stopped
+    one.stop()
+    assert one.is_stopped
+    assert store.asked == 1 if hangs else store.asked > 1
+    assert Attendance(store, 0, [own, own]).loss() is None
+    assert Attendance(store, 0, [own, AWAY]).loss() == "the job's store, which tells of ranks of other machines, gave no answer"
 
 
 def test_the_word_that_the_job_was_told_to_stop_is_every_ranks():

@@ -11,10 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -24,6 +24,10 @@ ANSWER_S = 3.0
 """Time for a rank of another machine to answer a roll call. Every rank looks for one at intervals of `_LOOK_S`."""
 
 _LOOK_S, _POLL_S = 0.5, 0.05
+_STORE_S = 5.0
+"""Time for the store to answer: it has no deadline of its own, and its machine may have lost power."""
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -52,11 +56,12 @@ class Place(NamedTuple):
 
 
 class Attendance:
-    """The ranks of a job. store: of the job, used from several threads; no call here blocks it. places: of all ranks."""
+    """The ranks of a job. store: of the job, used from several threads, of which none waits for a key. places: of all ranks."""
 
     def __init__(self, store: dist.Store, rank: int, places: Sequence[Place]) -> None:
         self._store, self.rank, self._places = store, rank, list(places)
         self._lost: set[int] = set()
+        self._is_stopped = self._is_mute = False
         self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
         if len(self._here) < len(places):  # those that are all on one machine see each other without a thread
             threading.Thread(target=self._answer, name="roll_call", daemon=True).start()
@@ -71,20 +76,23 @@ class Attendance:
 
     def leave(self, why: str) -> None:
         """Say that this rank ends by an error. Call it before connections to the others are closed."""
-        with suppress(RuntimeError):  # the store's owner is gone
+
+        def note() -> None:
             self._store.set(f"left/{self.rank}", why)
             if self._store.add("leaving", 1) == 1:
                 self._store.set("first", str(self.rank))
 
+        self._ask(note, None)
+
     def stop(self) -> None:
         """Say that the job was told to stop while all ranks were there: errors after that are of no account."""
-        with suppress(RuntimeError):
-            self._store.set("stopped", "")
+        self._is_stopped = True
+        self._ask(lambda: self._store.set("stopped", ""), None)
 
     @property
     def is_stopped(self) -> bool:
         """Whether a rank has said so."""
-        return self._read("stopped") is not None
+        return self._is_stopped or self._read("stopped") is not None
 
     def loss(self, patience_s: float = 0.0) -> str | None:
         """Who is gone or, if nobody is, which other rank was the first to leave by an error, and why; None if all are there.
@@ -101,8 +109,10 @@ class Attendance:
         if gone:
             said.append(f"{self._named(gone)} ended without a word, as after SIGKILL")
         silent = self._silent()
-        self._lost |= {*gone, *silent}
-        if silent:
+        self._lost |= {*gone, *(silent or ())}
+        if silent is None:
+            said.append("the job's store, which tells of ranks of other machines, gave no answer")
+        elif silent:
             said.append(f"{self._named(silent)} gave no answer within {ANSWER_S:g} s")
         first = self._first()
         if not said and first is not None:
@@ -127,20 +137,18 @@ class Attendance:
         place = self._places[rank]
         return _begun(place.pid) != place.begun and not self._has_left(rank)
 
-    def _silent(self) -> list[int]:
-        """Ranks of other machines that neither answer nor have left."""
+    def _silent(self) -> list[int] | None:
+        """Ranks of other machines that neither answer nor have left; None without the store."""
         away = [rank for rank in range(len(self._places)) if rank not in self._here and rank != self.rank]
         if not away:
             return []
-        try:
-            number, deadline = self._store.add("calls", 1), time.monotonic() + ANSWER_S
-        except RuntimeError:
-            return []
-        while True:
+        number, deadline = self._ask(lambda: self._store.add("calls", 1), 0), time.monotonic() + ANSWER_S
+        while number:
             away = [rank for rank in away if self._read(f"here/{number}/{rank}") is None and not self._has_left(rank)]
             if not away or time.monotonic() > deadline:
                 return away
             time.sleep(_POLL_S)
+        return None
 
     def _answer(self) -> None:
         """Answer roll calls, as long as the process lives."""
@@ -153,11 +161,22 @@ class Attendance:
                 time.sleep(_LOOK_S)
 
     def _read(self, key: str) -> str | None:
-        """None also without the store, whose owner may be gone."""
-        with suppress(RuntimeError):
-            if self._store.check([key]):
-                return self._store.get(key).decode()
-        return None
+        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None, None)
+
+    def _ask(self, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` with the store returns; `otherwise` without the store, whose owner may be gone or hang."""
+        found: list[T] = []
+
+        def run() -> None:
+            with suppress(RuntimeError):
+                found.append(work())
+
+        if not self._is_mute:
+            thread = threading.Thread(target=run, name="attendance", daemon=True)
+            thread.start()
+            thread.join(_STORE_S)
+            self._is_mute = thread.is_alive()
+        return found[0] if found else otherwise
 
     def _named(self, ranks: Sequence[int]) -> str:
         names = ", ".join(f"{rank} ({self._places[rank]})" for rank in sorted(ranks))
