@@ -82,11 +82,8 @@ class Ending:
 
     def _told(self) -> None:
         """SIGTERM has come. Called in a thread, as the next."""
-        if self._attendance.is_stopped:
-            return
-        loss = self._attendance.loss()
+        loss = self._attendance.told()
         if loss is None:
-            self._attendance.stop()
             return
         with self._lock:
             # NCCL may wait for that rank, or end this process, without an error.

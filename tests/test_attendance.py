@@ -73,6 +73,26 @@ def test_a_rank_of_another_machine_answers_a_roll_call_and_one_that_does_not_is_
     assert here.loss() == "rank 2 (pid 7 on far) failed: ValueError: no"
 
 
+def test_of_the_ranks_of_a_machine_that_are_told_to_stop_the_first_calls_the_roll_for_all():
+    store, own = dist.HashStore(), Place.own()
+    ranks = [Attendance(store, rank, [own, own, AWAY]) for rank in range(2)]
+    lost = "rank 2 (pid 7 on far) gave no answer within 1 s"
+    assert [one.told() for one in ranks] == [lost, lost]
+    assert store.add("calls", 0) == 1 and not ranks[0].is_stopped
+    store = dist.HashStore()
+    ranks = [Attendance(store, rank, [own, own, AWAY]) for rank in range(2)]
+    away = Attendance(store, 2, [AWAY, AWAY, own])
+    assert [one.told() for one in ranks] == [None, None]
+    assert store.add("calls", 0) == 1 and away.is_stopped
+
+
+def test_a_rank_that_is_told_alone_calls_it_itself():
+    store, own = dist.HashStore(), Place.own()
+    second = Attendance(store, 1, [own, own, AWAY])
+    away = Attendance(store, 2, [AWAY, AWAY, own])
+    assert second.told() is None and away.is_stopped
+
+
 class Broken:
     """A store whose machine has lost power, or whose process has ended."""
 

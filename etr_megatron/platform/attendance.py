@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -63,7 +64,8 @@ class Attendance:
         self._lost: set[int] = set()
         self._is_stopped = self._is_mute = False
         self._here = {one for one, place in enumerate(places) if place.system and place.system == places[rank].system}
-        if len(self._here) < len(places):  # those that are all on one machine see each other without a thread
+        self._away = [one for one in range(len(places)) if one not in self._here and one != rank]
+        if self._away:  # those that are all on one machine see each other without a thread
             threading.Thread(target=self._answer, name="roll_call", daemon=True).start()
 
     @classmethod
@@ -94,10 +96,36 @@ class Attendance:
         """Whether a rank has said so."""
         return self._is_stopped or self._read("stopped") is not None
 
-    def loss(self, patience_s: float = 0.0) -> str | None:
+    def told(self) -> str | None:
+        """This rank was told to stop: says so if all ranks are there, and returns who is gone otherwise, see `loss`.
+
+        When all ranks are told at once, those that are not the first of their machine wait for what that one finds.
+        """
+        if self.is_stopped:
+            return None
+        loss = self.loss()
+        if loss is None and self._away and not self._calls:
+            deadline = time.monotonic() + ANSWER_S + _LOOK_S
+            while not self.is_stopped and (loss := self._read("lost")) is None and time.monotonic() < deadline:
+                time.sleep(_LOOK_S)
+            if not self.is_stopped and loss is None:
+                loss = self.loss(everywhere=True)
+        if loss is None:
+            self.stop()
+        elif self._calls:
+            self._ask(lambda: self._store.set("lost", loss), None)
+        return loss
+
+    @property
+    def _calls(self) -> bool:
+        """Whether this rank is the one of its machine that calls the roll: if all did, the store would be overrun."""
+        return self.rank == min(self._here | {self.rank})
+
+    def loss(self, patience_s: float = 0.0, *, everywhere: bool = False) -> str | None:
         """Who is gone or, if nobody is, which other rank was the first to leave by an error, and why; None if all are there.
 
-        patience_s: time until a rank of this machine, whose connections are closed, must have ended.
+        patience_s: time until a rank of this machine, whose connections are closed, must have ended. everywhere: whether to ask
+        for ranks of other machines even if this rank is not the first of its own, which always does.
         """
         deadline = time.monotonic() + patience_s
         others = self._here - {self.rank}
@@ -108,7 +136,7 @@ class Attendance:
         said = []
         if gone:
             said.append(f"{self._named(gone)} ended without a word, as after SIGKILL")
-        silent = self._silent()
+        silent = self._silent() if everywhere or self._calls else []
         self._lost |= {*gone, *(silent or ())}
         if silent is None:
             said.append("the job's store, which tells of ranks of other machines, gave no answer")
@@ -139,16 +167,19 @@ class Attendance:
 
     def _silent(self) -> list[int] | None:
         """Ranks of other machines that neither answer nor have left; None without the store."""
-        away = [rank for rank in range(len(self._places)) if rank not in self._here and rank != self.rank]
+        away: list[int] | None = self._away
         if not away:
             return []
         number, deadline = self._ask(lambda: self._store.add("calls", 1), 0), time.monotonic() + ANSWER_S
-        while number:
-            away = [rank for rank in away if self._read(f"here/{number}/{rank}") is None and not self._has_left(rank)]
-            if not away or time.monotonic() > deadline:
-                return away
-            time.sleep(_POLL_S)
-        return None
+
+        def unanswered(ranks: Sequence[int]) -> list[int]:
+            keys = {rank: (f"here/{number}/{rank}", f"left/{rank}") for rank in ranks}
+            return [rank for rank in ranks if not any(self._store.check([key]) for key in keys[rank])]
+
+        while number and away and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)  # by then nearly all have answered
+            away = self._ask(partial(unanswered, away), None)
+        return away if number else None
 
     def _answer(self) -> None:
         """Answer roll calls, as long as the process lives."""
