@@ -6,8 +6,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,10 @@ from etr_megatron.data import (
     stop_token_ids,
 )
 from etr_megatron.environment import EnvironmentPool
-from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.errors import UserError
 from etr_megatron.observe import Recorder, RunDirectory
-from etr_megatron.platform.phases import Phases, StopAskedError
+from etr_megatron.platform.attendance import Attendance
+from etr_megatron.platform.phases import Phases
 from etr_megatron.platform.preemption import StopRequest
 from etr_megatron.platform.together import together
 from etr_megatron.reward import GraderPool
@@ -36,14 +37,12 @@ from etr_megatron.status import given_up
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from etr_megatron.observe.run_directory import RunState
     from etr_megatron.rollout import RolloutEngine, Sampler
     from etr_megatron.rollout.collect import Decode, Grader
     from etr_megatron.rollout.dialogues import Dialogues
     from etr_megatron.rollout.engine import StreamingEngine
     from etr_megatron.rollout.sglang import ServerNodes
     from etr_megatron.rollout.stops import StopStrings
-    from etr_megatron.trainer import Trainer
     from etr_megatron.weights import Architecture
 
 
@@ -91,6 +90,7 @@ class _Workers:
 
 
 def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack, stop: StopRequest) -> None:
+    from etr_megatron.ending import Ending
     from etr_megatron.policy import Policy, configured_layout, init_world
     from etr_megatron.policy.fp8 import require_fp8
     from etr_megatron.problem_sets import open_sets
@@ -108,7 +108,8 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     problems, held_out = open_sets(config, tokenizer, report=layout.rank == 0)
     directory = RunDirectory(Path(config.run.dir) / config.run.name)
     together(lambda: _open_directory(directory, config, stack) if layout.rank == 0 else None)
-    stack.enter_context(_stopped_before_a_step(directory, config, reports=layout.rank == 0))
+    ending = Ending(config, directory, Attendance.of_job(), stop)
+    stack.enter_context(ending.before_a_step())
     phases = Phases(config.run.phase_timeout_s, must_stop=stop)
     refuse_unknown_tokens([*problems, *held_out.problems], architecture.vocab_size, model_dir)
     phases.meet("start of the rollout engine")
@@ -140,25 +141,7 @@ def _train(config: Config, model_dir: Path, workers: _Workers, stack: ExitStack,
     # Modules and the model live to the end. Scanning them in each full collection would stall this rank, and with it all ranks.
     gc.freeze()
     gc.enable()
-    _run(trainer, directory, config, reports=layout.rank == 0)
-
-
-def _run(trainer: Trainer, directory: RunDirectory, config: Config, *, reports: bool) -> None:
-    """Run to the last step. reports: whether to write down how it ended."""
-    from etr_megatron.checkpoint import latest_step
-
-    try:
-        trainer.run()
-    except Exception as error:
-        if reports:
-            # On a full disk the status may not fit either, but must not mask the original error.
-            with suppress(UserError):
-                state: RunState = "requeue" if isinstance(error, RequeueError) else "failed"
-                done = max(trainer.trained, latest_step(directory.checkpoints) or 0)  # also after a refused resume
-                directory.write_status(state, done, config.run.steps, str(error))
-        raise
-    if reports:
-        directory.write_status("finished", trainer.step, config.run.steps)
+    ending.run(trainer.run, lambda: trainer.trained)
 
 
 def _open_directory(directory: RunDirectory, config: Config, stack: ExitStack) -> None:
@@ -178,21 +161,6 @@ def _server_nodes(config: Config, stack: ExitStack, stop: StopRequest) -> Server
     nodes = stack.enter_context(ServerNodes(apart, config.sglang))
     stop.heed(nodes.asked_to_stop)
     return nodes
-
-
-@contextmanager
-def _stopped_before_a_step(directory: RunDirectory, config: Config, *, reports: bool) -> Iterator[None]:
-    """Turn a StopAskedError raised inside the block, before any step, into a RequeueError. (The trainer handles later ones.)"""
-    from etr_megatron.checkpoint import latest_step
-
-    try:
-        yield
-    except StopAskedError as error:
-        words = f"{error}: start again with the same command to continue"
-        if reports:
-            with suppress(UserError):
-                directory.write_status("requeue", latest_step(directory.checkpoints) or 0, config.run.steps, words)
-        raise RequeueError(words) from error
 
 
 def _engine(

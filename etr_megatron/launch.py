@@ -1,7 +1,7 @@
 """`python -m etr_megatron.launch [--nproc N] [CONFIG] [key=value ...]`: check everything, then start the ranks of one node.
 
 `bash examples/run_etr.sh` runs this. Exit codes: 0; 1 for a bug (with the rank's traceback); 2 for a user error (one message,
-no traceback); 75 for a run that saved its state and should be restarted; 128 + n after signal n.
+no traceback); 75 for a run that should be restarted and resumes from what is saved; 128 + n after signal n.
 """
 
 from __future__ import annotations

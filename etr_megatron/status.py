@@ -32,7 +32,7 @@ SIGNAL_DELAY_S = 1.0
 """How much later than its peers a rank may get a signal that torchrun passes on to one rank after the other."""
 
 REQUEUE_EXIT = 75
-"""Exit code of a run that has saved its state and should be restarted (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that should be restarted and then resumes from what is saved (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Reported(NamedTuple):

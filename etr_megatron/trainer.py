@@ -152,9 +152,9 @@ class Trainer:
         A separate method, so that its groups are freed before the next step's arrive: with routing they take gigabytes.
         """
         config = self.config
-        rollouts = self._roll_out()
+        rollouts, engine = self._roll_out(), self._engine_metrics()
         batch, updates = self._train(rollouts.groups)
-        row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | start
+        row = step_metrics(self.step, rollouts.groups, batch, updates, config) | rollouts.counts | engine | start
         self._keep(rollouts, batch)
         self.trained = self._version = self.step
         self._unrecorded = row, rollouts.groups
@@ -171,9 +171,10 @@ class Trainer:
         self._watch.lap()
         while self.step < self.config.run.steps:
             self.step += 1
-            rollouts = self._roll_out()
+            rollouts, engine = self._roll_out(), self._engine_metrics()
             self._keep(rollouts)
-            self._record(rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts, rollouts.groups)
+            row = rollout_metrics(self.step, rollouts.groups, self.config) | rollouts.counts | engine
+            self._record(row, rollouts.groups)
             if self._recorder is not None:
                 write_reached(self._directory.reached_file, Reached(self._version, self.step, self.sampler.state_dict()))
             self.trained = self.step
@@ -181,6 +182,10 @@ class Trainer:
     def _roll_out(self) -> Rollouts:
         self._phases.meet(f"rollout of step {self.step}")
         return self._with_servers(lambda: self.sampler.take(self.step, self._watch.phase, self._stop_request))
+
+    def _engine_metrics(self) -> dict[str, float]:
+        """To be asked for when a step's rollout is complete: the sync after it brings failed servers back."""
+        return {} if self.engine is None else self.engine.metrics()
 
     def _with_servers(self, draw: Callable[[], T]) -> T:
         """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again."""

@@ -102,6 +102,14 @@ class Runs:
         assert saved and self.rows(name, times=True)[: len(saved)] == saved
 
 
+def rank_of(launcher: int, rank: int) -> int:
+    """The process id of a rank."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"rank {rank} is not there")
+
+
 def gone(pid: int) -> bool:
     """Whether the process has ended; of a zombie, only the parent does not know it yet."""
     try:

@@ -230,8 +230,8 @@ def hanging(engine: SglangEngine, name: str) -> Iterator[None]:
 def fake_sync(
     model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), hangs: str = "", **settings: Any
 ) -> dict:
-    """States of fake servers after syncs of these versions, the expected sums, and the servers that failed. hangs: the server
-    that hangs at its second bucket, if one does."""
+    """States of fake servers after syncs of these versions, the expected sums, the servers that failed, and the metrics. hangs:
+    the server that hangs at its second bucket, if one does."""
     policy = build(model, overrides)
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
@@ -242,7 +242,8 @@ def fake_sync(
                     transport.wire.board.timeout_s = 5.0  # not before: all have connected and had their first bucket
                 engine.update_weights(policy.export(), version)
         failed = engine._control.fleet.failed if engine._control is not None else {}
-        return {"states": states_of(engine), "sums": sums_of(policy, settings.get("fp8", False)), "failed": failed}
+        found = {"states": states_of(engine), "sums": sums_of(policy, settings.get("fp8", False)), "failed": failed}
+        return found | {"metrics": engine.metrics()}
     finally:
         engine.close()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.runs import HELD, wait_for
+from tests.runs import HELD, rank_of, wait_for
 
 QUICK = ["run.name=early", "run.steps=1", "eval.every=0", "run.stop_grace_s=600"]
 
@@ -21,14 +21,6 @@ def status_of(runs) -> tuple[str, int] | None:
         return None
     status = json.loads(file.read_text())
     return status["state"], status["step"]
-
-
-def rank_of(launcher: int, rank: int) -> int:
-    """The process id of a rank."""
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"rank {rank} is not there")
 
 
 @pytest.mark.slow
@@ -54,6 +46,18 @@ def test_sigterm_while_servers_are_started_does_not_wait_for_them(runs):
     assert process.returncode == 75, out + err
     assert "told to stop (SIGTERM) while waiting for SGLang server 0: start again" in err and "Traceback" not in out + err
     assert status_of(runs) == ("requeue", 0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named_with_its_host_in_the_runs_state(runs):
+    process = runs.held("step 1", *QUICK, "run.steps=2", cold=True)
+    killed = rank_of(process.pid, 1)
+    os.kill(killed, signal.SIGKILL)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 1, out + err
+    message = json.loads((runs.directory("early") / "status.json").read_text())["message"]
+    assert status_of(runs) == ("failed", 1)
+    assert message.startswith(f"rank 1 (pid {killed} on {socket.gethostname()}) ended without a word, as after SIGKILL; rank 0")
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ import math
 from array import array
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from etr_megatron import trainer
+from etr_megatron.config import Config
 from etr_megatron.metrics import check_logprob_gap, drawn_from, rollout_metrics, training_speed
 from etr_megatron.observe.metrics import PASS_RATE_KEYS, ROLLOUT_METRIC_KEYS, TRAIN_SET_KEYS, MetricsLog, keys_by_set
 from etr_megatron.policy import PolicyBatch, TokenLogprobs
@@ -73,6 +76,23 @@ def test_metrics_are_means_over_all_tokens_of_all_updates():
     assert row["logprob_gap_mean"] == pytest.approx(1e-2, abs=1e-6) and row["entropy"] == 1.0
     assert row["mismatch_kl"] == pytest.approx(math.exp(1e-2) - 1 - 1e-2, rel=1e-3)
     assert row["correction_mean"] == 1.0 and row["correction_frac"] == 0.0
+
+
+@pytest.mark.parametrize("rolls_out_only", [False, True])
+def test_servers_are_counted_when_a_steps_rollout_is_complete_before_a_sync_brings_others_back(monkeypatch, rolls_out_only):
+    serving, rows = [4], []
+    sampler = mock.Mock(take=lambda *_: serving.__setitem__(0, serving[0] - 1) or SimpleNamespace(groups=[], counts={}))
+    engine = mock.Mock(metrics=lambda: {"servers_serving": serving[0]})
+    engine.update_weights = lambda *_args, **_options: serving.__setitem__(0, 4)
+    others = "policy", "held_out", "decode", "directory", "grader", "recorder", "stop_request", "phases"
+    one = trainer.Trainer(Config(), engine=engine, sampler=sampler, **dict.fromkeys(others, mock.MagicMock()))
+    one.config = replace(one.config, run=replace(one.config.run, steps=2), checkpoint=replace(one.config.checkpoint, every=0))
+    kept = dict(_keep=lambda *_: None, _train=lambda _groups: (None, []), _is_evaluated=lambda _step: False)
+    for name in ("step_metrics", "rollout_metrics"):
+        monkeypatch.setattr(trainer, name, lambda *_: {})
+    with mock.patch.multiple(one, **kept, _evaluate=dict, _record=lambda row, _groups: rows.append(row)):
+        one._roll_out_only() if rolls_out_only else one._run_steps()
+    assert rows == [{"servers_serving": 3}, {"servers_serving": 2 if rolls_out_only else 3}]
 
 
 def test_a_steps_groups_are_counted_each_for_what_it_is():

@@ -144,6 +144,46 @@ def test_whether_another_rank_has_given_up_is_looked_for_a_few_times_a_second():
     assert looks == [True] * 4 and all(0.1 < seconds < 1 for seconds in waits)
 
 
+def broken() -> None:
+    raise OSError("no disk")
+
+
+@pytest.mark.parametrize(("late", "code"), [(lambda: 75, 75), (lambda: None, 143), (broken, 143)])
+@pytest.mark.parametrize("told", [lambda: None, broken])
+def test_the_end_of_the_grace_has_the_exit_code_that_it_is_given_and_comes_whatever_fails(monkeypatch, late, code, told):
+    class LeftError(Exception):
+        pass
+
+    def leave(code: int) -> None:
+        raise LeftError(code)
+
+    stop = StopRequest()
+    stop.report_to(told, late)
+    monkeypatch.setattr("os._exit", leave)
+    reading, writing = socket.socketpair()
+    with reading, writing, pytest.raises(LeftError, match=f"^{code}$"):
+        writing.send(bytes([signal.SIGTERM]))
+        stop._watch(reading, threading.Event(), 0.0, lambda: None)
+    stop.wait_until_reported()
+
+
+def test_a_sigterm_is_reported_once_also_where_it_came_before_there_was_whom_to_report_it_to():
+    stop, seen, waits = StopRequest(), [], []
+
+    class Over(threading.Event):
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            if len(waits) == 2:
+                stop.report_to(lambda: seen.append(stop.is_own), lambda: None)
+            return len(waits) > 4
+
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        writing.send(bytes([signal.SIGTERM]))
+        stop._watch(reading, Over(), 600.0, lambda: None)
+    assert seen == [True]
+
+
 def test_a_process_without_a_rank_that_was_told_to_stop_is_heeded_whichever_it_is():
     stop, told = StopRequest(), set()
     for node in ("first", "second"):

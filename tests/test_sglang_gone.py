@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import urllib.request
+from typing import Any
 
 import pytest
 
 from etr_megatron.rollout.record import read_record
 from tests.fake_servers import servers
-from tests.runs import wait_for
+from tests.runs import rank_of, wait_for
 
 
 @contextlib.contextmanager
@@ -48,7 +50,7 @@ def test_without_servers_a_run_saves_what_was_trained_and_asks_to_be_started_aga
     assert "Traceback" not in output
     status = json.loads((runs.directory("gone") / "status.json").read_text())
     assert (status["state"], status["step"]) == ("requeue", trained)
-    assert [row["step"] for row in runs.rows("gone")] == list(range(1, trained + 1))
+    assert [(row["step"], row["servers_serving"]) for row in runs.rows("gone")] == [(step, 1) for step in range(1, trained + 1)]
     if trained < 3:  # else nothing is left to do
         with server() as url:
             code, output = runs.finish(*options(url))
@@ -71,10 +73,14 @@ def test_a_request_that_servers_call_wrong_ends_a_run_in_one_sentence_with_what_
     assert [row["step"] for row in runs.rows("gone")] == [1, 2, 3]
 
 
+def state_of(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/state", timeout=120) as reply:
+        return json.load(reply)
+
+
 def generated(url: str) -> int:
     """Number of requests that the server has received."""
-    with urllib.request.urlopen(f"{url}/state", timeout=120) as reply:
-        return len(json.load(reply)["prompts"])
+    return len(state_of(url)["prompts"])
 
 
 @pytest.mark.slow
@@ -105,6 +111,20 @@ def test_sigterm_does_not_wait_for_a_server_that_gives_nothing_back(runs):
         out, err = process.communicate(timeout=500)
     assert process.returncode == 75, out + err
     assert "step 1 is saved" in err and "Traceback" not in out + err
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_rank_while_a_sync_waits_for_a_server_ends_as_requeue_when_the_grace_is_over(runs):
+    with server(hang_at_bucket=1) as url:  # after the first step, for an hour
+        process = runs.start(*options(url, ranks=2), "checkpoint.every=1", "run.stop_grace_s=3", cold=True)
+        wait_for(lambda: generated(url) >= 24 and state_of(url)["paused"])
+        os.kill(rank_of(process.pid, 1), signal.SIGTERM)  # torchrun sends rank 0 another once this one has ended
+        out, err = process.communicate(timeout=500)
+    assert process.returncode == 75, out + err
+    assert "error: told to stop (SIGTERM), and before it had: run.stop_grace_s=3 was too short to save; start again" in err
+    assert "Traceback" not in out + err
+    status = json.loads((runs.directory("gone") / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("requeue", 0) and "after step 0" in status["message"]
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from etr_megatron.rollout.sglang.arguments import known_arguments
 from etr_megatron.rollout.sglang.client import GenerateParameters
 from etr_megatron.rollout.sglang.commands import server_command
 from etr_megatron.rollout.sglang.hosts import Host, Started
+from etr_megatron.rollout.sglang.watchdog import LEFT_BEHIND
 from etr_megatron.weights import read_architecture
 from tests.fake_servers import servers
 from tests.nodes import own_address
@@ -328,10 +329,13 @@ def test_a_run_on_servers_of_its_own_is_killed_without_a_trace_and_resumed(runs)
         wait_for(lambda: any(runs.directory("served").glob("checkpoints/step_*/trainer.json")))
         pids = processes_of(runs.folder)
         assert len(pids) >= 6  # launcher, two ranks, watchdog, server, scheduler, ...
+        loads = {file.path for pid in pids for file in psutil.Process(pid).open_files() if file.path.startswith(LEFT_BEHIND)}
+        assert len(loads) == 1
     finally:
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
     wait_for(lambda: not processes_of(runs.folder) and not any(map(psutil.pid_exists, pids)))
+    assert not any(map(os.path.exists, loads))
     saved = runs.saved_rows("served")
     code, output = runs.finish(*options, deadline_s=1500.0)
     assert code == 0, output

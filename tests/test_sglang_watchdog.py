@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +16,7 @@ from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang import hosts
 from etr_megatron.rollout.sglang.hosts import Host
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, environment_of_server, share_of_free
+from etr_megatron.rollout.sglang.watchdog import LEFT_BEHIND
 from tests.runs import REPO, gone, wait_for
 
 # Starts a child that ignores SIGTERM, prints both pids, and waits, itself ignoring SIGTERM.
@@ -43,6 +46,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps({"tp_size": 1, "mem_fraction_static": 0.4} if self.path == "/server_info" else {}).encode())
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+# Has a child that opens a file, as SGLang's scheduler does, prints its path, and leaves it after as many seconds as LIVES.
+LEAVES = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.open(sys.argv[1], os.O_CREAT | os.O_RDWR, 0o600)
+    print("opened", flush=True)
+time.sleep(float(os.environ.get("LIVES", 600)))
+os.killpg(0, signal.SIGKILL)
 """
 JOB = """
 import sys, time
@@ -108,6 +120,29 @@ def test_children_of_a_server_that_ends_by_itself_end_as_well(tmp_path, monkeypa
     wait_for(lambda: not process.is_running)
     wait_for(lambda: all(map(gone, pids_in(process.log))))
     process.stop()
+
+
+@pytest.mark.parametrize("ends", ["stopped", "by itself", "without its watchdog"])
+def test_a_servers_file_in_shared_memory_is_removed_with_it_and_no_other(tmp_path, monkeypatch, ends):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.server._GRACE_S", 1.0)
+    own, others, nobodys = (Path(f"{LEFT_BEHIND}{secrets.token_hex(6)}_0.shm") for _ in range(3))
+    environment = {"LIVES": "2"} if ends == "by itself" else {}  # a watchdog looks once a second
+    try:
+        nobodys.touch()
+        with others.open("w"):
+            command = ServerCommand(sys.executable, ("-c", LEAVES, str(own)), (), environment)
+            process = ServerProcess("server", command, tmp_path / "server.log")
+            wait_for(lambda: "opened" in process.said())
+            assert own.exists()
+            if ends == "by itself":
+                wait_for(lambda: not process.is_running)
+            elif ends == "without its watchdog":
+                process._watchdog.send_signal(signal.SIGSTOP)
+            process.stop()
+            assert (own.exists(), others.exists(), nobodys.exists()) == (False, True, True)
+    finally:
+        for file in (own, others, nobodys):
+            file.unlink(missing_ok=True)
 
 
 def test_a_server_that_does_not_answer_in_time_is_ended_and_one_that_does_is_not(tmp_path, monkeypatch):

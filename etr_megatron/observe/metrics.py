@@ -83,6 +83,7 @@ class MetricsRow(StepMetrics, total=False):
     groups_dropped: int  # with dynamic sampling: groups left out because their rewards are all equal
     groups_filled: int  # groups that were left out, but trained on because there were too few others
     groups_given_up: int  # groups given up because servers died of them or did not answer; only if there were any
+    servers_serving: int  # with SGLang servers: those that take requests when a step's rollout is complete; others have failed
     staleness_mean: float  # with `max_staleness`: age of a token in weight syncs when it is trained on, mean over tokens
     staleness_max: int  # largest age of a token
     groups_redone: int  # groups drawn again because they had tokens that were too old

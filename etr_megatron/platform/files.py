@@ -6,6 +6,7 @@ import errno
 import fnmatch
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +111,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises `UserError` naming `path` if the disk is full; the old content then remains.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     with disk_errors(path):
         try:
             with open(temporary, "wb") as file:

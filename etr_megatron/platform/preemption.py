@@ -7,6 +7,7 @@ at once, and a thread that reads it ends the rank when the grace period is over,
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -15,8 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+logger = logging.getLogger(__name__)
+
 LOOK_S = 0.2
 """Seconds between checks, on a rank that was told to stop, whether another rank has given up the run."""
+
+_REPORT_S = 10.0
+"""Longest time that the error of a rank waits until its SIGTERM was reported."""
 
 
 class StopRequest:
@@ -25,6 +31,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._others: list[Callable[[], bool]] = []
+        self._told: Callable[[], None] | None = None
+        self._late: Callable[[], int | None] = lambda: None
+        self._reported = threading.Event()
 
     def __call__(self) -> bool:
         """True once a SIGTERM has arrived inside `on_sigterm`, or a callable passed to `heed` returns True."""
@@ -34,9 +43,25 @@ class StopRequest:
         """Also heed `other`, which tells whether a process without a rank was sent SIGTERM."""
         self._others.append(other)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a SIGTERM has arrived here."""
+        return self._asked.is_set()
+
+    def report_to(self, told: Callable[[], None], late: Callable[[], int | None]) -> None:
+        """told: called once after a SIGTERM, even one that has already come. late: called when the grace is over; returns the
+        exit code, None for 128 + SIGTERM. Both in a separate thread, which does not look at the time meanwhile."""
+        self._told, self._late = told, late
+
+    def wait_until_reported(self) -> None:
+        """After a SIGTERM, wait until `told` has returned."""
+        if self._asked.is_set() and self._told is not None:
+            self._reported.wait(_REPORT_S)
+
     @contextmanager
     def on_sigterm(self, grace_s: float, given_up: Callable[[], int | None] = lambda: None) -> Iterator[StopRequest]:
-        """Inside the block, SIGTERM sets the request and, `grace_s` seconds later, exits the process with 128 + SIGTERM.
+        """Inside the block, SIGTERM sets the request and, `grace_s` seconds later, exits the process with 128 + SIGTERM, unless
+        `report_to` has another code.
 
         grace_s: 0 leaves SIGTERM handling unchanged. given_up: returns an exit code if another rank has given up the run, after
         which torchrun also sends SIGTERM; the process then exits with it without waiting. Called in a separate thread. Must be
@@ -73,7 +98,26 @@ class StopRequest:
             return
         self._asked.set()
         end = time.monotonic() + grace_s
+        self._report()
         while not finished.wait(LOOK_S):
-            code = 128 + signal.SIGTERM if time.monotonic() >= end else given_up()
+            self._report()
+            code = given_up()
+            if code is None and time.monotonic() >= end:
+                code = self._code_when_late()
             if code is not None:
                 os._exit(code)
+
+    def _report(self) -> None:
+        if self._told is not None and not self._reported.is_set():
+            try:
+                self._told()
+            except Exception as error:  # this thread must go on to end the rank
+                logger.warning("SIGTERM was not reported", exc_info=error)
+            self._reported.set()
+
+    def _code_when_late(self) -> int:
+        try:
+            return self._late() or 128 + signal.SIGTERM
+        except Exception as error:
+            logger.warning("the end of the grace was not reported", exc_info=error)
+            return 128 + signal.SIGTERM

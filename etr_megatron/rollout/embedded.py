@@ -91,6 +91,10 @@ class EmbeddedEngine:
     def release(self) -> None:
         """See `RolloutEngine.release`: the replica is small and stays."""
 
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`: there are none."""
+        return {}
+
     def close(self) -> None:
         """Drop the replica."""
         del self._model

@@ -101,8 +101,8 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Every method but `close` is a collective: all ranks call it with the same arguments and, except for the responses of
-    servers, get the same result.
+    """Every method but `metrics` and `close` is a collective: all ranks call it with the same arguments and, except for the
+    responses of servers, get the same result.
 
     Raised on every rank: EngineGoneError when the engine can no longer generate, RefusedError when it rejects a request,
     NeedsSyncError when it needs a weight sync to bring servers back.
@@ -130,6 +130,10 @@ class RolloutEngine(Protocol):
 
     def release(self) -> None:
         """Release memory shared with training until the next `update_weights`; no request may be under way."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of its present state, on rank 0; empty on other ranks. Not a collective."""
         ...
 
     def close(self) -> None:

@@ -26,8 +26,8 @@ class RunConfig:
     ranks wait as long as it gives signs of life."""
     stop_grace_s: float = 25.0
     """Seconds from SIGTERM in which the run must stop, save and end with the state `requeue`; a rank that takes longer ends
-    without saving. Allow for a training phase and a checkpoint; 0 ends at once. torchrun kills its ranks 30 s after SIGTERM
-    unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set, as the launcher does."""
+    without saving, and the state is `requeue` all the same. Allow for a training phase and a checkpoint; 0 ends at once.
+    torchrun kills its ranks 30 s after SIGTERM unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is set, as the launcher does."""
 
 
 @dataclass(frozen=True)

@@ -329,6 +329,10 @@ class SglangEngine:
         if failed:
             together(lambda: self._servers.stop(failed))
 
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`."""
+        return {} if self._control is None else {"servers_serving": len(self._control.serving())}
+
     def close(self) -> None:
         """Stop the servers that were started here and wait until all their processes have ended. Not a collective."""
         self._sender.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from etr_megatron.rollout.sglang.arguments import require_interpreter
+from etr_megatron.rollout.sglang.watchdog import files_of, remove
 
 _WATCHDOG = Path(__file__).with_name("watchdog.py")
 _GRACE_S = 10.0
@@ -231,8 +232,11 @@ class ServerProcess:
         # ValueError: the watchdog was killed before it had a server. PermissionError: another user has the process id by now.
         with suppress(BlockingIOError, ProcessLookupError, PermissionError, ValueError):
             group = int(os.read(self._report, 32))
-            deadline = time.monotonic() + _GRACE_S
-            os.killpg(group, signal.SIGKILL)
-            while time.monotonic() < deadline:
-                os.killpg(group, 0)
-                time.sleep(_POLL_S)
+            deadline, files = time.monotonic() + _GRACE_S, files_of(group)
+            try:
+                os.killpg(group, signal.SIGKILL)
+                while time.monotonic() < deadline:
+                    os.killpg(group, 0)
+                    time.sleep(_POLL_S)
+            finally:
+                remove(files)

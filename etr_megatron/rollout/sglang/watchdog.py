@@ -5,6 +5,9 @@ otherwise survive it. When the pipe closes (the kernel closes it even after `kil
 after GRACE_S seconds, SIGKILL. When the server ends first, the rest of the group is ended in the same way, and the server's
 exit code is passed on. The server's pid is written to file descriptor FD, so that the job can end the group if the watchdog
 itself is killed; the server then gets SIGKILL (on Linux). Uses only the standard library; imports nothing of this package.
+
+SGLang (0.5.21) leaves a file with its load in /dev/shm, however it ends. The watchdog removes those that processes of its own
+server were seen to have open: their names are random and tell nothing of the server.
 """
 
 from __future__ import annotations
@@ -17,8 +20,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+
+LEFT_BEHIND = "/dev/shm/sglang_loads_"
+"""Beginning of the names of files that SGLang leaves, see `shm_path_for` in its load_snapshot.py."""
 
 _POLL_S = 0.2
+_LOOK_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,6 +37,26 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def files_of(group: int) -> set[str]:
+    """Files of `LEFT_BEHIND` that processes of the group have open. Empty on systems without Linux's /proc."""
+    found = set()
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if not name.isdecimal() or os.getpgid(int(name)) != group:
+                continue
+            for descriptor in os.listdir(f"/proc/{name}/fd"):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    found.add(os.readlink(f"/proc/{name}/fd/{descriptor}"))
+    return {file for file in found if file.startswith(LEFT_BEHIND)}
+
+
+def remove(files: Iterable[str]) -> None:
+    """Remove files, once the processes that had them open have ended."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            os.unlink(file)
 
 
 def _end_group(server: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -51,10 +79,17 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.ExitStack() as stack:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_prepare)
+        files: set[str] = set()
+        stack.callback(remove, files)  # the last of all
         stack.callback(_end_group, server, grace_s)
+        stack.callback(lambda: files.update(files_of(server.pid)))
         os.write(report, str(server.pid).encode())
         os.close(report)
+        look = time.monotonic()
         while server.poll() is None:
+            if not files and time.monotonic() >= look:  # before a server that dies of itself takes the knowledge with it
+                files |= files_of(server.pid)
+                look = time.monotonic() + _LOOK_S
             ready, _, _ = select.select([sys.stdin.buffer], [], [], _POLL_S)
             if ready and not os.read(sys.stdin.fileno(), 1):
                 return 0

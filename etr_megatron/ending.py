@@ -1,0 +1,143 @@
+"""How a run ends, written where a user looks: in status.json."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from etr_megatron.checkpoint import latest_step
+from etr_megatron.config import Config
+from etr_megatron.errors import RequeueError, UserError
+from etr_megatron.observe import RunDirectory
+from etr_megatron.observe.run_directory import RunState
+from etr_megatron.platform.attendance import Attendance
+from etr_megatron.platform.phases import StopAskedError
+from etr_megatron.platform.preemption import StopRequest
+from etr_megatron.status import REQUEUE_EXIT, report_user_error
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = "start again with the same command to continue"
+
+_LOSS_S = 2.0
+"""Time for a rank whose connections are closed to have ended."""
+
+
+class Ending:
+    """Decides between `requeue` and `failed` on every rank, and writes it on rank 0 or, if that is gone, on the first that is
+    left: with the rank that was lost or failed first, if there is one. A library that loses a connection names a port at best.
+
+    A job that was told to stop while all ranks were there ends as `requeue`, whatever happens before it has stopped: its last
+    checkpoint can be resumed. torchrun also sends SIGTERM after a rank has failed; then a rank is gone or has left.
+    """
+
+    def __init__(self, config: Config, directory: RunDirectory, attendance: Attendance, stop: StopRequest) -> None:
+        self._config, self._directory, self._attendance, self._stop = config, directory, attendance, stop
+        self._is_over, self._lock = False, threading.Lock()
+        self._requeued: RequeueError | None = None
+        self._trained: Callable[[], int] | None = None
+        stop.report_to(self._told, self._out_of_time)
+
+    @contextmanager
+    def before_a_step(self) -> Iterator[None]:
+        """Turn a StopAskedError raised inside the block, before any step, into a RequeueError, and so any error after SIGTERM.
+        (The trainer handles later ones.)"""
+        try:
+            yield
+        except StopAskedError as error:
+            raise self._requeued_by(RequeueError(f"{error}: {_AGAIN}"), self._saved()) from error
+        except Exception as error:
+            if self._is_over:
+                raise
+            self._attendance.leave(_said(error))
+            if self._is_preempted():
+                raise self._requeue(error) from error
+            raise
+
+    def run(self, train: Callable[[], None], trained: Callable[[], int]) -> None:
+        """Call `train`, the loop over all steps, and write how it ended. trained: the last completed step.
+
+        Raises its error, or RequeueError for any error after SIGTERM.
+        """
+        self._trained = trained
+        try:
+            train()
+        except RequeueError as error:
+            self._requeued_by(error, self._done())
+            raise
+        except Exception as error:
+            self._attendance.leave(_said(error))
+            if self._is_preempted():
+                raise self._requeue(error) from error
+            loss = None if isinstance(error, UserError) else self._attendance.loss(_LOSS_S)
+            after = "" if loss is None else f"{loss}; rank {self._attendance.rank} then failed: "
+            self._end("failed", self._done(), f"{after}{error}")
+            raise
+        with self._lock:
+            self._is_over = True
+        if self._attendance.rank == 0:
+            self._directory.write_status("finished", trained(), self._config.run.steps)
+
+    def _told(self) -> None:
+        """SIGTERM has come. Called in a thread, as the next."""
+        loss = self._attendance.told()
+        if loss is None:
+            return
+        with self._lock:
+            # NCCL may wait for that rank, or end this process, without an error.
+            if self._trained is not None and not self._is_over:
+                self._write("failed", self._done(), loss)
+
+    def _out_of_time(self) -> int | None:
+        """The grace is over: the exit code of a job that can be resumed; None of one that has failed."""
+        if not self._can_resume() or (self._is_over and self._requeued is None):
+            return None
+        error = TimeoutError(f"run.stop_grace_s={self._config.run.stop_grace_s:g} was too short to save")
+        report_user_error(self._requeued or self._requeue(error))
+        return REQUEUE_EXIT
+
+    def _is_preempted(self) -> bool:
+        if self._stop():
+            self._stop.wait_until_reported()
+            if not self._stop.is_own and self._attendance.loss() is None:
+                self._attendance.stop()  # a node without a rank was told
+        return self._can_resume()
+
+    def _can_resume(self) -> bool:
+        return self._config.checkpoint.resume and self._attendance.is_stopped
+
+    def _requeue(self, error: Exception) -> RequeueError:
+        saved = self._saved()
+        words = f"told to stop (SIGTERM), and before it had: {error}; {_AGAIN} after step {saved}, the last that is saved"
+        logger.warning("an error after SIGTERM, with which the run ends as `requeue`", exc_info=error)
+        return self._requeued_by(RequeueError(words), saved)
+
+    def _requeued_by(self, error: RequeueError, step: int) -> RequeueError:
+        self._attendance.stop()  # ranks that are still about to end so may lose those that have
+        self._requeued = error
+        self._end("requeue", step, str(error))
+        return error
+
+    def _saved(self) -> int:
+        return latest_step(self._directory.checkpoints) or 0
+
+    def _done(self) -> int:
+        """The last completed step, also after a refused resume."""
+        return max(self._trained() if self._trained is not None else 0, self._saved())
+
+    def _end(self, state: RunState, step: int, message: str) -> None:
+        with self._lock:
+            self._is_over = True
+            self._write(state, step, message)
+
+    def _write(self, state: RunState, step: int, message: str) -> None:
+        """On a full disk the status may not fit either, but must not mask the error."""
+        if self._attendance.speaks:
+            with suppress(UserError):
+                self._directory.write_status(state, step, self._config.run.steps, message)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
