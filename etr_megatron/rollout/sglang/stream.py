@@ -31,8 +31,8 @@ _HELD_S = 60.0
 _TEST_TOKENS = 16
 """Tokens of a test; a prompt that passed one and was at another server's death since is tested to its end."""
 
-_HARMLESS_S = 3.0
-"""Time that a server generates on with a prompt before another one gets it, too. Most of what kills a server does so while the
+_HARMLESS_S = 1.0
+"""Time that a server has a prompt, and generates, before another one gets it, too. What kills a server mostly does so while the
 prompt is computed or right after."""
 
 _Error = EngineGoneError | NeedsSyncError | RefusedError
