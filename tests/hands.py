@@ -83,7 +83,8 @@ class Engine:
         return found
 
     def _answer(self, draw, drawn, finish):
-        return Drawn(draw.key, drawn, [-n - self.weight_version / 10 for n in drawn], finish, self.weight_version)
+        logprobs, server = [-n - self.weight_version / 10 for n in drawn], f"s{draw.key % 3}"
+        return Drawn(draw.key, drawn, logprobs, finish, self.weight_version, server=server)
 
 
 class Talker(Engine):

@@ -20,7 +20,7 @@ from etr_megatron.evaluation import HeldOut, evaluate
 from etr_megatron.reward import Grade, GradeRequest
 from etr_megatron.rollout import NeedsSyncError, StreamingSampler
 from etr_megatron.rollout.dialogues import Dialogues
-from etr_megatron.rollout.engine import never
+from etr_megatron.rollout.engine import Sampling, never
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang import SglangEngine
 from etr_megatron.rollout.stops import StopStrings
@@ -28,7 +28,7 @@ from etr_megatron.types import Message, Problem
 from tests.fake_servers import patient_with
 from tests.policy_jobs import build, make_batch
 from tests.sglang_comeback_jobs import fails_soon
-from tests.sglang_jobs import TEMPERATURE, Problems, _gaps_by_version, behaving, engine_of
+from tests.sglang_jobs import TEMPERATURE, Problems, _gaps_by_version, behaving, engine_of, states_of
 from tests.sglang_stream_jobs import sync
 from tests.stop_jobs import letters
 
@@ -110,6 +110,22 @@ def lost_in_dialogues(
         finally:
             sampler.close()
             engine.close()
+
+
+def two_rounds(model: str, directory: str, **settings: Any) -> list[list[list[int]]]:
+    """Prompts that each server got: those of five responses, and of the further turns of three of them, in another order."""
+    policy = build(model, [])
+    engine = engine_of(policy, model, directory, probe_every=0, **settings)
+    try:
+        engine.update_weights(policy.export(), 1)
+        problems = [Problem(f"p{number}", "", "", [number, 7]) for number in range(5)]
+        sampling = Sampling(1, 5, 1.0, seed=1, step=1)
+        engine.generate(problems, sampling)
+        further = [replace(problems[number], id=f"p{number}/0/2", prompt_ids=[number, 7, 9]) for number in (4, 2, 1)]
+        engine.generate(further, replace(sampling, continued=("p4/0", "p2/0", "p1/0")))
+        return [state["prompts"] for state in states_of(engine).values()]
+    finally:
+        engine.close()
 
 
 def _sync(sampler: StreamingSampler, engine: SglangEngine, policy: Any, version: int, failed: dict[str, str]) -> None:

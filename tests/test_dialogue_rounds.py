@@ -129,6 +129,9 @@ def test_every_turn_of_every_sample_has_a_seed_of_its_own_and_the_room_that_is_l
     groups = groups_of(engine, SAMPLING)
     draw_further_turns(engine, groups, SAMPLING, dialogues_of(Environment(lambda request: says("4 4")), max_turns=3))
     later = engine.asked[2:]
+    samples = ["p0/0", "p0/1", "p1/0", "p1/1"]
+    assert SAMPLING.names_of(problems(2)) == samples
+    assert all(list(sampling.continued) == sampling.names_of([]) == samples for _, sampling, _ in later)
     assert [problem.id for problem, _, _ in later] == [
         *("p0/0/2", "p0/1/2", "p1/0/2", "p1/1/2"),
         *("p0/0/3", "p0/1/3", "p1/0/3", "p1/1/3"),

@@ -60,6 +60,23 @@ def redone(monkeypatch):
     return found
 
 
+def test_a_turn_names_the_server_that_drew_the_one_before_and_after_a_weight_sync_none(without_pump):
+    engine, environment = Talker(), Environment()
+    hand = hand_of(engine, environment=environment, prompts=3, max_response_tokens=256, **AHEAD)
+    hand.take(1, timer)
+    last, further = {}, 0
+    for draw, drawn in engine.submitted:
+        name = draw.problem.id, draw.index
+        assert draw.server == (last[name] if drawn else "")
+        last[name] = f"s{draw.key % 3}"
+        further += bool(drawn)
+    assert further > 4
+    held = len(engine.submitted)
+    sync(hand, engine)
+    again = engine.submitted[held:]
+    assert any(drawn for _, drawn in again) and not any(draw.server for draw, _ in again)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_in_every_order_of_events_responses_are_whole_and_nothing_is_asked_twice(seed, redone):
     rng = random.Random(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fake_servers import servers
 from tests.sglang_dialogue_jobs import tokens_of, words
 from tests.test_sglang_engine import OWN
 
@@ -62,3 +63,11 @@ def test_a_server_that_is_lost_costs_no_turn_and_no_reply(gangs, hf_models, tmp_
                 assert one["environment_status"] == "ok" or one["finish_reason"] == "length"
                 turns.add(sum(message["role"] == "assistant" for message in one["messages"]))
     assert turns == {1, 2, 3}
+
+
+def test_the_turns_of_an_evaluation_are_drawn_at_the_same_servers(gangs, hf_models, tmp_path):
+    with servers({}, {}) as urls:
+        job = dict(model=hf_models["qwen3"], directory=str(tmp_path), urls=urls)
+        (found,) = gangs(1).run("tests.sglang_dialogue_jobs:two_rounds", **job)
+    first, second = (sorted(prompts) for prompts in found)
+    assert first == [[0, 7], [2, 7], [2, 7, 9], [4, 7], [4, 7, 9]] and second == [[1, 7], [1, 7, 9], [3, 7]]

@@ -192,8 +192,8 @@ def test_a_server_that_says_nothing_of_itself_while_a_batch_is_computed_is_left_
 def test_requests_that_wait_in_the_queue_of_a_busy_server_are_not_late_while_it_completes_others():
     async def body():
         async with fleet_of({"seconds": 0.3, "busy": True}, {"seconds": 0.3, "busy": True}, timeout_s=6.0) as fleet:
-            one_prompt = [Request([3, 7], replace(PARAMETERS, seed=seed)) for seed in range(24)]  # go to one of them
-            return one_prompt, await generate(fleet, one_prompt, concurrency=24), fleet.failed
+            requests = [Request([at, 7], replace(PARAMETERS, seed=seed)) for at in (3, 4) for seed in range(24)]  # one at each
+            return requests, await generate(fleet, requests, concurrency=24), fleet.failed
 
     requests, found, failed = asyncio.run(body())
     assert [one.ids for one in found] == [tokens_of(request) for request in requests] and not failed

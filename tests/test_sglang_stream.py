@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,25 @@ async def answers(stream: RequestStream, count: int) -> dict:
             assert key not in found
             found[key] = reply
     return found
+
+
+def test_the_responses_to_one_prompt_are_spread_over_idle_servers_when_the_first_one_is_well_with_it(monkeypatch):
+    monkeypatch.setattr("etr_megatron.rollout.sglang.stream._HARMLESS_S", 0.1)
+    requests = {key: Request([3, 7], replace(PARAMETERS, max_new_tokens=90, seed=key)) for key in range(6)}
+
+    async def body():
+        async with fleet_of(*[{"tokens_per_s": 300, "pause_at": 30}] * 3) as fleet:
+            stream = RequestStream(fleet, concurrency=8, exclusive=True)
+            await stream.submit(requests)
+            await are_waiting(fleet.clients, 6)
+            for client in fleet.clients:
+                await goes_on(client)
+            found = await answers(stream, 6)
+            return found, [(await state_of(client))["prompts"] for client in fleet.clients]
+
+    found, prompts = asyncio.run(body())
+    assert prompts == [[[3, 7]] * 2] * 3
+    assert Counter(reply.server for reply in found.values()) == {"server 0": 2, "server 1": 2, "server 2": 2}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from etr_megatron.weights.transport import Shards
 class Sampling:
     """Sampling parameters. samples: responses per problem, of all or of each. max_tokens: token limit of a response, of all
     problems or of each. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. seed, step: of the run. routing: whether to
-    return the chosen experts."""
+    return the chosen experts. continued: names of the responses if they are further turns, see `names_of`."""
 
     samples: int | tuple[int, ...]
     max_tokens: int | tuple[int, ...]
@@ -30,6 +30,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     routing: bool = False
+    continued: tuple[str, ...] = ()
 
     def samples_of(self, problems: Sequence[Problem]) -> tuple[int, ...]:
         """Responses to each of these problems. Raises ValueError if `samples` is of another number of problems."""
@@ -39,6 +40,12 @@ class Sampling:
         """Token limit of a response to each of these problems. Raises ValueError if `max_tokens` is of another number of
         problems."""
         return _of_each(self.max_tokens, problems, "max_tokens has limits")
+
+    def names_of(self, problems: Sequence[Problem]) -> list[str]:
+        """Names of the responses to these problems, in order, which stay the same through all turns:
+        `<id of the problem in the first turn>/<index>`."""
+        counts = zip(problems, self.samples_of(problems), strict=True)
+        return list(self.continued) or [f"{problem.id}/{index}" for problem, count in counts for index in range(count)]
 
 
 def _of_each(value: int | tuple[int, ...], problems: Sequence[Problem], what: str) -> tuple[int, ...]:
@@ -145,7 +152,7 @@ class RolloutEngine(Protocol):
 class Draw:
     """A response to draw or to continue. key: chosen by the caller. sampling: of this problem alone. drawn: the response tokens
     so far, which count towards `Sampling.max_tokens`. turn_begin: how many of them precede the turn that is drawn or continued;
-    stop strings are looked for in its text alone."""
+    stop strings are looked for in its text alone. server: the last turn's `Drawn.server`, which has it cached; "" if none."""
 
     key: int
     problem: Problem
@@ -153,6 +160,7 @@ class Draw:
     sampling: Sampling
     drawn: Sequence[int] = ()
     turn_begin: int = 0
+    server: str = ""
 
     @property
     def room(self) -> int:
@@ -166,6 +174,7 @@ class Drawn:
 
     routing: of all tokens, from the first of the prompt, see `Sample`.
     given_up: why the engine has given this response up; empty if it has not.
+    server: name of the one that drew it, if there are servers.
     """
 
     key: int
@@ -175,6 +184,7 @@ class Drawn:
     weight_version: int
     given_up: str = ""
     routing: array[int] = field(default_factory=lambda: array("B"))
+    server: str = ""
 
 
 class StreamingEngine(RolloutEngine, Protocol):

@@ -130,6 +130,8 @@ class Hand:
     def resume(self) -> None:
         """See `Sampler.resume`. Samples with tokens too old for the next step are redrawn."""
         oldest = self._engine.weight_version - self._config.rollout.max_staleness
+        for held in self._groups:
+            held.servers.clear()  # the sync emptied their caches
         self._counts["groups_redone"] += sum(held.redo_older_than(oldest) for held in self._groups)
         self._submit(self._groups)
         self._start_pump()
@@ -233,7 +235,8 @@ class Hand:
             self._under_way[key] = held, sample
             sampling = sampling_of(self._config, held.step)
             drawn, begin = sample.response_ids[:], sample.turn_begin
-            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin))
+            server = held.servers.get(sample.index, "")
+            draws.append(Draw(key, held.group.problem, sample.index, sampling, drawn, begin, server))
         if draws:
             self._engine.submit(draws)
 
@@ -249,6 +252,7 @@ class Hand:
                 self._give_up(held, one.given_up)
                 continue
             extend(sample, one)
+            held.servers[sample.index] = one.server
             if self._dialogues is not None and sample.finish_reason != "abort":
                 self._dialogues.end_turn(sample)
                 if sample.finish_reason == "stop":

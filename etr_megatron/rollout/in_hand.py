@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,15 @@ class InHand:
     """A group in hand. step: the one it was requested for, which seeds the sampling.
 
     Samples with finish reason "abort" or "turn" are unfinished. is_left_out: excluded, as its rewards are all equal. is_redone:
-    some of its samples were emptied, as their tokens had become too old.
+    some of its samples were emptied, as their tokens had become too old. servers: index of a sample -> the server that drew its
+    last turn since the last weight sync, and has it cached.
     """
 
     group: Group
     step: int
     is_left_out: bool = False
     is_redone: bool = False
+    servers: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def new(cls, problem: Problem, *, step: int, samples: int, weight_version: int) -> InHand:

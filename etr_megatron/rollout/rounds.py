@@ -95,7 +95,8 @@ def _draw(engine: RolloutEngine, opened: Sequence[_Open], sampling: Sampling, tu
         for one in opened
     ]
     left = tuple(one.limit - len(one.sample.response_ids) for one in opened)
-    drawn = engine.generate(problems, replace(sampling, samples=1, max_tokens=left), must_stop)
+    names = tuple(f"{one.group.problem.id}/{one.sample.index}" for one in opened)
+    drawn = engine.generate(problems, replace(sampling, samples=1, max_tokens=left, continued=names), must_stop)
     for one, (new,) in zip(opened, drawn, strict=True):
         ids, logprobs = new.response_ids.tolist(), new.rollout_logprobs.tolist()
         extend(one.sample, Drawn(0, ids, logprobs, new.finish_reason, new.weight_version, routing=new.routing))

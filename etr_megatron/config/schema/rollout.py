@@ -97,7 +97,7 @@ class SglangConfig:
     """Further SGLang arguments, such as `--attention-backend,fa3`; unknown names are refused."""
     router: Literal["cache_aware", "power_of_two", "round_robin", "random"] | None = None
     """Policy of SGLang's router (`sglang-router`), which the job then starts in front of its servers. `cache_aware`: all
-    responses to a prompt come from one server, where it is cached. null: no router; the least busy server is asked."""
+    responses to a prompt come from one server, where it is cached. null: no router; the job chooses."""
     router_launch: tuple[str, ...] = ("-m", "sglang_router.launch_router")
     """Arguments of `sglang.python` that start the router."""
     host: str | None = None

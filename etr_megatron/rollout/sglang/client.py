@@ -49,7 +49,8 @@ class Generated:
 
     ids: response token ids. logprobs: of each, under the tempered distribution. version: of the weights at the last token, as
     the server reports it. given_up: why the request was given up, if it was; there are no tokens then. routing: if requested,
-    the experts of all tokens but the last, including the prompt's, in all layers; see `of_expert_layers`.
+    the experts of all tokens but the last, including the prompt's, in all layers; see `of_expert_layers`. server: name of the
+    one that was asked.
     """
 
     ids: list[int]
@@ -58,6 +59,7 @@ class Generated:
     version: str
     given_up: str = ""
     routing: array[int] = field(default_factory=lambda: array("B"))
+    server: str = ""
 
     def without_tokens(self) -> Generated:
         """The reply as if nothing had been generated, with its reason."""

@@ -1,18 +1,33 @@
-"""Decides which waiting request goes to which server next. A prompt that kills every server that it comes to then costs two of
-them, or three if it kills only after a while.
+"""Decides which waiting request goes to which server next.
 
-1. All requests of a prompt are at one server at a time. If they kill it, they kill no other.
+Requests go where their prompt is cached, as long as that server is not above its share:
+
+1. A server's share is the number of requests, under way or waiting, divided by the number of servers.
+2. A prompt's requests go to its homes, the servers that have requests of it, until these are an eighth above their share. What
+   has no place there goes to the least busy server, which becomes another home, if that is below its share.
+3. A further turn of a dialogue goes to the server that drew the one before, until that is half above its share: there is more
+   to compute anew.
+
+A prompt that kills every server that it comes to costs two of them, or as many as it was at and two more if it kills only after
+a while.
+
+1. A prompt has one home until it has proved harmless: a response to it is complete, or its home has had it for a while and
+   still generates. If it kills its home, it kills no other.
 2. All prompts under way at a server that died are suspect, as it is not known which of them killed it.
 3. A suspect prompt is tested before its requests go anywhere again: one prompt at a time, at a server that has nothing else and
    is not the one that died with it. The last server is spared if others can come back. If the server dies, it was the prompt;
-   if not, it was another prompt or a fault of the server itself.
+   if not, it was another prompt or a fault of the server itself. Until a response to it is complete, it has one home.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+_HOME_EXCESS, _DIALOGUE_EXCESS = 8, 2
+"""A server may be one eighth above its share for what has a prompt cached there, and half for what has a dialogue. A request
+more slows down every step of decoding there, a prefill stops decoding once; a prompt is short, a dialogue is not."""
 
 
 class Order(NamedTuple):
@@ -23,9 +38,12 @@ class Order(NamedTuple):
     is_test: bool
 
 
-class _Home(NamedTuple):
-    server: str
-    under_way: int
+class _Lane(NamedTuple):
+    """Requests of a prompt that wait for the same servers: for the one that has their dialogues cached or, if that is "", for
+    the prompt's homes."""
+
+    prompt: str
+    cached_at: str
 
 
 class Dispatch:
@@ -38,69 +56,65 @@ class Dispatch:
     def __init__(self, concurrency: int, deaths: Mapping[str, int]) -> None:
         self._concurrency = concurrency
         self._prompts: dict[int, str] = {}  # of all requests
+        self._counts: Counter[str] = Counter()  # by prompt: all its requests
+        self._cached_at: dict[int, str] = {}  # of requests that continue a dialogue: the server that has it cached
         self._waiting: deque[int] = deque()
-        self._aside: dict[str, deque[int]] = {}  # by prompt: requests that may not start now
-        self._full: dict[str, dict[str, None]] = {}  # by server: prompts set aside that are at home there
-        self._held: dict[str, None] = {}  # suspect prompts set aside
-        self._homes: dict[str, _Home] = {}
+        self._lanes: dict[_Lane, deque[int]] = {}
+        self._lanes_at: dict[str, dict[_Lane, None]] = {}  # by server: those that wait for it
+        self._held: dict[str, deque[int]] = {}  # by suspect prompt: its requests, which may not start
+        self._homes: dict[str, dict[str, int]] = {}  # by prompt and server: number of requests under way
         self._servers: dict[int, str] = {}  # of requests under way
         self._load: Counter[str] = Counter()
+        self._harmless: set[str] = set()
         self._suspects = dict.fromkeys(deaths, "")  # prompt -> the server that died with it
         self._testing: tuple[str, str] | None = None  # prompt and server
         self.deaths = dict(deaths)
         self.apart: str | None = None
         """The server reserved for tests."""
+        self.unproved: list[str] = []
+        """Prompts that could have used another home when `next` returned None, see `is_harmless`."""
 
     @property
     def waits(self) -> bool:
         """Whether any request waits."""
-        return bool(self._waiting or self._aside)
+        return bool(self._waiting or self._lanes or self._held)
 
-    def add(self, key: int, prompt: str, *, first: bool = False) -> None:
-        """Add a request. first: ahead of all others."""
+    def add(self, key: int, prompt: str, *, first: bool = False, cached_at: str = "") -> None:
+        """Add a request. first: ahead of all others. cached_at: the server that drew the dialogue that it continues."""
         self._prompts[key] = prompt
+        self._counts[prompt] += 1
+        if cached_at:
+            self._cached_at[key] = cached_at
         self._wait([key], first=first)
 
     def next(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
         """The next request to start at one of these servers, which then counts as started; None if there is none.
 
         spare_last: test nothing at the only server. routed: requests other than tests may be at another server than the one
-        they are counted for, so a server counts as idle only when nothing is under way anywhere.
+        they are counted for, so a server counts as idle only when nothing is under way anywhere, and prompts have one home.
         """
+        self.unproved = []
         if (test := self._next_test(serving, spare_last=spare_last, routed=routed)) is not None:
             return test
-        free = {name: None for name in serving if name != self.apart and self._load[name] < self._concurrency}
-        for name in free:
-            for prompt in self._full.get(name, ()):
-                return self._begin(self._from_aside(prompt), name)
-        while self._waiting and free:
-            key = self._waiting.popleft()
-            home = self._homes.get(self._prompts[key])
-            if self._prompts[key] in self._suspects or (home is not None and home.server not in free):
-                self._put_aside(key)
-            else:
-                return self._begin(key, min(free, key=self._load.__getitem__) if home is None else home.server)
-        return None
+        usable = {name: None for name in serving if name != self.apart}
+        free = [name for name in usable if self._load[name] < self._concurrency]
+        if not free:
+            return None
+        self._leave_lost(usable)
+        share = self._concurrency if routed else self._share(len(usable))
+        order = self._next_set_aside(free, share) or self._next_waiting(usable, free, share)
+        return self._next_elsewhere(free, share) if order is None and not routed else order
 
     def move(self, key: int, servers: Iterable[str]) -> str:
         """Count a request under way at the least busy of these servers from now on; returns that server."""
-        server = min(servers, key=self._load.__getitem__)
-        self._load[self._servers[key]] -= 1
-        self._load[server] += 1
-        self._servers[key] = server
+        left, server = self._servers[key], min(servers, key=self._load.__getitem__)
+        self._arrive(key, server)
+        self._leave(key, left)
         return server
 
     def ended(self, key: int) -> None:
         """The request is no longer under way; call `again` or `forget` next."""
-        self._load[self._servers.pop(key)] -= 1
-        prompt = self._prompts[key]
-        home = self._homes[prompt]
-        self._homes[prompt] = home._replace(under_way=home.under_way - 1)
-        if home.under_way == 1:
-            del self._homes[prompt]
-            self._full.get(home.server, {}).pop(prompt, None)
-            if prompt not in self._suspects:
-                self._wait(self._aside.pop(prompt, ()), first=True)
+        self._leave(key, self._servers.pop(key))
 
     def again(self, key: int) -> None:
         """Let the request wait again, ahead of all others."""
@@ -108,18 +122,25 @@ class Dispatch:
 
     def forget(self, key: int) -> None:
         """Drop a request that does not wait: it was answered, or nobody wants it any more."""
-        del self._prompts[key]
+        prompt = self._prompts.pop(key)
+        self._cached_at.pop(key, None)
+        self._counts[prompt] -= 1
+        if not self._counts[prompt]:
+            del self._counts[prompt]
+            self._harmless.discard(prompt)
 
     def withdraw(self, keys: Iterable[int]) -> None:
         """Drop those of these requests that wait."""
         gone = set(keys)
         self._waiting = deque(key for key in self._waiting if key not in gone)
-        for prompt, aside in list(self._aside.items()):
-            self._aside[prompt] = deque(key for key in aside if key not in gone)
-            if not self._aside[prompt]:
-                self._drop_aside(prompt)
+        for prompt in [prompt for prompt, held in self._held.items() if not gone.isdisjoint(held)]:
+            self._hold(prompt, [key for key in self._held.pop(prompt) if key not in gone])
+        for lane in [lane for lane, aside in self._lanes.items() if not gone.isdisjoint(aside)]:
+            left = [key for key in self._pop_lane(lane) if key not in gone]
+            self._wait(left, first=True)
         for key in gone - self._servers.keys():
-            self._prompts.pop(key, None)
+            if key in self._prompts:
+                self.forget(key)
 
     def suspect(self, prompt: str, server: str) -> None:
         """A server (its name, or "" if unknown) died with this prompt under way. Repeated calls, for each of the prompt's
@@ -127,16 +148,13 @@ class Dispatch:
         if prompt not in self._suspects:
             self.deaths[prompt] = self.deaths.get(prompt, 0) + 1
             self._suspects[prompt] = server
-            home = self._homes.get(prompt)
-            if prompt in self._aside:
-                self._held[prompt] = None
-                if home is not None:
-                    self._full.get(home.server, {}).pop(prompt, None)
+            for lane in [lane for lane in self._lanes if lane.prompt == prompt]:
+                self._hold(prompt, self._pop_lane(lane))
 
     def end_test(self, *, survived: bool | None) -> list[int]:
         """End the test under way. survived: whether the server lives; None if the test was cut off or did not reach it.
 
-        Returns the requests of a convicted prompt, which are dropped.
+        Returns the requests of a convicted prompt, which are dropped unless they are under way.
         """
         assert self._testing is not None
         (prompt, server), self._testing = self._testing, None
@@ -145,9 +163,7 @@ class Dispatch:
             return []
         self._suspects.pop(prompt, None)
         if survived:
-            keys = self._aside.get(prompt, ())
-            self._drop_aside(prompt)
-            self._wait(keys, first=True)
+            self._wait(self._held.pop(prompt, ()), first=True)
             return []
         self.deaths.pop(prompt, None)
         gone = [key for key, of in self._prompts.items() if of == prompt]
@@ -158,15 +174,21 @@ class Dispatch:
         """A response to the prompt is complete: forget its deaths, unless it is suspect now."""
         if prompt not in self._suspects:
             self.deaths.pop(prompt, None)
+            self.is_harmless(prompt)
+
+    def is_harmless(self, prompt: str) -> None:
+        """The prompt may have several homes, if no server has died with it since it was last answered. Forgotten with its last
+        request."""
+        if prompt in self._counts and prompt not in self.deaths:
+            self._harmless.add(prompt)
 
     def clear(self) -> None:
         """Drop all requests, none of which may be under way; suspicions stay."""
-        self._prompts.clear()
+        for some in (self._prompts, self._counts, self._cached_at, self._lanes, self._lanes_at, self._held):
+            some.clear()
         self._waiting.clear()
-        self._aside.clear()
-        self._held.clear()
-        self._full.clear()
-        self.apart = None
+        self._harmless.clear()
+        self.apart, self.unproved = None, []
 
     def _next_test(self, serving: Sequence[str], *, spare_last: bool, routed: bool) -> Order | None:
         if self._testing is not None:
@@ -179,50 +201,133 @@ class Dispatch:
             idle = [self.apart, *idle]
         for name in idle:
             for prompt in self._held:
-                # Its other requests at the dead server must have ended first, or their end would count as another death.
-                is_back = prompt not in self._homes
+                # Its other requests at the dead server must have ended first, or their end would count as another death. Those
+                # at other servers may go on: they began before it was suspect.
+                is_back = all(home in serving and not routed for home in self._homes.get(prompt, ()))
                 if is_back and (self._suspects[prompt] != name or len(serving) == 1):
                     self.apart = name
                     self._load[name] += 1
                     self._testing = prompt, name
-                    return Order(self._aside[prompt][0], name, True)
+                    return Order(self._held[prompt][0], name, True)
         self.apart = None
         return None
 
+    def _share(self, servers: int) -> int:
+        """Requests of each of so many servers, rounded up, without those that are held."""
+        return -(-(len(self._prompts) - sum(map(len, self._held.values()))) // servers)
+
+    def _has_place(self, server: str, lane: _Lane, share: int) -> bool:
+        """Whether one that has these requests' prompt or dialogues cached takes another of them."""
+        excess = max(1, share // _DIALOGUE_EXCESS) if lane.cached_at else share // _HOME_EXCESS
+        return self._load[server] < share + excess
+
+    def _may_have(self, server: str, prompt: str) -> bool:
+        homes = self._homes.get(prompt)
+        return not homes or server in homes or self._may_spread(prompt)
+
+    def _may_spread(self, prompt: str) -> bool:
+        return prompt in self._harmless and prompt not in self.deaths
+
+    def _next_set_aside(self, free: Sequence[str], share: int) -> Order | None:
+        """One that waited for a server that now has a place for it."""
+        for name in free:
+            for lane in self._lanes_at.get(name, ()):
+                if self._has_place(name, lane, share) and self._may_have(name, lane.prompt):
+                    return self._begin(self._from_lane(lane), name)
+        return None
+
+    def _next_waiting(self, usable: Collection[str], free: Sequence[str], share: int) -> Order | None:
+        """The first that waits and whose servers have a place for it; those before it are set aside."""
+        while self._waiting:
+            key = self._waiting.popleft()
+            prompt, cached_at = self._prompts[key], self._cached_at.get(key, "")
+            homes = self._homes.get(prompt)
+            if prompt in self._suspects:
+                self._hold(prompt, [key])
+                continue
+            lane = _Lane(prompt, cached_at if cached_at in usable and self._may_have(cached_at, prompt) else "")
+            if lane.cached_at or homes:
+                wanted = (lane.cached_at,) if lane.cached_at else homes or ()
+                places = [name for name in free if name in wanted and self._has_place(name, lane, share)]
+            else:
+                places = list(free)
+            if places:
+                return self._begin(key, min(places, key=self._load.__getitem__))
+            self._set_aside(key, lane)
+        return None
+
+    def _next_elsewhere(self, free: Sequence[str], share: int) -> Order | None:
+        """One that has no place at its servers, for another one that is below its share."""
+        server = min(free, key=self._load.__getitem__)
+        if self._load[server] >= share:
+            return None
+        for lane in self._lanes:
+            if self._may_have(server, lane.prompt):
+                return self._begin(self._from_lane(lane), server)
+        self.unproved = [prompt for prompt in dict.fromkeys(lane.prompt for lane in self._lanes) if prompt not in self.deaths]
+        return None
+
     def _begin(self, key: int, server: str) -> Order:
+        self._arrive(key, server)
+        return Order(key, server, False)
+
+    def _arrive(self, key: int, server: str) -> None:
         prompt = self._prompts[key]
-        home = self._homes.get(prompt, _Home(server, 0))
-        self._homes[prompt] = home._replace(under_way=home.under_way + 1)
+        homes = self._homes.setdefault(prompt, {})
+        homes[server] = homes.get(server, 0) + 1
+        if (lane := _Lane(prompt, "")) in self._lanes:
+            self._lanes_at.setdefault(server, {})[lane] = None
         self._load[server] += 1
         self._servers[key] = server
-        return Order(key, server, False)
+
+    def _leave(self, key: int, server: str) -> None:
+        """The request is not at this server any more."""
+        self._load[server] -= 1
+        prompt = self._prompts[key]
+        homes, lane = self._homes[prompt], _Lane(prompt, "")
+        homes[server] -= 1
+        if not homes[server]:
+            del homes[server]
+            self._lanes_at.get(server, {}).pop(lane, None)
+        if not homes:
+            del self._homes[prompt]
+            self._wait(self._pop_lane(lane), first=True)
+
+    def _leave_lost(self, usable: Collection[str]) -> None:
+        """Dialogues do not wait for servers that are not used any more."""
+        for name in [name for name in self._lanes_at if name not in usable]:
+            for lane in [lane for lane in self._lanes_at[name] if lane.cached_at]:
+                self._wait(self._pop_lane(lane), first=True)
 
     def _wait(self, keys: Iterable[int], *, first: bool) -> None:
         keys = list(keys)
         if keys and self._prompts[keys[0]] in self._suspects:
-            for key in keys:
-                self._put_aside(key)
+            self._hold(self._prompts[keys[0]], keys)
         elif first:
             self._waiting.extendleft(reversed(keys))
         else:
             self._waiting.extend(keys)
 
-    def _put_aside(self, key: int) -> None:
-        prompt = self._prompts[key]
-        self._aside.setdefault(prompt, deque()).append(key)
-        if prompt in self._suspects:
-            self._held[prompt] = None
-        else:
-            self._full.setdefault(self._homes[prompt].server, {})[prompt] = None
+    def _hold(self, prompt: str, keys: Collection[int]) -> None:
+        if keys:
+            self._held.setdefault(prompt, deque()).extend(keys)
 
-    def _from_aside(self, prompt: str) -> int:
-        key = self._aside[prompt].popleft()
-        if not self._aside[prompt]:
-            self._drop_aside(prompt)
+    def _servers_of(self, lane: _Lane) -> Iterable[str]:
+        return (lane.cached_at,) if lane.cached_at else self._homes.get(lane.prompt, ())
+
+    def _set_aside(self, key: int, lane: _Lane) -> None:
+        self._lanes.setdefault(lane, deque()).append(key)
+        for name in self._servers_of(lane):
+            self._lanes_at.setdefault(name, {})[lane] = None
+
+    def _from_lane(self, lane: _Lane) -> int:
+        key = self._lanes[lane].popleft()
+        if not self._lanes[lane]:
+            self._pop_lane(lane)
         return key
 
-    def _drop_aside(self, prompt: str) -> None:
-        self._aside.pop(prompt, None)
-        self._held.pop(prompt, None)
-        if prompt in self._homes:
-            self._full.get(self._homes[prompt].server, {}).pop(prompt, None)
+    def _pop_lane(self, lane: _Lane) -> deque[int]:
+        """All its requests, which are not set aside any more."""
+        for name in self._servers_of(lane):
+            self._lanes_at.get(name, {}).pop(lane, None)
+        return self._lanes.pop(lane, deque())

@@ -26,11 +26,13 @@ _WELL_S = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """One response to generate. problem: id of its problem; requests without one share a problem if their prompts are equal."""
+    """One response to generate. problem: id of its problem; requests without one share a problem if their prompts are equal.
+    cached_at: name of the server that drew the dialogue which it continues, if it does."""
 
     prompt_ids: Sequence[int]
     parameters: GenerateParameters
     problem: str = ""
+    cached_at: str = ""
 
     @property
     def problem_id(self) -> str:

@@ -31,6 +31,10 @@ _HELD_S = 60.0
 _TEST_TOKENS = 16
 """Tokens of a test; a prompt that passed one and was at another server's death since is tested to its end."""
 
+_HARMLESS_S = 1.0
+"""Time that a server has a prompt, and generates, before another one gets it, too. What kills a server mostly does so while the
+prompt is computed or right after."""
+
 _Error = EngineGoneError | NeedsSyncError | RefusedError
 _Reply = tuple[int, Generated] | _Error
 
@@ -58,6 +62,7 @@ class RequestStream:
         self._failures: defaultdict[int, Failures] = defaultdict(Failures)
         self._dispatch = Dispatch(concurrency, self._suspicions.deaths)
         self._running: dict[str, _Running] = {}  # by request id, which is new for every attempt
+        self._proving: dict[str, asyncio.Task[None]] = {}  # by problem id
         self._is_stopping = False
         self._failed_before: set[str] | None = None
         """Servers that the last weight sync did not bring back; None until there are requests after it."""
@@ -119,6 +124,9 @@ class RequestStream:
             if tasks:
                 await asyncio.wait(tasks, timeout=0.5 if abort else None)
         self._is_stopping = False
+        for proving in self._proving.values():
+            proving.cancel()
+        self._proving.clear()
         self._next = None
         self._failures.clear()
         self._requests.clear()
@@ -153,7 +161,7 @@ class RequestStream:
             if (why := self._suspicions.given_up.get(request.problem_id)) is not None:
                 self._answer(key, _given_up(why))
             else:
-                self._dispatch.add(key, request.problem_id, first=first)
+                self._dispatch.add(key, request.problem_id, first=first, cached_at=request.cached_at)
         self._begin()
 
     def _known_failed(self) -> set[str]:
@@ -187,8 +195,25 @@ class RequestStream:
             rid, client = f"{self._name}-{next(self._attempts)}.", clients[order.server]
             work = self._test(client, order.key, rid) if order.is_test else self._one(client, order.key, rid)
             self._running[rid] = _Running(order.key, client, loop.create_task(work))
+        for problem in self._dispatch.unproved:
+            if problem not in self._proving:
+                self._proving[problem] = loop.create_task(self._prove(problem))
         if self._dispatch.waits and not self._running and not self._is_stopping:
             self._fail()
+
+    async def _prove(self, problem: str) -> None:
+        """Let the problem's requests go to several servers if the one that has them is well after a while."""
+        try:
+            await asyncio.sleep(_HARMLESS_S)
+            at = [one.client for one in self._running.values() if self._problem_of(one.key) == problem]
+            if at and await at[0].is_healthy(_ABORT_TIMEOUT_S) and at[0].name not in self._fleet.failed:
+                self._dispatch.is_harmless(problem)
+        finally:
+            self._proving.pop(problem, None)
+        self._begin()
+
+    def _problem_of(self, key: int) -> str | None:
+        return self._requests[key].problem_id if key in self._requests else None
 
     def _fail(self) -> None:
         """Tell everyone who waits why nothing can start."""
@@ -237,7 +262,7 @@ class RequestStream:
         if outcome is not None:
             if isinstance(outcome, Generated) and outcome.finish_reason != "abort":
                 self._dispatch.clear_of_suspicion(request.problem_id)
-            self._answer(key, outcome)
+            self._answer(key, replace(outcome, server=at.name) if isinstance(outcome, Generated) else outcome)
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
 
@@ -263,6 +288,9 @@ class RequestStream:
             self._suspicions.give_up(problem, why)
             for each in keys:
                 self._answer(each, _given_up(why))
+            for running in self._running.values():
+                if running.key in keys:
+                    running.task.cancel()
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
 
