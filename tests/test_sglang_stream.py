@@ -273,6 +273,42 @@ def test_connections_that_nobody_has_used_for_long_are_closed(monkeypatch):
     asyncio.run(body())
 
 
+def test_a_request_that_is_cancelled_while_it_closes_idle_connections_leaves_its_own_to_the_next(monkeypatch):
+    opened, both, closing = [], asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
+            while await reader.readuntil(b"\r\n\r\n"):
+                if len(opened) == 2:
+                    both.set()
+                await both.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def close_slowly(_connection: httpx.AsyncHTTPTransport) -> None:
+        closing.set()
+        await asyncio.sleep(3600)
+
+    async def body():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        monkeypatch.setattr(connections, "_IDLE_S", 3600.0)
+        async with server, httpx.AsyncClient(transport=Connections()) as http:
+            await asyncio.gather(http.get(url), http.get(url))
+            with monkeypatch.context() as late:
+                late.setattr(connections, "_IDLE_S", -1.0)  # all have been idle for too long
+                late.setattr(httpx.AsyncHTTPTransport, "aclose", close_slowly)
+                asking = asyncio.create_task(http.get(url))
+                await closing.wait()
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+            await http.get(url)
+            return len(opened)
+
+    assert asyncio.run(body()) == 2
+
+
 def test_what_goes_first_is_asked_before_all_that_waits_in_its_own_order():
     async def body():
         async with fleet_of({"tokens_per_s": 400, "pause_at": 2}) as fleet:
