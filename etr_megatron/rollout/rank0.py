@@ -17,6 +17,7 @@ from etr_megatron import platform
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store, own_connection
+from etr_megatron.platform.together import for_others
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ def of_rank0(own: T | None) -> T:
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
     """Run `body` on rank 0; return its result, or raise its exception, on every rank. A collective.
 
+    Ranks that cannot have the exception as it is get a RuntimeError or what else `for_others` makes of it.
     long: `body` may take longer than the group's timeout for collectives, as generation does. The others wait as long as rank 0
     sends heartbeats, and raise TimeoutError when these stop. `body` then needs its own timeouts.
     share: maps the result to what the other ranks get, without the parts that only rank 0 needs.
@@ -86,7 +88,7 @@ def _broadcast(
                 own = True, body()
                 others = True, share(own[1])
             except Exception as error:  # to be raised on every rank, this one included
-                own = others = False, error
+                own, others = (False, error), (False, for_others(error, as_it_is=True))
     elif signs is not None:
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # with a single rank, pickling all of a step's tokens would be wasted
