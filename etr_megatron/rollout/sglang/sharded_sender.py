@@ -108,7 +108,7 @@ class ShardedSender:
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`. Raises OtherModelError if all servers refuse the weights as those of another model."""
         while not self._try(weights, version):
-            pass
+            pass  # with one server less every time: when none is left, EngineGoneError names them all
 
     def _try(self, weights: WeightSource, version: int) -> bool:
         """Try a sync; returns whether the serving servers have the version, False after one was lost and marked."""
