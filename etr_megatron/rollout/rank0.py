@@ -34,6 +34,7 @@ _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
 """Waiting ranks, of which there may be hundreds, poll the store at intervals that grow by this factor up to this maximum."""
 
 _numbers = itertools.count()
+_connection: tuple[Any, dist.Store] | None = None
 
 
 def whole(found: Any) -> Any:
@@ -71,10 +72,17 @@ def on_rank0_until_stopped(
 
 
 def _signs() -> dist.Store | None:
-    """The store in which ranks signal each other during one call; None with a single rank. A collective."""
+    """The store in which ranks signal each other during one call; None with a single rank. A collective.
+
+    All calls share one connection: a weight sync makes several, on hundreds of ranks.
+    """
+    global _connection
+    world = dist.group.WORLD
     if dist.get_world_size() == 1:
         return None
-    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", own_connection(job_store()))
+    if _connection is None or _connection[0] is not world:
+        _connection = world, own_connection(job_store())
+    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", _connection[1])
 
 
 def _broadcast(
