@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MOST_COMEBACKS = 32
+"""How often servers are brought back to draw the same responses. A prompt that kills servers costs three of them at most."""
+
 ROLL_CALL_S = 60.0
 """Seconds for all ranks to meet while none of them is busy."""
 
@@ -188,11 +191,21 @@ class Trainer:
         return {} if self.engine is None else self.engine.metrics()
 
     def _with_servers(self, draw: Callable[[], T]) -> T:
-        """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again."""
+        """Call `draw`; if servers have to be restarted for it, sync the same weights and call it again.
+
+        Raises EngineGoneError when it does not succeed although servers were brought back `MOST_COMEBACKS` times.
+        """
+        comebacks = 0
         while True:
             try:
                 return draw()
             except NeedsSyncError as error:
+                if comebacks == MOST_COMEBACKS:
+                    raise EngineGoneError(
+                        f"{error}; servers were brought back {MOST_COMEBACKS} times for the same responses and died again each "
+                        "time: see their logs in servers/ of the run's directory, and the problems in suspicions.json there"
+                    ) from error
+                comebacks += 1
                 if self._recorder is not None:
                     logger.warning("%s", error)
                 self._sync()

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from etr_megatron.config import Config, SglangConfig
 from etr_megatron.config.schema import RolloutConfig, RunConfig
 from etr_megatron.data import PromptCursor
 from etr_megatron.reward import Grade, GradeRequest
-from etr_megatron.rollout import Sampling, StreamingSampler
+from etr_megatron.rollout import Sampling, StreamingSampler, rank0
 from etr_megatron.rollout.rank0 import on_rank0
 from etr_megatron.rollout.sglang import Serving, SglangEngine
 from etr_megatron.rollout.sglang.senders import WholeSender
@@ -227,12 +228,30 @@ def hanging(engine: SglangEngine, name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def waits_for_servers() -> Iterator[list[tuple[str, bool]]]:
+    """Rank 0's work at the servers in this context: its place in the code, and whether it may take longer than a collective."""
+    found, broadcast = [], rank0._broadcast
+
+    def recorded(body: Callable[[], Any], signs: dist.Store | None, *rest: Any) -> Any:
+        if body.__module__ in (SglangEngine.__module__, WholeSender.__module__, ShardedSender.__module__):
+            found.append((body.__qualname__, signs is not None))
+        return broadcast(body, signs, *rest)
+
+    with mock.patch.object(rank0, "_broadcast", recorded):
+        yield found
+
+
 def fake_sync(
     model: str, directory: str, overrides: list[str], versions: Sequence[int] = (1,), hangs: str = "", **settings: Any
 ) -> dict:
-    """States of fake servers after syncs of these versions, the expected sums, the servers that failed, and the metrics. hangs:
-    the server that hangs at its second bucket, if one does."""
-    policy = build(model, overrides)
+    """States of fake servers after syncs of these versions, the expected sums, the servers that failed, and the metrics; what
+    `waits_for_servers` says. hangs: the server that hangs at its second bucket, if one does."""
+    with waits_for_servers() as waits:
+        return _fake_sync(build(model, overrides), model, directory, versions, hangs, **settings) | {"waits": waits}
+
+
+def _fake_sync(policy: Any, model: str, directory: str, versions: Sequence[int], hangs: str, **settings: Any) -> dict:
     engine = engine_of(policy, model, directory, probe_every=0, **settings)
     try:
         with hanging(engine, hangs):

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from array import array
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from etr_megatron.rollout import rank0
+from etr_megatron.errors import UserError
+from etr_megatron.rollout import NeedsSyncError, rank0
 from etr_megatron.types import Sample
 from tests.ports import reserved_port
 from tests.runs import REPO
@@ -138,6 +140,42 @@ def test_what_rank_0_does_not_share_it_keeps_for_itself(gangs):
     with pytest.raises(AssertionError) as caught:
         gangs(2).run(f"{__name__}:shared_in_part", fails=True)
     assert str(caught.value).count("ValueError: not to be shared") >= 2
+
+
+class OfTwoError(UserError):
+    def __init__(self, who: str, what: str) -> None:
+        super().__init__(f"{who} has no {what}")
+
+
+def error_of_rank_0(error: str) -> tuple[str, str]:
+    """What this rank gets of it, after which all can go on."""
+
+    def body() -> None:
+        if error == "of two":
+            raise OfTwoError("server 3", "weights")
+        found = NeedsSyncError("the last server")
+        if error == "unpicklable":
+            found.lock = threading.Lock()
+        raise found
+
+    try:
+        rank0.on_rank0(body)
+    except Exception as caught:
+        assert rank0.on_rank0(lambda: "again") == "again"
+        return type(caught).__name__, str(caught)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "others"),
+    [
+        ("as it is", ("NeedsSyncError", "the last server"), ("NeedsSyncError", "the last server")),
+        ("of two", ("OfTwoError", "server 3 has no weights"), ("UserError", "server 3 has no weights")),
+        ("unpicklable", ("NeedsSyncError", "the last server"), ("RuntimeError", "rank 0 failed: the last server")),
+    ],
+)
+def test_rank_0_raises_its_own_error_and_the_others_what_can_be_pickled_of_it(gangs, error, own, others):
+    assert gangs(2).run(f"{__name__}:error_of_rank_0", error=error) == [own, others]
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 1000, 7])

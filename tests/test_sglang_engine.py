@@ -39,6 +39,10 @@ def test_every_transport_brings_all_weights_to_every_server(gangs, hf_models, tm
         check_sums(state, found["sums"])
         assert (state["sums"].keys() == found["sums"].keys()) == (sync != "sharded")
         assert state["version"] == "2" and not state["paused"]
+    # It has deadlines of its own, whose errors name the server: no rank gives up before them.
+    places = {place.split(".<locals>")[0] for place, _ in found["waits"]}
+    assert {"SglangEngine.__init__", "SglangEngine._transaction", "SglangEngine.release"} < places
+    assert any("Sender." in place for place in places) and all(is_long for _, is_long in found["waits"])
     if sync == "disk":
         assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["version_000001", "version_000002"]
 

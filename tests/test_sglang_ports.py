@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang import hosts, server
 from etr_megatron.rollout.sglang.hosts import Started
 from etr_megatron.rollout.sglang.server import ServerCommand, ServerProcess, free_port
@@ -151,3 +152,12 @@ def test_a_port_at_which_another_process_listens_is_not_given(monkeypatch):
         taken = [one.getsockname()[1], other.getsockname()[1]]
         monkeypatch.setattr(server, "_ports_to_be_named", lambda: [*taken, 0])  # 0: any
         assert {free_port("127.0.0.1") for _ in range(20)}.isdisjoint(taken)
+
+
+def test_where_no_port_can_be_had_is_one_sentence(monkeypatch):
+    with pytest.raises(UserError, match=r"no port at 192\.0\.2\.1 .*: Cannot assign requested address; .* own machine"):
+        free_port("192.0.2.1")  # set aside for documentation: no machine's
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setattr(server, "_ports_to_be_named", lambda: [other.getsockname()[1]])
+        with pytest.raises(UserError, match=r"no port at 127\.0\.0\.1 .*: every port that was tried is in use"):
+            free_port("127.0.0.1")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from etr_megatron.config import SglangConfig
@@ -208,6 +210,30 @@ def test_what_a_router_refuses_and_a_server_takes_is_no_wrong_request():
     assert "server 1: /generate answered 400" in why and not failed
     with pytest.raises(RefusedError, match="server 0: /generate answered 400"):
         asyncio.run(body(refuse_all=True))
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ({"servers": []}, r"unexpected reply \(KeyError\('workers'\)\): \{'servers': \[\]\}"),
+        ({"workers": [{"url": "http://one", "id": "1", "healthy": True}]}, r"KeyError\('is_healthy'\)"),
+        ({"workers": ["http://one"]}, "TypeError"),
+        (["http://one"], r'answered 200: \["http://one"\]'),
+    ],
+)
+def test_a_router_of_a_version_with_other_replies_is_given_up(caplog, reply, why):
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={} if request.method == "POST" else reply)
+
+    async def body():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+            router = Router(SETTINGS, http, api_key=None, logs=Path())
+            router.client.url, router.is_up = "http://router", True
+            return await router.leads_to(["http://one"]), await router.leads_to(["http://one"])
+
+    assert asyncio.run(body()) == (False, False)
+    (warning,) = caplog.messages
+    assert re.search(rf"directly: SGLang router: GET /workers .*{why}", warning)
 
 
 @requires_router

@@ -15,8 +15,9 @@ from etr_megatron.rollout import EngineGoneError, RefusedError
 from etr_megatron.rollout.sglang import connections
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.connections import Connections
-from etr_megatron.rollout.sglang.fleet import Request
+from etr_megatron.rollout.sglang.fleet import Fleet, Request
 from etr_megatron.rollout.sglang.stream import RequestStream
+from etr_megatron.rollout.sglang.suspicions import Suspicions
 from tests.fake_servers import patient_with
 from tests.test_sglang_fleet import CONTEXT, PARAMETERS, REQUESTS, fleet_of, has_asked, state_of, tokens_of
 
@@ -111,6 +112,34 @@ def test_a_request_that_is_called_wrong_is_an_error_once_and_the_others_are_answ
     assert len(refusals) == 1 and "/generate answered 400: " in refusals[0] and not failed and rest == []
     assert {key: reply.ids for key, reply in found.items()} == {key: tokens_of(requests[key]) for key in found}
     assert set(found) == set(range(len(requests))) - {5}
+
+
+def faulty_fleet(is_test: bool) -> Fleet:
+    """Of servers that are not reached: asking them, or testing one with a suspect prompt, fails by a fault of the program."""
+
+    async def fail(*_arguments: object, **_settings: object) -> None:
+        raise ZeroDivisionError("a fault in the program")
+
+    fleet = Fleet([ServerClient(name, "", None) for name in ("server 0", "server 1")], timeout_s=1.0, hang_timeout_s=1.0)
+    setattr(fleet, "survives" if is_test else "ask", fail)
+    return fleet
+
+
+@pytest.mark.parametrize("is_test", [False, True])
+def test_a_fault_of_the_program_ends_the_wait_instead_of_being_repeated(is_test):
+    suspicions = Suspicions(None, {request.problem_id: 1 for request in REQUESTS[:2]} if is_test else {})
+
+    async def body():
+        stream = RequestStream(faulty_fleet(is_test), concurrency=4, exclusive=True, suspicions=suspicions)
+        await stream.submit({5: REQUESTS[0]})
+        with pytest.raises(ZeroDivisionError) as caught:
+            await asyncio.to_thread(stream.wait, 60.0)
+        async with asyncio.timeout(60):
+            with pytest.raises(ZeroDivisionError):
+                await stream.answer([REQUESTS[1]])
+            return caught.traceback[-1].name, await stream.stop(abort=True), stream._fleet.failed
+
+    assert asyncio.run(body()) == ("fail", [], {})
 
 
 def test_without_servers_waiting_is_an_error_and_stopping_is_not():
@@ -291,6 +320,42 @@ def test_connections_that_nobody_has_used_for_long_are_closed(monkeypatch):
                     await asyncio.sleep(0.01)
 
     asyncio.run(body())
+
+
+def test_a_request_that_is_cancelled_while_it_closes_idle_connections_leaves_its_own_to_the_next(monkeypatch):
+    opened, both, closing = [], asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError), contextlib.closing(writer):
+            while await reader.readuntil(b"\r\n\r\n"):
+                if len(opened) == 2:
+                    both.set()
+                await both.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def close_slowly(_connection: httpx.AsyncHTTPTransport) -> None:
+        closing.set()
+        await asyncio.sleep(3600)
+
+    async def body():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        monkeypatch.setattr(connections, "_IDLE_S", 3600.0)
+        async with server, httpx.AsyncClient(transport=Connections()) as http:
+            await asyncio.gather(http.get(url), http.get(url))
+            with monkeypatch.context() as late:
+                late.setattr(connections, "_IDLE_S", -1.0)  # all have been idle for too long
+                late.setattr(httpx.AsyncHTTPTransport, "aclose", close_slowly)
+                asking = asyncio.create_task(http.get(url))
+                await closing.wait()
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+            await http.get(url)
+            return len(opened)
+
+    assert asyncio.run(body()) == 2
 
 
 def test_what_goes_first_is_asked_before_all_that_waits_in_its_own_order():

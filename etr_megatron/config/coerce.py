@@ -13,8 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-_FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_INT = re.compile(r"[+-]?\d[\d_]*")
+_DIGITS = r"\d(_?\d)*"
+"""As `int` and `float` take them: an underscore stands between two digits."""
+_FLOAT = re.compile(rf"[+-]?({_DIGITS}\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INT = re.compile(rf"[+-]?{_DIGITS}")
 _LONGEST_INT = 1000
 """Python does not parse integers of more than 4300 digits."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -28,15 +29,21 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
     except Exception as failed:
         error = failed
     failures: list[Exception | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(failures, None if error is None else _for_others(error), group=group)
+    dist.all_gather_object(failures, None if error is None else for_others(error), group=group)
     error = error or next((failure for failure in failures if failure is not None), None)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
 
 
-def _for_others(error: Exception) -> Exception:
-    """The error in a form that can be pickled to ranks that lack its class."""
+def for_others(error: Exception, *, as_it_is: bool = False) -> Exception:
+    """The error in a form that can be pickled to ranks that lack its class.
+
+    as_it_is: unchanged if these have its class, which is Python's or of this package, and it survives pickling: for callers
+    that tell errors apart by their class.
+    """
+    if as_it_is and _travels(error):
+        return error
     if isinstance(error, UserError):  # before the next: it may have been raised from a full disk's
         return UserError(str(error))
     full = disk_full_behind(error)
@@ -45,3 +52,14 @@ def _for_others(error: Exception) -> Exception:
     if isinstance(error, StopAskedError):
         return StopAskedError(str(error))
     return RuntimeError(f"rank {dist.get_rank()} failed: {error}")
+
+
+def _travels(error: Exception) -> bool:
+    """Whether the error is the same when it was pickled: one whose class takes other arguments than a text is not."""
+    if type(error).__module__.partition(".")[0] not in ("builtins", "etr_megatron"):
+        return False
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the class does, or what the error carries
+        return False
+    return type(copy) is type(error) and str(copy) == str(error)

@@ -17,6 +17,7 @@ from etr_megatron import platform
 from etr_megatron.platform.background import beside
 from etr_megatron.platform.heartbeat import Heartbeat
 from etr_megatron.platform.job_store import job_store, own_connection
+from etr_megatron.platform.together import for_others
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ _LONGEST_PAUSE_S, _GROWTH = 0.1, 1.2
 """Waiting ranks, of which there may be hundreds, poll the store at intervals that grow by this factor up to this maximum."""
 
 _numbers = itertools.count()
+_connection: tuple[Any, dist.Store] | None = None
 
 
 def whole(found: Any) -> Any:
@@ -49,6 +51,7 @@ def of_rank0(own: T | None) -> T:
 def on_rank0(body: Callable[[], T], *, long: bool = False, share: Callable[[T], Any] = whole) -> T:
     """Run `body` on rank 0; return its result, or raise its exception, on every rank. A collective.
 
+    Ranks that cannot have the exception as it is get a RuntimeError or what else `for_others` makes of it.
     long: `body` may take longer than the group's timeout for collectives, as generation does. The others wait as long as rank 0
     sends heartbeats, and raise TimeoutError when these stop. `body` then needs its own timeouts.
     share: maps the result to what the other ranks get, without the parts that only rank 0 needs.
@@ -69,10 +72,17 @@ def on_rank0_until_stopped(
 
 
 def _signs() -> dist.Store | None:
-    """The store in which ranks signal each other during one call; None with a single rank. A collective."""
+    """The store in which ranks signal each other during one call; None with a single rank. A collective.
+
+    All calls share one connection: a weight sync makes several, on hundreds of ranks.
+    """
+    global _connection
+    world = dist.group.WORLD
     if dist.get_world_size() == 1:
         return None
-    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", own_connection(job_store()))
+    if _connection is None or _connection[0] is not world:
+        _connection = world, own_connection(job_store())
+    return dist.PrefixStore(f"on_rank0/{next(_numbers)}", _connection[1])
 
 
 def _broadcast(
@@ -86,7 +96,7 @@ def _broadcast(
                 own = True, body()
                 others = True, share(own[1])
             except Exception as error:  # to be raised on every rank, this one included
-                own = others = False, error
+                own, others = (False, error), (False, for_others(error, as_it_is=True))
     elif signs is not None:
         _wait_for(signs, must_stop)
     if dist.get_world_size() > 1:  # with a single rank, pickling all of a step's tokens would be wasted

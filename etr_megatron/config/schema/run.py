@@ -22,7 +22,7 @@ class RunConfig:
     """`auto` uses CUDA if there is a device."""
     phase_timeout_s: float = 1800.0
     """Deadline, in seconds, of every collective (for model-parallel groups in whole minutes, at least one) and of every rank's
-    arrival at a phase, whose error names missing ranks. While rank 0 has SGLang servers generate, or answers graded, the other
+    arrival at a phase, whose error names missing ranks. While rank 0 waits for SGLang servers, or has answers graded, the other
     ranks wait as long as it gives signs of life."""
     stop_grace_s: float = 25.0
     """Seconds from SIGTERM in which the run must stop, save and end with the state `requeue`; a rank that takes longer ends

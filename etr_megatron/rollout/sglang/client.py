@@ -142,13 +142,13 @@ class ServerClient:
         try:
             async with asyncio.timeout(timeout_s):  # httpx restarts its timeout with every chunk that arrives
                 return await self._http.request(method, self.url + route, json=body, timeout=timeout_s)
-        except (TimeoutError, httpx.HTTPError) as error:
+        except (OSError, httpx.HTTPError) as error:
             if timeout_s is not None and isinstance(error, TimeoutError | httpx.TimeoutException):
                 raise ServerError(f"{self.name}: {route} did not answer within {timeout_s:g} s") from error
             raise ServerError(
                 f"{self.name}: {route} failed: {str(error) or type(error).__name__}",
                 reached=not isinstance(error, httpx.ConnectError),
-                broken=isinstance(error, httpx.TransportError),
+                broken=isinstance(error, OSError | httpx.TransportError),
             ) from error
 
     async def call(self, route: str, body: dict[str, Any] | None = None, *, timeout_s: float | None) -> dict[str, Any]:

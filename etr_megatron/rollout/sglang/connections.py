@@ -53,12 +53,12 @@ class Connections(httpx.AsyncBaseTransport):
         """See `httpx.AsyncBaseTransport`."""
         idle = self._idle[(request.url.scheme, request.url.host, request.url.port)]
         connection = idle.pop()[1] if idle else httpx.AsyncHTTPTransport(verify=self._context, limits=self._limits)
-        await _close(idle, before=time.monotonic() - _IDLE_S)
 
         def give_back() -> None:
             idle.append((time.monotonic(), connection))
 
         try:
+            await _close(idle, before=time.monotonic() - _IDLE_S)
             response = await connection.handle_async_request(request)
         except BaseException:
             give_back()  # it reconnects by itself if it is broken

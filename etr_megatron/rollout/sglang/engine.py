@@ -27,7 +27,7 @@ from etr_megatron.rollout.engine import (
     never,
     sample_seed,
 )
-from etr_megatron.rollout.rank0 import of_rank0, on_rank0, on_rank0_until_stopped
+from etr_megatron.rollout.rank0 import of_rank0, on_rank0_until_stopped
 from etr_megatron.rollout.sglang.client import Generated, GenerateParameters, of_expert_layers
 from etr_megatron.rollout.sglang.control import PROBE_PROMPT, Control
 from etr_megatron.rollout.sglang.fits import Expected
@@ -35,7 +35,7 @@ from etr_megatron.rollout.sglang.fleet import Request
 from etr_megatron.rollout.sglang.job_servers import JobServers
 from etr_megatron.rollout.sglang.machines import ServerSetting
 from etr_megatron.rollout.sglang.node_buckets import NodeBuckets, require_room
-from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender
+from etr_megatron.rollout.sglang.senders import DiskSender, Sender, SendSettings, WholeSender, at_servers
 from etr_megatron.rollout.sglang.server_nodes import ServerNodes
 from etr_megatron.rollout.sglang.sharded_sender import ShardedSender
 from etr_megatron.rollout.stops import NO_STOP_STRINGS, StopStrings
@@ -118,9 +118,9 @@ class SglangEngine:
         )
         self._sender = self._make_sender()
         try:
-            on_rank0(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
+            at_servers(lambda: self._speaker.start_router())  # servers take minutes to start, a missing router fails at once
             started = servers.start(servers.names, must_stop)
-            on_rank0(lambda: self._speaker.open(started))
+            at_servers(lambda: self._speaker.open(started))
             self.release()  # ranks build their models next, on the GPUs of colocated servers
         except BaseException:
             self.close()
@@ -260,7 +260,7 @@ class SglangEngine:
         self._bring_back()
         # Over NCCL a server that dies takes the others with it, see docs/rollout.md. Servers that did not start are not among
         # them: they would take as long again.
-        may_lose_all = not self._config.urls and on_rank0(lambda: bool(self._speaker.serving()))
+        may_lose_all = not self._config.urls and at_servers(lambda: bool(self._speaker.serving()))
         try:
             self._send(weights, version)
         except EngineGoneError as error:
@@ -290,9 +290,9 @@ class SglangEngine:
     def _transaction(self, version: int) -> Iterator[None]:
         """Spans an update, until the servers confirm that they have the version; after any error they are resumed."""
         try:
-            on_rank0(lambda: self._speaker.begin())
+            at_servers(lambda: self._speaker.begin())
             yield
-            on_rank0(lambda: self._speaker.finish(version))
+            at_servers(lambda: self._speaker.finish(version))
         except BaseException as error:
             if self._control is not None:
                 self._control.abandon(f"weight sync {version} failed: {error}")
@@ -300,14 +300,14 @@ class SglangEngine:
 
     def _bring_back(self) -> None:
         """Bring failed servers back: restart them if they are ours, else ask for their health again."""
-        due = on_rank0(lambda: self._speaker.due())
+        due = at_servers(lambda: self._speaker.due())
         if due:
             started = self._servers.start(due)
-            on_rank0(lambda: self._speaker.take_back(due, started))
+            at_servers(lambda: self._speaker.take_back(due, started))
 
     def _probe(self, weights: WeightSource) -> None:
         """Mark servers whose log-probs of their tokens differ from the trainer's. Raises OtherModelError when all do."""
-        found = on_rank0(lambda: self._speaker.probe(self._serving.temperature))
+        found = at_servers(lambda: self._speaker.probe(self._serving.temperature))
         ours = weights.logprobs([(PROBE_PROMPT, reply.ids) for reply in found.values()])
         gaps = {
             name: (torch.tensor(reply.logprobs) - wanted).abs().mean().item()
@@ -329,7 +329,7 @@ class SglangEngine:
         Those that have failed are stopped instead; a later `update_weights` restarts them. Raises EngineGoneError on every rank
         when no server is left.
         """
-        failed = on_rank0(lambda: self._speaker.release())
+        failed = at_servers(lambda: self._speaker.release())
         if failed:
             together(lambda: self._servers.stop(failed))
 

@@ -150,14 +150,14 @@ class Fleet:
             if router is not None and routed:
                 return await self._ask_past(router, client, asking, refusal)
             return await self._ask_another(client, asking, elsewhere, refusal)
-        except Exception as error:
+        except ServerError as error:
             if router is None or not routed:
                 await self._failed_at(client, asking, error)
             else:
                 await self._failed_behind(router, marks, asking, error)
             raise
 
-    async def _failed_at(self, client: ServerClient, asking: _Asking, error: Exception) -> None:
+    async def _failed_at(self, client: ServerClient, asking: _Asking, error: ServerError) -> None:
         """Mark the server at which a request failed, unless an exception below applies; the caller repeats the request.
 
         The last server is only marked when it is unreachable or not well. The first time that a request's connection breaks, a
@@ -165,12 +165,11 @@ class Fleet:
         request has failed at servers that were well afterwards: it would fail at all the others, too.
         """
         failures = asking.failures
-        is_broken = isinstance(error, ServerError) and error.broken
-        if is_broken and not failures.broke and await self._is_well(client, asking.rid):
+        if error.broken and not failures.broke and await self._is_well(client, asking.rid):
             failures.broke = True
             logger.warning("%s; the server is healthy, so the request is repeated", error)
             return
-        has_no_part = isinstance(error, ServerError) and not error.reached
+        has_no_part = not error.reached
         is_last = self.serving == [client]
         if has_no_part or not is_last:
             self.mark_failed(client, str(error))
@@ -184,7 +183,7 @@ class Fleet:
             said = "; ".join(failures.said)
             raise GivenUpError(f"a request with {asking.request.size} failed {len(failures.said)} times: {said}")
 
-    async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: Exception) -> None:
+    async def _failed_behind(self, router: Router, marks: int, asking: _Asking, error: ServerError) -> None:
         """Mark the servers that are not well, or give up the router. marks: `_marks` when the request began."""
         async with self._looking:
             if router.is_up and self._marks == marks:
@@ -250,7 +249,7 @@ class Fleet:
             reply = await asking.answer(client, [client])
         except RefusedError:
             raise
-        except Exception as error:
+        except ServerError as error:
             await self._failed_at(client, asking, error)
             raise
         router.give_up(str(refusal))
@@ -270,7 +269,7 @@ class Fleet:
                 reply = await asking.answer(other, [other])
             except RefusedError:
                 break
-            except Exception as error:
+            except ServerError as error:
                 await self._failed_at(other, asking, error)
             else:
                 self.mark_failed(client, str(refusal))

@@ -23,14 +23,14 @@ class Pulse:
     def __init__(self, timeout_s: float, on_dead: Callable[[ServerClient, str], None]) -> None:
         self._timeout_s, self._on_dead = timeout_s, on_dead
         self._waiting: dict[asyncio.Task[Any], Sequence[ServerClient]] = {}
-        self._cut: dict[asyncio.Task[Any], str] = {}
+        self._cut: dict[asyncio.Task[Any], Exception] = {}
         self._looking: asyncio.Task[None] | None = None
 
     @contextmanager
     def watch(self, clients: Sequence[ServerClient]) -> Iterator[None]:
         """The block waits for one of these servers (if there are several, for the one that a router chooses).
 
-        Raises ServerError when one of them is dead.
+        Raises ServerError when one of them is dead, and RuntimeError when the checks themselves failed.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -40,26 +40,33 @@ class Pulse:
         try:
             yield
         except asyncio.CancelledError:
-            why = self._cut.get(task)
+            error = self._cut.get(task)
             # As in asyncio.timeout: turn our own cancellation into an error, unless somebody else cancelled the task as well.
-            if why is not None and task.uncancel() == 0:
-                raise ServerError(why) from None
+            if error is not None and task.uncancel() == 0:
+                raise error from error.__cause__
             raise
         finally:
             self._cut.pop(task, None)
             del self._waiting[task]
-            if not self._waiting:
+            if not self._waiting and self._looking is not None:
                 self._looking.cancel()
                 self._looking = None
 
     async def _look(self) -> None:
-        while True:
-            await asyncio.sleep(self._timeout_s / _LOOKS)
-            clients = {client.name: client for some in self._waiting.values() for client in some}
-            alive = await asyncio.gather(*map(self._lives, clients.values()))
-            for client, lives in zip(clients.values(), alive, strict=True):
-                if not lives:
-                    self._give_up(client)
+        try:
+            while True:
+                await asyncio.sleep(self._timeout_s / _LOOKS)
+                clients = {client.name: client for some in self._waiting.values() for client in some}
+                alive = await asyncio.gather(*map(self._lives, clients.values()))
+                for client, lives in zip(clients.values(), alive, strict=True):
+                    if not lives:
+                        self._give_up(client)
+        except Exception as error:  # without checks, requests could wait for a server that hangs until their own timeout
+            self._looking = None
+            for task in self._waiting:
+                failure = RuntimeError("the liveness checks of servers failed")
+                failure.__cause__ = error
+                self._cut_off(task, failure)
 
     async def _lives(self, client: ServerClient) -> bool:
         """Whether the server answers within the time; a reset connection or a wrong answer alone does not mean it is dead."""
@@ -75,6 +82,10 @@ class Pulse:
         why = f"{client.name}: gave no sign of life within {self._timeout_s:g} s"
         self._on_dead(client, why)
         for task, clients in self._waiting.items():
-            if client in clients and task not in self._cut:
-                self._cut[task] = why
-                task.cancel()
+            if client in clients:
+                self._cut_off(task, ServerError(why))
+
+    def _cut_off(self, task: asyncio.Task[Any], error: Exception) -> None:
+        if task not in self._cut:
+            self._cut[task] = error
+            task.cancel()

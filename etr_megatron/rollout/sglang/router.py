@@ -100,9 +100,8 @@ class Router:
             await self._ask("POST", "/workers", {"url": url, **key})
         deadline = asyncio.get_running_loop().time() + self._config.update_timeout_s
         while True:
-            workers = (await self._ask("GET", "/workers"))["workers"]
-            self._ids = {worker["url"]: worker["id"] for worker in workers if worker["is_healthy"]}
-            if self._ids.keys() == wanted and len(workers) == len(wanted):
+            self._ids, known = _workers_of(await self._ask("GET", "/workers"))
+            if self._ids.keys() == wanted and known == len(wanted):
                 self._told = wanted
                 return
             if asyncio.get_running_loop().time() > deadline:
@@ -116,9 +115,9 @@ class Router:
         try:
             async with asyncio.timeout(_ASK_S):  # httpx restarts its timeout with every chunk that arrives
                 reply = await self._http.request(method, self.client.url + route, json=body, timeout=_ASK_S)
-            if reply.is_success:
-                return dict(reply.json())
-        except (TimeoutError, httpx.HTTPError, ValueError) as error:
+            if reply.is_success and isinstance(found := reply.json(), dict):
+                return found
+        except (OSError, httpx.HTTPError, ValueError) as error:
             raise ServerError(f"{NAME}: {method} {route} failed: {str(error) or type(error).__name__}") from error
         raise ServerError(f"{NAME}: {method} {route} answered {reply.status_code}: {reply.text[:300]}", reply.status_code)
 
@@ -128,3 +127,13 @@ class Router:
         if self._host is not None:
             self._host.stop()
             self._host = None
+
+
+def _workers_of(reply: dict[str, Any]) -> tuple[dict[str, str], int]:
+    """Ids of the healthy workers by URL, and the number of all, from the reply to `GET /workers`. Raises ServerError for a
+    reply of another form, as of another version."""
+    try:
+        workers = reply["workers"]
+        return {str(worker["url"]): str(worker["id"]) for worker in workers if worker["is_healthy"]}, len(workers)
+    except (KeyError, TypeError) as error:
+        raise ServerError(f"{NAME}: GET /workers returned an unexpected reply ({error!r}): {str(reply)[:300]}") from error

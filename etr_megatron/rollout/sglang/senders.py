@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -19,6 +19,17 @@ from etr_megatron.rollout.sglang.node_buckets import NodeBuckets
 from etr_megatron.weights import Architecture, TrainingLayout, Weight, weights_of
 from etr_megatron.weights.transport import DiskWriter, Shards, Transport, Wire, version_directory
 from etr_megatron.weights.transport.whole import Gather, groups_of
+
+T = TypeVar("T")
+
+
+def at_servers(body: Callable[[], T]) -> T:
+    """Run `body`, rank 0's work at the servers, and return its result on every rank, or raise its exception. A collective.
+
+    The others wait as for `on_rank0` with `long`: the servers' own deadlines, which may add up to more than a collective's,
+    come first, as only their errors name the server.
+    """
+    return on_rank0(body, long=True)
 
 
 class Sender(Protocol):
@@ -153,7 +164,7 @@ class WholeSender:
 
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`."""
-        self._shared.serving = on_rank0(lambda: of_rank0(self._serving)())
+        self._shared.serving = at_servers(lambda: of_rank0(self._serving)())
         if self._tensors is None:
             self._tensors = WholeTensors(weights.layout, self._settings, self._outbox, self._shared)
         try:
@@ -164,7 +175,7 @@ class WholeSender:
                 with suppress(Exception):  # the first error is the one to raise
                     self._outbox.flush()
             raise
-        on_rank0(lambda: of_rank0(self._outbox).flush())
+        at_servers(lambda: of_rank0(self._outbox).flush())
 
     def _leave(self) -> None:
         if self._tensors is not None:
@@ -205,7 +216,7 @@ class DiskSender:
         except BaseException:
             self.close()
             raise
-        on_rank0(lambda: of_rank0(self._load)(version_directory(self._directory, version)))
+        at_servers(lambda: of_rank0(self._load)(version_directory(self._directory, version)))
 
     def close(self) -> None:
         """See `Sender.close`."""

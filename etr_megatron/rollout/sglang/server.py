@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from etr_megatron.errors import UserError
 from etr_megatron.rollout.sglang.arguments import require_interpreter
 from etr_megatron.rollout.sglang.watchdog import files_of, remove
 
@@ -75,21 +76,35 @@ _REMEMBERED = 1024
 _HANDED_OUT: deque[int] = deque(maxlen=_REMEMBERED)
 _PORTS = range(10_000, 30_000)
 """Ports for servers: above most services', below those that Kubernetes redirects."""
+_TRIES = 10_000
+"""Attempts to find a port: with half of the ports free, one is found in a few."""
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(host: str) -> int:
     """A port that nothing listens on now, and that no process is given that asks for any port: a server binds it only when its
     model is loaded. The last ones that this process got are skipped, as their servers may not listen yet. Another process may
-    still take the port: then `Host` restarts the server."""
+    still take the port: then `Host` restarts the server. Raises UserError when there is none, as at another machine's address.
+    """
     ports = _ports_to_be_named()
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((host, secrets.choice(ports)))
+    why = "every port that was tried is in use"
+    for _ in range(_TRIES):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, secrets.choice(ports)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                why = error.strerror or str(error)
+                break
             port = int(probe.getsockname()[1])
             if port not in _HANDED_OUT:
                 _HANDED_OUT.append(port)
                 return port
+    raise UserError(
+        f"no port at {host} can be given to an SGLang server on {socket.gethostname()}: {why}; servers need free ports at an "
+        "address of their own machine"
+    )
 
 
 def _ports_to_be_named() -> Sequence[int]:

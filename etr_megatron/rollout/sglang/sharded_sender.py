@@ -11,12 +11,12 @@ from typing import Any
 import torch.distributed as dist
 
 from etr_megatron.rollout.engine import OtherModelError, WeightSource
-from etr_megatron.rollout.rank0 import of_rank0, on_rank0
+from etr_megatron.rollout.rank0 import of_rank0
 from etr_megatron.rollout.sglang.client import ServerClient
 from etr_megatron.rollout.sglang.commands import LOADER
 from etr_megatron.rollout.sglang.delivery import LIVENESS_S, serialized
 from etr_megatron.rollout.sglang.fleet import Fleet
-from etr_megatron.rollout.sglang.senders import SendSettings
+from etr_megatron.rollout.sglang.senders import SendSettings, at_servers
 from etr_megatron.weights import ServerLayout
 from etr_megatron.weights.transport import ShardedTransport
 from etr_megatron.weights.transport.board import Board
@@ -108,11 +108,11 @@ class ShardedSender:
     def send(self, weights: WeightSource, version: int) -> None:
         """See `Sender.send`. Raises OtherModelError if all servers refuse the weights as those of another model."""
         while not self._try(weights, version):
-            pass
+            pass  # with one server less every time: when none is left, EngineGoneError names them all
 
     def _try(self, weights: WeightSource, version: int) -> bool:
         """Try a sync; returns whether the serving servers have the version, False after one was lost and marked."""
-        members = on_rank0(lambda: of_rank0(self._calls).members())
+        members = at_servers(lambda: of_rank0(self._calls).members())
         if members != self._members:
             self._leave()
         offer = self._offer(weights, version, members)
@@ -126,8 +126,8 @@ class ShardedSender:
         except RuntimeError as failure:  # a SyncError, or torch's error for a group that was not formed
             error = failure
             self._leave()
-        refusals = on_rank0(lambda: self._refusals(offer)) if error is not None else {}
-        lost = on_rank0(lambda: of_rank0(self._calls).settle(error is not None, refusals))
+        refusals = at_servers(lambda: self._refusals(offer)) if error is not None else {}
+        lost = at_servers(lambda: of_rank0(self._calls).settle(error is not None, refusals))
         if refusals and len(refusals) == len(members):  # they would refuse again after a restart
             raise OtherModelError(f"{next(iter(refusals.values()))}; or use another sglang.sync than sharded")
         if error is not None and not lost:
@@ -138,7 +138,7 @@ class ShardedSender:
         """The offer to the workers; a collective, which opens the store for a new set of servers."""
         settings = self._settings
         if self._transport is None:
-            port = on_rank0(self._open_store)
+            port = at_servers(self._open_store)
             if self._store is None:
                 self._store = self._tcp_store(port, is_master=False)
             self._members = members

@@ -8,12 +8,11 @@ import queue
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError, RefusedError
+from etr_megatron.rollout.engine import EngineGoneError, NeedsSyncError
 from etr_megatron.rollout.sglang.client import Generated, ServerClient, ServerError
 from etr_megatron.rollout.sglang.dispatch import Dispatch
 from etr_megatron.rollout.sglang.failures import Failures, GivenUpError
@@ -35,8 +34,7 @@ _HARMLESS_S = 1.0
 """Time that a server has a prompt, and generates, before another one gets it, too. What kills a server mostly does so while the
 prompt is computed or right after."""
 
-_Error = EngineGoneError | NeedsSyncError | RefusedError
-_Reply = tuple[int, Generated] | _Error
+_Reply = tuple[int, Generated] | Exception
 
 
 class _Running(NamedTuple):
@@ -50,6 +48,7 @@ class RequestStream:
 
     Every key is answered once: with the complete reply or, at `stop`, with the tokens so far. When a server fails, its requests
     are repeated elsewhere from the beginning; a request that is itself at fault is answered with the reason it was given up.
+    An error that is no server's is raised where the reply is awaited: it would recur forever.
     All methods but `wait` run in the event loop of the fleet's clients.
 
     concurrency: requests under way per server. exclusive: the servers have no other users, so that one call to each cuts off
@@ -68,7 +67,7 @@ class RequestStream:
         """Servers that the last weight sync did not bring back; None until there are requests after it."""
         self._name, self._attempts = uuid.uuid4().hex, itertools.count()
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
-        self._next: _Error | None = None  # an error that came right after the replies that `wait` returned
+        self._next: Exception | None = None  # an error that came right after the replies that `wait` returned
         self._awaited: dict[int, asyncio.Future[Generated]] = {}  # the requests of `answer`, by keys below 0
         self._own_keys = itertools.count(-1, -1)
 
@@ -217,7 +216,7 @@ class RequestStream:
 
     def _fail(self) -> None:
         """Tell everyone who waits why nothing can start."""
-        error: _Error
+        error: Exception
         try:
             self._fleet.refuse_if_gone()
             names = ", ".join(name for name in self._fleet.failed if name not in self._known_failed())
@@ -235,7 +234,7 @@ class RequestStream:
     async def _one(self, client: ServerClient, key: int, rid: str) -> None:
         request, failures = self._requests[key], self._failures[key]
         deaths = failures.deaths
-        outcome: Generated | RefusedError | None = None
+        outcome: Generated | Exception | None = None
         try:
             outcome = await self._fleet.ask(
                 client,
@@ -245,12 +244,12 @@ class RequestStream:
                 may_abort=lambda: self._is_stopping,
                 elsewhere=partial(self._move, rid),
             )
-        except RefusedError as error:
-            outcome = error
         except GivenUpError as error:
             outcome = _given_up(str(error))
-        except (Exception, asyncio.CancelledError):  # whatever it was: an unanswered request would be waited for forever
+        except (ServerError, asyncio.CancelledError):  # it is asked again if anybody waits for it
             pass
+        except Exception as error:  # a refusal or, whatever it is, a fault of the program
+            outcome = error
         at = self._running.pop(rid).client
         if failures.deaths > deaths:
             self._dispatch.suspect(request.problem_id, at.name if self._fleet.router is None else "")
@@ -278,8 +277,13 @@ class RequestStream:
         parameters, problem = request.parameters, request.problem_id
         if self._dispatch.deaths[problem] == 1:
             parameters = replace(parameters, max_new_tokens=min(_TEST_TOKENS, parameters.max_new_tokens))
-        with suppress(Exception, asyncio.CancelledError):  # then it is tested again
+        fault: Exception | None = None
+        try:
             survived = await self._fleet.survives(client, replace(request, parameters=parameters), rid)
+        except asyncio.CancelledError:  # it is tested again
+            pass
+        except Exception as error:
+            fault = error
         del self._running[rid]
         keys = self._dispatch.end_test(survived=None if survived and self._is_stopping else survived)
         if survived is False:
@@ -291,10 +295,13 @@ class RequestStream:
             for running in self._running.values():
                 if running.key in keys:
                     running.task.cancel()
+        if fault is not None:
+            self._dispatch.withdraw([key])
+            self._answer(key, fault)
         self._suspicions.write(self._dispatch.deaths)
         self._begin()
 
-    def _answer(self, key: int, outcome: Generated | RefusedError) -> None:
+    def _answer(self, key: int, outcome: Generated | Exception) -> None:
         self._failures.pop(key, None)
         if self._requests.pop(key, None) is None:  # nobody waits for it
             return
