@@ -259,77 +259,95 @@ def test_nothing_is_remembered_of_requests_that_have_ended():
     assert not any(dispatch._lanes_at.values()) and not dispatch._load.total()
 
 
+class RandomFleet:
+    """A fleet of random size with lethal prompts and servers that also die by themselves; all come back when nothing can go on.
+
+    late: lethal prompts seem harmless at first, and a test to a prompt's first tokens does not find them. left: prompts by key
+    of requests that are not ended. killed: by lethal prompt, its servers. homes: by prompt, the most that had it at once.
+    """
+
+    def __init__(self, seed: int, late: bool) -> None:
+        self.rng, self.late = random.Random(seed), late
+        self.servers = [f"s{number}" for number in range(self.rng.randint(2, 6))]
+        prompts = [f"p{number}" for number in range(self.rng.randint(1, 20))]
+        self.lethal = set(self.rng.sample(prompts, min(len(prompts), self.rng.randint(0, 2))))
+        self.dispatch, self.left = Dispatch(self.rng.randint(1, 5), {}), {}
+        for key in range(self.rng.randint(1, 80)):
+            self.left[key] = self.rng.choice(prompts)
+            self.dispatch.add(key, self.left[key], cached_at=self.rng.choice(["", *self.servers]))
+        self.serving, self.under_way = list(self.servers), {}
+        self.answered, self.given_up = [], []
+        self.killed, self.harmless, self.homes = Counter(), set(), Counter()
+
+    def go_on(self) -> None:
+        """Start what can start, then let one request end, whichever way."""
+        spare_last = len(self.serving) < len(self.servers)
+        self.start(spare_last=spare_last)
+        assert self.under_way or spare_last
+        if not self.under_way:  # a weight sync
+            self.serving = list(self.servers)
+            return
+        order = self.rng.choice(list(self.under_way.values()))
+        if order.key not in self.left:  # it was cut off
+            self.drop(order)
+            return
+        prompt = self.left[order.key]
+        kills = prompt in self.lethal and not (self.late and order.is_test and self.dispatch.deaths[prompt] == 1)
+        if kills or (not order.is_test and len(self.serving) > 1 and self.rng.random() < 0.03):
+            self.killed[prompt] += kills
+            self.die(order)
+        elif order.is_test:
+            del self.under_way[order.key, True]
+            assert self.dispatch.end_test(survived=True) == []
+        else:
+            self.drop(order)
+            self.dispatch.clear_of_suspicion(prompt)
+            self.harmless.add(prompt)
+            self.answered.append(self.left.pop(order.key))
+
+    def start(self, *, spare_last: bool) -> None:
+        orders = begin(self.dispatch, self.serving, spare_last=spare_last)
+        for prompt in self.dispatch.unproved:
+            if (self.late or prompt not in self.lethal) and self.rng.random() < 0.5:
+                self.harmless.add(prompt)
+                self.dispatch.is_harmless(prompt)
+        for order in [*orders, *begin(self.dispatch, self.serving, spare_last=spare_last)]:
+            assert not order.is_test or not any(one.server == order.server for one in self.under_way.values())
+            prompt = self.left[order.key]
+            at = {one.server for one in self.under_way.values() if self.left.get(one.key) == prompt} | {order.server}
+            assert len(at) == 1 or prompt in self.harmless or order.is_test
+            self.homes[prompt] = max(self.homes[prompt], len(at))
+            self.under_way[order.key, order.is_test] = order
+
+    def drop(self, order: Order) -> None:
+        del self.under_way[order.key, False]
+        self.dispatch.ended(order.key)
+        self.dispatch.forget(order.key)
+
+    def die(self, order: Order) -> None:
+        """The order's server dies; of a tested prompt, nothing is asked for again."""
+        self.serving.remove(order.server)
+        if order.is_test:
+            del self.under_way[order.key, True]
+            self.given_up += [(key, self.left.pop(key)) for key in self.dispatch.end_test(survived=False)]
+            return
+        for one in [one for one in self.under_way.values() if one.server == order.server]:
+            if one.key not in self.left:
+                self.drop(one)
+                continue
+            del self.under_way[one.key, False]
+            self.harmless.discard(self.left[one.key])
+            self.dispatch.suspect(self.left[one.key], order.server)
+            self.dispatch.ended(one.key)
+            self.dispatch.again(one.key)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_servers_die_of_each_request_is_answered_or_its_prompt_is_lethal(seed, late):
-    """Fleets of various sizes, lethal prompts, servers that die by themselves and come back when only one is left.
-
-    late: lethal prompts seem harmless at first, and a test to a prompt's first tokens does not find them.
-    """
-    rng = random.Random(seed)
-    servers = [f"s{number}" for number in range(rng.randint(2, 6))]
-    prompts = [f"p{number}" for number in range(rng.randint(1, 20))]
-    lethal = set(rng.sample(prompts, min(len(prompts), rng.randint(0, 2))))
-    dispatch, left = Dispatch(rng.randint(1, 5), {}), {}
-    for key in range(rng.randint(1, 80)):
-        left[key] = rng.choice(prompts)
-        dispatch.add(key, left[key], cached_at=rng.choice(["", *servers]))
-    serving, under_way, answered, given_up = list(servers), {}, [], []
-    killed, harmless, homes = Counter(), set(), Counter()
-    while left:
-        spare_last = len(serving) < len(servers)
-        orders = begin(dispatch, serving, spare_last=spare_last)
-        for prompt in dispatch.unproved:
-            if (late or prompt not in lethal) and rng.random() < 0.5:
-                harmless.add(prompt)
-                dispatch.is_harmless(prompt)
-        for order in [*orders, *begin(dispatch, serving, spare_last=spare_last)]:
-            others = [one for one in under_way.values() if one.server == order.server]
-            assert not order.is_test or not others
-            prompt = left[order.key]
-            at = {one.server for one in under_way.values() if left.get(one.key) == prompt} | {order.server}
-            homes[prompt] = max(homes[prompt], len(at))
-            assert len(at) == 1 or prompt in harmless or order.is_test
-            under_way[order.key, order.is_test] = order
-        assert under_way or spare_last
-        if not under_way:  # a weight sync
-            serving = list(servers)
-            continue
-        order = rng.choice(list(under_way.values()))
-        if order.key not in left:  # it was cut off
-            del under_way[order.key, False]
-            dispatch.ended(order.key)
-            dispatch.forget(order.key)
-            continue
-        prompt = left[order.key]
-        is_lethal = prompt in lethal and not (late and order.is_test and dispatch.deaths[prompt] == 1)
-        if is_lethal or (not order.is_test and len(serving) > 1 and rng.random() < 0.03):
-            killed[prompt] += is_lethal
-            serving.remove(order.server)
-            if order.is_test:
-                del under_way[order.key, True]
-                gone = dispatch.end_test(survived=False)
-                given_up += [(key, left.pop(key)) for key in gone]
-                continue
-            for key, is_test in [at for at, one in under_way.items() if one.server == order.server]:
-                del under_way[key, is_test]
-                if key not in left:
-                    dispatch.ended(key)
-                    dispatch.forget(key)
-                    continue
-                harmless.discard(left[key])
-                dispatch.suspect(left[key], order.server)
-                dispatch.ended(key)
-                dispatch.again(key)
-        elif order.is_test:
-            del under_way[order.key, True]
-            assert dispatch.end_test(survived=True) == []
-        else:
-            del under_way[order.key, False]
-            dispatch.ended(order.key)
-            dispatch.forget(order.key)
-            dispatch.clear_of_suspicion(prompt)
-            harmless.add(prompt)
-            answered.append(left.pop(order.key))
-    assert {prompt for _, prompt in given_up} <= lethal and not lethal & set(answered)
-    assert all(count <= (homes[prompt] + 2 if late else 2) for prompt, count in killed.items()) and not dispatch.waits
+    fleet = RandomFleet(seed, late)
+    while fleet.left:
+        fleet.go_on()
+    assert {prompt for _, prompt in fleet.given_up} <= fleet.lethal and not fleet.lethal & set(fleet.answered)
+    assert all(count <= (fleet.homes[prompt] + 2 if late else 2) for prompt, count in fleet.killed.items())
+    assert not fleet.dispatch.waits
