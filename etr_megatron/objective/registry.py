@@ -25,24 +25,24 @@ from etr_megatron.objective.own_code import told_as_the_losses
 LossFunction = Callable[[LossInputs], LossOutputs]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PolicyLoss:
     """A loss and its properties.
 
     token_local: the loss of a row depends only on that row, so rows may come in chunks whose losses are summed.
+    row_names: names of `LossOutputs.rows`, None before the first call.
     """
 
     name: str
     function: LossFunction
     token_local: bool
-    # Row names of the first call; a list because the dataclass is frozen.
-    _first_rows: list[frozenset[str]] = field(default_factory=list, init=False, repr=False, compare=False)
+    row_names: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """The function's checked outputs. Raises UserError for outputs of a wrong type or shape, for row names that differ from
         this object's first call, and for any exception in a custom loss."""
         is_users = ":" in self.name
-        is_tried = is_users and not self._first_rows
+        is_tried = is_users and self.row_names is None
         if is_tried:
             # Take the trial gradient below through aliases, so that hooks on the policy's tensors do not see it.
             inputs = replace(inputs, logp=inputs.logp.view_as(inputs.logp), entropy=inputs.entropy.view_as(inputs.entropy))
@@ -64,19 +64,14 @@ class PolicyLoss:
 
     def _other_rows(self, outputs: LossOutputs) -> str:
         """A message if a name of `outputs.rows` is new or missing, else empty."""
-        if not self._first_rows:
-            self._first_rows.append(frozenset(outputs.rows))
-        changed = sorted(self._first_rows[0] ^ outputs.rows.keys(), key=str)
+        if self.row_names is None:
+            self.row_names = frozenset(outputs.rows)
+        changed = sorted(self.row_names ^ outputs.rows.keys(), key=str)
         if not changed:
             return ""
         # A mean over the step's tokens would be wrong if some of them had no value.
         found = "returned" if changed[0] in outputs.rows else "left out"
         return f"{found} rows[{changed[0]!r}], unlike in its first call; every call must return the same names"
-
-    @property
-    def row_names(self) -> frozenset[str] | None:
-        """Names of `LossOutputs.rows`, None before the first call."""
-        return self._first_rows[0] if self._first_rows else None
 
     def refuse_other_names(self, by_rank: Sequence[frozenset[str] | None]) -> None:
         """Raise UserError if two ranks with `row_names` disagree on them: a mean would leave out some tokens."""

@@ -32,9 +32,11 @@ class Comebacks:
         found = []
         for name in self._names:
             is_resting = self._pause[name] > 0
-            self._pause[name] -= is_resting
+            if is_resting:
+                self._pause[name] -= 1
             if name not in failed:
-                self._attempts[name] *= is_resting
+                if not is_resting:
+                    self._attempts[name] = 0
             elif not is_resting or len(failed) == len(self._names):
                 self._before[name] = self._attempts[name], self._pause[name]
                 self._attempts[name] += 1
